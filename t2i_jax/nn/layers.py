@@ -1,0 +1,148 @@
+"""The smallest layers. Parameters are fp32; a layer computes in the dtype of its input, norms always in fp32.
+
+Every module is an immutable pytree: it is built from sizes and a key, and `__call__` is pure. `axes` name the
+dimensions of a parameter for `t2i_jax.parallel`.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+
+class Carried(nnx.Variable):
+    """An array of a model that no gradient moves: codebook averages, running statistics, a table read from a file.
+
+    A loss that changes one returns `(loss, (metrics, model))` with the new values in `model`; the trainer takes over
+    its `Carried` leaves and nothing else of it.
+    """
+
+
+def param(value: Array, *axes: str | None) -> nnx.Param:
+    """A trainable array whose trailing dimensions carry the names `axes`."""
+    return nnx.Param(value, axes=axes)
+
+
+def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Array:
+    return std * jax.random.normal(key, shape)
+
+
+def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Array:
+    """Normal with variance `gain**2 / fan_in`, the fan being all dimensions but the last."""
+    return normal(key, shape, gain / math.sqrt(math.prod(shape[:-1])))
+
+
+class Linear(nnx.Module):
+    """y = x W + b over the last dimension: (..., d) -> (..., f). `std=None` is fan-in scaling, `std=0` zeros."""
+
+    def __init__(
+        self,
+        d: int,
+        f: int,
+        key: Array,
+        *,
+        bias: bool = True,
+        std: float | None = 0.02,
+        axes: tuple[str | None, str | None] = ("embed", "mlp"),
+    ):
+        self.w = param(fan_in(key, (d, f)) if std is None else normal(key, (d, f), std), *axes)
+        self.b = param(jnp.zeros(f), axes[1]) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.w[...].astype(x.dtype)
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of v rows: int (...) -> (..., d)."""
+
+    def __init__(self, v: int, d: int, key: Array, *, std: float = 0.02):
+        self.w = param(normal(key, (v, d), std), "vocab", "embed")
+
+    def __call__(self, ids: Array) -> Array:
+        return self.w[...][ids]
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean x^2 + eps) * w over the last dimension (Zhang & Sennrich 2019)."""
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        self.w = param(jnp.ones(d), None)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.w[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * w + b over the last dimension; `affine=False` leaves w and b out."""
+
+    def __init__(self, d: int, eps: float = 1e-5, affine: bool = True):
+        self.w = param(jnp.ones(d), None) if affine else None
+        self.b = param(jnp.zeros(d), None) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        if self.w is not None and self.b is not None:
+            y = y * self.w[...] + self.b[...]
+        return y.astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises (b, i, j, c) over positions and the channels of a group (Wu & He 2018)."""
+
+    def __init__(self, c: int, groups: int = 32, eps: float = 1e-6):
+        if c % groups:
+            raise ValueError(f"GroupNorm: {c} channels cannot be split into {groups} groups")
+        self.w = param(jnp.ones(c), None)
+        self.b = param(jnp.zeros(c), None)
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Array) -> Array:
+        # Statistics per channel first, then per group: reductions stay channel-last, which is what convolutions want.
+        y = x.astype(jnp.float32)
+        fold = lambda s: s.reshape(s.shape[0], self.groups, -1).mean(-1, keepdims=True)
+        spread = lambda s: jnp.broadcast_to(s, (*s.shape[:2], x.shape[-1] // self.groups)).reshape(s.shape[0], 1, 1, -1)
+        mean = spread(fold(y.mean((1, 2))))
+        y = y - mean
+        scale = jax.lax.rsqrt(spread(fold(jnp.mean(y * y, (1, 2)))) + self.eps)
+        return (y * (scale * self.w[...]) + self.b[...]).astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """2-D convolution, NHWC: (b, i, j, c) -> (b, i', j', f), kernel (k, k, c, f)."""
+
+    def __init__(
+        self,
+        c: int,
+        f: int,
+        key: Array,
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: Literal["SAME", "VALID"] | tuple[tuple[int, int], tuple[int, int]] = "SAME",
+        bias: bool = True,
+        std: float | None = None,
+    ):
+        shape = (kernel, kernel, c, f)
+        self.w = param(fan_in(key, shape) if std is None else normal(key, shape, std), None, None, None, "conv")
+        self.b = param(jnp.zeros(f), "conv") if bias else None
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.w[...].astype(x.dtype),
+            (self.stride, self.stride),
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y if self.b is None else y + self.b[...].astype(x.dtype)

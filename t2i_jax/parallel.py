@@ -1,0 +1,106 @@
+"""Where arrays live: the mesh, the rules from axis names to mesh axes, and the start of a cluster.
+
+A model names the axes of its parameters (`nnx.Param(value, axes=("embed", "mlp"))`); the table RULES maps those names
+to mesh axes; `shardings` turns a whole tree of such parameters, or of anything shaped like them (moments, EMA), into
+shardings. `shard(x, *axes)` pins an activation by the same names and is a no-op without a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,  # sequence sharding: set to "tensor"
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "conv": "fsdp",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def build(self, devices: list[Any] | None = None) -> Mesh:
+        """The mesh over all devices of all processes (or over `devices`)."""
+        devices = list(jax.devices()) if devices is None else devices
+        sizes = [self.data, self.fsdp, self.tensor]
+        if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+            raise ValueError(f"mesh {self}: sizes are positive, and at most one of them is -1")
+        if -1 in sizes:
+            rest = math.prod(s for s in sizes if s != -1)
+            if len(devices) % rest:
+                raise ValueError(f"mesh {self}: {len(devices)} devices cannot be divided by {rest}")
+            sizes[sizes.index(-1)] = len(devices) // rest
+        if math.prod(sizes) > len(devices):
+            raise ValueError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
+        # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
+        return jax.make_mesh(
+            tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
+        )
+
+
+def shard(x: Array, *axes: str | None) -> Array:
+    """Pin the layout of an activation by axis names, one per dimension; does nothing where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(P(*(RULES.get(a) for a in axes)), x.shape, dict(mesh.shape)))
+
+
+def fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
+    """`spec` without the entries whose mesh axes do not divide the dimension they would split."""
+    size = lambda names: math.prod(sizes[n] for n in ((names,) if isinstance(names, str) else names or ()))
+    return P(*(names if dim % size(names) == 0 else None for dim, names in zip(shape, spec, strict=False)))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A sharding per array from its axis names; stacked layers get a leading None, unnamed arrays are replicated."""
+
+    def rule(v):
+        axes = v.get_metadata().get("axes", ()) if isinstance(v, nnx.Variable) else ()
+        rank = len(v.shape)
+        if len(axes) > rank:  # a reduced copy of a parameter (a factored moment): no names hold
+            axes = ()
+        spec = P(*(None,) * (rank - len(axes)), *(RULES.get(a) for a in axes))
+        return jax.tree.map(lambda _: NamedSharding(mesh, fit(spec, v.shape, dict(mesh.shape))), v)
+
+    return jax.tree.map(rule, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split over `data` and `fsdp` on their first dimension."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def start_cluster(required: bool = False) -> None:
+    """Join the other processes of this run when a cluster environment is detected (TPU pod, Slurm, coordinator address)."""
+    import os
+
+    if jax.distributed.is_initialized():
+        return
+    explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if explicit:
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        if count is None or index is None:
+            raise ValueError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
+    elif required or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
