@@ -1,0 +1,115 @@
+"""Experiments as values: a config file is Python that builds one frozen dataclass named `experiment`.
+
+Loading a file, overriding fields from the command line (`--train.steps=100`), writing the resolved value as JSON and
+reading it back, and telling two of them apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file and the field."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The experiment of a config file (`.py`, or a resolved `config.json`), with command-line overrides applied.
+
+    Errors: `ConfigError` for a missing file, a file that does not build `experiment`, a field that does not exist.
+    An override of an unknown field or a wrong type exits with a message that names the nearest right field.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1, 0.4)
+        raise ConfigError(f"{path}: there is no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+    if path.suffix == ".json":
+        experiment = from_json(json.loads(path.read_text()))
+    else:
+        try:
+            experiment = runpy.run_path(str(path)).get("experiment")
+        except TypeError as error:  # a dataclass called with a field it has not
+            raise ConfigError(f"{path}: {error}{_nearest_field(error)}") from error
+    if not dataclasses.is_dataclass(experiment) or isinstance(experiment, type):
+        raise ConfigError(f"{path}: must build a dataclass value named `experiment`")
+    return override(experiment, overrides) if overrides else experiment
+
+
+def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
+    """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has."""
+    kind = type(value)
+    return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _nearest_field(error: TypeError) -> str:
+    words = str(error).split("'")
+    if "unexpected keyword argument" not in str(error) or len(words) < 2:
+        return ""
+    name = str(error).split(".__init__")[0].split("()")[0]
+    owners = [c for m in list(sys.modules.values()) if (c := getattr(m, name, None)) and dataclasses.is_dataclass(c)]
+    fields = [f.name for c in owners[:1] for f in dataclasses.fields(c)]
+    near = difflib.get_close_matches(words[1], fields, 1, 0.3)
+    return f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(fields)}" if fields else ""
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON of a config; a dataclass becomes an object with its class under "type"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        cls = type(value)
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"type": f"{cls.__module__}:{cls.__qualname__}", **fields}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(f"a config holds plain values and dataclasses, not {type(value).__name__}: {value!r}")
+
+
+def from_json(value: Any) -> Any:
+    """The config that `to_json` wrote. Lists come back as tuples: configs are immutable.
+
+    Classes are taken from this library, or from a module that the program has imported already, never from elsewhere.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    fields = {k: from_json(v) for k, v in value.items() if k != "type"}
+    if "type" not in value:
+        return fields
+    module, _, name = value["type"].partition(":")
+    if not (module.startswith("t2i_jax.") or module in sys.modules):
+        raise ConfigError(f'config names the class "{value["type"]}": import its module before you load this config')
+    cls = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(f'config names the class "{value["type"]}", which is no dataclass of that module')
+    known = [f.name for f in dataclasses.fields(cls)]
+    for field in fields:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1, 0.3)
+            raise ConfigError(f"{name} has no field '{field}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return cls(**fields)
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two JSON configs differ, one line a field: `train.seed: 1 -> 2`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(k for k in new if k not in old)]
+        return [line for k in names for line in differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
+    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]

@@ -1,0 +1,129 @@
+"""Models in folders: runs and released models are read by one function and look the same to whoever uses them.
+
+A released model is one folder: `config.json`, `model.safetensors`, tokenizer files, `README.md` (the model card), and
+the released codec it needs in `codec/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from t2i_jax.config import ConfigError, from_json, to_json
+from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
+from t2i_jax.training.state import named, rebuild
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A model with its weights, and what it was trained with."""
+
+    config: Any
+    """the family or codec"""
+    model: Any
+    text: Any = None
+    codec: str = ""
+    """folder of its codec; empty for a codec, and for models of pixels"""
+    step: int = 0
+    image_size: int = 0
+
+
+def load_artifact(folder: str | Path) -> Artifact:
+    """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
+
+    Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
+    cannot be read or belong to another model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder}: neither a run nor a released model, there is no config.json in it")
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if weights.exists():
+        content = {k: from_json(v) for k, v in config.items()}
+        try:
+            arrays = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{weights}: cannot be read as safetensors: {error}") from error
+        codec = str(folder / content["codec"]) if content.get("codec") else ""
+        text = relocated(content.get("text"), folder)
+        model = assign(content["model"], arrays, weights)
+        return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
+    experiment = from_json(config)
+    step, arrays = run_weights(folder)
+    model = assign(experiment.model, arrays, folder / "checkpoints")
+    text = relocated(experiment.text, folder)
+    return Artifact(experiment.model, model, text, experiment.codec, step, experiment.data.image_size)
+
+
+def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """The step and the weights (averaged where there is an average) of a run's newest checkpoint."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    arrays = checkpoints.arrays("")
+    checkpoints.close()
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    return int(arrays["step"]), part("params/") | part("carried/") | part("ema/")
+
+
+def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
+    """The model of `config` that holds `arrays` by their dotted names. Errors: `CheckpointError` lists what is wrong."""
+    abstract = jax.eval_shape(config.init, jax.random.key(0))
+    wanted = named(abstract)
+    wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
+    wrong += [
+        f"{k}: {arrays[k].shape} in the file, {v.shape} in the model"
+        for k, v in wanted.items()
+        if k in arrays and arrays[k].shape != v.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{source} does not fit {type(config).__name__}:\n  " + "\n  ".join(wrong[:20]))
+    fill = lambda k, v: jax.tree.map(lambda leaf: jax.numpy.asarray(arrays[k], leaf.dtype), v)
+    return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
+
+
+def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
+    """Write a released model; the folder appears whole or not at all, and none is overwritten."""
+    folder = Path(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    text = bundled(artifact.text, temporary)
+    config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
+    config |= {"step": artifact.step, "image_size": artifact.image_size}
+    (temporary / "config.json").write_text(json.dumps({k: to_json(v) for k, v in config.items()}, indent=2))
+    arrays = {k: np.asarray(v[...]) for k, v in named(artifact.model).items()}
+    save_file(arrays, temporary / "model.safetensors", metadata={"format": "t2i_jax"})
+    (temporary / "README.md").write_text(card)
+    if artifact.codec:
+        codec = load_artifact(artifact.codec)
+        save_artifact(codec, temporary / "codec", f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n")
+    os.replace(temporary, folder)
+
+
+def bundled(text: Any, folder: Path) -> Any:
+    """`text` with its vocabulary file copied into `folder`, so that the folder can travel."""
+    path = getattr(text, "path", None)
+    if not path:
+        return text
+    name = "vocabulary" + Path(path).suffix
+    if not (folder / name).exists():
+        shutil.copyfile(path, folder / name)
+    return dataclasses.replace(text, path=name)
+
+
+def relocated(text: Any, folder: Path) -> Any:
+    """`text` with a vocabulary that lies in `folder` named by its full path."""
+    path = getattr(text, "path", None)
+    name = "vocabulary" + Path(path).suffix if path else ""
+    return dataclasses.replace(text, path=str(folder / name)) if name and (folder / name).exists() else text

@@ -1,0 +1,316 @@
+"""The one training loop: any trainable, any mesh, from the first step or from where a run stopped."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from t2i_jax import flops
+from t2i_jax.config import ConfigError, differences, to_json
+from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.training.artifacts import bundled
+from t2i_jax.training.checkpoints import Checkpoints
+from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare
+from t2i_jax.training.guard import NotFinite, explain
+from t2i_jax.training.players import players_of
+from t2i_jax.training.records import Records
+from t2i_jax.training.state import TrainState, create, rebuild
+from t2i_jax.training.step import make_step, owned
+
+console = Console(stderr=True)
+Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, saved itself and can go on with the same command."""
+
+
+class Trainer:
+    """An experiment made ready: mesh, frozen models, shardings, the compiled step. `train` below drives it."""
+
+    def __init__(self, experiment: Experiment, folder: str | Path):
+        self.experiment, self.folder = experiment, Path(folder)
+        train = experiment.train
+        self.mesh: Mesh = experiment.mesh.build()
+        self.players = players_of(experiment.model)
+        for name in train.players:
+            if name not in self.players:
+                raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
+        self.optimizers = {n: train.players.get(n, train.optimizer).build(train.steps) for n in self.players}
+        self.abstract = jax.eval_shape(experiment.model.init, jax.random.key(0))
+        parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        if parts or experiment.data.batch_size % jax.process_count():
+            raise ConfigError(
+                f"data.batch_size {experiment.data.batch_size} must be a multiple of accumulate x data x fsdp = "
+                f"{train.accumulate} x {self.mesh.shape['data']} x {self.mesh.shape['fsdp']} and of the process count"
+            )
+        with jax.set_mesh(self.mesh):
+            frozen, self.codec = frozen_parts(experiment)
+            self.frozen = jax.device_put(frozen, shardings(frozen, self.mesh))
+            codec = self.codec.config if self.codec else None
+            self.prepare = make_prepare(codec, experiment.text)
+            step = make_step(
+                self.abstract,
+                self.players,
+                self.optimizers,
+                self.prepare,
+                seed=train.seed,
+                accumulate=train.accumulate,
+                ema=train.ema,
+            )
+            self.init = lambda key: create(
+                experiment.model.init,
+                self.optimizers,
+                lambda name, params: owned(self.players[name], params),
+                train.ema > 0,
+                key,
+            )
+            target = jax.eval_shape(self.init, jax.random.key(0))
+            # Without out_shardings an Auto mesh would replicate the moments, and eval_shape forgets shardings.
+            self.layout = shardings(target, self.mesh)
+            self.target = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), target, self.layout
+            )
+            whole = NamedSharding(self.mesh, P())
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, whole))
+            self.evaluate_step = jax.jit(self._losses, out_shardings=whole)
+
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.init, out_shardings=self.layout)(jax.random.key(self.experiment.train.seed))
+
+    def model(self, state: TrainState) -> Any:
+        """The model to look at: averaged parameters where the run keeps them."""
+        return rebuild(self.abstract, {**(state.ema or state.params), **state.carried})
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's share of a batch as part of the global one."""
+        sharding = batch_sharding(self.mesh)
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
+        """Global batches from a data position on, the next one always on its way to the devices."""
+        e = self.experiment
+        ahead: collections.deque = collections.deque()
+        for batch in e.data.batches(
+            e.text, position=position, process=jax.process_index(), count=jax.process_count(), split=split
+        ):
+            ahead.append(self.put(batch))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        model, batch, metrics = self.model(state), self.prepare(frozen, batch), {}
+        for name, player in self.players.items():
+            loss, aux = player.loss(model, batch, jax.random.key(0), state.step)
+            numbers = {"loss": loss} | (aux[0] if isinstance(aux, tuple) else aux)
+            metrics |= {f"{name}/{k}" if len(self.players) > 1 else k: v for k, v in numbers.items()}
+        return metrics
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Mean metrics over the first batches of the held-out split."""
+        wanted, seen = self.experiment.train.evaluate_batches, []
+        for batch in self.batches(0, "val"):
+            seen.append(self.evaluate_step(state, self.frozen, batch))
+            if len(seen) == wanted:
+                break
+        return {f"val/{k}": float(np.mean([m[k] for m in seen])) for k in seen[0]} if seen else {}
+
+    def flops(self, batch: dict[str, jax.Array]) -> float:
+        """Model FLOPs of a step: three times the forward pass of each player, recomputation not counted."""
+        shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        frozen, batch = shape(self.frozen), shape(batch)
+        ready = jax.eval_shape(self.prepare, frozen, batch)
+        once = flops.count(self.prepare, frozen, batch)
+        loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32))[0]
+        return once + 3 * sum(
+            flops.count(loss(p), self.abstract, ready, jax.random.key(0)) for p in self.players.values()
+        )
+
+
+def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
+    """Write the resolved config of a run, or check that a run which goes on is the same one.
+
+    Errors: `ConfigError` that lists every changed field.
+    """
+    path, new = folder / "config.json", to_json(experiment)
+    if resumed and path.exists():
+        changed = [d for d in differences(json.loads(path.read_text()), new) if not d.startswith(FREE)]
+        if changed:
+            raise ConfigError(
+                f"{folder} was begun with another config; put the old values back or choose another --run:\n  "
+                + "\n  ".join(changed)
+            )
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(new, indent=2))
+        temporary.replace(path)
+        if getattr(experiment.text, "path", None):
+            bundled(experiment.text, folder)
+
+
+def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
+    """Train, or go on with, the run in `folder`; returns the last state.
+
+    Errors: `ConfigError` (what cannot be run, or is not this run), `NotFinite` (the step and the layer at which
+    numbers ceased to be finite), `CheckpointError`, `Interrupted` after a signal, with everything saved.
+    """
+    t = experiment.train
+    folder = Path(folder)
+    trainer = Trainer(experiment, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", t.keep)
+    claim(experiment, folder, bool(checkpoints.steps()))
+    with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.manager.close)
+        restored = checkpoints.restore(trainer.target)
+        state, position = restored if restored else (trainer.start(), 0)
+        done = int(state.step)
+        main = jax.process_index() == 0
+        records = stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb))) if main else None
+        stopping = stack.enter_context(stop_signals())
+        if done:
+            console.print(f"{folder}: going on from step {done}")
+        if done >= t.steps:
+            return state
+
+        bar = stack.enter_context(progress("training", done, t.steps))
+        pending: collections.deque = collections.deque()
+        clock, since, work = time.perf_counter(), done, 0.0
+
+        def settle(limit: int) -> None:
+            """Read metrics of steps that lie `limit` behind; later ones are still being computed."""
+            nonlocal clock, since
+            while len(pending) > limit:
+                step, metrics = pending.popleft()
+                if not bool(metrics["finite"]):
+                    raise NotFinite(explain(trainer, state, step, jax.device_get(metrics["norms"])))
+                if step % t.log_every == 0 or step == t.steps:
+                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite")}
+                    now = time.perf_counter()
+                    rate = (step - since) / max(now - clock, 1e-9)
+                    clock, since = now, step
+                    numbers |= {"images_per_second": rate * experiment.data.batch_size}
+                    peak = flops.peak(jax.devices()[0])
+                    numbers |= {"flops_per_second": rate * work}
+                    if peak:
+                        numbers |= {"mfu": rate * work / (peak * trainer.mesh.size)}
+                    if records:
+                        records.write(step, numbers)
+                    bar(step, numbers)
+
+        def look(step: int) -> None:
+            """Held-out losses and pictures, when their time has come."""
+            nonlocal clock
+            began = time.perf_counter()
+            if t.evaluate_every and (step % t.evaluate_every == 0 or step == t.steps):
+                numbers = trainer.evaluate(state)
+                if records and numbers:
+                    records.write(step, numbers)
+            if preview and t.preview_every and (step % t.preview_every == 0 or step == t.steps):
+                picture = preview(trainer, state, step)
+                if records and picture is not None:
+                    records.picture(step, "samples", picture)
+            clock += time.perf_counter() - began
+
+        for step, batch in zip(range(done + 1, t.steps + 1), trainer.batches(position), strict=False):
+            if not work:
+                work = trainer.flops(batch)
+            if t.profile and step == t.profile:
+                jax.profiler.start_trace(str(folder / "profile"))
+            state, metrics = trainer.step(state, trainer.frozen, batch)
+            position += experiment.data.batch_size
+            pending.append((step, metrics))
+            settle(2)
+            if t.profile and step == t.profile + 4:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            stop = stopping(step)
+            last = step == t.steps
+            if stop or last or step % t.save_every == 0:
+                settle(0)
+                checkpoints.save(state, position, step)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"stopped at step {step}, saved in {folder}; the same command goes on from here")
+            look(step)
+        settle(0)
+        checkpoints.wait()
+    if int(state.step) < t.steps:
+        raise ConfigError(f"data: the source ended at step {int(state.step)} of {t.steps}")
+    return state
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Gives a function (step) -> bool: whether the run should save and stop. All processes agree on the step."""
+    asked: list[int] = []
+
+    def note(number, _frame):
+        if asked:  # the second Ctrl-C is meant
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    several = jax.process_count() > 1
+    signals = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    before = {}
+    with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
+        before = {s: signal.signal(s, note) for s in signals}
+    try:
+        # Among several processes JAX's own service passes the preemption notice on and picks a common step.
+        yield lambda step: multihost_utils.reached_preemption_sync_point(step) if several else bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def progress(title: str, done: int, total: int):
+    """A bar with rate and time to go on a terminal, a line now and then elsewhere; gives (step, numbers) -> None."""
+    main = jax.process_index() == 0
+    if not main:
+        yield lambda step, numbers: None
+        return
+    brief = lambda n: "  ".join(
+        f"{k.split('/')[-1] if not k.startswith('val') else k} {v:.4g}"
+        for k, v in n.items()
+        if k.endswith(("loss", "images_per_second", "mfu", "psnr", "accuracy"))
+    )
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(step, numbers):
+            nonlocal last
+            if time.monotonic() - last > 10 or step == total:
+                last = time.monotonic()
+                console.print(f"{title} {step}/{total}  {brief(numbers)}", soft_wrap=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console) as bars:
+        task = bars.add_task(title, total=total, completed=done, numbers="compiling")
+        yield lambda step, numbers: bars.update(task, completed=step, numbers=brief(numbers))
+
+
+def resolved(experiment: Experiment, **changes: Any) -> Experiment:
+    """`experiment` with training fields changed."""
+    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, **changes))

@@ -1,0 +1,105 @@
+"""Optimisers of optax by name, with the schedule, clipping and weight-decay rules every recipe of the field uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+from optax import contrib
+
+from t2i_jax.config import ConfigError
+from t2i_jax.training.state import Named, is_variable
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How parameters follow their gradients."""
+
+    name: str = "adamw"
+    """an optimiser of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
+    warmup: int = 100
+    """steps of linear rise to the peak"""
+    final: float = 0.1
+    """last learning rate as a share of the peak (cosine and linear)"""
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05
+    """on parameters of two or more dimensions (the layers of a stack do not count as one)"""
+    no_decay: str = ""
+    """regular expression: parameters with such names are not decayed either"""
+    clip: float = 1.0
+    """bound of the global gradient norm; 0 leaves gradients as they are"""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """further arguments of the optax function"""
+
+    def learning_rates(self, steps: int) -> optax.Schedule:
+        """Learning rate by step, for a run of `steps` steps."""
+        peak, rest = self.learning_rate, max(steps - self.warmup, 1)
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "cosine": optax.cosine_decay_schedule(peak, rest, self.final),
+            "linear": optax.linear_schedule(peak, peak * self.final, rest),
+            "rsqrt": lambda n: peak * jax.lax.rsqrt(1.0 + n / max(self.warmup, 1)),
+        }
+        if self.schedule not in after:
+            raise ConfigError(f"optimizer.schedule '{self.schedule}': it is one of {', '.join(after)}")
+        rise = optax.linear_schedule(peak / max(self.warmup, 1), peak, max(self.warmup, 1))
+        return optax.join_schedules([rise, after[self.schedule]], [self.warmup]) if self.warmup else after[self.schedule]
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest right one."""
+        make = self._find()
+        known = inspect.signature(make).parameters
+        ours: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "weight_decay": self.weight_decay}
+        for decay in ("mask", "weight_decay_mask"):
+            if decay in known:
+                ours[decay] = self.decayed
+        if self.name == "muon":
+            ours |= {"adam_b1": self.b1, "adam_b2": self.b2, "muon_weight_dimension_numbers": muon_dimensions}
+        for option in self.options:
+            if option not in known:
+                near = difflib.get_close_matches(option, list(known), 1, 0.3)
+                raise ConfigError(f"optimizer.options: {self.name} takes no '{option}'; did you mean {near or list(known)}?")
+        arguments = {k: v for k, v in ours.items() if k in known} | self.options
+        tx = make(self.learning_rates(steps), **arguments)
+        return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
+
+    def _find(self) -> Callable[..., optax.GradientTransformation]:
+        for room in (optax, contrib):
+            make = getattr(room, self.name, None)
+            if callable(make) and "learning_rate" in inspect.signature(make).parameters:
+                return make
+        names = [n for room in (optax, contrib) for n in dir(room) if n.islower() and not n.startswith("_")]
+        near = difflib.get_close_matches(self.name, names, 3, 0.4)
+        raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")
+
+    def decayed(self, params: Named) -> Any:
+        """Which parameters decay: those of two or more dimensions beside the stack, unless their name is excepted."""
+        keep = lambda k, v: matrix(v) and not (self.no_decay and re.search(self.no_decay, k))
+        return {k: keep(k, v) for k, v in params.items()}
+
+
+def matrix(v: Any) -> bool:
+    """Whether a parameter has two or more dimensions when the layers of a stack do not count."""
+    axes = v.get_metadata().get("axes") if is_variable(v) else None
+    return (len(axes) if axes is not None else len(v.shape)) >= 2
+
+
+def muon_dimensions(params: Named) -> Any:
+    """Muon orthogonalises the matrices inside the network; tables, vectors and kernels of convolutions go by Adam."""
+
+    def rule(v):
+        axes = v.get_metadata().get("axes", ()) if is_variable(v) else ()
+        if len(axes) != 2 or "vocab" in axes:
+            return None
+        return contrib.MuonDimensionNumbers(reduction_axis=len(v.shape) - 2, output_axis=len(v.shape) - 1)
+
+    return {k: rule(v) for k, v in params.items()}

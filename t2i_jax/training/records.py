@@ -1,0 +1,72 @@
+"""What a run writes for people: metrics as JSON lines and TensorBoard events, and on request to wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from t2i_jax.config import ConfigError
+
+
+class Records:
+    """The metric files of a run folder. A run that goes on from step n first drops what was written after n."""
+
+    def __init__(self, folder: Path, step: int, config: Any = None, wandb: bool = False):
+        self.path = folder / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read(self.path) if line["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.wandb = None
+        if wandb:
+            try:
+                import wandb as library
+            except ImportError as error:
+                raise ConfigError("train.wandb is set, but wandb is not installed: pip install wandb") from error
+            self.wandb = library.init(
+                project="t2i_jax", name=folder.name, id=folder.name, dir=str(folder), config=config, resume="allow"
+            )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of numbers; a value that is not finite is written as null, which JSON can hold."""
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(dict(metrics), step=step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 (i, j, 3), beside the curves."""
+        self.board.add_image(name, image, step, dataformats="HWC")
+        if self.wandb:
+            import wandb as library
+
+            self.wandb.log({name: library.Image(image)}, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,86 @@
+"""Everything a run must remember between two steps, as one pytree of named arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from t2i_jax.nn.layers import Carried
+from t2i_jax.parallel import shardings
+
+Named = dict[str, nnx.Variable]
+is_variable = lambda v: isinstance(v, nnx.Variable)
+
+
+def named(model: Any) -> Named:
+    """The variables of a model by dotted name, `blocks.attention.q.w` say."""
+    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): v for path, v in leaves if is_variable(v)}
+
+
+def params_of(model: Any) -> Named:
+    """What gradients move."""
+    return {k: v for k, v in named(model).items() if isinstance(v, nnx.Param)}
+
+
+def carried_of(model: Any) -> Named:
+    """What a loss returns anew instead."""
+    return {k: v for k, v in named(model).items() if isinstance(v, Carried)}
+
+
+def rebuild(abstract: Any, variables: Named) -> Any:
+    """The model of the shape of `abstract` that holds `variables`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    return jax.tree_util.tree_unflatten(treedef, [variables[name(p)] if is_variable(v) else v for p, v in leaves])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, their average, what the optimisers remember, and the step that comes next.
+
+    The randomness of step n is `fold_in(key(seed), n)` and the data position is a count on the host, so neither needs
+    a place here.
+    """
+
+    step: Array
+    params: Named
+    carried: Named
+    ema: Named | None
+    optimizer: dict[str, Any]  # one state per player
+
+    def flat(self) -> dict[str, Array]:
+        """All arrays by plain name: what a checkpoint holds."""
+        leaves = jax.tree_util.tree_flatten_with_path(self)[0]
+        clean = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        return {clean(path): leaf for path, leaf in leaves}
+
+    def unflat(self, arrays: dict[str, Array]) -> TrainState:
+        """The state of this structure that holds `arrays`."""
+        return jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in self.flat()])
+
+
+def create(init: Callable[[Array], Any], optimizers: dict[str, Any], owned: Callable, ema: bool, key: Array) -> TrainState:
+    """A fresh state; meant to be jitted with the shardings of `abstract`."""
+    model = init(key)
+    params = params_of(model)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        carried=carried_of(model),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        optimizer={name: tx.init(owned(name, params)) for name, tx in optimizers.items()},
+    )
+
+
+def place(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings for a state: moments and averages lie as their parameters do."""
+    return shardings(abstract, mesh)

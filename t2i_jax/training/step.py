@@ -1,0 +1,122 @@
+"""The one train step of the project: every player's gradient at the same model, then every player's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.training.players import Player
+from t2i_jax.training.state import Named, TrainState, carried_of, rebuild
+
+Metrics = dict[str, Array]
+
+
+def owned(player: Player, variables: Named) -> Named:
+    """The variables under the attributes that a player owns."""
+    if not player.owns:
+        return variables
+    return {k: v for k, v in variables.items() if k.split(".")[0] in player.owns}
+
+
+def make_step(
+    abstract: Any,
+    players: Mapping[str, Player],
+    optimizers: Mapping[str, optax.GradientTransformation],
+    prepare: Callable[[Any, dict[str, Array]], dict[str, Array]] = lambda frozen, batch: batch,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    ema: float = 0.0,
+) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
+    """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+    abstract: the model with abstract leaves, which lends its structure.
+    prepare: (frozen models, batch) -> batch, what is computed without gradient first: codes, text features.
+    accumulate: the batch is cut into so many parts, seen one after the other, before one update.
+    ema: decay of the parameters' average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
+
+    A step whose loss or gradients are not finite changes nothing but the step count; its metrics say so
+    (`finite` = 0) and hold the squared gradient norm per parameter and layer under `norms`.
+    """
+
+    def gradients(state: TrainState, carried: Named, batch, key):
+        """Per player: gradients by name, metrics; and the carried values after this batch."""
+        grads, metrics, after = {}, {}, dict(carried)
+        for name, player in players.items():
+
+            def objective(mine: Named, player=player):
+                model = rebuild(abstract, {**state.params, **mine, **carried})
+                loss, aux = player.loss(model, batch, key, state.step)
+                if isinstance(aux, tuple):
+                    return loss, aux
+                return loss, (aux, None)
+
+            (loss, (numbers, model)), grads[name] = jax.value_and_grad(objective, has_aux=True)(
+                owned(player, state.params)
+            )
+            prefix = f"{name}/" if len(players) > 1 else ""
+            metrics |= {f"{prefix}loss": loss} | {f"{prefix}{k}": v for k, v in numbers.items()}
+            if model is not None:
+                fresh = carried_of(model)
+                after |= {k: fresh[k] for k in owned(player, carried)}
+        return grads, metrics, jax.lax.stop_gradient(after)
+
+    def accumulated(state: TrainState, batch, key):
+        if accumulate == 1:
+            return gradients(state, state.carried, batch, key)
+        # Strided parts: each holds examples of every device, so cutting moves nothing between them.
+        parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), batch)
+
+        def part(carry, xs):
+            carried, total = carry
+            grads, metrics, carried = gradients(state, carried, *xs)
+            return (carried, jax.tree.map(jnp.add, total, grads)), metrics
+
+        zeros = {name: jax.tree.map(jnp.zeros_like, owned(p, state.params)) for name, p in players.items()}
+        (carried, grads), metrics = jax.lax.scan(
+            part, (state.carried, zeros), (parts, jax.random.split(key, accumulate))
+        )
+        mean = lambda tree: jax.tree.map(lambda x: x / accumulate, tree)
+        return mean(grads), jax.tree.map(lambda m: m.mean(0), metrics), carried
+
+    def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics, carried = accumulated(state, prepare(frozen, batch), key)
+
+        params, optimizer, norms = dict(state.params), {}, {}
+        for name in players:
+            squares = {k: squared_norm(g) for k, g in grads[name].items()}
+            updates, optimizer[name] = optimizers[name].update(
+                grads[name], state.optimizer[name], owned(players[name], state.params)
+            )
+            params |= optax.apply_updates(owned(players[name], state.params), updates)
+            prefix = f"{name}/" if len(players) > 1 else ""
+            metrics[f"{prefix}gradient_norm"] = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
+            norms |= squares
+
+        losses = [v for k, v in metrics.items() if k.split("/")[-1] in ("loss", "gradient_norm")]
+        finite = jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(v, jnp.float32) for v in losses])))
+        average = state.ema
+        if average is not None:
+            decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
+            average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+        moved = TrainState(state.step, params, carried, average, optimizer)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+        kept = TrainState(state.step + 1, kept.params, kept.carried, kept.ema, kept.optimizer)
+        return kept, metrics | {"finite": finite, "norms": norms}
+
+    return step
+
+
+def squared_norm(gradient: nnx.Variable) -> Array:
+    """Sum of squares of one parameter's gradient, kept apart for the layers of a stack."""
+    rank = len(gradient.get_metadata().get("axes", gradient.shape))
+    x = gradient[...].astype(jnp.float32)
+    return jnp.sum(x * x, axis=tuple(range(x.ndim - rank, x.ndim)))
