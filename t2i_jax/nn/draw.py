@@ -1,0 +1,145 @@
+"""From logits to a choice: guidance, temperature, top-k, top-p, and the draw itself.
+
+Everything is a function of logits (..., v) in fp32 and of traced options, so no setting recompiles. Nothing is sorted:
+a cut keeps every value from some threshold up, and that threshold is found exactly, bit by bit, on the ordered bits of
+the floats (32 counts over the vocabulary). A draw inverts the cumulative distribution at one uniform number per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; every field is a number, or one per image (b,), and is traced."""
+
+    guidance: float | Array = 3.0
+    """Scale s of l = s (l - l') + l', with l' the logits without the condition; 1 is none."""
+    guidance_start: float | Array = 0.0
+    """Guidance begins after this fraction of the tokens."""
+    guidance_stop: float | Array = 1.0
+    """Guidance ends after this fraction of the tokens."""
+    guidance_power: float | Array = 0.0
+    """The scale grows as 1 + (s - 1) u^power over the sequence, u in (0, 1]: 0 is constant, 1 linear."""
+    guidance_cosine: bool | Array = False
+    """Shape the growth by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
+    temperature: float | Array = 1.0
+    """Logits are divided by it; never by less than 1e-5."""
+    top_k: int | Array = 0
+    """Keep the k largest logits, and what ties with the k-th; 0 keeps all."""
+    top_p: float | Array = 1.0
+    """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""
+    greedy: bool | Array = False
+    """Take the largest logit instead of drawing."""
+
+    def arrays(self) -> Sampling:
+        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
+        kinds = {"top_k": jnp.int32, "guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
+        fields = (f.name for f in dataclasses.fields(self))
+        return Sampling(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
+
+
+def guidance_at(options: Sampling, position: Array | int, length: int) -> Array:
+    """The guidance scale for token `position` of `length`: a scalar, or (b,) if the options are per image."""
+    u = ((position + 1) / length) ** jnp.asarray(options.guidance_power, jnp.float32)
+    u = jnp.where(options.guidance_cosine, (1 - jnp.cos(math.pi * u)) / 2, u)
+    # Positions are whole numbers: the slack lets a stop of n / length mean n tokens whatever the rounding.
+    first = jnp.asarray(options.guidance_start, jnp.float32) * length - 1e-3
+    last = jnp.asarray(options.guidance_stop, jnp.float32) * length - 1e-3
+    return jnp.where((position >= first) & (position < last), 1 + (options.guidance - 1) * u, 1.0)
+
+
+def guide(logits: Array, null: Array, scale: Array | float) -> Array:
+    """Classifier-free guidance s (l - l') + l' of logits (..., v) (Ho & Salimans 2022, eq. 6); exactly l at s = 1."""
+    return logits + (_rows(scale, logits) - 1) * (logits - null)
+
+
+def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
+    """Weights (..., v) fp32 in [0, 1], the largest 1: exp of the logits after temperature, top-k and top-p in that order.
+
+    Top-p sums the probabilities that are left after top-k, and keeps a token while the ones above it sum to p at most
+    (Holtzman et al. 2020); equal logits are kept or dropped together.
+    """
+    temperature, top_k, top_p = (_rows(x, logits) for x in (temperature, top_k, top_p))
+    x = logits.astype(jnp.float32)
+    x = (x - x.max(-1, keepdims=True)) / jnp.maximum(temperature, 1e-5)
+    weights = jnp.exp(x)
+    order = _ordered(x)
+
+    k = jnp.clip(jnp.where(top_k > 0, top_k, x.shape[-1]), 1, x.shape[-1])
+    least = _largest(lambda t: (order >= t).sum(-1, keepdims=True) >= k, k.shape, x)
+    weights = jnp.where(order >= least, weights, 0.0)
+
+    # A value stays if the mass above it is at most p: the least such value is the greatest with more than p from it up.
+    p = jnp.where(top_p < 1, jnp.maximum(top_p, 0) * weights.sum(-1, keepdims=True), jnp.inf)
+    least = _largest(lambda t: jnp.where(order >= t, weights, 0.0).sum(-1, keepdims=True) > p, p.shape, x)
+    return jnp.where(order >= least, weights, 0.0)
+
+
+def draw(weights: Array, uniform: Array) -> Array:
+    """The token (...) int32 at which the cumulative sum of weights (..., v) passes `uniform` (...) of the total.
+
+    The sum is inverted in two levels, blocks and then within one, so that no scan runs over the whole vocabulary.
+    A token of weight 0 is never drawn.
+    """
+    v = weights.shape[-1]
+    size = 1 << max(v - 1, 1).bit_length() // 2
+    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -v % size)])
+    blocks = blocks.reshape(*weights.shape[:-1], -1, size)
+    sums = blocks.sum(-1)
+    block, rest = _invert(sums, uniform * sums.sum(-1))
+    inner, _ = _invert(jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :], rest)
+    return (block * size + inner).astype(jnp.int32)
+
+
+def choose(logits: Array, options: Sampling, uniform: Array) -> Array:
+    """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
+    weights = truncate(logits, options.temperature, options.top_k, options.top_p)
+    return jnp.where(_rows(options.greedy, uniform), jnp.argmax(logits, -1).astype(jnp.int32), draw(weights, uniform))
+
+
+def uniforms(keys: Array, positions: Array) -> Array:
+    """Uniform numbers (t, b) for positions (t,): each from `fold_in(image key, position)`, whatever batch it is in."""
+    one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
+    return jax.vmap(lambda position: jax.vmap(one, (0, None))(keys, position))(positions)
+
+
+def _rows(x: Array | float, like: Array) -> Array:
+    """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
+    x = jnp.asarray(x)
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
+
+
+def _ordered(x: Array) -> Array:
+    """fp32 as uint32 in the same order: negative numbers have all bits flipped, the others the sign bit."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
+    return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
+
+
+def _largest(holds: Callable[[Array], Array], shape: tuple[int, ...], like: Array) -> Array:
+    """The largest uint32 threshold (..., 1) for which a monotone predicate (true at 0) holds, from the top bit down."""
+
+    def bit(i: Array, t: Array) -> Array:
+        trial = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(trial), trial, t)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros((*like.shape[:-1], 1), jnp.uint32))
+
+
+def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
+    """The first index of weights (..., n) whose cumulative sum exceeds target (...), and what of target it leaves."""
+    sums = jnp.cumsum(weights, -1)
+    # Rounding may leave the target at or past the end: then the last index that carries weight, as it should be.
+    passed = (weights > 0) & (sums > target[..., None])
+    last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
+    index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)
+    at = lambda x: jnp.take_along_axis(x, index[..., None], -1)[..., 0]
+    return index, target - (at(sums) - at(weights))
