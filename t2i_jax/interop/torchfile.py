@@ -1,0 +1,203 @@
+"""Reads the tensors of a PyTorch file (.pth, .pt, .ckpt) as NumPy arrays, without PyTorch and without running its code.
+
+A PyTorch file is a pickle in which every tensor is a call `_rebuild_tensor_v2(storage, offset, size, stride, ...)`,
+with the raw storages beside it: as members of a zip archive (PyTorch 1.6 and later) or behind the pickle (before). Only
+that call, its relatives and ordered dictionaries are admitted; no name in a file ever reaches an import.
+"""
+
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+DTYPES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+    "ComplexFloatStorage": np.complex64,
+    "ComplexDoubleStorage": np.complex128,
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError)
+
+
+class TorchFileError(ValueError):
+    """The file is not one of PyTorch's, is damaged, or holds what this reader does not admit."""
+
+
+def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> Any:
+    """The object saved in a PyTorch file, its tensors as read-only NumPy arrays.
+
+    Args:
+        path: a file written by `torch.save`, in the zip or the older format.
+        unknown: what becomes of classes that are not tensors: "refuse" raises, "stand-in" puts an inert `StandIn` in
+            their place (training checkpoints hold callbacks and configs beside the weights). Neither runs their code.
+
+    Returns:
+        What was saved, usually a dict from name to array; parameters become arrays, bfloat16 is `ml_dtypes.bfloat16`.
+
+    Raises:
+        TorchFileError: another format, a damaged file, or a class that is not admitted.
+    """
+    if unknown not in ("refuse", "stand-in"):
+        raise ValueError(f'unknown={unknown!r}: one of "refuse", "stand-in"')
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                return _read_zip(path, zipfile.ZipFile(file), unknown)
+            file.seek(0)
+            return _read_legacy(path, file, unknown)
+    except TorchFileError:
+        raise
+    except (*PICKLE_ERRORS, zipfile.BadZipFile) as error:
+        raise TorchFileError(f"{path}: damaged, or not a PyTorch file ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    dtype: np.dtype
+
+
+class StandIn:
+    """An object whose class was not admitted: it has a name and nothing else."""
+
+    name = ""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+    def __repr__(self):
+        return f"StandIn({self.name})"
+
+
+def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
+    if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+        raise TorchFileError(f"a tensor has offset {offset}, size {size}, strides {stride}")
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    # The file chooses the strides: without this it could make us read beyond the storage.
+    if 0 not in size and last >= len(storage):
+        raise TorchFileError(f"a tensor of size {size} and strides {stride} reaches beyond its storage")
+    strides = tuple(s * storage.itemsize for s in stride)
+    return as_strided(storage[offset:], size, strides, writeable=False)
+
+
+def _parameter(data: np.ndarray, *_) -> np.ndarray:
+    return data
+
+
+ADMITTED = {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": tuple,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names of `ADMITTED` and the storage types; storages come from `storage(key, dtype, count)`."""
+
+    def __init__(self, file, path, storage, unknown):
+        super().__init__(file, encoding="utf-8")
+        self.path, self.storage, self.unknown = path, storage, unknown
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in ADMITTED:
+            return ADMITTED[full]
+        if module in ("torch", "torch.storage") and name in DTYPES:
+            return _StorageType(np.dtype(DTYPES[name]))
+        if self.unknown == "stand-in":
+            return type("StandIn", (StandIn,), {"name": full})
+        raise TorchFileError(
+            f"{self.path}: holds an object of {full}; only tensors, numbers, strings, lists and dicts are admitted"
+        )
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
+            raise TorchFileError(f"{self.path}: refers to {pid!r}, which is no storage this reader knows")
+        _, kind, key, _, count, *view = pid
+        whole = self.storage(str(key), kind.dtype, int(count))
+        if view and view[0] is not None:  # legacy: a storage that is a window into another
+            _, offset, count = view[0]
+            return whole[offset : offset + count]
+        return whole
+
+
+def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> Any:
+    pickles = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise TorchFileError(f"{path}: a zip archive without PyTorch's data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        raise TorchFileError(f"{path}: written on a big-endian machine")
+    known: dict[str, np.ndarray] = {}
+
+    def storage(key, dtype, count):
+        if key not in known:
+            data = archive.read(f"{root}data/{key}")
+            if len(data) < count * dtype.itemsize:
+                raise TorchFileError(f"{path}: storage {key} has {len(data)} bytes, not {count * dtype.itemsize}")
+            known[key] = np.frombuffer(data, np.uint8)
+        return known[key][: count * dtype.itemsize].view(dtype)
+
+    with archive.open(pickles[0]) as file:
+        return _Unpickler(file, path, storage, unknown).load()
+
+
+def _read_legacy(path: Path, file: IO[bytes], unknown: str) -> Any:
+    total = path.stat().st_size
+    known: dict[str, np.ndarray] = {}
+
+    def storage(key, dtype, count):  # filled below: the bytes come after the pickle that names them
+        if key not in known:
+            if not 0 <= count * dtype.itemsize <= total:
+                raise TorchFileError(f"{path}: storage {key} of {count} {dtype} is longer than the file")
+            known[key] = np.zeros(count, dtype)
+        return known[key]
+
+    def load():
+        return _Unpickler(file, path, storage, unknown).load()
+
+    if load() != LEGACY_MAGIC:
+        raise TorchFileError(f"{path}: not a PyTorch file")
+    load()  # the version of the format
+    if not load().get("little_endian", True):
+        raise TorchFileError(f"{path}: written on a big-endian machine")
+    result, keys = load(), load()
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        if key in known and file.readinto(memoryview(known[key].view(np.uint8))) != known[key].nbytes:
+            raise TorchFileError(f"{path}: cut short in storage {key}")
+        if key not in known or count != len(known[key]):
+            raise TorchFileError(f"{path}: storage {key} of {count} elements does not fit the pickle")
+    return result
