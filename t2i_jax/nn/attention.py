@@ -1,0 +1,88 @@
+"""Attention as einsums, and rotary positions.
+
+Letters: b batch, t queries, s keys, n query heads, m key-value heads (m divides n), h head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import Array
+
+Rotary = tuple[Array, Array]
+"""cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None) -> Array:
+    """softmax(q k^T * scale) v, with n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
+
+    q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s) with True where a query may look; `scale` is
+    h^-1/2 unless given. Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A query that may look nowhere gets
+    zeros. Query heads of one group are neighbours, as if k and v were repeated; nothing is repeated in memory.
+    Errors: ValueError if m does not divide n.
+    """
+    n, m = q.shape[2], k.shape[2]
+    if n % m:
+        raise ValueError(f"attention: {n} query heads cannot be shared by {m} key-value heads")
+    q = rearrange(q, "b t (m g) h -> b t m g h", m=m)
+    logits = jnp.einsum("btmgh,bsmh->bmgts", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        groups = n // m if mask.shape[1] > 1 else 1
+        mask = rearrange(mask, "b (m g) t s -> b m g t s", g=groups)
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    if mask is not None:
+        weights = jnp.where(mask, weights, 0.0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1.0, total)
+    out = jnp.einsum("bmgts,bsmh->btmgh", weights.astype(v.dtype), v)
+    return rearrange(out, "b t m g h -> b t (m g) h")
+
+
+def causal(t: int, s: int | None = None, start: Array | int = 0) -> Array:
+    """The mask (1, 1, t, s) of queries at positions start .. start + t - 1 that see keys up to themselves."""
+    s = t if s is None else s
+    return (jnp.arange(s) <= start + jnp.arange(t)[:, None])[None, None]
+
+
+def frequencies(count: int, base: float = 10000.0) -> Array:
+    """base^(-j / count) for j = 0 .. count - 1: (count,)."""
+    return base ** (-jnp.arange(count, dtype=jnp.float32) / count)
+
+
+def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Array:
+    """Angles (length, head_dim / 2) of positions 0 .. length - 1 (Su et al. 2021, eq. 15)."""
+    return jnp.arange(length)[:, None] * frequencies(head_dim // 2, base)
+
+
+def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Array:
+    """Angles (i * j, head_dim / 2) of a raster grid: half of the pairs turn with the row, then half with the column.
+
+    Errors: ValueError if 4 does not divide head_dim.
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary_2d: head_dim {head_dim} is not a multiple of 4")
+    freqs = frequencies(head_dim // 4, base)
+    row, column = jnp.indices(grid).reshape(2, -1, 1)
+    return jnp.concatenate([row * freqs, column * freqs], -1)
+
+
+def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotary:
+    """The table (t, h/2) with `count` rows before it for tokens that stand nowhere.
+
+    They are left as they are (cos 1, sin 0); `zero` multiplies them by nought, so that all attention logits from and to
+    them are 0, which is what released LlamaGen weights were trained with.
+    """
+    row = jnp.zeros((count, cos.shape[-1]), cos.dtype)
+    return jnp.concatenate([row if zero else row + 1, cos]), jnp.concatenate([row, sin])
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
+
+    cos and sin: (t, h/2) or (b, t, h/2).
+    """
+    even, odd = jnp.moveaxis(rearrange(x, "b t n (h two) -> b t n h two", two=2).astype(jnp.float32), -1, 0)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
