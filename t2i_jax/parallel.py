@@ -62,7 +62,15 @@ def shard(x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, fit(P(*(RULES.get(a) for a in axes)), x.shape, dict(mesh.shape)))
+    # A mesh axis serves one dimension: what the batch is split over is no longer there for the width.
+    used: set[str] = set()
+    entries = []
+    for name in axes:
+        names = RULES.get(name)
+        names = (names,) if isinstance(names, str) else names or ()
+        entries.append(tuple(n for n in names if n not in used) or None)
+        used.update(names)
+    return jax.lax.with_sharding_constraint(x, fit(P(*entries), x.shape, dict(mesh.shape)))
 
 
 def fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
@@ -76,11 +84,14 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def rule(v):
         axes = v.get_metadata().get("axes", ()) if isinstance(v, nnx.Variable) else ()
-        rank = len(v.shape)
-        if len(axes) > rank:  # a reduced copy of a parameter (a factored moment): no names hold
-            axes = ()
-        spec = P(*(None,) * (rank - len(axes)), *(RULES.get(a) for a in axes))
-        return jax.tree.map(lambda _: NamedSharding(mesh, fit(spec, v.shape, dict(mesh.shape))), v)
+
+        def one(leaf):
+            rank = len(leaf.shape)
+            names = axes if len(axes) <= rank else ()  # a reduced copy of a parameter (a factored moment) has no names
+            spec = P(*(None,) * (rank - len(names)), *(RULES.get(a) for a in names))
+            return NamedSharding(mesh, fit(spec, leaf.shape, dict(mesh.shape)))
+
+        return jax.tree.map(one, v)
 
     return jax.tree.map(rule, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from t2i_jax.config import ConfigError
 from t2i_jax.training.state import TrainState
 
-log = logging.getLogger(__name__)
 console = Console(stderr=True)
 
 
@@ -68,6 +68,7 @@ class Checkpoints:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
                 failures.append(f"{self.folder / str(step)} ({reason})")
                 console.print(f"[yellow]checkpoint passed over, it cannot be read: {failures[-1]}[/]", soft_wrap=True)
+                self._set_aside(step)
         if failures:
             raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures))
         return None
@@ -109,6 +110,14 @@ class Checkpoints:
             good = self.steps()
             kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
             raise CheckpointError(f"{what} could not be written to {self.folder}: {error}; {kept}") from error
+
+    def _set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be written anew and nothing is lost."""
+        if jax.process_index() == 0:
+            at = self.folder / str(step)
+            at.rename(next(p for n in itertools.count(1) if not (p := self.folder / f"damaged-{step}-{n}").exists()))
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self.manager.reload()
 
     def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> None:
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}

@@ -1,0 +1,130 @@
+"""Text, model and codec as one thing: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
+
+
+def image_keys(seeds: Sequence[int]) -> Array:
+    """One key per picture, from its seed alone: the same seed gives the same picture in any batch."""
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def to_uint8(images: Array) -> Array:
+    """Floats in [-1, 1] to 0..255, rounded to nearest."""
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+class Pipeline:
+    """A family with its weights, its codec and its text side, placed on a mesh.
+
+    `Pipeline.load(folder)` takes a run or a released model; `sample` gives pictures; `save` writes a released model.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        model: Any,
+        codec: Artifact | None,
+        text: Any,
+        mesh: MeshConfig = MeshConfig(),
+        source: Artifact | None = None,
+    ):
+        self.family, self.codec, self.text, self.source = family, codec, text, source
+        self.mesh = mesh.build()
+        parts = {"model": model, "codec": codec.model if codec else None}
+        parts["text"] = text.load() if hasattr(text, "load") else None
+        self.parts = jax.device_put(parts, shardings(parts, self.mesh))
+        self._compiled = jax.jit(self._run)  # option values are traced: compiled once
+
+    @classmethod
+    def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig()) -> Pipeline:
+        """The pipeline of a run folder or a released model. Errors: `ConfigError` where it holds no family."""
+        artifact = load_artifact(folder)
+        if not hasattr(artifact.config, "sample"):
+            raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
+        codec = load_artifact(artifact.codec) if artifact.codec else None
+        return cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
+
+    @property
+    def options(self) -> Any:
+        """The family's sampling options at their defaults; replace fields and hand them to `sample`."""
+        return self.family.options()
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What the model is conditioned on, on the host: text ids and mask, or class labels."""
+        if "label" in self.family.condition.inputs:
+            try:
+                return {"label": np.asarray([int(p) for p in prompts], np.int32)}
+            except ValueError as error:
+                raise ConfigError(f"this model takes class numbers as prompts: {error}") from error
+        if self.text is None:
+            return {}
+        ids, mask = self.text(list(prompts))
+        return {"text": ids, "text_mask": mask}
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        options: Any = None,
+        batch_size: int = 16,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Pictures uint8 (n, i, j, 3), one per prompt; picture m is a function of prompt m and seed m alone.
+
+        progress: called as (pictures finished, pictures in all).
+        """
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
+        options = self.options if options is None else options
+        size = max(self.mesh.shape["data"] * self.mesh.shape["fsdp"], min(batch_size, len(prompts)))
+        size += -size % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        pictures = []
+        for at in range(0, len(prompts), size):
+            some = list(prompts[at : at + size])
+            short = size - len(some)
+            images = self.generate(some + some[-1:] * short, seeds[at : at + size] + [0] * short, options)
+            pictures.append(np.asarray(images)[: len(some)])
+            if progress:
+                progress(at + len(some), len(prompts))
+        return np.concatenate(pictures)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: Any) -> Array:
+        """One batch, uint8 (b, i, j, 3) on the devices."""
+        with jax.set_mesh(self.mesh):
+            condition = jax.device_put(self.condition(prompts), batch_sharding(self.mesh))
+            return self._compiled(self.parts, condition, image_keys(seeds), options)
+
+    def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
+        if hasattr(self.text, "features"):
+            condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
+        codes = self.family.sample(parts["model"], condition, keys, options)
+        images = self.codec.config.decode(parts["codec"], codes) if self.codec else codes
+        return to_uint8(images)
+
+    def save(self, folder: str | Path, name: str = "") -> None:
+        """Write a released model: weights, config, tokenizer, codec and a model card."""
+        artifact = self.source or Artifact(self.family, self.parts["model"], self.text)
+        count = sum(x.size for x in jax.tree.leaves(artifact.model))
+        fields = "\n".join(f"| {f.name} | {getattr(self.family, f.name)} |" for f in dataclasses.fields(self.family))
+        save_artifact(
+            artifact,
+            folder,
+            f"# {name or Path(folder).name}\n\nA text-to-image model of t2i_jax: {type(self.family).__name__}, "
+            f"{count / 1e6:.1f} M parameters, step {artifact.step}.\n\n"
+            f'```\nt2i sample {Path(folder).name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n',
+        )

@@ -1,0 +1,230 @@
+"""The trainer: what a run computes depends on its config alone, not on the mesh, on restarts or on how it is cut."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from flax import nnx
+
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training import records
+from t2i_jax.training.checkpoints import CheckpointError
+from t2i_jax.training.guard import NotFinite
+from t2i_jax.training.loop import Trainer, resolved, train
+from t2i_jax.training.optimizer import Optimizer
+from t2i_jax.training.state import rebuild
+
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+
+
+def same(a, b, tolerance=0.0):
+    for name, x in a.flat().items():
+        np.testing.assert_allclose(x, b.flat()[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def curve(folder):
+    return {line["step"]: line["loss"] for line in records.read(folder / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return train(toys.experiment(), folder), folder
+
+
+def test_loss_falls_and_metrics_are_written(straight):
+    state, folder = straight
+    losses = curve(folder)
+    assert list(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
+    assert int(state.carried["seen"][...]) == 6
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_run_that_goes_on_equals_one_that_never_stopped(straight, tmp_path):
+    experiment = toys.experiment()
+    stopped = stop_after(experiment, tmp_path, 3)
+    assert int(stopped.step) == 3
+    state = train(experiment, tmp_path)
+    same(state, straight[0])
+    assert curve(tmp_path) == curve(straight[1])
+
+
+def stop_after(experiment, folder, steps, monkeypatch=pytest.MonkeyPatch()):
+    """Run as if a signal had come at a step."""
+    import contextlib
+
+    from t2i_jax.training import loop
+
+    @contextlib.contextmanager
+    def signals():
+        yield lambda step: step == steps
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_signals", signals)
+        with pytest.raises(loop.Interrupted, match=f"step {steps}"):
+            train(experiment, folder)
+    trainer = Trainer(experiment, folder)
+    with jax.set_mesh(trainer.mesh):
+        return loop.Checkpoints(folder / "checkpoints").restore(trainer.target)[0]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_every_mesh_gives_the_same_run(straight, tmp_path, mesh):
+    state = train(toys.experiment(mesh=MeshConfig(*mesh)), tmp_path)
+    same(state, straight[0], 1e-5)
+
+
+@pytest.mark.parametrize("after", [(1, 1, 1), (2, 1, 1), (1, 2, 2), (8, 1, 1)])
+def test_a_run_goes_on_on_another_mesh(straight, tmp_path, after):
+    stop_after(toys.experiment(mesh=MeshConfig(1, 4, 2)), tmp_path, 3)
+    state = train(toys.experiment(mesh=MeshConfig(*after)), tmp_path)
+    same(state, straight[0], 1e-5)
+
+
+def test_moments_and_average_lie_as_the_parameters_do(tmp_path):
+    trainer = Trainer(toys.experiment(mesh=MeshConfig(1, 4, 2)), tmp_path)
+    state = trainer.start()
+    for _ in range(2):
+        expected = {v.shape: v[...].sharding for v in state.params.values()}
+        assert any(not s.is_fully_replicated for s in expected.values())
+        moments = [v for v in jax.tree.leaves(state.optimizer) if v.ndim > 1]
+        assert moments
+        for v in [*moments, *[a[...] for a in state.ema.values()]]:
+            assert v.sharding == expected[v.shape], (v.shape, v.sharding)
+        with jax.set_mesh(trainer.mesh):
+            state, _ = trainer.step(state, trainer.frozen, next(trainer.batches(0)))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    model, plain = toys.Identity(noise=0.0), Optimizer("sgd", learning_rate=0.1)
+    settings = {"optimizer": plain, "mesh": MeshConfig(4)}
+    whole = train(toys.experiment(model, **settings), tmp_path / "whole")
+    parts = train(toys.experiment(model, accumulate=4, **settings), tmp_path / "parts")
+    assert int(parts.carried["seen"][...]) == 24
+    for k, v in whole.params.items():
+        np.testing.assert_allclose(v[...], parts.params[k][...], rtol=1e-5, atol=1e-6)
+
+
+def test_players_move_only_what_they_own(tmp_path):
+    experiment = toys.experiment(toys.Game(), steps=1, players={"critic": Optimizer("sgd", learning_rate=0.0)})
+    trainer = Trainer(experiment, tmp_path)
+    before = jax.device_get({k: v[...] for k, v in trainer.start().params.items()})
+    after = train(experiment, tmp_path)
+    moved = {k for k, v in after.params.items() if not np.array_equal(v[...], before[k])}
+    assert moved == {"artist.w", "artist.b"}
+    assert set(after.optimizer) == {"artist", "critic"}
+    line = records.read(tmp_path / "metrics.jsonl")[-1]
+    assert "artist/loss" in line and "critic/gradient_norm" in line
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd", "muon"])
+def test_optimisers_by_name(name, tmp_path):
+    experiment = toys.experiment(toys.Identity(noise=0.0), optimizer=Optimizer(name, learning_rate=1e-2), steps=4)
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(1, 4, 2))
+    train(experiment, tmp_path)
+    assert curve(tmp_path)[4] < curve(tmp_path)[1]
+
+
+def test_unknown_optimiser_and_option_name_the_nearest():
+    with pytest.raises(ConfigError, match="adamw|adam"):
+        Optimizer("adamW2").build(10)
+    with pytest.raises(ConfigError, match="eps_root"):
+        Optimizer(options={"epsroot": 1.0}).build(10)
+
+
+def test_schedules_start_low_and_end_where_they_should():
+    for schedule, last in (("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)):
+        rate = Optimizer(learning_rate=1.0, schedule=schedule, warmup=10).learning_rates(100)
+        assert rate(0) == pytest.approx(0.1) and rate(10) == pytest.approx(1.0) and rate(100) == pytest.approx(last)
+
+
+def test_the_guard_names_the_step_and_the_layer(tmp_path):
+    trainer = Trainer(toys.experiment(), tmp_path)
+    state = trainer.start()
+    broken = state.params["layers.w"].replace(state.params["layers.w"][...].at[1, 0, 0].set(jnp.nan))
+    state = dataclasses.replace(state, params=state.params | {"layers.w": broken})
+    from t2i_jax.training.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(state, 16, 1)
+    checkpoints.close()
+    with pytest.raises(NotFinite, match=r"step 1(.|\n)*layers\.w\[layer 1\]"):
+        train(toys.experiment(), tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logarithm(toys.Identity):
+    def loss(self, model, batch, key):
+        return jnp.mean(jnp.log(model(batch["x"]))), {}
+
+
+def test_the_guard_finds_the_operation(tmp_path):
+    with pytest.raises(NotFinite, match=r"step 1(.|\n)*log"):
+        train(toys.experiment(Logarithm()), tmp_path)
+
+
+def test_another_config_is_refused_with_what_changed(straight):
+    _, folder = straight
+    with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 1(.|\n)*train\.ema: 0.9 -> 0.5"):
+        train(toys.experiment(seed=1, ema=0.5), folder)
+    train(toys.experiment(log_every=5), folder)  # what changes no number may change
+
+
+def test_another_model_is_refused_by_array_name(straight):
+    _, folder = straight
+    (folder / "config.json").rename(folder / "config.bak")
+    try:
+        with pytest.raises(ConfigError, match=r"layers\.w: saved .*3, 8, 8.* wanted .*2, 8, 8"):
+            train(toys.experiment(toys.Identity(depth=2)), folder)
+    finally:
+        (folder / "config.bak").rename(folder / "config.json")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight, capsys):
+    train(toys.experiment(), tmp_path)
+    for file in (tmp_path / "checkpoints" / "6" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    state = train(toys.experiment(), tmp_path)
+    assert "passed over" in capsys.readouterr().err
+    same(state, straight[0])
+
+
+def test_no_readable_checkpoint_is_an_error_that_lists_them(tmp_path):
+    train(toys.experiment(), tmp_path)
+    for file in (tmp_path / "checkpoints").rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint can be read(.|\n)*checkpoints/6"):
+        train(toys.experiment(), tmp_path)
+
+
+def test_metrics_survive_a_line_cut_short(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    writer = records.Records(tmp_path, 1)
+    writer.write(2, {"loss": float("nan")})
+    writer.close()
+    assert records.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]
+
+
+def test_batch_that_the_mesh_cannot_split_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size 6"):
+        Trainer(toys.experiment(data=toys.Numbers(6), mesh=MeshConfig(8)), tmp_path)
+
+
+def test_rebuild_is_the_inverse_of_named(tmp_path):
+    model = toys.Identity().init(jax.random.key(0))
+    from t2i_jax.training.state import named
+
+    again = rebuild(model, named(model))
+    assert isinstance(again.layers.w, nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+
+
+def test_resolved_config_is_written(straight):
+    config = json.loads((straight[1] / "config.json").read_text())
+    assert config["train"]["steps"] == 6 and config["model"]["type"].endswith("Identity")
+    assert resolved(toys.experiment(), steps=9).train.steps == 9
