@@ -1,0 +1,182 @@
+"""What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
+of a frozen one.
+
+A config (`Classes`, `Captions`, `Features`) has `length`, the number of tokens; `inputs`, the keys of the batch that it
+reads; and `init(key, width)`. The module it makes maps (batch, drop) to tokens (b, s, d) and a mask (b, s) of the tokens
+a network may look at. `drop` (b,) marks rows that get the learned unconditional tokens instead of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+
+Batch = Mapping[str, Array]
+
+SOURCES = {
+    "label": "a data source with class labels",
+    "text": "the tokeniser of the data pipeline (`text` of the experiment)",
+    "text_mask": "the tokeniser of the data pipeline (`text` of the experiment)",
+    "features": "a frozen text encoder, in the data pipeline or stored before training by `t2i encode`",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """One token, a row of a table of classes; the last row is the unconditional one."""
+
+    count: int = 1000
+    """number of classes; 0 is an unconditional model"""
+
+    length = 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("label",) if self.count else ()
+
+    def init(self, key: Array, width: int) -> ClassTokens:
+        return ClassTokens(self, key, width)
+
+
+class ClassTokens(nnx.Module):
+    """`label` int (b,) -> one token (b, 1, d), always visible."""
+
+    def __init__(self, config: Classes, key: Array, width: int):
+        self.config, self.table = config, Embedding(config.count + 1, width, key)
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        count = self.config.count
+        label = ids(batch, "label", count) if count else jnp.zeros(drop.shape, jnp.int32)
+        tokens = self.table(jnp.where(drop, count, label))[:, None]
+        return tokens.astype(dtype), jnp.ones(tokens.shape[:2], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """Token ids read by a bidirectional Transformer that is trained with the model."""
+
+    vocabulary: int = 2000
+    length: int = 32
+    """tokens of a caption, as the tokeniser pads them"""
+    width: int = 256
+    depth: int = 4
+    heads: int = 4
+
+    inputs = ("text", "text_mask")
+
+    def init(self, key: Array, width: int) -> CaptionTokens:
+        return CaptionTokens(self, key, width)
+
+
+class CaptionTokens(nnx.Module):
+    """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible.
+
+    Slots that hold no text hold learned padding (Nichol et al. 2022, GLIDE). A dropped caption is one whose slots all
+    hold padding, and so is an empty one.
+    """
+
+    def __init__(self, config: Captions, key: Array, width: int):
+        keys = jax.random.split(key, 5)
+        self.config = config
+        self.table = Embedding(config.vocabulary, config.width, keys[0])
+        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
+        self.blocks = stack(Layer(config.width, config.heads), config.depth, keys[2])
+        self.norm = RMSNorm(config.width)
+        self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
+        self.padding = param(normal(keys[4], (config.length, width)), None, "embed")
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
+        same_length("text", text.shape[1], self.config.length)
+        mask = mask & ~drop[:, None]
+        x = (self.table(text) + self.position[...]).astype(dtype)
+        x, _ = apply_stack(self.blocks, x, mask=mask[:, None, None])
+        tokens = jnp.where(mask[..., None], self.out(self.norm(x)), self.padding[...].astype(dtype))
+        return tokens, jnp.ones_like(mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Features of a frozen text encoder, projected by a small MLP (Sun et al. 2024, LlamaGen)."""
+
+    dim: int = 384
+    """size k of a feature vector"""
+    length: int = 64
+    """vectors of a caption"""
+    trained_null: bool = True
+    """learn the unconditional features; false keeps the random ones, or those of a loaded checkpoint"""
+    left: bool = False
+    """move text to the last slots and zero the others, as LlamaGen does"""
+    null_keeps_mask: bool = False
+    """dropped rows stay masked to the length of their caption, as in LlamaGen; else all their slots are visible"""
+
+    inputs = ("features",)
+
+    def init(self, key: Array, width: int) -> FeatureTokens:
+        return FeatureTokens(self, key, width)
+
+
+class FeatureTokens(nnx.Module):
+    """`features` float (b, s, k), `text_mask` bool (b, s) if any slots are padding -> tokens (b, s, d), text visible.
+
+    The unconditional features (s, k) stand in before the projection, for dropped rows and for rows without any text.
+    """
+
+    def __init__(self, config: Features, key: Array, width: int):
+        keys = jax.random.split(key, 3)
+        self.config = config
+        null = normal(keys[0], (config.length, config.dim), config.dim**-0.5)
+        self.null = param(null, None, None) if config.trained_null else Carried(null, axes=(None, None))
+        self.into = Linear(config.dim, width, keys[1], bias=False, axes=(None, "mlp"))
+        self.out = Linear(width, width, keys[2], bias=False, axes=("mlp", "embed"))
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        x = value(batch, "features")
+        same_length("features", x.shape[1], self.config.length)
+        mask = jnp.asarray(batch.get("text_mask", jnp.ones(x.shape[:2], bool)))
+        if self.config.left:
+            order = jnp.argsort(mask, 1, stable=True)  # padding first, text after it in its own order
+            x, mask = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(mask, order, 1)
+        x = jnp.where(mask[..., None], x, 0)
+        empty = ~mask.any(1)
+        null = drop | empty
+        mask = mask | (empty if self.config.null_keeps_mask else null)[:, None]
+        x = jnp.where(null[:, None, None], self.null[...], x).astype(dtype)
+        return self.out(jax.nn.gelu(self.into(x))), mask
+
+
+Condition = Classes | Captions | Features
+
+
+def value(batch: Batch, name: str) -> Array:
+    """A condition of the batch. Errors: ValueError if it is missing."""
+    if name not in batch:
+        raise ValueError(
+            f"the batch has no '{name}'; it comes from {SOURCES[name]}. It has: {', '.join(sorted(batch))}"
+        )
+    return jnp.asarray(batch[name])
+
+
+def ids(batch: Batch, name: str, count: int) -> Array:
+    """Ids of the batch, checked to be in 0 .. count - 1 when their values are known, that is outside of `jit`."""
+    x = value(batch, name)
+    if not isinstance(x, jax.core.Tracer):
+        known = np.asarray(x)
+        if known.size and (known.min() < 0 or known.max() >= count):
+            raise ValueError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")
+    return x
+
+
+def same_length(name: str, found: int, length: int) -> None:
+    if found != length:
+        raise ValueError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")
