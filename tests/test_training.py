@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def stop_after(experiment, folder, steps, monkeypatch=pytest.MonkeyPatch()):
 
     @contextlib.contextmanager
     def signals():
-        yield lambda step: step == steps
+        yield lambda step: signal.SIGINT if step == steps else 0
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "stop_signals", signals)

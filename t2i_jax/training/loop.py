@@ -38,7 +38,11 @@ Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, saved itself and can go on with the same command."""
+    """The run was asked to stop by a signal, saved itself and can go on with the same command."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = int(number)
 
 
 class Trainer:
@@ -250,7 +254,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
                 checkpoints.save(state, position, step)
             if stop:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step}, saved in {folder}; the same command goes on from here")
+                raise Interrupted(f"stopped at step {step}, saved in {folder}; the same command goes on from here", stop)
             look(step)
         settle(0)
         checkpoints.wait()
@@ -261,7 +265,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Gives a function (step) -> bool: whether the run should save and stop. All processes agree on the step."""
+    """Gives a function (step) -> signal number, or 0 to go on. All processes agree on the step at which they stop."""
     asked: list[int] = []
 
     def note(number, _frame):
@@ -276,7 +280,8 @@ def stop_signals():
         before = {s: signal.signal(s, note) for s in signals}
     try:
         # Among several processes JAX's own service passes the preemption notice on and picks a common step.
-        yield lambda step: multihost_utils.reached_preemption_sync_point(step) if several else bool(asked)
+        common = lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        yield common if several else lambda step: asked[0] if asked else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+T2I    := $(BIN)/t2i
+RUN    := runs/quickstart
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+.PHONY: help install quickstart test test-all check format clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.done ## make .venv and install the library with everything that `quickstart` and `test` use
+$(VENV)/.done: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,features,test,dev]'
+	touch $@
+
+quickstart: install ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
+	$(T2I) data build glyphs --out data/glyphs --size 32
+	$(T2I) data vocab configs/quickstart.py --out data/glyphs/vocabulary.model
+	$(T2I) train configs/quickstart_codec.py --run $(RUN)/codec
+	$(T2I) encode configs/quickstart.py --out data/glyphs_codes
+	$(T2I) train configs/quickstart.py --run $(RUN)/model
+	$(T2I) evaluate $(RUN)/model --out $(RUN)
+	@echo "look at $(RUN)/samples.png; the numbers are in $(RUN)/report.json"
+
+test: install ## the tests of every room, in at most 20 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
+
+test-all: install ## the long tests too: kills, many processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: install ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: install ## put the code into the house's form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove runs, built data and caches
+	rm -rf runs data .cache

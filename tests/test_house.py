@@ -1,0 +1,77 @@
+"""The floors of the house: what may import what, and what may never be imported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent / "t2i_jax"
+
+# Lowest floor first; a room may import rooms of its own floor's name and of floors before it, never of later ones.
+FLOORS = [
+    ("parallel", "flops", "pictures"),
+    ("nn", "noise", "platform", "config"),
+    ("interop",),
+    ("text", "codecs", "data"),
+    ("models",),
+    ("training",),
+    ("pipeline",),
+    ("evaluation", "previews", "encode", "bench", "plan"),
+    ("cli",),
+]
+EXTRAS = ("torch", "tensorflow", "transformers", "diffusers", "libtpu")
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of everything a file imports, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return names
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if name.startswith("t2i_jax.") else ""
+
+
+FILES = sorted(HOUSE.rglob("*.py"))
+FLOOR = {r: i for i, floor in enumerate(FLOORS) for r in floor}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(HOUSE)))
+def test_imports_go_down(file):
+    mine = file.relative_to(HOUSE).parts[0].removesuffix(".py")
+    if mine == "__init__":
+        return
+    assert mine in FLOOR, f"{mine} stands on no floor: add it to FLOORS and to ARCHITECTURE.md"
+    for name in imports(file):
+        other = room(name)
+        if other and other in FLOOR and other != mine:
+            assert FLOOR[other] < FLOOR[mine], f"{file.name} ({mine}) imports {name}, which stands above or beside it"
+
+
+@pytest.mark.parametrize("file", sorted((HOUSE / "models").glob("*.py")), ids=lambda f: f.name)
+def test_families_do_not_know_each_other(file):
+    others = {f"t2i_jax.models.{f.stem}" for f in (HOUSE / "models").glob("*.py") if f != file}
+    assert not others & imports(file)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(HOUSE)))
+def test_no_private_or_stateful_interfaces(file):
+    names = imports(file)
+    assert not any(n.startswith("jax._src") for n in names)
+    text = file.read_text()
+    for word in ("nnx.jit", "nnx.grad", "nnx.scan", "nnx.Optimizer", "nnx.Rngs"):
+        assert word not in text
+
+
+def test_importing_the_library_brings_no_extra():
+    modules = [".".join(("t2i_jax", *f.relative_to(HOUSE).with_suffix("").parts)) for f in FILES if f.stem != "__init__"]
+    code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\n"
+    code += f"bad = [m for m in {EXTRAS} if m in sys.modules]\nsys.exit(f'imported: {{bad}}' if bad else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
