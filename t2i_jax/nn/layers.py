@@ -5,12 +5,14 @@ dimensions of a parameter for `t2i_jax.parallel`.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class Carried(nnx.Variable):
@@ -24,6 +26,15 @@ class Carried(nnx.Variable):
 def param(value: Array, *axes: str | None) -> nnx.Param:
     """A trainable array whose trailing dimensions carry the names `axes`."""
     return nnx.Param(value, axes=axes)
+
+
+def replace(module: M, **values: Any) -> M:
+    """A copy of `module` in which the named attributes hold `values`: arrays for variables, modules for modules."""
+    copy = jax.tree.map(lambda leaf: leaf, module)
+    for name, value in values.items():
+        old = getattr(copy, name)
+        setattr(copy, name, old.replace(value) if isinstance(old, nnx.Variable) else value)
+    return copy
 
 
 def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Array:

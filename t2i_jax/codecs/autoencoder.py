@@ -1,0 +1,153 @@
+"""The convolutional encoder and decoder that VQGAN and KL autoencoders share (Esser et al. 2021, arXiv:2012.09841)."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, patchify, unpatchify
+from t2i_jax.nn.layers import Conv, GroupNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of encoder and decoder. The defaults are the f16 model of VQGAN and LlamaGen (72M parameters)."""
+
+    channels: int = 128
+    """channels at the finest level"""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """channels of each level over `channels`, finest level first; each level but the last halves the image"""
+    blocks: int = 2
+    """residual blocks per level of the encoder"""
+    decoder_blocks: int | None = None
+    """residual blocks per level of the decoder; None is one more than in the encoder"""
+    latent: int = 256
+    """channels between encoder and decoder"""
+    moments: bool = False
+    """the encoder gives a mean and a log-variance: twice as many channels as the decoder takes"""
+    attention: tuple[int, ...] = (-1,)
+    """levels with attention after each block, 0 the finest, -1 the coarsest"""
+    decoder_attention: tuple[int, ...] | None = None
+    """the same for the decoder; None is as in the encoder"""
+    middle_attention: bool = True
+    """attention between the two blocks in the middle of encoder and decoder"""
+    patch: int = 1
+    """squares of so many pixels a side enter and leave as channels, so that no convolution sees the full image"""
+    groups: int = 32
+    """groups of the normalisation"""
+    eps: float = 1e-6
+    """what keeps the normalisation from dividing by zero"""
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along a side."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    def attends(self, levels: tuple[int, ...]) -> tuple[bool, ...]:
+        """Which levels have attention. Errors: `ValueError` for a level that does not exist."""
+        count = len(self.multipliers)
+        if any(not -count <= level < count for level in levels):
+            raise ValueError(f"attention levels {levels}: multipliers {self.multipliers} make levels 0 to {count - 1}")
+        return tuple(level in levels or level - count in levels for level in range(count))
+
+
+class Level(nnx.Module):
+    """Blocks at one resolution, each followed by attention where wanted, then the way to the next resolution."""
+
+    def __init__(self, c: int, f: int, blocks: int, attend: bool, resample: type | None, config, key: Array):
+        keys = jax.random.split(key, 2 * blocks + 1)
+        norm = {"groups": config.groups, "eps": config.eps}
+        self.blocks = nnx.List([ResBlock(c if n == 0 else f, f, keys[n], **norm) for n in range(blocks)])
+        self.attention = nnx.List(
+            [SpatialAttention(f, keys[blocks + n], **norm) for n in range(blocks if attend else 0)]
+        )
+        self.resample = resample(f, keys[-1]) if resample else None
+
+    def __call__(self, x: Array) -> Array:
+        for n, block in enumerate(self.blocks):
+            x = block(x)
+            if len(self.attention):
+                x = self.attention[n](x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nnx.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, c: int, config: AutoencoderConfig, key: Array):
+        first, second, third = jax.random.split(key, 3)
+        norm = {"groups": config.groups, "eps": config.eps}
+        self.block1 = ResBlock(c, c, first, **norm)
+        self.attention = SpatialAttention(c, second, **norm) if config.middle_attention else None
+        self.block2 = ResBlock(c, c, third, **norm)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.block1(x)
+        return self.block2(x if self.attention is None else self.attention(x))
+
+
+class Encoder(nnx.Module):
+    """Images to a grid of vectors: (b, i, j, 3) -> (b, i/factor, j/factor, latent); `moments` doubles latent."""
+
+    def __init__(self, config: AutoencoderConfig, key: Array):
+        keys = jax.random.split(key, 3 + len(config.multipliers))
+        widths, last = config.widths(), len(config.multipliers) - 1
+        attends = config.attends(config.attention)
+        self.patch = config.patch
+        self.stem = Conv(3 * config.patch**2, config.channels, keys[0])
+        self.levels = nnx.List(
+            [
+                Level(c, f, config.blocks, attends[n], Downsample if n < last else None, config, keys[3 + n])
+                for n, (c, f) in enumerate(zip((config.channels, *widths[:-1]), widths, strict=True))
+            ]
+        )
+        self.middle = Middle(widths[-1], config, keys[1])
+        self.norm = GroupNorm(widths[-1], config.groups, config.eps)
+        self.out = Conv(widths[-1], config.latent * (2 if config.moments else 1), keys[2])
+
+    def __call__(self, images: Array) -> Array:
+        x = self.stem(patchify(images, self.patch))
+        for level in self.levels:
+            x = level(x)
+        return self.out(jax.nn.silu(self.norm(self.middle(x))))
+
+
+class Decoder(nnx.Module):
+    """A grid of vectors to images: (b, h, w, latent) -> (b, h*factor, w*factor, 3)."""
+
+    def __init__(self, config: AutoencoderConfig, key: Array):
+        keys = jax.random.split(key, 3 + len(config.multipliers))
+        widths = config.widths()[::-1]  # in the order of execution: coarsest first
+        last = len(widths) - 1
+        attention = config.attention if config.decoder_attention is None else config.decoder_attention
+        attends = config.attends(attention)[::-1]
+        blocks = config.blocks + 1 if config.decoder_blocks is None else config.decoder_blocks
+        self.patch = config.patch
+        self.stem = Conv(config.latent, widths[0], keys[0])
+        self.middle = Middle(widths[0], config, keys[1])
+        self.levels = nnx.List(
+            [
+                Level(c, f, blocks, attends[n], Upsample if n < last else None, config, keys[3 + n])
+                for n, (c, f) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
+            ]
+        )
+        self.norm = GroupNorm(widths[-1], config.groups, config.eps)
+        self.out = Conv(widths[-1], 3 * config.patch**2, keys[2])
+
+    def features(self, z: Array) -> Array:
+        """What enters the last convolution: the adaptive adversarial weight asks for gradients at that layer."""
+        x = self.middle(self.stem(z))
+        for level in self.levels:
+            x = level(x)
+        return jax.nn.silu(self.norm(x))
+
+    def paint(self, features: Array) -> Array:
+        """The last convolution."""
+        return unpatchify(self.out(features), self.patch)
+
+    def __call__(self, z: Array) -> Array:
+        return self.paint(self.features(z))

@@ -1,0 +1,93 @@
+"""PatchGAN: judges overlapping patches of an image, one logit each (Isola et al. 2017, arXiv:1611.07004)."""
+
+import dataclasses
+from itertools import pairwise
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.layers import Carried, Conv, GroupNorm, normal, param, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Sizes of a PatchGAN; a logit sees 70 x 70 pixels by default."""
+
+    width: int = 64
+    """channels after the first convolution; doubled by each further one, up to eightfold"""
+    layers: int = 3
+    """convolutions that halve the image; two more keep it"""
+    norm: Literal["batch", "group", "none"] = "batch"
+    """normalisation between them"""
+
+
+class BatchNorm(nnx.Module):
+    """Normalises channels over batch and positions (Ioffe & Szegedy 2015): (b, i, j, c) -> (b, i, j, c).
+
+    In training the statistics are the batch's, and the running ones, `decay` old + (1 - decay) new, come back in a new
+    module; else the running ones are used.
+    """
+
+    def __init__(self, c: int, key: Array, eps: float = 1e-5, decay: float = 0.9):
+        self.w = param(1 + normal(key, (c,)), None)
+        self.b = param(jnp.zeros(c), None)
+        self.mean = Carried(jnp.zeros(c))
+        self.var = Carried(jnp.ones(c))
+        self.eps, self.decay = eps, decay
+
+    def __call__(self, x: Array, train: bool) -> tuple[Array, "BatchNorm"]:
+        y = x.astype(jnp.float32)
+        mean, var, after = self.mean[...], self.var[...], self
+        if train:
+            mean = y.mean((0, 1, 2))
+            var = jnp.mean((y - mean) ** 2, (0, 1, 2))
+            count = y.size // y.shape[-1]
+            lerp = lambda old, new: self.decay * old + (1 - self.decay) * jax.lax.stop_gradient(new)
+            unbiased = var * count / max(count - 1, 1)
+            after = replace(self, mean=lerp(self.mean[...], mean), var=lerp(self.var[...], unbiased))
+        y = (y - mean) * (jax.lax.rsqrt(var + self.eps) * self.w[...]) + self.b[...]
+        return y.astype(x.dtype), after
+
+
+class Discriminator(nnx.Module):
+    """Images (b, i, j, 3) in [-1, 1] -> logits (b, i', j', 1), high for real."""
+
+    def __init__(self, config: DiscriminatorConfig, key: Array):
+        widths = [config.width * min(2**n, 8) for n in range(config.layers + 1)]
+        keys = jax.random.split(key, 2 * len(widths) + 1)
+        # 4x4, padded by one; a normalisation makes a bias before it useless.
+        conv = lambda c, f, key, stride, bias: Conv(
+            c, f, key, kernel=4, stride=stride, padding=((1, 1), (1, 1)), bias=bias, std=0.02
+        )
+        self.stem = conv(3, widths[0], keys[0], 2, True)
+        self.convs = nnx.List(
+            [
+                conv(c, f, keys[2 * n + 1], 2 if n < config.layers - 1 else 1, config.norm == "none")
+                for n, (c, f) in enumerate(pairwise(widths))
+            ]
+        )
+        self.norms = nnx.List([self._norm(config.norm, f, keys[2 * n + 2]) for n, f in enumerate(widths[1:])])
+        self.out = conv(widths[-1], 1, keys[-1], 1, True)
+
+    @staticmethod
+    def _norm(kind: str, c: int, key: Array) -> nnx.Module | None:
+        if kind == "batch":
+            return BatchNorm(c, key)
+        return GroupNorm(c, min(32, c), 1e-5) if kind == "group" else None
+
+    def __call__(self, images: Array, train: bool = True) -> tuple[Array, "Discriminator"]:
+        """Logits, and the discriminator with its running statistics moved."""
+        x = jax.nn.leaky_relu(self.stem(images), 0.2)
+        norms = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = conv(x)
+            if isinstance(norm, BatchNorm):
+                x, norm = norm(x, train)
+            elif norm is not None:
+                x = norm(x)
+            norms.append(norm)
+            x = jax.nn.leaky_relu(x, 0.2)
+        return self.out(x), replace(self, norms=nnx.List(norms))

@@ -1,0 +1,84 @@
+"""How far a reconstruction is from its image: pixels, features of a frozen network, a discriminator's opinion."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2"]) -> Array:
+    """Mean absolute or squared difference, a scalar."""
+    d = x.astype(jnp.float32) - y.astype(jnp.float32)
+    return jnp.mean(jnp.abs(d) if kind == "l1" else d * d)
+
+
+def psnr(x: Array, y: Array) -> Array:
+    """Peak signal-to-noise ratio in dB of images (b, i, j, c) in [-1, 1], the mean over the batch."""
+    mse = jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2, (1, 2, 3))
+    return jnp.mean(10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)))
+
+
+class Trunk(NamedTuple):
+    """The convolutions of VGG16 (Simonyan & Zisserman 2015), never trained; scales of the input are in the first."""
+
+    shift: Array
+    """(3,) the mean colour, in [-1, 1]"""
+    blocks: tuple[tuple[tuple[Array, Array], ...], ...]
+    """per block, per convolution: kernel (3, 3, c, f), bias (f,)"""
+    heads: tuple[Array, ...]
+    """per block: the weight (f,) of each channel's difference"""
+
+
+def features(trunk: Trunk, images: Array) -> list[Array]:
+    """Images (b, i, j, 3) in [-1, 1] -> the last activation of each block, at full, half, quarter ... resolution."""
+    smallest = 2 ** (len(trunk.blocks) - 1)
+    if min(images.shape[1:3]) < smallest:
+        raise ValueError(
+            f"images of {images.shape[1:3]} are too small for {len(trunk.blocks)} blocks: from {smallest} on"
+        )
+    x, taps = images - trunk.shift.astype(images.dtype), []
+    for block in trunk.blocks:
+        if taps:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        for w, b in block:
+            x = jax.lax.conv_general_dilated(
+                x, w.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.relu(x + b.astype(x.dtype))
+        taps.append(x)
+    return taps
+
+
+def perceptual(trunk: Trunk, x: Array, y: Array) -> Array:
+    """LPIPS of images (b, i, j, 3) in [-1, 1]: float (b,), 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924)."""
+    return compare(features(trunk, x), features(trunk, y), trunk.heads)
+
+
+def compare(xs: list[Array], ys: list[Array], heads: tuple[Array, ...]) -> Array:
+    """Squared differences of unit features: weighted over channels, mean over positions, summed over blocks (eq. 1)."""
+    unit = lambda f: f / (jnp.sqrt(jnp.sum(f * f, -1, keepdims=True) + 1e-20) + 1e-10)
+    distance = lambda x, y, w: jnp.mean(((unit(x) - unit(y)) ** 2) @ w, (1, 2))
+    fp32 = lambda f: f.astype(jnp.float32)
+    return sum(distance(fp32(x), fp32(y), w) for x, y, w in zip(xs, ys, heads, strict=True))
+
+
+def hinge_discriminator(real: Array, fake: Array) -> Array:
+    """What the discriminator lowers: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
+    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
+
+
+def hinge_generator(fake: Array) -> Array:
+    """What the generator lowers: the negated mean logit of its images."""
+    return -jnp.mean(fake)
+
+
+def adaptive_weight(faithful: Callable[[Array], Array], adversarial: Callable[[Array], Array], w: Array) -> Array:
+    """The weight that makes two losses pull equally hard at a kernel: |d faithful/dw| / (|d adversarial/dw| + 1e-4).
+
+    Both are functions of `w`, the decoder's last kernel. Clipped to 1e4, without gradient (arXiv:2012.09841 eq. 7).
+    """
+    w = jax.lax.stop_gradient(w)
+    size = lambda loss: jnp.linalg.norm(jax.grad(loss)(w).reshape(-1))
+    return jax.lax.stop_gradient(jnp.clip(size(faithful) / (size(adversarial) + 1e-4), 0, 1e4))

