@@ -63,7 +63,7 @@ def guide(logits: Array, null: Array, scale: Array | float) -> Array:
 
 
 def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
-    """Weights (..., v) fp32 in [0, 1], the largest 1: exp of the logits after temperature, top-k and top-p in that order.
+    """Weights (..., v) fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
 
     Top-p sums the probabilities that are left after top-k, and keeps a token while the ones above it sum to p at most
     (Holtzman et al. 2020); equal logits are kept or dropped together.

@@ -108,6 +108,11 @@ class Cache(NamedTuple):
         shape = (*(() if depth is None else (depth,)), b, layer.groups, s, layer.head)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
+    def grow(self, s: int) -> Cache:
+        """The same with room for s positions."""
+        room = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, s - x.shape[-2]), (0, 0)])
+        return self._replace(k=room(self.k), v=room(self.v))
+
     def extend(self, k: Array, v: Array) -> tuple[Cache, Array, Array]:
         """Write k and v (b, t, m, h) at position `at`; returns the new cache and all keys and values (b, s, m, h)."""
         first = () if self.layer is None else (self.layer,)

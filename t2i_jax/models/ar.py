@@ -1,0 +1,289 @@
+"""Next-token prediction of image tokens: p(x | c) = prod_i p(x_i | x_<i, c).
+
+Parti (Yu et al. 2022) and LlamaGen (Sun et al. 2024): the codes of an image in raster order, behind the tokens of a
+condition, in one causal Transformer. The sequence is [condition (s tokens)][x_0 .. x_{L-1}]; the logits of x_i come out
+where x_{i-1} goes in, those of x_0 at the last condition token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
+from t2i_jax.nn.condition import Classes, Condition
+from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
+from t2i_jax.nn.layers import Embedding, normal, param
+from t2i_jax.nn.losses import chunked_cross_entropy
+from t2i_jax.nn.transformer import Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.parallel import shard
+
+Progress = Callable[[Array, Array], None]
+
+SIZES: dict[str, dict[str, int]] = {
+    "1M": dict(width=128, depth=4, heads=4, mlp=384),
+    "5M": dict(width=256, depth=6, heads=4, mlp=704),
+    "30M": dict(width=512, depth=9, heads=8, mlp=1408),
+    "llamagen-b": dict(width=768, depth=12, heads=12, mlp=2048),  # 0.1 B
+    "llamagen-l": dict(width=1024, depth=24, heads=16, mlp=2816),  # 0.3 B
+    "llamagen-xl": dict(width=1280, depth=36, heads=20, mlp=3584),  # 0.8 B
+    "llamagen-1b": dict(width=2048, depth=22, heads=32, mlp=5632),
+    "llamagen-xxl": dict(width=1536, depth=48, heads=24, mlp=4096),  # 1.4 B
+    "llamagen-3b": dict(width=3200, depth=24, heads=32, mlp=8704),
+    "llamagen-xxxl": dict(width=2560, depth=48, heads=40, mlp=6912),  # 3.9 B
+    "llamagen-7b": dict(width=4096, depth=32, heads=32, mlp=11008),
+    "20B": dict(width=6144, depth=52, heads=48, kv_heads=8, mlp=16384),  # the size of the largest Parti
+}
+"""Published and own shapes, by name; parameters without the condition's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AR:
+    """A causal Transformer over the codes of an image, and how it is trained."""
+
+    vocabulary: int = 1024
+    """Codes of the codec."""
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of codes."""
+    width: int = 256
+    depth: int = 6
+    heads: int = 4
+    kv_heads: int = 0
+    """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); 0 is as many as heads."""
+    mlp: int = 0
+    """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
+    qk_norm: bool = False
+    """Normalise queries and keys per head (Dehghani et al. 2023)."""
+    condition: Condition = Classes(1000)
+    """What stands before the image: classes, captions or features."""
+    tied: bool = False
+    """Use the token table as the output matrix too."""
+    zero_output: bool = False
+    """Start with an output matrix of zeros, that is with equal probabilities."""
+    rotary_base: float = 10000.0
+    prefix_rotary: Literal["identity", "zero"] = "identity"
+    """Condition tokens are not turned, or (what released LlamaGen weights need) multiplied by zero."""
+    dropout: float = 0.1
+    """Of what each attention and MLP adds, in training."""
+    token_dropout: float = 0.1
+    """Of the embedded sequence, in training."""
+    condition_dropout: float = 0.1
+    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    """Weight of (log Z)^2."""
+    loss_chunk: int = 0
+    """Tokens of each image whose logits are held at a time; 0 is all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, logits and losses are fp32."""
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each layer keeps for its backward pass."""
+
+    @classmethod
+    def sized(cls, size: str, **fields: Any) -> AR:
+        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        return cls(**(SIZES[size] | fields))
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def layer(self) -> Layer:
+        """One block of the Transformer."""
+        return Layer(
+            self.width, self.heads, self.kv_heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout
+        )
+
+    def options(self) -> Sampling:
+        """How `sample` draws unless told otherwise."""
+        return Sampling()
+
+    def init(self, key: Array) -> Network:
+        """A model with fresh parameters."""
+        return Network(self, key)
+
+    # -- training
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
+
+        batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
+        """
+        keys = jax.random.split(key)
+        b = batch["codes"].shape[0]
+        z = self._features(model, batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)), keys[1])
+        loss, nll, correct = self._score(model, z, batch, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+        mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
+        loss = mean(loss)
+        return loss, {"loss": loss, "bits_per_token": mean(nll) / math.log(2), "accuracy": mean(correct)}
+
+    def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
+        """log p(codes | condition) of each image in nats: (b,) fp32."""
+        z = self._features(model, batch, jnp.zeros(batch["codes"].shape[0], bool))
+        return -self._score(model, z, batch)[1].sum(-1)
+
+    def forward(self, model: Network, batch: dict[str, Array], dropped: Array | None = None) -> Array:
+        """Logits (b, L, v) fp32 of every code given those before it; `dropped` bool (b,) marks unconditional rows."""
+        dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
+        return model.logits(self._features(model, batch, dropped))
+
+    def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
+        """What comes out of the Transformer where logits are read: (b, L, d)."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        prefix, valid = self._prefix(model, batch, dropped)
+        codes = rearrange(batch["codes"], "b h w -> b (h w)")
+        x = jnp.concatenate([prefix, self._embed(model, codes[:, :-1])], 1)  # the last code predicts nothing
+        s, t = prefix.shape[1], x.shape[1]
+        x, _ = apply_stack(
+            model.blocks,
+            shard(drop(x, self.token_dropout, keys[0]), "batch", "length", None),
+            rotary=tuple(table[:t] for table in self._rotary(s)),
+            mask=_visible(jnp.pad(valid, ((0, 0), (0, t - s)), constant_values=True)),
+            key=keys[1],
+            remat=self.remat,
+        )
+        return x[:, s - 1 :]
+
+    def _score(self, model: Network, z: Array, batch: dict[str, Array], **options: float) -> tuple[Array, ...]:
+        codes = rearrange(batch["codes"], "b h w -> b (h w)")
+        return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
+
+    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
+        """The condition's tokens (b, s, d) and which of them are real (b, s)."""
+        return model.condition(batch, dropped, self.dtype)
+
+    def _embed(self, model: Network, codes: Array) -> Array:
+        return shard(model.tokens(codes).astype(self.dtype), "batch", "length", None)
+
+    def _rotary(self, s: int) -> Rotary:
+        """cos and sin (s + L, h / 2): a grid behind s condition tokens, which stand nowhere on it."""
+        angles = rotary_2d(self.grid, self.layer.head, self.rotary_base)
+        return with_prefix(jnp.cos(angles), jnp.sin(angles), s, zero=self.prefix_rotary == "zero")
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Network,
+        condition: dict[str, Array],
+        keys: Array,
+        options: Sampling | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | int = 0,
+        guided: bool = True,
+        segments: int = 8,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
+
+        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
+        one batch of 2b. All options are traced: new values do not compile anew.
+
+        known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work.
+        segments: the cache grows in so many steps, and attention reads no more than it holds; static.
+        progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
+        """
+        known = jnp.zeros((keys.shape[0], *self.grid), jnp.int32) if known is None else known
+        options = (options or self.options()).arrays()
+        return _sample(self, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
+
+
+class Network(nnx.Module):
+    """The parameters of an `AR`."""
+
+    def __init__(self, config: AR, key: Array):
+        keys = jax.random.split(key, 4)
+        self.condition = config.condition.init(keys[0], config.width)
+        self.tokens = Embedding(config.vocabulary, config.width, keys[1])
+        self.blocks = stack(config.layer, config.depth, keys[2])
+        # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
+        for branch in (self.blocks.attention, self.blocks.mlp):
+            branch.out.w = branch.out.w.replace(branch.out.w[...] / math.sqrt(2 * config.depth))
+        self.norm = config.layer.normalise()
+        output = normal(keys[3], (config.width, config.vocabulary), 0.0 if config.zero_output else 0.02)
+        self.output = None if config.tied else param(output, "embed", "vocab")
+
+    def logits(self, z: Array) -> Array:
+        """(b, t, d) -> (b, t, v) fp32."""
+        w = self.tokens.w[...].T if self.output is None else self.output[...]
+        return jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+
+
+def _visible(valid: Array) -> Array:
+    """The mask (b, 1, t, t): positions up to one's own that are valid (b, t), and always oneself."""
+    t = valid.shape[1]
+    return causal(t) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))
+def _sample(
+    config: AR,
+    model: Network,
+    condition: dict[str, Array],
+    keys: Array,
+    options: Sampling,
+    known: Array,
+    keep: Array,
+    guided: bool,
+    segments: int,
+    progress: Progress | None,
+) -> Array:
+    b, length = keys.shape[0], config.length
+    # Pairs stand beside each other in the batch, so that both branches of an image live on the same device.
+    branches = 2 if guided else 1
+    condition = jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=branches), condition)
+    prefix, valid = config._prefix(model, condition, jnp.tile(jnp.arange(branches) == 1, b))
+    s = prefix.shape[1]
+    cos, sin = config._rotary(s)
+    known = rearrange(known, "b h w -> b (h w)")
+    uniform = uniforms(keys, jnp.arange(length))
+
+    # Weights leave the stack and take the dtype of the computation once, not at every token.
+    model = jax.tree.map(lambda x: x.astype(config.dtype), model)
+    blocks = unstack(model.blocks)
+
+    def pick(z: Array, i: Array | int) -> Array:
+        """Token i of each image from the last features (b * branches, 1, d)."""
+        logits = rearrange(shard(model.logits(z)[:, 0], "batch", None), "(b n) v -> n b v", n=branches)
+        if guided:
+            logits = guide(logits[0], logits[1], guidance_at(options, i, length))[None]
+        return jnp.where(i < keep, known[:, i], choose(logits[0], options, uniform[i]))
+
+    def step(carry: Any, i: Array) -> tuple[Any, None]:
+        """Put token i in, take token i + 1 out."""
+        codes, caches = carry
+        x = config._embed(model, repeat(codes[:, i], "b -> (b n) 1", n=branches))
+        capacity = caches[0].k.shape[2]
+        seen = jnp.pad(valid, ((0, 0), (0, capacity - s)), constant_values=True) & (jnp.arange(capacity) <= s + i)
+        x, caches = apply_stack(
+            blocks, x, rotary=(cos[s + i][None], sin[s + i][None]), mask=seen[:, None, None], caches=caches
+        )
+        return (codes.at[:, i + 1].set(pick(x, i + 1)), caches), None
+
+    caches = tuple(Cache.empty(config.layer, b * branches, s, config.dtype) for _ in blocks)
+    x, caches = apply_stack(blocks, prefix, rotary=(cos[:s], sin[:s]), mask=_visible(valid), caches=caches)
+    codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(x[:, -1:], 0))
+
+    bounds = [0, *(length * (n + 1) // segments for n in range(segments))]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        caches = tuple(c.grow(s + stop) for c in caches)
+        (codes, caches), _ = jax.lax.scan(step, (codes, caches), jnp.arange(start, min(stop, length - 1)))
+        if progress is not None:
+            jax.debug.callback(progress, min(stop + 1, length), codes.reshape(b, *config.grid))
+    return codes.reshape(b, *config.grid)
