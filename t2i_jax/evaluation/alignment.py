@@ -1,0 +1,77 @@
+"""Does a picture show what was asked for? Retrieval of the true concept among all that were asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from t2i_jax.evaluation.metrics import check_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Ranks (n,) of the truth, 1 being the best, among `choices`."""
+
+    ranks: np.ndarray
+    choices: int
+
+    def top(self, k: int) -> float:
+        """Share of queries whose truth is among the first k."""
+        return float((self.ranks <= k).mean())
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.ranks))
+
+    def chance(self, k: int) -> float:
+        """What `top(k)` would be for queries that say nothing."""
+        return min(k / self.choices, 1.0)
+
+    @property
+    def median_by_chance(self) -> float:
+        return (self.choices + 1) / 2
+
+
+def retrieve(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    query_concepts: Sequence | None = None,
+    gallery_concepts: Sequence | None = None,
+) -> Retrieval:
+    """Rank of each query's concept by cosine of centred features.
+
+    Queries (n, d) are generated pictures, the gallery (m, d) real ones, with a concept each (a caption, or the place
+    in the list where none is given). A concept scores as its most similar picture; ties count against the query, so
+    that pictures without content do not find everything. Both are centred by the gallery's mean alone: the rank of one
+    generated picture does not depend on the others.
+
+    Errors: `ValueError` for a query whose concept has no picture in the gallery.
+    """
+    query_concepts = np.arange(len(queries)) if query_concepts is None else np.asarray(query_concepts)
+    gallery_concepts = np.arange(len(gallery)) if gallery_concepts is None else np.asarray(gallery_concepts)
+    if len(query_concepts) != len(queries) or len(gallery_concepts) != len(gallery):
+        raise ValueError(
+            f"{len(queries)} queries with {len(query_concepts)} concepts, "
+            f"{len(gallery)} pictures with {len(gallery_concepts)} concepts"
+        )
+    concepts, owner = np.unique(gallery_concepts, return_inverse=True)
+    place = {c: i for i, c in enumerate(concepts.tolist())}
+    missing = [c for c in query_concepts.tolist() if c not in place]
+    if missing:
+        raise ValueError(f"no real picture of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+    check_features(queries, 1), check_features(gallery, 1)
+    mean = gallery.mean(0, keepdims=True)
+    similarity = unit(queries - mean) @ unit(gallery - mean).T
+    scores = np.full((len(queries), len(concepts)), -np.inf, similarity.dtype)
+    np.maximum.at(scores.T, owner, similarity.T)
+    return rank(scores, np.array([place[c] for c in query_concepts.tolist()]))
+
+
+def rank(scores: np.ndarray, truth: np.ndarray) -> Retrieval:
+    """Ranks of the choices `truth` (n,) in scores (n, choices); ties count against them."""
+    own = np.take_along_axis(scores, truth[:, None], 1)
+    return Retrieval((scores >= own).sum(1), scores.shape[1])
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,229 @@
+"""What is measured of generated and of reconstructed pictures, each number with what it has to be compared to."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+
+from t2i_jax.evaluation.alignment import Retrieval, retrieve
+from t2i_jax.evaluation.features import Features, Space, check_images
+from t2i_jax.evaluation.metrics import (
+    Gaussian,
+    frechet,
+    inception_score,
+    kernel_distance,
+    overlap,
+    principal,
+    psnr,
+    ssim,
+)
+
+SPACES = (Features("efficientnet_lite0"), Features("pixels"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A measured value and the same measure of something known: real pictures, chance, a picture of one colour."""
+
+    value: float
+    better: Literal["higher", "lower"] = "higher"
+    beside: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Named numbers, and the facts without which they say nothing (counts, settings, model)."""
+
+    title: str
+    numbers: Mapping[str, Number]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        numbers = {k: {"value": n.value, "better": n.better, **n.beside} for k, n in self.numbers.items()}
+        return {"title": self.title, "facts": dict(self.facts), "numbers": numbers}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the report as JSON to `path` and as markdown beside it, each whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(self.to_json(), indent=2, default=str) + "\n")
+        write(path.with_suffix(".md"), self.markdown())
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        sign = {"higher": "↑", "lower": "↓"}
+        beside = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.beside.items())
+        return [(f"{name} {sign[n.better]}", digits(n.value), beside(n)) for name, n in self.numbers.items()]
+
+    def table(self) -> Table:
+        """For a rich console."""
+        table = Table(title=self.title, caption="; ".join(f"{k}: {v}" for k, v in self.facts.items()))
+        table.add_column("measure")
+        table.add_column("value", justify="right", style="bold")
+        table.add_column("beside it", style="dim")
+        group = ""
+        for name, value, beside in self.rows():
+            if name.rpartition("/")[0] != group:
+                table.add_section()
+            group = name.rpartition("/")[0]
+            table.add_row(name, value, beside)
+        return table
+
+    def markdown(self) -> str:
+        lines = [f"# {self.title}", "", "| measure | value | beside it |", "|---|---:|---|"]
+        lines += [f"| {name} | {value} | {beside} |" for name, value, beside in self.rows()]
+        lines += ["", *(f"- {k}: {v}" for k, v in self.facts.items())]
+        return "\n".join(lines) + "\n"
+
+
+def evaluate_pictures(
+    generated: np.ndarray,
+    real: np.ndarray,
+    captions: Sequence[str],
+    train_real: np.ndarray,
+    spaces: Sequence[Features | Space] = SPACES,
+    *,
+    real_captions: Sequence[str] | None = None,
+    components: int = 128,
+    neighbours: int = 3,
+    most: int = 2000,
+    progress: bool = True,
+) -> dict[str, Number]:
+    """Generated pictures beside real ones, in every space.
+
+    Args:
+        generated: uint8 (n, i, j, 3), one picture per caption.
+        real: uint8 (m, i, j, 3), real pictures that were not trained on; one or more of every caption.
+        captions: n prompts; those of `real` too, in order, unless `real_captions` are given.
+        train_real: uint8 (p, i, j, 3), pictures that were trained on: beside every distance stands what as many of
+            these get in the place of the generated ones. At most `most` of them are looked at.
+        spaces: feature spaces, loaded or to be loaded.
+        components: the Frechet distance is taken along so many principal directions of the training pictures where
+            there are fewer pictures than features.
+        neighbours: k of precision and recall.
+
+    Returns:
+        `SPACE/frechet`, `/kernel_distance`, `/precision`, `/recall`, `/density`, `/coverage`, `/inception_score` (where
+        the space has a classifier), and how often the picture of the prompt is found among those of all prompts:
+        `/top1`, `/top5`, `/median_rank`.
+
+    Errors: `ValueError` names the argument that does not fit.
+    """
+    for name, images in {"generated": generated, "real": real, "train_real": train_real}.items():
+        check_images(images, name)
+    real_captions = captions if real_captions is None else real_captions
+    for name, images, texts in (("generated", generated, captions), ("real", real, real_captions)):
+        if len(images) != len(texts):
+            raise ValueError(f"{name}: {len(images)} pictures with {len(texts)} captions")
+    choose = np.random.default_rng(0).permutation(len(train_real))[:most]
+    train_real = train_real[np.sort(choose)]
+    numbers: dict[str, Number] = {}
+    for space in spaces:
+        space = space.load() if isinstance(space, Features) else space
+        g, r, t = (space(x, progress) for x in (generated, real, train_real))
+        found = {**compare(g, r, t, components, neighbours), **aligned(retrieve(g, r, captions, real_captions))}
+        if (logits := space.logits(g)) is not None:
+            beside = {"real": inception_score(space.logits(r))}
+            found["inception_score"] = Number(inception_score(logits), "higher", beside)
+        numbers |= {f"{space.name}/{name}": number for name, number in found.items()}
+    return numbers
+
+
+def compare(
+    generated: np.ndarray, real: np.ndarray, train: np.ndarray, components: int = 128, neighbours: int = 3
+) -> dict[str, Number]:
+    """Distances of features generated (n, d) and real (m, d); beside them those of `train` (p, d) and real."""
+    # Distances grow when pictures get few, so the training pictures stand in with the same count.
+    stand_in = train[np.random.default_rng(1).permutation(len(train))[: len(generated)]]
+    project = lambda x: x
+    if min(len(generated), len(real)) <= real.shape[1]:
+        mean, directions = principal(train, components)
+        project = lambda x: (x - mean) @ directions
+    target = Gaussian.of(project(real))
+    fd = lambda x: frechet(Gaussian.of(project(x)), target)
+    numbers = {
+        "frechet": Number(fd(generated), "lower", {"real": fd(stand_in)}),
+        "kernel_distance": Number(kernel_distance(generated, real), "lower", {"real": kernel_distance(stand_in, real)}),
+    }
+    ours, theirs = overlap(real, generated, neighbours), overlap(real, stand_in, neighbours)
+    for field in dataclasses.fields(ours):
+        numbers[field.name] = Number(getattr(ours, field.name), "higher", {"real": getattr(theirs, field.name)})
+    return numbers
+
+
+def aligned(found: Retrieval, **real: Retrieval) -> dict[str, Number]:
+    """Retrieval as numbers beside chance, and beside the retrieval of real pictures where it is given."""
+    top = lambda k: {name: r.top(k) for name, r in real.items()} | {"chance": found.chance(k)}
+    median = {name: r.median for name, r in real.items()} | {"chance": found.median_by_chance}
+    return {
+        "top1": Number(found.top(1), "higher", top(1)),
+        "top5": Number(found.top(5), "higher", top(5)),
+        "median_rank": Number(found.median, "lower", median),
+    }
+
+
+def evaluate_reconstruction(
+    real: np.ndarray,
+    reconstructed: np.ndarray,
+    perceptual: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+    spaces: Sequence[Features | Space] = (),
+    *,
+    components: int = 128,
+    batch: int = 64,
+    progress: bool = True,
+) -> dict[str, Number]:
+    """Reconstructed pictures beside their originals, and what one flat colour per picture would get.
+
+    Args:
+        real, reconstructed: uint8 (n, i, j, 3) in the same order.
+        perceptual: two float arrays (b, i, j, 3) in [-1, 1] -> distance per picture (b,) or their mean.
+        spaces: where to take the Frechet distance of the two sets (`SPACE/frechet`), of sets with more pictures than
+            `components` directions.
+
+    Returns:
+        `psnr` in dB, `ssim`, `perceptual` where it is given, means over pictures.
+    """
+    flat = np.broadcast_to(np.round(real.mean((1, 2), keepdims=True)).astype(np.uint8), real.shape)
+    both = lambda measure: (
+        float(measure(real, reconstructed).mean()),
+        {"flat colour": float(measure(real, flat).mean())},
+    )
+    value, beside = both(psnr)
+    numbers = {"psnr": Number(value, "higher", beside)}
+    value, beside = both(ssim)
+    numbers["ssim"] = Number(value, "higher", beside)
+    if perceptual is not None:
+        signed = lambda x: x.astype(np.float32) / 127.5 - 1
+
+        def measure(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            parts = [slice(i, i + batch) for i in range(0, len(a), batch)]
+            values = [np.asarray(perceptual(signed(a[p]), signed(b[p]))).mean() * len(a[p]) for p in parts]
+            return np.sum(values) / len(a)
+
+        value, beside = both(measure)
+        numbers["perceptual"] = Number(value, "lower", beside)
+    for space in spaces:
+        space = space.load() if isinstance(space, Features) else space
+        r, o, f = (space(x, progress) for x in (real, reconstructed, flat))
+        if len(r) <= r.shape[1]:
+            mean, directions = principal(r, components)
+            r, o, f = ((x - mean) @ directions for x in (r, o, f))
+        target = Gaussian.of(r)
+        beside = {"flat colour": frechet(Gaussian.of(f), target)}
+        numbers[f"{space.name}/frechet"] = Number(frechet(Gaussian.of(o), target), "lower", beside)
+    return numbers
+
+
+def digits(value: float) -> str:
+    """Four significant digits, without exponents where they are not needed."""
+    return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)

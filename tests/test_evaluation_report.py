@@ -1,0 +1,78 @@
+"""Whole evaluations: real pictures beside themselves, beside others and beside noise; reports on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+
+DATA = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")
+ORDER = np.random.default_rng(0).permutation(256)
+TEST, TRAIN = ORDER[:60], ORDER[60:]
+IMAGES, CAPTIONS = DATA["images"], DATA["captions"]
+PIXELS = Features("pixels", batch=32).load()
+
+
+def measure(generated):
+    captions = CAPTIONS[TEST].tolist()
+    return evaluate_pictures(generated, IMAGES[TEST], captions, IMAGES[TRAIN], [PIXELS], progress=False)
+
+
+def test_generation_orders_sets_as_the_eye_does():
+    same = measure(IMAGES[TEST])
+    others = measure(IMAGES[TRAIN[:60]])
+    noise = measure(np.random.default_rng(0).integers(0, 256, IMAGES[TEST].shape, dtype=np.uint8))
+    value = lambda numbers, name: numbers[f"pixels@16/{name}"].value
+    assert value(same, "frechet") < 1e-6 < value(others, "frechet") < value(noise, "frechet")
+    assert value(same, "top1") == 1 and value(others, "top1") < 0.1 and value(noise, "top1") < 0.1
+    assert value(same, "recall") == 1 and value(noise, "recall") == 0
+    # Other real pictures are about as far as the training pictures that stand beside them.
+    beside = others["pixels@16/frechet"].beside["real"]
+    assert 0.5 * beside < value(others, "frechet") < 2 * beside
+    assert same["pixels@16/top1"].beside == {"chance": 1 / 60}
+
+
+def test_features_do_not_depend_on_the_batch():
+    few, many = Features("pixels", batch=7).load(), PIXELS
+    np.testing.assert_allclose(few(IMAGES[:20], False), many(IMAGES[:20], False), rtol=1e-6)
+    assert many(IMAGES[:20], False).shape == (20, 16 * 16 * 3) and many(IMAGES[:20], False).dtype == np.float32
+
+
+def test_reconstruction():
+    original = IMAGES[:20]
+    noisy = lambda s: np.clip(original + np.random.default_rng(0).normal(0, s, original.shape), 0, 255).astype(np.uint8)
+    distance = lambda a, b: np.abs(a - b).mean((1, 2, 3))
+    a, b = (evaluate_reconstruction(original, noisy(s), distance, [PIXELS], batch=8, progress=False) for s in (5, 30))
+    assert a["psnr"].value > b["psnr"].value > b["psnr"].beside["flat colour"]
+    assert a["ssim"].value > b["ssim"].value > b["ssim"].beside["flat colour"]
+    assert a["perceptual"].value < b["perceptual"].value
+    assert a["pixels@16/frechet"].value < b["pixels@16/frechet"].value
+    want = np.abs(original / 127.5 - noisy(5) / 127.5).mean()
+    np.testing.assert_allclose(a["perceptual"].value, want, rtol=1e-5)  # batches of 8, 8 and 4 weigh as they should
+
+
+def test_report_on_disk(tmp_path):
+    numbers = {"psnr": Number(23.456789, "higher", {"flat colour": 12.0}), "frechet": Number(12345.678, "lower")}
+    report = Report("Codec", numbers, {"pictures": 20})
+    report.save(tmp_path / "new" / "report.json")
+    written = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert written["numbers"]["psnr"] == {"value": 23.456789, "better": "higher", "flat colour": 12.0}
+    assert written["facts"] == {"pictures": 20}
+    markdown = (tmp_path / "new" / "report.md").read_text()
+    assert "| psnr ↑ | 23.46 | flat colour 12 |" in markdown and "| frechet ↓ | 12,346 |  |" in markdown
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
+    assert report.table().row_count == 2
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="generated: 60 pictures with 59 captions"):
+        evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 59, IMAGES[TRAIN], [PIXELS])
+    with pytest.raises(ValueError, match="train_real: uint8"):
+        evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 60, IMAGES[TRAIN] / 255, [PIXELS])
+    with pytest.raises(ValueError, match=r"features\.weights"):
+        Features("inception").load()
+    with pytest.raises(ValueError, match=r"features\.name='vgg'"):
+        Features("vgg").load()  # pyright: ignore
