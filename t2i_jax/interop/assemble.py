@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.training.state import named, rebuild
+from t2i_jax.nn.trees import named, rebuild
 
 
 def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], source: str) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from t2i_jax.interop.assemble import assemble, folded
 from t2i_jax.interop.torchfile import read_torch
 from t2i_jax.nn.classifiers import InceptionV3
-from t2i_jax.training.state import named
+from t2i_jax.nn.trees import named
 
 EPS = 1e-3
 

@@ -1,9 +1,10 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-A config (`Classes`, `Captions`, `Features`) has `length`, the number of tokens; `inputs`, the keys of the batch that it
-reads; and `init(key, width)`. The module it makes maps (batch, drop) to tokens (b, s, d) and a mask (b, s) of the tokens
-a network may look at. `drop` (b,) marks rows that get the learned unconditional tokens instead of their own.
+A config (`Classes`, `Captions`, `Features`) has `length`, the number of tokens; `inputs`, the keys of the batch it
+reads; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that dtype and a
+mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional tokens
+instead of their own.
 """
 
 from __future__ import annotations

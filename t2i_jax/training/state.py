@@ -13,16 +13,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from t2i_jax.nn.layers import Carried
+from t2i_jax.nn.trees import Named, is_variable, named, rebuild  # noqa: F401  (of the vocabulary of this room)
 from t2i_jax.parallel import shardings
-
-Named = dict[str, nnx.Variable]
-is_variable = lambda v: isinstance(v, nnx.Variable)
-
-
-def named(model: Any) -> Named:
-    """The variables of a model by dotted name, `blocks.attention.q.w` say."""
-    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): v for path, v in leaves if is_variable(v)}
 
 
 def params_of(model: Any) -> Named:
@@ -33,13 +25,6 @@ def params_of(model: Any) -> Named:
 def carried_of(model: Any) -> Named:
     """What a loss returns anew instead."""
     return {k: v for k, v in named(model).items() if isinstance(v, Carried)}
-
-
-def rebuild(abstract: Any, variables: Named) -> Any:
-    """The model of the shape of `abstract` that holds `variables`."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return jax.tree_util.tree_unflatten(treedef, [variables[name(p)] if is_variable(v) else v for p, v in leaves])
 
 
 @jax.tree_util.register_dataclass

