@@ -1,0 +1,180 @@
+"""Pictures for people: arrays to 8 bits, grids with captions, PNG files that remember how they were made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """Float pictures (..., 3) in [-1, 1] as uint8: (x + 1) * 127.5, clipped, rounded half to even.
+
+    Rounding (and not cutting off) is the inverse of `x / 127.5 - 1` to the bit. Errors: `ValueError` for NaN.
+    """
+    images = np.asarray(images, np.float32)
+    if np.isnan(images).any():
+        raise ValueError("pictures contain NaN")
+    return np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def grid(
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    columns: int = 0,
+    scale: int = 0,
+    title: str = "",
+) -> Image.Image:
+    """Pictures in rows, each with its caption below.
+
+    Args:
+        images: uint8 (n, i, j, 3).
+        captions: n lines of any length; wrapped, and cut with an ellipsis after three lines.
+        columns: pictures in a row; 0 chooses a grid a little wider than high.
+        scale: every pixel becomes scale x scale; 0 chooses one that makes pictures about 128 wide.
+        title: a line above all.
+
+    Errors: `ValueError` where captions and pictures differ in number.
+    """
+    captions = [""] * len(images) if captions is None else list(captions)
+    return _sheet([images], captions, columns, scale, title, ())
+
+
+def side_by_side(
+    real: np.ndarray,
+    generated: np.ndarray,
+    captions: Sequence[str],
+    columns: int = 0,
+    scale: int = 0,
+    title: str = "",
+    names: tuple[str, str] = ("real", "generated"),
+) -> Image.Image:
+    """Pairs: the real picture left, the generated one right, their caption below both; otherwise as `grid`."""
+    if real.shape != generated.shape:
+        raise ValueError(f"real pictures {real.shape} and generated ones {generated.shape} do not pair")
+    return _sheet([real, generated], list(captions), columns, scale, title, names)
+
+
+def save_png(
+    image: Image.Image | np.ndarray,
+    path: str | os.PathLike,
+    captions: Sequence[str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a picture whole or not at all, with its captions and metadata in text chunks of the PNG.
+
+    `image` is a PIL image or uint8 (i, j, 3). One caption is stored as `Description`, more as a JSON list; values of
+    `metadata` that are not strings as JSON. `read_png_text` gives them back.
+    """
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    chunks = PngInfo()
+    chunks.add_itxt("Software", "t2i_jax")
+    if captions is not None:
+        text = captions[0] if len(captions) == 1 else json.dumps(list(captions), ensure_ascii=False)
+        chunks.add_itxt("Description", text)
+    for key, value in (metadata or {}).items():
+        chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        image.save(temporary, "PNG", pnginfo=chunks, optimize=True)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_png_text(path: str | os.PathLike) -> dict[str, str]:
+    """The text chunks of a PNG file."""
+    with Image.open(path) as image:
+        image.load()
+        return {k: str(v) for k, v in getattr(image, "text", {}).items()}
+
+
+def _sheet(
+    sets: list[np.ndarray], captions: list[str], columns: int, scale: int, title: str, names: Sequence[str]
+) -> Image.Image:
+    """Cells in rows; a cell is one picture of each set side by side over their caption."""
+    n, i, j, _ = sets[0].shape
+    if any(x.dtype != np.uint8 for x in sets):
+        raise ValueError(f"pictures are uint8 (n, i, j, 3), not {sets[0].dtype}; see to_uint8")
+    if len(captions) != n:
+        raise ValueError(f"{n} pictures with {len(captions)} captions")
+    scale = scale or max(1, round(128 / j))
+    width, height = j * scale, i * scale
+    size = max(11, min(16, width // 9))
+    text = "".join([title, *names, *captions])
+    font, small, large = (load_font(s, text) for s in (size, size - 1, size + 6))
+    gap, joint, line = max(12, width // 8), 3, round(size * 1.3)
+    cell = len(sets) * width + (len(sets) - 1) * joint
+    if not columns:  # near the wanted shape, the count that leaves the fewest holes
+        ideal = max(2, round(math.sqrt(1.6 * n * height / cell)))
+        columns = min(range(ideal - 1, ideal + 2), key=lambda k: (-n % k, abs(k - ideal)))
+    columns = min(columns, n)
+    rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
+    texts = [wrap(c, font, cell) for c in captions]
+    below = [max(len(texts[k]) for k in row) * line + (6 if any(texts[k] for k in row) else 0) for row in rows]
+    top = gap + (line * 2 if title else 0) + (line if names else 0)
+    sheet_width = columns * cell + (columns + 1) * gap
+    image = Image.new("RGB", (sheet_width, top + sum(below) + len(rows) * (height + gap)), PAPER)
+    draw = ImageDraw.Draw(image)
+    if title:
+        draw.text((gap, gap - 4), wrap(title, large, sheet_width - 2 * gap, 1)[0], INK, large)
+    for column in range(columns if names else 0):
+        for s, name in enumerate(names):
+            x = gap + column * (cell + gap) + s * (width + joint) + width / 2
+            draw.text((x, top - 5), name, FAINT, small, anchor="ms")
+    y = top
+    for row, space in zip(rows, below, strict=True):
+        for column, k in enumerate(row):
+            x = gap + column * (cell + gap)
+            for s, images in enumerate(sets):
+                # Pixels stay squares: smoothing would flatter the pictures.
+                picture = Image.fromarray(images[k]).resize((width, height), Image.Resampling.NEAREST)
+                left = x + s * (width + joint)
+                draw.rectangle((left - 1, y - 1, left + width, y + height), outline=FRAME)
+                image.paste(picture, (left, y))
+            for number, text in enumerate(texts[k]):
+                draw.text((x + cell / 2, y + height + 6 + number * line), text, INK, font, anchor="ma")
+        y += height + space + gap
+    return image
+
+
+def wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+    """Lines of `text` no wider than `width`; long words are broken, and what is beyond `most` lines becomes '…'."""
+    lines, rest = [], " ".join(text.split())
+    while rest and len(lines) <= most:
+        fit = 1
+        while fit < len(rest) and font.getlength(rest[: fit + 1]) <= width:
+            fit += 1
+        if fit < len(rest):
+            space = rest.rfind(" ", 0, fit + 1)
+            fit = space if space > 0 else fit
+        lines.append(rest[:fit])
+        rest = rest[fit:].lstrip()
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], last.rstrip() + "…"]
+    return lines
+
+
+def load_font(size: int, text: str = "") -> Any:
+    """Pillow's own font, which knows little beyond ASCII; for other `text` DejaVu Sans, which matplotlib carries."""
+    spec = None if text.isascii() else importlib.util.find_spec("matplotlib")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(path, size)
+    return ImageFont.load_default(size)
