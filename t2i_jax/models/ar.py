@@ -24,7 +24,7 @@ from t2i_jax.nn.condition import Classes, Condition
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
 from t2i_jax.nn.layers import Embedding, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
 from t2i_jax.parallel import shard
 
 Progress = Callable[[Array, Array], None]
@@ -144,7 +144,7 @@ class AR:
     def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
         keys = (None, None) if key is None else jax.random.split(key)
-        prefix, valid = self._prefix(model, batch, dropped)
+        prefix, valid = model.condition(batch, dropped, self.dtype)
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         x = jnp.concatenate([prefix, self._embed(model, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
@@ -152,7 +152,7 @@ class AR:
             model.blocks,
             shard(drop(x, self.token_dropout, keys[0]), "batch", "length", None),
             rotary=tuple(table[:t] for table in self._rotary(s)),
-            mask=_visible(jnp.pad(valid, ((0, 0), (0, t - s)), constant_values=True)),
+            mask=_visible(_pad(valid, t)),
             key=keys[1],
             remat=self.remat,
         )
@@ -161,10 +161,6 @@ class AR:
     def _score(self, model: Network, z: Array, batch: dict[str, Array], **options: float) -> tuple[Array, ...]:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
-
-    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
-        """The condition's tokens (b, s, d) and which of them are real (b, s)."""
-        return model.condition(batch, dropped, self.dtype)
 
     def _embed(self, model: Network, codes: Array) -> Array:
         return shard(model.tokens(codes).astype(self.dtype), "batch", "length", None)
@@ -203,6 +199,50 @@ class AR:
         options = (options or self.options()).arrays()
         return _sample(self, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
 
+    def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
+        """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
+        prefix, valid = model.condition(condition, dropped, self.dtype)
+        b, s = valid.shape
+        # Weights leave the stack and take the dtype of the computation once, not at every token.
+        model = jax.tree.map(lambda x: x.astype(self.dtype), model)
+        blocks = unstack(model.blocks)
+        cos, sin = self._rotary(s)
+        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
+        x, caches = apply_stack(blocks, prefix, rotary=(cos[:s], sin[:s]), mask=_visible(valid), caches=caches)
+        return model.logits(x[:, -1:])[:, 0], Decoding(caches, model, blocks, valid, (cos[s:], sin[s:]))
+
+    def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
+        """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
+        s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
+        seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
+        x, caches = apply_stack(
+            state.blocks,
+            self._embed(state.model, codes[:, None]),
+            rotary=tuple(jax.lax.dynamic_slice_in_dim(table, i, 1) for table in state.rotary),
+            mask=seen[:, None, None],
+            caches=state.caches,
+        )
+        return state.model.logits(x)[:, 0], dataclasses.replace(state, caches=caches)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """An image under way."""
+
+    caches: tuple[Cache, ...]
+    model: Network
+    blocks: tuple[Block, ...]
+    """Those of the model one by one."""
+    valid: Array
+    """Which tokens of the condition are real (b, s)."""
+    rotary: Rotary
+    """Of the image's tokens (L, h / 2)."""
+
+    def grow(self, count: int) -> Decoding:
+        """Room for `count` tokens of the image."""
+        return dataclasses.replace(self, caches=tuple(c.grow(self.valid.shape[1] + count) for c in self.caches))
+
 
 class Network(nnx.Module):
     """The parameters of an `AR`."""
@@ -225,6 +265,11 @@ class Network(nnx.Module):
         return jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
 
 
+def _pad(valid: Array, length: int) -> Array:
+    """valid (b, s) and then True, up to (b, length): of the condition some tokens are padding, of the image none."""
+    return jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
+
+
 def _visible(valid: Array) -> Array:
     """The mask (b, 1, t, t): positions up to one's own that are valid (b, t), and always oneself."""
     t = valid.shape[1]
@@ -245,45 +290,31 @@ def _sample(
     progress: Progress | None,
 ) -> Array:
     b, length = keys.shape[0], config.length
-    # Pairs stand beside each other in the batch, so that both branches of an image live on the same device.
     branches = 2 if guided else 1
-    condition = jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=branches), condition)
-    prefix, valid = config._prefix(model, condition, jnp.tile(jnp.arange(branches) == 1, b))
-    s = prefix.shape[1]
-    cos, sin = config._rotary(s)
+    # The two rows of an image stand beside each other, so that both live on the same device.
+    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
     known = rearrange(known, "b h w -> b (h w)")
     uniform = uniforms(keys, jnp.arange(length))
 
-    # Weights leave the stack and take the dtype of the computation once, not at every token.
-    model = jax.tree.map(lambda x: x.astype(config.dtype), model)
-    blocks = unstack(model.blocks)
+    def pick(logits: Array, i: Array | int) -> Array:
+        """Token i of each image, from logits of all rows."""
+        logits = rearrange(shard(logits, "batch", None), "(b n) v -> n b v", n=branches)
+        guidance = guidance_at(options, i, length)
+        guided_logits = guide(logits[0], logits[1], guidance) if guided else logits[0]
+        return jnp.where(i < keep, known[:, i], choose(guided_logits, options, uniform[i]))
 
-    def pick(z: Array, i: Array | int) -> Array:
-        """Token i of each image from the last features (b * branches, 1, d)."""
-        logits = rearrange(shard(model.logits(z)[:, 0], "batch", None), "(b n) v -> n b v", n=branches)
-        if guided:
-            logits = guide(logits[0], logits[1], guidance_at(options, i, length))[None]
-        return jnp.where(i < keep, known[:, i], choose(logits[0], options, uniform[i]))
-
-    def step(carry: Any, i: Array) -> tuple[Any, None]:
-        """Put token i in, take token i + 1 out."""
+    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         codes, caches = carry
-        x = config._embed(model, repeat(codes[:, i], "b -> (b n) 1", n=branches))
-        capacity = caches[0].k.shape[2]
-        seen = jnp.pad(valid, ((0, 0), (0, capacity - s)), constant_values=True) & (jnp.arange(capacity) <= s + i)
-        x, caches = apply_stack(
-            blocks, x, rotary=(cos[s + i][None], sin[s + i][None]), mask=seen[:, None, None], caches=caches
-        )
-        return (codes.at[:, i + 1].set(pick(x, i + 1)), caches), None
+        logits, after = config.decode(dataclasses.replace(state, caches=caches), rows(codes[:, i]), i)
+        return (codes.at[:, i + 1].set(pick(logits, i + 1)), after.caches), None
 
-    caches = tuple(Cache.empty(config.layer, b * branches, s, config.dtype) for _ in blocks)
-    x, caches = apply_stack(blocks, prefix, rotary=(cos[:s], sin[:s]), mask=_visible(valid), caches=caches)
-    codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(x[:, -1:], 0))
-
-    bounds = [0, *(length * (n + 1) // segments for n in range(segments))]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        caches = tuple(c.grow(s + stop) for c in caches)
-        (codes, caches), _ = jax.lax.scan(step, (codes, caches), jnp.arange(start, min(stop, length - 1)))
+    logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
+    start = 0
+    for stop in (length * n // segments for n in range(1, segments + 1)):
+        state = state.grow(stop)
+        carry, _ = jax.lax.scan(step, (codes, state.caches), jnp.arange(start, min(stop, length - 1)))
+        codes, state, start = carry[0], dataclasses.replace(state, caches=carry[1]), stop
         if progress is not None:
             jax.debug.callback(progress, min(stop + 1, length), codes.reshape(b, *config.grid))
     return codes.reshape(b, *config.grid)

@@ -1,0 +1,147 @@
+"""Sampling with the cache is the forward pass taken one token at a time, whatever the batch, mesh and options."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_ar import ALL, FEATURES, TEXT, TINY, batch_for, model_for
+
+from t2i_jax.nn.draw import Sampling, guidance_at, guide, truncate, uniforms
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+
+INPUTS = ("label", "text", "text_mask", "features")
+
+
+def condition_for(config, b=3):
+    batch = batch_for(config, b)
+    return {name: batch[name] for name in INPUTS}
+
+
+def keys_for(b=3, seed=5):
+    return jax.random.split(jax.random.key(seed), b)
+
+
+def uncached(config, model, condition, keys, options):
+    """Each token from a whole forward pass, both branches apart: the definition."""
+    forward = jax.jit(config.forward)
+    b, length = len(keys), config.length
+    uniform = uniforms(keys, jnp.arange(length))
+    codes = jnp.zeros((b, length), jnp.int32)
+    for i in range(length):
+        batch = condition | {"codes": codes.reshape(b, *config.grid)}
+        logits, null = (forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
+        logits = guide(logits, null, guidance_at(options, i, length))
+        weights = truncate(logits, options.temperature, options.top_k, options.top_p)
+        cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
+        drawn = jnp.argmax(cdf > uniform[i][:, None], -1)
+        codes = codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
+    return codes.reshape(b, *config.grid)
+
+
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+def test_cached_sampling_is_the_uncached_forward(config):
+    model, condition, keys = model_for(config), condition_for(config), keys_for()
+    for options in (
+        Sampling(guidance=2.5, greedy=True),
+        Sampling(guidance=3.0, guidance_start=0.3, guidance_stop=0.8, guidance_power=1.0, temperature=0.8, top_k=6),
+        Sampling(guidance=1.5, top_p=0.7),
+    ):
+        got = config.sample(model, condition, keys, options, segments=3)
+        np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options))
+
+
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+def test_decoding_gives_the_logits_of_the_forward(config):
+    model, batch, dropped = model_for(config), batch_for(config), jnp.array([False, True, False])
+
+    @jax.jit
+    def decoded():
+        codes = batch["codes"].reshape(3, -1)
+        logits, state = config.prefill(model, batch, dropped)
+        steps = [logits]
+        for i in range(config.length - 1):
+            logits, state = config.decode(state.grow(i // 2 * 2 + 2), codes[:, i], i)
+            steps.append(logits)
+        return jnp.stack(steps, 1)
+
+    np.testing.assert_allclose(decoded(), config.forward(model, batch, dropped), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_batch():
+    model, condition, keys = model_for(TEXT), condition_for(TEXT, 5), keys_for(5)
+    options = Sampling(guidance=2.0, top_k=9)
+    all_five = TEXT.sample(model, condition, keys, options)
+    assert len({row.tobytes() for row in np.asarray(all_five)}) == 5
+    some = jnp.array([3, 1])
+    two = TEXT.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options)
+    np.testing.assert_array_equal(two, all_five[some])
+
+
+def test_one_compilation_for_all_settings(caplog):
+    model, condition = model_for(TINY), condition_for(TINY)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for n in range(10):
+            options = Sampling(
+                guidance=n,
+                guidance_start=n / 40,
+                guidance_stop=1 - n / 20,
+                guidance_power=n / 3,
+                guidance_cosine=n % 2 == 0,
+                temperature=0.5 + n / 10 if n % 2 else 1,
+                top_k=n,
+                top_p=1 - n / 20,
+                greedy=n % 3 == 0,
+            )
+            TINY.sample(model, condition, keys_for(seed=n), options, keep=n % 4)
+    compiled = [r.getMessage() for r in caplog.records if "Compiling jit(_sample)" in r.getMessage()]
+    assert len(compiled) == 1, [r.getMessage() for r in caplog.records]
+
+
+def test_options_and_kept_tokens_may_differ_from_image_to_image():
+    model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
+    known = batch_for(TINY, key=9)["codes"]
+    options = Sampling(guidance=jnp.array([1.0, 4.0, 2.0]), greedy=jnp.array([True, False, False]))
+    got = TINY.sample(model, condition, keys, options, known=known, keep=jnp.array([0, 4, 6]))
+    for i in range(3):
+        row = lambda x: jax.tree.map(lambda a: a[i : i + 1] if jnp.ndim(a) else a, x)  # noqa: B023
+        alone = TINY.sample(model, row(condition), keys[i : i + 1], row(options), known=row(known), keep=[0, 4, 6][i])
+        np.testing.assert_array_equal(alone[0], got[i])
+    np.testing.assert_array_equal(got[1].ravel()[:4], known[1].ravel()[:4])
+    np.testing.assert_array_equal(got[2], known[2])
+
+
+def test_without_guidance_half_the_rows_give_the_same_codes():
+    model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
+    both = TINY.sample(model, condition, keys, Sampling(guidance=1))
+    np.testing.assert_array_equal(TINY.sample(model, condition, keys, guided=False), both)
+
+
+def test_progress_shows_growing_codes():
+    model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
+    seen = []
+    final = TINY.sample(
+        model, condition, keys, segments=3, progress=lambda count, codes: seen.append((int(count), np.asarray(codes)))
+    )
+    jax.effects_barrier()
+    seen.sort(key=lambda x: x[0])
+    assert [count for count, _ in seen] == [3, 5, 6]
+    for count, codes in seen:
+        np.testing.assert_array_equal(codes.reshape(3, 6)[:, :count], final.reshape(3, 6)[:, :count])
+        assert not codes.reshape(3, 6)[:, count:].any()
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), (1, 4, 2)])
+def test_sampling_on_a_mesh_is_that_on_one_device(sizes):
+    config = dataclasses.replace(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
+    model, condition, keys = model_for(config), condition_for(config, 8), keys_for(8)
+    options = Sampling(guidance=2.0, top_k=9, top_p=0.9)
+    want = config.sample(model, condition, keys, options)
+    mesh = MeshConfig(*sizes).build()
+    with jax.set_mesh(mesh):
+        split = jax.device_put(condition, batch_sharding(mesh))
+        placed = jax.device_put(model, shardings(model, mesh))
+        got = config.sample(placed, split, jax.device_put(keys, batch_sharding(mesh)), options)
+    np.testing.assert_array_equal(got, want)
