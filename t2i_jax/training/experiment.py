@@ -65,7 +65,8 @@ FREE += ("train.profile", "train.wandb", "data.workers", "data.prefetch", "data.
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
-    """The models that are used and not trained, by name: `codec`, `text`; and the codec as it was loaded."""
+    """What is used and not trained, by name: `codec`, `text`, and `loss` for networks that only the loss looks through
+    (the model's `frozen()`); and the codec as it was loaded."""
     parts, codec = {}, None
     if experiment.codec:
         codec = load_artifact(experiment.codec)
@@ -74,6 +75,8 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
         parts["codec"] = codec.model
     if hasattr(experiment.text, "load"):
         parts["text"] = experiment.text.load()
+    if hasattr(experiment.model, "frozen") and (network := experiment.model.frozen()) is not None:
+        parts["loss"] = network
     return parts, codec
 
 

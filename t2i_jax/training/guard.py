@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from t2i_jax.training.state import TrainState, rebuild
+from t2i_jax.training.step import held
 
 
 class NotFinite(ArithmeticError):
@@ -51,7 +52,7 @@ def first_line(trainer: Any, state: TrainState, step: int) -> str:
 
     def forward(state, frozen, batch):
         model = rebuild(trainer.abstract, {**state.params, **state.carried})
-        batch = trainer.prepare(frozen, batch)
+        batch = trainer.prepare(frozen, batch) | held(frozen)
         return [player.loss(model, batch, key, state.step)[0] for player in trainer.players.values()]
 
     try:

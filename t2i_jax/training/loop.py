@@ -31,7 +31,7 @@ from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.players import players_of
 from t2i_jax.training.records import Records
 from t2i_jax.training.state import TrainState, create, rebuild
-from t2i_jax.training.step import make_step, owned
+from t2i_jax.training.step import held, make_step, owned
 
 console = Console(stderr=True)
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
@@ -107,22 +107,31 @@ class Trainer:
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's share of a batch as part of the global one."""
         sharding = batch_sharding(self.mesh)
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        size = self.experiment.data.batch_size
+        put = lambda v: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:]))
+        return {k: put(v) for k, v in batch.items()}
+
+    def share(self) -> tuple[int, int]:
+        """Which part of a global batch this process loads: (index, count). Processes that share rows load the same."""
+        size = self.experiment.data.batch_size
+        rows = [i[0].indices(size)[:2] for i in batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()]
+        start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
+        return start // (stop - start), size // (stop - start)
 
     def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
         """Global batches from a data position on, the next one always on its way to the devices."""
         e = self.experiment
+        index, count = self.share()
         ahead: collections.deque = collections.deque()
-        for batch in e.data.batches(
-            e.text, position=position, process=jax.process_index(), count=jax.process_count(), split=split
-        ):
-            ahead.append(self.put(batch))
-            if len(ahead) > 1:
-                yield ahead.popleft()
-        yield from ahead
+        with contextlib.closing(e.data.batches(e.text, position, index, count, split)) as stream:
+            for batch in stream:
+                ahead.append(self.put(batch))
+                if len(ahead) > 1:
+                    yield ahead.popleft()
+            yield from ahead
 
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        model, batch, metrics = self.model(state), self.prepare(frozen, batch), {}
+        model, batch, metrics = self.model(state), self.prepare(frozen, batch) | held(frozen), {}
         for name, player in self.players.items():
             loss, aux = player.loss(model, batch, jax.random.key(0), state.step)
             numbers = {"loss": loss} | (aux[0] if isinstance(aux, tuple) else aux)
@@ -142,7 +151,7 @@ class Trainer:
         """Model FLOPs of a step: three times the forward pass of each player, recomputation not counted."""
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
-        ready = jax.eval_shape(self.prepare, frozen, batch)
+        ready = jax.eval_shape(self.prepare, frozen, batch) | held(frozen)
         once = flops.count(self.prepare, frozen, batch)
         loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32))[0]
         return once + 3 * sum(

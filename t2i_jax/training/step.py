@@ -46,8 +46,9 @@ def make_step(
     (`finite` = 0) and hold the squared gradient norm per parameter and layer under `norms`.
     """
 
-    def gradients(state: TrainState, carried: Named, batch, key):
+    def gradients(state: TrainState, carried: Named, frozen, batch, key):
         """Per player: gradients by name, metrics; and the carried values after this batch."""
+        batch = batch | held(frozen)
         grads, metrics, after = {}, {}, dict(carried)
         for name, player in players.items():
 
@@ -68,15 +69,15 @@ def make_step(
                 after |= {k: fresh[k] for k in owned(player, carried)}
         return grads, metrics, jax.lax.stop_gradient(after)
 
-    def accumulated(state: TrainState, batch, key):
+    def accumulated(state: TrainState, frozen, batch, key):
         if accumulate == 1:
-            return gradients(state, state.carried, batch, key)
+            return gradients(state, state.carried, frozen, batch, key)
         # Strided parts: each holds examples of every device, so cutting moves nothing between them.
         parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), batch)
 
         def part(carry, xs):
             carried, total = carry
-            grads, metrics, carried = gradients(state, carried, *xs)
+            grads, metrics, carried = gradients(state, carried, frozen, *xs)
             return (carried, jax.tree.map(jnp.add, total, grads)), metrics
 
         zeros = {name: jax.tree.map(jnp.zeros_like, owned(p, state.params)) for name, p in players.items()}
@@ -88,7 +89,7 @@ def make_step(
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics, carried = accumulated(state, prepare(frozen, batch), key)
+        grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch), key)
 
         params, optimizer, norms = dict(state.params), {}, {}
         for name in players:
@@ -113,6 +114,11 @@ def make_step(
         return kept, metrics | {"finite": finite, "norms": norms}
 
     return step
+
+
+def held(frozen: Any) -> dict[str, Any]:
+    """What a loss itself reads and nothing trains (a perceptual network), as it finds it in the batch."""
+    return {"frozen": frozen["loss"]} if frozen and frozen.get("loss") is not None else {}
 
 
 def squared_norm(gradient: nnx.Variable) -> Array:

@@ -1,0 +1,106 @@
+"""Pictures while training, and pictures for people afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from t2i_jax import pictures
+from t2i_jax.pipeline import Pipeline, image_keys, to_uint8
+
+console = Console(stderr=True)
+
+
+def bar(title: str = "") -> Progress:
+    """A progress bar with rate and time to go, for anything over two seconds."""
+    columns = (TextColumn(title or "{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.speed:.1f}/s"))
+    return Progress(*columns[:3], TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+class Previews:
+    """Draws `samples/STEP.png` of a run: reconstructions of a codec, pictures for held-out captions of a family."""
+
+    def __init__(self):
+        self.draw: Any = None
+        self.inputs: Any = None
+
+    def __call__(self, trainer: Any, state: Any, step: int) -> np.ndarray | None:
+        if self.draw is None:
+            self._begin(trainer)
+        if self.draw is None:
+            return None
+        real, captions, arguments = self.inputs
+        made = np.asarray(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
+        sheet = pictures.side_by_side(real, made, captions)
+        if jax.process_index() == 0:
+            pictures.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
+        return np.asarray(sheet.convert("RGB"))
+
+    def _begin(self, trainer: Any) -> None:
+        """Choose what to draw for, once: the first records of the held-out split."""
+        experiment, family = trainer.experiment, trainer.experiment.model
+        records = list(islice(experiment.data.examples("val"), experiment.train.previews))
+        if not records:
+            return
+        captions = [(r["captions"] or [r["key"]])[0] for r in records]
+        codec = trainer.codec.config if trainer.codec else None
+        if "image" in records[0]:
+            real = np.stack([r["image"] for r in records])
+        else:  # an encoded data set: what the codec makes of the codes is as near as one gets
+            codes = np.stack([r["codes"] for r in records])
+            real = np.asarray(jax.jit(lambda f, c: to_uint8(codec.decode(f, c)))(trainer.frozen["codec"], codes))
+        if hasattr(family, "decode"):
+            reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
+            self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
+        else:
+            condition = {k: np.stack([r[k] for r in records]) for k in ("label", "features", "text_mask") if k in records[0]}
+            if experiment.text is not None and "features" not in condition:
+                condition["text"], condition["text_mask"] = experiment.text(captions)
+
+            def sample(model, frozen, condition, keys):
+                condition = trainer.prepare(frozen, condition)
+                codes = family.sample(model, condition, keys, family.options())
+                return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
+
+            self.draw, arguments = jax.jit(sample), (condition, image_keys(range(len(records))))
+        self.inputs = real, captions, arguments
+
+
+def sample_to_folder(
+    pipeline: Pipeline, jobs: Sequence[tuple[str, int]], options: Any, out: Path, batch_size: int, columns: int, scale: int
+) -> None:
+    """One PNG per (prompt, seed) and a captioned grid of them; jobs whose PNG is there already are left out.
+
+    A folder belongs to one model and one set of options: `samples.json` says which picture is which.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"{i:05d}.png" for i in range(len(jobs))]
+    index = out / "samples.json"
+    asked = {n: {"prompt": p, "seed": s} for n, (p, s) in zip(names, jobs, strict=True)}
+    before = json.loads(index.read_text())["pictures"] if index.exists() else {}
+    settings = {k: float(v) for k, v in vars(options).items()}
+    same = index.exists() and json.loads(index.read_text())["options"] == settings
+    todo = [i for i, n in enumerate(names) if not (same and before.get(n) == asked[n] and (out / n).exists())]
+    index.write_text(json.dumps({"options": settings, "pictures": before | asked}, indent=1, ensure_ascii=False))
+    with bar("sampling") as progress:
+        task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
+        for at in range(0, len(todo), batch_size):
+            some = todo[at : at + batch_size]
+            images = pipeline.sample([jobs[i][0] for i in some], [jobs[i][1] for i in some], options, batch_size)
+            for i, image in zip(some, images, strict=True):
+                pictures.save_png(pictures.image(image), out / names[i], asked[names[i]])
+            progress.advance(task, len(some))
+    first = range(min(len(jobs), 64))
+    sheet = pictures.grid(
+        np.stack([pictures.load(out / names[i]) for i in first]), [jobs[i][0] for i in first], columns=columns, scale=scale
+    )
+    pictures.save_png(sheet, out / "grid.png")
+    console.print(f"{out}: {len(todo)} new pictures, {len(jobs)} in all; grid.png shows the first {len(first)}")
