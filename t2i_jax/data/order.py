@@ -1,0 +1,87 @@
+"""Which record is example g of an endless shuffled stream: arithmetic alone, so any place is reached at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from t2i_jax.data.records import DataError
+
+ROUNDS = 6
+PERIOD = 10_000
+WORD = (1 << 64) - 1
+
+
+@lru_cache(maxsize=1024)
+def _keys(*seed: int) -> tuple[int, ...]:
+    return tuple(int(k) for k in np.random.SeedSequence(seed).generate_state(ROUNDS, np.uint64))
+
+
+def shuffled(i: int, n: int, *seed: int) -> int:
+    """Where i goes in the permutation of range(n) that `seed` names, in constant time and memory.
+
+    A Feistel network on the next even power of two, walked until it lands below n (Black & Rogaway 2002, "Ciphers
+    with arbitrary finite domains"). Written out here so that no library's update moves a run's data.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for key in _keys(*seed):
+            x = (right + key) * 0x9E3779B97F4A7C15 & WORD
+            x = (x ^ x >> 29) * 0xBF58476D1CE4E5B9 & WORD
+            left, right = right, left ^ (x >> 32 & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class Order:
+    """The record number of example g, for one source or for several that lie one behind the other.
+
+    Every epoch is a new permutation. With `weights` every source has epochs of its own, and the sources are interleaved
+    as evenly as their weights allow, by a pattern of PERIOD examples that repeats.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+        if weights is None:
+            sizes, weights = [sum(sizes)], [1.0]
+        self.sizes, self.seed = tuple(sizes), seed
+        self.starts = np.cumsum([0, *sizes]).tolist()
+        shares = np.asarray(weights, float) / sum(weights)
+        self.counts = np.diff(np.round(np.cumsum(shares) * PERIOD).astype(int), prepend=0)
+        if not self.counts.all():
+            raise DataError(f"Mixture.weights has a share below 1/{PERIOD}: {tuple(weights)}")
+        # Occurrence r of a source in the period stands at the time (r + 1/2) / count.
+        source = np.repeat(np.arange(len(shares)), self.counts)
+        rank = np.concatenate([np.arange(n) for n in self.counts])
+        pattern = np.lexsort((source, (rank + 0.5) / self.counts[source]))
+        self.source, self.rank = source[pattern], rank[pattern]
+
+    def __getitem__(self, g: int) -> int:
+        period, slot = divmod(g, PERIOD)
+        s = int(self.source[slot])
+        nth = period * int(self.counts[s]) + int(self.rank[slot])
+        epoch, i = divmod(nth, self.sizes[s])
+        return self.starts[s] + shuffled(i, self.sizes[s], self.seed, s, epoch)
+
+
+@dataclass
+class Rows:
+    """The examples of one process: row j of its stream -> place g in the global one."""
+
+    position: int
+    batch: int
+    process: int
+    count: int
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, j: int) -> int:
+        local = self.batch // self.count
+        return self.position + j // local * self.batch + self.process * local + j % local

@@ -1,0 +1,144 @@
+"""The data sets that this library writes: a folder of ArrayRecord files and an `index.json`.
+
+A record is a flat dictionary of JSON values, byte strings and arrays. On disk it is self-describing: four bytes of
+header length, a JSON header, then the bytes and arrays one behind the other, which the header points at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Record = dict[str, Any]
+INDEX = "index.json"
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the record or the field."""
+
+
+def encode(record: Record) -> bytes:
+    """The bytes of a record. Errors: `TypeError` for a value that is no JSON, bytes or array, naming its field."""
+    header, blobs, end = {}, [], 0
+    for name, value in record.items():
+        if isinstance(value, bytes):
+            blob, kind = value, {"bytes": len(value)}
+        elif isinstance(value, np.ndarray):
+            blob, kind = value.tobytes(), {"dtype": value.dtype.name, "shape": value.shape}
+        else:
+            header[name] = [_plain(name, value)]
+            continue
+        header[name] = {**kind, "at": end}
+        blobs.append(blob)
+        end += len(blob)
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"".join([len(head).to_bytes(4, "little"), head, *blobs])
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise TypeError(f"field '{name}' of a record must be JSON, bytes or an array: {error}") from error
+    return value
+
+
+def decode(data: bytes) -> Record:
+    """The record that `encode` wrote; arrays are read-only views."""
+    start = 4 + int.from_bytes(data[:4], "little")
+
+    def value(entry):
+        if isinstance(entry, list):
+            return entry[0]
+        at = start + entry["at"]
+        if "bytes" in entry:
+            return data[at : at + entry["bytes"]]
+        dtype = _dtype(entry["dtype"])
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        return np.frombuffer(data, dtype, count, at).reshape(entry["shape"])
+
+    return {name: value(entry) for name, entry in json.loads(data[4:start]).items()}
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error.
+
+    It takes the place of an older data set there. Errors: `DataError` if anything else is there.
+    """
+    if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path}: exists and is no data set; it will not be overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new.chmod(0o777 & ~_umask())
+    try:
+        yield new
+        old = new.with_name(new.name + ".old")
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_records(path: str | Path, records: Iterable[Record], shards: int = 1, about: Record | None = None) -> Record:
+    """Write records as a folder that `ArrayRecord(path, split)` reads; returns its index.
+
+    A record goes to the split named by its field "split" ("train" without one); the records of a split are dealt to
+    its `shards` files in turn. `about` is added to `index.json`. The folder appears whole or not at all.
+    """
+    path = Path(path)
+    with atomic_folder(path) as folder:
+        index = {**(about or {}), **write_shards(folder, records, shards)}
+        (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+    return index
+
+
+def write_shards(folder: Path, records: Iterable[Record], shards: int = 1) -> Record:
+    """The files of `write_records`, into a folder that exists; returns `{"splits": {name: {"count", "shards"}}}`."""
+    from array_record.python import array_record_module as array_record
+
+    writers: dict[str, list] = {}
+    counts: Counter[str] = Counter()
+    for record in records:
+        split = record.get("split", "train")
+        if split not in writers:
+            # One record a group: random access then reads nothing but the record that is asked for.
+            writers[split] = [
+                array_record.ArrayRecordWriter(str(folder / shard_name(split, i, shards)), "group_size:1")
+                for i in range(shards)
+            ]
+        writers[split][counts[split] % shards].write(encode(record))
+        counts[split] += 1
+    for writer in (w for ws in writers.values() for w in ws):
+        writer.close()
+    if not counts:
+        raise DataError(f"{folder}: there are no records to write")
+    return {"splits": {name: {"count": n, "shards": shards} for name, n in sorted(counts.items())}}
+
+
+def shard_name(split: str, shard: int, shards: int) -> str:
+    return f"{split}-{shard:05d}-of-{shards:05d}.arrayrecord"
