@@ -1,0 +1,161 @@
+"""A small judge of picture and caption: two heads on frozen encoders, trained like CLIP on the training pairs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from t2i_jax.evaluation.alignment import rank
+from t2i_jax.evaluation.report import Number, aligned
+from t2i_jax.nn.layers import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """Sizes and training of the two heads."""
+
+    width: int = 256
+    """dimensions of the shared space"""
+    hidden: int = 512
+    """hidden units of each head"""
+    epochs: int = 40
+    """passes over the training pairs"""
+    batch: int = 512
+    """pairs that are told apart at once"""
+    rate: float = 1e-3
+    """learning rate of AdamW"""
+    decay: float = 0.05
+    """weight decay of AdamW"""
+    dropout: float = 0.3
+    """share of inputs and hidden units left out in training"""
+
+
+class Heads(nnx.Module):
+    """Picture features (b, d) and caption features (b, k) to unit vectors (b, width) of one space."""
+
+    def __init__(self, config: JudgeConfig, d: int, k: int, key: Array):
+        keys = jax.random.split(key, 4)
+        linear = lambda a, b, key: Linear(a, b, key, std=None)
+        self.image = nnx.List([linear(d, config.hidden, keys[0]), linear(config.hidden, config.width, keys[1])])
+        self.text = nnx.List([linear(k, config.hidden, keys[2]), linear(config.hidden, config.width, keys[3])])
+        self.scale = nnx.Param(jnp.log(14.0))
+
+    def __call__(self, images: Array, texts: Array, dropout: float = 0.0, key: Array | None = None) -> tuple:
+        keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
+        return head(self.image, images, dropout, keys[:2]), head(self.text, texts, dropout, keys[2:])
+
+
+def head(layers: Sequence[Linear], x: Array, dropout: float, keys: list) -> Array:
+    first, second = layers
+    y = second(drop(jax.nn.gelu(first(drop(x, dropout, keys[0]))), dropout, keys[1]))
+    return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
+
+
+def drop(x: Array, share: float, key: Array | None) -> Array:
+    return x if key is None else jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0)
+
+
+def contrast(heads: Heads, images: Array, texts: Array, concepts: Array, dropout: float, key: Array) -> Array:
+    """Symmetric cross-entropy of the similarities (Radford et al. 2021, figure 3); equal captions share the target."""
+    a, b = heads(images, texts, dropout, key)
+    logits = jnp.exp(heads.scale[...]) * a @ b.T
+    same = (concepts[:, None] == concepts[None]).astype(jnp.float32)
+    target = same / same.sum(1, keepdims=True)
+    return sum(optax.softmax_cross_entropy(s, target).mean() for s in (logits, logits.T)) / 2
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: Array) -> Heads:
+    """Heads trained on features (n, d) and (n, k); pairs of equal `concepts` (n,) count as each other's match."""
+    init_key, order_key, drop_key = jax.random.split(key, 3)
+    n, batch = len(images), min(config.batch, len(images))
+    heads = Heads(config, images.shape[1], texts.shape[1], init_key)
+    optimizer = optax.adamw(config.rate, weight_decay=config.decay)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(order_key, config.epochs))
+    batches = orders[:, : n // batch * batch].reshape(-1, batch)
+
+    def step(carry: tuple, item: tuple) -> tuple:
+        heads, state = carry
+        rows, key = item
+        grads = jax.grad(contrast)(heads, images[rows], texts[rows], concepts[rows], config.dropout, key)
+        updates, state = optimizer.update(grads, state, heads)
+        return (optax.apply_updates(heads, updates), state), None
+
+    items = (batches, jax.random.split(drop_key, len(batches)))
+    return jax.lax.scan(step, (heads, optimizer.init(heads)), items)[0][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """How well a picture goes with a caption, as learned from the training pairs."""
+
+    images: Callable[[np.ndarray], np.ndarray]
+    """pictures uint8 (n, i, j, 3) -> features (n, d): a loaded `Space`"""
+    texts: Callable[[Sequence[str]], np.ndarray]
+    """captions -> features (n, k), of MiniLM say"""
+    heads: Heads
+    mean: np.ndarray
+    std: np.ndarray
+
+    @classmethod
+    def train(
+        cls,
+        images: Callable[[np.ndarray], np.ndarray],
+        texts: Callable[[Sequence[str]], np.ndarray],
+        pictures: np.ndarray,
+        captions: Sequence[str],
+        config: JudgeConfig = JudgeConfig(),
+        seed: int = 0,
+    ) -> Judge:
+        """The judge that learned from the training pictures uint8 (n, i, j, 3) and their n captions."""
+        if len(pictures) != len(captions) or len(captions) < 2:
+            raise ValueError(f"a judge learns from pairs: {len(pictures)} pictures with {len(captions)} captions")
+        features, concepts = images(pictures), np.unique(np.asarray(captions), return_inverse=True)[1]
+        mean, std = features.mean(0), np.maximum(features.std(0), 1e-3)
+        heads = fit((features - mean) / std, texts(captions), concepts, config, jax.random.key(seed))
+        return cls(images, texts, heads, mean, std)
+
+    def similarity(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        """Cosine (n, m) of pictures uint8 (n, i, j, 3) and m captions."""
+        a, b = self.heads((self.images(pictures) - self.mean) / self.std, jnp.asarray(self.texts(captions)))
+        return np.asarray(a @ b.T)
+
+    def evaluate(self, generated: np.ndarray, captions: Sequence[str], real: np.ndarray) -> dict[str, Number]:
+        """Rank of a picture's own caption among all that were asked for; beside it that of the real pictures.
+
+        `generated` and `real` are uint8 (n, i, j, 3), one per caption, and none of them was trained on. Keys:
+        `judge/top1`, `judge/top5`, `judge/median_rank`, `judge/cosine` (that of pictures with their own captions).
+        """
+        choices, truth = np.unique(np.asarray(captions), return_inverse=True)
+        ours, theirs = (self.similarity(x, choices.tolist()) for x in (generated, real))
+        numbers = aligned(rank(ours, truth), real=rank(theirs, truth))
+        own = lambda s: float(np.take_along_axis(s, truth[:, None], 1).mean())
+        numbers["cosine"] = Number(own(ours), "higher", {"real": own(theirs), "chance": float(ours.mean())})
+        return {f"judge/{name}": number for name, number in numbers.items()}
+
+
+def minilm_texts(length: int = 32, batch: int = 64) -> Callable[[Sequence[str]], np.ndarray]:
+    """Captions -> one MiniLM vector each, float32 (n, 384)."""
+    from t2i_jax.text.minilm import MiniLM
+
+    text = MiniLM(length)
+    model = text.load()
+    sentence = jax.jit(text.sentence)
+
+    def features(captions: Sequence[str]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(captions), batch):
+            chunk = list(captions[start : start + batch])
+            ids, mask = text(chunk + [""] * (batch - len(chunk)))
+            parts.append(np.asarray(sentence(model, ids, mask))[: len(chunk)])
+        return np.concatenate(parts)
+
+    return features
