@@ -1,0 +1,216 @@
+"""The metrics of a model in a folder: what `t2i evaluate` does."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from t2i_jax import config, pictures
+from t2i_jax.codecs import losses
+from t2i_jax.config import ConfigError
+from t2i_jax.data.records import DataError, Record
+from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+from t2i_jax.pipeline import Pipeline, to_uint8
+from t2i_jax.previews import bar
+from t2i_jax.training.artifacts import Artifact, load_artifact
+from t2i_jax.training.experiment import Experiment
+
+console = Console()
+
+
+def evaluate_folder(
+    folder: Path,
+    out: Path,
+    reference: Experiment | None = None,
+    *,
+    count: int = 100,
+    batch_size: int = 50,
+    seed: int = 0,
+    spaces: Sequence[str] = ("pixels", "efficientnet_lite0"),
+    judge: bool = False,
+    options: Sequence[str] = (),
+) -> Report:
+    """Measure the codec or the model in `folder` against the pictures of `reference`; write report and pictures to `out`.
+
+    reference: an experiment whose `data` has pictures; the run's own unless given.
+    Errors: `ConfigError` where there are no pictures to compare with.
+    """
+    artifact = load_artifact(folder)
+    if reference is None:
+        reference = config.load(folder)
+        if not isinstance(reference, Experiment):
+            raise ConfigError(f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG")
+    loaded = [space_of(name) for name in spaces]
+    if hasattr(artifact.config, "decode"):
+        report = evaluate_codec(artifact, reference, out, loaded, count, batch_size)
+    else:
+        pipeline = Pipeline.load(folder, reference.mesh)
+        chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
+        report = evaluate_family(pipeline, artifact, reference, out, loaded, count, batch_size, seed, chosen, judge)
+    report.save(out / "report.json")
+    console.print(report.table())
+    console.print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
+    return report
+
+
+def space_of(name: str) -> Features:
+    """A feature space by name; `inception:FILE` brings its weights."""
+    kind, _, weights = name.partition(":")
+    return Features(kind, weights=weights)  # pyright: ignore[reportArgumentType]
+
+
+def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
+    """Evenly spaced records of a split, with pictures; none where there is no such split."""
+    try:
+        examples = experiment.data.examples(split)
+    except DataError:
+        return []
+    if len(examples) and "image" not in examples[0]:
+        raise ConfigError("the data has codes and no pictures: name a config with pictures to compare with: --data CONFIG")
+    places = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
+    return [examples[int(i)] for i in places]
+
+
+def images_of(records: Sequence[Record]) -> np.ndarray:
+    return np.stack([r["image"] for r in records])
+
+
+def in_batches(function: Callable[[np.ndarray], Any], images: np.ndarray, size: int, title: str) -> np.ndarray:
+    """`function` over batches of one size, the last one filled up, with a bar."""
+    parts = []
+    with bar() as progress:
+        task = progress.add_task(title, total=len(images))
+        for at in range(0, len(images), size):
+            some = images[at : at + size]
+            filled = np.concatenate([some, np.repeat(some[-1:], size - len(some), 0)])
+            parts.append(np.asarray(function(filled))[: len(some)])
+            progress.advance(task, len(some))
+    return np.concatenate(parts)
+
+
+def evaluate_codec(
+    artifact: Artifact, reference: Experiment, out: Path, spaces: list[Features], count: int, size: int
+) -> Report:
+    """Reconstruction of held-out pictures, and how much of the codebook they use."""
+    codec = artifact.config
+    records = records_of(reference, "test", count) or records_of(reference, "val", count)
+    real = images_of(records)
+    signed = lambda x: x.astype(np.float32) / 127.5 - 1
+    encode, decode = jax.jit(codec.encode), jax.jit(lambda m, c: to_uint8(codec.decode(m, c)))
+    codes = in_batches(lambda x: encode(artifact.model, signed(x)), real, size, "encoding")
+    made = in_batches(lambda c: decode(artifact.model, c), codes, size, "decoding")
+    perceptual = None
+    if getattr(codec, "perceptual", 0):
+        trunk = codec.frozen()
+        step = jax.jit(losses.perceptual)
+        perceptual = lambda a, b: step(trunk, a, b)
+    numbers = evaluate_reconstruction(real, made, perceptual, spaces)
+    if codes.dtype.kind in "iu":
+        share = np.bincount(codes.reshape(-1), minlength=codec.vocabulary) / codes.size
+        entropy = -sum(p * math.log(p) for p in share[share > 0])
+        numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(codec.vocabulary)})}
+        numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(codec.vocabulary)})}
+    captions = [(r["captions"] or [r["key"]])[0] for r in records]
+    sheet = pictures.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
+    pictures.save_png(sheet, out / "samples.png")
+    return Report(f"{type(codec).__name__}: reconstruction", numbers, {"pictures": len(real), "step": artifact.step})
+
+
+def prompts_of(records: Sequence[Record]) -> list[str]:
+    """What to ask for: a wording that no training caption has, where the data set keeps one, else the first caption."""
+    return [r.get("unseen_caption") or r["captions"][0] for r in records]
+
+
+def evaluate_family(
+    pipeline: Pipeline,
+    artifact: Artifact,
+    reference: Experiment,
+    out: Path,
+    spaces: list[Features],
+    count: int,
+    size: int,
+    seed: int,
+    options: Any,
+    judge: bool,
+) -> Report:
+    """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts."""
+    train = records_of(reference, "train", 2000)
+    every = {"new words": records_of(reference, "train", count), "new concepts": records_of(reference, "test", count)}
+    sets = {name: records for name, records in every.items() if records}
+    space = [s.load() for s in spaces]
+    numbers: dict[str, Number] = {}
+    sheets, drawn, seconds = [], 0, 0.0
+    critic = None
+    if judge:
+        from t2i_jax.evaluation.judge import Judge, minilm_texts
+
+        captions = [r["captions"][0] for r in train]
+        critic = Judge.train(space[-1], minilm_texts(), images_of(train), captions)
+    for name, records in sets.items():
+        prompts, real = prompts_of(records), images_of(records)
+        seeds = range(seed, seed + len(prompts))
+        with bar() as progress:
+            task = progress.add_task(f"sampling: {name}", total=len(prompts))
+            began = time.perf_counter()
+            told = lambda done, _, task=task, progress=progress: progress.update(task, completed=done)
+            made = pipeline.sample(prompts, seeds, options, size, told)
+            seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
+        found = evaluate_pictures(made, real, prompts, images_of(train), space)
+        found |= critic.evaluate(made, prompts, real) if critic else {}
+        found |= likelihood(pipeline, records, size)
+        numbers |= {f"{name}/{k}": v for k, v in found.items()}
+        sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
+    pictures.save_png(stacked(sheets), out / "samples.png")
+    facts = {
+        "step": artifact.step,
+        "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
+        "pictures": {name: len(records) for name, records in sets.items()},
+        "options": {k: float(v) for k, v in vars(options).items()},
+        "pictures per second": round(drawn / seconds, 2),
+        "device": jax.devices()[0].device_kind,
+    }
+    return Report(f"{type(pipeline.family).__name__}: pictures for captions", numbers, facts)
+
+
+def likelihood(pipeline: Pipeline, records: Sequence[Record], size: int) -> dict[str, Number]:
+    """Bits per token of the real pictures' codes, where the family can tell them."""
+    family, codec = pipeline.family, pipeline.codec
+    if not hasattr(family, "log_likelihood") or codec is None:
+        return {}
+
+    @jax.jit
+    def score(parts, images, condition):
+        codes = codec.config.encode(parts["codec"], images.astype(np.float32) / 127.5 - 1)
+        if hasattr(pipeline.text, "features"):
+            features = pipeline.text.features(parts["text"], condition["text"], condition["text_mask"])
+            condition = condition | {"features": features}
+        nats = family.log_likelihood(parts["model"], condition | {"codes": codes})
+        return -nats / (math.log(2) * math.prod(codes.shape[1:]))
+
+    total = 0.0
+    for at in range(0, len(records), size):
+        some = list(records[at : at + size])
+        filled = some + some[-1:] * (size - len(some))
+        bits = score(pipeline.parts, images_of(filled), pipeline.condition([r["captions"][0] for r in filled]))
+        total += float(np.asarray(bits)[: len(some)].sum())
+    uniform = math.log2(codec.config.vocabulary)
+    return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets below each other."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
