@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import difflib
 
         near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.4)
-        fail(f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}"))
+        fail(
+            f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
+        )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -161,7 +163,7 @@ class TrainArguments:
 
 def train(arguments: list[str]) -> None:
     from t2i_jax import config
-    from t2i_jax.previews import preview
+    from t2i_jax.previews import Previews
     from t2i_jax.training.loop import train as train_run
 
     if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
@@ -169,7 +171,7 @@ def train(arguments: list[str]) -> None:
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
     experiment = config.load(args.config, rest)
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
-    train_run(experiment, run, preview)
+    train_run(experiment, run, Previews())
     console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
 
 
@@ -264,6 +266,8 @@ class EvaluateArguments:
     seed: int = 0
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
     """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
+    judge: bool = False
+    """also train a small judge of picture and caption on the training pairs, and rank by it"""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -279,6 +283,7 @@ def evaluate(arguments: list[str]) -> None:
         batch_size=args.batch_size,
         seed=args.seed,
         spaces=args.spaces,
+        judge=args.judge,
         options=rest,
     )
 

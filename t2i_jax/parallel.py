@@ -52,9 +52,7 @@ class MeshConfig:
         if math.prod(sizes) > len(devices):
             raise ValueError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
-        return jax.make_mesh(
-            tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
-        )
+        return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
 
 
 def shard(x: Array, *axes: str | None) -> Array:

@@ -128,3 +128,12 @@ class Pipeline:
             f"{count / 1e6:.1f} M parameters, step {artifact.step}.\n\n"
             f'```\nt2i sample {Path(folder).name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n',
         )
+
+
+def release(run: str | Path, out: str | Path) -> None:
+    """Write the model or the codec of a run as a released model. Errors: `ConfigError`, `CheckpointError`."""
+    artifact = load_artifact(run)
+    if hasattr(artifact.config, "sample"):
+        Pipeline.load(run).save(out)
+    else:
+        save_artifact(artifact, out, f"# {Path(out).name}\n\n{type(artifact.config).__name__}, step {artifact.step}.\n")

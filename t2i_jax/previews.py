@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from t2i_jax import pictures
 from t2i_jax.pipeline import Pipeline, image_keys, to_uint8
@@ -19,10 +21,17 @@ from t2i_jax.pipeline import Pipeline, image_keys, to_uint8
 console = Console(stderr=True)
 
 
-def bar(title: str = "") -> Progress:
-    """A progress bar with rate and time to go, for anything over two seconds."""
-    columns = (TextColumn(title or "{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.speed:.1f}/s"))
-    return Progress(*columns[:3], TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+class Rate(ProgressColumn):
+    """Things per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def bar() -> Progress:
+    """A progress bar with rate and time to go, for anything over two seconds; silent where nobody looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class Previews:
@@ -61,7 +70,9 @@ class Previews:
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:
-            condition = {k: np.stack([r[k] for r in records]) for k in ("label", "features", "text_mask") if k in records[0]}
+            condition = {
+                k: np.stack([r[k] for r in records]) for k in ("label", "features", "text_mask") if k in records[0]
+            }
             if experiment.text is not None and "features" not in condition:
                 condition["text"], condition["text_mask"] = experiment.text(captions)
 
@@ -75,32 +86,35 @@ class Previews:
 
 
 def sample_to_folder(
-    pipeline: Pipeline, jobs: Sequence[tuple[str, int]], options: Any, out: Path, batch_size: int, columns: int, scale: int
+    pipeline: Pipeline,
+    jobs: Sequence[tuple[str, int]],
+    options: Any,
+    out: Path,
+    batch_size: int,
+    columns: int,
+    scale: int,
 ) -> None:
-    """One PNG per (prompt, seed) and a captioned grid of them; jobs whose PNG is there already are left out.
+    """One PNG per (prompt, seed) and a captioned grid of the first ones.
 
-    A folder belongs to one model and one set of options: `samples.json` says which picture is which.
+    Each PNG tells what it was made for; a job whose PNG is there already, for the same prompt, seed and options, is not
+    drawn again: a run that was interrupted goes on.
     """
     out.mkdir(parents=True, exist_ok=True)
-    names = [f"{i:05d}.png" for i in range(len(jobs))]
-    index = out / "samples.json"
-    asked = {n: {"prompt": p, "seed": s} for n, (p, s) in zip(names, jobs, strict=True)}
-    before = json.loads(index.read_text())["pictures"] if index.exists() else {}
     settings = {k: float(v) for k, v in vars(options).items()}
-    same = index.exists() and json.loads(index.read_text())["options"] == settings
-    todo = [i for i, n in enumerate(names) if not (same and before.get(n) == asked[n] and (out / n).exists())]
-    index.write_text(json.dumps({"options": settings, "pictures": before | asked}, indent=1, ensure_ascii=False))
-    with bar("sampling") as progress:
+    files = [out / f"{i:05d}.png" for i in range(len(jobs))]
+    about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} for p, s in jobs]
+    made = lambda i: files[i].exists() and pictures.read_png_text(files[i]).items() >= about[i].items()
+    todo = [i for i in range(len(jobs)) if not made(i)]
+    with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
         for at in range(0, len(todo), batch_size):
             some = todo[at : at + batch_size]
             images = pipeline.sample([jobs[i][0] for i in some], [jobs[i][1] for i in some], options, batch_size)
             for i, image in zip(some, images, strict=True):
-                pictures.save_png(pictures.image(image), out / names[i], asked[names[i]])
+                pictures.save_png(image, files[i], [jobs[i][0]], about[i])
             progress.advance(task, len(some))
     first = range(min(len(jobs), 64))
-    sheet = pictures.grid(
-        np.stack([pictures.load(out / names[i]) for i in first]), [jobs[i][0] for i in first], columns=columns, scale=scale
-    )
+    images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
+    sheet = pictures.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
     pictures.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new pictures, {len(jobs)} in all; grid.png shows the first {len(first)}")

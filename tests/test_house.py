@@ -71,7 +71,9 @@ def test_no_private_or_stateful_interfaces(file):
 
 
 def test_importing_the_library_brings_no_extra():
-    modules = [".".join(("t2i_jax", *f.relative_to(HOUSE).with_suffix("").parts)) for f in FILES if f.stem != "__init__"]
+    modules = [
+        ".".join(("t2i_jax", *f.relative_to(HOUSE).with_suffix("").parts)) for f in FILES if f.stem != "__init__"
+    ]
     code = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\n"
     code += f"bad = [m for m in {EXTRAS} if m in sys.modules]\nsys.exit(f'imported: {{bad}}' if bad else 0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

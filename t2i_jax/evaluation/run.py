@@ -48,7 +48,9 @@ def evaluate_folder(
     if reference is None:
         reference = config.load(folder)
         if not isinstance(reference, Experiment):
-            raise ConfigError(f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG")
+            raise ConfigError(
+                f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG"
+            )
     loaded = [space_of(name) for name in spaces]
     if hasattr(artifact.config, "decode"):
         report = evaluate_codec(artifact, reference, out, loaded, count, batch_size)
@@ -75,7 +77,9 @@ def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
     except DataError:
         return []
     if len(examples) and "image" not in examples[0]:
-        raise ConfigError("the data has codes and no pictures: name a config with pictures to compare with: --data CONFIG")
+        raise ConfigError(
+            "the data has codes and no pictures: name a config with pictures to compare with: --data CONFIG"
+        )
     places = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
     return [examples[int(i)] for i in places]
 

@@ -46,7 +46,9 @@ class Checkpoints:
         meta = {"position": position, "arrays": {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}}
         with self._explained(step):
             self.manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta)), force=True
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta)),
+                force=True,
             )
 
     def restore(self, target: TrainState) -> tuple[TrainState, int] | None:

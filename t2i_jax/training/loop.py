@@ -114,7 +114,9 @@ class Trainer:
     def share(self) -> tuple[int, int]:
         """Which part of a global batch this process loads: (index, count). Processes that share rows load the same."""
         size = self.experiment.data.batch_size
-        rows = [i[0].indices(size)[:2] for i in batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()]
+        rows = [
+            i[0].indices(size)[:2] for i in batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()
+        ]
         start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
         return start // (stop - start), size // (stop - start)
 
@@ -198,7 +200,11 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
         state, position = restored if restored else (trainer.start(), 0)
         done = int(state.step)
         main = jax.process_index() == 0
-        records = stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb))) if main else None
+        records = (
+            stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb)))
+            if main
+            else None
+        )
         stopping = stack.enter_context(stop_signals())
         if done:
             console.print(f"{folder}: going on from step {done}")
@@ -263,7 +269,9 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
                 checkpoints.save(state, position, step)
             if stop:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step}, saved in {folder}; the same command goes on from here", stop)
+                raise Interrupted(
+                    f"stopped at step {step}, saved in {folder}; the same command goes on from here", stop
+                )
             look(step)
         settle(0)
         checkpoints.wait()

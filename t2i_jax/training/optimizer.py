@@ -52,7 +52,9 @@ class Optimizer:
         if self.schedule not in after:
             raise ConfigError(f"optimizer.schedule '{self.schedule}': it is one of {', '.join(after)}")
         rise = optax.linear_schedule(peak / max(self.warmup, 1), peak, max(self.warmup, 1))
-        return optax.join_schedules([rise, after[self.schedule]], [self.warmup]) if self.warmup else after[self.schedule]
+        return (
+            optax.join_schedules([rise, after[self.schedule]], [self.warmup]) if self.warmup else after[self.schedule]
+        )
 
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest right one."""
@@ -67,7 +69,9 @@ class Optimizer:
         for option in self.options:
             if option not in known:
                 near = difflib.get_close_matches(option, list(known), 1, 0.3)
-                raise ConfigError(f"optimizer.options: {self.name} takes no '{option}'; did you mean {near or list(known)}?")
+                raise ConfigError(
+                    f"optimizer.options: {self.name} takes no '{option}'; did you mean {near or list(known)}?"
+                )
         arguments = {k: v for k, v in ours.items() if k in known} | self.options
         tx = make(self.learning_rates(steps), **arguments)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx

@@ -53,7 +53,9 @@ class TrainState:
         return jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in self.flat()])
 
 
-def create(init: Callable[[Array], Any], optimizers: dict[str, Any], owned: Callable, ema: bool, key: Array) -> TrainState:
+def create(
+    init: Callable[[Array], Any], optimizers: dict[str, Any], owned: Callable, ema: bool, key: Array
+) -> TrainState:
     """A fresh state; meant to be jitted with the shardings of `abstract`."""
     model = init(key)
     params = params_of(model)
