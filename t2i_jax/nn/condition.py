@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.core import Tracer
 
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
@@ -171,7 +172,7 @@ def value(batch: Batch, name: str) -> Array:
 def ids(batch: Batch, name: str, count: int) -> Array:
     """Ids of the batch, checked to be in 0 .. count - 1 when their values are known, that is outside of `jit`."""
     x = value(batch, name)
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         known = np.asarray(x)
         if known.size and (known.min() < 0 or known.max() >= count):
             raise ValueError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")

@@ -1,0 +1,218 @@
+"""Attention, rotary positions and the Transformer block, by what must hold for any weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.nn.attention import attend, causal, rotary_1d, rotary_2d, rotate, with_prefix
+from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.parallel import MeshConfig, shardings
+
+KEY = jax.random.key(0)
+
+
+def random(shape, n=0):
+    return jax.random.normal(jax.random.fold_in(KEY, n), shape)
+
+
+def qkv(n=6, m=6, t=5, s=7):
+    return random((2, t, n, 4), 1), random((2, s, m, 4), 2), random((2, s, m, 4), 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 6, 5, 7), (2, 6, 5, 7), (1, 1, 5, 7)])
+def test_attention_is_the_softmax_average(shape):
+    q, k, v = qkv()
+    mask = random(shape, 4) > -0.5
+    logits = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) / 2, -jnp.inf)
+    weights = jnp.nan_to_num(jax.nn.softmax(logits, -1))
+    np.testing.assert_allclose(attend(q, k, v, mask), jnp.einsum("bnts,bsnh->btnh", weights, v), atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
+@pytest.mark.parametrize("heads_of_mask", [1, 6])
+def test_grouped_queries_are_repeated_keys_and_values(m, heads_of_mask):
+    q, k, v = qkv(m=m)
+    mask = random((2, heads_of_mask, 5, 7), 4) > -0.5
+    repeated = attend(q, *(jnp.repeat(x, 6 // m, 2) for x in (k, v)), mask)
+    np.testing.assert_allclose(attend(q, k, v, mask), repeated, atol=1e-6)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="6 query heads cannot be shared by 4"):
+        attend(*qkv(m=4))
+
+
+def test_a_query_that_may_look_nowhere_gives_zeros_and_finite_gradients():
+    q, k, v = qkv()
+    mask = jnp.ones((2, 1, 5, 7), bool).at[0, :, 2].set(False)
+    out = attend(q, k, v, mask)
+    assert not out[0, 2].any() and out[0, 1].any()
+    gradients = jax.grad(lambda *x: (attend(*x, mask) ** 2).sum(), (0, 1, 2))(q, k, v)
+    assert all(jnp.isfinite(g).all() for g in gradients) and not gradients[0][0, 2].any()
+
+
+def test_softmax_survives_large_logits_in_half_precision():
+    q, k, v = (x.astype(jnp.bfloat16) * 100 for x in qkv())
+    out = attend(q, k, v)
+    assert out.dtype == jnp.bfloat16 and jnp.isfinite(out).all()
+
+
+def test_rotation_multiplies_adjacent_pairs_as_complex_numbers():
+    x, angles = random((2, 6, 3, 8)), rotary_2d((2, 3), 8)
+    pairs = np.asarray(x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.asarray(angles))[:, None]
+    turned = rotate(x, jnp.cos(angles), jnp.sin(angles))
+    np.testing.assert_allclose(turned[..., ::2], pairs.real, atol=1e-6)
+    np.testing.assert_allclose(turned[..., 1::2], pairs.imag, atol=1e-6)
+
+
+def test_rotary_angles():
+    frequency = 100.0 ** (-2 * np.arange(2) / 4)  # half of a head of 8 turns with the row, half with the column
+    expected = [np.concatenate([i * frequency, j * frequency]) for i in range(2) for j in range(3)]
+    np.testing.assert_allclose(rotary_2d((2, 3), 8, base=100.0), np.stack(expected), rtol=1e-6)
+    np.testing.assert_allclose(rotary_1d(3, 4)[2], [2, 0.02], rtol=1e-6)
+    with pytest.raises(ValueError, match="head_dim 6"):
+        rotary_2d((2, 2), 6)
+
+
+@pytest.mark.parametrize("kind", ["line", "grid"])
+def test_rotated_products_depend_on_the_distance_only(kind):
+    angles = rotary_1d(36, 16) if kind == "line" else rotary_2d((6, 6), 16)
+    q, k = (
+        rotate(jnp.broadcast_to(random((16,), n), (1, 36, 1, 16)), jnp.cos(angles), jnp.sin(angles)) for n in (1, 2)
+    )
+    products = jnp.einsum("btnh,bsnh->ts", q, k)
+    move = 7  # one row down and one column right
+    here, there = (products[a : a + 29, a : a + 29] for a in (0, move))
+    column = np.arange(29) % 6
+    same_move = column < 5 if kind == "grid" else column >= 0  # the last column has nothing to its right
+    np.testing.assert_allclose(here[same_move][:, same_move], there[same_move][:, same_move], atol=1e-4)
+
+
+def test_rotation_keeps_lengths_and_takes_positions_per_row():
+    x, angles = random((2, 6, 3, 8)), jnp.stack([rotary_1d(6, 8), rotary_1d(6, 8) + 1])
+    turned = rotate(x, jnp.cos(angles), jnp.sin(angles))
+    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    alone = rotate(x[1:], jnp.cos(angles[1]), jnp.sin(angles[1]))
+    np.testing.assert_allclose(turned[1:], alone, atol=1e-6)
+
+
+def test_prefix_rows_leave_tokens_alone_or_zero_them():
+    angles = rotary_2d((2, 2), 8)
+    x = random((1, 7, 2, 8))
+    for zero, expected in ((False, x[:, :3]), (True, jnp.zeros_like(x[:, :3]))):
+        turned = rotate(x, *with_prefix(jnp.cos(angles), jnp.sin(angles), 3, zero))
+        np.testing.assert_array_equal(turned[:, :3], expected)
+        np.testing.assert_array_equal(turned[:, 3:], rotate(x[:, 3:], jnp.cos(angles), jnp.sin(angles)))
+
+
+LAYERS = {
+    "llama": Layer(32, 4),
+    "grouped": Layer(32, 4, kv_heads=2, qk_norm=True, head_dim=12),
+    "gpt": Layer(32, 4, norm="layer", activation="gelu", bias=True),
+    "bert": Layer(32, 4, norm="layer", activation="gelu_tanh", bias=True, post_norm=True),
+}
+T = 7
+ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [rotary_1d(T, c.head)]}
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_cached_steps_equal_the_whole_forward(kind, stacked):
+    config, (cos, sin), x = LAYERS[kind], ROTARY[kind], random((2, T, 32))
+    blocks = stack(config, 3, KEY)
+    whole, none = apply_stack(blocks, x, rotary=(cos, sin), mask=causal(T))
+    assert none is None
+    if stacked:
+        caches = Cache.empty(config, 2, 9, depth=3)
+    else:
+        blocks = unstack(blocks)
+        caches = tuple(Cache.empty(config, 2, 9) for _ in blocks)
+    parts = []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):  # several tokens at once, and one
+        y, caches = apply_stack(
+            blocks,
+            x[:, start:stop],
+            rotary=(cos[start:stop], sin[start:stop]),
+            mask=causal(stop - start, 9, start),
+            caches=caches,
+        )
+        parts.append(y)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+    assert (caches if stacked else caches[0]).at == T
+
+
+def test_a_cache_grows_in_place():
+    cache = Cache.empty(LAYERS["llama"], 2, 3, depth=2)
+    cache = cache._replace(k=cache.k + 1).grow(5)
+    assert cache.k.shape == cache.v.shape == (2, 2, 4, 5, 8)
+    assert cache.k[..., :3, :].all() and not cache.k[..., 3:, :].any()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_scanned_and_unrolled_stacks_agree(kind):
+    blocks, x = stack(LAYERS[kind], 3, KEY), random((2, T, 32))
+    key = jax.random.key(1)
+    np.testing.assert_allclose(apply_stack(blocks, x)[0], apply_stack(unstack(blocks), x)[0], atol=1e-5)
+    np.testing.assert_allclose(
+        apply_stack(blocks, x, key=key)[0], apply_stack(unstack(blocks), x, key=key)[0], atol=1e-5
+    )
+
+
+def test_nothing_sees_what_comes_later():
+    blocks, x = stack(LAYERS["grouped"], 2, KEY), random((1, T, 32))
+    seen = jax.jacobian(lambda x: apply_stack(blocks, x, rotary=ROTARY["grouped"], mask=causal(T))[0].sum(-1)[0])(x)
+    influence = jnp.abs(seen[:, 0]).sum(-1) > 0
+    np.testing.assert_array_equal(influence, np.tril(np.ones((T, T), bool)))
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_rematerialisation_changes_no_gradient(remat):
+    config = Layer(32, 4, dropout=0.3)
+    blocks, x = stack(config, 2, KEY), random((2, T, 32))
+    loss = lambda blocks, remat: (apply_stack(blocks, x, key=KEY, remat=remat)[0] ** 2).sum()
+    expected, found = (jax.tree.leaves(jax.jit(jax.grad(lambda b, r=r: loss(b, r)))(blocks)) for r in ("none", remat))
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_choices_name_the_right_ones():
+    with pytest.raises(ValueError, match="'some': it is one of none, full, dots, branches"):
+        apply_stack(stack(LAYERS["llama"], 1, KEY), random((1, 2, 32)), remat="some")
+    with pytest.raises(ValueError, match="activation 'relu'"):
+        Layer(32, 4, activation="relu")
+    with pytest.raises(ValueError, match="width 30 cannot be split into heads 4"):
+        Layer(30, 4)
+    with pytest.raises(ValueError, match="heads 4 is not a multiple of kv_heads 3"):
+        Layer(32, 4, kv_heads=3)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    x = jnp.ones((100, 100))
+    dropped = drop(x, 0.25, KEY)
+    assert set(np.unique(dropped).round(5)) == {0.0, np.float32(1 / 0.75).round(5)}
+    assert abs(dropped.mean() - 1) < 0.02
+    assert drop(x, 0.25, None) is x
+
+
+def test_blocks_compute_in_the_dtype_of_their_input():
+    x = random((2, T, 32)).astype(jnp.bfloat16)
+    for config in LAYERS.values():
+        y, _ = Block(config, KEY)(x)
+        assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
+def test_meshes_agree(sizes):
+    config, x = LAYERS["grouped"], random((8, 6, 32))
+    blocks = stack(config, 2, KEY)
+
+    def run(blocks, x):
+        return jax.value_and_grad(lambda b: (apply_stack(b, x, mask=causal(6))[0] ** 2).mean())(blocks)
+
+    expected = run(blocks, x)
+    mesh = MeshConfig(*sizes).build()
+    with jax.set_mesh(mesh):
+        found = jax.jit(run)(jax.device_put(blocks, shardings(blocks, mesh)), x)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
