@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
         )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told as one line
 
     from t2i_jax.config import ConfigError
     from t2i_jax.data.records import DataError
@@ -311,3 +311,7 @@ def bench(arguments: list[str]) -> None:
     from t2i_jax.bench import main as run
 
     run(arguments)
+
+
+if __name__ == "__main__":
+    main()

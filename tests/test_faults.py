@@ -1,0 +1,172 @@
+"""What happens to a run: kill -9, a full disk, signals, other process counts. The command itself is run, as users do."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t2i_jax.data.records import write_records
+from t2i_jax.training import records
+from t2i_jax.training.artifacts import run_weights
+
+CONFIG = """
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+experiment = Experiment(
+    AR(16, (4, 4), width=32, depth=2, heads=2, condition=Classes(4)),
+    Data(ArrayRecord("{data}"), batch_size=16),
+    Train(steps=24, optimizer=Optimizer(learning_rate=1e-3, warmup=4), ema=0.9, log_every=1, save_every=3,
+          evaluate_every=0, preview_every=0),
+    MeshConfig(*{mesh}),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A data set of codes, and a function that runs `t2i train` on it."""
+    folder = tmp_path_factory.mktemp("faults")
+    rng = np.random.default_rng(0)
+    rows = (
+        {"codes": rng.integers(0, 16, (4, 4)).astype(np.uint16), "label": i % 4, "captions": [], "key": str(i)}
+        for i in range(64)
+    )
+    write_records(folder / "data", rows)
+
+    def start(run, mesh=(1, 1, 1), devices=1, env=(), limit=None, arguments=()):
+        config = folder / f"config{''.join(map(str, mesh))}.py"
+        config.write_text(CONFIG.format(data=folder / "data", mesh=mesh))
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        command = [sys.executable, "-m", "t2i_jax.cli", "train", str(config), "--run", str(folder / run), *arguments]
+        if limit:  # no file may grow beyond it: the same error path as a disk that is full
+            small = f"import os, resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({limit}, {limit})); "
+            command = [sys.executable, "-c", f"{small}os.execv({sys.executable!r}, {command!r})"]
+        return subprocess.Popen(
+            command,
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | dict(env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(run, **options):
+        process = start(run, **options)
+        output = process.communicate(timeout=300)[0]
+        return process.returncode, output
+
+    status, output = finish("straight")
+    assert status == 0, output
+    return folder, start, finish
+
+
+def curve(folder):
+    return {line["step"]: line["loss"] for line in records.read(folder / "metrics.jsonl")}
+
+
+def same(a: Path, b: Path, tolerance=0.0):
+    np.testing.assert_allclose(list(curve(a).values()), list(curve(b).values()), rtol=tolerance)
+    assert list(curve(a)) == list(curve(b))
+    (step, x), (other, y) = run_weights(a), run_weights(b)
+    assert step == other and x.keys() == y.keys()
+    for name in x:
+        np.testing.assert_allclose(x[name], y[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def kill_at(process, run: Path, when: random.Random):
+    """Kill -9 at a random moment: at some step, or as soon as a checkpoint is being written."""
+    checkpoints = run / "checkpoints"
+    inside_write = when.random() < 0.5
+    target = (max(curve(run), default=0)) + when.randint(1, 8)
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end:
+        writing = checkpoints.exists() and any("tmp" in p.name for p in checkpoints.iterdir())
+        if (inside_write and writing) or (not inside_write and max(curve(run), default=0) >= target):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_changes_nothing(room, kills):
+    folder, start, finish = room
+    when, run = random.Random(kills), folder / f"killed{kills}"
+    for _ in range(kills):
+        kill_at(start(run.name), run, when)
+        if max(curve(run), default=0) >= 22:  # begin anew: a finished run cannot be killed
+            status, output = finish(run.name)
+            assert status == 0, output
+            same(folder / "straight", run)
+            run = folder / f"{run.name}+"
+    status, output = finish(run.name)
+    assert status == 0, output
+    same(folder / "straight", run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(room, number):
+    folder, start, finish = room
+    run = folder / f"signal{int(number)}"
+    process = start(run.name)
+    while process.poll() is None and max(curve(run), default=0) < 2:
+        time.sleep(0.005)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number and "goes on from here" in output, output
+    assert "Traceback" not in output
+    assert finish(run.name)[0] == 0
+    same(folder / "straight", run)
+
+
+def test_a_full_disk_is_said_and_harms_nothing(room):
+    folder, _, finish = room
+    run = "full"
+    assert finish(run, arguments=["--train.steps=24", "--train.save-every=9"])[0] == 0
+    for step in ("24", "18"):
+        (folder / run / "checkpoints" / step).rename(folder / f"aside{step}")
+    env = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    status, output = finish(run, limit=40_000, env=env)
+    assert status == 2 and "could not be written" in output and "checkpoints/9" in output, output
+    assert "Traceback" not in output
+    status, output = finish(run)
+    assert status == 0 and "going on from step 9" in output, output
+    same(folder / "straight", folder / run)
+
+
+def test_two_processes_equal_one(room):
+    folder, start, finish = room
+    status, output = finish("one", mesh=(2, 2, 2), devices=8)
+    assert status == 0, output
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    pair = [start("two", mesh=(2, 2, 2), devices=4, env=cluster | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    for process in pair:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    same(folder / "one", folder / "two", 1e-5)
+    same(folder / "straight", folder / "two", 1e-4)
+
+
+def test_errors_are_one_clear_line(room):
+    folder, _, finish = room
+    status, output = finish("straight", arguments=["--train.seed=5"])
+    assert status == 2 and "train.seed: 0 -> 5" in output and "Traceback" not in output
+    status, output = finish("other", arguments=["--data.source.path=/nowhere"])
+    assert status == 2 and "/nowhere" in output and "Traceback" not in output
+    config = json.loads((folder / "straight" / "config.json").read_text())
+    assert config["train"]["seed"] == 0
