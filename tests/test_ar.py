@@ -32,7 +32,7 @@ def batch_for(config, b=3, key=0):
 
 def model_for(config, key=0):
     """Weights large enough that every path matters."""
-    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, config.init(jax.random.key(key)))
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, jax.jit(config.init)(jax.random.key(key)))
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
@@ -74,25 +74,27 @@ def test_padding_of_the_condition_is_not_read(config):
         "text": jnp.where(hidden, 7, batch["text"]),
         "features": jnp.where(hidden[..., None], 9.0, batch["features"]),
     }
-    np.testing.assert_allclose(config.forward(model, other), config.forward(model, batch), atol=1e-5)
+    forward = jax.jit(config.forward)
+    np.testing.assert_allclose(forward(model, other), forward(model, batch), atol=1e-5)
 
 
 def test_loss_is_the_cross_entropy_of_the_forward():
     model, batch = model_for(TINY), batch_for(TINY)
     config = dataclasses.replace(TINY, condition_dropout=0.0)
-    logits = config.forward(model, batch)
+    logits = jax.jit(config.forward)(model, batch)
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, batch["codes"].reshape(3, 6, 1), 2)[..., 0]
-    loss, metrics = config.loss(model, batch, jax.random.key(0))
+    loss, metrics = jax.jit(config.loss)(model, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, nll.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["bits_per_token"], nll.mean() / np.log(2), rtol=1e-5)
     correct = (logits.argmax(-1) == batch["codes"].reshape(3, 6)).mean()
     np.testing.assert_allclose(metrics["accuracy"], correct, atol=1e-6)
-    np.testing.assert_allclose(config.log_likelihood(model, batch), -nll.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(config.log_likelihood)(model, batch), -nll.sum(1), rtol=1e-5)
 
-    weighted, _ = config.loss(model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0))
+    weighted, _ = jax.jit(config.loss)(model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0))
     np.testing.assert_allclose(weighted, nll[::2].mean(), rtol=1e-5)
-    smoothed, _ = dataclasses.replace(config, label_smoothing=0.2, z_loss=0.1).loss(model, batch, jax.random.key(0))
+    smooth = dataclasses.replace(config, label_smoothing=0.2, z_loss=0.1)
+    smoothed, _ = jax.jit(smooth.loss)(model, batch, jax.random.key(0))
     log_z = jax.nn.logsumexp(logits, -1)
     want = (0.8 * nll - 0.2 * logp.mean(-1) + 0.1 * log_z**2).mean()
     np.testing.assert_allclose(smoothed, want, rtol=1e-5)
@@ -104,7 +106,7 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
         model, batch, key
     )
     (want, _), slopes = grad()
-    for fields in (dict(loss_chunk=2), dict(remat="full"), dict(loss_chunk=3, remat="dots")):
+    for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=3, remat="dots")):
         (loss, _), got = grad(**fields)
         np.testing.assert_allclose(loss, want, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, slopes)
@@ -122,7 +124,8 @@ def test_dropout_follows_the_key_and_scores_do_not_drop():
     a, b = jax.random.split(jax.random.key(0))
     assert loss(a) == loss(a) != loss(b)
     assert loss(a) == loss(a, batch | {"label": batch["label"] * 0})  # the condition is always dropped here
-    np.testing.assert_array_equal(config.log_likelihood(model, batch), TINY.log_likelihood(model, batch))
+    scores = [jax.jit(c.log_likelihood)(model, batch) for c in (config, TINY)]
+    np.testing.assert_array_equal(*scores)
 
 
 PUBLISHED = {  # class-conditional, 1000 classes, 16384 codes

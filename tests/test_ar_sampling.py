@@ -2,12 +2,13 @@
 
 import dataclasses
 import logging
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ar import ALL, FEATURES, TEXT, TINY, batch_for, model_for
+from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
 from t2i_jax.nn.draw import Sampling, guidance_at, guide, truncate, uniforms
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
@@ -24,20 +25,21 @@ def keys_for(b=3, seed=5):
     return jax.random.split(jax.random.key(seed), b)
 
 
+@partial(jax.jit, static_argnums=0)
 def uncached(config, model, condition, keys, options):
     """Each token from a whole forward pass, both branches apart: the definition."""
-    forward = jax.jit(config.forward)
     b, length = len(keys), config.length
-    uniform = uniforms(keys, jnp.arange(length))
-    codes = jnp.zeros((b, length), jnp.int32)
-    for i in range(length):
+
+    def token(i, codes):
         batch = condition | {"codes": codes.reshape(b, *config.grid)}
-        logits, null = (forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
+        logits, null = (config.forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
         logits = guide(logits, null, guidance_at(options, i, length))
         weights = truncate(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
-        drawn = jnp.argmax(cdf > uniform[i][:, None], -1)
-        codes = codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
+        drawn = jnp.argmax(cdf > uniforms(keys, i[None])[0][:, None], -1)
+        return codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
+
+    codes = jax.lax.fori_loop(0, length, token, jnp.zeros((b, length), jnp.int32))
     return codes.reshape(b, *config.grid)
 
 
@@ -49,8 +51,8 @@ def test_cached_sampling_is_the_uncached_forward(config):
         Sampling(guidance=3.0, guidance_start=0.3, guidance_stop=0.8, guidance_power=1.0, temperature=0.8, top_k=6),
         Sampling(guidance=1.5, top_p=0.7),
     ):
-        got = config.sample(model, condition, keys, options, segments=3)
-        np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options))
+        got = config.sample(model, condition, keys, options, segments=2)
+        np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options.arrays()))
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
@@ -67,16 +69,16 @@ def test_decoding_gives_the_logits_of_the_forward(config):
             steps.append(logits)
         return jnp.stack(steps, 1)
 
-    np.testing.assert_allclose(decoded(), config.forward(model, batch, dropped), atol=1e-5)
+    np.testing.assert_allclose(decoded(), jax.jit(config.forward)(model, batch, dropped), atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_picture_in_any_batch():
-    model, condition, keys = model_for(TEXT), condition_for(TEXT, 5), keys_for(5)
+    model, condition, keys = model_for(TINY), condition_for(TINY, 5), keys_for(5)
     options = Sampling(guidance=2.0, top_k=9)
-    all_five = TEXT.sample(model, condition, keys, options)
+    all_five = TINY.sample(model, condition, keys, options, segments=1)
     assert len({row.tobytes() for row in np.asarray(all_five)}) == 5
     some = jnp.array([3, 1])
-    two = TEXT.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options)
+    two = TINY.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options, segments=1)
     np.testing.assert_array_equal(two, all_five[some])
 
 
@@ -95,7 +97,7 @@ def test_one_compilation_for_all_settings(caplog):
                 top_p=1 - n / 20,
                 greedy=n % 3 == 0,
             )
-            TINY.sample(model, condition, keys_for(seed=n), options, keep=n % 4)
+            TINY.sample(model, condition, keys_for(seed=n), options, keep=n % 4, segments=1)
     compiled = [r.getMessage() for r in caplog.records if "Compiling jit(_sample)" in r.getMessage()]
     assert len(compiled) == 1, [r.getMessage() for r in caplog.records]
 
@@ -104,10 +106,13 @@ def test_options_and_kept_tokens_may_differ_from_image_to_image():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     known = batch_for(TINY, key=9)["codes"]
     options = Sampling(guidance=jnp.array([1.0, 4.0, 2.0]), greedy=jnp.array([True, False, False]))
-    got = TINY.sample(model, condition, keys, options, known=known, keep=jnp.array([0, 4, 6]))
+    got = TINY.sample(model, condition, keys, options, known=known, keep=jnp.array([0, 4, 6]), segments=1)
     for i in range(3):
         row = lambda x: jax.tree.map(lambda a: a[i : i + 1] if jnp.ndim(a) else a, x)  # noqa: B023
-        alone = TINY.sample(model, row(condition), keys[i : i + 1], row(options), known=row(known), keep=[0, 4, 6][i])
+        keep = jnp.array([0, 4, 6][i : i + 1])
+        alone = TINY.sample(
+            model, row(condition), keys[i : i + 1], row(options), known=row(known), keep=keep, segments=1
+        )
         np.testing.assert_array_equal(alone[0], got[i])
     np.testing.assert_array_equal(got[1].ravel()[:4], known[1].ravel()[:4])
     np.testing.assert_array_equal(got[2], known[2])
@@ -115,15 +120,15 @@ def test_options_and_kept_tokens_may_differ_from_image_to_image():
 
 def test_without_guidance_half_the_rows_give_the_same_codes():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
-    both = TINY.sample(model, condition, keys, Sampling(guidance=1))
-    np.testing.assert_array_equal(TINY.sample(model, condition, keys, guided=False), both)
+    both = TINY.sample(model, condition, keys, Sampling(guidance=1), segments=1)
+    np.testing.assert_array_equal(TINY.sample(model, condition, keys, guided=False, segments=1), both)
 
 
 def test_progress_shows_growing_codes():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     seen = []
     final = TINY.sample(
-        model, condition, keys, segments=3, progress=lambda count, codes: seen.append((int(count), np.asarray(codes)))
+        model, condition, keys, segments=3, guided=False, progress=lambda count, codes: seen.append((int(count), np.asarray(codes)))
     )
     jax.effects_barrier()
     seen.sort(key=lambda x: x[0])
@@ -138,10 +143,10 @@ def test_sampling_on_a_mesh_is_that_on_one_device(sizes):
     config = dataclasses.replace(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
     model, condition, keys = model_for(config), condition_for(config, 8), keys_for(8)
     options = Sampling(guidance=2.0, top_k=9, top_p=0.9)
-    want = config.sample(model, condition, keys, options)
+    want = config.sample(model, condition, keys, options, segments=2)
     mesh = MeshConfig(*sizes).build()
     with jax.set_mesh(mesh):
         split = jax.device_put(condition, batch_sharding(mesh))
         placed = jax.device_put(model, shardings(model, mesh))
-        got = config.sample(placed, split, jax.device_put(keys, batch_sharding(mesh)), options)
+        got = config.sample(placed, split, jax.device_put(keys, batch_sharding(mesh)), options, segments=2)
     np.testing.assert_array_equal(got, want)

@@ -311,7 +311,7 @@ def _sample(
     logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
     codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
     start = 0
-    for stop in (length * n // segments for n in range(1, segments + 1)):
+    for stop in sorted({max(length * n // segments, 1) for n in range(1, segments + 1)}):
         state = state.grow(stop)
         carry, _ = jax.lax.scan(step, (codes, state.caches), jnp.arange(start, min(stop, length - 1)))
         codes, state, start = carry[0], dataclasses.replace(state, caches=carry[1]), stop
