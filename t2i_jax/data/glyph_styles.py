@@ -78,9 +78,9 @@ class Glyph:
 
     @property
     def family(self) -> str:
-        """The concept with man, woman and person made one, so that no held-out picture has a near twin in training."""
-        people = r"\b(?:man|woman|men|women|people|boy|girl|mother|father|mr|mrs|prince|princess|king|queen|mx)\b"
-        return slug(re.sub(people, "person", self.base.lower()))
+        """The concept without man, woman or person, so that no held-out picture has a near twin in training."""
+        people = r"\b(?:person|man|woman|men|women|people|boy|girl|mother|father|mr|mrs|mx|prince|princess)\b"
+        return slug(re.sub(people, "", self.base.lower())) or "person"
 
 
 def codes(hexcode: str) -> str:

