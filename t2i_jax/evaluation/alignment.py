@@ -47,24 +47,23 @@ def retrieve(
 
     Errors: `ValueError` for a query whose concept has no picture in the gallery.
     """
-    query_concepts = np.arange(len(queries)) if query_concepts is None else np.asarray(query_concepts)
-    gallery_concepts = np.arange(len(gallery)) if gallery_concepts is None else np.asarray(gallery_concepts)
-    if len(query_concepts) != len(queries) or len(gallery_concepts) != len(gallery):
+    wanted = list(range(len(queries)) if query_concepts is None else query_concepts)
+    shown = list(range(len(gallery)) if gallery_concepts is None else gallery_concepts)
+    if len(wanted) != len(queries) or len(shown) != len(gallery):
         raise ValueError(
-            f"{len(queries)} queries with {len(query_concepts)} concepts, "
-            f"{len(gallery)} pictures with {len(gallery_concepts)} concepts"
+            f"{len(queries)} queries with {len(wanted)} concepts, {len(gallery)} pictures with {len(shown)} concepts"
         )
-    concepts, owner = np.unique(gallery_concepts, return_inverse=True)
-    place = {c: i for i, c in enumerate(concepts.tolist())}
-    missing = [c for c in query_concepts.tolist() if c not in place]
+    place = {concept: i for i, concept in enumerate(dict.fromkeys(shown))}
+    missing = [concept for concept in wanted if concept not in place]
     if missing:
         raise ValueError(f"no real picture of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
-    check_features(queries, 1), check_features(gallery, 1)
+    for features in (queries, gallery):
+        check_features(features, 1)
     mean = gallery.mean(0, keepdims=True)
     similarity = unit(queries - mean) @ unit(gallery - mean).T
-    scores = np.full((len(queries), len(concepts)), -np.inf, similarity.dtype)
-    np.maximum.at(scores.T, owner, similarity.T)
-    return rank(scores, np.array([place[c] for c in query_concepts.tolist()]))
+    scores = np.full((len(queries), len(place)), -np.inf, similarity.dtype)
+    np.maximum.at(scores.T, [place[concept] for concept in shown], similarity.T)
+    return rank(scores, np.array([place[concept] for concept in wanted]))
 
 
 def rank(scores: np.ndarray, truth: np.ndarray) -> Retrieval:

@@ -23,7 +23,7 @@ class Space:
 
     name: str
     batch: int
-    apply: Callable[[Array], Array]
+    apply: Callable[[np.ndarray], Array]
     """uint8 (b, i, j, 3) -> (b, d), jitted"""
     classify: Callable[[Array], Array] | None = None
     """features (n, d) -> class logits (n, v); None where the space has no classifier"""
@@ -41,9 +41,11 @@ class Space:
             chunks.append(self.apply(np.concatenate([chunk, fill])))
         return np.concatenate([np.asarray(c) for c in chunks])[:n]
 
-    def logits(self, features: np.ndarray) -> np.ndarray | None:
-        """Class logits (n, v) from the features of this space; None where it has no classifier."""
-        return None if self.classify is None else np.asarray(self.classify(jnp.asarray(features)))
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Class logits (n, v) from the features of this space. Errors: `ValueError` where it has no classifier."""
+        if self.classify is None:
+            raise ValueError(f"{self.name} has no classifier")
+        return np.asarray(self.classify(jnp.asarray(features)))
 
 
 @dataclasses.dataclass(frozen=True)

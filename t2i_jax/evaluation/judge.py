@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def contrast(heads: Heads, images: Array, texts: Array, concepts: Array, dropout
     logits = jnp.exp(heads.scale[...]) * a @ b.T
     same = (concepts[:, None] == concepts[None]).astype(jnp.float32)
     target = same / same.sum(1, keepdims=True)
-    return sum(optax.softmax_cross_entropy(s, target).mean() for s in (logits, logits.T)) / 2
+    return optax.softmax_cross_entropy(jnp.stack([logits, logits.T]), target).mean()
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -77,12 +78,12 @@ def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: 
     """Heads trained on features (n, d) and (n, k); pairs of equal `concepts` (n,) count as each other's match."""
     init_key, order_key, drop_key = jax.random.split(key, 3)
     n, batch = len(images), min(config.batch, len(images))
-    heads = Heads(config, images.shape[1], texts.shape[1], init_key)
+    heads: Any = Heads(config, images.shape[1], texts.shape[1], init_key)
     optimizer = optax.adamw(config.rate, weight_decay=config.decay)
     orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(order_key, config.epochs))
     batches = orders[:, : n // batch * batch].reshape(-1, batch)
 
-    def step(carry: tuple, item: tuple) -> tuple:
+    def step(carry: Any, item: tuple) -> tuple:
         heads, state = carry
         rows, key = item
         grads = jax.grad(contrast)(heads, images[rows], texts[rows], concepts[rows], config.dropout, key)
@@ -125,7 +126,8 @@ class Judge:
 
     def similarity(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """Cosine (n, m) of pictures uint8 (n, i, j, 3) and m captions."""
-        a, b = self.heads((self.images(pictures) - self.mean) / self.std, jnp.asarray(self.texts(captions)))
+        features = (self.images(pictures) - self.mean) / self.std
+        a, b = self.heads(jnp.asarray(features), jnp.asarray(self.texts(captions)))
         return np.asarray(a @ b.T)
 
     def evaluate(self, generated: np.ndarray, captions: Sequence[str], real: np.ndarray) -> dict[str, Number]:

@@ -62,7 +62,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
     KID, Binkowski et al. 2018, eq. 4, over all pictures rather than blocks of them; may come out slightly negative.
     """
-    check_features(a, 2), check_features(b, 2)
+    for features in (a, b):
+        check_features(features, 2)
     a, b = a.astype(np.float64), b.astype(np.float64)
     kernel = lambda inner: (inner / a.shape[1] + 1) ** 3
     total = lambda x, y: sum(kernel(rows @ y.T).sum() for rows in blocks(x))
@@ -88,7 +89,8 @@ def overlap(real: np.ndarray, generated: np.ndarray, neighbours: int = 3) -> Ove
     picture, over k. Coverage: real balls with a generated picture in them.
     """
     k = neighbours
-    check_features(real, k + 1), check_features(generated, k + 1)
+    for features in (real, generated):
+        check_features(features, k + 1)
     # Place 0 of a sorted row is the picture itself.
     radius = lambda x: np.concatenate([np.partition(distances(rows, x), k, axis=1)[:, k] for rows in blocks(x)])
     around_real, around_generated = radius(real), radius(generated)

@@ -90,7 +90,6 @@ def evaluate_pictures(
     real_captions: Sequence[str] | None = None,
     components: int = 128,
     neighbours: int = 3,
-    most: int = 2000,
     progress: bool = True,
 ) -> dict[str, Number]:
     """Generated pictures beside real ones, in every space.
@@ -100,7 +99,7 @@ def evaluate_pictures(
         real: uint8 (m, i, j, 3), real pictures that were not trained on; one or more of every caption.
         captions: n prompts; those of `real` too, in order, unless `real_captions` are given.
         train_real: uint8 (p, i, j, 3), pictures that were trained on: beside every distance stands what as many of
-            these get in the place of the generated ones. At most `most` of them are looked at.
+            these get in the place of the generated ones. No more than that needs are looked at.
         spaces: feature spaces, loaded or to be loaded.
         components: the Frechet distance is taken along so many principal directions of the training pictures where
             there are fewer pictures than features.
@@ -119,16 +118,16 @@ def evaluate_pictures(
     for name, images, texts in (("generated", generated, captions), ("real", real, real_captions)):
         if len(images) != len(texts):
             raise ValueError(f"{name}: {len(images)} pictures with {len(texts)} captions")
-    choose = np.random.default_rng(0).permutation(len(train_real))[:most]
-    train_real = train_real[np.sort(choose)]
+    needed = max(len(generated), 4 * components)
+    train_real = train_real[np.random.default_rng(0).permutation(len(train_real))[:needed]]
     numbers: dict[str, Number] = {}
     for space in spaces:
         space = space.load() if isinstance(space, Features) else space
         g, r, t = (space(x, progress) for x in (generated, real, train_real))
         found = {**compare(g, r, t, components, neighbours), **aligned(retrieve(g, r, captions, real_captions))}
-        if (logits := space.logits(g)) is not None:
-            beside = {"real": inception_score(space.logits(r))}
-            found["inception_score"] = Number(inception_score(logits), "higher", beside)
+        if space.classify is not None:
+            score = lambda features, space=space: inception_score(space.logits(features))
+            found["inception_score"] = Number(score(g), "higher", {"real": score(r)})
         numbers |= {f"{space.name}/{name}": number for name, number in found.items()}
     return numbers
 
@@ -138,7 +137,7 @@ def compare(
 ) -> dict[str, Number]:
     """Distances of features generated (n, d) and real (m, d); beside them those of `train` (p, d) and real."""
     # Distances grow when pictures get few, so the training pictures stand in with the same count.
-    stand_in = train[np.random.default_rng(1).permutation(len(train))[: len(generated)]]
+    stand_in = train[np.random.default_rng(0).permutation(len(train))[: len(generated)]]
     project = lambda x: x
     if min(len(generated), len(real)) <= real.shape[1]:
         mean, directions = principal(train, components)

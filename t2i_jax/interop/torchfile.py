@@ -10,8 +10,9 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -174,7 +175,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> Any:
         return _Unpickler(file, path, storage, unknown).load()
 
 
-def _read_legacy(path: Path, file: IO[bytes], unknown: str) -> Any:
+def _read_legacy(path: Path, file: BufferedReader, unknown: str) -> Any:
     total = path.stat().st_size
     known: dict[str, np.ndarray] = {}
 
@@ -196,8 +197,8 @@ def _read_legacy(path: Path, file: IO[bytes], unknown: str) -> Any:
     result, keys = load(), load()
     for key in keys:
         count = int.from_bytes(file.read(8), "little")
-        if key in known and file.readinto(memoryview(known[key].view(np.uint8))) != known[key].nbytes:
-            raise TorchFileError(f"{path}: cut short in storage {key}")
         if key not in known or count != len(known[key]):
-            raise TorchFileError(f"{path}: storage {key} of {count} elements does not fit the pickle")
+            raise TorchFileError(f"{path}: cut short, or storage {key} of {count} elements does not fit its pickle")
+        if file.readinto(known[key].view(np.uint8).data) != known[key].nbytes:
+            raise TorchFileError(f"{path}: cut short in storage {key}")
     return result
