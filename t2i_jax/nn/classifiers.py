@@ -120,9 +120,9 @@ class Depthwise(nnx.Module):
     def __call__(self, x: Array) -> Array:
         # A sum of shifted products, which XLA fuses into one loop: on a CPU six times as fast as a grouped convolution.
         k, s = self.w.shape[0], self.stride
-        (top, bottom), (left, right) = jax.lax.padtype_to_pads(x.shape[1:3], (k, k), (s, s), "SAME")
-        y = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
         i, j = (-(-n // s) for n in x.shape[1:3])
+        missing = (max((out - 1) * s + k - n, 0) for out, n in zip((i, j), x.shape[1:3], strict=True))
+        y = jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
         window = lambda p, q: y[:, p : p + (i - 1) * s + 1 : s, q : q + (j - 1) * s + 1 : s]
         return jnp.clip(sum(window(p, q) * self.w[p, q] for p in range(k) for q in range(k)) + self.b, 0, 6)
 
