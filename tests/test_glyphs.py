@@ -70,6 +70,7 @@ def test_splits_hold_out_whole_families(every):
     assert of["student"] == of["woman student"] == of["man student"]
     assert of["woman student with dark skin tone"] == of["student"] != of["teacher"]
     assert of["dog face"] != of["cat face"]
+    assert of["man with red hair with dark skin tone"] == of["man with red hair"] != of["bald man"]
 
 
 def test_combinations_are_held_out_only_between_styles(every):
@@ -100,6 +101,7 @@ def test_captions():
 
 def test_names_as_one_says_them():
     assert spoken("flag: Côte d’Ivoire") == "flag of Côte d'Ivoire"
+    assert spoken("man: bald") == "bald man" and spoken("family: man, boy") == "family with man and boy"
     assert spoken("woman: dark skin tone, red hair") == "woman with dark skin tone and red hair"
     assert spoken("man running: facing right, dark skin tone") == "man running facing right with dark skin tone"
     assert spoken("Japanese “secret” button") == "Japanese secret button"

@@ -78,8 +78,8 @@ class Glyph:
 
     @property
     def family(self) -> str:
-        """The concept without man, woman or person, so that no held-out picture has a near twin in training."""
-        people = r"\b(?:person|man|woman|men|women|people|boy|girl|mother|father|mr|mrs|mx|prince|princess)\b"
+        """The concept without man, woman or person: no held-out picture then has a near twin in training."""
+        people = r"\b(?:with|and|person|man|woman|men|women|people|boy|girl|mother|father|mr|mrs|mx|prince|princess)\b"
         return slug(re.sub(people, "", self.base.lower())) or "person"
 
 
@@ -104,6 +104,9 @@ def spoken(label: str) -> str:
     parts = tail.split(", ")
     facing = "".join(f" {p}" for p in parts if p.startswith("facing"))
     rest = [p for p in parts if not p.startswith("facing")]
+    if "bald" in rest:
+        rest.remove("bald")
+        head = f"bald {head}"
     return head + facing + (" with " + " and ".join(rest) if rest else "")
 
 
@@ -125,10 +128,19 @@ def twemoji_wheel() -> Iterator[Glyph]:
             continue
         name = entry["en"].strip(":").replace("_", " ").replace("keycap: ", "keycap ")
         flag = 0x1F1E6 <= ord(character[0]) <= 0x1F1FF or key.startswith("1f3f4-e00")
-        base, _, tone = re.sub(r" ((?:(?:medium-)?(?:light|dark)|medium) skin tone)", r"|\1", name).partition("|")
-        label = spoken(f"flag: {base}" if flag else base) + (f" with {tone.replace('|', ' and ')}" if tone else "")
+        tone = r" ((?:(?:medium-)?(?:light|dark)|medium) skin tone)"
+        tones, base = re.findall(tone, name), re.sub(tone, "", name)
+        base = spoken(f"flag: {base}" if flag else _with_colon(base))
+        label = f"{base} with {' and '.join(tones)}" if tones else base
         group = "flags" if flag else "emoji"
-        yield Glyph("twemoji", key, label, spoken(base), group, (), files[key])
+        yield Glyph("twemoji", key, label, base, group, (), files[key])
+
+
+def _with_colon(name: str) -> str:
+    """Unicode's punctuation, which the `emoji` package drops: "man red hair" -> "man: red hair"."""
+    if head := re.match(r"(family|kiss|couple with heart) (?=adult|man|woman)", name):
+        return f"{head[1]}: {', '.join(name[head.end() :].split())}"
+    return re.sub(r"^(man|woman|person) (bald|beard|\S+ hair)$", r"\1: \2", name)
 
 
 def wrong_wheels() -> list[str]:
