@@ -10,22 +10,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
 
 
-def to_uint8(images: Any) -> np.ndarray:
+def to_uint8(images: Array | np.ndarray) -> Array:
     """Float pictures (..., 3) in [-1, 1] as uint8: (x + 1) * 127.5, clipped, rounded half to even.
 
-    Rounding (and not cutting off) is the inverse of `x / 127.5 - 1` to the bit. Errors: `ValueError` for NaN.
+    Rounding (and not cutting off) is the inverse of `x / 127.5 - 1` to the bit.
     """
-    images = np.asarray(images, np.float32)
-    if np.isnan(images).any():
-        raise ValueError("pictures contain NaN")
-    return np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
+    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def grid(

@@ -14,17 +14,13 @@ from jax import Array
 
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.pictures import to_uint8
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 
 
 def image_keys(seeds: Sequence[int]) -> Array:
     """One key per picture, from its seed alone: the same seed gives the same picture in any batch."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-
-
-def to_uint8(images: Array) -> Array:
-    """Floats in [-1, 1] to 0..255, rounded to nearest."""
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 class Pipeline:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from t2i_jax import pictures
-from t2i_jax.pipeline import Pipeline, image_keys, to_uint8
+from t2i_jax.pictures import to_uint8
+from t2i_jax.pipeline import Pipeline, image_keys
 
 console = Console(stderr=True)
 

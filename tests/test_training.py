@@ -12,13 +12,13 @@ import toys
 from flax import nnx
 
 from t2i_jax.config import ConfigError
+from t2i_jax.nn.trees import named, rebuild
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training import records
 from t2i_jax.training.checkpoints import CheckpointError
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, resolved, train
 from t2i_jax.training.optimizer import Optimizer
-from t2i_jax.training.state import rebuild
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 
@@ -218,8 +218,6 @@ def test_batch_that_the_mesh_cannot_split_is_named(tmp_path):
 
 def test_rebuild_is_the_inverse_of_named(tmp_path):
     model = toys.Identity().init(jax.random.key(0))
-    from t2i_jax.training.state import named
-
     again = rebuild(model, named(model))
     assert isinstance(again.layers.w, nnx.Param)
     jax.tree.map(np.testing.assert_array_equal, again, model)

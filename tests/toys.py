@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax.nn.layers import Carried, Linear
+from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig, shard
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
-from t2i_jax.training.players import Player
 
 
 @dataclasses.dataclass(frozen=True)

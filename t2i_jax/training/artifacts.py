@@ -13,14 +13,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from t2i_jax.config import ConfigError, from_json, to_json
+from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
-from t2i_jax.training.state import named, rebuild
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +75,10 @@ def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
 
 def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
     """The model of `config` that holds `arrays` by their dotted names. Errors: `CheckpointError` lists what is wrong."""
-    abstract = jax.eval_shape(config.init, jax.random.key(0))
-    wanted = named(abstract)
-    wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
-    wrong += [
-        f"{k}: {arrays[k].shape} in the file, {v.shape} in the model"
-        for k, v in wanted.items()
-        if k in arrays and arrays[k].shape != v.shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{source} does not fit {type(config).__name__}:\n  " + "\n  ".join(wrong[:20]))
-    fill = lambda k, v: jax.tree.map(lambda leaf: jax.numpy.asarray(arrays[k], leaf.dtype), v)
-    return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
+    try:
+        return assemble(config.init, arrays, str(source))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.experimental import checkify
 
-from t2i_jax.training.state import TrainState, rebuild
+from t2i_jax.nn.trees import rebuild
+from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import held
 
 

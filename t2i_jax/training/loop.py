@@ -23,14 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, to_json
+from t2i_jax.nn.players import players_of
+from t2i_jax.nn.trees import rebuild
 from t2i_jax.parallel import batch_sharding, shardings
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare
 from t2i_jax.training.guard import NotFinite, explain
-from t2i_jax.training.players import players_of
 from t2i_jax.training.records import Records
-from t2i_jax.training.state import TrainState, create, rebuild
+from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned
 
 console = Console(stderr=True)

@@ -14,7 +14,7 @@ import optax
 from optax import contrib
 
 from t2i_jax.config import ConfigError
-from t2i_jax.training.state import Named, is_variable
+from t2i_jax.nn.trees import Named, is_variable
 
 
 @dataclasses.dataclass(frozen=True)

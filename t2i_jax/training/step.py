@@ -12,8 +12,9 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.training.players import Player
-from t2i_jax.training.state import Named, TrainState, carried_of, rebuild
+from t2i_jax.nn.players import Player
+from t2i_jax.nn.trees import Named, rebuild
+from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
 
