@@ -1,15 +1,25 @@
 """Attention, rotary positions and the Transformer block, by what must hold for any weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.nn.attention import attend, causal, rotary_1d, rotary_2d, rotate, with_prefix
-from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.nn import attention, transformer
+from t2i_jax.nn.attention import causal, rotary_1d, rotary_2d, with_prefix
+from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, drop, unstack
 from t2i_jax.parallel import MeshConfig, shardings
 
 KEY = jax.random.key(0)
+attend, rotate = jax.jit(attention.attend), jax.jit(attention.rotate)
+apply_stack = jax.jit(transformer.apply_stack, static_argnames="remat")
+
+
+@functools.cache
+def stack(config, depth):
+    return jax.jit(lambda key: transformer.stack(config, depth, key))(KEY)
 
 
 def random(shape, n=0):
@@ -24,9 +34,9 @@ def qkv(n=6, m=6, t=5, s=7):
 def test_attention_is_the_softmax_average(shape):
     q, k, v = qkv()
     mask = random(shape, 4) > -0.5
-    logits = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, k) / 2, -jnp.inf)
-    weights = jnp.nan_to_num(jax.nn.softmax(logits, -1))
-    np.testing.assert_allclose(attend(q, k, v, mask), jnp.einsum("bnts,bsnh->btnh", weights, v), atol=1e-6)
+    weights = np.where(mask, np.exp(np.einsum("btnh,bsnh->bnts", q, k) / 2), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(attend(q, k, v, mask), np.einsum("bnts,bsnh->btnh", weights, v), atol=1e-6)
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
@@ -34,7 +44,7 @@ def test_attention_is_the_softmax_average(shape):
 def test_grouped_queries_are_repeated_keys_and_values(m, heads_of_mask):
     q, k, v = qkv(m=m)
     mask = random((2, heads_of_mask, 5, 7), 4) > -0.5
-    repeated = attend(q, *(jnp.repeat(x, 6 // m, 2) for x in (k, v)), mask)
+    repeated = attend(q, *(np.repeat(x, 6 // m, 2) for x in (k, v)), mask)
     np.testing.assert_allclose(attend(q, k, v, mask), repeated, atol=1e-6)
 
 
@@ -48,7 +58,7 @@ def test_a_query_that_may_look_nowhere_gives_zeros_and_finite_gradients():
     mask = jnp.ones((2, 1, 5, 7), bool).at[0, :, 2].set(False)
     out = attend(q, k, v, mask)
     assert not out[0, 2].any() and out[0, 1].any()
-    gradients = jax.grad(lambda *x: (attend(*x, mask) ** 2).sum(), (0, 1, 2))(q, k, v)
+    gradients = jax.jit(jax.grad(lambda *x: (attend(*x, mask) ** 2).sum(), (0, 1, 2)))(q, k, v)
     assert all(jnp.isfinite(g).all() for g in gradients) and not gradients[0][0, 2].any()
 
 
@@ -117,10 +127,10 @@ ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in 
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["grouped", "bert"])
 def test_cached_steps_equal_the_whole_forward(kind, stacked):
     config, (cos, sin), x = LAYERS[kind], ROTARY[kind], random((2, T, 32))
-    blocks = stack(config, 3, KEY)
+    blocks = stack(config, 3)
     whole, none = apply_stack(blocks, x, rotary=(cos, sin), mask=causal(T))
     assert none is None
     if stacked:
@@ -149,9 +159,8 @@ def test_a_cache_grows_in_place():
     assert cache.k[..., :3, :].all() and not cache.k[..., 3:, :].any()
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_scanned_and_unrolled_stacks_agree(kind):
-    blocks, x = stack(LAYERS[kind], 3, KEY), random((2, T, 32))
+def test_scanned_and_unrolled_stacks_agree():
+    blocks, x = stack(Layer(32, 4, dropout=0.3), 3), random((2, T, 32))
     key = jax.random.key(1)
     np.testing.assert_allclose(apply_stack(blocks, x)[0], apply_stack(unstack(blocks), x)[0], atol=1e-5)
     np.testing.assert_allclose(
@@ -160,16 +169,16 @@ def test_scanned_and_unrolled_stacks_agree(kind):
 
 
 def test_nothing_sees_what_comes_later():
-    blocks, x = stack(LAYERS["grouped"], 2, KEY), random((1, T, 32))
-    seen = jax.jacobian(lambda x: apply_stack(blocks, x, rotary=ROTARY["grouped"], mask=causal(T))[0].sum(-1)[0])(x)
-    influence = jnp.abs(seen[:, 0]).sum(-1) > 0
+    blocks, x = stack(LAYERS["grouped"], 2), random((1, T, 32))
+    out = lambda x: apply_stack(blocks, x, rotary=ROTARY["grouped"], mask=causal(T))[0].sum(-1)[0]
+    influence = np.abs(jax.jit(jax.jacobian(out))(x)[:, 0]).sum(-1) > 0
     np.testing.assert_array_equal(influence, np.tril(np.ones((T, T), bool)))
 
 
-@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("remat", [r for r in REMAT if r != "none"])
 def test_rematerialisation_changes_no_gradient(remat):
     config = Layer(32, 4, dropout=0.3)
-    blocks, x = stack(config, 2, KEY), random((2, T, 32))
+    blocks, x = stack(config, 2), random((2, T, 32))
     loss = lambda blocks, remat: (apply_stack(blocks, x, key=KEY, remat=remat)[0] ** 2).sum()
     expected, found = (jax.tree.leaves(jax.jit(jax.grad(lambda b, r=r: loss(b, r)))(blocks)) for r in ("none", remat))
     for a, b in zip(expected, found, strict=True):
@@ -178,7 +187,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def test_unknown_choices_name_the_right_ones():
     with pytest.raises(ValueError, match="'some': it is one of none, full, dots, branches"):
-        apply_stack(stack(LAYERS["llama"], 1, KEY), random((1, 2, 32)), remat="some")
+        apply_stack(stack(LAYERS["llama"], 1), random((1, 2, 32)), remat="some")
     with pytest.raises(ValueError, match="activation 'relu'"):
         Layer(32, 4, activation="relu")
     with pytest.raises(ValueError, match="width 30 cannot be split into heads 4"):
@@ -198,19 +207,19 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 def test_blocks_compute_in_the_dtype_of_their_input():
     x = random((2, T, 32)).astype(jnp.bfloat16)
     for config in LAYERS.values():
-        y, _ = Block(config, KEY)(x)
+        y, _ = jax.eval_shape(lambda x, config=config: Block(config, KEY)(x), x)
         assert y.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
 def test_meshes_agree(sizes):
     config, x = LAYERS["grouped"], random((8, 6, 32))
-    blocks = stack(config, 2, KEY)
+    blocks = stack(config, 2)
 
     def run(blocks, x):
         return jax.value_and_grad(lambda b: (apply_stack(b, x, mask=causal(6))[0] ** 2).mean())(blocks)
 
-    expected = run(blocks, x)
+    expected = jax.jit(run)(blocks, x)
     mesh = MeshConfig(*sizes).build()
     with jax.set_mesh(mesh):
         found = jax.jit(run)(jax.device_put(blocks, shardings(blocks, mesh)), x)

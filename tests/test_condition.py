@@ -27,21 +27,27 @@ CONFIGS = {
 NO = jnp.zeros(4, bool)
 
 
+def made(config):
+    """The module of a config, with its call compiled."""
+    module = jax.jit(lambda key: config.init(key, WIDTH))(KEY)
+    return lambda batch, drop: jax.jit(lambda m, b, d: m(b, d))(module, batch, drop)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_and_dtypes(name):
     config = CONFIGS[name]
-    module = config.init(KEY, WIDTH)
+    module = jax.eval_shape(lambda key: config.init(key, WIDTH), KEY)
     for dtype in (jnp.float32, jnp.bfloat16):
-        tokens, mask = jax.jit(lambda m, b, d, dtype=dtype: m(b, d, dtype))(module, BATCH, DROP)
+        tokens, mask = jax.eval_shape(lambda m, b, d, dtype=dtype: m(b, d, dtype), module, BATCH, DROP)
         assert tokens.shape == (4, config.length, WIDTH) and tokens.dtype == dtype
         assert mask.shape == (4, config.length) and mask.dtype == bool
     needed = {k: BATCH[k] for k in config.inputs}
-    module(needed, DROP)  # `inputs` names all that is needed
+    jax.eval_shape(lambda m, b, d: m(b, d), module, needed, DROP)  # `inputs` names all that is needed
 
 
 @pytest.mark.parametrize("name", ["captions", "features", "llamagen"])
 def test_an_empty_caption_is_the_dropped_one(name):
-    tokens, mask = CONFIGS[name].init(KEY, WIDTH)(BATCH, DROP)
+    tokens, mask = made(CONFIGS[name])(BATCH, DROP)
     np.testing.assert_array_equal(tokens[0], tokens[2])
     np.testing.assert_array_equal(mask[0], mask[2])
     assert mask[2].all()
@@ -49,7 +55,7 @@ def test_an_empty_caption_is_the_dropped_one(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_dropping_hides_the_condition_and_only_its_own(name):
-    module = CONFIGS[name].init(KEY, WIDTH)
+    module = made(CONFIGS[name])
     kept, dropped = module(BATCH, NO)[0], module(BATCH, DROP)[0]
     np.testing.assert_allclose(kept[1:], dropped[1:], atol=1e-6)
     other = BATCH | {"label": BATCH["label"][::-1], "features": -BATCH["features"], "text": 49 - BATCH["text"]}
@@ -59,7 +65,7 @@ def test_dropping_hides_the_condition_and_only_its_own(name):
 
 @pytest.mark.parametrize("name", ["captions", "features", "llamagen"])
 def test_what_stands_in_padding_does_not_matter(name):
-    module = CONFIGS[name].init(KEY, WIDTH)
+    module = made(CONFIGS[name])
     other = BATCH | {
         "text": jnp.where(MASK, BATCH["text"], 7),
         "features": jnp.where(MASK[..., None], BATCH["features"], 1e3),
@@ -69,7 +75,7 @@ def test_what_stands_in_padding_does_not_matter(name):
 
 
 def test_the_order_of_words_matters():
-    module = Captions(50, S, 8, 2, 2).init(KEY, WIDTH)
+    module = made(CONFIGS["captions"])
     words, mask = jnp.array([[1, 2, 3, 0, 0, 0], [3, 2, 1, 0, 0, 0]]), jnp.arange(S)[None] < jnp.array([[3], [3]])
     tokens, _ = module({"text": words, "text_mask": mask}, NO[:2])
     assert not np.allclose(tokens[0], tokens[1], atol=1e-4)
@@ -83,7 +89,7 @@ def test_without_classes_a_model_is_unconditional():
 
 
 def test_left_layout_moves_text_to_the_end():
-    right, left = (Features(5, S, left=side).init(KEY, WIDTH)(BATCH, NO) for side in (False, True))
+    right, left = (made(Features(5, S, left=side))(BATCH, NO) for side in (False, True))
     np.testing.assert_array_equal(left[1], right[1][:, ::-1])
     np.testing.assert_allclose(left[0][1, -3:], right[0][1, :3], atol=1e-6)
     assert not left[0][1, :-3].any()
@@ -97,14 +103,15 @@ def test_null_features_stand_before_the_projection_and_may_be_frozen():
 
 
 def test_llamagen_masks_the_null_condition_to_the_length_of_the_caption():
-    module = Features(5, S, null_keeps_mask=True).init(KEY, WIDTH)
+    module = made(Features(5, S, null_keeps_mask=True))
     np.testing.assert_array_equal(module(BATCH, ~NO)[1], MASK | ~MASK.any(1)[:, None])
 
 
 @pytest.mark.parametrize("name", ["captions", "features"])
 def test_gradients_are_finite_with_empty_rows(name):
     loss = lambda module: (module(BATCH, DROP)[0] ** 2).sum()
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(CONFIGS[name].init(KEY, WIDTH))))
+    gradients = jax.jit(lambda key: jax.grad(loss)(CONFIGS[name].init(key, WIDTH)))(KEY)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize(
@@ -126,4 +133,4 @@ def test_gradients_are_finite_with_empty_rows(name):
 def test_wrong_batches_are_refused_by_name(name, change, message):
     batch = {k: v for k, v in (BATCH | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
-        CONFIGS[name].init(KEY, WIDTH)(batch, NO)
+        jax.jit(lambda key: CONFIGS[name].init(key, WIDTH))(KEY)(batch, NO)
