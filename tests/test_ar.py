@@ -45,7 +45,11 @@ def test_logits_depend_on_earlier_codes_and_on_the_condition_only(config):
         changed = batch["codes"].reshape(3, 6).at[:, i].add(1).reshape(3, 2, 3) % 13
         moved = jnp.abs(forward(model, batch | {"codes": changed}) - logits).max((0, 2)) > 1e-6
         np.testing.assert_array_equal(moved, np.arange(6) > i)
-    other = batch | {"label": (batch["label"] + 1) % 5, "text": (batch["text"] + 1) % 11, "features": -batch["features"]}
+    other = batch | {
+        "label": (batch["label"] + 1) % 5,
+        "text": (batch["text"] + 1) % 11,
+        "features": -batch["features"],
+    }
     assert (jnp.abs(forward(model, other) - logits).max(2) > 1e-6).all()
     assert (jnp.abs(forward(model, batch, jnp.ones(3, bool)) - logits).max(2) > 1e-6).all()
 

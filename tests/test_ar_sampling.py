@@ -128,7 +128,12 @@ def test_progress_shows_growing_codes():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     seen = []
     final = TINY.sample(
-        model, condition, keys, segments=3, guided=False, progress=lambda count, codes: seen.append((int(count), np.asarray(codes)))
+        model,
+        condition,
+        keys,
+        segments=3,
+        guided=False,
+        progress=lambda count, codes: seen.append((int(count), np.asarray(codes))),
     )
     jax.effects_barrier()
     seen.sort(key=lambda x: x[0])

@@ -103,9 +103,7 @@ class AR:
     @property
     def layer(self) -> Layer:
         """One block of the Transformer."""
-        return Layer(
-            self.width, self.heads, self.kv_heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout
-        )
+        return Layer(self.width, self.heads, self.kv_heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout)
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
