@@ -1,4 +1,4 @@
-"""Floating-point operations of a function, counted from its jaxpr: 2 for each multiply-add of a product or convolution."""
+"""Floating-point operations of a function, from its jaxpr: 2 for each multiply-add of a product or convolution."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def start_cluster(required: bool = False) -> None:
-    """Join the other processes of this run when a cluster environment is detected (TPU pod, Slurm, coordinator address)."""
+    """Join the other processes of this run where there is a cluster (TPU pod, Slurm, a coordinator's address)."""
     import os
 
     if jax.distributed.is_initialized():

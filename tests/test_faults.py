@@ -1,4 +1,4 @@
-"""What happens to a run: kill -9, a full disk, signals, other process counts. The command itself is run, as users do."""
+"""What can happen to a run: kill -9, a full disk, signals, other process counts. The command is run as users do."""
 
 import json
 import os

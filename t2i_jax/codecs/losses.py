@@ -1,11 +1,13 @@
 """How far a reconstruction is from its image: pixels, features of a frozen network, a discriminator's opinion."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from t2i_jax.nn.vgg import Trunk, features
 
 
 def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2"]) -> Array:
@@ -18,37 +20,6 @@ def psnr(x: Array, y: Array) -> Array:
     """Peak signal-to-noise ratio in dB of images (b, i, j, c) in [-1, 1], the mean over the batch."""
     mse = jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2, (1, 2, 3))
     return jnp.mean(10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)))
-
-
-class Trunk(NamedTuple):
-    """The convolutions of VGG16 (Simonyan & Zisserman 2015), never trained; scales of the input are in the first."""
-
-    shift: Array
-    """(3,) the mean colour, in [-1, 1]"""
-    blocks: tuple[tuple[tuple[Array, Array], ...], ...]
-    """per block, per convolution: kernel (3, 3, c, f), bias (f,)"""
-    heads: tuple[Array, ...]
-    """per block: the weight (f,) of each channel's difference"""
-
-
-def features(trunk: Trunk, images: Array) -> list[Array]:
-    """Images (b, i, j, 3) in [-1, 1] -> the last activation of each block, at full, half, quarter ... resolution."""
-    smallest = 2 ** (len(trunk.blocks) - 1)
-    if min(images.shape[1:3]) < smallest:
-        raise ValueError(
-            f"images of {images.shape[1:3]} are too small for {len(trunk.blocks)} blocks: from {smallest} on"
-        )
-    x, taps = images - trunk.shift.astype(images.dtype), []
-    for block in trunk.blocks:
-        if taps:
-            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-        for w, b in block:
-            x = jax.lax.conv_general_dilated(
-                x, w.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            x = jax.nn.relu(x + b.astype(x.dtype))
-        taps.append(x)
-    return taps
 
 
 def perceptual(trunk: Trunk, x: Array, y: Array) -> Array:

@@ -54,10 +54,11 @@ def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
         rows, half, first = part
         score = jnp.matmul(z, rows.T, precision="highest") - half
         top = score.max(-1)
-        return (jnp.maximum(top, best[0]), jnp.where(top > best[0], score.argmax(-1) + first, best[1])), None
+        index = first + jax.lax.argmax(score, 1, jnp.int32)
+        return (jnp.maximum(top, best[0]), jnp.where(top > best[0], index, best[1])), None
 
-    start = (jnp.full(len(z), -jnp.inf), jnp.zeros(len(z), jnp.int32))
-    split = (rows.reshape(parts, chunk, -1), half.reshape(parts, chunk), jnp.arange(parts) * chunk)
+    start = (jnp.full(len(z), -jnp.inf, z.dtype), jnp.zeros(len(z), jnp.int32))
+    split = (rows.reshape(parts, chunk, -1), half.reshape(parts, chunk), jnp.arange(parts, dtype=jnp.int32) * chunk)
     return jax.lax.scan(closer, start, split)[0][1]
 
 

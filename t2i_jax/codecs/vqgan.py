@@ -18,9 +18,11 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig
+from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import Conv, replace
+from t2i_jax.nn.players import Player
+from t2i_jax.nn.vgg import Trunk
 from t2i_jax.parallel import shard
-from t2i_jax.training.players import Player
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +64,10 @@ class VQGAN:
     def init(self, key: Array) -> Model:
         return Model(self, key)
 
-    def frozen(self) -> losses.Trunk | None:
+    def frozen(self) -> Trunk | None:
         """What the losses read as `batch["frozen"]` and nothing trains: the perceptual network."""
         if not self.perceptual:
             return None
-        from t2i_jax.interop import vgg  # only who trains with this loss needs the file
-
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
     def encode(self, model: Model, images: Array) -> Array:

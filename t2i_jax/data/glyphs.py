@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 PIXELS = {
     ("twemoji", 32): "462382856ae807cdd4dba83c76f9fee777c276801926e3df7857127bd80afcdd",
     ("twemoji", 64): "f1e41cc563c2d75bf4f26211086f6abe72e9d5b59862c2c2e6d816acdf1f68ed",
+    ("all", 64): "032f47940873b4a1110487cca68ae8e6b0503a3de9124c36f0fc775b4d2bff48",
 }
 """SHA-256 of all pixels in their order, by styles and size, as built with the pinned packages."""
 

@@ -40,7 +40,7 @@ def evaluate_folder(
     judge: bool = False,
     options: Sequence[str] = (),
 ) -> Report:
-    """Measure the codec or the model in `folder` against the pictures of `reference`; write report and pictures to `out`.
+    """Measure the codec or the model in `folder` against real pictures; write a report and a grid to `out`.
 
     reference: an experiment whose `data` has pictures; the run's own unless given.
     Errors: `ConfigError` where there are no pictures to compare with.

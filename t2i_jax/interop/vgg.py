@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from t2i_jax.codecs.losses import Trunk
 from t2i_jax.interop.torchfile import read_torch
+from t2i_jax.nn.vgg import Trunk
 
 COUNTS = (2, 2, 3, 3, 3)  # convolutions per block
 

@@ -74,7 +74,7 @@ def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
 
 
 def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
-    """The model of `config` that holds `arrays` by their dotted names. Errors: `CheckpointError` lists what is wrong."""
+    """The model of `config` that holds `arrays` by dotted name. Errors: `CheckpointError` lists what is wrong."""
     try:
         return assemble(config.init, arrays, str(source))
     except ValueError as error:

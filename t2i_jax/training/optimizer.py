@@ -57,7 +57,7 @@ class Optimizer:
         )
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest right one."""
+        """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest one."""
         make = self._find()
         known = inspect.signature(make).parameters
         ours: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "weight_decay": self.weight_decay}

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 
 from t2i_jax.nn.layers import Carried
-from t2i_jax.nn.trees import Named, is_variable, named, rebuild  # noqa: F401  (of the vocabulary of this room)
-from t2i_jax.parallel import shardings
+from t2i_jax.nn.trees import Named, named
 
 
 def params_of(model: Any) -> Named:
@@ -56,7 +54,7 @@ class TrainState:
 def create(
     init: Callable[[Array], Any], optimizers: dict[str, Any], owned: Callable, ema: bool, key: Array
 ) -> TrainState:
-    """A fresh state; meant to be jitted with the shardings of `abstract`."""
+    """A fresh state; meant to be jitted with `out_shardings`."""
     model = init(key)
     params = params_of(model)
     return TrainState(
@@ -66,8 +64,3 @@ def create(
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         optimizer={name: tx.init(owned(name, params)) for name, tx in optimizers.items()},
     )
-
-
-def place(abstract: TrainState, mesh: Mesh) -> TrainState:
-    """Shardings for a state: moments and averages lie as their parameters do."""
-    return shardings(abstract, mesh)
