@@ -11,6 +11,7 @@ import pytest
 
 from t2i_jax.interop import llamagen
 from t2i_jax.interop.names import to_ours, to_theirs
+from t2i_jax.models.ar import AR
 from t2i_jax.nn.draw import Sampling, guide, truncate
 
 HERE, SHARED = Path(__file__).parent / "oracles", Path(__file__).parents[3] / "shared" / "oracles"
@@ -30,7 +31,9 @@ def oracle(request):
     folder = HERE / request.param
     meta = json.loads((folder / "meta.json").read_text())["config"]
     inputs, outputs = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")
-    config, model = llamagen.load(folder / "weights.safetensors", (meta["grid"], meta["grid"]), meta["n_head"])
+    config, model = llamagen.load(
+        AR, folder / "weights.safetensors", (meta["grid"], meta["grid"]), meta["dim"] // meta["n_head"]
+    )
     if "labels" in inputs:
         condition = {"label": jnp.asarray(inputs["labels"])}
     else:
@@ -121,7 +124,7 @@ def test_filters_and_rotary_table(oracle):
 def test_released_sizes_have_a_place_for_every_tensor(path):
     shapes = json.loads(path.read_text())["tensors"]
     tensors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    config = llamagen.describe(tensors, (16, 16))
+    config = AR(**llamagen.describe(tensors, (16, 16)))
     model = jax.eval_shape(config.init, jax.random.key(0))
     jax.eval_shape(lambda tensors: to_ours(model, tensors, llamagen.table(config)), tensors)
     tensors["layers.0.extra"] = tensors.pop("norm.weight")
