@@ -13,7 +13,7 @@ import numpy as np
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import Record, write_records
 from t2i_jax.parallel import batch_sharding, shardings
-from t2i_jax.previews import bar
+from t2i_jax.progress import bar
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare
 
 

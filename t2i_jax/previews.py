@@ -12,27 +12,13 @@ import jax
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from t2i_jax import pictures
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, image_keys
+from t2i_jax.progress import bar
 
 console = Console(stderr=True)
-
-
-class Rate(ProgressColumn):
-    """Things per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
-
-def bar() -> Progress:
-    """A progress bar with rate and time to go, for anything over two seconds; silent where nobody looks."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class Previews:

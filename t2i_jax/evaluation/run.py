@@ -21,7 +21,7 @@ from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.previews import bar
+from t2i_jax.progress import bar
 from t2i_jax.training.artifacts import Artifact, load_artifact
 from t2i_jax.training.experiment import Experiment
 

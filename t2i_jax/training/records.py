@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from t2i_jax.config import ConfigError
 
@@ -24,6 +23,8 @@ class Records:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
+        from tensorboardX import SummaryWriter  # imports torch where it finds it, so it waits until a run begins
+
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb = None
