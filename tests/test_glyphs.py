@@ -86,6 +86,16 @@ def test_combinations_are_held_out_only_between_styles(every):
     assert all(len({s for s, _ in pairs}) == len(pairs) for pairs in seen.values())  # tones go together
 
 
+def test_a_combination_is_no_test_of_a_concept_never_seen():
+    made = [(style, f"1f{n:03x}") for n in range(256, 456) for style in ("noto", "openmoji")[: 1 + n % 2]]
+    drawn = [(Glyph(style, key, f"thing {key}", f"thing {key}", "", (), ""), b"") for style, key in made]
+    pairs = defaultdict(set)
+    for record in glyphs._records(drawn, styled=True):
+        pairs[record["split"]].add(record["concept"])
+    assert pairs["test_combo"] and pairs["test_combo"] <= pairs["train"]
+    assert not pairs["test"] & (pairs["train"] | pairs["val"])
+
+
 def test_captions():
     glyph = Glyph("openmoji", "1f431", "cat face", "cat face", "animals & nature", ("cat", "pet"), "")
     assert captions_of(glyph, styled=False)[0] == "cat face"

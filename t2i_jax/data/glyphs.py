@@ -18,8 +18,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PIXELS = {
     ("twemoji", 32): "462382856ae807cdd4dba83c76f9fee777c276801926e3df7857127bd80afcdd",
     ("twemoji", 64): "f1e41cc563c2d75bf4f26211086f6abe72e9d5b59862c2c2e6d816acdf1f68ed",
-    ("all", 64): "032f47940873b4a1110487cca68ae8e6b0503a3de9124c36f0fc775b4d2bff48",
+    ("all", 64): "3733eafa7a0ced1f32291f08f1aa8839311542df1209fa3351d2cc38352016b4",
 }
 """SHA-256 of all pixels in their order, by styles and size, as built with the pinned packages."""
 
@@ -83,8 +83,9 @@ def build_glyphs(
     pixels = hashlib.sha256()
     dropped: Counter[str] = Counter()
     with atomic_folder(out) as folder:
-        records = _records(glyphs, size, len(chosen) > 1, dropped, pixels, progress)
-        index = {"name": "glyphs", "recipe": recipe, "packages": packages, **write_shards(folder, records)}
+        drawn = list(_draw(glyphs, size, dropped, pixels, progress))
+        records = write_shards(folder, _records(drawn, len(chosen) > 1))
+        index = {"name": "glyphs", "recipe": recipe, "packages": packages, **records}
         index |= {"dropped": dict(dropped), "pixels": pixels.hexdigest()}
         if not limit and not skin_tones:
             _check(chosen, size, pixels.hexdigest(), strict)
@@ -127,36 +128,43 @@ def _some(glyphs: Iterable[Glyph], limit: int, skin_tones: bool) -> list[Glyph]:
     return chosen[:limit] if limit else chosen
 
 
-def _records(
-    glyphs: Sequence[Glyph], size: int, styled: bool, dropped: Counter[str], pixels, progress: Progress | None
-) -> Iterator[Record]:
-    """Draw them all; of drawings with the same pixels within a style the first stays."""
+def _draw(
+    glyphs: Sequence[Glyph], size: int, dropped: Counter[str], pixels: Any, progress: Progress | None
+) -> Iterator[tuple[Glyph, bytes]]:
+    """The drawings as PNG files; of those with the same pixels the first stays."""
+    seen: set[bytes] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        drawn = zip(glyphs, pool.map(lambda g: render(g.drawing, size), glyphs), strict=True)
-        done = 0
-        for _, group in groupby(drawn, lambda pair: pair[0].style):
-            seen: set[bytes] = set()
-            for glyph, image in group:
-                done += 1
-                if progress is not None:
-                    progress(done, len(glyphs))
-                if image is None or image.tobytes() in seen:
-                    dropped["blank" if image is None else "duplicate"] += 1
-                    continue
-                seen.add(image.tobytes())
-                pixels.update(image.tobytes())
-                yield {
-                    "image": _png(image),
-                    "captions": captions_of(glyph, styled),
-                    "key": f"{glyph.style}/{glyph.key}",
-                    "label_text": glyph.label,
-                    "concept": glyph.concept,
-                    "family": glyph.family,
-                    "style": glyph.style,
-                    "group": glyph.group,
-                    "split": split_of(glyph, styled),
-                    "license": STYLES[glyph.style].license,
-                }
+        images = pool.map(lambda glyph: render(glyph.drawing, size), glyphs)
+        for n, (glyph, image) in enumerate(zip(glyphs, images, strict=True)):
+            if progress is not None:
+                progress(n + 1, len(glyphs))
+            digest = b"" if image is None else hashlib.sha256(image.tobytes()).digest()
+            if image is None or digest in seen:
+                dropped["blank" if image is None else "duplicate"] += 1
+                continue
+            seen.add(digest)
+            pixels.update(image.tobytes())
+            yield glyph, _png(image)
+
+
+def _records(drawn: Sequence[tuple[Glyph, bytes]], styled: bool) -> Iterator[Record]:
+    trained = {glyph.concept for glyph, _ in drawn if split_of(glyph, styled) == "train"}
+    for glyph, png in drawn:
+        split = split_of(glyph, styled)
+        if split == "test_combo" and glyph.concept not in trained:  # there is no other style to know it from
+            split = "train"
+        yield {
+            "image": png,
+            "captions": captions_of(glyph, styled),
+            "key": f"{glyph.style}/{glyph.key}",
+            "label_text": glyph.label,
+            "concept": glyph.concept,
+            "family": glyph.family,
+            "style": glyph.style,
+            "group": glyph.group,
+            "split": split,
+            "license": STYLES[glyph.style].license,
+        }
 
 
 def _png(image: np.ndarray) -> bytes:
