@@ -1,0 +1,223 @@
+"""The VQGAN codec: shapes, quantisation, players, and what each of them may touch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import repeat
+
+from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
+from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig, nearest, usage
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.nn.conv import Upsample, patchify, unpatchify
+from t2i_jax.nn.layers import Carried, replace
+from t2i_jax.nn.trees import named
+from t2i_jax.parallel import MeshConfig, batch_sharding
+
+KEY = jax.random.key(0)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled to run once
+SMALL = AutoencoderConfig(channels=4, multipliers=(1, 2), blocks=1, decoder_blocks=1, latent=4, groups=2)
+CODEC = VQGAN(
+    dataclasses.replace(SMALL, attention=()),
+    QuantizerConfig(codes=16, dim=4),
+    perceptual=0.0,
+    adversarial=0.8,
+    adaptive=True,
+    start=3,
+    discriminator=DiscriminatorConfig(width=4, layers=1),
+)
+BATCH = {"image": jax.random.uniform(KEY, (2, 8, 8, 3), minval=-1)}
+
+
+def test_upsampling_in_phases_is_doubling_then_convolving():
+    up = Upsample(3, KEY)
+    up = replace(up, conv=replace(up.conv, b=jnp.arange(3.0)))
+    x = jax.random.normal(KEY, (2, 4, 5, 3))
+    np.testing.assert_allclose(up(x), up.conv(repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, patch=2, attention=(), middle_attention=False, decoder_blocks=1),
+        dataclasses.replace(SMALL, moments=True, attention=(0, -1), decoder_attention=(), multipliers=(1, 2, 2)),
+    ],
+)
+def test_encoder_and_decoder_shapes(config):
+    x = jnp.zeros((1, 16, 24, 3))
+    z = jax.eval_shape(lambda k: Encoder(config, k)(x), KEY)
+    assert z.shape == (1, 16 // config.factor, 24 // config.factor, 8 if config.moments else 4)
+    z = jnp.zeros((*z.shape[:-1], 4))
+    assert jax.eval_shape(lambda k: Decoder(config, k)(z), KEY).shape == x.shape
+
+
+def test_an_attention_level_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"levels \(3,\).*0 to 1"):
+        Encoder(dataclasses.replace(SMALL, attention=(3,)), KEY)
+
+
+def test_patches_go_back():
+    x = jax.random.normal(KEY, (2, 6, 4, 3))
+    assert patchify(x, 2).shape == (2, 3, 2, 12)
+    assert (unpatchify(patchify(x, 2), 2) == x).all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jit(CODEC.init)(KEY)
+
+
+def test_codes_and_images(model):
+    codes = jit(CODEC.encode)(model, BATCH["image"])
+    assert codes.shape == (2, 4, 4) and codes.dtype == jnp.int32
+    assert codes.min() >= 0 and codes.max() < CODEC.vocabulary
+    images = jit(CODEC.decode)(model, codes)
+    assert images.shape == BATCH["image"].shape and CODEC.factor == 2
+    np.testing.assert_allclose(jit(CODEC.reconstruct)(model, BATCH["image"]), images, atol=1e-5)
+    assert CODEC.embed(model, codes).shape == (2, 4, 4, 4)
+    np.testing.assert_allclose(jnp.linalg.norm(CODEC.embed(model, codes), axis=-1), 1, rtol=1e-5)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        CODEC.encode(model, jnp.zeros((1, 7, 8, 3)))
+
+
+@pytest.mark.parametrize(("v", "chunk"), [(5, 1024), (37, 8), (16, 8)])
+def test_nearest_is_brute_force(v, chunk):
+    z, rows = jax.random.normal(KEY, (50, 3)), jax.random.normal(jax.random.key(1), (v, 3))
+    brute = jnp.argmin(jnp.sum((z[:, None] - rows) ** 2, -1), -1)
+    assert (nearest(z, rows, chunk) == brute).all()
+
+
+def test_equal_rows_give_the_lowest_index():
+    assert (nearest(jnp.ones((3, 2)), jnp.ones((20, 2)), chunk=4) == 0).all()
+
+
+def test_straight_through():
+    q = Quantizer(QuantizerConfig(codes=8, dim=3, normalize=False), KEY)
+    z, pull = jax.random.normal(KEY, (5, 3)), jax.random.normal(jax.random.key(2), (5, 3))
+    vectors = lambda z: q(z)[0]
+    np.testing.assert_allclose(vectors(z), q.vectors(q.codes(z)), atol=1e-6)
+    np.testing.assert_allclose(jax.vjp(vectors, z)[1](pull)[0], pull)
+    # The two halves of the loss pull the one at the other, each with its weight.
+    e = q.vectors(q.codes(z))
+    np.testing.assert_allclose(jax.grad(lambda z: q(z)[2])(z), 0.25 * 2 * (z - e) / z.size, rtol=1e-5)
+    rows = jax.grad(lambda q: q(z)[2])(q).codebook[...]
+    np.testing.assert_allclose(rows, jnp.zeros((8, 3)).at[q.codes(z)].add(2 * (e - z) / z.size), rtol=1e-4, atol=1e-7)
+
+
+def test_moving_averages_by_hand():
+    q = Quantizer(QuantizerConfig(codes=2, dim=1, normalize=False, decay=0.75), KEY)
+    q = replace(q, codebook=jnp.array([[0.0], [10.0]]), sizes=jnp.array([4.0, 2.0]))
+    z = jnp.array([[1.0], [2.0], [3.0]])
+    after = q.moved(z, q.codes(z), KEY)
+    np.testing.assert_allclose(after.sizes[...], [0.75 * 4 + 0.25 * 3, 0.75 * 2])
+    np.testing.assert_allclose(after.codebook[...], [[0.25 * 6 / 3.75], [10.0]])
+    assert isinstance(q.codebook, Carried) and isinstance(after.codebook, Carried)
+    assert not jnp.any(jax.grad(lambda q: q(z)[2])(q).codebook[...])  # with a decay it follows no gradient
+
+
+def test_dead_rows_restart_at_vectors_of_the_batch():
+    q = Quantizer(QuantizerConfig(codes=4, dim=2, normalize=False, decay=0.5, revive=0.1), KEY)
+    rows = jnp.array([[0.0, 0.0], [9.0, 9.0], [50.0, 0.0], [0.0, 50.0]])
+    q = replace(q, codebook=rows, sizes=jnp.array([4.0, 4.0, 0.0, 0.1]))
+    z = jax.random.normal(KEY, (16, 2))
+    after = q.moved(z, q.codes(z), KEY)
+    moved = after.codebook[...]
+    assert (moved[1] == rows[1]).all()  # alive, though this batch left it out
+    for dead in (2, 3):
+        assert (moved[dead] == z).all(-1).any()
+        assert after.sizes[dead] == 16 / 4
+    assert not (q.moved(z, q.codes(z), jax.random.key(9)).codebook[...] == moved).all()  # drawn with the key
+    far = replace(q, codebook=rows + 100, sizes=jnp.zeros(4))  # a codebook that all vectors miss
+    assert len(jnp.unique(far.codes(z))) == 1 and len(jnp.unique(far.moved(z, far.codes(z), KEY).codes(z))) > 1
+
+
+def test_statistics_are_those_of_the_whole_batch():
+    mesh = MeshConfig(data=8).build()
+    q = Quantizer(QuantizerConfig(codes=8, dim=2, decay=0.9, revive=0.5), KEY)
+    z = jax.random.normal(KEY, (16, 4, 2))
+    move = jax.jit(lambda z: q.moved(z, q.codes(z), KEY))
+    whole = move(z)
+    with jax.set_mesh(mesh):
+        parts = move(jax.device_put(z, batch_sharding(mesh)))
+    for name, v in named(whole).items():
+        np.testing.assert_allclose(v[...], named(parts)[name][...], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_usage():
+    even = usage(jnp.arange(8).reshape(2, 4), 8)
+    assert even["usage"] == 1 and np.isclose(even["perplexity"], 8)
+    one = usage(jnp.zeros((2, 4), int), 8)
+    assert np.isclose(one["usage"], 1 / 8) and np.isclose(one["perplexity"], 1)
+
+
+def test_entropy_term_favours_sure_and_even_choices():
+    q = Quantizer(QuantizerConfig(codes=2, dim=2, normalize=False, temperature=0.1), KEY)
+    q = replace(q, codebook=jnp.array([[1.0, 0.0], [-1.0, 0.0]]))
+    even, one = jnp.array([[1.0, 0.0], [-1.0, 0.0]]), jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    assert q.entropy(even) < q.entropy(one) and q.entropy(even) < q.entropy(jnp.zeros((2, 2)))
+    np.testing.assert_allclose(q.entropy(even), -np.log(2), rtol=1e-4)
+
+
+@functools.cache
+def gradient(codec, player):
+    loss = codec.players()[player].loss
+    return jit(jax.grad(lambda model, step: loss(model, BATCH, KEY, step)[0]))
+
+
+def gradients(codec, model, player, step):
+    return gradient(codec, player)(model, jnp.asarray(step))
+
+
+def test_players_own_all_and_nothing_twice(model):
+    players = CODEC.players()
+    owned = [name for player in players.values() for name in player.owns]
+    assert sorted(owned) == sorted({name.split(".")[0] for name in named(model)})
+    alone = dataclasses.replace(CODEC, adversarial=0.0)
+    assert list(alone.players()) == ["generator"]
+    assert all(n.startswith("autoencoder.") for n in named(jax.eval_shape(alone.init, KEY)))
+
+
+def test_the_discriminator_pulls_at_nothing_of_the_autoencoder(model):
+    grads = gradients(CODEC, model, "discriminator", 5)
+    assert not any(jnp.any(x) for x in jax.tree.leaves(grads.autoencoder))
+    assert all(jnp.any(x) for x in jax.tree.leaves(grads.discriminator.stem))
+
+
+def test_before_its_start_the_adversary_is_not_heard_at_all(model):
+    early, late = gradients(CODEC, model, "generator", 2), gradients(CODEC, model, "generator", 3)
+    never = dataclasses.replace(CODEC, adversarial=0.0)
+    without = gradients(never, model, "generator", 2)
+    for name, v in named(without.autoencoder).items():
+        np.testing.assert_array_equal(v[...], named(early.autoencoder)[name][...], err_msg=name)
+    assert any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(early), jax.tree.leaves(late), strict=True))
+    assert not any(jnp.any(x) for x in jax.tree.leaves(gradients(CODEC, model, "discriminator", 2)))
+
+
+def test_losses_return_what_moved(model):
+    codec = dataclasses.replace(CODEC, quantizer=QuantizerConfig(codes=16, dim=4, decay=0.9, revive=0.1))
+    model = jit(codec.init)(KEY)
+    losses = jit(lambda m, step: [p.loss(m, BATCH, KEY, step) for p in codec.players().values()])
+    (_, (metrics, after)), (_, (judged, judge)) = losses(model, jnp.asarray(4))
+    changed = lambda m: {k for k, v in named(m).items() if jnp.any(v[...] != named(model)[k][...])}
+    assert changed(after) == {"autoencoder.quantizer.codebook", "autoencoder.quantizer.sizes"}
+    assert changed(judge) == {"discriminator.norms.0.mean", "discriminator.norms.0.var"}
+    assert {"l2", "psnr", "usage", "perplexity", "commitment", "adversarial", "adversarial_weight"} <= set(metrics)
+    assert set(judged) == {"real", "fake"}
+    assert all(v.shape == () for v in (metrics | judged).values())
+
+
+def test_a_perceptual_loss_asks_for_its_network(model):
+    with pytest.raises(ValueError, match="frozen"):
+        jax.eval_shape(lambda m: dataclasses.replace(CODEC, perceptual=1.0).generator_loss(m, BATCH, KEY, 0), model)
+
+
+def test_bfloat16_keeps_losses_in_float32(model):
+    codec = dataclasses.replace(CODEC, dtype="bfloat16")
+    numbers = jax.eval_shape(lambda m: codec.generator_loss(m, BATCH, KEY, 5), model)
+    assert all(v.dtype == jnp.float32 for v in (numbers[0], *numbers[1][0].values()))
+    assert jax.eval_shape(codec.reconstruct, model, BATCH["image"]).dtype == jnp.float32
