@@ -98,8 +98,11 @@ class Trainer:
 
     def start(self) -> TrainState:
         """The state before the first step."""
+        # Hundreds of unrolled random draws that run once: a CPU's compiler would take a minute to make them fast.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         with jax.set_mesh(self.mesh):
-            return jax.jit(self.init, out_shardings=self.layout)(jax.random.key(self.experiment.train.seed))
+            init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
+            return init(jax.random.key(self.experiment.train.seed))
 
     def model(self, state: TrainState) -> Any:
         """The model to look at: averaged parameters where the run keeps them."""
