@@ -23,24 +23,20 @@ def brute_force(row, temperature, k, p):
     return np.where(kept, weights, 0)
 
 
-@pytest.mark.parametrize("v", [1, 7, 300])
-@pytest.mark.parametrize("ties", [False, True])
-def test_truncation_is_that_of_sorting(v, ties):
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("v, ties", [(1, False), (7, True), (300, False), (300, True)])
+def test_truncation_is_that_of_sorting(v, ties, platform, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda **branches: branches[platform]())
+    cut = jax.jit(lambda *x: module.truncate(*x))
     logits = np.asarray(jax.random.normal(jax.random.key(v), (6, v)) * 3)
     logits = np.round(logits) if ties else logits
-    for temperature, k, p in [
-        (1, 0, 1),
-        (1, 5, 1),
-        (1, 0, 0.83),
-        (0.7, 50, 0.61),
-        (2, 1, 0.5),
-        (1, 999, 0.0),
-        (0, 3, 1),
-    ]:
-        got = truncate(logits, temperature, k, p)
+    cases = [(1, 0, 1), (1, 5, 1), (1, 0, 0.83), (0.7, 50, 0.61), (2, 1, 0.5), (1, 999, 0.0), (0, 3, 1)]
+    for temperature, k, p in cases:
+        got = cut(logits, float(temperature), k, float(p))
         want = np.stack([brute_force(row, temperature, k, p) for row in logits])
         np.testing.assert_array_equal(np.asarray(got) > 0, want.astype(np.float32) > 0)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-30)
+    assert cut._cache_size() == 1
 
 
 def test_truncation_at_the_extremes_of_floats():

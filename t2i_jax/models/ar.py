@@ -21,8 +21,9 @@ from jax import Array
 
 from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition
+from t2i_jax.nn.decode import few_rows, for_decoding
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
-from t2i_jax.nn.layers import Embedding, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
 from t2i_jax.parallel import shard
@@ -144,7 +145,7 @@ class AR:
         keys = (None, None) if key is None else jax.random.split(key)
         prefix, valid = model.condition(batch, dropped, self.dtype)
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
-        x = jnp.concatenate([prefix, self._embed(model, codes[:, :-1])], 1)  # the last code predicts nothing
+        x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
         x, _ = apply_stack(
             model.blocks,
@@ -160,8 +161,8 @@ class AR:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
 
-    def _embed(self, model: Network, codes: Array) -> Array:
-        return shard(model.tokens(codes).astype(self.dtype), "batch", "length", None)
+    def _embed(self, tokens: Embedding, codes: Array) -> Array:
+        return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
     def _rotary(self, s: int) -> Rotary:
         """cos and sin (s + L, h / 2): a grid behind s condition tokens, which stand nowhere on it."""
@@ -201,13 +202,22 @@ class AR:
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
         prefix, valid = model.condition(condition, dropped, self.dtype)
         b, s = valid.shape
-        # Weights leave the stack and take the dtype of the computation once, not at every token.
-        model = jax.tree.map(lambda x: x.astype(self.dtype), model)
-        blocks = unstack(model.blocks)
         cos, sin = self._rotary(s)
+        blocks = unstack(model.blocks)
         caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
         x, caches = apply_stack(blocks, prefix, rotary=(cos[:s], sin[:s]), mask=_visible(valid), caches=caches)
-        return model.logits(x[:, -1:])[:, 0], Decoding(caches, model, blocks, valid, (cos[s:], sin[s:]))
+        # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
+        output = model.tokens.w[...] if model.output is None else model.output[...].T
+        state = Decoding(
+            caches=caches,
+            tokens=model.tokens,
+            blocks=for_decoding(blocks, self.dtype),
+            norm=model.norm,
+            output=output.astype(self.dtype),
+            valid=valid,
+            rotary=(cos[s:], sin[s:]),
+        )
+        return model.logits(x[:, -1]), state
 
     def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
@@ -215,12 +225,12 @@ class AR:
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
         x, caches = apply_stack(
             state.blocks,
-            self._embed(state.model, codes[:, None]),
+            self._embed(state.tokens, codes[:, None]),
             rotary=tuple(jax.lax.dynamic_slice_in_dim(table, i, 1) for table in state.rotary),
             mask=seen[:, None, None],
             caches=state.caches,
         )
-        return state.model.logits(x)[:, 0], dataclasses.replace(state, caches=caches)
+        return few_rows(state.norm(x[:, 0]), state.output, jnp.float32), dataclasses.replace(state, caches=caches)
 
 
 @jax.tree_util.register_dataclass
@@ -229,9 +239,12 @@ class Decoding:
     """An image under way."""
 
     caches: tuple[Cache, ...]
-    model: Network
+    tokens: Embedding
     blocks: tuple[Block, ...]
-    """Those of the model one by one."""
+    """One by one, in the form that decodes fastest."""
+    norm: RMSNorm | LayerNorm
+    output: Array
+    """(v, d)"""
     valid: Array
     """Which tokens of the condition are real (b, s)."""
     rotary: Rotary
@@ -258,7 +271,7 @@ class Network(nnx.Module):
         self.output = None if config.tied else param(output, "embed", "vocab")
 
     def logits(self, z: Array) -> Array:
-        """(b, t, d) -> (b, t, v) fp32."""
+        """(..., d) -> (..., v) fp32."""
         w = self.tokens.w[...].T if self.output is None else self.output[...]
         return jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
 

@@ -1,8 +1,8 @@
 """From logits to a choice: guidance, temperature, top-k, top-p, and the draw itself.
 
 Everything is a function of logits (..., v) in fp32 and of traced options, so no setting recompiles. Nothing is sorted:
-a cut keeps every value from some threshold up, and that threshold is found exactly, bit by bit, on the ordered bits of
-the floats (32 counts over the vocabulary). A draw inverts the cumulative distribution at one uniform number per row.
+a cut keeps every value from some threshold up, and the bits of that threshold are found exactly, one by one, each from
+a count over the vocabulary. A draw inverts the cumulative distribution at one uniform number per row.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +71,16 @@ def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_
     """
     temperature, top_k, top_p = (_rows(x, logits) for x in (temperature, top_k, top_p))
     x = logits.astype(jnp.float32)
-    x = (x - x.max(-1, keepdims=True)) / jnp.maximum(temperature, 1e-5)
-    weights = jnp.exp(x)
-    order = _ordered(x)
+    gap = (x.max(-1, keepdims=True) - x) / jnp.maximum(temperature, 1e-5)
+    weights = jnp.exp(-gap)
 
-    k = jnp.clip(jnp.where(top_k > 0, top_k, x.shape[-1]), 1, x.shape[-1])
-    least = _largest(lambda t: (order >= t).sum(-1, keepdims=True) >= k, k.shape, x)
-    weights = jnp.where(order >= least, weights, 0.0)
+    k = jnp.where(top_k > 0, top_k, x.shape[-1] + 1)
+    nearer = lambda t: (gap[..., None, :] < t).sum(-1)
+    weights = jnp.where(gap <= _last(lambda t: nearer(t) < k, top_k > 0, gap), weights, 0.0)
 
-    # A value stays if the mass above it is at most p: the least such value is the greatest with more than p from it up.
     p = jnp.where(top_p < 1, jnp.maximum(top_p, 0) * weights.sum(-1, keepdims=True), jnp.inf)
-    least = _largest(lambda t: jnp.where(order >= t, weights, 0.0).sum(-1, keepdims=True) > p, p.shape, x)
-    return jnp.where(order >= least, weights, 0.0)
+    above = lambda t: jnp.where(gap[..., None, :] < t, weights[..., None, :], 0.0).sum(-1)
+    return jnp.where(gap <= _last(lambda t: above(t) <= p, top_p < 1, gap), weights, 0.0)
 
 
 def draw(weights: Array, uniform: Array) -> Array:
@@ -118,20 +117,30 @@ def _rows(x: Array | float, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _ordered(x: Array) -> Array:
-    """fp32 as uint32 in the same order: negative numbers have all bits flipped, the others the sign bit."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0 equals 0
-    return bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
+def _last(holds: Callable[[Array], Array], wanted: Array, gap: Array) -> Array:
+    """The largest threshold (..., 1) for which a predicate that is true up to some point holds; infinity if not wanted.
 
+    `holds` maps thresholds (..., m, 1) to (..., m). Floats from 0 up are ordered as their bits are, so the bits are
+    found from the top: one a pass on a CPU, where each comparison costs, four elsewhere, where each pass does.
+    """
 
-def _largest(holds: Callable[[Array], Array], shape: tuple[int, ...], like: Array) -> Array:
-    """The largest uint32 threshold (..., 1) for which a monotone predicate (true at 0) holds, from the top bit down."""
+    infinity = jnp.int32(0x7F800000)
+    floats = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    unlimited = jnp.full((*gap.shape[:-1], 1), infinity)
 
-    def bit(i: Array, t: Array) -> Array:
-        trial = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(holds(trial), trial, t)
+    def search(bits: int) -> Array:
+        digits = jnp.arange(1, 1 << bits, dtype=jnp.int32)
 
-    return jax.lax.fori_loop(0, 32, bit, jnp.zeros((*like.shape[:-1], 1), jnp.uint32))
+        def digit(i: Array, found: Array) -> Array:
+            shift = jnp.maximum(31 - bits * (i + 1), 0)
+            trials = jnp.minimum(found + (digits << shift), infinity)
+            passed = holds(floats(trials)[..., None]).sum(-1, keepdims=True, dtype=jnp.int32)
+            return jnp.minimum(found + (passed << shift), infinity)
+
+        return jax.lax.fori_loop(0, -(-31 // bits), digit, jnp.zeros_like(unlimited))
+
+    by_platform = partial(jax.lax.platform_dependent, cpu=partial(search, 1), default=partial(search, 4))
+    return floats(jax.lax.cond(jnp.any(wanted), by_platform, lambda: unlimited))
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
