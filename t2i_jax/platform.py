@@ -23,7 +23,7 @@ def prepare() -> None:
     flags = XLA_FLAGS.get({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform), "")
     if flags and flags.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     start_cluster()

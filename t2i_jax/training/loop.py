@@ -129,7 +129,8 @@ class Trainer:
         e = self.experiment
         index, count = self.share()
         ahead: collections.deque = collections.deque()
-        with contextlib.closing(e.data.batches(e.text, position, index, count, split)) as stream:
+        stream: Any = e.data.batches(e.text, position, index, count, split)
+        with contextlib.closing(stream):
             for batch in stream:
                 ahead.append(self.put(batch))
                 if len(ahead) > 1:

@@ -80,7 +80,7 @@ class Optimizer:
         for room in (optax, contrib):
             make = getattr(room, self.name, None)
             if callable(make) and "learning_rate" in inspect.signature(make).parameters:
-                return make
+                return make  # pyright: ignore[reportReturnType]
         names = [n for room in (optax, contrib) for n in dir(room) if n.islower() and not n.startswith("_")]
         near = difflib.get_close_matches(self.name, names, 3, 0.4)
         raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")

@@ -30,7 +30,7 @@ class Records:
         self.wandb = None
         if wandb:
             try:
-                import wandb as library
+                import wandb as library  # pyright: ignore[reportMissingImports]
             except ImportError as error:
                 raise ConfigError("train.wandb is set, but wandb is not installed: pip install wandb") from error
             self.wandb = library.init(
@@ -51,7 +51,7 @@ class Records:
         """A picture, uint8 (i, j, 3), beside the curves."""
         self.board.add_image(name, image, step, dataformats="HWC")
         if self.wandb:
-            import wandb as library
+            import wandb as library  # pyright: ignore[reportMissingImports]
 
             self.wandb.log({name: library.Image(image)}, step=step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,8 @@ def make_step(
             updates, optimizer[name] = optimizers[name].update(
                 grads[name], state.optimizer[name], owned(players[name], state.params)
             )
-            params |= optax.apply_updates(owned(players[name], state.params), updates)
+            moved = optax.apply_updates(owned(players[name], state.params), updates)
+            params |= cast(Named, moved)
             prefix = f"{name}/" if len(players) > 1 else ""
             metrics[f"{prefix}gradient_norm"] = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
             norms |= squares
