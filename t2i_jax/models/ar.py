@@ -181,7 +181,7 @@ class AR:
         known: Array | None = None,
         keep: Array | int = 0,
         guided: bool = True,
-        segments: int = 8,
+        segments: int = 4,
         progress: Progress | None = None,
     ) -> Array:
         """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
