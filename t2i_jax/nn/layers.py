@@ -149,11 +149,11 @@ class Conv(nnx.Module):
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Array) -> Array:
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.w[...].astype(x.dtype),
-            (self.stride, self.stride),
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        w = self.w[...].astype(x.dtype)
+        if w.shape[:2] == (1, 1) and self.stride == 1:
+            y = x @ w[0, 0]  # the same, and its gradients are faster than a convolution's
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, w, (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
         return y if self.b is None else y + self.b[...].astype(x.dtype)
