@@ -14,7 +14,7 @@ experiment = Experiment(
         AutoencoderConfig(
             32, (2, 2), blocks=1, decoder_blocks=1, latent=64, patch=2, attention=(), middle_attention=False, groups=16
         ),
-        QuantizerConfig(codes=512, dim=8, decay=0.99, revive=0.05),
+        QuantizerConfig(codes=512, dim=8, decay=0.9, revive=0.2),
         pixels="l1",
         perceptual=0.0,
         adversarial=0.0,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.nn.vgg import Trunk, features
+from t2i_jax.nn.vgg import Trunk, Weights, features
 
 
 def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2"]) -> Array:
@@ -27,12 +27,12 @@ def perceptual(trunk: Trunk, x: Array, y: Array) -> Array:
     return compare(features(trunk, x), features(trunk, y), trunk.heads)
 
 
-def compare(xs: list[Array], ys: list[Array], heads: tuple[Array, ...]) -> Array:
+def compare(xs: list[Array], ys: list[Array], heads: tuple[Weights, ...]) -> Array:
     """Squared differences of unit features: weighted over channels, mean over positions, summed over blocks (eq. 1)."""
     unit = lambda f: f / (jnp.sqrt(jnp.sum(f * f, -1, keepdims=True) + 1e-20) + 1e-10)
     distance = lambda x, y, w: jnp.mean(((unit(x) - unit(y)) ** 2) @ w, (1, 2))
     fp32 = lambda f: f.astype(jnp.float32)
-    return sum(distance(fp32(x), fp32(y), w) for x, y, w in zip(xs, ys, heads, strict=True))
+    return jnp.stack([distance(fp32(x), fp32(y), w) for x, y, w in zip(xs, ys, heads, strict=True)]).sum(0)
 
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:

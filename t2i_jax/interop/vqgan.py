@@ -65,12 +65,12 @@ def discriminator(model: Any) -> Table:
     layers = len({n for n in names if re.fullmatch(r"convs\.\d+\.w", n)})
 
     def theirs(name: str) -> str:
-        part, *_, number, last = ("x", *name.split(".")) if name.count(".") == 1 else ("", *name.split("."))
-        place = {"stem": 0, "out": 3 * layers + 2}.get(number)
-        if place is None:
-            place = 3 * int(number) + (2 if name.startswith("convs") else 3)
-        kind = {"w": "weight", "b": "bias", "mean": "running_mean", "var": "running_var"}[last]
-        return f"main.{place}.{kind}"
+        kind, *number, last = name.split(".")
+        if number:
+            place = 3 * int(number[0]) + {"convs": 2, "norms": 3}[kind]
+        else:
+            place = {"stem": 0, "out": 3 * layers + 2}[kind]
+        return f"main.{place}." + {"w": "weight", "b": "bias", "mean": "running_mean", "var": "running_var"}[last]
 
     return {name: _line(theirs(name), v) for name, v in names.items()}
 

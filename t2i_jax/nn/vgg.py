@@ -4,17 +4,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+Weights = Array | np.ndarray
 
 
 class Trunk(NamedTuple):
     """The convolutions of VGG16 (Simonyan & Zisserman 2015), never trained; scales of the input are in the first."""
 
-    shift: Array
+    shift: Weights
     """(3,) the mean colour, in [-1, 1]"""
-    blocks: tuple[tuple[tuple[Array, Array], ...], ...]
+    blocks: tuple[tuple[tuple[Weights, Weights], ...], ...]
     """per block, per convolution: kernel (3, 3, c, f), bias (f,)"""
-    heads: tuple[Array, ...]
+    heads: tuple[Weights, ...]
     """per block: the weight (f,) of each channel's difference"""
 
 
@@ -31,7 +34,7 @@ def features(trunk: Trunk, images: Array) -> list[Array]:
             x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         for w, b in block:
             x = jax.lax.conv_general_dilated(
-                x, w.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, jnp.asarray(w, x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
             x = jax.nn.relu(x + b.astype(x.dtype))
         taps.append(x)
