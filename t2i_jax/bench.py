@@ -72,7 +72,7 @@ def decode_bound(config: AR, rows: int, flops: float, bandwidth: float) -> float
     return config.length * step + seen * per_token / bandwidth
 
 
-def bench_sample(config: AR, batch: int, guided: bool = True, segments: int = 4, repeats: int = 3) -> dict[str, float]:
+def bench_sample(config: AR, batch: int, guided: bool = True, segments: int = 0, repeats: int = 3) -> dict[str, float]:
     """Decoding speed of `config` with random weights beside its bound; limits and decoding measured in turns.
 
     Returns seconds and its spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
@@ -122,7 +122,7 @@ class SampleBench:
     vocabulary: int = 0
     """Codes of the codec; 0: 16384 as published, and 1024 for own small sizes."""
     guided: bool = True
-    segments: int = 4
+    segments: int = 0
     dtype: str = "float32"
     repeats: int = 3
 

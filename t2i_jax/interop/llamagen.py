@@ -30,7 +30,7 @@ def load(
     The file does not know the grid of codes: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; nor the size
     of a head where the shape is not a released one. Errors: ValueError that lists what does not fit.
     """
-    tensors = load_file(path) if Path(path).suffix == ".safetensors" else read_torch(path, unknown="stand-in")
+    tensors: Any = load_file(path) if Path(path).suffix == ".safetensors" else read_torch(path, unknown="stand-in")
     tensors = next((tensors[name] for name in WRAPPERS if name in tensors), tensors)
     config = family(**describe(tensors, grid, head_dim))
     model = jax.eval_shape(config.init, jax.random.key(0))

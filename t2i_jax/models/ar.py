@@ -94,7 +94,8 @@ class AR:
         """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        return cls(**(SIZES[size] | fields))
+        shape: dict[str, Any] = SIZES[size] | fields
+        return cls(**shape)
 
     @property
     def length(self) -> int:
@@ -147,10 +148,11 @@ class AR:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
+        cos, sin = self._rotary(s)
         x, _ = apply_stack(
             model.blocks,
             shard(drop(x, self.token_dropout, keys[0]), "batch", "length", None),
-            rotary=tuple(table[:t] for table in self._rotary(s)),
+            rotary=(cos[:t], sin[:t]),
             mask=_visible(_pad(valid, t)),
             key=keys[1],
             remat=self.remat,
@@ -181,7 +183,7 @@ class AR:
         known: Array | None = None,
         keep: Array | int = 0,
         guided: bool = True,
-        segments: int = 4,
+        segments: int = 0,
         progress: Progress | None = None,
     ) -> Array:
         """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
@@ -191,10 +193,12 @@ class AR:
 
         known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
         guided: False leaves the unconditional branch out, whatever the options say; half the work.
-        segments: the cache grows in so many steps, and attention reads no more than it holds; static.
+        segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles
+            all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
         progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
         """
         known = jnp.zeros((keys.shape[0], *self.grid), jnp.int32) if known is None else known
+        segments = segments or max(1, min(4, 48 // self.depth))
         options = (options or self.options()).arrays()
         return _sample(self, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
 
@@ -222,11 +226,12 @@ class AR:
     def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
+        cos, sin = state.rotary
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
         x, caches = apply_stack(
             state.blocks,
             self._embed(state.tokens, codes[:, None]),
-            rotary=tuple(jax.lax.dynamic_slice_in_dim(table, i, 1) for table in state.rotary),
+            rotary=(jax.lax.dynamic_slice_in_dim(cos, i, 1), jax.lax.dynamic_slice_in_dim(sin, i, 1)),
             mask=seen[:, None, None],
             caches=state.caches,
         )
@@ -265,7 +270,7 @@ class Network(nnx.Module):
         self.blocks = stack(config.layer, config.depth, keys[2])
         # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
-            branch.out.w = branch.out.w.replace(branch.out.w[...] / math.sqrt(2 * config.depth))
+            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
         self.norm = config.layer.normalise()
         output = normal(keys[3], (config.width, config.vocabulary), 0.0 if config.zero_output else 0.02)
         self.output = None if config.tied else param(output, "embed", "vocab")
