@@ -127,11 +127,17 @@ def data_build(arguments: list[str]) -> None:
     args = parse(BuildArguments, arguments, "t2i data build")
     from t2i_jax.config import ConfigError
     from t2i_jax.data.glyphs import build_glyphs
+    from t2i_jax.progress import bar
 
     if args.name != "glyphs":
         raise ConfigError(f"there is no data set '{args.name}'; 'glyphs' is what can be built")
-    styles = args.styles if args.styles in ("all", "twemoji") else args.styles.split(",")
-    build_glyphs(args.out, styles=styles, size=args.size, skin_tones=args.skin_tones, strict=args.strict)
+    with bar() as progress:
+        task = progress.add_task("drawing")
+        told = lambda done, total: progress.update(task, completed=done, total=total)
+        settings = {"styles": args.styles, "size": args.size, "skin_tones": args.skin_tones, "strict": args.strict}
+        index = build_glyphs(args.out, **settings, progress=told)
+    counts = ", ".join(f"{v['count']} {k}" for k, v in index["splits"].items())
+    console.print(f"{args.out}: {counts}; who drew them is in CREDITS.md")
 
 
 def data_vocab(arguments: list[str]) -> None:

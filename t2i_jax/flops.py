@@ -33,7 +33,7 @@ def count(function: Callable[..., Any], *arguments: Any) -> float:
     return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def peak(device: jax.Device) -> float | None:
+def peak(device: Any) -> float | None:
     """Published bf16 FLOP/s of a device, or None for one that is not in the table (a CPU)."""
     return next((v for k, v in PEAKS.items() if device.device_kind.startswith(k)), None)
 

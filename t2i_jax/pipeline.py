@@ -103,7 +103,7 @@ class Pipeline:
         """One batch, uint8 (b, i, j, 3) on the devices."""
         with jax.set_mesh(self.mesh):
             condition = jax.device_put(self.condition(prompts), batch_sharding(self.mesh))
-            return self._compiled(self.parts, condition, image_keys(seeds), options)
+            return self._compiled(self.parts, condition, image_keys(seeds), options.arrays())
 
     def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
         if hasattr(self.text, "features"):

@@ -53,7 +53,7 @@ class Previews:
         else:  # an encoded data set: what the codec makes of the codes is as near as one gets
             codes = np.stack([r["codes"] for r in records])
             real = np.asarray(jax.jit(lambda f, c: to_uint8(codec.decode(f, c)))(trainer.frozen["codec"], codes))
-        if hasattr(family, "decode"):
+        if hasattr(family, "encode"):
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:

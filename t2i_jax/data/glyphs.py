@@ -67,7 +67,7 @@ def build_glyphs(
     style (0: all); `strict`: a version or pixel hash that is not the pinned one is an error and not a warning;
     `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
 
-    A record has "image" (PNG), "captions", "key", "label_text", "concept", "family", "style", "group", "split" and
+    A record has "image" (PNG), "captions", "unseen_caption", "key", "label_text", "concept", "family", "style", "group", "split" and
     "license". The same call again finds the folder and does nothing. Errors: `DataError` for an unknown style, a
     missing package, or a folder that holds something else.
     """
@@ -156,6 +156,7 @@ def _records(drawn: Sequence[tuple[Glyph, bytes]], styled: bool) -> Iterator[Rec
         yield {
             "image": png,
             "captions": captions_of(glyph, styled),
+            "unseen_caption": unseen_caption(glyph, styled),
             "key": f"{glyph.style}/{glyph.key}",
             "label_text": glyph.label,
             "concept": glyph.concept,
@@ -197,6 +198,12 @@ def captions_of(glyph: Glyph, styled: bool) -> list[str]:
     first = bucket("caption", glyph.style, glyph.key) % 3
     tags = [f"{words} emoji, {', '.join(glyph.tags[:5])}"] if glyph.tags else []
     return [*forms[first:], *forms[:first], label, *tags]
+
+
+def unseen_caption(glyph: Glyph, styled: bool) -> str:
+    """A wording that is among no drawing's captions: for asking a model in words that it was not trained on."""
+    label = glyph.label
+    return f"{STYLES[glyph.style].words} drawing of {label}" if styled else f"an emoji of {label}"
 
 
 def _check(styles: list[str], size: int, digest: str, strict: bool) -> None:

@@ -53,7 +53,7 @@ def evaluate_folder(
                 f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG"
             )
     loaded = [space_of(name) for name in spaces]
-    if hasattr(artifact.config, "decode"):
+    if hasattr(artifact.config, "encode"):
         report = evaluate_codec(artifact, reference, out, loaded, count, batch_size)
     else:
         pipeline = Pipeline.load(folder, reference.mesh)

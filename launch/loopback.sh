@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Several processes on this machine that train together, as hosts of a cluster would: for trying things out.
+#
+#   launch/loopback.sh 2 4 t2i train configs/quickstart.py --mesh.data=8
+#
+# starts 2 processes with 4 fake CPU devices each. `DRY_RUN=1` prints the commands instead of running them.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  sed -n '2,6p' "$0"
+  exit 2
+fi
+processes=$1 devices=$2
+shift 2
+export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-29500}" JAX_NUM_PROCESSES=$processes JAX_PLATFORMS=cpu
+export XLA_FLAGS="--xla_force_host_platform_device_count=$devices"
+if [ -n "${DRY_RUN:-}" ]; then
+  for ((i = 0; i < processes; i++)); do echo "JAX_PROCESS_ID=$i $*"; done
+  exit 0
+fi
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+for ((i = 0; i < processes; i++)); do
+  JAX_PROCESS_ID=$i "$@" &
+  pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "$status"
