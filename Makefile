@@ -12,19 +12,26 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.done ## make .venv and install the library with everything that `quickstart` and `test` use
-$(VENV)/.done: pyproject.toml
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+$(VENV)/.quickstart: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,features,test,dev]'
+	$(PIP) -e '.[quickstart]'
 	touch $@
 
-quickstart: install ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
+install: $(VENV)/.done ## make .venv and install the library with everything that `test` and `check` use
+$(VENV)/.done: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[data,features,test,dev]'
+	touch $@
+
+quickstart: $(VENV)/.quickstart ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
 	$(T2I) data build glyphs --out data/glyphs --size 32
-	$(T2I) data vocab configs/quickstart.py --out data/glyphs/vocabulary.model
+	$(T2I) data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model
 	$(T2I) train configs/quickstart_codec.py --run $(RUN)/codec
-	$(T2I) encode configs/quickstart.py --out data/glyphs_codes
+	$(T2I) encode configs/quickstart_codec.py --codec=$(RUN)/codec --out data/glyphs_codes
 	$(T2I) train configs/quickstart.py --run $(RUN)/model
-	$(T2I) evaluate $(RUN)/model --out $(RUN)
+	$(T2I) evaluate $(RUN)/model --data configs/quickstart_codec.py --out $(RUN)
 	@echo "look at $(RUN)/samples.png; the numbers are in $(RUN)/report.json"
 
 test: install ## the tests of every room, in at most 20 minutes on 2 cores

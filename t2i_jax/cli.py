@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare()
     try:
         globals()[arguments[0]](arguments[1:])
-    except (ConfigError, DataError, CheckpointError, NotFinite, OSError) as error:
+    except CheckpointError as error:
+        console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
+    except (ConfigError, DataError, NotFinite, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
