@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CheckpointError as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
-    except (ConfigError, DataError, NotFinite, OSError) as error:
+    except (ConfigError, DataError, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)

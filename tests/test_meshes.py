@@ -1,0 +1,74 @@
+"""Every family and codec computes the same loss, gradients and carried values on every mesh as on one device."""
+
+import jax
+import numpy as np
+import pytest
+
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.players import players_of
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+
+CODEC = VQGAN(
+    AutoencoderConfig(16, (1, 2), blocks=1, latent=16, groups=4),
+    QuantizerConfig(codes=32, decay=0.9),
+    perceptual=0.0,
+    start=0,
+    discriminator=DiscriminatorConfig(width=8, layers=1),
+)
+MODEL = AR(
+    32,
+    (4, 4),
+    width=32,
+    depth=3,
+    heads=4,
+    kv_heads=2,
+    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    remat="dots",
+)
+
+
+def batch_of(trainable):
+    rng = np.random.default_rng(0)
+    if isinstance(trainable, VQGAN):
+        return {"image": rng.uniform(-1, 1, (16, 16, 16, 3)).astype(np.float32)}
+    text = {"text": rng.integers(0, 20, (16, 6)), "text_mask": rng.uniform(size=(16, 6)) < 0.8}
+    return {"codes": rng.integers(0, 32, (16, 4, 4))} | text
+
+
+def outcome(trainable, mesh):
+    """Losses, gradients and metrics of all players on a mesh, on the host."""
+    mesh = MeshConfig(*mesh).build()
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(trainable.init, jax.random.key(0))
+        model = jax.jit(trainable.init, out_shardings=shardings(abstract, mesh))(jax.random.key(0))
+        batch = jax.device_put(batch_of(trainable), batch_sharding(mesh))
+
+        @jax.jit
+        def run(model, batch):
+            def one(player):
+                call = lambda m: player.loss(m, batch, jax.random.key(1), jax.numpy.int32(5))
+                return jax.value_and_grad(call, has_aux=True, allow_int=True)(model)
+
+            return [one(p) for p in players_of(trainable).values()]
+
+        return jax.device_get(run(model, batch))
+
+
+SLOW = pytest.param(CODEC, marks=pytest.mark.slow)  # convolutions compile long
+
+
+@pytest.fixture(scope="module", params=[MODEL, SLOW], ids=["ar", "vqgan"])
+def alone(request):
+    return request.param, outcome(request.param, (1, 1, 1))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_loss_and_gradients_agree(alone, mesh):
+    trainable, expected = alone
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+    jax.tree.map(close, outcome(trainable, mesh), expected)
