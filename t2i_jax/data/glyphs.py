@@ -67,9 +67,9 @@ def build_glyphs(
     style (0: all); `strict`: a version or pixel hash that is not the pinned one is an error and not a warning;
     `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
 
-    A record has "image" (PNG), "captions", "unseen_caption", "key", "label_text", "concept", "family", "style",
-    "group", "split" and "license". The same call again finds the folder and does nothing. Errors: `DataError` for an unknown style, a
-    missing package, or a folder that holds something else.
+    A record has "image" (PNG), "captions", "unseen_caption" (a wording that no picture has), "key", "label_text",
+    "concept", "family", "style", "group", "split" and "license". The same call again finds the folder and does nothing.
+    Errors: `DataError` for an unknown style, a missing package, or a folder that holds something else.
     """
     out = Path(out)
     chosen = _chosen(styles)
