@@ -20,6 +20,7 @@ experiment = Experiment(
         condition=Captions(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
         dropout=0.0,
         token_dropout=0.0,
+        corruption=1.0,  # few pictures: without it the model knows them by their first codes and hardly reads captions
         qk_norm=True,
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),

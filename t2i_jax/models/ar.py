@@ -79,6 +79,12 @@ class AR:
     """Of the embedded sequence, in training."""
     condition_dropout: float = 0.1
     """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    corruption: float = 0.0
+    """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
+    be told from its first codes alone and the condition has to be read (`pkeep` of Esser et al. 2021, drawn anew)."""
+    corruption: float = 0.0
+    """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
+    be told from its first codes alone and the condition has to be read (after `pkeep` of Esser et al. 2021)."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     """Weight of (log Z)^2."""
@@ -143,9 +149,9 @@ class AR:
 
     def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
         prefix, valid = model.condition(batch, dropped, self.dtype)
-        codes = rearrange(batch["codes"], "b h w -> b (h w)")
+        codes = self._corrupted(rearrange(batch["codes"], "b h w -> b (h w)"), keys[2])
         x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
         cos, sin = self._rotary(s)
@@ -158,6 +164,15 @@ class AR:
             remat=self.remat,
         )
         return x[:, s - 1 :]
+
+    def _corrupted(self, codes: Array, key: Array | None) -> Array:
+        """Codes (b, L) with some of them replaced, as `corruption` says; themselves without a key."""
+        if key is None or self.corruption == 0:
+            return codes
+        share, where, what = jax.random.split(key, 3)
+        rate = self.corruption * jax.random.uniform(share, (codes.shape[0], 1))
+        replaced = jax.random.uniform(where, codes.shape) < rate
+        return jnp.where(replaced, jax.random.randint(what, codes.shape, 0, self.vocabulary), codes)
 
     def _score(self, model: Network, z: Array, batch: dict[str, Array], **options: float) -> tuple[Array, ...]:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
