@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from t2i_jax.training.guard import NotFinite
     from t2i_jax.training.loop import Interrupted
 
+    # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
+    late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
+    sys.unraisablehook = late
     prepare()
     try:
         globals()[arguments[0]](arguments[1:])

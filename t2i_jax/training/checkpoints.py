@@ -111,7 +111,8 @@ class Checkpoints:
             what = f"checkpoint of step {step}" if step is not None else "the last checkpoint"
             good = self.steps()
             kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
-            raise CheckpointError(f"{what} could not be written to {self.folder}: {error}; {kept}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{what} could not be written to {self.folder}: {kept}. {reason}") from error
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that its step can be written anew and nothing is lost."""
