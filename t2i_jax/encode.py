@@ -26,6 +26,7 @@ def encode_splits(experiment: Experiment, out: Path, splits: Sequence[str], batc
     """
     mesh = experiment.mesh.build()
     frozen, codec = frozen_parts(experiment)
+    frozen.pop("loss", None)  # nothing is trained here
     if not frozen:
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
     with jax.set_mesh(mesh):

@@ -17,7 +17,7 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.training import records
 from t2i_jax.training.checkpoints import CheckpointError
 from t2i_jax.training.guard import NotFinite
-from t2i_jax.training.loop import Trainer, resolved, train
+from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.optimizer import Optimizer
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
@@ -226,4 +226,3 @@ def test_rebuild_is_the_inverse_of_named(tmp_path):
 def test_resolved_config_is_written(straight):
     config = json.loads((straight[1] / "config.json").read_text())
     assert config["train"]["steps"] == 6 and config["model"]["type"].endswith("Identity")
-    assert resolved(toys.experiment(), steps=9).train.steps == 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import json
 import signal
 import time
@@ -336,8 +335,3 @@ def progress(title: str, done: int, total: int):
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console) as bars:
         task = bars.add_task(title, total=total, completed=done, numbers="compiling")
         yield lambda step, numbers: bars.update(task, completed=step, numbers=brief(numbers))
-
-
-def resolved(experiment: Experiment, **changes: Any) -> Experiment:
-    """`experiment` with training fields changed."""
-    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, **changes))
