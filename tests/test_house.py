@@ -17,7 +17,7 @@ FLOORS = [
     ("text", "codecs", "data"),
     ("models",),
     ("training",),
-    ("pipeline",),
+    ("pipeline", "convert"),
     ("evaluation", "previews", "encode", "bench", "plan"),
     ("cli",),
 ]

@@ -55,6 +55,8 @@ class Source(NamedTuple):
 
 
 Table = Mapping[str, Source]
+Tensors = Mapping[str, Any]
+"""Names to arrays, or to abstract ones that have a shape."""
 
 
 def source(*names: str, layout: str = "", **sizes: int) -> Source:

@@ -81,9 +81,6 @@ class AR:
     """Share of training examples whose condition becomes the unconditional one, for guidance."""
     corruption: float = 0.0
     """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
-    be told from its first codes alone and the condition has to be read (`pkeep` of Esser et al. 2021, drawn anew)."""
-    corruption: float = 0.0
-    """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
     be told from its first codes alone and the condition has to be read (after `pkeep` of Esser et al. 2021)."""
     label_smoothing: float = 0.0
     z_loss: float = 0.0

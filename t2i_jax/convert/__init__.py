@@ -1,0 +1,103 @@
+"""Published checkpoints to models of this library, and back.
+
+`t2i_jax.interop` knows other people's names and layouts; here each published format is bound to the configuration that
+its tensors belong to. `convert("llamagen", read(path))` gives the configuration and the model, the released size
+recognised from the shapes; `restore` gives the published names back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from t2i_jax.interop.names import Table, to_ours, to_theirs
+from t2i_jax.interop.torchfile import read_torch
+
+MODULES = ("ar",)
+"""Files of this room that hold FORMATS."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One kind of published file."""
+
+    describe: Callable[..., Any]
+    """(tensors, **hints) -> the configuration whose model they fill; tensors may be abstract. Hints are keyword-only, say
+    what shapes cannot, and default to the released values."""
+    table: Callable[[Any], Table]
+    """configuration -> where each variable lies in the file"""
+    unused: str = ""
+    """regular expression of names in the file that need no place"""
+    wrappers: tuple[str, ...] = ("ema", "model_ema", "model", "module", "state_dict")
+    """keys under which files hold the tensors, best first"""
+    prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
+    """what training programs put before every name"""
+
+
+def formats() -> dict[str, Format]:
+    """Every known format by name."""
+    return {
+        name: format
+        for module in MODULES
+        for name, format in importlib.import_module(f"t2i_jax.convert.{module}").FORMATS.items()
+    }
+
+
+def find(name: str) -> Format:
+    """The format of that name. Errors: ValueError with the known ones."""
+    known = formats()
+    if name not in known:
+        raise ValueError(f"no format {name!r}; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
+    """The tensors of a .safetensors, .pt, .pth or .ckpt file as NumPy arrays, out of their wrapping."""
+    if Path(path).suffix == ".safetensors":
+        try:
+            tensors: Any = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+    else:
+        tensors = read_torch(path, unknown="stand-in")
+    return unwrapped(tensors, find(name))
+
+
+def unwrapped(content: Any, format: Format) -> dict[str, Any]:
+    """The name-to-tensor mapping inside a checkpoint, without the prefixes of training programs."""
+    while (key := next((k for k in format.wrappers if isinstance(content.get(k), Mapping)), None)) is not None:
+        content = content[key]
+    tensors = {k: v for k, v in content.items() if hasattr(v, "shape")}
+    for prefix in format.prefixes:
+        if tensors and all(k.startswith(prefix) for k in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    return tensors
+
+
+def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:
+    """The configuration and the model of a published file's tensors (arrays, or `jax.ShapeDtypeStruct`s for a check).
+
+    Errors: ValueError that lists every missing, unused or wrongly shaped name.
+    """
+    format = find(name)
+    config = format.describe(tensors, **hints)
+    model = jax.eval_shape(config.init, jax.random.key(0))
+    fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)
+    if any(isinstance(t, jax.ShapeDtypeStruct) for t in tensors.values()):
+        return config, jax.eval_shape(fill, dict(tensors))
+    return config, jax.tree.map(jnp.asarray, fill(tensors))
+
+
+def restore(name: str, config: Any, model: Any) -> dict[str, np.ndarray]:
+    """The model's variables (or gradients) under the published names, in the published layouts."""
+    return to_theirs(model, find(name).table(config))

@@ -1,0 +1,50 @@
+"""Parity with published programs: python tests/published/run.py FOLDER...
+
+Each folder holds a published program's weights, inputs and outputs at some configuration. The weights go through the
+converter that a released file takes; every array gets a line with its error; the exit status is 1 past the tolerance.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parity import Oracle, check  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--quiet", action="store_true", help="only what fails, and a line for each folder")
+    arguments = parser.parse_args()
+    failed = 0
+    for folder in arguments.folders:
+        print(folder, flush=True)
+        start = time.perf_counter()
+        try:
+            lines = list(check(Oracle(folder)))
+        except Exception:
+            traceback.print_exc()
+            print(f"  FAIL {folder.name}: stopped", flush=True)
+            failed += 1
+            continue
+        for line in lines:
+            if not (arguments.quiet and line.passed):
+                print(" ", line)
+        bad = sum(not line.passed for line in lines)
+        worst = max((line.error for line in lines if line.passed), default=0.0)
+        took = time.perf_counter() - start
+        print(
+            f"  {folder.name}: {len(lines) - bad} of {len(lines)} arrays, worst {worst:.1e}, {took:.0f} s", flush=True
+        )
+        failed += bool(bad or not lines)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
