@@ -12,12 +12,15 @@ Rotary = tuple[Array, Array]
 """cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None) -> Array:
-    """softmax(q k^T * scale) v, with n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
+def attend(
+    q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, bias: Array | None = None
+) -> Array:
+    """softmax(q k^T * scale + bias) v with n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s) with True where a query may look; `scale` is
-    h^-1/2 unless given. Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A query that may look nowhere gets
-    zeros. Query heads of one group are neighbours, as if k and v were repeated; nothing is repeated in memory.
+    h^-1/2 unless given; `bias` float (b or 1, n, t, s). Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A
+    query that may look nowhere gets zeros. Query heads of one group are neighbours, as if k and v were repeated;
+    nothing is repeated in memory.
     Errors: ValueError if m does not divide n.
     """
     n, m = q.shape[2], k.shape[2]
@@ -26,6 +29,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None = None, scale: float
     q = rearrange(q, "b t (m g) h -> b t m g h", m=m)
     logits = jnp.einsum("btmgh,bsmh->bmgts", q, k, preferred_element_type=jnp.float32)
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + rearrange(bias.astype(jnp.float32), "b (m g) t s -> b m g t s", m=m)
     if mask is not None:
         groups = n // m if mask.shape[1] > 1 else 1
         mask = rearrange(mask, "b (m g) t s -> b m g t s", g=groups)

@@ -22,11 +22,15 @@ from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm
 from t2i_jax.parallel import shard
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+GATED = ("swiglu", "geglu")
+"""Activations of a gate (Shazeer 2020): the MLP has a third matrix."""
 
 _policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
@@ -49,15 +53,17 @@ class Layer:
     head_dim: int = 0
     """0: width / heads"""
     hidden: int = 0
-    """width inside the MLP; 0: 4 width, with swiglu 8/3 width rounded up to a multiple of 64"""
+    """width inside the MLP; 0: 4 width, with a gate 8/3 width rounded up to a multiple of 64"""
     norm: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
     post_norm: bool = False
     """normalise after the residual sum (BERT) instead of before each branch"""
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     bias: bool = False
     qk_norm: bool = False
     """RMS-normalise queries and keys per head"""
+    scale: float = 0.0
+    """what attention logits are multiplied by; 0: head_dim^-1/2"""
     dropout: float = 0.0
     """rate on what each branch adds, in training"""
 
@@ -83,7 +89,7 @@ class Layer:
     @property
     def inner(self) -> int:
         """MLP width f."""
-        wide = -(-8 * self.width // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.width
+        wide = -(-8 * self.width // 3 // 64) * 64 if self.activation in GATED else 4 * self.width
         return self.hidden or wide
 
     def normalise(self) -> RMSNorm | LayerNorm:
@@ -144,10 +150,15 @@ class Attention(nnx.Module):
         self.out = Linear(n * h, config.width, keys[1], bias=config.bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
-        self.kv_heads, self.head_dim = m, h
+        self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
 
     def __call__(
-        self, x: Array, rotary: Rotary | None = None, mask: Array | None = None, cache: Cache | None = None
+        self,
+        x: Array,
+        rotary: Rotary | None = None,
+        mask: Array | None = None,
+        cache: Cache | None = None,
+        bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         y = rearrange(self.qkv(x), "b t (m g h) -> b t m g h", m=self.kv_heads, h=self.head_dim)
         q, k, v = rearrange(y[..., :-2, :], "b t m g h -> b t (m g) h"), y[..., -2, :], y[..., -1, :]
@@ -158,16 +169,17 @@ class Attention(nnx.Module):
         q, k, v = (shard(a, "batch", None, "heads", None) for a in (q, k, v))
         if cache is not None:
             cache, k, v = cache.extend(k, v)
-        return self.out(rearrange(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask), "b t n h -> b t (n h)")), cache
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.scale, bias)
+        return self.out(rearrange(y, "b t n h -> b t (n h)")), cache
 
 
 class MLP(nnx.Module):
-    """act(x W_in) W_out for every position, or (silu(x W_gate) * x W_in) W_out with swiglu: (b, t, d) -> (b, t, d)."""
+    """act(x W_in) W_out for every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
 
     def __init__(self, config: Layer, key: Array):
         keys = jax.random.split(key, 3)
         d, f, bias = config.width, config.inner, config.bias
-        self.gate = Linear(d, f, keys[0], bias=bias) if config.activation == "swiglu" else None
+        self.gate = Linear(d, f, keys[0], bias=bias) if config.activation in GATED else None
         self.into = Linear(d, f, keys[1], bias=bias)
         self.out = Linear(f, d, keys[2], bias=bias, axes=("mlp", "embed"))
         self.activation = config.activation
@@ -195,8 +207,11 @@ class Block(nnx.Module):
         mask: Array | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
+        bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """x (b, t, d) at the positions of `rotary`, looking where `mask` (b or 1, 1 or n, t, s) says.
+
+        `bias` (b or 1, n, t, s) is added to the attention logits.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
         to hide what is not yet written. Without a key nothing is dropped. Returns x (b, t, d) and the new cache, whose
@@ -206,7 +221,7 @@ class Block(nnx.Module):
         before = lambda norm, y: y if self.post_norm else norm(y)
         after = lambda norm, y: norm(y) if self.post_norm else y
 
-        y, cache = self.attention(before(self.attention_norm, x), rotary, mask, cache)
+        y, cache = self.attention(before(self.attention_norm, x), rotary, mask, cache, bias)
         x = after(self.attention_norm, x + checkpoint_name(drop(y, self.dropout, keys[0]), "branch"))
         y = self.mlp(before(self.mlp_norm, x))
         x = after(self.mlp_norm, x + checkpoint_name(drop(y, self.dropout, keys[1]), "branch"))
@@ -242,6 +257,7 @@ def apply_stack(
     mask: Array | None = None,
     caches: Any = None,
     key: Array | None = None,
+    bias: Array | None = None,
     remat: str = "none",
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
@@ -252,7 +268,7 @@ def apply_stack(
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
-    run = lambda block, x, cache, key: block(x, rotary=rotary, mask=mask, cache=cache, key=key)
+    run = lambda block, x, cache, key: block(x, rotary=rotary, mask=mask, cache=cache, key=key, bias=bias)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=isinstance(blocks, tuple))
 
