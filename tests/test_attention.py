@@ -188,8 +188,8 @@ def test_rematerialisation_changes_no_gradient(remat):
 def test_unknown_choices_name_the_right_ones():
     with pytest.raises(ValueError, match="'some': it is one of none, full, dots, branches"):
         apply_stack(stack(LAYERS["llama"], 1), random((1, 2, 32)), remat="some")
-    with pytest.raises(ValueError, match="activation 'relu'"):
-        Layer(32, 4, activation="relu")
+    with pytest.raises(ValueError, match="activation 'tanh'"):
+        Layer(32, 4, activation="tanh")
     with pytest.raises(ValueError, match="width 30 cannot be split into heads 4"):
         Layer(30, 4)
     with pytest.raises(ValueError, match="heads 4 is not a multiple of kv_heads 3"):

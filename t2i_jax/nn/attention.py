@@ -15,7 +15,7 @@ Rotary = tuple[Array, Array]
 def attend(
     q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, bias: Array | None = None
 ) -> Array:
-    """softmax(q k^T * scale + bias) v with n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
+    """softmax(q k^T scale + bias) v, n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s) with True where a query may look; `scale` is
     h^-1/2 unless given; `bias` float (b or 1, n, t, s). Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A
