@@ -95,12 +95,15 @@ class KL(Game):
         """Images to codes and back."""
         return self.decode(model, self.encode(model, images))
 
+    def moments(self, model: Model, images: Array) -> Array:
+        """Mean and log-variance, before shift and scale, beside each other: (b, h, w, 2 k) fp32."""
+        part = model.autoencoder
+        x = part.encoder(shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None))
+        return (x if part.to_code is None else part.to_code(x)).astype(jnp.float32)
+
     def posterior(self, model: Model, images: Array) -> Gaussian:
         """q(z | image), before shift and scale; the log-variance is clipped to [-30, 20]."""
-        part = model.autoencoder
-        x = shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None)
-        moments = part.encoder(x) if part.to_code is None else part.to_code(part.encoder(x))
-        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, -1)
+        mean, logvar = jnp.split(self.moments(model, images), 2, -1)
         return Gaussian(mean, jnp.clip(logvar, -30, 20))
 
     def measure(self, model: Model, batches: Iterable[Any]) -> tuple[float, float]:
