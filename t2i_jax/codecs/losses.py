@@ -10,10 +10,19 @@ from jax import Array
 from t2i_jax.nn.vgg import Trunk, Weights, features
 
 
-def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2"]) -> Array:
-    """Mean absolute or squared difference, a scalar."""
+def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2", "smooth_l1"]) -> Array:
+    """Mean absolute or squared difference, a scalar; smooth_l1 is half the square below 1 (Girshick 2015, eq. 3)."""
     d = x.astype(jnp.float32) - y.astype(jnp.float32)
+    if kind == "smooth_l1":
+        return jnp.mean(jnp.where(jnp.abs(d) < 1, d * d / 2, jnp.abs(d) - 0.5))
     return jnp.mean(jnp.abs(d) if kind == "l1" else d * d)
+
+
+def logit_laplace(x: Array, place: Array, log_scale: Array) -> Array:
+    """-log density of x in (0, 1) whose logit is Laplace, the mean over all (Ramesh et al. 2021, A.3)."""
+    logit = jnp.log(x) - jnp.log1p(-x)
+    nll = jnp.abs(logit - place) * jnp.exp(-log_scale) + log_scale + jnp.log(2 * x * (1 - x))
+    return jnp.mean(nll)
 
 
 def psnr(x: Array, y: Array) -> Array:

@@ -1,0 +1,351 @@
+"""Discrete VAE: a categorical distribution over codes at each place of a grid, learned through a relaxed sample.
+
+The codec of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, 2.1 and A) and the smaller one of DALLE-pytorch. The encoder
+gives logits; training mixes the rows of the codebook by a Gumbel-softmax sample (Jang et al. 2016; Maddison et al.
+2016), coding takes the largest logit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.codecs import losses
+from t2i_jax.codecs.quantize import usage
+from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
+from t2i_jax.nn.players import Player
+from t2i_jax.parallel import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """DALL-E's network: groups of bottleneck blocks, with max-pooling and nearest-neighbour doubling in between."""
+
+    channels: int = 256
+    """channels of the finest group; each coarser one has twice as many"""
+    groups: int = 4
+    blocks: int = 2
+    """blocks of each group"""
+    code: int = 128
+    """size of a row of the codebook"""
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (self.groups - 1)
+
+    @property
+    def gain(self) -> float:
+        """What each block's branch is multiplied by, so that all of them together do not grow."""
+        return (self.groups * self.blocks) ** -2
+
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * 2**n for n in range(self.groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided:
+    """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder is its mirror image."""
+
+    channels: int = 64
+    layers: int = 3
+    blocks: int = 0
+    """residual blocks at the coarsest resolution; with any, the decoder opens with a 1x1 convolution"""
+    code: int = 512
+    """size of a row of the codebook"""
+
+    @property
+    def factor(self) -> int:
+        return 2**self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class DVAE:
+    """The codec and how it is trained. The defaults are DALL-E's."""
+
+    codes: int = 8192
+    network: Pooled | Strided = Pooled()
+    pixels: Literal["laplace", "l2", "l1", "smooth_l1"] = "laplace"
+    """the logit-Laplace density of A.3, whose decoder gives places and scales, or a mean difference"""
+    kl: float = 0.0
+    """weight of KL(q || uniform) per image, summed over its codes; the likelihood is a mean over pixels"""
+    kl_warmup: int = 0
+    """steps over which that weight grows from 0"""
+    temperature: float = 1.0
+    """of the relaxed sample, at the start"""
+    last_temperature: float = 1 / 16
+    anneal: int = 150_000
+    """steps over which the temperature falls to the last one, by a cosine; 0 keeps it"""
+    straight_through: bool = False
+    """decode the one code that was drawn, with the gradient of the relaxed sample"""
+    half: Literal["both", "encoder", "decoder"] = "both"
+    """only one side, as the files of DALL-E hold"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what convolutions compute in; logits and losses are always fp32"""
+
+    @property
+    def vocabulary(self) -> int:
+        """Codes are below this."""
+        return self.codes
+
+    @property
+    def factor(self) -> int:
+        """Pixels per code along a side."""
+        return self.network.factor
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the decoder gives."""
+        return 6 if self.pixels == "laplace" else 3
+
+    def init(self, key: Array) -> Model:
+        return Model(self, key)
+
+    def encode(self, model: Model, images: Array) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`."""
+        return jnp.argmax(self.logits(model, images), -1).astype(jnp.int32)
+
+    def decode(self, model: Model, codes: Array) -> Array:
+        """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
+        return self.seen(self.paint(model, self.embed(model, codes)))
+
+    def reconstruct(self, model: Model, images: Array) -> Array:
+        """Images to codes and back."""
+        return self.decode(model, self.encode(model, images))
+
+    def embed(self, model: Model, codes: Array) -> Array:
+        """Codes int (...) -> their vectors (..., k)."""
+        return model.codebook(codes)
+
+    def logits(self, model: Model, images: Array) -> Array:
+        """log q(code | image) up to a constant: images (b, i, j, 3) -> (b, h, w, v) fp32.
+
+        Errors: `ValueError` for an unfit size, and where there is no encoder.
+        """
+        if model.encoder is None:
+            raise ValueError(f"half={self.half!r}: this model has no encoder")
+        if images.shape[1] % self.factor or images.shape[2] % self.factor:
+            raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {self.factor}")
+        x = shard(self.mapped(images).astype(self.dtype), "batch", None, None, None)
+        return model.encoder(x)
+
+    def paint(self, model: Model, vectors: Array) -> Array:
+        """What the decoder gives for vectors (b, h, w, k): (b, i, j, `outputs`) fp32."""
+        if model.decoder is None:
+            raise ValueError(f"half={self.half!r}: this model has no decoder")
+        return model.decoder(vectors.astype(self.dtype)).astype(jnp.float32)
+
+    def mapped(self, images: Array) -> Array:
+        """Images as the encoder takes them: off the ends of (0, 1) where a logit is taken of them (A.3)."""
+        return 0.5 + 0.4 * images if self.pixels == "laplace" else images
+
+    def seen(self, y: Array) -> Array:
+        """The image (b, i, j, 3) in what the decoder gives: the inverse of `mapped` at the mode of the density."""
+        if self.pixels != "laplace":
+            return y
+        return jnp.clip((jax.nn.sigmoid(y[..., :3]) - 0.5) / 0.4, -1, 1)
+
+    # -- training
+
+    def players(self) -> dict[str, Player]:
+        return {"codec": Player(self.loss)}
+
+    def loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array | int = 0):
+        """-ELBO with a relaxed sample (eq. 1): -> (loss, metrics). batch: `image` float (b, i, j, 3) in [-1, 1]."""
+        logits = self.logits(model, batch["image"])
+        gumbel = jax.random.gumbel(key, logits.shape)
+        y = self.relaxed(model, logits, gumbel, self.temperature_at(step))
+        distance, divergence = self.terms(batch["image"], y, logits)
+        weight = self.kl * (jnp.clip(step / self.kl_warmup, 0, 1) if self.kl_warmup else 1.0)
+        image = jnp.clip(self.seen(y), -1, 1)
+        metrics = {self.pixels: distance, "kl": divergence, "psnr": losses.psnr(batch["image"], image)}
+        return distance + weight * divergence, metrics | usage(jnp.argmax(logits, -1), self.codes)
+
+    def temperature_at(self, step: Array | int) -> Array:
+        """The temperature of the relaxation at a step."""
+        if not self.anneal:
+            return jnp.float32(self.temperature)
+        fall = (1 + jnp.cos(math.pi * jnp.clip(step / self.anneal, 0, 1))) / 2
+        return self.last_temperature + (self.temperature - self.last_temperature) * fall
+
+    def relaxed(self, model: Model, logits: Array, gumbel: Array, temperature: Array | float) -> Array:
+        """What the decoder gives for softmax((logits + gumbel) / temperature), both (b, h, w, v), as a mix of rows."""
+        weights = jax.nn.softmax((logits + gumbel) / temperature)
+        if self.straight_through:
+            hard = jax.nn.one_hot(jnp.argmax(weights, -1), self.codes)
+            weights = weights + jax.lax.stop_gradient(hard - weights)
+        return self.paint(model, weights @ model.codebook.w[...])
+
+    def terms(self, images: Array, y: Array, logits: Array) -> tuple[Array, Array]:
+        """How far images (b, i, j, 3) are from what the decoder gave, and KL(q || uniform) per image."""
+        logq = jax.nn.log_softmax(logits)
+        divergence = (jnp.exp(logq) * (logq + math.log(self.codes))).sum((1, 2, 3)).mean()
+        if self.pixels == "laplace":
+            return losses.logit_laplace(self.mapped(images), y[..., :3], y[..., 3:]), divergence
+        return losses.reconstruction(images, y, self.pixels), divergence
+
+
+class Model(nnx.Module):
+    """Encoder, codebook and decoder."""
+
+    def __init__(self, config: DVAE, key: Array):
+        keys = jax.random.split(key, 3)
+        encoder, decoder = (Encoder, Decoder) if isinstance(config.network, Pooled) else (Down, Up)
+        self.encoder = None if config.half == "decoder" else encoder(config.network, config.codes, keys[0])
+        self.codebook = (
+            None if config.half == "encoder" else Embedding(config.codes, config.network.code, keys[1], std=1.0)
+        )
+        self.decoder = None if config.half == "encoder" else decoder(config.network, config.outputs, keys[2])
+
+
+# -- DALL-E
+
+
+class Bottleneck(nnx.Module):
+    """x + gain * four convolutions of relu, a quarter of the channels inside: (b, i, j, c) -> (b, i, j, f)."""
+
+    def __init__(self, c: int, f: int, kernels: tuple[int, ...], gain: float, key: Array):
+        keys = jax.random.split(key, 5)
+        widths = (c, f // 4, f // 4, f // 4, f)
+        self.convs = nnx.List([Conv(widths[n], widths[n + 1], keys[n], kernel=kernels[n]) for n in range(4)])
+        self.shortcut = Conv(c, f, keys[4], kernel=1) if c != f else None
+        self.gain = gain
+
+    def __call__(self, x: Array) -> Array:
+        y = x
+        for conv in self.convs:
+            y = conv(jax.nn.relu(y))
+        return (x if self.shortcut is None else self.shortcut(x)) + self.gain * y
+
+
+def groups(config: Pooled, widths: tuple[int, ...], kernels: tuple[int, ...], key: Array) -> nnx.List:
+    """Groups of blocks; `widths` has what enters the first group before what each group gives."""
+    keys = jax.random.split(key, (config.groups, config.blocks))
+    block = lambda c, f, key: Bottleneck(c, f, kernels, config.gain, key)
+    return nnx.List(
+        [
+            nnx.List([block(c if m == 0 else f, f, keys[n, m]) for m in range(config.blocks)])
+            for n, (c, f) in enumerate(itertools.pairwise(widths))
+        ]
+    )
+
+
+class Encoder(nnx.Module):
+    """(b, i, j, 3) -> logits (b, i/factor, j/factor, v) fp32."""
+
+    def __init__(self, config: Pooled, codes: int, key: Array):
+        keys, widths = jax.random.split(key, 3), config.widths()
+        self.stem = Conv(3, widths[0], keys[0], kernel=7)
+        self.groups = groups(config, (widths[0], *widths), (3, 3, 3, 1), keys[1])
+        self.out = Conv(widths[-1], codes, keys[2], kernel=1)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.stem(x)
+        for n, group in enumerate(self.groups):
+            if n:
+                x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            for block in group:
+                x = block(x)
+        return self.out(jax.nn.relu(x).astype(jnp.float32))
+
+
+class Decoder(nnx.Module):
+    """Rows of the codebook (b, h, w, k) -> (b, h*factor, w*factor, outputs)."""
+
+    def __init__(self, config: Pooled, outputs: int, key: Array):
+        keys, widths = jax.random.split(key), config.widths()[::-1]
+        self.bias = param(jnp.zeros(config.code), None)
+        self.groups = groups(config, (config.code, *widths), (1, 3, 3, 3), keys[0])
+        self.out = Conv(widths[-1], outputs, keys[1], kernel=1)
+
+    def __call__(self, z: Array) -> Array:
+        x = z + self.bias[...].astype(z.dtype)
+        for n, group in enumerate(self.groups):
+            if n:
+                x = repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
+            for block in group:
+                x = block(x)
+        return self.out(jax.nn.relu(x))
+
+
+# -- DALLE-pytorch
+
+
+class Residual(nnx.Module):
+    """x + conv1(relu(conv3(relu(conv3(x))))): (b, i, j, c) -> (b, i, j, c)."""
+
+    def __init__(self, c: int, key: Array):
+        keys = jax.random.split(key, 3)
+        self.convs = nnx.List([Conv(c, c, k, kernel=n) for k, n in zip(keys, (3, 3, 1), strict=True)])
+
+    def __call__(self, x: Array) -> Array:
+        first, second, third = self.convs
+        return x + third(jax.nn.relu(second(jax.nn.relu(first(x)))))
+
+
+class Doubling(nnx.Module):
+    """Transposed 4x4 convolution of stride 2: (b, i, j, c) -> (b, 2i, 2j, f)."""
+
+    def __init__(self, c: int, f: int, key: Array):
+        self.w = param(fan_in(key, (4, 4, c, f), 2.0), None, None, None, "conv")  # 2 x 2 taps meet in an output
+        self.b = param(jnp.zeros(f), "conv")
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.w[...][::-1, ::-1].astype(x.dtype),
+            (1, 1),
+            ((2, 2), (2, 2)),
+            lhs_dilation=(2, 2),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + self.b[...].astype(x.dtype)
+
+
+class Down(nnx.Module):
+    """(b, i, j, 3) -> logits (b, i/factor, j/factor, v) fp32."""
+
+    def __init__(self, config: Strided, codes: int, key: Array):
+        keys, c = jax.random.split(key, config.layers + config.blocks + 1), config.channels
+        self.layers = nnx.List(
+            [
+                Conv(c if n else 3, c, keys[n], kernel=4, stride=2, padding=((1, 1), (1, 1)))
+                for n in range(config.layers)
+            ]
+        )
+        self.blocks = nnx.List([Residual(c, keys[config.layers + n]) for n in range(config.blocks)])
+        self.out = Conv(c, codes, keys[-1], kernel=1)
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x.astype(jnp.float32))
+
+
+class Up(nnx.Module):
+    """Rows of the codebook (b, h, w, k) -> (b, h*factor, w*factor, outputs)."""
+
+    def __init__(self, config: Strided, outputs: int, key: Array):
+        keys, c = jax.random.split(key, config.layers + config.blocks + 2), config.channels
+        self.stem = Conv(config.code, c, keys[-2], kernel=1) if config.blocks else None
+        first = c if config.blocks else config.code
+        self.blocks = nnx.List([Residual(c, keys[config.layers + n]) for n in range(config.blocks)])
+        self.layers = nnx.List([Doubling(c if n else first, c, keys[n]) for n in range(config.layers)])
+        self.out = Conv(c, outputs, keys[-1], kernel=1)
+
+    def __call__(self, z: Array) -> Array:
+        x = z if self.stem is None else self.stem(z)
+        for block in self.blocks:
+            x = block(x)
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.out(x)

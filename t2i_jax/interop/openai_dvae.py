@@ -1,0 +1,56 @@
+"""Names of DALL-E's discrete VAE: its encoder, its decoder, or both under `encoder.` and `decoder.`."""
+
+import re
+from typing import Any
+
+from t2i_jax.interop.names import CONV, Source, Table, Tensors, source
+from t2i_jax.nn.trees import named
+
+NAMES = (
+    (r"\.stem\.", ".blocks.input."),
+    (r"\.groups\.(\d+)\.(\d+)\.", lambda m: f".blocks.group_{int(m[1]) + 1}.block_{int(m[2]) + 1}."),
+    (r"\.convs\.(\d)\.", lambda m: f".res_path.conv_{int(m[1]) + 1}."),
+    (r"\.shortcut\.", ".id_path."),
+    (r"^(encoder|decoder)\.out\.", r"\1.blocks.output.conv."),
+    (r"^codebook\.w$", "decoder.blocks.input.w"),
+    (r"^decoder\.bias$", "decoder.blocks.input.b"),
+)
+
+
+def describe(tensors: Tensors) -> dict[str, Any]:
+    """What the shapes of `tensors` (arrays or abstract) say: half, codes, channels, groups, blocks, code."""
+    if "encoder.blocks.input.w" in tensors:
+        half, encoder, decoder = "both", "encoder.", "decoder."
+    elif "blocks.input.w" not in tensors:
+        raise ValueError(f"no blocks.input.w among {len(tensors)} names: this is no discrete VAE of DALL-E")
+    else:
+        half = "encoder" if tensors["blocks.input.w"].shape[-1] > 1 else "decoder"
+        encoder = decoder = ""
+    prefix = encoder if half != "decoder" else decoder
+    places = [
+        re.fullmatch(re.escape(prefix) + r"blocks\.group_(\d+)\.block_(\d+)\.res_path\.conv_1\.w", n) for n in tensors
+    ]
+    groups, blocks = (max(int(m[n]) for m in places if m) for n in (1, 2))
+    fields: dict[str, Any] = {"half": half, "groups": groups, "blocks": blocks}
+    if half == "decoder":
+        code, codes = tensors["blocks.input.w"].shape[:2]
+        return fields | {"channels": tensors["blocks.output.conv.w"].shape[1], "codes": codes, "code": code}
+    fields["channels"] = tensors[f"{encoder}blocks.input.w"].shape[0]
+    fields["codes"] = tensors[f"{encoder}blocks.output.conv.w"].shape[0]
+    return fields if half == "encoder" else fields | {"code": tensors["decoder.blocks.input.w"].shape[0]}
+
+
+def table(model: Any) -> Table:
+    """Where each variable of a `codecs.dvae.DVAE` with a `Pooled` network lies."""
+    alone = model.encoder is None or model.decoder is None
+
+    def line(name: str, variable: Any) -> Source:
+        if name == "codebook.w":
+            theirs, layout = name, "k v 1 1 -> v k"
+        else:
+            theirs, layout = name, CONV if variable.ndim == 4 else ""
+        for pattern, to in NAMES:
+            theirs = re.sub(pattern, to, theirs)
+        return source(theirs.split(".", 1)[1] if alone else theirs, layout=layout)
+
+    return {name: line(name, variable) for name, variable in named(model).items()}
