@@ -6,6 +6,7 @@ A table has a line for each variable of a model: where it lies in a published fi
 
 `{}` counts layers, which are one stacked array with us. Several names are joined along a new first dimension, which the
 layout then places. A layout is a pattern of einops from theirs to ours; read backwards it leads from ours to theirs.
+Where one tensor of theirs holds several variables, or holds rows in another order, a line names its `rows`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class Source(NamedTuple):
     names: tuple[str, ...]
     layout: str
     sizes: dict[str, int]
+    rows: np.ndarray | None = None
+    """which rows of the tensor this variable is, in the order of ours; None is all of them"""
+    height: int = 0
+    """rows that the whole tensor has, where `rows` says"""
 
     @property
     def stacked(self) -> bool:
@@ -41,6 +46,10 @@ class Source(NamedTuple):
     def ours(self, tensors: list[Any]) -> Any:
         """One layer's tensors as one array of ours."""
         joined = tensors[0] if len(tensors) == 1 else tensors
+        if self.rows is not None:
+            if joined.shape[0] != self.height:
+                raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
+            joined = joined[self.rows]
         if not self.layout:
             return joined
         return rearrange(joined, self.layout, **self.sizes)
@@ -59,9 +68,13 @@ Tensors = Mapping[str, Any]
 """Names to arrays, or to abstract ones that have a shape."""
 
 
-def source(*names: str, layout: str = "", **sizes: int) -> Source:
-    """A line of a table: their name or names, the einops pattern to ours, and what it cannot know of its sizes."""
-    return Source(names, layout, sizes)
+def source(*names: str, layout: str = "", rows: Any = None, height: int = 0, **sizes: int) -> Source:
+    """A line of a table: their name or names, the einops pattern to ours, and what it cannot know of its sizes.
+
+    rows, height: the rows that the variable is of a tensor with `height` rows. All variables of a tensor together make
+    it whole again.
+    """
+    return Source(names, layout, sizes, rows, height)
 
 
 def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = "", file: str = "the file") -> Any:
@@ -113,11 +126,18 @@ def _fit(
 
 def to_theirs(model: Any, table: Table) -> dict[str, np.ndarray]:
     """The variables of `model` under their names and in their layouts: what `to_ours` reads."""
-    return dict(_lines(model, table))
+    whole: dict[str, np.ndarray] = {}
+    for name, array, line in _lines(model, table):
+        if line.rows is None:
+            whole[name] = array
+        else:
+            whole.setdefault(name, np.zeros((line.height, *array.shape[1:]), array.dtype))[line.rows] = array
+    return whole
 
 
-def _lines(model: Any, table: Table) -> Iterator[tuple[str, np.ndarray]]:
+def _lines(model: Any, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]:
     for ours, variable in named(model).items():
         line, array = table[ours], np.asarray(variable[...])
         for n, part in enumerate(array if line.stacked else [array]):
-            yield from zip(line.layer(n), map(np.ascontiguousarray, line.theirs(part)), strict=True)
+            for name, theirs in zip(line.layer(n), map(np.ascontiguousarray, line.theirs(part)), strict=True):
+                yield name, theirs, line

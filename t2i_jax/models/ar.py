@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition
+from t2i_jax.nn.condition import Classes, Condition, GivenIds
 from t2i_jax.nn.decode import few_rows, for_decoding
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
@@ -61,7 +61,13 @@ class AR:
     kv_heads: int = 0
     """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); 0 is as many as heads."""
     mlp: int = 0
-    """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
+    """Inner width of the MLP; 0 is 8/3 of the width, rounded up, with SwiGLU, and 4 times the width else."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    norm: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-5
+    """What keeps the normalisation from dividing by zero."""
+    bias: bool = False
+    """Add learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
     condition: Condition = Classes(1000)
@@ -70,6 +76,13 @@ class AR:
     """Use the token table as the output matrix too."""
     zero_output: bool = False
     """Start with an output matrix of zeros, that is with equal probabilities."""
+    output_bias: bool = False
+    unmasked: int = 0
+    """So many positions at the start see each other both ways (`n_unmasked` of Esser et al. 2021)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """Queries and keys turn with the place on the grid, or a learned vector is added at each place of the sequence."""
+    position_rows: int = 0
+    """Rows of the learned table; 0 is as many as the sequence has."""
     rotary_base: float = 10000.0
     prefix_rotary: Literal["identity", "zero"] = "identity"
     """Condition tokens are not turned, or (what released LlamaGen weights need) multiplied by zero."""
@@ -78,7 +91,7 @@ class AR:
     token_dropout: float = 0.1
     """Of the embedded sequence, in training."""
     condition_dropout: float = 0.1
-    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
     corruption: float = 0.0
     """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
     be told from its first codes alone and the condition has to be read (after `pkeep` of Esser et al. 2021)."""
@@ -91,6 +104,8 @@ class AR:
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    sampling: Sampling = Sampling()
+    """How `sample` draws unless told otherwise."""
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> AR:
@@ -108,11 +123,22 @@ class AR:
     @property
     def layer(self) -> Layer:
         """One block of the Transformer."""
-        return Layer(self.width, self.heads, self.kv_heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout)
+        return Layer(
+            self.width,
+            self.heads,
+            self.kv_heads,
+            hidden=self.mlp,
+            norm=self.norm,
+            eps=self.eps,
+            activation=self.activation,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            dropout=self.dropout,
+        )
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
-        return Sampling()
+        return self.sampling
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""
@@ -147,16 +173,16 @@ class AR:
     def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        prefix, valid = model.condition(batch, dropped, self.dtype)
+        prefix, valid = self._prefix(model, batch, dropped)
         codes = self._corrupted(rearrange(batch["codes"], "b h w -> b (h w)"), keys[2])
         x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
-        cos, sin = self._rotary(s)
+        x = drop(self._placed(model.positions, x, 0), self.token_dropout, keys[0])
         x, _ = apply_stack(
             model.blocks,
-            shard(drop(x, self.token_dropout, keys[0]), "batch", "length", None),
-            rotary=(cos[:t], sin[:t]),
-            mask=_visible(_pad(valid, t)),
+            shard(x, "batch", "length", None),
+            rotary=self._rotary(s, 0, t),
+            mask=self.visible(_pad(valid, t)),
             key=keys[1],
             remat=self.remat,
         )
@@ -178,10 +204,32 @@ class AR:
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
-    def _rotary(self, s: int) -> Rotary:
-        """cos and sin (s + L, h / 2): a grid behind s condition tokens, which stand nowhere on it."""
+    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
+        """The tokens of the condition (b, s, d), and which of them are real (b, s)."""
+        if isinstance(model.condition, GivenIds):  # which are read as the image's own are
+            given = model.condition(batch, dropped)
+            return self._embed(model.tokens, given), jnp.ones(given.shape, bool)
+        return model.condition(batch, dropped, self.dtype)
+
+    def _placed(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
+        """x (b, t, d) with the learned vectors of the places from `start` on added, where there are such."""
+        if positions is None:
+            return x
+        return x + jax.lax.dynamic_slice_in_dim(positions[...], start, x.shape[1]).astype(x.dtype)
+
+    def _rotary(self, s: int, start: int, stop: int) -> Rotary | None:
+        """cos and sin of places `start` to `stop`: a grid behind s condition tokens, which stand nowhere on it."""
+        if self.positions != "rotary":
+            return None
         angles = rotary_2d(self.grid, self.layer.head, self.rotary_base)
-        return with_prefix(jnp.cos(angles), jnp.sin(angles), s, zero=self.prefix_rotary == "zero")
+        table = with_prefix(jnp.cos(angles), jnp.sin(angles), s, zero=self.prefix_rotary == "zero")
+        return table[0][start:stop], table[1][start:stop]
+
+    def visible(self, valid: Array) -> Array:
+        """The mask (b, 1, t, t): places up to one's own that are valid (b, t), and always oneself."""
+        t = valid.shape[1]
+        early = jnp.arange(t) < self.unmasked
+        return (causal(t) | early & early[:, None]) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
 
     # -- sampling
 
@@ -194,7 +242,7 @@ class AR:
         *,
         known: Array | None = None,
         keep: Array | int = 0,
-        guided: bool = True,
+        guided: bool | None = None,
         segments: int = 0,
         progress: Progress | None = None,
     ) -> Array:
@@ -204,24 +252,26 @@ class AR:
         one batch of 2b. All options are traced: new values do not compile anew.
 
         known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
+            where `condition_dropout` is 0, that is where no unconditional branch was learned.
         segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles
             all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
         progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
         """
         known = jnp.zeros((keys.shape[0], *self.grid), jnp.int32) if known is None else known
+        guided = self.condition_dropout > 0 if guided is None else guided
         segments = segments or max(1, min(4, 48 // self.depth))
         options = (options or self.options()).arrays()
         return _sample(self, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
 
+    def prefix_logits(self, model: Network, condition: dict[str, Array], dropped: Array) -> Array:
+        """Logits (b, s, v) at every token of the condition; the last are those of token 0."""
+        return model.logits(self._read(model, condition, dropped)[0])
+
     def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
-        prefix, valid = model.condition(condition, dropped, self.dtype)
-        b, s = valid.shape
-        cos, sin = self._rotary(s)
-        blocks = unstack(model.blocks)
-        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
-        x, caches = apply_stack(blocks, prefix, rotary=(cos[:s], sin[:s]), mask=_visible(valid), caches=caches)
+        x, caches, blocks, valid = self._read(model, condition, dropped)
+        s = valid.shape[1]
         # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
         output = model.tokens.w[...] if model.output is None else model.output[...].T
         state = Decoding(
@@ -230,24 +280,40 @@ class AR:
             blocks=for_decoding(blocks, self.dtype),
             norm=model.norm,
             output=output.astype(self.dtype),
+            output_bias=model.output_bias,
             valid=valid,
-            rotary=(cos[s:], sin[s:]),
+            rotary=self._rotary(s, s, s + self.length),
+            positions=model.positions,
         )
         return model.logits(x[:, -1]), state
+
+    def _read(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Any, Any, Array]:
+        """The condition through the Transformer: vectors (b, s, d), caches, blocks one by one, real tokens (b, s)."""
+        prefix, valid = self._prefix(model, condition, dropped)
+        b, s = valid.shape
+        if self.unmasked > s:
+            raise ValueError(f"unmasked={self.unmasked} places see what comes after them; the condition has {s} only")
+        blocks = unstack(model.blocks)
+        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
+        x = self._placed(model.positions, prefix, 0)
+        x, caches = apply_stack(blocks, x, rotary=self._rotary(s, 0, s), mask=self.visible(valid), caches=caches)
+        return x, caches, blocks, valid
 
     def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
-        cos, sin = state.rotary
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
+        row = lambda table: jax.lax.dynamic_slice_in_dim(table, i, 1)
         x, caches = apply_stack(
             state.blocks,
-            self._embed(state.tokens, codes[:, None]),
-            rotary=(jax.lax.dynamic_slice_in_dim(cos, i, 1), jax.lax.dynamic_slice_in_dim(sin, i, 1)),
+            self._placed(state.positions, self._embed(state.tokens, codes[:, None]), s + i),
+            rotary=None if state.rotary is None else (row(state.rotary[0]), row(state.rotary[1])),
             mask=seen[:, None, None],
             caches=state.caches,
         )
-        return few_rows(state.norm(x[:, 0]), state.output, jnp.float32), dataclasses.replace(state, caches=caches)
+        logits = few_rows(state.norm(x[:, 0]), state.output, jnp.float32)
+        logits = logits if state.output_bias is None else logits + state.output_bias[...]
+        return logits, dataclasses.replace(state, caches=caches)
 
 
 @jax.tree_util.register_dataclass
@@ -262,10 +328,13 @@ class Decoding:
     norm: RMSNorm | LayerNorm
     output: Array
     """(v, d)"""
+    output_bias: nnx.Param | None
     valid: Array
     """Which tokens of the condition are real (b, s)."""
-    rotary: Rotary
+    rotary: Rotary | None
     """Of the image's tokens (L, h / 2)."""
+    positions: nnx.Param | None
+    """Of the whole sequence, where they are learned."""
 
     def grow(self, count: int) -> Decoding:
         """Room for `count` tokens of the image."""
@@ -279,6 +348,9 @@ class Network(nnx.Module):
         keys = jax.random.split(key, 4)
         self.condition = config.condition.init(keys[0], config.width)
         self.tokens = Embedding(config.vocabulary, config.width, keys[1])
+        rows = config.position_rows or config.condition.length + config.length - 1
+        learned = config.positions == "learned"
+        self.positions = param(jnp.zeros((rows, config.width)), None, "embed") if learned else None
         self.blocks = stack(config.layer, config.depth, keys[2])
         # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
@@ -286,22 +358,18 @@ class Network(nnx.Module):
         self.norm = config.layer.normalise()
         output = normal(keys[3], (config.width, config.vocabulary), 0.0 if config.zero_output else 0.02)
         self.output = None if config.tied else param(output, "embed", "vocab")
+        self.output_bias = param(jnp.zeros(config.vocabulary), "vocab") if config.output_bias else None
 
     def logits(self, z: Array) -> Array:
         """(..., d) -> (..., v) fp32."""
         w = self.tokens.w[...].T if self.output is None else self.output[...]
-        return jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+        return logits if self.output_bias is None else logits + self.output_bias[...]
 
 
 def _pad(valid: Array, length: int) -> Array:
     """valid (b, s) and then True, up to (b, length): of the condition some tokens are padding, of the image none."""
     return jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
-
-
-def _visible(valid: Array) -> Array:
-    """The mask (b, 1, t, t): positions up to one's own that are valid (b, t), and always oneself."""
-    t = valid.shape[1]
-    return causal(t) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
 
 
 @partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))

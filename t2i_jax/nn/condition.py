@@ -1,10 +1,10 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-A config (`Classes`, `Captions`, `Features`) has `length`, the number of tokens; `inputs`, the keys of the batch it
+A config (`Classes`, `Captions`, `Features`, `Vector`) has `length`, the number of tokens; `inputs`, the keys of the batch it
 reads; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that dtype and a
 mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional tokens
-instead of their own.
+instead of their own. `Given` tokens are ids of the image's own vocabulary, which the network embeds itself.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SOURCES = {
     "label": "a data source with class labels",
     "text": "the tokeniser of the data pipeline (`text` of the experiment)",
     "text_mask": "the tokeniser of the data pipeline (`text` of the experiment)",
+    "prefix": "whoever gives the first tokens of the sequence",
     "features": "a frozen text encoder, in the data pipeline or stored before training by `t2i encode`",
 }
 
@@ -157,7 +158,70 @@ class FeatureTokens(nnx.Module):
         return self.out(jax.nn.gelu(self.into(x))), mask
 
 
-Condition = Classes | Captions | Features
+@dataclasses.dataclass(frozen=True)
+class Vector:
+    """One vector that stands for picture or caption, as CLIP gives, scaled to length 1 and projected to one token.
+
+    A model learns from embeddings of pictures and draws for embeddings of captions (Wang et al. 2022, CLIP-GEN).
+    """
+
+    dim: int = 512
+
+    length = 1
+    inputs = ("features",)
+
+    def init(self, key: Array, width: int) -> VectorToken:
+        return VectorToken(self, key, width)
+
+
+class VectorToken(nnx.Module):
+    """`features` float (b, k) or (b, 1, k) -> one token (b, 1, d), always visible; zeros stand for no condition."""
+
+    def __init__(self, config: Vector, key: Array, width: int):
+        self.config = config
+        self.out = Linear(config.dim, width, key, axes=(None, "embed"))
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        x = value(batch, "features").astype(jnp.float32)
+        x = x if x.ndim == 3 else x[:, None]
+        same_length("features", x.shape[1], 1)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        tokens = self.out(jnp.where(drop[:, None, None], 0, x).astype(dtype))
+        return tokens, jnp.ones(tokens.shape[:2], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """First tokens of the same vocabulary and table as those of the image: a start token, a class, codes of a sketch
+    (Esser et al. 2021)."""
+
+    length: int = 1
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("label",) if self.length == 1 else ("prefix",)
+
+    def init(self, key: Array, width: int) -> GivenIds:
+        return GivenIds(self)
+
+
+class GivenIds(nnx.Module):
+    """`prefix` int (b, s), or `label` int (b,) where there is one token -> ids (b, s) that the network embeds itself.
+
+    Dropped rows get id 0, the start token.
+    """
+
+    def __init__(self, config: Given):
+        self.config = config
+
+    def __call__(self, batch: Batch, drop: Array) -> Array:
+        alone = self.config.length == 1 and "prefix" not in batch
+        given = value(batch, "label")[:, None] if alone else value(batch, "prefix")
+        same_length("prefix", given.shape[1], self.config.length)
+        return jnp.where(drop[:, None], 0, given)
+
+
+Condition = Classes | Captions | Features | Vector | Given
 
 
 def value(batch: Batch, name: str) -> Array:

@@ -68,7 +68,8 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
             k, p, t = (float(part[1:]) for part in name.split("_")[2:])
             weights = truncate(jnp.asarray(inputs["filter_logits"]), t, int(k), p)
             ours[name] = weights / weights.sum(-1, keepdims=True)
-    ours["freqs_cis"] = jnp.stack(config._rotary(config.condition.length), -1)
+    s = config.condition.length
+    ours["freqs_cis"] = jnp.stack(config._rotary(s, 0, s + config.length), -1)
     return ours
 
 
