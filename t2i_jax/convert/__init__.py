@@ -42,6 +42,8 @@ class Format:
     """keys under which files hold the tensors, best first"""
     prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
     """what training programs put before every name"""
+    part: str = ""
+    """prefix of its names in a file that holds other models too"""
 
 
 def formats() -> dict[str, Format]:
@@ -81,7 +83,8 @@ def unwrapped(content: Any, format: Format) -> dict[str, Any]:
     for prefix in format.prefixes:
         if tensors and all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
+    ours = {k.removeprefix(format.part): v for k, v in tensors.items() if k.startswith(format.part)}
+    return ours if format.part and ours else tensors
 
 
 def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:

@@ -3,14 +3,33 @@
 from typing import Any
 
 from t2i_jax.convert import Format
-from t2i_jax.interop import llamagen
+from t2i_jax.interop import clipgen, llamagen, mingpt
 from t2i_jax.interop.names import Tensors
 from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Given
+from t2i_jax.nn.draw import Sampling
 
 
 def _llamagen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, **fields: Any) -> AR:
     """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it."""
-    return AR(**(llamagen.describe(tensors, grid, head_dim) | fields))
+    return AR(**({"grid": grid} | llamagen.describe(tensors, head_dim) | fields))
 
 
-FORMATS = {"llamagen": Format(_llamagen, llamagen.table, llamagen.UNUSED)}
+def _mingpt(
+    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, prefix: int = 1, **fields: Any
+) -> AR:
+    """prefix: tokens before the codes of the image: a start token, a class, codes of another picture."""
+    published = {"condition_dropout": 0.0, "sampling": Sampling(guidance=1.0), "grid": grid, "condition": Given(prefix)}
+    return AR(**(published | mingpt.describe(tensors, heads) | fields))
+
+
+def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, **fields: Any) -> AR:
+    published = {"condition_dropout": 0.0, "sampling": Sampling(guidance=1.0, top_k=500, top_p=0.95), "grid": grid}
+    return AR(**(published | clipgen.describe(tensors, heads) | fields))
+
+
+FORMATS = {
+    "llamagen": Format(_llamagen, llamagen.table, llamagen.UNUSED),
+    "taming-gpt": Format(_mingpt, mingpt.table, mingpt.UNUSED, part=mingpt.PART),
+    "clipgen": Format(_clipgen, clipgen.table, clipgen.UNUSED),
+}

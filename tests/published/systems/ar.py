@@ -1,6 +1,7 @@
-"""Next-token models: LlamaGen."""
+"""Next-token models: LlamaGen, minGPT of taming-transformers, CLIP-GEN."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -10,12 +11,19 @@ from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.nn.draw import Sampling, guide, truncate
+from t2i_jax.nn.losses import cross_entropy
 
 
 def llamagen(oracle: Oracle) -> dict[str, Any]:
     meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    side = math.isqrt(meta["block_size"])
     config, model = convert(
-        "llamagen", oracle.tensors, grid=(meta["grid"], meta["grid"]), head_dim=meta["dim"] // meta["n_head"]
+        "llamagen",
+        oracle.tensors,
+        grid=(side, side),
+        head_dim=meta["dim"] // meta["n_head"],
+        rotary_base=float(meta["rope_base"]),
+        eps=meta["norm_eps"],
     )
     b = len(inputs["ids"])
     if meta["model_type"] == "c2i":
@@ -61,16 +69,82 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
     branches = [decoded(outputs["greedy_tokens_cfg"], dropped) for dropped in (False, True)]
     ours["greedy_logits_cfg_cond"], ours["greedy_logits_cfg_uncond"] = branches
     ours["greedy_logits_cfg_combined"] = guide(*branches, meta["cfg_scale"])
-    ours |= {"prefill_logits": branches[0][:, :1], "prefill_logits_uncond": branches[1][:, :1]}
+    read = jax.jit(lambda dropped: config.prefix_logits(model, condition, jnp.full(b, dropped)))
+    ours |= {"prefill_logits": read(False), "prefill_logits_uncond": read(True)}
 
-    for name in outputs:
-        if name.startswith("filtered_probs"):
-            k, p, t = (float(part[1:]) for part in name.split("_")[2:])
-            weights = truncate(jnp.asarray(inputs["filter_logits"]), t, int(k), p)
-            ours[name] = weights / weights.sum(-1, keepdims=True)
+    ours |= filtered(oracle)
     s = config.condition.length
     ours["freqs_cis"] = jnp.stack(config._rotary(s, 0, s + config.length), -1)
+    if meta["model_type"] != "c2i":
+        valid = model.condition(condition, jnp.zeros(b, bool))[1]
+        whole = jnp.pad(valid, ((0, 0), (0, config.length)), constant_values=True)
+        ours["train_attn_mask"] = config.visible(whole)[:, 0]
     return ours
 
 
-SYSTEMS = {"llamagen_c2i": llamagen, "llamagen_t2i": llamagen}
+def filtered(oracle: Oracle) -> dict[str, Any]:
+    """What is left of `filter_logits` after each published combination of top-k, top-p and temperature."""
+
+    def number(name: str, letter: str, default: float) -> float:
+        part = next((p[1:] for p in name.split("_")[2:] if p[0] == letter), "None")
+        return default if part == "None" else float(part)
+
+    ours = {}
+    for name in oracle.outputs:
+        if name.startswith("filtered_probs"):
+            k, p, t = number(name, "k", 0), number(name, "p", 1.0), number(name, "t", 1.0)
+            weights = truncate(jnp.asarray(oracle.inputs["filter_logits"]), t, int(k), p)
+            ours[name] = weights / weights.sum(-1, keepdims=True)
+    return ours
+
+
+def taming_gpt(oracle: Oracle) -> dict[str, Any]:
+    meta, ids, outputs = oracle.config, jnp.asarray(oracle.inputs["idx"]), oracle.outputs
+    hints = {"heads": meta["n_head"], "unmasked": meta["n_unmasked"]}
+    length = ids.shape[1]
+    # Logits at every token: the first is given, and the last code is one that nothing is predicted from.
+    config, model = convert("taming-gpt", oracle.tensors, grid=(1, length), **hints)
+    codes = jnp.concatenate([ids[:, 1:], jnp.zeros_like(ids[:, :1])], 1)
+
+    def objective(model):
+        logits = config.forward(model, {"prefix": ids[:, :1], "codes": codes[:, None]})
+        return cross_entropy(logits, jnp.asarray(oracle.inputs["targets"]))[1].mean(), logits
+
+    (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
+    ours = {"logits": logits, "loss": loss}
+    ours |= {f"grad.{k}": v for k, v in restore("taming-gpt", config, slopes).items() if f"grad.{k}" in outputs}
+
+    # Places that see each other both ways are read anew for each token; from there on they are in the cache.
+    known, total = ids[:, :2], outputs["greedy_tokens"].shape[1]
+    while known.shape[1] < total:
+        s = known.shape[1]
+        count = 1 if s < meta["n_unmasked"] else total - s
+        part = {**hints, "unmasked": min(s, meta["n_unmasked"])}
+        config, model = convert("taming-gpt", oracle.tensors, grid=(1, count), prefix=s, **part)
+        options = dataclasses.replace(config.options(), greedy=True)
+        new = config.sample(model, {"prefix": known}, jax.random.split(jax.random.key(0), len(ids)), options)
+        known = jnp.concatenate([known, new[:, 0]], 1)
+    return ours | {"greedy_tokens": known}
+
+
+def clip_gen(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    length = inputs["idx"].shape[1]
+    hints = {"grid": (1, length), "heads": meta["n_head"], "eps": meta["layernorm_eps"]}
+    config, model = convert("clipgen", oracle.tensors, **hints)
+    condition = {"features": jnp.asarray(inputs["clip_embed"])}
+    batch = condition | {"codes": jnp.asarray(inputs["idx"])[:, None]}
+
+    def objective(model):
+        logits = config.forward(model, batch)
+        return cross_entropy(logits, batch["codes"][:, 0])[1].mean(), logits
+
+    (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
+    ours = {"logits": logits, "loss": loss} | filtered(oracle)
+    ours |= {f"grad.{k}": v for k, v in restore("clipgen", config, slopes).items() if f"grad.{k}" in outputs}
+    options = dataclasses.replace(config.options(), greedy=True)
+    codes = config.sample(model, condition, jax.random.split(jax.random.key(0), len(batch["codes"])), options)
+    return ours | {"greedy_tokens": codes[:, 0]}
+
+
+SYSTEMS = {"llamagen_c2i": llamagen, "llamagen_t2i": llamagen, "taming_gpt": taming_gpt, "clip_gen": clip_gen}
