@@ -91,15 +91,21 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * w + b over the last dimension; `affine=False` leaves w and b out."""
+    """(x - mean) / sqrt(var + eps) * w + b over the last dimension; `affine=False` leaves w and b out.
 
-    def __init__(self, d: int, eps: float = 1e-5, affine: bool = True):
+    relax: first scale x so that its largest number is this, which no narrow dtype overflows at; 0 leaves it.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5, affine: bool = True, relax: float = 0.0):
         self.w = param(jnp.ones(d), None) if affine else None
         self.b = param(jnp.zeros(d), None) if affine else None
-        self.eps = eps
+        self.eps, self.relax = eps, relax
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
+        if self.relax:
+            largest = jax.lax.stop_gradient(jnp.abs(y).max(-1, keepdims=True))
+            y = y * (self.relax / jnp.where(largest == 0, 1.0, largest))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         if self.w is not None and self.b is not None:

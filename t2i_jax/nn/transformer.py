@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,18 +19,19 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.nn.attention import Rotary, attend, rotate
-from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm
+from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param
 from t2i_jax.parallel import shard
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
+    "geglu_exact": partial(jax.nn.gelu, approximate=False),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_exact")
 """Activations of a gate (Shazeer 2020): the MLP has a third matrix."""
 
 _policies = jax.checkpoint_policies
@@ -58,12 +60,25 @@ class Layer:
     eps: float = 1e-5
     post_norm: bool = False
     """normalise after the residual sum (BERT) instead of before each branch"""
-    activation: Literal["swiglu", "geglu", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     bias: bool = False
+    qkv_bias: bool | None = None
+    """of queries, keys and values; None: as `bias`"""
+    out_bias: bool | None = None
+    """of what attention gives; None: as `bias`"""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head"""
     scale: float = 0.0
     """what attention logits are multiplied by; 0: head_dim^-1/2"""
+    turn_values: bool = False
+    """rotary positions turn values too"""
+    sandwich: bool = False
+    """normalise what each branch adds too (Ding et al. 2021, CogView, Sandwich-LN)"""
+    branch_scale: bool = False
+    """a learned vector times what each branch adds (Touvron et al. 2021, LayerScale)"""
+    relax: bool = False
+    """keep low-precision numbers small (Ding et al. 2021, CogView, PB-Relax): queries enter their products divided by
+    32, which is made good in fp32; LayerNorm first divides by max |x| / 8"""
     dropout: float = 0.0
     """rate on what each branch adds, in training"""
 
@@ -93,7 +108,9 @@ class Layer:
         return self.hidden or wide
 
     def normalise(self) -> RMSNorm | LayerNorm:
-        return (RMSNorm if self.norm == "rms" else LayerNorm)(self.width, self.eps)
+        if self.norm == "rms":
+            return RMSNorm(self.width, self.eps)
+        return LayerNorm(self.width, self.eps, relax=8.0 if self.relax else 0.0)
 
 
 class Cache(NamedTuple):
@@ -107,6 +124,8 @@ class Cache(NamedTuple):
     v: Array
     at: Array
     layer: Array | None = None
+    past: Array | None = None
+    """(b, 2, s, d / 2): what both branches read at each position, where a `Shift` looks back"""
 
     @classmethod
     def empty(cls, layer: Layer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
@@ -117,7 +136,7 @@ class Cache(NamedTuple):
     def grow(self, s: int) -> Cache:
         """The same with room for s positions."""
         room = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, s - x.shape[-2]), (0, 0)])
-        return self._replace(k=room(self.k), v=room(self.v))
+        return self._replace(k=room(self.k), v=room(self.v), past=None if self.past is None else room(self.past))
 
     def extend(self, k: Array, v: Array) -> tuple[Cache, Array, Array]:
         """Write k and v (b, t, m, h) at position `at`; returns the new cache and all keys and values (b, s, m, h)."""
@@ -136,6 +155,35 @@ class Cache(NamedTuple):
         return new, read(new.k), read(new.v)
 
 
+class Shift(NamedTuple):
+    """Token shift: what a branch reads has channels of neighbours before it, as DALLE-pytorch has it (after Peng 2021).
+
+    In the prefix half of the channels come from the position before; behind it stands a raster grid, where a quarter
+    comes from the cell above, a quarter from the cell at the left, and zeros from outside.
+    """
+
+    prefix: int
+    columns: int
+
+    def __call__(self, x: Array, cache: Cache | None, branch: int) -> tuple[Array, Cache | None]:
+        """x (b, t, d) from position `cache.at` on, or from 0 without a cache, which keeps what comes later needs."""
+        t, quarter = x.shape[1], x.shape[2] // 4
+        first, past = jnp.zeros((), jnp.int32), x[..., : 2 * quarter]
+        if cache is not None and cache.past is not None:
+            first = cache.at
+            kept = jax.lax.dynamic_update_slice(
+                cache.past, past[:, None].astype(cache.past.dtype), (0, branch, first, 0)
+            )
+            cache, past = cache._replace(past=kept), kept[:, branch]
+        place = first + jnp.arange(t)
+        cell = place - self.prefix
+        above = jnp.where(cell < 0, place - 1, jnp.where(cell >= self.columns, place - self.columns, -1))
+        left = jnp.where((cell < 0) | (cell % self.columns > 0), place - 1, -1)
+        take = lambda y, n: jnp.where(n[:, None] >= 0, y[:, jnp.maximum(n, 0)], 0).astype(x.dtype)
+        parts = (take(past[..., :quarter], above), take(past[..., quarter:], left), x[..., 2 * quarter :])
+        return jnp.concatenate(parts, -1), cache
+
+
 class Attention(nnx.Module):
     """Self-attention: (b, t, d) -> (b, t, d).
 
@@ -146,11 +194,13 @@ class Attention(nnx.Module):
     def __init__(self, config: Layer, key: Array):
         n, m, h = config.heads, config.groups, config.head
         keys = jax.random.split(key)
-        self.qkv = Linear(config.width, (n + 2 * m) * h, keys[0], bias=config.bias, axes=("embed", "heads"))
-        self.out = Linear(n * h, config.width, keys[1], bias=config.bias, axes=("heads", "embed"))
+        qkv_bias, out_bias = (config.bias if b is None else b for b in (config.qkv_bias, config.out_bias))
+        self.qkv = Linear(config.width, (n + 2 * m) * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
+        self.out = Linear(n * h, config.width, keys[1], bias=out_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
+        self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
 
     def __call__(
         self,
@@ -166,10 +216,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+            v = rotate(v, *rotary) if self.turn_values else v
         q, k, v = (shard(a, "batch", None, "heads", None) for a in (q, k, v))
         if cache is not None:
             cache, k, v = cache.extend(k, v)
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask, self.scale, bias)
+        y = attend(q / self.relax, k.astype(q.dtype), v.astype(q.dtype), mask, self.scale * self.relax, bias)
         return self.out(rearrange(y, "b t n h -> b t (n h)")), cache
 
 
@@ -197,6 +248,10 @@ class Block(nnx.Module):
         keys = jax.random.split(key)
         self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0])
         self.mlp_norm, self.mlp = config.normalise(), MLP(config, keys[1])
+        self.attention_out_norm = config.normalise() if config.sandwich else None
+        self.mlp_out_norm = config.normalise() if config.sandwich else None
+        self.attention_scale = param(jnp.ones(config.width), None) if config.branch_scale else None
+        self.mlp_scale = param(jnp.ones(config.width), None) if config.branch_scale else None
         self.post_norm, self.dropout = config.post_norm, config.dropout
 
     def __call__(
@@ -208,10 +263,11 @@ class Block(nnx.Module):
         cache: Cache | None = None,
         key: Array | None = None,
         bias: Array | None = None,
+        shift: Shift | None = None,
     ) -> tuple[Array, Cache | None]:
         """x (b, t, d) at the positions of `rotary`, looking where `mask` (b or 1, 1 or n, t, s) says.
 
-        `bias` (b or 1, n, t, s) is added to the attention logits.
+        `bias` (b or 1, n, t, s) is added to the attention logits; `shift` mixes what each branch reads.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
         to hide what is not yet written. Without a key nothing is dropped. Returns x (b, t, d) and the new cache, whose
@@ -220,11 +276,18 @@ class Block(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         before = lambda norm, y: y if self.post_norm else norm(y)
         after = lambda norm, y: norm(y) if self.post_norm else y
+        mixed = lambda y, cache, branch: (y, cache) if shift is None else shift(y, cache, branch)
 
-        y, cache = self.attention(before(self.attention_norm, x), rotary, mask, cache, bias)
-        x = after(self.attention_norm, x + checkpoint_name(drop(y, self.dropout, keys[0]), "branch"))
-        y = self.mlp(before(self.mlp_norm, x))
-        x = after(self.mlp_norm, x + checkpoint_name(drop(y, self.dropout, keys[1]), "branch"))
+        def branch(y: Array, norm: Any, scale: nnx.Param | None, key: Array | None) -> Array:
+            y = drop(y, self.dropout, key)
+            y = y if norm is None else norm(y)
+            return checkpoint_name(y if scale is None else y * scale[...].astype(y.dtype), "branch")
+
+        y, cache = mixed(before(self.attention_norm, x), cache, 0)
+        y, cache = self.attention(y, rotary, mask, cache, bias)
+        x = after(self.attention_norm, x + branch(y, self.attention_out_norm, self.attention_scale, keys[0]))
+        y, cache = mixed(before(self.mlp_norm, x), cache, 1)
+        x = after(self.mlp_norm, x + branch(self.mlp(y), self.mlp_out_norm, self.mlp_scale, keys[1]))
         return shard(x, "batch", "length", None), cache
 
 
@@ -258,32 +321,36 @@ def apply_stack(
     caches: Any = None,
     key: Array | None = None,
     bias: Array | None = None,
+    shift: Shift | None = None,
     remat: str = "none",
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
 
+    `mask` with five dimensions holds masks that take turns over the layers.
     `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key of REMAT. Returns
     x (b, t, d) and the caches with `at` moved on by t, or None where none were given.
     """
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
-    run = lambda block, x, cache, key: block(x, rotary=rotary, mask=mask, cache=cache, key=key, bias=bias)
+    rules = dict(rotary=rotary, bias=bias, shift=shift)
+    seen = lambda i: mask if mask is None or mask.ndim == 4 else mask[i % mask.shape[0]]
+    run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=isinstance(blocks, tuple))
 
     if isinstance(blocks, tuple):
         after = []
         keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
-        for block, cache, k in zip(blocks, caches or [None] * len(blocks), keys, strict=True):
-            x, cache = run(block, x, cache, k)
+        for i, (block, cache, k) in enumerate(zip(blocks, caches or [None] * len(blocks), keys, strict=True)):
+            x, cache = run(block, x, cache, k, i)
             after.append(cache)
         return x, None if caches is None else tuple(c._replace(at=c.at + t) for c in after)
 
     def step(carry, layer):
         x, cache = carry
         block, i, k = layer
-        x, cache = run(block, x, None if cache is None else cache._replace(layer=i), k)
+        x, cache = run(block, x, None if cache is None else cache._replace(layer=i), k, i)
         return (x, None if cache is None else cache._replace(layer=None)), None
 
     depth = depth_of(blocks)
