@@ -1,0 +1,122 @@
+"""CLIP's tokenizer: byte-pair encoding of bytes (Sennrich et al. 2016; Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.util
+import itertools
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t2i_jax.text.clean import tidy
+
+PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = 49152 - 256 - 2
+"""How many of the file's merges the vocabulary has; it lists more."""
+
+# Letters and numbers here are what Python calls so; `words` parts the letters from numbers like ² and Ⅷ.
+WORD = re.compile(rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.I)
+
+
+def vocabulary_file() -> Path:
+    """CLIP's list of merges in the package open-clip-torch, found without importing it. Errors: ImportError."""
+    spec = importlib.util.find_spec(PACKAGE)
+    file = Path(spec.submodule_search_locations[0]) / FILE if spec and spec.submodule_search_locations else None
+    if file is None or not file.is_file():
+        raise ImportError(
+            "CLIP's vocabulary is read from a package: pip install --no-deps open-clip-torch==3.3.0; "
+            f"or name a {FILE} or merges.txt of your own"
+        )
+    return file
+
+
+class BytePairs:
+    """Captions to ids by a list of merges: `bpe_simple_vocab_16e6.txt.gz`, or the `merges.txt` of a folder.
+
+    The ids are: 256 bytes, the same at the end of a word, the merges in their order, start, end.
+    Errors: ValueError naming the file where it is no such list.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            lines = content.decode("utf-8").split("\n")[1 : MERGES + 1]  # the first line is a header
+        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: no list of merges, or a damaged one: {error}") from error
+        merges = [tuple(line.split()) for line in lines if line.strip()]
+        if not merges or any(len(pair) != 2 for pair in merges):
+            raise ValueError(f"{path}: no list of merges: each line but the first has two pieces")
+        self.letters = byte_letters()
+        letters = list(self.letters.values())
+        pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), START, END]
+        self.ids = {piece: n for n, piece in enumerate(pieces)}
+        self.ranks = {pair: n for n, pair in enumerate(merges)}
+        self.first, self.last = self.ids[START], self.ids[END]
+        self.word = functools.lru_cache(1 << 16)(self._word)
+
+    def __call__(self, caption: str) -> list[int]:
+        """The ids of a caption of any length, without start and end."""
+        return [n for word in words(tidy(caption)) for n in self.word(word)]
+
+    def encode(self, captions: Sequence[str], length: int = 77, pad: int = 0) -> np.ndarray:
+        """Ids int32 (n, length): start, the caption, end, then `pad`; a long caption is cut before the end."""
+        rows = np.full((len(captions), length), pad, np.int32)
+        for row, caption in zip(rows, captions, strict=True):
+            ids = [self.first, *self(caption)[: length - 2], self.last]
+            row[: len(ids)] = ids
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without start and end."""
+        pieces, byte = list(self.ids), {c: n for n, c in self.letters.items()}
+        text = "".join(pieces[n] for n in ids if n not in (self.first, self.last)).replace("</w>", " ")
+        return b"".join(b" " if c == " " else bytes([byte[c]]) for c in text).decode("utf-8", "replace").strip()
+
+    def _word(self, word: str) -> tuple[int, ...]:
+        if word in (START, END):
+            return (self.ids[word],)
+        pieces = [self.letters[byte] for byte in word.encode("utf-8")]
+        pieces[-1] += "</w>"
+        while len(pieces) > 1:
+            best = min(itertools.pairwise(pieces), key=lambda pair: self.ranks.get(pair, MERGES))
+            if best not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(pieces):
+                both = tuple(pieces[i : i + 2]) == best
+                merged.append("".join(best) if both else pieces[i])
+                i += 1 + both
+            pieces = merged
+        return tuple(self.ids[piece] for piece in pieces)
+
+
+def words(text: str) -> list[str]:
+    """The words of a tidy text: letters, single numbers, endings like 's, and runs of anything else but blanks."""
+    parts = []
+    for word in WORD.findall(text):
+        if word[0].isalnum() and not word.isascii():
+            runs = [(k, list(g)) for k, g in itertools.groupby(word, lambda c: unicodedata.category(c)[0] == "N")]
+            parts += [part for number, run in runs for part in (run if number else ["".join(run)])]
+        else:
+            parts.append(word)
+    return parts
+
+
+def byte_letters() -> dict[int, str]:
+    """A printable character for each byte, itself where it is one; in the order of the ids."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [n for n in range(256) if n not in printable]
+    return {n: chr(n) for n in printable} | {n: chr(256 + i) for i, n in enumerate(rest)}
+
+
+@functools.lru_cache(4)
+def read_pairs(path: str) -> BytePairs:
+    """The list of merges at `path`, or with "" that of the package; read once."""
+    return BytePairs(path or vocabulary_file())

@@ -1,0 +1,183 @@
+"""Captions put in order before they are cut into tokens.
+
+`fix_text` mends what the way through the web did to a text, `tidy` is what CLIP does to its captions, `clean_caption` is
+the cleaner of DeepFloyd-IF, PixArt and LlamaGen. They do what the originals do by ftfy and BeautifulSoup, but for two
+things: text that was decoded by a wrong codec (mojibake) is mended only where ftfy is installed, and of broken HTML it
+is Python's own parser that says what is text.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from html.parser import HTMLParser
+from urllib.parse import unquote_plus
+
+try:
+    from ftfy import fix_encoding
+except ImportError:
+    fix_encoding = str
+
+# ------------------------------------------------------------------------------------------------------- plain text
+
+
+def _normal(characters) -> dict[int, str]:
+    return {ord(c): unicodedata.normalize("NFKC", c) for c in characters}
+
+
+def _windows(code: int) -> str:
+    return bytes([code]).decode("windows-1252", "ignore") or chr(code)
+
+
+C1 = {n: _windows(n) for n in range(0x80, 0xA0)}
+LIGATURES = _normal("ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ") | {ord("ﬅ"): "ſt"}
+WIDTHS = _normal(["\u3000", *map(chr, range(0xFF01, 0xFFF0))])
+QUOTES = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
+QUOTES |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
+LINES = dict.fromkeys(map(ord, "\r\u2028\u2029\u0085"), "\n")
+CONTROLS = (*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
+INVISIBLE = dict.fromkeys(CONTROLS)
+
+
+def fix_text(text: str) -> str:
+    """A text with one form for what has many: ftfy's defaults (Speer 2019).
+
+    HTML entities (up to the first line with a `<`), C1 controls, ligatures, full-width forms, curled quotes, line ends,
+    surrogates, escapes of terminals and control characters; NFC.
+    """
+    lines, escaped = [], True
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        escaped = escaped and "<" not in line
+        before = None
+        while line != before:
+            before, line = line, _fix_line(line, escaped)
+        lines.append(line)
+    return "".join(lines)
+
+
+def _fix_line(text: str, escaped: bool) -> str:
+    if escaped:
+        text = re.sub("&#?[0-9A-Za-z]{1,24};", _entity, text)
+    text = fix_encoding(text).translate(C1).translate(LIGATURES).translate(WIDTHS).translate(QUOTES)
+    text = text.replace("\r\n", "\n").translate(LINES)
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs of surrogates to characters
+    text = re.sub(r"\x1b\[(?:\d|;)*[a-zA-Z]", "", text).translate(INVISIBLE)
+    return unicodedata.normalize("NFC", text)
+
+
+def _entity(match: re.Match) -> str:
+    character = html.unescape(match[0])
+    return match[0] if ";" in character else character
+
+
+def tidy(caption: str) -> str:
+    """A caption as CLIP reads it: mended, without HTML entities, one blank between words, lower case."""
+    return " ".join(html.unescape(html.unescape(fix_text(caption))).split()).lower()
+
+
+# ------------------------------------------------------------------------------------------- captions from the web
+
+DASHES = "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+DASHES += "\ufe31\ufe32\ufe58\ufe63\uff0d"
+CJK = "\u31c0-\u4dff\u4e00-\u9fff"
+"""Strokes, enclosed and compatible forms, extension A, hexagrams, unified ideographs; kana and hangul stay."""
+DOMAIN = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+FILES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+
+ADDRESSES = (
+    ("<person>", "person"),  # how some data sets write a name that they hide
+    (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{DOMAIN})", ""),
+    (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{DOMAIN})", ""),
+)
+MARKS = (
+    (r"@\w+\b", ""),
+    (f"[{CJK}]+", ""),
+    (f"[{DASHES}]+", "-"),
+    ("[`´«»“”¨]", '"'),
+    ("[‘’]", "'"),
+    ("&quot;?", ""),
+    ("&amp", ""),
+    (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
+    (r"\d:\d\d\s+$", ""),  # the time at which an article came out
+    (r"\\n", " "),
+    (r"#\d{1,3}\b", ""),
+    (r"#\d{5,}\b", ""),
+    (r"\b\d{6,}\b", ""),
+    (rf"\S+\.(?:{FILES})", ""),
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " "),
+    (r"\s+\.\s+", " "),
+)
+LEFTOVERS = (
+    (r"\b[a-zA-Z]{1,3}\d{3,15}\b", ""),  # article numbers: jc6640, jc6640vc, 6640vc231
+    (r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", ""),
+    (r"\b\d+[a-zA-Z]+\d+\b", ""),
+    (r"(?:worldwide\s+)?(?:free\s+)?shipping", ""),
+    (r"(?:free\s)?download(?:\sfree)?", ""),
+    (r"\bclick\b\s(?:for|on)\s\w+", ""),
+    (rf"\b(?:{FILES})(?:\simages?)?", ""),
+    (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " "),
+    (r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", ""),  # 640x480, with an x of three alphabets
+    (r"\b\s+:\s+", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"^[\"']([\w\W]+)[\"']$", r"\1"),
+    (r"^['_,\-:;]", ""),
+    (r"['_,\-:+]$", ""),
+    (r"^\.\S+$", ""),
+)
+
+
+def clean_caption(caption: str) -> str:
+    """A caption without what the web adds to it, in lower case, as DeepFloyd-IF wrote it.
+
+    Addresses, HTML, @names, ideographs, numbers of articles, names of files and words of shops go; dashes and quotes
+    become plain ones; brackets and other marks become blanks; names-joined-by-hyphens come apart where there are more
+    than three hyphens. Words are kept in their order.
+    """
+    text = _replace(unquote_plus(caption).strip().lower(), ADDRESSES)
+    text = _replace(_Text.of(text), MARKS)
+    if len(re.findall("[-_]", text)) > 3:
+        text = re.sub("[-_]", " ", text)
+    text = html.unescape(html.unescape(fix_text(text))).strip()
+    return _replace(text, LEFTOVERS).strip()
+
+
+def clean_twice(caption: str) -> str:
+    """`clean_caption` of itself, which is what LlamaGen's text encoder saw in training."""
+    return clean_caption(clean_caption(caption))
+
+
+def _replace(text: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, by in rules:
+        text = re.sub(pattern, by, text)
+    return text
+
+
+class _Text(HTMLParser):
+    """Collects the text between the tags, without that of scripts and styles."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.hidden = 0
+
+    @classmethod
+    def of(cls, text: str) -> str:
+        parser = cls()
+        parser.feed(text)
+        parser.close()
+        return "".join(parser.parts)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.hidden += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("script", "style") and self.hidden > 0
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.parts.append(data)

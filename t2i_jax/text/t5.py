@@ -1,0 +1,151 @@
+"""T5's encoder, frozen (Raffel et al. 2020; FLAN-T5: Chung et al. 2022): what LlamaGen and its kin read captions with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.interop import huggingface
+from t2i_jax.interop import t5 as published
+from t2i_jax.interop.names import to_ours
+from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
+from t2i_jax.nn.transformer import GATED, Layer, apply_stack, stack
+from t2i_jax.parallel import shard
+from t2i_jax.text.clean import clean_twice
+from t2i_jax.text.sentencepiece import SentencePiece
+
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-gelu": "geglu", "gated-silu": "swiglu"}
+"""`feed_forward_proj` of a config.json, and our name."""
+
+
+@dataclass(frozen=True)
+class T5:
+    """Captions as features of a T5 encoder that lies in a folder as Hugging Face lays it out."""
+
+    folder: str
+    """with config.json, the weights and spiece.model"""
+    length: int = 120
+    """ids of a caption, the end included; longer ones are cut"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights and of the arithmetic; the features that released LlamaGen weights saw were bfloat16"""
+    clean: bool = False
+    """clean captions as DeepFloyd-IF, PixArt and LlamaGen do (`t2i_jax.text.clean`)"""
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"T5.dtype '{self.dtype}': it is float32 or bfloat16")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+
+        Errors: FileNotFoundError without spiece.model, ValueError where it cannot be read.
+        """
+        vocabulary = Path(self.folder) / "spiece.model"
+        if not vocabulary.is_file():
+            raise FileNotFoundError(f"{self.folder}: no spiece.model in it, the vocabulary of T5")
+        pieces = SentencePiece(str(vocabulary), self.length)
+        return pieces([clean_twice(c) for c in captions] if self.clean else captions)
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """The sizes of the encoder. Errors: FileNotFoundError, ValueError naming a field of config.json."""
+        return Shape.read(huggingface.config(self.folder))
+
+    @property
+    def dim(self) -> int:
+        """Size k of a feature vector."""
+        return self.shape.layer.width
+
+    def load(self) -> Encoder:
+        """The encoder with its weights, on the host: `jax.device_put` with the shardings of a mesh places them.
+
+        Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
+        """
+        shape, tensors = self.shape, huggingface.Weights(self.folder)
+        abstract = jax.eval_shape(functools.partial(Encoder, shape), jax.random.key(0))
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
+        lines = published.table(tensors, shape.layer.head, shape.layer.activation in GATED)
+        return to_ours(abstract, tensors, lines, published.IGNORED, self.folder)
+
+    def features(self, model: Encoder, ids: Array, mask: Array) -> Array:
+        """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
+        return model(ids, mask)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a T5 encoder."""
+
+    layer: Layer
+    depth: int
+    vocabulary: int
+    buckets: int = 32
+    """of relative positions, half of them for positions to the right"""
+    distance: int = 128
+    """from which on all positions fall into the last bucket"""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Shape:
+        """From the fields of config.json. Errors: ValueError naming the field."""
+        missing = [k for k in ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size") if k not in config]
+        if missing:
+            raise ValueError(f"config.json has no {', '.join(missing)}: it is not T5's")
+        projection = config.get("feed_forward_proj", "relu")
+        if projection not in ACTIVATIONS:
+            raise ValueError(f"config.json: feed_forward_proj '{projection}' is not one of {', '.join(ACTIVATIONS)}")
+        layer = Layer(
+            config["d_model"],
+            config["num_heads"],
+            head_dim=config.get("d_kv", 64),
+            hidden=config["d_ff"],
+            eps=config.get("layer_norm_epsilon", 1e-6),
+            activation=ACTIVATIONS[projection],
+            scale=1.0,  # T5 divides the initial weights instead
+        )
+        buckets, distance = (
+            config.get(f"relative_attention_{k}", v) for k, v in (("num_buckets", 32), ("max_distance", 128))
+        )
+        return cls(layer, config["num_layers"], config["vocab_size"], buckets, distance)
+
+
+class Encoder(nnx.Module):
+    """Pre-norm blocks without positions, whose attention logits get a bias by relative position that all share."""
+
+    def __init__(self, shape: Shape, key: Array):
+        keys = jax.random.split(key, 3)
+        layer = shape.layer
+        self.words = Embedding(shape.vocabulary, layer.width, keys[0], std=1.0)
+        self.relative = param(normal(keys[1], (shape.buckets, layer.heads)), None, "heads")
+        self.blocks = stack(layer, shape.depth, keys[2])
+        self.norm = RMSNorm(layer.width, layer.eps)
+        self.shape = shape
+
+    def __call__(self, ids: Array, mask: Array) -> Array:
+        """ids int (b, t), mask bool (b, t) of those that are text -> (b, t, d) in the dtype of the weights."""
+        x = shard(self.words(ids), "batch", "length", None)
+        bias = self.relative[...][buckets(ids.shape[1], self.shape.buckets, self.shape.distance)]
+        bias = rearrange(bias, "t s n -> 1 n t s")
+        return self.norm(apply_stack(self.blocks, x, mask=mask[:, None, None], bias=bias)[0])
+
+
+def buckets(t: int, count: int, distance: int) -> np.ndarray:
+    """Bucket int (t, t) of key s as query t sees it (Raffel et al. 2020, section 2.1).
+
+    The lower half of the buckets is for keys to the left, the upper for keys to the right. In each half the first
+    half are exact distances, the others grow with the logarithm up to `distance`.
+    """
+    offset = np.arange(t)[None] - np.arange(t)[:, None]
+    half, exact = count // 2, count // 4
+    far = np.maximum(np.abs(offset), 1).astype(np.float32)
+    scaled = np.log(far / np.float32(exact)) / np.float32(np.log(distance / exact)) * np.float32(half - exact)
+    steps = np.minimum(exact + scaled.astype(np.int32), half - 1)
+    return np.where(offset > 0, half, 0) + np.where(np.abs(offset) < exact, np.abs(offset), steps)
