@@ -1,0 +1,268 @@
+"""Diffusion of codes: a Markov chain that replaces tokens by random ones, by MASK, or by either, and its reverse.
+
+K codes and, as id K, MASK. One step keeps a code with probability a + b, makes it any other with probability b each, and
+masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822, eq. 7). All steps commute
+with renaming codes, so q(x_t | x_0) has the same form with cumulative a, b, c (eq. 8), nothing needs a K x K matrix, and
+so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform chain, b = 0 its
+absorbing one, whose limit of many steps is the continuous-time bound at the end of this file.
+
+Distributions are logarithms (b, l, K + 1) in fp32. Schedules are made in float64 on the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+LOG_ZERO = math.log(1e-30)
+"""What stands for log 0 where values are added and subtracted."""
+LOWEST = -70.0
+"""Log-probabilities end here, so that what nearly cannot be costs no infinite loss."""
+
+
+class Schedule(NamedTuple):
+    """Probabilities of a chain in float64: of one step (T,), and of all steps up to t (T + 1,), the last entry of which
+    is t = -1, the clean tokens."""
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    kept: np.ndarray
+    replaced: np.ndarray
+    masked: np.ndarray
+
+    @classmethod
+    def of(cls, kept: np.ndarray, masked: np.ndarray, codes: int) -> Schedule:
+        """The schedule whose tokens after step t are still the clean ones with probability kept[t], beside chance, and
+        masked with probability masked[t]: any two sequences (T,) that fall and rise.
+
+        Errors: ValueError where they do not, or add up to more than 1.
+        """
+        kept, masked = np.concatenate([[1.0], kept]), np.concatenate([[0.0], masked])
+        if (kept <= 0).any() or (np.diff(kept) > 0).any():
+            raise ValueError("kept: probabilities above 0 that never rise")
+        if (masked >= 1).any() or (np.diff(masked) < 0).any():
+            raise ValueError("masked: probabilities below 1 that never fall")
+        a, c = kept[1:] / kept[:-1], 1 - (1 - masked[1:]) / (1 - masked[:-1])
+        roll = lambda x: np.roll(x, -1)  # the clean entry is the last
+        replaced = (1 - kept - masked) / codes
+        if (replaced < -1e-12).any():
+            raise ValueError("kept and masked add up to more than 1")
+        # What rounding leaves of an exact zero would be a probability to be replaced.
+        exact = lambda x: np.where(np.abs(x) < 1e-15, 0.0, x)
+        return cls(a, exact((1 - a - c) / codes), c, roll(kept), exact(roll(replaced)), roll(masked))
+
+
+class Tables(NamedTuple):
+    """Cumulative logs (T + 1,) fp32, the last of them t = -1, in the form that jumps between any two times need."""
+
+    kept: Array
+    replaced: Array
+    masked: Array
+    unmasked: Array
+    """1 - masked"""
+    rise: Array
+    """replaced / kept over its last value: not a log, and never falling"""
+    height: Array
+    """log of that last value, a scalar"""
+
+
+class Rates(NamedTuple):
+    """Logs of a, b, c and 1 - c for each row of a batch: (b, 1, 1)."""
+
+    a: Array
+    b: Array
+    c: Array
+    rest: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A forward process: how codes are noised over T steps."""
+
+    codes: int = 1024
+    """K, without MASK."""
+    steps: int = 100
+    """T."""
+    kind: Literal["mask and replace", "mask", "replace"] = "mask and replace"
+    """Both; or MASK alone, the absorbing chain; or random codes alone, the uniform one."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """How the probabilities go from their first values to their last: evenly, or as sin, fast at first (Chang et al.
+    2022, MaskGIT: the share left to predict falls as a cosine)."""
+    kept: tuple[float, ...] = (0.99999, 0.000009)
+    """Probability to be still the clean code after the first and the last step, or after each of the T; not read with
+    `mask`, where it is what is not masked."""
+    masked: tuple[float, ...] = (0.000009, 0.99999)
+    """The same of being MASK; not read with `replace`, where it is 0."""
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The probabilities of every step."""
+        kept, masked = self._course("kept"), self._course("masked")
+        if self.kind == "mask":
+            kept = 1 - masked
+        elif self.kind == "replace":
+            masked = np.zeros_like(kept)
+        elif self.kind != "mask and replace":
+            raise ValueError(f"kind {self.kind!r}: it is 'mask and replace', 'mask' or 'replace'")
+        return Schedule.of(kept, masked, self.codes)
+
+    def _course(self, field: str) -> np.ndarray:
+        values = np.asarray(getattr(self, field), np.float64)
+        if len(values) not in (2, self.steps):
+            raise ValueError(
+                f"{field}: {len(values)} values; there must be 2, the ends, or one for each of {self.steps}"
+            )
+        if len(values) == self.steps:
+            return values
+        u = np.arange(self.steps) / max(self.steps - 1, 1)
+        return u * (values[1] - values[0]) + values[0] if self.shape == "linear" else self._bent(u, *values)
+
+    def _bent(self, u: np.ndarray, first: float, last: float) -> np.ndarray:
+        return np.sin(np.pi / 2 * u) * (last - first) + first
+
+    def tables(self) -> Tables:
+        """The schedule for the device."""
+        s = self.schedule
+        with np.errstate(divide="ignore"):
+            kept, replaced, masked = np.log(s.kept), np.log(s.replaced), np.log(s.masked)
+            rise = s.replaced / s.kept
+            height = np.log(rise[-2])
+        rise = rise / rise[-2] if rise[-2] else rise
+        return Tables(
+            *(jnp.asarray(x, jnp.float32) for x in (kept, replaced, masked, np.log1p(-s.masked), rise, height))
+        )
+
+    # -- the forward process; times are int (b,), -1 for the clean tokens
+
+    def since_start(self, t: Array) -> Rates:
+        """The rates of q(x_t | x_0)."""
+        x = self.tables()
+        return Rates(*(table[t][:, None, None] for table in (x.kept, x.replaced, x.masked, x.unmasked)))
+
+    def between(self, s: Array, t: Array) -> Rates:
+        """The rates of q(x_t | x_s), s <= t: with x the cumulative ones, a = a_t / a_s, 1 - c = (1 - c_t) / (1 - c_s)
+        and b = a_t (b_t / a_t - b_s / a_s) / (1 - c_s), of which no term cancels badly in fp32."""
+        x = self.tables()
+        rest = x.unmasked[t] - x.unmasked[s]
+        b = x.kept[t] + x.height + jnp.log(jnp.maximum(x.rise[t] - x.rise[s], 0)) - x.unmasked[s]
+        rates = (x.kept[t] - x.kept[s], b, jnp.log(-jnp.expm1(rest)), rest)
+        return Rates(*(r[:, None, None] for r in rates))
+
+    def q_start(self, log_x0: Array, t: Array) -> Array:
+        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1) (eq. 8)."""
+        return _moved(log_x0, self.since_start(t))
+
+    def q_step(self, log_x: Array, t: Array) -> Array:
+        """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7)."""
+        return _moved(log_x, self.between(t - 1, t))
+
+    def noised(self, x0: Array, t: Array, key: Array) -> Array:
+        """A draw x_t of q(x_t | x_0): int (b, l), from codes int (b, l)."""
+        x, where, what = self.tables(), *jax.random.split(key)
+        u = jax.random.uniform(where, x0.shape)
+        at = lambda table: jnp.exp(table[t])[:, None]
+        other = jax.random.randint(what, x0.shape, 0, self.codes)
+        changed = jnp.where(u < at(x.masked), self.codes, other)
+        # One number decides: masked, replaced or kept, in that order.
+        return jnp.where(u < at(x.masked) + self.codes * at(x.replaced), changed, x0)
+
+    def start(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """A draw of what the last step leaves of anything, p(x_T): MASK, random codes, or some of each."""
+        x, where, what = self.tables(), *jax.random.split(key)
+        masked = jnp.exp(x.masked[self.steps - 1]) / -jnp.expm1(x.kept[self.steps - 1])
+        random = jax.random.randint(what, shape, 0, self.codes)
+        # The chain without replacement leaves nothing but MASK: rounding must not.
+        mask = (jax.random.uniform(where, shape) < masked) | (self.kind == "mask")
+        return jnp.where(mask, self.codes, random)
+
+    # -- and back
+
+    def posterior(self, log_x0: Array, x_t: Array, t: Array, s: Array | None = None) -> Array:
+        """log p(x_s | x_t) = log sum_k q(x_s | x_t, x_0 = k) p(x_0 = k), s < t, and t - 1 unless given: (b, l, K + 1).
+
+        log_x0: p(x_0 = k | x_t), or one-hot logs for q(x_s | x_t, x_0); x_t: int (b, l). Bayes' rule in three steps
+        (eq. 5 and 11): divide p(x_0) by q(x_t | x_0), noise the quotient up to s, multiply by q(x_t | x_s). Values end
+        at LOWEST and 0.
+        """
+        s = t - 1 if s is None else s
+        masked = (x_t == self.codes)[..., None]
+        here = one_hot(x_t, self.codes + 1)
+        far, near = self.since_start(t), self.between(s, t)
+        given_start = jnp.where(masked, far.c, jnp.logaddexp(here[..., :-1] + far.a, far.b))
+        given_s = jnp.where(masked, near.c, jnp.logaddexp(here[..., :-1] + near.a, near.b))
+        given_s = jnp.concatenate([given_s, jnp.where(masked, 0.0, LOG_ZERO)], -1)
+        quotient = log_x0[..., :-1] - given_start
+        quotient = jnp.concatenate([quotient, jnp.full_like(quotient[..., :1], LOG_ZERO)], -1)
+        total = jax.nn.logsumexp(quotient, -1, keepdims=True)
+        return clipped(self.q_start(quotient - total, s) + given_s + total)
+
+    def variational(self, log_x0: Array, x0: Array, x_t: Array, t: Array) -> tuple[Array, Array]:
+        """The terms of the bound, per token, for a model's p(x_0 | x_t): L_t (b, l), and that of t = 0 alone.
+
+        L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and L_0 = -log p(x_0 | x_1) (eq. 6).
+        """
+        model = self.posterior(log_x0, x_t, t)
+        true = self.posterior(one_hot(x0, self.codes + 1), x_t, t)
+        decoded = -jnp.take_along_axis(model, x0[..., None], -1)[..., 0]
+        divergence = jnp.sum(jnp.exp(true) * (true - model), -1)
+        return jnp.where((t == 0)[:, None], decoded, divergence), decoded
+
+
+def _moved(log_x: Array, rates: Rates) -> Array:
+    codes = jnp.logaddexp(log_x[..., :-1] + rates.a, rates.b)
+    return jnp.concatenate([codes, jnp.logaddexp(log_x[..., -1:] + rates.rest, rates.c)], -1)
+
+
+def one_hot(x: Array, classes: int) -> Array:
+    """Logs of one-hot distributions: int (...) -> (..., classes)."""
+    return jnp.where(x[..., None] == jnp.arange(classes), 0.0, LOG_ZERO)
+
+
+def clipped(log_p: Array) -> Array:
+    """Logs within LOWEST and 0; at both ends themselves gradients still pass, as `minimum` would not let them."""
+    return jnp.where(log_p < LOWEST, LOWEST, jnp.where(log_p > 0, 0.0, log_p))
+
+
+def gumbel(uniform: Array) -> Array:
+    """Standard Gumbel noise from uniform numbers in [0, 1), which may be 0."""
+    return -jnp.log(-jnp.log(uniform + 1e-30) + 1e-30)
+
+
+def draw(log_p: Array, uniform: Array) -> Array:
+    """A draw of each distribution (..., k), which need not be normalised, from uniform numbers (..., k): int32 (...)."""
+    return jnp.argmax(log_p + gumbel(uniform), -1).astype(jnp.int32)
+
+
+def importance(history: Array) -> Array:
+    """p(t) that draws times by the size of their loss: (T,), from a running mean of L_t^2 (Nichol & Dhariwal 2021,
+    eq. 18); t = 0, another kind of loss, counts as t = 1 does."""
+    size = jnp.sqrt(history + 1e-10) + 1e-4
+    size = size.at[0].set(size[1])
+    return size / size.sum()
+
+
+# -- the absorbing chain in continuous time
+#
+# With s near t the bound's term is (m_t - m_s) / m_t times the cross-entropy of the masked tokens, m the probability of
+# being masked: integrated over time (Sahoo et al. 2024, MDLM, eq. 10; Shi et al. 2024),
+#     -log p(x) <= E_tau [ m'(tau) / m(tau) * sum over masked i of -log p(x_i | x_tau) ].
+# The integral is over dm / m: the schedule chooses only where it is sampled. It is also the expectation, over the number
+# n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked generation
+# minimises, but for how it draws n (Chang et al. 2022 draw it by the cosine), and the likelihood of an autoregressive
+# model averaged over all orders (Hoogeboom et al. 2022).
+
+
+def masked_share(shape: Literal["linear", "cosine"], tau: Array) -> tuple[Array, Array]:
+    """m(tau) and m'(tau) / m(tau), the weight of the bound, for times in (0, 1]."""
+    if shape == "linear":
+        return tau, 1 / tau
+    angle = math.pi / 2 * tau
+    return jnp.sin(angle), math.pi / 2 / jnp.tan(angle)
