@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, GivenIds
 from t2i_jax.nn.decode import few_rows, for_decoding
-from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
+from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
+from t2i_jax.nn.raster import Progress
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
 from t2i_jax.parallel import shard
-
-Progress = Callable[[Array, Array], None]
 
 SIZES: dict[str, dict[str, int]] = {
     "1M": dict(width=128, depth=4, heads=4, mlp=384),
@@ -258,11 +256,8 @@ class AR:
             all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
         progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
         """
-        known = jnp.zeros((keys.shape[0], *self.grid), jnp.int32) if known is None else known
         guided = self.condition_dropout > 0 if guided is None else guided
-        segments = segments or max(1, min(4, 48 // self.depth))
-        options = (options or self.options()).arrays()
-        return _sample(self, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
+        return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: Network, condition: dict[str, Array], dropped: Array) -> Array:
         """Logits (b, s, v) at every token of the condition; the last are those of token 0."""
@@ -370,47 +365,3 @@ class Network(nnx.Module):
 def _pad(valid: Array, length: int) -> Array:
     """valid (b, s) and then True, up to (b, length): of the condition some tokens are padding, of the image none."""
     return jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)
-
-
-@partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))
-def _sample(
-    config: AR,
-    model: Network,
-    condition: dict[str, Array],
-    keys: Array,
-    options: Sampling,
-    known: Array,
-    keep: Array,
-    guided: bool,
-    segments: int,
-    progress: Progress | None,
-) -> Array:
-    b, length = keys.shape[0], config.length
-    branches = 2 if guided else 1
-    # The two rows of an image stand beside each other, so that both live on the same device.
-    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    known = rearrange(known, "b h w -> b (h w)")
-    uniform = uniforms(keys, jnp.arange(length))
-
-    def pick(logits: Array, i: Array | int) -> Array:
-        """Token i of each image, from logits of all rows."""
-        logits = rearrange(shard(logits, "batch", None), "(b n) v -> n b v", n=branches)
-        guidance = guidance_at(options, i, length)
-        guided_logits = guide(logits[0], logits[1], guidance) if guided else logits[0]
-        return jnp.where(i < keep, known[:, i], choose(guided_logits, options, uniform[i]))
-
-    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
-        codes, caches = carry
-        logits, after = config.decode(dataclasses.replace(state, caches=caches), rows(codes[:, i]), i)
-        return (codes.at[:, i + 1].set(pick(logits, i + 1)), after.caches), None
-
-    logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
-    codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
-    start = 0
-    for stop in sorted({max(length * n // segments, 1) for n in range(1, segments + 1)}):
-        state = state.grow(stop)
-        carry, _ = jax.lax.scan(step, (codes, state.caches), jnp.arange(start, min(stop, length - 1)))
-        codes, state, start = carry[0], dataclasses.replace(state, caches=carry[1]), stop
-        if progress is not None:
-            jax.debug.callback(progress, min(stop + 1, length), codes.reshape(b, *config.grid))
-    return codes.reshape(b, *config.grid)

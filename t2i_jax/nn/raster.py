@@ -1,0 +1,99 @@
+"""Codes drawn one by one in raster order, from any family that can read a condition and go on by a token.
+
+Such a family is a frozen dataclass with `grid`, `length`, `depth`, `options()`, and
+
+    prefill(model, condition, dropped) -> logits (b, v) of token 0, state
+    decode(state, codes, i) -> logits (b, v) of token i + 1, state
+
+whose state is a dataclass with `caches` and `grow(count)`, which makes room for so many tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import Array
+
+from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
+from t2i_jax.parallel import shard
+
+Progress = Callable[[Array, Array], None]
+
+
+def sample(
+    config: Any,
+    model: Any,
+    condition: dict[str, Array],
+    keys: Array,
+    options: Sampling | None,
+    known: Array | None,
+    keep: Array | int,
+    guided: bool,
+    segments: int,
+    progress: Progress | None,
+) -> Array:
+    """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,), in one compiled program.
+
+    An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as one
+    batch of 2b. All options are traced: new values do not compile anew.
+
+    known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
+    guided: False leaves the unconditional branch out, whatever the options say; half the work.
+    segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles all
+        layers again, so 0 takes 4 for shallow models and fewer for deep ones.
+    progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
+    """
+    known = jnp.zeros((keys.shape[0], *config.grid), jnp.int32) if known is None else known
+    segments = segments or max(1, min(4, 48 // config.depth))
+    options = (options or config.options()).arrays()
+    return _sample(config, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))
+def _sample(
+    config: Any,
+    model: Any,
+    condition: dict[str, Array],
+    keys: Array,
+    options: Sampling,
+    known: Array,
+    keep: Array,
+    guided: bool,
+    segments: int,
+    progress: Progress | None,
+) -> Array:
+    b, length = keys.shape[0], config.length
+    branches = 2 if guided else 1
+    # The two rows of an image stand beside each other, so that both live on the same device.
+    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
+    known = rearrange(known, "b h w -> b (h w)")
+    uniform = uniforms(keys, jnp.arange(length))
+
+    def pick(logits: Array, i: Array | int) -> Array:
+        """Token i of each image, from logits of all rows."""
+        logits = rearrange(shard(logits, "batch", None), "(b n) v -> n b v", n=branches)
+        guidance = guidance_at(options, i, length)
+        guided_logits = guide(logits[0], logits[1], guidance) if guided else logits[0]
+        return jnp.where(i < keep, known[:, i], choose(guided_logits, options, uniform[i]))
+
+    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
+        codes, caches = carry
+        logits, after = config.decode(dataclasses.replace(state, caches=caches), rows(codes[:, i]), i)
+        return (codes.at[:, i + 1].set(pick(logits, i + 1)), after.caches), None
+
+    logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
+    start = 0
+    for stop in sorted({max(length * n // segments, 1) for n in range(1, segments + 1)}):
+        state = state.grow(stop)
+        carry, _ = jax.lax.scan(step, (codes, state.caches), jnp.arange(start, min(stop, length - 1)))
+        codes, state, start = carry[0], dataclasses.replace(state, caches=carry[1]), stop
+        if progress is not None:
+            jax.debug.callback(progress, min(stop + 1, length), codes.reshape(b, *config.grid))
+    return codes.reshape(b, *config.grid)
