@@ -1,9 +1,9 @@
 """Captions put in order before they are cut into tokens.
 
-`fix_text` mends what the way through the web did to a text, `tidy` is what CLIP does to its captions, `clean_caption` is
-the cleaner of DeepFloyd-IF, PixArt and LlamaGen. They do what the originals do by ftfy and BeautifulSoup, but for two
-things: text that was decoded by a wrong codec (mojibake) is mended only where ftfy is installed, and of broken HTML it
-is Python's own parser that says what is text.
+`fix_text` mends what the way through the web did to a text, `tidy` is what CLIP does to its captions, `clean_caption`
+is the cleaner of DeepFloyd-IF, PixArt and LlamaGen. They do what the originals do by ftfy and BeautifulSoup, but for
+two things: text that was decoded by a wrong codec (mojibake) is mended only where ftfy is installed, and of broken HTML
+it is Python's own parser that says what is text.
 """
 
 from __future__ import annotations

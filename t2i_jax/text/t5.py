@@ -1,4 +1,4 @@
-"""T5's encoder, frozen (Raffel et al. 2020; FLAN-T5: Chung et al. 2022): what LlamaGen and its kin read captions with."""
+"""T5's encoder, frozen (Raffel et al. 2020; FLAN-T5: Chung et al. 2022): the reader of captions of LlamaGen."""
 
 from __future__ import annotations
 
