@@ -23,6 +23,9 @@ class DiscriminatorConfig:
     norm: Literal["batch", "group", "none"] = "batch"
     """normalisation between them"""
 
+    def init(self, key: Array) -> "Discriminator":
+        return Discriminator(self, key)
+
 
 class BatchNorm(nnx.Module):
     """Normalises channels over batch and positions (Ioffe & Szegedy 2015): (b, i, j, c) -> (b, i, j, c).

@@ -49,6 +49,8 @@ class Game:
     """weight of the adversarial loss; 0 leaves the discriminator out"""
     adaptive: bool = False
     """scale it so that it pulls at the last layer as hard as the reconstruction loss does"""
+    adversary: Literal["hinge", "vanilla"] = "hinge"
+    """what the discriminator lowers: a hinge, or the cross-entropy of real and fake"""
     start: int = 20_000
     """step at which the discriminator begins to learn and to be listened to"""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -113,12 +115,13 @@ class Game:
         return loss, metrics
 
     def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
-        """Hinge loss on real and reconstructed images: -> (loss, (metrics, model with moved running statistics))."""
+        """The adversary's loss on real and reconstructed images: -> (loss, (metrics, model with moved running statistics))."""
         y = jax.lax.stop_gradient(self.reconstruct(model, batch["image"]))
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(y.astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
-        loss = (step >= self.start) * losses.hinge_discriminator(real, fake)
+        told = losses.hinge_discriminator if self.adversary == "hinge" else losses.vanilla_discriminator
+        loss = (step >= self.start) * told(real, fake)
         return loss, ({"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 

@@ -49,6 +49,11 @@ def hinge_discriminator(real: Array, fake: Array) -> Array:
     return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
 
 
+def vanilla_discriminator(real: Array, fake: Array) -> Array:
+    """What the discriminator lowers: half the cross-entropy of telling real from fake (Goodfellow et al. 2014)."""
+    return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
+
+
 def hinge_generator(fake: Array) -> Array:
     """What the generator lowers: the negated mean logit of its images."""
     return -jnp.mean(fake)

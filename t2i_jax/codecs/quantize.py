@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.layers import Carried, normal, param, replace
+from t2i_jax.nn.layers import Carried, Linear, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,39 @@ class QuantizerConfig:
     """of the moving averages that make the codebook; 0: it is a parameter and follows gradients"""
     revive: float = 0.0
     """with a decay: a row used less often than this share of an even share restarts at a vector of the batch"""
+
+    def init(self, key: Array) -> "Quantizer":
+        return Quantizer(self, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class GumbelConfig:
+    """A codebook whose rows are chosen by logits, with noise in training (Jang et al. 2017, arXiv:1611.01144).
+
+    The defaults are those of the Gumbel VQGAN of taming-transformers.
+    """
+
+    codes: int = 8192
+    """rows of the codebook"""
+    dim: int = 256
+    """width of a row"""
+    temperature: float = 0.9
+    """of the choice, at the first step"""
+    temperature_end: float = 1e-6
+    """of the choice after `temperature_steps`, a cosine later"""
+    temperature_steps: int = 1_000_000
+    hard: bool = True
+    """forward one row, backward the mixture; else the mixture both ways"""
+    kl: float = 1e-8
+    """weight of KL(choice || uniform)"""
+
+    def init(self, key: Array) -> "GumbelQuantizer":
+        return GumbelQuantizer(self, key)
+
+    def temperature_at(self, step: Array | int) -> Array:
+        """Of the choice at a step, a scalar."""
+        u = jnp.clip(jnp.asarray(step, jnp.float32) / self.temperature_steps, 0, 1)
+        return self.temperature_end + (self.temperature - self.temperature_end) * (1 + jnp.cos(jnp.pi * u)) / 2
 
 
 def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
@@ -103,8 +136,10 @@ class Quantizer(nnx.Module):
         """int (...) -> (..., k)."""
         return self.rows()[codes]
 
-    def __call__(self, z: Array) -> tuple[Array, Array, Array, dict[str, Array]]:
-        """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics.
+    def __call__(
+        self, z: Array, key: Array | None = None, step: Array | int = 0
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics; no key is needed.
 
         The vectors are rows of the codebook whose gradient goes to z unchanged (the straight-through estimator). The
         loss is eq. 3 of arXiv:1711.00937 without its first term, plus the entropy term.
@@ -159,3 +194,56 @@ class Quantizer(nnx.Module):
             codebook=jnp.where(dead[:, None], drawn, rows),
             sizes=jnp.where(dead, share, sizes),
         )
+
+
+class GumbelQuantizer(nnx.Module):
+    """A codebook of v rows of width k, and the logits that choose from it; the interface of `Quantizer`."""
+
+    def __init__(self, config: GumbelConfig, key: Array):
+        first, second = jax.random.split(key)
+        self.config = config
+        self.project = Linear(config.dim, config.codes, first, std=None, axes=(None, None))
+        self.codebook = param(normal(second, (config.codes, config.dim), config.dim**-0.5), None, None)
+
+    def rows(self) -> Array:
+        """The codebook: (v, k)."""
+        return self.codebook[...]
+
+    def logits(self, z: Array) -> Array:
+        """(..., k) -> (..., v) fp32."""
+        return self.project(z.astype(jnp.float32))
+
+    def codes(self, z: Array) -> Array:
+        """(..., k) -> int32 (...): the likeliest row, without noise."""
+        return jnp.argmax(self.logits(z), -1).astype(jnp.int32)
+
+    def vectors(self, codes: Array) -> Array:
+        """int (...) -> (..., k)."""
+        return self.rows()[codes]
+
+    def choice(self, logits: Array, noise: Array, temperature: Array | float) -> Array:
+        """Weights of the rows (..., v) from logits and Gumbel noise of that shape (eq. 2 and, where hard, 2.2)."""
+        soft = jax.nn.softmax((logits + noise) / temperature)
+        if not self.config.hard:
+            return soft
+        one = jax.nn.one_hot(jnp.argmax(soft, -1), soft.shape[-1])
+        return soft + jax.lax.stop_gradient(one - soft)
+
+    def divergence(self, logits: Array) -> Array:
+        """KL of the choice from an even one, the mean over positions."""
+        q = jax.nn.softmax(logits)
+        return jnp.mean(jnp.sum(q * jnp.log(q * q.shape[-1] + 1e-10), -1))
+
+    def __call__(
+        self, z: Array, key: Array, step: Array | int = 0
+    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+        """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics."""
+        logits, temperature = self.logits(z), self.config.temperature_at(step)
+        weights = self.choice(logits, jax.random.gumbel(key, logits.shape), temperature)
+        codes, kl = jnp.argmax(weights, -1).astype(jnp.int32), self.divergence(logits)
+        metrics = {"kl": kl, "temperature": temperature, **usage(codes, self.config.codes)}
+        return weights @ self.rows(), codes, self.config.kl * kl, metrics
+
+    def moved(self, z: Array, codes: Array, key: Array) -> "GumbelQuantizer":
+        """Itself: its codebook follows gradients."""
+        return self

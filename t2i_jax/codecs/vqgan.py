@@ -16,7 +16,7 @@ from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
-from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig
+from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.nn.layers import Conv, replace
 from t2i_jax.parallel import shard
 
@@ -26,7 +26,7 @@ class VQGAN(Game):
     """The codec and how it is trained. The defaults are the VQ-16 of LlamaGen."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
-    quantizer: QuantizerConfig = QuantizerConfig()
+    quantizer: QuantizerConfig | GumbelConfig = QuantizerConfig()
 
     @property
     def vocabulary(self) -> int:
@@ -72,10 +72,11 @@ class VQGAN(Game):
         """
         part = model.autoencoder
         z = self.latents(model, batch["image"])
-        vectors, codes, loss, metrics = part.quantizer(z)
+        choose, move = jax.random.split(key)
+        vectors, codes, loss, metrics = part.quantizer(z, choose, step)
         h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
         distance, terms = self.picture_loss(model, part.decoder, h, batch, step)
-        moved = replace(part, quantizer=part.quantizer.moved(z, codes, key))
+        moved = replace(part, quantizer=part.quantizer.moved(z, codes, move))
         return loss + distance, (metrics | terms, replace(model, autoencoder=moved))
 
 
@@ -87,6 +88,6 @@ class Autoencoder(nnx.Module):
         latent, k = config.autoencoder.latent, config.quantizer.dim
         self.encoder = Encoder(config.autoencoder, keys[0])
         self.to_code = Conv(latent, k, keys[1], kernel=1)
-        self.quantizer = Quantizer(config.quantizer, keys[2])
+        self.quantizer = config.quantizer.init(keys[2])
         self.from_code = Conv(k, latent, keys[3], kernel=1)
         self.decoder = Decoder(config.autoencoder, keys[4])

@@ -34,12 +34,15 @@ def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
     shift, convs = _torchvision(Path(weights), blocks) if weights else _hed(blocks)
     widths = [block[-1][1].size for block in convs]
     if heads:
-        rows = tuple(
-            _tensor(_read(Path(heads)), Path(heads), f"lin{n}.model.1.weight").reshape(-1) for n in range(blocks)
-        )
+        rows = lpips_heads(_read(Path(heads)), Path(heads), blocks)
     else:
         rows = tuple(np.full(width, 1 / blocks, np.float32) for width in widths)
     return Trunk(shift, convs, rows)
+
+
+def lpips_heads(tensors: dict[str, np.ndarray], path: Path, blocks: int = 5) -> tuple[np.ndarray, ...]:
+    """How LPIPS weighs the channels of each block, by its names: (f,) each."""
+    return tuple(_tensor(tensors, path, f"lin{n}.model.1.weight").reshape(-1) for n in range(blocks))
 
 
 def _hed(blocks: int):
