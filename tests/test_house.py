@@ -12,7 +12,8 @@ HOUSE = Path(__file__).parent.parent / "t2i_jax"
 # Lowest floor first; a room may import rooms of its own floor's name and of floors before it, never of later ones.
 FLOORS = [
     ("parallel", "flops", "pictures", "progress"),
-    ("nn", "noise", "platform", "config"),
+    ("noise", "platform", "config"),
+    ("nn",),
     ("interop",),
     ("text", "codecs", "data"),
     ("models",),

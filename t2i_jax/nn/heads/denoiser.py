@@ -1,0 +1,52 @@
+"""The small network of the heads that denoise: an MLP whose layers are modulated by time and z (Li et al. 2024, 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.layers import LayerNorm, Linear
+from t2i_jax.nn.modulation import TimeEmbedding, modulate
+
+
+class DenoisingBlock(nnx.Module):
+    """x + gate MLP(modulate(norm(x))), with shift, scale and gate made of c: (n, f), (n, f) -> (n, f)."""
+
+    def __init__(self, width: int, key: Array):
+        keys = jax.random.split(key, 3)
+        self.norm = LayerNorm(width, 1e-6)
+        self.into = Linear(width, width, keys[0], std=None)
+        self.out = Linear(width, width, keys[1], std=None, axes=("mlp", "embed"))
+        self.modulation = Linear(width, 3 * width, keys[2], std=0.0)
+
+    def __call__(self, x: Array, c: Array) -> Array:
+        shift, scale, gate = jnp.split(self.modulation(c), 3, -1)
+        y = modulate(self.norm(x), shift, scale)
+        return x + gate * self.out(jax.nn.silu(self.into(y)))
+
+
+class Denoiser(nnx.Module):
+    """A noised code x (n, k), its time t (n,) and the network's z (n, d) -> (n, out) fp32; zeros before training."""
+
+    def __init__(self, k: int, out: int, width: int, depth: int, d: int, key: Array):
+        keys = jax.random.split(key, 6)
+        self.time = TimeEmbedding(width, keys[0])
+        self.condition = Linear(d, width, keys[1], std=None)
+        self.into = Linear(k, width, keys[2], std=None, axes=(None, "mlp"))
+        self.blocks = jax.vmap(lambda key: DenoisingBlock(width, key))(jax.random.split(keys[3], depth))
+        self.norm = LayerNorm(width, 1e-6, affine=False)
+        self.modulation = Linear(width, 2 * width, keys[4], std=0.0)
+        self.out = Linear(width, out, keys[5], std=0.0, axes=("embed", None))
+
+    def embed(self, z: Array) -> Array:
+        """What z adds to the condition; the same at all times."""
+        return self.condition(z)
+
+    def __call__(self, x: Array, t: Array, embedded: Array) -> Array:
+        dtype = embedded.dtype
+        c = jax.nn.silu(self.time(t).astype(dtype) + embedded)
+        h, _ = jax.lax.scan(lambda h, block: (block(h, c), None), self.into(x.astype(dtype)), self.blocks)
+        shift, scale = jnp.split(self.modulation(c), 2, -1)
+        return self.out(modulate(self.norm(h), shift, scale)).astype(jnp.float32)

@@ -1,0 +1,108 @@
+"""Diffusion as a loss and a sampler of single codes (Li et al. 2024, arXiv:2406.11838, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import Array
+
+from t2i_jax.nn.draw import Sampling, guide
+from t2i_jax.nn.heads.denoiser import Denoiser
+from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.layers import Linear
+from t2i_jax.noise.gaussian import Schedule, ddpm_step, p_mean_variance, q_sample, vb_terms
+
+
+class Terms(NamedTuple):
+    """The loss of noised codes and what it is made of, a row each."""
+
+    x_t: Array
+    """(n, k)"""
+    out: Array
+    """(n, 2 k): the predicted noise, and where between its bounds the variance is"""
+    mse: Array
+    vb: Array
+    """(n,): of the noise; bits per dimension, of the variance alone"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """p(x | z) by denoising in `steps` steps: noise and variance are predicted by a small MLP."""
+
+    dim: int = 16
+    """numbers k of a code"""
+    width: int = 1024
+    depth: int = 3
+    steps: int = 1000
+    """of the process it is trained on"""
+    schedule: str = "cosine"
+    respacing: str = "100"
+    """steps of the sampler, as `noise.gaussian.respacing` reads them"""
+    repeat: int = 4
+    """times at which each z is trained, since a head costs less than its network"""
+
+    def init(self, key: Array, width: int) -> Denoiser:
+        return Denoiser(self.dim, 2 * self.dim, self.width, self.depth, width, key)
+
+    def entrance(self, key: Array, width: int) -> Linear:
+        return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
+
+    def empty(self, b: int, t: int) -> Array:
+        return jnp.zeros((b, t, self.dim))
+
+    def process(self) -> Schedule:
+        return Schedule.named(self.schedule, self.steps)
+
+    def loss(self, module: Denoiser, z: Array, x: Array, key: Array) -> Array:
+        """Error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t)."""
+        b, t, _ = x.shape
+        first, second = jax.random.split(key)
+        rows = lambda y: repeat(y, "b t k -> (r b t) k", r=self.repeat)
+        times = jax.random.randint(first, (self.repeat * b * t,), 0, self.steps)
+        noise = jax.random.normal(second, (len(times), self.dim))
+        terms = self.terms(module, rows(z), rows(x), times, noise)
+        return rearrange(terms.mse + terms.vb, "(r b t) -> r b t", r=self.repeat, b=b).mean(0)
+
+    def terms(self, module: Denoiser, z: Array, x: Array, t: Array, noise: Array) -> Terms:
+        """The loss of codes x (n, k) noised to times t (n,); z (n, d) (Nichol & Dhariwal 2021, eq. 16 with lambda 1).
+
+        The bound moves the variance only: its mean carries no gradient.
+        """
+        process, x = self.process(), x.astype(jnp.float32)
+        x_t = q_sample(process, x, t, noise)
+        out = module(x_t, t, module.embed(z))
+        eps, v = jnp.split(out, 2, -1)
+        p = p_mean_variance(process, jax.lax.stop_gradient(eps), x_t, t, v=v)
+        return Terms(x_t, out, jnp.mean((noise - eps) ** 2, -1), vb_terms(process, x, x_t, t, p))
+
+    def sample(
+        self, module: Denoiser, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+    ) -> tuple[Array, None]:
+        """Codes (b, m, k) fp32 by ancestral sampling; the noise of each step, not the first, is times the temperature.
+
+        Guidance acts on the predicted noise, the variance is that of the conditional branch.
+        """
+        process = self.process().respaced(self.respacing)
+        times = jnp.asarray(process.timestep_map)
+        b, m, _ = z.shape
+        flat = lambda y: rearrange(y, "b m k -> (b m) k")
+        row = lambda y: repeat(jnp.broadcast_to(y, (b,)), "b -> (b m)", m=m)
+        embedded = module.embed(flat(z) if null is None else jnp.concatenate([flat(z), flat(null)]))
+
+        def step(x: Array, t: Array) -> tuple[Array, None]:
+            both = x if null is None else jnp.concatenate([x, x])
+            out = module(both, jnp.full(len(both), times[t]), embedded)
+            eps, v = jnp.split(out[: len(x)], 2, -1)
+            if null is not None:
+                eps = guide(eps, out[len(x) :, : self.dim], row(guidance))
+            at = jnp.full(len(x), t)
+            p = p_mean_variance(process, eps, x, at, v=v)
+            noise = flat(draws.normal(len(process) - t, self.dim))
+            return ddpm_step(p, at, noise, row(options.temperature)), None
+
+        x, _ = jax.lax.scan(step, flat(draws.normal(0, self.dim)), jnp.arange(len(process) - 1, -1, -1))
+        return rearrange(x, "(b m) k -> b m k", b=b), None

@@ -1,0 +1,52 @@
+"""A categorical distribution over the codes of a codebook."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from t2i_jax.nn.draw import Sampling, choose, guide
+from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.layers import Embedding, Linear
+from t2i_jax.nn.losses import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """p(x | z) = softmax(W z + b)."""
+
+    vocabulary: int = 1024
+    """codes of the codec"""
+    label_smoothing: float = 0.0
+
+    dim = 0
+    """codes are numbers of a codebook, not vectors"""
+
+    def init(self, key: Array, width: int) -> Linear:
+        return Linear(width, self.vocabulary, key, axes=("embed", "vocab"))
+
+    def entrance(self, key: Array, width: int) -> Embedding:
+        return Embedding(self.vocabulary, width, key)
+
+    def empty(self, b: int, t: int) -> Array:
+        return jnp.zeros((b, t), jnp.int32)
+
+    def loss(self, module: Linear, z: Array, x: Array, key: Array) -> Array:
+        """Cross-entropy of codes int (b, t) in nats: (b, t)."""
+        return cross_entropy(self.logits(module, z), x, label_smoothing=self.label_smoothing)[0]
+
+    def sample(
+        self, module: Linear, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+    ) -> tuple[Array, Array]:
+        """Codes int32 (b, m) and their log-probability before any cut or temperature."""
+        logits = self.logits(module, z)
+        if null is not None:
+            logits = guide(logits, self.logits(module, null), guidance)
+        x = choose(logits, options, draws.uniform(0))
+        return x, jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
+
+    def logits(self, module: Linear, z: Array) -> Array:
+        return module(z).astype(jnp.float32)
