@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from t2i_jax.interop.names import Table, to_ours, to_theirs
 from t2i_jax.interop.torchfile import read_torch
 
-MODULES = ("ar", "masked", "stream")
+MODULES = ("ar", "masked", "stream", "codecs")
 """Files of this room that hold FORMATS."""
 
 

@@ -1,13 +1,20 @@
-"""Names of published convolutional codecs: those of LlamaGen, and those of taming-transformers, which others share."""
+"""Names of published convolutional codecs: LlamaGen's, CLIP-GEN's, and taming-transformers', which others share."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from t2i_jax.interop.names import CONV, Source, Table, source
+import numpy as np
+
+from t2i_jax.interop.names import CONV, POINTWISE, Source, Table, Tensors, source
 from t2i_jax.nn.trees import named
 
+Style = Literal["llamagen", "taming", "clipgen"]
+
 # Buffers, training losses, and other players that lie in published files beside the codec.
-IGNORED = r"^loss\.|codebook_used$|num_batches_tracked$"
+IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$"
 
 # From our dotted names to theirs, in this order. LEVEL stands for the number of a level in their order of levels.
 COMMON = (
@@ -15,6 +22,7 @@ COMMON = (
     (r"^to_code\.", "quant_conv."),
     (r"^from_code\.", "post_quant_conv."),
     (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"^quantizer\.project\.", "quantize.proj."),
     (r"^(encoder|decoder)\.stem\.", r"\1.conv_in."),
     (r"^(encoder|decoder)\.norm\.", r"\1.norm_out."),
     (r"^(encoder|decoder)\.out\.", r"\1.conv_out."),
@@ -26,7 +34,7 @@ COMMON = (
     (r"\.b$", ".bias"),
     (r"\.attention\.(\d+)\.", r".attn.\1."),
 )
-STYLES = {
+STYLES: dict[str, tuple[tuple[str, str], ...]] = {
     "llamagen": (
         (r"\.middle\.block1\.", ".mid.0."),
         (r"\.middle\.attention\.", ".mid.1."),
@@ -44,36 +52,178 @@ STYLES = {
 }
 
 
-def table(model: Any, style: Literal["llamagen", "taming"]) -> Table:
-    """Where each variable of a VQGAN (without discriminator and moving averages) lies in a published file."""
-    names = named(model)
+# CLIP-GEN numbers all layers of an encoder or decoder in one row, so that only what is inside of a layer is here.
+CLIPGEN = (
+    (r"^autoencoder\.", ""),
+    (r"^to_code\.", "encoder.final.3."),
+    (r"^from_code\.", "decoder.quant_conv_in."),
+    (r"^quantizer\.codebook$", "quantizer.embedding.weight"),
+    (r"^(encoder|decoder)\.stem\.", r"\1.conv_in."),
+    (r"^(encoder|decoder)\.norm\.", r"\1.final.0."),
+    (r"^(encoder|decoder)\.out\.", r"\1.final.2."),
+    (r"\.middle\.block1\.", ".mid.0."),
+    (r"\.middle\.attention\.", ".mid.1."),
+    (r"\.middle\.block2\.", ".mid.2."),
+    (r"\.norm1\.", ".block.0."),
+    (r"\.conv1\.", ".block.2."),
+    (r"\.norm2\.", ".block.3."),
+    (r"\.conv2\.", ".block.6."),
+    (r"\.[qkv]\.([wb])$", r".attn.in_proj_\1"),
+    (r"(\.(?:mid|down|up)\.\d+)\.out\.", r"\1.attn.out_proj."),
+    (r"(?<=[._])w$", "weight"),
+    (r"(?<=[._])b$", "bias"),
+)
+JUDGES = {"taming": ("loss.discriminator.main.", ""), "clipgen": ("discriminator.features.", "discriminator.head.")}
+"""Where files keep the discriminator: its layers, and the last of them where it stands apart."""
+
+
+def table(model: Any, style: Style) -> Table:
+    """Where each variable of a VQGAN or KL autoencoder (without moving averages) lies in a published file."""
+    names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
+    lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
+    judge = {k: v for k, v in named(model).items() if k not in names}
+    return lines | _judge(judge, *JUDGES[style]) if judge else lines
+
+
+def discriminator(model: Any) -> Table:
+    """Where each variable of a PatchGAN with BatchNorm lies in a file of taming-transformers that holds nothing else."""
+    return _judge(named(model), "main.")
+
+
+def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
+    """What the shapes of `tensors` (arrays or abstract) say: fields of the autoencoder, the quantiser, the discriminator.
+
+    Errors: ValueError where a name that every such file has is not there.
+    """
+    if style == "clipgen":
+        tensors = dict(_unrolled(tensors))
+    down, up, block, width = {
+        "taming": ("encoder.down", "decoder.up", "block", "conv1"),
+        "llamagen": ("encoder.conv_blocks", "decoder.conv_blocks", "res", "conv1"),
+        "clipgen": ("encoder.down", "decoder.up", "block", "block.2"),
+    }[style]
+    first = f"{down}.0.{block}.0.{width}.weight"
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", first):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no codec in the names of {style}")
+    shape = lambda name: tuple(tensors[name].shape)
+    has = lambda prefix: any(name.startswith(prefix + ".") for name in tensors)
+    count = lambda prefix: next(n for n in range(len(tensors) + 1) if not has(f"{prefix}.{n}"))
+    levels, channels = count(down), shape("encoder.conv_in.weight")[0]
+    widths = [shape(f"{down}.{n}.{block}.0.{width}.weight")[0] for n in range(levels)]
+    if any(w % channels for w in widths):
+        raise ValueError(f"widths {widths} of the levels are no multiples of the {channels} channels of the first layer")
+    attends = lambda part: tuple(n for n in range(levels) if has(f"{part}.{n}.attn"))
+    decoder = attends(up)
+    if style != "taming":  # in the order in which levels run
+        decoder = tuple(sorted(levels - 1 - n for n in decoder))
+    middle = any(name.startswith(("encoder.mid.attn_1.", "encoder.mid.1.")) and ".norm." in name for name in tensors)
+    found: dict[str, Any] = {
+        "autoencoder": {
+            "channels": channels,
+            "multipliers": tuple(w // channels for w in widths),
+            "blocks": count(f"{down}.0.{block}"),
+            "decoder_blocks": count(f"{up}.0.{block}"),
+            "latent": shape("decoder.conv_in.weight")[1],
+            "attention": attends(down),
+            "decoder_attention": decoder,
+            "middle_attention": middle,
+        }
+    }
+    books = [n for n in tensors if re.fullmatch(r"quantizer?\.(embedding|embed)\.weight", n)]
+    if len(books) != 1:
+        raise ValueError(f"no codebook (quantize.embedding.weight) among {len(tensors)} names: this is no VQGAN")
+    found["quantizer"] = dict(zip(("codes", "dim"), shape(books[0]), strict=True))
+    layers, head = JUDGES.get(style, ("", ""))
+    kernels = [n for n in tensors if layers and n.startswith((layers, head or layers)) and len(shape(n)) == 4]
+    if kernels:  # first and last beside those that the configuration counts
+        found["discriminator"] = {"width": shape(f"{layers}0.weight")[0], "layers": len(kernels) - 2}
+    return found
+
+
+def _nested(names: dict[str, Any], style: Style) -> Table:
+    """Names that tell level, block and layer."""
     last = max(int(n.split(".levels.")[1].split(".")[0]) for n in names if ".decoder.levels." in n)
+    gumbel = any(n.endswith("quantizer.project.w") for n in names)
 
     def theirs(name: str) -> str:
         for pattern, to in COMMON + STYLES[style]:
             name = re.sub(pattern, to, name)
         if style == "taming":  # which counts the decoder's levels from the finest, the last to run
             name = re.sub(r"(?<=^decoder\.up\.)\d+", lambda n: str(last - int(n[0])), name)
-        return name
+        return name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
 
     return {name: _line(theirs(name), v) for name, v in names.items()}
 
 
-def discriminator(model: Any) -> Table:
-    """Where each variable of a PatchGAN with BatchNorm lies in taming-transformers."""
-    names = named(model)
-    layers = len({n for n in names if re.fullmatch(r"convs\.\d+\.w", n)})
+def _clipgen(names: dict[str, Any]) -> Table:
+    """Names of layers that are counted through, with torch's attention of one head."""
+    parts = {"encoder": "down", "decoder": "up"}
+    place: dict[tuple[str, ...], int] = {}
+    for part in parts:  # block, attention, block, attention, ..., resampling; and on with the next level
+        inside = [n.split(".") for n in names if f".{part}.levels." in n]
+        layers = {(w[3], w[5] if w[4] != "resample" else "999", w[4]) for w in inside}
+        order = sorted(layers, key=lambda w: (int(w[0]), int(w[1]), w[2] == "attention"))
+        place |= {(part, *layer): n for n, layer in enumerate(order)}
+
+    def line(name: str, variable: Any) -> Source:
+        words = name.split(".")
+        if words[2:3] == ["levels"]:
+            part, level, kind = words[1], words[3], words[4]
+            number = words[5] if kind != "resample" else "999"
+            rest = words[5:] if kind == "resample" else words[6:]
+            words = ["autoencoder", part, parts[part], str(place[part, level, number, kind]), *rest]
+        theirs = ".".join(words)
+        for pattern, to in CLIPGEN:
+            theirs = re.sub(pattern, to, theirs)
+        if theirs.endswith(("in_proj_weight", "in_proj_bias")):
+            f = variable.shape[-1]
+            rows = np.arange(f) + f * "qkv".index(words[-2])
+            return source(theirs, layout="f c -> 1 1 c f" if variable.ndim == 4 else "", rows=rows, height=3 * f)
+        if theirs.endswith("attn.out_proj.weight"):
+            return source(theirs, layout="f c -> 1 1 c f")
+        return _line(theirs, variable)
+
+    return {name: line(name, variable) for name, variable in names.items()}
+
+
+def _unrolled(tensors: Tensors) -> Iterator[tuple[str, Any]]:
+    """CLIP-GEN's names with the count of layers told as level and number in it, to read the sizes from."""
+    layers: dict[str, dict[int, str]] = {"encoder.down": {}, "decoder.up": {}}
+    for name in tensors:
+        if found := re.match(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|conv)\.", name):
+            layers[found[1]][int(found[2])] = found[3]
+    renamed = {}
+    for part, kinds in layers.items():
+        level = block = attention = 0
+        for n in sorted(kinds):
+            if kinds[n] == "conv":
+                renamed[f"{part}.{n}"] = f"{part}.{level}.conv"
+                level, block, attention = level + 1, 0, 0
+            elif kinds[n] == "block":
+                renamed[f"{part}.{n}"], block = f"{part}.{level}.block.{block}", block + 1
+            else:
+                renamed[f"{part}.{n}"], attention = f"{part}.{level}.attn.{attention}", attention + 1
+    for name, tensor in tensors.items():
+        head = ".".join(name.split(".")[:3])
+        yield renamed.get(head, head) + name[len(head) :], tensor
+
+
+def _judge(names: dict[str, Any], prefix: str, head: str = "") -> Table:
+    """The layers of a PatchGAN: a convolution; convolution, BatchNorm, activation, and so on; a convolution."""
+    layers = len({n for n in names if re.search(r"(^|\.)convs\.\d+\.w$", n)})
 
     def theirs(name: str) -> str:
-        kind, *number, last = name.split(".")
-        if number:
-            place = 3 * int(number[0]) + {"convs": 2, "norms": 3}[kind]
-        else:
-            place = {"stem": 0, "out": 3 * layers + 2}[kind]
-        return f"main.{place}." + {"w": "weight", "b": "bias", "mean": "running_mean", "var": "running_var"}[last]
+        *_, kind, last = [w for w in name.split(".") if not w.isdigit()]
+        number = next((int(w) for w in name.split(".") if w.isdigit()), 0)
+        place = {"stem": 0, "convs": 3 * number + 2, "norms": 3 * number + 3, "out": 3 * layers + 2}[kind]
+        where = head if head and kind == "out" else f"{prefix}{place}."
+        return where + {"w": "weight", "b": "bias", "mean": "running_mean", "var": "running_var"}[last]
 
     return {name: _line(theirs(name), v) for name, v in names.items()}
 
 
 def _line(name: str, variable: Any) -> Source:
+    if name.endswith("quantize.proj.weight"):
+        return source(name, layout=POINTWISE)
     return source(name, layout=CONV if variable.ndim == 4 else "")

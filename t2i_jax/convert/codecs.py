@@ -1,0 +1,94 @@
+"""Formats of convolutional codecs with discrete codes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.convert import Format
+from t2i_jax.interop import vqgan
+from t2i_jax.interop.names import Table, Tensors
+
+TAMING = {"pixels": "l1", "adversarial": 0.8, "adaptive": True, "start": 250_001}
+"""How the codecs of taming-transformers were trained."""
+
+
+def _codec(
+    tensors: Tensors, style: vqgan.Style, quantizer: Any, *, groups: int, eps: float, training: dict[str, Any]
+) -> VQGAN:
+    found = vqgan.describe(tensors, style)
+    autoencoder = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
+    # What trained with an adversary goes on without one where the file does not hold it.
+    judge = DiscriminatorConfig(**found["discriminator"]) if "discriminator" in found else None
+    training = {**training, "discriminator": judge} if judge else {**training, "adversarial": 0.0}
+    return VQGAN(autoencoder, quantizer(**found["quantizer"]), **training)
+
+
+def _llamagen(
+    tensors: Tensors,
+    *,
+    l2_norm: bool = True,
+    beta: float = 0.25,
+    entropy: float = 0.0,
+    groups: int = 32,
+    eps: float = 1e-6,
+    **fields: Any,
+) -> VQGAN:
+    quantizer = partial(QuantizerConfig, normalize=l2_norm, commitment=beta, entropy=entropy)
+    return _codec(tensors, "llamagen", quantizer, groups=groups, eps=eps, training=fields)
+
+
+def _taming(
+    tensors: Tensors, *, legacy: bool = False, beta: float = 0.25, groups: int = 32, eps: float = 1e-6, **fields: Any
+) -> VQGAN:
+    """legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were."""
+    weights = {"codebook": beta, "commitment": 1.0} if legacy else {"codebook": 1.0, "commitment": beta}
+    quantizer = partial(QuantizerConfig, normalize=False, **weights)
+    return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)
+
+
+def _gumbel(
+    tensors: Tensors, *, kl: float = 1e-8, temperature: float = 0.9, groups: int = 32, eps: float = 1e-6, **fields: Any
+) -> VQGAN:
+    quantizer = partial(GumbelConfig, kl=kl, temperature=temperature)
+    return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)
+
+
+def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: float = 1e-5, **fields: Any) -> VQGAN:
+    quantizer = partial(QuantizerConfig, normalize=False, codebook=beta, commitment=1.0)
+    return _codec(tensors, "clipgen", quantizer, groups=groups, eps=eps, training=TAMING | fields)
+
+
+def _table(config: VQGAN, style: vqgan.Style) -> Table:
+    return vqgan.table(jax.eval_shape(config.init, jax.random.key(0)), style)
+
+
+def _judge(tensors: Tensors) -> DiscriminatorConfig:
+    kernels = sum(len(t.shape) == 4 for t in tensors.values())
+    if "main.0.weight" not in tensors:
+        raise ValueError(f"no main.0.weight among {len(tensors)} names: this is no PatchGAN of taming-transformers")
+    return DiscriminatorConfig(tensors["main.0.weight"].shape[0], kernels - 2)
+
+
+def _judge_table(config: DiscriminatorConfig) -> Table:
+    return vqgan.discriminator(jax.eval_shape(config.init, jax.random.key(0)))
+
+
+def _format(describe: Any, style: vqgan.Style, part: str = "") -> Format:
+    return Format(describe, partial(_table, style=style), vqgan.IGNORED, part=part)
+
+
+# A checkpoint of a next-token model of taming-transformers holds its codec as the "first stage".
+FORMATS = {
+    "llamagen-vq": _format(_llamagen, "llamagen"),
+    "taming-vqgan": _format(_taming, "taming", "first_stage_model."),
+    "taming-gumbel": _format(_gumbel, "taming", "first_stage_model."),
+    "clipgen-vqgan": _format(_clipgen, "clipgen"),
+    "taming-discriminator": Format(_judge, _judge_table, vqgan.IGNORED, part="loss.discriminator."),
+}

@@ -1,0 +1,151 @@
+"""Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from parity import Oracle
+
+from t2i_jax.codecs import losses
+from t2i_jax.convert import convert, restore
+from t2i_jax.interop import vgg
+
+
+def nhwc(x: Any) -> jax.Array:
+    return rearrange(jnp.asarray(x), "b c i j -> b i j c")
+
+
+def nchw(x: Any) -> jax.Array:
+    return rearrange(x, "b i j c -> b c i j")
+
+
+def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
+    meta, images, outputs = oracle.config, nhwc(oracle.inputs["image"]), oracle.outputs
+    hints = {"l2_norm": meta["l2_norm"], "beta": meta["beta"], "entropy": 0.1}
+    hints |= {"groups": meta["groupnorm_groups"], "eps": meta["groupnorm_eps"], "perceptual": 0.0}
+    config, model = convert("llamagen-vq", oracle.tensors, **hints)
+
+    @jax.jit
+    def forward(model, ids):
+        z = config.latents(model, images)
+        vectors = config.embed(model, ids)
+        return z, config.encode(model, images), vectors, config.decode(model, ids)
+
+    @jax.jit
+    def trained(model):
+        objective = lambda m: config.generator_loss(m, {"image": images}, jax.random.key(0), 0)
+        return jax.value_and_grad(objective, has_aux=True)(model)
+
+    z, ids, vectors, picture = forward(model, jnp.asarray(outputs["ids"]))
+    ours = {"pre_quant": nchw(z), "ids": ids, "quantized": nchw(vectors)}
+    ours |= dict.fromkeys(("recon", "forward", "decode_code"), nchw(picture))
+    ours["codebook_normalized"] = config.embed(model, jnp.arange(config.vocabulary))
+    (total, (metrics, _)), slopes = trained(model)
+    ours |= {"train_vq_loss": metrics["commitment"], "train_commit_loss": meta["beta"] * metrics["commitment"]}
+    ours |= {"train_entropy_loss": 0.1 * metrics["entropy"], "train_total": total}
+    return ours | {f"grad.{k}": v for k, v in restore("llamagen-vq", config, slopes).items() if f"grad.{k}" in outputs}
+
+
+def taming_vqgan(oracle: Oracle) -> dict[str, Any]:
+    meta, images = oracle.config, nhwc(oracle.inputs["image"])
+    hints = {"beta": meta["beta"], "eps": meta["groupnorm_eps"]}
+    config, model = convert("taming-vqgan", oracle.tensors, **hints)
+    quantised = {
+        name: convert("taming-vqgan", oracle.tensors, legacy=legacy, **hints)[1].autoencoder.quantizer
+        for name, legacy in {"codebook_loss": True, "codebook_loss_nonlegacy": False}.items()
+    }
+
+    @jax.jit
+    def forward(model, quantised, ids):
+        h = model.autoencoder.encoder(images)
+        z, vectors = config.latents(model, images), config.embed(model, ids)
+        ours = {"encoder_out": nchw(h), "pre_quant": nchw(z), "ids": config.encode(model, images)}
+        ours |= dict.fromkeys(("codebook_entry", "quantized"), nchw(vectors)) | {"recon": nchw(config.decode(model, ids))}
+        return ours | {name: quantizer(z)[2] for name, quantizer in quantised.items()}
+
+    return forward(model, quantised, jnp.asarray(oracle.outputs["ids"]))
+
+
+def taming_gumbel(oracle: Oracle) -> dict[str, Any]:
+    meta, images = oracle.config, nhwc(oracle.inputs["image"])
+    config, model = convert("taming-gumbel", oracle.tensors, eps=meta["groupnorm_eps"])
+    noise = -jnp.log(nhwc(oracle.inputs["gumbel_exponential"]))
+    chosen = next(name for name in oracle.outputs if name.startswith("gumbel_ids_temp"))
+
+    @jax.jit
+    def forward(model, ids):
+        h, z, quantizer = model.autoencoder.encoder(images), config.latents(model, images), model.autoencoder.quantizer
+        logits = quantizer.logits(z)
+        weights = quantizer.choice(logits, noise, float(chosen.removeprefix("gumbel_ids_temp")))
+        ours = {"encoder_out": nchw(h), "pre_quant": nchw(z), "code_logits": nchw(logits), "ids": quantizer.codes(z)}
+        ours |= {chosen: weights.argmax(-1), "gumbel_zq": nchw(weights @ quantizer.rows())}
+        ours["gumbel_kl"] = quantizer.config.kl * quantizer.divergence(logits)
+        return ours | {"quantized": nchw(config.embed(model, ids)), "recon": nchw(config.decode(model, ids))}
+
+    return forward(model, jnp.asarray(oracle.outputs["ids"]))
+
+
+def clip_gen_vqgan(oracle: Oracle) -> dict[str, Any]:
+    meta, images = oracle.config, nhwc(oracle.inputs["image"])
+    config, model = convert("clipgen-vqgan", oracle.tensors, beta=meta["beta"], eps=meta["groupnorm_eps"])
+
+    @jax.jit
+    def forward(model, ids):
+        z = config.latents(model, images)
+        ours = {"latent": nchw(z), "ids": config.encode(model, images)}
+        ours |= {"codebook_loss": model.autoencoder.quantizer(z)[2], "quantized": nchw(config.embed(model, ids))}
+        return ours | {"recon": nchw(config.decode(model, ids))}
+
+    return forward(model, jnp.asarray(oracle.outputs["ids"]))
+
+
+def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs = oracle.config, oracle.inputs
+    _, judge = convert("taming-discriminator", oracle.tensors)
+    told = {"hinge": losses.hinge_discriminator, "vanilla": losses.vanilla_discriminator}[meta["disc_loss"]]
+    real, h = nhwc(inputs["inputs"]), nhwc(inputs["last_feature"])
+    last = rearrange(jnp.asarray(inputs["last_layer_weight"]), "f c i j -> i j c f")
+    steps = sorted(int(name.split("step")[1]) for name in oracle.outputs if name.startswith("gen_loss_step"))
+
+    @jax.jit
+    def play(judge, last):
+        paint = lambda w: jax.lax.conv_general_dilated(
+            h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + jnp.mean(inputs["perceptual_value"])
+        fool = lambda w: losses.hinge_generator(judge(paint(w))[0])
+        weight = meta["disc_weight"] * losses.adaptive_weight(faithful, fool, last)
+        ours = {"recon": nchw(paint(last))}
+        ours |= {f"disc_logits_real_{k}": nchw(judge(real, k == "train")[0]) for k in ("train", "eval")}
+        for step in steps:
+            on = step >= meta["disc_start"]
+            total = lambda w, on=on: faithful(w) + on * weight * fool(w) + inputs["codebook_loss"]
+            loss, slope = jax.value_and_grad(total)(last)
+            ours |= {f"gen_loss_step{step}": loss, f"d_weight_step{step}": weight, f"nll_step{step}": faithful(last)}
+            ours[f"grad_last_layer_step{step}"] = rearrange(slope, "i j c f -> f c i j")
+            ours[f"disc_loss_step{step}"] = on * told(judge(real)[0], judge(paint(last))[0])
+        return ours
+
+    return play(judge, last)
+
+
+def lpips_head(oracle: Oracle) -> dict[str, Any]:
+    inputs, taps = oracle.inputs, range(len(oracle.config["channels"]))
+    heads = vgg.lpips_heads(oracle.tensors, Path(oracle.path), len(taps))
+    x, y = ([nhwc(inputs[f"feat{side}_{n}"]) for n in taps] for side in (0, 1))
+    scaled = (nhwc(inputs["image"]) - vgg.LPIPS_SHIFT) / vgg.LPIPS_SCALE
+    distance = jax.jit(losses.compare)(x, y, heads)
+    return {"scaled_image": nchw(scaled), "lpips": np.asarray(distance).reshape(-1, 1, 1, 1)}
+
+
+SYSTEMS = {
+    "llamagen_vq": llamagen_vq,
+    "taming_vqgan": taming_vqgan,
+    "taming_vqgan_gumbel": taming_gumbel,
+    "taming_vqloss": taming_vqloss,
+    "lpips_head": lpips_head,
+    "clip_gen_vqgan": clip_gen_vqgan,
+}

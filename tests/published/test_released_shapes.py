@@ -1,0 +1,49 @@
+"""Every released file is taken whole: its configuration is recognised, no name is missing or left over."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parity import FOLDERS  # noqa: E402
+
+from t2i_jax.convert import convert, find  # noqa: E402
+from t2i_jax.interop.names import to_ours  # noqa: E402
+
+FORMATS = {
+    r"llamagen_GPT-.*": "llamagen",
+    r"llamagen_VQ-\d+": "llamagen-vq",
+    r"taming_vqgan_f16_\d+": "taming-vqgan",
+    r"taming_vqgan_gumbel_.*": "taming-gumbel",
+    r"clip_gen_gpt2_.*": "clipgen",
+    r"clip_gen_vqgan": "clipgen-vqgan",
+}
+"""Which format a file of names and shapes belongs to, by its name."""
+
+SHAPES = sorted((FOLDERS[1] / "_release_shapes").glob("*.json"))
+KNOWN = {path: format for path in SHAPES for name, format in FORMATS.items() if re.fullmatch(name, path.stem)}
+
+
+@pytest.mark.parametrize("path", KNOWN, ids=lambda path: path.stem)
+def test_a_released_file_is_taken_whole(path):
+    released, format = json.loads(path.read_text()), find(KNOWN[path])
+    tensors = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for name, shape in released["tensors"].items()}
+    config, model = convert(KNOWN[path], tensors)
+    buffers = sum(t.size for k, t in tensors.items() if re.search(format.unused, k)) if format.unused else 0
+    table = format.table(config)
+    placed = {name for line in table.values() for n in range(200) for name in line.layer(n)} & tensors.keys()
+    buffers -= sum(tensors[k].size for k in placed if format.unused and re.search(format.unused, k))
+    assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_state_dict"] - buffers
+
+    # A renamed tensor is told as what it is: one too many and one too few.
+    name = next(n for n in placed if ".0." not in n)
+    broken = {("unknown" if k == name else k): v for k, v in tensors.items()}
+    abstract = jax.eval_shape(config.init, jax.random.key(0))
+    with pytest.raises(ValueError, match="(?s)missing.*unknown: unused"):
+        jax.eval_shape(lambda tensors: to_ours(abstract, tensors, table, format.unused), broken)
