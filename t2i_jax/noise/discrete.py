@@ -52,12 +52,12 @@ class Schedule(NamedTuple):
             raise ValueError("masked: probabilities below 1 that never fall")
         a, c = kept[1:] / kept[:-1], 1 - (1 - masked[1:]) / (1 - masked[:-1])
         roll = lambda x: np.roll(x, -1)  # the clean entry is the last
-        replaced = (1 - kept - masked) / codes
-        if (replaced < -1e-12).any():
-            raise ValueError("kept and masked add up to more than 1")
         # What rounding leaves of an exact zero would be a probability to be replaced.
-        exact = lambda x: np.where(np.abs(x) < 1e-15, 0.0, x)
-        return cls(a, exact((1 - a - c) / codes), c, roll(kept), exact(roll(replaced)), roll(masked))
+        exact = lambda x: np.where(np.abs(x) < 1e-14, 0.0, x)
+        step, replaced = exact(1 - a - c) / codes, exact(1 - kept - masked) / codes
+        if (step < 0).any() or (replaced < 0).any():
+            raise ValueError("kept and masked add up to more than 1, or a step would have to undo a replacement")
+        return cls(a, step, c, roll(kept), roll(replaced), roll(masked))
 
 
 class Tables(NamedTuple):
@@ -157,12 +157,17 @@ class Chain:
         return Rates(*(r[:, None, None] for r in rates))
 
     def q_start(self, log_x0: Array, t: Array) -> Array:
-        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1) (eq. 8)."""
+        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1), none of it on MASK (eq. 8)."""
         return _moved(log_x0, self.since_start(t))
 
-    def q_step(self, log_x: Array, t: Array) -> Array:
-        """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7)."""
-        return _moved(log_x, self.between(t - 1, t))
+    def q_step(self, log_x: Array, t: Array, published: bool = False) -> Array:
+        """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7).
+
+        published: as in the authors' program, which gives a MASK the chance b of turning into each code; rows of MASK
+        then add up to more than 1. Nothing of theirs or ours rests on those rows.
+        """
+        coded = jnp.zeros(()) if published else jax.nn.logsumexp(log_x[..., :-1], -1, keepdims=True)
+        return _moved(log_x, self.between(t - 1, t), coded)
 
     def noised(self, x0: Array, t: Array, key: Array) -> Array:
         """A draw x_t of q(x_t | x_0): int (b, l), from codes int (b, l)."""
@@ -202,7 +207,9 @@ class Chain:
         quotient = log_x0[..., :-1] - given_start
         quotient = jnp.concatenate([quotient, jnp.full_like(quotient[..., :1], LOG_ZERO)], -1)
         total = jax.nn.logsumexp(quotient, -1, keepdims=True)
-        return clipped(self.q_start(quotient - total, s) + given_s + total)
+        back = self.q_start(quotient - total, s) + given_s + total
+        # Where nothing is replaced a code that is seen is the clean one, whatever p(x_0) says.
+        return clipped(jnp.where(masked | (far.b > -jnp.inf), back, here))
 
     def variational(self, log_x0: Array, x0: Array, x_t: Array, t: Array) -> tuple[Array, Array]:
         """The terms of the bound, per token, for a model's p(x_0 | x_t): L_t (b, l), and that of t = 0 alone.
@@ -216,8 +223,9 @@ class Chain:
         return jnp.where((t == 0)[:, None], decoded, divergence), decoded
 
 
-def _moved(log_x: Array, rates: Rates) -> Array:
-    codes = jnp.logaddexp(log_x[..., :-1] + rates.a, rates.b)
+def _moved(log_x: Array, rates: Rates, coded: Array | float = 0.0) -> Array:
+    """One move of a distribution, of which exp(coded) is on codes."""
+    codes = jnp.logaddexp(log_x[..., :-1] + rates.a, rates.b + coded)
     return jnp.concatenate([codes, jnp.logaddexp(log_x[..., -1:] + rates.rest, rates.c)], -1)
 
 
