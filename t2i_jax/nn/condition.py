@@ -40,6 +40,8 @@ class Classes:
 
     count: int = 1000
     """number of classes; 0 is an unconditional model"""
+    null: bool = True
+    """have a row for the unconditional one; without it `drop` changes nothing"""
 
     length = 1
 
@@ -55,12 +57,12 @@ class ClassTokens(nnx.Module):
     """`label` int (b,) -> one token (b, 1, d), always visible."""
 
     def __init__(self, config: Classes, key: Array, width: int):
-        self.config, self.table = config, Embedding(config.count + 1, width, key)
+        self.config, self.table = config, Embedding(config.count + config.null, width, key)
 
     def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         count = self.config.count
         label = ids(batch, "label", count) if count else jnp.zeros(drop.shape, jnp.int32)
-        tokens = self.table(jnp.where(drop, count, label))[:, None]
+        tokens = self.table(jnp.where(drop, count, label) if self.config.null else label)[:, None]
         return tokens.astype(dtype), jnp.ones(tokens.shape[:2], bool)
 
 
