@@ -89,9 +89,10 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
         raise ValueError(
             f"widths {widths} of the levels are no multiples of the {channels} channels of the first layer"
         )
-    if shape("encoder.conv_out.weight")[0] != 2 * latent:
+    moments = shape("encoder.conv_out.weight")[0]
+    if moments != 2 * latent:
         raise ValueError(
-            f"encoder.conv_out gives {shape('encoder.conv_out.weight')[0]} channels and decoder.conv_in takes {latent}: "
+            f"encoder.conv_out gives {moments} channels and decoder.conv_in takes {latent}: "
             "a KL autoencoder gives twice as many, mean and log-variance"
         )
     attends = lambda part: tuple(n for n in range(levels) if has(f"{part.format(n)}.{attention}"))

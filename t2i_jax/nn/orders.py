@@ -1,0 +1,202 @@
+"""Orders: which positions of an image are asked for when.
+
+An order is a permutation (L,) read from its end: the first `remaining` positions are still hidden, those behind them
+are known, and a step makes known what lies between two values of `remaining` (Li et al. 2024, MAR). So one number per
+image says where a sampler stands; what is known from the start stands at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from t2i_jax.nn.draw import Sampling
+
+Shape = Literal["cosine", "linear", "square"]
+
+SHAPES: dict[str, Any] = {
+    "cosine": lambda i, n: np.cos(np.pi / 2.0 * i / n),  # operations in the order of published samplers
+    "linear": lambda i, n: 1 - i / n,
+    "square": lambda i, n: 1 - (i / n) ** 2,
+}
+"""Share of the tokens that is still hidden after i of n steps (Chang et al. 2022, MaskGIT, 3.3)."""
+
+BOUND = 1024
+"""Steps of a schedule at most."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation(Sampling):
+    """How sets of tokens are drawn; every field is a number, or one per image (b,), and is traced."""
+
+    guidance_power: float | Array = 1.0
+    """The scale grows as 1 + (s - 1) u^power with the share u of tokens known after the step: 0 constant, 1 linear."""
+    iterations: int | Array = 64
+    """Steps in which sets of tokens become known; one for all images. More than there are tokens are as many."""
+    shape: int | Array = 0
+    """Which of SHAPES the sets follow: 0 cosine, 1 linear, 2 square."""
+    choice_temperature: float | Array = 4.5
+    """Of the noise on confidence, which falls to 0 at the last step."""
+    hidden: Any = None
+    """Filled by `arrays`: share of tokens hidden after each step, in two parts of 12 and 24 bits."""
+
+    def arrays(self) -> Generation:
+        """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none.
+
+        The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
+        bits that fp32 does not have.
+        """
+        if self.hidden is not None:
+            return self
+        kinds = {"top_k": jnp.int32, "iterations": jnp.int32, "guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
+        fields = [f.name for f in dataclasses.fields(self) if f.name not in ("hidden", "shape")]
+        arrays = {name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields}
+        steps, shape = int(self.iterations), list(SHAPES.values())[int(self.shape)]
+        if not 1 <= steps <= BOUND:
+            raise ValueError(f"iterations {steps}: 1 to {BOUND}")
+        share = np.append(shape(np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
+        high = np.round(share * 2**12) / 2**12
+        hidden = jnp.asarray(np.stack([high, share - high]), jnp.float32)
+        return Generation(**arrays, shape=jnp.asarray(self.shape, jnp.int32), hidden=hidden)
+
+    def remaining(self, step: Array, total: Array, now: Array) -> Array:
+        """Tokens hidden after `step` (from 0), of `now` before it and `total` at the start, each int (b,).
+
+        floor of a share of the total, but at least one fewer than before and, until the last step, at least one.
+        """
+        high, low = self.hidden[0, step], self.hidden[1, step]
+        whole = total * high  # exact in fp32 up to 4096 tokens, so that what is added decides
+        floor = jnp.floor(whole)
+        wanted = (floor + jnp.floor(whole - floor + total * low)).astype(jnp.int32)
+        after = jnp.minimum(now - 1, jnp.maximum(wanted, 1))
+        return jnp.maximum(jnp.where(step + 1 >= self.iterations, 0, after), 0)
+
+
+def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarray:
+    """Tokens hidden after each of the steps of a schedule, down to 0: int (n,)."""
+    options = Generation(iterations=iterations, shape=list(SHAPES).index(shape)).arrays()
+    step = jax.jit(lambda i, now: options.remaining(i, jnp.asarray(total), now))
+    now, found = jnp.asarray(total), []
+    while now > 0:
+        now = step(jnp.asarray(len(found)), now)
+        found.append(int(now))
+    return np.asarray(found)
+
+
+# -- orders
+
+
+@dataclasses.dataclass(frozen=True)
+class Raster:
+    """Rows from the top, each from the left, token by token."""
+
+    single: ClassVar[bool] = True
+    confident: ClassVar[bool] = False
+
+    def draw(self, key: Array, length: int) -> Array:
+        """A permutation int (L,), read from its end."""
+        return jnp.arange(length - 1, -1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """Another permutation for each image, token by token."""
+
+    single: ClassVar[bool] = True
+    confident: ClassVar[bool] = False
+
+    def draw(self, key: Array, length: int) -> Array:
+        return jax.random.permutation(key, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """Another permutation for each image, in sets that grow (Li et al. 2024)."""
+
+    single: ClassVar[bool] = False
+    confident: ClassVar[bool] = False
+
+    def draw(self, key: Array, length: int) -> Array:
+        return jax.random.permutation(key, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """In sets that grow; each takes the tokens of which the model is surest, among all hidden ones (Chang et al. 2022).
+
+    Needs a head that knows the probability of what it draws.
+    """
+
+    single: ClassVar[bool] = False
+    confident: ClassVar[bool] = True
+
+    def draw(self, key: Array, length: int) -> Array:
+        return jax.random.permutation(key, length)
+
+
+Order = Raster | Permutation | Sets | Confidence
+
+
+def with_known_last(orders: Array, known: Array) -> Array:
+    """Orders (b, L) with the positions that `known` (b, L) marks moved to the end, the others as they were."""
+    moved = jnp.argsort(jnp.take_along_axis(known, orders, 1), axis=1, stable=True)
+    return jnp.take_along_axis(orders, moved, 1)
+
+
+def hidden(orders: Array, remaining: Array) -> Array:
+    """Which positions the first `remaining` (b,) of each order (b, L) are: bool (b, L)."""
+    return jnp.argsort(orders, axis=1) < remaining[:, None]
+
+
+def by_confidence(orders: Array, remaining: Array, score: Array) -> Array:
+    """Orders (b, L) whose first `remaining` (b,) positions are sorted by their score (b, L), the surest last.
+
+    score: of positions.
+    """
+    place = jnp.arange(orders.shape[1])
+    value = jnp.where(place < remaining[:, None], jnp.take_along_axis(score, orders, 1), jnp.inf)
+    return jnp.take_along_axis(orders, jnp.argsort(value, axis=1, stable=True), 1)
+
+
+# -- how many tokens are hidden in training
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRate:
+    """The share of tokens that is hidden in training."""
+
+    kind: Literal["normal", "cosine", "uniform"] = "normal"
+    """normal: of one truncated normal number per batch (MAR); cosine: cos(pi u / 2) for each image (MaskGIT);
+    uniform: any number of tokens, for each image, as any order may come to ask"""
+    mean: float = 1.0
+    std: float = 0.25
+    low: float = 0.7
+    """smallest share of `normal`; the largest is 1"""
+
+    def visible(self, length: int) -> int:
+        """Tokens that are left visible, at most."""
+        return length - int(np.ceil(self.low * length)) if self.kind == "normal" else length - 1
+
+    def draw(self, key: Array, b: int, length: int) -> Array:
+        """How many tokens to hide, int (b,), 1 to L."""
+        if self.kind == "normal":
+            ends = ((self.low - self.mean) / self.std, (1.0 - self.mean) / self.std)
+            rate = self.mean + self.std * jax.random.truncated_normal(key, *ends)
+            count = jnp.broadcast_to(jnp.ceil(rate * length), (b,))
+        elif self.kind == "cosine":
+            count = jnp.ceil(jnp.cos(jnp.pi / 2 * jax.random.uniform(key, (b,))) * length)
+        else:
+            count = jax.random.randint(key, (b,), 1, length + 1)
+        return jnp.clip(count, length - self.visible(length), length).astype(jnp.int32)
+
+
+def orders_of(order: Order, keys: Array, length: int) -> Array:
+    """An order for each key: int (b, L)."""
+    return jax.vmap(partial(order.draw, length=length))(keys)
