@@ -3,6 +3,8 @@
 Letters: b batch, t queries, s keys, n query heads, m key-value heads (m divides n), h head dimension.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -70,6 +72,22 @@ def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Ar
     freqs = frequencies(head_dim // 4, base)
     row, column = jnp.indices(grid).reshape(2, -1, 1)
     return jnp.concatenate([row * freqs, column * freqs], -1)
+
+
+def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Array:
+    """Angles (text + i * j, head_dim / 2) of text before a raster grid, as DALLE-pytorch turns them.
+
+    A third of the channels turns with the place in the text, a third with the row and a third with the column, both in
+    [-1, 1]; the image stands far behind the text (8192), the text off the grid (-10). Channels that are left stay.
+    """
+    third, count = head_dim // 3, head_dim // 6
+    line = 10000.0 ** (-2 * jnp.arange(count) / third)
+    pixel = math.pi * jnp.linspace(1, 5, count)
+    cells = jnp.meshgrid(*(jnp.linspace(-1, 1, n) for n in grid), indexing="ij")
+    places = [jnp.concatenate([jnp.arange(text), jnp.full(math.prod(grid), 8192)])]
+    places += [jnp.concatenate([jnp.full(text, -10.0), cell.reshape(-1)]) for cell in cells]
+    angles = [place[:, None] * turn for place, turn in zip(places, (line, pixel, pixel), strict=True)]
+    return jnp.pad(jnp.concatenate(angles, 1), [(0, 0), (0, head_dim // 2 - 3 * count)])
 
 
 def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotary:

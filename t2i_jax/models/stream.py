@@ -1,0 +1,414 @@
+"""One stream of text and image tokens: p(w, x) = prod_i p(w_i | w_<i) prod_i p(x_i | w, x_<i).
+
+DALL-E (Ramesh et al. 2021, arXiv:2102.12092), CogView (Ding et al. 2021, arXiv:2105.13290), minDALL-E: the sequence
+is [start][text (s tokens)][x_0 .. x_{L-1}] in one causal Transformer, and the loss is on both parts. Text and image
+have their own tables and heads: text places only predict text and image places only codes, as if the other part of a
+joint vocabulary were masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn import raster
+from t2i_jax.nn.attention import Rotary, rotary_text_grid
+from t2i_jax.nn.condition import Batch, ids, same_length
+from t2i_jax.nn.decode import few_rows, for_decoding
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
+from t2i_jax.nn.losses import chunked_cross_entropy
+from t2i_jax.nn.raster import Progress
+from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack, unstack
+from t2i_jax.parallel import shard
+
+SIZES: dict[str, dict[str, Any]] = {
+    "5M": dict(width=256, depth=6, heads=4),
+    "mindalle": dict(width=1536, depth=42, heads=24),  # 1.3 B
+    "cogview": dict(width=2560, depth=48, heads=40, sandwich=True, relax=True),  # 4 B
+    "dalle": dict(width=3968, depth=64, heads=62, positions="axial", attention=("row", "column", "row", "row")),  # 12 B
+}
+"""Published and own shapes, by name."""
+
+Attention = Literal["full", "row", "column", "window"]
+WINDOW = 5  # rows and columns of a window, its last cell the query's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The first part of the stream: ids of a caption, padded to a length."""
+
+    vocabulary: int = 16384
+    length: int = 64
+    start: bool = False
+    """a start token before the text, so that its first token is predicted too; it has the id of padding"""
+    padding: int = 0
+    """id of padding where no `text_mask` says what is padding"""
+    unique_padding: bool = False
+    """each place has padding of its own, after the vocabulary (Ramesh et al. 2021, 2.2)"""
+
+    inputs = ("text", "text_mask")
+
+    @property
+    def rows(self) -> int:
+        """Ids that there are."""
+        return self.vocabulary + (self.length if self.unique_padding else 0)
+
+    @property
+    def places(self) -> int:
+        """Tokens before the image."""
+        return self.length + self.start
+
+    def __call__(self, batch: Batch, drop: Array) -> Array:
+        """`text` int (b, s), and `text_mask` bool (b, s) if present -> ids (b, s); dropped rows are all padding."""
+        text = ids(batch, "text", self.vocabulary)
+        same_length("text", text.shape[1], self.length)
+        real = jnp.asarray(batch.get("text_mask", text != self.padding))
+        padding = self.vocabulary + jnp.arange(self.length) if self.unique_padding else self.padding
+        return jnp.where(real & ~drop[:, None], text, padding).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A causal Transformer over a caption and the codes of its image, and how it is trained."""
+
+    vocabulary: int = 1024
+    """Codes of the codec."""
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of codes."""
+    condition: Text = Text()
+    width: int = 256
+    depth: int = 6
+    heads: int = 4
+    head_dim: int = 0
+    """0 is width / heads."""
+    mlp: int = 0
+    """Inner width of the MLP; 0 is 4 times the width, or 8/3 with a gate."""
+    activation: Literal["swiglu", "geglu_exact", "gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    bias: bool = True
+    """Add learned biases in the MLPs, and in attention unless the next two say else."""
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    sandwich: bool = False
+    """Normalise what each branch adds too (Ding et al. 2021, 2.3)."""
+    relax: bool = False
+    """Keep low-precision numbers small in attention and normalisation (Ding et al. 2021, 2.3, PB-Relax)."""
+    branch_scale: bool = False
+    """A learned vector times what each branch adds (Touvron et al. 2021)."""
+    shift: bool = False
+    """Each branch reads some channels of the neighbours before."""
+    attention: tuple[Attention, ...] = ("full",)
+    """What image tokens see of the image, in turns over the layers (Child et al. 2019); text they see whole."""
+    positions: Literal["learned", "axial", "rotary"] = "learned"
+    """A vector for each place, one for each row and each column, or turned queries, keys and values."""
+    tied: bool = False
+    """Use the token tables as output matrices too."""
+    output_bias: bool = False
+    image_weight: float = 7.0
+    """w of the loss (text + w image) / (1 + w), both means over tokens (Ramesh et al. 2021, 2.2); as many as codes
+    stand on a text token, weighs all tokens alike, as CogView does."""
+    embedding_gradient: float = 1.0
+    """What the gradient of the embedded tokens is multiplied by; CogView takes 0.1."""
+    dropout: float = 0.0
+    """Of what each attention and MLP adds, and of the embedded sequence, in training."""
+    condition_dropout: float = 0.1
+    """Share of training examples whose text becomes padding, for guidance; 0: there is no unconditional branch."""
+    loss_chunk: int = 0
+    """Codes of each image whose logits are held at a time; 0 is all."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, logits and losses are fp32."""
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each layer keeps for its backward pass."""
+    sampling: Sampling = Sampling()
+    """How `sample` draws unless told otherwise."""
+
+    @classmethod
+    def sized(cls, size: str, **fields: Any) -> Stream:
+        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        return cls(**(SIZES[size] | fields))
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def layer(self) -> Layer:
+        """One block of the Transformer."""
+        return Layer(
+            self.width,
+            self.heads,
+            head_dim=self.head_dim,
+            hidden=self.mlp,
+            norm="layer",
+            activation=self.activation,
+            bias=self.bias,
+            qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            turn_values=self.positions == "rotary",
+            sandwich=self.sandwich,
+            branch_scale=self.branch_scale,
+            relax=self.relax,
+            dropout=self.dropout,
+        )
+
+    def options(self) -> Sampling:
+        """How `sample` draws unless told otherwise."""
+        return self.sampling
+
+    def init(self, key: Array) -> Network:
+        """A model with fresh parameters."""
+        return Network(self, key)
+
+    # -- training
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
+
+        batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
+        to ignore.
+        """
+        keys = jax.random.split(key)
+        b = batch["codes"].shape[0]
+        text = self.condition(batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)))
+        w, x = self._features(model, text, batch["codes"], keys[1])
+        _, text_nll, _ = chunked_cross_entropy(model.text_logits, w, text[:, text.shape[1] - w.shape[1] :])
+        _, image_nll, correct = self._image_score(model, x, batch["codes"])
+        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+        mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
+        loss = (mean(text_nll) + self.image_weight * mean(image_nll)) / (1 + self.image_weight)
+        bits = {"bits_per_token": mean(image_nll) / math.log(2), "bits_per_text_token": mean(text_nll) / math.log(2)}
+        return loss, {"loss": loss, **bits, "accuracy": mean(correct)}
+
+    def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
+        """log p(codes | text) of each image in nats: (b,) fp32."""
+        text = self.condition(batch, jnp.zeros(batch["codes"].shape[0], bool))
+        _, x = self._features(model, text, batch["codes"])
+        return -self._image_score(model, x, batch["codes"])[1].sum(-1)
+
+    def forward(self, model: Network, batch: dict[str, Array], dropped: Array | None = None) -> tuple[Array, Array]:
+        """Logits fp32 of every text token but a first one without start, (b, s or s - 1, rows), and of every code
+        (b, L, v), given all before; `dropped` bool (b,) marks rows without their text."""
+        dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
+        w, x = self._features(model, self.condition(batch, dropped), batch["codes"])
+        return model.text_logits(w), model.image_logits(x)
+
+    def joint(self, text: Array, image: Array) -> Array:
+        """Both parts of `forward` as logits (b, t, rows + v) over one vocabulary, text first; what a place cannot
+        predict is the lowest number."""
+        lowest = jnp.finfo(jnp.float32).min
+        wide = lambda x, *sides: jnp.pad(x, [(0, 0), (0, 0), sides], constant_values=lowest)
+        return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
+
+    def _image_score(self, model: Network, x: Array, codes: Array) -> tuple[Array, ...]:
+        codes = rearrange(codes, "b h w -> b (h w)")
+        return chunked_cross_entropy(model.image_logits, x, codes, self.loss_chunk)
+
+    def _features(self, model: Network, text: Array, codes: Array, key: Array | None = None) -> tuple[Array, Array]:
+        """What comes out of the Transformer where logits of text and of codes are read: (b, s', d), (b, L, d)."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
+        x = jnp.concatenate([self._text(model, text), self._image(model.image_tokens, model.cells(), codes, 0)], 1)
+        x = self.embedding_gradient * x + (1 - self.embedding_gradient) * jax.lax.stop_gradient(x)
+        place = jnp.arange(x.shape[1])
+        x, _ = apply_stack(
+            model.blocks,
+            shard(drop(x, self.dropout, keys[0]), "batch", "length", None),
+            mask=self._visible(place, place),
+            rotary=self._rotary(place),
+            shift=self._shift,
+            key=keys[1],
+            remat=self.remat,
+        )
+        return x[:, : self.condition.places - 1], x[:, self.condition.places - 1 :]
+
+    # -- what is where
+
+    def _text(self, model: Network, text: Array) -> Array:
+        """Text ids (b, s) as the first tokens of the stream."""
+        if self.condition.start:
+            text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.condition.padding)
+        x = model.text_tokens(text)
+        x = x if model.text_places is None else x + model.text_places[...]
+        return shard(x.astype(self.dtype), "batch", "length", None)
+
+    def _image(self, tokens: Embedding, places: Array | None, codes: Array, first: Array | int) -> Array:
+        """Codes (b, t) of the cells from `first` on as tokens of the stream."""
+        x = tokens(codes)
+        x = x if places is None else x + jax.lax.dynamic_slice_in_dim(places, first, codes.shape[1])
+        return shard(x.astype(self.dtype), "batch", "length", None)
+
+    @property
+    def _shift(self) -> Shift | None:
+        return Shift(self.condition.places, self.grid[1]) if self.shift else None
+
+    def _visible(self, q: Array, k: Array) -> Array:
+        """What places q (t,) see of places k (s,): (1, 1, t, s), or (n, 1, 1, t, s) where n masks take turns."""
+        q, k = q[:, None], k[None]
+        past, columns = k <= q, self.grid[1]
+        (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.condition.places, columns) for p in (q, k))
+        down, right = q_row - k_row, q_column - k_column
+        near = {
+            "full": True,
+            "row": down == 0,
+            "column": right == 0,
+            "window": (down < WINDOW) & (right >= 0) & (right < WINDOW),
+        }
+        masks = jnp.stack([past & (near[kind] | (k < self.condition.places)) for kind in self.attention])
+        return masks[:, None, None] if len(masks) > 1 else masks[:, None]
+
+    def _rotary(self, place: Array) -> Rotary | None:
+        """cos and sin of places."""
+        if self.positions != "rotary":
+            return None
+        angles = rotary_text_grid(self.condition.places, self.grid, self.layer.head)
+        return jnp.cos(angles)[place], jnp.sin(angles)[place]
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Network,
+        condition: dict[str, Array],
+        keys: Array,
+        options: Sampling | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | int = 0,
+        guided: bool | None = None,
+        segments: int = 0,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w), one image per row of `text` and per key of `keys` (b,); see `nn.raster.sample`.
+
+        guided: None leaves the unconditional branch out where `condition_dropout` is 0.
+        """
+        guided = self.condition_dropout > 0 if guided is None else guided
+        return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
+
+    def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
+        """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
+        x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.places)
+        blocks = unstack(model.blocks)
+        caches = tuple(Cache.empty(self.layer, *x.shape[:2], self.dtype) for _ in blocks)
+        if self.shift:
+            past = jnp.zeros((x.shape[0], 2, x.shape[1], self.width // 4 * 2), self.dtype)
+            caches = tuple(c._replace(past=past) for c in caches)
+        x, caches = apply_stack(
+            blocks,
+            x,
+            mask=self._visible(place, place),
+            rotary=self._rotary(place),
+            shift=self._shift,
+            caches=caches,
+        )
+        # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
+        w = model.image_tokens.w[...] if model.image_head is None else model.image_head[...].T
+        state = Decoding(
+            caches=caches,
+            blocks=for_decoding(blocks, self.dtype),
+            tokens=model.image_tokens,
+            places=model.cells(),
+            norm=model.norm,
+            output=w.astype(self.dtype),
+            output_bias=model.image_bias,
+            text=x.shape[1],
+        )
+        return model.image_logits(x[:, -1]), state
+
+    def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
+        """Put in code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
+        place = jnp.reshape(self.condition.places + i, (1,))
+        x, caches = apply_stack(
+            state.blocks,
+            self._image(state.tokens, state.places, codes[:, None], i),
+            mask=self._visible(place, jnp.arange(state.caches[0].k.shape[2])),
+            rotary=self._rotary(place),
+            shift=self._shift,
+            caches=state.caches,
+        )
+        logits = few_rows(state.norm(x[:, 0]), state.output, jnp.float32)
+        logits = logits if state.output_bias is None else logits + state.output_bias[...]
+        return logits, dataclasses.replace(state, caches=caches)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """An image under way."""
+
+    caches: tuple[Cache, ...]
+    blocks: tuple[Block, ...]
+    """One by one, in the form that decodes fastest."""
+    tokens: Embedding
+    places: Array | None
+    """What is added to codes by where they stand (L, d)."""
+    norm: RMSNorm | LayerNorm
+    output: Array
+    """(v, d)"""
+    output_bias: nnx.Param | None
+    text: int = dataclasses.field(metadata={"static": True})
+    """Tokens before the image."""
+
+    def grow(self, count: int) -> Decoding:
+        """Room for `count` tokens of the image."""
+        return dataclasses.replace(self, caches=tuple(c.grow(self.text + count) for c in self.caches))
+
+
+class Network(nnx.Module):
+    """The parameters of a `Stream`."""
+
+    def __init__(self, config: Stream, key: Array):
+        keys = jax.random.split(key, 7)
+        self.text_tokens = Embedding(config.condition.rows, config.width, keys[0])
+        self.image_tokens = Embedding(config.vocabulary, config.width, keys[1])
+        places = lambda key, *shape: param(normal(key, (*shape, config.width)), *(None,) * len(shape), "embed")
+        learned = config.positions != "rotary"
+        self.text_places = places(keys[2], config.condition.places) if learned else None
+        self.image_places = places(keys[3], config.length) if config.positions == "learned" else None
+        axial = config.positions == "axial"
+        self.row_places, self.column_places = (
+            places(k, n) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
+        )
+        self.blocks = stack(config.layer, config.depth, keys[4])
+        # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
+        for branch in (self.blocks.attention, self.blocks.mlp):
+            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
+        if config.branch_scale:  # the first layers may say more (Touvron et al. 2021, 3.2)
+            layer = jnp.arange(1, config.depth + 1)
+            scale = jnp.where(layer <= 18, 0.1, jnp.where(layer <= 24, 1e-5, 1e-6))[:, None]
+            for name in ("attention_scale", "mlp_scale"):
+                setattr(self.blocks, name, param(jnp.broadcast_to(scale, (config.depth, config.width)), None))
+        self.norm = config.layer.normalise()
+        matrix = lambda key, v: None if config.tied else param(normal(key, (config.width, v)), "embed", "vocab")
+        bias = lambda v: param(jnp.zeros(v), "vocab") if config.output_bias else None
+        self.text_head, self.text_bias = matrix(keys[5], config.condition.rows), bias(config.condition.rows)
+        self.image_head, self.image_bias = matrix(keys[6], config.vocabulary), bias(config.vocabulary)
+
+    def cells(self) -> Array | None:
+        """What is added to codes by where they stand: (L, d), or None."""
+        if self.row_places is not None and self.column_places is not None:
+            return rearrange(self.row_places[...][:, None] + self.column_places[...], "h w d -> (h w) d")
+        return None if self.image_places is None else self.image_places[...]
+
+    def text_logits(self, z: Array) -> Array:
+        """(..., d) -> (..., rows of the text) fp32."""
+        return self._logits(z, self.text_tokens, self.text_head, self.text_bias)
+
+    def image_logits(self, z: Array) -> Array:
+        """(..., d) -> (..., v) fp32."""
+        return self._logits(z, self.image_tokens, self.image_head, self.image_bias)
+
+    def _logits(self, z: Array, tokens: Embedding, head: nnx.Param | None, bias: nnx.Param | None) -> Array:
+        w = tokens.w[...].T if head is None else head[...]
+        logits = jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+        return logits if bias is None else logits + bias[...]
