@@ -139,5 +139,5 @@ def _lines(model: Any, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]
     for ours, variable in named(model).items():
         line, array = table[ours], np.asarray(variable[...])
         for n, part in enumerate(array if line.stacked else [array]):
-            for name, theirs in zip(line.layer(n), map(np.ascontiguousarray, line.theirs(part)), strict=True):
-                yield name, theirs, line
+            for name, theirs in zip(line.layer(n), line.theirs(part), strict=True):
+                yield name, np.asarray(theirs, order="C"), line  # not ascontiguousarray, it has no scalars
