@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import EinopsError, rearrange
+from einops import EinopsError, pack, rearrange, unpack
 
 from t2i_jax.nn.trees import named, rebuild
 
@@ -35,6 +35,8 @@ class Source(NamedTuple):
     """which rows of the tensor this variable is, in the order of ours; None is all of them"""
     height: int = 0
     """rows that the whole tensor has, where `rows` says"""
+    parts: tuple[int, ...] = ()
+    """rows of each of several matrices that stand one behind another in this variable; else they are a new dimension"""
 
     @property
     def stacked(self) -> bool:
@@ -46,6 +48,8 @@ class Source(NamedTuple):
     def ours(self, tensors: list[Any]) -> Any:
         """One layer's tensors as one array of ours."""
         joined = tensors[0] if len(tensors) == 1 else tensors
+        if self.parts:
+            joined = pack(tensors, "* d")[0]
         if self.rows is not None:
             if joined.shape[0] != self.height:
                 raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
@@ -58,8 +62,10 @@ class Source(NamedTuple):
         """The tensors that `ours` would make `array` of."""
         if self.layout:
             left, right = self.layout.split("->")
-            parts = {left.split()[0]: len(self.names)} if len(self.names) > 1 else {}
+            parts = {left.split()[0]: len(self.names)} if len(self.names) > 1 and not self.parts else {}
             array = rearrange(array, f"{right} -> {left}", **parts, **self.sizes)
+        if self.parts:
+            return unpack(array, [(n,) for n in self.parts], "* d")
         return [array] if len(self.names) == 1 else list(array)
 
 
@@ -68,13 +74,15 @@ Tensors = Mapping[str, Any]
 """Names to arrays, or to abstract ones that have a shape."""
 
 
-def source(*names: str, layout: str = "", rows: Any = None, height: int = 0, **sizes: int) -> Source:
+def source(
+    *names: str, layout: str = "", rows: Any = None, height: int = 0, parts: tuple[int, ...] = (), **sizes: int
+) -> Source:
     """A line of a table: their name or names, the einops pattern to ours, and what it cannot know of its sizes.
 
     rows, height: the rows that the variable is of a tensor with `height` rows. All variables of a tensor together make
-    it whole again.
+    it whole again. parts: rows of several matrices that are one behind another with us.
     """
-    return Source(names, layout, sizes, rows, height)
+    return Source(names, layout, sizes, rows, height, parts)
 
 
 def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = "", file: str = "the file") -> Any:
