@@ -154,7 +154,7 @@ def test_bfloat16_is_near(folder):
     assert {v.dtype for v in named(model).values()} == {jnp.dtype("bfloat16")}
     a, b = (jax.jit(t.features)(m, ids, mask) for t, m in ((exact, exact.load()), (half, model)))
     assert b.dtype == jnp.bfloat16
-    assert np.linalg.norm((a - b)[mask]) < 0.03 * np.linalg.norm(a[mask])
+    assert np.linalg.norm((a - b)[mask]) < 0.1 * np.linalg.norm(a[mask])
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(2, 2, 2)], ids=str)

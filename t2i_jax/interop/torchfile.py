@@ -75,9 +75,10 @@ class _StorageType:
 
 
 class StandIn:
-    """An object whose class was not admitted: it has a name and nothing else."""
+    """An object whose class was not admitted: it has a name, and the state that was saved with it, and does nothing."""
 
     name = ""
+    state: Any = None
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -86,7 +87,7 @@ class StandIn:
         pass
 
     def __setstate__(self, state):
-        pass
+        self.state = state
 
     def __setitem__(self, key, value):
         pass

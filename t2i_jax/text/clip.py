@@ -1,0 +1,363 @@
+"""CLIP: a tower for captions and a tower for pictures that meet in one space (Radford et al. 2021).
+
+`ClipText` gives the features of every token, `ClipEmbedding` one vector a caption or a picture. Both read a folder as
+Hugging Face lays it out, or one of OpenAI's files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from PIL import Image
+
+from t2i_jax.interop import clip as published
+from t2i_jax.interop import huggingface
+from t2i_jax.interop.names import Table, to_ours
+from t2i_jax.nn.attention import causal
+from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.parallel import shard
+from t2i_jax.text.bpe import read_pairs
+
+MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""`hidden_act` of a config.json, and our name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Sizes of both towers; as they are, those of ViT-B/32."""
+
+    text: Layer = Layer(512, 8, norm="layer", activation="quick_gelu", bias=True)
+    image: Layer = Layer(768, 12, norm="layer", activation="quick_gelu", bias=True)
+    text_depth: int = 12
+    image_depth: int = 12
+    dim: int = 512
+    """size k of an embedding"""
+    vocabulary: int = 49408
+    length: int = 77
+    """ids of a caption"""
+    end: int | None = None
+    """id at whose first place a caption is read off; None: the place of the largest id, which is the end of released
+    vocabularies"""
+    size: int = 224
+    """side of a picture"""
+    patch: int = 32
+    channels: int = 3
+
+    def init(self, key: Array) -> Towers:
+        return Towers(self, key)
+
+    @classmethod
+    def of_huggingface(cls, config: Mapping[str, Any]) -> Clip:
+        """From the fields of config.json. Errors: ValueError naming the field."""
+        for part in ("text_config", "vision_config"):
+            if not isinstance(config.get(part), Mapping):
+                raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
+        text, image = config["text_config"], config["vision_config"]
+        end = text.get("eos_token_id", 49407)
+        return cls(
+            _layer(text, "text_config", 512, 8, 2048),
+            _layer(image, "vision_config", 768, 12, 3072),
+            text.get("num_hidden_layers", 12),
+            image.get("num_hidden_layers", 12),
+            config.get("projection_dim", 512),
+            text.get("vocab_size", 49408),
+            text.get("max_position_embeddings", 77),
+            None if end == 2 else end,  # 2 stands in folders that were made when the largest id was looked for
+            image.get("image_size", 224),
+            image.get("patch_size", 32),
+            image.get("num_channels", 3),
+        )
+
+    @classmethod
+    def of_openai(cls, tensors: Mapping[str, Any], head: int = 64) -> Clip:
+        """From the shapes in one of OpenAI's files. head: size of a head, 64 in all that are released.
+
+        Errors: ValueError for what is no CLIP, or one whose picture tower is a ResNet.
+        """
+        wanted = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding", "token_embedding.weight")
+        missing = [name for name in (*wanted, "positional_embedding", "text_projection") if name not in tensors]
+        if missing:
+            resnet = any(name.startswith("visual.attnpool") for name in tensors)
+            kind = "the picture tower is a ResNet; only ViT towers are read" if resnet else f"no {', '.join(missing)}"
+            raise ValueError(f"not a file of OpenAI's CLIP with a ViT: {kind}")
+        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        width, channels, patch, _ = shape["visual.conv1.weight"]
+        grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
+
+        def layer(prefix: str, width: int) -> tuple[Layer, int]:
+            blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
+            hidden = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
+            kind = {"norm": "layer", "activation": "quick_gelu", "bias": True}
+            return Layer(width, width // head, hidden=hidden, **kind), len(blocks)
+
+        text, text_depth = layer("transformer.", shape["positional_embedding"][1])
+        image, image_depth = layer("visual.transformer.", width)
+        sizes = {"dim": shape["visual.proj"][1], "vocabulary": shape["token_embedding.weight"][0]}
+        sizes |= {"length": shape["positional_embedding"][0], "size": grid * patch, "patch": patch}
+        return cls(text, image, text_depth, image_depth, channels=channels, **sizes)
+
+
+def _layer(config: Mapping[str, Any], part: str, width: int, heads: int, hidden: int) -> Layer:
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"config.json: {part}.hidden_act '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+    return Layer(
+        config.get("hidden_size", width),
+        config.get("num_attention_heads", heads),
+        hidden=config.get("intermediate_size", hidden),
+        norm="layer",
+        eps=config.get("layer_norm_eps", 1e-5),
+        activation=ACTIVATIONS[activation],
+        bias=True,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- towers
+
+
+class TextTower(nnx.Module):
+    """A causal Transformer over ids, whose end token gathers the caption."""
+
+    def __init__(self, config: Clip, key: Array):
+        keys = jax.random.split(key, 4)
+        d = config.text.width
+        self.words = Embedding(config.vocabulary, d, keys[0])
+        self.positions = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
+        self.blocks = stack(config.text, config.text_depth, keys[2])
+        self.norm = LayerNorm(d, config.text.eps)
+        self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None))
+        self.end = config.end
+
+    def __call__(self, ids: Array) -> Array:
+        """ids int (b, s) -> (b, s, d), normalised by the last norm; padding is not hidden, it comes after the text."""
+        s = ids.shape[1]
+        x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
+        return self.norm(apply_stack(self.blocks, x, mask=causal(s))[0])
+
+    def embed(self, ids: Array) -> Array:
+        """ids int (b, s) -> embeddings (b, k), of any length."""
+        at = jnp.argmax(ids if self.end is None else ids == self.end, -1)
+        return self.out(jnp.take_along_axis(self(ids), at[:, None, None], 1)[:, 0])
+
+
+class ImageTower(nnx.Module):
+    """A vision Transformer (Dosovitskiy et al. 2021), whose first token gathers the picture."""
+
+    def __init__(self, config: Clip, key: Array):
+        keys = jax.random.split(key, 5)
+        d, grid = config.image.width, config.size // config.patch
+        stride = {"kernel": config.patch, "stride": config.patch, "padding": "VALID", "bias": False}
+        self.patches = Conv(config.channels, d, keys[0], **stride)
+        self.first = param(normal(keys[1], (d,), d**-0.5), "embed")
+        self.positions = param(normal(keys[2], (grid**2 + 1, d), d**-0.5), None, "embed")
+        self.before = LayerNorm(d, config.image.eps)
+        self.blocks = stack(config.image, config.image_depth, keys[3])
+        self.norm = LayerNorm(d, config.image.eps)
+        self.out = Linear(d, config.dim, keys[4], bias=False, std=d**-0.5, axes=("embed", None))
+
+    def __call__(self, x: Array) -> Array:
+        """Pictures (b, i, j, c) as `as_seen` or `preprocess` give them -> (b, 1 + patches, d), not yet normalised."""
+        x = rearrange(self.patches(x), "b i j d -> b (i j) d")
+        first = jnp.broadcast_to(self.first[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
+        x = jnp.concatenate([first, x], 1) + self.positions[...]
+        return apply_stack(self.blocks, shard(self.before(x), "batch", "length", None))[0]
+
+    def embed(self, x: Array) -> Array:
+        """Pictures (b, i, j, c) -> embeddings (b, k), of any length."""
+        return self.out(self.norm(self(x)[:, 0]))
+
+
+class Towers(nnx.Module):
+    """Both towers, and the logarithm of what cosines are multiplied by."""
+
+    def __init__(self, config: Clip, key: Array):
+        keys = jax.random.split(key)
+        self.text, self.image = TextTower(config, keys[0]), ImageTower(config, keys[1])
+        self.logit_scale = param(jnp.asarray(math.log(1 / 0.07)))
+
+    def logits(self, images: Array, ids: Array) -> Array:
+        """Pictures (b, i, j, c), ids int (n, s) -> scaled cosines (b, n) (Radford et al. 2021, figure 3)."""
+        return jnp.exp(self.logit_scale[...]) * unit(self.image.embed(images)) @ unit(self.text.embed(ids)).T
+
+
+def unit(x: Array) -> Array:
+    """x at length 1 over the last dimension; zeros stay."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def read(path: str | Path, head: int = 64) -> tuple[Clip, Mapping[str, Any], Table]:
+    """The sizes, the tensors and their table, of a folder as Hugging Face lays it out or of one of OpenAI's files.
+
+    head: size of a head, which OpenAI's files do not tell. Errors: FileNotFoundError, ValueError for what is no CLIP.
+    """
+    if Path(path).is_dir():
+        tensors, config = huggingface.Weights(path), Clip.of_huggingface(huggingface.config(path))
+        return config, tensors, published.huggingface_table(config.text.head, config.image.head)
+    tensors = published.openai_tensors(path)
+    try:
+        config = Clip.of_openai(tensors, head)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config, tensors, published.openai_table(config.text.head, config.image.head)
+
+
+@functools.lru_cache(8)
+def sizes(path: str) -> Clip:
+    """The sizes of the CLIP at `path`."""
+    return Clip.of_huggingface(huggingface.config(path)) if Path(path).is_dir() else read(path)[0]
+
+
+def load(path: str | Path, head: int = 64) -> tuple[Clip, Towers]:
+    """Both towers with their weights in fp32, on the host.
+
+    Errors: FileNotFoundError, ValueError that lists every missing, unused or wrongly shaped tensor.
+    """
+    config, tensors, table = read(path, head)
+    return config, to_ours(_abstract(config), tensors, table, published.IGNORED, str(path))
+
+
+def _abstract(config: Clip) -> Towers:
+    return jax.eval_shape(config.init, jax.random.key(0))
+
+
+# --------------------------------------------------------------------------------------------------------- captions
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipText:
+    """Captions as features of every token, after the last norm: what VQ-Diffusion and its kin look at."""
+
+    folder: str
+    """as Hugging Face lays it out, or one of OpenAI's files"""
+    normalise: bool = False
+    """scale every token's vector to length 1, as VQ-Diffusion does"""
+    pad: int = 0
+    """id after the end; released programs use 0 or the end's own, 49407"""
+    vocabulary: str = ""
+    """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and a mask bool (n, s): all True, as published networks look at padding too; all False for
+        an empty caption. Errors: ImportError where the vocabulary is missing."""
+        ids, filled = _encode(self, captions, self.pad)
+        return ids, np.broadcast_to(filled[:, None], ids.shape).copy()
+
+    @property
+    def dim(self) -> int:
+        """Size k of a feature vector."""
+        return sizes(self.folder).text.width
+
+    @property
+    def length(self) -> int:
+        """Ids of a caption, start and end included."""
+        return sizes(self.folder).length
+
+    def load(self) -> TextTower:
+        """The text tower in fp32, on the host. Errors: those of `read`, and ValueError for wrong tensors."""
+        config, tensors, table = read(self.folder)
+        lines = {k.removeprefix("text."): v for k, v in table.items() if k.startswith("text.")}
+        return to_ours(_abstract(config).text, tensors, lines, ignore=".", file=self.folder)
+
+    def features(self, model: TextTower, ids: Array, mask: Array) -> Array:
+        """One vector a token: (b, s) ids and mask -> (b, s, k) fp32."""
+        x = model(ids)
+        return unit(x) if self.normalise else x
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipEmbedding:
+    """One vector of length 1: of the picture in training, of the caption when drawing (Wang et al. 2022, CLIP-GEN)."""
+
+    folder: str
+    """as Hugging Face lays it out, or one of OpenAI's files"""
+    vocabulary: str = ""
+    """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
+
+    length = 1
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and the mask bool (n, 1) of captions that say something.
+
+        Errors: ImportError where the vocabulary is missing.
+        """
+        ids, filled = _encode(self, captions, 0)
+        return ids, filled[:, None]
+
+    @property
+    def dim(self) -> int:
+        """Size k of an embedding."""
+        return sizes(self.folder).dim
+
+    def load(self) -> Towers:
+        """Both towers in fp32, on the host. Errors: those of `load`."""
+        return load(self.folder)[1]
+
+    def features(self, model: Towers, ids: Array, mask: Array) -> Array:
+        """The embedding of each caption: (b, s) ids -> (b, 1, k) fp32."""
+        return unit(model.text.embed(ids))[:, None]
+
+    def image_features(self, model: Towers, images: Array) -> Array:
+        """The embedding of each picture: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
+        return unit(model.image.embed(as_seen(images, sizes(self.folder).size)))[:, None]
+
+
+def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (n, s), and which captions (n,) have any between start and end."""
+    merges = Path(text.folder) / "merges.txt"
+    pairs = read_pairs(text.vocabulary or (str(merges) if merges.is_file() else ""))
+    config = sizes(text.folder)
+    ids = pairs.encode(captions, config.length, pad)
+    if ids.size and ids.max() >= config.vocabulary:
+        raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model knows {config.vocabulary}")
+    return ids, ids[:, 1] != pairs.last
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def preprocess(pictures: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
+    """Pictures, or uint8 (i, j, 3), as OpenAI's program hands them to CLIP: float32 (n, size, size, 3).
+
+    The short side becomes `size` by pillow's bicubic filter, the centre is cut out, colours are standardised.
+    """
+    rows = []
+    for picture in pictures:
+        picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        w, h = picture.size
+        w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+        picture = picture if picture.size == (w, h) else picture.resize((w, h), Image.Resampling.BICUBIC)
+        left, top = round((w - size) / 2), round((h - size) / 2)
+        rows.append(np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB")))
+    return (np.stack(rows).astype(np.float32) / 255 - MEAN) / STD
+
+
+def as_seen(images: Array, size: int = 224) -> Array:
+    """The same for pictures (b, i, j, 3) in [-1, 1] on the device, their centre cut out first.
+
+    Like pillow it makes the columns, then the rows, and rounds to bytes after each; no gradient passes.
+    """
+    i, j = images.shape[1:3]
+    side = min(i, j)
+    top, left = (i - side) // 2, (j - side) // 2
+    x = images[:, top : top + side, left : left + side].astype(jnp.float32) / 2 + 0.5
+    if side != size:
+        b, _, _, c = x.shape
+        for shape in ((b, side, size, c), (b, size, size, c)):
+            x = jnp.clip(jnp.round(jax.image.resize(x, shape, "cubic", antialias=True) * 255) / 255, 0, 1)
+    return (x - MEAN) / STD
