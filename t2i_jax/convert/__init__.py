@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class Format:
     """One kind of published file."""
 
     describe: Callable[..., Any]
-    """(tensors, **hints) -> the configuration whose model they fill; tensors may be abstract. Hints are keyword-only, say
-    what shapes cannot, and default to the released values."""
+    """(tensors, **hints) -> the configuration whose model they fill; tensors may be abstract. Hints are keyword-only,
+    say what shapes cannot, and default to the released values."""
     table: Callable[[Any], Table]
     """configuration -> where each variable lies in the file"""
     unused: str = ""
@@ -42,6 +43,8 @@ class Format:
     """keys under which files hold the tensors, best first"""
     prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
     """what training programs put before every name"""
+    renames: tuple[tuple[str, str], ...] = ()
+    """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
     """prefix of its names in a file that holds other models too"""
 
@@ -93,6 +96,8 @@ def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hin
     Errors: ValueError that lists every missing, unused or wrongly shaped name.
     """
     format = find(name)
+    for pattern, to in format.renames:
+        tensors = {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
     config = format.describe(tensors, **hints)
     model = jax.eval_shape(config.init, jax.random.key(0))
     fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)

@@ -1,12 +1,13 @@
 """Formats of single-stream models and of the discrete codecs that they read."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from t2i_jax.codecs.dvae import DVAE, Pooled
+from t2i_jax.codecs.dvae import DVAE, Pooled, Strided
 from t2i_jax.convert import Format
-from t2i_jax.interop import mindalle, openai_dvae
+from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.stream import Stream, Text
 from t2i_jax.nn.draw import Sampling
@@ -33,7 +34,54 @@ def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: Any) -> Stream:
     return Stream(**(found | {"condition": text, "condition_dropout": 0.0, "sampling": sampling} | fields))
 
 
+ATTENTION = {"full": "full", "axial_row": "row", "axial_col": "column", "conv_like": "window"}
+
+
+def _dalle_pytorch(
+    tensors: Tensors,
+    *,
+    heads: int = 8,
+    grid: tuple[int, int] | None = None,
+    text_length: int = 0,
+    codes: int = 0,
+    attn_types: Sequence[str] = ("full",),
+    **fields: Any,
+) -> Stream:
+    """attn_types: the kinds of attention that take turns over the layers, by their published names."""
+    if wrong := [kind for kind in attn_types if kind not in ATTENTION]:
+        raise ValueError(f"attn_types={wrong[0]!r}: known are {', '.join(ATTENTION)}")
+    found = dalle_pytorch.describe(tensors, heads, grid, text_length, codes)
+    text = Text(**found.pop("text"))
+    attention = tuple(ATTENTION[kind] for kind in attn_types)
+    return Stream(**(found | {"condition": text, "attention": attention} | fields))
+
+
+def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:
+    found = dalle_pytorch.describe_vae(tensors)
+    network = Strided(**{k: found[k] for k in ("channels", "layers", "blocks", "code")})
+    trained = dict(pixels="l2", temperature=0.9, anneal=0)
+    return DVAE(**({"codes": found["codes"], "network": network} | trained | fields))
+
+
+def _dalle_pytorch_vae_table(config: DVAE) -> Table:
+    return dalle_pytorch.vae_table(_abstract(config))
+
+
 FORMATS = {
+    "dalle_pytorch": Format(
+        _dalle_pytorch,
+        dalle_pytorch.table,
+        dalle_pytorch.UNUSED,
+        wrappers=("weights", "state_dict"),
+        renames=dalle_pytorch.RENAMES,
+    ),
+    "dalle_pytorch_vae": Format(
+        _dalle_pytorch_vae,
+        _dalle_pytorch_vae_table,
+        dalle_pytorch.VAE_UNUSED,
+        wrappers=("weights", "state_dict"),
+        renames=dalle_pytorch.VAE_RENAMES,
+    ),
     "openai_dvae": Format(_openai_dvae, _openai_dvae_table),
     "mindalle": Format(_mindalle, mindalle.table),
 }

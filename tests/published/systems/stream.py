@@ -75,4 +75,78 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
     return ours
 
 
-SYSTEMS = {"openai_dvae": openai_dvae, "mindalle": mindalle}
+KNOWN = {"dim", "depth", "heads", "dim_head", "num_text_tokens", "text_seq_len", "total_text_vocab", "num_image_tokens"}
+KNOWN |= {"image_seq_len", "loss_img_weight", "share_input_output_emb", "sandwich_norm", "shift_tokens", "attn_types"}
+KNOWN |= {"rotary_emb", "cond_scale", "vae", "stable", "reversible", "ff_dropout", "attn_dropout"}
+
+
+def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    for flag in {"stable", "reversible"} | (meta.keys() - KNOWN):
+        if meta.get(flag):
+            raise ValueError(f"{flag}={meta[flag]!r} of DALLE-pytorch is not known here")
+    side = round(meta["image_seq_len"] ** 0.5)
+    kinds = meta["attn_types"] or ("full",)
+    config, model = convert(
+        "dalle_pytorch",
+        oracle.tensors,
+        heads=meta["heads"],
+        grid=(side, side),
+        text_length=meta["text_seq_len"],
+        attn_types=(kinds,) if isinstance(kinds, str) else kinds,
+        codes=meta["num_image_tokens"],
+        image_weight=float(meta["loss_img_weight"]),
+        condition_dropout=0.0,
+    )
+    ours = dalle_pytorch_vae(oracle)
+    text, codes = jnp.asarray(inputs["text"]), jnp.asarray(inputs["image_ids"])
+    batch = {"text": text, "codes": codes.reshape(-1, *config.grid)}
+    b = len(text)
+
+    @jax.jit
+    def run(model):
+        slopes, _ = jax.grad(config.loss, has_aux=True)(model, batch, jax.random.key(0))
+        loss, _ = config.loss(model, batch, jax.random.key(0))
+        logits = (config.joint(*config.forward(model, batch, jnp.full(b, dropped))) for dropped in (False, True))
+        return slopes, loss, *logits
+
+    slopes, ours["loss"], ours["logits"], ours["logits_null"] = run(model)
+    slopes = restore("dalle_pytorch", config, slopes)
+    ours |= {name: slopes[name.removeprefix("grad.")] for name in outputs if name.startswith("grad.")}
+
+    keys = jax.random.split(jax.random.key(0), b)
+    for name, scale in (("nocfg", 1.0), ("cfg", meta["cond_scale"])):
+        options = Sampling(guidance=scale, greedy=True)
+        greedy = config.sample(model, {"text": text}, keys, options, guided=True, segments=1)
+        ours[f"greedy_tokens_{name}"] = np.asarray(greedy).reshape(b, -1)
+    return ours
+
+
+def dalle_pytorch_vae(oracle: Oracle) -> dict[str, Any]:
+    inputs, meta = oracle.inputs, oracle.config["vae"]
+    settings = {"straight_through": True} if meta.get("straight_through") else {}
+    if meta.get("smooth_l1_loss"):
+        settings["pixels"] = "smooth_l1"
+    config, model = convert("dalle_pytorch_vae", oracle.tensors, **settings)
+
+    @jax.jit
+    def run(images, gumbel):
+        logits, codes = config.logits(model, images), config.encode(model, images)
+        soft = config.relaxed(model, logits, gumbel, meta.get("temperature", 0.9))
+        distance, divergence = config.terms(images, soft, logits)
+        # The published loss sums the divergence over the images of a batch, where ours is a mean.
+        loss = distance + meta.get("kl_div_loss_weight", 0.1) * divergence * len(images)
+        return logits, codes, config.decode(model, codes), soft, loss
+
+    gumbel = -jnp.log(nhwc(inputs["gumbel_exponential"]))
+    logits, codes, decoded, soft, loss = run(nhwc(inputs["image01"]) * 2 - 1, gumbel)
+    return {
+        "vae_logits": nchw(logits),
+        "vae_ids": codes.reshape(len(codes), -1),
+        "vae_decode": nchw(decoded),
+        "vae_recon_soft": nchw(soft),
+        "vae_loss": loss,
+    }
+
+
+SYSTEMS = {"openai_dvae": openai_dvae, "mindalle": mindalle, "dalle_pytorch": dalle_pytorch}
