@@ -18,7 +18,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.interop import vgg
-from t2i_jax.nn.layers import replace
+from t2i_jax.nn.layers import at_least_fp32, replace
 from t2i_jax.nn.players import Player
 from t2i_jax.nn.vgg import Trunk
 
@@ -54,8 +54,8 @@ class Game:
     start: int = 20_000
     """step at which the discriminator begins to learn and to be listened to"""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """what convolutions compute in; latents and losses are always fp32"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """what convolutions compute in; latents and losses are fp32, with float64 (to check gradients by) float64"""
 
     def reconstruct(self, model: Model, images: Array) -> Array:
         """Images to codes and back; every codec has its own."""
@@ -100,7 +100,7 @@ class Game:
             return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
 
         fool = lambda y: losses.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
-        y = decoder.paint(h).astype(jnp.float32)
+        y = at_least_fp32(decoder.paint(h))
         loss, metrics = faithful(y)
         metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
         if self.adversarial:
@@ -115,7 +115,7 @@ class Game:
         return loss, metrics
 
     def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
-        """The adversary's loss on real and reconstructed images: -> (loss, (metrics, model with moved running statistics))."""
+        """The adversary's loss on real and reconstructed images: -> (loss, (metrics, model with moved statistics))."""
         y = jax.lax.stop_gradient(self.reconstruct(model, batch["image"]))
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(y.astype(self.dtype))

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.nn.layers import at_least_fp32
 from t2i_jax.nn.vgg import Trunk, Weights, features
 
 
 def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2", "smooth_l1"]) -> Array:
     """Mean absolute or squared difference, a scalar; smooth_l1 is half the square below 1 (Girshick 2015, eq. 3)."""
-    d = x.astype(jnp.float32) - y.astype(jnp.float32)
+    d = at_least_fp32(x) - at_least_fp32(y)
     if kind == "smooth_l1":
         return jnp.mean(jnp.where(jnp.abs(d) < 1, d * d / 2, jnp.abs(d) - 0.5))
     return jnp.mean(jnp.abs(d) if kind == "l1" else d * d)

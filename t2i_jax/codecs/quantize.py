@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.layers import Carried, Linear, normal, param, replace
+from t2i_jax.nn.layers import Carried, Linear, at_least_fp32, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Quantizer(nnx.Module):
 
     def prepare(self, z: Array) -> Array:
         """Vectors as they are compared."""
-        z = z.astype(jnp.float32)
+        z = at_least_fp32(z)
         return unit(z) if self.config.normalize else z
 
     def codes(self, z: Array) -> Array:
@@ -234,9 +234,7 @@ class GumbelQuantizer(nnx.Module):
         q = jax.nn.softmax(logits)
         return jnp.mean(jnp.sum(q * jnp.log(q * q.shape[-1] + 1e-10), -1))
 
-    def __call__(
-        self, z: Array, key: Array, step: Array | int = 0
-    ) -> tuple[Array, Array, Array, dict[str, Array]]:
+    def __call__(self, z: Array, key: Array, step: Array | int = 0) -> tuple[Array, Array, Array, dict[str, Array]]:
         """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics."""
         logits, temperature = self.logits(z), self.config.temperature_at(step)
         weights = self.choice(logits, jax.random.gumbel(key, logits.shape), temperature)

@@ -10,14 +10,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
-from t2i_jax.nn.layers import Conv, replace
+from t2i_jax.nn.layers import Conv, at_least_fp32, replace
 from t2i_jax.parallel import shard
 
 
@@ -50,7 +49,7 @@ class VQGAN(Game):
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         part = model.autoencoder
         features = part.decoder(part.from_code(self.embed(model, codes).astype(self.dtype)))
-        return features.astype(jnp.float32)
+        return at_least_fp32(features)
 
     def embed(self, model: Model, codes: Array) -> Array:
         """Codes int (...) -> their vectors (..., k)."""

@@ -45,9 +45,7 @@ def table(config: Any) -> Table:
         "output": source("head.weight", layout=LINEAR),
         "condition.out.w": source("cond_proj.weight", layout=LINEAR),
         "condition.out.b": source("cond_proj.bias"),
-        "blocks.attention.qkv.w": source(
-            f"{layer}self_attn.in_proj_weight", layout="(a n h) d -> d (n a h)", **sizes
-        ),
+        "blocks.attention.qkv.w": source(f"{layer}self_attn.in_proj_weight", layout="(a n h) d -> d (n a h)", **sizes),
         "blocks.attention.qkv.b": source(f"{layer}self_attn.in_proj_bias", layout="(a n h) -> (n a h)", **sizes),
     }
     for ours, theirs in {"attention.out": "self_attn.out_proj", "mlp.into": "linear1", "mlp.out": "linear2"}.items():

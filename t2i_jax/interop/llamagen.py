@@ -58,9 +58,7 @@ def table(config: Any) -> Table:
         "norm.w": source("norm.weight"),
         "output": source("output.weight", layout=LINEAR),
         "blocks.attention_norm.w": source(f"{layer}attention_norm.weight"),
-        "blocks.attention.qkv.w": source(
-            f"{layer}attention.wqkv.weight", layout=LINEAR, rows=rows, height=len(rows)
-        ),
+        "blocks.attention.qkv.w": source(f"{layer}attention.wqkv.weight", layout=LINEAR, rows=rows, height=len(rows)),
         "blocks.attention.out.w": source(f"{layer}attention.wo.weight", layout=LINEAR),
         "blocks.mlp_norm.w": source(f"{layer}ffn_norm.weight"),
     }

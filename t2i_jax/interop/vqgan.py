@@ -112,7 +112,9 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
     levels, channels = count(down), shape("encoder.conv_in.weight")[0]
     widths = [shape(f"{down}.{n}.{block}.0.{width}.weight")[0] for n in range(levels)]
     if any(w % channels for w in widths):
-        raise ValueError(f"widths {widths} of the levels are no multiples of the {channels} channels of the first layer")
+        raise ValueError(
+            f"widths {widths} of the levels are no multiples of the {channels} channels of the first layer"
+        )
     attends = lambda part: tuple(n for n in range(levels) if has(f"{part}.{n}.attn"))
     decoder = attends(up)
     if style != "taming":  # in the order in which levels run

@@ -40,7 +40,8 @@ class SpatialAttention(nnx.Module):
     def __call__(self, x: Array) -> Array:
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b i j d -> b (i j) d") for layer in (self.q, self.k, self.v))
-        logits = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32) * x.shape[-1] ** -0.5
+        logits = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        logits = logits * x.shape[-1] ** -0.5
         y = jnp.einsum("bts,bsd->btd", jax.nn.softmax(logits).astype(x.dtype), v)
         return x + self.out(y.reshape(x.shape))
 

@@ -46,6 +46,11 @@ def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Array:
     return normal(key, shape, gain / math.sqrt(math.prod(shape[:-1])))
 
 
+def at_least_fp32(x: Array) -> Array:
+    """x in fp32, where norms, softmax and losses are computed; float64 stays, to check gradients by."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last dimension: (..., d) -> (..., f). `std=None` is fan-in scaling, `std=0` zeros."""
 
@@ -125,7 +130,7 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         # Statistics per channel first, then per group: reductions stay channel-last, which is what convolutions want.
-        y = x.astype(jnp.float32)
+        y = at_least_fp32(x)
         fold = lambda s: s.reshape(s.shape[0], self.groups, -1).mean(-1, keepdims=True)
         spread = lambda s: jnp.broadcast_to(s, (*s.shape[:2], x.shape[-1] // self.groups)).reshape(s.shape[0], 1, 1, -1)
         mean = spread(fold(y.mean((1, 2))))

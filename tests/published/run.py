@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parity import Oracle, check  # noqa: E402
+from parity import Oracle, check
 
 
 def main() -> int:

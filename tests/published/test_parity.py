@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parity import FOLDERS, Oracle, check, systems  # noqa: E402
+from parity import FOLDERS, Oracle, check, systems
 
 SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 

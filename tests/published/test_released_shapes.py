@@ -11,10 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parity import FOLDERS  # noqa: E402
+from parity import FOLDERS
 
-from t2i_jax.convert import convert, find  # noqa: E402
-from t2i_jax.interop.names import to_ours  # noqa: E402
+from t2i_jax.convert import convert, find
+from t2i_jax.interop.names import to_ours
 
 FORMATS = {
     r"llamagen_GPT-.*": "llamagen",

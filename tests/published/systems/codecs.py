@@ -1,5 +1,6 @@
 """Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,25 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
         vectors = config.embed(model, ids)
         return z, config.encode(model, images), vectors, config.decode(model, ids)
 
-    @jax.jit
-    def trained(model):
-        objective = lambda m: config.generator_loss(m, {"image": images}, jax.random.key(0), 0)
-        return jax.value_and_grad(objective, has_aux=True)(model)
+    def trained():
+        """In float64: the entropy term divides distances by 0.01, so that fp32 gradients of two programs, both right, are
+        up to 2e-4 apart."""
+        with jax.enable_x64(True):
+            exact = dataclasses.replace(config, dtype="float64")
+            double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), model)
+            batch = {"image": jnp.asarray(np.asarray(images), jnp.float64)}
+            objective = lambda m: exact.generator_loss(m, batch, jax.random.key(0), 0)
+            (total, (metrics, _)), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(double)
+            return total, metrics, restore("llamagen-vq", config, slopes)
 
     z, ids, vectors, picture = forward(model, jnp.asarray(outputs["ids"]))
     ours = {"pre_quant": nchw(z), "ids": ids, "quantized": nchw(vectors)}
     ours |= dict.fromkeys(("recon", "forward", "decode_code"), nchw(picture))
     ours["codebook_normalized"] = config.embed(model, jnp.arange(config.vocabulary))
-    (total, (metrics, _)), slopes = trained(model)
+    total, metrics, slopes = trained()
     ours |= {"train_vq_loss": metrics["commitment"], "train_commit_loss": meta["beta"] * metrics["commitment"]}
     ours |= {"train_entropy_loss": 0.1 * metrics["entropy"], "train_total": total}
-    return ours | {f"grad.{k}": v for k, v in restore("llamagen-vq", config, slopes).items() if f"grad.{k}" in outputs}
+    return ours | {f"grad.{k}": v for k, v in slopes.items() if f"grad.{k}" in outputs}
 
 
 def taming_vqgan(oracle: Oracle) -> dict[str, Any]:
@@ -63,7 +70,9 @@ def taming_vqgan(oracle: Oracle) -> dict[str, Any]:
         h = model.autoencoder.encoder(images)
         z, vectors = config.latents(model, images), config.embed(model, ids)
         ours = {"encoder_out": nchw(h), "pre_quant": nchw(z), "ids": config.encode(model, images)}
-        ours |= dict.fromkeys(("codebook_entry", "quantized"), nchw(vectors)) | {"recon": nchw(config.decode(model, ids))}
+        ours |= dict.fromkeys(("codebook_entry", "quantized"), nchw(vectors)) | {
+            "recon": nchw(config.decode(model, ids))
+        }
         return ours | {name: quantizer(z)[2] for name, quantizer in quantised.items()}
 
     return forward(model, quantised, jnp.asarray(oracle.outputs["ids"]))
@@ -112,9 +121,7 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def play(judge, last):
-        paint = lambda w: jax.lax.conv_general_dilated(
-            h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        paint = lambda w: jax.lax.conv_general_dilated(h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + jnp.mean(inputs["perceptual_value"])
         fool = lambda w: losses.hinge_generator(judge(paint(w))[0])
         weight = meta["disc_weight"] * losses.adaptive_weight(faithful, fool, last)
