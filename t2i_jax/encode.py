@@ -36,8 +36,9 @@ def encode_splits(experiment: Experiment, out: Path, splits: Sequence[str], batc
         def encoded(records: list[Record]) -> Iterable[Record]:
             """The records of one batch; a short batch is filled up, so that one program serves all."""
             filled = records + records[-1:] * (batch_size - len(records))
-            batch: dict[str, Any] = {"image": np.stack([r["image"] for r in filled])} if codec else {}
-            if "text" in frozen:
+            seen = hasattr(experiment.text, "image_features")
+            batch: dict[str, Any] = {"image": np.stack([r["image"] for r in filled])} if codec or seen else {}
+            if "text" in frozen and not seen:
                 batch["text"], batch["text_mask"] = experiment.text([r["captions"][0] for r in filled])
             ready = jax.device_get(prepare(frozen, jax.device_put(batch, batch_sharding(mesh))))
             kept = {k: v for k, v in ready.items() if k in ("codes", "latents", "features", "text_mask")}

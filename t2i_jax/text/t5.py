@@ -23,7 +23,13 @@ from t2i_jax.parallel import shard
 from t2i_jax.text.clean import clean_twice
 from t2i_jax.text.sentencepiece import SentencePiece
 
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-gelu": "geglu", "gated-silu": "swiglu"}
+ACTIVATIONS: dict[str, Any] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gated-gelu": "geglu",
+    "gated-silu": "swiglu",
+}
 """`feed_forward_proj` of a config.json, and our name."""
 
 

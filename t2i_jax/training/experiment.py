@@ -83,13 +83,16 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
 def make_prepare(codec: Any, text: Any):
     """The part of a step before any gradient: (frozen, batch) -> batch with images as floats, codes and text features.
 
-    What the data brings already (codes, features of an encoded data set) is not computed again.
+    What the data brings already (codes, features of an encoded data set) is not computed again. A text with
+    `image_features` teaches by pictures: their features stand in for those of captions wherever there is a picture.
     """
 
     def prepare(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
         batch = dict(batch)
         if "image" in batch:
             batch["image"] = batch["image"].astype(jnp.float32) / 127.5 - 1
+        if "image" in batch and "features" not in batch and hasattr(text, "image_features"):
+            batch["features"] = text.image_features(frozen["text"], batch["image"])
         if codec is not None and "image" in batch and "codes" not in batch:
             batch["codes"] = codec.encode(frozen["codec"], batch.pop("image"))
         if hasattr(text, "features") and "features" not in batch and "text" in batch:

@@ -128,7 +128,8 @@ class Trainer:
         e = self.experiment
         index, count = self.share()
         ahead: collections.deque = collections.deque()
-        stream: Any = e.data.batches(e.text, position, index, count, split)
+        captions = None if hasattr(e.text, "image_features") else e.text  # then pictures alone are learned from
+        stream: Any = e.data.batches(captions, position, index, count, split)
         with contextlib.closing(stream):
             for batch in stream:
                 ahead.append(self.put(batch))
