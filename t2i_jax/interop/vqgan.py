@@ -86,12 +86,12 @@ def table(model: Any, style: Style) -> Table:
 
 
 def discriminator(model: Any) -> Table:
-    """Where each variable of a PatchGAN with BatchNorm lies in a file of taming-transformers that holds nothing else."""
+    """Where each variable of a PatchGAN with BatchNorm lies in taming-transformers' file of nothing else."""
     return _judge(named(model), "main.")
 
 
 def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
-    """What the shapes of `tensors` (arrays or abstract) say: fields of the autoencoder, the quantiser, the discriminator.
+    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder, quantiser and discriminator.
 
     Errors: ValueError where a name that every such file has is not there.
     """

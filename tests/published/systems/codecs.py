@@ -36,8 +36,8 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
         return z, config.encode(model, images), vectors, config.decode(model, ids)
 
     def trained():
-        """In float64: the entropy term divides distances by 0.01, so that fp32 gradients of two programs, both right, are
-        up to 2e-4 apart."""
+        """In float64: the entropy term divides distances by 0.01, so that fp32 gradients of two programs, both right,
+        are up to 2e-4 apart."""
         with jax.enable_x64(True):
             exact = dataclasses.replace(config, dtype="float64")
             double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), model)
