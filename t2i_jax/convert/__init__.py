@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from t2i_jax.interop.names import Table, to_ours, to_theirs
 from t2i_jax.interop.torchfile import read_torch
 
-MODULES = ("ar", "masked", "stream", "codecs")
+MODULES = ("ar", "discrete", "masked", "stream", "codecs")
 """Files of this room that hold FORMATS."""
 
 
@@ -47,6 +47,8 @@ class Format:
     """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
     """prefix of its names in a file that holds other models too"""
+    root: str = ""
+    """what one of its own names begins with, where `part` alone could be one too"""
 
 
 def formats() -> dict[str, Format]:
@@ -87,7 +89,7 @@ def unwrapped(content: Any, format: Format) -> dict[str, Any]:
         if tensors and all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     ours = {k.removeprefix(format.part): v for k, v in tensors.items() if k.startswith(format.part)}
-    return ours if format.part and ours else tensors
+    return ours if format.part and any(k.startswith(format.root) for k in ours) else tensors
 
 
 def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:

@@ -1,10 +1,10 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-A config (`Classes`, `Captions`, `Features`, `Vector`) has `length`, the number of tokens; `inputs`, the keys of the batch it
-reads; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that dtype and a
-mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional tokens
-instead of their own. `Given` tokens are ids of the image's own vocabulary, which the network embeds itself.
+A config (`Classes`, `Captions`, `Features`, `Vector`, ...) has `length`, the number of tokens; `inputs`, the keys of
+the batch it reads; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that
+dtype and a mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional
+tokens instead of their own. `Given` tokens are ids of the image's own vocabulary, which the network embeds itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SOURCES = {
     "text": "the tokeniser of the data pipeline (`text` of the experiment)",
     "text_mask": "the tokeniser of the data pipeline (`text` of the experiment)",
     "prefix": "whoever gives the first tokens of the sequence",
+    "null_features": "the same encoder, from an empty caption",
     "features": "a frozen text encoder, in the data pipeline or stored before training by `t2i encode`",
 }
 
@@ -190,6 +191,48 @@ class VectorToken(nnx.Module):
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         tokens = self.out(jnp.where(drop[:, None, None], 0, x).astype(dtype))
         return tokens, jnp.ones(tokens.shape[:2], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention.
+
+    VQ-Diffusion reads all 77 vectors of CLIP's text tower, each of length 1 (Gu et al. 2022; Tang et al. 2022).
+    """
+
+    dim: int = 512
+    """size k of a feature vector"""
+    length: int = 77
+    """vectors of a caption"""
+    trained_null: bool = True
+    """learn the unconditional features; else they are the batch's `null_features`, those of an empty caption"""
+
+    inputs = ("features",)
+
+    def init(self, key: Array, width: int) -> EncodedTokens:
+        return EncodedTokens(self, key)
+
+
+class EncodedTokens(nnx.Module):
+    """`features` float (b, s, k) -> the same, all visible, whatever the width of the network.
+
+    The unconditional features stand in for dropped rows, and for rows whose `text_mask` (b, s), if there is one, marks
+    no more than a start and an end.
+    """
+
+    def __init__(self, config: Encoded, key: Array):
+        self.config = config
+        self.null = param(normal(key, (config.length, config.dim), 1.0), None, None) if config.trained_null else None
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        x = value(batch, "features")
+        same_length("features", x.shape[1], self.config.length)
+        empty = drop if "text_mask" not in batch else drop | (value(batch, "text_mask").sum(1) < 3)
+        if self.null is not None:
+            x = jnp.where(empty[:, None, None], self.null[...], x)
+        elif "null_features" in batch:
+            x = jnp.where(drop[:, None, None], batch["null_features"], x)
+        return x.astype(dtype), jnp.ones(x.shape[:2], bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,373 @@
+"""Discrete diffusion over image codes: p(x_0 | x_t, t, c) by a Transformer that sees all positions at once.
+
+VQ-Diffusion (Gu et al. 2022, arXiv:2111.14822) and its improvements (Tang et al. 2022, arXiv:2205.16007): codes are
+masked and replaced over T steps (`noise/discrete.py`); the network guesses the clean codes, which gives the step back
+(eq. 11); it is trained on the variational bound. With `Chain(kind="mask")` and `objective="continuous"` it is the
+absorbing diffusion of MDLM (Sahoo et al. 2024), whose loss is a weighted mean cross-entropy of masked tokens, that is
+masked generation: `noise/discrete.py` says how the two are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.condition import Captions, Classes, Encoded, ids
+from t2i_jax.nn.conditional import Told, apply_told, told_stack
+from t2i_jax.nn.draw import guide, truncate
+from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
+from t2i_jax.nn.transformer import Layer
+from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
+from t2i_jax.noise.reverse import Reverse, reverse
+from t2i_jax.parallel import shard
+
+Progress = Callable[[Array, Array, Array], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class VQDiffusion:
+    """A denoiser of codes, and how it is trained."""
+
+    chain: Chain = Chain(1024)
+    """How codes are noised, and how many of them there are."""
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of codes."""
+    width: int = 256
+    depth: int = 6
+    heads: int = 4
+    mlp: int = 0
+    """Inner width of the MLP; 0 is 4 times the width."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    conv_mlp: bool = False
+    """3x3 convolutions over the grid in place of the MLP's matrices."""
+    condition: Captions | Encoded | Classes = Classes(1000)
+    """Captions and features are read by cross-attention; classes by the norm before the MLP; `Classes(0)` is none."""
+    mean_null: bool = False
+    """The unconditional class is the mean of all, in place of a row of its own: for models that never learned one."""
+    class_norm: Literal["layer", "instance"] = "layer"
+    times: Literal["learned", "waves", "none"] = "learned"
+    """How the norms are told the time: by a table, by waves of it, or not at all."""
+    position_grid: tuple[int, int] | None = None
+    """Rows and columns of the tables of positions; None is the grid. A larger one is read in raster order, as if the
+    image's tokens were the first of it: released models of 16 x 16 tokens were trained so with 32 x 32."""
+    dropout: float = 0.0
+    condition_dropout: float = 0.1
+    """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
+    objective: Literal["bound", "continuous"] = "bound"
+    """The bound of the chain with its auxiliary loss, or the absorbing chain's in continuous time."""
+    auxiliary: float = 5e-4
+    """Weight of -log p(x_0 | x_t) beside the bound (eq. 12)."""
+    adaptive: bool = True
+    """It falls from twice that to once that over time."""
+    mask_weight: tuple[float, float] = (1.0, 1.0)
+    """Weights of the losses of tokens that are masked, and that are not."""
+    importance: bool = True
+    """Draw times by the size of their loss, once every time was seen more than ten times; else evenly."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, logits, distributions and losses are fp32."""
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each layer keeps for its backward pass."""
+    sampling: Reverse = Reverse()
+    """How `sample` draws unless told otherwise."""
+
+    def __post_init__(self):
+        if self.objective == "continuous" and self.chain.kind != "mask":
+            raise ValueError(f"objective 'continuous' is that of Chain(kind='mask'), not of {self.chain.kind!r}")
+
+    @property
+    def vocabulary(self) -> int:
+        """Codes of the codec."""
+        return self.chain.codes
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of classes."""
+        count = self.condition.count if isinstance(self.condition, Classes) else 0
+        return count + (not self.mean_null) if count else 0
+
+    @property
+    def block(self) -> Told:
+        """One block of the Transformer."""
+        return Told(
+            Layer(
+                self.width,
+                self.heads,
+                hidden=self.mlp or 4 * self.width,
+                norm="layer",
+                activation=self.activation,
+                bias=True,
+                dropout=self.dropout,
+            ),
+            1 if self.times == "none" else self.chain.steps,
+            waves=self.times == "waves",
+            memory={Captions: self.width, Encoded: getattr(self.condition, "dim", 0)}.get(type(self.condition), 0),
+            classes=self.rows,
+            class_norm=self.class_norm,
+            grid=self.grid if self.conv_mlp else None,
+        )
+
+    def options(self) -> Reverse:
+        """How `sample` draws unless told otherwise."""
+        return self.sampling
+
+    def init(self, key: Array) -> Network:
+        """A model with fresh parameters."""
+        return Network(self, key)
+
+    # -- the network
+
+    def tell(self, model: Network, batch: dict[str, Array], dropped: Array) -> Condition:
+        """What the blocks are told of each row; `dropped` bool (b,) marks unconditional ones."""
+        if isinstance(self.condition, Classes):
+            count = self.condition.count
+            label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
+            return Condition(None, None, label)
+        memory, mask = model.condition(batch, dropped, self.dtype)
+        return Condition(memory, mask[:, None, None], None)
+
+    def logits(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+        """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
+        rows, columns = model.rows[...], model.columns[...]
+        places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
+        x = (model.tokens(x_t) + places).astype(self.dtype)
+        t = jnp.zeros_like(t) if self.times == "none" else t
+        x = apply_told(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
+        return model.output(model.norm(x).astype(jnp.float32))
+
+    def log_x0(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+        """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
+        return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, told, key)))
+
+    # -- training
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, Any]:
+        """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
+        history of losses has moved on.
+
+        batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
+        """
+        x0 = rearrange(batch["codes"], "b h w -> b (h w)")
+        b, keys = x0.shape[0], jax.random.split(key, 4)
+        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+        mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
+        told = self.tell(model, batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)))
+        if self.objective == "continuous":
+            terms = self.continuous(model, told, x0, keys[1], keys[3])
+        else:
+            t, p = self.draw_times(model, b, keys[1])
+            x_t = self.chain.noised(x0, t, keys[2])
+            terms = self.bound(model, told, x0, x_t, t, p, keys[3])
+            if self.importance:
+                model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
+        loss = mean(terms.loss) / self.length
+        bits = mean(terms.bits) / self.length
+        return loss, ({"loss": loss, "bits_per_token": bits, "accuracy": mean(terms.correct)}, model)
+
+    def bound(
+        self,
+        model: Network,
+        told: Condition,
+        x0: Array,
+        x_t: Array,
+        t: Array,
+        p: Array,
+        key: Array | None = None,
+    ) -> Terms:
+        """The loss of codes x0, noised to x_t (b, l), at times t (b,) that were drawn with probability p (b,)."""
+
+        @jax.checkpoint  # several distributions (b, l, K + 1) would be kept otherwise
+        def score(logits: Array) -> tuple[Array, Array, Array]:
+            log_x0 = _with_mask(jax.nn.log_softmax(logits))
+            size, decoded = self.chain.variational(log_x0, x0, x_t, t)
+            guess = -jnp.take_along_axis(log_x0, x0[..., None], -1)[..., 0]
+            return size, jnp.where((t == 0)[:, None], decoded, guess), jnp.argmax(logits, -1) == x0
+
+        size, guess, correct = score(self.logits(model, x_t, t, told, key))
+        weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
+        weight = jnp.where((t == 0)[:, None], 1.0, weight)
+        size, guess = jnp.sum(size * weight, -1), jnp.sum(guess * weight, -1)
+        auxiliary = self.auxiliary * (2 - t / self.chain.steps if self.adaptive else 1.0)
+        return Terms((size + auxiliary * guess) / p, size, size / p / math.log(2), correct.mean(-1))
+
+    def continuous(self, model: Network, told: Condition, x0: Array, key: Array, drop: Array | None = None) -> Terms:
+        """E over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10).
+
+        The times of a batch are spread evenly, which spares variance (Kingma et al. 2021).
+        """
+        when, where = jax.random.split(key)
+        b = x0.shape[0]
+        tau = jnp.maximum(1 - (jax.random.uniform(when) + jnp.arange(b) / b) % 1, 1e-4)
+        share, weight = masked_share(self.chain.shape, tau)
+        masked = jax.random.uniform(where, x0.shape) < share[:, None]
+        t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
+        logits = self.logits(model, jnp.where(masked, self.chain.codes, x0), t, told, drop)
+        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, x0[..., None], -1)[..., 0]
+        size = jnp.sum(nll * masked, -1)
+        correct = jnp.sum((jnp.argmax(logits, -1) == x0) & masked, -1) / jnp.maximum(masked.sum(-1), 1)
+        return Terms(weight * size, size, weight * size / math.log(2), correct)
+
+    def draw_times(self, model: Network, b: int, key: Array) -> tuple[Array, Array]:
+        """Times int (b,) and the probabilities (b,) with which they were drawn."""
+        even = jnp.full(self.chain.steps, 1 / self.chain.steps)
+        p = even
+        if model.history is not None and model.count is not None:
+            history, count = jax.lax.stop_gradient((model.history[...], model.count[...]))
+            p = jnp.where(jnp.all(count > 10), importance(history), even)
+        t = jax.random.categorical(key, jnp.log(p), shape=(b,))
+        return t, p[t]
+
+    def remembered(self, model: Network, t: Array, size: Array, seen: Array) -> Network:
+        """The model after a batch with losses L_t (b,): history <- 0.9 history + 0.1 L_t^2 at the times it saw, L_t^2
+        the mean over the whole batch where several rows have one time, so that no order of rows matters."""
+        if model.history is None or model.count is None:
+            return model
+        rows = (t[:, None] == jnp.arange(self.chain.steps)) & seen[:, None]
+        number = rows.sum(0).astype(jnp.float32)
+        square = jnp.sum(jnp.where(rows, size[:, None] ** 2, 0), 0) / jnp.maximum(number, 1)
+        history = jnp.where(number > 0, 0.9 * model.history[...] + 0.1 * square, model.history[...])
+        return replace(model, history=history, count=model.count[...] + number)
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Network,
+        condition: dict[str, Array],
+        keys: Array,
+        options: Reverse | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | None = None,
+        guided: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
+
+        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
+        one batch of 2b. All options are traced: new values, of steps too, do not compile anew.
+
+        known, keep: codes (b, h, w) and a mask bool (b, h, w) of those that stay as they are, to complete an image.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
+            where `condition_dropout` is 0, that is where no unconditional branch was learned.
+        progress: called after each step with its number, the codes x_s (b, h, w), MASK being K, and the most probable
+            clean codes (b, h, w); static.
+        """
+        guided = self.condition_dropout > 0 if guided is None else guided
+        untold = isinstance(self.condition, Encoded) and not self.condition.trained_null
+        if guided and untold and "null_features" not in condition:
+            raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
+        shape = (keys.shape[0], *self.grid)
+        known = jnp.zeros(shape, jnp.int32) if known is None else known
+        keep = jnp.zeros(shape, bool) if keep is None else keep
+        options = (options or self.options()).arrays()
+        return _sample(self, model, condition, keys, options, known, keep, guided, progress)
+
+
+class Condition(NamedTuple):
+    """What the blocks are told: vectors (b, s, k) and where of them to look (b, 1, 1, s); classes (b,)."""
+
+    memory: Array | None
+    mask: Array | None
+    label: Array | None
+
+
+class Terms(NamedTuple):
+    """Per image, (b,): what is minimised, L_t, the bound it estimates in bits, and the share of codes guessed right."""
+
+    loss: Array
+    size: Array
+    bits: Array
+    correct: Array
+
+
+class Network(nnx.Module):
+    """The parameters of a `VQDiffusion`."""
+
+    def __init__(self, config: VQDiffusion, key: Array):
+        keys = jax.random.split(key, 6)
+        told = not isinstance(config.condition, Classes)
+        self.condition: Any = config.condition.init(keys[0], config.width) if told else None
+        self.tokens = Embedding(config.chain.codes + 1, config.width, keys[1])
+        rows, columns = config.position_grid or config.grid
+        self.rows = param(normal(keys[2], (rows, config.width)), None, "embed")
+        self.columns = param(normal(keys[3], (columns, config.width)), None, "embed")
+        self.blocks = told_stack(config.block, config.depth, keys[4])
+        self.norm = LayerNorm(config.width)
+        self.output = Linear(config.width, config.chain.codes, keys[5], axes=("embed", "vocab"))
+        history = config.importance and config.objective == "bound"
+        self.history = Carried(jnp.zeros(config.chain.steps)) if history else None
+        self.count = Carried(jnp.zeros(config.chain.steps)) if history else None
+
+
+def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:
+    """Guidance in log space, normalised again: (b, l, K + 1) (Tang et al. 2022, eq. 7)."""
+    return _with_mask(jax.nn.log_softmax(guide(log_p[..., :-1], log_null[..., :-1], scale)))
+
+
+def cut(log_p: Array, options: Reverse) -> Array:
+    """log p(x_0) after temperature, top-k and truncation; what is cut is LOWEST, the rest is not normalised again."""
+    temperature = jnp.asarray(options.temperature)[..., None, None]
+    cooled = _with_mask(jax.nn.log_softmax(log_p[..., :-1] / jnp.maximum(temperature, 1e-5)))
+    log_p = jnp.where(temperature == 1, log_p, cooled)
+    return jnp.where(truncate(log_p, 1.0, options.top_k, options.truncation) > 0, log_p, LOWEST)
+
+
+def _with_mask(log_p: Array) -> Array:
+    """(..., K) -> (..., K + 1): a clean code is never MASK."""
+    return clipped(jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], LOWEST)], -1))
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+def _sample(
+    config: VQDiffusion,
+    model: Network,
+    condition: dict[str, Array],
+    keys: Array,
+    options: Reverse,
+    known: Array,
+    keep: Array,
+    guided: bool,
+    progress: Progress | None,
+) -> Array:
+    b, chain = keys.shape[0], config.chain
+    branches = 2 if guided else 1
+    # The two rows of an image stand beside each other, so that both live on the same device.
+    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
+    told = config.tell(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+
+    def guess(x: Array, t: Array) -> Array:
+        log_p = rearrange(config.log_x0(model, rows(x), rows(t), told), "(b n) l k -> n b l k", n=branches)
+        return cut(guided_log(log_p[0], log_p[1], options.guidance) if guided else log_p[0], options)
+
+    def noise(i: Array) -> tuple[Array, Array]:
+        def one(key: Array) -> tuple[Array, Array]:
+            codes, places = jax.random.split(jax.random.fold_in(key, i + 1))
+            uniform = jax.random.uniform(codes, (config.length, chain.codes + 1))
+            return uniform, jax.random.uniform(places, (config.length,))
+
+        return jax.vmap(one)(keys)
+
+    flat = lambda x: rearrange(x, "b h w -> b (h w)")
+    start = jax.vmap(lambda key: chain.start(jax.random.fold_in(key, 0), (config.length,)))(keys)
+    grid = lambda x: x.reshape(b, *config.grid)
+
+    def report(i: Array, x: Array, log_x0: Array) -> None:
+        if progress is not None:
+            jax.debug.callback(progress, i, grid(x), grid(jnp.argmax(log_x0[..., :-1], -1)))
+
+    stay = lambda x: jnp.where(flat(keep), flat(known), x)
+    return grid(reverse(chain, guess, shard(start, "batch", None), noise, options, stay, report))

@@ -1,0 +1,159 @@
+"""A Transformer block that is told things: a time and a class through its norms, a caption through cross-attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from t2i_jax.nn.attention import attend
+from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear
+from t2i_jax.nn.modulation import modulate
+from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, Layer, drop
+from t2i_jax.parallel import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """Shape and kind of a block; what it is told, and how."""
+
+    layer: Layer
+    steps: int
+    """times 0 .. steps - 1"""
+    waves: bool = False
+    """times are told by waves instead of a learned table"""
+    memory: int = 0
+    """width of the vectors that cross-attention reads; 0: there is none"""
+    classes: int = 0
+    """rows of the table of classes, which the norm before the MLP is told; 0: there is none"""
+    class_norm: Literal["layer", "instance"] = "layer"
+    grid: tuple[int, int] | None = None
+    """the MLP is two 3x3 convolutions over this grid instead of two matrices"""
+
+
+class AdaNorm(nnx.Module):
+    """norm(x) (1 + scale) + shift, with (scale, shift) = W silu(e) + b, e the embedding of a number (Gu et al. 2022).
+
+    Numbers past the end of the table get the mean of its rows: a model that has no class for nothing has one so.
+    """
+
+    def __init__(
+        self, d: int, count: int, key: Array, *, waves: bool = False, over: Literal["layer", "instance"] = "layer"
+    ):
+        keys = jax.random.split(key)
+        self.table = None if waves else Embedding(count, d, keys[0])
+        self.out = Linear(d, 2 * d, keys[1], axes=("embed", None))
+        self.norm = LayerNorm(d, affine=False)
+        self.count, self.width, self.over = count, d, over
+
+    def __call__(self, x: Array, number: Array) -> Array:
+        """x (b, t, d), number (b,) -> (b, t, d)."""
+        if self.table is None:
+            e = waves(number / self.count, self.width)
+        else:
+            rows = self.table.w[...]
+            e = jnp.where((number >= self.count)[:, None], rows.mean(0), rows[jnp.minimum(number, self.count - 1)])
+        scale, shift = jnp.split(self.out(jax.nn.silu(e)), 2, -1)
+        y = self.norm(x) if self.over == "layer" else self.norm(x.swapaxes(1, 2)).swapaxes(1, 2)
+        return modulate(y, shift, scale)
+
+
+def waves(u: Array, d: int) -> Array:
+    """sin, then cos of 4000 u / 10000^(j / (d/2 - 1)), j < d/2, for times u (b,) from 0 to 1: (b, d) fp32."""
+    half = d // 2
+    angles = 4000 * u.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+class CrossAttention(nnx.Module):
+    """Positions (b, t, d) look at other vectors (b, s, k): (b, t, d). Keys and values are one matrix, head by head."""
+
+    def __init__(self, config: Layer, memory: int, key: Array):
+        n, h = config.heads, config.head
+        keys = jax.random.split(key, 3)
+        self.q = Linear(config.width, n * h, keys[0], bias=config.bias, axes=("embed", "heads"))
+        self.kv = Linear(memory, 2 * n * h, keys[1], bias=config.bias, axes=(None, "heads"))
+        self.out = Linear(n * h, config.width, keys[2], bias=config.bias, axes=("heads", "embed"))
+        self.heads = n
+
+    def __call__(self, x: Array, memory: Array, mask: Array | None = None) -> Array:
+        """mask: bool (b, 1, 1 or t, s), True where a position may look."""
+        q = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
+        kv = rearrange(self.kv(memory), "b s (n a h) -> a b s n h", n=self.heads, a=2)
+        q, k, v = (shard(a, "batch", None, "heads", None) for a in (q, kv[0], kv[1]))
+        return self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
+
+
+class ConvMLP(nnx.Module):
+    """Two 3x3 convolutions over the grid of positions in place of the MLP's matrices: (b, t, d) -> (b, t, d)."""
+
+    def __init__(self, config: Layer, grid: tuple[int, int], key: Array):
+        keys = jax.random.split(key)
+        self.into = Conv(config.width, config.inner, keys[0], std=0.02)
+        self.out = Conv(config.inner, config.width, keys[1], std=0.02)
+        self.grid, self.activation = grid, config.activation
+
+    def __call__(self, x: Array) -> Array:
+        y = rearrange(x, "b (i j) d -> b i j d", i=self.grid[0], j=self.grid[1])
+        return rearrange(self.out(ACTIVATIONS[self.activation](self.into(y))), "b i j d -> b (i j) d")
+
+
+class ToldBlock(nnx.Module):
+    """x + attention(norm(x, t)), x + cross-attention(norm(x, t), memory), x + mlp(norm(x), or norm(x, class))."""
+
+    def __init__(self, config: Told, key: Array):
+        layer, keys = config.layer, jax.random.split(key, 6)
+        timed = lambda key: AdaNorm(layer.width, config.steps, key, waves=config.waves)
+        self.attention_norm, self.attention = timed(keys[0]), Attention(layer, keys[1])
+        self.cross_norm = timed(keys[2]) if config.memory else None
+        self.cross = CrossAttention(layer, config.memory, keys[3]) if config.memory else None
+        self.mlp_norm = (
+            AdaNorm(layer.width, config.classes, keys[4], over=config.class_norm)
+            if config.classes
+            else LayerNorm(layer.width, layer.eps)
+        )
+        self.mlp = ConvMLP(layer, config.grid, keys[5]) if config.grid else MLP(layer, keys[5])
+        self.dropout = layer.dropout
+
+    def __call__(
+        self, x: Array, t: Array, memory: Array | None, mask: Array | None, label: Array | None, key: Array | None
+    ) -> Array:
+        """x (b, t, d) at times (b,), memory (b, s, k) and where of it to look, classes (b,) -> (b, t, d)."""
+        keys = iter((None,) * 3 if key is None else jax.random.split(key, 3))
+        branch = lambda y: checkpoint_name(drop(y, self.dropout, next(keys)), "branch")
+        x = x + branch(self.attention(self.attention_norm(x, t))[0])
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + branch(self.cross(self.cross_norm(x, t), memory, mask))
+        y = self.mlp_norm(x, label) if isinstance(self.mlp_norm, AdaNorm) else self.mlp_norm(x)
+        return shard(x + branch(self.mlp(y)), "batch", "length", None)
+
+
+def told_stack(config: Told, depth: int, key: Array) -> ToldBlock:
+    """`depth` blocks as one whose arrays have a leading layer axis."""
+    return jax.vmap(lambda k: ToldBlock(config, k))(jax.random.split(key, depth))
+
+
+def apply_told(
+    blocks: ToldBlock,
+    x: Array,
+    t: Array,
+    memory: Array | None = None,
+    mask: Array | None = None,
+    label: Array | None = None,
+    key: Array | None = None,
+    remat: str = "none",
+) -> Array:
+    """Apply a stack (scanned) to x (b, t, d); without a key nothing is dropped; `remat` is a key of REMAT."""
+    depth = jax.tree.leaves(blocks)[0].shape[0]
+    run = lambda block, x, key: block(x, t, memory, mask, label, key)
+    if remat != "none":
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+    keys: Any = None if key is None else jax.random.split(key, depth)
+    return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (blocks, keys))[0]

@@ -1,0 +1,124 @@
+"""The reverse of a discrete chain, from its end to the clean codes, as one loop that may be compiled once.
+
+Steps, jumps and rules are traced numbers; where the randomness comes from is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from t2i_jax.noise.discrete import Chain, draw, gumbel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reverse:
+    """How codes are drawn; every field is a number and is traced, the first four may also be one per image (b,)."""
+
+    guidance: float | Array = 3.0
+    """Scale s of log p' + s (log p - log p'), p' without the condition; 1 is none."""
+    truncation: float | Array = 1.0
+    """Keep of each p(x_0) the most probable codes, while those before sum to less than this; 1 keeps all."""
+    top_k: int | Array = 0
+    """Keep the k most probable codes; 0 keeps all."""
+    temperature: float | Array = 1.0
+    """p(x_0) is p^(1/temperature)."""
+    steps: int | Array = 0
+    """Evaluations of the network, evenly over the T times; 0 is T. With a `rule` it may be more than T."""
+    stride: int | Array = 0
+    """Not 0: visit every n-th time and then 0, and take one step n - 1 times lower, as the authors' fast sampler does,
+    in place of the exact jumps that `steps` takes."""
+    rule: int | Array = 0
+    """0: each step draws from the posterior. Else it draws from p(x_0), for a fixed number of the masked positions: 1,
+    chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
+    purity: float | Array = 0.0
+    """With rule 2: p(x_0) is sharpened to p^(1 + r score), score the purity (eq. 11 there)."""
+
+    def arrays(self) -> Reverse:
+        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
+        kinds = dict.fromkeys(("top_k", "steps", "stride", "rule"), jnp.int32)
+        fields = (f.name for f in dataclasses.fields(self))
+        return Reverse(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
+
+
+def reverse(
+    chain: Chain,
+    guess: Callable[[Array, Array], Array],
+    x: Array,
+    noise: Callable[[Array], tuple[Array, Array]],
+    options: Reverse,
+    stay: Callable[[Array], Array] = lambda x: x,
+    report: Callable[[Array, Array, Array], None] = lambda *_: None,
+) -> Array:
+    """From x (b, l) at the end of the chain to clean codes int (b, l).
+
+    guess: (x_t, t) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
+    noise: number of the step -> uniform numbers (b, l, K + 1) for the codes and (b, l) for the choice of positions.
+    stay: puts back what is given after each step.
+    report: traced after each step with its number from 1, x and log p(x_0).
+    """
+    options, b = options.arrays(), x.shape[0]
+    count, moment = visits(chain.steps, options)
+    row = lambda number: jnp.broadcast_to(number, (b,))
+
+    def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        i, x = carry
+        t, late, s = moment(i)
+        log_x0 = guess(x, row(jnp.maximum(t, 0)))
+        codes, places = noise(i)
+
+        def by_posterior() -> Array:
+            back = draw(chain.posterior(log_x0, x, row(late), row(s)), codes)
+            return jnp.where(s < late, back, x)  # of more evaluations than times, some stand still
+
+        by_rule = lambda: revealed(chain, log_x0, x, (i + 1) / count, codes, places, options)
+        new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_rule, by_posterior))
+        report(i + 1, new, log_x0)
+        return i + 1, new
+
+    _, x = jax.lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), stay(x)))
+    return jnp.minimum(x, chain.codes - 1)
+
+
+def revealed(chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, places: Array, options: Reverse) -> Array:
+    """x (b, l) with as many of its masked positions drawn from p(x_0) as are unmasked after a share u of the steps.
+
+    The authors' tables of how many, for four T and 1024 tokens, are this for their schedule.
+    """
+    shares = jnp.exp(chain.tables().masked)
+    place = chain.steps * (1 - u) - 1
+    low = jnp.floor(place).astype(jnp.int32)  # -1 is the clean entry at the end
+    share = shares[low] + (place - low) * (shares[low + 1] - shares[low])
+    masked = x == chain.codes
+    number = masked.sum(-1) - jnp.round(share * x.shape[1]).astype(jnp.int32)
+
+    score = jnp.exp(log_x0.max(-1))
+    score = jnp.where(options.rule == 2, score / score.max(-1, keepdims=True), 1.0)
+    sharpness = jnp.where(options.rule == 2, options.purity * score, 0.0)
+    drawn = draw((1 + sharpness)[..., None] * log_x0, codes)
+    # The first in the order of log score + Gumbel noise are a draw without replacement.
+    order = jnp.where(masked, jnp.log(score) + gumbel(places), -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-order, -1), -1)
+    return jnp.where(masked & (rank < number[:, None]), drawn, x)
+
+
+def visits(total: int, options: Reverse) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+    """How many steps there are, and for each the time that the network sees, and the two between which x goes back."""
+    steps = jnp.where(options.steps > 0, options.steps, total)
+    n = jnp.maximum(options.stride, 1)
+    strides = -(-(total - 1) // n) + 1
+
+    def moment(i: Array) -> tuple[Array, Array, Array]:
+        t, s = total * (steps - i) // steps - 1, total * (steps - i - 1) // steps - 1
+        t = jnp.where(i + 1 == steps, jnp.maximum(t, 0), t)  # the last step always leaves nothing masked
+        seen = jnp.maximum(total - 1 - i * n, 0)
+        late = jnp.where(seen > n - 1, seen - n + 1, seen)
+        strided = options.stride > 0
+        return jnp.where(strided, seen, t), jnp.where(strided, late, t), jnp.where(strided, late - 1, s)
+
+    return jnp.where(options.stride > 0, strides, steps), moment
