@@ -1,5 +1,7 @@
 """Formats of masked and any-order models, and of the KL autoencoders whose latents they draw."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 
@@ -8,8 +10,11 @@ import jax
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Format
-from t2i_jax.interop import kl
+from t2i_jax.interop import kl, mar
 from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.models.masked import Masked
+from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.heads import Diffusion
 
 # What the shapes of a file cannot say: Stable Diffusion 1 and 2 (4 channels); MAR (16); Stable Diffusion 3 (16 channels
 # without convolutions; FLUX.1 has the same shapes, scale 0.3611 and shift 0.1159). SDXL: 4 channels, scale 0.13025.
@@ -29,16 +34,38 @@ def _kl(
     """scale, shift: of the latents, where they are not those of SCALES."""
     found = kl.describe(tensors, style)
     known = SCALES.get((found["channels"], found["convolutions"]), (1.0, 0.0))
-    autoencoder = AutoencoderConfig(**found.pop("autoencoder"), groups=groups, eps=eps)
-    scale, shift = (k if given is None else given for given, k in zip((scale, shift), known, strict=True))
-    return KL(autoencoder, scale=scale, shift=shift, **({"perceptual": 0.0, "adversarial": 0.0} | found | fields))
+    found["autoencoder"] = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
+    found["scale"], found["shift"] = (
+        k if given is None else given for given, k in zip((scale, shift), known, strict=True)
+    )
+    return KL(**({"perceptual": 0.0, "adversarial": 0.0} | found | fields))
 
 
 def _kl_table(config: KL, style: kl.Style) -> Table:
     return kl.table(jax.eval_shape(config.init, jax.random.key(0)), style)
 
 
-FORMATS = {
+def _mar(
+    tensors: Tensors,
+    *,
+    grid: tuple[int, int] | None = None,
+    heads: int = 0,
+    decoder_heads: int = 0,
+    respacing: str = "100",
+    repeat: int = 4,
+    **fields: Any,
+) -> Masked:
+    """grid: where it is no square; heads: where a released width does not say them; respacing: steps of the head's
+    sampler; repeat: times at which it trains each z."""
+    found = mar.describe(tensors, grid)
+    found["heads"], found["decoder_heads"] = heads or found["heads"], decoder_heads or heads or found["decoder_heads"]
+    found["head"] = Diffusion(**found["head"], respacing=respacing, repeat=repeat)
+    return Masked(condition=Classes(found.pop("classes")), **(found | fields))
+
+
+KL_STYLES: dict[str, kl.Style] = {"kl": "taming", "kl_diffusers": "diffusers", "kl_diffusers_2022": "diffusers_2022"}
+
+FORMATS = {"mar": Format(_mar, mar.table, mar.UNUSED)} | {
     name: Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED)
-    for name, style in {"kl": "taming", "kl_diffusers": "diffusers", "kl_diffusers_2022": "diffusers_2022"}.items()
+    for name, style in KL_STYLES.items()
 }

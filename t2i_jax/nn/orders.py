@@ -150,7 +150,7 @@ def with_known_last(orders: Array, known: Array) -> Array:
     return jnp.take_along_axis(orders, moved, 1)
 
 
-def hidden(orders: Array, remaining: Array) -> Array:
+def hidden_by(orders: Array, remaining: Array) -> Array:
     """Which positions the first `remaining` (b,) of each order (b, L) are: bool (b, L)."""
     return jnp.argsort(orders, axis=1) < remaining[:, None]
 

@@ -1,0 +1,89 @@
+"""Names of MAR (Li et al. 2024) and what their shapes say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+
+HEADS = {1280: 16}  # by width; heads of 64 elsewhere
+UNUSED = r"^diffloss\.(train|gen)_diffusion"
+
+
+def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say; `head` holds those of the diffusion head.
+
+    Errors: ValueError where names are missing, or where the number of tokens is no square and no `grid` is given.
+    """
+    needed = (
+        "z_proj.weight",
+        "encoder_pos_embed_learned",
+        "diffusion_pos_embed_learned",
+        "diffloss.net.input_proj.weight",
+    )
+    for name in needed:
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no MAR")
+    shape = lambda name: tuple(tensors[name].shape)
+    length = shape("diffusion_pos_embed_learned")[1]
+    side = math.isqrt(length)
+    if grid is None and side**2 != length:
+        raise ValueError(f"{length} tokens are no square: say their rows and columns by grid=")
+    if grid is not None and math.prod(grid) != length:
+        raise ValueError(f"grid {grid} has {math.prod(grid)} tokens, the file has {length}")
+    count = lambda prefix: len({n.removeprefix(prefix).split(".")[0] for n in tensors if n.startswith(prefix)})
+    sides = {}
+    for part in ("encoder", "decoder"):
+        inner, width = shape(f"{part}_blocks.0.mlp.fc1.weight")
+        sides[part] = (width, count(f"{part}_blocks."), HEADS.get(width, max(width // 64, 1)), inner)
+    names = ("width", "depth", "heads", "mlp")
+    return {
+        "grid": grid or (side, side),
+        "classes": shape("class_emb.weight")[0],
+        "buffer": shape("encoder_pos_embed_learned")[1] - length,
+        "head": {
+            "dim": shape("z_proj.weight")[1],
+            "width": shape("diffloss.net.input_proj.weight")[0],
+            "depth": count("diffloss.net.res_blocks."),
+        },
+        **dict(zip(names, sides["encoder"], strict=True)),
+        **{f"decoder_{name}": value for name, value in zip(names, sides["decoder"], strict=True)},
+    }
+
+
+def table(config: Any) -> Table:
+    """MAR's names for a `models.masked.Masked` with a diffusion head."""
+    lines = {
+        "condition.table.w": source("class_emb.weight", "fake_latent", parts=(config.condition.count, 1)),
+        "mask_token": source("mask_token", layout="1 1 d -> d"),
+        "encoder_position": source("encoder_pos_embed_learned", layout="1 t d -> t d"),
+        "decoder_position": source("decoder_pos_embed_learned", layout="1 t d -> t d"),
+        "head_position": source("diffusion_pos_embed_learned", layout="1 t d -> t d"),
+    }
+    norms = {"entrance_norm": "z_proj_ln", "encoder_norm": "encoder_norm", "decoder_norm": "decoder_norm"}
+    linears = {"entrance": "z_proj", "widen": "decoder_embed"}
+    qkv = "(a n h) d -> d (n a h)"
+    for part, heads in (("encoder", config.encoder.heads), ("decoder", config.decoder.heads)):
+        block = f"{part}_blocks.{{}}"
+        norms |= {f"{part}.attention_norm": f"{block}.norm1", f"{part}.mlp_norm": f"{block}.norm2"}
+        linears |= {f"{part}.attention.out": f"{block}.attn.proj"}
+        linears |= {f"{part}.mlp.into": f"{block}.mlp.fc1", f"{part}.mlp.out": f"{block}.mlp.fc2"}
+        lines[f"{part}.attention.qkv.w"] = source(f"{block}.attn.qkv.weight", layout=qkv, a=3, n=heads)
+        lines[f"{part}.attention.qkv.b"] = source(f"{block}.attn.qkv.bias", layout="(a n h) -> (n a h)", a=3, n=heads)
+    net, block = "diffloss.net", "diffloss.net.res_blocks.{}"
+    norms |= {"head.blocks.norm": f"{block}.in_ln"}
+    linears |= {
+        "head.time.into": f"{net}.time_embed.mlp.0",
+        "head.time.out": f"{net}.time_embed.mlp.2",
+        "head.condition": f"{net}.cond_embed",
+        "head.into": f"{net}.input_proj",
+        "head.blocks.into": f"{block}.mlp.0",
+        "head.blocks.out": f"{block}.mlp.2",
+        "head.blocks.modulation": f"{block}.adaLN_modulation.1",
+        "head.modulation": f"{net}.final_layer.adaLN_modulation.1",
+        "head.out": f"{net}.final_layer.linear",
+    }
+    lines |= {f"{ours}.w": source(f"{theirs}.weight", layout=LINEAR) for ours, theirs in linears.items()}
+    lines |= {f"{ours}.w": source(f"{theirs}.weight") for ours, theirs in norms.items()}
+    return lines | {f"{ours}.b": source(f"{theirs}.bias") for ours, theirs in (norms | linears).items()}

@@ -1,0 +1,374 @@
+"""Masked generation in any order: a bidirectional Transformer says of each hidden position what it may hold.
+
+One family for MAR (Li et al. 2024, arXiv:2406.11838), Fluid (Fan et al. 2024), MaskGIT (Chang et al. 2022) and Muse
+(Chang et al. 2023): an order says which positions are asked for when, a head turns the network's z into p(x_i | z_i).
+The encoder sees known tokens only, behind slots of the condition; the decoder sees mask tokens in the place of hidden
+ones (He et al. 2022, MAE). With no layers in the encoder it is the plain masked Transformer of MaskGIT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.condition import Classes, Condition, Given
+from t2i_jax.nn.draw import guidance_at
+from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax
+from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
+from t2i_jax.nn.orders import (
+    Confidence,
+    Generation,
+    MaskRate,
+    Order,
+    Sets,
+    by_confidence,
+    hidden_by,
+    orders_of,
+    with_known_last,
+)
+from t2i_jax.nn.tokens import from_tokens, to_tokens
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.parallel import shard
+
+Progress = Callable[[Array, Array], None]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "mar-b": dict(width=768, depth=12, heads=12, head=Diffusion(width=1024, depth=6)),  # 208 M
+    "mar-l": dict(width=1024, depth=16, heads=16, head=Diffusion(width=1280, depth=8)),  # 478 M
+    "mar-h": dict(width=1280, depth=20, heads=16, head=Diffusion(width=1536, depth=12)),  # 942 M
+}
+"""Published shapes, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """An encoder of known tokens, a decoder of all, a head and an order, and how they are trained."""
+
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of tokens."""
+    patch: int = 1
+    """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
+    head: Head = Diffusion()
+    order: Order = Sets()
+    rate: MaskRate = MaskRate()
+    """What is hidden in training."""
+    width: int = 768
+    """Of the encoder, as are depth, heads and mlp."""
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 0
+    """Inner width; 0 is four times the width."""
+    decoder_width: int = 0
+    """0, here and below, is as in the encoder."""
+    decoder_depth: int = 0
+    decoder_heads: int = 0
+    decoder_mlp: int = 0
+    buffer: int = 64
+    """Slots that a condition of one token fills; longer ones take a slot a token."""
+    condition: Condition = Classes(1000)
+    """What stands before the image: classes, captions or features."""
+    dropout: float = 0.1
+    """Of what each attention and MLP adds, in training."""
+    condition_dropout: float = 0.1
+    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    eps: float = 1e-6
+    """What keeps the normalisation from dividing by zero."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, norms and losses are fp32."""
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each layer keeps for its backward pass."""
+
+    def __post_init__(self):
+        if isinstance(self.order, Confidence) and not isinstance(self.head, Softmax):
+            raise ValueError(f"order Confidence needs head Softmax; a {type(self.head).__name__} gives no probability")
+        if self.patch > 1 and isinstance(self.head, Softmax):
+            raise ValueError(f"patch {self.patch}: code numbers cannot be joined to tokens; patch is 1 with Softmax")
+        if isinstance(self.condition, Given):
+            raise ValueError("condition Given belongs to causal models; take Classes, Captions or Features")
+        if not (self.depth or self.decoder_depth):
+            raise ValueError(
+                "depth 0 is a model without encoder, and decoder_depth 0 is as deep as it: set one of them"
+            )
+
+    @classmethod
+    def sized(cls, size: str, **fields: Any) -> Masked:
+        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        shape: dict[str, Any] = SIZES[size] | fields
+        return cls(**shape)
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def slots(self) -> int:
+        """Places of the condition before the image."""
+        return self.buffer if self.condition.length == 1 else self.condition.length
+
+    @property
+    def encoder(self) -> Layer:
+        """One block of the encoder."""
+        return self._layer(self.width, self.heads, self.mlp)
+
+    @property
+    def decoder(self) -> Layer:
+        """One block of the decoder."""
+        return self._layer(
+            self.decoder_width or self.width, self.decoder_heads or self.heads, self.decoder_mlp or self.mlp
+        )
+
+    def _layer(self, width: int, heads: int, mlp: int) -> Layer:
+        return Layer(
+            width, heads, hidden=mlp, norm="layer", eps=self.eps, activation="gelu", bias=True, dropout=self.dropout
+        )
+
+    def options(self) -> Generation:
+        """How `sample` draws unless told otherwise."""
+        return Generation()
+
+    def init(self, key: Array) -> Network:
+        """A model with fresh parameters."""
+        return Network(self, key)
+
+    # -- training
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
+
+        batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
+        for examples to ignore.
+        """
+        keys = jax.random.split(key, 5)
+        x = to_tokens(batch["codes"], self.patch)
+        b = len(x)
+        orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
+        hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length))
+        dropped = jax.random.bernoulli(keys[2], self.condition_dropout, (b,))
+        z = self.forward(model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3])
+        each = self.head.loss(model.head, z, x, keys[4])
+        weight = hidden * batch.get("weight", jnp.ones(b)).astype(jnp.float32)[:, None]
+        loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
+        return loss, {"loss": loss, "hidden": hidden.mean()}
+
+    def forward(
+        self,
+        model: Network,
+        batch: dict[str, Array],
+        hidden: Array,
+        dropped: Array | None = None,
+        *,
+        visible: int | None = None,
+        key: Array | None = None,
+    ) -> Array:
+        """What the head reads of each position: z (b, L, d), from the codes that `hidden` bool (b, L) leaves visible.
+
+        dropped: bool (b,), rows without their condition. visible: no row has more visible tokens than this; the encoder
+        takes no more. key: of dropout.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        dropped = jnp.zeros(len(hidden), bool) if dropped is None else dropped
+        condition = self.read(model, batch, dropped)
+        size = self.length if visible is None else visible
+        y = self.encode(model, condition, to_tokens(batch["codes"], self.patch), hidden, size, keys[0])
+        return self.decode(model, condition[1], self.restore(model, y, hidden), keys[1])
+
+    def read(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
+        """The slots of the condition (b, s, d), and which of them may be seen (b, s)."""
+        tokens, valid = model.condition(batch, dropped, self.dtype)
+        if self.condition.length == 1:
+            tokens, valid = repeat(tokens, "b 1 d -> b s d", s=self.slots), repeat(valid, "b 1 -> b s", s=self.slots)
+        return tokens, valid
+
+    def encode(
+        self,
+        model: Network,
+        condition: tuple[Array, Array],
+        x: Array,
+        hidden: Array,
+        size: int,
+        key: Array | None = None,
+    ) -> Array:
+        """Slots and visible tokens, in rising order of their positions: (b, s + size, d).
+
+        Rows with fewer visible tokens than `size` hold hidden ones behind, which nothing looks at.
+        """
+        slots, valid = condition
+        places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
+        seen = jnp.take_along_axis(~hidden, places, 1)
+        x = jax.vmap(lambda x, p: x[p])(x, places)
+        entered = model.entrance(x if isinstance(self.head, Softmax) else x.astype(self.dtype)).astype(self.dtype)
+        position = model.encoder_position[...].astype(self.dtype)
+        y = jnp.concatenate([slots + position[: self.slots], entered + position[self.slots :][places]], 1)
+        y = shard(model.entrance_norm(y), "batch", "length", None)
+        if model.encoder is not None:
+            mask = jnp.concatenate([valid, seen], 1)[:, None, None]
+            y, _ = apply_stack(model.encoder, y, mask=mask, key=key, remat=self.remat)
+        return model.encoder_norm(y)
+
+    def restore(self, model: Network, y: Array, hidden: Array) -> Array:
+        """What the encoder gave, at its places among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
+        y = model.widen(y)
+        places = jnp.argsort(jnp.argsort(hidden, axis=1, stable=True), axis=1)  # of each position among the visible
+        places = jnp.minimum(places, max(y.shape[1] - self.slots - 1, 0))
+        if y.shape[1] == self.slots:  # nothing is visible
+            tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
+        else:
+            tokens = jax.vmap(lambda y, p: y[p])(y[:, self.slots :], places)
+        tokens = jnp.where(hidden[..., None], model.mask_token[...].astype(y.dtype), tokens)
+        return shard(jnp.concatenate([y[:, : self.slots], tokens], 1), "batch", "length", None)
+
+    def decode(self, model: Network, valid: Array, y: Array, key: Array | None = None) -> Array:
+        """z of every position: (b, s + L, d') -> (b, L, d')."""
+        mask = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)[:, None, None]
+        y = y + model.decoder_position[...].astype(y.dtype)
+        y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
+        return model.decoder_norm(y)[:, self.slots :] + model.head_position[...].astype(y.dtype)
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Network,
+        condition: dict[str, Array],
+        keys: Array,
+        options: Generation | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | None = None,
+        guided: bool = True,
+        orders: Array | None = None,
+        draws: Any = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
+
+        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
+        one batch of 2b. All options are traced: new values do not compile anew, nor do other numbers of steps.
+
+        known, keep: codes, and a bool (b, rows, columns) of tokens that are taken over from them, to fill holes or to
+            go on beyond an edge.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work.
+        orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
+        draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
+        progress: called after each step with the mean count of known tokens and the codes; static.
+        """
+        b = len(keys)
+        if (known is None) != (keep is None):
+            raise ValueError("known and keep go together: codes, and which tokens of them to keep")
+        keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
+        x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
+        own = jax.vmap(jax.random.split)(keys)
+        orders = orders_of(self.order, own[:, 0], self.length) if orders is None else orders
+        draws = ImageKeys(own[:, 1]) if draws is None else draws
+        options = (options or self.options()).arrays()
+        return _sample(self, model, condition, x, keep, orders, draws, options, guided, progress)
+
+
+class Network(nnx.Module):
+    """The parameters of a `Masked`."""
+
+    def __init__(self, config: Masked, key: Array):
+        keys = jax.random.split(key, 10)
+        d, f, total = config.width, config.decoder.width, config.slots + config.length
+        self.condition = config.condition.init(keys[0], d)
+        self.entrance = config.head.entrance(keys[1], d)
+        self.encoder_position = param(normal(keys[2], (total, d)), None, "embed")
+        self.entrance_norm = LayerNorm(d, config.eps)
+        self.encoder = stack(config.encoder, config.depth, keys[3]) if config.depth else None
+        self.encoder_norm = LayerNorm(d, config.eps)
+        self.widen = Linear(d, f, keys[4], std=None, axes=("embed", "mlp"))
+        self.mask_token = param(normal(keys[5], (f,)), "embed")
+        self.decoder_position = param(normal(keys[6], (total, f)), None, "embed")
+        self.decoder = stack(config.decoder, config.decoder_depth or config.depth, keys[7])
+        self.decoder_norm = LayerNorm(f, config.eps)
+        self.head_position = param(normal(keys[8], (config.length, f)), None, "embed")
+        self.head: Any = config.head.init(keys[9], f)
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+def _sample(
+    config: Masked,
+    model: Network,
+    condition: dict[str, Array],
+    x: Array,
+    keep: Array,
+    orders: Array,
+    draws: Any,
+    options: Generation,
+    guided: bool,
+    progress: Progress | None,
+) -> Array:
+    b, length, order = len(x), config.length, config.order
+    branches = 2 if guided else 1
+    # The two rows of an image stand beside each other, so that both live on the same device.
+    rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
+    slots = config.read(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    keep = rearrange(keep, "b h w -> b (h w)")
+    orders = with_known_last(orders, keep)
+    total = jnp.sum(~keep, 1)
+    step_places = jax.vmap(lambda row, n: row[n])
+
+    # Shapes are fixed when a program is compiled, counts are not: each step takes the smallest of few sizes that fits.
+    visible_sizes = sorted({length * n // 4 for n in (1, 2, 3, 4)})
+    asked_sizes = (
+        [1] if order.single else sorted({min(4**n, length) for n in range(1 + math.ceil(math.log(length, 4)))})
+    )
+
+    def look(size: int, x: Array, hidden: Array) -> Array:
+        return config.restore(model, config.encode(model, slots, rows(x), rows(hidden), size), rows(hidden))
+
+    def ask(size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array) -> tuple[Array, Array]:
+        """Codes with those of positions `first` to `last` of the order drawn anew, and their scores (b, L)."""
+        number = first[:, None] + jnp.arange(size)
+        places = step_places(orders, jnp.minimum(number, length - 1))
+        asked = rearrange(jax.vmap(lambda z, p: z[p])(z, jnp.repeat(places, branches, 0)), "(b n) m d -> n b m d", b=b)
+        scale = guidance_at(options, length - jnp.maximum(after(i, last), 1) - 1, length)
+        null = asked[1] if guided else None
+        drawn, score = config.head.sample(model.head, asked[0], null, draws.at(i, places), scale, options)
+        into = jnp.where(number < last[:, None], places, length)  # what is past the end goes nowhere
+        write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
+        scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)
+        return write(x, into, drawn.astype(x.dtype)), scores
+
+    def after(i: Array, now: Array) -> Array:
+        """How many tokens are hidden after step i."""
+        return jnp.maximum(now - 1, 0) if order.single else options.remaining(i, total, now)
+
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, orders, now, i = state
+        hidden = hidden_by(orders, now)
+        y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
+        z = config.decode(model, slots[1], y)
+        then = after(i, now)
+        first = jnp.zeros_like(then) if order.confident else then
+        x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)
+        if order.confident:
+            fading = options.choice_temperature * (1 - (i + 1) / options.iterations)
+            uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
+            gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
+            orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
+        if progress is not None:
+            jax.debug.callback(progress, length - then.mean(), from_tokens(x, config.grid, config.patch))
+        return x, orders, then, i + 1
+
+    start = (x, orders, total, jnp.zeros((), jnp.int32))
+    x, *_ = jax.lax.while_loop(lambda state: jnp.any(state[2] > 0), step, start)
+    return from_tokens(x, config.grid, config.patch)
+
+
+def _switch(sizes: list[int], count: Array, branch: Callable[..., Any], *arguments: Any) -> Any:
+    """branch(size, *arguments) with the smallest of `sizes` that holds `count`; only that one runs."""
+    index = jnp.searchsorted(jnp.asarray(sizes), count)
+    return jax.lax.switch(index, [partial(branch, size) for size in sizes], *arguments)

@@ -1,0 +1,24 @@
+"""A grid of codes as a row of tokens, and back."""
+
+from einops import rearrange
+from jax import Array
+
+
+def to_tokens(codes: Array, patch: int = 1) -> Array:
+    """Codes int (b, h, w) -> (b, L), or float (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
+
+    Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError where `patch` does not
+    divide the sides.
+    """
+    if codes.ndim == 3:
+        return rearrange(codes, "b h w -> b (h w)")
+    if codes.shape[1] % patch or codes.shape[2] % patch:
+        raise ValueError(f"codes of {codes.shape[1:3]}: patch {patch} does not divide both sides")
+    return rearrange(codes, "b (h p) (w q) k -> b (h w) (k p q)", p=patch, q=patch)
+
+
+def from_tokens(tokens: Array, grid: tuple[int, int], patch: int = 1) -> Array:
+    """The inverse of `to_tokens`, with `grid` the rows and columns of tokens."""
+    if tokens.ndim == 2:
+        return rearrange(tokens, "b (h w) -> b h w", h=grid[0])
+    return rearrange(tokens, "b (h w) (k p q) -> b (h p) (w q) k", h=grid[0], p=patch, q=patch)
