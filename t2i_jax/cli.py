@@ -21,6 +21,7 @@ COMMANDS = {
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to pictures",
     "evaluate": "the metrics of a run or a released model",
+    "convert": "a published checkpoint to a released model, and back",
     "release": "a run to a released model: one folder that can travel",
     "bench": "speeds beside the limits of this machine",
 }
@@ -236,6 +237,10 @@ class SampleArguments:
     batch_size: int = 16
     scale: int = 4
     """enlargement of the pictures in the grid"""
+    rerank: str = ""
+    """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt"""
+    candidates: int = 16
+    """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
 
 
 def sample(arguments: list[str]) -> None:
@@ -253,8 +258,18 @@ def sample(arguments: list[str]) -> None:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
     pipeline = Pipeline.load(args.model)
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
-    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(args.count)]
-    sample_to_folder(pipeline, jobs, options, args.out, args.batch_size, args.count, args.scale)
+    drawn = max(args.count, args.candidates) if args.rerank else args.count
+    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
+    folder = args.out / "candidates" if args.rerank else args.out
+    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale)
+    if args.rerank:
+        from t2i_jax.evaluation.rerank import Reranker, keep_best
+        from t2i_jax.text.clip import ClipEmbedding
+
+        judge = Reranker(ClipEmbedding(args.rerank), batch_size=args.batch_size)
+        files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
+        keep_best(files, prompts, args.count, args.out, judge, args.scale)
+        console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate
@@ -318,6 +333,46 @@ def release(arguments: list[str]) -> None:
     args = parse(ReleaseArguments, arguments, "t2i release")
     release_run(args.run, args.out)
     console.print(f"{args.out}: released; it can be moved anywhere")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertArguments:
+    """A published checkpoint (.pt, .pth, .ckpt, .safetensors) to a released model that `t2i sample` takes, and back.
+
+    What the file cannot tell are further flags, as --grid 24 24, and so are fields of the configuration.
+    """
+
+    format: tyro.conf.Positional[str]
+    weights: tyro.conf.Positional[Path]
+    """the published file; with --back a run or a released model"""
+    out: Path
+    """folder to write; with --back a .safetensors file"""
+    codec: Path | None = None
+    """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
+    text: str = ""
+    """frozen text encoder of the model: t5:FOLDER or clip:FOLDER, folders as Hugging Face lays them out"""
+    back: bool = False
+    """write a run or a released model as a published file"""
+
+
+def convert(arguments: list[str]) -> None:
+    from t2i_jax.convert import folders
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("usage: t2i convert FORMAT WEIGHTS --out DIR [--codec DIR] [--text KIND:FOLDER] [hints]")
+        print("       t2i convert FORMAT DIR --back --out FILE.safetensors\n\n" + str(ConvertArguments.__doc__))
+        print("formats, each with an example:\n" + folders.help_text())
+        sys.exit(0 if arguments else 2)
+    args, rest = parse_some(ConvertArguments, arguments, "t2i convert")
+    if args.back:
+        folders.to_file(args.format, args.weights, args.out)
+        console.print(f"{args.out}: written in the names of {args.format}", soft_wrap=True)
+        return
+    text = folders.text_side(args.text) if args.text else None
+    codec = str(args.codec) if args.codec else ""
+    artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
+    needs = hasattr(artifact.config, "sample") and hasattr(artifact.config, "vocabulary") and not codec
+    console.print(f"{args.out}: converted" + ("; give --codec to draw pictures with it" * needs), soft_wrap=True)
 
 
 def bench(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ recognised from the shapes; `restore` gives the published names back.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import os
 import re
@@ -47,6 +48,12 @@ class Format:
     """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
     """prefix of its names in a file that holds other models too"""
+    buffers: Callable[[Any], Mapping[str, np.ndarray]] | None = None
+    """configuration -> what the published program wants in a file beside the weights, and counts itself"""
+    title: str = ""
+    """what it is, for people"""
+    example: str = ""
+    """file and hints of a command that converts one"""
     root: str = ""
     """what one of its own names begins with, where `part` alone could be one too"""
 
@@ -61,11 +68,14 @@ def formats() -> dict[str, Format]:
 
 
 def find(name: str) -> Format:
-    """The format of that name. Errors: ValueError with the known ones."""
+    """The format of that name, hyphens or underscores. Errors: ValueError with the known ones."""
     known = formats()
-    if name not in known:
-        raise ValueError(f"no format {name!r}; known are {', '.join(sorted(known))}")
-    return known[name]
+    for spelling in (name, name.replace("_", "-"), name.replace("-", "_")):
+        if spelling in known:
+            return known[spelling]
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 
 
 def read(path: str | os.PathLike, name: str) -> dict[str, Any]:

@@ -29,7 +29,28 @@ def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int =
 
 
 FORMATS = {
-    "llamagen": Format(_llamagen, llamagen.table, llamagen.UNUSED),
-    "taming-gpt": Format(_mingpt, mingpt.table, mingpt.UNUSED, part=mingpt.PART),
-    "clipgen": Format(_clipgen, clipgen.table, clipgen.UNUSED),
+    "llamagen": Format(
+        _llamagen,
+        llamagen.table,
+        llamagen.UNUSED,
+        title="LlamaGen's next-token models, class- or caption-conditional",
+        example="c2i_L_384.pt --grid 24 24 --codec models/llamagen-vq",
+    ),
+    "taming-gpt": Format(
+        _mingpt,
+        mingpt.table,
+        mingpt.UNUSED,
+        part=mingpt.PART,
+        buffers=mingpt.buffers,
+        title="minGPT on the codes of taming-transformers",
+        example="cin_transformer.ckpt --codec models/taming-vqgan",
+    ),
+    "clipgen": Format(
+        _clipgen,
+        clipgen.table,
+        clipgen.UNUSED,
+        buffers=clipgen.buffers,
+        title="CLIP-GEN's next-token model on one CLIP embedding",
+        example="gpt_coco.pt --codec models/clipgen-vqgan --text clip:FOLDER",
+    ),
 }

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
@@ -80,15 +81,35 @@ def _judge_table(config: DiscriminatorConfig) -> Table:
     return vqgan.discriminator(jax.eval_shape(config.init, jax.random.key(0)))
 
 
-def _format(describe: Any, style: vqgan.Style, part: str = "") -> Format:
-    return Format(describe, partial(_table, style=style), vqgan.IGNORED, part=part)
+def _format(describe: Any, style: vqgan.Style, **fields: Any) -> Format:
+    return Format(describe, partial(_table, style=style), vqgan.IGNORED, **fields)
 
 
-# A checkpoint of a next-token model of taming-transformers holds its codec as the "first stage".
+def _usage(config: VQGAN) -> dict[str, np.ndarray]:
+    """Which codes were seen last, as LlamaGen keeps beside its weights for its log."""
+    return {"quantize.codebook_used": np.zeros(65536, np.float32)}
+
+
+STAGE = "first_stage_model."
+"""Where a checkpoint of a next-token model of taming-transformers holds its codec."""
+
 FORMATS = {
-    "llamagen-vq": _format(_llamagen, "llamagen"),
-    "taming-vqgan": _format(_taming, "taming", "first_stage_model."),
-    "taming-gumbel": _format(_gumbel, "taming", "first_stage_model."),
-    "clipgen-vqgan": _format(_clipgen, "clipgen"),
-    "taming-discriminator": Format(_judge, _judge_table, vqgan.IGNORED, part="loss.discriminator."),
+    "llamagen-vq": _format(
+        _llamagen, "llamagen", buffers=_usage, title="LlamaGen's tokenizers VQ-16, VQ-8", example="vq_ds16_c2i.pt"
+    ),
+    "taming-vqgan": _format(
+        _taming, "taming", part=STAGE, title="VQGAN of taming-transformers", example="vqgan_imagenet_f16_16384.ckpt"
+    ),
+    "taming-gumbel": _format(
+        _gumbel, "taming", part=STAGE, title="Gumbel VQGAN of taming-transformers", example="vqgan_gumbel_f8.ckpt"
+    ),
+    "clipgen-vqgan": _format(_clipgen, "clipgen", title="CLIP-GEN's VQGAN", example="vqgan_coco.pt"),
+    "taming-discriminator": Format(
+        _judge,
+        _judge_table,
+        vqgan.IGNORED,
+        part="loss.discriminator.",
+        title="the PatchGAN of a VQGAN of taming-transformers",
+        example="vqgan_imagenet_f16_16384.ckpt",
+    ),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from t2i_jax.interop.names import LINEAR, Table, Tensors, source
 from t2i_jax.nn.condition import Vector
 
@@ -55,3 +57,9 @@ def table(config: Any) -> Table:
         lines[f"blocks.{ours}.w"] = source(f"{layer}{theirs}.weight")
         lines[f"blocks.{ours}.b"] = source(f"{layer}{theirs}.bias")
     return lines | ({"output_bias": source("head.bias")} if config.output_bias else {})
+
+
+def buffers(config: Any) -> dict[str, np.ndarray]:
+    """The masks that CLIP-GEN keeps beside its weights, one a layer; True hides."""
+    mask = ~np.tril(np.ones((config.position_rows, config.position_rows), bool))
+    return {f"blocks.{n}.mask": mask for n in range(config.depth)}

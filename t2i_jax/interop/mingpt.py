@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from t2i_jax.interop.names import LINEAR, Table, Tensors, source
 
 UNUSED = r"attn\.mask$"
@@ -55,3 +57,10 @@ def table(config: Any) -> Table:
         lines[f"blocks.{ours}.w"] = source(f"{layer}{theirs}.weight")
         lines[f"blocks.{ours}.b"] = source(f"{layer}{theirs}.bias")
     return lines | ({"output_bias": source("head.bias")} if config.output_bias else {})
+
+
+def buffers(config: Any) -> dict[str, np.ndarray]:
+    """The masks that minGPT keeps beside its weights, one a layer."""
+    mask = np.tril(np.ones((config.position_rows, config.position_rows), np.float32))
+    mask[: config.unmasked, : config.unmasked] = 1
+    return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.depth)}
