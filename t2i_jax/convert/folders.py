@@ -124,7 +124,7 @@ def help_text() -> str:
     lines = []
     for name, format in sorted(convert.formats().items()):
         example = format.example or "WEIGHTS"
-        lines += [f"  {"":22}t2i convert {name} {example} --out models/{name}"]
+        lines += [" " * 24 + f"t2i convert {name} {example} --out models/{name}"]
     return "\n".join(lines)
 
 
