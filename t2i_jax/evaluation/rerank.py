@@ -1,0 +1,87 @@
+"""The best of several candidates, judged by CLIP (Ramesh et al. 2021, section 2.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from t2i_jax import pictures as files
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.text.clip import ClipEmbedding, Towers
+
+
+class Reranker:
+    """CLIP's view of how well pictures show what was asked for.
+
+    text: a CLIP with both towers; batch_size: pictures looked at together. Errors: those of `ClipEmbedding.load`.
+    """
+
+    def __init__(self, text: ClipEmbedding, mesh: MeshConfig = MeshConfig(), batch_size: int = 32):
+        self.text, self.mesh = text, mesh.build()
+        model = text.load()
+        self.model = jax.device_put(model, shardings(model, self.mesh))
+        split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // split) * split
+        self._read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
+        self._look = jax.jit(self._embed)
+
+    def _embed(self, model: Towers, images: Array) -> Array:
+        return self.text.image_features(model, images.astype(jnp.float32) / 127.5 - 1)[:, 0]
+
+    def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures uint8 (n, m, i, j, 3), m for each of n prompts -> their order int (n, m), best first, and scores
+        float (n, m), the cosines of picture and prompt. Ties keep their order.
+
+        Errors: ValueError for another shape or dtype.
+        """
+        n = len(prompts)
+        if pictures.dtype != np.uint8 or pictures.ndim != 5 or len(pictures) != n:
+            raise ValueError(
+                f"pictures are uint8 (n, m, i, j, 3) for n = {n} prompts, not {pictures.dtype} {pictures.shape}"
+            )
+        read = self._batched(self._read, *self.text(list(prompts)))
+        seen = self._batched(self._look, pictures.reshape(-1, *pictures.shape[2:])).reshape(n, -1, read.shape[-1])
+        scores = np.einsum("nk,nmk->nm", read, seen)
+        return np.argsort(-scores, axis=1, kind="stable"), scores
+
+    def _batched(self, function, *arrays: np.ndarray) -> np.ndarray:
+        """`function` over rows, a batch at a time; the last batch is filled up, so that one program serves all."""
+        found = []
+        with jax.set_mesh(self.mesh):
+            for at in range(0, len(arrays[0]), self.batch_size):
+                some = [a[at : at + self.batch_size] for a in arrays]
+                count = len(some[0])
+                some = [np.concatenate([a, a[-1:].repeat(self.batch_size - count, 0)]) for a in some]
+                placed = jax.device_put(some, batch_sharding(self.mesh))
+                found.append(np.asarray(function(self.model, *placed))[:count])
+        return np.concatenate(found)
+
+
+def keep_best(
+    paths: Sequence[Path], prompts: Sequence[str], count: int, out: Path, rerank: Reranker, scale: int = 4
+) -> None:
+    """Of the PNG files at `paths`, as many for each prompt and prompt by prompt, the best `count` into `out`.
+
+    They are numbered prompt by prompt, best first; each PNG tells its score beside what it told before. grid.png shows
+    the first 64.
+    """
+    each = len(paths) // len(prompts)
+    best, captions = [], []
+    for n, prompt in enumerate(prompts):
+        own = paths[n * each : (n + 1) * each]
+        images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in own])
+        order, scores = rerank([prompt], images[None])
+        for i in order[0, :count]:
+            about = {k: v for k, v in files.read_png_text(own[i]).items() if k != "Description"}
+            about["score"] = f"{scores[0, i]:.4f}"
+            files.save_png(images[i], out / f"{len(best):05d}.png", [prompt], about)
+            best.append(images[i])
+            captions.append(prompt)
+    sheet = files.grid(np.stack(best[:64]), captions[:64], columns=count if count > 1 else 0, scale=scale)
+    files.save_png(sheet, out / "grid.png")
