@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from t2i_jax.interop.names import Table, to_ours, to_theirs
 from t2i_jax.interop.torchfile import read_torch
 
-MODULES = ("ar", "discrete", "masked", "stream", "codecs")
+MODULES = ("ar", "codecs", "discrete", "gaussian", "masked", "stream")
 """Files of this room that hold FORMATS."""
 
 

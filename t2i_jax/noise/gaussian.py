@@ -74,14 +74,18 @@ class Schedule:
         kept = np.asarray(respacing(len(self.log_abar), spacing))
         return dataclasses.replace(self, log_abar=self.log_abar[kept], timestep_map=self.timestep_map[kept])
 
-    def strided(self, steps: Array | int, bound: int) -> Schedule:
+    def strided(self, steps: Array | int, bound: int, stride: Array | bool = False) -> Schedule:
         """As `respaced(str(steps))` with a traced number of steps, 1 to `bound`, in tables (bound,).
 
-        What stands behind the first `steps` entries repeats the last of them.
+        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first; traced. What stands behind the first
+        `steps` entries repeats the last of them.
         """
-        last = len(self.log_abar) - 1
-        index = jnp.minimum(jnp.arange(bound), steps - 1) * (last / jnp.maximum(steps - 1, 1))
-        index = jnp.clip(jnp.round(index).astype(jnp.int32), 0, last)
+        last = len(self) - 1
+        place = jnp.minimum(jnp.arange(bound), steps - 1)
+        even = jnp.round(place * (last / jnp.maximum(steps - 1, 1))).astype(jnp.int32)
+        wide = -(-(last + 1) // steps)
+        wide = jnp.where((steps - 1) * wide <= last, wide, (last + 1) // steps)
+        index = jnp.clip(jnp.where(stride, place * wide, even), 0, last)
         gather = lambda table, dtype: jnp.asarray(table, dtype)[index]
         return Schedule(gather(self.log_abar, jnp.float32), gather(self.timestep_map, jnp.int32), self.original)
 
@@ -114,6 +118,10 @@ class Schedule:
     def betas(self) -> Any:
         """Variance of the noise that step t adds, 1 - abar_t / abar_{t-1}."""
         return -self._xp.expm1(self.log_abar - self._log_prev)
+
+    @cached_property
+    def log_betas(self) -> Any:
+        return self._xp.log(self.betas)
 
     @cached_property
     def alpha(self) -> Any:
@@ -315,7 +323,7 @@ def posterior(schedule: Schedule, x0: Array, x: Array, t: Array) -> Normal:
 
 def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
     """Log-variance between those of the posterior, v = -1, and of beta_t, v = 1 (Nichol & Dhariwal 2021, eq. 15)."""
-    low, high = schedule.rows("posterior_log_variance", t, v), jnp.log(schedule.rows("betas", t, v))
+    low, high = schedule.rows("posterior_log_variance", t, v), schedule.rows("log_betas", t, v)
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 
@@ -326,7 +334,7 @@ def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, 
         return jnp.broadcast_to(schedule.rows("posterior_log_variance", t, x), x.shape)
     if kind == "fixed_large":  # the first step would destroy what is there: it takes the posterior's variance
         first = schedule.rows("posterior_log_variance", jnp.zeros_like(t), x)
-        large = jnp.log(schedule.rows("betas", t, x))
+        large = schedule.rows("log_betas", t, x)
         return jnp.broadcast_to(jnp.where(beside(t, x) == 0, first, large), x.shape)
     if v is None:
         raise ValueError(f"variance {kind!r} is one that the network predicts, and this one predicts none")

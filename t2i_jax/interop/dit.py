@@ -1,0 +1,68 @@
+"""Names of DiT's diffusion Transformers (Peebles & Xie 2023), and what their shapes say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+
+
+def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+
+    They do not tell the number of heads: `heads`, 0 for that of the released model of this width.
+    Errors: ValueError where a name that every such file has is not there.
+    """
+    for name in ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no model of DiT")
+    shape = lambda name: tuple(tensors[name].shape)
+    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    places = shape("pos_embed")[1]
+    side = patch * math.isqrt(places)
+    return {
+        "size": (side, side),
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": sum(name.endswith(".attn.proj.weight") for name in tensors),
+        "heads": heads or (16 if width == 1152 else width // 64),
+        "hidden": shape("blocks.0.mlp.fc1.weight")[0],
+        "waves": shape("t_embedder.mlp.0.weight")[1],
+        "classes": shape("y_embedder.embedding_table.weight")[0],
+        "learn_variance": shape("final_layer.linear.weight")[0] == 2 * channels * patch**2,
+    }
+
+
+def by_head(heads: int, head_dim: int) -> np.ndarray:
+    """Rows of [queries, keys, values] of all heads, in the order in which each head has its three together."""
+    return np.arange(3 * heads * head_dim).reshape(3, heads, head_dim).swapaxes(0, 1).reshape(-1)
+
+
+def table(network: Any) -> Table:
+    """DiT's names for a `nn.dit.DiT` that classes modulate."""
+    rows = by_head(network.heads, network.width // network.heads)
+    lines = {
+        "embed.w": source("x_embedder.proj.weight", layout="d c p q -> (p q c) d", p=network.patch, q=network.patch),
+        "embed.b": source("x_embedder.proj.bias"),
+        "positions": source("pos_embed", layout="1 t d -> t d"),
+        "condition.table.w": source("y_embedder.embedding_table.weight"),
+        "blocks.image.attention.qkv.w": source("blocks.{}.attn.qkv.weight", layout=LINEAR, rows=rows, height=len(rows)),
+        "blocks.image.attention.qkv.b": source("blocks.{}.attn.qkv.bias", rows=rows, height=len(rows)),
+    }
+    for ours, theirs in {
+        "time.into": "t_embedder.mlp.0",
+        "time.out": "t_embedder.mlp.2",
+        "blocks.image.attention.out": "blocks.{}.attn.proj",
+        "blocks.image.mlp.into": "blocks.{}.mlp.fc1",
+        "blocks.image.mlp.out": "blocks.{}.mlp.fc2",
+        "blocks.image.modulation": "blocks.{}.adaLN_modulation.1",
+        "modulation": "final_layer.adaLN_modulation.1",
+        "out": "final_layer.linear",
+    }.items():
+        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
+        lines[f"{ours}.b"] = source(f"{theirs}.bias")
+    return lines

@@ -1,0 +1,315 @@
+"""Gaussian diffusion and flow matching: a picture, or its latents, out of noise.
+
+A network sees x_t = alpha_t x_0 + sigma_t eps and the time, and predicts what was added (Ho et al. 2020), the picture,
+or the velocity between the two (Liu et al. 2023); a solver goes back from noise by what it predicts. The process, the
+network, what is predicted, the solver and the guidance are chosen one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import Array
+
+from t2i_jax.nn.condition import Classes, Condition
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.unet import UNet
+from t2i_jax.noise import guidance, solvers
+from t2i_jax.noise.gaussian import (
+    Predicts,
+    beside,
+    clipped,
+    join,
+    loss_weight,
+    p_mean_variance,
+    split,
+    vb_terms,
+)
+from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.solvers import SOLVERS, Denoised
+from t2i_jax.parallel import shard
+
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solving:
+    """How pictures are sampled; every field is a number, or one per picture (b,) where it says so, and is traced."""
+
+    steps: int | Array = 50
+    """Steps of the solver, up to the bound of the process."""
+    guidance: float | Array = 3.0
+    """Scale of classifier-free guidance, (b,); 1 is none."""
+    guidance_start: float | Array = 0.0
+    """Guidance begins after this share of the steps."""
+    guidance_stop: float | Array = 1.0
+    """Guidance ends after this share of the steps."""
+    guidance_rescale: float | Array = 0.0
+    """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
+    pull: float | Array = 1.0
+    """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
+    eta: float | Array = 1.0
+    """Share of new noise in each step, (b,); 0 makes ddim and dpm++ deterministic."""
+    clip: bool | Array = False
+    """Keep the picture that the network has in mind within [-1, 1]."""
+    stride: bool | Array = False
+    """Of discrete steps take every k-th, not the first, the last and those evenly between."""
+    strength: float | Array = 1.0
+    """Of a given picture: how much of the way from noise is gone again; 1 forgets it."""
+
+    def arrays(self) -> Solving:
+        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
+        kinds = {"steps": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
+        fields = (f.name for f in dataclasses.fields(self))
+        return Solving(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """A network, the process that it undoes, and how it is trained."""
+
+    network: DiT | UNet = DiT()
+    process: Process = Discrete()
+    predicts: Predicts = "eps"
+    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
+    bound_weight: float = 1.0
+    """Of the variational bound, which teaches the variance; ADM has the number of steps over 1000."""
+    weight: Literal["uniform", "snr", "truncated_snr", "min_snr"] = "uniform"
+    """Of the squared error at each time; see `loss_weight`."""
+    gamma: float = 5.0
+    """Where min_snr cuts."""
+    condition_dropout: float = 0.1
+    """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
+    guided_channels: int = 0
+    """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
+    augmentation: float = 0.0
+    """Most noise (share of its spread) that training adds to a small picture that is enlarged (Ho et al. 2022)."""
+    solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "ddpm"
+    sampling: Solving = Solving()
+    """How `sample` draws unless told otherwise."""
+
+    def __post_init__(self):
+        if self.network.learn_variance and not isinstance(self.process, Discrete):
+            raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
+
+    @property
+    def condition(self) -> Condition:
+        """What a picture is made for."""
+        return self.network.condition or Classes(0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of a picture, or of its latents."""
+        return (*self.network.size, self.network.channels)
+
+    def options(self) -> Solving:
+        """How `sample` draws unless told otherwise."""
+        return self.sampling
+
+    def init(self, key: Array) -> Any:
+        """A network with fresh parameters."""
+        return self.network.init(key)
+
+    # -- training
+
+    def loss(self, model: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean error of the prediction, and the bound that teaches the variance (Nichol & Dhariwal 2021, eq. 16).
+
+        batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
+        0 for examples to ignore. Each row has its own time, noise and dropping.
+        """
+        x0 = batch["codes"] if "codes" in batch else batch["image"]
+        keys = jax.random.split(key, 5)
+        b = len(x0)
+        t = self.process.draw(keys[0], b)
+        eps = jax.random.normal(keys[1], x0.shape)
+        batch = self._augmented(batch, keys[2])
+        dropped = jax.random.bernoulli(keys[3], self.condition_dropout, (b,))
+        losses = self.losses(model, x0, t, eps, batch, dropped, keys[4])
+        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+        means = {k: jnp.sum(v * weight) / jnp.maximum(weight.sum(), 1) for k, v in losses.items()}
+        return means["loss"], means
+
+    def losses(
+        self,
+        model: Any,
+        x0: Array,
+        t: Array,
+        eps: Array,
+        batch: Batch,
+        dropped: Array,
+        key: Array | None = None,
+    ) -> dict[str, Array]:
+        """`mse`, with a learned variance `vb` in bits per dimension, and their weighted sum `loss`: each (b,)."""
+        x0 = x0.astype(jnp.float32) * self.process.scale
+        alpha, sigma = self.process.at(t, x0)
+        x = shard(alpha * x0 + sigma * eps, "batch", None, None, None)
+        prediction, v = self._parts(self._apply(model, x, self.process.told(t), model.read(batch, dropped), batch, key))
+        error = (join(self.predicts, x0, eps, alpha, sigma) - prediction) ** 2
+        weight = loss_weight(self.weight, self.predicts, alpha, sigma, self.gamma)
+        mse = error.mean((1, 2, 3))
+        loss = (weight * error).mean((1, 2, 3))
+        if v is None or not isinstance(self.process, Discrete):
+            return {"mse": mse, "loss": loss}
+        # The bound teaches the variance alone: it would teach the mean to care for other times than are seen.
+        frozen = jax.lax.stop_gradient(prediction)
+        schedule = self.process.tables
+        vb = vb_terms(schedule, x0, x, t, p_mean_variance(schedule, frozen, x, t, v=v, predicts=self.predicts))
+        vb = self.bound_weight * vb
+        return {"mse": mse, "vb": vb, "loss": loss + vb}
+
+    def _augmented(self, batch: Batch, key: Array) -> Batch:
+        """The batch with noise of a random strength on the small picture that is enlarged."""
+        if "low_res" not in batch or not self.augmentation:
+            return batch
+        keys = jax.random.split(key)
+        small = batch["low_res"]
+        share = self.augmentation * jax.random.uniform(keys[0], (len(small), 1, 1, 1))
+        return batch | {"low_res": small + share * jax.random.normal(keys[1], small.shape)}
+
+    def _apply(self, model: Any, x: Array, told: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
+        """The network's output for x, with the pictures of the batch that it reads beside."""
+        return model(join_inputs(x, batch, self.network.extra_inputs), told, context, key)
+
+    def _parts(self, out: Array) -> tuple[Array, Array | None]:
+        """The prediction, and what is said of the variance."""
+        if not self.network.learn_variance:
+            return out, None
+        prediction, v = jnp.split(out, 2, -1)
+        return prediction, v
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Any,
+        condition: Batch,
+        keys: Array,
+        options: Solving | None = None,
+        *,
+        given: Array | None = None,
+        keep: Array | None = None,
+        guided: bool | None = None,
+        solver: str | None = None,
+        log_p: Any = None,
+        weak: Any = None,
+        progress: Any = None,
+    ) -> Array:
+        """Pictures or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
+
+        A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
+
+        given: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: (b, i, j, 1) or (b, i, j, c)
+            bool, where the result is to be the given picture (Song et al. 2021, score SDE, appendix I.2); strength is
+            that of the rest.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
+            where `condition_dropout` is 0, that is where no unconditional branch was learned.
+        solver: another than the configured one; static.
+        log_p: a pytree that maps (x, time told (b,), condition) to log p(condition | x) (b,), as a classifier or an
+            image-text model does; its gradient pulls.
+        weak: a worse model of this configuration, which takes the place of the unconditional branch (Karras et al.
+            2024).
+        progress: called after each step with its number and the pictures so far; static.
+        """
+        guided = (self.condition_dropout > 0 or weak is not None) if guided is None else guided
+        options = (options or self.options()).arrays()
+        config = dataclasses.replace(self, solver=solver or self.solver)
+        return _sample(config, model, condition, keys, options, given, keep, guided, log_p, weak, progress)
+
+    def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
+        """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""
+        x0, eps = split(self.predicts, prediction, x, alpha, sigma)
+        near = clipped(x0 / self.process.scale, clip) * self.process.scale
+        eps = jnp.where(beside(clip, x), (x - alpha * near) / sigma, eps)
+        if v is None and self.variance == "fixed_small":
+            v = jnp.full_like(x, -1.0)
+        return Denoised(near, eps, v)
+
+
+def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
+    """x (b, i, j, c) and, if named: `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1 and that mask, both
+    zero if absent, and `low_res` (b, i', j', c), enlarged bilinearly."""
+    parts = [x]
+    if "inpaint" in names:
+        mask = batch.get("inpaint_mask", jnp.zeros_like(x[..., :1])).astype(x.dtype)
+        parts += [batch.get("inpaint", jnp.zeros_like(x)) * mask, mask]
+    if "low_res" in names:
+        if "low_res" not in batch:
+            raise ValueError(
+                f"the batch has no 'low_res', the small picture to enlarge. It has: {', '.join(sorted(batch))}"
+            )
+        parts.append(jax.image.resize(batch["low_res"], x.shape, "linear", antialias=False))
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else x
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+def _sample(
+    config: Diffusion,
+    model: Any,
+    condition: Batch,
+    keys: Array,
+    options: Solving,
+    given: Array | None,
+    keep: Array | None,
+    guided: bool,
+    log_p: Any,
+    weak: Any,
+    progress: Any,
+) -> Array:
+    b, branches = len(keys), 2 if guided and weak is None else 1
+    # The two rows of a picture stand beside each other, so that both live on the same device.
+    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
+    path = config.process.path(options.steps, options.stride)
+    everything = jax.tree.map(rows, condition)
+    nothing = jnp.zeros(b * branches, bool)
+    context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
+    weak_context = None if weak is None else weak.read(condition, nothing)
+    first, later, kept = (jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in range(3))
+    normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), config.shape))(keys)
+
+    def denoise(x: Array, i: Array) -> Denoised:
+        alpha, sigma, told = path.alpha[i], path.sigma[i], path.t[i]
+        out = config._apply(model, rows(x), jnp.full(b * branches, told), context, everything)
+        out, *null = rearrange(out, "(b n) i j c -> n b i j c", n=branches)
+        prediction, v = config._parts(out)
+        if guided:
+            if weak is not None:
+                null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
+            at = i / path.steps
+            scale = guidance.within(options.guidance, at, options.guidance_start, options.guidance_stop)
+            moved = guidance.guide(prediction, config._parts(null[0])[0], scale, config.guided_channels)
+            prediction = guidance.rescale(moved, prediction, options.guidance_rescale)
+        denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)
+        if log_p is None:
+            return denoised
+        pull = guidance.pull(lambda x: log_p(x, jnp.full(b, told), condition), x, options.pull)
+        return denoised._replace(pull=pull)
+
+    x, start = normal(first, 0), jnp.int32(0)
+    clean = None if given is None else given.astype(jnp.float32) * config.process.scale
+    noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
+    if clean is not None:
+        start = jnp.round((1 - options.strength) * path.steps).astype(jnp.int32)
+        x = jnp.where(start > 0, noised(start, x), x)
+
+    def between(x: Array, i: Array) -> Array:
+        if keep is not None:
+            x = jnp.where(keep, noised(i, normal(kept, i)), x)
+        if progress is not None:
+            jax.debug.callback(progress, i, x / config.process.scale)
+        return shard(x, "batch", None, None, None)
+
+    step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
+    x = solvers.solve(
+        step, denoise, between(x, start) if keep is not None else x, path, noise, options.eta, start, between
+    )
+    return x / config.process.scale

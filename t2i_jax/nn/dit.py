@@ -1,0 +1,244 @@
+"""The diffusion Transformer (Peebles & Xie 2023): patches of a noised picture through blocks that a time modulates.
+
+A block is x + gate attention(modulate(norm(x))), then x + gate mlp(modulate(norm(x))), with shifts, scales and gates
+made of c = embedding of the time + condition, and gates that start at zero (adaLN-Zero). Text may also be read as more
+tokens of the sequence, by cross-attention (Chen et al. 2024, PixArt-alpha), or by a stream of its own that shares
+attention with the image (Esser et al. 2024, MM-DiT).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from t2i_jax.nn.attention import attend
+from t2i_jax.nn.condition import Batch, Classes, Condition
+from t2i_jax.nn.conv import patchify, unpatchify
+from t2i_jax.nn.layers import Carried, LayerNorm, Linear
+from t2i_jax.nn.modulation import TimeEmbedding, modulate
+from t2i_jax.nn.transformer import MLP, REMAT, Attention, Layer
+from t2i_jax.parallel import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class DiT:
+    """A Transformer that predicts what was added to a picture, and how uncertain the step back is."""
+
+    size: tuple[int, int] = (32, 32)
+    """Rows and columns of latents or pixels."""
+    channels: int = 4
+    patch: int = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    hidden: int = 0
+    """Inner width of the MLP; 0 is 4 times the width."""
+    waves: int = 256
+    """Sines and cosines of the time."""
+    eps: float = 1e-6
+    condition: Condition = Classes(1000)
+    text: Literal["modulate", "context", "cross", "joint"] = "modulate"
+    """The mean of the condition's tokens modulates every block; and they are read as further tokens of the sequence, by
+    cross-attention, or in a stream of their own."""
+    learn_variance: bool = True
+    """Predict the variance of the step back too, in a second half of the channels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each block keeps for its backward pass."""
+
+    def __post_init__(self):
+        if any(side % self.patch for side in self.size):
+            raise ValueError(f"size {self.size} cannot be cut into patches of {self.patch}")
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(
+            self.width, self.heads, hidden=self.hidden, norm="layer", activation="gelu_tanh", bias=True, eps=self.eps
+        )
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        """Pictures of the batch that are read beside the noised one."""
+        return ()
+
+    def init(self, key: Array) -> DiTNetwork:
+        return DiTNetwork(self, key)
+
+
+class Context(NamedTuple):
+    """What a network knows of the condition; made once, read at every step."""
+
+    pooled: Array
+    """(b, d), added to the embedding of the time"""
+    tokens: Array
+    """(b, s, d)"""
+    mask: Array
+    """(b, s): which tokens may be read"""
+
+
+def pooled(tokens: Array, mask: Array) -> Array:
+    """The mean of the tokens (b, s, d) that may be read: (b, d) fp32."""
+    seen = mask[..., None].astype(jnp.float32)
+    return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
+
+
+def sincos_2d(grid: tuple[int, int], d: int) -> np.ndarray:
+    """Fixed positions (i * j, d): sines and cosines of the column, then those of the row, in the first released layout.
+
+    Errors: ValueError if 4 does not divide d.
+    """
+    if d % 4:
+        raise ValueError(f"width {d} cannot hold sine and cosine of row and column: it must be a multiple of 4")
+    row, column = np.indices(grid).reshape(2, -1, 1)
+    frequencies = 10000.0 ** -(np.arange(d // 4) / (d // 4))
+    waves = [f(place * frequencies) for place in (column, row) for f in (np.sin, np.cos)]
+    return np.concatenate(waves, -1).astype(np.float32)
+
+
+class Stream(nnx.Module):
+    """Attention and MLP of one kind of tokens, and what the condition does to them."""
+
+    def __init__(self, config: DiT, key: Array):
+        keys = jax.random.split(key, 3)
+        self.norm = LayerNorm(config.width, config.eps, affine=False)
+        self.attention = Attention(config.layer, keys[0])
+        self.mlp = MLP(config.layer, keys[1])
+        self.modulation = Linear(config.width, 6 * config.width, keys[2], std=0.0)
+
+    def modulations(self, c: Array) -> list[Array]:
+        """Shift, scale and gate of attention, then of the MLP, each (b, d)."""
+        return jnp.split(self.modulation(jax.nn.silu(c)), 6, -1)
+
+    def heads(self, x: Array) -> tuple[Array, ...]:
+        """Queries, keys and values (b, t, n, h)."""
+        y = rearrange(self.attention.qkv(x), "b t (n three h) -> three b t n h", three=3, h=self.attention.head_dim)
+        return tuple(shard(a, "batch", None, "heads", None) for a in y)
+
+    def attended(self, x: Array, mixed: Array, gate: Array) -> Array:
+        """x and what its queries gathered, (b, t, n, h)."""
+        return x + _branch(self.attention.out(rearrange(mixed, "b t n h -> b t (n h)")), gate)
+
+    def fed(self, x: Array, shift: Array, scale: Array, gate: Array) -> Array:
+        return x + _branch(self.mlp(modulate(self.norm(x), shift, scale)), gate)
+
+
+def _branch(y: Array, gate: Array) -> Array:
+    return checkpoint_name(y * gate[:, None].astype(y.dtype), "branch")
+
+
+class CrossAttention(nnx.Module):
+    """x + attention from x (b, t, d) to tokens y (b, s, d); adds nothing before training."""
+
+    def __init__(self, config: Layer, key: Array):
+        keys = jax.random.split(key, 3)
+        d = config.width
+        self.norm = LayerNorm(d, config.eps)
+        self.q = Linear(d, d, keys[0], axes=("embed", "heads"))
+        self.kv = Linear(d, 2 * d, keys[1], axes=("embed", "heads"))
+        self.out = Linear(d, d, keys[2], std=0.0, axes=("heads", "embed"))
+        self.count = config.heads
+
+    def __call__(self, x: Array, y: Array, mask: Array) -> Array:
+        q = rearrange(self.q(self.norm(x)), "b t (n h) -> b t n h", n=self.count)
+        k, v = rearrange(self.kv(y), "b s (n two h) -> two b s n h", n=self.count, two=2)
+        mixed = attend(q, k, v, mask[:, None, None])
+        return x + self.out(rearrange(mixed, "b t n h -> b t (n h)"))
+
+
+class DiTBlock(nnx.Module):
+    """One block; what of `image`, `text` and `cross` it has says how text is read."""
+
+    def __init__(self, config: DiT, key: Array):
+        keys = jax.random.split(key, 3)
+        self.image = Stream(config, keys[0])
+        self.text = Stream(config, keys[1]) if config.text == "joint" else None
+        self.cross = CrossAttention(config.layer, keys[2]) if config.text == "cross" else None
+
+    def __call__(self, x: Array, y: Array, c: Array, mask: Array, own: Array | None = None) -> tuple[Array, Array]:
+        """x (b, t, d), of which `own` (b, t) may be read, tokens y (b, s, d), of which `mask` (b, s), and c (b, d).
+
+        Returns the new x and y.
+        """
+        parts = self.image.modulations(c)
+        q, k, v = self.image.heads(modulate(self.image.norm(x), *parts[:2]))
+        if self.text is None:
+            x = self.image.attended(x, attend(q, k, v, None if own is None else own[:, None, None]), parts[2])
+        else:
+            text_parts = self.text.modulations(c)
+            text = self.text.heads(modulate(self.text.norm(y), *text_parts[:2]))
+            q, k, v = (jnp.concatenate(pair, 1) for pair in zip(text, (q, k, v), strict=True))
+            mixed = attend(q, k, v, _behind(mask, x)[:, None, None])
+            y = self.text.attended(y, mixed[:, : y.shape[1]], text_parts[2])
+            y = self.text.fed(y, *text_parts[3:])
+            x = self.image.attended(x, mixed[:, y.shape[1] :], parts[2])
+        if self.cross is not None:
+            x = self.cross(x, y, mask)
+        return shard(self.image.fed(x, *parts[3:]), "batch", "length", None), shard(y, "batch", None, None)
+
+
+def _behind(mask: Array, x: Array) -> Array:
+    """mask (b, s), and then the tokens of x (b, t, d), which may all be read."""
+    return jnp.pad(mask, ((0, 0), (0, x.shape[1])), constant_values=True)
+
+
+class DiTNetwork(nnx.Module):
+    """The parameters of a `DiT`."""
+
+    def __init__(self, config: DiT, key: Array):
+        keys = jax.random.split(key, 6)
+        d, square = config.width, config.patch**2 * config.channels
+        self.config = config
+        # As the matrix of a Transformer layer, though it stands for a convolution (Xavier & Bengio 2010).
+        self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
+        grid = (config.size[0] // config.patch, config.size[1] // config.patch)
+        self.positions = Carried(jnp.asarray(sincos_2d(grid, d)), axes=(None, "embed"))
+        self.time = TimeEmbedding(d, keys[1], waves=config.waves)
+        self.condition = config.condition.init(keys[2], d)
+        self.blocks = jax.vmap(lambda k: DiTBlock(config, k))(jax.random.split(keys[3], config.depth))
+        self.norm = LayerNorm(d, config.eps, affine=False)
+        self.modulation = Linear(d, 2 * d, keys[4], std=0.0)
+        self.out = Linear(d, square * (1 + config.learn_variance), keys[5], std=0.0, axes=("embed", None))
+
+    def read(self, batch: Batch, drop: Array) -> Context:
+        """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
+        tokens, mask = self.condition(batch, drop, self.config.dtype)
+        return Context(pooled(tokens, mask), tokens, mask)
+
+    def tokens(self, x: Array) -> Array:
+        """Patches of x (b, i, j, c) and their places: (b, t, d)."""
+        patches = rearrange(patchify(x.astype(self.config.dtype), self.config.patch), "b i j d -> b (i j) d")
+        return self.embed(patches) + self.positions[...].astype(self.config.dtype)
+
+    def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
+        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the variance is the later half."""
+        config = self.config
+        x = self.tokens(x)
+        length, y, mask = x.shape[1], context.tokens.astype(x.dtype), context.mask
+        c, own = (self.time(t) + context.pooled).astype(x.dtype), None
+        if config.text == "context":
+            own, x = _behind(mask, x), jnp.concatenate([y, x], 1)
+
+        def run(block: DiTBlock, x: Array, y: Array) -> tuple[Array, Array]:
+            return block(x, y, c, mask, own)
+
+        if config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=False)
+        x, y = shard(x, "batch", "length", None), shard(y, "batch", None, None)
+        (x, _), _ = jax.lax.scan(lambda both, block: (run(block, *both), None), (x, y), self.blocks)
+        return self.finish(x[:, -length:], c)
+
+    def finish(self, x: Array, c: Array) -> Array:
+        """Tokens (b, t, d) to a picture (b, i, j, c)."""
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, -1)
+        x = self.out(modulate(self.norm(x), shift, scale)).astype(jnp.float32)
+        rows = self.config.size[0] // self.config.patch
+        return unpatchify(rearrange(x, "b (i j) d -> b i j d", i=rows), self.config.patch)

@@ -1,0 +1,61 @@
+"""Captions as GLIDE reads them: padding has vectors of its own and is read like text (Nichol et al. 2022)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.condition import Batch, ids, same_length, value
+from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedCaptions:
+    """Token ids read by a bidirectional Transformer that sees padding too and is trained with the model."""
+
+    vocabulary: int = 50257
+    length: int = 128
+    width: int = 512
+    depth: int = 16
+    heads: int = 8
+    padding: bool = True
+    """Slots without text hold learned vectors; else whatever ids stand there."""
+    final_norm: bool = True
+
+    inputs = ("text", "text_mask")
+
+    def init(self, key: Array, width: int) -> PaddedTokens:
+        if width != self.width:
+            raise ValueError(f"captions of width {self.width} where the network reads {width}")
+        return PaddedTokens(self, key)
+
+
+class PaddedTokens(nnx.Module):
+    """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible; a dropped one is empty."""
+
+    def __init__(self, config: PaddedCaptions, key: Array):
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.table = Embedding(config.vocabulary, config.width, keys[0])
+        self.position = param(normal(keys[1], (config.length, config.width), 0.01), None, "embed")
+        layer = Layer(config.width, config.heads, norm="layer", activation="gelu", bias=True)
+        self.blocks = stack(layer, config.depth, keys[2])
+        self.norm = LayerNorm(config.width) if config.final_norm else None
+        self.padding = param(normal(keys[3], (config.length, config.width)), None, "embed") if config.padding else None
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
+        same_length("text", text.shape[1], self.config.length)
+        mask = mask & ~drop[:, None]
+        if self.padding is None:  # then the end token, the last of the vocabulary, stands for padding
+            x = self.table(jnp.where(drop[:, None], self.config.vocabulary - 1, text)) + self.position[...]
+        else:
+            x = jnp.where(mask[..., None], self.table(text) + self.position[...], self.padding[...])
+        x, _ = apply_stack(self.blocks, x.astype(dtype))
+        return x if self.norm is None else self.norm(x), jnp.ones_like(mask)

@@ -1,0 +1,274 @@
+"""The UNet of guided diffusion (Dhariwal & Nichol 2021) and its encoder: residual blocks that a time modulates, and
+attention where pictures are small. Text joins attention as further keys and values (Nichol et al. 2022, GLIDE)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.attention import attend
+from t2i_jax.nn.condition import Batch, Classes, Condition
+from t2i_jax.nn.conv import Upsample
+from t2i_jax.nn.dit import Context, pooled
+from t2i_jax.nn.layers import Conv, GroupNorm, Linear
+from t2i_jax.nn.modulation import TimeEmbedding
+from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.transformer import REMAT, drop
+from t2i_jax.parallel import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet:
+    """A UNet that predicts what was added to a picture, and how uncertain the step back is."""
+
+    size: tuple[int, int] = (64, 64)
+    channels: int = 3
+    width: int = 128
+    """Channels of the first layer, before its multiplier."""
+    multipliers: tuple[float, ...] = (1, 2, 3, 4)
+    """Channels of each level over `width`; each level has half the side of the one before."""
+    blocks: int = 2
+    """Residual blocks a level."""
+    attention: tuple[int, ...] = (2, 4, 8)
+    """By how much a picture is made smaller where attention is used."""
+    heads: int = 4
+    head_dim: int = 0
+    """Width of a head, whose number then follows; 0: `heads` of them."""
+    up_heads: int = 0
+    """Heads on the way up, where head_dim is 0; 0: as many as on the way down."""
+    qkv_first: bool = False
+    """Columns of queries, keys and values are all queries, all keys, all values, instead of head by head."""
+    scale_shift: bool = True
+    """The time scales and shifts what the second norm gives; else it is added before it."""
+    resample: Literal["block", "conv", "mean"] = "block"
+    """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
+    dropout: float = 0.0
+    condition: Condition | PaddedCaptions | None = Classes(1000)
+    context: int = 0
+    """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
+    pool: Literal["mean", "last"] = "mean"
+    extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
+    """Pictures of the batch that are read beside the noised one: one with a mask of what is known, a small one."""
+    learn_variance: bool = True
+    """Predict the variance of the step back too, in a second half of the channels."""
+    groups: int = 32
+    eps: float = 1e-5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    """What each block keeps for its backward pass."""
+
+    @property
+    def channels_in(self) -> int:
+        return self.channels + sum(
+            {"inpaint": self.channels + 1, "low_res": self.channels}[n] for n in self.extra_inputs
+        )
+
+    @property
+    def embedding(self) -> int:
+        """Width of what the time and the condition become."""
+        return 4 * self.width
+
+    def at(self, level: int) -> int:
+        """Channels of a level."""
+        return int(self.multipliers[level] * self.width)
+
+    def init(self, key: Array) -> UNetNetwork:
+        return UNetNetwork(self, key)
+
+
+def double(x: Array) -> Array:
+    """Nearest neighbours: (b, i, j, c) -> (b, 2i, 2j, c)."""
+    return repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
+
+
+def halve(x: Array) -> Array:
+    """Means of squares: (b, 2i, 2j, c) -> (b, i, j, c)."""
+    return reduce(x, "b (i p) (j q) c -> b i j c", "mean", p=2, q=2)
+
+
+class TimedResBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))) modulated by e)): (b, i, j, c), (b, d) -> (b, i', j', f)."""
+
+    def __init__(self, config: UNet, c: int, f: int, key: Array, change: Literal["", "up", "down"] = ""):
+        keys = jax.random.split(key, 4)
+        self.norm1 = GroupNorm(c, config.groups, config.eps)
+        self.conv1 = Conv(c, f, keys[0])
+        self.time = Linear(config.embedding, (1 + config.scale_shift) * f, keys[1], std=None, axes=("embed", "conv"))
+        self.norm2 = GroupNorm(f, config.groups, config.eps)
+        self.conv2 = Conv(f, f, keys[2], std=0.0)
+        self.shortcut = Conv(c, f, keys[3], kernel=1) if c != f else None
+        self.change, self.scale_shift, self.dropout = change, config.scale_shift, config.dropout
+
+    def __call__(self, x: Array, e: Array, key: Array | None = None) -> Array:
+        change = {"up": double, "down": halve, "": lambda y: y}[self.change]
+        y = self.conv1(change(jax.nn.silu(self.norm1(x))))
+        e = self.time(jax.nn.silu(e)).astype(y.dtype)[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(e, 2, -1)
+            y = self.norm2(y) * (1 + scale) + shift
+        else:
+            y = self.norm2(y + e)
+        y = self.conv2(drop(jax.nn.silu(y), self.dropout, key))
+        x = change(x)
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ContextAttention(nnx.Module):
+    """x + attention among positions and to the tokens of the context, if any: (b, i, j, c) -> (b, i, j, c)."""
+
+    def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
+        keys = jax.random.split(key, 3)
+        self.norm = GroupNorm(c, config.groups, config.eps)
+        self.qkv = Linear(c, 3 * c, keys[0], std=None, axes=(None, "heads"))
+        self.context = (
+            Linear(config.context, 2 * c, keys[1], std=None, axes=(None, "heads")) if config.context else None
+        )
+        self.out = Linear(c, c, keys[2], std=0.0, axes=("heads", None))
+        self.count = c // config.head_dim if config.head_dim else (config.up_heads if up else 0) or config.heads
+        self.qkv_first = config.qkv_first
+        if c % self.count:
+            raise ValueError(f"{c} channels cannot be split into {self.count} heads")
+
+    def __call__(self, x: Array, context: Context | None) -> Array:
+        heads = lambda y, order, k: rearrange(y, f"b t ({order} h) -> k b t n h", k=k, n=self.count)
+        y = self.qkv(rearrange(self.norm(x), "b i j c -> b (i j) c"))
+        q, k, v = heads(y, "k n" if self.qkv_first else "n k", 3)
+        mask = None
+        if self.context is not None and context is not None:
+            extra = heads(self.context(context.tokens.astype(x.dtype)), "n k", 2)
+            mask = jnp.pad(context.mask, ((0, 0), (0, k.shape[1])), constant_values=True)[:, None, None]
+            k, v = (jnp.concatenate(pair, 1) for pair in zip(extra, (k, v), strict=True))
+        y = self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
+        return x + y.reshape(x.shape)
+
+
+class Half(nnx.Module):
+    """Halve or double the sides by a convolution, or without any parameters."""
+
+    def __init__(self, c: int, key: Array, up: bool, convolve: bool):
+        self.up = up
+        self.doubled = Upsample(c, key) if convolve and up else None
+        self.halved = Conv(c, c, key, stride=2, padding=((1, 1), (1, 1))) if convolve and not up else None
+
+    def __call__(self, x: Array) -> Array:
+        if self.up:
+            return double(x) if self.doubled is None else self.doubled(x)
+        return halve(x) if self.halved is None else self.halved(x)
+
+
+class Stage(nnx.Module):
+    """What happens between two skips: a residual block, attention, a change of size, or some of them."""
+
+    def __init__(self, config: UNet, c: int, f: int, key: Array, *, attends: bool, change: Literal["", "up", "down"]):
+        keys = jax.random.split(key, 3)
+        alone = change == "down"  # on the way down a change of size is a stage of its own
+        self.block = None if alone else TimedResBlock(config, c, f, keys[0])
+        self.attention = ContextAttention(config, f, keys[1], change == "up") if attends else None
+        self.resample = None
+        if change and config.resample == "block":
+            self.resample = TimedResBlock(config, f, f, keys[2], change)
+        elif change:
+            self.resample = Half(f, keys[2], change == "up", config.resample == "conv")
+
+    def __call__(self, x: Array, e: Array, context: Context | None, key: Array | None = None) -> Array:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x if self.block is None else self.block(x, e, keys[0])
+        x = x if self.attention is None else self.attention(x, context)
+        if isinstance(self.resample, TimedResBlock):
+            x = self.resample(x, e, keys[1])
+        elif self.resample is not None:
+            x = self.resample(x)
+        return shard(x, "batch", None, None, None)
+
+
+class Encoder(nnx.Module):
+    """The way down and the middle, which a classifier of noised pictures has too."""
+
+    def __init__(self, config: UNet, key: Array):
+        keys = iter(jax.random.split(key, 6 + len(config.multipliers) * (config.blocks + 1)))
+        self.config = config
+        self.time = TimeEmbedding(config.embedding, next(keys), waves=config.width)
+        c = config.at(0)
+        self.stem = Conv(config.channels_in, c, next(keys))
+        down, kept = [], [c]
+        for level in range(len(config.multipliers)):
+            attends = 2**level in config.attention
+            for _ in range(config.blocks):
+                down.append(Stage(config, c, config.at(level), next(keys), attends=attends, change=""))
+                c = config.at(level)
+                kept.append(c)
+            if level < len(config.multipliers) - 1:
+                down.append(Stage(config, c, c, next(keys), attends=False, change="down"))
+                kept.append(c)
+        self.down = nnx.List(down)
+        self.before = TimedResBlock(config, c, c, next(keys))
+        self.attention = ContextAttention(config, c, next(keys))
+        self.after = TimedResBlock(config, c, c, next(keys))
+        self.kept = tuple(kept)
+
+    def encode(
+        self, x: Array, e: Array, context: Context | None = None, key: Array | None = None
+    ) -> tuple[Array, list[Array]]:
+        """x (b, i, j, c) and e (b, d): what leaves the middle, and what each stage of the way down gave."""
+        run = lambda stage, *inputs: stage(*inputs)
+        if self.config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.config.remat])
+        keys = [None] * (len(self.down) + 2) if key is None else jax.random.split(key, len(self.down) + 2)
+        x = self.stem(x.astype(self.config.dtype))
+        skips = [x]
+        for stage, k in zip(self.down, keys, strict=False):
+            x = run(stage, x, e, context, k)
+            skips.append(x)
+        x = self.attention(self.before(x, e, keys[-2]), context)
+        return shard(self.after(x, e, keys[-1]), "batch", None, None, None), skips
+
+
+class UNetNetwork(Encoder):
+    """The parameters of a `UNet`."""
+
+    def __init__(self, config: UNet, key: Array):
+        keys = iter(jax.random.split(key, 4 + len(config.multipliers) * (config.blocks + 1)))
+        super().__init__(config, next(keys))
+        width = config.context or config.embedding
+        self.condition = None if config.condition is None else config.condition.init(next(keys), width)
+        self.pool = (
+            Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if config.context else None
+        )
+        up, kept, c = [], list(self.kept), self.kept[-1]
+        for level in reversed(range(len(config.multipliers))):
+            for n in range(config.blocks + 1):
+                change = "up" if level and n == config.blocks else ""
+                attends, f = 2**level in config.attention, config.at(level)
+                up.append(Stage(config, c + kept.pop(), f, next(keys), attends=attends, change=change))
+                c = f
+        self.up = nnx.List(up)
+        self.norm = GroupNorm(c, config.groups, config.eps)
+        self.out = Conv(c, config.channels * (1 + config.learn_variance), next(keys), std=0.0)
+
+    def read(self, batch: Batch, drop: Array) -> Context:
+        """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
+        if self.condition is None:
+            nothing = jnp.zeros((len(drop), 1, self.config.embedding))
+            return Context(nothing[:, 0], nothing, jnp.zeros((len(drop), 1), bool))
+        tokens, mask = self.condition(batch, drop, self.config.dtype)
+        whole = tokens[:, -1].astype(jnp.float32) if self.config.pool == "last" else pooled(tokens, mask)
+        return Context(whole if self.pool is None else self.pool(whole), tokens, mask)
+
+    def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
+        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the variance is the later half."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        e = (self.time(t) + context.pooled).astype(self.config.dtype)
+        x, skips = self.encode(x, e, context, keys[0])
+        run = lambda stage, *inputs: stage(*inputs)
+        if self.config.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.config.remat])
+        ups = [None] * len(self.up) if keys[1] is None else jax.random.split(keys[1], len(self.up))
+        for stage, k in zip(self.up, ups, strict=True):
+            x = run(stage, jnp.concatenate([x, skips.pop()], -1), e, context, k)
+        return self.out(jax.nn.silu(self.norm(x))).astype(jnp.float32)

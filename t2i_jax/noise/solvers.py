@@ -1,0 +1,215 @@
+"""Ways from noise to a picture: each solver is one short step, and one loop runs any of them.
+
+A step asks `denoise(x, i)` what is made of x at stop i of a `Path`, and gives the x of stop i + 1. All are written in
+alpha and sigma, so that they go along every process. Numbers of steps are traced: the loop runs as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from t2i_jax.noise.gaussian import beside
+from t2i_jax.noise.processes import Path
+
+
+class Denoised(NamedTuple):
+    """What is made of x at a stop."""
+
+    x0: Array
+    eps: Array
+    v: Array | None = None
+    """what is said of the variance of the step back, -1 to 1 between the two of the path; None: the larger"""
+    pull: Array | None = None
+    """gradient of log p(condition | x), scaled; not yet in x0 and eps"""
+
+
+class Past(NamedTuple):
+    """What a solver of several steps remembers of the stop before."""
+
+    x: Array
+    x0: Array
+    slope: Array
+    """by how much x0 would change over the step from there, if it goes on as before"""
+    first: Array
+    """there is no stop before"""
+    second: Array
+    """nor one before that: there is no slope"""
+
+
+Denoise = Callable[[Array, Array], Denoised]
+Noise = Callable[[Array], Array]
+"""i -> normal numbers like x"""
+Step = Callable[[Path, Array, Array, Denoise, Past, Noise, Array], tuple[Array, Past]]
+"""(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and what to remember"""
+
+
+def solve(
+    step: Step,
+    denoise: Denoise,
+    x: Array,
+    path: Path,
+    noise: Noise,
+    eta: Array | float = 0.0,
+    start: Array | int = 0,
+    between: Callable[[Array, Array], Array] = lambda x, i: x,
+) -> Array:
+    """x (b, ...) at stop `start` to the last stop, by `path.steps - start` steps.
+
+    eta: share of new noise, where a solver has it; a scalar or (b,). between(x, i): what is done to the x of stop i.
+    """
+    eta = jnp.asarray(eta, jnp.float32)
+
+    def body(i: Array, carry: tuple[Array, Past]) -> tuple[Array, Past]:
+        x, past = step(path, i, carry[0], denoise, carry[1], noise, eta)
+        return between(x, i + 1), past
+
+    past = Past(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
+    return jax.lax.fori_loop(jnp.asarray(start, jnp.int32), path.steps, body, (x, past))[0]
+
+
+def pulled(denoise: Denoise, path: Path) -> Denoise:
+    """`denoise` with its gradients taken into the score (Dhariwal & Nichol 2021, algorithm 2)."""
+
+    def shifted(x: Array, i: Array) -> Denoised:
+        d = denoise(x, i)
+        if d.pull is None:
+            return d
+        eps = d.eps - path.sigma[i] * d.pull
+        return d._replace(eps=eps, x0=(x - path.sigma[i] * eps) / path.alpha[i], pull=None)
+
+    return shifted
+
+
+def ddpm(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+    """A draw from the reverse of the chain (Ho et al. 2020, algorithm 2), with the variance that the network says.
+
+    A gradient moves the mean by the variance (Dhariwal & Nichol 2021, algorithm 1). eta scales the noise; 1 is the law.
+    """
+    d = denoise(x, i)
+    a, s, a1, s1 = path.alpha[i], path.sigma[i], path.alpha[i + 1], path.sigma[i + 1]
+    last = i == path.steps - 1
+    mean = a1 * jnp.exp(path.high[i]) / s**2 * d.x0 + a / a1 * (s1 / s) ** 2 * x
+    if d.v is None:
+        log_variance = jnp.where(last, path.low[i], path.high[i])
+    else:
+        log_variance = path.low[i] + (d.v + 1) / 2 * (path.high[i] - path.low[i])
+    if d.pull is not None:
+        mean = mean + jnp.exp(log_variance) * d.pull
+    return mean + beside(jnp.where(last, 0.0, eta), x) * jnp.exp(log_variance / 2) * noise(i), past
+
+
+def ddim(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+    """x' = alpha' x0 + sigma' eps, with eta^2 of the posterior's variance as new noise (Song et al. 2021, eq. 12)."""
+    d = pulled(denoise, path)(x, i)
+    a1, s1 = path.alpha[i + 1], path.sigma[i + 1]
+    new = jnp.where(s1 > 0, beside(eta, x) * s1 / path.sigma[i] * jnp.exp(path.high[i] / 2), 0.0)
+    return a1 * d.x0 + jnp.sqrt(jnp.maximum(s1**2 - new**2, 0)) * d.eps + new * noise(i), past
+
+
+def euler(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+    """Along x0 d alpha + eps d sigma: `ddim` without noise.
+
+    That is along the velocity of a flow, and along (x - x0) / sigma where the variance explodes.
+    """
+    return ddim(path, i, x, denoise, past, noise, jnp.zeros_like(eta))
+
+
+def ancestral(
+    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
+) -> tuple[Array, Past]:
+    """`ddim` with all the noise of the posterior."""
+    return ddim(path, i, x, denoise, past, noise, jnp.ones_like(eta))
+
+
+def heun(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+    """Euler's step with the mean of the slopes at both ends (Karras et al. 2022, algorithm 1); two evaluations."""
+    denoise = pulled(denoise, path)
+    d = denoise(x, i)
+    a, s, a1, s1 = path.alpha[i], path.sigma[i], path.alpha[i + 1], path.sigma[i + 1]
+    guess = a1 * d.x0 + s1 * d.eps
+
+    def mean() -> Array:
+        e = denoise(guess, i + 1)
+        return x + (a1 - a) * (d.x0 + e.x0) / 2 + (s1 - s) * (d.eps + e.eps) / 2
+
+    return jax.lax.cond(s1 > 0, mean, lambda: guess), past
+
+
+def log_ratio(path: Path, i: Array) -> Array:
+    """lambda = log(alpha / sigma): minus infinity in noise alone, infinity at the picture."""
+    return jnp.log(path.alpha[i]) - jnp.log(path.sigma[i])
+
+
+def _slope(path: Path, i: Array, x0: Array, past: Past) -> tuple[Array, Array]:
+    """h = the step in lambda from stop i, and the slope of x0 over it; 0 where nothing is known of it."""
+    h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
+    known = ~past.first & jnp.isfinite(h) & jnp.isfinite(before)
+    r = jnp.where(known, before / jnp.where(known, h, 1.0), 1.0)
+    return h, jnp.where(known, (x0 - past.x0) / r, 0.0)
+
+
+def dpm_solver(
+    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
+) -> tuple[Array, Past]:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); eta adds noise, and with 1 solves the SDE (eq. 18)."""
+    d = pulled(denoise, path)(x, i)
+    h, slope = _slope(path, i, d.x0, past)
+    a1, s1, eta = path.alpha[i + 1], path.sigma[i + 1], beside(eta, x)
+    lost = jnp.where(eta > 0, h * jnp.where(eta > 0, eta, 1.0), 0.0)
+    kept = jnp.where(s1 > 0, s1 / path.sigma[i] * jnp.exp(-lost), 0.0)
+    new = jnp.where(s1 > 0, s1 * jnp.sqrt(-jnp.expm1(-2 * lost)), 0.0)
+    x1 = kept * x - a1 * jnp.expm1(-h - lost) * (d.x0 + slope / 2) + new * noise(i)
+    return x1, Past(x, d.x0, slope, jnp.bool_(False), past.first)
+
+
+def dpm_solver_sde(
+    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
+) -> tuple[Array, Past]:
+    """`dpm_solver` with all its noise."""
+    return dpm_solver(path, i, x, denoise, past, noise, jnp.ones_like(eta))
+
+
+def unipc(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2), on x0; one evaluation a step.
+
+    x was guessed at the stop before. What is made of it corrects it, and from the corrected x the next is guessed.
+    """
+    d = pulled(denoise, path)(x, i)
+    x = jnp.where(past.first, x, _corrected(path, jnp.maximum(i - 1, 0), d.x0, past))
+    h, slope = _slope(path, i, d.x0, past)
+    kept = jnp.where(path.sigma[i + 1] > 0, path.sigma[i + 1] / path.sigma[i], 0.0)
+    guess = kept * x - path.alpha[i + 1] * jnp.expm1(-h) * (d.x0 + slope / 2)
+    return guess, Past(x, d.x0, slope, jnp.bool_(False), past.first)
+
+
+def _corrected(path: Path, i: Array, x0: Array, past: Past) -> Array:
+    """x at stop i + 1 from the x at stop i, what was made of that, and what is made of the guess at stop i + 1."""
+    h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
+    whole = jnp.expm1(-h)
+    first = -whole / h - 1
+    b1, b2 = first / whole, 2 * (-first / h - 0.5) / whole
+    second_order = ~past.second & jnp.isfinite(before)
+    w_slope = jnp.where(second_order, (b1 - b2) / (1 + before / h), 0.0)
+    w_new = jnp.where(second_order, b1 - w_slope, 0.5)
+    # In noise alone h is infinite: there is nothing to correct but the guess itself.
+    w_slope, w_new = (jnp.where(jnp.isfinite(h), w, 0.0) for w in (w_slope, w_new))
+    kept = path.sigma[i + 1] / path.sigma[i]
+    mixed = past.x0 * whole + whole * (w_slope * past.slope + w_new * (x0 - past.x0))
+    return kept * past.x - path.alpha[i + 1] * mixed
+
+
+SOLVERS: dict[str, Step] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "euler": euler,
+    "ancestral": ancestral,
+    "heun": heun,
+    "dpm++": dpm_solver,
+    "dpm++sde": dpm_solver_sde,
+    "unipc": unipc,
+}

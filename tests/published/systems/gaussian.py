@@ -1,0 +1,150 @@
+"""Gaussian diffusion: DiT, guided-diffusion, GLIDE."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from parity import Oracle
+
+from t2i_jax.convert import convert, restore
+from t2i_jax.nn.dit import sincos_2d
+from t2i_jax.nn.modulation import sinusoid
+from t2i_jax.nn.transformer import unstack
+from t2i_jax.noise import gaussian, guidance
+from t2i_jax.noise.gaussian import Schedule
+
+
+def ours_layout(x: Any) -> jax.Array:
+    return rearrange(jnp.asarray(x), "... c i j -> ... i j c")
+
+
+def theirs_layout(x: Any) -> jax.Array:
+    return rearrange(x, "... i j c -> ... c i j")
+
+
+def trajectory(schedule: Schedule, step: Any, x: Any, noise: Any) -> jax.Array:
+    """x after every step, noisiest first; step(x, t, original t, noise) -> x, with times (b,)."""
+    count = len(schedule)
+
+    def body(x, i):
+        t = jnp.full(len(x), count - 1 - i)
+        told = jnp.asarray(schedule.timestep_map)[t]
+        x = step(x, t, told, noise[i])
+        return x, x
+
+    return jax.lax.scan(body, x, jnp.arange(count))[1]
+
+
+def dit(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    null = meta.get("class_dropout_prob", 0.1) > 0
+    config, model = convert("dit", oracle.tensors, heads=meta["num_heads"], null=null)
+    process = dataclasses.replace(
+        config.process, schedule=meta["noise_schedule"], steps=meta.get("diffusion_steps", 1000)
+    )
+    network = dataclasses.replace(config.network, eps=meta.get("layernorm_eps", 1e-6))
+    config = dataclasses.replace(config, process=process, network=network)
+    x, noise, z = (ours_layout(inputs[k]) for k in ("x", "noise", "z"))
+    y, t, t_loss = (jnp.asarray(inputs[k]) for k in ("y", "t", "t_loss"))
+    b, schedule = len(x), process.tables
+    nobody = jnp.zeros(b, bool)
+    variance = "learned_range" if network.learn_variance else config.variance
+
+    def forward(model, x, t, dropped=nobody):
+        return model(x, t, model.read({"label": y}, dropped))
+
+    def p(schedule, out, x, t, clip=False):
+        prediction, v = config._parts(out)
+        return gaussian.p_mean_variance(schedule, prediction, x, t, v=v, variance=variance, clip=clip)
+
+    def guided(model, x, t, scale):
+        out, without = forward(model, x, t), forward(model, x, t, ~nobody)
+        (prediction, v), (other, _) = config._parts(out), config._parts(without)
+        moved = guidance.guide(prediction, other, scale, config.guided_channels)
+        low = guidance.guide(other, other, scale)
+        low = jnp.where(jnp.arange(moved.shape[-1]) < config.guided_channels, moved, low)
+        whole = lambda a, out: a if v is None else jnp.concatenate([a, out[..., a.shape[-1] :]], -1)
+        return whole(moved, out), whole(low, without)
+
+    @jax.jit
+    def parts(model):
+        context = model.read({"label": y}, nobody)
+        c = model.time(t) + context.pooled
+        patches = model.tokens(x)
+        block = unstack(model.blocks)[0]
+        out = {"t_emb": model.time(t), "y_emb": context.pooled, "patch_embed": patches - model.positions[...]}
+        out["block0_out"] = block(patches, context.tokens, c, context.mask)[0]
+        out["model_out"] = theirs_layout(forward(model, x, t))
+        if "model_out_null" in outputs:
+            out["model_out_null"] = theirs_layout(forward(model, x, t, ~nobody))
+        if "forward_with_cfg" in outputs:
+            out["forward_with_cfg"] = theirs_layout(guided(model, x, t, meta["cfg_scale"])[0])
+        x_t = gaussian.q_sample(schedule, x, t_loss, noise)
+        out["q_sample"] = theirs_layout(x_t)
+        predicted = forward(model, x, t_loss)
+        for name, clip in {"": False, "_clipped": True}.items():
+            normal = p(schedule, predicted, x, t_loss, clip)
+            out |= {f"p_mean{name}": theirs_layout(normal.mean), f"p_pred_xstart{name}": theirs_layout(normal.x0)}
+            if not name:
+                out |= {"p_variance": theirs_layout(normal.variance)}
+                out |= {"p_log_variance": theirs_layout(normal.log_variance)}
+        q = gaussian.posterior(schedule, x, noise, t_loss)
+        return out | {"q_posterior_mean": theirs_layout(q.mean), "q_posterior_logvar": theirs_layout(q.log_variance)}
+
+    def objective(model):
+        losses = config.losses(model, x, t_loss, noise, {"label": y}, nobody)
+        return losses["loss"].mean(), losses
+
+    ours = dict(parts(model))
+    slopes, losses = jax.jit(jax.grad(objective, has_aux=True, allow_int=True))(model)
+    ours |= {f"loss_{k}": v for k, v in losses.items()}
+    ours |= {f"grad.{k}": v for k, v in restore("dit", config, slopes).items() if f"grad.{k}" in outputs}
+
+    grid = (network.size[0] // network.patch, network.size[1] // network.patch)
+    few, fewer = (schedule.respaced(meta[k]) for k in ("respacing", "ddim_respacing"))
+    ours |= {
+        "pos_embed": sincos_2d(grid, network.width)[None],
+        "timestep_map": few.timestep_map,
+        "ddim_timestep_map": fewer.timestep_map,
+        "respaced_betas": few.betas,
+        "respaced_alphas_cumprod": few.alphas_cumprod,
+        "betas": schedule.betas,
+        "betas_squaredcos_cap_v2": Schedule.named("squaredcos_cap_v2", process.steps).betas,
+    }
+    step_noise, ddim_noise = ours_layout(inputs["step_noise"]), ours_layout(inputs["ddim_step_noise"])
+
+    @jax.jit
+    def sampled(model):
+        def ddpm(x, t, told, noise):
+            return gaussian.ddpm_step(p(few, forward(model, x, told), x, t), t, noise)
+
+        def ddpm_guided(x, t, told, noise):
+            return gaussian.ddpm_step(p(few, guided(model, x, told, meta["cfg_scale"])[0], x, t), t, noise)
+
+        def ddim(x, t, told, noise, eta=0.0, clip=False):
+            x0 = p(fewer, forward(model, x, told), x, t, clip).x0
+            return gaussian.ddim_step(fewer, x0, x, t, noise, eta)
+
+        def upwards(x, i):
+            t = jnp.full(b, i)
+            told = jnp.asarray(fewer.timestep_map)[t]
+            return gaussian.ddim_reverse_step(fewer, p(fewer, forward(model, x, told), x, t).x0, x, t), None
+
+        out = {"ddpm_traj": trajectory(few, ddpm, z, step_noise)}
+        if "ddpm_cfg_final" in outputs:
+            out["ddpm_cfg_final"] = trajectory(few, ddpm_guided, z, step_noise)[-1]
+        out["ddim_traj"] = trajectory(fewer, ddim, z, ddim_noise)
+        eta = next((k for k in outputs if k.startswith("ddim_eta")), None)
+        if eta:
+            share = float(eta.removeprefix("ddim_eta").removesuffix("_final"))
+            out[eta] = trajectory(fewer, lambda *a: ddim(*a, eta=share, clip=True), z, ddim_noise)[-1]
+        out["ddim_reverse_final"] = jax.lax.scan(upwards, z, jnp.arange(len(fewer)))[0]
+        return {k: theirs_layout(v) for k, v in out.items()}
+
+    return {k: np.asarray(v) for k, v in (ours | sampled(model)).items()}
+
+
+SYSTEMS = {"dit": dit}
