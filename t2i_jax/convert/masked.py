@@ -38,7 +38,8 @@ def _kl(
     found["scale"], found["shift"] = (
         k if given is None else given for given, k in zip((scale, shift), known, strict=True)
     )
-    return KL(**({"perceptual": 0.0, "adversarial": 0.0} | found | fields))
+    weights: dict[str, Any] = {"perceptual": 0.0, "adversarial": 0.0}  # released files hold no adversary
+    return KL(**(weights | found | fields))
 
 
 def _kl_table(config: KL, style: kl.Style) -> Table:

@@ -282,7 +282,7 @@ class Network(nnx.Module):
     def __init__(self, config: Masked, key: Array):
         keys = jax.random.split(key, 10)
         d, f, total = config.width, config.decoder.width, config.slots + config.length
-        self.condition = config.condition.init(keys[0], d)
+        self.condition: Any = config.condition.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
         self.encoder_position = param(normal(keys[2], (total, d)), None, "embed")
         self.entrance_norm = LayerNorm(d, config.eps)

@@ -1,0 +1,273 @@
+"""Next-token prediction in any order and with any head: p(x | c) = prod_k p(x_o(k) | x_o(<k), c).
+
+A causal Transformer reads the codes of an image in the order o in which they are generated. Each token carries its own
+position and that of the token which it is to predict, so one network serves every permutation (Pang et al. 2024,
+RandAR; Yu et al. 2024, RAR). With the raster order and the softmax head it is plain next-token prediction; with a
+diffusion head the causal rows of MAR's tables (Li et al. 2024, arXiv:2406.11838). Keys and values are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.attention import causal
+from t2i_jax.nn.condition import Classes, Condition, Given
+from t2i_jax.nn.decode import for_decoding
+from t2i_jax.nn.draw import Sampling, guidance_at
+from t2i_jax.nn.heads import Head, ImageKeys, Softmax
+from t2i_jax.nn.layers import normal, param
+from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
+from t2i_jax.nn.tokens import from_tokens, to_tokens
+from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
+from t2i_jax.parallel import shard
+
+Progress = Callable[[Array, Array], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOrder:
+    """A causal Transformer over the codes of an image in some order, a head, and how they are trained."""
+
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of tokens."""
+    patch: int = 1
+    """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
+    head: Head = Softmax()
+    order: Raster | Permutation = Raster()
+    width: int = 256
+    depth: int = 6
+    heads: int = 4
+    mlp: int = 0
+    """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
+    qk_norm: bool = True
+    """Normalise queries and keys per head (Dehghani et al. 2023)."""
+    condition: Condition = Classes(1000)
+    """What stands before the image: classes, captions or features."""
+    dropout: float = 0.1
+    """Of what each attention and MLP adds, in training."""
+    condition_dropout: float = 0.1
+    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters, norms and losses are fp32."""
+    remat: Literal["none", "full", "dots", "branches"] = "none"
+    """What each layer keeps for its backward pass."""
+
+    def __post_init__(self):
+        if not self.order.single:
+            raise ValueError(
+                f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
+            )
+        if self.patch > 1 and isinstance(self.head, Softmax):
+            raise ValueError(f"patch {self.patch}: code numbers cannot be joined to tokens; patch is 1 with Softmax")
+        if isinstance(self.condition, Given):
+            raise ValueError("condition Given has no vectors of its own; take Classes, Captions or Features")
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def layer(self) -> Layer:
+        """One block of the Transformer."""
+        return Layer(self.width, self.heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout)
+
+    def options(self) -> Sampling:
+        """How `sample` draws unless told otherwise."""
+        return Sampling()
+
+    def init(self, key: Array) -> Network:
+        """A model with fresh parameters."""
+        return Network(self, key)
+
+    # -- training
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
+
+        batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
+        for examples to ignore.
+        """
+        keys = jax.random.split(key, 4)
+        b = len(batch["codes"])
+        orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
+        dropped = jax.random.bernoulli(keys[1], self.condition_dropout, (b,))
+        z, x = self.forward(model, batch, orders, dropped, keys[2])
+        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+        each = self.head.loss(model.head, z, x, keys[3]).mean(1)
+        loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
+        return loss, {"loss": loss}
+
+    def log_likelihood(self, model: Network, batch: dict[str, Array], orders: Array | None = None) -> Array:
+        """log p(codes | condition) of each image in nats along the orders (b, L) (raster unless given): (b,) fp32.
+
+        Errors: ValueError for a head that does not know the probability of a code.
+        """
+        if not isinstance(self.head, Softmax):
+            raise ValueError(f"head {type(self.head).__name__} does not know the probability of a code; Softmax does")
+        b = len(batch["codes"])
+        orders = orders_of(Raster(), jax.random.split(jax.random.key(0), b), self.length) if orders is None else orders
+        z, x = self.forward(model, batch, orders)
+        plain = dataclasses.replace(self.head, label_smoothing=0.0)
+        return -plain.loss(model.head, z, x, jax.random.key(0)).sum(1)
+
+    def forward(
+        self,
+        model: Network,
+        batch: dict[str, Array],
+        orders: Array,
+        dropped: Array | None = None,
+        key: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """z (b, L, d) of every token given those before it, and the tokens, both in the order of generation.
+
+        orders: int (b, L), each read from its end. dropped: bool (b,), rows without their condition. key: of dropout.
+        """
+        b, places = len(orders), jnp.flip(orders, 1)
+        x = _pick(to_tokens(batch["codes"], self.patch), places)
+        prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.dtype)
+        y = jnp.concatenate([prefix, self._enter(model, x, places)[:, :-1]], 1)
+        y = shard(self._aim(model, y, places), "batch", "length", None)
+        mask = _visible(jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True))
+        y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
+        return model.norm(y[:, prefix.shape[1] - 1 :]), x
+
+    def _enter(self, model: Network, x: Array, places: Array) -> Array:
+        """What a token says of itself: its code and its position."""
+        entered = model.entrance(x if isinstance(self.head, Softmax) else x.astype(self.dtype))
+        return (entered + model.position[...][places]).astype(self.dtype)
+
+    def _aim(self, model: Network, y: Array, places: Array) -> Array:
+        """Tell the last tokens of y (b, t, d) which positions (b, m) they are to predict."""
+        target = jnp.pad(model.target[...][places], ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
+        return y + target.astype(y.dtype)
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: Network,
+        condition: dict[str, Array],
+        keys: Array,
+        options: Sampling | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | None = None,
+        guided: bool = True,
+        orders: Array | None = None,
+        draws: Any = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
+
+        An image depends on its own key and condition only. All options are traced: new values do not compile anew.
+
+        known, keep: codes, and a bool (b, rows, columns) of tokens that are taken over from them. With permutations the
+            model reads them first; in raster order it sees only those that come before.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work.
+        orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
+        draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
+        progress: called at the end with the count of tokens and the codes; static.
+        """
+        b = len(keys)
+        if (known is None) != (keep is None):
+            raise ValueError("known and keep go together: codes, and which tokens of them to keep")
+        keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
+        x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
+        own = jax.vmap(jax.random.split)(keys)
+        orders = orders_of(self.order, own[:, 0], self.length) if orders is None else orders
+        draws = ImageKeys(own[:, 1]) if draws is None else draws
+        options = (options or self.options()).arrays()
+        return _sample(self, model, condition, x, keep, orders, draws, options, guided, progress)
+
+
+class Network(nnx.Module):
+    """The parameters of an `AnyOrder`."""
+
+    def __init__(self, config: AnyOrder, key: Array):
+        keys = jax.random.split(key, 6)
+        self.condition: Any = config.condition.init(keys[0], config.width)
+        self.entrance = config.head.entrance(keys[1], config.width)
+        self.position = param(normal(keys[2], (config.length, config.width)), None, "embed")
+        self.target = param(normal(keys[3], (config.length, config.width)), None, "embed")
+        self.blocks = stack(config.layer, config.depth, keys[4])
+        self.norm = config.layer.normalise()
+        self.head: Any = config.head.init(keys[5], config.width)
+
+
+def _pick(x: Array, places: Array) -> Array:
+    return jax.vmap(lambda row, p: row[p])(x, places)
+
+
+def _visible(valid: Array) -> Array:
+    """The mask (b, 1, t, t): positions up to one's own that are valid (b, t), and always oneself."""
+    t = valid.shape[1]
+    return causal(t) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
+
+
+@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+def _sample(
+    config: AnyOrder,
+    model: Network,
+    condition: dict[str, Array],
+    x: Array,
+    keep: Array,
+    orders: Array,
+    draws: Any,
+    options: Sampling,
+    guided: bool,
+    progress: Progress | None,
+) -> Array:
+    b, length = len(x), config.length
+    branches = 2 if guided else 1
+    # The two rows of an image stand beside each other, so that both live on the same device.
+    rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
+    keep = rearrange(keep, "b h w -> b (h w)")
+    orders = orders if isinstance(config.order, Raster) else with_known_last(orders, keep)
+    places = jnp.flip(orders, 1)
+
+    prefix, valid = model.condition(jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b), config.dtype)
+    s, capacity = valid.shape[1], valid.shape[1] + length - 1
+    blocks = unstack(model.blocks)
+    caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in blocks)
+    seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
+    first = jnp.pad(_visible(valid), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
+    y, caches = apply_stack(blocks, config._aim(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
+    decoding = for_decoding(blocks, config.dtype)
+
+    def draw(x: Array, y: Array, k: Array | int) -> Array:
+        """The codes with the k-th token of the order, from what came out where it is asked for: y (b n, d)."""
+        z = rearrange(model.norm(y), "(b n) d -> n b 1 d", n=branches)
+        place = jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+        scale = jnp.broadcast_to(guidance_at(options, k, length), (b,))
+        null = z[1] if guided else None
+        drawn, _ = config.head.sample(model.head, z[0], null, draws.at(0, place), scale, options)
+        kept = jnp.take_along_axis(keep, place, 1)
+        old = _pick(x, place)
+        new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))
+        return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, place, new)
+
+    def step(carry: tuple[Array, Any], k: Array) -> tuple[tuple[Array, Any], None]:
+        x, caches = carry
+        own, following = (jax.lax.dynamic_slice_in_dim(places, k + n, 1, 1) for n in (0, 1))
+        y = config._aim(model, config._enter(model, rows(_pick(x, own)), rows(own)), rows(following))
+        mask = (seen & (jnp.arange(capacity) <= s + k))[:, None, None]
+        y, caches = apply_stack(decoding, y, mask=mask, caches=caches)
+        return (draw(x, y[:, 0], k + 1), caches), None
+
+    x = draw(x, y[:, -1], 0)
+    (x, _), _ = jax.lax.scan(step, (x, caches), jnp.arange(length - 1))
+    codes = from_tokens(x, config.grid, config.patch)
+    if progress is not None:
+        jax.debug.callback(progress, length, codes)
+    return codes
