@@ -21,7 +21,6 @@ from t2i_jax.nn.condition import Vector
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pictures import read_png_text, save_png
-from t2i_jax.pipeline import Pipeline
 from t2i_jax.text.clip import Clip, ClipEmbedding
 from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import make_prepare
@@ -65,7 +64,7 @@ def test_scores_are_cosines_and_the_order_goes_down(text, judge):
     assert order.shape == scores.shape == (3, 5)
     assert (np.diff(np.take_along_axis(scores, order, 1)) <= 0).all()
     model = text.load()
-    read = text.features(model, *map(jnp.asarray, text(PROMPTS)))[:, 0]
+    read = jax.jit(text.features)(model, *text(PROMPTS))[:, 0]
     seen = jax.jit(text.image_features)(model, images[1].astype(np.float32) / 127.5 - 1)[:, 0]
     np.testing.assert_allclose(scores[1], seen @ read[1], atol=1e-5)
 
@@ -140,7 +139,7 @@ def store(tmp_path_factory):
 def experiment(store, text, **more):
     family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=Vector(12), dropout=0.0)
     data = Data(ArrayRecord(str(store / "data")), image_size=8, batch_size=8)
-    made = toys.experiment(family, data, steps=3)
+    made = toys.experiment(family, data, MeshConfig(1, 1, 1), steps=3)
     return dataclasses.replace(made, codec=str(store / "codec"), text=text, **more)
 
 
@@ -148,16 +147,12 @@ def test_training_sees_pictures_and_sampling_captions(tmp_path, store, text):
     e = experiment(store, text)
     images = next(e.data.batches())["image"]
     model = text.load()
-    batch = make_prepare(Squares(), text)({"text": model, "codec": {}}, {"image": jnp.asarray(images)})
+    batch = jax.jit(make_prepare(Squares(), text))({"text": model, "codec": {}}, {"image": images})
     assert set(batch) == {"codes", "features"} and batch["features"].shape == (8, 1, 12)
-    expected = text.image_features(model, jnp.asarray(images) / 127.5 - 1)
+    expected = jax.jit(text.image_features)(model, images / np.float32(127.5) - 1)
     np.testing.assert_allclose(batch["features"], expected, atol=1e-6)
 
     train(e, tmp_path / "run")
-    pipeline = Pipeline.load(tmp_path / "run")
-    found = pipeline.sample(["a cat", "dog", "a cat"], [0, 1, 0])
-    assert found.shape == (3, 8, 8, 3) and (found[0] == found[2]).all()
-
     main(["sample", str(tmp_path / "run"), "a cat", "--out", str(tmp_path / "out"), "--rerank", text.folder,
           "--candidates", "4", "--count", "2"])  # fmt: skip
     assert len(list((tmp_path / "out/candidates").glob("0*.png"))) == 4
