@@ -14,9 +14,10 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
+from jax import Array
 
 
 class ConfigError(ValueError):
@@ -49,8 +50,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
     """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has."""
-    kind = type(value)
-    return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    kind, settings = type(value), (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=settings, registry=_registry)
+
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _traced(info: Any) -> Any:
+    """Options that are a number, or an array with one for each picture, take a number from the command line."""
+    plain = [t for t in get_args(info.type) if t is not Array]
+    if Array not in get_args(info.type) or len(plain) != 1 or plain[0] not in (bool, int, float):
+        return None
+    kind, words = plain[0], {"true": True, "false": False}
+
+    def read(given: list[str]) -> Any:
+        if kind is not bool:
+            return kind(given[0])
+        word = given[0].lower() if given else "true"
+        if len(given) > 1 or word not in words:
+            raise ValueError(f"{' '.join(given)!r} is neither true nor false")
+        return words[word]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if kind is bool else 1,
+        metavar="[TRUE|FALSE]" if kind is bool else kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda x: isinstance(x, kind | int if kind is float else kind),
+        str_from_instance=lambda x: [str(x)],
+    )
 
 
 def _nearest_field(error: TypeError) -> str:

@@ -7,6 +7,7 @@ import toys
 
 from t2i_jax import config
 from t2i_jax.config import ConfigError
+from t2i_jax.nn.draw import Sampling
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.optimizer import Optimizer
 
@@ -75,3 +76,9 @@ def test_json_names_only_classes_of_the_library():
         config.from_json({"type": "t2i_jax.config:load"})
     with pytest.raises(ConfigError, match="did you mean 'warmup'"):
         config.from_json({"type": "t2i_jax.training.optimizer:Optimizer", "warmupp": 3})
+
+
+def test_options_that_may_be_arrays_are_numbers_on_the_command_line():
+    options = config.override(Sampling(), ["--guidance=2", "--top-k", "5", "--greedy"])
+    assert options == Sampling(guidance=2.0, top_k=5, greedy=True)
+    assert config.override(Sampling(greedy=True), ["--greedy", "false"]) == Sampling()

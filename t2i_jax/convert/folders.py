@@ -38,7 +38,7 @@ def to_folder(
     except (ValueError, TypeError, KeyError) as error:
         known = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{weights} as {name}: {known}") from error
-    artifact = Artifact(config, model, text, codec, image_size=_image_size(config, codec))
+    artifact = Artifact(config, model, text, codec, image_size=picture_side(config, codec))
     save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
     return artifact
 
@@ -128,11 +128,13 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _image_size(config: Any, codec: str) -> int:
+def picture_side(config: Any, codec: str) -> int:
     """Side of the pictures, as far as configuration and codec tell. Errors: `ConfigError` where they do not fit."""
     if not codec:
         return 0
     decoder = load_artifact(codec).config
+    if not hasattr(decoder, "factor"):
+        raise ConfigError(f"{codec} holds a {type(decoder).__name__}, which is no codec")
     if getattr(decoder, "vocabulary", None) != getattr(config, "vocabulary", None):
         ours, theirs = getattr(config, "vocabulary", "no"), getattr(decoder, "vocabulary", "no")
         raise ConfigError(f"{codec} has {theirs} codes, the model {ours}: this is not its codec")

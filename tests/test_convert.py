@@ -1,0 +1,216 @@
+"""A published checkpoint becomes a folder that draws pictures, and a published checkpoint again."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from t2i_jax import convert
+from t2i_jax.cli import main
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.config import ConfigError
+from t2i_jax.convert import folders
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes, Features, Given, Vector
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.trees import named
+from t2i_jax.training.artifacts import load_artifact
+
+KEY = jax.random.key(0)
+SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent=8, decoder_blocks=2)
+CODEC = VQGAN(
+    dataclasses.replace(SMALL, attention=(1,), decoder_attention=(1,)),
+    QuantizerConfig(20, 4),
+    adversarial=0.0,
+    perceptual=1.0,
+)
+GPT = dict(activation="gelu", norm="layer", bias=True, positions="learned", condition_dropout=0.0)
+LLAMA = AR(
+    20, (2, 2), 16, 2, 2, mlp=32, condition=Classes(5), zero_output=True, prefix_rotary="zero", condition_dropout=0.1
+)
+MODELS = {
+    "llamagen": (dataclasses.replace(LLAMA, kv_heads=1, depth=1), {"head_dim": 8, "grid": (2, 2)}),
+    "llamagen captions": (
+        dataclasses.replace(
+            LLAMA, condition=Features(6, 3, trained_null=False, left=True, null_keeps_mask=True), depth=1
+        ),
+        {"head_dim": 8, "grid": (2, 2)},
+    ),
+    "taming-gpt": (
+        AR(
+            20,
+            (2, 2),
+            16,
+            1,
+            2,
+            mlp=64,
+            condition=Given(2),
+            unmasked=2,
+            position_rows=9,
+            sampling=Sampling(guidance=1.0),
+            **GPT,
+        ),
+        {"heads": 2, "grid": (2, 2), "prefix": 2, "unmasked": 2},
+    ),
+    "clipgen": (
+        AR(
+            20,
+            (2, 2),
+            16,
+            1,
+            2,
+            mlp=64,
+            condition=Vector(6),
+            output_bias=True,
+            position_rows=4,
+            sampling=Sampling(guidance=1.0, top_k=500, top_p=0.95),
+            **GPT,
+        ),
+        {"heads": 2, "grid": (2, 2)},
+    ),
+    "llamagen-vq": (CODEC, {}),
+    "taming-vqgan": (
+        VQGAN(
+            dataclasses.replace(SMALL, attention=(0,), decoder_attention=()),
+            QuantizerConfig(20, 4, False),
+            pixels="l1",
+            adaptive=True,
+            adversarial=0.8,
+            start=250_001,
+            discriminator=DiscriminatorConfig(8, 2),
+        ),
+        {},
+    ),
+    "taming-gumbel": (
+        VQGAN(
+            dataclasses.replace(SMALL, attention=(), decoder_attention=(1,)),
+            GumbelConfig(20, 8),
+            pixels="l1",
+            adaptive=True,
+            adversarial=0.0,
+            start=250_001,
+        ),
+        {},
+    ),
+    "clipgen-vqgan": (
+        VQGAN(
+            dataclasses.replace(SMALL, attention=(0, 1), decoder_attention=(0,), eps=1e-5),
+            QuantizerConfig(20, 8, False, commitment=1.0, codebook=0.2),
+            pixels="l1",
+            adaptive=True,
+            adversarial=0.8,
+            start=250_001,
+            discriminator=DiscriminatorConfig(8, 2),
+        ),
+        {},
+    ),
+}
+
+
+def random(config):
+    """A model of `config` with random numbers everywhere, as they are in memory."""
+    shapes = jax.eval_shape(config.init, KEY)
+    leaves, tree = jax.tree.flatten(shapes)
+    draw = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [draw.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name):
+    config, hints = MODELS[name]
+    name, model = name.split()[0], random(config)
+    tensors = convert.restore(name, config, model)
+    found, loaded = convert.convert(name, tensors, **hints)
+    assert found == config
+    ours, theirs = named(model), named(loaded)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[k][...], theirs[k][...]) for k in ours)
+    again = convert.restore(name, found, loaded)
+    assert again.keys() == tensors.keys() and all(np.array_equal(again[k], tensors[k]) for k in tensors)
+
+
+def test_the_file_of_a_larger_program_holds_the_part():
+    config, _ = MODELS["taming-gpt"]
+    tensors = convert.restore("taming-gpt", config, random(config))
+    whole = {f"transformer.{k}": v for k, v in tensors.items()} | {"first_stage_model.encoder.conv_in.bias": np.ones(3)}
+    assert convert.unwrapped({"state_dict": whole}, convert.find("taming-gpt")).keys() == tensors.keys()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Published files of a codec and a model, and the folders that the command makes of them."""
+    torch = pytest.importorskip("torch")
+    room = tmp_path_factory.mktemp("published")
+    codec, family = random(CODEC), random(LLAMA)
+    tensors = {k: torch.tensor(v) for k, v in convert.restore("llamagen-vq", CODEC, codec).items()}
+    tensors |= {"quantize.codebook_used": torch.zeros(65536)}
+    stale = {k: torch.zeros_like(v) for k, v in tensors.items()}
+    torch.save({"model": stale, "ema": tensors, "steps": 5}, room / "vq.pt")
+    tensors = convert.restore("llamagen", LLAMA, family)
+    torch.save({"model": {f"module.{k}": torch.tensor(v) for k, v in tensors.items()}}, room / "c2i.pt")
+    main(["convert", "llamagen-vq", str(room / "vq.pt"), "--out", str(room / "codec")])
+    main(
+        ["convert", "llamagen", str(room / "c2i.pt"), "--grid", "2", "2", "--head-dim=8", "--out", str(room / "model")]
+        + ["--codec", str(room / "codec")]
+    )
+    return room
+
+
+def test_the_average_of_the_weights_is_taken(models):
+    ours, theirs = named(load_artifact(models / "codec").model), named(random(CODEC))
+    assert all(np.array_equal(ours[k][...], theirs[k][...]) for k in theirs)
+
+
+def test_a_converted_model_draws_pictures(models, tmp_path):
+    main(["sample", str(models / "model"), "3", "--out", str(tmp_path / "pictures"), "--guidance=2"])
+    assert list((tmp_path / "pictures").rglob("*.png"))
+    assert load_artifact(models / "model").image_size == 4
+
+
+@pytest.mark.parametrize(
+    ("format", "folder", "file"), [("llamagen", "model", "c2i.pt"), ("llamagen_vq", "codec", "vq.pt")]
+)
+def test_back_to_the_published_file(models, tmp_path, format, folder, file):
+    main(["convert", format, str(models / folder), "--back", "--out", str(tmp_path / "back.safetensors")])
+    published, back = convert.read(models / file, format), load_file(tmp_path / "back.safetensors")
+    assert back.keys() == published.keys()
+    assert all(np.array_equal(back[k], published[k]) for k in published)
+
+
+def told(capfd, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", *map(str, arguments)])
+    assert stop.value.code == 2
+    return " ".join(capfd.readouterr().err.split())
+
+
+def test_what_does_not_fit_is_told(models, tmp_path, capfd):
+    tensors = convert.read(models / "c2i.pt", "llamagen")
+    tensors["extra"] = tensors.pop("norm.weight")
+    tensors["output.weight"] = tensors["output.weight"][:-1]
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    out = ("--out", tmp_path / "out", "--head-dim=8", "--grid=2,2")
+    error = told(capfd, "llamagen", tmp_path / "wrong.safetensors", *out)
+    assert all(part in error for part in ("norm.weight: missing", "extra: unused", "output.weight: [(19, 16)]"))
+    assert not (tmp_path / "out").exists()
+    assert "did you mean 'llamagen'" in told(capfd, "lamagen", models / "c2i.pt", *out)
+    assert "gird" in told(capfd, "llamagen", models / "c2i.pt", "--out", tmp_path / "out", "--gird=2,2")
+    assert "this is no next-token model" in told(capfd, "llamagen", models / "vq.pt", *out)
+    assert "no codec" in told(capfd, "llamagen", models / "c2i.pt", *out, "--codec", models / "model")
+    other = dataclasses.replace(LLAMA, vocabulary=21)
+    with pytest.raises(ConfigError, match="20 codes, the model 21"):
+        folders.picture_side(other, str(models / "codec"))
+    assert "VQGAN" in told(capfd, "llamagen", models / "codec", "--back", "--out", tmp_path / "x.safetensors")
+    assert "exists already" in told(capfd, "llamagen", models / "c2i.pt", "--out", models / "model")
+
+
+def test_help_lists_every_format(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"t2i convert {name} " in text for name in convert.formats())
