@@ -39,8 +39,8 @@ def describe(
 
     grid: rows and columns of codes, square unless given: 16 x 16, or as many as a stored attention mask has. heads: 16
     in all released files. steps: T where no table of times or schedule tells. length: vectors of a caption. activation,
-    class_type: by their published names. null_class: the last class is the unconditional one; unless given, it is in the
-    file of 1001 classes, and the others take the mean of all.
+    class_type: by their published names. null_class: the last class is the unconditional one; unless given, it is so in
+    the file of 1001 classes, and the others take the mean of all.
     """
     if "transformer.content_emb.emb.weight" not in tensors:
         raise ValueError(
