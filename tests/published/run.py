@@ -15,19 +15,26 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from parity import Oracle, check
+from table import converted, row, write
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--quiet", action="store_true", help="only what fails, and a line for each folder")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="also write what works as a table, docs/results/parity.md"
+    )
     arguments = parser.parse_args()
-    failed = 0
+    failed, rows = 0, {}
     for folder in arguments.folders:
         print(folder, flush=True)
         start = time.perf_counter()
         try:
-            lines = list(check(Oracle(folder)))
+            oracle = Oracle(folder)
+            with converted() as seen:
+                lines = list(check(oracle))
+            rows[oracle.meta["system"]] = row(oracle, lines, seen)
         except Exception:
             traceback.print_exc()
             print(f"  FAIL {folder.name}: stopped", flush=True)
@@ -43,6 +50,8 @@ def main() -> int:
             f"  {folder.name}: {len(lines) - bad} of {len(lines)} arrays, worst {worst:.1e}, {took:.0f} s", flush=True
         )
         failed += bool(bad or not lines)
+    if arguments.table:
+        write(arguments.table, rows)
     return min(failed, 1)
 
 

@@ -45,14 +45,17 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
     ours |= {f"grad.{k}": v for k, v in restore("llamagen", config, slopes).items() if f"grad.{k}" in outputs}
 
     keys = jax.random.split(jax.random.key(0), b)
-    stop = (meta["cfg_interval"] + 2) / config.length
+    # The published program guides by scales above 1 only, and the whole sequence where the interval is negative.
+    scale, interval = max(meta["cfg_scale"], 1.0), meta["cfg_interval"]
+    stop = (interval + 2) / config.length if interval >= 0 else 1.0
     for name, options in {
         "nocfg": Sampling(guidance=1.0, greedy=True),
-        "cfg": Sampling(guidance=meta["cfg_scale"], greedy=True),
-        "cfg_interval": Sampling(guidance=meta["cfg_scale"], guidance_stop=stop, greedy=True),
+        "cfg": Sampling(guidance=scale, greedy=True),
+        "cfg_interval": Sampling(guidance=scale, guidance_stop=stop, greedy=True),
     }.items():
-        codes = config.sample(model, condition, keys, options, segments=2)
-        ours[f"greedy_tokens_{name}"] = np.asarray(codes).reshape(b, -1)
+        if f"greedy_tokens_{name}" in outputs:
+            codes = config.sample(model, condition, keys, options, segments=2)
+            ours[f"greedy_tokens_{name}"] = np.asarray(codes).reshape(b, -1)
 
     @jax.jit
     def decoded(codes, dropped):
@@ -65,10 +68,12 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
         _, rest = jax.lax.scan(step, state.grow(config.length), jnp.arange(config.length - 1))
         return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], 1)
 
-    ours["greedy_logits_nocfg"] = decoded(outputs["greedy_tokens_nocfg"], False)
-    branches = [decoded(outputs["greedy_tokens_cfg"], dropped) for dropped in (False, True)]
-    ours["greedy_logits_cfg_cond"], ours["greedy_logits_cfg_uncond"] = branches
-    ours["greedy_logits_cfg_combined"] = guide(*branches, meta["cfg_scale"])
+    if "greedy_tokens_nocfg" in outputs:
+        ours["greedy_logits_nocfg"] = decoded(outputs["greedy_tokens_nocfg"], False)
+    if "greedy_tokens_cfg" in outputs:
+        branches = [decoded(outputs["greedy_tokens_cfg"], dropped) for dropped in (False, True)]
+        ours["greedy_logits_cfg_cond"], ours["greedy_logits_cfg_uncond"] = branches
+        ours["greedy_logits_cfg_combined"] = guide(*branches, meta["cfg_scale"])
     read = jax.jit(lambda dropped: config.prefix_logits(model, condition, jnp.full(b, dropped)))
     ours |= {"prefill_logits": read(False), "prefill_logits_uncond": read(True)}
 
