@@ -143,7 +143,7 @@ def experiment(store, text, **more):
     return dataclasses.replace(made, codec=str(store / "codec"), text=text, **more)
 
 
-def test_training_sees_pictures_and_sampling_captions(tmp_path, store, text):
+def test_training_sees_pictures(store, text):
     e = experiment(store, text)
     images = next(e.data.batches())["image"]
     model = text.load()
@@ -152,7 +152,10 @@ def test_training_sees_pictures_and_sampling_captions(tmp_path, store, text):
     expected = jax.jit(text.image_features)(model, images / np.float32(127.5) - 1)
     np.testing.assert_allclose(batch["features"], expected, atol=1e-6)
 
-    train(e, tmp_path / "run")
+
+@pytest.mark.slow
+def test_learned_from_pictures_drawn_for_captions_chosen_by_clip(tmp_path, store, text):
+    train(experiment(store, text), tmp_path / "run")
     main(["sample", str(tmp_path / "run"), "a cat", "--out", str(tmp_path / "out"), "--rerank", text.folder,
           "--candidates", "4", "--count", "2"])  # fmt: skip
     assert len(list((tmp_path / "out/candidates").glob("0*.png"))) == 4

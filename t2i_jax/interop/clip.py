@@ -11,7 +11,7 @@ from t2i_jax.interop.names import LINEAR, Source, Table, source
 from t2i_jax.interop.torchfile import StandIn, read_torch
 
 PATCH = "d c i j -> i j c d"
-IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$"
+IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_mask$"
 
 
 def huggingface_table(text_head: int, image_head: int) -> Table:
