@@ -23,6 +23,7 @@ FORMATS = {
     r"taming_vqgan_gumbel_.*": "taming-gumbel",
     r"clip_gen_gpt2_.*": "clipgen",
     r"clip_gen_vqgan": "clipgen-vqgan",
+    r"vq_diffusion_.*": "vq_diffusion",
 }
 """Which format a file of names and shapes belongs to, by its name."""
 
