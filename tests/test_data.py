@@ -189,17 +189,28 @@ def test_records_round_trip(tmp_path):
 
 
 def test_precomputed_arrays_pass_through(tmp_path):
+    """Codes as they are; of features, which have a row for each caption, one row."""
     rows = [
-        {"codes": np.full((2, 2), i), "features": np.full((3, 4), i, np.float16), "text_mask": np.ones(3, bool)}
+        {
+            "codes": np.full((2, 2), i),
+            "features": np.full((2, 3, 4), [[[10 * i]], [[10 * i + 1]]], np.float16),
+            "text_mask": np.array([[True, False, False], [True, True, False]]),
+        }
         for i in range(6)
     ]
     write_records(tmp_path / "r", rows)
-    (batch,) = take(Data(ArrayRecord(str(tmp_path / "r")), batch_size=6), 1)
+    data = Data(ArrayRecord(str(tmp_path / "r")), batch_size=6)
+    (batch,) = take(data, 1)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
         "codes": ((6, 2, 2), "int32"),
         "features": ((6, 3, 4), "float16"),
         "text_mask": ((6, 3), "bool"),
     }
+    chosen = batch["features"][:, 0, 0] - 10 * batch["codes"][:, 0, 0]
+    assert set(chosen) == {0, 1}
+    np.testing.assert_array_equal(batch["text_mask"].sum(1), 1 + chosen)
+    (first,) = take(dataclasses.replace(data, caption="first"), 1)
+    np.testing.assert_array_equal(first["features"][:, 0, 0], 10 * first["codes"][:, 0, 0])
     write_records(tmp_path / "odd", [{"codes": np.zeros((2, 2 + i), np.int32)} for i in range(2)])
     with pytest.raises(DataError, match="'codes'"):
         take(Data(ArrayRecord(str(tmp_path / "odd")), batch_size=2), 1, text=None)

@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-ARRAYS = ("label", "codes", "latents", "features", "text_mask")
+PER_CAPTION = ("features", "text_mask")  # a row for each caption of the record
+ARRAYS = ("label", "codes", "latents", *PER_CAPTION)
 SIDED = ("left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo")
 SIDED += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
 TRIES = 100
@@ -193,9 +194,11 @@ class _Examples:
         arrays: Batch = {}
         # All draws are taken in this order whatever the record is like.
         x = rng.uniform()
-        caption = None
-        if self.captions and "features" not in record:
-            caption = choose_caption(record.get("captions"), random if data.caption == "random" else None)
+        caption, row, chooser = None, 0, random if data.caption == "random" else None
+        if "features" in record:
+            row = int(chooser.integers(len(record["features"]))) if chooser is not None else 0
+        elif self.captions:
+            caption = choose_caption(record.get("captions"), chooser)
         if "image" in data.fields and "image" in record:
             picture = open_image(record["image"], data.image_size)
             image = to_square(picture, data.image_size, random if data.crop == "random" else None, data.smallest_crop)
@@ -204,6 +207,7 @@ class _Examples:
         for name in ARRAYS:
             if name in data.fields and record.get(name) is not None:
                 value = np.asarray(record[name])
+                value = value[row] if name in PER_CAPTION else value
                 arrays[name] = value.astype(np.int32) if value.dtype.kind in "iu" else value
         if not arrays and caption is None:
             raise DataError(f"the record has none of Data.fields {data.fields}, only {sorted(record)}")

@@ -135,7 +135,7 @@ class Features:
 class FeatureTokens(nnx.Module):
     """`features` float (b, s, k), `text_mask` bool (b, s) if any slots are padding -> tokens (b, s, d), text visible.
 
-    The unconditional features (s, k) stand in before the projection, for dropped rows and for rows without any text.
+    Where one vector stands for a caption (s = 1) the mask may be that of the caption's own tokens. The unconditional features (s, k) stand in before the projection, for dropped rows and for rows without any text.
     """
 
     def __init__(self, config: Features, key: Array, width: int):
@@ -150,6 +150,7 @@ class FeatureTokens(nnx.Module):
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
         mask = jnp.asarray(batch.get("text_mask", jnp.ones(x.shape[:2], bool)))
+        mask = mask.any(1, keepdims=True) if x.shape[1] == 1 else mask
         if self.config.left:
             order = jnp.argsort(mask, 1, stable=True)  # padding first, text after it in its own order
             x, mask = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(mask, order, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class MiniLM:
 
     length: int = 64
     """tokens of a caption, [CLS] and [SEP] included; longer ones are cut; at most 512"""
+    pooled: bool = False
+    """one vector for the whole caption instead of one a token"""
 
     dim = LAYER.width
 
@@ -60,8 +63,11 @@ class MiniLM:
         return jax.tree.map(jnp.asarray, published.load(abstract, LAYER.head))
 
     def features(self, model: Encoder, ids: Array, mask: Array) -> Array:
-        """One vector a token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False."""
-        return model(ids, mask)
+        """One vector a token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.
+
+        With `pooled` (b, 1, 384): `sentence`, scaled so that its numbers are of order 1.
+        """
+        return math.sqrt(self.dim) * self.sentence(model, ids, mask)[:, None] if self.pooled else model(ids, mask)
 
     def sentence(self, model: Encoder, ids: Array, mask: Array) -> Array:
         """One vector a caption, the mean over its tokens at length 1: (b, 384); zeros for an empty caption."""
