@@ -98,12 +98,22 @@ class AR:
     """Weight of (log Z)^2."""
     loss_chunk: int = 0
     """Tokens of each image whose logits are held at a time; 0 is all."""
+    sampling: Sampling = Sampling()
+    """How pictures are drawn from this model unless told otherwise."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
+
+    def __post_init__(self):
+        places = self.condition.length + self.length - 1
+        if self.positions == "learned" and 0 < self.position_rows < places:
+            raise ValueError(
+                f"position_rows={self.position_rows} places for {self.condition.length} tokens of the condition and "
+                f"{self.length} codes of grid={self.grid}: {places} are needed"
+            )
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> AR:

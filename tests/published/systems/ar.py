@@ -135,8 +135,8 @@ def taming_gpt(oracle: Oracle) -> dict[str, Any]:
 def clip_gen(oracle: Oracle) -> dict[str, Any]:
     meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
     length = inputs["idx"].shape[1]
-    hints = {"grid": (1, length), "heads": meta["n_head"], "eps": meta["layernorm_eps"]}
-    config, model = convert("clipgen", oracle.tensors, **hints)
+    hints = {"heads": meta["n_head"], "eps": meta["layernorm_eps"]}
+    config, model = convert("clipgen", oracle.tensors, grid=(1, length), **hints)
     condition = {"features": jnp.asarray(inputs["clip_embed"])}
     batch = condition | {"codes": jnp.asarray(inputs["idx"])[:, None]}
 
@@ -147,6 +147,7 @@ def clip_gen(oracle: Oracle) -> dict[str, Any]:
     (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
     ours = {"logits": logits, "loss": loss} | filtered(oracle)
     ours |= {f"grad.{k}": v for k, v in restore("clipgen", config, slopes).items() if f"grad.{k}" in outputs}
+    config = dataclasses.replace(config, grid=(1, outputs["greedy_tokens"].shape[1]))
     options = dataclasses.replace(config.options(), greedy=True)
     codes = config.sample(model, condition, jax.random.split(jax.random.key(0), len(batch["codes"])), options)
     return ours | {"greedy_tokens": codes[:, 0]}

@@ -25,7 +25,8 @@ def nchw(x: Any) -> jax.Array:
 
 def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
     meta, images, outputs = oracle.config, nhwc(oracle.inputs["image"]), oracle.outputs
-    hints = {"l2_norm": meta["l2_norm"], "beta": meta["beta"], "entropy": 0.1}
+    ratio = meta.get("entropy_loss_ratio", 0.1)
+    hints = {"l2_norm": meta["l2_norm"], "beta": meta["beta"], "entropy": ratio}
     hints |= {"groups": meta["groupnorm_groups"], "eps": meta["groupnorm_eps"], "perceptual": 0.0}
     config, model = convert("llamagen-vq", oracle.tensors, **hints)
 
@@ -44,7 +45,7 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
             batch = {"image": jnp.asarray(np.asarray(images), jnp.float64)}
             objective = lambda m: exact.generator_loss(m, batch, jax.random.key(0), 0)
             (total, (metrics, _)), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(double)
-            return total, metrics, restore("llamagen-vq", config, slopes)
+            return *jax.device_get((total, metrics)), restore("llamagen-vq", config, slopes)
 
     z, ids, vectors, picture = forward(model, jnp.asarray(outputs["ids"]))
     ours = {"pre_quant": nchw(z), "ids": ids, "quantized": nchw(vectors)}
@@ -52,7 +53,7 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
     ours["codebook_normalized"] = config.embed(model, jnp.arange(config.vocabulary))
     total, metrics, slopes = trained()
     ours |= {"train_vq_loss": metrics["commitment"], "train_commit_loss": meta["beta"] * metrics["commitment"]}
-    ours |= {"train_entropy_loss": 0.1 * metrics["entropy"], "train_total": total}
+    ours |= {"train_entropy_loss": ratio * metrics["entropy"], "train_total": total}
     return ours | {f"grad.{k}": v for k, v in slopes.items() if f"grad.{k}" in outputs}
 
 
