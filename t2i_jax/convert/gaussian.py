@@ -1,26 +1,108 @@
-"""Formats of Gaussian diffusion: DiT."""
+"""Formats of Gaussian diffusion: DiT, guided-diffusion (ADM) and its classifiers, GLIDE and its noise-aware CLIP."""
 
 from typing import Any
 
+import jax
+
 from t2i_jax.convert import Format
-from t2i_jax.interop import dit
+from t2i_jax.interop import adm, dit
 from t2i_jax.interop.names import Table, Tensors
-from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete
 
 
-def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) -> Diffusion:
+def _abstract(config: Any) -> Any:
+    return jax.eval_shape(config.init, jax.random.key(0))
+
+
+def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
     """null: the last row of the table of classes stands for none; models trained without dropping have no such row."""
     found = dit.describe(tensors, heads)
-    network = DiT(condition=Classes(found.pop("classes") - null, null), **found)
+    network = DiT(condition=Classes(found.pop("classes") - null, null), eps=eps, **found)
     published = {"process": Discrete("linear"), "guided_channels": 3, "condition_dropout": 0.1 if null else 0.0}
     return Diffusion(network, **(published | fields))
 
 
-def _dit_table(config: Diffusion) -> Table:
-    return dit.table(config.network)
+def _unet(
+    tensors: Tensors,
+    size: int = 0,
+    blocks: int = 0,
+    heads: int = 0,
+    head_dim: int | None = None,
+    up_heads: int = 0,
+    qkv_first: bool | None = None,
+    **fields: Any,
+) -> UNet:
+    """What shapes do not say is that of the released model of these levels and widths."""
+    found = adm.describe(tensors, blocks)
+    of_128 = found["multipliers"] == (1, 1, 2, 3, 4)
+    to_256 = found["width"] == 192 and found["extra_inputs"] and len(found["multipliers"]) == 6
+    if head_dim is None:
+        head_dim = 0 if heads or ((of_128 or to_256) and found["width"] >= 192) else 64
+    if qkv_first is None:
+        qkv_first = found["width"] == 192 and found["multipliers"] == (1, 2, 3, 4)
+    if size:
+        found["size"] = (size, size)
+    return UNet(
+        **(found | {"heads": heads or 4, "head_dim": head_dim, "up_heads": up_heads, "qkv_first": qkv_first} | fields)
+    )
 
 
-FORMATS = {"dit": Format(_dit, _dit_table, wrappers=("ema", "model", "state_dict"))}
+def _adm(tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any) -> Diffusion:
+    """hints: `size`, `blocks`, `heads` or `head_dim`, `up_heads`, `qkv_first` of `_unet`, and fields of the network."""
+    table = tensors.get("label_emb.weight")
+    condition = None if table is None else Classes(table.shape[0], null=False)
+    network = _unet(tensors, condition=condition, **hints)
+    schedule = schedule or ("cosine" if network.multipliers == (1, 2, 3, 4) and network.width == 192 else "linear")
+    return Diffusion(
+        network,
+        process=process or Discrete(schedule, steps),
+        condition_dropout=0.0,
+        sampling=Solving(steps=min(250, steps), guidance=1.0, clip=True),
+    )
+
+
+def _adm_classifier(tensors: Tensors, *, size: int = 0, schedule: str = "", steps: int = 1000, **hints: Any) -> Any:
+    """As `_adm`. The released one for 64 pixels belongs to a cosine schedule, the others to a linear one."""
+    head = adm.describe_pool(tensors)
+    trunk = _unet(tensors, size=size, condition=None, **({"head_dim": 64, "qkv_first": False} | hints))
+    if head["side"]:
+        side = head["side"] * 2 ** (len(trunk.multipliers) - 1)
+        trunk = _unet(tensors, size=side, condition=None, **({"head_dim": 64, "qkv_first": False} | hints))
+    schedule = schedule or ("cosine" if len(trunk.multipliers) == 4 else "linear")
+    return NoisedClassifier(trunk, head["classes"], head["pool"], Discrete(schedule, steps))
+
+
+def _glide(
+    tensors: Tensors, *, text_heads: int = 0, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any
+) -> Diffusion:
+    """text_heads: of the reader of captions; else as `_adm`."""
+    text = adm.describe_text(tensors)
+    captions = PaddedCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
+    hints = {"condition": captions, "context": text["width"], "pool": "last", "qkv_first": False} | hints
+    network = _unet(tensors, **hints)
+    schedule = schedule or ("linear" if "low_res" in network.extra_inputs else "cosine")
+    return Diffusion(
+        network,
+        process=process or Discrete(schedule, steps),
+        guided_channels=3,
+        condition_dropout=0.2,
+        sampling=Solving(steps=min(100, steps), clip=True),
+    )
+
+
+def _network_table(config: Diffusion) -> Table:
+    return adm.table(_abstract(config))
+
+
+FORMATS = {
+    "dit": Format(_dit, lambda config: dit.table(config.network), wrappers=("ema", "model", "state_dict")),
+    "adm": Format(_adm, _network_table, part="unet."),
+    "adm_classifier": Format(_adm_classifier, _network_table, part="classifier."),
+    "glide": Format(_glide, _network_table, part="unet."),
+}

@@ -170,11 +170,12 @@ class Stage(nnx.Module):
         alone = change == "down"  # on the way down a change of size is a stage of its own
         self.block = None if alone else TimedResBlock(config, c, f, keys[0])
         self.attention = ContextAttention(config, f, keys[1], change == "up") if attends else None
-        self.resample = None
+        resample = None
         if change and config.resample == "block":
-            self.resample = TimedResBlock(config, f, f, keys[2], change)
+            resample = TimedResBlock(config, f, f, keys[2], change)
         elif change:
-            self.resample = Half(f, keys[2], change == "up", config.resample == "conv")
+            resample = Half(f, keys[2], change == "up", config.resample == "conv")
+        self.resample = resample
 
     def __call__(self, x: Array, e: Array, context: Context | None, key: Array | None = None) -> Array:
         keys = (None, None) if key is None else jax.random.split(key)

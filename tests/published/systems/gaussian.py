@@ -10,11 +10,13 @@ from einops import rearrange
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.nn.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian, guidance
 from t2i_jax.noise.gaussian import Schedule
+from t2i_jax.noise.processes import Discrete
 
 
 def ours_layout(x: Any) -> jax.Array:
@@ -147,4 +149,125 @@ def dit(oracle: Oracle) -> dict[str, Any]:
     return {k: np.asarray(v) for k, v in (ours | sampled(model)).items()}
 
 
-SYSTEMS = {"dit": dit}
+def part(oracle: Oracle, name: str) -> dict[str, np.ndarray]:
+    """The tensors of one of several models in a folder."""
+    return {k.removeprefix(f"{name}."): v for k, v in oracle.tensors.items() if k.startswith(f"{name}.")}
+
+
+def heads_of(meta: dict[str, Any]) -> dict[str, Any]:
+    """How attention splits its channels, by the flags of the published program."""
+    fixed = meta.get("num_head_channels") or -1
+    return {
+        "head_dim": 0 if fixed == -1 else fixed,
+        "heads": meta.get("num_heads") or 1,
+        "up_heads": max(meta.get("num_heads_upsample") or 0, 0),
+        "qkv_first": bool(meta.get("use_new_attention_order", False)),
+        "groups": meta.get("groupnorm_groups", 32),
+        "eps": meta.get("groupnorm_eps", 1e-5),
+    }
+
+
+def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    steps = meta.get("diffusion_steps", 1000)
+    process = Discrete(meta["noise_schedule"], steps, rescale_times=meta.get("rescale_timesteps", False))
+    kind = {"size": meta["image_size"], "blocks": meta["num_res_blocks"]}
+    config, model = convert("adm", part(oracle, "unet"), process=process, **kind, **heads_of(meta))
+    predicts = "x0" if meta.get("predict_xstart", False) else "eps"
+    small = meta.get("sigma_small", False)
+    config = dataclasses.replace(config, predicts=predicts, variance="fixed_small" if small else "fixed_large")
+    schedule = process.tables
+    x, noise, x0, z = (ours_layout(inputs[k]) for k in ("x", "noise", "x0", "z"))
+    y, t, t_loss = (jnp.asarray(inputs[k]) for k in ("y", "t", "t_loss"))
+    nobody = jnp.zeros(len(x), bool)
+    clip = meta.get("clip_denoised", True)
+    variance = "learned_range" if config.network.learn_variance else config.variance
+    classify, labels = None, y
+    if meta.get("classifier"):
+        of = meta["classifier"]
+        hints = heads_of({k: v for k, v in meta.items() if k.startswith("groupnorm")} | of) | {"qkv_first": False}
+        grid = {"size": of["image_size"], "blocks": of["num_res_blocks"]}
+        _, classify = convert("adm_classifier", part(oracle, "classifier"), **grid, **hints)
+
+    def forward(model, x, t):
+        return model(x, process.told(t), model.read({"label": y}, nobody))
+
+    def p(schedule, x, t, told):
+        prediction, v = config._parts(forward(model, x, told))
+        return gaussian.p_mean_variance(
+            schedule, prediction, x, t, v=v, predicts=predicts, variance=variance, clip=clip
+        )
+
+    def gradient(x, told):
+        log_p = lambda x: guidance.of_class(classify(x, process.told(told)), labels)
+        return guidance.pull(log_p, x, meta["classifier_scale"])
+
+    def shifted(normal, x, t, told):
+        return normal._replace(mean=normal.mean + normal.variance * gradient(x, told))
+
+    def scored(schedule, x, t, told):
+        alpha, sigma = schedule.at(t, x)
+        eps = (x - alpha * p(schedule, x, t, told).x0) / sigma - sigma * gradient(x, told)
+        return (x - sigma * eps) / alpha
+
+    @jax.jit
+    def parts():
+        out = {"timestep_embedding": sinusoid(t, config.network.width)}
+        out["unet_out"] = theirs_layout(forward(model, x, t))
+        normal = p(schedule, x, t, t)
+        out |= {"p_mean": normal.mean, "p_log_variance": normal.log_variance, "p_pred_xstart": normal.x0}
+        if classify is not None:
+            out["classifier_logits"] = classify(x, process.told(t))
+            out["cond_grad"] = gradient(x, t)
+            out["condition_mean"] = shifted(normal, x, t, t).mean
+            out["condition_score_xstart"] = scored(schedule, x, t, t)
+            out["condition_score_mean"] = gaussian.posterior(schedule, out["condition_score_xstart"], x, t).mean
+        return {k: theirs_layout(v) if v.ndim == 4 and k != "unet_out" else v for k, v in out.items()}
+
+    def objective(model, weight):
+        losses = dataclasses.replace(config, bound_weight=weight).losses(model, x0, t_loss, noise, {"label": y}, nobody)
+        return losses["loss"].mean(), losses
+
+    ours = dict(parts())
+    slopes, losses = jax.jit(jax.grad(objective, has_aux=True))(model, 1.0)
+    ours |= {f"loss_{k}": v for k, v in losses.items()}
+    if "loss_rescaled_loss" in outputs:
+        losses = jax.jit(objective)(model, steps / 1000)[1]
+        ours |= {f"loss_rescaled_{k}": v for k, v in losses.items()}
+    slopes = {f"grad.unet.{k}": v for k, v in restore("adm", config, slopes).items()}
+    ours |= {k: v for k, v in slopes.items() if k in outputs}
+
+    few, fewer = (schedule.respaced(str(meta[k])) for k in ("respacing", "ddim"))
+    ours |= {"timestep_map": few.timestep_map, "ddim_timestep_map": fewer.timestep_map}
+    step_noise = ours_layout(inputs["step_noise"])
+
+    @jax.jit
+    def sampled():
+        plain = lambda x, t, told, noise: gaussian.ddpm_step(p(few, x, t, told), t, noise)
+        out = {"ddpm_traj": trajectory(few, plain, z, step_noise)}
+        if classify is not None:
+            pulled = lambda x, t, told, noise: gaussian.ddpm_step(shifted(p(few, x, t, told), x, t, told), t, noise)
+            ddim = lambda x, t, told, noise: gaussian.ddim_step(fewer, scored(fewer, x, t, told), x, t)
+            out["ddpm_guided_traj"] = trajectory(few, pulled, z, step_noise)
+            out["ddim_guided_traj"] = trajectory(fewer, ddim, z, jnp.zeros((len(fewer), 1)))
+        return {k: theirs_layout(v) for k, v in out.items()}
+
+    ours |= sampled()
+    if "superres_out" in outputs:
+        of = {k: v for k, v in meta["superres"].items() if k in meta} if isinstance(meta["superres"], dict) else {}
+        tensors, hints = part(oracle, "superres"), heads_of(meta | of)
+        enlarge, larger = convert(
+            "adm", tensors, size=meta["image_size"], blocks=(meta | of)["num_res_blocks"], process=process, **hints
+        )
+        beside = {"low_res": ours_layout(inputs["low_res"]), "label": y}
+
+        @jax.jit
+        def enlarged():
+            read = join_inputs(x, beside, enlarge.network.extra_inputs)
+            return larger(read, process.told(t), larger.read(beside, nobody))
+
+        ours["superres_out"] = theirs_layout(enlarged())
+    return {k: np.asarray(v) for k, v in ours.items()}
+
+
+SYSTEMS = {"dit": dit, "guided_diffusion": guided_diffusion}

@@ -1,0 +1,207 @@
+"""Names of guided-diffusion's UNets and classifiers (Dhariwal & Nichol 2021) and of GLIDE's UNets, and their shapes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, source
+from t2i_jax.nn.trees import named
+
+SIDES = {4: 64, 5: 128, 6: 256, 7: 512}
+"""Pixels of a released model with so many levels."""
+
+BLOCK = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "shortcut": "skip_connection",
+}
+ATTENTION = {"norm": "norm", "qkv": "qkv", "context": "encoder_kv", "out": "proj_out"}
+TEXT = {
+    "table": "token_embedding",
+    "norm": "final_ln",
+    "blocks.attention.qkv": "transformer.resblocks.{}.attn.c_qkv",
+    "blocks.attention.out": "transformer.resblocks.{}.attn.c_proj",
+    "blocks.attention_norm": "transformer.resblocks.{}.ln_1",
+    "blocks.mlp.into": "transformer.resblocks.{}.mlp.c_fc",
+    "blocks.mlp.out": "transformer.resblocks.{}.mlp.c_proj",
+    "blocks.mlp_norm": "transformer.resblocks.{}.ln_2",
+}
+POOLS = {
+    "adaptive": {"head.norm": "out.0", "head.out": "out.3"},
+    "attention": {
+        "head.norm": "out.0",
+        "head.position": "out.2.positional_embedding",
+        "head.qkv": "out.2.qkv_proj",
+        "head.out": "out.2.c_proj",
+    },
+    "spatial": {"head.into": "out.0", "head.out": "out.2"},
+    "spatial_v2": {"head.into": "out.0", "head.norm": "out.1", "head.out": "out.3"},
+}
+
+
+def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+
+    blocks: residual blocks a level, where the shapes allow several numbers. channels: of a picture.
+    Errors: ValueError where the names are not those of such a model.
+    """
+    if "input_blocks.0.0.weight" not in tensors or "time_embed.0.weight" not in tensors:
+        raise ValueError(f"no input_blocks.0.0.weight among {len(tensors)} names: this is no UNet of guided-diffusion")
+    shape = lambda name: tuple(tensors[name].shape)
+    count = 1 + max(int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.", name) for name in tensors) if m)
+    blocks = blocks or _blocks(tensors, count)
+    levels, width = count // (blocks + 1), shape("time_embed.0.weight")[1]
+    first = [f"input_blocks.{level * (blocks + 1) + 1}" for level in range(levels)]
+    widths = [shape(f"{name}.0.in_layers.2.weight")[0] for name in first]
+    ratio = lambda w: w // width if w % width == 0 else w / width
+    multipliers = (ratio(shape("input_blocks.0.0.weight")[0]), *(ratio(w) for w in widths[1:]))
+    change = f"input_blocks.{blocks + 1}.0"
+    kinds = {"block": f"{change}.in_layers.2.weight", "conv": f"{change}.op.weight"}
+    extra = shape("input_blocks.0.0.weight")[1] - channels
+    known = {0: (), channels: ("low_res",), channels + 1: ("inpaint",), 2 * channels + 1: ("inpaint", "low_res")}
+    if extra not in known:
+        raise ValueError(f"input_blocks.0.0.weight reads {channels + extra} channels where a picture has {channels}")
+    return {
+        "size": (SIDES.get(levels, 64),) * 2,
+        "channels": channels,
+        "width": width,
+        "multipliers": multipliers,
+        "blocks": blocks,
+        "attention": tuple(2**n for n, name in enumerate(first) if f"{name}.1.qkv.weight" in tensors),
+        "scale_shift": shape(f"{first[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
+        "resample": next((k for k, name in kinds.items() if name in tensors), "mean") if levels > 1 else "block",
+        "extra_inputs": known[extra],
+        "learn_variance": "out.2.weight" in tensors and shape("out.2.weight")[0] == 2 * channels,
+    }
+
+
+def _blocks(tensors: Tensors, count: int) -> int:
+    """Residual blocks a level: the number that the places of attention, channels and changes of size allow."""
+    has = lambda prefix: any(name.startswith(prefix) for name in tensors)
+    width = lambda i: tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0]
+    plain = lambda i: f"input_blocks.{i}.0.in_layers.2.weight" in tensors
+
+    def fits(n: int) -> bool:
+        for i in range(1, count):
+            if i % (n + 1) == 0:  # where the size changes there is no attention, and nothing else changes
+                if has(f"input_blocks.{i}.1.") or has(f"input_blocks.{i}.0.skip_connection."):
+                    return False
+            elif (
+                not plain(i)
+                or (i % (n + 1) > 1 and width(i) != width(i - 1))
+                or (i % (n + 1) > 1 and has(f"input_blocks.{i}.1.") != has(f"input_blocks.{i - 1}.1."))
+            ):
+                return False
+        ends = r"output_blocks\.(\d+)\.(1\.in_layers|1\.conv|2)\."
+        changes = sorted({int(m[1]) for m in (re.match(ends, name) for name in tensors) if m})
+        return not changes or changes == list(range(n, count - 1, n + 1))
+
+    found = [n for n in range(1, count) if count % (n + 1) == 0 and fits(n)]
+    if not found:
+        raise ValueError("input_blocks: no number of residual blocks a level makes these; say `blocks`")
+    return found[0]
+
+
+def describe_text(tensors: Tensors) -> dict[str, Any]:
+    """The sizes of GLIDE's reader of captions."""
+    length, width = tensors["positional_embedding"].shape
+    return {
+        "vocabulary": tensors["token_embedding.weight"].shape[0],
+        "length": length,
+        "width": width,
+        "depth": sum(name.endswith(".attn.c_proj.weight") for name in tensors),
+        "padding": "padding_embedding" in tensors,
+        "final_norm": "final_ln.weight" in tensors,
+    }
+
+
+def describe_pool(tensors: Tensors) -> dict[str, Any]:
+    """How a classifier pools, of how many classes, and for which side of the last features (0: any)."""
+    if "out.2.positional_embedding" in tensors:
+        side = round((tensors["out.2.positional_embedding"].shape[1] - 1) ** 0.5)
+        return {"pool": "attention", "classes": tensors["out.2.c_proj.weight"].shape[0], "side": side}
+    for pool, last in {"spatial": "out.2.weight", "spatial_v2": "out.3.weight", "adaptive": "out.3.weight"}.items():
+        rank = 4 if pool == "adaptive" else 2
+        if last in tensors and len(tensors[last].shape) == rank:
+            return {"pool": pool, "classes": tensors[last].shape[0], "side": 0}
+    raise ValueError("no pooling that is known among the names out.*: this is no classifier of guided-diffusion")
+
+
+def table(model: Any) -> Table:
+    """Where each variable of a UNet, or of a classifier of noised pictures, lies in a published file."""
+    variables = named(model)
+    attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
+    pool = next((p for p, lines in POOLS.items() if _is(p, variables)), "") if "head.out.w" in variables else ""
+
+    def inside(rest: str) -> str:
+        part, leaf = rest.rsplit(".", 1)
+        part = {"halved": "op", "doubled.conv": "conv"}.get(part) or BLOCK.get(part, part)
+        return f"{part}.{'weight' if leaf == 'w' else 'bias'}"
+
+    def attention(rest: str) -> str:
+        part, leaf = rest.rsplit(".", 1)
+        return f"{ATTENTION[part]}.{'weight' if leaf == 'w' else 'bias'}"
+
+    def theirs(name: str) -> str:
+        if m := re.match(r"(down|up)\.(\d+)\.(block|attention|resample)\.(.*)", name):
+            way, n, part, rest = m.groups()
+            if way == "down":
+                place = f"input_blocks.{int(n) + 1}.{int(part == 'attention')}"
+            else:
+                place = f"output_blocks.{n}.{ {'block': 0, 'attention': 1}.get(part, 1 + (n in attends)) }"
+            return f"{place}.{attention(rest) if part == 'attention' else inside(rest)}"
+        if m := re.match(r"(before|after)\.(.*)", name):
+            return f"middle_block.{ {'before': 0, 'after': 2}[m[1]] }.{inside(m[2])}"
+        if m := re.match(r"attention\.(.*)", name):
+            return f"middle_block.1.{attention(m[1])}"
+        if name in ("condition.position", "condition.padding"):
+            return {"position": "positional_embedding", "padding": "padding_embedding"}[name[10:]]
+        if name == "head.position":
+            return POOLS[pool][name]
+        part, leaf = name.rsplit(".", 1)
+        whole = {
+            "time.into": "time_embed.0",
+            "time.out": "time_embed.2",
+            "stem": "input_blocks.0.0",
+            "norm": "out.0",
+            "out": "out.2",
+            "pool": "transformer_proj",
+        }
+        whole |= {f"condition.{k}": v for k, v in TEXT.items()} | POOLS.get(pool, {})
+        if "condition.position" not in variables:
+            whole["condition.table"] = "label_emb"
+        return f"{whole[part]}.{'weight' if leaf == 'w' else 'bias'}"
+
+    def layout(name: str, variable: Any) -> str:
+        flat = r"(attention|head)\.(qkv|context|out)\.w$"
+        if name == "head.position":
+            return "c t -> t c"
+        if name.startswith("condition."):
+            return LINEAR if re.search(r"blocks\..*\.(qkv|into|out)\.w$", name) else ""
+        if variable.ndim == 4:
+            return CONV
+        if name == "head.out.w" and pool == "adaptive":
+            return "f c 1 1 -> c f"
+        if re.search(flat, name) and (not name.startswith("head.") or pool == "attention"):
+            return "f c 1 -> c f"
+        return LINEAR if variable.ndim == 2 else ""
+
+    return {k: source(theirs(k), layout=layout(k, v)) for k, v in variables.items()}
+
+
+def _is(pool: str, variables: Any) -> bool:
+    """Whether the head of a classifier pools like that, by what it has."""
+    has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
+    return (
+        has
+        == {
+            "adaptive": {"norm"},
+            "attention": {"norm", "position"},
+            "spatial": {"into"},
+            "spatial_v2": {"into", "norm"},
+        }[pool]
+    )

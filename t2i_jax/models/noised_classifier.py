@@ -1,0 +1,124 @@
+"""A classifier of noised pictures, whose gradient pulls samples to a class (Dhariwal & Nichol 2021, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.attention import attend
+from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
+from t2i_jax.nn.losses import cross_entropy
+from t2i_jax.nn.unet import Encoder, UNet
+from t2i_jax.noise.guidance import of_class
+from t2i_jax.noise.processes import Discrete, Process
+
+HIDDEN = 2048
+"""Inner width of the heads that pool every stage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedClassifier:
+    """The encoder half of a UNet, pooled to logits."""
+
+    trunk: UNet = UNet(condition=None, head_dim=64)
+    """Its way down and its middle are used; its condition, and what it predicts, are not."""
+    classes: int = 1000
+    pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = "attention"
+    """Mean of the last features; attention of that mean to all of them; means of all stages through an MLP, plain or
+    normalised."""
+    process: Process = Discrete()
+
+    def __post_init__(self):
+        if self.pool not in ("adaptive", "attention", "spatial", "spatial_v2"):
+            raise ValueError(f"pool {self.pool!r} is not one of adaptive, attention, spatial, spatial_v2")
+
+    def init(self, key: Array) -> Classifying:
+        return Classifying(self, key)
+
+    def loss(self, model: Classifying, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too."""
+        x0 = (batch["codes"] if "codes" in batch else batch["image"]).astype(jnp.float32) * self.process.scale
+        keys = jax.random.split(key, 3)
+        t = self.process.draw(keys[0], len(x0))
+        alpha, sigma = self.process.at(t, x0)
+        logits = model(alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape), self.process.told(t), keys[2])
+        _, nll, correct = cross_entropy(logits, batch["label"])
+        weight = batch.get("weight", jnp.ones(len(x0))).astype(jnp.float32)
+        mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
+        return mean(nll), {"loss": mean(nll), "accuracy": mean(correct)}
+
+
+class Classifying(Encoder):
+    """The parameters of a `NoisedClassifier`."""
+
+    def __init__(self, config: NoisedClassifier, key: Array):
+        keys = jax.random.split(key)
+        super().__init__(config.trunk, keys[0])
+        trunk, c = config.trunk, self.kept[-1]
+        if config.pool.startswith("spatial"):
+            self.head: Any = StagePool(trunk, sum(self.kept) + c, config.classes, keys[1], config.pool == "spatial_v2")
+        elif config.pool == "attention":
+            self.head = AttentionPool(trunk, c, config.classes, keys[1])
+        else:
+            self.head = MeanPool(trunk, c, config.classes, keys[1])
+
+    def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
+        """x (b, i, j, c) at times t (b,), as a network is told them -> logits (b, v) fp32."""
+        return self.head(*self.encode(x, self.time(t).astype(self.config.dtype), key=key)).astype(jnp.float32)
+
+
+def log_p(model: Classifying, x: Array, t: Array, condition: dict[str, Array]) -> Array:
+    """log p(label | x) (b,): with `jax.tree_util.Partial(log_p, model)` a `Diffusion` samples towards `label`."""
+    return of_class(model(x, t), condition["label"])
+
+
+class MeanPool(nnx.Module):
+    """The mean over places of the last features, and a matrix."""
+
+    def __init__(self, config: UNet, c: int, classes: int, key: Array):
+        self.norm = GroupNorm(c, config.groups, config.eps)
+        self.out = Linear(c, classes, key, std=0.0, axes=(None, "vocab"))
+
+    def __call__(self, x: Array, stages: list[Array]) -> Array:
+        return self.out(jax.nn.silu(self.norm(x)).mean((1, 2)))
+
+
+class AttentionPool(nnx.Module):
+    """One query, the mean over places, looks at itself and at all places (Radford et al. 2021)."""
+
+    def __init__(self, config: UNet, c: int, classes: int, key: Array):
+        keys = jax.random.split(key, 3)
+        factor = 2 ** (len(config.multipliers) - 1)
+        places = (config.size[0] // factor) * (config.size[1] // factor)
+        self.norm = GroupNorm(c, config.groups, config.eps)
+        self.position = param(normal(keys[0], (places + 1, c), c**-0.5), None, None)
+        self.qkv = Linear(c, 3 * c, keys[1], std=None, axes=(None, "heads"))
+        self.out = Linear(c, classes, keys[2], std=None, axes=("heads", "vocab"))
+        self.count = c // config.head_dim if config.head_dim else config.heads
+
+    def __call__(self, x: Array, stages: list[Array]) -> Array:
+        x = rearrange(jax.nn.silu(self.norm(x)), "b i j c -> b (i j) c")
+        x = jnp.concatenate([x.mean(1, keepdims=True), x], 1) + self.position[...].astype(x.dtype)
+        q, k, v = rearrange(self.qkv(x), "b t (three n h) -> three b t n h", three=3, n=self.count)
+        return self.out(rearrange(attend(q[:, :1], k, v), "b 1 n h -> b (n h)"))
+
+
+class StagePool(nnx.Module):
+    """Means over places of what every stage gave, joined, through an MLP."""
+
+    def __init__(self, config: UNet, c: int, classes: int, key: Array, normalised: bool):
+        keys = jax.random.split(key)
+        self.into = Linear(c, HIDDEN, keys[0], std=None)
+        self.norm = GroupNorm(HIDDEN, config.groups, config.eps) if normalised else None
+        self.out = Linear(HIDDEN, classes, keys[1], std=None, axes=("mlp", "vocab"))
+
+    def __call__(self, x: Array, stages: list[Array]) -> Array:
+        y = self.into(jnp.concatenate([s.mean((1, 2)) for s in (*stages, x)], -1))
+        y = jax.nn.relu(y) if self.norm is None else jax.nn.silu(self.norm(y[:, None, None])[:, 0, 0])
+        return self.out(y)
