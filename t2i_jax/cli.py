@@ -112,7 +112,7 @@ class BuildArguments:
 class VocabArguments:
     """Train a SentencePiece vocabulary on the training captions of a config.
 
-    Example: t2i data vocab configs/quickstart.py --out data/glyphs/vocabulary.model --size 1000
+    Example: t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model --size 1000
     """
 
     config: tyro.conf.Positional[Path]

@@ -135,7 +135,8 @@ class Features:
 class FeatureTokens(nnx.Module):
     """`features` float (b, s, k), `text_mask` bool (b, s) if any slots are padding -> tokens (b, s, d), text visible.
 
-    Where one vector stands for a caption (s = 1) the mask may be that of the caption's own tokens. The unconditional features (s, k) stand in before the projection, for dropped rows and for rows without any text.
+    Where one vector stands for a caption (s = 1) the mask may be that of the caption's own tokens. The unconditional
+    features (s, k) stand in before the projection, for dropped rows and for rows without any text.
     """
 
     def __init__(self, config: Features, key: Array, width: int):

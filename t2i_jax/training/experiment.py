@@ -60,7 +60,15 @@ class Experiment:
 
 
 # Fields that may differ when a run goes on: they change neither the batches nor the mathematics.
-FREE = ("mesh.", "train.log_every", "train.save_every", "train.keep", "train.evaluate", "train.preview")
+FREE = (
+    "mesh.",
+    "model.sampling.",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.evaluate",
+    "train.preview",
+)
 FREE += ("train.profile", "train.wandb", "data.workers", "data.prefetch", "data.threads")
 
 

@@ -24,6 +24,8 @@ class Optimizer:
     name: str = "adamw"
     """an optimiser of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
     learning_rate: float = 3e-4
+    adam_learning_rate: float = 0.0
+    """of what Muon leaves to Adam, on the same schedule; 0 is `learning_rate`, but Muon wants about ten times more"""
     schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
     warmup: int = 100
     """steps of linear rise to the peak"""
@@ -42,7 +44,10 @@ class Optimizer:
 
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Learning rate by step, for a run of `steps` steps."""
-        peak, rest = self.learning_rate, max(steps - self.warmup, 1)
+        return self._schedule(self.learning_rate, steps)
+
+    def _schedule(self, peak: float, steps: int) -> optax.Schedule:
+        rest = max(steps - self.warmup, 1)
         after = {
             "constant": optax.constant_schedule(peak),
             "cosine": optax.cosine_decay_schedule(peak, rest, self.final),
@@ -65,6 +70,7 @@ class Optimizer:
             if decay in known:
                 ours[decay] = self.decayed
         if self.name == "muon":
+            ours["adam_learning_rate"] = self._schedule(self.adam_learning_rate or self.learning_rate, steps)
             ours |= {"adam_b1": self.b1, "adam_b2": self.b2, "muon_weight_dimension_numbers": muon_dimensions}
         for option in self.options:
             if option not in known:
