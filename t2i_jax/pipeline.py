@@ -86,6 +86,10 @@ class Pipeline:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
+        if self.codec is None and hasattr(self.family, "vocabulary"):
+            raise ConfigError(
+                "the model draws codes and has no codec that makes pictures of them: convert it with --codec"
+            )
         options = self.options if options is None else options
         size = max(self.mesh.shape["data"] * self.mesh.shape["fsdp"], min(batch_size, len(prompts)))
         size += -size % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])

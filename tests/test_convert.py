@@ -154,10 +154,8 @@ def models(tmp_path_factory):
     tensors = convert.restore("llamagen", LLAMA, family)
     torch.save({"model": {f"module.{k}": torch.tensor(v) for k, v in tensors.items()}}, room / "c2i.pt")
     main(["convert", "llamagen-vq", str(room / "vq.pt"), "--out", str(room / "codec")])
-    main(
-        ["convert", "llamagen", str(room / "c2i.pt"), "--grid", "2", "2", "--head-dim=8", "--out", str(room / "model")]
-        + ["--codec", str(room / "codec")]
-    )
+    places = ["--out", str(room / "model"), "--codec", str(room / "codec")]
+    main(["convert", "llamagen", str(room / "c2i.pt"), "--grid", "2", "2", "--head-dim=8", *places])
     return room
 
 
@@ -180,6 +178,13 @@ def test_back_to_the_published_file(models, tmp_path, format, folder, file):
     published, back = convert.read(models / file, format), load_file(tmp_path / "back.safetensors")
     assert back.keys() == published.keys()
     assert all(np.array_equal(back[k], published[k]) for k in published)
+
+
+def test_a_model_without_its_codec_says_so(models, tmp_path, capfd):
+    main(["convert", "llamagen", str(models / "c2i.pt"), "--grid=2,2", "--head-dim=8", "--out", str(tmp_path / "bare")])
+    with pytest.raises(SystemExit):
+        main(["sample", str(tmp_path / "bare"), "3", "--out", str(tmp_path / "pictures")])
+    assert "has no codec" in " ".join(capfd.readouterr().err.split())
 
 
 def told(capfd, *arguments):
