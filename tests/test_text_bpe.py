@@ -70,7 +70,9 @@ def test_ids_are_those_of_the_original(pairs, original):
 
 
 def test_every_character_is_treated_as_in_the_original(pairs, original):
-    known = [n for n in range(0x20, 0x3100) if unicodedata.category(chr(n)) not in ("Cc", "Cn")]  # by this Python
+    known = [
+        n for n in (*range(0x20, 0x600), *range(0x600, 0x3100, 5)) if unicodedata.category(chr(n)) not in ("Cc", "Cn")
+    ]  # by this Python
     known.remove(0x345)  # the mark of an iota subscript, which the original takes for the letter
     captions = [f"a{chr(n)}b {chr(n)}" for n in known]
     expected = original(captions, 24).numpy()

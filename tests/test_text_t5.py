@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceTrainer
 
 from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, shardings
-from t2i_jax.text.t5 import T5, Shape, buckets
+from t2i_jax.text.t5 import T5, Encoder, Shape, buckets
 
 SIZES = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_kv": 6, "d_ff": 40, "vocab_size": 300}
 CONFIGS = {
@@ -77,6 +77,13 @@ def test_buckets_are_those_of_the_original(count, distance):
     offset = torch.arange(600)[None] - torch.arange(600)[:, None]
     expected = attention._relative_position_bucket(offset, True, count, distance).numpy()
     np.testing.assert_array_equal(buckets(600, count, distance), expected)
+
+
+def test_the_encoder_of_flan_t5_xl_has_its_size():
+    sizes = {"d_model": 2048, "num_layers": 24, "num_heads": 32, "d_kv": 64, "d_ff": 5120, "vocab_size": 32128}
+    shape = Shape.read(sizes | {"feed_forward_proj": "gated-gelu"})
+    abstract = jax.eval_shape(lambda key: Encoder(shape, key), jax.random.key(0))
+    assert sum(a.size for a in jax.tree.leaves(abstract)) == 1_223_527_424
 
 
 def test_weights_lie_in_one_file_or_several(tmp_path, folder):
