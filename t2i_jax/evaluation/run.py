@@ -189,7 +189,7 @@ def evaluate_family(
 def likelihood(pipeline: Pipeline, records: Sequence[Record], size: int) -> dict[str, Number]:
     """Bits per token of the real pictures' codes, where the family can tell them."""
     family, codec = pipeline.family, pipeline.codec
-    if not hasattr(family, "log_likelihood") or codec is None:
+    if not hasattr(family, "log_likelihood") or not hasattr(getattr(codec, "config", None), "vocabulary"):
         return {}
 
     @jax.jit

@@ -184,11 +184,8 @@ class AnyOrder:
             raise ValueError("known and keep go together: codes, and which tokens of them to keep")
         keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
         x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
-        own = jax.vmap(jax.random.split)(keys)
-        orders = orders_of(self.order, own[:, 0], self.length) if orders is None else orders
-        draws = ImageKeys(own[:, 1]) if draws is None else draws
         options = (options or self.options()).arrays()
-        return _sample(self, model, condition, x, keep, orders, draws, options, guided, progress)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
 class Network(nnx.Module):
@@ -220,9 +217,10 @@ def _sample(
     config: AnyOrder,
     model: Network,
     condition: dict[str, Array],
+    keys: Array,
     x: Array,
     keep: Array,
-    orders: Array,
+    orders: Array | None,
     draws: Any,
     options: Sampling,
     guided: bool,
@@ -233,6 +231,9 @@ def _sample(
     # The two rows of an image stand beside each other, so that both live on the same device.
     rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
     keep = rearrange(keep, "b h w -> b (h w)")
+    own = jax.vmap(jax.random.split)(keys)
+    orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
+    draws = ImageKeys(own[:, 1]) if draws is None else draws
     orders = orders if isinstance(config.order, Raster) else with_known_last(orders, keep)
     places = jnp.flip(orders, 1)
 

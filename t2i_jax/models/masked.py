@@ -29,6 +29,7 @@ from t2i_jax.nn.orders import (
     Generation,
     MaskRate,
     Order,
+    Scheduled,
     Sets,
     by_confidence,
     hidden_by,
@@ -76,6 +77,8 @@ class Masked:
     """Slots that a condition of one token fills; longer ones take a slot a token."""
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
+    buckets: int = 4
+    """Sizes that a step of the sampler may have, of known tokens and of those it asks for; each compiles anew."""
     dropout: float = 0.1
     """Of what each attention and MLP adds, in training."""
     condition_dropout: float = 0.1
@@ -220,8 +223,8 @@ class Masked:
     def restore(self, model: Network, y: Array, hidden: Array) -> Array:
         """What the encoder gave, at its places among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
         y = model.widen(y)
-        places = jnp.argsort(jnp.argsort(hidden, axis=1, stable=True), axis=1)  # of each position among the visible
-        places = jnp.minimum(places, max(y.shape[1] - self.slots - 1, 0))
+        places = jnp.cumsum(~hidden, 1) - 1  # of each visible position among the visible
+        places = jnp.clip(places, 0, max(y.shape[1] - self.slots - 1, 0))
         if y.shape[1] == self.slots:  # nothing is visible
             tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
         else:
@@ -269,11 +272,8 @@ class Masked:
             raise ValueError("known and keep go together: codes, and which tokens of them to keep")
         keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
         x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
-        own = jax.vmap(jax.random.split)(keys)
-        orders = orders_of(self.order, own[:, 0], self.length) if orders is None else orders
-        draws = ImageKeys(own[:, 1]) if draws is None else draws
         options = (options or self.options()).arrays()
-        return _sample(self, model, condition, x, keep, orders, draws, options, guided, progress)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
 class Network(nnx.Module):
@@ -302,11 +302,12 @@ def _sample(
     config: Masked,
     model: Network,
     condition: dict[str, Array],
+    keys: Array,
     x: Array,
     keep: Array,
-    orders: Array,
+    orders: Array | None,
     draws: Any,
-    options: Generation,
+    options: Scheduled,
     guided: bool,
     progress: Progress | None,
 ) -> Array:
@@ -316,6 +317,9 @@ def _sample(
     rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
     slots = config.read(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
     keep = rearrange(keep, "b h w -> b (h w)")
+    own = jax.vmap(jax.random.split)(keys)
+    orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
+    draws = ImageKeys(own[:, 1]) if draws is None else draws
     orders = with_known_last(orders, keep)
     total = jnp.sum(~keep, 1)
     step_places = jax.vmap(lambda row, n: row[n])

@@ -44,27 +44,35 @@ class Generation(Sampling):
     """Which of SHAPES the sets follow: 0 cosine, 1 linear, 2 square."""
     choice_temperature: float | Array = 4.5
     """Of the noise on confidence, which falls to 0 at the last step."""
-    hidden: Any = None
-    """Filled by `arrays`: share of tokens hidden after each step, in two parts of 12 and 24 bits."""
 
-    def arrays(self) -> Generation:
+    def arrays(self) -> Scheduled:
         """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none.
 
         The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
         bits that fp32 does not have.
         """
-        if self.hidden is not None:
-            return self
-        kinds = {"top_k": jnp.int32, "iterations": jnp.int32, "guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
-        fields = [f.name for f in dataclasses.fields(self) if f.name not in ("hidden", "shape")]
+        kinds = {"top_k": jnp.int32, "iterations": jnp.int32, "shape": jnp.int32}
+        kinds |= {"guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
+        fields = (f.name for f in dataclasses.fields(self))
         arrays = {name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields}
         steps, shape = int(self.iterations), list(SHAPES.values())[int(self.shape)]
         if not 1 <= steps <= BOUND:
             raise ValueError(f"iterations {steps}: 1 to {BOUND}")
         share = np.append(shape(np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
         high = np.round(share * 2**12) / 2**12
-        hidden = jnp.asarray(np.stack([high, share - high]), jnp.float32)
-        return Generation(**arrays, shape=jnp.asarray(self.shape, jnp.int32), hidden=hidden)
+        return Scheduled(**arrays, hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scheduled(Generation):
+    """Options as arrays, and the schedule that belongs to their iterations and shape."""
+
+    hidden: Any = None
+    """(2, steps): share of tokens hidden after each step, as a number of 12 bits and what is missing from it"""
+
+    def arrays(self) -> Scheduled:
+        return self
 
     def remaining(self, step: Array, total: Array, now: Array) -> Array:
         """Tokens hidden after `step` (from 0), of `now` before it and `total` at the start, each int (b,).
@@ -113,7 +121,7 @@ class Permutation:
     confident: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
-        return jax.random.permutation(key, length)
+        return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Sets:
     confident: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
-        return jax.random.permutation(key, length)
+        return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Confidence:
     confident: ClassVar[bool] = True
 
     def draw(self, key: Array, length: int) -> Array:
-        return jax.random.permutation(key, length)
+        return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 Order = Raster | Permutation | Sets | Confidence

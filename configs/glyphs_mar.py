@@ -1,0 +1,41 @@
+"""Captions to 32x32 glyphs by MAR: random sets of latents, a diffusion head, over the codes of `glyphs_kl.py`.
+
+Other cells of the table are other values of two fields: `head=Softmax(512)` over `quickstart_codec.py`, `Flow(8)` or
+`Mixture(8)`; `order=Raster()`, `Permutation()` or, with softmax, `Confidence()`; `models.any_order.AnyOrder` is causal.
+"""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.masked import Masked
+from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.heads import Diffusion
+from t2i_jax.nn.orders import Sets
+from t2i_jax.text.sentencepiece import SentencePiece
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+TOKENS = 16
+
+experiment = Experiment(
+    model=Masked(
+        grid=(8, 8),
+        head=Diffusion(dim=8, width=192, depth=3, respacing="50"),
+        order=Sets(),
+        width=192,
+        depth=2,
+        heads=4,
+        condition=Captions(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
+        dropout=0.0,
+    ),
+    data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=16),
+    train=Train(
+        steps=1000,
+        optimizer=Optimizer("muon", learning_rate=2e-3, warmup=50, weight_decay=0.01),
+        ema=0.99,
+        evaluate_every=500,
+        preview_every=500,
+        save_every=250,
+    ),
+    codec="runs/glyphs/kl",
+    text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
+)

@@ -1,0 +1,141 @@
+"""Heads draw from the law that they are told, and their losses are lowest at it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.heads import Diffusion, Flow, ImageKeys, Mixture, Softmax
+from t2i_jax.nn.heads.mixture import Law
+
+CENTRES, SPREAD = np.asarray([-1.5, 0.5]), 0.3
+WEIGHTS = np.asarray([0.3, 0.7])
+COUNT = 2048
+
+
+class Exact:
+    """The network that knows the law: a mixture of two normals in one dimension, the same for every z."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def embed(self, z):
+        return z
+
+    def expectation(self, x, alpha, sigma):
+        """E[x_0 | alpha x_0 + sigma eps = x]."""
+        variance = alpha**2 * SPREAD**2 + sigma**2
+        gap = x - alpha * CENTRES
+        share = jax.nn.softmax(jnp.log(WEIGHTS) - gap**2 / (2 * variance), -1)
+        return jnp.sum(share * (CENTRES + alpha * SPREAD**2 / variance * gap), -1, keepdims=True)
+
+    def __call__(self, x, t, embedded):
+        if isinstance(self.head, Flow):
+            t = t[:, None] / 1000
+            x0 = self.expectation(x, 1 - t, t)
+            return (x - x0) / jnp.maximum(t, 1e-4)  # eps - x0, from x = (1 - t) x0 + t eps
+        abar = jnp.asarray(self.head.process().alphas_cumprod, jnp.float32)[t][:, None]
+        alpha, sigma = jnp.sqrt(abar), jnp.sqrt(1 - abar)
+        eps = (x - alpha * self.expectation(x, alpha, sigma)) / sigma
+        return jnp.concatenate([eps, jnp.zeros_like(eps)], -1)
+
+
+def draws(b, m, seed=0):
+    return ImageKeys(jax.random.split(jax.random.key(seed), b)).at(0, jnp.tile(jnp.arange(m), (b, 1)))
+
+
+def sampled(head, module, temperature=1.0):
+    z = jnp.zeros((COUNT, 1, 1))
+    options = Sampling(temperature=temperature).arrays()
+    draw = jax.jit(lambda draws, options: head.sample(module, z, None, draws, jnp.ones(COUNT), options)[0])
+    return np.sort(np.asarray(draw(draws(COUNT, 1), options)).reshape(-1))
+
+
+def distance(x):
+    """Between the distribution of sorted numbers and the law (Kolmogorov and Smirnov)."""
+    erf = np.vectorize(math.erf)
+    cdf = sum(w * 0.5 * (1 + erf((x - c) / SPREAD / math.sqrt(2))) for w, c in zip(WEIGHTS, CENTRES, strict=True))
+    return np.abs(cdf - np.arange(len(x)) / len(x)).max()
+
+
+@pytest.mark.parametrize("head", [Diffusion(dim=1, respacing="250"), Flow(dim=1, steps=50)], ids=["diffusion", "flow"])
+def test_a_network_that_knows_the_law_draws_from_it(head):
+    drawn = sampled(head, Exact(head))
+    assert distance(drawn) < 1.95 / math.sqrt(COUNT), "a chance below one in a thousand"
+
+
+def test_colder_draws_are_narrower():
+    head = Diffusion(dim=1, respacing="25")
+    widths = [sampled(head, Exact(head), t).std() for t in (1.0, 0.8, 0.5)]
+    near = [np.abs(sampled(head, Exact(head), t)[:, None] - CENTRES).min(1).mean() for t in (1.0, 0.5)]
+    assert widths[0] > 0.9 and near[0] > 1.2 * near[1]
+
+
+def test_diffusion_loss_is_lowest_at_the_law():
+    head = Diffusion(dim=1, repeat=8)
+    which = np.random.default_rng(0).uniform(size=512) < WEIGHTS[0]
+    x = np.where(which, *CENTRES)[:, None, None] + SPREAD * np.random.default_rng(1).normal(size=(512, 1, 1))
+
+    class Wrong(Exact):
+        def __call__(self, x, t, embedded):
+            return super().__call__(x, t, embedded) + jnp.asarray([self.shift, 0.0])
+
+    right = Wrong(head)
+
+    @jax.jit
+    def loss(shift):
+        right.shift = shift
+        return head.loss(right, jnp.zeros((512, 1, 1)), jnp.asarray(x, jnp.float32), jax.random.key(0)).mean()
+
+    assert loss(0.0) < loss(0.3) and loss(0.0) < loss(-0.3)
+
+
+def test_mixture_is_a_density_and_draws_from_it():
+    head = Mixture(dim=1, components=2)
+    raw = math.log(math.expm1(SPREAD - head.smallest))
+    module = lambda z: jnp.broadcast_to(
+        jnp.asarray([math.log(0.3), -1.5 + 1, raw, math.log(0.7), 0.5 - 1, raw], jnp.float32), (*z.shape[:-1], 6)
+    )
+    x = jnp.linspace(-4, 4, 4001)[:, None]
+    density = jnp.exp(-head.loss(module, jnp.zeros((1, 4001, 1)), x[None], jax.random.key(0)))
+    np.testing.assert_allclose(np.trapezoid(np.asarray(density)[0], dx=0.002), 1, rtol=1e-3)
+    assert distance(sampled(head, module)) < 1.95 / math.sqrt(COUNT)
+    law = Law(jnp.zeros(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+    np.testing.assert_allclose(law.log_density(jnp.zeros(3)), -1.5 * math.log(2 * math.pi), rtol=1e-6)
+
+
+def test_softmax_scores_are_log_probabilities_of_the_guided_law():
+    head = Softmax(3)
+    logits, null = jnp.asarray([0.0, 1.0, -1.0]), jnp.asarray([0.5, 0.0, 0.0])
+    z = jnp.broadcast_to(logits, (COUNT, 1, 3))
+    x, score = head.sample(
+        lambda z: z, z, jnp.broadcast_to(null, z.shape), draws(COUNT, 1), jnp.full(COUNT, 2.0), Sampling().arrays()
+    )
+    law = np.asarray(jax.nn.softmax(2 * logits - null))
+    np.testing.assert_allclose(np.bincount(np.asarray(x).reshape(-1), minlength=3) / COUNT, law, atol=0.04)
+    np.testing.assert_allclose(score, np.log(law)[np.asarray(x)], rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_of_one_and_no_guidance_are_the_same():
+    head = Diffusion(dim=2, width=8, depth=1, respacing="3")
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: head.init(key, 4), jax.random.key(0))
+    module = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.3, size=x.shape), x.dtype), shapes)
+    z, null = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
+    options = dataclasses.replace(Sampling(), temperature=0.9).arrays()
+    draw = lambda null, scale: head.sample(module, z, null, draws(2, 3), jnp.full(2, scale), options)[0]
+    alone, one, two = jax.jit(lambda: (draw(None, 1.0), draw(null, 1.0), draw(null, 2.0)))()
+    np.testing.assert_allclose(alone, one, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(alone, two)
+
+
+def test_draws_of_a_position_are_its_own():
+    keys = jax.random.split(jax.random.key(0), 3)
+    some = ImageKeys(keys).at(4, jnp.asarray([[0, 5], [2, 5], [1, 0]]))
+    other = ImageKeys(keys[1:2]).at(4, jnp.asarray([[7, 5, 2]]))
+    np.testing.assert_array_equal(some.normal(1, 4)[1], other.normal(1, 4)[0, [2, 1]])
+    assert not np.allclose(some.normal(1, 4)[1], ImageKeys(keys).at(5, jnp.asarray([[0, 5]] * 3)).normal(1, 4)[1])

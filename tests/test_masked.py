@@ -1,0 +1,188 @@
+"""Families of any order and head: every cell of the table trains and draws, and what they promise holds."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.models import any_order, masked
+from t2i_jax.models.any_order import AnyOrder
+from t2i_jax.models.masked import Masked
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.heads import Diffusion, Flow, Mixture, Softmax
+from t2i_jax.nn.orders import Confidence, Generation, MaskRate, Permutation, Raster, Sets
+
+CODES = Softmax(7)
+VECTORS = Diffusion(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
+TINY = dict(grid=(2, 3), width=8, depth=1, heads=2, condition=Classes(3), dropout=0.0)
+BIDIRECTIONAL = TINY | dict(buffer=2, decoder_depth=1, buckets=2)
+
+CELLS = {
+    f"{name} {type(head).__name__}": family(**shape, order=order, head=head, **rest)
+    for head in (CODES, VECTORS)
+    for name, family, shape, order, rest in (
+        ("AR raster", AnyOrder, TINY, Raster(), {}),
+        ("AR random", AnyOrder, TINY, Permutation(), {}),
+        ("masked one by one", Masked, BIDIRECTIONAL, Permutation(), {"rate": MaskRate("uniform")}),
+        ("masked sets", Masked, BIDIRECTIONAL, Sets(), {}),
+    )
+}
+MORE = {
+    "MaskGIT": Masked(**BIDIRECTIONAL | {"depth": 0}, order=Confidence(), head=CODES, rate=MaskRate("cosine")),
+    "masked raster": Masked(**BIDIRECTIONAL, order=Raster(), head=CODES),
+    "masked flow": Masked(**BIDIRECTIONAL, order=Sets(), head=Flow(2, 8, 1, steps=2, repeat=1)),
+    "masked mixture": Masked(**BIDIRECTIONAL, order=Sets(), head=Mixture(2, 3)),
+    "Fluid": Masked(
+        **BIDIRECTIONAL | {"condition": Captions(11, 4, 8, 1, 2), "patch": 2, "grid": (1, 2)},
+        head=dataclasses.replace(VECTORS, dim=8),
+    ),
+}
+ALL = CELLS | MORE
+
+
+def batch_of(config, b=3):
+    rng = np.random.default_rng(0)
+    side = [n * config.patch for n in config.grid]
+    if isinstance(config.head, Softmax):
+        codes = rng.integers(0, config.head.vocabulary, (b, *side))
+    else:
+        codes = rng.normal(size=(b, *side, config.head.dim // config.patch**2)).astype(np.float32)
+    text = {"text": rng.integers(0, 11, (b, 4)), "text_mask": rng.uniform(size=(b, 4)) < 0.7}
+    return {"codes": jnp.asarray(codes), "label": jnp.arange(b) % 3} | jax.tree.map(jnp.asarray, text)
+
+
+def filled(config):
+    """Parameters that are all in use: fresh ones have matrices of zeros."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(config.init, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.3, size=x.shape), x.dtype), shapes)
+
+
+def condition_of(config, batch):
+    return {name: batch[name] for name in config.condition.inputs}
+
+
+def drawn(config, model, rows, options=None, **rest):
+    """Images of some rows of the batch, each with its own key."""
+    batch, keys = batch_of(config), jax.random.split(jax.random.key(2), 3)
+    rest = {k: v[rows] for k, v in rest.items()}
+    condition = {k: v[rows] for k, v in condition_of(config, batch).items()}
+    return config.sample(model, condition, keys[rows], options, **rest)
+
+
+def few(config):
+    return dataclasses.replace(config.options(), **({"iterations": 3} if isinstance(config, Masked) else {}))
+
+
+@pytest.mark.parametrize("name", [*CELLS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+def test_every_cell_trains_and_draws(name):
+    config, model = ALL[name], filled(ALL[name])
+    batch, key = batch_of(config), jax.random.key(0)
+    (loss, metrics), slopes = jax.jit(jax.value_and_grad(config.loss, has_aux=True))(model, batch, key)
+    assert np.isfinite(loss) and "loss" in metrics
+    idle = [
+        jax.tree_util.keystr(p)
+        for p, g in jax.tree_util.tree_flatten_with_path(slopes)[0]
+        if not (np.isfinite(g).all() and np.abs(g).sum() > 0)
+    ]
+    assert not [name for name in idle if ".b" not in name], "parameters that nothing moves"
+
+    three, again = (drawn(config, model, np.asarray(rows), few(config)) for rows in ([0, 1, 2], [2, 0, 1]))
+    assert three.shape == batch["codes"].shape and three.dtype == (jnp.int32 if config.head.dim == 0 else jnp.float32)
+    np.testing.assert_allclose(three[jnp.asarray([2, 0, 1])], again, rtol=1e-4, atol=1e-5)
+    assert len(np.unique(np.asarray(three).reshape(3, -1), axis=0)) == 3
+
+
+@pytest.mark.parametrize("name", ["masked sets Softmax", "AR random Diffusion"])
+def test_what_is_kept_stays_and_is_read(name):
+    config, model = CELLS[name], filled(CELLS[name])
+    known = batch_of(config)["codes"]
+    keep = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[0, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1]]], bool)
+    rows = np.arange(3)
+    codes = drawn(config, model, rows, few(config), known=known, keep=keep)
+    chosen = keep if codes.ndim == 3 else keep[..., None]
+    np.testing.assert_array_equal(jnp.where(chosen, codes, 0), jnp.where(chosen, known, 0))
+    free = drawn(config, model, rows, few(config), known=known, keep=jnp.zeros_like(keep))
+    np.testing.assert_allclose(codes[1], free[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(codes[0], free[0])
+
+
+def test_options_do_not_compile_anew():
+    for name, sample in {"masked sets Softmax": masked._sample, "AR raster Softmax": any_order._sample}.items():
+        config, model = CELLS[name], filled(CELLS[name])
+        drawn(config, model, np.arange(3), few(config))
+        before = sample._cache_size()
+        drawn(config, model, np.arange(3), dataclasses.replace(few(config), guidance=2, temperature=0.5, top_k=3))
+        if isinstance(config, Masked):
+            for iterations in (1, 2, 40):
+                drawn(config, model, np.arange(3), Generation(iterations=iterations, shape=1))
+        assert sample._cache_size() == before
+
+
+def test_hidden_tokens_are_not_seen_and_visible_ones_are():
+    config, model = CELLS["masked sets Diffusion"], filled(CELLS["masked sets Diffusion"])
+    batch = batch_of(config)
+    hidden = jnp.asarray([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]], bool)
+    of = lambda codes: config.forward(model, batch | {"codes": codes}, hidden)
+    seen = jax.jit(jax.grad(lambda codes: jnp.sin(of(codes)).sum()))(batch["codes"])
+    np.testing.assert_array_equal(jnp.abs(seen).sum(-1).reshape(3, -1) > 0, ~hidden)
+    # An encoder that takes no more tokens than are visible gives the same.
+    short = jax.jit(lambda codes: config.forward(model, batch | {"codes": codes}, hidden, visible=5))
+    np.testing.assert_allclose(short(batch["codes"]), jax.jit(of)(batch["codes"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [Raster(), Permutation()])
+def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
+    config = AnyOrder(**TINY, head=CODES, order=order)
+    model, batch = filled(config), batch_of(config)
+    orders = jax.vmap(lambda key: Permutation().draw(key, 6))(jax.random.split(jax.random.key(5), 3))
+    keys = jax.random.split(jax.random.key(2), 3)
+    greedy = Sampling(guidance=2.5, greedy=True)
+    codes = config.sample(model, condition_of(config, batch), keys, greedy, orders=orders)
+
+    def logits(dropped):
+        z, x = config.forward(model, batch | {"codes": codes}, orders, jnp.full(3, dropped))
+        return config.head.logits(model.head, z), x
+
+    (own, x), (null, _) = logits(False), logits(True)
+    np.testing.assert_array_equal((null + 2.5 * (own - null)).argmax(-1), x)
+
+
+def test_a_causal_model_gives_probabilities_in_every_order():
+    config = AnyOrder(**TINY | {"grid": (1, 3)}, head=Softmax(3), order=Permutation())
+    model = filled(config)
+    codes = jnp.asarray(list(itertools.product(range(3), repeat=3))).reshape(-1, 1, 3)
+    batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
+    total = jax.jit(lambda order: jnp.exp(config.log_likelihood(model, batch, jnp.tile(order, (len(codes), 1)))).sum())
+    for order in ([2, 1, 0], [0, 2, 1]):
+        np.testing.assert_allclose(total(jnp.asarray(order)), 1, rtol=1e-5)
+    with pytest.raises(ValueError, match="does not know the probability"):
+        dataclasses.replace(config, head=VECTORS).log_likelihood(model, batch)
+
+
+def test_steps_ask_for_what_the_schedule_says():
+    config, model = CELLS["masked sets Softmax"], filled(CELLS["masked sets Softmax"])
+    batch, counts = batch_of(config), []
+    keys = jax.random.split(jax.random.key(2), 3)
+    progress = lambda count, codes: counts.append(float(count))
+    for iterations in (2, 9):  # the second is more than there are tokens
+        config.sample(model, condition_of(config, batch), keys, Generation(iterations=iterations), progress=progress)
+        jax.effects_barrier()
+    assert sorted(counts[:2]) == [2, 6] and sorted(counts[2:]) == [1, 2, 3, 4, 5, 6]
+
+
+def test_clear_errors():
+    with pytest.raises(ValueError, match="Confidence needs head Softmax"):
+        Masked(head=VECTORS, order=Confidence())
+    with pytest.raises(ValueError, match="patch is 1 with Softmax"):
+        Masked(head=CODES, patch=2)
+    with pytest.raises(ValueError, match="asks for sets"):
+        AnyOrder(order=Sets())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="mar-b"):
+        Masked.sized("mar-x")
+    with pytest.raises(ValueError, match="iterations 0"):
+        Generation(iterations=0).arrays()
