@@ -77,7 +77,16 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
 
 KNOWN = {"dim", "depth", "heads", "dim_head", "num_text_tokens", "text_seq_len", "total_text_vocab", "num_image_tokens"}
 KNOWN |= {"image_seq_len", "loss_img_weight", "share_input_output_emb", "sandwich_norm", "shift_tokens", "attn_types"}
-KNOWN |= {"rotary_emb", "cond_scale", "vae", "stable", "reversible", "ff_dropout", "attn_dropout"}
+KNOWN |= {
+    "rotary_emb",
+    "cond_scale",
+    "vae",
+    "stable",
+    "reversible",
+    "ff_dropout",
+    "attn_dropout",
+    "optimize_for_inference",
+}
 
 
 def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
