@@ -9,8 +9,10 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.ar import AR
+from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import Captions
 from t2i_jax.nn.players import players_of
+from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
 CODEC = VQGAN(
@@ -27,6 +29,15 @@ MODEL = AR(
     depth=3,
     heads=4,
     kv_heads=2,
+    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    remat="dots",
+)
+DISCRETE = VQDiffusion(
+    Chain(32, 10),
+    (4, 4),
+    width=32,
+    depth=3,
+    heads=4,
     condition=Captions(20, 6, width=32, depth=2, heads=4),
     remat="dots",
 )
@@ -62,7 +73,7 @@ def outcome(trainable, mesh):
 SLOW = pytest.param(CODEC, marks=pytest.mark.slow)  # convolutions compile long
 
 
-@pytest.fixture(scope="module", params=[MODEL, SLOW], ids=["ar", "vqgan"])
+@pytest.fixture(scope="module", params=[MODEL, DISCRETE, SLOW], ids=["ar", "vq-diffusion", "vqgan"])
 def alone(request):
     return request.param, outcome(request.param, (1, 1, 1))
 

@@ -144,6 +144,22 @@ def table(config: Any) -> Table:
     return lines
 
 
+def buffers(config: Any) -> dict[str, np.ndarray]:
+    """What the published program keeps beside the weights: logs of its schedule, a mask that nothing reads, and, where
+    the model has none, an empty history of losses."""
+    chain = config.chain
+    s, far = chain.schedule, ("kept", "replaced", "masked")
+    with np.errstate(divide="ignore"):
+        found = {f"log_{x}t": np.log(getattr(s, x)) for x in "abc"}
+        found |= {f"log_cumprod_{x}t": np.log(getattr(s, name)) for x, name in zip("abc", far, strict=True)}
+        found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.masked)}
+    found |= {} if config.importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
+    if config.block.memory:
+        seen = np.tril(np.ones((1, 1, config.length, config.length)))
+        found |= {f"{BLOCK.format(n)}attn2.mask": seen for n in range(config.depth)}
+    return {name: np.asarray(x, np.float32) for name, x in found.items()}
+
+
 def used_codes(full_to_used: np.ndarray) -> np.ndarray:
     """Which code of the codec each code of the model is: int (used,), from the file that maps every code of the codec
     (8192, say) to one of those the model knows (2887): the first that maps there, as the authors have it.

@@ -218,8 +218,7 @@ class Encoded:
 class EncodedTokens(nnx.Module):
     """`features` float (b, s, k) -> the same, all visible, whatever the width of the network.
 
-    The unconditional features stand in for dropped rows, and for rows whose `text_mask` (b, s), if there is one, marks
-    no more than a start and an end.
+    The unconditional features stand in for dropped rows, and for rows whose `text_mask`, if given, marks no text.
     """
 
     def __init__(self, config: Encoded, key: Array):
@@ -229,7 +228,7 @@ class EncodedTokens(nnx.Module):
     def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
-        empty = drop if "text_mask" not in batch else drop | (value(batch, "text_mask").sum(1) < 3)
+        empty = drop if "text_mask" not in batch else drop | ~value(batch, "text_mask").any(1)
         if self.null is not None:
             x = jnp.where(empty[:, None, None], self.null[...], x)
         elif "null_features" in batch:

@@ -1,0 +1,36 @@
+"""Captions to 32x32 glyphs by discrete diffusion over the codes of `quickstart_codec.py`."""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.vq_diffusion import VQDiffusion
+from t2i_jax.nn.condition import Captions
+from t2i_jax.noise.discrete import Chain
+from t2i_jax.noise.reverse import Reverse
+from t2i_jax.text.sentencepiece import SentencePiece
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+TOKENS = 16
+
+experiment = Experiment(
+    model=VQDiffusion(
+        chain=Chain(codes=512, steps=100),
+        grid=(8, 8),
+        width=128,
+        depth=4,
+        heads=4,
+        condition=Captions(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
+        sampling=Reverse(guidance=2.0, truncation=0.9, steps=25),
+    ),
+    data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),
+    train=Train(
+        steps=1000,
+        optimizer=Optimizer("muon", learning_rate=2e-3, warmup=50, weight_decay=0.01),
+        ema=0.99,
+        evaluate_every=500,
+        preview_every=500,
+        save_every=250,
+    ),
+    codec="runs/quickstart/codec",
+    text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
+)
