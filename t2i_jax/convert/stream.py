@@ -44,10 +44,11 @@ def _dalle_pytorch(
     grid: tuple[int, int] | None = None,
     text_length: int = 0,
     codes: int = 0,
-    attn_types: Sequence[str] = ("full",),
+    attn_types: str | Sequence[str] = ("full",),
     **fields: Any,
 ) -> Stream:
     """attn_types: the kinds of attention that take turns over the layers, by their published names."""
+    attn_types = (attn_types,) if isinstance(attn_types, str) else attn_types
     if wrong := [kind for kind in attn_types if kind not in ATTENTION]:
         raise ValueError(f"attn_types={wrong[0]!r}: known are {', '.join(ATTENTION)}")
     found = dalle_pytorch.describe(tensors, heads, grid, text_length, codes)
@@ -68,12 +69,26 @@ def _dalle_pytorch_vae_table(config: DVAE) -> Table:
 
 
 FORMATS = {
+    "openai_dvae": Format(
+        _openai_dvae,
+        _openai_dvae_table,
+        title="the discrete VAE of DALL-E, or its encoder or decoder alone",
+        example="dvae.safetensors",
+    ),
+    "mindalle": Format(
+        _mindalle,
+        mindalle.table,
+        title="minDALL-E's Transformer over text and image tokens",
+        example="stage2_last.ckpt --codec models/taming-vqgan",
+    ),
     "dalle_pytorch": Format(
         _dalle_pytorch,
         dalle_pytorch.table,
         dalle_pytorch.UNUSED,
         wrappers=("weights", "state_dict"),
         renames=dalle_pytorch.RENAMES,
+        title="DALLE-pytorch's Transformer over text and image tokens",
+        example="dalle.pt --heads 8 --codec models/dalle_pytorch_vae",
     ),
     "dalle_pytorch_vae": Format(
         _dalle_pytorch_vae,
@@ -81,7 +96,7 @@ FORMATS = {
         dalle_pytorch.VAE_UNUSED,
         wrappers=("weights", "state_dict"),
         renames=dalle_pytorch.VAE_RENAMES,
+        title="DALLE-pytorch's discrete VAE, alone or in the file of its Transformer",
+        example="dalle.pt",
     ),
-    "openai_dvae": Format(_openai_dvae, _openai_dvae_table),
-    "mindalle": Format(_mindalle, mindalle.table),
 }

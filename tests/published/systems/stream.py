@@ -77,21 +77,12 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
 
 KNOWN = {"dim", "depth", "heads", "dim_head", "num_text_tokens", "text_seq_len", "total_text_vocab", "num_image_tokens"}
 KNOWN |= {"image_seq_len", "loss_img_weight", "share_input_output_emb", "sandwich_norm", "shift_tokens", "attn_types"}
-KNOWN |= {
-    "rotary_emb",
-    "cond_scale",
-    "vae",
-    "stable",
-    "reversible",
-    "ff_dropout",
-    "attn_dropout",
-    "optimize_for_inference",
-}
+KNOWN |= {"rotary_emb", "cond_scale", "vae", "ff_dropout", "attn_dropout", "optimize_for_inference"}
 
 
 def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
     meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
-    for flag in {"stable", "reversible"} | (meta.keys() - KNOWN):
+    for flag in meta.keys() - KNOWN:
         if meta.get(flag):
             raise ValueError(f"{flag}={meta[flag]!r} of DALLE-pytorch is not known here")
     side = round(meta["image_seq_len"] ** 0.5)
