@@ -42,7 +42,8 @@ def encode_splits(experiment: Experiment, out: Path, splits: Sequence[str], batc
 
         def encoded(records: list[Record]) -> Iterator[Record]:
             """The records of one batch with their codes, and with features for each of their captions."""
-            codes = ready(image=np.stack([r["image"] for r in records])) if codec else {}
+            seen = codec or hasattr(experiment.text, "image_features")
+            codes = ready(image=np.stack([r["image"] for r in records])) if seen else {}
             by_caption: Record = {}
             if "text" in frozen and "features" not in codes:
                 captions = [caption for r in records for caption in captions_of(r)]
