@@ -24,7 +24,7 @@ experiment = Experiment(
         token_dropout=0.0,
         corruption=0.2,  # its own drawings are not perfect either
         qk_norm=True,
-        sampling=Sampling(guidance=2.0, temperature=0.5),
+        sampling=Sampling(guidance=1.0, temperature=0.25),
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=32),
     train=Train(
