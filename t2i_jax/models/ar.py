@@ -70,6 +70,9 @@ class AR:
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
+    reads: Literal["prefix", "memory"] = "prefix"
+    """The tokens of the condition stand before the image, or every layer looks at them by cross-attention and the image
+    has a start token before it: an encoder and a decoder, as dalle-mini and Parti are (Yu et al. 2022, 2.1)."""
     tied: bool = False
     """Use the token table as the output matrix too."""
     zero_output: bool = False
@@ -98,22 +101,12 @@ class AR:
     """Weight of (log Z)^2."""
     loss_chunk: int = 0
     """Tokens of each image whose logits are held at a time; 0 is all."""
-    sampling: Sampling = Sampling()
-    """How pictures are drawn from this model unless told otherwise."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
-
-    def __post_init__(self):
-        places = self.condition.length + self.length - 1
-        if self.positions == "learned" and 0 < self.position_rows < places:
-            raise ValueError(
-                f"position_rows={self.position_rows} places for {self.condition.length} tokens of the condition and "
-                f"{self.length} codes of grid={self.grid}: {places} are needed"
-            )
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> AR:
@@ -141,8 +134,14 @@ class AR:
             activation=self.activation,
             bias=self.bias,
             qk_norm=self.qk_norm,
+            memory=self.width if self.reads == "memory" else 0,
             dropout=self.dropout,
         )
+
+    @property
+    def places(self) -> int:
+        """Tokens before the image."""
+        return 1 if self.reads == "memory" else self.condition.length
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
@@ -181,7 +180,7 @@ class AR:
     def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        prefix, valid = self._prefix(model, batch, dropped)
+        prefix, valid, memory = self._prefix(model, batch, dropped)
         codes = self._corrupted(rearrange(batch["codes"], "b h w -> b (h w)"), keys[2])
         x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
@@ -191,6 +190,7 @@ class AR:
             shard(x, "batch", "length", None),
             rotary=self._rotary(s, 0, t),
             mask=self.visible(_pad(valid, t)),
+            **memory,
             key=keys[1],
             remat=self.remat,
         )
@@ -212,12 +212,16 @@ class AR:
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
-    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
-        """The tokens of the condition (b, s, d), and which of them are real (b, s)."""
+    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array, dict[str, Array]]:
+        """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
         if isinstance(model.condition, GivenIds):  # which are read as the image's own are
             given = model.condition(batch, dropped)
-            return self._embed(model.tokens, given), jnp.ones(given.shape, bool)
-        return model.condition(batch, dropped, self.dtype)
+            return self._embed(model.tokens, given), jnp.ones(given.shape, bool), {}
+        tokens, valid = model.condition(batch, dropped, self.dtype)
+        if model.start is None:
+            return tokens, valid, {}
+        start = jnp.broadcast_to(model.start[...].astype(self.dtype), (len(tokens), 1, self.width))
+        return start, jnp.ones((len(tokens), 1), bool), {"memory": tokens, "memory_mask": valid[:, None, None]}
 
     def _placed(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
         """x (b, t, d) with the learned vectors of the places from `start` on added, where there are such."""
@@ -275,7 +279,7 @@ class AR:
 
     def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
-        x, caches, blocks, valid = self._read(model, condition, dropped)
+        x, caches, blocks, valid, memory_mask = self._read(model, condition, dropped)
         s = valid.shape[1]
         # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
         output = model.tokens.w[...] if model.output is None else model.output[...].T
@@ -287,22 +291,24 @@ class AR:
             output=output.astype(self.dtype),
             output_bias=model.output_bias,
             valid=valid,
+            memory_mask=memory_mask,
             rotary=self._rotary(s, s, s + self.length),
             positions=model.positions,
         )
         return model.logits(x[:, -1]), state
 
-    def _read(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Any, Any, Array]:
-        """The condition through the Transformer: vectors (b, s, d), caches, blocks one by one, real tokens (b, s)."""
-        prefix, valid = self._prefix(model, condition, dropped)
+    def _read(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
+        """What stands before the image through the Transformer: vectors (b, s, d), caches, blocks one by one, real
+        tokens (b, s), and where to look at the memory, if there is one."""
+        prefix, valid, memory = self._prefix(model, condition, dropped)
         b, s = valid.shape
         if self.unmasked > s:
             raise ValueError(f"unmasked={self.unmasked} places see what comes after them; the condition has {s} only")
         blocks = unstack(model.blocks)
         caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
-        x = self._placed(model.positions, prefix, 0)
-        x, caches = apply_stack(blocks, x, rotary=self._rotary(s, 0, s), mask=self.visible(valid), caches=caches)
-        return x, caches, blocks, valid
+        x, rotary = self._placed(model.positions, prefix, 0), self._rotary(s, 0, s)
+        x, caches = apply_stack(blocks, x, rotary=rotary, mask=self.visible(valid), caches=caches, **memory)
+        return x, caches, blocks, valid, memory.get("memory_mask")
 
     def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
@@ -314,6 +320,7 @@ class AR:
             self._placed(state.positions, self._embed(state.tokens, codes[:, None]), s + i),
             rotary=None if state.rotary is None else (row(state.rotary[0]), row(state.rotary[1])),
             mask=seen[:, None, None],
+            memory_mask=state.memory_mask,
             caches=state.caches,
         )
         logits = few_rows(state.norm(x[:, 0]), state.output, jnp.float32)
@@ -335,7 +342,9 @@ class Decoding:
     """(v, d)"""
     output_bias: nnx.Param | None
     valid: Array
-    """Which tokens of the condition are real (b, s)."""
+    """Which tokens before the image are real (b, s)."""
+    memory_mask: Array | None
+    """Where cross-attention looks (b, 1, 1, s')."""
     rotary: Rotary | None
     """Of the image's tokens (L, h / 2)."""
     positions: nnx.Param | None
@@ -353,7 +362,10 @@ class Network(nnx.Module):
         keys = jax.random.split(key, 4)
         self.condition = config.condition.init(keys[0], config.width)
         self.tokens = Embedding(config.vocabulary, config.width, keys[1])
-        rows = config.position_rows or config.condition.length + config.length - 1
+        self.start = (
+            param(normal(jax.random.fold_in(key, 4), (config.width,)), "embed") if config.reads == "memory" else None
+        )
+        rows = config.position_rows or config.places + config.length - 1
         learned = config.positions == "learned"
         self.positions = param(jnp.zeros((rows, config.width)), None, "embed") if learned else None
         self.blocks = stack(config.layer, config.depth, keys[2])

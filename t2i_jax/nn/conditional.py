@@ -13,10 +13,9 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.nn.attention import attend
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear
 from t2i_jax.nn.modulation import modulate
-from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, Layer, drop
+from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, CrossAttention, Layer, drop
 from t2i_jax.parallel import shard
 
 
@@ -70,25 +69,6 @@ def waves(u: Array, d: int) -> Array:
     half = d // 2
     angles = 4000 * u.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-
-
-class CrossAttention(nnx.Module):
-    """Positions (b, t, d) look at other vectors (b, s, k): (b, t, d). Keys and values are one matrix, head by head."""
-
-    def __init__(self, config: Layer, memory: int, key: Array):
-        n, h = config.heads, config.head
-        keys = jax.random.split(key, 3)
-        self.q = Linear(config.width, n * h, keys[0], bias=config.bias, axes=("embed", "heads"))
-        self.kv = Linear(memory, 2 * n * h, keys[1], bias=config.bias, axes=(None, "heads"))
-        self.out = Linear(n * h, config.width, keys[2], bias=config.bias, axes=("heads", "embed"))
-        self.heads = n
-
-    def __call__(self, x: Array, memory: Array, mask: Array | None = None) -> Array:
-        """mask: bool (b, 1, 1 or t, s), True where a position may look."""
-        q = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
-        kv = rearrange(self.kv(memory), "b s (n a h) -> a b s n h", n=self.heads, a=2)
-        q, k, v = (shard(a, "batch", None, "heads", None) for a in (q, kv[0], kv[1]))
-        return self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
 
 
 class ConvMLP(nnx.Module):

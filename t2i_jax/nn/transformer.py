@@ -72,6 +72,8 @@ class Layer:
     """what attention logits are multiplied by; 0: head_dim^-1/2"""
     turn_values: bool = False
     """rotary positions turn values too"""
+    memory: int = 0
+    """width of other vectors that positions look at between attention and MLP (cross-attention); 0: there are none"""
     sandwich: bool = False
     """normalise what each branch adds too (Ding et al. 2021, CogView, Sandwich-LN)"""
     branch_scale: bool = False
@@ -126,6 +128,8 @@ class Cache(NamedTuple):
     layer: Array | None = None
     past: Array | None = None
     """(b, 2, s, d / 2): what both branches read at each position, where a `Shift` looks back"""
+    memory: tuple[Array, Array] | None = None
+    """keys and values (b, s', n, h) of the memory, of a layer that stands alone"""
 
     @classmethod
     def empty(cls, layer: Layer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
@@ -224,6 +228,31 @@ class Attention(nnx.Module):
         return self.out(rearrange(y, "b t n h -> b t (n h)")), cache
 
 
+class CrossAttention(nnx.Module):
+    """Positions (b, t, d) look at other vectors (b, s, k): (b, t, d). Keys and values are one matrix, head by head."""
+
+    def __init__(self, config: Layer, memory: int, key: Array):
+        n, h = config.heads, config.head
+        keys = jax.random.split(key, 3)
+        self.q = Linear(config.width, n * h, keys[0], bias=config.bias, axes=("embed", "heads"))
+        self.kv = Linear(memory, 2 * n * h, keys[1], bias=config.bias, axes=(None, "heads"))
+        self.out = Linear(n * h, config.width, keys[2], bias=config.bias, axes=("heads", "embed"))
+        self.heads = n
+
+    def read(self, memory: Array) -> tuple[Array, Array]:
+        """Keys and values (b, s, n, h) of vectors (b, s, k); they serve every position."""
+        kv = rearrange(self.kv(memory), "b s (n a h) -> a b s n h", n=self.heads, a=2)
+        return shard(kv[0], "batch", None, "heads", None), shard(kv[1], "batch", None, "heads", None)
+
+    def look(self, x: Array, kv: tuple[Array, Array], mask: Array | None = None) -> Array:
+        """mask: bool (b, 1, 1 or t, s), True where a position may look."""
+        q = shard(rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads), "batch", None, "heads", None)
+        return self.out(rearrange(attend(q, *kv, mask), "b t n h -> b t (n h)"))
+
+    def __call__(self, x: Array, memory: Array, mask: Array | None = None) -> Array:
+        return self.look(x, self.read(memory), mask)
+
+
 class MLP(nnx.Module):
     """act(x W_in) W_out for every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
 
@@ -248,6 +277,8 @@ class Block(nnx.Module):
         keys = jax.random.split(key)
         self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0])
         self.mlp_norm, self.mlp = config.normalise(), MLP(config, keys[1])
+        self.cross_norm = config.normalise() if config.memory else None
+        self.cross = CrossAttention(config, config.memory, jax.random.fold_in(key, 2)) if config.memory else None
         self.attention_out_norm = config.normalise() if config.sandwich else None
         self.mlp_out_norm = config.normalise() if config.sandwich else None
         self.attention_scale = param(jnp.ones(config.width), None) if config.branch_scale else None
@@ -264,10 +295,14 @@ class Block(nnx.Module):
         key: Array | None = None,
         bias: Array | None = None,
         shift: Shift | None = None,
+        memory: Array | None = None,
+        memory_mask: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """x (b, t, d) at the positions of `rotary`, looking where `mask` (b or 1, 1 or n, t, s) says.
 
         `bias` (b or 1, n, t, s) is added to the attention logits; `shift` mixes what each branch reads.
+        `memory` (b, s', k) is what cross-attention looks at, where `memory_mask` (b, 1, 1, s') says; a cache keeps its
+        keys and values, and then serves without it.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
         to hide what is not yet written. Without a key nothing is dropped. Returns x (b, t, d) and the new cache, whose
@@ -286,6 +321,17 @@ class Block(nnx.Module):
         y, cache = mixed(before(self.attention_norm, x), cache, 0)
         y, cache = self.attention(y, rotary, mask, cache, bias)
         x = after(self.attention_norm, x + branch(y, self.attention_out_norm, self.attention_scale, keys[0]))
+        if self.cross is not None:
+            if memory is not None:
+                kv = self.cross.read(memory)
+                cache = None if cache is None else cache._replace(memory=kv)
+            elif cache is not None and cache.memory is not None:
+                kv = cache.memory
+            else:
+                raise ValueError("cross-attention has nothing to look at: no memory, and none in the cache")
+            y = self.cross.look(before(self.cross_norm, x), kv, memory_mask)
+            last = None if key is None else jax.random.fold_in(key, 2)
+            x = after(self.cross_norm, x + branch(y, None, None, last))
         y, cache = mixed(before(self.mlp_norm, x), cache, 1)
         x = after(self.mlp_norm, x + branch(self.mlp(y), self.mlp_out_norm, self.mlp_scale, keys[1]))
         return shard(x, "batch", "length", None), cache
@@ -322,6 +368,8 @@ def apply_stack(
     key: Array | None = None,
     bias: Array | None = None,
     shift: Shift | None = None,
+    memory: Array | None = None,
+    memory_mask: Array | None = None,
     remat: str = "none",
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
@@ -333,7 +381,7 @@ def apply_stack(
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
-    rules = dict(rotary=rotary, bias=bias, shift=shift)
+    rules = dict(rotary=rotary, bias=bias, shift=shift, memory=memory, memory_mask=memory_mask)
     seen = lambda i: mask if mask is None or mask.ndim == 4 else mask[i % mask.shape[0]]
     run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)
     if remat != "none":

@@ -1,0 +1,41 @@
+"""Captions to 32x32 glyphs by an encoder and a decoder (dalle-mini, Parti), over the codes of `quickstart_codec.py`.
+
+The largest Parti is the same with `width=4096, depth=64, heads=64, mlp=16384` and 16 layers of that width for text.
+"""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Captions
+from t2i_jax.text.sentencepiece import SentencePiece
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+TOKENS = 16
+
+experiment = Experiment(
+    model=AR(
+        vocabulary=512,
+        grid=(8, 8),
+        width=192,
+        depth=4,
+        heads=4,
+        condition=Captions(vocabulary=1000, length=TOKENS, width=192, depth=2, heads=4),
+        reads="memory",
+        dropout=0.0,
+        token_dropout=0.0,
+        corruption=1.0,
+        qk_norm=True,
+    ),
+    data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),
+    train=Train(
+        steps=1000,
+        optimizer=Optimizer("muon", learning_rate=2e-3, warmup=50, weight_decay=0.01),
+        ema=0.99,
+        evaluate_every=500,
+        preview_every=500,
+        save_every=250,
+    ),
+    codec="runs/quickstart/codec",
+    text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
+)
