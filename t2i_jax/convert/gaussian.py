@@ -5,10 +5,11 @@ from typing import Any
 import jax
 
 from t2i_jax.convert import Format
-from t2i_jax.interop import adm, dit
+from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.models.noised_classifier import NoisedClassifier
+from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
@@ -96,6 +97,11 @@ def _glide(
     )
 
 
+def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: Any) -> NoisedCLIP:
+    """Both files in one, under `clip_text.` and `clip_image.`."""
+    return NoisedCLIP(**(glide.describe(tensors, head_dim) | fields))
+
+
 def _network_table(config: Diffusion) -> Table:
     return adm.table(_abstract(config))
 
@@ -105,4 +111,5 @@ FORMATS = {
     "adm": Format(_adm, _network_table, part="unet."),
     "adm_classifier": Format(_adm_classifier, _network_table, part="classifier."),
     "glide": Format(_glide, _network_table, part="unet."),
+    "glide_clip": Format(_glide_clip, glide.table, unused=r"^(?!clip_)"),
 }

@@ -84,21 +84,21 @@ def _blocks(tensors: Tensors, count: int) -> int:
     has = lambda prefix: any(name.startswith(prefix) for name in tensors)
     width = lambda i: tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0]
     plain = lambda i: f"input_blocks.{i}.0.in_layers.2.weight" in tensors
+    attends = lambda i: has(f"input_blocks.{i}.1.")
+
+    def alike(i: int, j: int) -> bool:
+        return width(i) == width(j) and attends(i) == attends(j)
 
     def fits(n: int) -> bool:
-        for i in range(1, count):
-            if i % (n + 1) == 0:  # where the size changes there is no attention, and nothing else changes
-                if has(f"input_blocks.{i}.1.") or has(f"input_blocks.{i}.0.skip_connection."):
-                    return False
-            elif (
-                not plain(i)
-                or (i % (n + 1) > 1 and width(i) != width(i - 1))
-                or (i % (n + 1) > 1 and has(f"input_blocks.{i}.1.") != has(f"input_blocks.{i - 1}.1."))
-            ):
-                return False
+        levels = [range(start + 1, start + n + 1) for start in range(0, count, n + 1)]
+        changes = range(n + 1, count, n + 1)  # there is no attention there, and the channels stay
+        if not all(plain(i) and plain(level[0]) and alike(i, level[0]) for level in levels for i in level):
+            return False
+        if any(attends(i) or has(f"input_blocks.{i}.0.skip_connection.") for i in changes):
+            return False
         ends = r"output_blocks\.(\d+)\.(1\.in_layers|1\.conv|2)\."
-        changes = sorted({int(m[1]) for m in (re.match(ends, name) for name in tensors) if m})
-        return not changes or changes == list(range(n, count - 1, n + 1))
+        found = sorted({int(m[1]) for m in (re.match(ends, name) for name in tensors) if m})
+        return not found or found == list(range(n, count - 1, n + 1))
 
     found = [n for n in range(1, count) if count % (n + 1) == 0 and fits(n)]
     if not found:

@@ -10,6 +10,7 @@ from einops import rearrange
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.models import noised_clip
 from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.nn.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
@@ -270,4 +271,73 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
     return {k: np.asarray(v) for k, v in ours.items()}
 
 
-SYSTEMS = {"dit": dit, "guided_diffusion": guided_diffusion}
+def glide(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    process = Discrete(meta["noise_schedule"], meta.get("diffusion_steps", 1000))
+    hints = {"size": meta["image_size"], "blocks": meta["num_res_blocks"], "process": process}
+    heads = heads_of(meta) | {"qkv_first": False}
+    config, model = convert("glide", part(oracle, "unet"), text_heads=meta["xf_heads"], **hints, **heads)
+    x, z = ours_layout(inputs["x"]), ours_layout(inputs["z"])
+    t, nobody = jnp.asarray(inputs["t"]), jnp.zeros(len(x), bool)
+    caption = lambda name: {
+        "text": jnp.asarray(inputs[f"{name}tokens"]),
+        "text_mask": jnp.asarray(inputs[f"{name}mask"]).astype(bool),
+    }
+    pictures = {
+        ours: ours_layout(inputs[theirs])
+        for ours, theirs in {"low_res": "low_res", "inpaint": "inpaint_image", "inpaint_mask": "inpaint_mask"}.items()
+        if theirs in inputs
+    }
+    few = process.tables.respaced(str(meta["respacing"]))
+    scale, of = meta["guidance"], meta.get("clip")
+    encode = None
+    if of:
+        tensors = {k: v for k, v in oracle.tensors.items() if k.startswith("clip_")}
+        _, encode = convert("glide_clip", tensors, head_dim=of["head_state"], scale=float(of["logit_scale"]))
+        lengths = jnp.asarray(inputs["clip_lens"])[:, None]
+        tokens = jnp.asarray(inputs["clip_tokens"])
+        captions = {"clip_text": tokens, "clip_mask": jnp.arange(tokens.shape[1]) < lengths}
+
+    def gradient(x, t):
+        return guidance.pull(lambda x: noised_clip.log_p(encode, x, t, captions), x, of["grad_scale"])
+
+    @jax.jit
+    def run():
+        context = model.read(caption(""), nobody)
+        without = model.read(caption("uncond_"), nobody)
+        read = lambda x: join_inputs(x, pictures, config.network.extra_inputs)
+        forward = lambda x, t, context: model(read(x), t, context)
+        out = {
+            "xf_out": rearrange(context.tokens, "b s d -> b d s"),
+            "xf_proj": context.pooled,
+            "unet_out": theirs_layout(forward(x, t, context)),
+            "unet_out_uncond": theirs_layout(forward(x, t, without)),
+        }
+
+        def p(x, t, told, guided=False):
+            prediction, v = config._parts(forward(x, told, context))
+            if guided:
+                other, _ = config._parts(forward(x, told, without))
+                prediction = guidance.guide(prediction, other, scale, config.guided_channels)
+            variance = "fixed_large" if v is None else "learned_range"
+            return gaussian.p_mean_variance(few, prediction, x, t, v=v, variance=variance, clip=True)
+
+        def pulled(normal, x, told):
+            return normal._replace(mean=normal.mean + normal.variance * gradient(x, told))
+
+        plain = lambda x, t, told, noise: gaussian.ddpm_step(p(x, t, told), t, noise)
+        guided = lambda x, t, told, noise: gaussian.ddpm_step(p(x, t, told, True), t, noise)
+        steered = lambda x, t, told, noise: gaussian.ddpm_step(pulled(p(x, t, told), x, told), t, noise)
+        ways = {"cond_ddpm_final": plain, "cfg_ddpm_final": guided}
+        if encode is not None:
+            ways["clip_guided_ddpm_final"] = steered
+            out["clip_text_emb"] = encode.texts(captions["clip_text"], captions["clip_mask"])
+            out["clip_image_emb"] = encode.images(x, t)
+            out["clip_cond_grad"] = theirs_layout(gradient(x, t))
+        noise = ours_layout(inputs["step_noise"])
+        return out | {k: theirs_layout(trajectory(few, step, z, noise)[-1]) for k, step in ways.items() if k in outputs}
+
+    return {k: np.asarray(v) for k, v in run().items()} | {"timestep_map": few.timestep_map}
+
+
+SYSTEMS = {"dit": dit, "guided_diffusion": guided_diffusion, "glide": glide}

@@ -1,0 +1,66 @@
+"""Names of GLIDE's noise-aware CLIP (Nichol et al. 2022): its two files, under `clip_text.` and `clip_image.`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+
+TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
+
+
+def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say; they do not tell the width of a head.
+
+    Errors: ValueError where a name that every such file has is not there.
+    """
+    for name in (f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no CLIP of GLIDE")
+    shape = lambda name: tuple(tensors[name].shape)
+    depth = lambda part: sum(name.startswith(part) and name.endswith("f_attn.f_q.w") for name in tensors)
+    (vocabulary, text), (image, _, patch, _) = shape(f"{TEXT}input.w_voc"), shape(f"{IMAGE}input.patch_proj")
+    return {
+        "vocabulary": vocabulary,
+        "length": shape(f"{TEXT}input.w_pos")[0],
+        "text_width": text,
+        "text_depth": depth(TEXT),
+        "text_heads": text // head_dim,
+        "size": patch * round((shape(f"{IMAGE}input.w_pos")[0] - 1) ** 0.5),
+        "patch": patch,
+        "image_width": image,
+        "image_depth": depth(IMAGE),
+        "image_heads": image // head_dim,
+        "dim": shape(f"{TEXT}output.f.w")[0],
+        "times": shape(f"{IMAGE}input.w_t")[0] if f"{IMAGE}input.w_t" in tensors else 0,
+    }
+
+
+def table(config: Any) -> Table:
+    """GLIDE's names for a `models.noised_clip.NoisedCLIP`."""
+    norm = lambda ours, theirs: {f"{ours}.w": source(f"{theirs}.g"), f"{ours}.b": source(f"{theirs}.b")}
+    lines = {
+        "table.w": source(f"{TEXT}input.w_voc"),
+        "text_position": source(f"{TEXT}input.w_pos"),
+        "patches.w": source(f"{IMAGE}input.patch_proj", layout="d c p q -> (p q c) d", p=config.patch, q=config.patch),
+        "start": source(f"{IMAGE}input.{'w_t' if config.times else 'pred_state'}"),
+        "image_position": source(f"{IMAGE}input.w_pos"),
+    } | norm("image_norm", f"{IMAGE}input.ln")
+    for ours, theirs in {"text": TEXT, "image": IMAGE}.items():
+        lines |= norm(f"{ours}.norm", f"{theirs}output.ln")
+        lines[f"{ours}.out.w"] = source(f"{theirs}output.f.w", layout=LINEAR)
+        block = f"{theirs}block_{{}}."
+        lines |= norm(f"{ours}.blocks.attention_norm", f"{block}f_attn.ln")
+        lines |= norm(f"{ours}.blocks.mlp_norm", f"{block}f_mlp.ln")
+        for part, name in {
+            "q": "f_attn.f_q",
+            "k": "f_attn.f_k",
+            "v": "f_attn.f_v",
+            "out": "f_attn.f_c",
+            "into": "f_mlp.f_1",
+            "back": "f_mlp.f_2",
+        }.items():
+            lines[f"{ours}.blocks.{part}.w"] = source(f"{block}{name}.w", layout=LINEAR)
+            if part != "k":
+                lines[f"{ours}.blocks.{part}.b"] = source(f"{block}{name}.b")
+    return lines

@@ -1,0 +1,146 @@
+"""An image-text model of noised pictures, whose gradient pulls samples to a caption (Nichol et al. 2022, 2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array
+
+from t2i_jax.nn.attention import attend, causal
+from t2i_jax.nn.condition import ids, value
+from t2i_jax.nn.conv import patchify
+from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
+from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.parallel import shard
+
+MEAN = (122.77093945, 116.74601272, 104.09373519)
+STD = (68.50053285, 66.63215831, 70.32316309)
+"""Of pictures of 0 .. 255, per channel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedCLIP:
+    """Two Transformers that put captions and noised pictures into one space (Radford et al. 2021)."""
+
+    vocabulary: int = 49408
+    length: int = 77
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    size: int = 64
+    """Pixels of a side."""
+    patch: int = 4
+    image_width: int = 768
+    image_depth: int = 12
+    image_heads: int = 12
+    dim: int = 512
+    """Of the common space."""
+    times: int = 1000
+    """Noise levels that the picture's encoder knows; 0: it reads clean pictures."""
+    scale: float = 100.0
+    """What similarities are multiplied by."""
+    process: Process = Discrete("cosine")
+
+    def init(self, key: Array) -> CLIPNetwork:
+        return CLIPNetwork(self, key)
+
+    def loss(self, model: CLIPNetwork, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Cross-entropy of which caption belongs to which noised picture, both ways (Radford et al. 2021, figure 3).
+
+        batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s).
+        """
+        keys = jax.random.split(key)
+        x0 = batch["image"].astype(jnp.float32)
+        t = self.process.draw(keys[0], len(x0))
+        alpha, sigma = self.process.at(t, x0)
+        x = alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape)
+        images, texts = model.images(x, self.process.told(t)), model.texts(batch["text"], batch["text_mask"])
+        logits = self.scale * images @ texts.T
+        diagonal = lambda logits: -jnp.diagonal(jax.nn.log_softmax(logits)).mean()
+        loss = (diagonal(logits) + diagonal(logits.T)) / 2
+        return loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()}
+
+
+class ClipBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); keys have no bias, as a softmax does not see it."""
+
+    def __init__(self, d: int, heads: int, key: Array):
+        keys = jax.random.split(key, 6)
+        self.attention_norm, self.mlp_norm = LayerNorm(d), LayerNorm(d)
+        self.q = Linear(d, d, keys[0], std=d**-0.5, axes=("embed", "heads"))
+        self.k = Linear(d, d, keys[1], std=d**-0.5, bias=False, axes=("embed", "heads"))
+        self.v = Linear(d, d, keys[2], std=d**-0.5, axes=("embed", "heads"))
+        self.out = Linear(d, d, keys[3], axes=("heads", "embed"))
+        self.into = Linear(d, 4 * d, keys[4], std=(2 * d) ** -0.5)
+        self.back = Linear(4 * d, d, keys[5], axes=("mlp", "embed"))
+        self.count = heads
+
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        y = self.attention_norm(x)
+        q, k, v = (rearrange(f(y), "b t (n h) -> b t n h", n=self.count) for f in (self.q, self.k, self.v))
+        x = x + self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
+        x = x + self.back(jax.nn.gelu(self.into(self.mlp_norm(x)), approximate=False))
+        return shard(x, "batch", "length", None)
+
+
+class Tower(nnx.Module):
+    """Blocks, and one of their outputs in the common space."""
+
+    def __init__(self, d: int, depth: int, heads: int, dim: int, key: Array):
+        keys = jax.random.split(key)
+        self.blocks = jax.vmap(lambda k: ClipBlock(d, heads, k))(jax.random.split(keys[0], depth))
+        self.norm = LayerNorm(d)
+        self.out = Linear(d, dim, keys[1], std=None, bias=False, axes=("embed", None))
+
+    def __call__(self, x: Array, at: Array, mask: Array | None = None) -> Array:
+        """x (b, t, d) and which place of each row is read, (b,): unit vectors (b, k)."""
+        x, _ = jax.lax.scan(lambda x, block: (block(x, mask), None), shard(x, "batch", "length", None), self.blocks)
+        z = self.out(self.norm(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]))
+        return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-12)
+
+
+class CLIPNetwork(nnx.Module):
+    """The parameters of a `NoisedCLIP`."""
+
+    def __init__(self, config: NoisedCLIP, key: Array):
+        keys = jax.random.split(key, 8)
+        d, e, places = config.text_width, config.image_width, 1 + (config.size // config.patch) ** 2
+        self.config = config
+        self.table = Embedding(config.vocabulary, d, keys[0])
+        self.text_position = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
+        self.text = Tower(d, config.text_depth, config.text_heads, config.dim, keys[2])
+        self.patches = Linear(3 * config.patch**2, e, keys[3], bias=False, axes=(None, "embed"))
+        self.start = param(normal(keys[4], (config.times, e) if config.times else (e,), e**-0.5), None)
+        self.image_position = param(normal(keys[5], (places, e), e**-0.5), None, "embed")
+        self.image_norm = LayerNorm(e)
+        self.image = Tower(e, config.image_depth, config.image_heads, config.dim, keys[6])
+
+    def texts(self, text: Array, mask: Array) -> Array:
+        """Captions, ids and mask (b, s) -> unit vectors (b, k); the last token of a caption has read all of it."""
+        x = self.table(text) + self.text_position[...]
+        return self.text(x, jnp.maximum(mask.sum(1) - 1, 0), causal(x.shape[1]))
+
+    def images(self, x: Array, t: Array) -> Array:
+        """Pictures (b, i, j, 3), clean ones in [-1, 1], at times t (b,), 0 .. 999 -> unit vectors (b, k)."""
+        x = ((x + 1) * 127.5 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+        x = self.patches(rearrange(patchify(x, self.config.patch), "b i j d -> b (i j) d"))
+        times = self.start[...]
+        start = times[jnp.asarray(t, jnp.int32)] if self.config.times else jnp.broadcast_to(times, x[:, 0].shape)
+        x = self.image_norm(jnp.concatenate([start[:, None], x], 1) + self.image_position[...])
+        return self.image(x, jnp.zeros(len(x), jnp.int32))
+
+
+def log_p(model: CLIPNetwork, x: Array, t: Array, condition: dict[str, Any]) -> Array:
+    """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.
+
+    With `jax.tree_util.Partial(log_p, model)` a `Diffusion` samples towards captions: ids `clip_text` and `clip_mask`
+    of this model's own tokeniser where the condition has them, `text` and `text_mask` else.
+    """
+    names = ("clip_text", "clip_mask") if "clip_text" in condition else ("text", "text_mask")
+    texts = model.texts(ids(condition, names[0], model.config.vocabulary), value(condition, names[1]))
+    return model.config.scale * (jax.lax.stop_gradient(texts) * model.images(x, t)).sum(-1)
