@@ -350,7 +350,7 @@ class ConvertArguments:
     codec: Path | None = None
     """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
     text: str = ""
-    """frozen text encoder of the model: t5:FOLDER or clip:FOLDER, folders as Hugging Face lays them out"""
+    """frozen text encoder of the model: t5:FOLDER, clip:FOLDER or clip-tokens:FOLDER, as Hugging Face lays them out"""
     back: bool = False
     """write a run or a released model as a published file"""
 

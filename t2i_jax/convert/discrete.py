@@ -60,6 +60,6 @@ FORMATS = {
         root=vq_diffusion.ROOT,
         buffers=vq_diffusion.buffers,
         title="VQ-Diffusion: captions (COCO, CUB-200, ITHQ), classes (ImageNet), faces (FFHQ)",
-        example="coco_learnable.pth",
+        example="coco_learnable.pth --codec models/taming-gumbel --text clip-tokens:FOLDER",
     )
 }

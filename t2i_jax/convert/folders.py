@@ -95,14 +95,21 @@ def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def text_side(words: str) -> Any:
-    """The frozen text encoder that `t5:FOLDER` or `clip:FOLDER` names. Errors: `ConfigError` for other kinds."""
-    from t2i_jax.text.clip import ClipEmbedding
+    """The frozen text encoder that `t5:FOLDER`, `clip:FOLDER` (one vector a caption) or `clip-tokens:FOLDER` (one a
+    token, of length 1) names. Errors: `ConfigError` for other kinds."""
+    from t2i_jax.text.clip import ClipEmbedding, ClipText
     from t2i_jax.text.t5 import T5
 
+    kinds = {
+        "t5": lambda folder: T5(folder, clean=True),
+        "clip": ClipEmbedding,
+        "clip-tokens": lambda folder: ClipText(folder, normalise=True),
+    }
     kind, _, folder = words.partition(":")
-    if kind not in ("t5", "clip") or not Path(folder).is_dir():
-        raise ConfigError(f"--text {words}: it is t5:FOLDER or clip:FOLDER, with a folder as Hugging Face lays it out")
-    return T5(folder, clean=True) if kind == "t5" else ClipEmbedding(folder)
+    if kind not in kinds or not Path(folder).is_dir():
+        known = ", ".join(f"{k}:FOLDER" for k in kinds)
+        raise ConfigError(f"--text {words}: it is one of {known}, with a folder as Hugging Face lays it out")
+    return kinds[kind](folder)
 
 
 def _value(words: list[str]) -> Any:
