@@ -8,31 +8,47 @@ import numpy as np
 import pytest
 
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import Captions, Classes, Features
+from t2i_jax.nn.condition import Captions, Classes, Features, Given, Vector
 
 TINY = AR(
     vocabulary=13, grid=(2, 3), width=16, depth=2, heads=4, kv_heads=2, condition=Classes(5), token_dropout=0, dropout=0
 )
 TEXT = dataclasses.replace(TINY, condition=Captions(11, length=4, width=8, depth=1, heads=2), qk_norm=True)
 FEATURES = dataclasses.replace(TINY, condition=Features(6, length=4), prefix_rotary="zero", tied=True)
-ALL = {"classes": TINY, "captions": TEXT, "features": FEATURES}
+GPT = dataclasses.replace(
+    TINY,
+    kv_heads=0,
+    condition=Given(4),
+    unmasked=3,
+    positions="learned",
+    norm="layer",
+    activation="gelu",
+    bias=True,
+    output_bias=True,
+)
+VECTOR = dataclasses.replace(GPT, condition=Vector(6), unmasked=0)
+ALL = {"classes": TINY, "captions": TEXT, "features": FEATURES, "given": GPT, "vector": VECTOR}
 
 
 def batch_for(config, b=3, key=0):
-    keys = jax.random.split(jax.random.key(key), 4)
+    keys = jax.random.split(jax.random.key(key), 5)
     mask = jnp.arange(4) < jnp.arange(1, b + 1)[:, None]
     return {
         "codes": jax.random.randint(keys[0], (b, *config.grid), 0, config.vocabulary),
         "label": jax.random.randint(keys[1], (b,), 0, 5),
         "text": jax.random.randint(keys[2], (b, 4), 0, 11),
         "text_mask": mask,
-        "features": jax.random.normal(keys[3], (b, 4, 6)),
+        "features": jax.random.normal(keys[3], (b, 1 if isinstance(config.condition, Vector) else 4, 6)),
+        "prefix": jax.random.randint(keys[4], (b, 4), 1, config.vocabulary),
     }
 
 
 def model_for(config, key=0):
-    """Weights large enough that every path matters."""
-    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, jax.jit(config.init)(jax.random.key(key)))
+    """Weights large enough that every path matters, and none of them zero."""
+    model = jax.jit(config.init)(jax.random.key(key))
+    return jax.tree.map(
+        lambda x: jnp.sin(jnp.arange(x.size) + 1.0).reshape(x.shape) if not x.any() else x * 5 ** (x.ndim > 1), model
+    )
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
@@ -49,6 +65,7 @@ def test_logits_depend_on_earlier_codes_and_on_the_condition_only(config):
         "label": (batch["label"] + 1) % 5,
         "text": (batch["text"] + 1) % 11,
         "features": -batch["features"],
+        "prefix": (batch["prefix"] + 1) % 13,
     }
     assert (jnp.abs(forward(model, other) - logits).max(2) > 1e-6).all()
     assert (jnp.abs(forward(model, batch, jnp.ones(3, bool)) - logits).max(2) > 1e-6).all()

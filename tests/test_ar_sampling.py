@@ -13,7 +13,7 @@ from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 from t2i_jax.nn.draw import Sampling, guidance_at, guide, truncate, uniforms
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
-INPUTS = ("label", "text", "text_mask", "features")
+INPUTS = ("label", "text", "text_mask", "features", "prefix")
 
 
 def condition_for(config, b=3):
