@@ -11,7 +11,7 @@ from einops import repeat
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig, nearest, usage
+from t2i_jax.codecs.quantize import GumbelConfig, Quantizer, QuantizerConfig, nearest, usage
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.nn.conv import Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import Carried, replace
@@ -221,3 +221,25 @@ def test_bfloat16_keeps_losses_in_float32(model):
     numbers = jax.eval_shape(lambda m: codec.generator_loss(m, BATCH, KEY, 5), model)
     assert all(v.dtype == jnp.float32 for v in (numbers[0], *numbers[1][0].values()))
     assert jax.eval_shape(codec.reconstruct, model, BATCH["image"]).dtype == jnp.float32
+
+
+def test_gumbel_chooses_a_row_forwards_and_a_mixture_backwards():
+    config = GumbelConfig(codes=5, dim=3, temperature=0.5, temperature_end=0.1, temperature_steps=100)
+    q, z = config.init(KEY), jax.random.normal(KEY, (4, 2, 3))
+    noise = jax.random.gumbel(KEY, (4, 2, 5))
+    weights = q.choice(q.logits(z), noise, 0.5)
+    np.testing.assert_allclose(weights, jax.nn.one_hot((q.logits(z) + noise).argmax(-1), 5), atol=1e-6)
+    target = jnp.arange(5.0)
+    hard = jax.grad(lambda l: (q.choice(l, noise, 0.5) @ target).sum())(q.logits(z))
+    soft = jax.grad(lambda l: (jax.nn.softmax((l + noise) / 0.5) @ target).sum())(q.logits(z))
+    np.testing.assert_allclose(hard, soft, atol=1e-6)
+    np.testing.assert_array_equal(q.codes(z), q.logits(z).argmax(-1))
+    np.testing.assert_allclose(
+        [config.temperature_at(step) for step in (0, 50, 100, 999)], [0.5, 0.3, 0.1, 0.1], rtol=1e-5
+    )
+    assert abs(q.divergence(jnp.zeros((2, 5)))) < 1e-6  # an even choice is no distance from an even one
+    codec = VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=4, groups=4), config, perceptual=0.0, adversarial=0.0)
+    model = jax.eval_shape(codec.init, KEY)
+    images = {"image": jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)}
+    loss, (metrics, _) = jax.eval_shape(lambda m, b: codec.generator_loss(m, b, KEY, 7), model, images)
+    assert loss.shape == () and {"kl", "temperature", "usage"} <= metrics.keys()
