@@ -46,12 +46,15 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """An experiment made ready: mesh, frozen models, shardings, the compiled step. `train` below drives it."""
+    """An experiment made ready: mesh, frozen models, shardings, the compiled step. `train` below drives it.
 
-    def __init__(self, experiment: Experiment, folder: str | Path):
+    mesh: one of devices that need not be there, for a plan; then nothing is put on them, and `frozen` is abstract.
+    """
+
+    def __init__(self, experiment: Experiment, folder: str | Path, mesh: Mesh | None = None):
         self.experiment, self.folder = experiment, Path(folder)
         train = experiment.train
-        self.mesh: Mesh = experiment.mesh.build()
+        self.mesh: Mesh = experiment.mesh.build() if mesh is None else mesh
         self.players = players_of(experiment.model)
         for name in train.players:
             if name not in self.players:
@@ -64,9 +67,12 @@ class Trainer:
                 f"data.batch_size {experiment.data.batch_size} must be a multiple of accumulate x data x fsdp = "
                 f"{train.accumulate} x {self.mesh.shape['data']} x {self.mesh.shape['fsdp']} and of the process count"
             )
-        with jax.set_mesh(self.mesh):
+        # What is read for a plan is read by this machine, not by the devices of the mesh.
+        with contextlib.nullcontext() if mesh is not None else jax.set_mesh(self.mesh):
             frozen, self.codec = frozen_parts(experiment)
-            self.frozen = jax.device_put(frozen, shardings(frozen, self.mesh))
+        with jax.set_mesh(self.mesh):
+            place = jax.device_put if mesh is None else laid_out
+            self.frozen = place(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
             self.prepare = make_prepare(codec, experiment.text)
             step = make_step(
@@ -85,12 +91,11 @@ class Trainer:
                 train.ema > 0,
                 key,
             )
-            target = jax.eval_shape(self.init, jax.random.key(0))
+            # A key made by eval_shape too: the devices of a plan cannot make one.
+            target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
             # Without out_shardings an Auto mesh would replicate the moments, and eval_shape forgets shardings.
             self.layout = shardings(target, self.mesh)
-            self.target = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), target, self.layout
-            )
+            self.target = laid_out(target, self.layout)
             whole = NamedSharding(self.mesh, P())
             self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, whole))
             self.evaluate_step = jax.jit(self._losses, out_shardings=whole)
@@ -161,9 +166,13 @@ class Trainer:
         ready = jax.eval_shape(self.prepare, frozen, batch) | held(frozen)
         once = flops.count(self.prepare, frozen, batch)
         loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32))[0]
-        return once + 3 * sum(
-            flops.count(loss(p), self.abstract, ready, jax.random.key(0)) for p in self.players.values()
-        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return once + 3 * sum(flops.count(loss(p), self.abstract, ready, key) for p in self.players.values())
+
+
+def laid_out(tree: Any, layout: Any) -> Any:
+    """The shapes and dtypes of `tree` with the shardings of `layout`: what a step can be compiled for."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layout)
 
 
 def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:

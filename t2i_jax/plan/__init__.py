@@ -1,0 +1,30 @@
+"""What a run will need before it is paid for: `t2i plan CONFIG --topology v5p:4x4x4`.
+
+For TPUs the real train step is compiled by the real compiler for chips that are not there (`compiled`); for GPUs, and to
+choose what a sweep compiles, the same step is counted (`estimate`). The report says which figure is whose.
+"""
+
+from t2i_jax.plan.chips import CHIPS, Topology
+from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
+from t2i_jax.plan.estimate import estimate, trace
+from t2i_jax.plan.ready import batch_of, devices_of, ready
+from t2i_jax.plan.report import Plan, markdown, ranking, table
+from t2i_jax.plan.sweep import sweep
+
+__all__ = [
+    "CHIPS",
+    "DoesNotFit",
+    "Plan",
+    "Topology",
+    "batch_of",
+    "compile_plan",
+    "devices_of",
+    "estimate",
+    "markdown",
+    "ranking",
+    "ready",
+    "sweep",
+    "table",
+    "trace",
+    "twin_plan",
+]

@@ -1,0 +1,129 @@
+"""What a step needs by the word of the TPU compiler, for a topology that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MESH_AXES, MeshConfig
+from t2i_jax.plan import hlo
+from t2i_jax.plan.chips import REACHED, WIRE, Topology
+from t2i_jax.plan.estimate import held
+from t2i_jax.plan.ready import Batch, depths, devices_of, ready, twin
+from t2i_jax.plan.report import Plan
+from t2i_jax.training.experiment import Experiment
+
+
+class DoesNotFit(ConfigError):
+    """The compiler found no way to run the step in the memory of a chip."""
+
+
+def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
+    """Compile the train step (or the sampler) for a topology, and read what it needs.
+
+    Errors: ImportError without libtpu; `DoesNotFit`, with the compiler's words; `ConfigError` for a mesh that the
+    topology cannot hold.
+    """
+    chip, devices = topology.chip, devices_of(topology)
+    mesh = experiment.mesh.build(devices)
+    if mesh.size != len(devices):
+        raise ConfigError(f"the mesh {dict(mesh.shape)} has {mesh.size} chips, {topology} has {len(devices)}")
+    began = time.perf_counter()
+    made = ready(experiment, batch, mesh)
+    lowered = made.lower_sample() if sample else made.lower()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # the runtime's own error class differs between versions of jax
+        if "memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(f"{topology}: {' '.join(str(error).split())[:300]}") from error
+        raise
+    took = time.perf_counter() - began
+
+    costs, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
+    sizes = {a: mesh.shape[a] for a in MESH_AXES}
+    places = [tuple(d.coords) for d in mesh.devices.flat]
+    network, exposed, kinds = 0.0, 0.0, {}
+    for c in costs.collectives:
+        coordinates = [places[i] for i in c.ids]
+        seconds = c.times * WIRE[c.kind](c.size, max(c.group, 1)) / topology.wire(coordinates, c.group)
+        network += seconds
+        exposed += 0.0 if c.asynchronous else seconds
+        old = kinds.get(c.kind, {"count": 0, "bytes": 0.0})
+        kinds[c.kind] = {"count": old["count"] + c.times, "bytes": old["bytes"] + c.times * c.size}
+    # Each instruction takes as long as the slower of its products and its traffic. Collectives that the compiler made
+    # asynchronous hide behind all of them, the others stand in the way.
+    flops, bandwidth = chip.flops * REACHED["flops"], chip.bandwidth * REACHED["memory"]
+    work = sum(max(f / flops, b / bandwidth) for f, b in costs.operations)
+    behind = (network - exposed) / REACHED["network"]
+    model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
+    arguments = memory.argument_size_in_bytes
+    live = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    target = made.trainer.target
+    notes = []
+    if costs.unknown_loops:
+        notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
+    analysis = compiled.cost_analysis() or {}
+    once = analysis.get("flops", 0.0)
+    notes.append(
+        f"the compiler's own count, which takes each loop's body once: {once:.4g} FLOPs; the products of its program "
+        f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}"
+    )
+    if made.trainer.players and getattr(jax, "__version__", ""):
+        notes.append(f"jax {jax.__version__}")
+    return Plan(
+        topology=str(topology),
+        mesh=sizes,
+        batch=experiment.data.batch_size,
+        remat=str(getattr(experiment.model, "remat", "")),
+        what="sampler" if sample else "train step",
+        method=f"compiled for {devices[0].device_kind}",
+        capacity=chip.memory,
+        parameters=held(target.params, sizes),
+        optimizer=held(target.optimizer, sizes),
+        state=held(target, sizes),
+        temporaries=float(memory.temp_size_in_bytes),
+        peak=float(live + memory.generated_code_size_in_bytes),
+        flops=costs.flops,
+        model_flops=model or costs.flops,
+        bytes=costs.bytes,
+        collectives=kinds,
+        compute_seconds=costs.flops / chip.flops,
+        memory_seconds=costs.bytes / chip.bandwidth,
+        network_seconds=network,
+        step_seconds=work + exposed / REACHED["network"] + max(0.0, behind - work),
+        mfu=0.0,
+        chips=mesh.size,
+        peak_flops=chip.flops,
+        compile_seconds=took,
+        notes=tuple(notes),
+    ).finished()
+
+
+def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
+    """The plan of a deep model from two shallow twins of it, of 2 and 4 layers, on the line through both.
+
+    Errors: `ConfigError` for a model whose depths differ or that has none, and those of `compile_plan`.
+    """
+    deep = set(depths(experiment.model).values())
+    if len(deep) != 1 or min(deep) <= 4:
+        raise ConfigError(f"--twin: needs one depth above 4; this model has {depths(experiment.model) or 'none'}")
+    depth = deep.pop()
+    shallow = [dataclasses.replace(experiment, model=twin(experiment.model, n)) for n in (2, 4)]
+    two, four = (compile_plan(e, batch, topology, sample) for e in shallow)
+    line = lambda a, b: a + (b - a) * (depth - 2) / 2
+    fields: dict[str, Any] = {
+        f.name: line(getattr(two, f.name), getattr(four, f.name))
+        for f in dataclasses.fields(Plan)
+        if f.type == "float" and f.name not in ("capacity", "peak_flops", "mfu")
+    }
+    kinds = {
+        k: {n: line(two.collectives.get(k, {}).get(n, 0.0), four.collectives.get(k, {}).get(n, 0.0)) for n in ("count", "bytes")}
+        for k in two.collectives | four.collectives
+    }
+    fields["compile_seconds"] = two.compile_seconds + four.compile_seconds
+    method = f"{four.method}: twins of 2 and 4 layers, scaled linearly to {depth}"
+    return dataclasses.replace(four, **fields, collectives=kinds, method=method).finished()

@@ -1,0 +1,163 @@
+"""What a step needs on a mesh by arithmetic alone, without compiling: for GPUs, and to rank what a sweep compiles.
+
+Counted exactly: products of the traced step (`flops.count`, recomputation included) and the bytes of the state on a chip
+(from the shardings that training uses). Estimated: activations, from what the traced loops keep for the backward pass;
+collectives, from how FSDP, data and tensor parallelism move parameters, gradients and activations; memory traffic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.sharding import AbstractMesh, AxisType
+
+from t2i_jax import flops
+from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
+from t2i_jax.plan.chips import REACHED, WIRE, Topology
+from t2i_jax.plan.ready import Batch, depths, ready
+from t2i_jax.plan.report import Plan
+from t2i_jax.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A step traced once on one device; every mesh is arithmetic on it."""
+
+    target: Any
+    flops: float
+    """of a step, recomputation included"""
+    model_flops: float
+    kept: float
+    """bytes that forward loops keep for the backward pass, whole batch"""
+    largest: float
+    """bytes of the largest array between two operations, whole batch"""
+
+
+def trace(experiment: Experiment, batch: Batch) -> Traced:
+    """Trace the train step of an experiment."""
+    made = ready(experiment, batch, MeshConfig(1).build(jax.devices()[:1]))
+    with jax.set_mesh(made.mesh):
+        arguments = (made.trainer.target, made.trainer.frozen, made.batch)
+        jaxpr = jax.make_jaxpr(made.trainer.step)(*arguments).jaxpr
+        work, model = flops.count(made.trainer.step, *arguments), made.trainer.flops(made.batch)  # pyright: ignore
+    state = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made.trainer.target)), default=0)
+    kept, largest = _kept(jaxpr, state)
+    return Traced(made.trainer.target, work, model, kept, largest)
+
+
+def _size(aval: Any) -> float:
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
+
+
+def _kept(jaxpr: Any, limit: float) -> tuple[float, float]:
+    """(bytes that forward scans stack up, the largest array that is made outside of them)."""
+    kept = largest = 0.0
+    for e in jaxpr.eqns:
+        sizes = [_size(v.aval) for v in e.outvars]
+        if e.primitive.name == "scan":
+            stacked = sum(sizes[e.params["num_carry"] :])
+            kept += 0.0 if e.params["reverse"] else stacked
+        elif sizes and e.primitive.name == "dot_general":
+            largest = max(largest, *sizes)
+        for value in e.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            if isinstance(inner, core.Jaxpr):
+                more, large = _kept(inner, limit)
+                kept, largest = kept + more, max(largest, large)
+    return kept, largest
+
+
+def held(tree: Any, sizes: dict[str, int]) -> float:
+    """Bytes of a tree on one chip of a mesh, under the rules of `parallel`."""
+    mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    layout = shardings(tree, mesh)
+    one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+    return float(sum(one(x, s) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)))
+
+
+def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: dict[str, int]) -> Plan:
+    """The plan of a step by arithmetic."""
+    chip, n = topology.chip, topology.size
+    d, f, t = (sizes[a] for a in MESH_AXES)
+    target = traced.target
+    params = held(target.params, sizes)
+    state = held(target, sizes)
+    rows = d * f
+    itemsize = 2 if "bfloat16" in str(getattr(experiment.model, "dtype", "")) else 4
+    accumulate = experiment.train.accumulate
+    # What loops keep is split with the batch, not over `tensor`: the residual stream is whole on every chip of it.
+    activations = (traced.kept + 3 * traced.largest / t) / rows / accumulate
+    gradients = params
+    copies = params * f * itemsize / 4 / max(layers(experiment.model), 1) * 2  # of the layer that is gathered, and the next
+
+    whole = params * f * itemsize / 4  # parameters that one chip computes with
+    stream = activations_of(experiment, itemsize) / rows
+    moved = [
+        ("all-gather", "fsdp", f, 2 * accumulate * whole),
+        ("reduce-scatter", "fsdp", f, accumulate * params * f),
+        ("all-reduce", "data", d, params),
+        ("all-reduce", "tensor", t, 4 * layers(experiment.model) * stream),
+    ]
+    network, kinds = 0.0, {}
+    for kind, axis, group, size in moved:
+        if group > 1 and size:
+            network += WIRE[kind](size, group) / wire(topology, sizes, axis)
+            old = kinds.get(kind, {"count": 0, "bytes": 0.0})
+            kinds[kind] = {"count": old["count"] + 1, "bytes": old["bytes"] + size}
+    # Parameters thrice and once more per recomputation, state twice, activations written and read.
+    traffic = 3 * whole * accumulate + 2 * state + 4 * activations * accumulate
+    compute, memory = traced.flops / n / chip.flops, traffic / chip.bandwidth
+    apart = max(compute / REACHED["flops"], memory / REACHED["memory"])
+    hidden = 0.9 * compute  # collectives of tensor parallelism wait for each other; those of FSDP hide
+    return Plan(
+        topology=str(topology),
+        mesh=sizes,
+        batch=experiment.data.batch_size,
+        remat=str(getattr(experiment.model, "remat", "")),
+        what="train step",
+        method="estimated by arithmetic, nothing was compiled",
+        capacity=chip.memory,
+        parameters=params,
+        optimizer=held(target.optimizer, sizes),
+        state=state,
+        temporaries=activations + gradients + copies,
+        peak=state + activations + gradients + copies,
+        flops=traced.flops / n,
+        model_flops=traced.model_flops / n,
+        bytes=traffic,
+        collectives=kinds,
+        compute_seconds=compute,
+        memory_seconds=memory,
+        network_seconds=network,
+        step_seconds=apart + max(0.0, network / REACHED["network"] - hidden),
+        mfu=0.0,
+        chips=n,
+        peak_flops=chip.flops,
+    ).finished()
+
+
+def wire(topology: Topology, sizes: dict[str, int], axis: str) -> float:
+    """Bytes/s out of a chip in collectives along a mesh axis; `tensor` is the innermost, so it stays inside a node."""
+    chip = topology.chip
+    if topology.compiled:  # an axis of the mesh is laid along at least one dimension of the torus
+        closed = any(chip.ring <= length <= sizes[axis] for length in topology.shape)
+        return chip.link * (2 if closed else 1)
+    inner = math.prod(sizes[a] for a in MESH_AXES[MESH_AXES.index(axis) :])
+    # A ring over several nodes leaves a node through the network cards of all of its chips at once.
+    return chip.link if inner <= chip.node else chip.network * min(chip.node, sizes[axis])
+
+
+def layers(model: Any) -> int:
+    """Layers of a model, all its stacks together; at least 1."""
+    return max(sum(depths(model).values()), 1)
+
+
+def activations_of(experiment: Experiment, itemsize: int) -> float:
+    """Bytes of the residual stream of a whole batch, where the model says its width and length."""
+    model = getattr(experiment.model, "network", experiment.model)
+    width, length = getattr(model, "width", 0), getattr(experiment.model, "length", 0)
+    return float(experiment.data.batch_size * width * length * itemsize)

@@ -1,0 +1,323 @@
+"""What a compiled program does, from its HLO text: products, traffic and collectives, loops counted as they run.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs (seen for TPUs: a scan over 3 and over 6
+layers gives the same FLOPs). So the text is read here: the trip count of each `while` from its condition, and with it
+the FLOPs of every dot and convolution, the bytes that every top-level instruction moves to and from HBM (buffers in
+on-chip memory, `S(1)` in their layout, are left out; of an operand that is only sliced the slice counts), and every
+collective once per channel, though an asynchronous one stands in several fusions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
+    "after-all", "partition-id", "replica-id", "iota", "optimization-barrier",
+}  # fmt: skip
+
+_instruction = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_array = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_name = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass
+class Instruction:
+    name: str
+    type: str
+    op: str
+    operands: list[str]
+    text: str
+    root: bool
+
+    @property
+    def arrays(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """(dtype, shape, layout) of what it gives."""
+        return [(t, tuple(int(n) for n in s.split(",") if n), layout or "") for t, s, layout in _array.findall(self.type)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.arrays[0][1] if self.arrays else ()
+
+    def size(self, hbm: bool = False) -> float:
+        """Bytes of what it gives, or the part of it that lies in HBM."""
+        return sum(width(t) * math.prod(s) for t, s, layout in self.arrays if not (hbm and "S(" in layout))
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%?([^\s,]+)", self.text)
+        return found.group(1) if found else ""
+
+
+def width(dtype: str) -> float:
+    """Bytes of one number."""
+    bits = re.search(r"\d+", dtype)
+    return WIDTHS[dtype] if dtype in WIDTHS else int(bits.group()) / 8 if bits else 0
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the one it begins with."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+            if head and " = " not in line.split("->")[0] and not line.startswith("HloModule"):
+                current = computations.setdefault(head.group(2), {})
+                entry = head.group(2) if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif found := _instruction.match(line):
+            root, name, rest = found.groups()
+            end = _close(rest, 0) if rest.startswith("(") else rest.index(" ")
+            call = re.match(r"\s*([\w\-]+)\(", rest[end:])
+            if not call:
+                continue
+            start = end + call.end() - 1
+            stop = _close(rest, start)
+            operands = _name.findall(rest[start:stop])
+            body = rest[start:stop] if call.group(1) in ("parameter", "constant") else ""
+            current[name] = Instruction(name, rest[:end], call.group(1), operands, body + rest[stop:], bool(root))
+    return computations, entry
+
+
+def _close(text: str, start: int) -> int:
+    """The place behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ loops
+
+
+def root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.root)
+
+
+def trips(computations: dict[str, Computation], within: Computation, loop: Instruction) -> int | None:
+    """How often the body of a `while` runs; None if that depends on data."""
+    known = re.search(r'known_trip_count"?:?\{"?n"?:"?(\d+)', loop.text)
+    if known:
+        return int(known.group(1))
+    condition = computations[loop.attribute("condition")]
+    test, values = root(condition), condition
+    if test.op == "fusion":  # the comparison inside: its parameters are the operands of the fusion
+        values = computations[test.attribute("calls")]
+        outer, test = test, root(values)
+        place = lambda i: condition[outer.operands[int(i.text[1:].split(")")[0])]]
+    else:
+        place = lambda i: i
+    if test.op != "compare" or len(test.operands) != 2:
+        return None
+    sides = [_through(values, n) for n in test.operands]
+    sides = [_through(condition, place(s).name) if s.op == "parameter" and place(s) is not s else s for s in sides]
+    limits = [number(s) for s in sides]
+    if sum(n is not None for n in limits) != 1:
+        return None
+    limit = next(n for n in limits if n is not None)
+    counter = sides[0] if limits[0] is None else sides[1]
+    index = counter.attribute("index")
+    if counter.op != "get-tuple-element" or not index:
+        return None
+    first = _through(within, within[loop.operands[0]].operands[int(index)]) if within[loop.operands[0]].operands else None
+    begin = number(first) if first else None
+    return abs(limit - begin) if begin is not None else abs(limit)
+
+
+def _through(computation: Computation, name: str) -> Instruction:
+    while computation[name].op in ("copy", "bitcast", "convert") and computation[name].operands:
+        name = computation[name].operands[0]
+    return computation[name]
+
+
+def number(i: Instruction) -> int | None:
+    found = re.match(r"\((-?\d+)\)", i.text) if i.op == "constant" else None
+    return int(found.group(1)) if found else None
+
+
+# ------------------------------------------------------------------------------------------------------------- costs
+
+
+def convolution_flops(i: Instruction, within: Computation) -> float:
+    """2 for each pair of numbers that a convolution multiplies; what falls on padding or on holes counts nothing.
+
+    The TPU compiler writes batched products as convolutions with holes, of which most of the window is empty.
+    """
+    left, kernel = (within[n].shape for n in i.operands[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
+    if not labels:
+        return 0.0
+    lhs, rhs, out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", i.text)
+    fields = dict(f.split("=") for f in window.group(1).split()) if window else {}
+    rank = sum(c.isdigit() for c in out)
+    numbers = lambda name, default: [int(n) for n in fields.get(name, "x".join([default] * rank)).split("x") if n]
+    sizes, strides = numbers("size", "1"), numbers("stride", "1")
+    holes, spread = numbers("lhs_dilate", "1"), numbers("rhs_dilate", "1")
+    pads = [int(p.split("_")[0]) for p in fields.get("pad", "x".join(["0_0"] * rank)).split("x") if p]
+    pairs = 1.0
+    for d in range(rank):
+        places = np.arange(i.shape[out.index(str(d))])[:, None] * strides[d] - pads[d]
+        places = places + np.arange(sizes[d])[None] * spread[d]
+        reach = (left[lhs.index(str(d))] - 1) * holes[d]
+        pairs *= float(np.sum((places >= 0) & (places <= reach) & (places % holes[d] == 0)))
+    batches = re.search(r"batch_group_count=(\d+)", i.text)
+    return 2 * pairs * i.shape[out.index("b")] * i.shape[out.index("f")] * kernel[rhs.index("i")] / (
+        int(batches.group(1)) if batches else 1
+    )
+
+
+def flops(i: Instruction, within: Computation, computations: dict[str, Computation]) -> float:
+    """Of the products in an instruction, those inside a fusion included."""
+    if i.op == "convolution":
+        return convolution_flops(i, within)
+    if i.op == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
+        shape = within[i.operands[0]].shape
+        return 2.0 * math.prod(i.shape) * math.prod(shape[int(d)] for d in dims.group(1).split(",") if d) if dims else 0.0
+    if i.op == "fusion":
+        inner = computations[i.attribute("calls")]
+        return sum(flops(j, inner, computations) for j in inner.values())
+    return 0.0
+
+
+SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def traffic(i: Instruction, within: Computation, computations: dict[str, Computation]) -> float:
+    """Bytes that an instruction reads from and writes to HBM."""
+    if i.op in FREE or i.op.endswith("-done"):
+        return 0.0
+    operands = [within[n] for n in i.operands if n in within]
+    if i.op in SLICES:
+        return 2 * i.size(hbm=True)
+    if i.op == "dynamic-update-slice":
+        return 2 * operands[1].size(hbm=True)
+    if i.op != "fusion":
+        return i.size(hbm=True) + sum(o.size(hbm=True) for o in operands)
+    inner = computations[i.attribute("calls")]
+    given = {int(j.text[1:].split(")")[0]): j.name for j in inner.values() if j.op == "parameter"}
+    total, updated = 0.0, set()
+    for j in inner.values():
+        if j.op == "dynamic-update-slice":
+            updated.add(_through(inner, j.operands[0]).name)
+            total += inner[j.operands[1]].size()
+    for n, operand in enumerate(operands):
+        name = given.get(n, "")
+        users = [j for j in inner.values() if name in j.operands]
+        whole = operand.size(hbm=True)
+        if name in updated or not whole:
+            continue
+        sliced = users and all(u.op in SLICES and u.operands[0] == name for u in users)
+        total += sum(u.size() for u in users) if sliced else whole
+    return total + (0.0 if updated else i.size(hbm=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program: `size` bytes a run, of one chip's whole array; `ids` is one of its groups."""
+
+    kind: str
+    size: float
+    group: int
+    ids: tuple[int, ...]
+    times: int
+    asynchronous: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of one chip for one run of the program."""
+
+    flops: float
+    flops_once: float
+    """loops counted once, as the compiler's own analysis does"""
+    bytes: float
+    operations: tuple[tuple[float, float], ...]
+    """(FLOPs, bytes) of all instructions that have any, times how often they run"""
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+    """loops whose length depends on data; counted once"""
+
+
+def count(text: str) -> Costs:
+    """The costs of a compiled program (`compiled.as_text()`)."""
+    computations, entry = parse(text)
+    operations: list[tuple[float, float]] = []
+    found: dict[tuple[str, str], Collective] = {}
+    total = once = moved = 0.0
+    unknown = 0
+
+    def collective(i: Instruction, within: Computation, inside: str, times: int) -> None:
+        kind = i.op.removesuffix("-start")
+        if kind not in KINDS:
+            return
+        operands = sum(within[n].size() for n in i.operands if n in within)
+        size = operands if kind != "all-gather" else max(i.size(), operands) - (operands if i.op.endswith("-start") else 0)
+        ids = group(i)
+        kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in inside else kind
+        later = i.op.endswith("-start") or "async" in inside or any("Async" in j.text for j in within.values())
+        channel = (kind, i.attribute("channel_id") or i.name)
+        old = found.get(channel)
+        if old is None or old.times < times or (later and not old.asynchronous):
+            found[channel] = Collective(kind, size, len(ids), ids, max(times, old.times if old else 0), later)
+
+    def walk(name: str, times: int) -> Iterator[tuple[Instruction, Computation, str, int]]:
+        nonlocal unknown
+        for i in computations[name].values():
+            yield i, computations[name], name, times
+            if i.op == "while":
+                n = trips(computations, computations[name], i)
+                unknown += n is None
+                yield from walk(i.attribute("body"), times * (1 if n is None else n))
+            elif i.op in ("call", "async-start"):
+                yield from walk(i.attribute("to_apply") or i.attribute("calls"), times)
+            elif i.op == "conditional":
+                branches = re.search(r"branch_computations=\{([^}]*)\}", i.text)
+                listed = _name.findall(branches.group(1)) if branches else []
+                for branch in listed or [i.attribute("true_computation"), i.attribute("false_computation")]:
+                    yield from walk(branch, times)
+
+    for i, within, name, times in walk(entry, 1):
+        collective(i, within, name, times)
+        if i.op == "fusion":
+            inner = i.attribute("calls")
+            for j in computations[inner].values():
+                collective(j, computations[inner], inner, times)
+        work, size = flops(i, within, computations), traffic(i, within, computations)
+        total, once, moved = total + work * times, once + work, moved + size * times
+        if work or size:
+            operations.append((work * times, size * times))
+    return Costs(total, once, moved, tuple(operations), tuple(found.values()), unknown)
+
+
+def group(i: Instruction) -> tuple[int, ...]:
+    """The partitions of the first group of a collective, in any of the ways in which HLO writes groups."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", i.text):
+        return tuple(int(n) for n in listed.group(1).split(","))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.text):
+        shape, dims, turn = ([int(n) for n in g.split(",")] if g else None for g in iota.groups())
+        ids = np.arange(math.prod(dims or ())).reshape(dims)
+        ids = ids.transpose(turn) if turn else ids
+        return tuple(int(n) for n in ids.reshape(shape)[0])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", i.text):
+        axes = re.findall(r"'([^']+)'=(\d+)", mesh.group(1))
+        named = re.findall(r"'([^']+)'", mesh.group(3))
+        ids = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
+        return tuple(int(n) for n in ids[tuple(slice(None) if a in named else 0 for a, _ in axes)].ravel())
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", i.text):
+        return tuple(int(n) for n in pairs.groups())
+    return ()

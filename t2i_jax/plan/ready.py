@@ -1,0 +1,182 @@
+"""An experiment made ready without its devices, its data or its frozen parts: shapes in place of arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t2i_jax.config import ConfigError
+from t2i_jax.data.records import DataError
+from t2i_jax.parallel import batch_sharding
+from t2i_jax.plan.chips import Topology
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.loop import Trainer, laid_out
+
+Batch = dict[str, jax.ShapeDtypeStruct]
+
+LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+NO_COMPILER = (
+    "a TPU plan needs the TPU compiler, which comes as the package libtpu and runs on any Linux machine: "
+    "pip install 't2i_jax[plan]'"
+)
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Descriptions of the devices of a TPU topology. Errors: ImportError without libtpu, naming the extra."""
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(NO_COMPILER)
+    from jax.experimental import topologies
+
+    # Without these libtpu asks a cloud's metadata server who it is, and waits; and a plan holds no chip, so that any number
+    # of them may run side by side.
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
+    except Exception as error:  # the runtime's own error class differs between versions of jax
+        raise ConfigError(f"--topology {topology}: the TPU compiler refuses it: {str(error).splitlines()[0]}") from error
+
+
+def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
+    """The experiment without the frozen parts that this batch does not need."""
+    needs_codec = "image" in batch and "codes" not in batch
+    needs_text = "features" not in batch and "text" in batch
+    by_pictures = hasattr(experiment.text, "image_features") and "image" in batch and "features" not in batch
+    codec = experiment.codec if needs_codec else ""
+    text = experiment.text if needs_text or by_pictures else None
+    return dataclasses.replace(experiment, codec=codec, text=text)
+
+
+def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool = False) -> tuple[Batch, str]:
+    """The shapes of a global batch, and where they are from: as told, as the data are, or as the model wants them.
+
+    inputs: `NAME:DTYPE:SHAPE` of one example, as `codes:int32:16x16`, `label:int32:`. encoded: do not look at the data.
+    """
+    size = experiment.data.batch_size
+    if inputs:
+        found = {}
+        for text in inputs:
+            parts = text.split(":")
+            try:
+                shape = tuple(int(n) for n in parts[2].split("x") if n)
+                found[parts[0]] = jax.ShapeDtypeStruct((size, *shape), jnp.dtype(parts[1]))
+            except (IndexError, ValueError, TypeError) as error:
+                raise ConfigError(f"--inputs {text}: it is written like codes:int32:16x16 or label:int32:") from error
+        return found, "as --inputs says"
+    if not encoded:
+        data = dataclasses.replace(experiment.data, batch_size=1, workers=0, prefetch=1, threads=1)
+        captions: Any = None if hasattr(experiment.text, "image_features") else experiment.text
+        with contextlib.suppress(DataError, ConfigError, OSError, ImportError):
+            stream: Any = data.batches(captions)
+            with contextlib.closing(stream):
+                example = next(stream)
+            return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in example.items()}, "as the data are"
+    return wanted(experiment), "assumed: data are encoded (codes and text features computed before training)"
+
+
+def wanted(experiment: Experiment) -> Batch:
+    """What the loss of a model reads, from its configuration."""
+    model, size = experiment.model, experiment.data.batch_size
+    f32, i32 = jnp.float32, jnp.int32
+    side = (experiment.data.image_size,) * 2
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
+    if hasattr(model, "encode") and hasattr(model, "decode") and hasattr(model, "factor"):
+        shapes["image"] = (*side, 3), jnp.uint8
+    elif hasattr(model, "shape") or hasattr(model, "trunk"):
+        shape = model.shape if hasattr(model, "shape") else (*model.trunk.size, model.trunk.channels)
+        pixels = not experiment.codec and shape == (*side, 3)
+        shapes["image" if pixels else "codes"] = shape, jnp.uint8 if pixels else f32
+    elif hasattr(model, "grid"):
+        dim, patch = getattr(getattr(model, "head", None), "dim", 0), getattr(model, "patch", 1)
+        grid = tuple(n * patch for n in model.grid)
+        shapes["codes"] = ((*grid, dim // patch**2), f32) if dim else (grid, i32)
+    else:
+        raise ConfigError(f"what a {type(model).__name__} reads is not known here; say it with --inputs")
+    condition = getattr(model, "condition", None)
+    length = getattr(condition, "length", 1)
+    # A stream's words are its condition, which has no list of what it reads.
+    reads = getattr(condition, "inputs", ("text", "text_mask") if hasattr(condition, "vocabulary") else ())
+    reads = ("label",) if hasattr(model, "trunk") else reads
+    known = {
+        "label": ((), i32),
+        "text": ((length,), i32),
+        "text_mask": ((length,), bool),
+        "features": ((length, getattr(condition, "dim", 0)), f32),
+        "prefix": ((length,), i32),
+    }
+    return {k: jax.ShapeDtypeStruct((size, *s), d) for k, (s, d) in (shapes | {n: known[n] for n in reads}).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What a step is compiled from."""
+
+    trainer: Trainer
+    batch: Batch
+    mesh: Mesh
+
+    def lower(self) -> Any:
+        """The train step, as the loop compiles it, lowered for the mesh."""
+        with jax.set_mesh(self.mesh):
+            return self.trainer.step.lower(self.trainer.target, self.trainer.frozen, self.batch)
+
+    def lower_sample(self) -> Any:
+        """The sampler with its own options, on the state's parameters, lowered for the mesh."""
+        family, trainer = self.trainer.experiment.model, self.trainer
+        if not hasattr(family, "sample"):
+            raise ConfigError(f"--sample: a {type(family).__name__} has no sampler")
+        size = self.trainer.experiment.data.batch_size
+        sharding = batch_sharding(self.mesh)
+        with jax.set_mesh(self.mesh):
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+            keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding)
+            options = jax.eval_shape(lambda: family.options().arrays())
+            ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch)
+            reads = getattr(family.condition, "inputs", ("text", "text_mask"))
+            condition = {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
+
+            def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:
+                return family.sample(trainer.model(state), condition, keys, options)
+
+            return jax.jit(sample).lower(trainer.target, condition, keys, options)
+
+
+def ready(experiment: Experiment, batch: Batch, mesh: Mesh) -> Ready:
+    """Errors: `ConfigError` where the batch does not fit the mesh, and what a trainer says."""
+    trainer = Trainer(without_parts(experiment, batch), Path("plan"), mesh)
+    return Ready(trainer, laid_out(batch, dict.fromkeys(batch, batch_sharding(mesh))), mesh)
+
+
+def depths(model: Any) -> dict[str, int]:
+    """The fields of a model, and of its parts, that count layers: name -> layers."""
+    found = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type) and field.name in ("network", "trunk"):
+            found |= {f"{field.name}.{k}": n for k, n in depths(value).items()}
+        elif (field.name == "depth" or field.name.endswith("_depth")) and isinstance(value, int) and value:
+            found[field.name] = value
+    return found
+
+
+def twin(model: Any, layers: int) -> Any:
+    """The same model with every depth that is larger than `layers` set to it."""
+    changes: dict[str, Any] = {}
+    for name, n in depths(model).items():
+        head, _, rest = name.partition(".")
+        if not rest:
+            changes[head] = min(n, layers)
+        else:
+            changes[head] = twin(getattr(model, head), layers)
+    return dataclasses.replace(model, **changes)

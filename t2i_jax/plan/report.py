@@ -1,0 +1,163 @@
+"""A plan as a value, as JSON and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step (or one batch of the sampler) needs: bytes, FLOPs and seconds of one chip."""
+
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    remat: str
+    what: str
+    method: str
+    """who says so: the compiler, or arithmetic"""
+    capacity: float
+    parameters: float
+    optimizer: float
+    state: float
+    """parameters, average, optimiser and what else is kept between steps"""
+    temporaries: float
+    peak: float
+    flops: float
+    model_flops: float
+    """without recomputation: three times the forward pass"""
+    bytes: float
+    """to and from HBM"""
+    collectives: dict[str, dict[str, float]]
+    """kind -> how many a step, and the bytes of one chip's whole arrays in them"""
+    compute_seconds: float
+    """at the peak"""
+    memory_seconds: float
+    network_seconds: float
+    step_seconds: float
+    mfu: float
+    chips: int
+    peak_flops: float
+    steps_per_second: float = 0.0
+    images: float = 0.0
+    hours: float = 0.0
+    """to that many images"""
+    chip_hours: float = 0.0
+    compile_seconds: float = 0.0
+    data: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.capacity
+
+    def finished(self, images: float = 0.0) -> Plan:
+        """With what follows from the step time: MFU, and time and chip-hours to `images` images."""
+        hours = images / self.batch * self.step_seconds / 3600
+        return dataclasses.replace(
+            self,
+            mfu=self.model_flops / (self.step_seconds * self.peak_flops) if self.step_seconds else 0.0,
+            steps_per_second=1 / self.step_seconds if self.step_seconds else 0.0,
+            images=images or self.images,
+            hours=hours,
+            chip_hours=hours * self.chips,
+        )
+
+    def json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"fits": self.fits}
+
+
+def size(n: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def span(seconds: float) -> str:
+    for unit, scale in (("d", 86400), ("h", 3600), ("s", 1), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def measured(plan: Plan) -> str:
+    """Who says what, in one line."""
+    if plan.compile_seconds:
+        return (
+            "From the compiler: memory, FLOPs, bytes, collectives (of its program; loops counted as they run). "
+            "Estimated: all seconds, from data sheets and the share of a peak that good programs reach."
+        )
+    return "Nothing was compiled. Counted: FLOPs, parameters, optimiser. Estimated: all the rest."
+
+
+def table(plan: Plan) -> Table:
+    """One plan, a line a quantity."""
+    out = Table("per chip", "", title=f"{plan.what} on {plan.topology}, {mesh_name(plan.mesh)}, batch {plan.batch}")
+    share = lambda n: f"{size(n)}  ({n / plan.capacity:.0%} of {size(plan.capacity)})"
+    rows = {
+        "parameters": size(plan.parameters),
+        "optimiser state": size(plan.optimizer),
+        "all state": share(plan.state),
+        "activations and other temporaries": size(plan.temporaries),
+        "peak HBM": share(plan.peak) + ("" if plan.fits else "  DOES NOT FIT"),
+        "FLOPs": f"{plan.flops:.4g}  (without recomputation {plan.model_flops:.4g})",
+        "HBM traffic": size(plan.bytes),
+    }
+    rows |= {f"{k} x {int(c['count'])}": size(c["bytes"]) for k, c in plan.collectives.items()}
+    rows |= {
+        "compute at the peak": span(plan.compute_seconds),
+        "HBM at the peak": span(plan.memory_seconds),
+        "network at the peak": span(plan.network_seconds),
+        "expected time": span(plan.step_seconds),
+        "expected MFU": f"{plan.mfu:.0%}",
+    }
+    if plan.images:
+        rows[f"to {plan.images:.3g} images"] = f"{span(plan.hours * 3600)}, {plan.chip_hours:.4g} chip-hours"
+    if plan.compile_seconds:
+        rows["compiled in"] = span(plan.compile_seconds)
+    for name, cell in rows.items():
+        out.add_row(name, cell)
+    notes = (plan.method, measured(plan), *([f"batch: {plan.data}"] if plan.data else []), *plan.notes)
+    out.caption = "\n".join(notes)
+    return out
+
+
+def ranking(plans: Sequence[Plan], title: str) -> Table:
+    """Several plans, a line each, best first."""
+    out = Table(title=title)
+    columns: dict[str, Callable[[Plan], str]] = {
+        "mesh": lambda p: mesh_name(p.mesh),
+        "batch": lambda p: str(p.batch),
+        "remat": lambda p: p.remat,
+        "peak HBM": lambda p: f"{size(p.peak)} ({p.peak / p.capacity:.0%})",
+        "time": lambda p: span(p.step_seconds),
+        "MFU": lambda p: f"{p.mfu:.0%}",
+        "images / s": lambda p: f"{p.batch * p.steps_per_second:.3g}",
+        "network": lambda p: span(p.network_seconds),
+        "by": lambda p: "compiler" if p.compile_seconds else "arithmetic",
+    }
+    for name in columns:
+        out.add_column(name)
+    for plan in plans:
+        out.add_row(*(cell(plan) for cell in columns.values()))
+    return out
+
+
+def markdown(plans: Sequence[Plan]) -> str:
+    """The same lines for a document."""
+    head = "| topology | mesh | batch | remat | peak HBM | time | MFU | images / s | by |\n" + "|---" * 9 + "|\n"
+    line = lambda p: (
+        f"| {p.topology} | {mesh_name(p.mesh)} | {p.batch} | {p.remat} | {size(p.peak)} ({p.peak / p.capacity:.0%}) "
+        f"| {span(p.step_seconds)} | {p.mfu:.0%} | {p.batch * p.steps_per_second:.3g} "
+        f"| {'compiler' if p.compile_seconds else 'arithmetic'} |"
+    )
+    return head + "\n".join(map(line, plans)) + "\n"
+
+
+def mesh_name(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{k} {n}" for k, n in mesh.items() if n > 1) or "one chip"

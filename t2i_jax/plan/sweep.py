@@ -1,0 +1,103 @@
+"""Meshes, remat policies and batch sizes, ranked: all by arithmetic, the best by the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args, get_type_hints
+
+import jax
+
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.plan.chips import Topology
+from t2i_jax.plan.compiled import DoesNotFit, compile_plan
+from t2i_jax.plan.estimate import estimate, trace
+from t2i_jax.plan.ready import Batch
+from t2i_jax.plan.report import Plan
+from t2i_jax.training.experiment import Experiment
+
+TENSOR = (1, 2, 4, 8)
+Told = Callable[[str], None]
+
+
+def meshes(chips: int, model: Any) -> Iterator[MeshConfig]:
+    """Meshes worth a look: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest."""
+    heads = getattr(getattr(model, "network", model), "heads", 0)
+    for tensor in TENSOR:
+        if chips % tensor or (tensor > 1 and (not heads or heads % tensor)):
+            continue
+        fsdp = 1
+        while fsdp <= chips // tensor:
+            if (chips // tensor) % fsdp == 0:
+                yield MeshConfig(chips // tensor // fsdp, fsdp, tensor)
+            fsdp *= 2
+
+
+def policies(model: Any) -> tuple[str, ...]:
+    """The remat policies that a model's configuration takes."""
+    if not hasattr(model, "remat"):
+        return ("",)
+    return tuple(map(str, get_args(get_type_hints(type(model))["remat"]))) or (model.remat,)
+
+
+def resized(batch: Batch, size: int) -> Batch:
+    return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+
+
+def changed(experiment: Experiment, remat: str, size: int, mesh: MeshConfig | None = None) -> Experiment:
+    model = dataclasses.replace(experiment.model, remat=remat) if remat else experiment.model
+    data = dataclasses.replace(experiment.data, batch_size=size)
+    return dataclasses.replace(experiment, model=model, data=data, mesh=mesh or experiment.mesh)
+
+
+def sweep(
+    experiment: Experiment,
+    batch: Batch,
+    topology: Topology,
+    sizes: Sequence[int] = (),
+    compiles: int = 3,
+    told: Told = lambda _: None,
+) -> list[Plan]:
+    """Plans that fit, by images per second, those of the compiler first. `compiles`: how many it is asked for.
+
+    sizes: batch sizes; the experiment's own, twice and four times it unless given. Errors: `ConfigError` if none fits.
+    """
+    own = experiment.data.batch_size
+    seen: list[tuple[Plan, Experiment, Batch]] = []
+    for remat in policies(experiment.model):
+        # The trace grows with the batch in every part, so that one of them serves all sizes of the sweep.
+        for size in sizes or (own, 2 * own, 4 * own):
+            told(f"counting remat '{remat}', batch {size}")
+            here, now = changed(experiment, remat, size), resized(batch, size)
+            traced = trace(here, now)
+            for mesh in meshes(topology.size, experiment.model):
+                if size % (mesh.data * mesh.fsdp * experiment.train.accumulate):
+                    continue
+                axes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+                plan = estimate(here, traced, topology, axes)
+                seen.append((plan, changed(experiment, remat, size, mesh), now))
+    seen.sort(key=lambda x: (not x[0].fits, -x[0].batch * x[0].steps_per_second, -x[0].capacity + x[0].peak))
+    best: list[Plan] = []
+    if topology.compiled:
+        # Arithmetic is rough: what it puts a little above the memory is tried too.
+        near = [x for x in seen if x[0].peak < 1.3 * x[0].capacity]
+        for plan, here, now in near[: 3 * compiles]:
+            if len(best) == compiles:
+                break
+            told(f"compiling {plan.mesh}, remat '{plan.remat}', batch {plan.batch}")
+            try:
+                made = compile_plan(here, now, topology)
+            except DoesNotFit:
+                told("it does not fit")
+                continue
+            if made.fits:
+                best.append(made)
+        best.sort(key=lambda p: -p.batch * p.steps_per_second)
+    done = {(tuple(p.mesh.items()), p.batch, p.remat) for p in best}
+    rest = [p for p, *_ in seen if p.fits and (tuple(p.mesh.items()), p.batch, p.remat) not in done]
+    if not best and not rest:
+        least = min((p for p, *_ in seen), key=lambda p: p.peak / p.capacity, default=None)
+        hint = f"; the nearest needs {least.peak / least.capacity:.0%} of the memory: {least.mesh}" if least else ""
+        raise ConfigError(f"--sweep: nothing fits {topology}{hint}")
+    return best + rest
