@@ -241,9 +241,16 @@ class SampleArguments:
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt"""
     candidates: int = 16
     """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
+    image: Path | None = None
+    """a picture of which only what `mask` marks is drawn anew; for masked and any-order models"""
+    mask: Path | None = None
+    """a picture of that size, white where to draw"""
 
 
 def sample(arguments: list[str]) -> None:
+    import numpy as np
+    from PIL import Image
+
     from t2i_jax import config
     from t2i_jax.pipeline import Pipeline
     from t2i_jax.previews import sample_to_folder
@@ -258,6 +265,11 @@ def sample(arguments: list[str]) -> None:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
     pipeline = Pipeline.load(args.model)
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
+    if (args.image is None) != (args.mask is None):
+        raise config.ConfigError("--image and --mask go together: a picture, and where to draw it anew")
+    if args.image and args.mask:
+        picture, mask = (np.asarray(Image.open(f).convert(k)) for f, k in ((args.image, "RGB"), (args.mask, "L")))
+        pipeline = pipeline.holding(picture, mask > 127)
     drawn = max(args.count, args.candidates) if args.rerank else args.count
     jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
     folder = args.out / "candidates" if args.rerank else args.out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,8 @@ class Pipeline:
         parts = {"model": model, "codec": codec.model if codec else None}
         parts["text"] = text.load() if hasattr(text, "load") else None
         self.parts = jax.device_put(parts, shardings(parts, self.mesh))
+        self.about: dict[str, str] = {}
+        """What pictures depend on besides prompt, seed and options."""
         self._compiled = jax.jit(self._run)  # option values are traced: compiled once
 
     @classmethod
@@ -103,6 +107,29 @@ class Pipeline:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
 
+    def holding(self, picture: np.ndarray, mask: np.ndarray) -> Pipeline:
+        """The same pipeline, which draws anew only what a mask marks of a picture: holes, or all beyond an edge.
+
+        picture: uint8 (i, j, 3); mask: bool (i, j), True where to draw; a token is drawn where any of its pixels is.
+        Errors: `ConfigError` for a family that goes by one order only, and for a picture of another size than it draws.
+        """
+        family = self.family
+        if not getattr(family, "edits", False) or self.codec is None:
+            raise ConfigError(
+                f"a {type(family).__name__} cannot fill holes; masked and any-order models over a codec can"
+            )
+        size = tuple(n * family.patch * self.codec.config.factor for n in family.grid)
+        if picture.shape != (*size, 3) or mask.shape != size:
+            raise ConfigError(f"picture {picture.shape} and mask {mask.shape}: this model draws pictures of {size}")
+        squares = mask.reshape(family.grid[0], size[0] // family.grid[0], family.grid[1], -1)
+        with jax.set_mesh(self.mesh):
+            codes = jax.jit(self.codec.config.encode)(self.parts["codec"], picture[None].astype(np.float32) / 127.5 - 1)
+        same = copy.copy(self)
+        same.parts = self.parts | {"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}}
+        same.about = {"held": hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]}
+        same._compiled = jax.jit(same._run)
+        return same
+
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: Any) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices."""
         with jax.set_mesh(self.mesh):
@@ -112,7 +139,8 @@ class Pipeline:
     def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
         if hasattr(self.text, "features"):
             condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
-        codes = self.family.sample(parts["model"], condition, keys, options)
+        held = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
+        codes = self.family.sample(parts["model"], condition, keys, options, **held)
         images = self.codec.config.decode(parts["codec"], codes) if self.codec else codes
         return to_uint8(images)
 

@@ -89,7 +89,7 @@ def sample_to_folder(
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: float(v) for k, v in vars(options).items()}
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
-    about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} for p, s in jobs]
+    about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     made = lambda i: files[i].exists() and pictures.read_png_text(files[i]).items() >= about[i].items()
     todo = [i for i in range(len(jobs)) if not made(i)]
     with bar() as progress:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,9 @@ class AnyOrder:
     """Of the computation; parameters, norms and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+
+    edits: ClassVar[bool] = True
+    """`sample` takes over known tokens wherever they stand."""
 
     def __post_init__(self):
         if not self.order.single:
