@@ -1,0 +1,151 @@
+"""Gaussian noising: schedules, conversions, posteriors, the bound, weights and paths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.noise import gaussian
+from t2i_jax.noise.gaussian import NAMES, Schedule, join, respacing, split
+from t2i_jax.noise.processes import EDM, Discrete, Flow
+
+KINDS = ("eps", "x0", "v", "velocity", "score")
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_schedules_lose_the_picture_step_by_step(name):
+    s = Schedule.named(name, 1000)
+    assert s.betas.dtype == np.float64 and ((s.betas > 0) & (s.betas <= 1)).all()
+    assert (np.diff(s.alphas_cumprod) < 0).all() and s.alphas_cumprod[0] > 0.97
+    np.testing.assert_allclose(np.cumprod(1 - s.betas), s.alphas_cumprod, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(s.alpha**2 + s.sigma**2, 1, rtol=1e-12)
+    assert np.isfinite(s.posterior_log_variance).all()
+
+
+def test_a_schedule_may_end_in_noise_alone():
+    plain, s = (Schedule.named("scaled_linear", 100, zero_terminal_snr=z) for z in (False, True))
+    assert s.alpha[-1] == 0 and s.snr[-1] == 0 and s.betas[-1] == 1
+    np.testing.assert_allclose(s.alpha[0], plain.alpha[0], rtol=1e-12)
+    with pytest.raises(ValueError, match="noise schedule 'lin' is not one of"):
+        Schedule.named("lin")
+
+
+def test_respacing_keeps_the_noise_of_the_steps_it_keeps():
+    s = Schedule.named("cosine", 1000)
+    for spacing, count in {"100": 100, "10,6,4": 20, "ddim25": 25, "fast27": 27}.items():
+        few = s.respaced(spacing)
+        assert len(few) == count and few.original == 1000
+        np.testing.assert_allclose(few.alphas_cumprod, s.alphas_cumprod[few.timestep_map], rtol=1e-12)
+    assert respacing(1000, "ddim4") == [0, 250, 500, 750] and respacing(10, "1") == [0]
+    for wrong, message in {"ddim300": "no whole stride", "11": "cannot be taken", "0": "cannot be taken"}.items():
+        with pytest.raises(ValueError, match=message):
+            respacing(1000 if wrong.startswith("ddim") else 10, wrong)
+
+
+@pytest.mark.parametrize(("steps", "stride", "spacing"), [(20, False, "20"), (7, False, "7"), (25, True, "ddim25")])
+def test_a_traced_number_of_steps_gives_the_same_tables(steps, stride, spacing):
+    s = Schedule.named("linear", 1000)
+    few, traced = s.respaced(spacing), jax.jit(lambda n: vars_of(s.strided(n, 64, stride), steps))(steps)
+    for name, array in traced.items():
+        np.testing.assert_allclose(array, getattr(few, name), rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def vars_of(schedule, count):
+    names = ("timestep_map", "betas", "alpha", "sigma", "posterior_log_variance")
+    return {name: getattr(schedule, name)[:count] for name in names}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_convert_into_each_other_and_back(kind):
+    rng = np.random.default_rng(0)
+    x0, eps = (jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(2))
+    for alpha, sigma in ((0.8, 0.6), (0.3, 0.7), (1.0, 5.0)):
+        x = alpha * x0 + sigma * eps
+        found = split(kind, join(kind, x0, eps, alpha, sigma), x, alpha, sigma)
+        np.testing.assert_allclose(found[0], x0, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[1], eps, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="prediction 'noise' is not one of"):
+        split("noise", x0, x, alpha, sigma)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["snr", "truncated_snr", "min_snr"])
+def test_weights_are_of_the_error_in_the_picture_whatever_is_predicted(name, kind):
+    rng = np.random.default_rng(1)
+    x0, wrong, eps = (jnp.asarray(rng.normal(size=(50,)), jnp.float32) for _ in range(3))
+    alpha, sigma = jnp.float32(0.9), jnp.float32(0.9**-2 - 1) ** 0.5
+    x = alpha * x0 + sigma * eps
+    prediction = join(kind, wrong, (x - alpha * wrong) / sigma, alpha, sigma)
+    squared = (prediction - join(kind, x0, eps, alpha, sigma)) ** 2
+    ours = gaussian.loss_weight(name, kind, alpha, sigma, 0.5) * squared
+    direct = gaussian.loss_weight(name, "x0", alpha, sigma, 0.5) * (wrong - x0) ** 2
+    np.testing.assert_allclose(ours, direct, rtol=1e-3, atol=1e-5)
+
+
+def test_the_posterior_is_that_of_two_steps():
+    """q(x_{t-1} | x_t, x_0) by Bayes' rule from the prior q(x_{t-1} | x_0) and the likelihood q(x_t | x_{t-1})."""
+    s, t = Schedule.named("linear", 50), 30
+    x0, x = jnp.full((1, 2), 0.7), jnp.full((1, 2), -0.4)
+    prior_mean, prior = np.sqrt(s.alphas_cumprod[t - 1]) * 0.7, 1 - s.alphas_cumprod[t - 1]
+    slope, noise = np.sqrt(1 - s.betas[t]), s.betas[t]
+    variance = 1 / (1 / prior + slope**2 / noise)
+    mean = variance * (prior_mean / prior + slope * -0.4 / noise)
+    q = gaussian.posterior(s, x0, x, jnp.asarray([t]))
+    np.testing.assert_allclose(q.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(q.variance, variance, rtol=1e-5)
+
+
+def test_learned_variance_lies_between_its_ends_and_a_perfect_network_has_no_gap():
+    s, t = Schedule.named("cosine", 100), jnp.asarray([60, 99])
+    ends = [gaussian.learned_range(s, jnp.full((2, 1), v), t)[:, 0] for v in (-1.0, 1.0)]
+    np.testing.assert_allclose(ends[0], s.posterior_log_variance[t], rtol=1e-5)
+    np.testing.assert_allclose(ends[1], np.log(s.betas[t]), rtol=1e-5)
+    x0, eps = jax.random.normal(jax.random.key(0), (2, 2, 5))
+    x = gaussian.q_sample(s, x0, t, eps)
+    p = gaussian.p_mean_variance(s, eps, x, t, v=jnp.full_like(x, -1.0))
+    np.testing.assert_allclose(gaussian.vb_terms(s, x0, x, t, p), 0, atol=1e-4)
+
+
+def test_pixels_have_probabilities_that_sum_to_one():
+    pixels = jnp.linspace(-1, 1, 256)
+    for mean, std in ((0.1, 0.02), (-0.99, 0.3), (0.0, 2.0)):
+        p = gaussian.Normal(jnp.full(256, mean), jnp.full(256, 2 * np.log(std)), pixels)
+        total = jnp.exp(gaussian.discretised_log_likelihood(pixels, p)).sum()
+        np.testing.assert_allclose(total, 1, rtol=1e-4)
+
+
+def test_going_up_and_down_by_ddim_returns():
+    s = Schedule.named("linear", 400)
+    start = jnp.asarray([[0.3, -0.2]])
+    alpha, sigma = jnp.asarray(s.alpha, jnp.float32), jnp.asarray(s.sigma, jnp.float32)
+    x0_of = lambda x, t: x * 0.25 * alpha[t] / (0.25 * alpha[t] ** 2 + sigma[t] ** 2)
+
+    @jax.jit
+    def returned(x):
+        at = lambda t: jnp.full(1, t)
+        up = lambda x, t: (gaussian.ddim_reverse_step(s, x0_of(x, t), x, at(t)), None)
+        down = lambda x, t: (gaussian.ddim_step(s, x0_of(x, t), x, at(t)), None)
+        return jax.lax.scan(down, jax.lax.scan(up, x, jnp.arange(10, 60))[0], jnp.arange(60, 10, -1))[0]
+
+    np.testing.assert_allclose(returned(start), start, rtol=2e-2)
+
+
+@pytest.mark.parametrize("process", [Discrete("cosine", 200), Flow(), Flow("uniform", shift=3.0), EDM()], ids=str)
+def test_processes_agree_with_their_paths(process):
+    path = jax.jit(lambda n: process.path(n))(12)
+    assert path.sigma[12] == 0 and path.alpha[12] == 1 and int(path.steps) == 12
+    assert (np.diff(path.sigma[:13]) < 0).all() and (np.diff(path.alpha[:13]) > 0).all()
+    t = process.draw(jax.random.key(0), 4000)
+    alpha, sigma = process.at(t, jnp.zeros((4000, 1)))
+    assert alpha.shape == (4000, 1) and (sigma >= 0).all() and (sigma <= 1.00001).all()
+    assert np.isfinite(process.told(t)).all() and float(sigma.std()) > 0.1
+
+
+def test_edm_predicts_v_of_the_scaled_picture():
+    """F of Karras et al., with D(x) = c_skip x + c_out F, is -v."""
+    edm, s, x0, n = EDM(), 1.7, 0.4, -0.6
+    noised, d = x0 + s * n, edm.data
+    c_skip, c_out = d**2 / (s**2 + d**2), s * d / np.sqrt(s**2 + d**2)
+    alpha, sigma = edm.at(jnp.log(jnp.asarray([s])), jnp.zeros(1))
+    np.testing.assert_allclose(alpha * x0 * edm.scale + sigma * n, noised / np.sqrt(s**2 + d**2), rtol=1e-5)
+    np.testing.assert_allclose(join("v", x0 * edm.scale, n, alpha, sigma), -(x0 - c_skip * noised) / c_out, rtol=1e-5)
