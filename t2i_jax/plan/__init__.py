@@ -9,6 +9,7 @@ from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
 from t2i_jax.plan.estimate import estimate, trace
 from t2i_jax.plan.ready import batch_of, devices_of, ready
 from t2i_jax.plan.report import Plan, markdown, ranking, table
+from t2i_jax.plan.run import read_mesh, run, write
 from t2i_jax.plan.sweep import sweep
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "estimate",
     "markdown",
     "ranking",
+    "read_mesh",
     "ready",
+    "run",
     "sweep",
     "table",
     "trace",
     "twin_plan",
+    "write",
 ]

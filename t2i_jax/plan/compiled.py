@@ -6,8 +6,6 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
-
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MESH_AXES, MeshConfig
 from t2i_jax.plan import hlo
@@ -72,8 +70,6 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         f"the compiler's own count, which takes each loop's body once: {once:.4g} FLOPs; the products of its program "
         f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}"
     )
-    if made.trainer.players and getattr(jax, "__version__", ""):
-        notes.append(f"jax {jax.__version__}")
     return Plan(
         topology=str(topology),
         mesh=sizes,
@@ -121,7 +117,10 @@ def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: 
         if f.type == "float" and f.name not in ("capacity", "peak_flops", "mfu")
     }
     kinds = {
-        k: {n: line(two.collectives.get(k, {}).get(n, 0.0), four.collectives.get(k, {}).get(n, 0.0)) for n in ("count", "bytes")}
+        k: {
+            n: line(two.collectives.get(k, {}).get(n, 0.0), four.collectives.get(k, {}).get(n, 0.0))
+            for n in ("count", "bytes")
+        }
         for k in two.collectives | four.collectives
     }
     fields["compile_seconds"] = two.compile_seconds + four.compile_seconds

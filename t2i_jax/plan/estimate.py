@@ -16,6 +16,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
 from t2i_jax import flops
+from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
 from t2i_jax.plan.ready import Batch, depths, ready
@@ -71,6 +72,18 @@ def _kept(jaxpr: Any, limit: float) -> tuple[float, float]:
     return kept, largest
 
 
+def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
+    """Sizes of the mesh axes over a whole topology. Errors: `ConfigError` where they do not fit it."""
+    sizes = {a: getattr(mesh, a) for a in MESH_AXES}
+    free = [a for a, n in sizes.items() if n == -1]
+    rest = math.prod(n for n in sizes.values() if n != -1)
+    if len(free) == 1 and rest > 0 and topology.size % rest == 0:
+        sizes[free[0]] = topology.size // rest
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != topology.size:
+        raise ConfigError(f"the mesh {mesh} does not fill the {topology.size} chips of {topology}")
+    return sizes
+
+
 def held(tree: Any, sizes: dict[str, int]) -> float:
     """Bytes of a tree on one chip of a mesh, under the rules of `parallel`."""
     mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -92,7 +105,9 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
     # What loops keep is split with the batch, not over `tensor`: the residual stream is whole on every chip of it.
     activations = (traced.kept + 3 * traced.largest / t) / rows / accumulate
     gradients = params
-    copies = params * f * itemsize / 4 / max(layers(experiment.model), 1) * 2  # of the layer that is gathered, and the next
+    copies = (
+        params * f * itemsize / 4 / max(layers(experiment.model), 1) * 2
+    )  # of the layer that is gathered, and the next
 
     whole = params * f * itemsize / 4  # parameters that one chip computes with
     stream = activations_of(experiment, itemsize) / rows

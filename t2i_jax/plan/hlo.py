@@ -40,7 +40,9 @@ class Instruction:
     @property
     def arrays(self) -> list[tuple[str, tuple[int, ...], str]]:
         """(dtype, shape, layout) of what it gives."""
-        return [(t, tuple(int(n) for n in s.split(",") if n), layout or "") for t, s, layout in _array.findall(self.type)]
+        return [
+            (t, tuple(int(n) for n in s.split(",") if n), layout or "") for t, s, layout in _array.findall(self.type)
+        ]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,7 +134,9 @@ def trips(computations: dict[str, Computation], within: Computation, loop: Instr
     index = counter.attribute("index")
     if counter.op != "get-tuple-element" or not index:
         return None
-    first = _through(within, within[loop.operands[0]].operands[int(index)]) if within[loop.operands[0]].operands else None
+    first = (
+        _through(within, within[loop.operands[0]].operands[int(index)]) if within[loop.operands[0]].operands else None
+    )
     begin = number(first) if first else None
     return abs(limit - begin) if begin is not None else abs(limit)
 
@@ -175,8 +179,13 @@ def convolution_flops(i: Instruction, within: Computation) -> float:
         reach = (left[lhs.index(str(d))] - 1) * holes[d]
         pairs *= float(np.sum((places >= 0) & (places <= reach) & (places % holes[d] == 0)))
     batches = re.search(r"batch_group_count=(\d+)", i.text)
-    return 2 * pairs * i.shape[out.index("b")] * i.shape[out.index("f")] * kernel[rhs.index("i")] / (
-        int(batches.group(1)) if batches else 1
+    return (
+        2
+        * pairs
+        * i.shape[out.index("b")]
+        * i.shape[out.index("f")]
+        * kernel[rhs.index("i")]
+        / (int(batches.group(1)) if batches else 1)
     )
 
 
@@ -187,7 +196,9 @@ def flops(i: Instruction, within: Computation, computations: dict[str, Computati
     if i.op == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
         shape = within[i.operands[0]].shape
-        return 2.0 * math.prod(i.shape) * math.prod(shape[int(d)] for d in dims.group(1).split(",") if d) if dims else 0.0
+        return (
+            2.0 * math.prod(i.shape) * math.prod(shape[int(d)] for d in dims.group(1).split(",") if d) if dims else 0.0
+        )
     if i.op == "fusion":
         inner = computations[i.attribute("calls")]
         return sum(flops(j, inner, computations) for j in inner.values())
@@ -266,7 +277,9 @@ def count(text: str) -> Costs:
         if kind not in KINDS:
             return
         operands = sum(within[n].size() for n in i.operands if n in within)
-        size = operands if kind != "all-gather" else max(i.size(), operands) - (operands if i.op.endswith("-start") else 0)
+        size = (
+            operands if kind != "all-gather" else max(i.size(), operands) - (operands if i.op.endswith("-start") else 0)
+        )
         ids = group(i)
         kind = "reduce-scatter" if kind == "all-reduce" and "reduce-scatter" in inside else kind
         later = i.op.endswith("-start") or "async" in inside or any("Async" in j.text for j in within.values())

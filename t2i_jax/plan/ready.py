@@ -45,7 +45,9 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
     except Exception as error:  # the runtime's own error class differs between versions of jax
-        raise ConfigError(f"--topology {topology}: the TPU compiler refuses it: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"--topology {topology}: the TPU compiler refuses it: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
@@ -81,7 +83,9 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
             stream: Any = data.batches(captions)
             with contextlib.closing(stream):
                 example = next(stream)
-            return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in example.items()}, "as the data are"
+            return {
+                k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in example.items()
+            }, "as the data are"
     return wanted(experiment), "assumed: data are encoded (codes and text features computed before training)"
 
 

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Slurm: a job of several nodes, one task per GPU (default) or one per node that holds all of its GPUs.
+#
+#   NODES=4 GPUS=8 launch/slurm.sh [--dry-run] t2i train configs/big.py --run /shared/runs/big
+#
+# PER=node starts one task a node; PARTITION, ACCOUNT, TIME (24:00:00), CPUS (all CPUs of the job: 12 a GPU), LOGS (logs).
+# The job comes back by itself: the signal before its end makes the run save, and then it is put in the queue again.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
+[ $# -ge 1 ] || usage
+
+nodes=${NODES:-1} gpus=${GPUS:-8} logs=${LOGS:-logs}
+case ${PER:-gpu} in
+gpu) tasks=$gpus seen="" ;;
+node) tasks=1 seen="export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))" ;;
+*) echo "$0: PER=$PER: it is gpu or node" >&2 && exit 2 ;;
+esac
+printf -v command '%q ' "$@"
+# JAX finds coordinator, count and number of its process in Slurm's own variables, and with one task per GPU it takes
+# the GPU of the task's number on its node; so all GPUs stay visible to all tasks, and a task that is to have them all is
+# told their numbers.
+script=$(
+  cat <<EOF
+#!/usr/bin/env bash
+#SBATCH --nodes=$nodes
+#SBATCH --gres=gpu:$gpus
+#SBATCH --ntasks-per-node=$tasks
+#SBATCH --cpus-per-task=$((${CPUS:-$((12 * gpus))} / tasks))
+#SBATCH --time=${TIME:-24:00:00}
+#SBATCH --output=$logs/%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@180
+${PARTITION:+#SBATCH --partition=$PARTITION}
+${ACCOUNT:+#SBATCH --account=$ACCOUNT}
+set -uo pipefail
+$seen
+srun --kill-on-bad-exit=1 $command
+status=\$?
+# 143: it was told to stop and has saved itself.
+if [ \$status = 143 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+exit \$status
+EOF
+)
+if [ -n "${DRY_RUN:-}" ]; then
+  echo "$script"
+else
+  mkdir -p "$logs"
+  sbatch <<<"$script"
+fi

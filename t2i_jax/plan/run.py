@@ -1,0 +1,74 @@
+"""One call from a config to plans: what the `t2i plan` command does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from t2i_jax.config import ConfigError
+from t2i_jax.parallel import MESH_AXES, MeshConfig
+from t2i_jax.plan.chips import Topology
+from t2i_jax.plan.compiled import compile_plan, twin_plan
+from t2i_jax.plan.estimate import estimate, resolved, trace
+from t2i_jax.plan.ready import batch_of
+from t2i_jax.plan.report import Plan, markdown
+from t2i_jax.plan.sweep import sweep
+from t2i_jax.training.experiment import Experiment
+
+
+def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
+    """The mesh of `data=4,fsdp=2`; axes that are not named are 1. Errors: `ConfigError` for anything else."""
+    if not text:
+        return default
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in sizes or not number.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh {text}: '{part}' is not one of {', '.join(MESH_AXES)} with a size, as fsdp=4")
+        sizes[name] = int(number)
+    return MeshConfig(**sizes)
+
+
+def run(
+    experiment: Experiment,
+    topology: Topology,
+    *,
+    sample: bool = False,
+    sweeping: bool = False,
+    batch_sizes: Sequence[int] = (),
+    compiles: int = 3,
+    shallow: bool = False,
+    counted: bool = False,
+    images: float = 0.0,
+    inputs: Sequence[str] = (),
+    encoded: bool = False,
+    told: Callable[[str], None] = lambda _: None,
+) -> list[Plan]:
+    """The plans of an experiment: of its step (and its sampler), or of a sweep, best first.
+
+    Errors: `ConfigError` for what cannot be planned, ImportError without the TPU compiler.
+    """
+    if sample and (counted or sweeping or not topology.compiled):
+        raise ConfigError("--sample: a sampler is planned by the TPU compiler alone, and not in a sweep")
+    batch, whence = batch_of(experiment, inputs, encoded)
+    if sweeping:
+        plans = sweep(experiment, batch, topology, batch_sizes, 0 if counted else compiles, told)
+    elif counted or not topology.compiled:
+        told("counting the train step")
+        plans = [estimate(experiment, trace(experiment, batch), topology, resolved(experiment.mesh, topology))]
+    else:
+        make = twin_plan if shallow else compile_plan
+        told("compiling the train step")
+        plans = [make(experiment, batch, topology)]
+        if sample:
+            told("compiling the sampler")
+            plans.append(make(experiment, batch, topology, sample=True))
+    return [dataclasses.replace(p, data=whence).finished(images if p.what == "train step" else 0.0) for p in plans]
+
+
+def write(plans: Sequence[Plan], path: Path) -> None:
+    """Plans as a list in JSON, or as a table in Markdown where the name ends in .md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(markdown(plans) if path.suffix == ".md" else json.dumps([p.json() for p in plans], indent=2))
