@@ -197,7 +197,8 @@ class Model(nnx.Module):
 
     def __init__(self, config: DVAE, key: Array):
         keys = jax.random.split(key, 3)
-        encoder, decoder = (Encoder, Decoder) if isinstance(config.network, Pooled) else (Down, Up)
+        sides: Any = (Encoder, Decoder) if isinstance(config.network, Pooled) else (Down, Up)
+        encoder, decoder = sides
         self.encoder = None if config.half == "decoder" else encoder(config.network, config.codes, keys[0])
         self.codebook = (
             None if config.half == "encoder" else Embedding(config.codes, config.network.code, keys[1], std=1.0)

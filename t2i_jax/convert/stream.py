@@ -60,7 +60,7 @@ def _dalle_pytorch(
 def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:
     found = dalle_pytorch.describe_vae(tensors)
     network = Strided(**{k: found[k] for k in ("channels", "layers", "blocks", "code")})
-    trained = dict(pixels="l2", temperature=0.9, anneal=0)
+    trained: dict[str, Any] = dict(pixels="l2", temperature=0.9, anneal=0)
     return DVAE(**({"codes": found["codes"], "network": network} | trained | fields))
 
 

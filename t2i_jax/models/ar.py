@@ -212,7 +212,7 @@ class AR:
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
-    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array, dict[str, Array]]:
+    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
         """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
         if isinstance(model.condition, GivenIds):  # which are read as the image's own are
             given = model.condition(batch, dropped)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +128,13 @@ class Stream:
     """What each layer keeps for its backward pass."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
+
+    def __post_init__(self):
+        kinds = get_args(Attention)
+        if not self.attention or set(self.attention) - set(kinds):
+            raise ValueError(f"attention={self.attention}: one or more of {', '.join(kinds)}")
+        if self.shift and self.width % 4:
+            raise ValueError(f"shift=True moves quarters of the width; width={self.width} is no multiple of 4")
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> Stream:
@@ -299,9 +306,10 @@ class Stream:
         """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
         x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.places)
         blocks = unstack(model.blocks)
-        caches = tuple(Cache.empty(self.layer, *x.shape[:2], self.dtype) for _ in blocks)
+        b, s = x.shape[:2]
+        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
         if self.shift:
-            past = jnp.zeros((x.shape[0], 2, x.shape[1], self.width // 4 * 2), self.dtype)
+            past = jnp.zeros((b, 2, s, self.width // 4 * 2), self.dtype)
             caches = tuple(c._replace(past=past) for c in caches)
         x, caches = apply_stack(
             blocks,
@@ -321,7 +329,7 @@ class Stream:
             norm=model.norm,
             output=w.astype(self.dtype),
             output_bias=model.image_bias,
-            text=x.shape[1],
+            text=s,
         )
         return model.image_logits(x[:, -1]), state
 

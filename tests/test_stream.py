@@ -1,0 +1,282 @@
+"""Text and image tokens in one stream: what sees what, what the loss is, and that sampling is the forward pass."""
+
+import dataclasses
+import logging
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.models.stream import SIZES, Stream, Text
+from t2i_jax.nn.draw import Sampling, guide, truncate, uniforms
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+
+S, L, B = 4, 6, 3
+PLAIN = Stream(13, (2, 3), Text(11, S), width=16, depth=2, heads=2)
+DALLE = dataclasses.replace(
+    PLAIN,
+    condition=Text(11, S, start=True, unique_padding=True),
+    head_dim=12,
+    activation="geglu_exact",
+    qkv_bias=False,
+    branch_scale=True,
+    shift=True,
+    attention=("row", "column", "full", "window"),
+    positions="axial",
+    depth=4,
+    output_bias=True,
+)
+COGVIEW = dataclasses.replace(PLAIN, sandwich=True, relax=True, embedding_gradient=0.1, image_weight=L / S)
+TURNED = dataclasses.replace(DALLE, positions="rotary", tied=True, depth=2, attention=("full",), sandwich=True)
+ALL = {"plain": PLAIN, "dalle": DALLE, "cogview": COGVIEW, "turned": TURNED}
+forward = jax.jit(Stream.forward, static_argnums=0)
+loss = jax.jit(Stream.loss, static_argnums=0)
+every = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+
+
+def batch_for(key=0):
+    keys = jax.random.split(jax.random.key(key))
+    return {
+        "codes": jax.random.randint(keys[0], (B, 2, 3), 0, 13),
+        "text": jax.random.randint(keys[1], (B, S), 1, 11),
+        "text_mask": jnp.arange(S) < jnp.array([2, 4, 3])[:, None],
+    }
+
+
+@cache
+def model_for(config):
+    """Weights large enough that every path matters."""
+    large = lambda path, x: x + 1.0 if "scale" in jax.tree_util.keystr(path) else x * 5 if x.ndim > 1 else x
+    return jax.tree_util.tree_map_with_path(large, jax.jit(config.init)(jax.random.key(0)))
+
+
+def condition_of(batch):
+    return {name: batch[name] for name in ("text", "text_mask")}
+
+
+def moved(a, b):
+    """Which places of two (b, t, v) differ."""
+    return np.asarray(jnp.abs(a - b).max((0, 2)) > 1e-6)
+
+
+@every
+def test_logits_depend_on_what_stands_before_alone(config):
+    model, batch = model_for(config), batch_for() | {"text_mask": jnp.ones((B, S), bool)}
+    text, image = forward(config, model, batch)
+    first = 0 if config.condition.start else 1  # the text token that the first logits are of
+    assert text.shape == (B, S - first, config.condition.rows) and image.shape == (B, L, 13)
+    for i in range(L):
+        codes = batch["codes"].reshape(B, L).at[:, i].add(1).reshape(B, 2, 3) % 13
+        other_text, other = forward(config, model, batch | {"codes": codes})
+        assert not moved(text, other_text).any()
+        changed = moved(image, other)
+        assert not changed[: i + 1].any()
+        if config.attention == ("full",):
+            assert changed[i + 1 :].all()
+    for i in range(S):
+        ids = batch["text"].at[:, i].set(batch["text"][:, i] % 10 + 1)
+        other_text, other = forward(config, model, batch | {"text": ids})
+        np.testing.assert_array_equal(moved(text, other_text), np.arange(first, S) > i)
+        assert moved(image, other).all()
+
+
+@every
+def test_gradients_flow_to_the_past_alone(config):
+    model, batch = model_for(config), batch_for()
+    codes = jnp.arange(B * L).reshape(B, 2, 3)  # every code has a row of its own
+
+    def logit(scale, i):
+        hooked = jax.tree.map(lambda x: x, model)
+        table = model.image_tokens.w[...][batch["codes"].reshape(-1)]
+        hooked.image_tokens.w = model.image_tokens.w.replace(table * scale.reshape(-1, 1))
+        if config.tied:
+            hooked.image_head = model.image_tokens.w.replace(model.image_tokens.w[...].T)
+        return config.forward(hooked, batch | {"codes": codes})[1][:, i].sum()
+
+    slopes = jax.jit(jax.vmap(jax.grad(logit), (None, 0)))(jnp.ones((B, L)), jnp.arange(L))
+    reached = np.abs(slopes).max(1) > 0
+    past = np.arange(L)[None] < np.arange(L)[:, None]  # (logit, code)
+    assert not (reached & ~past).any()
+    if config.attention == ("full",):
+        np.testing.assert_array_equal(reached, past)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "window"])
+def test_sparse_layers_see_text_and_their_part_of_the_image(kind):
+    config = dataclasses.replace(PLAIN, grid=(7, 7), attention=(kind,))
+    place = jnp.arange(S + 49)
+    mask = np.asarray(config._visible(place, place))[0, 0]
+    assert (mask == np.tril(mask)).all() and mask[S:, :S].all()
+    row, column = np.divmod(np.arange(49), 7)
+    down, right = row[:, None] - row, column[:, None] - column
+    near = {
+        "row": down == 0,
+        "column": right == 0,
+        "window": (down >= 0) & (down < 5) & (right >= 0) & (right < 5),
+    }[kind]
+    np.testing.assert_array_equal(mask[S:, S:], near & np.tril(np.ones((49, 49), bool)))
+
+
+@pytest.mark.parametrize("config", [PLAIN, DALLE], ids=["plain", "dalle"])
+def test_no_place_predicts_what_belongs_to_the_other_part(config):
+    model, batch = model_for(config), batch_for()
+    text, image = forward(config, model, batch)
+    joint = config.joint(text, image)
+    rows = config.condition.rows
+    assert joint.shape == (B, text.shape[1] + L, rows + 13)
+    p = jax.nn.softmax(joint)
+    assert (p[:, : text.shape[1], rows:] == 0).all() and (p[:, text.shape[1] :, :rows] == 0).all()
+    np.testing.assert_allclose(p[:, text.shape[1] :, rows:], jax.nn.softmax(image), atol=1e-6)
+
+
+def test_each_place_has_its_own_padding_and_what_it_hides_is_not_read():
+    model, batch, none = model_for(DALLE), batch_for(), jnp.zeros(B, bool)
+    ids = DALLE.condition(batch, none)
+    np.testing.assert_array_equal(ids[0], [*batch["text"][0, :2], 11 + 2, 11 + 3])
+    np.testing.assert_array_equal(DALLE.condition(batch, ~none), np.tile(11 + np.arange(S), (B, 1)))
+    published = {"text": jnp.where(batch["text_mask"], batch["text"], 0)}  # id 0 says what is padding
+    np.testing.assert_array_equal(DALLE.condition(published, none), ids)
+    hidden = batch | {"text": jnp.where(batch["text_mask"], batch["text"], 7)}
+    for a, b in zip(forward(DALLE, model, hidden), forward(DALLE, model, batch), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="'text' has 3 slots"):
+        DALLE.condition({"text": ids[:, :3] % 11}, none)
+
+
+@every
+def test_loss_weighs_text_and_image(config):
+    model, batch = model_for(config), batch_for()
+    text, image = forward(config, model, batch)
+    config = dataclasses.replace(config, condition_dropout=0.0)
+    nll = lambda logits, ids: -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], 2)[..., 0]
+    ids = config.condition(batch, jnp.zeros(B, bool))
+    of_text, of_image = nll(text, ids[:, S - text.shape[1] :]), nll(image, batch["codes"].reshape(B, L))
+    value, metrics = loss(config, model, batch, jax.random.key(0))
+    w = config.image_weight
+    np.testing.assert_allclose(value, (of_text.mean() + w * of_image.mean()) / (1 + w), rtol=1e-5)
+    np.testing.assert_allclose(metrics["bits_per_token"], of_image.mean() / np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(config.log_likelihood)(model, batch), -of_image.sum(1), rtol=1e-5)
+    some, _ = loss(config, model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0))
+    np.testing.assert_allclose(some, (of_text[::2].mean() + w * of_image[::2].mean()) / (1 + w), rtol=1e-5)
+
+
+def test_relaxed_precision_and_smaller_embedding_gradients_leave_the_loss():
+    batch, key = batch_for(), jax.random.key(0)
+
+    def run(**fields):
+        config = dataclasses.replace(COGVIEW, **fields)
+        return jax.jit(jax.value_and_grad(lambda m: config.loss(m, batch, key)[0]))(model_for(config))
+
+    plain, slopes = run(relax=False, embedding_gradient=1.0)
+    relaxed, relaxed_slopes = run(embedding_gradient=1.0)
+    np.testing.assert_allclose(relaxed, plain, rtol=1e-4)
+    np.testing.assert_allclose(relaxed_slopes.image_tokens.w[...], slopes.image_tokens.w[...], rtol=1e-2, atol=1e-5)
+    small, small_slopes = run(relax=False)
+    np.testing.assert_allclose(small, plain, rtol=1e-6)
+    np.testing.assert_allclose(small_slopes.image_tokens.w[...], 0.1 * slopes.image_tokens.w[...], rtol=1e-4, atol=1e-7)
+
+
+# -- sampling
+
+
+@every
+def test_decoding_gives_the_logits_of_the_forward(config):
+    model, batch, dropped = model_for(config), batch_for(), jnp.array([False, True, False])
+
+    @jax.jit
+    def decoded():
+        first, state = config.prefill(model, batch, dropped)
+
+        def step(state, i):
+            logits, state = config.decode(state, batch["codes"].reshape(B, L)[:, i], i)
+            return state, logits
+
+        _, rest = jax.lax.scan(step, state.grow(L), jnp.arange(L - 1))
+        return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], 1)
+
+    np.testing.assert_allclose(decoded(), forward(config, model, batch, dropped)[1], atol=1e-5)
+
+
+@partial(jax.jit, static_argnums=0)
+def uncached(config, model, condition, keys, options):
+    """Each token from a whole forward pass, both branches apart: the definition."""
+
+    def token(i, codes):
+        batch = condition | {"codes": codes.reshape(B, 2, 3)}
+        logits, null = (config.forward(model, batch, jnp.full(B, dropped))[1][:, i] for dropped in (False, True))
+        logits = guide(logits, null, options.guidance)
+        weights = truncate(logits, options.temperature, options.top_k, options.top_p)
+        cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
+        drawn = jnp.argmax(cdf > uniforms(keys, i[None])[0][:, None], -1)
+        return codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
+
+    return jax.lax.fori_loop(0, L, token, jnp.zeros((B, L), jnp.int32)).reshape(B, 2, 3)
+
+
+@pytest.mark.parametrize("config", [COGVIEW, DALLE], ids=["cogview", "dalle"])
+def test_cached_sampling_is_the_uncached_forward(config):
+    model, condition, keys = model_for(config), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
+    for options in (
+        Sampling(guidance=2.5, greedy=True),
+        Sampling(guidance=3.0, temperature=0.8, top_k=6),
+        Sampling(guidance=1.0, top_p=0.7),
+    ):
+        got = config.sample(model, condition, keys, options, segments=2)
+        np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options.arrays()))
+
+
+def test_guidance_is_off_at_one_and_its_other_branch_reads_no_text(caplog):
+    model, condition, keys = model_for(PLAIN), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
+    draw = lambda condition=condition, guided=None, **options: PLAIN.sample(
+        model, condition, keys, Sampling(**options), segments=1, guided=guided
+    )
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        plain = draw(guidance=1.0)
+        null = draw(guidance=0.0)
+        draw(guidance=4.0, temperature=0.5, top_k=3, top_p=0.9, greedy=True)
+    assert sum("Compiling jit(_sample)" in r.getMessage() for r in caplog.records) == 1
+    np.testing.assert_array_equal(draw(guidance=1.0, guided=False), plain)
+    other = condition | {"text": condition["text"] % 10 + 1}
+    np.testing.assert_array_equal(draw(other, guidance=0.0), null)
+    assert (np.asarray(draw(other, guidance=1.0)) != plain).any()
+
+
+def test_a_picture_depends_on_its_own_key_and_text_only():
+    model, condition, keys = model_for(DALLE), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
+    options = Sampling(guidance=2.0, top_k=9)
+    three = DALLE.sample(model, condition, keys, options, segments=1)
+    some = jnp.array([2, 0])
+    two = DALLE.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options, segments=1)
+    np.testing.assert_array_equal(two, three[some])
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2)], ids=str)
+def test_meshes_agree(mesh):
+    batch = jax.tree.map(lambda x: jnp.tile(x, (8, *(1,) * (x.ndim - 1))), batch_for())
+    config = dataclasses.replace(DALLE, width=32, heads=4, remat="dots")
+    model, run = config.init(jax.random.key(0)), jax.value_and_grad(config.loss, has_aux=True)
+    expected = jax.jit(run)(model, batch, jax.random.key(1))
+    mesh = MeshConfig(*mesh).build()
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(model, shardings(model, mesh)), jax.device_put(batch, batch_sharding(mesh))
+        found = jax.device_get(jax.jit(run)(*placed, jax.random.key(1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), found, expected)
+
+
+def test_sizes_are_what_their_papers_say():
+    count = lambda config: sum(x.size for x in jax.tree.leaves(jax.eval_shape(config.init, jax.random.key(0)))) / 1e9
+    text = Text(16384, 64)
+    assert round(count(Stream.sized("mindalle", vocabulary=16384, grid=(16, 16), condition=text)), 3) == 1.291
+    assert 3.8 < count(Stream.sized("cogview", vocabulary=8192, grid=(32, 32), condition=Text(50000, 64))) < 4.2
+    assert 12 < count(Stream.sized("dalle", vocabulary=8192, grid=(32, 32), condition=Text(16384, 256))) < 12.6
+    with pytest.raises(ValueError, match="size 'parti' is not one of " + ", ".join(SIZES)):
+        Stream.sized("parti")
+
+
+def test_what_cannot_be_says_why():
+    with pytest.raises(ValueError, match="one or more of full, row, column, window"):
+        dataclasses.replace(PLAIN, attention=("axial_row",))
+    with pytest.raises(ValueError, match="width=18 is no multiple of 4"):
+        dataclasses.replace(PLAIN, shift=True, width=18)
