@@ -39,9 +39,12 @@ jobset)
   done
   manifest=$(NAME=$name ACCELERATOR=$accelerator TOPOLOGY=$shape HOSTS=$((total / per_host)) CHIPS=$per_host \
     COMMAND="[$list]" RETRIES=${RETRIES:-10} IMAGE=$IMAGE \
-    awk '{ while (match($0, /\$\{[A-Z]+\}/)) {
-      key = substr($0, RSTART + 2, RLENGTH - 3)
-      $0 = substr($0, 1, RSTART - 1) ENVIRON[key] substr($0, RSTART + RLENGTH) } print }' \
+    awk '{ done = ""
+      while (match($0, /\$\{[A-Z]+\}/)) {
+        done = done substr($0, 1, RSTART - 1) ENVIRON[substr($0, RSTART + 2, RLENGTH - 3)]
+        $0 = substr($0, RSTART + RLENGTH)
+      }
+      print done $0 }' \
     "$(dirname "$0")/jobset.yaml")
   if [ -n "${DRY_RUN:-}" ]; then echo "$manifest"; else kubectl apply -f - <<<"$manifest"; fi
   ;;

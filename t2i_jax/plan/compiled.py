@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from t2i_jax.config import ConfigError
-from t2i_jax.parallel import MESH_AXES, MeshConfig
+from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import held

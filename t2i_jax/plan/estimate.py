@@ -1,8 +1,8 @@
 """What a step needs on a mesh by arithmetic alone, without compiling: for GPUs, and to rank what a sweep compiles.
 
-Counted exactly: products of the traced step (`flops.count`, recomputation included) and the bytes of the state on a chip
-(from the shardings that training uses). Estimated: activations, from what the traced loops keep for the backward pass;
-collectives, from how FSDP, data and tensor parallelism move parameters, gradients and activations; memory traffic.
+Counted exactly: products of the traced step (`flops.count`, recomputation included) and the bytes of the state on a
+chip (from the shardings that training uses). Estimated: activations, from what the traced loops keep for the backward
+pass; collectives, from how FSDP, data and tensor parallelism move parameters, gradients and activations; traffic.
 """
 
 from __future__ import annotations

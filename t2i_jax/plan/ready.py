@@ -38,8 +38,8 @@ def devices_of(topology: Topology) -> list[Any]:
         raise ImportError(NO_COMPILER)
     from jax.experimental import topologies
 
-    # Without these libtpu asks a cloud's metadata server who it is, and waits; and a plan holds no chip, so that any number
-    # of them may run side by side.
+    # Without these libtpu asks a cloud's metadata server who it is, and waits; and a plan holds no chip, so that any
+    # number of them may run side by side.
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     try:
