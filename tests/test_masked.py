@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax.config import ConfigError
 from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
+from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads import Diffusion, Flow, Mixture, Softmax
 from t2i_jax.nn.orders import Confidence, Generation, MaskRate, Permutation, Raster, Sets
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.artifacts import Artifact
 
 CODES = Softmax(7)
 VECTORS = Diffusion(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
@@ -186,3 +190,29 @@ def test_clear_errors():
         Masked.sized("mar-x")
     with pytest.raises(ValueError, match="iterations 0"):
         Generation(iterations=0).arrays()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A codec whose codes are the pixels themselves."""
+
+    factor = 1
+
+    def encode(self, model, images):
+        return images
+
+    def decode(self, model, codes):
+        return codes
+
+
+def test_a_pipeline_draws_only_where_the_mask_says():
+    config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
+    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None)
+    picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
+    mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
+    made = pipeline.holding(picture, mask).sample(["0"], [5], few(config))[0]
+    assert np.abs(made.astype(int) - picture)[~mask].max() <= 1 and (made != picture)[mask].any()
+    with pytest.raises(ConfigError, match=r"draws pictures of \(2, 3\)"):
+        pipeline.holding(picture[:1], mask[:1])
+    with pytest.raises(ConfigError, match="cannot fill holes"):
+        Pipeline(AR(grid=(2, 3)), {}, Artifact(Pixels(), {}), None).holding(picture, mask)

@@ -8,9 +8,13 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.orders import Permutation
 from t2i_jax.nn.players import players_of
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
@@ -42,6 +46,10 @@ DISCRETE = VQDiffusion(
     remat="dots",
 )
 
+SHAPE = dict(grid=(4, 4), head=Softmax(32), width=32, depth=2, heads=4, remat="dots")
+MASKED = Masked(**SHAPE, decoder_depth=3, condition=Captions(20, 6, width=32, depth=2, heads=4))
+ANY_ORDER = AnyOrder(**SHAPE, order=Permutation(), condition=Captions(20, 6, width=32, depth=2, heads=4))
+
 
 def batch_of(trainable):
     rng = np.random.default_rng(0)
@@ -71,9 +79,14 @@ def outcome(trainable, mesh):
 
 
 SLOW = pytest.param(CODEC, marks=pytest.mark.slow)  # convolutions compile long
+ALSO = pytest.param(ANY_ORDER, marks=pytest.mark.slow)  # the blocks of `ar` with other ends
 
 
-@pytest.fixture(scope="module", params=[MODEL, DISCRETE, SLOW], ids=["ar", "vq-diffusion", "vqgan"])
+@pytest.fixture(
+    scope="module",
+    params=[MODEL, DISCRETE, MASKED, ALSO, SLOW],
+    ids=["ar", "vq-diffusion", "masked", "any-order", "vqgan"],
+)
 def alone(request):
     return request.param, outcome(request.param, (1, 1, 1))
 
