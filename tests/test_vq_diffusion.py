@@ -11,7 +11,10 @@ import optax
 import pytest
 from flax import nnx
 
-from t2i_jax.convert import find, restore, unwrapped
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.convert.discrete import FORMATS
 from t2i_jax.interop.vq_diffusion import codec_tensors, used_codes
 from t2i_jax.models.vq_diffusion import VQDiffusion, cut, guided_log
@@ -272,7 +275,9 @@ def test_the_mean_of_classes_stands_for_none():
     mean = nnx.Param(jnp.repeat(table[0].mean(0, keepdims=True), 3, 0))
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     averaged = replace(block.mlp_norm, table=replace(block.mlp_norm.table, w=mean[...]))
-    np.testing.assert_allclose(block.mlp_norm(x, jnp.array([3, 3])), averaged(x, jnp.array([0, 1])), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        block.mlp_norm(x, jnp.array([3, 3])), averaged(x, jnp.array([0, 1])), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_guidance_without_a_learned_null_asks_for_the_empty_caption():
@@ -336,3 +341,21 @@ def test_used_codes_are_the_first_that_map_to_each():
     found = codec_tensors(file, np.array([-1, 2, 0, 2, 1, 0]))
     assert list(found) == ["quantize.embed.weight"]
     np.testing.assert_array_equal(found["quantize.embed.weight"], book[[2, 4, 1]])
+
+
+def test_a_codec_is_read_with_the_codes_that_the_model_knows():
+    whole = VQGAN(
+        AutoencoderConfig(8, (1, 1), blocks=1, latent=4, groups=4),
+        QuantizerConfig(codes=6, dim=4, normalize=False),
+        adversarial=0.0,
+    )
+    abstract = jax.eval_shape(whole.init, jax.random.key(0))
+    model = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype), abstract)
+    weights = restore("taming-vqgan", whole, model)
+    used = np.array([1, 2, 0, 2, 1, 0])
+    file = {"model": {f"content_codec.dec.{k}": v for k, v in weights.items()}, "ema": {}}
+    config, found = convert("vq_diffusion-codec", unwrapped(file, find("vq_diffusion-codec")), used=used, groups=4)
+    assert config.vocabulary == 3
+    np.testing.assert_array_equal(
+        found.autoencoder.quantizer.codebook[...], model.autoencoder.quantizer.codebook[...][[2, 0, 1]]
+    )

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from t2i_jax.interop.names import Table, to_ours, to_theirs
+from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.torchfile import read_torch
 
 MODULES = ("ar", "codecs", "discrete", "gaussian", "masked", "stream")
@@ -56,6 +56,9 @@ class Format:
     """file and hints of a command that converts one"""
     root: str = ""
     """what one of its own names begins with, where `part` alone could be one too"""
+    adapt: Callable[..., tuple[Tensors, dict[str, Any]]] | None = None
+    """(tensors, **hints) -> the tensors that the table speaks of, and the other hints: for a file that is read with
+    another beside it"""
 
 
 def formats() -> dict[str, Format]:
@@ -110,6 +113,8 @@ def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hin
     format = find(name)
     for pattern, to in format.renames:
         tensors = {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
+    if format.adapt is not None:
+        tensors, hints = format.adapt(tensors, **hints)
     config = format.describe(tensors, **hints)
     model = jax.eval_shape(config.init, jax.random.key(0))
     fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)

@@ -1,13 +1,14 @@
 """Formats of discrete diffusion models."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from t2i_jax.convert import Format, convert
+from t2i_jax.convert import Format
+from t2i_jax.convert.codecs import FORMATS as CODECS
 from t2i_jax.interop import vq_diffusion
 from t2i_jax.interop.names import Tensors
+from t2i_jax.interop.torchfile import read_torch
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.noise.reverse import Reverse
 
@@ -40,15 +41,15 @@ def _vq_diffusion(
     return VQDiffusion(**(found | {"sampling": guided if found["condition_dropout"] else plain} | fields))
 
 
-def codec(tensors: Mapping[str, Any], full_to_used: np.ndarray | None = None, **hints: Any) -> tuple[Any, Any]:
-    """Configuration and model of the codec whose codes a VQ-Diffusion model draws.
+def _codec(tensors: Tensors, **fields: Any) -> Any:
+    return CODECS["taming-gumbel" if "quantize.proj.weight" in tensors else "taming-vqgan"].describe(tensors, **fields)
 
-    tensors: those of taming-transformers' file, or of a released VQ-Diffusion file, which holds its codec.
-    full_to_used: the authors' map (codes of the codec,) of all codes to those that the model knows, where it does not
-    know them all: 2887 of 8192 for captions, 974 of 16384 for ImageNet. Errors: ValueError where names do not fit.
-    """
-    mine = vq_diffusion.codec_tensors(tensors, full_to_used)
-    return convert("taming-gumbel" if "quantize.proj.weight" in mine else "taming-vqgan", mine, **hints)
+
+def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: Any) -> tuple[Tensors, dict[str, Any]]:
+    """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
+    not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
+    full_to_used = read_torch(used) if isinstance(used, str) else used
+    return vq_diffusion.codec_tensors(tensors, full_to_used), fields
 
 
 FORMATS = {
@@ -60,6 +61,16 @@ FORMATS = {
         root=vq_diffusion.ROOT,
         buffers=vq_diffusion.buffers,
         title="VQ-Diffusion: captions (COCO, CUB-200, ITHQ), classes (ImageNet), faces (FFHQ)",
-        example="coco_learnable.pth --codec models/taming-gumbel --text clip-tokens:FOLDER",
-    )
+        example="coco_learnable.pth --codec models/vq_diffusion-codec --text clip-tokens:FOLDER",
+    ),
+    "vq_diffusion-codec": Format(
+        _codec,
+        CODECS["taming-vqgan"].table,
+        CODECS["taming-vqgan"].unused,
+        wrappers=("model", "state_dict"),
+        part=CODECS["taming-vqgan"].part,
+        adapt=_used,
+        title="the codec of a VQ-Diffusion model, with the codes that it knows",
+        example="vqgan_gumbel_f8.ckpt --used taming_vqvae_2887.pt",
+    ),
 }
