@@ -453,6 +453,7 @@ def plan(arguments: list[str]) -> None:
         told=lambda message: console.print(message, style="dim", soft_wrap=True),
     )
     shown = Console()
+    shown = shown if shown.is_terminal else Console(width=140)
     if args.sweep:
         shown.print(plans.ranking(found[:20], f"{args.config} on {topology}, best first"))
     for one in found[:1] if args.sweep else found:

@@ -35,7 +35,12 @@ class Traced:
     kept: float
     """bytes that forward loops keep for the backward pass, whole batch"""
     largest: float
-    """bytes of the largest array between two operations, whole batch"""
+    """bytes of the largest product outside of loops' stacks, whole batch"""
+
+    def times(self, factor: float) -> Traced:
+        """Of a batch that is `factor` times as large."""
+        scaled = (factor * x for x in (self.flops, self.model_flops, self.kept, self.largest))
+        return Traced(self.target, *scaled)
 
 
 def trace(experiment: Experiment, batch: Batch) -> Traced:
@@ -45,8 +50,7 @@ def trace(experiment: Experiment, batch: Batch) -> Traced:
         arguments = (made.trainer.target, made.trainer.frozen, made.batch)
         jaxpr = jax.make_jaxpr(made.trainer.step)(*arguments).jaxpr
         work, model = flops.count(made.trainer.step, *arguments), made.trainer.flops(made.batch)  # pyright: ignore
-    state = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made.trainer.target)), default=0)
-    kept, largest = _kept(jaxpr, state)
+    kept, largest = _kept(jaxpr)
     return Traced(made.trainer.target, work, model, kept, largest)
 
 
@@ -54,8 +58,8 @@ def _size(aval: Any) -> float:
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
 
 
-def _kept(jaxpr: Any, limit: float) -> tuple[float, float]:
-    """(bytes that forward scans stack up, the largest array that is made outside of them)."""
+def _kept(jaxpr: Any) -> tuple[float, float]:
+    """(bytes that forward scans stack up, the largest product)."""
     kept = largest = 0.0
     for e in jaxpr.eqns:
         sizes = [_size(v.aval) for v in e.outvars]
@@ -67,7 +71,7 @@ def _kept(jaxpr: Any, limit: float) -> tuple[float, float]:
         for value in e.params.values():
             inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
             if isinstance(inner, core.Jaxpr):
-                more, large = _kept(inner, limit)
+                more, large = _kept(inner)
                 kept, largest = kept + more, max(largest, large)
     return kept, largest
 
@@ -126,8 +130,8 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
     # Parameters thrice and once more per recomputation, state twice, activations written and read.
     traffic = 3 * whole * accumulate + 2 * state + 4 * activations * accumulate
     compute, memory = traced.flops / n / chip.flops, traffic / chip.bandwidth
-    apart = max(compute / REACHED["flops"], memory / REACHED["memory"])
-    hidden = 0.9 * compute  # collectives of tensor parallelism wait for each other; those of FSDP hide
+    # Products wait for no traffic of their own, but between them lies what is bound by it: so both are added.
+    apart = compute / REACHED["flops"] + memory / REACHED["memory"]
     return Plan(
         topology=str(topology),
         mesh=sizes,
@@ -148,7 +152,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         compute_seconds=compute,
         memory_seconds=memory,
         network_seconds=network,
-        step_seconds=apart + max(0.0, network / REACHED["network"] - hidden),
+        step_seconds=apart + max(0.0, network / REACHED["network"] - apart),
         mfu=0.0,
         chips=n,
         peak_flops=chip.flops,

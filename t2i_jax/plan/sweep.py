@@ -66,11 +66,11 @@ def sweep(
     own = experiment.data.batch_size
     seen: list[tuple[Plan, Experiment, Batch]] = []
     for remat in policies(experiment.model):
-        # The trace grows with the batch in every part, so that one of them serves all sizes of the sweep.
+        told(f"counting the train step, remat '{remat}'")
+        first = trace(changed(experiment, remat, own), batch)  # all that is counted grows with the batch
         for size in sizes or (own, 2 * own, 4 * own):
-            told(f"counting remat '{remat}', batch {size}")
             here, now = changed(experiment, remat, size), resized(batch, size)
-            traced = trace(here, now)
+            traced = first.times(size / own)
             for mesh in meshes(topology.size, experiment.model):
                 if size % (mesh.data * mesh.fsdp * experiment.train.accumulate):
                     continue

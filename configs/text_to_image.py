@@ -1,0 +1,30 @@
+"""A 0.1 B next-token model of 256 px pictures from captions, for a pod: codes and T5 features are computed before.
+
+Larger ones are the same with other shapes; docs/scaling.md plans them. The data and the codec are yours to bring:
+`t2i encode` writes them, 16x16 codes of 16384 and 120 features of 2048 a caption.
+"""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Features
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+experiment = Experiment(
+    model=AR.sized(
+        "llamagen-b",
+        vocabulary=16384,
+        grid=(16, 16),
+        condition=Features(2048, 120, left=True),
+        dtype="bfloat16",
+        dropout=0.0,
+        token_dropout=0.0,
+        loss_chunk=64,
+        remat="branches",
+    ),
+    data=Data(ArrayRecord("data/pictures_codes"), image_size=256, batch_size=512),
+    train=Train(steps=300_000, optimizer=Optimizer("adamw", 3e-4, warmup=5000), ema=0.0, save_every=2000),
+    mesh=MeshConfig(data=-1),
+)

@@ -1,0 +1,353 @@
+"""Plans: what a compiled program is read to cost, what is counted without compiling, and what a user is told."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from t2i_jax import flops
+from t2i_jax import plan as plans
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.config import ConfigError
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.any_order import AnyOrder
+from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.models.masked import Masked
+from t2i_jax.models.stream import Stream, Text
+from t2i_jax.models.vq_diffusion import VQDiffusion
+from t2i_jax.nn.condition import Captions, Classes, Features
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.players import players_of
+from t2i_jax.noise.discrete import Chain
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.plan import hlo
+from t2i_jax.plan.estimate import resolved
+from t2i_jax.plan.ready import depths, twin, wanted
+from t2i_jax.plan.sweep import meshes, policies
+from t2i_jax.training.experiment import Experiment, Train
+
+SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=Classes(10), dtype="bfloat16")
+EXPERIMENT = Experiment(SMALL, Data(ArrayRecord("not/there"), image_size=32, batch_size=16))
+
+
+def experiment(model, **fields):
+    return dataclasses.replace(EXPERIMENT, model=model, **fields)
+
+
+# ------------------------------------------------------------------------------------------- the text of a program
+
+
+@pytest.mark.parametrize("layers", [2, 7])
+def test_products_of_loops_count_as_often_as_they_run(layers):
+    """The figure read from the compiled program is that of the traced function, forwards and backwards."""
+
+    def loss(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].sum()
+
+    step = jax.grad(loss)
+    arguments = jax.ShapeDtypeStruct((layers, 32, 32), jnp.float32), jax.ShapeDtypeStruct((8, 32), jnp.float32)
+    costs = hlo.count(jax.jit(step).lower(*arguments).compile().as_text())
+    assert costs.flops == flops.count(step, *arguments)
+    assert costs.flops_once < costs.flops and costs.unknown_loops == 0 and not costs.collectives
+    assert costs.bytes > layers * 32 * 32 * 4
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%all-reduce-scatter.1 (input: bf16[64,16]) -> bf16[16,16] {
+  %input = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = u32[] constant(0)
+  %ar = bf16[64,16]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = bf16[16,16]{1,0:T(8,128)(2,1)} dynamic-slice(%ar, %zero, %zero), dynamic_slice_sizes={16,16}
+}
+
+%start (p: bf16[16,8]) -> (bf16[16,8], bf16[16,16]) {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %ag = bf16[16,16]{1,0} all-gather(%p), channel_id=5, replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={1}
+  ROOT %begin = (bf16[16,8]{1,0}, bf16[16,16]{1,0}) custom-call(%ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%body (loop: (s32[], bf16[64,16], bf16[16,8])) -> (s32[], bf16[64,16], bf16[16,8]) {
+  %loop = (s32[], bf16[64,16]{1,0}, bf16[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%loop), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %a = bf16[64,16]{1,0} get-tuple-element(%loop), index=1
+  %b = bf16[16,8]{1,0} get-tuple-element(%loop), index=2
+  %scattered = bf16[16,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %gathered = (bf16[16,8]{1,0}, bf16[16,16]{1,0}) fusion(%b), kind=kCustom, calls=%start
+  %product = bf16[64,16]{1,0:T(8,128)S(1)} convolution(%a, %scattered), dim_labels=bf_io->bf
+  ROOT %out = (s32[], bf16[64,16]{1,0}, bf16[16,8]{1,0}) tuple(%next, %product, %b)
+}
+
+%condition (loop: (s32[], bf16[64,16], bf16[16,8])) -> pred[] {
+  %loop = (s32[], bf16[64,16]{1,0}, bf16[16,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%loop), index=0
+  %n = s32[] constant(12)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[64,16], b: bf16[16,8]) -> bf16[64,16] {
+  %a = bf16[64,16]{1,0} parameter(0)
+  %b = bf16[16,8]{1,0} parameter(1)
+  %first = s32[] constant(2)
+  %begin = (s32[], bf16[64,16]{1,0}, bf16[16,8]{1,0}) tuple(%first, %a, %b)
+  %loop = (s32[], bf16[64,16]{1,0}, bf16[16,8]{1,0}) while(%begin), condition=%condition, body=%body
+  %last = bf16[64,16]{1,0} get-tuple-element(%loop), index=1
+  %moved = bf16[64,16]{1,0} collective-permute(%last), channel_id=9, source_target_pairs={{0,4},{4,0}}
+  ROOT %summed = bf16[64,16]{1,0} all-reduce(%moved), channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_tpu_program():
+    """Loops without a known count are read from their condition; scatters inside fusions and asynchronous parts too."""
+    costs = hlo.count(PROGRAM)
+    found = {c.kind: c for c in costs.collectives}
+    assert {k: (c.times, c.size, c.ids) for k, c in found.items()} == {
+        "reduce-scatter": (10, 64 * 16 * 2, (0, 1, 2, 3)),
+        "all-gather": (10, 16 * 16 * 2, (0, 1)),
+        "collective-permute": (1, 64 * 16 * 2, (0, 4)),
+        "all-reduce": (1, 64 * 16 * 2, (0, 2, 4, 6)),
+    }
+    assert found["all-gather"].asynchronous and not found["all-reduce"].asynchronous
+    assert costs.flops == 10 * 2 * 64 * 16 * 16 and costs.unknown_loops == 0
+
+
+def test_a_product_written_as_a_convolution_with_holes_counts_its_pairs():
+    """Batched products on TPUs: a window over the batch, of which one place meets a number."""
+    window = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
+    program = """HloModule m
+ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
+  %a = bf16[8,16,32]{2,1,0} parameter(0)
+  %b = bf16[8,32,64]{2,1,0} parameter(1)
+  ROOT %c = bf16[8,16,64]{2,1,0} convolution(%a, %b), WINDOW
+}
+"""
+    assert hlo.count(program.replace("WINDOW", window)).flops == 2 * 8 * 16 * 32 * 64
+
+
+def test_a_loop_that_data_end_counts_once_and_is_told():
+    def halve(x):
+        return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x, x)
+
+    text = jax.jit(halve).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile().as_text()
+    assert hlo.count(text).unknown_loops == 1
+
+
+# ------------------------------------------------------------------------------------------------------ topologies
+
+
+def test_topologies_are_read_and_wrong_ones_explained():
+    assert plans.Topology.read("v5p:4x4x4").size == 64 and plans.Topology.read("h100:64").size == 64
+    for text, word in {"v9:4x4": "v5e", "v5e:4": "v5e:4x4", "h100:2x4": "h100:8", "v5p:4x4xq": "v5p:4x4x4"}.items():
+        with pytest.raises(ConfigError, match=word):
+            plans.Topology.read(text)
+
+
+def test_links_of_a_torus():
+    """A closed ring has two links, a line one, a group over two dimensions the links of both."""
+    pod = plans.Topology.read("v5e:16x8")
+    row, column = [(i, 0, 0) for i in range(16)], [(0, j, 0) for j in range(8)]
+    assert pod.wire(row, 16) == 2 * pod.chip.link and pod.wire(column, 8) == pod.chip.link
+    assert pod.wire([(i, j, 0) for i in range(16) for j in range(8)], 128) == 3 * pod.chip.link
+
+
+def test_every_peak_is_in_the_one_table():
+    assert all(chip.flops > 1e14 and chip.memory > 1e10 for chip in plans.CHIPS.values())
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+VAE = AutoencoderConfig(32, (2, 2), blocks=1, latent=8, attention=(), middle_attention=False, groups=8)
+FAMILIES = [
+    SMALL,
+    dataclasses.replace(SMALL, condition=Features(16, 5)),
+    dataclasses.replace(SMALL, condition=Captions(50, 6, 16, 1, 2)),
+    Masked(grid=(4, 4), patch=2, width=32, depth=1, heads=2),
+    AnyOrder(grid=(4, 4), width=32, depth=1, heads=2),
+    Stream(vocabulary=64, grid=(4, 4), condition=Text(50, 6), width=32, depth=1, heads=2),
+    VQDiffusion(Chain(64), grid=(4, 4), width=32, depth=1, heads=2),
+    Diffusion(DiT(size=(8, 8), width=32, depth=1, heads=2)),
+    VQGAN(VAE, QuantizerConfig(codes=64, dim=8), perceptual=0.0),
+]
+
+
+@pytest.mark.parametrize("model", FAMILIES, ids=lambda m: type(m).__name__)
+def test_the_assumed_batch_is_one_that_the_loss_takes(model):
+    e = experiment(model)
+    batch, whence = plans.batch_of(e)
+    assert "assumed" in whence and all(v.shape[0] == 16 for v in batch.values())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    built = jax.eval_shape(model.init, key)
+    for player in players_of(model).values():
+        ready = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) if k == "image" else v for k, v in batch.items()}
+        loss, _ = jax.eval_shape(player.loss, built, ready, key, jax.ShapeDtypeStruct((), jnp.int32))
+        assert loss.shape == ()
+
+
+def test_inputs_can_be_told():
+    batch, _ = plans.batch_of(EXPERIMENT, ("codes:int32:4x4", "label:int32:"))
+    assert batch == wanted(EXPERIMENT)
+    with pytest.raises(ConfigError, match="codes:int32:16x16"):
+        plans.batch_of(EXPERIMENT, ("codes",))
+
+
+def test_what_reads_unknown_things_asks_for_inputs():
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        width: int = 4
+
+    with pytest.raises(ConfigError, match="--inputs"):
+        plans.batch_of(experiment(Own()))
+
+
+# --------------------------------------------------------------------------------------------------------- counting
+
+
+@pytest.fixture(scope="module")
+def traced():
+    batch, _ = plans.batch_of(EXPERIMENT)
+    return {
+        remat: plans.trace(experiment(dataclasses.replace(SMALL, remat=remat)), batch) for remat in ("none", "full")
+    }
+
+
+def test_recomputation_costs_flops_and_saves_memory(traced):
+    none, full = traced["none"], traced["full"]
+    assert none.flops == pytest.approx(none.model_flops, rel=1e-3)
+    assert full.flops > 1.2 * none.flops and full.model_flops == none.model_flops
+    assert full.kept < none.kept / 3
+
+
+def test_splitting_parameters_divides_the_state_and_adds_traffic(traced):
+    at = lambda **mesh: plans.estimate(
+        EXPERIMENT, traced["none"], plans.Topology.read("h100:8"), {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+    )
+    whole, split = at(data=8), at(fsdp=8)
+    assert split.state < whole.state / 6 and split.flops == whole.flops
+    assert set(whole.collectives) == {"all-reduce"} and set(split.collectives) == {"all-gather", "reduce-scatter"}
+    assert at(data=4, tensor=2).parameters < whole.parameters
+
+
+def test_nodes_are_joined_by_less_than_what_is_inside(traced):
+    seconds = lambda where, n: (
+        plans.estimate(
+            EXPERIMENT, traced["none"], plans.Topology.read(where), {"data": n, "fsdp": 1, "tensor": 1}
+        ).network_seconds
+    )
+    assert seconds("h100:8", 8) < seconds("h100:16", 16)
+
+
+def test_meshes_fill_the_topology_or_say_so():
+    pod = plans.Topology.read("v5e:4x4")
+    assert resolved(MeshConfig(-1, 4, 2), pod) == {"data": 2, "fsdp": 4, "tensor": 2}
+    for mesh in (MeshConfig(3), MeshConfig(-1, 3), MeshConfig(-1, -1)):
+        with pytest.raises(ConfigError, match="16 chips"):
+            resolved(mesh, pod)
+    assert plans.read_mesh("fsdp=4,data=-1", MeshConfig()) == MeshConfig(-1, 4, 1)
+    with pytest.raises(ConfigError, match="fsdp=4"):
+        plans.read_mesh("fsdb=4", MeshConfig())
+    tried = list(meshes(16, SMALL))
+    assert all(m.data * m.fsdp * m.tensor == 16 for m in tried) and {m.tensor for m in tried} == {1, 2}
+
+
+def test_a_sweep_ranks_what_fits():
+    found = plans.run(EXPERIMENT, plans.Topology.read("h100:8"), sweeping=True, images=1e6, encoded=True)
+    speed = [p.batch * p.steps_per_second for p in found]
+    assert speed == sorted(speed, reverse=True) and all(p.fits for p in found)
+    assert {p.remat for p in found} == set(policies(SMALL)) and {p.batch for p in found} == {16, 32, 64}
+    best = found[0]
+    assert best.chip_hours == pytest.approx(1e6 / best.batch * best.step_seconds / 3600 * 8)
+    assert 0 < best.mfu < 1
+
+
+def test_accumulation_must_divide_the_batch():
+    e = experiment(SMALL, train=Train(accumulate=16))
+    with pytest.raises(ConfigError, match="nothing fits"):
+        plans.run(e, plans.Topology.read("h100:32"), sweeping=True, batch_sizes=(16,), encoded=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- shallow
+
+
+def test_twins_are_shallow_and_otherwise_the_same():
+    assert twin(SMALL, 2) == dataclasses.replace(SMALL, depth=2)
+    deep = Diffusion(DiT(size=(8, 8), width=32, depth=9, heads=2))
+    assert depths(deep) == {"network.depth": 9} and twin(deep, 4).network.depth == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+CONFIG = """
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.training.experiment import Experiment
+experiment = Experiment(AR(vocabulary=64, grid=(4, 4), width=32, depth=2, heads=2, condition=Classes(10)),
+                        Data(ArrayRecord("not/there"), batch_size=16))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    return str(tmp_path / "c.py")
+
+
+def test_command_counts_for_gpus(config, tmp_path, capsys):
+    from t2i_jax.cli import main
+
+    out = tmp_path / "plans" / "p.json"
+    main(["plan", config, "--topology", "h100:8", "--mesh", "fsdp=8", "--model.depth=3", "--out", str(out)])
+    (found,) = json.loads(out.read_text())
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and found["fits"] and found["flops"] > 0
+    shown = capsys.readouterr().out
+    assert "Nothing was compiled" in shown and "expected MFU" in shown and "assumed" in shown
+
+
+def test_command_tells_what_is_wrong(config, capsys):
+    from t2i_jax.cli import main
+
+    for words, message in (
+        (["--topology", "h100:8", "--mesh", "fsdp=3"], "8 chips"),
+        (["--topology", "h100:8", "--sample"], "TPU compiler"),
+        (["--topology", "x:8"], "no chip"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", config, *words])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"t2i_jax\[plan\]"):
+        plans.devices_of(plans.Topology.read("v5e:2x2"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler (extra `plan`)")
+def test_the_tpu_compiler_agrees_with_the_count():
+    """The real step, compiled for four chips: its products are those of the traced step, split in four."""
+    e = experiment(dataclasses.replace(SMALL, depth=3, width=128), mesh=MeshConfig(1, 2, 2))
+    topology = plans.Topology.read("v5e:2x2")
+    batch, _ = plans.batch_of(e)
+    made = plans.compile_plan(e, batch, topology)
+    counted = plans.estimate(e, plans.trace(e, batch), topology, made.mesh)
+    assert made.flops == pytest.approx(counted.flops, rel=0.05)
+    assert made.parameters == counted.parameters and made.fits and made.peak > made.state
+    assert made.collectives["all-gather"]["bytes"] > 0 and 0 < made.mfu < 1
