@@ -1,5 +1,7 @@
 """Every family and codec computes the same loss, gradients and carried values on every mesh as on one device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,13 +12,17 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.orders import Permutation
 from t2i_jax.nn.players import players_of
+from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
+from t2i_jax.noise.processes import Flow
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
 CODEC = VQGAN(
@@ -49,6 +55,44 @@ DISCRETE = VQDiffusion(
 SHAPE = dict(grid=(4, 4), head=Softmax(32), width=32, depth=2, heads=4, remat="dots")
 MASKED = Masked(**SHAPE, decoder_depth=3, condition=Captions(20, 6, width=32, depth=2, heads=4))
 ANY_ORDER = AnyOrder(**SHAPE, order=Permutation(), condition=Captions(20, 6, width=32, depth=2, heads=4))
+DENOISER = DiT(
+    (4, 4),
+    channels=3,
+    patch=1,
+    width=32,
+    depth=3,
+    heads=4,
+    waves=32,
+    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    text="joint",
+    learn_variance=False,
+    remat="dots",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaken:
+    """A diffusion model away from its zeros, through which no gradient comes."""
+
+    family: Diffusion
+
+    def init(self, key):
+        model = self.family.init(key)
+        leaves, tree = jax.tree.flatten(model)
+        keys = jax.random.split(key, len(leaves))
+        shaken = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        return tree.unflatten(shaken)
+
+    def loss(self, model, batch, key):
+        return self.family.loss(model, batch, key)
+
+
+FLOW = Shaken(Diffusion(DENOISER, Flow(), "velocity"))
+UNET = Shaken(
+    Diffusion(
+        UNet((4, 4), width=32, multipliers=(1, 2), blocks=1, attention=(1, 2), context=32, condition=DENOISER.condition)
+    )
+)
 
 
 def batch_of(trainable):
@@ -56,6 +100,8 @@ def batch_of(trainable):
     if isinstance(trainable, VQGAN):
         return {"image": rng.uniform(-1, 1, (16, 16, 16, 3)).astype(np.float32)}
     text = {"text": rng.integers(0, 20, (16, 6)), "text_mask": rng.uniform(size=(16, 6)) < 0.8}
+    if isinstance(trainable, Shaken):
+        return {"image": rng.uniform(-1, 1, (16, 4, 4, 3)).astype(np.float32)} | text
     return {"codes": rng.integers(0, 32, (16, 4, 4))} | text
 
 
@@ -80,12 +126,13 @@ def outcome(trainable, mesh):
 
 SLOW = pytest.param(CODEC, marks=pytest.mark.slow)  # convolutions compile long
 ALSO = pytest.param(ANY_ORDER, marks=pytest.mark.slow)  # the blocks of `ar` with other ends
+CONVOLUTIONS = pytest.param(UNET, marks=pytest.mark.slow)
 
 
 @pytest.fixture(
     scope="module",
-    params=[MODEL, DISCRETE, MASKED, ALSO, SLOW],
-    ids=["ar", "vq-diffusion", "masked", "any-order", "vqgan"],
+    params=[MODEL, DISCRETE, MASKED, FLOW, CONVOLUTIONS, ALSO, SLOW],
+    ids=["ar", "vq-diffusion", "masked", "flow", "unet", "any-order", "vqgan"],
 )
 def alone(request):
     return request.param, outcome(request.param, (1, 1, 1))

@@ -1,0 +1,168 @@
+"""The family: what is learned, what a sample depends on, options that do not compile anew, text, formats."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from t2i_jax.convert import convert, restore
+from t2i_jax.models import diffusion, noised_classifier, noised_clip
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.noised_classifier import NoisedClassifier
+from t2i_jax.models.noised_clip import NoisedCLIP
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.unet import UNet
+from t2i_jax.noise.processes import EDM, Discrete, Flow
+
+SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, waves=32, condition=Classes(3))
+FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=Solving(steps=4, guidance=2.0))
+TEXT = Captions(20, 5, width=16, depth=1, heads=2)
+LITTLE = UNet((8, 8), width=32, multipliers=(1, 2), blocks=1, attention=(2,), head_dim=16, condition=Classes(3))
+
+
+def keys_of(*seeds):
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds))
+
+
+def shaken(model, scale=0.05):
+    """Zero-initialised layers say nothing before training: a little noise makes every part count."""
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    return tree.unflatten([x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return shaken(jax.jit(FAMILY.init)(jax.random.key(0)))
+
+
+def test_options_are_traced_and_pictures_depend_on_their_own_key_only(model):
+    label = jnp.asarray([0, 1, 2])
+    whole = FAMILY.sample(model, {"label": label}, keys_of(5, 6, 7))
+    assert whole.shape == (3, 4, 4, 3) and np.isfinite(whole).all()
+    before = diffusion._sample._cache_size()
+    for options in (
+        Solving(steps=9, guidance=1.0, guidance_rescale=0.7, clip=True),
+        Solving(steps=50, guidance=7.5, guidance_start=0.2, guidance_stop=0.8, stride=True, eta=0.3),
+    ):
+        assert np.isfinite(FAMILY.sample(model, {"label": label}, keys_of(5, 6, 7), options)).all()
+    assert diffusion._sample._cache_size() == before
+    turned = FAMILY.sample(model, {"label": label[::-1]}, keys_of(7, 6, 5))
+    np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["heun", "unipc"])
+def test_more_steps_of_a_deterministic_solver_change_little(model, solver):
+    run = lambda n: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(n, 1.0), solver=solver)
+    fine, coarse = run(50), run(25)
+    assert float(jnp.abs(fine - coarse).mean()) < 0.1 * float(fine.std())
+
+
+def test_known_pixels_are_kept_and_given_pictures_are_remembered(model):
+    given = jnp.tanh(jax.random.normal(jax.random.key(3), (2, 4, 4, 3)))
+    keep = (jnp.arange(4) < 2)[None, :, None, None] & jnp.ones((2, 4, 4, 1), bool)
+    near = dict(given=given, keep=jnp.zeros_like(keep))
+    run = lambda options, **given: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), options, **given)
+    filled = run(Solving(10, 1.0), given=given, keep=keep)
+    np.testing.assert_allclose(filled[:, :2], given[:, :2], atol=1e-5)
+    assert float(jnp.abs(filled[:, 2:] - given[:, 2:]).max()) > 0.1
+    gaps = [float(jnp.abs(run(Solving(50, 1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)]
+    assert gaps[0] < 0.5 * gaps[1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, text="cross", condition=TEXT)),
+        Diffusion(dataclasses.replace(SMALL, text="joint", condition=TEXT, learn_variance=False), Flow(), "velocity"),
+        Diffusion(dataclasses.replace(SMALL, text="context", condition=TEXT, learn_variance=False), EDM(), "v"),
+        Diffusion(dataclasses.replace(LITTLE, size=(4, 4), context=16, condition=TEXT), weight="min_snr"),
+    ],
+    ids=["cross", "joint, flow", "context, edm", "unet"],
+)
+def test_every_kind_learns_and_reads_its_text(family):
+    rng = np.random.default_rng(0)
+    batch = {"text": rng.integers(0, 20, (8, 5)), "text_mask": np.ones((8, 5), bool)}
+    colour = np.where(batch["text"][:, :1] < 10, -0.6, 0.6).astype(np.float32)
+    batch |= {"image": np.broadcast_to(colour[:, :, None, None], (8, 4, 4, 3))}
+    batch = jax.tree.map(jnp.asarray, batch)
+    model, tx = jax.jit(family.init)(jax.random.key(0)), optax.adam(3e-3)
+
+    @jax.jit
+    def trained(model):
+        def step(carry, key):
+            model, state = carry
+            (_, metrics), slopes = jax.value_and_grad(family.loss, has_aux=True)(model, batch, key)
+            updates, state = tx.update(slopes, state)
+            return (optax.apply_updates(model, updates), state), metrics["mse"]
+
+        return jax.lax.scan(step, (model, tx.init(model)), jax.random.split(jax.random.key(1), 40))
+
+    (after, _), errors = trained(model)
+    assert float(errors[-8:].mean()) < 0.9 * float(errors[:4].mean())
+    outs = jax.jit(lambda m, b: m(batch["image"], jnp.full(8, 20.0), m.read(b, jnp.zeros(8, bool))))
+    other = batch | {"text": (batch["text"] + 10) % 20}
+    assert float(jnp.abs(outs(after, batch) - outs(after, other)).max()) > 1e-4
+    drop = jax.jit(lambda m, b: m.read(b, jnp.ones(8, bool)))
+    jax.tree.map(np.testing.assert_array_equal, drop(after, batch), drop(after, other))
+
+
+def test_a_classifier_and_an_image_text_model_pull(model):
+    classifier = NoisedClassifier(dataclasses.replace(LITTLE, size=(4, 4), condition=None), 3)
+    small = NoisedCLIP(20, 5, 16, 1, 2, size=4, patch=2, image_width=16, image_depth=1, image_heads=2, dim=8, times=50)
+    batch = {
+        "label": jnp.asarray([0, 1]),
+        "text": jnp.asarray([[1, 2, 3, 4, 5]] * 2),
+        "text_mask": jnp.ones((2, 5), bool),
+    }
+    image = {"image": jnp.zeros((2, 4, 4, 3))}
+    for config, log_p in ((classifier, noised_classifier.log_p), (small, noised_clip.log_p)):
+        weights = shaken(jax.jit(config.init)(jax.random.key(1)))
+        assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2))[0])
+        puller = jax.tree_util.Partial(log_p, weights)
+        run = lambda s, p=puller: FAMILY.sample(
+            model, batch, keys_of(1, 2), Solving(8, 1.0, pull=s), log_p=p, guided=False
+        )
+        score = jax.jit(lambda x, p=puller: p(x, jnp.zeros(2), batch))
+        assert (score(run(30.0)) > score(run(0.0))).all()
+
+
+def test_a_worse_model_guides(model):
+    plain, guided = (
+        FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6, s), weak=shaken(model, 0.02))
+        for s in (1.0, 3.0)
+    )
+    alone = FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6), guided=False)
+    np.testing.assert_allclose(plain, alone, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(guided - plain).max()) > 1e-3
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="learn_variance"):
+        Diffusion(SMALL, Flow())
+    with pytest.raises(ValueError, match="solver 'rk4' is not one of"):
+        dataclasses.replace(FAMILY, solver="rk4")
+    with pytest.raises(ValueError, match="low_res"):
+        diffusion.join_inputs(jnp.zeros((1, 4, 4, 3)), {}, ("low_res",))
+
+
+@pytest.mark.parametrize("resample", ["block", "conv", "mean"])
+@pytest.mark.parametrize("form", ["adm", "adm_classifier"])
+def test_published_names_there_and_back(form, resample):
+    shape = dataclasses.replace(LITTLE, multipliers=(1, 2, 2), blocks=2, resample=resample, scale_shift=False)
+    family = Diffusion(dataclasses.replace(shape, condition=Classes(3, null=False)), condition_dropout=0.0)
+    pools = ("attention",) if resample != "mean" else ("adaptive", "spatial", "spatial_v2")
+    trunk = dataclasses.replace(shape, condition=None)
+    for config in [family] if form == "adm" else [NoisedClassifier(trunk, 5, pool) for pool in pools]:
+        model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(config.init, jax.random.key(0)))
+        theirs = restore(form, config, model)
+        found, again = convert(form, theirs, size=8, head_dim=16)
+        ours = getattr(config, "network", None) or config.trunk
+        theirs_now = getattr(found, "network", None) or found.trunk
+        fields = ("width", "multipliers", "blocks", "attention", "scale_shift", "resample")
+        assert [getattr(ours, f) for f in fields] == [getattr(theirs_now, f) for f in fields]
+        assert jax.tree.structure(again) == jax.tree.structure(jax.eval_shape(found.init, jax.random.key(0)))
