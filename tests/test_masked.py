@@ -42,6 +42,7 @@ MORE = {
     "masked mixture": Masked(**BIDIRECTIONAL, order=Sets(), head=Mixture(2, 3)),
     "Fluid": Masked(
         **BIDIRECTIONAL | {"condition": Captions(11, 4, 8, 1, 2), "patch": 2, "grid": (1, 2)},
+        rate=MaskRate("uniform"),
         head=dataclasses.replace(VECTORS, dim=8),
     ),
 }
