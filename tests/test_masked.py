@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.config import ConfigError
+from t2i_jax.convert import convert
 from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -217,3 +220,16 @@ def test_a_pipeline_draws_only_where_the_mask_says():
         pipeline.holding(picture[:1], mask[:1])
     with pytest.raises(ConfigError, match="cannot fill holes"):
         Pipeline(AR(grid=(2, 3)), {}, Artifact(Pixels(), {}), None).holding(picture, mask)
+
+
+RELEASED = sorted((Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes").glob("mar_[!k]*.json"))
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda f: f.stem)
+def test_released_files_are_taken_whole(file):
+    released = json.loads(file.read_text())
+    config, model = convert(
+        "mar", {k: jax.ShapeDtypeStruct(tuple(s), jnp.float32) for k, s in released["tensors"].items()}
+    )
+    assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_params"]
+    assert config.grid == (16, 16) and config.buffer == 64 and config.condition == Classes(1000)

@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     def ours(self, tensors: list[Any]) -> Any:
         """One layer's tensors as one array of ours."""
-        joined = tensors[0] if len(tensors) == 1 else tensors
+        joined: Any = tensors[0] if len(tensors) == 1 else tensors
         if self.parts:
             joined = pack(tensors, "* d")[0]
         if self.rows is not None:
