@@ -1,6 +1,7 @@
 """Plans: what a compiled program is read to cost, what is counted without compiling, and what a user is told."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 
@@ -230,7 +231,7 @@ def test_recomputation_costs_flops_and_saves_memory(traced):
     none, full = traced["none"], traced["full"]
     assert none.flops == pytest.approx(none.model_flops, rel=1e-3)
     assert full.flops > 1.2 * none.flops and full.model_flops == none.model_flops
-    assert full.kept < none.kept / 3
+    assert full.kept < none.kept / 3 and full.moved > none.moved
 
 
 def test_splitting_parameters_divides_the_state_and_adds_traffic(traced):
@@ -288,6 +289,44 @@ def test_twins_are_shallow_and_otherwise_the_same():
     assert twin(SMALL, 2) == dataclasses.replace(SMALL, depth=2)
     deep = Diffusion(DiT(size=(8, 8), width=32, depth=9, heads=2))
     assert depths(deep) == {"network.depth": 9} and twin(deep, 4).network.depth == 4
+
+
+def linear(e, batch, topology, sample=False):
+    """Stands in for the compiler: everything grows with depth, and more than 32 images do not fit."""
+    if e.data.batch_size > 32:
+        raise plans.DoesNotFit("too large")
+    counted = plans.estimate(e, plans.trace(EXPERIMENT, batch), topology, resolved(e.mesh, topology))
+    kinds = {"all-gather": {"count": e.model.depth, "bytes": 10.0 * e.model.depth + 3}}
+    return dataclasses.replace(counted, flops=5.0 * e.model.depth + 1, collectives=kinds, compile_seconds=1.0)
+
+
+def test_twins_lie_on_the_line_of_the_whole(monkeypatch):
+    from t2i_jax.plan import compiled
+
+    monkeypatch.setattr(compiled, "compile_plan", linear)
+    batch, _ = plans.batch_of(EXPERIMENT, encoded=True)
+    made = plans.twin_plan(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"))
+    assert made.flops == 31 and made.collectives == {"all-gather": {"count": 6, "bytes": 63}}
+    assert "twins of 2 and 4 layers" in made.method
+    with pytest.raises(ConfigError, match="above 4"):
+        plans.twin_plan(experiment(twin(SMALL, 3)), batch, plans.Topology.read("v5e:2x2"))
+
+
+def test_a_sweep_asks_the_compiler_for_the_best_and_believes_it(monkeypatch):
+    module = importlib.import_module("t2i_jax.plan.sweep")
+    monkeypatch.setattr(module, "compile_plan", linear)
+    found = plans.run(
+        experiment(SMALL), plans.Topology.read("v5e:2x2"), sweeping=True, compiles=2, batch_sizes=(16, 64), encoded=True
+    )
+    compiled = [p for p in found if p.compile_seconds]
+    assert found[: len(compiled)] == compiled and all(p.batch == 16 for p in compiled)
+
+
+def test_the_sampler_is_planned_from_the_same_state():
+    batch, _ = plans.batch_of(EXPERIMENT, encoded=True)
+    mesh = MeshConfig(1).build(jax.devices()[:1])
+    text = plans.ready(EXPERIMENT, batch, mesh).lower_sample().as_text()
+    assert "16x4x4xi32" in text.split("return")[0] or "tensor<16x4x4xi32>" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -36,10 +36,12 @@ class Traced:
     """bytes that forward loops keep for the backward pass, whole batch"""
     largest: float
     """bytes of the largest product outside of loops' stacks, whole batch"""
+    moved: float
+    """bytes that products read and write, loops as often as they run, whole batch"""
 
     def times(self, factor: float) -> Traced:
         """Of a batch that is `factor` times as large."""
-        scaled = (factor * x for x in (self.flops, self.model_flops, self.kept, self.largest))
+        scaled = (factor * x for x in (self.flops, self.model_flops, self.kept, self.largest, self.moved))
         return Traced(self.target, *scaled)
 
 
@@ -51,7 +53,7 @@ def trace(experiment: Experiment, batch: Batch) -> Traced:
         jaxpr = jax.make_jaxpr(made.trainer.step)(*arguments).jaxpr
         work, model = flops.count(made.trainer.step, *arguments), made.trainer.flops(made.batch)  # pyright: ignore
     kept, largest = _kept(jaxpr)
-    return Traced(made.trainer.target, work, model, kept, largest)
+    return Traced(made.trainer.target, work, model, kept, largest, _moved(jaxpr))
 
 
 def _size(aval: Any) -> float:
@@ -74,6 +76,20 @@ def _kept(jaxpr: Any) -> tuple[float, float]:
                 more, large = _kept(inner)
                 kept, largest = kept + more, max(largest, large)
     return kept, largest
+
+
+def _moved(jaxpr: Any) -> float:
+    """Bytes of the operands and results of products; what lies between them is taken to be fused to them."""
+    total = 0.0
+    for e in jaxpr.eqns:
+        if e.primitive.name in ("dot_general", "conv_general_dilated"):
+            total += sum(_size(v.aval) for v in (*e.invars, *e.outvars))
+        times = e.params["length"] if e.primitive.name == "scan" else 1
+        for value in e.params.values():
+            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+            if isinstance(inner, core.Jaxpr):
+                total += times * _moved(inner)
+    return total
 
 
 def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
@@ -127,8 +143,8 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
             network += WIRE[kind](size, group) / wire(topology, sizes, axis)
             old = kinds.get(kind, {"count": 0, "bytes": 0.0})
             kinds[kind] = {"count": old["count"] + 1, "bytes": old["bytes"] + size}
-    # Parameters thrice and once more per recomputation, state twice, activations written and read.
-    traffic = 3 * whole * accumulate + 2 * state + 4 * activations * accumulate
+    # Products with their operands and results, recomputed ones too; parameters on every chip; the state twice.
+    traffic = traced.moved / n + 3 * whole * accumulate + 2 * state
     compute, memory = traced.flops / n / chip.flops, traffic / chip.bandwidth
     # Products wait for no traffic of their own, but between them lies what is bound by it: so both are added.
     apart = compute / REACHED["flops"] + memory / REACHED["memory"]

@@ -77,7 +77,7 @@ def sweep(
                 axes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
                 plan = estimate(here, traced, topology, axes)
                 seen.append((plan, changed(experiment, remat, size, mesh), now))
-    seen.sort(key=lambda x: (not x[0].fits, -x[0].batch * x[0].steps_per_second, -x[0].capacity + x[0].peak))
+    seen.sort(key=lambda x: (not x[0].fits, -x[0].batch * x[0].steps_per_second, x[0].network_seconds))
     best: list[Plan] = []
     if topology.compiled:
         # Arithmetic is rough: what it puts a little above the memory is tried too.
