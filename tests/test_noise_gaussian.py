@@ -9,7 +9,7 @@ from t2i_jax.noise import gaussian
 from t2i_jax.noise.gaussian import NAMES, Schedule, join, respacing, split
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 
-KINDS = ("eps", "x0", "v", "velocity", "score")
+KINDS = ("eps", "x0", "v", "velocity", "drift", "score")
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

@@ -14,7 +14,7 @@ from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
-from t2i_jax.noise.processes import Discrete
+from t2i_jax.noise.processes import Discrete, Flow
 
 
 def _abstract(config: Any) -> Any:
@@ -27,6 +27,16 @@ def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e
     network = DiT(condition=Classes(found.pop("classes") - null, null), eps=eps, **found)
     published = {"process": Discrete("linear"), "guided_channels": 3, "condition_dropout": 0.1 if null else 0.0}
     return Diffusion(network, **(published | fields))
+
+
+def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) -> Diffusion:
+    """The networks and the names of DiT, trained on a flow (Ma et al. 2024)."""
+    published = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun"}
+    network = _dit(tensors, heads=heads, null=null).network
+    published |= {"spare_half": network.learn_variance, "sampling": Solving(guidance=4.0, eta=0.0)}
+    return Diffusion(
+        network, **(published | {"guided_channels": 3, "condition_dropout": 0.1 if null else 0.0} | fields)
+    )
 
 
 def _unet(
@@ -108,6 +118,7 @@ def _network_table(config: Diffusion) -> Table:
 
 FORMATS = {
     "dit": Format(_dit, lambda config: dit.table(config.network), wrappers=("ema", "model", "state_dict")),
+    "sit": Format(_sit, lambda config: dit.table(config.network), wrappers=("ema", "model", "state_dict")),
     "adm": Format(_adm, _network_table, part="unet."),
     "adm_classifier": Format(_adm_classifier, _network_table, part="classifier."),
     "glide": Format(_glide, _network_table, part="unet."),

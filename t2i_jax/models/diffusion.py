@@ -79,6 +79,8 @@ class Diffusion:
     predicts: Predicts = "eps"
     variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
     """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
+    spare_half: bool = False
+    """What the network says in the later half of its channels is not used, as in released SiT."""
     bound_weight: float = 1.0
     """Of the variational bound, which teaches the variance; ADM has the number of steps over 1000."""
     weight: Literal["uniform", "snr", "truncated_snr", "min_snr"] = "uniform"
@@ -96,7 +98,7 @@ class Diffusion:
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
-        if self.network.learn_variance and not isinstance(self.process, Discrete):
+        if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
@@ -185,7 +187,7 @@ class Diffusion:
         if not self.network.learn_variance:
             return out, None
         prediction, v = jnp.split(out, 2, -1)
-        return prediction, v
+        return prediction, None if self.spare_half else v
 
     # -- sampling
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-Predicts = Literal["eps", "x0", "v", "velocity", "score"]
+Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 
 CAP = 0.999
@@ -235,7 +235,8 @@ def respacing(steps: int, spacing: str) -> list[int]:
 def split(kind: Predicts, value: Array, x: Array, alpha: Array | float, sigma: Array | float) -> tuple[Array, Array]:
     """(x_0, eps) from what is predicted of x = alpha x_0 + sigma eps.
 
-    v = alpha eps - sigma x_0 (Salimans & Ho 2022); velocity = eps - x_0 (Liu et al. 2023); score = -eps / sigma.
+    v = alpha eps - sigma x_0 (Salimans & Ho 2022); velocity = eps - x_0 (Liu et al. 2023); drift = x_0 - eps, the same
+    towards the picture (Ma et al. 2024, SiT); score = -eps / sigma.
     alpha, sigma: beside x. Where alpha is 0, eps and score do not say x_0; where sigma is 0, x0 does not say eps.
     """
     if kind == "eps":
@@ -245,22 +246,24 @@ def split(kind: Predicts, value: Array, x: Array, alpha: Array | float, sigma: A
     if kind == "v":
         power = alpha**2 + sigma**2
         return (alpha * x - sigma * value) / power, (sigma * x + alpha * value) / power
-    if kind == "velocity":
+    if kind in ("velocity", "drift"):
+        value = value if kind == "velocity" else -value
         return (x - sigma * value) / (alpha + sigma), (x + alpha * value) / (alpha + sigma)
     if kind == "score":
         return (x + sigma**2 * value) / alpha, -sigma * value
-    raise ValueError(f"prediction {kind!r} is not one of eps, x0, v, velocity, score")
+    raise ValueError(f"prediction {kind!r} is not one of {', '.join(get_args(Predicts))}")
 
 
 def join(kind: Predicts, x0: Array, eps: Array, alpha: Array | float, sigma: Array | float) -> Array:
     """What a network of that kind should predict; with `split` every kind becomes every other."""
-    if kind not in ("eps", "x0", "v", "velocity", "score"):
-        raise ValueError(f"prediction {kind!r} is not one of eps, x0, v, velocity, score")
+    if kind not in get_args(Predicts):
+        raise ValueError(f"prediction {kind!r} is not one of {', '.join(get_args(Predicts))}")
     return {
         "eps": lambda: eps,
         "x0": lambda: x0,
         "v": lambda: alpha * eps - sigma * x0,
         "velocity": lambda: eps - x0,
+        "drift": lambda: x0 - eps,
         "score": lambda: -eps / sigma,
     }[kind]()
 
@@ -290,6 +293,7 @@ def loss_weight(
         "x0": 1.0,
         "v": (alpha**2 / sigma + sigma) ** 2,
         "velocity": (alpha / sigma + 1) ** 2,
+        "drift": (alpha / sigma + 1) ** 2,
         "score": snr / sigma**2,
     }[kind]
     return weights[name]() / squared

@@ -95,6 +95,8 @@ class Flow:
     std: float = 1.0
     shift: float = 1.0
     """t becomes s t / (1 + (s - 1) t): more noise for more pixels (Esser et al. 2024, eq. 23)."""
+    toward: bool = False
+    """Tell the network the picture's share 1 - t instead of 1000 t, as SiT does."""
     bound: int = 1000
     """Most steps of a sampler."""
 
@@ -114,7 +116,7 @@ class Flow:
         return 1 - t, t
 
     def told(self, t: Array) -> Array:
-        return 1000 * t
+        return 1 - t if self.toward else 1000 * t
 
     def path(self, steps: Array | int, stride: Array | bool = False) -> Path:
         """Even steps of t from 1 to 0, then shifted."""

@@ -170,6 +170,8 @@ def heads_of(meta: dict[str, Any]) -> dict[str, Any]:
 
 def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
     meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    if meta.get("use_kl"):
+        raise ValueError("use_kl: a loss that is the variational bound alone is not offered")
     steps = meta.get("diffusion_steps", 1000)
     process = Discrete(meta["noise_schedule"], steps, rescale_times=meta.get("rescale_timesteps", False))
     kind = {"size": meta["image_size"], "blocks": meta["num_res_blocks"]}
@@ -179,14 +181,15 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
     config = dataclasses.replace(config, predicts=predicts, variance="fixed_small" if small else "fixed_large")
     schedule = process.tables
     x, noise, x0, z = (ours_layout(inputs[k]) for k in ("x", "noise", "x0", "z"))
-    y, t, t_loss = (jnp.asarray(inputs[k]) for k in ("y", "t", "t_loss"))
+    t, t_loss = (jnp.asarray(inputs[k]) for k in ("t", "t_loss"))
+    y = jnp.asarray(inputs.get("y", np.zeros(len(x), np.int32)))
     nobody = jnp.zeros(len(x), bool)
     clip = meta.get("clip_denoised", True)
     variance = "learned_range" if config.network.learn_variance else config.variance
     classify, labels = None, y
     if meta.get("classifier"):
         of = meta["classifier"]
-        hints = heads_of({k: v for k, v in meta.items() if k.startswith("groupnorm")} | of) | {"qkv_first": False}
+        hints = heads_of({k: v for k, v in meta.items() if k.startswith("groupnorm")} | of)
         grid = {"size": of["image_size"], "blocks": of["num_res_blocks"]}
         _, classify = convert("adm_classifier", part(oracle, "classifier"), **grid, **hints)
 
@@ -238,8 +241,10 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
     slopes = {f"grad.unet.{k}": v for k, v in restore("adm", config, slopes).items()}
     ours |= {k: v for k, v in slopes.items() if k in outputs}
 
-    few, fewer = (schedule.respaced(str(meta[k])) for k in ("respacing", "ddim"))
-    ours |= {"timestep_map": few.timestep_map, "ddim_timestep_map": fewer.timestep_map}
+    few, fewer = (schedule.respaced(str(meta.get(k) or steps)) for k in ("respacing", "ddim"))
+    ours |= {"timestep_map": few.timestep_map}
+    if meta.get("ddim"):
+        ours["ddim_timestep_map"] = fewer.timestep_map
     step_noise = ours_layout(inputs["step_noise"])
 
     @jax.jit
@@ -250,7 +255,8 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
             pulled = lambda x, t, told, noise: gaussian.ddpm_step(shifted(p(few, x, t, told), x, t, told), t, noise)
             ddim = lambda x, t, told, noise: gaussian.ddim_step(fewer, scored(fewer, x, t, told), x, t)
             out["ddpm_guided_traj"] = trajectory(few, pulled, z, step_noise)
-            out["ddim_guided_traj"] = trajectory(fewer, ddim, z, jnp.zeros((len(fewer), 1)))
+            if meta.get("ddim"):
+                out["ddim_guided_traj"] = trajectory(fewer, ddim, z, jnp.zeros((len(fewer), 1)))
         return {k: theirs_layout(v) for k, v in out.items()}
 
     ours |= sampled()
