@@ -12,7 +12,8 @@ from t2i_jax.nn.draw import Sampling
 
 def _llamagen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, **fields: Any) -> AR:
     """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it."""
-    return AR(**({"grid": grid} | llamagen.describe(tensors, head_dim) | fields))
+    found: dict[str, Any] = {"grid": grid} | llamagen.describe(tensors, head_dim)
+    return AR(**(found | fields))
 
 
 def _mingpt(

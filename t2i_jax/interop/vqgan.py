@@ -82,7 +82,7 @@ def table(model: Any, style: Style) -> Table:
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
     judge = {k: v for k, v in named(model).items() if k not in names}
-    return lines | _judge(judge, *JUDGES[style]) if judge else lines
+    return {**lines, **_judge(judge, *JUDGES[style])} if judge else lines
 
 
 def discriminator(model: Any) -> Table:

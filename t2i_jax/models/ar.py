@@ -19,7 +19,7 @@ from jax import Array
 
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, GivenIds
+from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds
 from t2i_jax.nn.decode import few_rows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
@@ -68,7 +68,7 @@ class AR:
     """Add learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition = Classes(1000)
+    condition: Condition | Given = Classes(1000)
     """What stands before the image: classes, captions or features."""
     reads: Literal["prefix", "memory"] = "prefix"
     """The tokens of the condition stand before the image, or every layer looks at them by cross-attention and the image
@@ -107,6 +107,14 @@ class AR:
     """What each layer keeps for its backward pass."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
+
+    def __post_init__(self):
+        places = self.places + self.length - 1
+        if self.positions == "learned" and 0 < self.position_rows < places:
+            raise ValueError(
+                f"position_rows={self.position_rows} places for {self.places} tokens before the image and "
+                f"{self.length} codes of grid={self.grid}: {places} are needed"
+            )
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> AR:

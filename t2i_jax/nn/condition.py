@@ -267,7 +267,7 @@ class GivenIds(nnx.Module):
         return jnp.where(drop[:, None], 0, given)
 
 
-Condition = Classes | Captions | Features | Vector | Given
+Condition = Classes | Captions | Features | Vector
 
 
 def value(batch: Batch, name: str) -> Array:
