@@ -38,7 +38,8 @@ def _vq_diffusion(
     )
     plain, classes, text = Reverse(1.0, 0.86), Reverse(1.5, 0.94), Reverse(3.0)
     guided = classes if "mean_null" in found else text
-    return VQDiffusion(**(found | {"sampling": guided if found["condition_dropout"] else plain} | fields))
+    found["sampling"] = guided if found["condition_dropout"] else plain
+    return VQDiffusion(**(found | fields))
 
 
 def _codec(tensors: Tensors, **fields: Any) -> Any:

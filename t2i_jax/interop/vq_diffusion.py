@@ -136,7 +136,8 @@ def table(config: Any) -> Table:
             lines[f"blocks.mlp.{ours}.b"] = source(f"{BLOCK}mlp.{conv}.bias")
         else:
             lines |= linear(f"blocks.mlp.{ours}", f"{BLOCK}mlp.{fc}")
-    lines |= norm("norm", "transformer.to_logits.0") | linear("output", "transformer.to_logits.1")
+    lines |= norm("norm", "transformer.to_logits.0")
+    lines |= linear("output", "transformer.to_logits.1")
     if isinstance(config.condition, Encoded) and config.condition.trained_null:
         lines["condition.null"] = source("empty_text_embed")
     if config.importance:

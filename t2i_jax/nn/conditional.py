@@ -110,8 +110,13 @@ class ToldBlock(nnx.Module):
         branch = lambda y: checkpoint_name(drop(y, self.dropout, next(keys)), "branch")
         x = x + branch(self.attention(self.attention_norm(x, t))[0])
         if self.cross is not None and self.cross_norm is not None:
+            assert memory is not None, "a block with cross-attention looks at a memory"
             x = x + branch(self.cross(self.cross_norm(x, t), memory, mask))
-        y = self.mlp_norm(x, label) if isinstance(self.mlp_norm, AdaNorm) else self.mlp_norm(x)
+        if isinstance(self.mlp_norm, AdaNorm):
+            assert label is not None, "a block that is told a class needs one"
+            y = self.mlp_norm(x, label)
+        else:
+            y = self.mlp_norm(x)
         return shard(x + branch(self.mlp(y)), "batch", "length", None)
 
 

@@ -1,9 +1,9 @@
 """Diffusion of codes: a Markov chain that replaces tokens by random ones, by MASK, or by either, and its reverse.
 
-K codes and, as id K, MASK. One step keeps a code with probability a + b, makes it any other with probability b each, and
-masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822, eq. 7). All steps commute
-with renaming codes, so q(x_t | x_0) has the same form with cumulative a, b, c (eq. 8), nothing needs a K x K matrix, and
-so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform chain, b = 0 its
+K codes and, as id K, MASK. One step keeps a code with probability a + b, makes it any other with probability b each,
+and masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822, eq. 7). All steps
+commute with renaming codes, so q(x_t | x_0) has the same form with cumulative a, b, c (eq. 8), nothing needs a K x K
+matrix, and so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform chain, b = 0 its
 absorbing one, whose limit of many steps is the continuous-time bound at the end of this file.
 
 Distributions are logarithms (b, l, K + 1) in fp32. Schedules are made in float64 on the host.
@@ -245,7 +245,7 @@ def gumbel(uniform: Array) -> Array:
 
 
 def draw(log_p: Array, uniform: Array) -> Array:
-    """A draw of each distribution (..., k), which need not be normalised, from uniform numbers (..., k): int32 (...)."""
+    """A draw of each distribution (..., k), normalised or not, from uniform numbers (..., k): int32 (...)."""
     return jnp.argmax(log_p + gumbel(uniform), -1).astype(jnp.int32)
 
 
@@ -262,8 +262,8 @@ def importance(history: Array) -> Array:
 # With s near t the bound's term is (m_t - m_s) / m_t times the cross-entropy of the masked tokens, m the probability of
 # being masked: integrated over time (Sahoo et al. 2024, MDLM, eq. 10; Shi et al. 2024),
 #     -log p(x) <= E_tau [ m'(tau) / m(tau) * sum over masked i of -log p(x_i | x_tau) ].
-# The integral is over dm / m: the schedule chooses only where it is sampled. It is also the expectation, over the number
-# n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked generation
+# The integral is over dm / m: the schedule chooses only where it is sampled. It is also the expectation, over the
+# number n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked generation
 # minimises, but for how it draws n (Chang et al. 2022 draw it by the cosine), and the likelihood of an autoregressive
 # model averaged over all orders (Hoogeboom et al. 2022).
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Reverse:
 
     def arrays(self) -> Reverse:
         """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
-        kinds = dict.fromkeys(("top_k", "steps", "stride", "rule"), jnp.int32)
+        kinds: dict[str, Any] = dict.fromkeys(("top_k", "steps", "stride", "rule"), jnp.int32)
         fields = (f.name for f in dataclasses.fields(self))
         return Reverse(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
 
