@@ -18,6 +18,7 @@ from jax import Array
 
 from t2i_jax.nn.condition import Classes, Condition
 from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import guidance, solvers
 from t2i_jax.noise.gaussian import (
@@ -104,7 +105,7 @@ class Diffusion:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
 
     @property
-    def condition(self) -> Condition:
+    def condition(self) -> Condition | PaddedCaptions:
         """What a picture is made for."""
         return self.network.condition or Classes(0)
 
@@ -297,9 +298,9 @@ def _sample(
         return denoised._replace(pull=pull)
 
     x, start = normal(first, 0), jnp.int32(0)
-    clean = None if given is None else given.astype(jnp.float32) * config.process.scale
+    clean = jnp.float32(0) if given is None else given.astype(jnp.float32) * config.process.scale
     noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
-    if clean is not None:
+    if given is not None:
         start = jnp.round((1 - options.strength) * path.steps).astype(jnp.int32)
         x = jnp.where(start > 0, noised(start, x), x)
 

@@ -3,8 +3,8 @@
 K codes and, as id K, MASK. One step keeps a code with probability a + b, makes it any other with probability b each,
 and masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822, eq. 7). All steps
 commute with renaming codes, so q(x_t | x_0) has the same form with cumulative a, b, c (eq. 8), nothing needs a K x K
-matrix, and so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform chain, b = 0 its
-absorbing one, whose limit of many steps is the continuous-time bound at the end of this file.
+matrix, and so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform
+chain, b = 0 its absorbing one, whose limit of many steps is the continuous-time bound at the end of this file.
 
 Distributions are logarithms (b, l, K + 1) in fp32. Schedules are made in float64 on the host.
 """
@@ -263,9 +263,9 @@ def importance(history: Array) -> Array:
 # being masked: integrated over time (Sahoo et al. 2024, MDLM, eq. 10; Shi et al. 2024),
 #     -log p(x) <= E_tau [ m'(tau) / m(tau) * sum over masked i of -log p(x_i | x_tau) ].
 # The integral is over dm / m: the schedule chooses only where it is sampled. It is also the expectation, over the
-# number n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked generation
-# minimises, but for how it draws n (Chang et al. 2022 draw it by the cosine), and the likelihood of an autoregressive
-# model averaged over all orders (Hoogeboom et al. 2022).
+# number n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked
+# generation minimises, but for how it draws n (Chang et al. 2022 draw it by the cosine), and the likelihood of an
+# autoregressive model averaged over all orders (Hoogeboom et al. 2022).
 
 
 def masked_share(shape: Literal["linear", "cosine"], tau: Array) -> tuple[Array, Array]:
