@@ -105,6 +105,7 @@ def test_half_a_codec_says_what_it_lacks():
         half.encode(model, IMAGES)
 
 
+@pytest.mark.slow
 def test_codec_and_stream_train_on_captions_and_draw(tmp_path):
     build_glyphs(tmp_path / "glyphs", size=16, limit=30)
     data = Data(ArrayRecord(str(tmp_path / "glyphs")), image_size=16, batch_size=8)

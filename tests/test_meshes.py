@@ -1,6 +1,7 @@
 """Every family and codec computes the same loss, gradients and carried values on every mesh as on one device."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -124,22 +125,30 @@ def outcome(trainable, mesh):
         return jax.device_get(run(model, batch))
 
 
-SLOW = pytest.param(CODEC, marks=pytest.mark.slow)  # convolutions compile long
-ALSO = pytest.param(ANY_ORDER, marks=pytest.mark.slow)  # the blocks of `ar` with other ends
-CONVOLUTIONS = pytest.param(UNET, marks=pytest.mark.slow)
+TRAINABLES = {
+    "ar": MODEL,
+    "vq-diffusion": DISCRETE,
+    "masked": MASKED,
+    "flow": FLOW,
+    "unet": UNET,
+    "any-order": ANY_ORDER,
+    "vqgan": CODEC,
+}
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2))
+QUICK = {("ar", mesh) for mesh in MESHES} | {(name, (2, 2, 2)) for name in ("vq-diffusion", "masked", "flow")}
+CASES = [
+    pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else pytest.mark.slow, id=f"{name}-{mesh}")
+    for name in TRAINABLES
+    for mesh in MESHES
+]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[MODEL, DISCRETE, MASKED, FLOW, CONVOLUTIONS, ALSO, SLOW],
-    ids=["ar", "vq-diffusion", "masked", "flow", "unet", "any-order", "vqgan"],
-)
-def alone(request):
-    return request.param, outcome(request.param, (1, 1, 1))
+@functools.cache
+def alone(name):
+    return outcome(TRAINABLES[name], (1, 1, 1))
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
-def test_loss_and_gradients_agree(alone, mesh):
-    trainable, expected = alone
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_loss_and_gradients_agree(name, mesh):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
-    jax.tree.map(close, outcome(trainable, mesh), expected)
+    jax.tree.map(close, outcome(TRAINABLES[name], mesh), alone(name))

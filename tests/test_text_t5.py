@@ -176,4 +176,4 @@ def test_every_mesh_gives_the_same_features(folder, mesh):
         if mesh.shape["tensor"] > 1:
             assert placed.blocks.attention.qkv.w[...].sharding.spec == jax.P(None, "fsdp", "tensor")
         found = np.asarray(jax.jit(text.features)(placed, ids, mask))
-    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""Every published system whose outputs are at hand: weights through the converter, each array compared."""
+"""Every published system whose outputs are at hand: weights through the converter, each array compared.
+
+Those kept in the project are quick; larger ones, where they lie beside it, belong to the long tests.
+"""
 
 import sys
 from pathlib import Path
@@ -12,7 +15,10 @@ from parity import FOLDERS, Oracle, check, systems
 SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 
 
-@pytest.mark.parametrize("name", sorted(systems()))
+CASES = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in sorted(systems())]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_every_published_array(name):
     if name not in SMALL | LARGE:
         pytest.skip(f"no folder {name}")
