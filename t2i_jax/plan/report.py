@@ -89,8 +89,8 @@ def measured(plan: Plan) -> str:
     """Who says what, in one line."""
     if plan.compile_seconds:
         return (
-            "From the compiler: memory, FLOPs, bytes, collectives (of its program; loops counted as they run). "
-            "Estimated: all seconds, from data sheets and the share of a peak that good programs reach."
+            "From the compiler: memory. Read in the text of its program, loops counted as they run: FLOPs, bytes, "
+            "collectives. Estimated: all seconds, from data sheets and the share of a peak that good programs reach."
         )
     return "Nothing was compiled. Counted: FLOPs, parameters, optimiser. Estimated: all the rest."
 
