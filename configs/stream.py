@@ -1,4 +1,7 @@
-"""Captions to 32x32 glyphs, text and codes in one stream (DALL-E, CogView), over the codes of `quickstart_codec.py`."""
+"""Captions to 32x32 glyphs, text and codes in one stream (DALL-E, CogView), over the codes of `quickstart_codec.py`.
+
+The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
+"""
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord

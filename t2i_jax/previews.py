@@ -57,7 +57,8 @@ class Previews:
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:
-            stored = {k: [r[k] for r in records] for k in ("label", "features", "text_mask") if k in records[0]}
+            wanted = {"label", "features", "text_mask"} & set(experiment.data.fields) & records[0].keys()
+            stored = {k: [r[k] for r in records] for k in sorted(wanted)}
             # Of features there is a row for each caption, and the picture is drawn for the first.
             condition = {k: np.stack(v if k == "label" else [x[0] for x in v]) for k, v in stored.items()}
             if experiment.text is not None and "features" not in condition:

@@ -211,6 +211,13 @@ def test_precomputed_arrays_pass_through(tmp_path):
     np.testing.assert_array_equal(batch["text_mask"].sum(1), 1 + chosen)
     (first,) = take(dataclasses.replace(data, caption="first"), 1)
     np.testing.assert_array_equal(first["features"][:, 0, 0], 10 * first["codes"][:, 0, 0])
+
+
+def test_stored_features_that_are_not_wanted_leave_captions_to_the_tokenizer(tmp_path):
+    row = {"codes": np.zeros((2, 2)), "features": np.zeros((1, 3, 4)), "text_mask": np.ones((1, 3), bool)}
+    write_records(tmp_path / "r", [row | {"captions": ["a cat"]}] * 4)
+    (batch,) = take(Data(ArrayRecord(str(tmp_path / "r")), batch_size=4, fields=("codes",)), 1)
+    assert set(batch) == {"codes", "text", "text_mask"} and (batch["text"][:, 0] == len("a cat")).all()
     write_records(tmp_path / "odd", [{"codes": np.zeros((2, 2 + i), np.int32)} for i in range(2)])
     with pytest.raises(DataError, match="'codes'"):
         take(Data(ArrayRecord(str(tmp_path / "odd")), batch_size=2), 1, text=None)

@@ -83,9 +83,9 @@ class Data:
         """This process's part of the endless stream of batches that follows the first `position` examples.
 
         Gives "image" uint8 (b, i, j, 3), "text" int32 (b, s) and "text_mask" bool (b, s) if there is a `text` (any
-        function of captions to ids and mask; a record with "features" is not tokenised), "label" int32 (b,) and the
-        other arrays of `fields` that the records hold; b = batch_size / count. A split other than "train" is shuffled
-        too, but not augmented: centre crop, no flip, first caption. Close the iterator to end its workers.
+        function of captions to ids and mask; stored "features" that are among `fields` stand in for it), "label" int32
+        (b,) and the other arrays of `fields` that the records hold; b = batch_size / count. A split other than "train"
+        is shuffled too, but not augmented: centre crop, no flip, first caption. Close the iterator to end its workers.
 
         Errors: `DataError` for a batch size that `count` does not divide, for an unreadable source, for records that
         do not fit together, and when too many are broken, naming the last of them.
@@ -195,7 +195,7 @@ class _Examples:
         # All draws are taken in this order whatever the record is like.
         x = rng.uniform()
         caption, row, chooser = None, 0, random if data.caption == "random" else None
-        if "features" in record:
+        if "features" in data.fields and "features" in record:
             row = int(chooser.integers(len(record["features"]))) if chooser is not None else 0
         elif self.captions:
             caption = choose_caption(record.get("captions"), chooser)
