@@ -239,6 +239,8 @@ class SampleArguments:
     scale: int = 4
     """enlargement of the pictures in the grid"""
     rerank: str = ""
+    int8: bool = False
+    """matrices as whole numbers and scales: a quarter of the memory, nearly the same pictures; not for every family"""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt"""
     candidates: int = 16
     """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
@@ -264,7 +266,7 @@ def sample(arguments: list[str]) -> None:
     prompts = list(args.text) + (args.prompts.read_text("utf-8").splitlines() if args.prompts else [])
     if not prompts:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
-    pipeline = Pipeline.load(args.model)
+    pipeline = Pipeline.load(args.model, int8=args.int8)
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     if (args.image is None) != (args.mask is None):
         raise config.ConfigError("--image and --mask go together: a picture, and where to draw it anew")

@@ -16,6 +16,7 @@ from jax import Array
 
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.nn.decode import int8_weights
 from t2i_jax.pictures import to_uint8
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 
@@ -50,13 +51,24 @@ class Pipeline:
         self._compiled = jax.jit(self._run)  # option values are traced: compiled once
 
     @classmethod
-    def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig()) -> Pipeline:
-        """The pipeline of a run folder or a released model. Errors: `ConfigError` where it holds no family."""
+    def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
+        """The pipeline of a run folder or a released model.
+
+        int8: matrices as whole numbers and scales (`nn.decode.int8_weights`), for models that draw token by token.
+        Errors: `ConfigError` where it holds no family, or one of another kind than `int8` is for.
+        """
         artifact = load_artifact(folder)
         if not hasattr(artifact.config, "sample"):
             raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
         codec = load_artifact(artifact.codec) if artifact.codec else None
-        return cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
+        if not int8:
+            return cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
+        if not hasattr(artifact.config, "prefill"):
+            kind = type(artifact.config).__name__
+            raise ConfigError(f"{folder} holds a {kind}: int8 weights are for models that draw token by token")
+        pipeline = cls(artifact.config, int8_weights(artifact.model), codec, artifact.text, mesh, artifact)
+        pipeline.about = {"weights": "int8"}
+        return pipeline
 
     @property
     def options(self) -> Any:
@@ -134,15 +146,31 @@ class Pipeline:
         """One batch, uint8 (b, i, j, 3) on the devices."""
         with jax.set_mesh(self.mesh):
             condition = jax.device_put(self.condition(prompts), batch_sharding(self.mesh))
-            return self._compiled(self.parts, condition, image_keys(seeds), options.arrays())
+            static = {"watched": watch is not None, **unguided(options)}
+            images = self._compiled(self.parts, condition, image_keys(seeds), options.arrays(), **static)
+        if watch:
+            jax.effects_barrier()
+        return images
+
+    def pictures(self, codes: Any) -> np.ndarray:
+        """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._finish(self.parts, codes))
+
+    def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
+        if self._watch:
+            self._watch(float(done) / float(total), codes)
 
     def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
         if hasattr(self.text, "features"):
             condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
         held = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
-        codes = self.family.sample(parts["model"], condition, keys, options, **held)
-        images = self.codec.config.decode(parts["codec"], codes) if self.codec else codes
-        return to_uint8(images)
+        static: dict[str, Any] = {} if guided is None else {"guided": guided}
+        static |= {"progress": self._heard} if watched else {}
+        return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **held, **static))
+
+    def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
+        return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)
 
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card."""

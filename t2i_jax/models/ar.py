@@ -20,9 +20,9 @@ from jax import Array
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds
-from t2i_jax.nn.decode import few_rows, for_decoding
+from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.raster import Progress
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
@@ -290,14 +290,13 @@ class AR:
         x, caches, blocks, valid, memory_mask = self._read(model, condition, dropped)
         s = valid.shape[1]
         # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
-        output = model.tokens.w[...] if model.output is None else model.output[...].T
+        output = model.tokens.w[...].T if model.output is None else model.output
         state = Decoding(
             caches=caches,
             tokens=model.tokens,
             blocks=for_decoding(blocks, self.dtype),
             norm=model.norm,
-            output=output.astype(self.dtype),
-            output_bias=model.output_bias,
+            output=FewRows(output, model.output_bias, self.dtype, jnp.float32),
             valid=valid,
             memory_mask=memory_mask,
             rotary=self._rotary(s, s, s + self.length),
@@ -331,9 +330,7 @@ class AR:
             memory_mask=state.memory_mask,
             caches=state.caches,
         )
-        logits = few_rows(state.norm(x[:, 0]), state.output, jnp.float32)
-        logits = logits if state.output_bias is None else logits + state.output_bias[...]
-        return logits, dataclasses.replace(state, caches=caches)
+        return state.output(state.norm(x[:, 0])), dataclasses.replace(state, caches=caches)
 
 
 @jax.tree_util.register_dataclass
@@ -346,9 +343,7 @@ class Decoding:
     blocks: tuple[Block, ...]
     """One by one, in the form that decodes fastest."""
     norm: RMSNorm | LayerNorm
-    output: Array
-    """(v, d)"""
-    output_bias: nnx.Param | None
+    output: FewRows
     valid: Array
     """Which tokens before the image are real (b, s)."""
     memory_mask: Array | None
@@ -387,8 +382,8 @@ class Network(nnx.Module):
 
     def logits(self, z: Array) -> Array:
         """(..., d) -> (..., v) fp32."""
-        w = self.tokens.w[...].T if self.output is None else self.output[...]
-        logits = jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+        w = self.tokens.w[...].T if self.output is None else self.output
+        logits = matmul(self.norm(z), w, jnp.float32)
         return logits if self.output_bias is None else logits + self.output_bias[...]
 
 

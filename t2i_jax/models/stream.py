@@ -21,9 +21,9 @@ from jax import Array
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, ids, same_length
-from t2i_jax.nn.decode import few_rows, for_decoding
+from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.raster import Progress
 from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack, unstack
@@ -320,15 +320,14 @@ class Stream:
             caches=caches,
         )
         # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
-        w = model.image_tokens.w[...] if model.image_head is None else model.image_head[...].T
+        w = model.image_tokens.w[...].T if model.image_head is None else model.image_head
         state = Decoding(
             caches=caches,
             blocks=for_decoding(blocks, self.dtype),
             tokens=model.image_tokens,
             places=model.cells(),
             norm=model.norm,
-            output=w.astype(self.dtype),
-            output_bias=model.image_bias,
+            output=FewRows(w, model.image_bias, self.dtype, jnp.float32),
             text=s,
         )
         return model.image_logits(x[:, -1]), state
@@ -344,9 +343,7 @@ class Stream:
             shift=self._shift,
             caches=state.caches,
         )
-        logits = few_rows(state.norm(x[:, 0]), state.output, jnp.float32)
-        logits = logits if state.output_bias is None else logits + state.output_bias[...]
-        return logits, dataclasses.replace(state, caches=caches)
+        return state.output(state.norm(x[:, 0])), dataclasses.replace(state, caches=caches)
 
 
 @jax.tree_util.register_dataclass
@@ -361,9 +358,7 @@ class Decoding:
     places: Array | None
     """What is added to codes by where they stand (L, d)."""
     norm: RMSNorm | LayerNorm
-    output: Array
-    """(v, d)"""
-    output_bias: nnx.Param | None
+    output: FewRows
     text: int = dataclasses.field(metadata={"static": True})
     """Tokens before the image."""
 
@@ -417,6 +412,5 @@ class Network(nnx.Module):
         return self._logits(z, self.image_tokens, self.image_head, self.image_bias)
 
     def _logits(self, z: Array, tokens: Embedding, head: nnx.Param | None, bias: nnx.Param | None) -> Array:
-        w = tokens.w[...].T if head is None else head[...]
-        logits = jnp.matmul(self.norm(z), w.astype(z.dtype), preferred_element_type=jnp.float32)
+        logits = matmul(self.norm(z), tokens.w[...].T if head is None else head, jnp.float32)
         return logits if bias is None else logits + bias[...]

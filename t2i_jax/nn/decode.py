@@ -1,16 +1,37 @@
-"""Matrix products for few rows at a time, as when one token of each image is decoded."""
+"""Matrix products for few rows at a time, as when one token of each image is decoded, and int8 weights for them."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.layers import Linear
+from t2i_jax.nn.layers import Int8, Linear
+
+M = TypeVar("M")
+
+
+def int8_weights(model: M) -> M:
+    """`model` with an `Int8` in the place of the matrix of every `Linear` and of every output matrix over a vocabulary.
+
+    A table that also serves as the output matrix stays as it is. Nothing else about the model changes: it scores and
+    draws as before, to what the rounding does.
+    """
+    linear = lambda m: isinstance(m, Linear)
+
+    def one(m: Any) -> Any:
+        if linear(m):
+            same = jax.tree.map(lambda x: x, m)
+            same.w = Int8(m.w)
+            return same
+        output = isinstance(m, nnx.Variable) and m.get_metadata().get("axes") == ("embed", "vocab")
+        return Int8(m) if output else m
+
+    return jax.tree.map(one, model, is_leaf=lambda m: linear(m) or isinstance(m, nnx.Variable))
 
 
 def few_rows(x: Array, w: Array, dtype: Any = None) -> Array:
@@ -23,21 +44,27 @@ def few_rows(x: Array, w: Array, dtype: Any = None) -> Array:
     y = jax.lax.platform_dependent(
         x.reshape(-1, x.shape[-1]),
         w,
-        cpu=lambda x, w: jax.lax.optimization_barrier(product(w, x.T)).T,
-        default=lambda x, w: product(x, w.T),
+        cpu=lambda x, w: jax.lax.optimization_barrier(product(w.astype(x.dtype), x.T)).T,
+        default=lambda x, w: product(x, w.T.astype(x.dtype)),
     )
     return y.reshape(*x.shape[:-1], -1)
 
 
 class FewRows(nnx.Module):
-    """A `Linear` with its weights turned and cast for `few_rows`."""
+    """x W + b as `Linear` has it, its weights turned and cast for `few_rows`; the result in `out`, or as x is."""
 
-    def __init__(self, linear: Linear, dtype: Any):
-        self.w = nnx.Variable(linear.w[...].T.astype(dtype))
-        self.b = None if linear.b is None else nnx.Variable(linear.b[...].astype(dtype))
+    def __init__(self, w: nnx.Variable | Int8 | Array, b: nnx.Variable | None, dtype: Any, out: Any = None):
+        self.w = nnx.Variable(w.q[...].T if isinstance(w, Int8) else w[...].T.astype(dtype))
+        self.scale = nnx.Variable(w.scale[...]) if isinstance(w, Int8) else None
+        self.b = None if b is None else nnx.Variable(b[...].astype(out or dtype))
+        self.out = out
 
     def __call__(self, x: Array) -> Array:
-        y = few_rows(x, self.w[...])
+        out = self.out or x.dtype
+        if self.scale is None:
+            y = few_rows(x, self.w[...], out)
+        else:
+            y = (few_rows(x, self.w[...], jnp.float32) * self.scale[...]).astype(out)
         return y if self.b is None else y + self.b[...]
 
 
@@ -45,4 +72,4 @@ def for_decoding(module: Any, dtype: Any) -> Any:
     """`module` with every `Linear` as `FewRows` and every other array in `dtype`: done once, before the first token."""
     linear = lambda m: isinstance(m, Linear)
     cast = lambda x: x.astype(dtype)
-    return jax.tree.map(lambda m: FewRows(m, dtype) if linear(m) else cast(m), module, is_leaf=linear)
+    return jax.tree.map(lambda m: FewRows(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
