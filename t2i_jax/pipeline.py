@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.config import ConfigError
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.nn.decode import int8_weights
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 
@@ -138,7 +138,7 @@ class Pipeline:
             codes = jax.jit(self.codec.config.encode)(self.parts["codec"], picture[None].astype(np.float32) / 127.5 - 1)
         same = copy.copy(self)
         same.parts = self.parts | {"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}}
-        same.about = {"held": hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]}
+        same.about = self.about | {"held": hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]}
         same._compiled = jax.jit(same._run)
         return same
 
@@ -146,31 +146,15 @@ class Pipeline:
         """One batch, uint8 (b, i, j, 3) on the devices."""
         with jax.set_mesh(self.mesh):
             condition = jax.device_put(self.condition(prompts), batch_sharding(self.mesh))
-            static = {"watched": watch is not None, **unguided(options)}
-            images = self._compiled(self.parts, condition, image_keys(seeds), options.arrays(), **static)
-        if watch:
-            jax.effects_barrier()
-        return images
-
-    def pictures(self, codes: Any) -> np.ndarray:
-        """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
-        with jax.set_mesh(self.mesh):
-            return np.asarray(self._finish(self.parts, codes))
-
-    def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
-        if self._watch:
-            self._watch(float(done) / float(total), codes)
+            return self._compiled(self.parts, condition, image_keys(seeds), options.arrays())
 
     def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
         if hasattr(self.text, "features"):
             condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
         held = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
-        static: dict[str, Any] = {} if guided is None else {"guided": guided}
-        static |= {"progress": self._heard} if watched else {}
-        return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **held, **static))
-
-    def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
-        return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)
+        codes = self.family.sample(parts["model"], condition, keys, options, **held)
+        images = self.codec.config.decode(parts["codec"], codes) if self.codec else codes
+        return to_uint8(images)
 
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card."""
