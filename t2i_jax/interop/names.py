@@ -49,7 +49,7 @@ class Source(NamedTuple):
         """One layer's tensors as one array of ours."""
         joined: Any = tensors[0] if len(tensors) == 1 else tensors
         if self.parts:
-            joined = pack(tensors, "* d")[0]
+            joined = pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]
         if self.rows is not None:
             if joined.shape[0] != self.height:
                 raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
@@ -65,7 +65,7 @@ class Source(NamedTuple):
             parts = {left.split()[0]: len(self.names)} if len(self.names) > 1 and not self.parts else {}
             array = rearrange(array, f"{right} -> {left}", **parts, **self.sizes)
         if self.parts:
-            return unpack(array, [(n,) for n in self.parts], "* d")
+            return unpack(array, [(n,) for n in self.parts], "* d" if array.ndim > 1 else "*")
         return [array] if len(self.names) == 1 else list(array)
 
 

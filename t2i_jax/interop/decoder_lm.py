@@ -1,0 +1,42 @@
+"""Names of decoder language models in folders as Hugging Face lays them out: Llama, Qwen 2 and Qwen 3."""
+
+import numpy as np
+
+from t2i_jax.interop.names import LINEAR, Table, source
+
+IGNORED = r"^lm_head\.|^model\.(layers|norm)\.|inv_freq$"
+"""The head, layers behind the last one that is asked for, and tables that are counted."""
+
+
+def table(heads: int, kv_heads: int, head: int, *, bias: bool, out_bias: bool, qk_norm: bool, last: bool) -> Table:
+    """Where the variables of a `t2i_jax.text.decoder_lm.Decoder` lie.
+
+    Theirs turn dimension j of a head with j + h/2, ours neighbours; ours go by key-value head, each with its queries.
+    last: the model has the norm behind the last layer.
+    """
+    layer, n, m = "model.layers.{}.", heads, kv_heads
+    turned = np.arange(head).reshape(2, -1).T.reshape(-1)
+    blocks = np.arange((n + 2 * m) * head).reshape(-1, head)
+    blocks[: n + m] = blocks[: n + m, turned]
+    parts = np.split(blocks, [n, n + m])
+    rows = np.concatenate([part.reshape(m, -1) for part in parts], 1).reshape(-1)
+    joined = {"rows": rows, "height": len(rows), "parts": (n * head, m * head, m * head)}
+    names = [f"{layer}self_attn.{p}_proj" for p in "qkv"]
+    lines = {
+        "words.w": source("model.embed_tokens.weight"),
+        "blocks.attention_norm.w": source(f"{layer}input_layernorm.weight"),
+        "blocks.attention.qkv.w": source(*(f"{name}.weight" for name in names), layout=LINEAR, **joined),
+        "blocks.attention.out.w": source(f"{layer}self_attn.o_proj.weight", layout=LINEAR),
+        "blocks.mlp_norm.w": source(f"{layer}post_attention_layernorm.weight"),
+        "blocks.mlp.gate.w": source(f"{layer}mlp.gate_proj.weight", layout=LINEAR),
+        "blocks.mlp.into.w": source(f"{layer}mlp.up_proj.weight", layout=LINEAR),
+        "blocks.mlp.out.w": source(f"{layer}mlp.down_proj.weight", layout=LINEAR),
+    }
+    if bias:
+        lines["blocks.attention.qkv.b"] = source(*(f"{name}.bias" for name in names), **joined)
+    if out_bias:
+        lines["blocks.attention.out.b"] = source(f"{layer}self_attn.o_proj.bias")
+    for letter in "qk" if qk_norm else "":
+        theirs = f"{layer}self_attn.{letter}_norm.weight"
+        lines[f"blocks.attention.{letter}_norm.w"] = source(theirs, rows=turned, height=head)
+    return lines | ({"norm.w": source("model.norm.weight")} if last else {})

@@ -1,0 +1,200 @@
+"""The hidden states of a decoder language model as text: Llama (Touvron et al. 2023; Dubey et al. 2024), Qwen 2 and 3.
+
+A language model that was never shown a picture reads captions better than encoders of its size (Xie et al. 2024, SANA;
+Qin et al. 2025, Lumina-Image 2.0): its last or last but one hidden states take the place of T5's features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from t2i_jax.interop import decoder_lm as published
+from t2i_jax.interop import huggingface
+from t2i_jax.interop.names import to_ours
+from t2i_jax.nn.attention import causal, frequencies
+from t2i_jax.nn.layers import Embedding, RMSNorm
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.parallel import shard
+
+KINDS = ("llama", "qwen2", "qwen3")
+"""`model_type` of a config.json that is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderLM:
+    """Captions as hidden states of a language model that lies in a folder as Hugging Face lays it out."""
+
+    folder: str
+    """with config.json, the weights and tokenizer.json"""
+    length: int = 128
+    """ids of a caption, those of the template included; longer ones are cut"""
+    layer: int = -1
+    """which hidden states: 0 are the embeddings, n those behind layer n, and negative ones count from the end; the last
+    are normalised. Layers behind are not loaded."""
+    template: str = "{}"
+    """what captions are set into, `{}` being the caption: an instruction, say"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights and of the arithmetic"""
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"DecoderLM.dtype '{self.dtype}': it is float32 or bfloat16")
+        if "{}" not in self.template:
+            raise ValueError(f"DecoderLM.template {self.template!r} has no {{}}, the place of the caption")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+
+        Errors: FileNotFoundError without tokenizer.json, ImportError without the package that reads it.
+        """
+        tokenizer = _tokenizer(self.folder)
+        ids, mask = np.zeros((len(captions), self.length), np.int32), np.zeros((len(captions), self.length), bool)
+        texts = [self.template.replace("{}", caption) for caption in captions]
+        for row, seen, caption, found in zip(ids, mask, captions, tokenizer.encode_batch(texts), strict=True):
+            if caption.strip():
+                some = found.ids[: self.length]
+                row[: len(some)], seen[: len(some)] = some, True
+        return ids, mask
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """The sizes of what is loaded. Errors: FileNotFoundError, ValueError naming a field of config.json."""
+        return Shape.read(huggingface.config(self.folder), self.layer)
+
+    @property
+    def dim(self) -> int:
+        """Size k of a feature vector."""
+        return self.shape.layer.width
+
+    def load(self) -> Decoder:
+        """The layers that are asked for, on the host: `jax.device_put` with the shardings of a mesh places them.
+
+        Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
+        """
+        shape, layer = self.shape, self.shape.layer
+        abstract = jax.eval_shape(functools.partial(Decoder, shape), jax.random.key(0))
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
+        bias, out_bias = layer.biases
+        kinds = {"bias": bias, "out_bias": out_bias, "qk_norm": layer.qk_norm, "last": shape.last}
+        lines = published.table(layer.heads, layer.groups, layer.head, **kinds)
+        if not shape.depth:
+            lines = {k: v for k, v in lines.items() if not k.startswith("blocks.")}
+        return to_ours(abstract, huggingface.Weights(self.folder), lines, published.IGNORED, self.folder)
+
+    def features(self, model: Decoder, ids: Array, mask: Array) -> Array:
+        """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
+        return model(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, up to the layer that is asked for."""
+
+    layer: Layer
+    depth: int
+    vocabulary: int
+    last: bool
+    """it has the norm behind the last layer"""
+    base: float = 10000.0
+    """of rotary positions"""
+    stretch: tuple[float, float, float, float] | None = None
+    """factor, low, high and length: waves of over length / low places are slowed by the factor, those of under
+    length / high are not (Llama 3.1)"""
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], layer: int = -1) -> Shape:
+        """From the fields of config.json. Errors: ValueError naming the field."""
+        kind = config.get("model_type")
+        if kind not in KINDS:
+            raise ValueError(f"config.json: model_type {kind!r} is not one of {', '.join(KINDS)}")
+        fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+        if missing := [k for k in fields if k not in config]:
+            raise ValueError(f"config.json has no {', '.join(missing)}")
+        for field, known in {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}.items():
+            if config.get(field, known) != known:
+                raise ValueError(f"config.json: {field} is {config[field]!r}; what can be read is {known!r}")
+        depth = config["num_hidden_layers"]
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(f"layer {layer}: this model has hidden states 0 to {depth}, or {-depth - 1} to -1")
+        heads, biased = config["num_attention_heads"], bool(config.get("attention_bias", False))
+        shape = Layer(
+            config["hidden_size"],
+            heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            hidden=config["intermediate_size"],
+            eps=config.get("rms_norm_eps", 1e-6),
+            qkv_bias=kind == "qwen2" or biased,
+            out_bias=kind != "qwen2" and biased,
+            qk_norm=kind == "qwen3",
+        )
+        used = layer % (depth + 1)
+        return cls(shape, used, config["vocab_size"], used == depth, *_rotary(config))
+
+    def angles(self, length: int) -> Array:
+        """Angles (length, h/2) of positions 0 .. length - 1."""
+        turns = frequencies(self.layer.head // 2, self.base)
+        if self.stretch is not None:
+            factor, low, high, known = self.stretch
+            kept = jnp.clip((known * turns / (2 * math.pi) - low) / (high - low), 0, 1)
+            turns = turns * (kept + (1 - kept) / factor)
+        return jnp.arange(length)[:, None] * turns
+
+
+def _rotary(config: Mapping[str, Any]) -> tuple[float, tuple[float, float, float, float] | None]:
+    """The base of rotary positions, and how they are stretched."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise ValueError(f"config.json: rotary positions of kind {kind!r}; what can be read are default and llama3")
+    ends = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, length = (float(rope[k]) for k in ends)
+    return base, (factor, low, high, length)
+
+
+@functools.lru_cache(8)
+def _tokenizer(folder: str) -> Any:
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no tokenizer.json in it, the vocabulary of the language model")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError("tokenizer.json is read by the package tokenizers: pip install 'tokenizers>=0.22'") from error
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+class Decoder(nnx.Module):
+    """Pre-norm blocks that see what stands before them."""
+
+    def __init__(self, shape: Shape, key: Array):
+        keys = jax.random.split(key)
+        self.words = Embedding(shape.vocabulary, shape.layer.width, keys[0])
+        self.blocks = stack(shape.layer, shape.depth, keys[1]) if shape.depth else None
+        self.norm = RMSNorm(shape.layer.width, shape.layer.eps) if shape.last else None
+        self.shape = shape
+
+    def __call__(self, ids: Array) -> Array:
+        """ids int (b, t) -> hidden states (b, t, d) in the dtype of the weights; what follows a token is not seen."""
+        x, t = shard(self.words(ids), "batch", "length", None), ids.shape[1]
+        if self.blocks is not None:
+            angles = self.shape.angles(t)
+            x, _ = apply_stack(self.blocks, x, rotary=(jnp.cos(angles), jnp.sin(angles)), mask=causal(t))
+        return x if self.norm is None else self.norm(x)
