@@ -1,4 +1,7 @@
-"""A small KL autoencoder on 32x32 glyphs: 8x8 codes of 8 numbers, for heads of vectors (`glyphs_mar.py`)."""
+"""A small KL autoencoder on 32x32 glyphs: 8x8 codes of 8 numbers, for heads of vectors (`glyphs_mar.py`).
+
+`t2i release runs/glyphs/kl --out runs/glyphs/kl_scaled --scale` measures the scale of its codes.
+"""
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL

@@ -2,19 +2,18 @@
 
 Other cells of the table are other values of two fields: `head=Softmax(512)` over `quickstart_codec.py`, `Flow(8)` or
 `Mixture(8)`; `order=Raster()`, `Permutation()` or, with softmax, `Confidence()`; `models.any_order.AnyOrder` is causal.
+`t2i encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents` makes the data.
 """
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.condition import Features
 from t2i_jax.nn.heads import Diffusion
-from t2i_jax.nn.orders import Sets
-from t2i_jax.text.sentencepiece import SentencePiece
+from t2i_jax.nn.orders import Generation, Sets
+from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
-
-TOKENS = 16
 
 experiment = Experiment(
     model=Masked(
@@ -24,18 +23,20 @@ experiment = Experiment(
         width=192,
         depth=2,
         heads=4,
-        condition=Captions(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
+        buffer=4,
+        condition=Features(MiniLM.dim, 1),
         dropout=0.0,
+        sampling=Generation(iterations=16, temperature=0.8),
     ),
-    data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=16),
+    data=Data(ArrayRecord("data/glyphs_latents"), image_size=32, batch_size=32),
     train=Train(
         steps=1000,
-        optimizer=Optimizer("muon", learning_rate=2e-3, warmup=50, weight_decay=0.01),
+        optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
         evaluate_every=500,
         preview_every=500,
         save_every=250,
     ),
-    codec="runs/glyphs/kl",
-    text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
+    codec="runs/glyphs/kl_scaled",
+    text=MiniLM(16, pooled=True),
 )

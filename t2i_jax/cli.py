@@ -21,6 +21,7 @@ COMMANDS = {
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to pictures",
     "evaluate": "the metrics of a run or a released model",
+    "compare": "several models with equal compute, in one report",
     "convert": "a published checkpoint to a released model, and back",
     "release": "a run to a released model: one folder that can travel",
     "plan": "memory, time and collectives of a run, for chips that need not be there",
@@ -238,9 +239,9 @@ class SampleArguments:
     batch_size: int = 16
     scale: int = 4
     """enlargement of the pictures in the grid"""
-    rerank: str = ""
     int8: bool = False
     """matrices as whole numbers and scales: a quarter of the memory, nearly the same pictures; not for every family"""
+    rerank: str = ""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt"""
     candidates: int = 16
     """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
@@ -248,6 +249,10 @@ class SampleArguments:
     """a picture of which only what `mask` marks is drawn anew; for masked and any-order models"""
     mask: Path | None = None
     """a picture of that size, white where to draw"""
+    upsample: Path | None = None
+    """run folder or released model that makes the pictures larger, by its own sampling options"""
+    watch: bool = False
+    """let the bar move within a batch, and show in growing.png how pictures came about; is compiled at each start"""
 
 
 def sample(arguments: list[str]) -> None:
@@ -273,10 +278,12 @@ def sample(arguments: list[str]) -> None:
     if args.image and args.mask:
         picture, mask = (np.asarray(Image.open(f).convert(k)) for f, k in ((args.image, "RGB"), (args.mask, "L")))
         pipeline = pipeline.holding(picture, mask > 127)
+    if args.upsample:
+        pipeline = pipeline.enlarged(Pipeline.load(args.upsample), args.upsample.name)
     drawn = max(args.count, args.candidates) if args.rerank else args.count
     jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
     folder = args.out / "candidates" if args.rerank else args.out
-    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale)
+    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
     if args.rerank:
         from t2i_jax.evaluation.rerank import Reranker, keep_best
         from t2i_jax.text.clip import ClipEmbedding
@@ -340,13 +347,15 @@ class ReleaseArguments:
 
     run: tyro.conf.Positional[Path]
     out: Path
+    scale: bool = False
+    """of a KL autoencoder: measure the scale and shift of its codes on the run's pictures, and release it with them"""
 
 
 def release(arguments: list[str]) -> None:
     from t2i_jax.pipeline import release as release_run
 
     args = parse(ReleaseArguments, arguments, "t2i release")
-    release_run(args.run, args.out)
+    release_run(args.run, args.out, args.scale)
     console.print(f"{args.out}: released; it can be moved anywhere")
 
 
@@ -388,6 +397,42 @@ def convert(arguments: list[str]) -> None:
     artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
     needs = hasattr(artifact.config, "sample") and hasattr(artifact.config, "vocabulary") and not codec
     console.print(f"{args.out}: converted" + ("; give --codec to draw pictures with it" * needs), soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareArguments:
+    """Train several models with equal compute, draw from each, sweep sampling options, and write one report.
+
+    What was trained or measured before is taken over: the same command goes on.
+    Example: t2i compare configs/compare_discrete.py --out docs/results/discrete --count 100
+    """
+
+    config: tyro.conf.Positional[Path]
+    """a file whose `experiment` is a `t2i_jax.comparison.Comparison`"""
+    out: Path
+    """OUT.md, OUT.json, OUT.png and a plot for each sweep"""
+    runs: Path | None = None
+    """where the runs lie; runs/NAME of the config file unless given"""
+    count: int | None = None
+    flops: float | None = None
+    """training compute of each run; the config's own unless given"""
+
+
+def compare(arguments: list[str]) -> None:
+    from t2i_jax import comparison, config
+
+    args = parse(CompareArguments, arguments, "t2i compare")
+    wanted = config.load(args.config)
+    if not isinstance(wanted, comparison.Comparison):
+        raise config.ConfigError(f"{args.config}: `experiment` must be a Comparison, not a {type(wanted).__name__}")
+    given = {k: v for k in ("count", "flops") if (v := getattr(args, k)) is not None}
+    command = f"t2i compare {' '.join(arguments)}"
+    runs = args.runs or Path("runs") / args.config.stem
+    comparison.run(dataclasses.replace(wanted, **given), runs, args.out, command)
+    console.print(f"{args.out}.md, with its pictures beside it", soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- plan

@@ -25,12 +25,12 @@ PEAKS = {
 }
 
 
-def count(function: Callable[..., Any], *arguments: Any) -> float:
+def count(function: Callable[..., Any], *arguments: Any, trips: float = 1) -> float:
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
-    A `while_loop` without a known length counts once; a `cond` counts its dearest branch.
+    A `while_loop`, whose length is not known, counts `trips` times; a `cond` counts its dearest branch.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
 
 
 def peak(device: Any) -> float | None:
@@ -38,11 +38,11 @@ def peak(device: Any) -> float | None:
     return next((v for k, v in PEAKS.items() if device.device_kind.startswith(k)), None)
 
 
-def _jaxpr(jaxpr: Any) -> float:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def _jaxpr(jaxpr: Any, trips: float) -> float:
+    return sum(_equation(e, trips) for e in jaxpr.eqns)
 
 
-def _equation(e: Any) -> float:
+def _equation(e: Any, trips: float) -> float:
     name = e.primitive.name
     out = math.prod(e.outvars[0].aval.shape) if e.outvars else 0  # pyright: ignore[reportAttributeAccessIssue]
     if name == "dot_general":
@@ -53,11 +53,11 @@ def _equation(e: Any) -> float:
         features = kernel[e.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * out * math.prod(kernel) / features
     if name == "cond":
-        return max(_jaxpr(b.jaxpr) for b in e.params["branches"])
+        return max(_jaxpr(b.jaxpr, trips) for b in e.params["branches"])
     inner = 0.0
     for value in e.params.values():
         if isinstance(value, core.ClosedJaxpr):
-            inner += _jaxpr(value.jaxpr)
+            inner += _jaxpr(value.jaxpr, trips)
         elif isinstance(value, core.Jaxpr):
-            inner += _jaxpr(value)
-    return inner * (e.params["length"] if name == "scan" else 1)
+            inner += _jaxpr(value, trips)
+    return inner * {"scan": e.params.get("length", 1), "while": trips}.get(name, 1)

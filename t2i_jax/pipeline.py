@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax import config
 from t2i_jax.config import ConfigError
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
@@ -24,6 +25,16 @@ from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 def image_keys(seeds: Sequence[int]) -> Array:
     """One key per picture, from its seed alone: the same seed gives the same picture in any batch."""
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+Watch = Callable[[float, Any], None]
+"""Called while a batch is drawn with the share that is done and the codes, or pictures, so far."""
+
+
+def unguided(options: Any) -> dict[str, bool]:
+    """How to tell `sample` that both branches would say the same, where options ask for no guidance: half the work."""
+    scale = getattr(options, "guidance", None)
+    return {"guided": False} if scale is not None and bool(np.all(np.asarray(scale) == 1)) else {}
 
 
 class Pipeline:
@@ -48,7 +59,14 @@ class Pipeline:
         self.parts = jax.device_put(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
-        self._compiled = jax.jit(self._run)  # option values are traced: compiled once
+        self._watch: Watch | None = None
+        self.second: Pipeline | None = None
+        """What makes the pictures larger; see `enlarged`."""
+        self._compiled = self._compile()
+
+    def _compile(self) -> Callable[..., Array]:
+        """Option values are traced: compiled once, and once without guidance."""
+        return jax.jit(self._run, static_argnames=("watched", "guided"))
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
@@ -93,11 +111,13 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         options: Any = None,
         batch_size: int = 16,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[float, int], None] | None = None,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """Pictures uint8 (n, i, j, 3), one per prompt; picture m is a function of prompt m and seed m alone.
 
-        progress: called as (pictures finished, pictures in all).
+        progress: called as (pictures finished, pictures in all); within a batch too where `watch` is given.
+        watch: called within a batch as it grows; for that the program calls back, and is compiled anew at each start.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
@@ -113,11 +133,37 @@ class Pipeline:
         for at in range(0, len(prompts), size):
             some = list(prompts[at : at + size])
             short = size - len(some)
-            images = self.generate(some + some[-1:] * short, seeds[at : at + size] + [0] * short, options)
+
+            def heard(share: float, codes: Any, at: int = at, count: int = len(some)) -> None:
+                if progress:
+                    progress(at + share * count, len(prompts))
+                if watch:
+                    watch(share, codes[:count])
+
+            told = heard if watch else None
+            whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
+            images = self.generate(*whole, options, told)
+            if self.second is not None:
+                images = self.second.generate(*whole, self.second.options, small=np.asarray(images))
             pictures.append(np.asarray(images)[: len(some)])
             if progress:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
+
+    def enlarged(self, second: Pipeline, name: str = "") -> Pipeline:
+        """The same pipeline, whose pictures a second one makes larger: the two stages of a cascade (Ho et al. 2022).
+
+        The second reads the same prompts, samples by its own options, and has the same seeds with other noise. name: of
+        the second, for what pictures tell of themselves. Errors: `ConfigError` where it reads no small picture.
+        """
+        if not getattr(second.family, "reads_small", False):
+            raise ConfigError(
+                f"{name or 'the second model'}: its network reads no 'low_res', so it cannot make pictures larger"
+            )
+        same = copy.copy(self)
+        same.second, same.about = second, self.about | {"enlarged by": name}
+        same._compiled = same._compile()
+        return same
 
     def holding(self, picture: np.ndarray, mask: np.ndarray) -> Pipeline:
         """The same pipeline, which draws anew only what a mask marks of a picture: holes, or all beyond an edge.
@@ -139,22 +185,58 @@ class Pipeline:
         same = copy.copy(self)
         same.parts = self.parts | {"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}}
         same.about = self.about | {"held": hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]}
-        same._compiled = jax.jit(same._run)
+        same._compiled = same._compile()
         return same
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], options: Any) -> Array:
-        """One batch, uint8 (b, i, j, 3) on the devices."""
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        options: Any,
+        watch: Watch | None = None,
+        small: np.ndarray | None = None,
+    ) -> Array:
+        """One batch, uint8 (b, i, j, 3) on the devices; `small` uint8 (b, i', j', 3) are pictures to make larger."""
+        self._watch = watch
+        condition, keys = self.condition(prompts), image_keys(seeds)
+        if small is not None:
+            condition["low_res"] = small.astype(np.float32) / 127.5 - 1
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
         with jax.set_mesh(self.mesh):
-            condition = jax.device_put(self.condition(prompts), batch_sharding(self.mesh))
-            return self._compiled(self.parts, condition, image_keys(seeds), options.arrays())
+            condition = jax.device_put(condition, batch_sharding(self.mesh))
+            static = {"watched": watch is not None, **unguided(options)}
+            images = self._compiled(self.parts, condition, keys, options.arrays(), **static)
+        if watch:
+            jax.effects_barrier()
+        return images
 
-    def _run(self, parts: dict[str, Any], condition: dict[str, Array], keys: Array, options: Any) -> Array:
+    def pictures(self, codes: Any) -> np.ndarray:
+        """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
+        with jax.set_mesh(self.mesh):
+            return np.asarray(self._finish(self.parts, codes))
+
+    def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
+        if self._watch:
+            self._watch(float(done) / float(total), codes)
+
+    def _run(
+        self,
+        parts: dict[str, Any],
+        condition: dict[str, Array],
+        keys: Array,
+        options: Any,
+        watched: bool = False,
+        guided: bool | None = None,
+    ) -> Array:
         if hasattr(self.text, "features"):
             condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
         held = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
-        codes = self.family.sample(parts["model"], condition, keys, options, **held)
-        images = self.codec.config.decode(parts["codec"], codes) if self.codec else codes
-        return to_uint8(images)
+        static: dict[str, Any] = {} if guided is None else {"guided": guided}
+        static |= {"progress": self._heard} if watched else {}
+        return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **held, **static))
+
+    def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
+        return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)
 
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card."""
@@ -170,10 +252,29 @@ class Pipeline:
         )
 
 
-def release(run: str | Path, out: str | Path) -> None:
-    """Write the model or the codec of a run as a released model. Errors: `ConfigError`, `CheckpointError`."""
+def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
+    """Write the model or the codec of a run as a released model.
+
+    scale: measure on the run's pictures the scale and shift with which the codes of a KL autoencoder have mean 0 and
+    variance 1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
+    """
     artifact = load_artifact(run)
+    if scale:
+        artifact = scaled(artifact, run)
     if hasattr(artifact.config, "sample"):
         Pipeline.load(run).save(out)
     else:
         save_artifact(artifact, out, f"# {Path(out).name}\n\n{type(artifact.config).__name__}, step {artifact.step}.\n")
+
+
+def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
+    """The codec of a run with the scale and shift that `count` of its pictures ask for."""
+    experiment = config.load(run)
+    if not hasattr(artifact.config, "measure") or not hasattr(experiment, "data"):
+        raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
+    examples = experiment.data.examples("train")
+    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
+    whole = len(places) - len(places) % batch if len(places) > batch else len(places)
+    images = (np.stack([examples[int(i)]["image"] for i in places[at : at + batch]]) for at in range(0, whole, batch))
+    found = artifact.config.measure(artifact.model, (x.astype(np.float32) / 127.5 - 1 for x in images))
+    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=found[0], shift=found[1]))

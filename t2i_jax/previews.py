@@ -15,7 +15,7 @@ from rich.console import Console
 
 from t2i_jax import pictures
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline, image_keys
+from t2i_jax.pipeline import Pipeline, image_keys, unguided
 from t2i_jax.progress import bar
 
 console = Console(stderr=True)
@@ -66,7 +66,7 @@ class Previews:
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition)
-                codes = family.sample(model, condition, keys, family.options())
+                codes = family.sample(model, condition, keys, family.options(), **unguided(family.options()))
                 return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
 
             self.draw, arguments = jax.jit(sample), (condition, image_keys(range(len(records))))
@@ -81,11 +81,13 @@ def sample_to_folder(
     batch_size: int,
     columns: int,
     scale: int,
+    watch: bool = False,
 ) -> None:
     """One PNG per (prompt, seed) and a captioned grid of the first ones.
 
     Each PNG tells what it was made for; a job whose PNG is there already, for the same prompt, seed and options, is not
-    drawn again: a run that was interrupted goes on.
+    drawn again: a run that was interrupted goes on. watch: the bar moves within a batch, and `growing.png` shows how
+    the first pictures came about.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: float(v) for k, v in vars(options).items()}
@@ -93,16 +95,32 @@ def sample_to_folder(
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     made = lambda i: files[i].exists() and pictures.read_png_text(files[i]).items() >= about[i].items()
     todo = [i for i in range(len(jobs)) if not made(i)]
+    moments: dict[float, Any] = {}
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
         for at in range(0, len(todo), batch_size):
             some = todo[at : at + batch_size]
-            images = pipeline.sample([jobs[i][0] for i in some], [jobs[i][1] for i in some], options, batch_size)
+            before = len(jobs) - len(todo) + at
+            told = lambda done, _, before=before: progress.update(task, completed=before + done)
+            seen = (lambda share, codes, at=at: moments.update({} if at else {share: codes[:8]})) if watch else None
+            asked = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
+            images = pipeline.sample(*asked, options, batch_size, told, seen)
             for i, image in zip(some, images, strict=True):
                 pictures.save_png(image, files[i], [jobs[i][0]], about[i])
-            progress.advance(task, len(some))
+    if moments:
+        growing(pipeline, dict(sorted(moments.items())), [jobs[i][0] for i in todo[:8]], out / "growing.png", scale)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
     sheet = pictures.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
     pictures.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new pictures, {len(jobs)} in all; grid.png shows the first {len(first)}")
+
+
+def growing(pipeline: Pipeline, moments: dict[float, Any], prompts: Sequence[str], file: Path, scale: int) -> None:
+    """A sheet of pictures as they came about: a row each, and a column for each of at most eight moments."""
+    shares = list(moments)
+    chosen = [shares[i] for i in np.unique(np.linspace(0, len(shares) - 1, 8).round().astype(int))]
+    frames = np.stack([pipeline.pictures(moments[share]) for share in chosen], 1)
+    titles = [f"{share:.0%}" if share < 1 else prompt for prompt in prompts[: len(frames)] for share in chosen]
+    sheet = pictures.grid(frames.reshape(-1, *frames.shape[2:]), titles, columns=len(chosen), scale=scale)
+    pictures.save_png(sheet, file)

@@ -133,11 +133,11 @@ def test_progress_shows_growing_codes():
         keys,
         segments=3,
         guided=False,
-        progress=lambda count, codes: seen.append((int(count), np.asarray(codes))),
+        progress=lambda count, total, codes: seen.append((int(count), np.asarray(codes))),
     )
     jax.effects_barrier()
     seen.sort(key=lambda x: x[0])
-    assert [count for count, _ in seen] == [3, 5, 6]
+    assert [count for count, _ in seen] == [2, 3, 4, 5, 6]
     for count, codes in seen:
         np.testing.assert_array_equal(codes.reshape(3, 6)[:, :count], final.reshape(3, 6)[:, :count])
         assert not codes.reshape(3, 6)[:, count:].any()

@@ -138,6 +138,14 @@ def test_mixture_keeps_its_weights(tmp_path, stored):
     assert sorted(joined(take(plain, 5), "label")) == [*range(50), *range(100, 105)]
 
 
+def test_every_nth_record(stored):
+    thin = Data(ArrayRecord(stored, every=4), image_size=8)
+    whole = Data(ArrayRecord(stored), image_size=8)
+    assert [r["key"] for r in thin.examples()] == [r["key"] for r in whole.examples()][::4]
+    with pytest.raises(DataError, match="every is 0"):
+        ArrayRecord(stored, every=0).open()
+
+
 def test_mixture_errors(stored):
     with pytest.raises(DataError, match="2 sources and 1 weights"):
         Mixture((ArrayRecord(stored), ArrayRecord(stored)), (1.0,)).open()

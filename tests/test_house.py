@@ -20,6 +20,7 @@ FLOORS = [
     ("training",),
     ("pipeline", "convert"),
     ("evaluation", "previews", "encode", "bench", "plan"),
+    ("comparison",),
     ("cli",),
 ]
 EXTRAS = ("torch", "tensorflow", "transformers", "diffusers", "libtpu")

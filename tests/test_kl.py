@@ -12,7 +12,14 @@ import pytest
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.kl import KL, Gaussian
+from t2i_jax.config import to_json
 from t2i_jax.convert import convert, restore
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.records import write_records
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.pipeline import scaled
+from t2i_jax.training.artifacts import Artifact
+from t2i_jax.training.experiment import Experiment
 
 RELEASED = Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes" / "mar_kl16.json"
 TINY = AutoencoderConfig(8, (1, 2), blocks=1, latent=3, moments=True, attention=(), groups=4)
@@ -62,6 +69,18 @@ def test_measured_scale_gives_unit_variance(model, images):
     assert abs(float(codes.mean())) < 0.02 and abs(float(codes.std()) - 1) < 0.02
     with pytest.raises(ValueError, match="no images"):
         CODEC.measure(model, [])
+
+
+def test_a_release_has_the_scale_of_its_runs_pictures(model, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (5, 8, 8, 3), np.uint8)
+    every = [{"key": str(i), "image": x, "captions": [""], "split": "train"} for i, x in enumerate(pictures)]
+    write_records(tmp_path / "data", every)
+    experiment = Experiment(CODEC, Data(ArrayRecord(str(tmp_path / "data")), image_size=8))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(experiment)))
+    released = scaled(Artifact(CODEC, model), tmp_path / "run").config
+    wanted = CODEC.measure(model, [pictures.astype(np.float32) / 127.5 - 1])
+    np.testing.assert_allclose((released.scale, released.shift), wanted, rtol=1e-6)
 
 
 def test_the_penalty_pulls_towards_the_normal(model, images):

@@ -176,7 +176,7 @@ def test_steps_ask_for_what_the_schedule_says():
     config, model = CELLS["masked sets Softmax"], filled(CELLS["masked sets Softmax"])
     batch, counts = batch_of(config), []
     keys = jax.random.split(jax.random.key(2), 3)
-    progress = lambda count, codes: counts.append(float(count))
+    progress = lambda count, total, codes: counts.append(float(count))
     for iterations in (2, 9):  # the second is more than there are tokens
         config.sample(model, condition_of(config, batch), keys, Generation(iterations=iterations), progress=progress)
         jax.effects_barrier()
@@ -220,6 +220,17 @@ def test_a_pipeline_draws_only_where_the_mask_says():
         pipeline.holding(picture[:1], mask[:1])
     with pytest.raises(ConfigError, match="cannot fill holes"):
         Pipeline(AR(grid=(2, 3)), {}, Artifact(Pixels(), {}), None).holding(picture, mask)
+
+
+def test_a_pipeline_tells_how_its_pictures_grow():
+    config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
+    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None)
+    seen, done, options = {}, [], few(config)
+    watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
+    made = pipeline.sample(["0", "1", "2"], options=options, batch_size=2, progress=progress, watch=watch)
+    np.testing.assert_array_equal(made, pipeline.sample(["0", "1", "2"], options=options, batch_size=2))
+    assert 0 < min(seen) < 1 == max(seen) and done[-1] == (3, 3) and len(done) > 4
+    np.testing.assert_array_equal(pipeline.pictures(seen[1.0]), made[2:])
 
 
 RELEASED = sorted((Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes").glob("mar_[!k]*.json"))

@@ -166,7 +166,7 @@ def test_without_guidance_half_the_rows_give_the_same_codes():
 
 def test_previews_come_after_every_step():
     seen = {}
-    note = lambda i, x, guess: seen.setdefault(int(i), (np.asarray(x), np.asarray(guess)))
+    note = lambda i, total, guess, x: seen.setdefault(int(i), (np.asarray(x), np.asarray(guess)))
     codes = guided_draw(TINY)(keys_for(), Reverse(steps=4, rule=1), progress=note)
     jax.effects_barrier()
     assert sorted(seen) == [1, 2, 3, 4]

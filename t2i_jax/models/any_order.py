@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -29,9 +28,8 @@ from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
+from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.parallel import shard
-
-Progress = Callable[[Array, Array], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,8 @@ class AnyOrder:
     """Of the computation; parameters, norms and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    sampling: Sampling = Sampling()
+    """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True
     """`sample` takes over known tokens wherever they stand."""
@@ -87,7 +87,7 @@ class AnyOrder:
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
-        return Sampling()
+        return self.sampling
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""
@@ -180,7 +180,7 @@ class AnyOrder:
         guided: False leaves the unconditional branch out, whatever the options say; half the work.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
         draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
-        progress: called at the end with the count of tokens and the codes; static.
+        progress: called now and then with the count of known tokens, that of all, and the codes; static.
         """
         b = len(keys)
         if (known is None) != (keep is None):
@@ -267,11 +267,11 @@ def _sample(
         y = config._aim(model, config._enter(model, rows(_pick(x, own)), rows(own)), rows(following))
         mask = (seen & (jnp.arange(capacity) <= s + k))[:, None, None]
         y, caches = apply_stack(decoding, y, mask=mask, caches=caches)
-        return (draw(x, y[:, 0], k + 1), caches), None
+        x = draw(x, y[:, 0], k + 1)
+        if progress is not None:
+            now_and_then(progress, k + 2, length, from_tokens(x, config.grid, config.patch))
+        return (x, caches), None
 
     x = draw(x, y[:, -1], 0)
     (x, _), _ = jax.lax.scan(step, (x, caches), jnp.arange(length - 1))
-    codes = from_tokens(x, config.grid, config.patch)
-    if progress is not None:
-        jax.debug.callback(progress, length, codes)
-    return codes
+    return from_tokens(x, config.grid, config.patch)

@@ -38,9 +38,8 @@ from t2i_jax.nn.orders import (
 )
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
-
-Progress = Callable[[Array, Array], None]
 
 SIZES: dict[str, dict[str, Any]] = {
     "mar-b": dict(width=768, depth=12, heads=12, head=Diffusion(width=1024, depth=6)),  # 208 M
@@ -89,6 +88,8 @@ class Masked:
     """Of the computation; parameters, norms and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    sampling: Generation = Generation()
+    """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True
     """`sample` takes over known tokens wherever they stand."""
@@ -142,7 +143,7 @@ class Masked:
 
     def options(self) -> Generation:
         """How `sample` draws unless told otherwise."""
-        return Generation()
+        return self.sampling
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""
@@ -268,7 +269,7 @@ class Masked:
         guided: False leaves the unconditional branch out, whatever the options say; half the work.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
         draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
-        progress: called after each step with the mean count of known tokens and the codes; static.
+        progress: called after each step with the mean count of known tokens, that of all, and the codes; static.
         """
         b = len(keys)
         if (known is None) != (keep is None):
@@ -367,7 +368,7 @@ def _sample(
             gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
             orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
         if progress is not None:
-            jax.debug.callback(progress, length - then.mean(), from_tokens(x, config.grid, config.patch))
+            jax.debug.callback(progress, length - then.mean(), length, from_tokens(x, config.grid, config.patch))
         return x, orders, then, i + 1
 
     start = (x, orders, total, jnp.zeros((), jnp.int32))

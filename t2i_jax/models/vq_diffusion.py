@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,11 +25,10 @@ from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import guide, truncate
 from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
 from t2i_jax.nn.transformer import Layer
+from t2i_jax.nn.watch import Progress
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.reverse import Reverse, reverse
 from t2i_jax.parallel import shard
-
-Progress = Callable[[Array, Array, Array], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +274,8 @@ class VQDiffusion:
         known, keep: codes (b, h, w) and a mask bool (b, h, w) of those that stay as they are, to complete an image.
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        progress: called after each step with its number, the codes x_s (b, h, w), MASK being K, and the most probable
-            clean codes (b, h, w); static.
+        progress: called after each step with its number, how many there are, the most probable clean codes (b, h, w),
+            and the codes x_s (b, h, w), MASK being K; static.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
         untold = isinstance(self.condition, Encoded) and not self.condition.trained_null
@@ -378,9 +376,9 @@ def _sample(
     start = jax.vmap(lambda key: chain.start(jax.random.fold_in(key, 0), (config.length,)))(keys)
     grid = lambda x: x.reshape(b, *config.grid)
 
-    def report(i: Array, x: Array, log_x0: Array) -> None:
+    def report(i: Array, count: Array, x: Array, log_x0: Array) -> None:
         if progress is not None:
-            jax.debug.callback(progress, i, grid(x), grid(jnp.argmax(log_x0[..., :-1], -1)))
+            jax.debug.callback(progress, i, count, grid(jnp.argmax(log_x0[..., :-1], -1)), grid(x))
 
     stay = lambda x: jnp.where(flat(keep), flat(known), x)
     return grid(reverse(chain, guess, shard(start, "batch", None), noise, options, stay, report))

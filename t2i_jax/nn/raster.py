@@ -11,7 +11,6 @@ whose state is a dataclass with `caches` and `grow(count)`, which makes room for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,8 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
+from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.parallel import shard
-
-Progress = Callable[[Array, Array], None]
 
 
 def sample(
@@ -47,7 +45,7 @@ def sample(
     guided: False leaves the unconditional branch out, whatever the options say; half the work.
     segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles all
         layers again, so 0 takes 4 for shallow models and fewer for deep ones.
-    progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
+    progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
     """
     known = jnp.zeros((keys.shape[0], *config.grid), jnp.int32) if known is None else known
     segments = segments or max(1, min(4, 48 // config.depth))
@@ -85,7 +83,10 @@ def _sample(
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         codes, caches = carry
         logits, after = config.decode(dataclasses.replace(state, caches=caches), rows(codes[:, i]), i)
-        return (codes.at[:, i + 1].set(pick(logits, i + 1)), after.caches), None
+        codes = codes.at[:, i + 1].set(pick(logits, i + 1))
+        if progress is not None:
+            now_and_then(progress, i + 2, length, codes.reshape(b, *config.grid))
+        return (codes, after.caches), None
 
     logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
     codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
@@ -94,6 +95,4 @@ def _sample(
         state = state.grow(stop)
         carry, _ = jax.lax.scan(step, (codes, state.caches), jnp.arange(start, min(stop, length - 1)))
         codes, state, start = carry[0], dataclasses.replace(state, caches=carry[1]), stop
-        if progress is not None:
-            jax.debug.callback(progress, min(stop + 1, length), codes.reshape(b, *config.grid))
     return codes.reshape(b, *config.grid)

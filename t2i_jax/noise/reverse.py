@@ -54,14 +54,14 @@ def reverse(
     noise: Callable[[Array], tuple[Array, Array]],
     options: Reverse,
     stay: Callable[[Array], Array] = lambda x: x,
-    report: Callable[[Array, Array, Array], None] = lambda *_: None,
+    report: Callable[..., None] = lambda *_: None,
 ) -> Array:
     """From x (b, l) at the end of the chain to clean codes int (b, l).
 
     guess: (x_t, t) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
     noise: number of the step -> uniform numbers (b, l, K + 1) for the codes and (b, l) for the choice of positions.
     stay: puts back what is given after each step.
-    report: traced after each step with its number from 1, x and log p(x_0).
+    report: traced after each step with its number from 1, how many there are, x and log p(x_0).
     """
     options, b = options.arrays(), x.shape[0]
     count, moment = visits(chain.steps, options)
@@ -79,7 +79,7 @@ def reverse(
 
         by_rule = lambda: revealed(chain, log_x0, x, (i + 1) / count, codes, places, options)
         new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_rule, by_posterior))
-        report(i + 1, new, log_x0)
+        report(i + 1, count, new, log_x0)
         return i + 1, new
 
     _, x = jax.lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), stay(x)))

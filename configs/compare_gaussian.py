@@ -1,0 +1,105 @@
+"""Gaussian diffusion on 32x32 glyphs: pixels or latents, noise or velocity; guidance, solvers and steps.
+
+Latents are those of `glyphs_kl.py`, stored with the captions' features. Every third picture is used, so that minutes of
+training are many passes over them. `t2i compare` runs it.
+"""
+
+from typing import Any
+
+from t2i_jax.comparison import Comparison, Line, Sweep
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Features
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.unet import UNet
+from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.text.minilm import MiniLM
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+TEXT = MiniLM(16, pooled=True)
+CONDITION = Features(MiniLM.dim, 1)
+# Patches of 4x4 pixels make as many tokens as the latents have.
+PIXELS: dict[str, Any] = dict(size=(32, 32), channels=3, patch=4)
+LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
+
+
+def dit(shape: dict[str, Any], **fields: Any) -> Diffusion:
+    network = DiT(width=144, depth=5, heads=4, condition=CONDITION, learn_variance=False, **shape)
+    return Diffusion(network, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **fields)
+
+
+def trained(model: Diffusion, latent: bool) -> Experiment:
+    return Experiment(
+        model,
+        Data(ArrayRecord("data/glyphs_latents" if latent else "data/glyphs", every=3), image_size=32, batch_size=32),
+        Train(
+            optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=50, final=0.05, weight_decay=0.01),
+            ema=0.98,
+        ),
+        codec="runs/glyphs/kl_scaled" if latent else "",
+        text=TEXT,
+    )
+
+
+NOISE: dict[str, Any] = dict(process=Discrete("cosine"), predicts="v")
+FLOW: dict[str, Any] = dict(process=Flow(), predicts="velocity")
+
+unet = UNet(
+    size=(32, 32),
+    width=32,
+    multipliers=(1, 2, 3),
+    blocks=1,
+    attention=(4,),
+    condition=CONDITION,
+    learn_variance=False,
+    groups=8,
+)
+runs = {
+    "latent DiT, eps": trained(dit(LATENTS, process=Discrete("cosine"), predicts="eps"), True),
+    "latent DiT, flow": trained(dit(LATENTS, **FLOW), True),
+    "pixel DiT, flow": trained(dit(PIXELS, **FLOW), False),
+    "pixel UNet, v": trained(
+        Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **NOISE), False
+    ),
+}
+MAIN, EPS = "latent DiT, flow", "latent DiT, eps"
+
+experiment = Comparison(
+    title="Gaussian diffusion and flow matching",
+    about="""
+One sentence with other words: what is noised (pixels, or the latents of a small KL autoencoder), what the network
+predicts (noise, v, velocity), which network. Each has about 2 M parameters and equal training compute.
+""",
+    runs=runs,
+    reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=3), image_size=32)),
+    flops=7.5e12,
+    sweeps={
+        "steps": Sweep(
+            "Steps of each solver, latent flow",
+            "steps",
+            (4, 8, 16, 32),
+            {
+                solver: Line(MAIN, {"eta": eta}, {"solver": solver})
+                for solver, eta in (("euler", 0.0), ("heun", 0.0), ("dpm++", 0.0), ("unipc", 0.0), ("dpm++sde", 1.0))
+            },
+        ),
+        "ancestral": Sweep(
+            "Steps of each solver, latent noise prediction",
+            "steps",
+            (8, 16, 32, 64),
+            {
+                "DDPM": Line(EPS, {"eta": 1.0}, {"solver": "ddpm"}),
+                "DDIM": Line(EPS, {"eta": 0.0}, {"solver": "ddim"}),
+                "DPM-Solver++": Line(EPS),
+            },
+        ),
+        "guidance": Sweep(
+            "Classifier-free guidance",
+            "guidance",
+            (1.0, 2.0, 4.0, 8.0),
+            {name: Line(name) for name in (MAIN, EPS, "pixel DiT, flow")},
+        ),
+    },
+)

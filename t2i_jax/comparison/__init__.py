@@ -1,0 +1,10 @@
+"""Several models trained with equal compute on the same pictures, measured alike, in one report.
+
+A config builds a `Comparison`; `run` trains what is not trained yet, draws and measures what is not measured yet, and
+writes tables, plots and a sheet of pictures. Interrupted, it goes on where it stopped.
+"""
+
+from t2i_jax.comparison.plan import Comparison, Line, Sweep
+from t2i_jax.comparison.run import run
+
+__all__ = ["Comparison", "Line", "Sweep", "run"]

@@ -1,0 +1,108 @@
+"""Pictures of one model with one set of options, and their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2i_jax import flops
+from t2i_jax.bench import measure_limits
+from t2i_jax.comparison.plan import Comparison, Line
+from t2i_jax.evaluation.alignment import retrieve
+from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.report import compare
+from t2i_jax.evaluation.run import images_of, prompts_of, records_of
+from t2i_jax.pipeline import Pipeline, image_keys, unguided
+from t2i_jax.progress import bar
+
+SPACES = ("efficientnet_lite0", "pixels")
+
+
+class Ruler:
+    """Prompts, the real pictures that belong to them, and feature spaces in which drawn ones are measured."""
+
+    def __init__(self, comparison: Comparison):
+        self.comparison = comparison
+        train = records_of(comparison.reference, "train", 1000)
+        records = records_of(comparison.reference, "train", comparison.count)
+        self.prompts, self.real = prompts_of(records), images_of(records)
+        self.spaces = {name: Features(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
+        self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
+
+    def judge(self, made: np.ndarray) -> dict[str, float]:
+        """Numbers of pictures uint8 (n, i, j, 3), one a prompt: distances, precision and recall, retrieval."""
+        numbers = {}
+        for name, space in self.spaces.items():
+            features, (real, train) = space(made), self.known[name]
+            found = retrieve(features, real, self.prompts, self.prompts)
+            numbers |= {f"{name}/{k}": v.value for k, v in compare(features, real, train).items()}
+            numbers |= {f"{name}/top1": found.top(1), f"{name}/top5": found.top(5)}
+        return numbers
+
+    def draw(self, pipeline: Pipeline, options: Any, title: str) -> tuple[np.ndarray, float]:
+        """Pictures for all prompts, and the median seconds of a batch, the first left out.
+
+        Text features and decoding are part of it, as they are for a user.
+        """
+        size, made, taken = self.comparison.batch_size, [], []
+        with bar() as progress:
+            task = progress.add_task(title, total=len(self.prompts))
+            for at in range(0, len(self.prompts) - size + 1, size):
+                seeds = range(self.comparison.seed + at, self.comparison.seed + at + size)
+                began = time.perf_counter()
+                made.append(np.asarray(pipeline.generate(self.prompts[at : at + size], list(seeds), options)))
+                taken.append(time.perf_counter() - began)
+                progress.advance(task, size)
+        return np.concatenate(made), statistics.median(taken[1:])
+
+
+def with_fields(pipeline: Pipeline, line: Line) -> Pipeline:
+    """The pipeline with other fields of its family."""
+    if not line.family:
+        return pipeline
+    family = dataclasses.replace(pipeline.family, **line.family)
+    return Pipeline(family, pipeline.parts["model"], pipeline.codec, pipeline.text, source=pipeline.source)
+
+
+def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
+    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
+    trips = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
+    trips = int(trips) or getattr(getattr(pipeline.family, "chain", None), "steps", 1)
+    order = getattr(pipeline.family, "order", None)
+    if order is not None and hasattr(options, "iterations"):
+        length = math.prod(pipeline.family.grid)
+        trips = length if order.single else min(trips, length)
+    condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
+    family, text, static = pipeline.family, pipeline.text, unguided(options)
+
+    def drawn(parts: Any, condition: Any, keys: Any, options: Any) -> Any:
+        if hasattr(text, "features"):
+            features = text.features(parts["text"], condition["text"], condition["text_mask"])
+            condition = condition | {"features": features}
+        return family.sample(parts["model"], condition, keys, options, **static)
+
+    with jax.set_mesh(pipeline.mesh):
+        return flops.count(drawn, pipeline.parts, condition, keys, options.arrays(), trips=trips)
+
+
+def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
+    """All numbers of one way to draw, speed beside the limit measured at the same time, and the pictures."""
+    before = measure_limits()["flops"]
+    made, seconds = ruler.draw(pipeline, options, title)
+    limit = max(before, measure_limits()["flops"])
+    size = ruler.comparison.batch_size
+    each = work(pipeline, options, ruler.prompts[:size]) / size
+    speed = {
+        "seconds_per_image": seconds / size,
+        "gflops_per_image": each / 1e9,
+        "flops_limit": limit,
+        "share_of_limit": each / limit * size / seconds,
+    }
+    return ruler.judge(made) | speed, made

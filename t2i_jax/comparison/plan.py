@@ -1,0 +1,67 @@
+"""What is compared, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from t2i_jax.config import ConfigError
+from t2i_jax.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A trained model drawn from in one way."""
+
+    run: str
+    """name of one of the comparison's runs"""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """sampling options that differ from the model's own"""
+    family: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """fields of the model's configuration that no training depends on, as `solver`"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One sampling option over several values, for one or more lines of a plot."""
+
+    title: str
+    field: str
+    """the option that takes the values"""
+    values: tuple[float, ...]
+    lines: Mapping[str, Line]
+    about: str = ""
+    """what to look for, said under the plot"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs of equal training compute, what is drawn from them, and what the pictures are compared with."""
+
+    title: str
+    about: str
+    """what is asked, and how; the head of the report"""
+    runs: Mapping[str, Experiment]
+    """`train.steps` of each follows from `flops`"""
+    reference: Experiment
+    """its data holds the pictures and captions that are compared with"""
+    flops: float
+    """of the training of each run: three times the forward passes"""
+    sweeps: Mapping[str, Sweep] = dataclasses.field(default_factory=dict)
+    count: int = 100
+    """pictures drawn for each number: known concepts in words that were not trained on"""
+    batch_size: int = 25
+    """pictures drawn at once; the speed is that of such a batch"""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, sweep in self.sweeps.items():
+            for label, line in sweep.lines.items():
+                if line.run not in self.runs:
+                    there = ", ".join(self.runs)
+                    raise ConfigError(f"sweeps.{name}.{label}: there is no run '{line.run}'; there are {there}")
+        if self.count < 2 * self.batch_size:
+            raise ConfigError(
+                f"count {self.count}: at least two batches of batch_size {self.batch_size}; the first is not timed"
+            )

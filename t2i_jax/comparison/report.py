@@ -1,0 +1,119 @@
+"""Tables, plots and a sheet of pictures of a comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t2i_jax import pictures
+from t2i_jax.comparison.measure import Ruler
+from t2i_jax.comparison.plan import Comparison, Sweep
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "efficientnet_lite0/top1": ("top-1, network", "{:.2f}"),
+    "pixels/top1": ("top-1, pixels", "{:.2f}"),
+    "efficientnet_lite0/frechet": ("Fréchet, network", "{:.1f}"),
+    "pixels/frechet": ("Fréchet, pixels", "{:.2f}"),
+    "efficientnet_lite0/precision": ("precision", "{:.2f}"),
+    "efficientnet_lite0/recall": ("recall", "{:.2f}"),
+    "seconds_per_image": ("s / image", "{:.3f}"),
+    "gflops_per_image": ("GFLOP / image", "{:.2f}"),
+    "share_of_limit": ("of FLOP limit", "{:.0%}"),
+}
+RUN_COLUMNS: dict[str, tuple[str, str]] = {
+    "parameters": ("parameters", "{:.3g}"),
+    "steps": ("steps", "{:.0f}"),
+    "training_minutes": ("training, min", "{:.1f}"),
+    "val/bits_per_token": ("held-out bits / token", "{:.2f}"),
+}
+
+
+def write(
+    comparison: Comparison,
+    found: dict[str, Any],
+    ruler: Ruler,
+    sheets: Mapping[str, np.ndarray],
+    out: Path,
+    command: str,
+) -> None:
+    """OUT.md, OUT.json, OUT.png (pictures) and OUT_SWEEP.png (plots)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    pictures.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
+    lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
+    lines += [f"Made by `{command}` on {found['device']}.", ""] if command else []
+    lines += [
+        f"Each model was trained with {comparison.flops:.3g} FLOPs (three times its forward passes). "
+        f"{len(ruler.prompts)} pictures each, of known concepts in words that were not trained on; retrieval finds the "
+        f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few pictures "
+        "compare within this page only. Speed is that of a batch of "
+        f"{comparison.batch_size}, text and decoding included, beside the best matrix product before and after.",
+        "",
+        *table({**found["runs"], "real pictures": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
+        "",
+        f"![pictures]({out.with_suffix('.png').name})",
+    ]
+    for name, sweep in comparison.sweeps.items():
+        points = found["sweeps"][name]
+        plot(sweep, points, found["real"], image := out.with_name(f"{out.stem}_{name}.png"))
+        lines += ["", f"## {sweep.title}", "", *([sweep.about.strip(), ""] if sweep.about else [])]
+        rows = {
+            f"{label}, {sweep.field} {value:g}": numbers
+            for label, values in points.items()
+            for value, numbers in zip(sweep.values, values, strict=True)
+        }
+        lines += [*table(rows, COLUMNS), "", f"![{sweep.title}]({image.name})"]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Rows of Markdown, without columns that no row has."""
+    used = {k: c for k, c in columns.items() if any(k in numbers for numbers in rows.values())}
+    cell = lambda numbers, k, form: form.format(numbers[k]) if numbers.get(k) else "-" if k not in numbers else "0"
+    lines = ["| | " + " | ".join(title for title, _ in used.values()) + " |", "|---|" + "---:|" * len(used)]
+    for name, numbers in rows.items():
+        lines.append(f"| {name} | " + " | ".join(cell(numbers, k, form) for k, (_, form) in used.items()) + " |")
+    return lines
+
+
+def sheet(ruler: Ruler, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Any:
+    """A row a prompt: the real picture, then that of each run."""
+    chosen = np.linspace(0, len(ruler.prompts) - 1, rows).round().astype(int)
+    columns = {"real": ruler.real, **sheets}
+    images = np.stack([images[chosen] for images in columns.values()], 1)
+    names = [f"{name}: {ruler.prompts[i]}" if name == "real" else name for i in chosen for name in columns]
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), names, columns=len(columns), scale=3)
+
+
+def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mapping[str, float], path: Path) -> None:
+    """Quality over the swept option, and quality over seconds per image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    panels = (
+        ("pixels/top1", "retrieval top-1, pixels", sweep.field),
+        ("efficientnet_lite0/frechet", "Fréchet distance, EfficientNet", sweep.field),
+        ("efficientnet_lite0/top1", "retrieval top-1, EfficientNet", "seconds per image"),
+    )
+    for axis, (name, title, across) in zip(axes, panels, strict=True):
+        for label, numbers in points.items():
+            x = sweep.values if across == sweep.field else [n["seconds_per_image"] for n in numbers]
+            axis.plot(x, [n[name] for n in numbers], marker="o", label=label)
+        if real.get(name):
+            axis.axhline(real[name], color="grey", linestyle=":", label="real pictures")
+        wide = min(sweep.values) > 0 and max(sweep.values) / min(sweep.values) >= 8
+        if wide or across != sweep.field:
+            axis.set_xscale("log")
+        axis.set(xlabel=across, ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(sweep.title)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)

