@@ -86,6 +86,24 @@ tokens.
                 "diffusion": Line(DIFFUSION),
             },
         ),
+        "saved": Sweep(
+            "Tokens that are not known pass no encoder; only what is asked for passes the head",
+            "iterations",
+            (8, 16, 64),
+            {
+                "encoder of four sizes": Line(DIFFUSION),
+                "encoder of eight sizes": Line(DIFFUSION, family={"buckets": 8}),
+                "encoder of all tokens": Line(DIFFUSION, family={"buckets": 1}),
+                "head of 50 steps": Line(
+                    DIFFUSION, family={"head": dataclasses.replace(HEADS["diffusion"][0], respacing="50")}
+                ),
+                "head of 5 steps": Line(
+                    DIFFUSION, family={"head": dataclasses.replace(HEADS["diffusion"][0], respacing="5")}
+                ),
+            },
+            about="The pictures are the same for any sizes; what is left of the time without steps of the head is the "
+            "backbone's.",
+        ),
         "temperature": Sweep(
             "Temperature",
             "temperature",

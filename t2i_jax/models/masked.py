@@ -77,7 +77,8 @@ class Masked:
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
     buckets: int = 4
-    """Sizes that a step of the sampler may have, of known tokens and of those it asks for; each compiles anew."""
+    """Sizes that the encoder may have in a step of the sampler, for how many tokens are known: each is compiled. With 1
+    it always takes all."""
     dropout: float = 0.1
     """Of what each attention and MLP adds, in training."""
     condition_dropout: float = 0.1
@@ -329,7 +330,7 @@ def _sample(
     step_places = jax.vmap(lambda row, n: row[n])
 
     # Shapes are fixed when a program is compiled, counts are not: each step takes the smallest of few sizes that fits.
-    visible_sizes = sorted({length * n // 4 for n in (1, 2, 3, 4)})
+    visible_sizes = sorted({-(-length * (n + 1) // config.buckets) for n in range(config.buckets)})
     asked_sizes = (
         [1] if order.single else sorted({min(4**n, length) for n in range(1 + math.ceil(math.log(length, 4)))})
     )
