@@ -11,6 +11,7 @@ from t2i_jax import convert
 from t2i_jax.cli import main
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.dvae import DVAE, Pooled
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
@@ -185,6 +186,41 @@ def test_a_model_without_its_codec_says_so(models, tmp_path, capfd):
     with pytest.raises(SystemExit):
         main(["sample", str(tmp_path / "bare"), "3", "--out", str(tmp_path / "pictures")])
     assert "has no codec" in " ".join(capfd.readouterr().err.split())
+
+
+def whole(torch, tensors):
+    """A module of modules that holds these tensors."""
+    net = torch.nn.Module()
+    for name, value in tensors.items():
+        *path, last = name.split(".")
+        at = net
+        for part in path:
+            if part not in dict(at.named_children()):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.register_parameter(last, torch.nn.Parameter(torch.tensor(value)))
+    return net
+
+
+def test_both_halves_of_a_codec_saved_as_modules_become_one(tmp_path, capfd):
+    torch = pytest.importorskip("torch")
+    config = DVAE(12, Pooled(channels=8, groups=2, blocks=1, code=4))
+    model = random(config)
+    tensors = convert.restore("openai_dvae", config, model)
+    file = tmp_path / "files"
+    file.mkdir()
+    arguments = ("openai-dvae", file, "--out", tmp_path / "codec")
+    for half in ("encoder", "decoder"):
+        assert "one file each of encoder and decoder" in told(capfd, *arguments)
+        mine = {k.removeprefix(f"{half}."): v for k, v in tensors.items() if k.startswith(half)}
+        torch.save(whole(torch, mine), file / f"{half}.pkl", _use_new_zipfile_serialization=half == "encoder")
+    main(["convert", *map(str, arguments)])
+    artifact = load_artifact(tmp_path / "codec")
+    assert artifact.config == config
+    assert all(np.array_equal(v[...], named(artifact.model)[k][...]) for k, v in named(model).items())
+    halved = dataclasses.replace(config, half="encoder", network=dataclasses.replace(config.network, code=128))
+    assert convert.convert("openai_dvae", convert.read(file / "encoder.pkl", "openai_dvae"))[0] == halved
+    assert "is a folder; llamagen is read from one file" in told(capfd, "llamagen", file, "--out", tmp_path / "out")
 
 
 def told(capfd, *arguments):

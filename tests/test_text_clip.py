@@ -1,6 +1,7 @@
 """CLIP against the original, on random weights in folders and files as they are published."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from t2i_jax.config import ConfigError
+from t2i_jax.convert import folders
 from t2i_jax.interop import clip as published
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.nn.trees import named
@@ -121,6 +124,41 @@ def test_names_of_openai_hold_the_same(tmp_path, folder):
             np.testing.assert_allclose(value[...], named(model)[name][...], rtol=exact, atol=exact, err_msg=name)
 
 
+def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
+    """The same weights with plain GELU: in Hugging Face's folder, in open_clip's, and in a file, where it is said."""
+    folder_of(tmp_path / "hf", TEXT | GELU | {"layer_norm_eps": 1e-5}, IMAGE | GELU | {"layer_norm_eps": 1e-5})
+    config, model = clip.load(tmp_path / "hf")
+    assert config.text.activation == config.image.activation == "gelu"
+    tensors = to_theirs(model, published.openai_table(config.text.head, config.image.head))
+    (tmp_path / "oc").mkdir()
+    save_file(tensors, tmp_path / "oc" / "open_clip_model.safetensors")
+    image, text = {"image_size": 24, "head_width": 8, "width": 24, "layers": 3}, {"width": 32, "heads": 4}
+    about = {"model_cfg": {"embed_dim": 20, "vision_cfg": image, "text_cfg": text}, "preprocess_cfg": {}}
+    told = tmp_path / "oc" / "open_clip_config.json"
+    told.write_text(json.dumps(about))
+    file = tmp_path / "oc" / "open_clip_model.safetensors"
+    config = dataclasses.replace(config, end=None)
+    assert clip.load(tmp_path / "oc")[0] == config == clip.load(file, 8, "gelu")[0]
+    assert clip.load(file, 8)[0].text.activation == "quick_gelu"
+    about["model_cfg"]["quick_gelu"] = True
+    told.write_text(json.dumps(about))
+    assert clip.load(tmp_path / "oc")[0].image.activation == "quick_gelu"
+    about["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext"
+    told.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="timm_model_name='convnext' makes another network"):
+        clip.load(tmp_path / "oc")
+    with pytest.raises(ValueError, match="has the activation gelu; it cannot be read with 'quick_gelu'"):
+        ClipText(str(tmp_path / "hf"), activation="quick_gelu").load()
+    with pytest.raises(ValueError, match="activation 'tanh' is not one of quick_gelu, gelu"):
+        clip.load(file, 8, "tanh")
+    assert folders.text_side(f"clip:{tmp_path / 'hf'},activation=gelu") == ClipEmbedding(
+        str(tmp_path / "hf"), activation="gelu"
+    )
+    assert folders.text_side(f"clip-tokens:{file},pad=9").pad == 9
+    with pytest.raises(ConfigError, match="clip has no field activaton; it has vocabulary, activation"):
+        folders.text_side(f"clip:{file},activaton=gelu")
+
+
 def archive(torch, tensors, path):
     """The tensors as a TorchScript archive, in modules within modules."""
 
@@ -186,7 +224,7 @@ def test_what_is_wrong_is_told(tmp_path, folder):
         clip.load(tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match="config.json has no vision_config"):
         Clip.of_huggingface({"text_config": {}})
-    with pytest.raises(ValueError, match=r"text_config\.hidden_act 'tanh' is not one of quick_gelu"):
+    with pytest.raises(ValueError, match=r"text_config\.hidden_act: activation 'tanh' is not one of quick_gelu"):
         Clip.of_huggingface({"text_config": {"hidden_act": "tanh"}, "vision_config": {}})
     bad = tmp_path / "bad"
     bad.mkdir()

@@ -4,11 +4,12 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
 
-from t2i_jax.interop.torchfile import StandIn, TorchFileError, read_torch
+from t2i_jax.interop.torchfile import StandIn, TorchFileError, read_torch, tensors_below
 
 torch = pytest.importorskip("torch")
 
@@ -60,6 +61,34 @@ def test_modules_state(tmp_path, modern):
     assert ours["epoch"] == 3
     for name, value in net.state_dict().items():
         np.testing.assert_array_equal(ours["state_dict"][name], value.numpy())
+
+
+class Settled(torch.nn.Module):
+    """A module with what a file of a whole module may hold beside its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(3, 4, 3), norm=torch.nn.BatchNorm2d(4)))
+        self.scale = torch.nn.Parameter(torch.randn(2).double())
+        self.register_parameter("absent", None)
+        self.register_buffer("kept", torch.arange(3))
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+        self.device, self.make, self.loose = torch.device("cpu"), partial(torch.nn.Linear, 3), torch.ones(1)
+        self.sizes = {"heads": range(3)}
+
+
+@pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source")
+def test_a_module_saved_whole_is_its_state_dict(tmp_path, modern):
+    net = Settled()
+    torch.save({"net": net}, tmp_path / "n.pkl", _use_new_zipfile_serialization=modern)
+    found = dict(tensors_below(read_torch(tmp_path / "n.pkl", unknown="stand-in")["net"]))
+    assert found.keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        np.testing.assert_array_equal(found[name], value.numpy())
+        assert found[name].dtype == value.numpy().dtype
+    with pytest.raises(TorchFileError, match="Settled"):
+        read_torch(tmp_path / "n.pkl")
 
 
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])

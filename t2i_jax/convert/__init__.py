@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
-from t2i_jax.interop.torchfile import read_torch
+from t2i_jax.interop.torchfile import StandIn, read_torch, tensors_below
 
 MODULES = ("ar", "codecs", "discrete", "gaussian", "masked", "stream")
 """Files of this room that hold FORMATS."""
@@ -59,6 +59,9 @@ class Format:
     adapt: Callable[..., tuple[Tensors, dict[str, Any]]] | None = None
     """(tensors, **hints) -> the tensors that the table speaks of, and the other hints: for a file that is read with
     another beside it"""
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """stems of several published files that make one model, and what stands before the names of each: a folder that
+    holds them is read as one file"""
 
 
 def formats() -> dict[str, Format]:
@@ -82,27 +85,55 @@ def find(name: str) -> Format:
 
 
 def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
-    """The tensors of a .safetensors, .pt, .pth or .ckpt file as NumPy arrays, out of their wrapping."""
-    if Path(path).suffix == ".safetensors":
-        try:
-            tensors: Any = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
-    else:
-        tensors = read_torch(path, unknown="stand-in")
-    return unwrapped(tensors, find(name))
+    """The tensors of a published file as NumPy arrays, out of their wrapping.
+
+    path: a .safetensors file, or one that `torch.save` wrote (.pt, .pth, .ckpt, .pkl, ...), of a dictionary or of a
+    whole module; a folder, for a format that lies in several files. Errors: ValueError naming the file.
+    """
+    path, format = Path(path), find(name)
+    if not path.is_dir():
+        return unwrapped(_content(path), format)
+    if not format.files:
+        raise ValueError(f"{path} is a folder; {name} is read from one file")
+    found = {stem: sorted(file for file in path.iterdir() if file.stem == stem) for stem in format.files}
+    for stem, files in found.items():
+        if len(files) != 1:
+            wanted, there = " and ".join(format.files), ", ".join(file.name for file in files) or "none"
+            raise ValueError(f"{path}: {name} is read from one file each of {wanted}; of {stem} there is {there}")
+    parts = {stem: unwrapped(_content(file), format) for stem, (file,) in found.items()}
+    return {f"{format.files[stem]}{name}": tensor for stem, part in parts.items() for name, tensor in part.items()}
+
+
+def _content(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return read_torch(path, unknown="stand-in")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
 def unwrapped(content: Any, format: Format) -> dict[str, Any]:
     """The name-to-tensor mapping inside a checkpoint, without the prefixes of training programs."""
-    while (key := next((k for k in format.wrappers if isinstance(content.get(k), Mapping)), None)) is not None:
-        content = content[key]
+    whole = _mapping(content)
+    if whole is None:
+        raise ValueError(f"holds {type(content).__name__}; a dictionary of tensors, or a whole module, is wanted")
+    content = whole
+    while (inside := next(filter(None, (_mapping(content.get(k)) for k in format.wrappers)), None)) is not None:
+        content = inside
     tensors = {k: v for k, v in content.items() if hasattr(v, "shape")}
     for prefix in format.prefixes:
         if tensors and all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     ours = {k.removeprefix(format.part): v for k, v in tensors.items() if k.startswith(format.part)}
     return ours if format.part and any(k.startswith(format.root) for k in ours) else tensors
+
+
+def _mapping(content: Any) -> Mapping[str, Any] | None:
+    """A dictionary as it is, a module saved whole as its tensors; of anything else nothing."""
+    if isinstance(content, StandIn):
+        return dict(tensors_below(content)) or None
+    return content if isinstance(content, Mapping) else None
 
 
 def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:

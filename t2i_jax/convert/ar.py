@@ -10,9 +10,13 @@ from t2i_jax.nn.condition import Given
 from t2i_jax.nn.draw import Sampling
 
 
-def _llamagen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, **fields: Any) -> AR:
-    """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it."""
-    found: dict[str, Any] = {"grid": grid} | llamagen.describe(tensors, head_dim)
+def _llamagen(
+    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, null: bool = True, **fields: Any
+) -> AR:
+    """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it. null: the table of
+    classes has a row for none."""
+    found: dict[str, Any] = {"grid": grid} | llamagen.describe(tensors, head_dim, null)
+    found |= {} if null else {"condition_dropout": 0.0}
     return AR(**(found | fields))
 
 

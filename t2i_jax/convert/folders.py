@@ -95,21 +95,26 @@ def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def text_side(words: str) -> Any:
-    """The frozen text encoder that `t5:FOLDER`, `clip:FOLDER` (one vector a caption) or `clip-tokens:FOLDER` (one a
-    token, of length 1) names. Errors: `ConfigError` for other kinds."""
+    """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption) or `clip-tokens:PATH` (one a token,
+    of length 1) names, with fields of it set behind commas: `clip:vit_b_32.pt,activation=gelu`.
+
+    Errors: `ConfigError` for other kinds, paths and fields.
+    """
     from t2i_jax.text.clip import ClipEmbedding, ClipText
     from t2i_jax.text.t5 import T5
 
-    kinds = {
-        "t5": lambda folder: T5(folder, clean=True),
-        "clip": ClipEmbedding,
-        "clip-tokens": lambda folder: ClipText(folder, normalise=True),
-    }
-    kind, _, folder = words.partition(":")
-    if kind not in kinds or not Path(folder).is_dir():
+    kinds = {"t5": (T5, {"clean": True}), "clip": (ClipEmbedding, {}), "clip-tokens": (ClipText, {"normalise": True})}
+    kind, _, rest = words.partition(":")
+    path, *settings = rest.split(",")
+    if kind not in kinds or not Path(path).exists():
         known = ", ".join(f"{k}:FOLDER" for k in kinds)
         raise ConfigError(f"--text {words}: it is one of {known}, with a folder as Hugging Face lays it out")
-    return kinds[kind](folder)
+    encoder, fields = kinds[kind]
+    known = [f.name for f in dataclasses.fields(encoder) if f.name != "folder"]
+    given = {key: _value([value]) for key, _, value in (setting.partition("=") for setting in settings)}
+    if wrong := given.keys() - set(known):
+        raise ConfigError(f"--text {words}: {kind} has no field {min(wrong)}; it has {', '.join(known)}")
+    return encoder(path, **(fields | given))
 
 
 def _value(words: list[str]) -> Any:
@@ -131,7 +136,8 @@ def help_text() -> str:
     lines = []
     for name, format in sorted(convert.formats().items()):
         example = format.example or "WEIGHTS"
-        lines += [" " * 24 + f"t2i convert {name} {example} --out models/{name}"]
+        lines += [f"  {name}: {format.title}"] if format.title else []
+        lines += [" " * 8 + f"t2i convert {name} {example} --out models/{name}"]
     return "\n".join(lines)
 
 

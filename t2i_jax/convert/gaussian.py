@@ -122,5 +122,10 @@ FORMATS = {
     "adm": Format(_adm, _network_table, part="unet."),
     "adm_classifier": Format(_adm_classifier, _network_table, part="classifier."),
     "glide": Format(_glide, _network_table, part="unet."),
-    "glide_clip": Format(_glide_clip, glide.table, unused=r"^(?!clip_)"),
+    "glide_clip": Format(
+        _glide_clip,
+        glide.table,
+        unused=r"^(?!clip_)",
+        files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},
+    ),
 }

@@ -72,8 +72,9 @@ FORMATS = {
     "openai_dvae": Format(
         _openai_dvae,
         _openai_dvae_table,
-        title="the discrete VAE of DALL-E, or its encoder or decoder alone",
-        example="dvae.safetensors",
+        title="the discrete VAE of DALL-E: a folder with encoder.pkl and decoder.pkl, or one of them alone",
+        example="FOLDER",
+        files={"encoder": "encoder.", "decoder": "decoder."},
     ),
     "mindalle": Format(
         _mindalle,

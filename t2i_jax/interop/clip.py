@@ -1,6 +1,7 @@
 """Names of CLIP (Radford et al. 2021): those of Hugging Face and those of OpenAI's files."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from t2i_jax.interop.names import LINEAR, Source, Table, source
-from t2i_jax.interop.torchfile import StandIn, read_torch
+from t2i_jax.interop.torchfile import read_torch, tensors_below
 
 PATCH = "d c i j -> i j c d"
+OPEN_CLIP = "open_clip_config.json"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Files of a folder of open_clip."""
+PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio"}
+PLAIN |= {"patch_size", "image_size", "patch_dropout", "context_length", "vocab_size"}
+"""Fields there of a network that is OpenAI's, but for its sizes and its activation."""
 IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_mask$"
 
 
@@ -63,31 +70,49 @@ def openai_table(text_head: int, image_head: int) -> Table:
 
 
 def openai_tensors(path: str | Path) -> dict[str, Any]:
-    """The tensors of one of OpenAI's files, a TorchScript archive, or of a state dict in .pt or .safetensors.
+    """The tensors of one of OpenAI's files, a TorchScript archive, or of a state dict in .pt or .safetensors, or in a
+    folder of open_clip.
 
     Nothing of an archive's program is run: the modules in it are read as dictionaries of tensors.
     Errors: FileNotFoundError, ValueError where the file cannot be read.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{path}: no weights in it; one of {', '.join(WEIGHTS)} is wanted")
+        path = found
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file, and no folder as Hugging Face lays it out")
-    if Path(path).suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
     content = read_torch(path, unknown="stand-in")
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    return dict(_tensors(content))
+    tensors = dict(tensors_below(content))
+    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
-def _tensors(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors below a module, by dotted name."""
-    content = module.state if isinstance(module, StandIn) else module
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-        if hasattr(value, "shape"):
-            yield prefix + name, value
-        else:
-            yield from _tensors(value, f"{prefix}{name}.")
+def open_clip(folder: str | Path) -> dict[str, Any]:
+    """What the shapes cannot tell, from `open_clip_config.json`: head, text_head, activation.
+
+    Errors: ValueError for settings that make another network than OpenAI's.
+    """
+    path = Path(folder) / OPEN_CLIP
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        model = config.get("model_cfg", config)
+        image, text = model["vision_cfg"], model["text_cfg"]
+        heads = image.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{OPEN_CLIP} cannot be read: {type(error).__name__} {error}") from error
+    for part, fields in {"": model, "vision_cfg.": image, "text_cfg.": text}.items():
+        if other := sorted(k for k, v in fields.items() if v and k not in PLAIN):
+            said = f"{part}{other[0]}={fields[other[0]]!r}"
+            raise ValueError(f"{OPEN_CLIP}: {said} makes another network; towers of plain Transformers are read")
+    return {"head": heads[0], "text_head": heads[1], "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
 
 
 def _both(ours: str, theirs: str, layout: str = "") -> dict[str, Source]:

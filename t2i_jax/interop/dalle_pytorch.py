@@ -12,8 +12,11 @@ from t2i_jax.nn.trees import named
 
 UNUSED = r"^vae\.|^transformer\.pos_emb$|mask$"
 VAE_UNUSED = r"^(text_emb|image_emb|text_pos_emb|image_pos_emb|to_logits|transformer)\."
-RENAMES = ((r"^(text|image)_emb\.linear\.", "to_logits.1."),)
-"""Where input and output share their matrix, files hold it under each of its names."""
+RENAMES = (
+    (r"^(text|image)_emb\.linear\.", "to_logits.1."),
+    (r"^image_pos_emb\.weights_(?=\d)", "image_pos_emb.weights."),
+)
+"""Where input and output share their matrix, files hold it under each of its names; and the older names of places."""
 VAE_RENAMES = ((r"^vae\.", ""),)
 LAYER = "transformer.layers.layers.{}."
 

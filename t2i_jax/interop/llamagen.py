@@ -14,10 +14,11 @@ UNUSED = r"freqs_cis|causal_mask|kv_cache"
 HEAD_DIM = {3200: 100, 4096: 128}  # by width; 64 elsewhere
 
 
-def describe(tensors: Mapping[str, Any], head_dim: int = 0) -> dict[str, Any]:
+def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -> dict[str, Any]:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
-    They do not tell the size of a head: `head_dim`, 0 for that of the released model of this width.
+    They do not tell the size of a head: `head_dim`, 0 for that of the released model of this width; nor `null`, whether
+    the last row of the table of classes stands for none, as it does unless no class was dropped in training.
     """
     if "tok_embeddings.weight" not in tensors:
         raise ValueError(
@@ -25,12 +26,14 @@ def describe(tensors: Mapping[str, Any], head_dim: int = 0) -> dict[str, Any]:
         )
     vocabulary, width = tensors["tok_embeddings.weight"].shape
     if "cls_embedding.embedding_table.weight" in tensors:
-        condition = Classes(tensors["cls_embedding.embedding_table.weight"].shape[0] - 1)
+        condition = Classes(tensors["cls_embedding.embedding_table.weight"].shape[0] - null, null)
     else:
         length, dim = tensors["cls_embedding.uncond_embedding"].shape
         condition = Features(dim, length, trained_null=False, left=True, null_keeps_mask=True)
     head_dim = head_dim or HEAD_DIM.get(width, 64)
     heads, rows = width // head_dim, tensors["layers.0.attention.wqkv.weight"].shape[0]
+    if heads * head_dim != width:
+        raise ValueError(f"head_dim={head_dim} does not divide the width {width}")
     kv_heads = (rows // head_dim - heads) // 2
     return {
         "vocabulary": vocabulary,

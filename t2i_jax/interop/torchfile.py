@@ -9,6 +9,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -102,6 +103,26 @@ class StandIn:
         return f"StandIn({self.name})"
 
 
+def tensors_below(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors of what was saved, by dotted name: of a dictionary, of a whole module, of an archive of TorchScript.
+
+    Of a module it is what its `state_dict` would hold: its parameters, its lasting buffers, and those of its parts, in
+    the state that was saved with them; no program is run.
+    """
+    content = module.state if isinstance(module, StandIn) else module
+    if not isinstance(content, Mapping):
+        return
+    if isinstance(module, StandIn) and "_parameters" in content and "_modules" in content:
+        passing = content.get("_non_persistent_buffers_set") or ()
+        lasting = {k: v for k, v in content.get("_buffers", {}).items() if k not in passing}
+        content = {**content["_parameters"], **lasting, **content["_modules"]}
+    for name, value in content.items():
+        if hasattr(value, "shape"):
+            yield f"{prefix}{name}", value
+        else:
+            yield from tensors_below(value, f"{prefix}{name}.")
+
+
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise TorchFileError(f"a tensor has offset {offset}, size {size}, strides {stride}")
@@ -122,6 +143,7 @@ ADMITTED = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": tuple,
+    "__builtin__.set": set,
 }
 
 
@@ -144,7 +166,9 @@ class _Unpickler(pickle.Unpickler):
             f"{self.path}: holds an object of {full}; only tensors, numbers, strings, lists and dicts are admitted"
         )
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":  # a class with its source, older format
+            return pid[1]
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
             raise TorchFileError(f"{self.path}: refers to {pid!r}, which is no storage this reader knows")
         _, kind, key, _, count, *view = pid

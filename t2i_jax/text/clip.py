@@ -1,7 +1,8 @@
 """CLIP: a tower for captions and a tower for pictures that meet in one space (Radford et al. 2021).
 
 `ClipText` gives the features of every token, `ClipEmbedding` one vector a caption or a picture. Both read a folder as
-Hugging Face lays it out, or one of OpenAI's files.
+Hugging Face or open_clip lay it out, or a file with the names of OpenAI. Such a file does not tell its activation:
+quick_gelu in OpenAI's own, but gelu in most that open_clip trained (LAION-2B, DataComp), which must be said.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from t2i_jax.interop.names import Table, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.trees import named
 from t2i_jax.parallel import shard
 from t2i_jax.text.bpe import read_pairs
 
@@ -66,7 +68,14 @@ class Clip:
 
     @classmethod
     def of_huggingface(cls, config: Mapping[str, Any]) -> Clip:
-        """From the fields of config.json. Errors: ValueError naming the field."""
+        """From the fields of config.json; one of a text tower alone leaves the other as it is, and may have no `dim`.
+
+        Errors: ValueError naming the field.
+        """
+        if str(config.get("model_type", "")).startswith("clip_text_model"):
+            alone = "CLIPTextModelWithProjection" in config.get("architectures", ())
+            whole = {"text_config": config, "vision_config": {}, "projection_dim": config.get("projection_dim", 512)}
+            return dataclasses.replace(cls.of_huggingface(whole), **({} if alone else {"dim": 0}))
         for part in ("text_config", "vision_config"):
             if not isinstance(config.get(part), Mapping):
                 raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
@@ -87,8 +96,11 @@ class Clip:
         )
 
     @classmethod
-    def of_openai(cls, tensors: Mapping[str, Any], head: int = 64) -> Clip:
-        """From the shapes in one of OpenAI's files. head: size of a head, 64 in all that are released.
+    def of_openai(
+        cls, tensors: Mapping[str, Any], head: int = 64, activation: str = "quick_gelu", text_head: int = 0
+    ) -> Clip:
+        """From the shapes in one of OpenAI's files. head: size of a head, 64 in all that are released; text_head: of
+        the tower for captions, where it is another. activation: as in ACTIVATIONS; shapes do not tell it.
 
         Errors: ValueError for what is no CLIP, or one whose picture tower is a ResNet.
         """
@@ -102,30 +114,32 @@ class Clip:
         width, channels, patch, _ = shape["visual.conv1.weight"]
         grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
 
-        def layer(prefix: str, width: int) -> tuple[Layer, int]:
+        kind = {"norm": "layer", "activation": activation_of(activation), "bias": True}
+
+        def layer(prefix: str, width: int, head: int) -> tuple[Layer, int]:
             blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
             hidden = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
-            kind = {"norm": "layer", "activation": "quick_gelu", "bias": True}
             return Layer(width, width // head, hidden=hidden, **kind), len(blocks)
 
-        text, text_depth = layer("transformer.", shape["positional_embedding"][1])
-        image, image_depth = layer("visual.transformer.", width)
+        text, text_depth = layer("transformer.", shape["positional_embedding"][1], text_head or head)
+        image, image_depth = layer("visual.transformer.", width, head)
         sizes = {"dim": shape["visual.proj"][1], "vocabulary": shape["token_embedding.weight"][0]}
         sizes |= {"length": shape["positional_embedding"][0], "size": grid * patch, "patch": patch}
         return cls(text, image, text_depth, image_depth, channels=channels, **sizes)
 
 
 def _layer(config: Mapping[str, Any], part: str, width: int, heads: int, hidden: int) -> Layer:
-    activation = config.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"config.json: {part}.hidden_act '{activation}' is not one of {', '.join(ACTIVATIONS)}")
+    try:
+        activation = activation_of(config.get("hidden_act", "quick_gelu"))
+    except ValueError as error:
+        raise ValueError(f"config.json: {part}.hidden_act: {error}") from error
     return Layer(
         config.get("hidden_size", width),
         config.get("num_attention_heads", heads),
         hidden=config.get("intermediate_size", hidden),
         norm="layer",
         eps=config.get("layer_norm_eps", 1e-5),
-        activation=ACTIVATIONS[activation],
+        activation=activation,
         bias=True,
     )
 
@@ -143,7 +157,7 @@ class TextTower(nnx.Module):
         self.positions = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
         self.blocks = stack(config.text, config.text_depth, keys[2])
         self.norm = LayerNorm(d, config.text.eps)
-        self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None))
+        self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None)) if config.dim else None
         self.end = config.end
 
     def __call__(self, ids: Array) -> Array:
@@ -206,34 +220,49 @@ def unit(x: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def read(path: str | Path, head: int = 64) -> tuple[Clip, Mapping[str, Any], Table]:
-    """The sizes, the tensors and their table, of a folder as Hugging Face lays it out or of one of OpenAI's files.
+def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Mapping[str, Any], Table]:
+    """The sizes, the tensors and their table, of a folder (Hugging Face, open_clip) or a file with OpenAI's names.
 
-    head: size of a head, which OpenAI's files do not tell. Errors: FileNotFoundError, ValueError for what is no CLIP.
+    head, activation: size of a head, and `hidden_act`, which files do not tell; without, those of OpenAI, quick_gelu.
+    Errors: FileNotFoundError, ValueError for what is no CLIP, and where a folder says another activation.
     """
-    if Path(path).is_dir():
-        tensors, config = huggingface.Weights(path), Clip.of_huggingface(huggingface.config(path))
-        return config, tensors, published.huggingface_table(config.text.head, config.image.head)
-    tensors = published.openai_tensors(path)
-    try:
-        config = Clip.of_openai(tensors, head)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return config, tensors, published.openai_table(config.text.head, config.image.head)
+    path = Path(path)
+    if path.is_dir() and not (path / published.OPEN_CLIP).is_file():
+        config, table = Clip.of_huggingface(huggingface.config(path)), published.huggingface_table
+        tensors = huggingface.Weights(path)
+    else:
+        hints: dict[str, Any] = {"head": head, "activation": activation or "quick_gelu"}
+        try:
+            tensors = published.openai_tensors(path)
+            config = Clip.of_openai(tensors, **(published.open_clip(path) if path.is_dir() else hints))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        table = published.openai_table
+    if activation and activation_of(activation) != config.text.activation:
+        raise ValueError(f"{path} has the activation {config.text.activation}; it cannot be read with '{activation}'")
+    return config, tensors, table(config.text.head, config.image.head)
+
+
+def activation_of(name: str) -> Any:
+    """Our name of a published `hidden_act`. Errors: ValueError with those that are known."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 @functools.lru_cache(8)
-def sizes(path: str) -> Clip:
+def sizes(path: str, activation: str = "") -> Clip:
     """The sizes of the CLIP at `path`."""
-    return Clip.of_huggingface(huggingface.config(path)) if Path(path).is_dir() else read(path)[0]
+    whole = Path(path).is_dir() and not (Path(path) / published.OPEN_CLIP).is_file() and not activation
+    return Clip.of_huggingface(huggingface.config(path)) if whole else read(path, activation=activation)[0]
 
 
-def load(path: str | Path, head: int = 64) -> tuple[Clip, Towers]:
-    """Both towers with their weights in fp32, on the host.
+def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Towers]:
+    """Both towers with their weights in fp32, on the host; arguments as for `read`.
 
     Errors: FileNotFoundError, ValueError that lists every missing, unused or wrongly shaped tensor.
     """
-    config, tensors, table = read(path, head)
+    config, tensors, table = read(path, head, activation)
     return config, to_ours(_abstract(config), tensors, table, published.IGNORED, str(path))
 
 
@@ -249,13 +278,15 @@ class ClipText:
     """Captions as features of every token, after the last norm: what VQ-Diffusion and its kin look at."""
 
     folder: str
-    """as Hugging Face lays it out, or one of OpenAI's files"""
+    """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
     normalise: bool = False
     """scale every token's vector to length 1, as VQ-Diffusion does"""
     pad: int = 0
     """id after the end; released programs use 0 or the end's own, 49407"""
     vocabulary: str = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
+    activation: str = ""
+    """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and a mask bool (n, s): all True, as published networks look at padding too; all False for
@@ -266,18 +297,21 @@ class ClipText:
     @property
     def dim(self) -> int:
         """Size k of a feature vector."""
-        return sizes(self.folder).text.width
+        return sizes(self.folder, self.activation).text.width
 
     @property
     def length(self) -> int:
         """Ids of a caption, start and end included."""
-        return sizes(self.folder).length
+        return sizes(self.folder, self.activation).length
 
     def load(self) -> TextTower:
         """The text tower in fp32, on the host. Errors: those of `read`, and ValueError for wrong tensors."""
-        config, tensors, table = read(self.folder)
-        lines = {k.removeprefix("text."): v for k, v in table.items() if k.startswith("text.")}
-        return to_ours(_abstract(config).text, tensors, lines, ignore=".", file=self.folder)
+        config, tensors, table = read(self.folder, activation=self.activation)
+        tower = _abstract(config).text
+        if "embeddings.token_embedding.weight" in tensors:  # newer folders of a text tower alone
+            tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+        lines = {name: table[f"text.{name}"] for name in named(tower)}
+        return to_ours(tower, tensors, lines, ignore=".", file=self.folder)
 
     def features(self, model: TextTower, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, k) fp32."""
@@ -290,9 +324,11 @@ class ClipEmbedding:
     """One vector of length 1: of the picture in training, of the caption when drawing (Wang et al. 2022, CLIP-GEN)."""
 
     folder: str
-    """as Hugging Face lays it out, or one of OpenAI's files"""
+    """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
     vocabulary: str = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
+    activation: str = ""
+    """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
 
     length = 1
 
@@ -307,11 +343,11 @@ class ClipEmbedding:
     @property
     def dim(self) -> int:
         """Size k of an embedding."""
-        return sizes(self.folder).dim
+        return sizes(self.folder, self.activation).dim
 
     def load(self) -> Towers:
         """Both towers in fp32, on the host. Errors: those of `load`."""
-        return load(self.folder)[1]
+        return load(self.folder, activation=self.activation)[1]
 
     def features(self, model: Towers, ids: Array, mask: Array) -> Array:
         """The embedding of each caption: (b, s) ids -> (b, 1, k) fp32."""
@@ -319,14 +355,14 @@ class ClipEmbedding:
 
     def image_features(self, model: Towers, images: Array) -> Array:
         """The embedding of each picture: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
-        return unit(model.image.embed(as_seen(images, sizes(self.folder).size)))[:, None]
+        return unit(model.image.embed(as_seen(images, sizes(self.folder, self.activation).size)))[:, None]
 
 
 def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n, s), and which captions (n,) have any between start and end."""
     merges = Path(text.folder) / "merges.txt"
     pairs = read_pairs(text.vocabulary or (str(merges) if merges.is_file() else ""))
-    config = sizes(text.folder)
+    config = sizes(text.folder, text.activation)
     ids = pairs.encode(captions, config.length, pad)
     if ids.size and ids.max() >= config.vocabulary:
         raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model knows {config.vocabulary}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,11 @@ class Oracle:
     @property
     def config(self) -> dict[str, Any]:
         return self.meta["config"]
+
+    def told(self, name: str, pattern: str, default: str = "") -> str:
+        """What the line about the output `name` says where `pattern` has its group; `default` where it says nothing."""
+        found = re.search(pattern, self.meta.get("outputs", {}).get(name, {}).get("what", ""))
+        return found[1] if found else default
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
         head_dim=meta["dim"] // meta["n_head"],
         rotary_base=float(meta["rope_base"]),
         eps=meta["norm_eps"],
+        null=meta["model_type"] != "c2i" or meta["class_dropout_prob"] > 0,
     )
     b = len(inputs["ids"])
     if meta["model_type"] == "c2i":

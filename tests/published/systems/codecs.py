@@ -25,7 +25,7 @@ def nchw(x: Any) -> jax.Array:
 
 def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
     meta, images, outputs = oracle.config, nhwc(oracle.inputs["image"]), oracle.outputs
-    ratio = meta.get("entropy_loss_ratio", 0.1)
+    ratio = float(oracle.told("train_entropy_loss", r"ratio\(([\d.e-]+)\)", "0.1"))
     hints = {"l2_norm": meta["l2_norm"], "beta": meta["beta"], "entropy": ratio}
     hints |= {"groups": meta["groupnorm_groups"], "eps": meta["groupnorm_eps"], "perceptual": 0.0}
     config, model = convert("llamagen-vq", oracle.tensors, **hints)
@@ -81,7 +81,8 @@ def taming_vqgan(oracle: Oracle) -> dict[str, Any]:
 
 def taming_gumbel(oracle: Oracle) -> dict[str, Any]:
     meta, images = oracle.config, nhwc(oracle.inputs["image"])
-    config, model = convert("taming-gumbel", oracle.tensors, eps=meta["groupnorm_eps"])
+    kl = float(oracle.told("gumbel_kl", r"kl_weight\(([\d.e-]+)\)", "1e-8"))
+    config, model = convert("taming-gumbel", oracle.tensors, eps=meta["groupnorm_eps"], kl=kl)
     noise = -jnp.log(nhwc(oracle.inputs["gumbel_exponential"]))
     chosen = next(name for name in oracle.outputs if name.startswith("gumbel_ids_temp"))
 
@@ -123,14 +124,16 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def play(judge, last):
         paint = lambda w: jax.lax.conv_general_dilated(h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + jnp.mean(inputs["perceptual_value"])
+        seen = meta.get("perceptual_weight", 1.0) * jnp.mean(inputs["perceptual_value"])
+        faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + seen
         fool = lambda w: losses.hinge_generator(judge(paint(w))[0])
         weight = meta["disc_weight"] * losses.adaptive_weight(faithful, fool, last)
         ours = {"recon": nchw(paint(last))}
         ours |= {f"disc_logits_real_{k}": nchw(judge(real, k == "train")[0]) for k in ("train", "eval")}
+        book = meta.get("codebook_weight", 1.0) * jnp.mean(inputs["codebook_loss"])
         for step in steps:
-            on = step >= meta["disc_start"]
-            total = lambda w, on=on: faithful(w) + on * weight * fool(w) + inputs["codebook_loss"]
+            on = (step >= meta["disc_start"]) * meta.get("disc_factor", 1.0)
+            total = lambda w, on=on: faithful(w) + on * weight * fool(w) + book
             loss, slope = jax.value_and_grad(total)(last)
             ours |= {f"gen_loss_step{step}": loss, f"d_weight_step{step}": weight, f"nll_step{step}": faithful(last)}
             ours[f"grad_last_layer_step{step}"] = rearrange(slope, "i j c f -> f c i j")

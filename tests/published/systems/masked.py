@@ -170,12 +170,11 @@ def mar(oracle: Oracle) -> dict[str, Any]:
     orders = jnp.asarray(inputs["orders"])
     draws = Table(jnp.asarray(inputs["dense_noise_init"]), jnp.asarray(inputs["dense_noise_steps"]))
     keys = jax.random.split(jax.random.key(0), b)
-    for name, (scale, power, temperature, condition) in {
-        "cfg1": (1.0, 1.0, meta["temperature"], batch),
-        "cfg_linear": (meta["cfg"], 1.0, 1.0, batch),
-        "cfg_constant": (meta["cfg"], 0.0, meta["temperature"], batch),
-        "uncond": (1.0, 1.0, 1.0, nobody),
-    }.items():
+    for name in ("cfg1", "cfg_linear", "cfg_constant", "uncond"):
+        said = lambda what, default, name=name: oracle.told(f"tokens_{name}", rf"{what}=([\w.]+)", default)
+        scale = float(said("cfg", "1.0"))
+        power = 0.0 if said("schedule", "linear") == "constant" else 1.0
+        temperature, condition = float(said("temperature", "1.0")), nobody if said("labels", "") == "None" else batch
         options = Generation(guidance=scale, guidance_power=power, temperature=temperature, iterations=steps)
         codes = config.sample(
             model, {"label": condition["label"]}, keys, options, guided=scale != 1.0, orders=orders, draws=draws
