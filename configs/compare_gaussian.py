@@ -1,6 +1,6 @@
 """Gaussian diffusion on 32x32 glyphs: pixels or latents, noise or velocity; guidance, solvers and steps.
 
-Latents are those of `glyphs_kl.py`, stored with the captions' features. Every third picture is used, so that minutes of
+Latents are those of `glyphs_kl.py`, stored with the captions' features. Every sixth picture is used, so that minutes of
 training are many passes over them. `t2i compare` runs it.
 """
 
@@ -33,9 +33,9 @@ def dit(shape: dict[str, Any], **fields: Any) -> Diffusion:
 def trained(model: Diffusion, latent: bool) -> Experiment:
     return Experiment(
         model,
-        Data(ArrayRecord("data/glyphs_latents" if latent else "data/glyphs", every=3), image_size=32, batch_size=32),
+        Data(ArrayRecord("data/glyphs_latents" if latent else "data/glyphs", every=6), image_size=32, batch_size=16),
         Train(
-            optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=50, final=0.05, weight_decay=0.01),
+            optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.01),
             ema=0.98,
         ),
         codec="runs/glyphs/kl_scaled" if latent else "",
@@ -73,8 +73,8 @@ One sentence with other words: what is noised (pixels, or the latents of a small
 predicts (noise, v, velocity), which network. Each has about 2 M parameters and equal training compute.
 """,
     runs=runs,
-    reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=3), image_size=32)),
-    flops=7.5e12,
+    reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=6), image_size=32)),
+    flops=5e12,
     sweeps={
         "steps": Sweep(
             "Steps of each solver, latent flow",

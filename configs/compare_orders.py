@@ -21,7 +21,7 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
-OPTIMIZER = Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01)
+OPTIMIZER = Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=20, final=0.05, weight_decay=0.01)
 SHAPE: dict[str, Any] = dict(grid=(8, 8), width=192, heads=4, condition=Features(MiniLM.dim, 1), dropout=0.0)
 
 HEADS = {
@@ -44,7 +44,7 @@ def cell(family: Any, order: Any, head: str) -> Experiment:
         model = Masked(head=kind, order=order, depth=2, buffer=4, sampling=drawn, **SHAPE)
     return Experiment(
         model,
-        Data(ArrayRecord(data, every=3), image_size=32, batch_size=32),
+        Data(ArrayRecord(data, every=6), image_size=32, batch_size=16),
         Train(optimizer=OPTIMIZER, ema=0.98),
         codec=codec,
         text=TEXT,
@@ -72,9 +72,9 @@ tokens.
 """,
     runs=runs,
     reference=dataclasses.replace(
-        next(iter(runs.values())), data=Data(ArrayRecord("data/glyphs", every=3), image_size=32)
+        next(iter(runs.values())), data=Data(ArrayRecord("data/glyphs", every=6), image_size=32)
     ),
-    flops=4.5e12,
+    flops=4e12,
     sweeps={
         "iterations": Sweep(
             "Steps in which the tokens become known",
