@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from t2i_jax.training.checkpoints import CheckpointError
     from t2i_jax.training.guard import NotFinite
     from t2i_jax.training.loop import Interrupted
+    from t2i_jax.training.watch import STATUS, Lost
 
     # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CheckpointError as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
+    except Lost as error:
+        console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        os._exit(STATUS)  # an orderly exit waits for the others
     except (ConfigError, DataError, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except Interrupted as stop:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -99,17 +102,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def start_cluster(required: bool = False) -> None:
-    """Join the other processes of this run where there is a cluster (TPU pod, Slurm, a coordinator's address)."""
-    import os
+def agreed(yes: bool) -> bool:
+    """Whether all processes say yes: a call of all of them, each gets the same answer."""
+    return yes if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
 
+
+def start_cluster(required: bool = False) -> None:
+    """Join the other processes of this run where there is a cluster (TPU pod, Slurm, a coordinator's address).
+
+    A process that gives no sign of life for T2I_HEARTBEAT seconds (of the environment; 100) counts as dead, and all
+    others end with a message that says so.
+    """
     if jax.distributed.is_initialized():
         return
-    explicit = "JAX_COORDINATOR_ADDRESS" in os.environ
-    if explicit:
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    env = os.environ
+    patience: dict[str, Any] = {"heartbeat_timeout_seconds": int(env.get("T2I_HEARTBEAT", "100"))}
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         if count is None or index is None:
             raise ValueError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
-        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
-    elif required or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(count), int(index), **patience)
+    elif required or int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(**patience)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import logging
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from t2i_jax.data import ArrayRecord, Data, DataError, Folder, Mixture, Parquet, TarShards, Tfds, write_records
 from t2i_jax.data.order import Order, shuffled
+from t2i_jax.data.pipeline import restarted
 from t2i_jax.data.transforms import may_flip, open_image, to_square
 
 
@@ -100,6 +102,33 @@ def test_workers_and_threads_change_nothing(data):
     alone = take(data, 6)
     assert_same(alone, take(dataclasses.replace(data, workers=2), 6))
     assert_same(alone, take(dataclasses.replace(data, threads=8, prefetch=1), 6))
+
+
+def workers():
+    return [p for p in multiprocessing.active_children() if "prefetch" in p.name]
+
+
+def test_a_worker_that_is_killed_is_replaced(data, caplog):
+    stream = dataclasses.replace(data, workers=1, prefetch=1).batches(lengths)
+    got = [next(stream)]
+    for worker in workers():
+        worker.kill()
+    got += itertools.islice(stream, 5)
+    stream.close()
+    assert_same(got, take(data, 6))
+    assert "died and is started again" in caplog.text and "exit code -9" in caplog.text
+    assert not workers()
+
+
+def test_workers_that_die_again_and_again_are_an_error():
+    def stream(done):
+        yield from range(done, 2)
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    given = restarted(stream)
+    assert [next(given), next(given)] == [0, 1]
+    with pytest.raises(DataError, match=r"died 3 times at batch 2(.|\n)*exit code -9(.|\n)*Data\.workers=0"):
+        next(given)
 
 
 def test_epochs_are_different_permutations(data):

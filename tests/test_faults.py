@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -138,7 +139,9 @@ def test_a_full_disk_is_said_and_harms_nothing(room):
     for step in ("24", "18"):
         (folder / run / "checkpoints" / step).rename(folder / f"aside{step}")
     env = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    status, output = finish(run, limit=40_000, env=env)
+    tries = ["--train.save-retries=1", "--train.save-backoff=0.1"]
+    status, output = finish(run, limit=40_000, env=env, arguments=tries)
+    assert "try 1 of 1" in output, output
     assert status == 2 and "could not be written" in output and "checkpoints/9" in output, output
     assert "could not be written" in output.strip().splitlines()[-1] and "Traceback" not in output, output
     status, output = finish(run)
@@ -146,20 +149,74 @@ def test_a_full_disk_is_said_and_harms_nothing(room):
     same(folder / "straight", folder / run)
 
 
-def test_two_processes_equal_one(room):
-    folder, start, finish = room
-    status, output = finish("one", mesh=(2, 2, 2), devices=8)
-    assert status == 0, output
+def cluster(start, run, count, **options):
+    """`count` processes on this machine that share eight devices, as hosts of a cluster would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    pair = [start("two", mesh=(2, 2, 2), devices=4, env=cluster | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    for process in pair:
-        output = process.communicate(timeout=300)[0]
+    about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "T2I_HEARTBEAT": "10"}
+    one = lambda i: start(run, mesh=(2, 2, 2), devices=8 // count, env=about | {"JAX_PROCESS_ID": str(i)}, **options)
+    return [one(i) for i in range(count)]
+
+
+def all_finish(processes):
+    for process in processes:
+        output = process.communicate(timeout=600)[0]
         assert process.returncode == 0, output
-    same(folder / "one", folder / "two", 1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(room):
+    """The run of one process with eight devices."""
+    folder, _, finish = room
+    status, output = finish("one", mesh=(2, 2, 2), devices=8)
+    assert status == 0, output
+    return folder / "one"
+
+
+def test_two_processes_equal_one(room, one):
+    folder, start, _ = room
+    all_finish(cluster(start, "two", 2))
+    same(one, folder / "two", 1e-5)
     same(folder / "straight", folder / "two", 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGKILL, 4), (signal.SIGSTOP, 1)])
+def test_a_process_that_dies_or_hangs_stops_the_others(room, one, number, after):
+    """The rest ends with a message, within the heartbeat and the time that a step may take; another count goes on."""
+    folder, start, finish = room
+    run = folder / f"lost{int(number)}"
+    first, second = cluster(start, run.name, 2, arguments=["--train.stuck-after=60"])
+    while first.poll() is None and max(curve(run), default=0) < 7:
+        time.sleep(0.005)
+    second.send_signal(number)
+    began = time.monotonic()
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode not in (0, 2) and time.monotonic() - began < 100, output
+    assert re.search("another (process|task)|nothing was finished|heartbeat", output), output
+    second.kill()
+    second.communicate()
+    if after == 1:
+        status, output = finish(run.name, mesh=(2, 2, 2), devices=8)
+        assert status == 0 and "going on from step" in output, output
+    else:
+        all_finish(cluster(start, run.name, after))
+    same(one, run, 1e-5)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_a_damaged_checkpoint(room, one):
+    """The newest of a run of two processes is cut short; four of them pass over it together."""
+    folder, start, _ = room
+    all_finish(cluster(start, "hole", 2))
+    for file in (folder / "hole" / "checkpoints" / "24" / "state").rglob("ocdbt.process_1/d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    four = cluster(start, "hole", 4)
+    output = four[0].communicate(timeout=300)[0]
+    assert "passed over" in output and "going on from step 21" in output, output
+    all_finish(four[1:])
+    same(one, folder / "hole", 1e-5)
 
 
 def test_errors_are_one_clear_line(room):

@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
+import resource
+import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import toys
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from t2i_jax.config import ConfigError
 from t2i_jax.nn.trees import named, rebuild
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.training import records
+from t2i_jax.training import checkpoints, records
 from t2i_jax.training.checkpoints import CheckpointError
+from t2i_jax.training.checksums import checksums
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.optimizer import Optimizer
@@ -149,11 +156,9 @@ def test_the_guard_names_the_step_and_the_layer(tmp_path):
     state = trainer.start()
     broken = state.params["layers.w"].replace(state.params["layers.w"][...].at[1, 0, 0].set(jnp.nan))
     state = dataclasses.replace(state, params=state.params | {"layers.w": broken})
-    from t2i_jax.training.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(state, 16, 1)
-    checkpoints.close()
+    writer = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    writer.finish(state, 16, 1)
+    writer.close()
     with pytest.raises(NotFinite, match=r"step 1(.|\n)*layers\.w\[layer 1\]"):
         train(toys.experiment(), tmp_path)
 
@@ -186,21 +191,128 @@ def test_another_model_is_refused_by_array_name(straight):
         (folder / "config.bak").rename(folder / "config.json")
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight, capsys):
-    train(toys.experiment(), tmp_path)
-    for file in (tmp_path / "checkpoints" / "6" / "state").rglob("d/*"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    state = train(toys.experiment(), tmp_path)
-    assert "passed over" in capsys.readouterr().err
+def damage(step: Path, how: str) -> None:
+    """Cut the files of a checkpoint's arrays short, or turn one bit in the middle of each."""
+    for file in (step / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 2
+        content[middle] ^= 1 << 4
+        file.write_bytes(content[:middle] if how == "cut" else content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight, capsys, how):
+    shutil.copytree(straight[1], tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "6", how)
+    state = train(toys.experiment(), tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "passed over" in told and "checkpoints/6" in told and "going on from step 3" in told
     same(state, straight[0])
+    assert len(list((tmp_path / "run" / "checkpoints").glob("damaged-6-*"))) == 1
 
 
-def test_no_readable_checkpoint_is_an_error_that_lists_them(tmp_path):
-    train(toys.experiment(), tmp_path)
-    for file in (tmp_path / "checkpoints").rglob("manifest.ocdbt"):
-        file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint can be read(.|\n)*checkpoints/6"):
-        train(toys.experiment(), tmp_path)
+def test_no_readable_checkpoint_is_an_error_that_lists_them(tmp_path, straight):
+    shutil.copytree(straight[1], tmp_path / "run")
+    for step in ("3", "6"):
+        damage(tmp_path / "run" / "checkpoints" / step, "cut")
+    with pytest.raises(CheckpointError, match="no checkpoint can be read(.|\n)*checkpoints/6(.|\n)*checkpoints/3"):
+        train(toys.experiment(), tmp_path / "run")
+
+
+def test_bytes_that_are_not_those_that_were_written_are_named(tmp_path, straight, capsys):
+    """What no reader can see: the files are whole, one number in them is another."""
+    state, trainer = straight[0], Trainer(toys.experiment(), tmp_path)
+    w = state.params["layers.w"]
+    other = state.params | {"layers.w": w.replace(w[...].at[1, 2, 3].multiply(1 + 2**-20))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "checksums", lambda _: checksums(state.flat()))
+        writer = checkpoints.Checkpoints(tmp_path / "checkpoints")
+        writer.finish(dataclasses.replace(state, params=other), 16, 1)
+    with pytest.raises(CheckpointError, match=r"the bytes of params/layers\.w are not those"):
+        writer.arrays("params/", 1)
+    with pytest.raises(CheckpointError, match=r"the bytes of params/layers\.w are not those"):
+        writer.restore(trainer.target)
+    writer.close()
+
+
+def test_a_description_that_was_changed_is_found(tmp_path, straight):
+    shutil.copytree(straight[1] / "checkpoints", tmp_path / "c")
+    file = tmp_path / "c" / "6" / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"position": 96', '"position": 97'))
+    reader = checkpoints.Checkpoints(tmp_path / "c")
+    with jax.set_mesh((trainer := Trainer(toys.experiment(), tmp_path)).mesh):
+        _, position = reader.restore(trainer.target)
+    assert position == 48
+    reader.close()
+
+
+def test_checksums_see_every_bit_and_place_and_no_mesh():
+    rng = np.random.default_rng(0)
+    arrays = {"f": rng.normal(size=(8, 6)).astype(np.float32), "h": rng.normal(size=(16,)).astype(jnp.bfloat16)}
+    arrays |= {"i": np.arange(5), "b": np.arange(7) % 2 == 0, "s": np.float32(2)}
+    arrays = {k: jnp.asarray(v) for k, v in arrays.items()}
+    whole = checksums(arrays)
+    for bit in range(32):
+        bits = np.asarray(arrays["f"]).view(np.uint32).copy()
+        bits[3, 4] ^= np.uint32(1 << bit)
+        assert checksums({"f": jnp.asarray(bits.view(np.float32))})["f"] != whole["f"]
+    assert checksums({"f": arrays["f"][::-1]})["f"] != whole["f"]
+    mesh = MeshConfig(2, 2, 2).build()
+    split = {k: P("fsdp", "tensor") if k == "f" else P("data") if k == "h" else P() for k in arrays}
+    with jax.set_mesh(mesh):
+        assert checksums({k: jax.device_put(v, NamedSharding(mesh, split[k])) for k, v in arrays.items()}) == whole
+
+
+class Storage:
+    """Fails the first writes of a run as a full disk would: no file may grow beyond a few bytes while they last."""
+
+    def __init__(self, monkeypatch, failures):
+        self.failures, self.tries, begin = failures, [], ocp.CheckpointManager.save
+
+        def save(manager, step, **arguments):
+            self.tries.append(step)
+            small = len(self.tries) <= self.failures
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000 if small else self.limit, resource.RLIM_INFINITY))
+            return begin(manager, step, **arguments)
+
+        self.limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    made = []
+    yield lambda failures: made.append(Storage(monkeypatch, failures)) or made[-1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (made[-1].limit, resource.RLIM_INFINITY))
+
+
+WIDE = {"model": toys.Identity(width=64), "data": toys.Numbers(width=64)}
+
+
+def test_a_write_that_failed_is_tried_again(tmp_path, storage, capsys):
+    failing = storage(2)
+    state = train(toys.experiment(**WIDE, save_every=2, steps=8, save_backoff=0.0), tmp_path)
+    told = capsys.readouterr().err
+    assert "step 2 could not be written" in told and "try 1 of 3" in told and "try 2 of 3" in told, told
+    assert failing.tries[0] == 2 and len(failing.tries) >= 4 and failing.tries[-1] == 8
+    reader = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    assert 2 not in reader.steps() and 8 in reader.steps()
+    np.testing.assert_array_equal(reader.arrays("params/")["layers.w"], state.params["layers.w"][...])
+    reader.close()
+
+
+def test_storage_that_always_fails_ends_in_an_error_and_harms_nothing(tmp_path, storage, capsys):
+    experiment = toys.experiment(**WIDE, save_every=2, steps=2, save_retries=2, save_backoff=0.01)
+    train(experiment, tmp_path)
+    failing = storage(100)
+    longer = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=4))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"could not be written.*the last good one is .*checkpoints/2\. "):
+        train(longer, tmp_path)
+    assert len(failing.tries) == 3 and "try 2 of 2" in capsys.readouterr().err
+    reader = checkpoints.Checkpoints(tmp_path / "checkpoints")
+    assert reader.steps() == [2] and reader.arrays("params/")
+    reader.close()
 
 
 def test_metrics_survive_a_line_cut_short(tmp_path):

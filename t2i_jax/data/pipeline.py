@@ -9,7 +9,8 @@ hosts and workers.
 
 Broken records. An example whose record cannot be read is made from the next record of the source that can. So batches
 stay full, `position` stays a plain count of examples, and the stream stays a pure function of g; each replacement is
-counted and logged with its key.
+counted and logged with its key. A worker process that dies (no memory, a kill) is told and replaced, and the stream
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,7 @@ ARRAYS = ("label", "codes", "latents", *PER_CAPTION)
 SIDED = ("left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo")
 SIDED += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
 TRIES = 100
+DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,19 @@ class Data:
         source = self.split(split)
         reader = source.open()
         examples = _Examples(self, reader, self._order(source, reader), text is not None, split == "train")
-        rows = Rows(position, self.batch_size, process, count)
         local = self.batch_size // count
-        stream = grain.MapDataset.source(rows).map(examples).batch(local, batch_fn=_Collate(text))
-        stream = stream.to_iter_dataset(grain.ReadOptions(self.threads, max(self.prefetch, self.threads)))
-        if self.workers:
-            _parse_flags()
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(self.workers, max(1, self.prefetch)))
-        return self._watched(stream)
+
+        def stream(done: int) -> Iterator[tuple[Batch, list[str]]]:
+            """The batches, each with what was wrong on the way, behind the first `done` of them."""
+            rows = Rows(position + done * self.batch_size, self.batch_size, process, count)
+            made = grain.MapDataset.source(rows).map(examples).batch(local, batch_fn=_Collate(text))
+            made = made.to_iter_dataset(grain.ReadOptions(self.threads, max(self.prefetch, self.threads)))
+            if self.workers:
+                _parse_flags()
+                made = made.mp_prefetch(grain.MultiprocessingOptions(self.workers, max(1, self.prefetch)))
+            return iter(made)
+
+        return self._watched(restarted(stream))
 
     def examples(self, split: str = "train") -> Examples:
         """The records of a split in the order of the source, their pictures decoded and cropped at the centre."""
@@ -125,12 +133,11 @@ class Data:
             return Order([len(r) for r in reader.readers], source.weights, self.seed)
         return Order([len(reader)], None, self.seed)
 
-    def _watched(self, stream: grain.IterDataset) -> Iterator[Batch]:
-        iterator = iter(stream)
+    def _watched(self, stream: Generator[tuple[Batch, list[str]]]) -> Iterator[Batch]:
         seen = broken = 0
         last: deque[str] = deque(maxlen=5)
-        try:
-            for batch, faults in iterator:
+        with closing(stream):
+            for batch, faults in stream:
                 for fault in faults:
                     log.warning("broken record, replaced: %s", fault)
                 last.extend(faults)
@@ -142,6 +149,32 @@ class Data:
                         f"the last: {'; '.join(last)}"
                     )
                 yield batch
+
+
+def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
+    """What `stream(done)` gives, begun anew behind what was given already when one of its worker processes has died.
+
+    Errors: `DataError` where workers died DEATHS times and nothing came in between.
+    """
+    done = deaths = 0
+    while True:
+        iterator = stream(done)
+        try:
+            for item in iterator:
+                yield item
+                done, deaths = done + 1, 0
+            return
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # what grain says of a worker that is gone
+                raise
+            deaths += 1
+            if deaths == DEATHS:
+                raise DataError(
+                    f"worker processes of the input pipeline died {DEATHS} times at batch {done} of this run, the last "
+                    f"one so: {error} Too little memory (see the kernel's log) and a record that crashes a library are "
+                    "usual reasons; Data.workers=0 makes batches in this process"
+                ) from error
+            log.warning("a worker process of the input pipeline died and is started again: %s", error)
         finally:
             if close := getattr(iterator, "close", None):
                 close()

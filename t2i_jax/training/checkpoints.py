@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from rich.console import Console
+from rich.markup import escape
 
 from t2i_jax.config import ConfigError
+from t2i_jax.parallel import agreed
+from t2i_jax.training.checksums import checksums
 from t2i_jax.training.state import TrainState
 
 console = Console(stderr=True)
@@ -23,96 +29,204 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written; the message names the file."""
 
 
-class Checkpoints:
-    """The checkpoints of one run folder, newest last.
+class Damaged(ValueError):
+    """A checkpoint that can be read and does not hold what was written."""
 
-    `save` returns at once (the arrays are copied, the files are written behind the next steps) and a failure to write
-    comes to light at the next `save` or `close`: the run stops with the reason, the checkpoints before it stay as they
-    were. `restore` takes the newest one that can be read and says which it passed over.
+
+class Checkpoints:
+    """The checkpoints of one run folder, newest last. Its methods are calls of all processes.
+
+    `save` returns at once: the arrays are copied, the files are written behind the next steps. Beside them lies a
+    checksum of each array, which `restore` compares with what it read; it takes the newest checkpoint that holds what
+    was written, and says which it passed over.
+
+    A write that failed is told and repeated, up to `retries` times one behind the other, after `backoff` seconds and
+    twice as long each time: where `again` says so with the state at hand, by `finish` with the last one. When no try is
+    left the run stops with the reason. The checkpoints before it stay as they were.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3):
+    def __init__(self, folder: str | Path, keep: int = 3, retries: int = 3, backoff: float = 10.0):
         self.folder = Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.retries, self.backoff = retries, backoff
+        self.begun: int | None = None  # step of the write that is under way
+        self.last, self.failures, self.until = 0, 0, 0.0
+        self.error: Exception | None = None  # what stopped a write before it was under way
 
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
 
+    # ------------------------------------------------------------------------------------------------------ writing
+
     def save(self, state: TrainState, position: int, step: int) -> None:
         """Begin to write `state`; `position` is the number of examples consumed so far."""
+        self._settle()
         flat = state.flat()
-        meta = {"position": position, "arrays": {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}}
-        with self._explained(step):
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta)),
-                force=True,
-            )
+        meta: dict[str, Any] = {"position": position, "checksums": checksums(flat)}
+        meta["arrays"] = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta | {"crc32": crc32(meta)})
+        )
+        self.begun = self.last = step
+        try:
+            self.manager.save(step, args=args, force=True)
+        except Exception as error:  # whatever storage makes of the writer
+            self.error = error
+
+    def again(self, step: int) -> bool:
+        """Whether a write has failed and it is time to repeat it with the state after `step`.
+
+        A process alone looks after each step; several agree 1, 2, 4, 8, ... steps after the save that failed.
+        """
+        since = step - self.last
+        if (self.begun is None and not self.failures) or (jax.process_count() > 1 and since & (since - 1)):
+            return False
+        if self.begun is not None:
+            if not agreed(self.error is not None or not self.manager.is_saving_in_progress()):
+                return False
+            self._settle()
+        return self.failures > 0 and agreed(time.monotonic() >= self.until)
+
+    def finish(self, state: TrainState, position: int, step: int) -> None:
+        """Until the checkpoint of this step, begun already or not, is on disk.
+
+        Errors: `CheckpointError` where it could not be written, however often it was tried.
+        """
+        self._settle()
+        while step not in self.steps():
+            time.sleep(max(0.0, self.until - time.monotonic()) if self.failures else 0.0)
+            self.save(state, position, step)
+            self._settle()
+
+    def close(self) -> None:
+        """Wait for what was begun, and end the writer. Errors: `CheckpointError` where it could not be written."""
+        self.retries = 0
+        try:
+            self._settle()
+        finally:
+            self.manager.close()
+
+    def _settle(self) -> None:
+        """Wait for the write that is under way; count and tell its failure, or raise it when no try is left."""
+        if self.begun is None:
+            return
+        step, self.begun, error, self.error = self.begun, None, self.error, None
+        try:
+            if error is None:
+                self.manager.wait_until_finished()
+        except Exception as failure:
+            error = failure
+        if agreed(error is None):
+            self.failures = 0
+            return
+        self.failures += 1
+        self.manager.reload()  # what it meant to replace is still there
+        good = self.steps()
+        kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
+        reason = " ".join(str(error or "another process could not write its part").split())[:300]
+        text = f"checkpoint of step {step} could not be written to {self.folder}: {kept}. {reason}"
+        if self.failures > self.retries:
+            raise CheckpointError(text) from error
+        pause = self.backoff * 2 ** (self.failures - 1)
+        self.until = time.monotonic() + pause
+        tries = f"try {self.failures} of {self.retries} in {pause:.3g} s"
+        console.print(f"[yellow]{escape(text)}; {tries}[/]", soft_wrap=True)
+
+    # ------------------------------------------------------------------------------------------------------ reading
 
     def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
-        """The newest readable state, placed as `target` (abstract arrays with shardings), and its data position.
+        """The newest sound state, placed as `target` (abstract arrays with shardings), and its data position.
 
         Returns None where there is no checkpoint yet. Errors: `ConfigError` where the arrays are those of another
-        model; `CheckpointError` where checkpoints exist and none can be read.
+        model; `CheckpointError` where checkpoints exist and none is sound.
         """
         failures = []
         for step in reversed(self.steps()):
+            error, found = None, None
             try:
-                meta = self._read(step, "meta", ocp.args.JsonRestore())
+                meta = self._meta(step)
                 self._fits(step, meta["arrays"], target)
-                arrays = self._read(step, "state", ocp.args.StandardRestore(target.flat()))
-                return target.unflat(arrays), int(meta["position"])
+                found = self._arrays(step, target.flat())
             except ConfigError:
                 raise
-            except Exception as error:  # whatever a damaged file makes of the reader
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-                failures.append(f"{self.folder / str(step)} ({reason})")
-                console.print(f"[yellow]checkpoint passed over, it cannot be read: {failures[-1]}[/]", soft_wrap=True)
-                self._set_aside(step)
+            except Exception as failure:  # whatever a damaged file makes of the reader
+                error = failure
+            # One process may have met a hole that the others did not read; what was read is verified by all together.
+            if agreed(error is None):
+                try:
+                    self._verify(meta, found)
+                    return target.unflat(found), int(meta["position"])
+                except Damaged as failure:
+                    error = failure
+            failures.append(self._passed_over(step, error))
+            self._set_aside(step)
         if failures:
             raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures))
         return None
 
     def arrays(self, prefix: str, step: int | None = None) -> dict[str, np.ndarray]:
-        """The arrays whose names begin with `prefix` (`ema/`, say) of the newest readable checkpoint, on the host."""
+        """The arrays whose names begin with `prefix` (`ema/`, say) of the newest sound checkpoint, on the host."""
+        host, failures = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), []
         for each in [step] if step is not None else reversed(self.steps()):
-            with contextlib.suppress(Exception):
-                meta = self._read(each, "meta", ocp.args.JsonRestore())
-                host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                abstract = {
+            try:
+                meta = self._meta(each)
+                wanted = {
                     k: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=host)
                     for k, (shape, dtype) in meta["arrays"].items()
                 }
-                arrays = self._read(each, "state", ocp.args.StandardRestore(abstract))
-                return {k.removeprefix(prefix): np.asarray(v) for k, v in arrays.items() if k.startswith(prefix)}
-        raise CheckpointError(f"{self.folder}: there is no checkpoint that can be read")
+                found = self._arrays(each, wanted)
+                self._verify(meta, found)
+            except Exception as error:  # whatever a damaged file makes of the reader
+                failures.append(self._passed_over(each, error))
+            else:
+                return {k.removeprefix(prefix): np.asarray(v) for k, v in found.items() if k.startswith(prefix)}
+        raise CheckpointError("\n  ".join([f"{self.folder}: there is no checkpoint that can be read", *failures]))
 
-    def wait(self) -> None:
-        """Until what `save` began is on disk. Errors: `CheckpointError` where it could not be written."""
-        with self._explained():
-            self.manager.wait_until_finished()
+    def _meta(self, step: int) -> dict[str, Any]:
+        """What lies beside the arrays. Errors: `Damaged` where its own checksum says so."""
+        meta = self._read(step, "meta", ocp.args.JsonRestore())
+        own = meta.pop("crc32", None)  # none: made before there were checksums
+        if own is not None and own != crc32(meta):
+            raise Damaged("its description is not what was written")
+        return meta
 
-    def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
+    def _arrays(self, step: int, target: dict[str, Any]) -> dict[str, jax.Array]:
+        arrays = self._read(step, "state", ocp.args.StandardRestore(target))
+        for name, x in arrays.items():
+            wanted = target[name]
+            if (x.shape, x.dtype) != (wanted.shape, wanted.dtype):
+                raise Damaged(f"{name} is {x.dtype} {x.shape}, not {wanted.dtype} {wanted.shape}")
+            if not x.sharding.is_equivalent_to(wanted.sharding, x.ndim):
+                raise Damaged(f"{name} lies as {x.sharding}, not as {wanted.sharding}")
+        return arrays
+
+    def _verify(self, meta: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
+        """Errors: `Damaged` that names the arrays whose bytes are not those that were written."""
+        if "checksums" not in meta:
+            return
+        wrong = [k for k, n in checksums(arrays).items() if n != meta["checksums"][k]]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise Damaged(f"the bytes of {', '.join(wrong[:3])}{more} are not those that were written")
 
     def _read(self, step: int, item: str, args: Any) -> Any:
-        return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        # Each process reads by itself: one that meets a damaged file must not leave the others in a barrier.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
+        )
+        handler = ocp.CompositeCheckpointHandler()
+        with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as reader:
+            return reader.restore(self.folder / str(step), args=ocp.args.Composite(**{item: args}))[item]
 
-    @contextlib.contextmanager
-    def _explained(self, step: int | None = None):
-        try:
-            yield
-        except Exception as error:
-            what = f"checkpoint of step {step}" if step is not None else "the last checkpoint"
-            good = self.steps()
-            kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{what} could not be written to {self.folder}: {kept}. {reason}") from error
+    def _passed_over(self, step: int, error: Exception | None) -> str:
+        """Tell that a checkpoint is not used; what is told."""
+        lines = str(error).strip().splitlines() if error else ["another process could not read its part"]
+        reason = f"{type(error).__name__}: {''.join(lines[:1])[:200]}" if error else lines[0]
+        text = f"{self.folder / str(step)} ({reason})"
+        console.print(f"[yellow]checkpoint passed over, it cannot be read: {escape(text)}[/]", soft_wrap=True)
+        return text
 
     def _set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that its step can be written anew and nothing is lost."""
@@ -134,3 +248,8 @@ class Checkpoints:
                 + "\n  ".join(wrong[:12])
                 + more
             )
+
+
+def crc32(meta: dict[str, Any]) -> int:
+    """Of a description, however its keys are ordered."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())

@@ -32,8 +32,14 @@ class Train:
     """parts a batch is cut into, one update after all of them"""
     log_every: int = 20
     save_every: int = 500
+    save_retries: int = 3
+    """times in a row that a checkpoint which could not be written is tried again before the run stops ..."""
+    save_backoff: float = 10.0
+    """... so many seconds after the first failure, and twice as long each time"""
     keep: int = 3
     """checkpoints that stay on disk"""
+    stuck_after: float = 1800.0
+    """seconds without a finished step after which a process ends itself, for it hangs or another does; 0: never"""
     evaluate_every: int = 500
     evaluate_batches: int = 4
     preview_every: int = 500
@@ -64,7 +70,8 @@ FREE = (
     "mesh.",
     "model.sampling.",
     "train.log_every",
-    "train.save_every",
+    "train.save",
+    "train.stuck_after",
     "train.keep",
     "train.evaluate",
     "train.preview",

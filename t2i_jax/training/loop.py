@@ -32,6 +32,7 @@ from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.records import Records
 from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned
+from t2i_jax.training.watch import together, watched
 
 console = Console(stderr=True)
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
@@ -201,15 +202,17 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
     """Train, or go on with, the run in `folder`; returns the last state.
 
     Errors: `ConfigError` (what cannot be run, or is not this run), `NotFinite` (the step and the layer at which
-    numbers ceased to be finite), `CheckpointError`, `Interrupted` after a signal, with everything saved.
+    numbers ceased to be finite), `CheckpointError`, `Lost` where another process is gone, `Interrupted` after a
+    signal, with everything saved.
     """
     t = experiment.train
     folder = Path(folder)
     trainer = Trainer(experiment, folder)
-    checkpoints = Checkpoints(folder / "checkpoints", t.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", t.keep, t.save_retries, t.save_backoff)
     claim(experiment, folder, bool(checkpoints.steps()))
-    with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack:
+    with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
+        beat = stack.enter_context(watched(t.stuck_after))
         restored = checkpoints.restore(trainer.target)
         state, position = restored if restored else (trainer.start(), 0)
         done = int(state.step)
@@ -221,7 +224,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
         )
         stopping = stack.enter_context(stop_signals())
         if done:
-            console.print(f"{folder}: going on from step {done}")
+            console.print(f"{folder}: going on from step {done}", soft_wrap=True)
         if done >= t.steps:
             return state
 
@@ -236,6 +239,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
                 step, metrics = pending.popleft()
                 if not bool(metrics["finite"]):
                     raise NotFinite(explain(trainer, state, step, jax.device_get(metrics["norms"])))
+                beat(f"step {step}")
                 if step % t.log_every == 0 or step == t.steps:
                     numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite")}
                     now = time.perf_counter()
@@ -278,19 +282,19 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
                 jax.profiler.stop_trace()
             stop = stopping(step)
             last = step == t.steps
-            if stop or last or step % t.save_every == 0:
+            if stop or last or step % t.save_every == 0 or checkpoints.again(step):
                 settle(0)
                 checkpoints.save(state, position, step)
             if stop:
-                checkpoints.wait()
+                checkpoints.finish(state, position, step)
                 raise Interrupted(
                     f"stopped at step {step}, saved in {folder}; the same command goes on from here", stop
                 )
             look(step)
         settle(0)
-        checkpoints.wait()
-    if int(state.step) < t.steps:
-        raise ConfigError(f"data: the source ended at step {int(state.step)} of {t.steps}")
+        if int(state.step) < t.steps:
+            raise ConfigError(f"data: the source ended at step {int(state.step)} of {t.steps}")
+        checkpoints.finish(state, position, t.steps)
     return state
 
 
