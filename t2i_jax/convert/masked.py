@@ -10,7 +10,7 @@ import jax
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Format
-from t2i_jax.interop import kl, mar
+from t2i_jax.interop import kl, mar, vqgan
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import Classes
@@ -23,7 +23,7 @@ SCALES = {(4, True): (0.18215, 0.0), (16, True): (0.2325, 0.0), (16, False): (1.
 
 def _kl(
     tensors: Tensors,
-    style: kl.Style,
+    style: vqgan.Style,
     *,
     scale: float | None = None,
     shift: float | None = None,
@@ -42,8 +42,8 @@ def _kl(
     return KL(**(weights | found | fields))
 
 
-def _kl_table(config: KL, style: kl.Style) -> Table:
-    return kl.table(jax.eval_shape(config.init, jax.random.key(0)), style)
+def _kl_table(config: KL, style: vqgan.Style) -> Table:
+    return vqgan.table(jax.eval_shape(config.init, jax.random.key(0)), style)
 
 
 def _mar(
@@ -64,7 +64,7 @@ def _mar(
     return Masked(condition=Classes(found.pop("classes")), **(found | fields))
 
 
-KL_STYLES: dict[str, kl.Style] = {"kl": "taming", "kl_diffusers": "diffusers", "kl_diffusers_2022": "diffusers_2022"}
+KL_STYLES: dict[str, vqgan.Style] = {"kl": "taming", "kl_diffusers": "diffusers", "kl_diffusers_2022": "diffusers_2022"}
 
 FORMATS = {"mar": Format(_mar, mar.table, mar.UNUSED)} | {
     name: Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED)

@@ -1,17 +1,18 @@
-"""Names of published convolutional codecs: LlamaGen's, CLIP-GEN's, and taming-transformers', which others share."""
+"""Names of published convolutional codecs: LlamaGen's, CLIP-GEN's, taming-transformers', which others share, and those
+of diffusers, whose older files call the matrices of attention otherwise."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from t2i_jax.interop.names import CONV, POINTWISE, Source, Table, Tensors, source
 from t2i_jax.nn.trees import named
 
-Style = Literal["llamagen", "taming", "clipgen"]
+Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
 
 # Buffers, training losses, and other players that lie in published files beside the codec.
 IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$"
@@ -34,6 +35,19 @@ COMMON = (
     (r"\.b$", ".bias"),
     (r"\.attention\.(\d+)\.", r".attn.\1."),
 )
+DIFFUSERS = (
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.middle\.block1\.", ".mid_block.resnets.0."),
+    (r"\.middle\.block2\.", ".mid_block.resnets.1."),
+    (r"\.middle\.attention\.", ".mid_block.attentions.0."),
+    (r"\.levels\.(\d+)\.blocks\.", r".levels.\1.resnets."),
+    (r"\.attn\.(\d+)\.", r".attentions.\1."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"^encoder\.levels\.", "encoder.down_blocks."),
+    (r"^decoder\.levels\.", "decoder.up_blocks."),
+)
 STYLES: dict[str, tuple[tuple[str, str], ...]] = {
     "llamagen": (
         (r"\.middle\.block1\.", ".mid.0."),
@@ -49,8 +63,19 @@ STYLES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^encoder\.levels\.", "encoder.down."),
         (r"^decoder\.levels\.", "decoder.up."),
     ),
+    "diffusers": (
+        *DIFFUSERS,
+        (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+        (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    ),
+    "diffusers_2022": (
+        *DIFFUSERS,
+        (r"(attentions\.\d+)\.q\.", r"\1.query."),
+        (r"(attentions\.\d+)\.k\.", r"\1.key."),
+        (r"(attentions\.\d+)\.v\.", r"\1.value."),
+        (r"(attentions\.\d+)\.proj_out\.", r"\1.proj_attn."),
+    ),
 }
-
 
 # CLIP-GEN numbers all layers of an encoder or decoder in one row, so that only what is inside of a layer is here.
 CLIPGEN = (
@@ -90,22 +115,47 @@ def discriminator(model: Any) -> Table:
     return _judge(named(model), "main.")
 
 
-def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
-    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder, quantiser and discriminator.
+class Shapes(NamedTuple):
+    """Where a style of names has what tells the sizes of an autoencoder."""
+
+    down: str
+    up: str
+    block: str
+    attention: str
+    width: str
+    middle: str
+    """the norm of the attention in the encoder's middle"""
+    finest_first: bool = False
+    """the levels of the decoder are counted from the finest, the last to run"""
+
+
+IN_DIFFUSERS = Shapes(
+    "encoder.down_blocks",
+    "decoder.up_blocks",
+    "resnets",
+    "attentions",
+    "conv1",
+    "encoder.mid_block.attentions.0.group_norm",
+)
+SHAPES: dict[Style, Shapes] = {
+    "taming": Shapes("encoder.down", "decoder.up", "block", "attn", "conv1", "encoder.mid.attn_1.norm", True),
+    "llamagen": Shapes("encoder.conv_blocks", "decoder.conv_blocks", "res", "attn", "conv1", "encoder.mid.1.norm"),
+    "clipgen": Shapes("encoder.down", "decoder.up", "block", "attn", "block.2", "encoder.mid.1.norm"),
+    "diffusers": IN_DIFFUSERS,
+    "diffusers_2022": IN_DIFFUSERS,
+}
+
+
+def autoencoder(tensors: Tensors, style: Style) -> dict[str, Any]:
+    """What the shapes of `tensors` (arrays or abstract) say of encoder and decoder, as fields of `AutoencoderConfig`.
 
     Errors: ValueError where a name that every such file has is not there.
     """
-    if style == "clipgen":
-        tensors = dict(_unrolled(tensors))
-    down, up, block, width = {
-        "taming": ("encoder.down", "decoder.up", "block", "conv1"),
-        "llamagen": ("encoder.conv_blocks", "decoder.conv_blocks", "res", "conv1"),
-        "clipgen": ("encoder.down", "decoder.up", "block", "block.2"),
-    }[style]
-    first = f"{down}.0.{block}.0.{width}.weight"
-    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", first):
+    tensors = dict(_unrolled(tensors)) if style == "clipgen" else tensors
+    down, up, block, attention, width, middle, finest_first = SHAPES[style]
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", f"{down}.0.{block}.0.{width}.weight"):
         if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no codec in the names of {style}")
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no autoencoder in the names of {style}")
     shape = lambda name: tuple(tensors[name].shape)
     has = lambda prefix: any(name.startswith(prefix + ".") for name in tensors)
     count = lambda prefix: next(n for n in range(len(tensors) + 1) if not has(f"{prefix}.{n}"))
@@ -115,23 +165,27 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
         raise ValueError(
             f"widths {widths} of the levels are no multiples of the {channels} channels of the first layer"
         )
-    attends = lambda part: tuple(n for n in range(levels) if has(f"{part}.{n}.attn"))
-    decoder = attends(up)
-    if style != "taming":  # in the order in which levels run
-        decoder = tuple(sorted(levels - 1 - n for n in decoder))
-    middle = any(name.startswith(("encoder.mid.attn_1.", "encoder.mid.1.")) and ".norm." in name for name in tensors)
-    found: dict[str, Any] = {
-        "autoencoder": {
-            "channels": channels,
-            "multipliers": tuple(w // channels for w in widths),
-            "blocks": count(f"{down}.0.{block}"),
-            "decoder_blocks": count(f"{up}.0.{block}"),
-            "latent": shape("decoder.conv_in.weight")[1],
-            "attention": attends(down),
-            "decoder_attention": decoder,
-            "middle_attention": middle,
-        }
+    attends = lambda part: tuple(n for n in range(levels) if has(f"{part}.{n}.{attention}"))
+    from_coarsest = lambda found: found if finest_first else tuple(sorted(levels - 1 - n for n in found))
+    return {
+        "channels": channels,
+        "multipliers": tuple(w // channels for w in widths),
+        "blocks": count(f"{down}.0.{block}"),
+        "decoder_blocks": count(f"{up}.0.{block}"),
+        "latent": shape("decoder.conv_in.weight")[1],
+        "attention": attends(down),
+        "decoder_attention": from_coarsest(attends(up)),
+        "middle_attention": has(middle),
     }
+
+
+def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
+    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder, quantiser and discriminator.
+
+    Errors: ValueError where a name that every such file has is not there.
+    """
+    found: dict[str, Any] = {"autoencoder": autoencoder(tensors, style)}
+    shape = lambda name: tuple(tensors[name].shape)
     books = [n for n in tensors if re.fullmatch(r"quantizer?\.(embedding|embed)\.weight", n)]
     if len(books) != 1:
         raise ValueError(f"no codebook (quantize.embedding.weight) among {len(tensors)} names: this is no VQGAN")
@@ -151,7 +205,7 @@ def _nested(names: dict[str, Any], style: Style) -> Table:
     def theirs(name: str) -> str:
         for pattern, to in COMMON + STYLES[style]:
             name = re.sub(pattern, to, name)
-        if style == "taming":  # which counts the decoder's levels from the finest, the last to run
+        if SHAPES[style].finest_first:
             name = re.sub(r"(?<=^decoder\.up\.)\d+", lambda n: str(last - int(n[0])), name)
         return name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
 
@@ -228,4 +282,6 @@ def _judge(names: dict[str, Any], prefix: str, head: str = "") -> Table:
 def _line(name: str, variable: Any) -> Source:
     if name.endswith("quantize.proj.weight"):
         return source(name, layout=POINTWISE)
+    if re.search(r"attentions\.\d+\.(?!group_norm).*weight$", name):  # a matrix with them, a 1x1 convolution with us
+        return source(name, layout="f c -> 1 1 c f")
     return source(name, layout=CONV if variable.ndim == 4 else "")
