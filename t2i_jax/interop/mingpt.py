@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Source, Table, Tensors, source
 
 UNUSED = r"attn\.mask$"
 PART = "transformer."
 """where it lies in a checkpoint that also holds the codecs"""
 HEADS = {1664: 16}
 """by width, of released models; heads of 64 elsewhere"""
+KINDS = {"weight": " d", "bias": ""}
+"""what stands behind a name, and the dimension that it has beside that of what comes out"""
 
 
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to."""
     if "tok_emb.weight" not in tensors or "blocks.0.attn.key.weight" not in tensors:
         raise ValueError(f"no tok_emb.weight or blocks.0.attn.key.weight among {len(tensors)} names: this is no minGPT")
+    return sizes(tensors, "attn.key.weight", "mlp.0.weight", heads)
+
+
+def sizes(tensors: Tensors, once: str, into: str, heads: int) -> dict[str, Any]:
+    """Fields of a GPT of that kind. once: a name that each block has; into: that of the first matrix of its MLP."""
     vocabulary, width = tensors["tok_emb.weight"].shape
     return {
         "vocabulary": vocabulary,
         "width": width,
-        "depth": sum(name.endswith(".attn.key.weight") for name in tensors),
+        "depth": sum(name.endswith(f".{once}") for name in tensors),
         "heads": heads or HEADS.get(width, max(width // 64, 1)),
-        "mlp": tensors["blocks.0.mlp.0.weight"].shape[0],
+        "mlp": next(tensor for name, tensor in tensors.items() if name.endswith(f"0.{into}")).shape[0],
         "activation": "gelu",
         "norm": "layer",
         "bias": True,
@@ -37,25 +45,29 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
 
 def table(config: Any) -> Table:
     """minGPT's names for a `models.ar.AR`."""
-    layer, h = "blocks.{}.", config.layer.head
-    projections = [f"{layer}attn.{name}" for name in ("query", "key", "value")]
+    layer, three = "blocks.{}.", [f"blocks.{{}}.attn.{name}." for name in ("query", "key", "value")]
+    linears = {"attention.out": "attn.proj", "mlp.into": "mlp.0", "mlp.out": "mlp.2"}
+    norms = {"norm": "ln_f", "blocks.attention_norm": f"{layer}ln1", "blocks.mlp_norm": f"{layer}ln2"}
+    return around(config, layer, linears, norms) | {
+        f"blocks.attention.qkv.{kind[0]}": source(
+            *(f"{name}{kind}" for name in three), layout=f"a (n h){d} ->{d} (n a h)", h=config.layer.head
+        )
+        for kind, d in KINDS.items()
+    }
+
+
+def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, Source]:
+    """What GPTs of that kind have beside the matrix of queries, keys and values: their names are given by ours."""
     lines = {
         "tokens.w": source("tok_emb.weight"),
         "positions": source("pos_emb", layout="1 t d -> t d"),
-        "norm.w": source("ln_f.weight"),
-        "norm.b": source("ln_f.bias"),
         "output": source("head.weight", layout=LINEAR),
-        "blocks.attention.qkv.w": source(
-            *(f"{name}.weight" for name in projections), layout="a (n h) d -> d (n a h)", h=h
-        ),
-        "blocks.attention.qkv.b": source(*(f"{name}.bias" for name in projections), layout="a (n h) -> (n a h)", h=h),
     }
-    for ours, theirs in {"attention.out": "attn.proj", "mlp.into": "mlp.0", "mlp.out": "mlp.2"}.items():
+    for ours, theirs in linears.items():
         lines[f"blocks.{ours}.w"] = source(f"{layer}{theirs}.weight", layout=LINEAR)
         lines[f"blocks.{ours}.b"] = source(f"{layer}{theirs}.bias")
-    for ours, theirs in {"attention_norm": "ln1", "mlp_norm": "ln2"}.items():
-        lines[f"blocks.{ours}.w"] = source(f"{layer}{theirs}.weight")
-        lines[f"blocks.{ours}.b"] = source(f"{layer}{theirs}.bias")
+    for ours, theirs in norms.items():
+        lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}
     return lines | ({"output_bias": source("head.bias")} if config.output_bias else {})
 
 
