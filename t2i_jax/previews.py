@@ -63,6 +63,8 @@ class Previews:
             condition = {k: np.stack(v if k == "label" else [x[0] for x in v]) for k, v in stored.items()}
             if experiment.text is not None and "features" not in condition:
                 condition["text"], condition["text_mask"] = experiment.text(captions)
+            if getattr(family, "reads_small", False):
+                condition["image"] = real  # of which the small one is made
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from t2i_jax.noise import gaussian
-from t2i_jax.noise.gaussian import NAMES, Schedule, join, respacing, split
+from t2i_jax.noise.gaussian import join, split
 from t2i_jax.noise.processes import EDM, Discrete, Flow
+from t2i_jax.noise.schedule import NAMES, Schedule, respacing
 
 KINDS = ("eps", "x0", "v", "velocity", "drift", "score")
 

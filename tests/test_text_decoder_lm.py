@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from t2i_jax.interop.decoder_lm import table
+from t2i_jax.interop.names import to_theirs
 from t2i_jax.text.decoder_lm import DecoderLM, Shape
 
 TINY = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -38,6 +40,10 @@ def test_hidden_states_are_those_of_transformers(kind, tmp_path):
         close = wanted[layer].numpy()
         np.testing.assert_allclose(found, close, atol=1e-4 * np.abs(close).max())
     assert text.dim == 32
+    layer = text.shape.layer
+    kinds = dict(zip(("bias", "out_bias"), layer.biases, strict=True)) | {"qk_norm": layer.qk_norm, "last": False}
+    back = to_theirs(decoder, table(layer.heads, layer.groups, layer.head, **kinds))
+    assert all(np.array_equal(v, model.state_dict()[k].numpy()) for k, v in back.items())
 
 
 def test_captions_are_set_into_the_template_and_padded(tmp_path):

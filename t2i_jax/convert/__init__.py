@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,20 @@ from safetensors.numpy import load_file
 from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.torchfile import StandIn, read_torch, tensors_below
 
-MODULES = ("ar", "codecs", "discrete", "gaussian", "masked", "stream")
+MODULES = ("ar", "codecs", "diffusers", "discrete", "gaussian", "masked", "stream")
 """Files of this room that hold FORMATS."""
+
+
+class Folder(NamedTuple):
+    """What lies in a folder of a format that is one."""
+
+    tensors: Tensors
+    hints: dict[str, Any]
+    """what its settings say of the configuration"""
+    codec: tuple[Any, Any] | None = None
+    """configuration and model of the codec beside the model"""
+    text: Any = None
+    """its text side"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +74,8 @@ class Format:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """stems of several published files that make one model, and what stands before the names of each: a folder that
     holds them is read as one file"""
+    folder: Callable[[Path], Folder] | None = None
+    """what lies in a folder with settings, where the format may be one"""
 
 
 def formats() -> dict[str, Format]:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def to_folder(
     """Convert the file `weights` of format `name` and write it as a released model, with its codec and its text side.
 
     hints: what the file cannot tell, and fields of the configuration. codec: a folder with a run or a released codec.
+    Where `weights` is a folder that holds all three, its own codec and text are taken unless others are given.
     Errors: `ConfigError` for an unknown format or hint, and for a file that lacks names, has others, or other shapes.
     """
     if Path(out).exists():  # told before the work, not after it
@@ -34,13 +36,24 @@ def to_folder(
     if not Path(weights).exists():
         raise ConfigError(f"{weights}: there is no such file")
     try:
-        config, model = convert.convert(name, convert.read(weights, name), str(weights), **hints)
+        found = _opened(name, Path(weights))
+        config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
     except (ValueError, TypeError, KeyError) as error:
         known = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(f"{weights} as {name}: {known}") from error
-    artifact = Artifact(config, model, text, codec, image_size=picture_side(config, codec))
-    save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
-    return artifact
+    with tempfile.TemporaryDirectory() as room:
+        if found.codec and not codec:
+            codec = f"{room}/codec"
+            save_artifact(Artifact(*found.codec), codec, f"# {type(found.codec[0]).__name__}\n")
+        artifact = Artifact(config, model, text or found.text, codec, image_size=picture_side(config, codec))
+        save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
+    return dataclasses.replace(artifact, codec=str(Path(out, "codec")) if codec else "")
+
+
+def _opened(name: str, path: Path) -> convert.Folder:
+    """The tensors of a published file, or what lies in a folder of a format that is one."""
+    folder = convert.find(name).folder
+    return folder(path) if folder and path.is_dir() else convert.Folder(convert.read(path, name), {})
 
 
 def to_file(name: str, folder: str | Path, out: str | Path) -> None:
@@ -95,15 +108,18 @@ def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def text_side(words: str) -> Any:
-    """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption) or `clip-tokens:PATH` (one a token,
-    of length 1) names, with fields of it set behind commas: `clip:vit_b_32.pt,activation=gelu`.
+    """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
+    length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set behind commas:
+    `clip:vit_b_32.pt,activation=gelu`.
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
     from t2i_jax.text.clip import ClipEmbedding, ClipText
+    from t2i_jax.text.decoder_lm import DecoderLM
     from t2i_jax.text.t5 import T5
 
     kinds = {"t5": (T5, {"clean": True}), "clip": (ClipEmbedding, {}), "clip-tokens": (ClipText, {"normalise": True})}
+    kinds["lm"] = DecoderLM, {}
     kind, _, rest = words.partition(":")
     path, *settings = rest.split(",")
     if kind not in kinds or not Path(path).exists():

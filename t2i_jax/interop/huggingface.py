@@ -12,8 +12,18 @@ from safetensors import SafetensorError, safe_open
 
 from t2i_jax.interop.torchfile import read_torch
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Where weights may lie, best first."""
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+)
+"""Where weights may lie, best first, for `transformers` and diffusers."""
 
 
 def config(folder: str | Path) -> dict[str, Any]:

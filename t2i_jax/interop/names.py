@@ -65,6 +65,7 @@ class Source(NamedTuple):
             parts = {left.split()[0]: len(self.names)} if len(self.names) > 1 and not self.parts else {}
             array = rearrange(array, f"{right} -> {left}", **parts, **self.sizes)
         if self.parts:
+            array = array if self.rows is None else array[np.argsort(self.rows)]
             return unpack(array, [(n,) for n in self.parts], "* d" if array.ndim > 1 else "*")
         return [array] if len(self.names) == 1 else list(array)
 
@@ -136,7 +137,7 @@ def to_theirs(model: Any, table: Table) -> dict[str, np.ndarray]:
     """The variables of `model` under their names and in their layouts: what `to_ours` reads."""
     whole: dict[str, np.ndarray] = {}
     for name, array, line in _lines(model, table):
-        if line.rows is None:
+        if line.rows is None or line.parts:
             whole[name] = array
         else:
             whole.setdefault(name, np.zeros((line.height, *array.shape[1:]), array.dtype))[line.rows] = array

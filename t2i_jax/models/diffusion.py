@@ -16,14 +16,13 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.nn.condition import Classes, Condition
+from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import guidance, solvers
 from t2i_jax.noise.gaussian import (
     Predicts,
-    beside,
     clipped,
     join,
     loss_weight,
@@ -32,6 +31,7 @@ from t2i_jax.noise.gaussian import (
     vb_terms,
 )
 from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.schedule import beside
 from t2i_jax.noise.solvers import SOLVERS, Denoised
 from t2i_jax.parallel import shard
 
@@ -61,6 +61,8 @@ class Solving:
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
     """Of discrete steps take every k-th, not the first, the last and those evenly between."""
+    augmentation: float | Array = 0.0
+    """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: float | Array = 1.0
     """Of a given picture: how much of the way from noise is gone again; 1 forgets it."""
 
@@ -92,8 +94,12 @@ class Diffusion:
     """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
     guided_channels: int = 0
     """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
+    enlarges: int = 0
+    """By how much a small picture is made larger, where batches have none of their own (`low_res`): it is then made of
+    the `image`."""
     augmentation: float = 0.0
-    """Most noise (share of its spread) that training adds to a small picture that is enlarged (Ho et al. 2022)."""
+    """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
+    that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
     solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "ddpm"
     sampling: Solving = Solving()
     """How `sample` draws unless told otherwise."""
@@ -105,7 +111,7 @@ class Diffusion:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
 
     @property
-    def condition(self) -> Condition | PaddedCaptions:
+    def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
         """What a picture is made for."""
         return self.network.condition or Classes(0)
 
@@ -135,7 +141,10 @@ class Diffusion:
         b = len(x0)
         t = self.process.draw(keys[0], b)
         eps = jax.random.normal(keys[1], x0.shape)
-        batch = self._augmented(batch, keys[2])
+        if self.reads_small:
+            small, draw = self.small(batch), jax.random.split(keys[2])
+            share = self.augmentation * jax.random.uniform(draw[0], (b,))
+            batch = batch | noised_small(small, share, jax.random.normal(draw[1], small.shape))
         dropped = jax.random.bernoulli(keys[3], self.condition_dropout, (b,))
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4])
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
@@ -170,14 +179,24 @@ class Diffusion:
         vb = self.bound_weight * vb
         return {"mse": mse, "vb": vb, "loss": loss + vb}
 
-    def _augmented(self, batch: Batch, key: Array) -> Batch:
-        """The batch with noise of a random strength on the small picture that is enlarged."""
-        if "low_res" not in batch or not self.augmentation:
-            return batch
-        keys = jax.random.split(key)
-        small = batch["low_res"]
-        share = self.augmentation * jax.random.uniform(keys[0], (len(small), 1, 1, 1))
-        return batch | {"low_res": small + share * jax.random.normal(keys[1], small.shape)}
+    @property
+    def reads_small(self) -> bool:
+        """Whether the network enlarges a small picture."""
+        return "low_res" in self.network.extra_inputs
+
+    def small(self, batch: Batch) -> Array:
+        """The small picture (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) made smaller.
+
+        Errors: ValueError where there is neither.
+        """
+        if "low_res" in batch:
+            return batch["low_res"]
+        if not self.enlarges or "image" not in batch:
+            there = ", ".join(sorted(batch))
+            raise ValueError(f"the batch has no 'low_res', the small picture to enlarge. It has: {there}")
+        b, i, j, c = batch["image"].shape
+        small = (b, i // self.enlarges, j // self.enlarges, c)
+        return jax.image.resize(batch["image"], small, "linear", antialias=True)
 
     def _apply(self, model: Any, x: Array, told: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
         """The network's output for x, with the pictures of the batch that it reads beside."""
@@ -221,9 +240,12 @@ class Diffusion:
             image-text model does; its gradient pulls.
         weak: a worse model of this configuration, which takes the place of the unconditional branch (Karras et al.
             2024).
-        progress: called after each step with its number and the pictures so far; static.
+        progress: called after each step with its number, how many there are, and the pictures so far; static.
         """
         guided = (self.condition_dropout > 0 or weak is not None) if guided is None else guided
+        untold = not getattr(self.condition, "has_null", True) and "null_features" not in condition
+        if guided and weak is None and untold:
+            raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = (options or self.options()).arrays()
         config = dataclasses.replace(self, solver=solver or self.solver)
         return _sample(config, model, condition, keys, options, given, keep, guided, log_p, weak, progress)
@@ -236,6 +258,12 @@ class Diffusion:
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
         return Denoised(near, eps, v)
+
+
+def noised_small(small: Array, share: Array, noise: Array) -> Batch:
+    """What a network reads of a small picture (b, i', j', c) of which a share (b,) of the power's root is noise."""
+    weight = beside(share, small)
+    return {"low_res": jnp.sqrt(1 - weight**2) * small + weight * noise, "low_res_noise": share}
 
 
 def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
@@ -272,6 +300,11 @@ def _sample(
     # The two rows of a picture stand beside each other, so that both live on the same device.
     rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
     path = config.process.path(options.steps, options.stride)
+    if config.reads_small:
+        small, hidden = config.small(condition), jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
+        share = jnp.broadcast_to(options.augmentation, (b,))
+        condition = {k: v for k, v in condition.items() if k != "image"} | noised_small(small, share, noise)
     everything = jax.tree.map(rows, condition)
     nothing = jnp.zeros(b * branches, bool)
     context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
@@ -308,7 +341,7 @@ def _sample(
         if keep is not None:
             x = jnp.where(keep, noised(i, normal(kept, i)), x)
         if progress is not None:
-            jax.debug.callback(progress, i, x / config.process.scale)
+            jax.debug.callback(progress, i, path.steps, x / config.process.scale)
         return shard(x, "batch", None, None, None)
 
     step, noise = SOLVERS[config.solver], lambda i: normal(later, i)

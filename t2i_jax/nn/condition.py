@@ -30,6 +30,7 @@ SOURCES = {
     "text": "the tokeniser of the data pipeline (`text` of the experiment)",
     "text_mask": "the tokeniser of the data pipeline (`text` of the experiment)",
     "prefix": "whoever gives the first tokens of the sequence",
+    "low_res_noise": "whoever made the small picture that is enlarged noisy",
     "null_features": "the same encoder, from an empty caption",
     "features": "a frozen text encoder, in the data pipeline or stored before training by `t2i encode`",
 }
@@ -125,6 +126,8 @@ class Features:
     """move text to the last slots and zero the others, as LlamaGen does"""
     null_keeps_mask: bool = False
     """dropped rows stay masked to the length of their caption, as in LlamaGen; else all their slots are visible"""
+    bias: bool = False
+    """of the projection"""
 
     inputs = ("features",)
 
@@ -144,8 +147,8 @@ class FeatureTokens(nnx.Module):
         self.config = config
         null = normal(keys[0], (config.length, config.dim), config.dim**-0.5)
         self.null = param(null, None, None) if config.trained_null else Carried(null, axes=(None, None))
-        self.into = Linear(config.dim, width, keys[1], bias=False, axes=(None, "mlp"))
-        self.out = Linear(width, width, keys[2], bias=False, axes=("mlp", "embed"))
+        self.into = Linear(config.dim, width, keys[1], bias=config.bias, axes=(None, "mlp"))
+        self.out = Linear(width, width, keys[2], bias=config.bias, axes=("mlp", "embed"))
 
     def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features")
@@ -208,8 +211,19 @@ class Encoded:
     """vectors of a caption"""
     trained_null: bool = True
     """learn the unconditional features; else they are the batch's `null_features`, those of an empty caption"""
+    kept_null: bool = False
+    """hold the features of an empty caption in the model, which nothing trains: those of a loaded checkpoint"""
 
     inputs = ("features",)
+
+    def __post_init__(self):
+        if self.trained_null and self.kept_null:
+            raise ValueError("trained_null and kept_null: unconditional features are trained or kept, not both")
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model knows the unconditional features, so that no batch has to bring them."""
+        return self.trained_null or self.kept_null
 
     def init(self, key: Array, width: int) -> EncodedTokens:
         return EncodedTokens(self, key)
@@ -223,7 +237,9 @@ class EncodedTokens(nnx.Module):
 
     def __init__(self, config: Encoded, key: Array):
         self.config = config
-        self.null = param(normal(key, (config.length, config.dim), 1.0), None, None) if config.trained_null else None
+        values = normal(key, (config.length, config.dim), 1.0)
+        kept = Carried(values, axes=(None, None)) if config.kept_null else None
+        self.null = param(values, None, None) if config.trained_null else kept
 
     def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features")
@@ -234,6 +250,53 @@ class EncodedTokens(nnx.Module):
         elif "null_features" in batch:
             x = jnp.where(drop[:, None, None], batch["null_features"], x)
         return x.astype(dtype), jnp.ones(x.shape[:2], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Features of a frozen text encoder, projected, whose first vector stands for the whole caption.
+
+    Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the embeddings of both CLIPs
+    beside each other.
+    """
+
+    encoded: Encoded = Encoded(4096, 334, trained_null=False, kept_null=True)
+    """all vectors, the first included"""
+    summary: int = 2048
+    """numbers of the first vector that say something"""
+
+    inputs = ("features",)
+
+    @property
+    def length(self) -> int:
+        return self.encoded.length - 1
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the model knows the unconditional features."""
+        return self.encoded.has_null
+
+    def init(self, key: Array, width: int) -> PairedTokens:
+        return PairedTokens(self, key, width)
+
+
+class PairedTokens(nnx.Module):
+    """`features` float (b, 1 + s, k) -> tokens (b, s, d), all visible; `whole` gives (b, d) of the first vector."""
+
+    def __init__(self, config: Paired, key: Array, width: int):
+        keys = jax.random.split(key, 4)
+        self.config, self.encoded = config, config.encoded.init(keys[0], width)
+        self.tokens = Linear(config.encoded.dim, width, keys[1], axes=(None, "embed"))
+        self.into = Linear(config.summary, width, keys[2], axes=(None, "mlp"))
+        self.out = Linear(width, width, keys[3], axes=("mlp", "embed"))
+
+    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+        x, mask = self.encoded(batch, drop, dtype)
+        return self.tokens(x[:, 1:]), mask[:, 1:]
+
+    def whole(self, batch: Batch, drop: Array) -> Array:
+        x = self.encoded(batch, drop)[0][:, 0, : self.config.summary]
+        return self.out(jax.nn.silu(self.into(x)))
 
 
 @dataclasses.dataclass(frozen=True)

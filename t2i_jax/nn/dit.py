@@ -3,7 +3,7 @@
 A block is x + gate attention(modulate(norm(x))), then x + gate mlp(modulate(norm(x))), with shifts, scales and gates
 made of c = embedding of the time + condition, and gates that start at zero (adaLN-Zero). Text may also be read as more
 tokens of the sequence, by cross-attention (Chen et al. 2024, PixArt-alpha), or by a stream of its own that shares
-attention with the image (Esser et al. 2024, MM-DiT).
+attention with the image (Esser et al. 2024, MM-DiT of Stable Diffusion 3).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import Batch, Classes, Condition
+from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
 from t2i_jax.nn.conv import patchify, unpatchify
-from t2i_jax.nn.layers import Carried, LayerNorm, Linear
+from t2i_jax.nn.layers import Carried, LayerNorm, Linear, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 from t2i_jax.nn.transformer import MLP, REMAT, Attention, Layer
 from t2i_jax.parallel import shard
@@ -45,10 +45,21 @@ class DiT:
     waves: int = 256
     """Sines and cosines of the time."""
     eps: float = 1e-6
-    condition: Condition = Classes(1000)
+    condition: Condition | Paired = Classes(1000)
     text: Literal["modulate", "context", "cross", "joint"] = "modulate"
-    """The mean of the condition's tokens modulates every block; and they are read as further tokens of the sequence, by
-    cross-attention, or in a stream of their own."""
+    """What stands for the whole condition modulates every block; and its tokens are read as further tokens of the
+    sequence, by cross-attention, or in a stream of their own."""
+    whole: bool = True
+    """The mean of the condition's tokens (or what the condition gives for all) modulates; else the time alone does."""
+    shared: bool = False
+    """One matrix makes the shifts, scales and gates of all blocks, and each adds a table of its own (Chen et al. 2024,
+    adaLN-single); else each block has a matrix."""
+    cross_norm: bool = True
+    """Normalise what cross-attention asks with."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head, as later versions of Stable Diffusion 3."""
+    stretch: float = 1.0
+    """Rows and columns are divided by this: pictures may be larger than those that a model was first trained on."""
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,11 +69,20 @@ class DiT:
     def __post_init__(self):
         if any(side % self.patch for side in self.size):
             raise ValueError(f"size {self.size} cannot be cut into patches of {self.patch}")
+        if self.text == "modulate" and not self.whole:
+            raise ValueError("text 'modulate' without `whole`: the condition would be read nowhere")
 
     @property
     def layer(self) -> Layer:
         return Layer(
-            self.width, self.heads, hidden=self.hidden, norm="layer", activation="gelu_tanh", bias=True, eps=self.eps
+            self.width,
+            self.heads,
+            hidden=self.hidden,
+            norm="layer",
+            activation="gelu_tanh",
+            bias=True,
+            qk_norm=self.qk_norm,
+            eps=self.eps,
         )
 
     @property
@@ -91,14 +111,14 @@ def pooled(tokens: Array, mask: Array) -> Array:
     return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
 
 
-def sincos_2d(grid: tuple[int, int], d: int) -> np.ndarray:
+def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray:
     """Fixed positions (i * j, d): sines and cosines of the column, then those of the row, in the first released layout.
 
-    Errors: ValueError if 4 does not divide d.
+    stretch: what rows and columns are divided by. Errors: ValueError if 4 does not divide d.
     """
     if d % 4:
         raise ValueError(f"width {d} cannot hold sine and cosine of row and column: it must be a multiple of 4")
-    row, column = np.indices(grid).reshape(2, -1, 1)
+    row, column = np.indices(grid).reshape(2, -1, 1) / stretch
     frequencies = 10000.0 ** -(np.arange(d // 4) / (d // 4))
     waves = [f(place * frequencies) for place in (column, row) for f in (np.sin, np.cos)]
     return np.concatenate(waves, -1).astype(np.float32)
@@ -112,16 +132,23 @@ class Stream(nnx.Module):
         self.norm = LayerNorm(config.width, config.eps, affine=False)
         self.attention = Attention(config.layer, keys[0])
         self.mlp = MLP(config.layer, keys[1])
-        self.modulation = Linear(config.width, 6 * config.width, keys[2], std=0.0)
+        d = config.width
+        self.modulation = None if config.shared else Linear(d, 6 * d, keys[2], std=0.0)
+        self.table = param(normal(keys[2], (6, d), d**-0.5), None, "embed") if config.shared else None
 
     def modulations(self, c: Array) -> list[Array]:
-        """Shift, scale and gate of attention, then of the MLP, each (b, d)."""
+        """Shift, scale and gate of attention, then of the MLP, each (b, d); of c (b, d), or (b, 6 d) that all share."""
+        if self.table is not None:
+            return list(jnp.moveaxis(self.table[...].astype(c.dtype) + rearrange(c, "b (n d) -> b n d", n=6), 1, 0))
         return jnp.split(self.modulation(jax.nn.silu(c)), 6, -1)
 
     def heads(self, x: Array) -> tuple[Array, ...]:
         """Queries, keys and values (b, t, n, h)."""
         y = rearrange(self.attention.qkv(x), "b t (n three h) -> three b t n h", three=3, h=self.attention.head_dim)
-        return tuple(shard(a, "batch", None, "heads", None) for a in y)
+        q, k, v = y
+        if self.attention.q_norm is not None and self.attention.k_norm is not None:
+            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        return tuple(shard(a, "batch", None, "heads", None) for a in (q, k, v))
 
     def attended(self, x: Array, mixed: Array, gate: Array) -> Array:
         """x and what its queries gathered, (b, t, n, h)."""
@@ -138,17 +165,17 @@ def _branch(y: Array, gate: Array) -> Array:
 class CrossAttention(nnx.Module):
     """x + attention from x (b, t, d) to tokens y (b, s, d); adds nothing before training."""
 
-    def __init__(self, config: Layer, key: Array):
+    def __init__(self, config: Layer, key: Array, norm: bool = True):
         keys = jax.random.split(key, 3)
         d = config.width
-        self.norm = LayerNorm(d, config.eps)
+        self.norm = LayerNorm(d, config.eps) if norm else None
         self.q = Linear(d, d, keys[0], axes=("embed", "heads"))
         self.kv = Linear(d, 2 * d, keys[1], axes=("embed", "heads"))
         self.out = Linear(d, d, keys[2], std=0.0, axes=("heads", "embed"))
         self.count = config.heads
 
     def __call__(self, x: Array, y: Array, mask: Array) -> Array:
-        q = rearrange(self.q(self.norm(x)), "b t (n h) -> b t n h", n=self.count)
+        q = rearrange(self.q(x if self.norm is None else self.norm(x)), "b t (n h) -> b t n h", n=self.count)
         k, v = rearrange(self.kv(y), "b s (n two h) -> two b s n h", n=self.count, two=2)
         mixed = attend(q, k, v, mask[:, None, None])
         return x + self.out(rearrange(mixed, "b t n h -> b t (n h)"))
@@ -161,12 +188,12 @@ class DiTBlock(nnx.Module):
         keys = jax.random.split(key, 3)
         self.image = Stream(config, keys[0])
         self.text = Stream(config, keys[1]) if config.text == "joint" else None
-        self.cross = CrossAttention(config.layer, keys[2]) if config.text == "cross" else None
+        self.cross = CrossAttention(config.layer, keys[2], config.cross_norm) if config.text == "cross" else None
 
     def __call__(self, x: Array, y: Array, c: Array, mask: Array, own: Array | None = None) -> tuple[Array, Array]:
         """x (b, t, d), of which `own` (b, t) may be read, tokens y (b, s, d), of which `mask` (b, s), and c (b, d).
 
-        Returns the new x and y.
+        c is (b, 6 d) where blocks share the matrix of the modulation. Returns the new x and y.
         """
         parts = self.image.modulations(c)
         q, k, v = self.image.heads(modulate(self.image.norm(x), *parts[:2]))
@@ -200,17 +227,23 @@ class DiTNetwork(nnx.Module):
         # As the matrix of a Transformer layer, though it stands for a convolution (Xavier & Bengio 2010).
         self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
         grid = (config.size[0] // config.patch, config.size[1] // config.patch)
-        self.positions = Carried(jnp.asarray(sincos_2d(grid, d)), axes=(None, "embed"))
+        self.positions = Carried(jnp.asarray(sincos_2d(grid, d, config.stretch)), axes=(None, "embed"))
         self.time = TimeEmbedding(d, keys[1], waves=config.waves)
         self.condition = config.condition.init(keys[2], d)
         self.blocks = jax.vmap(lambda k: DiTBlock(config, k))(jax.random.split(keys[3], config.depth))
         self.norm = LayerNorm(d, config.eps, affine=False)
-        self.modulation = Linear(d, 2 * d, keys[4], std=0.0)
+        self.shared = Linear(d, 6 * d, jax.random.fold_in(key, 1)) if config.shared else None
+        self.modulation = None if config.shared else Linear(d, 2 * d, keys[4], std=0.0)
+        self.table = param(normal(keys[4], (2, d), d**-0.5), None, "embed") if config.shared else None
         self.out = Linear(d, square * (1 + config.learn_variance), keys[5], std=0.0, axes=("embed", None))
 
     def read(self, batch: Batch, drop: Array) -> Context:
         """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
         tokens, mask = self.condition(batch, drop, self.config.dtype)
+        if not self.config.whole:
+            return Context(jnp.zeros((len(drop), self.config.width)), tokens, mask)
+        if isinstance(self.condition, PairedTokens):
+            return Context(self.condition.whole(batch, drop), tokens, mask)
         return Context(pooled(tokens, mask), tokens, mask)
 
     def tokens(self, x: Array) -> Array:
@@ -227,8 +260,10 @@ class DiTNetwork(nnx.Module):
         if config.text == "context":
             own, x = _behind(mask, x), jnp.concatenate([y, x], 1)
 
+        told = c if self.shared is None else self.shared(jax.nn.silu(c))
+
         def run(block: DiTBlock, x: Array, y: Array) -> tuple[Array, Array]:
-            return block(x, y, c, mask, own)
+            return block(x, y, told, mask, own)
 
         if config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=False)
@@ -238,7 +273,10 @@ class DiTNetwork(nnx.Module):
 
     def finish(self, x: Array, c: Array) -> Array:
         """Tokens (b, t, d) to a picture (b, i, j, c)."""
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, -1)
+        if self.table is None:
+            shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, -1)
+        else:
+            shift, scale = (row.astype(c.dtype) + c for row in self.table[...])
         x = self.out(modulate(self.norm(x), shift, scale)).astype(jnp.float32)
         rows = self.config.size[0] // self.config.patch
         return unpatchify(rearrange(x, "b (i j) d -> b i j d", i=rows), self.config.patch)

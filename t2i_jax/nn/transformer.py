@@ -109,6 +109,12 @@ class Layer:
         wide = -(-8 * self.width // 3 // 64) * 64 if self.activation in GATED else 4 * self.width
         return self.hidden or wide
 
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        """Whether queries, keys and values have a bias, and what attention gives."""
+        qkv, out = (self.bias if b is None else b for b in (self.qkv_bias, self.out_bias))
+        return qkv, out
+
     def normalise(self) -> RMSNorm | LayerNorm:
         if self.norm == "rms":
             return RMSNorm(self.width, self.eps)
@@ -198,7 +204,7 @@ class Attention(nnx.Module):
     def __init__(self, config: Layer, key: Array):
         n, m, h = config.heads, config.groups, config.head
         keys = jax.random.split(key)
-        qkv_bias, out_bias = (config.bias if b is None else b for b in (config.qkv_bias, config.out_bias))
+        qkv_bias, out_bias = config.biases
         self.qkv = Linear(config.width, (n + 2 * m) * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
         self.out = Linear(n * h, config.width, keys[1], bias=out_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
@@ -234,9 +240,10 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: Layer, memory: int, key: Array):
         n, h = config.heads, config.head
         keys = jax.random.split(key, 3)
-        self.q = Linear(config.width, n * h, keys[0], bias=config.bias, axes=("embed", "heads"))
-        self.kv = Linear(memory, 2 * n * h, keys[1], bias=config.bias, axes=(None, "heads"))
-        self.out = Linear(n * h, config.width, keys[2], bias=config.bias, axes=("heads", "embed"))
+        qkv_bias, out_bias = config.biases
+        self.q = Linear(config.width, n * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
+        self.kv = Linear(memory, 2 * n * h, keys[1], bias=qkv_bias, axes=(None, "heads"))
+        self.out = Linear(n * h, config.width, keys[2], bias=out_bias, axes=("heads", "embed"))
         self.heads = n
 
     def read(self, memory: Array) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """The UNet of guided diffusion (Dhariwal & Nichol 2021) and its encoder: residual blocks that a time modulates, and
-attention where pictures are small. Text joins attention as further keys and values (Nichol et al. 2022, GLIDE)."""
+attention where pictures are small. Text joins attention as further keys and values (Nichol et al. 2022, GLIDE), or is
+read by cross-attention of Transformer blocks in its place (Rombach et al. 2022, Stable Diffusion)."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import Batch, Classes, Condition
+from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.dit import Context, pooled
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding
 from t2i_jax.nn.padded import PaddedCaptions
-from t2i_jax.nn.transformer import REMAT, drop
+from t2i_jax.nn.transformer import REMAT, Layer, apply_stack, drop, stack
 from t2i_jax.parallel import shard
 
 
@@ -44,17 +45,22 @@ class UNet:
     """Heads on the way up, where head_dim is 0; 0: as many as on the way down."""
     qkv_first: bool = False
     """Columns of queries, keys and values are all queries, all keys, all values, instead of head by head."""
+    transformers: int = 0
+    """Transformer blocks in the place of each attention, which read the context by cross-attention; 0: plain attention
+    to positions and context at once."""
     scale_shift: bool = True
     """The time scales and shifts what the second norm gives; else it is added before it."""
     resample: Literal["block", "conv", "mean"] = "block"
     """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
     dropout: float = 0.0
-    condition: Condition | PaddedCaptions | None = Classes(1000)
+    condition: Condition | PaddedCaptions | Encoded | None = Classes(1000)
     context: int = 0
     """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
-    pool: Literal["mean", "last"] = "mean"
+    pool: Literal["mean", "last", "none"] = "mean"
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
     """Pictures of the batch that are read beside the noised one: one with a mask of what is known, a small one."""
+    told_noise: bool = False
+    """The network is told how much noise the small picture of `low_res` got, `low_res_noise` of the batch."""
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
     groups: int = 32
@@ -62,6 +68,18 @@ class UNet:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     """What each block keeps for its backward pass."""
+
+    def __post_init__(self):
+        if isinstance(self.condition, Encoded) and self.condition.dim != self.context:
+            raise ValueError(
+                f"context {self.context}: the condition's features are read as they are, {self.condition.dim}"
+            )
+        if self.transformers and not self.context:
+            raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
+        if self.pool == "none" and not self.context:
+            raise ValueError("pool 'none' without a context: the condition would be read nowhere")
+        if self.told_noise and "low_res" not in self.extra_inputs:
+            raise ValueError("told_noise: of a small picture, and extra_inputs have no 'low_res'")
 
     @property
     def channels_in(self) -> int:
@@ -77,6 +95,13 @@ class UNet:
     def at(self, level: int) -> int:
         """Channels of a level."""
         return int(self.multipliers[level] * self.width)
+
+    def heads_of(self, c: int, up: bool = False) -> int:
+        """Heads of attention over c channels. Errors: ValueError where they cannot be split."""
+        count = c // self.head_dim if self.head_dim else (self.up_heads if up else 0) or self.heads
+        if not count or c % count:
+            raise ValueError(f"{c} channels cannot be split into {count} heads")
+        return count
 
     def init(self, key: Array) -> UNetNetwork:
         return UNetNetwork(self, key)
@@ -99,7 +124,7 @@ class TimedResBlock(nnx.Module):
         keys = jax.random.split(key, 4)
         self.norm1 = GroupNorm(c, config.groups, config.eps)
         self.conv1 = Conv(c, f, keys[0])
-        self.time = Linear(config.embedding, (1 + config.scale_shift) * f, keys[1], std=None, axes=("embed", "conv"))
+        self.time = Linear(config.embedding, (1 + config.scale_shift) * f, keys[1], std=None, axes=("embed", None))
         self.norm2 = GroupNorm(f, config.groups, config.eps)
         self.conv2 = Conv(f, f, keys[2], std=0.0)
         self.shortcut = Conv(c, f, keys[3], kernel=1) if c != f else None
@@ -130,10 +155,8 @@ class ContextAttention(nnx.Module):
             Linear(config.context, 2 * c, keys[1], std=None, axes=(None, "heads")) if config.context else None
         )
         self.out = Linear(c, c, keys[2], std=0.0, axes=("heads", None))
-        self.count = c // config.head_dim if config.head_dim else (config.up_heads if up else 0) or config.heads
+        self.count = config.heads_of(c, up)
         self.qkv_first = config.qkv_first
-        if c % self.count:
-            raise ValueError(f"{c} channels cannot be split into {self.count} heads")
 
     def __call__(self, x: Array, context: Context | None) -> Array:
         heads = lambda y, order, k: rearrange(y, f"b t ({order} h) -> k b t n h", k=k, n=self.count)
@@ -146,6 +169,39 @@ class ContextAttention(nnx.Module):
             k, v = (jnp.concatenate(pair, 1) for pair in zip(extra, (k, v), strict=True))
         y = self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
         return x + y.reshape(x.shape)
+
+
+class SpatialTransformer(nnx.Module):
+    """x + Transformer blocks over its positions, which also read the context: (b, i, j, c) -> (b, i, j, c)."""
+
+    def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
+        keys = jax.random.split(key, 3)
+        layer = Layer(
+            c,
+            config.heads_of(c, up),
+            hidden=4 * c,
+            norm="layer",
+            activation="geglu_exact",
+            bias=True,
+            qkv_bias=False,
+            memory=config.context,
+        )
+        self.norm = GroupNorm(c, config.groups, 1e-6)
+        self.into = Linear(c, c, keys[0], std=None, axes=(None, "embed"))
+        self.blocks = stack(layer, config.transformers, keys[1])
+        self.out = Linear(c, c, keys[2], std=0.0, axes=("embed", None))
+
+    def __call__(self, x: Array, context: Context | None) -> Array:
+        assert context is not None, "cross-attention reads the context"
+        y = self.into(rearrange(self.norm(x), "b i j c -> b (i j) c"))
+        memory, mask = context.tokens.astype(x.dtype), context.mask[:, None, None]
+        y, _ = apply_stack(self.blocks, y, memory=memory, memory_mask=mask)
+        return x + self.out(y).reshape(x.shape)
+
+
+def attention_of(config: UNet, c: int, key: Array, up: bool = False) -> ContextAttention | SpatialTransformer:
+    """The attention that a UNet has over c channels, on the way down or up."""
+    return (SpatialTransformer if config.transformers else ContextAttention)(config, c, key, up)
 
 
 class Half(nnx.Module):
@@ -165,16 +221,18 @@ class Half(nnx.Module):
 class Stage(nnx.Module):
     """What happens between two skips: a residual block, attention, a change of size, or some of them."""
 
-    def __init__(self, config: UNet, c: int, f: int, key: Array, *, attends: bool, change: Literal["", "up", "down"]):
+    def __init__(
+        self, config: UNet, c: int, f: int, key: Array, *, attends: bool, change: bool = False, up: bool = False
+    ):
         keys = jax.random.split(key, 3)
-        alone = change == "down"  # on the way down a change of size is a stage of its own
+        alone = change and not up  # on the way down a change of size is a stage of its own
         self.block = None if alone else TimedResBlock(config, c, f, keys[0])
-        self.attention = ContextAttention(config, f, keys[1], change == "up") if attends else None
+        self.attention = attention_of(config, f, keys[1], up) if attends else None
         resample = None
         if change and config.resample == "block":
-            resample = TimedResBlock(config, f, f, keys[2], change)
+            resample = TimedResBlock(config, f, f, keys[2], "up" if up else "down")
         elif change:
-            resample = Half(f, keys[2], change == "up", config.resample == "conv")
+            resample = Half(f, keys[2], up, config.resample == "conv")
         self.resample = resample
 
     def __call__(self, x: Array, e: Array, context: Context | None, key: Array | None = None) -> Array:
@@ -201,15 +259,15 @@ class Encoder(nnx.Module):
         for level in range(len(config.multipliers)):
             attends = 2**level in config.attention
             for _ in range(config.blocks):
-                down.append(Stage(config, c, config.at(level), next(keys), attends=attends, change=""))
+                down.append(Stage(config, c, config.at(level), next(keys), attends=attends))
                 c = config.at(level)
                 kept.append(c)
             if level < len(config.multipliers) - 1:
-                down.append(Stage(config, c, c, next(keys), attends=False, change="down"))
+                down.append(Stage(config, c, c, next(keys), attends=False, change=True))
                 kept.append(c)
         self.down = nnx.List(down)
         self.before = TimedResBlock(config, c, c, next(keys))
-        self.attention = ContextAttention(config, c, next(keys))
+        self.attention = attention_of(config, c, next(keys))
         self.after = TimedResBlock(config, c, c, next(keys))
         self.kept = tuple(kept)
 
@@ -238,15 +296,16 @@ class UNetNetwork(Encoder):
         super().__init__(config, next(keys))
         width = config.context or config.embedding
         self.condition = None if config.condition is None else config.condition.init(next(keys), width)
-        self.pool = (
-            Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if config.context else None
-        )
+        pools = config.context and config.pool != "none"
+        self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
+        noise = lambda: TimeEmbedding(config.embedding, jax.random.fold_in(key, 1), waves=config.width)
+        self.noise = noise() if config.told_noise else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):
             for n in range(config.blocks + 1):
-                change = "up" if level and n == config.blocks else ""
+                change = level > 0 and n == config.blocks
                 attends, f = 2**level in config.attention, config.at(level)
-                up.append(Stage(config, c + kept.pop(), f, next(keys), attends=attends, change=change))
+                up.append(Stage(config, c + kept.pop(), f, next(keys), attends=attends, change=change, up=True))
                 c = f
         self.up = nnx.List(up)
         self.norm = GroupNorm(c, config.groups, config.eps)
@@ -254,10 +313,19 @@ class UNetNetwork(Encoder):
 
     def read(self, batch: Batch, drop: Array) -> Context:
         """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
+        context = self._read(batch, drop)
+        if self.noise is None:
+            return context
+        told = 1000 * jnp.broadcast_to(value(batch, "low_res_noise"), drop.shape)
+        return context._replace(pooled=context.pooled + self.noise(told))
+
+    def _read(self, batch: Batch, drop: Array) -> Context:
         if self.condition is None:
             nothing = jnp.zeros((len(drop), 1, self.config.embedding))
             return Context(nothing[:, 0], nothing, jnp.zeros((len(drop), 1), bool))
         tokens, mask = self.condition(batch, drop, self.config.dtype)
+        if self.config.pool == "none":
+            return Context(jnp.zeros((len(drop), self.config.embedding)), tokens, mask)
         whole = tokens[:, -1].astype(jnp.float32) if self.config.pool == "last" else pooled(tokens, mask)
         return Context(whole if self.pool is None else self.pool(whole), tokens, mask)
 

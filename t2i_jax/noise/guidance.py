@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.gaussian import beside
+from t2i_jax.noise.schedule import beside
 
 
 def guide(value: Array, null: Array, scale: Array | float, channels: int = 0) -> Array:

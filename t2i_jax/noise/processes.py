@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.gaussian import Schedule, beside
+from t2i_jax.noise.schedule import Schedule, beside
 
 
 class Path(NamedTuple):

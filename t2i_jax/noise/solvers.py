@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.gaussian import beside
 from t2i_jax.noise.processes import Path
+from t2i_jax.noise.schedule import beside
 
 
 class Denoised(NamedTuple):

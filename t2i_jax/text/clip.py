@@ -73,9 +73,9 @@ class Clip:
         Errors: ValueError naming the field.
         """
         if str(config.get("model_type", "")).startswith("clip_text_model"):
-            alone = "CLIPTextModelWithProjection" in config.get("architectures", ())
-            whole = {"text_config": config, "vision_config": {}, "projection_dim": config.get("projection_dim", 512)}
-            return dataclasses.replace(cls.of_huggingface(whole), **({} if alone else {"dim": 0}))
+            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+            dim = config.get("projection_dim", 512) if projects else 0
+            return cls.of_huggingface({"text_config": config, "vision_config": {}, "projection_dim": dim})
         for part in ("text_config", "vision_config"):
             if not isinstance(config.get(part), Mapping):
                 raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
@@ -165,6 +165,12 @@ class TextTower(nnx.Module):
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
         return self.norm(apply_stack(self.blocks, x, mask=causal(s))[0])
+
+    def before(self, ids: Array) -> Array:
+        """ids int (b, s) -> (b, s, d), what enters the last block."""
+        s = ids.shape[1]
+        x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
+        return apply_stack(jax.tree.map(lambda w: w[:-1], self.blocks), x, mask=causal(s))[0]
 
     def embed(self, ids: Array) -> Array:
         """ids int (b, s) -> embeddings (b, k), of any length."""

@@ -45,6 +45,8 @@ class T5:
     """of the weights and of the arithmetic; the features that released LlamaGen weights saw were bfloat16"""
     clean: bool = False
     """clean captions as DeepFloyd-IF, PixArt and LlamaGen do (`t2i_jax.text.clean`)"""
+    vocabulary: str = ""
+    """file of the vocabulary; empty: the folder's spiece.model"""
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -55,9 +57,9 @@ class T5:
 
         Errors: FileNotFoundError without spiece.model, ValueError where it cannot be read.
         """
-        vocabulary = Path(self.folder) / "spiece.model"
+        vocabulary = Path(self.vocabulary or Path(self.folder) / "spiece.model")
         if not vocabulary.is_file():
-            raise FileNotFoundError(f"{self.folder}: no spiece.model in it, the vocabulary of T5")
+            raise FileNotFoundError(f"{vocabulary}: there is no such file; it is the vocabulary of T5, spiece.model")
         pieces = SentencePiece(str(vocabulary), self.length)
         return pieces([clean_twice(c) for c in captions] if self.clean else captions)
 

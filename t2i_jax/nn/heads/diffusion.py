@@ -14,7 +14,8 @@ from t2i_jax.nn.draw import Sampling, guide
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
-from t2i_jax.noise.gaussian import Schedule, ddpm_step, p_mean_variance, q_sample, vb_terms
+from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
+from t2i_jax.noise.schedule import Schedule
 
 
 class Terms(NamedTuple):
@@ -41,7 +42,7 @@ class Diffusion:
     """of the process it is trained on"""
     schedule: str = "cosine"
     respacing: str = "100"
-    """steps of the sampler, as `noise.gaussian.respacing` reads them"""
+    """steps of the sampler, as `noise.schedule.respacing` reads them"""
     repeat: int = 4
     """times at which each z is trained, since a head costs less than its network"""
 

@@ -1,0 +1,277 @@
+"""Folders of diffusers: Stable Diffusion 1.x, 2.x and 3, and PixArt, with what lies beside the network.
+
+A folder may be that of the network alone, or the one in which the network's, the autoencoder's, the tokeniser's and
+the text encoder's stand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from t2i_jax import convert
+from t2i_jax.convert import Folder, Format
+from t2i_jax.interop import huggingface, pixart
+from t2i_jax.interop import stable_diffusion as published
+from t2i_jax.interop import stable_diffusion_3 as third
+from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Encoded, Features, Paired
+from t2i_jax.nn.dit import DiT, sincos_2d
+from t2i_jax.nn.unet import UNet
+from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.text.clip import ClipText
+from t2i_jax.text.t5 import T5
+from t2i_jax.text.triple import Triple
+
+
+def _stable_diffusion(
+    tensors: Tensors,
+    *,
+    size: int | tuple[int, int] = 0,
+    heads: int = 8,
+    head_dim: int | None = None,
+    groups: int = 32,
+    eps: float = 1e-5,
+    length: int = 77,
+    schedule: str = "scaled_linear",
+    steps: int = 1000,
+    zero_terminal_snr: bool = False,
+    predicts: Any = None,
+    **fields: Any,
+) -> Diffusion:
+    """What a folder's settings do not say is that of versions 1 where the text is of CLIP ViT-L (width 768), else that
+    of versions 2. size: side of the latents; length: tokens of a caption."""
+    found = published.describe(tensors)
+    second = found["context"] != 768
+    head_dim = (64 if second else 0) if head_dim is None else head_dim
+    kept = "null_features" in tensors
+    network = UNet(
+        **found,
+        size=_side(size or (96 if second else 64)),
+        heads=heads,
+        head_dim=head_dim,
+        groups=groups,
+        eps=eps,
+        condition=Encoded(found["context"], length, trained_null=False, kept_null=kept),
+    )
+    family: dict[str, Any] = {
+        "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
+        "predicts": predicts or ("v" if second else "eps"),
+        "solver": "dpm++",
+        "sampling": Solving(steps=min(30, steps), guidance=7.5, eta=0.0),
+    }
+    return Diffusion(network, **(family | fields))
+
+
+def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tuple[Tensors, dict[str, Any]]:
+    """The ends of attentions as the table has them, whichever way this file keeps them."""
+    config = _stable_diffusion(tensors, head_dim=head_dim, **hints).network
+    return published.squared(tensors, published.linear(config)), hints | {"head_dim": head_dim}
+
+
+def _network(config: Diffusion) -> Table:
+    return published.table(jax.eval_shape(config.init, jax.random.key(0)), config.network)
+
+
+def _folder(path: Path) -> Folder:
+    """A UNet's folder, or the one that has it as `unet/` among the other parts."""
+    part = path / "unet"
+    if not part.is_dir():
+        return Folder(huggingface.Weights(path), published.settings(huggingface.config(path)))
+    hints = published.settings(huggingface.config(part))
+    hints |= published.schedule(_json(path / "scheduler" / "scheduler_config.json"))
+    text, tensors = None, dict(huggingface.Weights(part))
+    if (path / "text_encoder").is_dir():
+        text = _clip(path)
+        tensors["null_features"], hints["length"] = _nothing(text), text.length
+    codec = _codec(path / "vae") if (path / "vae").is_dir() else None
+    return Folder(tensors, hints, codec, text)
+
+
+# ---------------------------------------------------------------------------------------------------------- PixArt
+
+
+def _pixart(
+    tensors: Tensors,
+    *,
+    size: int | tuple[int, int] = 0,
+    heads: int = 16,
+    stretch: float = 0.0,
+    eps: float = 1e-6,
+    **fields: Any,
+) -> Diffusion:
+    """size: side of the latents; stretch: how much larger than 64 it is, unless told. Captions are as long as the
+    unconditional features."""
+    found = pixart.describe(tensors)
+    length, dim = tensors["null_features"].shape[0], found.pop("dim")
+    side = _side(size or pixart.side_of(tensors, found["patch"]))
+    condition = Features(dim, length, trained_null=False, bias=True)
+    kind: dict[str, Any] = {"text": "cross", "whole": False, "shared": True, "cross_norm": False}
+    stretch = stretch or max(side[0] // 64, 1)
+    network = DiT(size=side, condition=condition, heads=heads, stretch=stretch, eps=eps, **kind, **found)
+    family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++"}
+    family["sampling"] = Solving(steps=20, guidance=4.5, eta=0.0)
+    return Diffusion(network, **(family | fields))
+
+
+def _pixart_whole(
+    tensors: Tensors, *, length: int = 120, size: int | tuple[int, int] = 0, stretch: float = 0.0, **hints: Any
+) -> tuple[Tensors, dict[str, Any]]:
+    """Positions are counted where a file has none. Without the features of an empty caption there is no guidance."""
+    tensors, found = dict(tensors), pixart.describe(tensors)
+    side = _side(size or pixart.side_of(tensors, found["patch"]) or 64)
+    stretch = stretch or max(side[0] // 64, 1)
+    if pixart.PLACES not in tensors:
+        grid = side[0] // found["patch"], side[1] // found["patch"]
+        tensors[pixart.PLACES] = sincos_2d(grid, found["width"], stretch)[None]
+    if "null_features" not in tensors:
+        tensors["null_features"] = np.zeros((length, found["dim"]), np.float32)
+        hints = {"condition_dropout": 0.0} | hints
+    return tensors, hints | {"size": side, "stretch": stretch}
+
+
+def _pixart_folder(path: Path) -> Folder:
+    part = path / "transformer"
+    if not part.is_dir():
+        return Folder(huggingface.Weights(path), pixart.settings(huggingface.config(path)))
+    hints, tensors = pixart.settings(huggingface.config(part)), dict(huggingface.Weights(part))
+    sigma = "Sigma" in _json(path / "model_index.json").get("_class_name", "")
+    hints["length"], text = 300 if sigma else 120, None
+    if (path / "text_encoder").is_dir():
+        spiece = str(path / "tokenizer" / "spiece.model")
+        text = T5(str(path / "text_encoder"), hints["length"], clean=True, vocabulary=spiece)
+        # The end alone is what their sampler shows of an empty caption; the same vector in all places says as much.
+        ids, mask = np.zeros((1, text.length), np.int32), np.zeros((1, text.length), bool)
+        ids[0, 0], mask[0, 0] = 1, True
+        end = np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0, 0]
+        tensors["null_features"] = np.repeat(end[None], text.length, 0)
+    return Folder(tensors, hints, _codec(path / "vae") if (path / "vae").is_dir() else None, text)
+
+
+# ----------------------------------------------------------------------------------------------- Stable Diffusion 3
+
+
+def _third(
+    tensors: Tensors,
+    *,
+    size: int | tuple[int, int] = 128,
+    heads: int = 0,
+    length: int = 333,
+    shift: float = 3.0,
+    **fields: Any,
+) -> Diffusion:
+    """size: side of the latents; heads: 0 for heads of width 64; length: tokens of a caption; shift: of the flow."""
+    found = third.describe(tensors)
+    summary, dim = found.pop("summary"), found.pop("dim")
+    encoded = Encoded(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
+    network = DiT(
+        size=_side(size),
+        heads=heads or found["width"] // 64,
+        condition=Paired(encoded, summary),
+        text="joint",
+        learn_variance=False,
+        **found,
+    )
+    family: dict[str, Any] = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
+    family["sampling"] = Solving(steps=28, guidance=7.0, eta=0.0)
+    return Diffusion(network, **(family | fields))
+
+
+def _third_whole(
+    tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: Any
+) -> tuple[Tensors, dict[str, Any]]:
+    patch, side = third.describe(tensors)["patch"], _side(size)
+    return third.completed(tensors, (side[0] // patch, side[1] // patch)), hints | {"size": side}
+
+
+def _third_folder(path: Path) -> Folder:
+    part = path / "transformer"
+    if not part.is_dir():
+        return Folder(huggingface.Weights(path), third.settings(huggingface.config(path)))
+    hints, tensors, text = third.settings(huggingface.config(part)), dict(huggingface.Weights(part)), None
+    hints["shift"] = _json(path / "scheduler" / "scheduler_config.json").get("shift", 1.0)
+    if (path / "text_encoder_3").is_dir():
+        spiece = str(path / "tokenizer_3" / "spiece.model")
+        t5 = T5(str(path / "text_encoder_3"), 256, vocabulary=spiece)
+        text = Triple(_clip(path), _clip(path, "_2"), t5)
+        tensors["null_features"], hints["length"] = _nothing(text), text.length - 1
+    return Folder(tensors, hints, _codec(path / "vae") if (path / "vae").is_dir() else None, text)
+
+
+# ---------------------------------------------------------------------------------------------------- what they share
+
+
+def _side(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _nothing(text: ClipText | Triple) -> np.ndarray:
+    """Features (s, k) of an empty caption."""
+    ids, mask = text([""])
+    return np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0]
+
+
+def _clip(path: Path, which: str = "") -> ClipText:
+    """A CLIP of a folder, with the list of merges and the padding of its tokeniser."""
+    room = path / f"tokenizer{which}"
+    merges = room / "merges.txt"
+    pad = _json(room / "special_tokens_map.json").get("pad_token", "<|endoftext|>")
+    pad = pad["content"] if isinstance(pad, Mapping) else pad
+    return ClipText(
+        str(path / f"text_encoder{which}"),
+        pad=_json(room / "vocab.json")[pad],
+        vocabulary=str(merges) if merges.exists() else "",
+    )
+
+
+def _dit_table(names: Any) -> Callable[[Diffusion], Table]:
+    return lambda config: names.table(config.network)
+
+
+def _codec(path: Path) -> tuple[Any, Any]:
+    """The KL autoencoder of a folder: its configuration and its model."""
+    tensors, config = huggingface.Weights(path), huggingface.config(path)
+    old = any(name.endswith("attentions.0.query.weight") for name in tensors)
+    hints = {"groups": config.get("norm_num_groups", 32), "scale": config.get("scaling_factor", 0.18215)}
+    hints["shift"] = config.get("shift_factor") or 0.0
+    return convert.convert("kl_diffusers_2022" if old else "kl_diffusers", tensors, str(path), **hints)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; a folder as diffusers lays it out has it")
+    return json.loads(path.read_text("utf-8"))
+
+
+FORMATS = {
+    "stable-diffusion": Format(
+        _stable_diffusion,
+        _network,
+        adapt=_ends,
+        folder=_folder,
+        title="Stable Diffusion 1.x and 2.x as diffusers keeps them",
+        example="stable-diffusion-v1-5/",
+    ),
+    "stable-diffusion-3": Format(
+        _third,
+        _dit_table(third),
+        adapt=_third_whole,
+        folder=_third_folder,
+        title="Stable Diffusion 3, and 3.5 large, as diffusers keeps them",
+        example="stable-diffusion-3-medium-diffusers/",
+    ),
+    "pixart": Format(
+        _pixart,
+        _dit_table(pixart),
+        adapt=_pixart_whole,
+        folder=_pixart_folder,
+        title="PixArt-alpha (256, 512) and PixArt-Sigma as diffusers keeps them",
+        example="PixArt-XL-2-512x512/",
+    ),
+}

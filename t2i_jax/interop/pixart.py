@@ -1,0 +1,98 @@
+"""Names of PixArt's Transformers in diffusers (Chen et al. 2024: alpha, Sigma), and what shapes and settings say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+
+PLACES = "pos_embed.pos_embed"
+"""Where older files keep the positions; newer ones leave them out."""
+BLOCK = "transformer_blocks.{}."
+PARTS = {
+    "time.into": "adaln_single.emb.timestep_embedder.linear_1",
+    "time.out": "adaln_single.emb.timestep_embedder.linear_2",
+    "shared": "adaln_single.linear",
+    "condition.into": "caption_projection.linear_1",
+    "condition.out": "caption_projection.linear_2",
+    "out": "proj_out",
+    "blocks.image.attention.out": f"{BLOCK}attn1.to_out.0",
+    "blocks.image.mlp.into": f"{BLOCK}ff.net.0.proj",
+    "blocks.image.mlp.out": f"{BLOCK}ff.net.2",
+    "blocks.cross.q": f"{BLOCK}attn2.to_q",
+    "blocks.cross.out": f"{BLOCK}attn2.to_out.0",
+}
+
+
+def describe(tensors: Tensors) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` of the text.
+
+    Errors: ValueError where the names are not those of such a model.
+    """
+    for name in ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight"):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no Transformer of PixArt in diffusers")
+    if "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors:
+        raise ValueError(
+            "adaln_single.emb.resolution_embedder: models that are told the size of the picture "
+            "(use_additional_conditions) cannot be read"
+        )
+    shape = lambda name: tuple(tensors[name].shape)
+    width, channels, patch, _ = shape("pos_embed.proj.weight")
+    return {
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": sum(name.endswith(".attn2.to_q.weight") for name in tensors),
+        "hidden": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
+        "waves": shape("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+        "learn_variance": shape("proj_out.weight")[0] == 2 * channels * patch**2,
+        "dim": shape("caption_projection.linear_1.weight")[1],
+    }
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `transformer/config.json` says beside the shapes: `heads`, `size`, `stretch`, `eps`.
+
+    Errors: ValueError naming a field whose value we have no network for.
+    """
+    only = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "attention_bias": True}
+    only |= {"norm_elementwise_affine": False, "attention_type": "default"}
+    for field, known in only.items():
+        if config.get(field, known) != known:
+            raise ValueError(f"transformer/config.json: {field} is {config[field]!r}; what can be read is {known!r}")
+    side = config.get("sample_size", 128)
+    return {
+        "heads": config.get("num_attention_heads", 16),
+        "size": (side, side),
+        "stretch": float(config.get("interpolation_scale") or max(side // 64, 1)),
+        "eps": config.get("norm_eps", 1e-6),
+    }
+
+
+def side_of(tensors: Tensors, patch: int) -> int:
+    """Side of the latents, where a file keeps the positions; 0 where it does not."""
+    return patch * math.isqrt(tensors[PLACES].shape[1]) if PLACES in tensors else 0
+
+
+def table(network: Any) -> Table:
+    """PixArt's names for a `nn.dit.DiT` with cross-attention and shared modulation."""
+    p, h = network.patch, network.width // network.heads
+    lines = {
+        "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),
+        "embed.b": source("pos_embed.proj.bias"),
+        "positions": source(PLACES, layout="1 t d -> t d"),
+        "table": source("scale_shift_table"),
+        "condition.null": source("null_features"),
+        "blocks.image.table": source(f"{BLOCK}scale_shift_table"),
+    }
+    for ours, letters, theirs in (("image.attention.qkv", "qkv", "attn1"), ("cross.kv", "kv", "attn2")):
+        for end, letter in (("weight", "d"), ("bias", "")):
+            names = [f"{BLOCK}{theirs}.to_{x}.{end}" for x in letters]
+            lines[f"blocks.{ours}.{end[0]}"] = source(*names, layout=f"a (n h) {letter} -> {letter} (n a h)", h=h)
+    for ours, theirs in PARTS.items():
+        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
+        lines[f"{ours}.b"] = source(f"{theirs}.bias")
+    return lines

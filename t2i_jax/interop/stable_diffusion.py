@@ -1,0 +1,224 @@
+"""Names of Stable Diffusion's UNets (Rombach et al. 2022) in diffusers, and what their shapes and settings say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Table, Tensors, source
+from t2i_jax.nn.trees import named
+
+BLOCK = {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
+WHOLE = {
+    "time.into": "time_embedding.linear_1",
+    "time.out": "time_embedding.linear_2",
+    "stem": "conv_in",
+    "norm": "conv_norm_out",
+    "out": "conv_out",
+}
+TRANSFORMER = {
+    "attention_norm": "norm1",
+    "attention.out": "attn1.to_out.0",
+    "cross_norm": "norm2",
+    "cross.q": "attn2.to_q",
+    "cross.out": "attn2.to_out.0",
+    "mlp_norm": "norm3",
+    "mlp.out": "ff.net.2",
+}
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+UP = ("CrossAttnUpBlock2D", "UpBlock2D")
+
+# What config.json may say of a UNet and we have no other way of doing: the only values that are read.
+ONLY = {
+    "center_input_sample": (False, None),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+    "only_cross_attention": (False, None),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "dual_cross_attention": (False, None),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "resnet_time_scale_shift": ("default",),
+    "resnet_skip_time_act": (False, None),
+    "resnet_out_scale_factor": (1,),
+    "time_embedding_type": ("positional", None),
+    "time_embedding_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default", None),
+    "class_embeddings_concat": (False, None),
+    "cross_attention_norm": (None,),
+}
+
+
+def describe(tensors: Tensors) -> dict[str, Any]:
+    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+
+    They tell neither the heads of attention nor the side of the latents. Errors: ValueError where the names are not
+    those of such a model.
+    """
+    first = "down_blocks.0.resnets.0.conv1.weight"
+    for name in ("conv_in.weight", first, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {len(tensors)} names: this is no UNet of Stable Diffusion in diffusers")
+    shape = lambda name: tuple(tensors[name].shape)
+    width, channels_in = shape("conv_in.weight")[:2]
+    channels = shape("conv_out.weight")[0]
+    if channels_in != channels:
+        raise ValueError(
+            f"conv_in.weight reads {channels_in} channels and conv_out.weight gives {channels}: "
+            "UNets that read a picture or a mask beside the noised latents are not known"
+        )
+    count = lambda pattern: len({m[1] for m in (re.match(pattern, name) for name in tensors) if m})
+    levels = count(r"down_blocks\.(\d+)\.")
+    widths = [shape(f"down_blocks.{n}.resnets.0.conv1.weight")[0] for n in range(levels)]
+    depths = {m[1]: 0 for m in (re.match(r"(.*attentions\.\d+)\.norm\.weight", name) for name in tensors) if m}
+    for name in depths:
+        depths[name] = count(re.escape(name) + r"\.transformer_blocks\.(\d+)\.")
+    if len(set(depths.values())) > 1:
+        raise ValueError(f"attentions of {sorted(set(depths.values()))} Transformer blocks: all must have as many")
+    return {
+        "channels": channels,
+        "width": width,
+        "multipliers": tuple(w // width if w % width == 0 else w / width for w in widths),
+        "blocks": count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        "attention": tuple(2**n for n in range(levels) if f"down_blocks.{n}.attentions.0" in depths),
+        "transformers": next(iter(depths.values())),
+        "context": shape("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1],
+        "scale_shift": False,
+        "resample": "conv",
+        "pool": "none",
+        "learn_variance": False,
+    }
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `unet/config.json` says beside the shapes, as fields of the network.
+
+    Errors: ValueError naming a field whose value we have no network for.
+    """
+    for field, known in ONLY.items():
+        if field in config and config[field] not in known:
+            raise ValueError(f"unet/config.json: {field} is {config[field]!r}; what can be read is {known[0]!r}")
+    down, up = (tuple(config.get(f"{way}_block_types", ())) for way in ("down", "up"))
+    mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(down))
+    if any(kind not in DOWN for kind in down) or up != mirrored:
+        raise ValueError(
+            f"unet/config.json: down_block_types {down} and up_block_types {up}; "
+            f"what can be read are {', '.join(DOWN)}, and {', '.join(UP)} in reverse order"
+        )
+    widths = config["block_out_channels"]
+    counts = config.get("attention_head_dim", 8)  # so it is called, and is the number of heads
+    if config.get("num_attention_heads") is not None:
+        counts = config["num_attention_heads"]
+    found: dict[str, Any] = {"groups": config.get("norm_num_groups", 32), "eps": config.get("norm_eps", 1e-5)}
+    if (side := config.get("sample_size")) is not None:
+        found["size"] = (side, side) if isinstance(side, int) else tuple(side)
+    if isinstance(counts, int) or len(set(counts)) == 1:
+        return found | {"heads": counts if isinstance(counts, int) else counts[0], "head_dim": 0}
+    heads = {width / n for width, n in zip(widths, counts, strict=False)}
+    if len(counts) != len(widths) or len(heads) > 1 or next(iter(heads)) % 1:
+        raise ValueError(
+            f"unet/config.json: attention_head_dim {counts}, heads over {widths} channels: "
+            "either their number or their width must be the same at all levels"
+        )
+    return found | {"head_dim": int(next(iter(heads)))}
+
+
+def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `scheduler/scheduler_config.json` says: `schedule`, `steps`, `zero_terminal_snr`, `predicts`.
+
+    Errors: ValueError naming a field whose value is another than those known.
+    """
+    name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": None}
+    if name not in ends or config.get("trained_betas") is not None:
+        raise ValueError(f"scheduler_config.json: beta_schedule {name!r}; what can be read are {', '.join(ends)}")
+    given = tuple(config.get(f"beta_{end}", v) * steps / 1000 for end, v in (("start", 1e-4), ("end", 0.02)))
+    if ends[name] is not None and not np.allclose(given, ends[name], rtol=1e-6):
+        raise ValueError(f"scheduler_config.json: betas of {name} from {given[0]} to {given[1]}, not {ends[name]}")
+    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+    if (kind := config.get("prediction_type", "epsilon")) not in kinds:
+        raise ValueError(f"scheduler_config.json: prediction_type {kind!r} is not one of {', '.join(kinds)}")
+    zero = bool(config.get("rescale_betas_zero_snr", False))
+    return {"schedule": name, "steps": steps, "zero_terminal_snr": zero, "predicts": kinds[kind]}
+
+
+def squared(tensors: Tensors, linear: bool) -> dict[str, Any]:
+    """The tensors with the ends of all attentions as matrices (`linear`, as in versions 2), or as 1x1 convolutions."""
+
+    def like(name: str, x: Any) -> Any:
+        if not re.search(r"attentions\.\d+\.proj_(in|out)\.weight$", name):
+            return x
+        shape = x.shape[:2] if linear else (*x.shape[:2], 1, 1)
+        return x.reshape(shape) if hasattr(x, "reshape") else type(x)(shape, x.dtype)
+
+    return {name: like(name, x) for name, x in tensors.items()}
+
+
+def linear(config: Any) -> bool:
+    """Whether a UNet has matrices at the ends of its attentions: versions 2 do, whose heads have one width."""
+    return config.head_dim > 0
+
+
+def table(model: Any, config: Any) -> Table:
+    """Where each variable of a UNet with Transformer blocks lies in a file of diffusers. config: of the network."""
+    lines, period = {}, config.blocks + 1
+    for name, variable in named(model).items():
+        if name == "condition.null":
+            lines[name] = source("null_features")
+            continue
+        if m := re.match(r"(down|up)\.(\d+)\.(block|attention|resample)\.(.*)", name):
+            level, n = divmod(int(m[2]), period)
+            way, part, rest = m[1], m[3], m[4]
+            inside = {"block": f"resnets.{n}", "attention": f"attentions.{n}"}.get(part, f"{way}samplers.0")
+            place = f"{way}_blocks.{level}.{inside}."
+        elif m := re.match(r"(before|after|attention)\.(.*)", name):
+            part, rest = "attention" if m[1] == "attention" else "block", m[2]
+            place = "mid_block." + {"before": "resnets.0.", "after": "resnets.1."}.get(m[1], "attentions.0.")
+        else:
+            part, rest = "", name
+            place = ""
+        if part == "attention":
+            lines[name] = _attention(place, rest, config, variable)
+            continue
+        ours, leaf = rest.rsplit(".", 1)
+        if part == "resample":
+            ours = "conv"
+        theirs = f"{place}{(BLOCK if part else WHOLE).get(ours, ours)}.{'weight' if leaf == 'w' else 'bias'}"
+        lines[name] = source(theirs, layout={4: CONV, 2: LINEAR}.get(variable.ndim, ""))
+    return lines
+
+
+def _attention(place: str, rest: str, config: Any, variable: Any) -> Any:
+    """The line of a variable of a `SpatialTransformer`."""
+    ours, leaf = rest.rsplit(".", 1)
+    end = "weight" if leaf == "w" else "bias"
+    if not ours.startswith("blocks."):
+        theirs = {"into": "proj_in", "out": "proj_out"}.get(ours, ours)
+        matrix = LINEAR if linear(config) else POINTWISE
+        return source(f"{place}{theirs}.{end}", layout=matrix if variable.ndim == 2 else "")
+    ours, block = ours.removeprefix("blocks."), f"{place}transformer_blocks.{{}}."
+    if ours in ("attention.qkv", "cross.kv"):
+        attention, letters = ("attn1", "qkv") if ours == "attention.qkv" else ("attn2", "kv")
+        names = [f"{block}{attention}.to_{letter}.{end}" for letter in letters]
+        width = variable.shape[-1] // len(letters)
+        return source(*names, layout="a (n h) d -> d (n a h)", h=width // config.heads_of(width))
+    if ours in ("mlp.into", "mlp.gate"):
+        width = variable.shape[-1]
+        rows = np.arange(width) + (width if ours == "mlp.gate" else 0)
+        layout = LINEAR if leaf == "w" else ""
+        return source(f"{block}ff.net.0.proj.{end}", layout=layout, rows=rows, height=2 * width)
+    return source(f"{block}{TRANSFORMER[ours]}.{end}", layout=LINEAR if variable.ndim == 3 else "")

@@ -1,0 +1,224 @@
+"""How much noise is there when: the tables of a noising process in discrete steps, and processes of fewer steps.
+
+Tables are made in float64 on the host, where 1 - abar keeps its digits, and gathered in fp32. Times t count from 0, the
+least noisy; arrays of times are int (b,) or a scalar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+CAP = 0.999
+"""No step adds more noise than this (Nichol & Dhariwal 2021, section 3.2)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The cumulative products abar_t of a noising process, and everything that follows from them.
+
+    Arrays are NumPy float64 (T,), those of `strided` traced fp32. alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
+    """
+
+    log_abar: Any
+    """log of abar_t: the signal's share of the power after step t"""
+    timestep_map: Any
+    """int (T,): the step of the process the network was trained on that each step here is"""
+    original: int
+    """steps of that process"""
+
+    @classmethod
+    def of(cls, betas: Any) -> Schedule:
+        """The process whose steps add noise of variance `betas` (T,), each in (0, 1].
+
+        Errors: ValueError where one is not.
+        """
+        betas = np.asarray(betas, np.float64)
+        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError(f"betas {betas.shape}: one row of numbers above 0 and up to 1 is wanted")
+        with np.errstate(divide="ignore"):
+            return cls(np.cumsum(np.log1p(-betas)), np.arange(len(betas)), len(betas))
+
+    @classmethod
+    def named(cls, name: str, steps: int = 1000, *, zero_terminal_snr: bool = False) -> Schedule:
+        """`linear` (Ho et al. 2020), `cosine` (Nichol & Dhariwal 2021, eq. 17; also `squaredcos_cap_v2`),
+        `scaled_linear` (Rombach et al. 2022), `sigmoid`, `quadratic`, `constant`, `jsd`.
+
+        zero_terminal_snr: shift and scale alpha so that nothing of the picture is left at the last step (Lin et al.
+        2024, algorithm 1). Errors: ValueError for an unknown name, or for so few steps that a beta passes 1.
+        """
+        if name not in NAMES:
+            raise ValueError(f"noise schedule {name!r} is not one of {', '.join(NAMES)}")
+        schedule = cls.of(NAMES[name](steps))
+        return schedule.with_zero_terminal_snr() if zero_terminal_snr else schedule
+
+    def with_zero_terminal_snr(self) -> Schedule:
+        """The same with alpha_T = 0 and alpha_0 as it was (Lin et al. 2024, algorithm 1)."""
+        alpha = np.exp(self.log_abar / 2)
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        with np.errstate(divide="ignore"):
+            return dataclasses.replace(self, log_abar=2 * np.log(alpha))
+
+    def respaced(self, spacing: str) -> Schedule:
+        """A process of fewer steps that passes through the same noise: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`."""
+        kept = np.asarray(respacing(len(self.log_abar), spacing))
+        return dataclasses.replace(self, log_abar=self.log_abar[kept], timestep_map=self.timestep_map[kept])
+
+    def strided(self, steps: Array | int, bound: int, stride: Array | bool = False) -> Schedule:
+        """As `respaced(str(steps))` with a traced number of steps, 1 to `bound`, in tables (bound,).
+
+        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first; traced. What stands behind the first
+        `steps` entries repeats the last of them.
+        """
+        last = len(self) - 1
+        place = jnp.minimum(jnp.arange(bound), steps - 1)
+        even = jnp.round(place * (last / jnp.maximum(steps - 1, 1))).astype(jnp.int32)
+        wide = -(-(last + 1) // steps)
+        wide = jnp.where((steps - 1) * wide <= last, wide, (last + 1) // steps)
+        index = jnp.clip(jnp.where(stride, place * wide, even), 0, last)
+        gather = lambda table, dtype: jnp.asarray(table, dtype)[index]
+        return Schedule(gather(self.log_abar, jnp.float32), gather(self.timestep_map, jnp.int32), self.original)
+
+    def __len__(self) -> int:
+        return self.log_abar.shape[0]
+
+    @property
+    def _xp(self) -> Any:
+        return np if isinstance(self.log_abar, np.ndarray) else jnp
+
+    @cached_property
+    def alphas_cumprod(self) -> Any:
+        return self._xp.exp(self.log_abar)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Any:
+        """abar_{t-1}, 1 before the first step."""
+        return self._xp.exp(self._log_prev)
+
+    @cached_property
+    def alphas_cumprod_next(self) -> Any:
+        """abar_{t+1}, 0 after the last step."""
+        return self._xp.append(self.alphas_cumprod[1:], 0.0)
+
+    @cached_property
+    def _log_prev(self) -> Any:
+        return self._xp.append(self._xp.zeros(1, self.log_abar.dtype), self.log_abar[:-1])
+
+    @cached_property
+    def betas(self) -> Any:
+        """Variance of the noise that step t adds, 1 - abar_t / abar_{t-1}."""
+        return -self._xp.expm1(self.log_abar - self._log_prev)
+
+    @cached_property
+    def log_betas(self) -> Any:
+        return self._xp.log(self.betas)
+
+    @cached_property
+    def alpha(self) -> Any:
+        return self._xp.exp(self.log_abar / 2)
+
+    @cached_property
+    def sigma(self) -> Any:
+        return self._xp.sqrt(-self._xp.expm1(self.log_abar))
+
+    @cached_property
+    def snr(self) -> Any:
+        """abar_t / (1 - abar_t)."""
+        return self.alphas_cumprod / -self._xp.expm1(self.log_abar)
+
+    @cached_property
+    def posterior_variance(self) -> Any:
+        """beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t) (Ho et al. 2020, eq. 7)."""
+        return self.betas * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
+
+    @cached_property
+    def posterior_log_variance(self) -> Any:
+        """Its log; at t = 0, where it is minus infinity, that of t = 1."""
+        v = self.posterior_variance
+        return self._xp.log(self._xp.append(v[1:2], v[1:])) if len(self) > 1 else self._xp.log(self.betas)
+
+    @cached_property
+    def posterior_x0(self) -> Any:
+        """Coefficient of x_0 in the posterior mean."""
+        return self.betas * self._xp.exp(self._log_prev / 2) / -self._xp.expm1(self.log_abar)
+
+    @cached_property
+    def posterior_x_t(self) -> Any:
+        """Coefficient of x_t in the posterior mean."""
+        step = self._xp.sqrt(1 - self.betas)
+        return step * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
+
+    def rows(self, name: str, t: Array, like: Array) -> Array:
+        """The table `name` at times t in fp32, with trailing dimensions to stand beside `like`."""
+        return beside(jnp.asarray(getattr(self, name), jnp.float32)[t], like)
+
+    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
+        """alpha_t and sigma_t beside `like`."""
+        return self.rows("alpha", t, like), self.rows("sigma", t, like)
+
+
+def beside(x: Array | float, like: Array) -> Array:
+    """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
+    x = jnp.asarray(x)
+    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim else x
+
+
+def _linear(steps: int) -> np.ndarray:
+    return np.linspace(0.1 / steps, 20 / steps, steps)
+
+
+def _cosine(steps: int) -> np.ndarray:
+    abar = lambda u: np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - abar(np.arange(1, steps + 1) / steps) / abar(np.arange(steps) / steps), CAP)
+
+
+def _sigmoid(steps: int) -> np.ndarray:
+    return (0.1 + 19.9 / (1 + np.exp(-np.linspace(-6, 6, steps)))) / steps
+
+
+NAMES = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "squaredcos_cap_v2": _cosine,
+    "scaled_linear": lambda steps: np.linspace(0.85**0.5, 12**0.5, steps) ** 2 / steps,
+    "quadratic": lambda steps: np.linspace(0.1**0.5, 20**0.5, steps) ** 2 / steps,
+    "sigmoid": _sigmoid,
+    "constant": lambda steps: np.full(steps, 20 / steps),
+    "jsd": lambda steps: 1.0 / np.linspace(steps, 1, steps),
+}
+"""Variances of the noise of each of so many steps; in 1000 steps they are those of the papers."""
+
+
+def respacing(steps: int, spacing: str) -> list[int]:
+    """Which of `steps` steps are kept, in rising order.
+
+    `"a,b,c"` cuts the process into equal sections and takes so many steps of each, first and last included; `"ddimN"`
+    takes every k-th for the smallest k that gives N; `"fast27"` is that of GLIDE. Python's rounding, halves to even.
+    Errors: ValueError where that many steps cannot be had.
+    """
+    if spacing == "fast27":
+        return sorted({*respacing(steps, "10,10,3,2,2")} - {steps - 1} | {steps - 3})
+    if spacing.startswith("ddim"):
+        count = int(spacing.removeprefix("ddim"))
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == count:
+                return list(range(0, steps, stride))
+        raise ValueError(f"spacing {spacing!r}: no whole stride takes {count} of {steps} steps")
+    counts = [int(n) for n in spacing.split(",")]
+    kept, start = [], 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if not 0 < count <= size:
+            raise ValueError(f"spacing {spacing!r}: section {i} has {size} steps, of which {count} cannot be taken")
+        place, stride = 0.0, (size - 1) / (count - 1) if count > 1 else 1
+        for _ in range(count):
+            kept.append(start + round(place))
+            place += stride
+        start += size
+    return kept

@@ -1,0 +1,67 @@
+"""Two CLIPs and T5 as one text: the reader of captions of Stable Diffusion 3 (Esser et al. 2024, section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from t2i_jax.text.clip import ClipText, TextTower
+from t2i_jax.text.t5 import T5, Encoder
+
+END = 1
+"""T5's id of the end of a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Triple:
+    """Captions as one vector for the whole, then one for each token of the CLIPs, side by side, and each of T5's."""
+
+    first: ClipText
+    second: ClipText
+    t5: T5
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) of all three, one behind another, and a mask bool (n, s): all True, as all three look at
+        padding too; all False for an empty caption. Errors: those of the three."""
+        parts = [text(captions) for text in (self.first, self.second, self.t5)]
+        ids = np.concatenate([part[0] for part in parts], 1)
+        empty = ~parts[2][1].any(1)
+        ids[empty, self.first.length + self.second.length] = END  # T5's own reading of nothing
+        return ids, np.broadcast_to(~empty[:, None], ids.shape).copy()
+
+    @property
+    def dim(self) -> int:
+        """Size k of a feature vector, that of T5."""
+        return self.t5.dim
+
+    @property
+    def length(self) -> int:
+        """Vectors of a caption, the first included."""
+        return 1 + self.first.length + self.t5.length
+
+    def load(self) -> Encoders:
+        """All three with their weights, on the host. Errors: those of the three."""
+        return Encoders(self.first.load(), self.second.load(), self.t5.load())
+
+    def features(self, model: Encoders, ids: Array, mask: Array) -> Array:
+        """(b, s) ids -> (b, 1 + t + u, k) fp32: the embeddings of both CLIPs beside each other, their last states but
+        one likewise (t of them), T5's features (u); zeros fill up what is narrower than T5."""
+        n, m = self.first.length, self.second.length
+        a, b, c = ids[:, :n], ids[:, n : n + m], ids[:, n + m :]
+        wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, self.dim - x.shape[-1])))
+        whole = jnp.concatenate([model.first.embed(a), model.second.embed(b)], -1)[:, None]
+        tokens = jnp.concatenate([model.first.before(a), model.second.before(b)], -1)
+        last = model.t5(c, jnp.ones(c.shape, bool)).astype(jnp.float32)
+        return jnp.concatenate([wide(whole), wide(tokens), last], 1)
+
+
+class Encoders(nnx.Module):
+    """The parameters of a `Triple`."""
+
+    def __init__(self, first: TextTower, second: TextTower, t5: Encoder):
+        self.first, self.second, self.t5 = first, second, t5
