@@ -102,6 +102,29 @@ def test_gradients_flow_to_the_past_alone(config):
         np.testing.assert_array_equal(reached, past)
 
 
+def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
+    """The loss is that of one vocabulary, codes first; what is drawn and scored are codes among codes."""
+    config, batch = dataclasses.replace(COGVIEW, one_softmax=True, tied=True, loss_chunk=3), batch_for()
+    model = model_for(config)
+    text = config.condition(batch, jnp.zeros(B, bool))
+
+    @jax.jit
+    def expected(model):
+        w, x = config._features(model, text, batch["codes"])
+        table = jnp.concatenate([model.image_tokens.w[...], model.text_tokens.w[...]])
+        logp = jax.nn.log_softmax(model.norm(jnp.concatenate([w, x], 1)) @ table.T)
+        tokens = jnp.concatenate([13 + text[:, 1:], batch["codes"].reshape(B, L)], 1)
+        nll = -jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+        s = w.shape[1]
+        return (nll[:, :s].mean() + config.image_weight * nll[:, s:].mean()) / (1 + config.image_weight)
+
+    sure = dataclasses.replace(config, condition_dropout=0.0)
+    np.testing.assert_allclose(loss(sure, model, batch, jax.random.key(0))[0], expected(model), rtol=1e-5)
+    plain = dataclasses.replace(config, one_softmax=False)
+    scores = [jax.jit(Stream.log_likelihood, static_argnums=0)(c, model, batch) for c in (config, plain)]
+    np.testing.assert_array_equal(*scores)
+
+
 @pytest.mark.parametrize("kind", ["row", "column", "window"])
 def test_sparse_layers_see_text_and_their_part_of_the_image(kind):
     config = dataclasses.replace(PLAIN, grid=(7, 7), attention=(kind,))

@@ -45,15 +45,18 @@ def _dalle_pytorch(
     text_length: int = 0,
     codes: int = 0,
     attn_types: str | Sequence[str] = ("full",),
+    stable: bool = False,
     **fields: Any,
 ) -> Stream:
-    """attn_types: the kinds of attention that take turns over the layers, by their published names."""
+    """attn_types: the kinds of attention that take turns over the layers, by their published names. stable: numbers
+    are kept small, and the embedded tokens learn at a tenth; layers that the original shares become layers alike."""
     attn_types = (attn_types,) if isinstance(attn_types, str) else attn_types
     if wrong := [kind for kind in attn_types if kind not in ATTENTION]:
         raise ValueError(f"attn_types={wrong[0]!r}: known are {', '.join(ATTENTION)}")
     found = dalle_pytorch.describe(tensors, heads, grid, text_length, codes)
     text = Text(**found.pop("text"))
     attention = tuple(ATTENTION[kind] for kind in attn_types)
+    found |= {"relax": True, "embedding_gradient": 0.1} if stable else {}
     return Stream(**(found | {"condition": text, "attention": attention} | fields))
 
 

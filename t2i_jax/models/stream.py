@@ -3,13 +3,14 @@
 DALL-E (Ramesh et al. 2021, arXiv:2102.12092), CogView (Ding et al. 2021, arXiv:2105.13290), minDALL-E: the sequence
 is [start][text (s tokens)][x_0 .. x_{L-1}] in one causal Transformer, and the loss is on both parts. Text and image
 have their own tables and heads: text places only predict text and image places only codes, as if the other part of a
-joint vocabulary were masked.
+joint vocabulary were masked. A table of both is these two, one behind the other; `one_softmax` scores by both.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -25,14 +26,14 @@ from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.raster import Progress
 from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack, unstack
+from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
 SIZES: dict[str, dict[str, Any]] = {
     "5M": dict(width=256, depth=6, heads=4),
     "mindalle": dict(width=1536, depth=42, heads=24),  # 1.3 B
-    "cogview": dict(width=2560, depth=48, heads=40, sandwich=True, relax=True),  # 4 B
+    "cogview": dict(width=2560, depth=48, heads=40, sandwich=True, relax=True, tied=True, one_softmax=True),  # 4 B
     "dalle": dict(width=3968, depth=64, heads=62, positions="axial", attention=("row", "column", "row", "row")),  # 12 B
 }
 """Published and own shapes, by name."""
@@ -111,6 +112,9 @@ class Stream:
     tied: bool = False
     """Use the token tables as output matrices too."""
     output_bias: bool = False
+    one_softmax: bool = False
+    """In training each place tells its token from the codes and the pieces of text alike (Ding et al. 2021, 2.1: one
+    vocabulary, codes first); what is drawn are codes all the same."""
     image_weight: float = 7.0
     """w of the loss (text + w image) / (1 + w), both means over tokens (Ramesh et al. 2021, 2.2); as many as codes
     stand on a text token, weighs all tokens alike, as CogView does."""
@@ -188,8 +192,11 @@ class Stream:
         b = batch["codes"].shape[0]
         text = self.condition(batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)))
         w, x = self._features(model, text, batch["codes"], keys[1])
-        _, text_nll, _ = chunked_cross_entropy(model.text_logits, w, text[:, text.shape[1] - w.shape[1] :])
-        _, image_nll, correct = self._image_score(model, x, batch["codes"])
+        both = lambda z: jnp.concatenate([model.image_logits(z), model.text_logits(z)], -1)
+        text_score, image_score = (both, both) if self.one_softmax else (model.text_logits, model.image_logits)
+        text = text[:, text.shape[1] - w.shape[1] :] + self.vocabulary * self.one_softmax
+        _, text_nll, _ = chunked_cross_entropy(text_score, w, text)
+        _, image_nll, correct = self._image_score(image_score, x, batch["codes"])
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
         loss = (mean(text_nll) + self.image_weight * mean(image_nll)) / (1 + self.image_weight)
@@ -200,7 +207,7 @@ class Stream:
         """log p(codes | text) of each image in nats: (b,) fp32."""
         text = self.condition(batch, jnp.zeros(batch["codes"].shape[0], bool))
         _, x = self._features(model, text, batch["codes"])
-        return -self._image_score(model, x, batch["codes"])[1].sum(-1)
+        return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
 
     def forward(self, model: Network, batch: dict[str, Array], dropped: Array | None = None) -> tuple[Array, Array]:
         """Logits fp32 of every text token but a first one without start, (b, s or s - 1, rows), and of every code
@@ -216,9 +223,8 @@ class Stream:
         wide = lambda x, *sides: jnp.pad(x, [(0, 0), (0, 0), sides], constant_values=lowest)
         return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
 
-    def _image_score(self, model: Network, x: Array, codes: Array) -> tuple[Array, ...]:
-        codes = rearrange(codes, "b h w -> b (h w)")
-        return chunked_cross_entropy(model.image_logits, x, codes, self.loss_chunk)
+    def _image_score(self, score: Callable[[Array], Array], x: Array, codes: Array) -> tuple[Array, ...]:
+        return chunked_cross_entropy(score, x, rearrange(codes, "b h w -> b (h w)"), self.loss_chunk)
 
     def _features(self, model: Network, text: Array, codes: Array, key: Array | None = None) -> tuple[Array, Array]:
         """What comes out of the Transformer where logits of text and of codes are read: (b, s', d), (b, L, d)."""

@@ -77,7 +77,8 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
 
 KNOWN = {"dim", "depth", "heads", "dim_head", "num_text_tokens", "text_seq_len", "total_text_vocab", "num_image_tokens"}
 KNOWN |= {"image_seq_len", "loss_img_weight", "share_input_output_emb", "sandwich_norm", "shift_tokens", "attn_types"}
-KNOWN |= {"rotary_emb", "cond_scale", "vae", "ff_dropout", "attn_dropout", "optimize_for_inference"}
+KNOWN |= {"rotary_emb", "cond_scale", "vae", "ff_dropout", "attn_dropout", "optimize_for_inference", "stable"}
+KNOWN |= {"shared_attn_ids", "shared_ff_ids"}  # the file holds a shared layer once for each place
 
 
 def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
         text_length=meta["text_seq_len"],
         attn_types=(kinds,) if isinstance(kinds, str) else kinds,
         codes=meta["num_image_tokens"],
+        stable=bool(meta.get("stable")),
         image_weight=float(meta["loss_img_weight"]),
         condition_dropout=0.0,
     )
