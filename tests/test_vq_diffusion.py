@@ -339,6 +339,22 @@ def test_used_codes_are_the_first_that_map_to_each():
     np.testing.assert_array_equal(found["quantize.embed.weight"], book[[2, 4, 1]])
 
 
+def test_a_codec_whose_codebook_is_an_average_is_that_of_ithq():
+    """Its codebook and the counts of its use are buffers; what the average is made of is made anew."""
+    book = QuantizerConfig(codes=6, dim=4, normalize=False, decay=0.99, commitment=1.0)
+    whole = VQGAN(AutoencoderConfig(8, (1, 2), blocks=1, latent=4, groups=4), book, adversarial=0.0)
+    abstract = jax.eval_shape(whole.init, jax.random.key(0))
+    model = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype), abstract)
+    weights = restore("taming-vqgan", whole, model)
+    assert weights["quantize.embedding"].shape == (6, 4) and weights["quantize.cluster_size"].shape == (6,)
+    file = {f"content_codec.enc.{k}": v for k, v in weights.items()}
+    file |= {"content_codec.enc.quantize.embedding_avg": weights["quantize.embedding"]}
+    config, found = convert("vq_diffusion-codec", unwrapped({"model": file}, find("vq_diffusion-codec")), groups=4)
+    assert config.quantizer == book
+    again = restore("vq_diffusion-codec", config, found)
+    assert again.keys() == weights.keys() and all(np.array_equal(again[k], weights[k]) for k in weights)
+
+
 def test_a_codec_is_read_with_the_codes_that_the_model_knows():
     whole = VQGAN(
         AutoencoderConfig(8, (1, 1), blocks=1, latent=4, groups=4),

@@ -71,7 +71,7 @@ FORMATS = {
         wrappers=("model", "state_dict"),
         part=CODECS["taming-vqgan"].part,
         adapt=_used,
-        title="the codec of a VQ-Diffusion model, with the codes that it knows",
+        title="the codec of a VQ-Diffusion model, with the codes that it knows: a Gumbel VQGAN, a VQGAN, or ITHQ's own",
         example="vqgan_gumbel_f8.ckpt --used taming_vqvae_2887.pt",
     ),
 }

@@ -187,5 +187,5 @@ def codec_tensors(tensors: Mapping[str, Any], full_to_used: np.ndarray | None = 
     if full_to_used is None:
         return mine
     rows = used_codes(full_to_used)
-    books = ("quantize.embedding.weight", "quantize.embed.weight", "quantize.proj.weight", "quantize.proj.bias")
-    return {k: np.asarray(v)[rows] if k in books else v for k, v in mine.items()}
+    books = r"quantize\.(embedding|embedding\.weight|embed\.weight|cluster_size|proj\.weight|proj\.bias)"
+    return {k: np.asarray(v)[rows] if re.fullmatch(books, k) else v for k, v in mine.items()}

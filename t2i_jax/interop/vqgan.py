@@ -15,7 +15,7 @@ from t2i_jax.nn.trees import named
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
 
 # Buffers, training losses, and other players that lie in published files beside the codec.
-IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$"
+IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$|quantize\.embedding_avg$"
 
 # From our dotted names to theirs, in this order. LEVEL stands for the number of a level in their order of levels.
 COMMON = (
@@ -23,6 +23,7 @@ COMMON = (
     (r"^to_code\.", "quant_conv."),
     (r"^from_code\.", "post_quant_conv."),
     (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"^quantizer\.sizes$", "quantize.cluster_size"),
     (r"^quantizer\.project\.", "quantize.proj."),
     (r"^(encoder|decoder)\.stem\.", r"\1.conv_in."),
     (r"^(encoder|decoder)\.norm\.", r"\1.norm_out."),
@@ -103,7 +104,7 @@ JUDGES = {"taming": ("loss.discriminator.main.", ""), "clipgen": ("discriminator
 
 
 def table(model: Any, style: Style) -> Table:
-    """Where each variable of a VQGAN or KL autoencoder (without moving averages) lies in a published file."""
+    """Where each variable of a VQGAN or KL autoencoder lies in a published file."""
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
     judge = {k: v for k, v in named(model).items() if k not in names}
@@ -186,10 +187,12 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"autoencoder": autoencoder(tensors, style)}
     shape = lambda name: tuple(tensors[name].shape)
-    books = [n for n in tensors if re.fullmatch(r"quantizer?\.(embedding|embed)\.weight", n)]
+    books = [n for n in tensors if re.fullmatch(r"quantizer?\.(embedding|embed)(\.weight)?", n)]
     if len(books) != 1:
         raise ValueError(f"no codebook (quantize.embedding.weight) among {len(tensors)} names: this is no VQGAN")
     found["quantizer"] = dict(zip(("codes", "dim"), shape(books[0]), strict=True))
+    if "quantize.cluster_size" in tensors:  # VQ-Diffusion's codec of ITHQ, whose codebook is a moving average
+        found["quantizer"] |= {"decay": 0.99, "commitment": 1.0}
     layers, head = JUDGES.get(style, ("", ""))
     kernels = [n for n in tensors if layers and n.startswith((layers, head or layers)) and len(shape(n)) == 4]
     if kernels:  # first and last beside those that the configuration counts
@@ -200,14 +203,15 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
 def _nested(names: dict[str, Any], style: Style) -> Table:
     """Names that tell level, block and layer."""
     last = max(int(n.split(".levels.")[1].split(".")[0]) for n in names if ".decoder.levels." in n)
-    gumbel = any(n.endswith("quantizer.project.w") for n in names)
+    gumbel, averaged = (any(n.endswith(f"quantizer.{part}") for n in names) for part in ("project.w", "sizes"))
 
     def theirs(name: str) -> str:
         for pattern, to in COMMON + STYLES[style]:
             name = re.sub(pattern, to, name)
         if SHAPES[style].finest_first:
             name = re.sub(r"(?<=^decoder\.up\.)\d+", lambda n: str(last - int(n[0])), name)
-        return name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
+        name = name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
+        return name.replace("quantize.embedding.weight", "quantize.embedding") if averaged else name
 
     return {name: _line(theirs(name), v) for name, v in names.items()}
 
