@@ -9,6 +9,8 @@ import pytest
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.dvae import DVAE, Strided
+from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.any_order import AnyOrder
@@ -33,6 +35,14 @@ CODEC = VQGAN(
     start=0,
     discriminator=DiscriminatorConfig(width=8, layers=1),
 )
+LATENT = KL(
+    AutoencoderConfig(16, (1, 2), blocks=1, latent=4, groups=4, moments=True),
+    channels=4,
+    perceptual=0.0,
+    start=0,
+    discriminator=DiscriminatorConfig(width=8, layers=1),
+)
+RELAXED = DVAE(32, Strided(channels=16, layers=2, blocks=1, code=8), pixels="l2", kl=0.1)
 MODEL = AR(
     32,
     (4, 4),
@@ -98,7 +108,7 @@ UNET = Shaken(
 
 def batch_of(trainable):
     rng = np.random.default_rng(0)
-    if isinstance(trainable, VQGAN):
+    if isinstance(trainable, VQGAN | KL | DVAE):
         return {"image": rng.uniform(-1, 1, (16, 16, 16, 3)).astype(np.float32)}
     text = {"text": rng.integers(0, 20, (16, 6)), "text_mask": rng.uniform(size=(16, 6)) < 0.8}
     if isinstance(trainable, Shaken):
@@ -133,6 +143,8 @@ TRAINABLES = {
     "unet": UNET,
     "any-order": ANY_ORDER,
     "vqgan": CODEC,
+    "kl": LATENT,
+    "dvae": RELAXED,
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2))
 QUICK = {("ar", mesh) for mesh in MESHES} | {(name, (2, 2, 2)) for name in ("vq-diffusion", "masked", "flow")}

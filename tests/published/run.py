@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from parity import Oracle, check
-from table import converted, row, write
+from table import converted, insert, row, summary, write
 
 
 def main() -> int:
@@ -25,8 +25,14 @@ def main() -> int:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="also write what works as a table, docs/results/parity.md"
     )
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="with --table, also a line a program between the marks of README.md",
+    )
     arguments = parser.parse_args()
-    failed, rows = 0, {}
+    failed, compared = 0, {}
     for folder in arguments.folders:
         print(folder, flush=True)
         start = time.perf_counter()
@@ -34,7 +40,10 @@ def main() -> int:
             oracle = Oracle(folder)
             with converted() as seen:
                 lines = list(check(oracle))
-            rows[oracle.meta["system"]] = row(oracle, lines, seen)
+            before = compared.get(
+                oracle.meta["system"], (oracle, [], [])
+            )  # several folders of one system make one line
+            compared[oracle.meta["system"]] = (oracle, before[1] + lines, before[2] + seen)
         except Exception:
             traceback.print_exc()
             print(f"  FAIL {folder.name}: stopped", flush=True)
@@ -51,7 +60,9 @@ def main() -> int:
         )
         failed += bool(bad or not lines)
     if arguments.table:
-        write(arguments.table, rows)
+        rows = write(arguments.table, {name: row(*found) for name, found in compared.items()})
+        if arguments.summary:
+            insert(arguments.summary, summary(rows))
     return min(failed, 1)
 
 

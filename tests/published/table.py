@@ -1,4 +1,4 @@
-"""What works, as a table: a line for each published system, from the arrays compared and the models that ran."""
+"""What works, as tables: a line for each published system, from the arrays compared and the models that ran."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ Random weights under the published names go through the converter that a release
 published program gives is compared. Written by `python tests/published/run.py --table {file} FOLDER...`, which keeps
 the lines of systems that it is not asked for.
 
-scores: log-likelihoods or a training loss; sharded: every mesh computes what one device does (`tests/test_meshes*.py`).
+scores: log-likelihoods or a training loss; sharded: every mesh computes the loss and the gradients of one device (the
+tests of meshes), of all parts or of some.
 
-| system | original | format | model | loads | scores | samples | trains | sharded | arrays | worst error |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
+COLUMNS = ("system", "original", "format", "model", "loads", "scores", "samples", "trains", "sharded", "arrays")
+COLUMNS += ("worst error",)
+SUMMARY = ("system", "formats", "loads", "scores", "samples", "trains", "sharded", "arrays equal", "worst error")
+MARKS = "<!-- systems -->", "<!-- /systems -->"
+MESHES = r"def test_(loss_and_gradients|meshes)_agree"
+"""Tests that compare meshes with one device."""
 
 
 @contextmanager
@@ -49,34 +54,76 @@ def converted() -> Iterator[list[tuple[str, Any]]]:
         convert.find = find
 
 
-def row(oracle: Oracle, lines: list[Line], seen: list[tuple[str, Any]]) -> str:
+def row(oracle: Oracle, lines: list[Line], seen: list[tuple[str, Any]]) -> dict[str, str]:
     """The line of a system whose arrays have been compared."""
     kinds = {type(config) for _, config in seen}
-    has = lambda *names: "yes" if any(hasattr(kind, name) for kind in kinds for name in names) else "-"
-    meshes = "".join(path.read_text() for path in HERE.parent.glob("test_meshes*.py"))
-    sharded = any(re.search(rf"\b{kind.__name__}\b", meshes) for kind in kinds)
-    passed = sum(line.passed for line in lines)
-    cells = [
+    has = lambda *names: some(any(hasattr(kind, name) for kind in kinds for name in names))
+    meshes = "".join(text for path in HERE.parent.glob("test_*.py") if re.search(MESHES, text := path.read_text()))
+    cells = (
         oracle.meta["system"],
         oracle.meta.get("repo", ""),
         ", ".join(f"`{name}`" for name in dict.fromkeys(name for name, _ in seen)) or "-",
         ", ".join(sorted(kind.__name__ for kind in kinds)) or "-",
-        "yes" if seen else "-",
+        some(bool(seen)),
         has("log_likelihood", "loss", "players"),
         has("sample"),
         has("loss", "players"),
-        "yes" if sharded else "-",
-        f"{passed} of {len(lines)}",
+        some(*(re.search(rf"\b{kind.__name__}\b", meshes) is not None for kind in kinds)),
+        f"{sum(line.passed for line in lines)} of {len(lines)}",
         f"{max((line.error for line in lines), default=0.0):.1e}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    )
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
-def write(file: Path, rows: dict[str, str]) -> None:
-    """Write the table with these lines by system, and those of other systems that it has already."""
-    old = re.findall(r"^\| (\w+) \|.*\|$", file.read_text(), re.M) if file.exists() else []
-    text = file.read_text() if file.exists() else ""
-    kept = {name: re.search(rf"^\| {name} \|.*\|$", text, re.M) for name in old if name != "system"}
-    known = {name: found[0] for name, found in kept.items() if found} | rows
+def some(*found: bool) -> str:
+    """Whether all of them hold, some, or none."""
+    return "-" if not any(found) else "yes" if all(found) else "part"
+
+
+def table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
+    """Rows as Markdown."""
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
+    return head + "".join(f"| {' | '.join(row[c] for c in columns)} |\n" for row in rows)
+
+
+def write(file: Path, rows: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+    """Write the table with these rows by system, and those of other systems that it has already. Gives all of them."""
+    lines = re.findall(r"^\| (\w+ \|.*) \|$", file.read_text(), re.M) if file.exists() else []
+    old = [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in lines if not line.startswith("system")]
+    known = {row["system"]: row for row in old} | rows
+    whole = [known[name] for name in sorted(known)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(HEAD.format(file=file) + "\n".join(known[name] for name in sorted(known)) + "\n")
+    file.write_text(HEAD.format(file=file) + table(COLUMNS, whole))
+    return whole
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """One line a published program: what any of its parts does, and the worst of their errors."""
+    programs: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        programs.setdefault(row["original"], []).append(row)
+
+    def line(original: str, parts: list[dict[str, str]]) -> dict[str, str]:
+        models = [part for part in parts if part["format"] != "-"]
+        counts = [[int(n) for n in part["arrays"].split(" of ")] for part in parts]
+        cells = {c: some(any(part[c] == "yes" for part in models)) for c in ("scores", "samples", "trains")}
+        cells["sharded"] = some(*(part["sharded"] == "yes" for part in models))
+        if any(part["sharded"] == "part" for part in models):
+            cells["sharded"] = "part"
+        return cells | {
+            "system": original.split("/")[-1],
+            "formats": ", ".join(dict.fromkeys(f for part in models for f in part["format"].split(", "))),
+            "loads": some(*(part["loads"] == "yes" for part in models)),
+            "arrays equal": f"{sum(good for good, _ in counts)} of {sum(total for _, total in counts)}",
+            "worst error": max((part["worst error"] for part in parts), key=float),
+        }
+
+    return table(SUMMARY, [line(*item) for item in sorted(programs.items(), key=lambda item: item[0].split("/")[-1])])
+
+
+def insert(file: Path, text: str) -> None:
+    """Put `text` between the marks in a file. Errors: ValueError where it has no marks."""
+    whole, (first, last) = file.read_text(), MARKS
+    if not re.search(f"{first}.*{last}", whole, re.S):
+        raise ValueError(f"{file}: no {first} and {last}, between which the table is to stand")
+    file.write_text(re.sub(f"{first}.*{last}", lambda _: f"{first}\n{text}{last}", whole, flags=re.S))
