@@ -60,4 +60,9 @@ def _equation(e: Any, trips: float) -> float:
             inner += _jaxpr(value.jaxpr, trips)
         elif isinstance(value, core.Jaxpr):
             inner += _jaxpr(value, trips)
-    return inner * {"scan": e.params.get("length", 1), "while": trips}.get(name, 1)
+    if name == "pallas_call":  # each place of the grid does what the kernel says
+        return inner * math.prod(n for n in e.params["grid_mapping"].grid if isinstance(n, int))
+    times = {"scan": e.params.get("length", 1), "while": trips}
+    if name == "shard_map":  # what one device does
+        times = {name: e.params["mesh"].size}
+    return inner * times.get(name, 1)

@@ -141,6 +141,21 @@ ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
     assert hlo.count(program.replace("WINDOW", window)).flops == 2 * 8 * 16 * 32 * 64
 
 
+def test_kernels_of_attention_count_as_if_written_out():
+    program = """HloModule m
+ENTRY %main (q: bf16[4,2,384,64], k: bf16[4,1,256,64]) -> bf16[4,2,384,64] {
+  %q = bf16[4,2,384,64]{3,2,1,0} parameter(0)
+  %k = bf16[4,1,256,64]{3,2,1,0} parameter(1)
+  %mask = s8[1,1,1]{2,1,0} parameter(2)
+  %own.1 = bf16[4,2,384,64]{3,2,1,0} custom-call(%q), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_NAME = bf16[4,2,384,64]{3,2,1,0} custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""
+    for name, products in {"fwd_residuals": 2, "dkv_no_residuals": 4, "dq_no_residuals": 3}.items():
+        costs = hlo.count(program.replace("NAME", name))
+        assert costs.flops == products * 2 * 4 * 2 * 384 * 256 * 64 and costs.unknown_kernels == ("own",)
+
+
 def test_a_loop_that_data_end_counts_once_and_is_told():
     def halve(x):
         return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x, x)

@@ -64,6 +64,8 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     notes = []
     if costs.unknown_loops:
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
+    if costs.unknown_kernels:
+        notes.append(f"products inside these kernels are not counted: {', '.join(costs.unknown_kernels)}")
     analysis = compiled.cost_analysis() or {}
     once = analysis.get("flops", 0.0)
     notes.append(

@@ -189,10 +189,27 @@ def convolution_flops(i: Instruction, within: Computation) -> float:
     )
 
 
+KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+"""Products over (queries, keys, head dimension) in the kernels for TPUs that `nn.kernels` uses."""
+
+
+def kernel_flops(i: Instruction, within: Computation) -> float:
+    """Of an attention kernel: all pairs of queries and keys, as if they were written out. 0 for other kernels."""
+    products = next((n for name, n in KERNELS.items() if name in i.name), 0)
+    operands = [within[n] for n in i.operands if n in within]
+    looks = [o.shape for o in operands if len(o.shape) > 2 and o.arrays[0][0] in ("bf16", "f16", "f32")]
+    if not products or len(looks) < 2:
+        return 0.0
+    q, k = looks[:2]
+    return 2.0 * products * math.prod(q) * k[-2]
+
+
 def flops(i: Instruction, within: Computation, computations: dict[str, Computation]) -> float:
     """Of the products in an instruction, those inside a fusion included."""
     if i.op == "convolution":
         return convolution_flops(i, within)
+    if i.op == "custom-call":
+        return kernel_flops(i, within)
     if i.op == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
         shape = within[i.operands[0]].shape
@@ -262,6 +279,8 @@ class Costs:
     collectives: tuple[Collective, ...]
     unknown_loops: int
     """loops whose length depends on data; counted once"""
+    unknown_kernels: tuple[str, ...]
+    """hand-written kernels whose products are not counted"""
 
 
 def count(text: str) -> Costs:
@@ -269,6 +288,7 @@ def count(text: str) -> Costs:
     computations, entry = parse(text)
     operations: list[tuple[float, float]] = []
     found: dict[tuple[str, str], Collective] = {}
+    kernels: set[str] = set()
     total = once = moved = 0.0
     unknown = 0
 
@@ -310,11 +330,13 @@ def count(text: str) -> Costs:
             inner = i.attribute("calls")
             for j in computations[inner].values():
                 collective(j, computations[inner], inner, times)
+        if "tpu_custom_call" in i.text and not kernel_flops(i, within):
+            kernels.add(i.name.split(".")[0])
         work, size = flops(i, within, computations), traffic(i, within, computations)
         total, once, moved = total + work * times, once + work, moved + size * times
         if work or size:
             operations.append((work * times, size * times))
-    return Costs(total, once, moved, tuple(operations), tuple(found.values()), unknown)
+    return Costs(total, once, moved, tuple(operations), tuple(found.values()), unknown, tuple(sorted(kernels)))
 
 
 def group(i: Instruction) -> tuple[int, ...]:
