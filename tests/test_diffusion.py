@@ -167,3 +167,14 @@ def test_published_names_there_and_back(form, resample):
         fields = ("width", "multipliers", "blocks", "attention", "scale_shift", "resample")
         assert [getattr(ours, f) for f in fields] == [getattr(theirs_now, f) for f in fields]
         assert jax.tree.structure(again) == jax.tree.structure(jax.eval_shape(found.init, jax.random.key(0)))
+
+
+def test_sit_is_dit_on_a_flow():
+    network = dataclasses.replace(SMALL, size=(8, 8), channels=4)
+    flow = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun", "spare_half": True}
+    family = Diffusion(network, **flow, guided_channels=3, sampling=Solving(guidance=4.0, eta=0.0))
+    model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(family.init, jax.random.key(0)))
+    theirs = restore("sit", family, model)
+    found, _ = convert("sit", theirs, heads=2)
+    assert dataclasses.replace(found, network=dataclasses.replace(found.network, hidden=0)) == family
+    assert restore("dit", family, model).keys() == theirs.keys()

@@ -106,6 +106,7 @@ def test_a_folder_becomes_a_model_that_draws_the_same_pictures(folder, tmp_path)
     main(["convert", "stable-diffusion", str(path), "--out", str(tmp_path / "model"), "--solver", "euler"])
     ours = Pipeline.load(tmp_path / "model")
     assert ours.family.predicts == "v" and ours.codec.config.scale == 0.2 and ours.text.pad == 0
+    assert ours.source.image_size == 8
     options = jax.tree.map(lambda x: x, ours.options)
     options = type(options)(**(vars(options) | {"steps": 4, "guidance": 4.0}))
     pictures = ours.sample(["cat", "a cat"], [3, 4], options)
@@ -145,3 +146,30 @@ def test_what_is_not_known_is_told(folder):
     with pytest.raises(FileNotFoundError, match="vocab.json"):
         (folder[0] / "tokenizer" / "vocab.json").rename(folder[0] / "tokenizer" / "other.json")
         diffusers._clip(folder[0])
+
+
+RELEASED = {
+    "1.5": (859_520_964, {"sample_size": 64, "cross_attention_dim": 768}),
+    "2.1": (
+        865_910_724,
+        {
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", RELEASED)
+def test_released_sizes_are_taken_whole(version):
+    count, fields = RELEASED[version]
+    with torch.device("meta"):
+        unet = theirs.UNet2DConditionModel(**fields)
+    tensors = {k: jax.ShapeDtypeStruct(v.shape, np.float32) for k, v in unet.state_dict().items()}
+    config, model = convert("stable-diffusion", tensors, **published.settings(unet.config))
+    assert sum(np.prod(x.shape) for x in jax.tree.leaves(model)) == count
+    default, _ = convert("stable-diffusion", tensors)
+    assert default == config

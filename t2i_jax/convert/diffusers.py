@@ -43,10 +43,11 @@ def _stable_diffusion(
     steps: int = 1000,
     zero_terminal_snr: bool = False,
     predicts: Any = None,
+    dtype: Any = "float32",
     **fields: Any,
 ) -> Diffusion:
     """What a folder's settings do not say is that of versions 1 where the text is of CLIP ViT-L (width 768), else that
-    of versions 2. size: side of the latents; length: tokens of a caption."""
+    of versions 2. size: side of the latents; length: tokens of a caption; dtype: of the arithmetic."""
     found = published.describe(tensors)
     second = found["context"] != 768
     head_dim = (64 if second else 0) if head_dim is None else head_dim
@@ -58,6 +59,7 @@ def _stable_diffusion(
         head_dim=head_dim,
         groups=groups,
         eps=eps,
+        dtype=dtype,
         condition=Encoded(found["context"], length, trained_null=False, kept_null=kept),
     )
     family: dict[str, Any] = {
@@ -104,17 +106,18 @@ def _pixart(
     heads: int = 16,
     stretch: float = 0.0,
     eps: float = 1e-6,
+    dtype: Any = "float32",
     **fields: Any,
 ) -> Diffusion:
-    """size: side of the latents; stretch: how much larger than 64 it is, unless told. Captions are as long as the
-    unconditional features."""
+    """size: side of the latents; stretch: how much larger than 64 it is, unless told; dtype: of the arithmetic.
+    Captions are as long as the unconditional features."""
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
     condition = Features(dim, length, trained_null=False, bias=True)
     kind: dict[str, Any] = {"text": "cross", "whole": False, "shared": True, "cross_norm": False}
-    stretch = stretch or max(side[0] // 64, 1)
-    network = DiT(size=side, condition=condition, heads=heads, stretch=stretch, eps=eps, **kind, **found)
+    kind |= {"stretch": stretch or max(side[0] // 64, 1), "eps": eps, "dtype": dtype}
+    network = DiT(size=side, condition=condition, heads=heads, **kind, **found)
     family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++"}
     family["sampling"] = Solving(steps=20, guidance=4.5, eta=0.0)
     return Diffusion(network, **(family | fields))
@@ -164,9 +167,11 @@ def _third(
     heads: int = 0,
     length: int = 333,
     shift: float = 3.0,
+    dtype: Any = "float32",
     **fields: Any,
 ) -> Diffusion:
-    """size: side of the latents; heads: 0 for heads of width 64; length: tokens of a caption; shift: of the flow."""
+    """size: side of the latents; heads: 0 for heads of width 64; length: tokens of a caption; shift: of the flow;
+    dtype: of the arithmetic."""
     found = third.describe(tensors)
     summary, dim = found.pop("summary"), found.pop("dim")
     encoded = Encoded(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
@@ -176,6 +181,7 @@ def _third(
         condition=Paired(encoded, summary),
         text="joint",
         learn_variance=False,
+        dtype=dtype,
         **found,
     )
     family: dict[str, Any] = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}

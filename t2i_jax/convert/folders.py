@@ -167,7 +167,10 @@ def picture_side(config: Any, codec: str) -> int:
     if getattr(decoder, "vocabulary", None) != getattr(config, "vocabulary", None):
         ours, theirs = getattr(config, "vocabulary", "no"), getattr(decoder, "vocabulary", "no")
         raise ConfigError(f"{codec} has {theirs} codes, the model {ours}: this is not its codec")
-    return getattr(config, "grid", (0, 0))[0] * decoder.factor
+    rows, *_, channels = getattr(config, "shape", (getattr(config, "grid", (0, 0))[0], None))
+    if channels is not None and channels != getattr(decoder, "dim", channels):
+        raise ConfigError(f"{codec} has codes of {decoder.dim} numbers, the model {channels}: this is not its codec")
+    return rows * decoder.factor
 
 
 def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:

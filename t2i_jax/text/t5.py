@@ -59,7 +59,7 @@ class T5:
         """
         vocabulary = Path(self.vocabulary or Path(self.folder) / "spiece.model")
         if not vocabulary.is_file():
-            raise FileNotFoundError(f"{vocabulary}: there is no such file; it is the vocabulary of T5, spiece.model")
+            raise FileNotFoundError(f"{vocabulary.parent}: no {vocabulary.name} in it, the vocabulary of T5")
         pieces = SentencePiece(str(vocabulary), self.length)
         return pieces([clean_twice(c) for c in captions] if self.clean else captions)
 

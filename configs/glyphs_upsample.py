@@ -1,0 +1,44 @@
+"""The second stage of a cascade: glyphs of 32x32 made larger to 64x64, told how noisy the small picture is.
+
+The small pictures of training are the large ones made smaller, with noise on them, so that what a first model gets
+wrong is forgiven. Any model of 32x32 pictures may be the first:
+
+    t2i data build glyphs --out data/glyphs64 --size 64
+    t2i train configs/glyphs_upsample.py
+    t2i sample runs/quickstart/model "a red heart" --upsample runs/glyphs_upsample
+"""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Features
+from t2i_jax.nn.unet import UNet
+from t2i_jax.noise.processes import Discrete
+from t2i_jax.text.minilm import MiniLM
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+experiment = Experiment(
+    model=Diffusion(
+        network=UNet(
+            size=(64, 64),
+            width=64,
+            multipliers=(1, 2, 3),
+            blocks=1,
+            attention=(4,),
+            condition=Features(MiniLM.dim, 1),
+            extra_inputs=("low_res",),
+            told_noise=True,
+            learn_variance=False,
+        ),
+        process=Discrete("cosine"),
+        predicts="v",
+        enlarges=2,
+        augmentation=0.5,
+        solver="dpm++",
+        sampling=Solving(steps=20, guidance=1.5, eta=0.0, augmentation=0.1),
+    ),
+    data=Data(ArrayRecord("data/glyphs64"), image_size=64, batch_size=32),
+    train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.99),
+    text=MiniLM(16, pooled=True),
+)
