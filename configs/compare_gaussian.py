@@ -74,7 +74,7 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
 """,
     runs=runs,
     reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=6), image_size=32)),
-    flops=5e12,
+    flops=3e12,
     sweeps={
         "steps": Sweep(
             "Steps of each solver, latent flow",

@@ -74,7 +74,7 @@ tokens.
     reference=dataclasses.replace(
         next(iter(runs.values())), data=Data(ArrayRecord("data/glyphs", every=6), image_size=32)
     ),
-    flops=4e12,
+    flops=2.5e12,
     sweeps={
         "iterations": Sweep(
             "Steps in which the tokens become known",
