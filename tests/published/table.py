@@ -23,7 +23,18 @@ scores: log-likelihoods or a training loss; sharded: every mesh computes the los
 tests of meshes), of all parts or of some.
 
 """
-COLUMNS = ("system", "original", "format", "model", "loads", "scores", "samples", "trains", "sharded", "arrays")
+COLUMNS: tuple[str, ...] = (
+    "system",
+    "original",
+    "format",
+    "model",
+    "loads",
+    "scores",
+    "samples",
+    "trains",
+    "sharded",
+    "arrays",
+)
 COLUMNS += ("worst error",)
 SUMMARY = ("system", "formats", "loads", "scores", "samples", "trains", "sharded", "arrays equal", "worst error")
 MARKS = "<!-- systems -->", "<!-- /systems -->"
@@ -89,7 +100,9 @@ def table(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
 def write(file: Path, rows: dict[str, dict[str, str]]) -> list[dict[str, str]]:
     """Write the table with these rows by system, and those of other systems that it has already. Gives all of them."""
     lines = re.findall(r"^\| (\w+ \|.*) \|$", file.read_text(), re.M) if file.exists() else []
-    old = [dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in lines if not line.startswith("system")]
+    old: list[dict[str, str]] = [
+        dict(zip(COLUMNS, line.split(" | "), strict=True)) for line in lines if not line.startswith("system")
+    ]
     known = {row["system"]: row for row in old} | rows
     whole = [known[name] for name in sorted(known)]
     file.parent.mkdir(parents=True, exist_ok=True)
