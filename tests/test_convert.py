@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_text_t5 import folder_of, vocabulary
 
 from t2i_jax import convert
 from t2i_jax.cli import main
@@ -20,6 +21,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes, Features, Given, Vector
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.trees import named
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import load_artifact
 
 KEY = jax.random.key(0)
@@ -221,6 +223,39 @@ def test_both_halves_of_a_codec_saved_as_modules_become_one(tmp_path, capfd):
     halved = dataclasses.replace(config, half="encoder", network=dataclasses.replace(config.network, code=128))
     assert convert.convert("openai_dvae", convert.read(file / "encoder.pkl", "openai_dvae"))[0] == halved
     assert "is a folder; llamagen is read from one file" in told(capfd, "llamagen", file, "--out", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_captions_become_pictures_as_the_original_makes_them(models, tmp_path):
+    """A T5 in a folder, LlamaGen's model of captions and its codec, all by the command: the picture is that of the
+    codes that follow the features which `transformers` gives."""
+    torch = pytest.importorskip("torch")
+    encoder = folder_of(tmp_path / "t5", {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 40,
+                                          "vocab_size": 300, "feed_forward_proj": "gated-gelu"})  # fmt: skip
+    vocabulary(tmp_path / "t5")
+    features = Features(24, 6, trained_null=False, left=True, null_keeps_mask=True)
+    family = dataclasses.replace(LLAMA, condition=features)
+    tensors = convert.restore("llamagen", family, jax.tree.map(lambda x: x / 4, random(family)))
+    torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, tmp_path / "t2i.pt")
+    places = ["--out", str(tmp_path / "model"), "--codec", str(models / "codec")]
+    text = ["--text", f"t5:{tmp_path / 't5'},length=6"]
+    main(["convert", "llamagen", str(tmp_path / "t2i.pt"), "--grid", "2", "2", "--head-dim=8", *places, *text])
+    main(["sample", str(tmp_path / "model"), "a red apple", "--out", str(tmp_path / "pictures"), "--greedy"])
+    assert list((tmp_path / "pictures").rglob("*.png"))
+
+    pipeline = Pipeline.load(tmp_path / "model")
+    options = dataclasses.replace(pipeline.options, greedy=True, guidance=3.0)
+    prompts = ["a red apple", "two dogs and a cat"]
+    drawn = pipeline.sample(prompts, seeds=[1, 2], options=options)
+    ids, mask = load_artifact(tmp_path / "model").text(prompts)
+    with torch.no_grad():
+        seen = encoder(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
+    artifact, codec = load_artifact(tmp_path / "model"), load_artifact(models / "codec")
+    condition = {"features": np.asarray(seen), "text_mask": mask}
+    codes = artifact.config.sample(artifact.model, condition, jax.random.split(KEY, 2), options)
+    assert len(np.unique(codes)) > 2
+    expected = np.asarray(codec.config.decode(codec.model, codes))
+    np.testing.assert_allclose(drawn, np.clip(expected * 127.5 + 127.5, 0, 255), atol=1)
 
 
 def told(capfd, *arguments):
