@@ -209,6 +209,8 @@ class EncodeArguments:
     out: Path
     splits: tuple[str, ...] = ("train", "val", "test")
     batch_size: int = 128
+    block: int = 8192
+    """records of a file; work that was cut off goes on behind the last whole one"""
 
 
 def encode(arguments: list[str]) -> None:
@@ -216,7 +218,7 @@ def encode(arguments: list[str]) -> None:
     from t2i_jax.encode import encode_splits
 
     args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
-    encode_splits(config.load(args.config, rest), args.out, args.splits, args.batch_size)
+    encode_splits(config.load(args.config, rest), args.out, args.splits, args.batch_size, args.block)
 
 
 # ----------------------------------------------------------------------------------------------------------- sample
@@ -250,9 +252,14 @@ class SampleArguments:
     candidates: int = 16
     """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
     image: Path | None = None
-    """a picture of which only what `mask` marks is drawn anew; for masked and any-order models"""
+    """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a
+    start that remembers it: --strength 0.6"""
     mask: Path | None = None
     """a picture of that size, white where to draw"""
+    pull_by: Path | None = None
+    """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --pull 3"""
+    weak: Path | None = None
+    """run of a worse model of the same configuration, to guide away from in the place of the unconditional one"""
     upsample: Path | None = None
     """run folder or released model that makes the pictures larger, by its own sampling options"""
     watch: bool = False
@@ -266,6 +273,7 @@ def sample(arguments: list[str]) -> None:
     from t2i_jax import config
     from t2i_jax.pipeline import Pipeline
     from t2i_jax.previews import sample_to_folder
+    from t2i_jax.training.artifacts import load_artifact
 
     if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
         family = config.load(arguments[0]).model
@@ -277,11 +285,15 @@ def sample(arguments: list[str]) -> None:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
     pipeline = Pipeline.load(args.model, int8=args.int8)
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
-    if (args.image is None) != (args.mask is None):
-        raise config.ConfigError("--image and --mask go together: a picture, and where to draw it anew")
-    if args.image and args.mask:
-        picture, mask = (np.asarray(Image.open(f).convert(k)) for f, k in ((args.image, "RGB"), (args.mask, "L")))
-        pipeline = pipeline.holding(picture, mask > 127)
+    if args.mask and not args.image:
+        raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
+    if args.image:
+        mask = np.asarray(Image.open(args.mask).convert("L")) > 127 if args.mask else None
+        pipeline = pipeline.holding(np.asarray(Image.open(args.image).convert("RGB")), mask)
+    if args.pull_by:
+        pipeline = pipeline.pulled(load_artifact(args.pull_by), str(args.pull_by))
+    if args.weak:
+        pipeline = pipeline.beside(load_artifact(args.weak), str(args.weak))
     if args.upsample:
         pipeline = pipeline.enlarged(Pipeline.load(args.upsample), args.upsample.name)
     drawn = max(args.count, args.candidates) if args.rerank else args.count

@@ -1,74 +1,140 @@
-"""Codes and text features computed once and stored, so that training reads them instead of pictures."""
+"""Codes and text features computed once and stored, so that training reads them instead of pictures.
+
+The records of a split are cut into blocks, and each block becomes a file. Processes share out the blocks and compute
+each by themselves, on their own devices; a file appears whole or not at all, so work that was cut off goes on with the
+blocks that are missing, on any number of processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from t2i_jax.config import ConfigError
-from t2i_jax.data.records import Record, write_records
+from t2i_jax.config import ConfigError, differences, to_json
+from t2i_jax.data.records import INDEX, Record, count_records, may_become, put_in_place, shard_name, write_file
 from t2i_jax.parallel import batch_sharding, shardings
 from t2i_jax.progress import bar
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare
+from t2i_jax.training.watch import together
+
+WORK = "work.json"
 
 
-def encode_splits(experiment: Experiment, out: Path, splits: Sequence[str], batch_size: int) -> Record:
+def encode_splits(
+    experiment: Experiment, out: str | Path, splits: Sequence[str], batch_size: int, block: int = 8192
+) -> Record:
     """Write an ArrayRecord data set of `codes` (with a codec) and `features` (with a frozen text encoder).
 
-    Pictures are cropped at the centre; captions, keys and licences stay with the records; features have a row for each
-    caption. Batches are split over `data` and `fsdp` of the experiment's mesh. Returns the index.
-    Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder.
+    Pictures are cropped at the centre; captions, keys and licences stay with the records, which keep their order;
+    features have a row for each caption. A file holds up to `block` records. Batches are split over `data` and `fsdp`
+    of the experiment's mesh, with several processes over those of each one. Until all is done it lies in `OUT.partial`.
+    Returns the index.
+
+    Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
+    begun with another config; `DataError` where something else is at `out`, or where all records of a block are broken.
     """
-    mesh = experiment.mesh.build()
-    frozen, codec = frozen_parts(experiment)
-    frozen.pop("loss", None)  # nothing is trained here
-    if not frozen:
-        raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
+    out, data = Path(out), experiment.data
+    may_become(out)
+    examples = {split: data.examples(split) for split in splits}
+    counts = {split: -(-len(e) // block) for split, e in examples.items()}
+    folder, main = out.with_name(out.name + ".partial"), jax.process_index() == 0
+    with together():
+        encoded = encoder(experiment, batch_size)
+        if main:
+            claim(folder, experiment, {split: len(e) for split, e in examples.items()}, block)
+        multihost_utils.sync_global_devices("encode: begun")
+        files = [(folder / shard_name(split, k, n), split, k) for split, n in counts.items() for k in range(n)]
+        missing = [file for file in files if not file[0].exists()]
+        multihost_utils.sync_global_devices("encode: what is missing is known")
+        with bar() as progress:
+            task = progress.add_task("encoding", total=None)
+            for path, split, k in missing[jax.process_index() :: jax.process_count()]:
+                ends = [len(examples[split]) * i // counts[split] for i in (k, k + 1)]
+                records = encoded(examples[split].block(*ends, threads=data.threads))
+                made = write_file(path, ({**record, "split": split} for record in records))
+                progress.advance(task, made)
+        multihost_utils.sync_global_devices("encode: all is there")
+        if main:
+            found: Record = {split: {"count": 0, "shards": n, "order": "blocks"} for split, n in counts.items()}
+            for path, split, _ in files:
+                found[split]["count"] += count_records(path)
+            (folder / WORK).unlink()
+            index = {"codec": experiment.codec, "image_size": data.image_size, "splits": found}
+            (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+            put_in_place(folder, out)
+        multihost_utils.sync_global_devices("encode: it is in its place")
+    return json.loads((out / INDEX).read_text())
+
+
+def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: int) -> None:
+    """Make the folder of unfinished work, or go on in it. Errors: `ConfigError` where it is that of another config."""
+    data = experiment.data
+    work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
+    work |= {k: getattr(data, k) for k in ("source", "held_out", "image_size", "fields")}
+    new = json.loads(json.dumps({k: to_json(v) for k, v in work.items()}))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / WORK
+    if path.exists() and (changed := differences(json.loads(path.read_text()), new)):
+        raise ConfigError(
+            f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
+            + "\n  ".join(changed)
+        )
+    for left in folder.glob(".*"):  # what a kill left half written
+        left.unlink()
+    path.write_text(json.dumps(new, indent=1))
+
+
+def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
+    """A function that gives records with what the frozen parts make of them, on the devices of this process."""
+    many = jax.process_count() > 1
+    mesh = (dataclasses.replace(experiment.mesh, data=-1) if many else experiment.mesh).build(jax.local_devices())
     with jax.set_mesh(mesh):
+        frozen, codec = frozen_parts(experiment)
+        frozen.pop("loss", None)  # nothing is trained here
+        if not frozen:
+            raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
-        prepare = jax.jit(make_prepare(codec.config if codec else None, experiment.text))
+    prepare = jax.jit(make_prepare(codec.config if codec else None, experiment.text))
+    seen = codec or hasattr(experiment.text, "image_features")
 
-        def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
-            """What the frozen parts make of up to a batch of rows, filled up so that one program serves all."""
-            rows = len(next(iter(arrays.values())))
-            filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
+    def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
+        """What the frozen parts make of up to a batch of rows, filled up so that one program serves all."""
+        rows = len(next(iter(arrays.values())))
+        filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
+        with jax.set_mesh(mesh):
             made = jax.device_get(prepare(frozen, jax.device_put(filled, batch_sharding(mesh))))
-            return {k: small(v[:rows]) for k, v in made.items() if k in ("codes", "latents", "features", "text_mask")}
+        return {k: small(v[:rows]) for k, v in made.items() if k in ("codes", "latents", "features", "text_mask")}
 
-        def encoded(records: list[Record]) -> Iterator[Record]:
-            """The records of one batch with their codes, and with features for each of their captions."""
-            seen = codec or hasattr(experiment.text, "image_features")
-            codes = ready(image=np.stack([r["image"] for r in records])) if seen else {}
-            by_caption: Record = {}
-            if "text" in frozen and "features" not in codes:
-                captions = [caption for r in records for caption in captions_of(r)]
-                chunks = [captions[at : at + batch_size] for at in range(0, len(captions), batch_size)]
-                parts = [ready(**dict(zip(("text", "text_mask"), experiment.text(c), strict=True))) for c in chunks]
-                by_caption = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-            row = 0
-            for i, record in enumerate(records):
-                rows = slice(row, row := row + len(captions_of(record)))
-                rest = {k: v for k, v in record.items() if k != "image"}
-                one = {k: v[i : i + 1] if k == "features" else v[i] for k, v in codes.items()}
-                yield rest | one | {k: v[rows] for k, v in by_caption.items()}
+    def batch(records: list[Record]) -> Iterator[Record]:
+        """The records of one batch with their codes, and with features for each of their captions."""
+        codes = ready(image=np.stack([r["image"] for r in records])) if seen else {}
+        by_caption: Record = {}
+        if "text" in frozen and "features" not in codes:
+            captions = [caption for r in records for caption in captions_of(r)]
+            chunks = [captions[at : at + batch_size] for at in range(0, len(captions), batch_size)]
+            parts = [ready(**dict(zip(("text", "text_mask"), experiment.text(c), strict=True))) for c in chunks]
+            by_caption = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+        row = 0
+        for i, record in enumerate(records):
+            rows = slice(row, row := row + len(captions_of(record)))
+            rest = {k: v for k, v in record.items() if k != "image"}
+            one = {k: v[i : i + 1] if k == "features" else v[i] for k, v in codes.items()}
+            yield rest | one | {k: v[rows] for k, v in by_caption.items()}
 
-        def every() -> Iterator[Record]:
-            for split in splits:
-                examples = experiment.data.examples(split)
-                with bar() as progress:
-                    task = progress.add_task(f"encoding {split}", total=len(examples))
-                    records = iter(examples)
-                    while some := list(islice(records, batch_size)):
-                        yield from ({**r, "split": split} for r in encoded(some))
-                        progress.advance(task, len(some))
+    def encoded(records: Iterable[Record]) -> Iterator[Record]:
+        records = iter(records)
+        while some := list(islice(records, batch_size)):
+            yield from batch(some)
 
-        about = {"codec": experiment.codec, "image_size": experiment.data.image_size}
-        return write_records(out, every(), about=about)
+    return encoded
 
 
 def captions_of(record: Record) -> Sequence[str]:

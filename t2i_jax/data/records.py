@@ -76,24 +76,34 @@ def _dtype(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def may_become(path: Path) -> None:
+    """Errors: `DataError` if something is at `path` that is no data set: it will not be overwritten."""
+    if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path}: exists and is no data set; it will not be overwritten")
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """The folder `new` becomes `path`, in place of an older data set there."""
+    old = new.with_name(new.name + ".old")
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error.
 
     It takes the place of an older data set there. Errors: `DataError` if anything else is there.
     """
-    if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path}: exists and is no data set; it will not be overwritten")
+    may_become(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     new.chmod(0o777 & ~_umask())
     try:
         yield new
-        old = new.with_name(new.name + ".old")
-        if path.exists():
-            os.rename(path, old)
-        os.rename(new, path)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -120,17 +130,12 @@ def write_records(path: str | Path, records: Iterable[Record], shards: int = 1, 
 
 def write_shards(folder: Path, records: Iterable[Record], shards: int = 1) -> Record:
     """The files of `write_records`, into a folder that exists; returns `{"splits": {name: {"count", "shards"}}}`."""
-    from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore[reportMissingImports]
-
     writers: dict[str, list] = {}
     counts: Counter[str] = Counter()
     for record in records:
         split = record.get("split", "train")
         if split not in writers:
-            # One record a group: random access then reads nothing but the record that is asked for.
-            writers[split] = [
-                ArrayRecordWriter(str(folder / shard_name(split, i, shards)), "group_size:1") for i in range(shards)
-            ]
+            writers[split] = [_writer(folder / shard_name(split, i, shards)) for i in range(shards)]
         writers[split][counts[split] % shards].write(encode(record))
         counts[split] += 1
     for writer in (w for ws in writers.values() for w in ws):
@@ -138,6 +143,38 @@ def write_shards(folder: Path, records: Iterable[Record], shards: int = 1) -> Re
     if not counts:
         raise DataError(f"{folder}: there are no records to write")
     return {"splits": {name: {"count": n, "shards": shards} for name, n in sorted(counts.items())}}
+
+
+def _writer(path: Path):
+    from array_record.python.array_record_module import ArrayRecordWriter  # pyright: ignore[reportMissingImports]
+
+    # One record a group: random access then reads nothing but the record that is asked for.
+    return ArrayRecordWriter(str(path), "group_size:1")
+
+
+def write_file(path: Path, records: Iterable[Record]) -> int:
+    """One ArrayRecord file, whole or not at all; how many records it holds. Errors: `DataError` if there are none."""
+    new, count = path.with_name(f".{path.name}"), 0
+    writer = _writer(new)
+    try:
+        for record in records:
+            writer.write(encode(record))
+            count += 1
+    finally:
+        writer.close()
+        if not count:
+            new.unlink(missing_ok=True)
+    if not count:
+        raise DataError(f"{path}: there are no records to write")
+    os.rename(new, path)
+    return count
+
+
+def count_records(path: Path) -> int:
+    """How many records an ArrayRecord file holds."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    return len(ArrayRecordDataSource([str(path)]))
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:

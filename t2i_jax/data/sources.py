@@ -112,7 +112,9 @@ class ArrayRecord:
             for file in files:
                 if not file.exists():
                     raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
-            readers.append(_Dealt(ArrayRecordDataSource([str(f) for f in files]), shards))
+            # Files of blocks lie one behind the other; else records were dealt to them in turn.
+            dealt = 1 if splits[split].get("order") == "blocks" else shards
+            readers.append(_Dealt(ArrayRecordDataSource([str(f) for f in files]), dealt))
         return readers[0] if len(readers) == 1 else Joined(readers)
 
 

@@ -17,7 +17,7 @@ STATUS = 75
 
 
 class Lost(RuntimeError):
-    """A step failed among several processes, as it does when one of them is gone."""
+    """What several processes do together failed, as it does when one of them is gone."""
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def watched(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Cal
 
 
 @contextlib.contextmanager
-def together(stack: contextlib.ExitStack) -> Iterator[None]:
+def together(stack: contextlib.ExitStack | None = None) -> Iterator[None]:
     """Errors of the runtime among several processes become `Lost`, and what `stack` would close is left as it is:
     closing waits for the others, and they may be gone."""
     try:
@@ -65,9 +65,10 @@ def together(stack: contextlib.ExitStack) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        stack.pop_all()
+        if stack:
+            stack.pop_all()
         who, reason = f"process {jax.process_index()} of {jax.process_count()}", " ".join(str(error).split())[:300]
         raise Lost(
-            f"{who}: a step failed, as it does when another process is gone; the same command goes on from the last "
-            f"checkpoint. {reason}"
+            f"{who}: what it does with others failed, as it does when one of them is gone; the same command goes on "
+            f"where it was saved last. {reason}"
         ) from error

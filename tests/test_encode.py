@@ -1,0 +1,158 @@
+"""Codes computed once: those computed in training, in the order of the records, however the work was cut."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import toys
+
+from t2i_jax import encode
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.config import ConfigError
+from t2i_jax.data import ArrayRecord, Data, write_records
+from t2i_jax.encode import encode_splits
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.training.loop import Trainer
+
+PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
+CODEC = VQGAN(PARTS, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
+FAMILY = AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(4), dropout=0.0)
+
+CONFIG = """
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.training.experiment import Experiment
+experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(4)),
+                        Data(ArrayRecord("{0}/data"), image_size=8, batch_size=8), codec="{0}/codec")
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Pictures, and a codec as a released model."""
+    path = tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(0)
+    image = lambda: rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    rows = [{"image": image(), "captions": [f"c{i}"], "key": f"k{i}", "label": i % 4} for i in range(40)]
+    rows[5]["image"] = b"no picture"
+    write_records(path / "data", rows, shards=3)
+    save_artifact(Artifact(CODEC, CODEC.init(jax.random.key(0))), path / "codec", "# A codec\n")
+    (path / "config.py").write_text(CONFIG.format(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def experiment(store):
+    data = Data(ArrayRecord(str(store / "data")), image_size=8, batch_size=8)
+    return dataclasses.replace(toys.experiment(FAMILY, data, MeshConfig(1, 1, 1)), codec=str(store / "codec"))
+
+
+@pytest.fixture(scope="module")
+def whole(store, experiment):
+    index = encode_splits(experiment, store / "whole", ["train"], 8)
+    assert index["splits"]["train"] == {"count": 39, "shards": 1, "order": "blocks"}
+    return records(store / "whole")
+
+
+def records(path):
+    reader = ArrayRecord(str(path)).open()
+    return [reader[i] for i in range(len(reader))]
+
+
+def same(a, b):
+    assert [r["key"] for r in a] == [r["key"] for r in b]
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x["codes"], y["codes"])
+        assert x["captions"] == y["captions"] and x["label"] == y["label"]
+
+
+def test_records_keep_their_order_and_broken_ones_are_left_out(whole):
+    assert [r["key"] for r in whole] == [f"k{i}" for i in range(40) if i != 5]
+    assert whole[0]["codes"].shape == (4, 4) and whole[0]["codes"].dtype == np.uint16 and "image" not in whole[0]
+
+
+def test_work_that_was_cut_off_goes_on(store, experiment, whole, monkeypatch):
+    """The third file is not written; what was before it is not computed again."""
+    out, write, made = store / "cut", encode.write_file, []
+
+    def failing(path, rows):
+        made.append(path.name)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return write(path, rows)
+
+    monkeypatch.setattr(encode, "write_file", failing)
+    with pytest.raises(KeyboardInterrupt):
+        encode_splits(experiment, out, ["train"], 8, block=10)
+    assert not out.exists()
+    with pytest.raises(ConfigError, match=r"cut\.partial holds unfinished work(.|\n)*block: 10 -> 20"):
+        encode_splits(experiment, out, ["train"], 8, block=20)
+    encode_splits(experiment, out, ["train"], 8, block=10)
+    assert [name.split("-")[1] for name in made] == ["00000", "00001", "00002", "00002", "00003"]
+    assert not out.with_name("cut.partial").exists()
+    same(records(out), whole)
+
+
+def test_training_on_codes_is_training_on_pictures(store, experiment, whole, tmp_path):
+    """The same examples in the same order, so the same losses. Pictures here are whole: no crop and no flip differs."""
+    good = store / "good"
+    write_records(good, [r for r in records(store / "data") if isinstance(r["image"], np.ndarray)])
+    losses = {}
+    for name, path in {"pictures": good, "codes": store / "whole"}.items():
+        data = dataclasses.replace(experiment.data, source=ArrayRecord(str(path)))
+        trainer = Trainer(dataclasses.replace(experiment, data=data), tmp_path / name)
+        with jax.set_mesh(trainer.mesh):
+            state, batches = trainer.start(), trainer.batches(0)
+            losses[name] = []
+            for _, batch in zip(range(3), batches, strict=False):
+                assert ("image" in batch) == (name == "pictures")
+                state, metrics = trainer.step(state, trainer.frozen, batch)
+                losses[name].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses["codes"], losses["pictures"], rtol=1e-6)
+
+
+def start(store, out, count=1, block=1):
+    """`t2i encode` in several processes, each with one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_PROCESSES": str(count), "T2I_HEARTBEAT": "10"}
+    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} if count > 1 else {}
+    command = [sys.executable, "-m", "t2i_jax.cli", "encode", store / "config.py", "--out", out, "--splits", "train"]
+    command += ["--batch-size", "8", "--block", str(block)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)]
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_go_on_after_a_kill(store, whole):
+    """Two processes, one of them killed; four end what they began. The result is that of one process."""
+    partial = store / "shared.partial"
+    first, second = start(store, store / "shared", 2, block=4)
+    while first.poll() is None and not list(partial.glob("train-*")):
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode not in (0, 2), output
+    done = {p.name: p.stat().st_mtime_ns for p in partial.glob("train-*")}
+    assert done and not (store / "shared").exists()
+    for process in start(store, store / "shared", 4, block=4):
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    assert all((store / "shared" / name).stat().st_mtime_ns == t for name, t in done.items())
+    same(records(store / "shared"), whole)
