@@ -18,14 +18,15 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn import raster
-from t2i_jax.nn.attention import Rotary, causal, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds
+from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
+from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, Vector
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.raster import Progress
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
 SIZES: dict[str, dict[str, int]] = {
@@ -105,6 +106,8 @@ class AR:
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    kernel: Kind = "auto"
+    """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
 
@@ -144,6 +147,7 @@ class AR:
             qk_norm=self.qk_norm,
             memory=self.width if self.reads == "memory" else 0,
             dropout=self.dropout,
+            kernel=self.kernel,
         )
 
     @property
@@ -197,7 +201,7 @@ class AR:
             model.blocks,
             shard(x, "batch", "length", None),
             rotary=self._rotary(s, 0, t),
-            mask=self.visible(_pad(valid, t)),
+            mask=self._causal(_pad(valid, t), s),
             **memory,
             key=keys[1],
             remat=self.remat,
@@ -246,10 +250,13 @@ class AR:
         return table[0][start:stop], table[1][start:stop]
 
     def visible(self, valid: Array) -> Array:
-        """The mask (b, 1, t, t): places up to one's own that are valid (b, t), and always oneself."""
-        t = valid.shape[1]
-        early = jnp.arange(t) < self.unmasked
-        return (causal(t) | early & early[:, None]) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
+        """The mask (b or 1, 1, t, t): places up to one's own that are valid (b, t), and always oneself."""
+        return self._causal(valid, valid.shape[1]).dense(valid.shape[1])
+
+    def _causal(self, valid: Array, s: int) -> Causal:
+        """That mask in words, behind s tokens of the condition."""
+        whole = isinstance(self.condition, (Classes, Vector, Given)) or self.reads == "memory"
+        return Causal(None if whole else valid, s, self.unmasked)
 
     # -- sampling
 
@@ -276,7 +283,7 @@ class AR:
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles
             all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
-        progress: called after each segment with the count of tokens so far and the codes (b, h, w); static.
+        progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
         return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)

@@ -1,8 +1,11 @@
-"""Attention as einsums, and rotary positions.
+"""Attention as einsums or by a kernel of the platform, and rotary positions.
 
 Letters: b batch, t queries, s keys, n query heads, m key-value heads (m divides n), h head dimension.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import math
 
 import jax
@@ -10,11 +13,63 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from t2i_jax.nn import kernels
+from t2i_jax.nn.kernels import Kind
+
 Rotary = tuple[Array, Array]
 """cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """A mask told in words, which kernels can follow: each place sees itself and what stands before it."""
+
+    valid: Array | None = None
+    """bool (b, t), False for padding, which nothing but itself sees; None: there is none"""
+    prefix: int = dataclasses.field(default=0, metadata={"static": True})
+    """padding, and places that see each other both ways, are among the first so many"""
+    both_ways: int = dataclasses.field(default=0, metadata={"static": True})
+    """so many places at the start see each other"""
+
+    def dense(self, t: int) -> Array:
+        """The mask (b or 1, 1, t, t) of the first t places."""
+        mask, early = causal(t), jnp.arange(t) < self.both_ways
+        mask = mask | early & early[:, None] if self.both_ways else mask
+        return mask if self.valid is None else mask & self.valid[:, None, None, :t] | jnp.eye(t, dtype=bool)
+
+
 def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | Causal | None = None,
+    scale: float | None = None,
+    bias: Array | None = None,
+    kind: Kind = "auto",
+) -> Array:
+    """softmax(q k^T scale + bias) v of all heads at once: (b, t, n, h), in the dtype of v; see `plain`.
+
+    Where there is no bias and the mask is None or a `Causal`, a kernel may do it: `kind` says which, and "auto" takes
+    the one of the platform for sequences that are long enough to gain by it.
+    Errors: ValueError if m does not divide n, or for a kernel that cannot do this dtype or head dimension.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    in_words = bias is None and (mask is None or isinstance(mask, Causal))
+    kernel = kernels.choose(kind, q, k) if in_words else None
+    if kernel is None:
+        return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Causal) else mask, scale, bias)
+    if not isinstance(mask, Causal):
+        return kernel(q, k, v, scale)
+    y = kernel(q, k, v, scale, causal=True, valid=mask.valid)
+    if mask.valid is None and not mask.both_ways:
+        return y
+    p = mask.prefix  # where the rule is more than kernels know; nothing behind it stands in sight
+    first = plain(q[:, :p], k[:, :p], v[:, :p], mask.dense(p), scale)
+    return jnp.concatenate([first, y[:, p:]], 1)
+
+
+def plain(
     q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, bias: Array | None = None
 ) -> Array:
     """softmax(q k^T scale + bias) v, n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).

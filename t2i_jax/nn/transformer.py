@@ -18,7 +18,8 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.nn.attention import Rotary, attend, rotate
+from t2i_jax.nn.attention import Causal, Rotary, attend, rotate
+from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param
 from t2i_jax.parallel import shard
 
@@ -83,6 +84,8 @@ class Layer:
     32, which is made good in fp32; LayerNorm first divides by max |x| / 8"""
     dropout: float = 0.0
     """rate on what each branch adds, in training"""
+    kernel: Kind = "auto"
+    """what computes self-attention of whole sequences; "auto": cuDNN on GPUs, splash attention on TPUs"""
 
     def __post_init__(self):
         if not self.head_dim and self.width % self.heads:
@@ -211,12 +214,13 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
         self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
+        self.kernel = config.kernel
 
     def __call__(
         self,
         x: Array,
         rotary: Rotary | None = None,
-        mask: Array | None = None,
+        mask: Array | Causal | None = None,
         cache: Cache | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -230,7 +234,8 @@ class Attention(nnx.Module):
         q, k, v = (shard(a, "batch", None, "heads", None) for a in (q, k, v))
         if cache is not None:
             cache, k, v = cache.extend(k, v)
-        y = attend(q / self.relax, k.astype(q.dtype), v.astype(q.dtype), mask, self.scale * self.relax, bias)
+        k, v, scale = k.astype(q.dtype), v.astype(q.dtype), self.scale * self.relax
+        y = attend(q / self.relax, k, v, mask, scale, bias, self.kernel)
         return self.out(rearrange(y, "b t n h -> b t (n h)")), cache
 
 
@@ -297,7 +302,7 @@ class Block(nnx.Module):
         x: Array,
         *,
         rotary: Rotary | None = None,
-        mask: Array | None = None,
+        mask: Array | Causal | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
         bias: Array | None = None,
@@ -370,7 +375,7 @@ def apply_stack(
     x: Array,
     *,
     rotary: Rotary | None = None,
-    mask: Array | None = None,
+    mask: Array | Causal | None = None,
     caches: Any = None,
     key: Array | None = None,
     bias: Array | None = None,
@@ -381,7 +386,7 @@ def apply_stack(
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
 
-    `mask` with five dimensions holds masks that take turns over the layers.
+    `mask` with five dimensions holds masks that take turns over the layers; without a cache it may be a `Causal`.
     `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key of REMAT. Returns
     x (b, t, d) and the caches with `at` moved on by t, or None where none were given.
     """
@@ -389,7 +394,8 @@ def apply_stack(
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
     rules = dict(rotary=rotary, bias=bias, shift=shift, memory=memory, memory_mask=memory_mask)
-    seen = lambda i: mask if mask is None or mask.ndim == 4 else mask[i % mask.shape[0]]
+    whole = mask is None or isinstance(mask, Causal) or mask.ndim == 4
+    seen = lambda i: mask if whole else mask[i % mask.shape[0]]
     run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=isinstance(blocks, tuple))

@@ -1,0 +1,138 @@
+"""Attention by kernels is attention written out: what each may look at, heads in groups, lengths, gradients, meshes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.models.ar import AR
+from t2i_jax.nn import kernels
+from t2i_jax.nn.attention import Causal, attend, plain
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
+from t2i_jax.parallel import MeshConfig, shardings
+
+KEY = jax.random.key(0)
+PADDING = jnp.arange(140)[None] >= jnp.array([[0], [5]])  # the second row begins with five tokens of padding
+RULES = {
+    "all": None,
+    "causal": Causal(),
+    "padding before": Causal(PADDING, 8),
+    "both ways": Causal(None, 3, 3),
+}
+
+
+def qkv(t=140, n=4, m=2, h=16, dtype=jnp.float32):
+    one = lambda i, n: jax.random.normal(jax.random.fold_in(KEY, i), (2, t, n, h)).astype(dtype)
+    return one(0, n), one(1, m), one(2, m)
+
+
+@pytest.fixture
+def xla(monkeypatch):
+    """cuDNN's way of asking, with XLA to answer."""
+    monkeypatch.setattr(kernels, "cudnn", partial(kernels.cudnn, implementation="xla"))
+    monkeypatch.setattr(kernels, "unfit", lambda *_: "")
+
+
+@pytest.mark.parametrize("kind", ["cudnn", "splash"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_kernels_give_what_is_written_out(rule, kind, xla):
+    def run(kind, q, k, v):
+        """Outputs of real places and the gradients of their squares."""
+        real = PADDING[..., None, None] if rule is not None and rule.valid is not None else True
+
+        def loss(*x):
+            y = jnp.where(real, attend(*x, rule, kind=kind), 0)
+            return (y.astype(jnp.float32) ** 2).sum(), y
+
+        gradients, y = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return y, *gradients
+
+    run = jax.jit(run, static_argnums=0)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+        x = qkv(dtype=dtype)
+        expected = run("plain", *(a.astype(jnp.float32) for a in x))
+        for a, b in zip(expected, run(kind, *x), strict=True):
+            assert b.dtype == dtype
+            scale = np.abs(a).max()
+            np.testing.assert_allclose(b.astype(jnp.float32) / scale, a / scale, atol=tolerance)
+
+
+def test_rules_in_words_are_masks():
+    mask = np.asarray(Causal(PADDING, 8).dense(140))
+    assert mask.shape == (2, 1, 140, 140) and mask[0, 0].sum() == 140 * 141 // 2
+    assert not mask[1, 0, 5:, :5].any() and mask[1, 0].diagonal().all()
+    assert Causal(None, 3, 3).dense(5)[0, 0, 0].tolist() == [True] * 3 + [False] * 2
+    q, k, v = qkv()
+    np.testing.assert_array_equal(attend(q, k, v, Causal(PADDING, 8)), plain(q, k, v, Causal(PADDING, 8).dense(140)))
+
+
+def test_splash_works_on_a_mesh_within_a_stack():
+    config = Layer(32, 4, kv_heads=2, kernel="splash")
+    blocks, x = jax.jit(lambda key: stack(config, 2, key))(KEY), jax.random.normal(KEY, (4, 128, 32))
+    loss = lambda b, x, rule: (apply_stack(b, x, mask=rule, remat="full")[0] ** 2).mean()
+    run = jax.jit(jax.value_and_grad(loss))
+    expected = run(with_kernel(blocks, "plain"), x, Causal())
+    mesh = MeshConfig(2, 2, 2).build()
+    with jax.set_mesh(mesh):
+        found = run(jax.device_put(blocks, shardings(blocks, mesh)), x, Causal())
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def with_kernel(blocks, kernel):
+    same = jax.tree.map(lambda x: x, blocks)
+    same.attention.kernel = kernel
+    return same
+
+
+def test_steps_with_a_cache_are_written_out_whatever_the_kernel():
+    config = Layer(32, 4, kernel="splash")
+    blocks = unstack(jax.jit(lambda key: stack(config, 1, key))(KEY))
+    step = lambda x: apply_stack(blocks, x, mask=jnp.ones((1, 1, 1, 8), bool), caches=(Cache.empty(config, 1, 8),))[0]
+    assert "pallas" not in str(jax.make_jaxpr(step)(jnp.ones((1, 1, 32))))
+
+
+@pytest.mark.parametrize(
+    "kind, shapes, message",
+    [
+        ("flash", {}, "'flash': it is one of auto, plain, cudnn, splash"),
+        ("cudnn", {}, "cuDNN computes in bfloat16 and float16, not in float32"),
+        ("cudnn", {"dtype": jnp.bfloat16, "h": 12}, "multiples of 8, not of 12"),
+        ("splash", {"m": 3}, "4 query heads cannot be shared by 3"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(kind, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attend(*qkv(**shapes), kind=kind)
+
+
+@pytest.mark.parametrize("platform, kernel", [("tpu", kernels.splash), ("gpu", kernels.cudnn), ("cpu", None)])
+def test_the_platform_chooses(platform, kernel, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    whole, short = (jax.ShapeDtypeStruct((2, t, 4, 64), jnp.bfloat16) for t in (256, 77))
+    chosen = kernels.choose("auto", whole, whole)
+    assert getattr(chosen, "func", chosen) is kernel
+    assert kernels.choose("auto", short, short) is None
+    wide = jax.ShapeDtypeStruct((2, 256, 4, 256), jnp.float32)
+    if platform == "gpu":
+        kernels._tell.cache_clear()
+        assert kernels.choose("auto", wide, wide) is None and "written out in place of cudnn" in caplog.text
+
+
+def test_a_mesh_of_other_devices_chooses():
+    assert kernels.platform() == "cpu"
+    with jax.set_mesh(MeshConfig(8).build()):
+        assert jax.jit(lambda x: x + (kernels.platform() == "cpu"))(0) == 1
+
+
+@pytest.mark.parametrize("condition", [Classes(5), Captions(11, length=4, width=8, depth=1, heads=2)])
+def test_the_next_token_model_learns_by_the_kernel_it_is_told(condition):
+    config = AR(13, (8, 16), 32, 1, 2, condition=condition, kernel="splash")
+    batch = {"codes": jnp.zeros((2, 8, 16), int), "label": jnp.arange(2), "text": jnp.ones((2, 4), int)}
+    batch["text_mask"] = jnp.ones((2, 4), bool)
+    model = jax.eval_shape(config.init, KEY)
+    program = str(jax.make_jaxpr(lambda m: config.loss(m, batch, KEY)[0])(model))
+    assert "pallas_call" in program
