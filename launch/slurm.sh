@@ -4,7 +4,8 @@
 #   NODES=4 GPUS=8 launch/slurm.sh [--dry-run] t2i train configs/big.py --run /shared/runs/big
 #
 # PER=node starts one task a node; PARTITION, ACCOUNT, TIME (24:00:00), CPUS (all CPUs of the job: 12 a GPU), LOGS (logs).
-# The job comes back by itself: the signal before its end makes the run save, and then it is put in the queue again.
+# The job comes back by itself: the signal before its end makes the run save, and then it is put in the queue again. So
+# it is, up to RETRIES (10) times, after a failure that another try may mend: a process that died, or hung.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 [ $# -ge 1 ] || usage
@@ -37,8 +38,11 @@ set -uo pipefail
 $seen
 srun --kill-on-bad-exit=1 $command
 status=\$?
-# 143: it was told to stop and has saved itself.
-if [ \$status = 143 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+case \$status in
+0 | 2 | 130) ;; # done; a config that cannot work; Ctrl-C
+143) scontrol requeue "\$SLURM_JOB_ID" ;; # it was told to stop and has saved itself
+*) if [ "\${SLURM_RESTART_COUNT:-0}" -lt ${RETRIES:-10} ]; then scontrol requeue "\$SLURM_JOB_ID"; fi ;;
+esac
 exit \$status
 EOF
 )

@@ -88,6 +88,19 @@ def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, told
 
 
 @pytest.mark.parametrize(
+    ("status", "restarts", "again"), [(0, 0, False), (2, 0, False), (143, 99, True), (75, 9, True), (75, 10, False)]
+)
+def test_slurm_puts_back_what_may_work_the_next_time(tmp_path, status, restarts, again):
+    """The job itself, with stand-ins for Slurm's commands."""
+    for name, does in {"srun": f"exit {status}", "scontrol": f"echo $* > {tmp_path}/told"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    job = subprocess.run(["bash"], input=dry("slurm.sh", *COMMAND), env=env, text=True, timeout=60)
+    assert job.returncode == status and (tmp_path / "told").exists() == again
+
+
+@pytest.mark.parametrize(
     ("chips", "accelerator", "hosts", "per_host"),
     [
         ("v5e:16x16", "tpu-v5-lite-podslice", 64, 4),
