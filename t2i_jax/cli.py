@@ -380,6 +380,10 @@ class ConvertArguments:
     """A published checkpoint (.pt, .pth, .ckpt, .safetensors) to a released model that `t2i sample` takes, and back.
 
     What the file cannot tell are further flags, as --grid 24 24, and so are fields of the configuration.
+
+    --text names the frozen encoder of captions: t5:FOLDER, clip:PATH (one vector) or clip-tokens:PATH, a folder as
+    Hugging Face or open_clip lay it out, or a file with OpenAI's names. Such a file does not tell its activation: those
+    that open_clip trained with plain GELU, as most on LAION-2B and DataComp, want clip:FILE,activation=gelu.
     """
 
     format: tyro.conf.Positional[str]
@@ -390,7 +394,7 @@ class ConvertArguments:
     codec: Path | None = None
     """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
     text: str = ""
-    """frozen text encoder of the model: t5:FOLDER, clip:FOLDER or clip-tokens:FOLDER, as Hugging Face lays them out"""
+    """frozen text encoder of the model: t5:FOLDER, clip:PATH or clip-tokens:PATH, and its fields behind commas"""
     back: bool = False
     """write a run or a released model as a published file"""
 

@@ -131,7 +131,8 @@ def summary(rows: list[dict[str, str]]) -> str:
             "worst error": max((part["worst error"] for part in parts), key=float),
         }
 
-    return table(SUMMARY, [line(*item) for item in sorted(programs.items(), key=lambda item: item[0].split("/")[-1])])
+    by_name = sorted(programs.items(), key=lambda item: item[0].split("/")[-1].lower())
+    return table(SUMMARY, [line(*item) for item in by_name])
 
 
 def insert(file: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Every published system whose outputs are at hand: weights through the converter, each array compared.
 
-Those kept in the project are quick; larger ones, where they lie beside it, belong to the long tests.
+One a system that is kept in the project is quick; larger ones, where they lie beside it, and other configurations of
+the same systems belong to the long tests.
 """
 
 import sys
@@ -15,7 +16,10 @@ from parity import FOLDERS, Oracle, check, systems
 SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 
 
-CASES = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in sorted(systems())]
+CASES = [
+    pytest.param(name, marks=() if name in SMALL.keys() & systems().keys() else pytest.mark.slow)
+    for name in sorted(systems().keys() | SMALL.keys())
+]
 
 
 @pytest.mark.parametrize("name", CASES)
