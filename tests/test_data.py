@@ -131,6 +131,12 @@ def test_workers_that_die_again_and_again_are_an_error():
         next(given)
 
 
+@pytest.mark.parametrize("source", [ArrayRecord, Folder, TarShards, Parquet])
+def test_data_in_an_object_store_have_to_be_mounted(source):
+    with pytest.raises(DataError, match="gs://bucket/set: (.|\n)*mount the bucket"):
+        source("gs://bucket/set").open()
+
+
 def test_epochs_are_different_permutations(data):
     order = Order([50], None, 3)
     epochs = [[order[g] for g in range(50 * e, 50 * e + 50)] for e in range(4)]

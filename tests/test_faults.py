@@ -65,7 +65,7 @@ def room(tmp_path_factory):
 
     def finish(run, **options):
         process = start(run, **options)
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=900)[0]
         return process.returncode, output
 
     status, output = finish("straight")
@@ -161,7 +161,7 @@ def cluster(start, run, count, **options):
 
 def all_finish(processes):
     for process in processes:
-        output = process.communicate(timeout=600)[0]
+        output = process.communicate(timeout=900)[0]
         assert process.returncode == 0, output
 
 
@@ -213,7 +213,7 @@ def test_processes_agree_on_a_damaged_checkpoint(room, one):
     for file in (folder / "hole" / "checkpoints" / "24" / "state").rglob("ocdbt.process_1/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     four = cluster(start, "hole", 4)
-    output = four[0].communicate(timeout=300)[0]
+    output = four[0].communicate(timeout=900)[0]
     assert "passed over" in output and "going on from step 21" in output, output
     all_finish(four[1:])
     same(one, folder / "hole", 1e-5)

@@ -33,8 +33,18 @@ class Reader(Protocol):
     def __getitem__(self, i: int) -> Record: ...
 
 
+def mounted(path: str) -> None:
+    """Errors: `DataError` for the address of an object store, saying how its records can be read."""
+    if "://" in path:
+        raise DataError(
+            f"{path}: records are read in any order from files; mount the bucket (gcsfuse for gs://, mount-s3 for "
+            "s3://) and name the folder where it is mounted"
+        )
+
+
 def files_of(path: str, suffix: str) -> list[Path]:
     """The files that `path` means: a file, a folder of `*suffix`, or a glob. Errors: `DataError` if there are none."""
+    mounted(path)
     found = sorted(glob(os.path.join(path, f"*{suffix}"))) if os.path.isdir(path) else sorted(glob(path))
     if not found:
         what = f"the folder holds no *{suffix} file" if os.path.isdir(path) else "there is no such file or folder"
@@ -50,6 +60,7 @@ class Folder:
     """The folder; its subfolders are searched too."""
 
     def open(self) -> Reader:
+        mounted(self.path)
         if not os.path.isdir(self.path):
             raise DataError(f"{self.path}: there is no such folder")
         names = sorted(
@@ -99,6 +110,7 @@ class ArrayRecord:
     def _whole(self) -> Reader:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        mounted(self.path)
         index = Path(self.path, INDEX)
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from t2i_jax.config import ConfigError, from_json, to_json
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
+from t2i_jax.training.remote import fetched, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +40,15 @@ class Artifact:
 def load_artifact(folder: str | Path) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
+    `folder` may lie in an object store (`gs://...`, `s3://...`).
+
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
     """
-    folder = Path(folder)
+    where = place(folder)
+    folder = fetched(where)
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder}: neither a run nor a released model, there is no config.json in it")
+        raise ConfigError(f"{where}: neither a run nor a released model, there is no config.json in it")
     config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     if weights.exists():
@@ -58,13 +62,13 @@ def load_artifact(folder: str | Path) -> Artifact:
         model = assign(content["model"], arrays, weights)
         return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
     experiment = from_json(config)
-    step, arrays = run_weights(folder)
-    model = assign(experiment.model, arrays, folder / "checkpoints")
+    step, arrays = run_weights(where)
+    model = assign(experiment.model, arrays, where / "checkpoints")
     text = relocated(experiment.text, folder)
     return Artifact(experiment.model, model, text, experiment.codec, step, experiment.data.image_size)
 
 
-def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:
     """The step and the weights (averaged where there is an average) of a run's newest checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints")
     arrays = checkpoints.arrays("")

@@ -20,6 +20,7 @@ from rich.markup import escape
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import agreed
 from t2i_jax.training.checksums import checksums
+from t2i_jax.training.remote import place
 from t2i_jax.training.state import TrainState
 
 console = Console(stderr=True)
@@ -46,7 +47,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 3, retries: int = 3, backoff: float = 10.0):
-        self.folder = Path(folder).absolute()
+        folder = place(folder)
+        self.folder = folder.absolute() if isinstance(folder, Path) else folder
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)

@@ -30,6 +30,7 @@ from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare
 from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.records import Records
+from t2i_jax.training.remote import place, worked_in
 from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned
 from t2i_jax.training.watch import together, watched
@@ -199,16 +200,22 @@ def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
 
 
 def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
-    """Train, or go on with, the run in `folder`; returns the last state.
+    """Train, or go on with, the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
 
     Errors: `ConfigError` (what cannot be run, or is not this run), `NotFinite` (the step and the layer at which
     numbers ceased to be finite), `CheckpointError`, `Lost` where another process is gone, `Interrupted` after a
     signal, with everything saved.
     """
+    where = place(folder)
+    with worked_in(where) as local:
+        return _train(experiment, local, where, preview)
+
+
+def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None) -> TrainState:
+    """`train`, with its files in a local folder and its checkpoints in `where`, which may be an object store."""
     t = experiment.train
-    folder = Path(folder)
     trainer = Trainer(experiment, folder)
-    checkpoints = Checkpoints(folder / "checkpoints", t.keep, t.save_retries, t.save_backoff)
+    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff)
     claim(experiment, folder, bool(checkpoints.steps()))
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
@@ -224,7 +231,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
         )
         stopping = stack.enter_context(stop_signals())
         if done:
-            console.print(f"{folder}: going on from step {done}", soft_wrap=True)
+            console.print(f"{where}: going on from step {done}", soft_wrap=True)
         if done >= t.steps:
             return state
 
@@ -287,9 +294,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
                 checkpoints.save(state, position, step)
             if stop:
                 checkpoints.finish(state, position, step)
-                raise Interrupted(
-                    f"stopped at step {step}, saved in {folder}; the same command goes on from here", stop
-                )
+                raise Interrupted(f"stopped at step {step}, saved in {where}; the same command goes on from here", stop)
             look(step)
         settle(0)
         if int(state.step) < t.steps:

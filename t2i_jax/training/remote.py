@@ -1,0 +1,98 @@
+"""Run folders in object stores: `gs://bucket/run` and `s3://bucket/run`.
+
+Checkpoints are written there directly. All else that a run writes (config, metrics, events, pictures) wants files that
+grow, which object stores have not: it is written to a folder of this machine, and a thread copies what has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+
+from t2i_jax.config import ConfigError
+
+console = Console(stderr=True)
+
+STORES = {"gs": "gcsfs", "s3": "s3fs"}
+"""Scheme -> the package through which fsspec reads it."""
+MODEL = ("config.json", "model.safetensors", "vocabulary*", "codec/*")
+
+
+def place(path: str | Path) -> Any:
+    """A local path as it is, or one of an object store as an `epath.Path`, which has the same methods.
+
+    Errors: `ConfigError` for another scheme, or where the package for it is missing, naming it.
+    """
+    found = re.match(r"^(\w+):/+(.*)", str(path))  # pathlib makes one slash of two
+    if not found:
+        return Path(path)
+    scheme, rest = found.groups()
+    if scheme not in STORES:
+        raise ConfigError(f"{path}: paths are local, or begin with {' or '.join(s + '://' for s in STORES)}")
+    if importlib.util.find_spec(STORES[scheme]) is None:
+        raise ConfigError(f"{scheme}://{rest}: needs the package {STORES[scheme]}: pip install {STORES[scheme]}")
+    return epath.Path(f"{scheme}://{rest}")
+
+
+def fetched(where: Any, names: Sequence[str] = MODEL) -> Path:
+    """A local folder with those files of `where` whose names fit: itself where it is local, else a copy."""
+    if isinstance(where, Path):
+        return where
+    folder = Path(tempfile.mkdtemp(prefix="t2i_jax_"))
+    for pattern in names:
+        for file in where.glob(pattern):
+            target = folder / file.relative_to(where)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return folder
+
+
+@contextlib.contextmanager
+def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
+    """A local folder to work in: `where` itself, or one that holds its config and metrics and is copied to it.
+
+    The first process copies what has changed, each `every` seconds and at the end. A copy that fails is told and tried
+    again the next time; at the end its error is raised.
+    """
+    if isinstance(where, Path):
+        yield where
+        return
+    folder, over, seen = fetched(where, ("config.json", "metrics.jsonl")), threading.Event(), {}
+    main = jax.process_index() == 0
+
+    def copy() -> None:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            state = (file.stat().st_mtime_ns, file.stat().st_size)
+            if main and seen.get(file) != state:
+                target = where / file.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+                seen[file] = state
+
+    def watch() -> None:
+        while not over.wait(every):
+            try:
+                copy()
+            except Exception as error:  # whatever a store or the way to it makes of it
+                console.print(f"[yellow]{where}: a copy failed, it is tried again: {error}[/]", soft_wrap=True)
+
+    thread = threading.Thread(target=watch, name="copies", daemon=True)
+    thread.start()
+    try:
+        yield folder
+    finally:
+        over.set()
+        thread.join()
+        copy()
+        shutil.rmtree(folder, ignore_errors=True)
