@@ -99,11 +99,11 @@ class Shaken:
 
 
 FLOW = Shaken(Diffusion(DENOISER, Flow(), "velocity"))
-UNET = Shaken(
-    Diffusion(
-        UNet((4, 4), width=32, multipliers=(1, 2), blocks=1, attention=(1, 2), context=32, condition=DENOISER.condition)
-    )
+SHAPE_OF_UNET = UNet(
+    (4, 4), width=32, multipliers=(1, 2), blocks=1, attention=(1, 2), context=32, condition=DENOISER.condition
 )
+UNET = Shaken(Diffusion(SHAPE_OF_UNET))
+LATENT_UNET = Shaken(Diffusion(dataclasses.replace(SHAPE_OF_UNET, transformers=2, scale_shift=False, pool="none")))
 
 
 def batch_of(trainable):
@@ -141,6 +141,7 @@ TRAINABLES = {
     "masked": MASKED,
     "flow": FLOW,
     "unet": UNET,
+    "unet of transformers": LATENT_UNET,
     "any-order": ANY_ORDER,
     "vqgan": CODEC,
     "kl": LATENT,
