@@ -59,6 +59,7 @@ class Pipeline:
         self.parts = jax.device_put(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
+        self.puller: Artifact | None = None
         self._watch: Watch | None = None
         self.second: Pipeline | None = None
         """What makes the pictures larger; see `enlarged`."""
@@ -103,7 +104,10 @@ class Pipeline:
         if self.text is None:
             return {}
         ids, mask = self.text(list(prompts))
-        return {"text": ids, "text_mask": mask}
+        condition = {"text": ids, "text_mask": mask}
+        if self.puller and self.puller.text is not None:
+            condition["clip_text"], condition["clip_mask"] = self.puller.text(list(prompts))
+        return condition
 
     def sample(
         self,
@@ -165,26 +169,64 @@ class Pipeline:
         same._compiled = same._compile()
         return same
 
-    def holding(self, picture: np.ndarray, mask: np.ndarray) -> Pipeline:
+    def holding(self, picture: np.ndarray, mask: np.ndarray | None = None) -> Pipeline:
         """The same pipeline, which draws anew only what a mask marks of a picture: holes, or all beyond an edge.
 
         picture: uint8 (i, j, 3); mask: bool (i, j), True where to draw; a token is drawn where any of its pixels is.
-        Errors: `ConfigError` for a family that goes by one order only, and for a picture of another size than it draws.
+        Without a mask all of it is drawn anew, from a start that remembers the picture: as much as the option
+        `strength` of a diffusion leaves. Errors: `ConfigError` for a family that goes by one order only, for a picture
+        of another size than it draws, and without a mask for a family that forgets it.
         """
-        family = self.family
-        if not getattr(family, "edits", False) or self.codec is None:
+        family, name = self.family, type(self.family).__name__
+        if not getattr(family, "edits", False) or (self.codec is None and hasattr(family, "vocabulary")):
+            raise ConfigError(f"a {name} cannot fill holes; diffusion, masked and any-order models can")
+        if mask is None and not hasattr(self.options, "strength"):
+            raise ConfigError(f"a {name} keeps nothing of a picture without a mask; a Gaussian diffusion can")
+        factor = getattr(family, "patch", 1) * (self.codec.config.factor if self.codec else 1)
+        size = tuple(n * factor for n in family.grid)
+        drawn = np.ones(size, bool) if mask is None else mask
+        if picture.shape != (*size, 3) or drawn.shape != size:
+            raise ConfigError(f"picture {picture.shape} and mask {drawn.shape}: this model draws pictures of {size}")
+        squares = drawn.reshape(family.grid[0], size[0] // family.grid[0], family.grid[1], -1)
+        codes = jnp.asarray(picture[None].astype(np.float32) / 127.5 - 1)
+        if self.codec:
+            with jax.set_mesh(self.mesh):
+                codes = jax.jit(self.codec.config.encode)(self.parts["codec"], codes)
+        same = self._with({"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}})
+        same.about |= {"held": hashlib.sha256(picture.tobytes() + drawn.tobytes()).hexdigest()[:16]}
+        return same
+
+    def pulled(self, by: Artifact, name: str = "") -> Pipeline:
+        """The same pipeline, whose pictures a classifier or an image-text model of noised pictures pulls to what was
+        asked for, as strongly as the option `pull` says (Dhariwal & Nichol 2021; Nichol et al. 2022).
+
+        Errors: `ConfigError` unless `by` is one that was trained for such pictures, and knows what prompts are about.
+        """
+        kind = type(by.config).__name__
+        if not hasattr(by.config, "log_p") or not hasattr(self.options, "pull"):
+            raise ConfigError(f"{name or kind}: a {kind} cannot pull a {type(self.family).__name__}")
+        if hasattr(by.config, "classes") and "label" not in self.family.condition.inputs:
+            raise ConfigError(f"{name or kind}: it knows classes, and this model is asked in words")
+        same = self._with({"puller": by.model})
+        same.puller, same.about = by, same.about | {"pulled by": name}
+        return same
+
+    def beside(self, weak: Artifact, name: str = "") -> Pipeline:
+        """The same pipeline, guided away from what a worse model of the same kind draws: autoguidance (Karras et al.
+        2024). Errors: `ConfigError` for a model of another kind."""
+        if weak.config != self.family or not hasattr(self.options, "pull"):
             raise ConfigError(
-                f"a {type(family).__name__} cannot fill holes; masked and any-order models over a codec can"
+                f"{name or 'the worse model'}: its configuration is not that of the model which it guides"
             )
-        size = tuple(n * family.patch * self.codec.config.factor for n in family.grid)
-        if picture.shape != (*size, 3) or mask.shape != size:
-            raise ConfigError(f"picture {picture.shape} and mask {mask.shape}: this model draws pictures of {size}")
-        squares = mask.reshape(family.grid[0], size[0] // family.grid[0], family.grid[1], -1)
-        with jax.set_mesh(self.mesh):
-            codes = jax.jit(self.codec.config.encode)(self.parts["codec"], picture[None].astype(np.float32) / 127.5 - 1)
+        same = self._with({"weak": weak.model})
+        same.about |= {"guided by": name}
+        return same
+
+    def _with(self, parts: dict[str, Any]) -> Pipeline:
+        """The same pipeline with more parts."""
         same = copy.copy(self)
-        same.parts = self.parts | {"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}}
-        same.about = self.about | {"held": hashlib.sha256(picture.tobytes() + mask.tobytes()).hexdigest()[:16]}
+        same.parts = self.parts | jax.device_put(parts, shardings(parts, self.mesh))
+        same.about = dict(self.about)
         same._compiled = same._compile()
         return same
 
@@ -213,7 +255,7 @@ class Pipeline:
     def pictures(self, codes: Any) -> np.ndarray:
         """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
         with jax.set_mesh(self.mesh):
-            return np.asarray(self._finish(self.parts, codes))
+            return np.asarray(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
     def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
         if self._watch:
@@ -230,10 +272,13 @@ class Pipeline:
     ) -> Array:
         if hasattr(self.text, "features"):
             condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
-        held = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
-        static: dict[str, Any] = {} if guided is None else {"guided": guided}
-        static |= {"progress": self._heard} if watched else {}
-        return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **held, **static))
+        more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
+        more |= {} if guided is None else {"guided": guided}
+        more |= {"progress": self._heard} if watched else {}
+        more |= {"weak": parts["weak"]} if "weak" in parts else {}
+        if self.puller:
+            more["log_p"] = jax.tree_util.Partial(self.puller.config.log_p, parts["puller"])
+        return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **more))
 
     def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
         return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from t2i_jax.config import ConfigError
 from t2i_jax.convert import convert, restore
-from t2i_jax.models import diffusion, noised_classifier, noised_clip
+from t2i_jax.models import diffusion
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
@@ -17,6 +18,8 @@ from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import EDM, Discrete, Flow
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, waves=32, condition=Classes(3))
 FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=Solving(steps=4, guidance=2.0))
@@ -64,10 +67,10 @@ def test_more_steps_of_a_deterministic_solver_change_little(model, solver):
 
 def test_known_pixels_are_kept_and_given_pictures_are_remembered(model):
     given = jnp.tanh(jax.random.normal(jax.random.key(3), (2, 4, 4, 3)))
-    keep = (jnp.arange(4) < 2)[None, :, None, None] & jnp.ones((2, 4, 4, 1), bool)
-    near = dict(given=given, keep=jnp.zeros_like(keep))
+    keep = (jnp.arange(4) < 2)[None, :, None] & jnp.ones((2, 4, 4), bool)
+    near = dict(known=given, keep=jnp.zeros_like(keep))
     run = lambda options, **given: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), options, **given)
-    filled = run(Solving(10, 1.0), given=given, keep=keep)
+    filled = run(Solving(10, 1.0), known=given, keep=keep)
     np.testing.assert_allclose(filled[:, :2], given[:, :2], atol=1e-5)
     assert float(jnp.abs(filled[:, 2:] - given[:, 2:]).max()) > 0.1
     gaps = [float(jnp.abs(run(Solving(50, 1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)]
@@ -122,14 +125,34 @@ def test_a_classifier_and_an_image_text_model_pull(model):
         "text_mask": jnp.ones((2, 5), bool),
     }
     image = {"image": jnp.zeros((2, 4, 4, 3))}
-    for config, log_p in ((classifier, noised_classifier.log_p), (small, noised_clip.log_p)):
+    for config in (classifier, small):
         weights = shaken(jax.jit(config.init)(jax.random.key(1)))
         assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2))[0])
-        puller = jax.tree_util.Partial(log_p, weights)
+        puller = jax.tree_util.Partial(config.log_p, weights)
         options = [Solving(8, 1.0, pull=s, clip=True) for s in (0.0, 30.0)]
         free, held = (FAMILY.sample(model, batch, keys_of(1, 2), o, log_p=puller, guided=False) for o in options)
         score = jax.jit(lambda x, p=puller: p(x, jnp.zeros(2), batch))
         assert score(held).mean() > score(free).mean()
+
+
+def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
+    pipeline = Pipeline(FAMILY, model, None, None)
+    picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    draw = lambda pipeline, **options: pipeline.sample(["0"], [5], Solving(6, **options))[0].astype(int)
+    mask = np.arange(16).reshape(4, 4) < 5
+    filled = draw(pipeline.holding(picture, mask), guidance=1.0)
+    assert np.abs(filled - picture)[~mask].max() <= 1 and (filled != picture)[mask].any()
+    gap = lambda s: np.abs(draw(pipeline.holding(picture), guidance=1.0, strength=s) - picture).mean()
+    assert gap(0.2) < gap(1.0)
+    classifier = NoisedClassifier(dataclasses.replace(LITTLE, size=(4, 4), condition=None), 3)
+    judge = Artifact(classifier, shaken(jax.jit(classifier.init)(jax.random.key(1))))
+    free, pulled = (draw(pipeline.pulled(judge), guidance=1.0, pull=s, clip=True) for s in (0.0, 30.0))
+    assert (free != pulled).any()
+    assert (draw(pipeline.beside(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
+    with pytest.raises(ConfigError, match="cannot pull"):
+        pipeline.pulled(Artifact(FAMILY, model))
+    with pytest.raises(ConfigError, match="is not that of the model"):
+        pipeline.beside(judge)
 
 
 def test_a_worse_model_guides(model):

@@ -229,8 +229,8 @@ def test_a_pipeline_tells_how_its_pictures_grow():
     watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
     made = pipeline.sample(["0", "1", "2"], options=options, batch_size=2, progress=progress, watch=watch)
     np.testing.assert_array_equal(made, pipeline.sample(["0", "1", "2"], options=options, batch_size=2))
-    assert 0 < min(seen) < 1 == max(seen) and done[-1] == (3, 3) and len(done) > 4
-    np.testing.assert_array_equal(pipeline.pictures(seen[1.0]), made[2:])
+    assert 0 < min(seen) < 1 == max(seen) and done[-1] == (3, 3) and len(done) > 2
+    np.testing.assert_array_equal(pipeline.pictures(seen[1.0]), made[-len(seen[1.0]) :])
 
 
 RELEASED = sorted((Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes").glob("mar_[!k]*.json"))

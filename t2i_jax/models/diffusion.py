@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,9 @@ class Diffusion:
     sampling: Solving = Solving()
     """How `sample` draws unless told otherwise."""
 
+    edits: ClassVar[bool] = True
+    """`sample` takes over known pictures, wherever a mask says."""
+
     def __post_init__(self):
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
@@ -114,6 +117,11 @@ class Diffusion:
     def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
         """What a picture is made for."""
         return self.network.condition or Classes(0)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture, or of its latents."""
+        return self.network.size
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -218,7 +226,7 @@ class Diffusion:
         keys: Array,
         options: Solving | None = None,
         *,
-        given: Array | None = None,
+        known: Array | None = None,
         keep: Array | None = None,
         guided: bool | None = None,
         solver: str | None = None,
@@ -230,9 +238,8 @@ class Diffusion:
 
         A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
 
-        given: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: (b, i, j, 1) or (b, i, j, c)
-            bool, where the result is to be the given picture (Song et al. 2021, score SDE, appendix I.2); strength is
-            that of the rest.
+        known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
+            result is to be the known picture (Song et al. 2021, score SDE, appendix I.2); strength is that of the rest.
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         solver: another than the configured one; static.
@@ -248,7 +255,7 @@ class Diffusion:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = (options or self.options()).arrays()
         config = dataclasses.replace(self, solver=solver or self.solver)
-        return _sample(config, model, condition, keys, options, given, keep, guided, log_p, weak, progress)
+        return _sample(config, model, condition, keys, options, known, keep, guided, log_p, weak, progress)
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
         """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""
@@ -289,7 +296,7 @@ def _sample(
     condition: Batch,
     keys: Array,
     options: Solving,
-    given: Array | None,
+    known: Array | None,
     keep: Array | None,
     guided: bool,
     log_p: Any,
@@ -331,15 +338,15 @@ def _sample(
         return denoised._replace(pull=pull)
 
     x, start = normal(first, 0), jnp.int32(0)
-    clean = jnp.float32(0) if given is None else given.astype(jnp.float32) * config.process.scale
+    clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale
     noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
-    if given is not None:
+    if known is not None:
         start = jnp.round((1 - options.strength) * path.steps).astype(jnp.int32)
         x = jnp.where(start > 0, noised(start, x), x)
 
     def between(x: Array, i: Array) -> Array:
         if keep is not None:
-            x = jnp.where(keep, noised(i, normal(kept, i)), x)
+            x = jnp.where(keep[..., None], noised(i, normal(kept, i)), x)
         if progress is not None:
             jax.debug.callback(progress, i, path.steps, x / config.process.scale)
         return shard(x, "batch", None, None, None)

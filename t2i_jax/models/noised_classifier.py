@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.attention import attend
+from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.nn.unet import Encoder, UNet
@@ -53,6 +54,11 @@ class NoisedClassifier:
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
         return mean(nll), {"loss": mean(nll), "accuracy": mean(correct)}
 
+    def log_p(self, model: Classifying, x: Array, t: Array, condition: dict[str, Array]) -> Array:
+        """log p(label | x) (b,): with `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards
+        `label`."""
+        return of_class(model(x, t), ids(condition, "label", self.classes))
+
 
 class Classifying(Encoder):
     """The parameters of a `NoisedClassifier`."""
@@ -71,11 +77,6 @@ class Classifying(Encoder):
     def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
         """x (b, i, j, c) at times t (b,), as a network is told them -> logits (b, v) fp32."""
         return self.head(*self.encode(x, self.time(t).astype(self.config.dtype), key=key)).astype(jnp.float32)
-
-
-def log_p(model: Classifying, x: Array, t: Array, condition: dict[str, Array]) -> Array:
-    """log p(label | x) (b,): with `jax.tree_util.Partial(log_p, model)` a `Diffusion` samples towards `label`."""
-    return of_class(model(x, t), condition["label"])
 
 
 class MeanPool(nnx.Module):
@@ -99,7 +100,7 @@ class AttentionPool(nnx.Module):
         self.norm = GroupNorm(c, config.groups, config.eps)
         self.position = param(normal(keys[0], (places + 1, c), c**-0.5), None, None)
         self.qkv = Linear(c, 3 * c, keys[1], std=None, axes=(None, "heads"))
-        self.out = Linear(c, classes, keys[2], std=None, axes=("heads", "vocab"))
+        self.out = Linear(c, classes, keys[2], std=None, axes=("heads", None))
         self.count = c // config.head_dim if config.head_dim else config.heads
 
     def __call__(self, x: Array, stages: list[Array]) -> Array:
@@ -116,7 +117,7 @@ class StagePool(nnx.Module):
         keys = jax.random.split(key)
         self.into = Linear(c, HIDDEN, keys[0], std=None)
         self.norm = GroupNorm(HIDDEN, config.groups, config.eps) if normalised else None
-        self.out = Linear(HIDDEN, classes, keys[1], std=None, axes=("mlp", "vocab"))
+        self.out = Linear(HIDDEN, classes, keys[1], std=None, axes=("mlp", None))
 
     def __call__(self, x: Array, stages: list[Array]) -> Array:
         y = self.into(jnp.concatenate([s.mean((1, 2)) for s in (*stages, x)], -1))

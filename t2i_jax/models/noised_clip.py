@@ -65,6 +65,16 @@ class NoisedCLIP:
         loss = (diagonal(logits) + diagonal(logits.T)) / 2
         return loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()}
 
+    def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: dict[str, Any]) -> Array:
+        """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.
+
+        With `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards captions: ids `clip_text` and
+        `clip_mask` of this model's own tokeniser where the condition has them, `text` and `text_mask` else.
+        """
+        names = ("clip_text", "clip_mask") if "clip_text" in condition else ("text", "text_mask")
+        texts = model.texts(ids(condition, names[0], self.vocabulary), value(condition, names[1]))
+        return self.scale * (jax.lax.stop_gradient(texts) * model.images(x, t)).sum(-1)
+
 
 class ClipBlock(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); keys have no bias, as a softmax does not see it."""
@@ -133,14 +143,3 @@ class CLIPNetwork(nnx.Module):
         start = times[jnp.asarray(t, jnp.int32)] if self.config.times else jnp.broadcast_to(times, x[:, 0].shape)
         x = self.image_norm(jnp.concatenate([start[:, None], x], 1) + self.image_position[...])
         return self.image(x, jnp.zeros(len(x), jnp.int32))
-
-
-def log_p(model: CLIPNetwork, x: Array, t: Array, condition: dict[str, Any]) -> Array:
-    """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.
-
-    With `jax.tree_util.Partial(log_p, model)` a `Diffusion` samples towards captions: ids `clip_text` and `clip_mask`
-    of this model's own tokeniser where the condition has them, `text` and `text_mask` else.
-    """
-    names = ("clip_text", "clip_mask") if "clip_text" in condition else ("text", "text_mask")
-    texts = model.texts(ids(condition, names[0], model.config.vocabulary), value(condition, names[1]))
-    return model.config.scale * (jax.lax.stop_gradient(texts) * model.images(x, t)).sum(-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,9 @@ class VQDiffusion:
     """What each layer keeps for its backward pass."""
     sampling: Reverse = Reverse()
     """How `sample` draws unless told otherwise."""
+
+    edits: ClassVar[bool] = True
+    """`sample` takes over known tokens wherever they stand."""
 
     def __post_init__(self):
         if self.objective == "continuous" and self.chain.kind != "mask":

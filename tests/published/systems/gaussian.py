@@ -10,7 +10,6 @@ from einops import rearrange
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.models import noised_clip
 from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.nn.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
@@ -296,16 +295,16 @@ def glide(oracle: Oracle) -> dict[str, Any]:
     }
     few = process.tables.respaced(str(meta["respacing"]))
     scale, of = meta["guidance"], meta.get("clip")
-    encode = None
+    judge = encode = None
     if of:
         tensors = {k: v for k, v in oracle.tensors.items() if k.startswith("clip_")}
-        _, encode = convert("glide_clip", tensors, head_dim=of["head_state"], scale=float(of["logit_scale"]))
+        judge, encode = convert("glide_clip", tensors, head_dim=of["head_state"], scale=float(of["logit_scale"]))
         lengths = jnp.asarray(inputs["clip_lens"])[:, None]
         tokens = jnp.asarray(inputs["clip_tokens"])
         captions = {"clip_text": tokens, "clip_mask": jnp.arange(tokens.shape[1]) < lengths}
 
     def gradient(x, t):
-        return guidance.pull(lambda x: noised_clip.log_p(encode, x, t, captions), x, of["grad_scale"])
+        return guidance.pull(lambda x: judge.log_p(encode, x, t, captions), x, of["grad_scale"])
 
     @jax.jit
     def run():

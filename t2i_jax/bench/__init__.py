@@ -1,0 +1,26 @@
+"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run.
+
+Speeds and limits are measured in turns, so that whatever else the machine does slows down both, and a share of a limit
+means the same on a busy machine. Everything but `data` runs on random weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+KINDS = {
+    "sample": "decoding token by token, in JAX and on request in PyTorch",
+    "train": "the train step of a config",
+    "codec": "encoding and decoding pictures by the codec of a config",
+    "data": "making batches from picture files and from codes, beside what chips take",
+    "plan": "what a plan counts for a step, beside the step",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """One of KINDS with its own arguments: prints a table, and writes JSON where `--out` says."""
+    if not arguments or arguments[0] not in KINDS:
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print("usage: t2i bench {" + ",".join(KINDS) + "} ...\n\n" + "\n".join(f"  {k:8}{v}" for k, v in KINDS.items()))
+        raise SystemExit(0 if asked else 2)
+    importlib.import_module(f"t2i_jax.bench.{arguments[0]}").main(arguments[1:])

@@ -1,0 +1,91 @@
+"""Encoding and decoding pictures by the codec of a config, beside the FLOP/s of a matrix product."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from t2i_jax import config, flops
+from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.config import ConfigError
+
+
+def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5) -> list[Result]:
+    """Pictures of `size` a second through `codec.encode` and `codec.decode`, random weights; limits in turns.
+
+    Returns a result for each way: images/s, seconds, FLOPs of a picture, FLOP/s, and `of_limit`, their share of those
+    of a matrix product.
+    """
+    model = weights(codec.init)
+    images = jax.random.uniform(jax.random.key(1), (batch, size, size, 3), minval=-1, maxval=1)
+    encode, decode = jax.jit(codec.encode), jax.jit(codec.decode)
+    compiling = {"encode": seconds(lambda: encode(model, images))}
+    codes = encode(model, images)
+    compiling["decode"] = seconds(lambda: decode(model, codes))
+    runs = {"encode": lambda: encode(model, images), "decode": lambda: decode(model, codes)}
+    work = {"encode": flops.count(codec.encode, model, images), "decode": flops.count(codec.decode, model, codes)}
+    measures = {name: lambda run=run: seconds(run) for name, run in runs.items()}
+    dtype = getattr(codec, "dtype", "float32")
+    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
+    rates = {name: found[name] for name in ("flops", "read", "copy")}
+    return [
+        {
+            "name": name,
+            "batch": batch,
+            "size": size,
+            "parameters": sum(x.size for x in jax.tree.leaves(model)),
+            "seconds": found[name],
+            "spread": spread[name],
+            "compile": compiling[name] - found[name],
+            "images_per_second": batch / found[name],
+            "flops_per_image": work[name] / batch,
+            "flops_per_second": work[name] / found[name],
+            "of_limit": work[name] / found[name] / rates["flops"],
+            **rates,
+        }
+        for name in runs
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecBench:
+    """Pictures a second through the codec that a config trains, or that it reads its codes from.
+
+    Fields of the config can be set as for `train`. Example: t2i bench codec configs/quickstart_codec.py --batch 8
+    """
+
+    config: tyro.conf.Positional[Path]
+    batch: int = 8
+    repeats: int = 5
+    out: Path | None = None
+    """write the results as JSON"""
+
+
+ROWS: dict[str, Callable[[Result], str]] = {
+    "images / s": lambda r: f"{r['images_per_second']:.3g}",
+    "seconds": lambda r: f"{r['seconds']:.3f} (spread {r['spread']:.0%})",
+    "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.2f}",
+    "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
+    "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    "compile, seconds": lambda r: f"{r['compile']:.1f}",
+    **LIMITS,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """`t2i bench codec CONFIG ...`"""
+    args, rest = tyro.cli(CodecBench, args=arguments, prog="t2i bench codec", return_unknown_args=True)
+    experiment = config.load(args.config, rest)
+    codec = experiment.model
+    if not (hasattr(codec, "encode") and hasattr(codec, "decode")):
+        raise ConfigError(f"{args.config}: it trains a {type(codec).__name__}, which is no codec; take the codec's own")
+    results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats)
+    title = f"{args.config}: {type(codec).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
+    size = experiment.data.image_size
+    shown = table(f"{title}, {args.batch} pictures of {size} x {size}, {jax.devices()[0].device_kind}", results, ROWS)
+    tell("codec", [{"config": str(args.config)} | r for r in results], shown, args.out)

@@ -1,0 +1,185 @@
+"""Making batches: pictures decoded and cropped, and records of codes read, beside what does that at best here.
+
+The limits are of one thread: a picture's file decoded by pillow and nothing else, and a record's bytes read by
+ArrayRecord and nothing else. The need is what chips take that train at half of their peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from PIL import Image
+
+from t2i_jax import flops
+from t2i_jax.bench.measure import Result, in_turns, table, tell
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.records import write_records
+from t2i_jax.data.sources import ArrayRecord, Folder
+from t2i_jax.models.ar import AR
+from t2i_jax.plan.chips import CHIPS
+
+MFU = 0.5
+
+
+def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
+    """Pictures size x size of soft shapes with some grain, each with a caption; returns their bytes a picture.
+
+    They compress about as photographs do: neither flat colour nor noise.
+    """
+    rng = np.random.default_rng(0)
+    total = 0
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        grain = rng.normal(0, 6, (size, size, 1))
+        picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+        file = folder / f"{i:05d}.{suffix}"
+        picture.save(file, quality=90) if suffix == "jpg" else picture.save(file)
+        file.with_suffix(".txt").write_text(f"picture {i}\n")
+        total += file.stat().st_size
+    return total // count
+
+
+def rate(batches: Iterator[Any], size: int, wanted: int) -> float:
+    """Examples a second over at least `wanted` of them, after what was made ahead is used up."""
+    for _ in range(2):
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while count < wanted:
+        next(batches)
+        count += size
+    return count / (time.perf_counter() - start)
+
+
+def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers: int, repeats: int) -> Result:
+    """Pictures of `side` from files to crops of `image_size`: examples/s, and decodes/s of pillow alone."""
+    with tempfile.TemporaryDirectory() as name:
+        size = draw_pictures(Path(name), suffix, count, side)
+        files = [f.read_bytes() for f in sorted(Path(name).glob(f"*.{suffix}"))]
+        data = Data(Folder(name), image_size=image_size, batch_size=16, crop="random", workers=workers, threads=1)
+
+        def alone() -> float:
+            start = time.perf_counter()
+            for file in files:
+                picture = Image.open(io.BytesIO(file))
+                picture.draft("RGB", (image_size, image_size))
+                picture.load()
+            return len(files) / (time.perf_counter() - start)
+
+        return _measured(f"{suffix}, {side} to {image_size}", data, size, alone, count, workers, repeats)
+
+
+def bench_codes(grid: int, features: tuple[int, int], count: int, workers: int, repeats: int) -> Result:
+    """Records of codes (and of text features) to batches: examples/s, and reads/s of ArrayRecord alone."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    rng = np.random.default_rng(0)
+    fields: dict[str, Any] = {"codes": rng.integers(0, 16384, (grid, grid)).astype(np.uint16)}
+    if features[0]:
+        fields["features"] = rng.standard_normal((1, *features), np.float32).astype(np.float16)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "codes")
+        write_records(folder, ({**fields, "captions": [f"picture {i}"], "key": str(i)} for i in range(count)))
+        files = [str(f) for f in folder.glob("*.arrayrecord")]
+        size = sum(Path(f).stat().st_size for f in files) // count
+        raw = ArrayRecordDataSource(files)
+        data = Data(
+            ArrayRecord(str(folder)), batch_size=64, fields=tuple(f for f in fields), workers=workers, threads=1
+        )
+
+        def alone() -> float:
+            start = time.perf_counter()
+            for i in range(count):
+                raw[i]
+            return count / (time.perf_counter() - start)
+
+        about = f"codes {grid}x{grid}" + (f", features {features[0]}x{features[1]}" if features[0] else "")
+        return _measured(about, data, size, alone, count, workers, repeats)
+
+
+def _measured(
+    name: str, data: Data, size: int, alone: Callable[[], float], count: int, workers: int, repeats: int
+) -> Result:
+    stream: Any = data.batches()
+    with closing(stream):
+        made = lambda: rate(stream, data.batch_size, count)
+        found, spread = in_turns({"per_second": made, "limit": alone}, repeats)
+    cores = max(workers, 1)
+    return {
+        "name": name,
+        "bytes": size,
+        "workers": workers,
+        **found,
+        "spread": spread["per_second"],
+        "per_core": found["per_second"] / cores,
+        "of_limit": found["per_second"] / cores / found["limit"],
+    }
+
+
+def need(size: str, chip: str) -> float:
+    """Images a second that one chip takes which trains `AR.sized(size)` on 16 x 16 codes at half of its peak."""
+    config = AR.sized(size, vocabulary=16384, grid=(16, 16))
+    model = jax.eval_shape(config.init, jax.random.key(0))
+    batch = {"codes": jax.ShapeDtypeStruct((1, 16, 16), np.int32), "label": jax.ShapeDtypeStruct((1,), np.int32)}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    work = 3 * flops.count(lambda m, b, k: config.loss(m, b, k)[0], model, batch, key)
+    return MFU * CHIPS[chip].flops / work
+
+
+@dataclasses.dataclass(frozen=True)
+class DataBench:
+    """Examples a second from picture files and from codes, beside what chips take. Everything is made for the run.
+
+    Example: t2i bench data --workers 2 --out data.json
+    """
+
+    side: int = 512
+    """of the pictures in the files"""
+    image_size: int = 256
+    """of the crops"""
+    pictures: int = 128
+    records: int = 4096
+    workers: int = 0
+    """processes that make batches; 0: one thread of this one"""
+    repeats: int = 3
+    chips: tuple[str, ...] = ("v5e", "v5p", "h100")
+    shapes: tuple[str, ...] = ("llamagen-b", "llamagen-xl")
+    out: Path | None = None
+    """write the results as JSON"""
+
+
+ROWS: dict[str, Callable[[Result], str]] = {
+    "examples / s": lambda r: f"{r['per_second']:.0f} (spread {r['spread']:.0%})",
+    "per core": lambda r: f"{r['per_core']:.0f}",
+    "decoding or reading alone": lambda r: f"{r['limit']:.0f}",
+    "share of that": lambda r: f"{r['of_limit']:.0%}",
+    "KB an example": lambda r: f"{r['bytes'] / 1e3:.1f}",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """`t2i bench data ...`"""
+    a = tyro.cli(DataBench, args=arguments, prog="t2i bench data")
+    results = [bench_pictures(s, a.side, a.image_size, a.pictures, a.workers, a.repeats) for s in ("jpg", "png")]
+    results += [bench_codes(16, f, a.records, a.workers, a.repeats) for f in ((0, 0), (120, 2048))]
+    rows = dict(ROWS)
+    for shape in a.shapes:
+        for chip in a.chips:
+            takes = need(shape, chip)
+            for r in results:
+                r.setdefault("cores_a_chip", {})[f"{shape} on {chip}"] = takes / r["per_core"]
+            about = f"cores a chip: {shape} on {chip}, {takes:.0f} / s"
+            rows[about] = lambda r, at=f"{shape} on {chip}": f"{r['cores_a_chip'][at]:.2f}"
+    title = f"making batches, {a.workers or 'one thread, no'} worker processes"
+    tell("data", results, table(title, results, rows), a.out)

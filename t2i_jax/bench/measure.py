@@ -1,0 +1,101 @@
+"""Times, limits, and how results are told."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+Result = dict[str, Any]
+Measure = Callable[[], float]
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall time of one call, until its arrays are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def weights(init: Callable[[jax.Array], Any]) -> Any:
+    """A model with fresh weights."""
+    # Many unrolled random draws that run once: a CPU's compiler would take minutes to make them fast.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(init, compiler_options=options)(jax.random.key(0))
+
+
+def limits(dtype: str = "float32", size: int = 0) -> dict[str, Measure]:
+    """Measurements of this device: FLOP/s of a square matrix product, bytes/s of a read and of a copy.
+
+    Each call of a function measures once. The arrays are larger than the caches; size: bytes of the largest one.
+    """
+    accelerator = jax.default_backend() != "cpu"
+    n = 8192 if accelerator else 2048
+    size = size or (2**31 if accelerator else 2**28)
+    square = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    big = jnp.ones(size // 4, jnp.float32)
+    multiply, total, copy = jax.jit(jnp.matmul), jax.jit(jnp.sum), jax.jit(lambda x: x + 1)
+    jax.block_until_ready((multiply(square, square), total(big), copy(big)))  # compiled
+    return {
+        "flops": lambda: 2 * n**3 / seconds(lambda: multiply(square, square)),
+        "read": lambda: size / seconds(lambda: total(big)),
+        "copy": lambda: 2 * size / seconds(lambda: copy(big)),
+    }
+
+
+def in_turns(measures: Mapping[str, Measure], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of `repeats` calls of each measure, taken in turns, and their spreads (largest - smallest) / median."""
+    taken: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(repeats):
+        for name, measure in measures.items():
+            taken[name].append(measure())
+    found = {name: statistics.median(values) for name, values in taken.items()}
+    return found, {name: (max(values) - min(values)) / found[name] for name, values in taken.items()}
+
+
+LIMITS: dict[str, Callable[[Result], str]] = {
+    "matrix product, GFLOP/s": lambda r: f"{r['flops'] / 1e9:.0f}",
+    "read, GB/s": lambda r: f"{r['read'] / 1e9:.1f}",
+    "copy, GB/s": lambda r: f"{r['copy'] / 1e9:.1f}",
+}
+"""Rows of every table: the limits that `limits` measures."""
+
+
+def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Result], str]]) -> Table:
+    """One column a result, under its "name"; a row for which a result lacks the field is left empty there."""
+
+    def cell(show: Callable[[Result], str], result: Result) -> str:
+        try:
+            return show(result)
+        except KeyError:
+            return ""
+
+    shown = Table("", *(str(r["name"]) for r in results), title=title)
+    for name, show in rows.items():
+        cells = [cell(show, r) for r in results]
+        if any(cells):
+            shown.add_row(name, *cells)
+    return shown
+
+
+def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:
+    """Print the table; write the results as JSON with what machine they are from."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    console.print(shown)
+    if out:
+        device = jax.devices()[0]
+        machine = {"device": device.device_kind, "devices": jax.device_count(), "host": platform.machine()}
+        about = {"what": what, "machine": machine, "jax": jax.__version__}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**about, "results": list(results)}, indent=1) + "\n")
+        console.print(f"{out}: written", soft_wrap=True)

@@ -1,0 +1,155 @@
+"""Decoding images from random weights beside the bound of a memory-bound decoder,
+
+    T = sum over tokens of max(2 N R / F, W / B) + cache bytes / B,
+
+N the matrix parameters, R the rows (2 an image with guidance), W the bytes of the weights, F FLOP/s, B bytes/s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax import Array
+
+from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.models.ar import AR, SIZES
+from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.decode import int8_weights
+
+
+def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bool = False) -> float:
+    """Least seconds to decode an image in every one of `rows` rows, with a cache of exactly the tokens so far.
+
+    Weights are read once a token, in the dtype of the computation or as int8, and so is the cache.
+    """
+    layer, size = config.layer, jnp.dtype(config.dtype).itemsize
+    attention = layer.width * layer.head * 2 * (layer.heads + layer.groups)
+    weights = config.depth * (attention + 3 * layer.width * layer.inner) + layer.width * config.vocabulary
+    step = max(2 * weights * rows / flops, weights * (1 if int8 else size) / bandwidth)
+    per_token = rows * config.depth * 2 * layer.groups * layer.head * size
+    seen = sum(config.condition.length + i for i in range(1, config.length + 1))
+    return config.length * step + seen * per_token / bandwidth
+
+
+def bench_sample(
+    config: AR,
+    batch: int,
+    guided: bool = True,
+    segments: int = 0,
+    repeats: int = 3,
+    int8: bool = False,
+    top_p: float = 1.0,
+    eager: bool = False,
+) -> Result:
+    """Decoding speed of `config` with random weights beside its bound; limits and decoding measured in turns.
+
+    Returns seconds and their spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
+    `of_bound`, the share of the bound that is reached, from the medians; with `eager` also the seconds of the same
+    network and draws in eager PyTorch on a CPU (`bench.eager`), and how many times ours is as fast.
+    """
+    model = weights(config.init)
+    count = sum(x.size for x in jax.tree.leaves(model))
+    labels = jnp.arange(batch, dtype=jnp.int32)
+    keys = jax.random.split(jax.random.key(1), batch)
+    options = dataclasses.replace(config.options(), top_k=min(2000, config.vocabulary // 2), top_p=top_p)
+    others = {}
+    if eager:
+        from t2i_jax.bench.eager import Eager
+
+        theirs = Eager(config, model)
+        others["eager"] = lambda: seconds(lambda: theirs.sample(labels, options, guided))
+        others["eager"]()  # its caches are warm too
+    model = jax.jit(int8_weights)(model) if int8 else model
+
+    def decode() -> Array:
+        return config.sample(model, {"label": labels}, keys, options, guided=guided, segments=segments)
+
+    first = seconds(decode)
+    measures = {"seconds": lambda: seconds(decode), **others, **limits(config.dtype)}
+    found, spread = in_turns(measures, repeats)
+    bound = decode_bound(config, batch * (1 + guided), found["flops"], found["read"], int8)
+    result = {
+        "name": f"batch {batch}" + ", int8" * int8,
+        "batch": batch,
+        "int8": int8,
+        "parameters": count,
+        "guided": guided,
+        **found,
+        "spread": spread["seconds"],
+        "compile": first - found["seconds"],
+        "images_per_second": batch / found["seconds"],
+        "tokens_per_second": batch * config.length / found["seconds"],
+        "bound": bound,
+        "of_bound": bound / found["seconds"],
+    }
+    return result | ({"of_eager": found["eager"] / found["seconds"]} if eager else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleBench:
+    """Decode images of random weights, beside what this machine could do.
+
+    Example: t2i bench sample --shape llamagen-b --batch 1 4 --int8
+    """
+
+    shape: str = "5M"
+    """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ..."""
+    batch: tuple[int, ...] = (1, 4, 16)
+    grid: int = 0
+    """codes along a side; 0: 16, as published, and 8 for own small sizes"""
+    vocabulary: int = 0
+    """codes of the codec; 0: 16384 as published, and 1024 for own small sizes"""
+    guided: bool = True
+    segments: int = 0
+    top_p: float = 1.0
+    dtype: str = "float32"
+    int8: bool = False
+    """measure with weights in int8 too"""
+    eager: bool = False
+    """measure the same network in eager PyTorch on the CPU too; PyTorch has to be installed"""
+    repeats: int = 3
+    out: Path | None = None
+    """write the results as JSON"""
+
+
+ROWS: dict[str, Callable[[Result], str]] = {
+    "images / s": lambda r: f"{r['images_per_second']:.3g}",
+    "tokens / s": lambda r: f"{r['tokens_per_second']:.0f}",
+    "seconds": lambda r: f"{r['seconds']:.3f} (spread {r['spread']:.0%})",
+    "bound, seconds": lambda r: f"{r['bound']:.3f}",
+    "share of the bound": lambda r: f"{r['of_bound']:.0%}",
+    "eager PyTorch, seconds": lambda r: f"{r['eager']:.3f}",
+    "times as fast as that": lambda r: f"{r['of_eager']:.2f}",
+    "compile, seconds": lambda r: f"{r['compile']:.1f}",
+    **LIMITS,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """`t2i bench sample ...`: one column a batch size, and one more with int8."""
+    args = tyro.cli(SampleBench, args=arguments, prog="t2i bench sample")
+    published = args.shape in SIZES and args.shape.startswith("llamagen")
+    side = args.grid or (16 if published else 8)
+    config = AR.sized(
+        args.shape,
+        vocabulary=args.vocabulary or (16384 if published else 1024),
+        grid=(side, side),
+        condition=Classes(1000),
+        dtype=args.dtype,
+    )
+    kinds = [(b, int8) for b in args.batch for int8 in (False, True)[: 1 + args.int8]]
+    results = [
+        bench_sample(config, b, args.guided, args.segments, args.repeats, int8, args.top_p, args.eager)
+        for b, int8 in kinds
+    ]
+    millions = results[0]["parameters"] / 1e6
+    title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(config.grid)} tokens, {config.dtype}"
+    shown = table(f"{title}, {jax.devices()[0].device_kind}", results, ROWS)
+    about = {"shape": args.shape, "grid": side, "vocabulary": config.vocabulary, "dtype": config.dtype}
+    tell("sample", [about | r for r in results], shown, args.out)

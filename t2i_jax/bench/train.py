@@ -1,0 +1,120 @@
+"""The train step of a config on random batches, beside the FLOP/s of a matrix product and the peak of the chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from t2i_jax import config, flops
+from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell
+from t2i_jax.plan.ready import Batch, batch_of, without_parts
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.loop import Trainer
+
+
+def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]:
+    """Arrays of these shapes such as data might give: codes and bytes at random, all text present."""
+    rng = np.random.default_rng(0)
+    model = experiment.model
+    most = {"codes": getattr(model, "vocabulary", 2), "label": 2, "image": 256}
+
+    def one(name: str, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        if x.dtype == bool:
+            return np.ones(x.shape, bool)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return rng.integers(0, most.get(name, 2), x.shape).astype(x.dtype)
+        return rng.standard_normal(x.shape, np.float32).astype(x.dtype)
+
+    return {name: one(name, x) for name, x in shapes.items()}
+
+
+def bench_train(experiment: Experiment, shapes: Batch, repeats: int = 5, name: str = "step") -> Result:
+    """Seconds of a step beside the limits; the step donates its state, so every call is the next step.
+
+    Returns images/s, the step's model FLOPs and FLOP/s (three times the forward pass, no recomputation), `of_limit`,
+    their share of the FLOP/s of a matrix product in the model's dtype on all devices, `mfu` where the chip's peak is
+    known, and compile seconds. Errors: those of a trainer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(without_parts(experiment, shapes), folder)
+    batch = trainer.put(random_batch(experiment, shapes))
+    state: Any = trainer.start()
+
+    def step() -> Any:
+        nonlocal state
+        with jax.set_mesh(trainer.mesh):
+            state, metrics = trainer.step(state, trainer.frozen, batch)
+        return metrics
+
+    first = seconds(step)
+    seconds(step)
+    dtype = getattr(experiment.model, "dtype", "float32")
+    found, spread = in_turns({"seconds": lambda: seconds(step), **limits(dtype)}, repeats)
+    work, devices = trainer.flops(batch), trainer.mesh.size
+    peak = flops.peak(jax.devices()[0])
+    result = {
+        "name": name,
+        "batch": experiment.data.batch_size,
+        "parameters": sum(x.size for x in jax.tree.leaves(trainer.target.params)),
+        **found,
+        "spread": spread["seconds"],
+        "compile": first - found["seconds"],
+        "images_per_second": experiment.data.batch_size / found["seconds"],
+        "model_flops": work,
+        "flops_per_second": work / found["seconds"],
+        "of_limit": work / found["seconds"] / found["flops"] / devices,
+    }
+    return result | ({"mfu": work / found["seconds"] / peak / devices} if peak else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBench:
+    """The train step of a config, on random batches of the shapes that it reads.
+
+    Fields of the config can be set as for `train`. Example: t2i bench train configs/quickstart.py --encoded
+    """
+
+    config: tyro.conf.Positional[Path]
+    inputs: tuple[str, ...] = ()
+    """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""
+    encoded: bool = False
+    """do not look at the data; take codes and features as computed before"""
+    repeats: int = 5
+    out: Path | None = None
+    """write the result as JSON"""
+
+
+def asked(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
+    """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
+    args, rest = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True)
+    experiment = config.load(args.config, rest)
+    return args, experiment, batch_of(experiment, args.inputs, args.encoded)[0]
+
+
+ROWS: dict[str, Callable[[Result], str]] = {
+    "images / s": lambda r: f"{r['images_per_second']:.3g}",
+    "seconds a step": lambda r: f"{r['seconds']:.3f} (spread {r['spread']:.0%})",
+    "model GFLOPs a step": lambda r: f"{r['model_flops'] / 1e9:.1f}",
+    "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
+    "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    "MFU": lambda r: f"{r['mfu']:.0%}",
+    "compile, seconds": lambda r: f"{r['compile']:.1f}",
+    **LIMITS,
+}
+
+
+def main(arguments: list[str]) -> None:
+    """`t2i bench train CONFIG ...`"""
+    args, experiment, shapes = asked(TrainBench, arguments, "t2i bench train")
+    result = bench_train(experiment, shapes, args.repeats, f"batch {experiment.data.batch_size}")
+    kind, millions = type(experiment.model).__name__, result["parameters"] / 1e6
+    title = f"{args.config}: {kind}, {millions:.1f} M parameters, {jax.devices()[0].device_kind}"
+    tell("train", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)
