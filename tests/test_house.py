@@ -19,7 +19,8 @@ FLOORS = [
     ("models",),
     ("training",),
     ("pipeline", "convert"),
-    ("evaluation", "previews", "encode", "bench", "plan"),
+    ("evaluation", "previews", "encode", "plan"),
+    ("bench",),
     ("comparison",),
     ("cli",),
 ]

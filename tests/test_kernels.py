@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import flops
 from t2i_jax.models.ar import AR
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, attend, plain
@@ -86,6 +87,13 @@ def with_kernel(blocks, kernel):
     same = jax.tree.map(lambda x: x, blocks)
     same.attention.kernel = kernel
     return same
+
+
+def test_products_inside_the_kernel_are_counted():
+    shape = jax.ShapeDtypeStruct((8, 256, 4, 16), jnp.float32)
+    counted = lambda kind: flops.count(lambda *x: attend(*x, Causal(), kind=kind), shape, shape, shape)
+    with jax.set_mesh(MeshConfig(2, 2, 2).build()):
+        assert counted("splash") == pytest.approx(counted("plain"))
 
 
 def test_steps_with_a_cache_are_written_out_whatever_the_kernel():

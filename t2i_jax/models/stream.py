@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn import raster
-from t2i_jax.nn.attention import Rotary, rotary_text_grid
+from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, ids, same_length
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
@@ -236,7 +236,7 @@ class Stream:
         x, _ = apply_stack(
             model.blocks,
             shard(drop(x, self.dropout, keys[0]), "batch", "length", None),
-            mask=self._visible(place, place),
+            mask=Causal() if self.attention == ("full",) else self._visible(place, place),
             rotary=self._rotary(place),
             shift=self._shift,
             key=keys[1],

@@ -101,8 +101,10 @@ def draw(weights: Array, uniform: Array) -> Array:
 
 def choose(logits: Array, options: Sampling, uniform: Array) -> Array:
     """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
-    weights = truncate(logits, options.temperature, options.top_k, options.top_p)
-    return jnp.where(_rows(options.greedy, uniform), jnp.argmax(logits, -1).astype(jnp.int32), draw(weights, uniform))
+    drawn = draw(truncate(logits, options.temperature, options.top_k, options.top_p), uniform)
+    greedy = _rows(options.greedy, uniform)
+    best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
+    return jax.lax.cond(greedy.any(), best, lambda: drawn)  # a CPU takes its time for an argmax
 
 
 def uniforms(keys: Array, positions: Array) -> Array:

@@ -1,0 +1,161 @@
+"""Benchmarks: bounds by hand, the same numbers from the PyTorch loop, and every command in small."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_ar import TINY, model_for
+
+from t2i_jax import bench, platform
+from t2i_jax.bench import data, measure
+from t2i_jax.bench.sample import decode_bound
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.draw import Sampling
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    """Limits of small arrays, in no time."""
+    fast = lambda dtype="float32", size=0: dict.fromkeys(("flops", "read", "copy"), lambda: 1e9)
+    for name in ("sample", "train", "codec"):
+        module = __import__(f"t2i_jax.bench.{name}", fromlist=[name])
+        monkeypatch.setattr(module, "limits", fast)
+
+
+def test_limits_are_work_over_time():
+    for name, value in measure.limits(size=2**20).items():
+        assert 1e6 < value() < 1e16, name
+
+
+def test_turns_give_medians_and_spreads():
+    taken = {"a": iter([1.0, 5.0, 2.0]), "b": iter([3.0, 3.0, 3.0])}
+    found, spread = measure.in_turns({k: lambda v=v: next(v) for k, v in taken.items()}, 3)
+    assert found == {"a": 2.0, "b": 3.0} and spread == {"a": 2.0, "b": 0.0}
+
+
+def test_the_bound_of_decoding_by_hand():
+    config = AR(vocabulary=10, grid=(1, 2), width=8, depth=3, heads=2, kv_heads=1, mlp=16, condition=Classes(5))
+    matrices = 3 * (8 * 4 * (2 + 1 + 1 + 2) + 3 * 8 * 16) + 8 * 10
+    cache = 4 * 3 * 2 * 4 * 4 * (2 + 3)  # rows, layers, keys and values, width of a head, bytes, places seen
+    by_memory = decode_bound(config, 4, flops=1e30, bandwidth=1.0)
+    assert by_memory == pytest.approx(2 * 4 * matrices + cache)
+    assert decode_bound(config, 4, 1e30, 1.0, int8=True) == pytest.approx(2 * matrices + cache)
+    assert decode_bound(config, 4, flops=1.0, bandwidth=1e30) == pytest.approx(2 * 2 * matrices * 4)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_loop_in_pytorch_draws_the_same(guided):
+    pytest.importorskip("torch")
+    from t2i_jax.bench.eager import Eager
+
+    model, labels = model_for(TINY), jnp.array([1, 4, 2])
+    options, keys = Sampling(guidance=2.0, greedy=True), jax.random.split(jax.random.key(1), 3)
+    ours = TINY.sample(model, {"label": labels}, keys, options, segments=1, guided=guided)
+    eager = Eager(TINY, model)
+    np.testing.assert_array_equal(np.asarray(ours).reshape(3, -1), eager.sample(labels, options, guided))
+    # Of the three most likely codes only, and of those only the first half of the probability.
+    logits = eager.torch.tensor([[0.0, 3.0, 1.0, 2.0, -5.0]]).repeat(300, 1)
+    assert set(eager._draw(logits, Sampling(top_k=3)).tolist()) == {1, 2, 3}
+    assert set(eager._draw(logits, Sampling(top_k=3, top_p=0.5)).tolist()) == {1}
+
+
+def test_the_loop_in_pytorch_is_of_class_models_only():
+    pytest.importorskip("torch")
+    from t2i_jax.bench.eager import Eager
+
+    with pytest.raises(ValueError, match="not qk_norm"):
+        Eager(dataclasses.replace(TINY, qk_norm=True), None)
+    with pytest.raises(ValueError, match="not condition"):
+        Eager(dataclasses.replace(TINY, condition=Captions(11, length=4)), None)
+
+
+CONFIG = """
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import Folder
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.training.experiment import Experiment
+
+data = Data(Folder("nowhere"), image_size=8, batch_size=8)
+network = AutoencoderConfig(8, (1, 1), blocks=1, latent=8, attention=(), middle_attention=False, groups=4)
+experiment = Experiment({}, data)
+"""
+MODELS = {
+    "model": "AR(13, (2, 3), 16, 2, 4, condition=Classes(5))",
+    "codec": "VQGAN(network, QuantizerConfig(codes=16, dim=4), perceptual=0.0, adversarial=0.0)",
+}
+
+
+@pytest.mark.parametrize(
+    "command, kind, fields",
+    [
+        ("sample --shape 1M --batch 1 --grid 2 --vocabulary 16 --repeats 1 --int8", "", ("tokens_per_second", "bound")),
+        ("train", "model", ("of_limit", "model_flops")),
+        ("plan", "model", ("planned", "of_planned", "counted_bytes")),
+        ("codec --batch 2", "codec", ("of_limit", "flops_per_image")),
+        ("data --side 32 --image-size 16 --pictures 8 --records 64 --repeats 1", "", ("per_core", "cores_a_chip")),
+    ],
+    ids=lambda x: x.split()[0] if isinstance(x, str) and x else "",
+)
+def test_commands_print_a_table_and_write_json(command, kind, fields, tmp_path, capsys):
+    name, *rest = command.split()
+    if kind:
+        (tmp_path / "config.py").write_text(CONFIG.format(MODELS[kind]))
+        rest += [str(tmp_path / "config.py"), "--repeats", "1"] + ["--encoded"] * (name != "codec")
+    bench.main([name, *rest, "--out", str(tmp_path / "out.json")])
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["what"] == name and written["jax"] == jax.__version__
+    for result in written["results"]:
+        for field in fields:
+            value = result[field]
+            assert all(v > 0 for v in (value.values() if isinstance(value, dict) else [value])), field
+    assert str(written["results"][0]["name"]) in capsys.readouterr().out
+
+
+def test_a_missing_or_unknown_kind_lists_what_there_is(capsys):
+    for arguments, status in (([], 2), (["speed"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            bench.main(arguments)
+        assert stop.value.code == status and "sample" in capsys.readouterr().out
+
+
+def test_what_a_chip_takes_is_half_of_its_peak():
+    # 6 N T and attention on top; published arithmetic says 0.15 TFLOPs an image for this shape.
+    assert data.need("llamagen-b", "h100") == pytest.approx(0.5 * 989e12 / 0.153e12, rel=0.08)
+
+
+def test_flags_go_where_their_compiler_reads_them():
+    cpu = platform.environment("cpu", False, {"XLA_FLAGS": "--xla_cpu_use_onednn=true"})
+    assert (
+        set(cpu) == {"LIBTPU_INIT_ARGS"} and "--xla_tpu_overlap_compute_collective_tc=true" in cpu["LIBTPU_INIT_ARGS"]
+    )
+    own = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false --xla_gpu_autotune_level=4"}
+    for platforms, has in (("", True), ("cuda", False), ("gpu,cpu", False)):
+        flags = platform.environment(platforms, has, own)["XLA_FLAGS"]
+        assert (
+            flags.startswith(own["XLA_FLAGS"])
+            and "scheduler=true" not in flags
+            and "pipelined_all_gather=true" in flags
+        )
+
+
+def test_the_compiler_knows_its_flags():
+    """An unknown one ends the process, and every compiler of JAX knows those of GPUs by name."""
+    flags = platform.environment("gpu", True, {})["XLA_FLAGS"]
+    code = "import jax; jax.jit(lambda x: x + 1)(1)"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = lambda flags: subprocess.run(
+        [sys.executable, "-c", code], env=env | {"XLA_FLAGS": flags}, capture_output=True
+    )
+    assert run(flags).returncode == 0
+    assert run(flags + " --xla_gpu_no_such_flag=true").returncode != 0
