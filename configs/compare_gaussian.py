@@ -10,11 +10,13 @@ from t2i_jax.comparison import Comparison, Line, Sweep
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import Features
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.text.minilm import MiniLM
+from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
@@ -64,7 +66,28 @@ runs = {
         Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **NOISE), False
     ),
 }
-MAIN, EPS = "latent DiT, flow", "latent DiT, eps"
+MAIN, EPS, PIXEL = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow"
+
+# Tells captions of noised pictures apart, by words of its own.
+judge = Experiment(
+    NoisedCLIP(
+        vocabulary=1000,
+        length=16,
+        text_width=128,
+        text_depth=2,
+        text_heads=4,
+        size=32,
+        image_width=144,
+        image_depth=4,
+        image_heads=4,
+        dim=128,
+        scale=20.0,
+        process=Flow(),
+    ),
+    Data(ArrayRecord("data/glyphs", every=6), image_size=32, batch_size=64),
+    Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
+    text=SentencePiece("data/glyphs/vocabulary.model", length=16),
+)
 
 experiment = Comparison(
     title="Gaussian diffusion and flow matching",
@@ -74,6 +97,7 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
 """,
     runs=runs,
     reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=6), image_size=32)),
+    guides={"image-text model": judge},
     flops=3e12,
     sweeps={
         "steps": Sweep(
@@ -99,7 +123,16 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "Classifier-free guidance",
             "guidance",
             (1.0, 2.0, 4.0, 8.0),
-            {name: Line(name) for name in (MAIN, EPS, "pixel DiT, flow")},
+            {name: Line(name) for name in (MAIN, EPS, PIXEL)},
+        ),
+        "pull": Sweep(
+            "Guidance by an image-text model of noised pictures",
+            "pull",
+            (0.0, 0.3, 1.0, 3.0),
+            {
+                "without classifier-free guidance": Line(PIXEL, {"guidance": 1.0}, pulled_by="image-text model"),
+                "with guidance 2": Line(PIXEL, pulled_by="image-text model"),
+            },
         ),
     },
 )

@@ -17,7 +17,7 @@ from jax import Array
 from t2i_jax import config
 from t2i_jax.config import ConfigError
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 
@@ -148,8 +148,8 @@ class Pipeline:
             whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
             images = self.generate(*whole, options, told)
             if self.second is not None:
-                images = self.second.generate(*whole, self.second.options, small=np.asarray(images))
-            pictures.append(np.asarray(images)[: len(some)])
+                images = self.second.generate(*whole, self.second.options, small=gathered(images))
+            pictures.append(gathered(images)[: len(some)])
             if progress:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
@@ -245,9 +245,12 @@ class Pipeline:
             condition["low_res"] = small.astype(np.float32) / 127.5 - 1
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
         with jax.set_mesh(self.mesh):
-            condition = jax.device_put(condition, batch_sharding(self.mesh))
+            # All from the host: what several processes put on one mesh has to be there, the same on each of them.
+            data = np.asarray(jax.random.key_data(keys))
+            condition, data = jax.device_put((condition, data), batch_sharding(self.mesh))
+            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(options.arrays())
             static = {"watched": watch is not None, **unguided(options)}
-            images = self._compiled(self.parts, condition, keys, options.arrays(), **static)
+            images = self._compiled(self.parts, condition, keys, arrays, **static)
         if watch:
             jax.effects_barrier()
         return images
@@ -255,7 +258,7 @@ class Pipeline:
     def pictures(self, codes: Any) -> np.ndarray:
         """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
         with jax.set_mesh(self.mesh):
-            return np.asarray(jax.jit(self._finish)(self.parts, np.asarray(codes)))
+            return gathered(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
     def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
         if self._watch:
@@ -275,10 +278,15 @@ class Pipeline:
         more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
         more |= {} if guided is None else {"guided": guided}
         more |= {"progress": self._heard} if watched else {}
-        more |= {"weak": parts["weak"]} if "weak" in parts else {}
-        if self.puller:
-            more["log_p"] = jax.tree_util.Partial(self.puller.config.log_p, parts["puller"])
+        more |= self.helpers(parts)
         return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **more))
+
+    def helpers(self, parts: dict[str, Any]) -> dict[str, Any]:
+        """The other models that `sample` is given for guidance."""
+        found = {"weak": parts["weak"]} if "weak" in parts else {}
+        if self.puller:
+            found["log_p"] = jax.tree_util.Partial(self.puller.config.log_p, parts["puller"])
+        return found
 
     def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
         return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)

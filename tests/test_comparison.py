@@ -72,6 +72,9 @@ def test_a_sweep_of_a_run_that_is_not_there_says_which_are():
     sweep = Sweep("Steps", "steps", (2,), {"ours": Line("b")})
     with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'b'; there are a"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
+    sweep = Sweep("Pull", "pull", (2,), {"ours": Line("a", pulled_by="c")})
+    with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'c'; there are none"):
+        Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
     with pytest.raises(ConfigError, match="two batches"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, count=4, batch_size=3)
 

@@ -57,7 +57,7 @@ class Ruler:
             for at in range(0, len(self.prompts) - size + 1, size):
                 seeds = range(self.comparison.seed + at, self.comparison.seed + at + size)
                 began = time.perf_counter()
-                made.append(np.asarray(pipeline.generate(self.prompts[at : at + size], list(seeds), options)))
+                made.append(pipeline.sample(self.prompts[at : at + size], seeds, options, size))
                 taken.append(time.perf_counter() - began)
                 progress.advance(task, size)
         return np.concatenate(made), statistics.median(taken[1:])
@@ -86,7 +86,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
         if hasattr(text, "features"):
             features = text.features(parts["text"], condition["text"], condition["text_mask"])
             condition = condition | {"features": features}
-        return family.sample(parts["model"], condition, keys, options, **static)
+        return family.sample(parts["model"], condition, keys, options, **static, **pipeline.helpers(parts))
 
     with jax.set_mesh(pipeline.mesh):
         return flops.count(drawn, pipeline.parts, condition, keys, options.arrays(), trips=trips)

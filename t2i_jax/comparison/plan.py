@@ -20,6 +20,8 @@ class Line:
     """sampling options that differ from the model's own"""
     family: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """fields of the model's configuration that no training depends on, as `solver`"""
+    pulled_by: str = ""
+    """name of one of the comparison's guides, whose gradient pulls to the prompt"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Comparison:
     flops: float
     """of the training of each run: three times the forward passes"""
     sweeps: Mapping[str, Sweep] = dataclasses.field(default_factory=dict)
+    guides: Mapping[str, Experiment] = dataclasses.field(default_factory=dict)
+    """trained with the same compute, to guide others: classifiers and image-text models of noised pictures"""
     count: int = 100
     """pictures drawn for each number: known concepts in words that were not trained on"""
     batch_size: int = 25
@@ -58,9 +62,10 @@ class Comparison:
     def __post_init__(self):
         for name, sweep in self.sweeps.items():
             for label, line in sweep.lines.items():
-                if line.run not in self.runs:
-                    there = ", ".join(self.runs)
-                    raise ConfigError(f"sweeps.{name}.{label}: there is no run '{line.run}'; there are {there}")
+                for wanted, there in ((line.run, self.runs), (line.pulled_by, self.guides)):
+                    if wanted and wanted not in there:
+                        known = ", ".join(there) or "none"
+                        raise ConfigError(f"sweeps.{name}.{label}: there is no run '{wanted}'; there are {known}")
         if self.count < 2 * self.batch_size:
             raise ConfigError(
                 f"count {self.count}: at least two batches of batch_size {self.batch_size}; the first is not timed"

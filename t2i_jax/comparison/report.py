@@ -47,13 +47,15 @@ def write(
     lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
     lines += [f"Made by `{command}` on {found['device']}.", ""] if command else []
     lines += [
-        f"Each model was trained with {comparison.flops:.3g} FLOPs (three times its forward passes). "
+        f"Each model was trained with {comparison.flops:.3g} FLOPs: three times its forward passes, frozen parts not "
+        "counted. "
         f"{len(ruler.prompts)} pictures each, of known concepts in words that were not trained on; retrieval finds the "
         f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few pictures "
         "compare within this page only. Speed is that of a batch of "
         f"{comparison.batch_size}, text and decoding included, beside the best matrix product before and after.",
         "",
         *table({**found["runs"], "real pictures": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
+        *(["", "To guide others:", "", *table(found["guides"], RUN_COLUMNS)] if found.get("guides") else []),
         "",
         f"![pictures]({out.with_suffix('.png').name})",
     ]

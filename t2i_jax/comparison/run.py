@@ -21,6 +21,7 @@ from t2i_jax.comparison.report import write
 from t2i_jax.config import ConfigError, to_json
 from t2i_jax.pictures import save_png
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, train
 
@@ -33,17 +34,24 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     folder: where the runs are trained, and where each measured number is kept until its configuration changes.
     Returns what OUT.json holds.
     """
-    trained = {name: equal(e, comparison.flops, folder / name) for name, e in comparison.runs.items()}
-    found: dict[str, Any] = {"title": comparison.title, "flops": comparison.flops, "runs": {}, "sweeps": {}}
+    every = {**comparison.runs, **comparison.guides}
+    trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
+    found: dict[str, Any] = {
+        "title": comparison.title,
+        "flops": comparison.flops,
+        "runs": {},
+        "guides": {},
+        "sweeps": {},
+    }
     for name, experiment in trained.items():
         console.rule(f"{name}: {experiment.train.steps} steps")
         train(experiment, folder / name)
-        found["runs"][name] = facts(experiment, folder / name)
+        found["runs" if name in comparison.runs else "guides"][name] = facts(experiment, folder / name)
         gc.collect()
     ruler = Ruler(comparison)
     sheets: dict[str, np.ndarray] = {}
     with_memory = Memory(folder / "measured", comparison, trained, ruler)
-    for name in trained:
+    for name in comparison.runs:
         numbers, sheets[name] = with_memory(Line(name), {}, name)
         found["runs"][name] |= numbers
     for name, sweep in comparison.sweeps.items():
@@ -58,10 +66,11 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
 
 
 def equal(experiment: Experiment, budget: float, folder: Path) -> Experiment:
-    """The experiment with as many steps as the FLOPs pay for, and nothing drawn or saved more than needed."""
+    """The experiment with as many steps as the FLOPs pay for, frozen parts not counted, and nothing drawn or saved more
+    than needed."""
     trainer = Trainer(experiment, folder)
     with jax.set_mesh(trainer.mesh):
-        work = trainer.flops(next(iter(trainer.batches(0))))
+        work = trainer.flops(next(iter(trainer.batches(0))), frozen_too=False)
     steps = round(budget / work)
     if steps < 2:
         raise ConfigError(f"flops {budget:.3g}: a step of {folder.name} takes {work:.3g} already")
@@ -94,7 +103,8 @@ class Memory:
     def __call__(self, line: Line, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
         settings = {**line.options, **more}
         drawn = (self.comparison.count, self.comparison.batch_size, self.comparison.seed)
-        depends = [to_json(self.runs[line.run]), to_json(dict(line.family)), settings, drawn, self.ruler.prompts]
+        models = [to_json(self.runs[name]) for name in (line.run, line.pulled_by) if name]
+        depends = [models, to_json(dict(line.family)), settings, drawn, self.ruler.prompts]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         numbers, sheet = self.folder / f"{key}.json", self.folder / f"{key}.png"
         if numbers.exists() and sheet.exists():
@@ -112,10 +122,11 @@ class Memory:
 
     def pipeline(self, line: Line) -> Pipeline:
         """Loaded once, and compiled once for all values of a sweep."""
-        key = line.run, json.dumps(to_json(dict(line.family)))
+        folder, key = self.folder.parent, (line.run, json.dumps(to_json(dict(line.family))), line.pulled_by)
         if key not in self.pipelines:
-            base = (line.run, "{}")
+            base = (line.run, "{}", "")
             if base not in self.pipelines:
-                self.pipelines[base] = Pipeline.load(self.folder.parent / line.run)
-            self.pipelines[key] = with_fields(self.pipelines[base], line)
+                self.pipelines[base] = Pipeline.load(folder / line.run)
+            made = with_fields(self.pipelines[base], line)
+            self.pipelines[key] = made.pulled(load_artifact(folder / line.pulled_by)) if line.pulled_by else made
         return self.pipelines[key]

@@ -161,12 +161,13 @@ class Trainer:
                 break
         return {f"val/{k}": float(np.mean([m[k] for m in seen])) for k in seen[0]} if seen else {}
 
-    def flops(self, batch: dict[str, jax.Array]) -> float:
-        """Model FLOPs of a step: three times the forward pass of each player, recomputation not counted."""
+    def flops(self, batch: dict[str, jax.Array], frozen_too: bool = True) -> float:
+        """Model FLOPs of a step: three times the forward pass of each player, recomputation not counted; and once that
+        of the frozen parts, unless only what learns is asked for."""
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
         ready = jax.eval_shape(self.prepare, frozen, batch) | held(frozen)
-        once = flops.count(self.prepare, frozen, batch)
+        once = flops.count(self.prepare, frozen, batch) if frozen_too else 0.0
         loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32))[0]
         key = jax.eval_shape(lambda: jax.random.key(0))
         return once + 3 * sum(flops.count(loss(p), self.abstract, ready, key) for p in self.players.values())
