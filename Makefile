@@ -8,7 +8,7 @@ RUN    := runs/quickstart
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: help install quickstart test test-all check format clean
+.PHONY: help install quickstart compare test test-all check format clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -34,6 +34,15 @@ quickstart: $(VENV)/.quickstart ## data, a codec, a text-to-image model, samples
 	$(T2I) train configs/quickstart.py --run $(RUN)/model
 	$(T2I) evaluate $(RUN)/model --data configs/quickstart_codec.py --out $(RUN)
 	@echo "look at $(RUN)/samples.png; the numbers are in $(RUN)/report.json"
+
+compare: quickstart ## what papers claim of their models, tried at equal compute: under two hours on 2 cores
+	$(T2I) train configs/glyphs_kl.py --run runs/glyphs/kl
+	$(T2I) release runs/glyphs/kl --out runs/glyphs/kl_scaled --scale
+	$(T2I) encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents
+	$(T2I) data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model
+	$(T2I) compare configs/compare_discrete.py --out docs/results/discrete
+	$(T2I) compare configs/compare_orders.py --out docs/results/orders
+	$(T2I) compare configs/compare_gaussian.py --out docs/results/gaussian
 
 test: install ## the tests of every room, in at most 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
