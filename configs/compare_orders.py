@@ -26,7 +26,7 @@ SHAPE: dict[str, Any] = dict(grid=(8, 8), width=192, heads=4, condition=Features
 
 HEADS = {
     "softmax": (Softmax(512), "data/glyphs_codes", "runs/quickstart/codec", 0.25),
-    # The published cosine schedule ends in noise alone, where a head must know eps to 1e-5 to know its code: hours away.
+    # The published cosine schedule ends in noise alone, where a head must know eps to 1e-5: hours away.
     "diffusion": (
         Diffusion(dim=8, width=128, depth=3, schedule="linear", respacing="25"),
         "data/glyphs_latents",

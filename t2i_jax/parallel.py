@@ -107,6 +107,13 @@ def agreed(yes: bool) -> bool:
     return yes if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
 
 
+def gathered(x: Array) -> np.ndarray:
+    """An array of the mesh on the host of every process: a call of all of them."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def start_cluster(required: bool = False) -> None:
     """Join the other processes of this run where there is a cluster (TPU pod, Slurm, a coordinator's address).
 

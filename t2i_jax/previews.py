@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 from rich.console import Console
 
 from t2i_jax import pictures
+from t2i_jax.parallel import gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, image_keys, unguided
 from t2i_jax.progress import bar
@@ -34,7 +36,7 @@ class Previews:
         if self.draw is None:
             return None
         real, captions, arguments = self.inputs
-        made = np.asarray(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
+        made = gathered(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
         sheet = pictures.side_by_side(real, made, captions)
         if jax.process_index() == 0:
             pictures.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
@@ -97,6 +99,8 @@ def sample_to_folder(
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     made = lambda i: files[i].exists() and pictures.read_png_text(files[i]).items() >= about[i].items()
     todo = [i for i in range(len(jobs)) if not made(i)]
+    main = jax.process_index() == 0
+    multihost_utils.sync_global_devices("sample: what is missing is known")
     moments: dict[float, Any] = {}
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
@@ -107,8 +111,10 @@ def sample_to_folder(
             seen = (lambda share, codes, at=at: moments.update({} if at else {share: codes[:8]})) if watch else None
             asked = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
             images = pipeline.sample(*asked, options, batch_size, told, seen)
-            for i, image in zip(some, images, strict=True):
+            for i, image in zip(some, images, strict=True) if main else ():
                 pictures.save_png(image, files[i], [jobs[i][0]], about[i])
+    if not main:
+        return
     if moments:
         growing(pipeline, dict(sorted(moments.items())), [jobs[i][0] for i in todo[:8]], out / "growing.png", scale)
     first = range(min(len(jobs), 64))

@@ -47,8 +47,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, keep: int = 3, retries: int = 3, backoff: float = 10.0):
-        folder = place(folder)
-        self.folder = folder.absolute() if isinstance(folder, Path) else folder
+        where: Any = place(folder)
+        self.folder: Any = where.absolute() if isinstance(where, Path) else where
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -146,7 +146,7 @@ class Checkpoints:
         """
         failures = []
         for step in reversed(self.steps()):
-            error, found = None, None
+            error, meta, found = None, {}, {}
             try:
                 meta = self._meta(step)
                 self._fits(step, meta["arrays"], target)
