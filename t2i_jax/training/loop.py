@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from t2i_jax import flops
-from t2i_jax.config import ConfigError, differences, to_json
+from t2i_jax.config import ConfigError, differences, from_json, to_json
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import rebuild
 from t2i_jax.parallel import batch_sharding, shardings
@@ -185,7 +185,9 @@ def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
     """
     path, new = folder / "config.json", to_json(experiment)
     if resumed and path.exists():
-        changed = [d for d in differences(json.loads(path.read_text()), new) if not d.startswith(FREE)]
+        # A field that the library has since the run began had the value that is its default now.
+        old = to_json(from_json(json.loads(path.read_text())))
+        changed = [d for d in differences(old, new) if not d.startswith(FREE)]
         if changed:
             raise ConfigError(
                 f"{folder} was begun with another config; put the old values back or choose another --run:\n  "
