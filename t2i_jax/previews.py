@@ -97,10 +97,11 @@ def sample_to_folder(
     settings = {k: float(v) for k, v in vars(options).items()}
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
-    made = lambda i: files[i].exists() and pictures.read_png_text(files[i]).items() >= about[i].items()
-    todo = [i for i in range(len(jobs)) if not made(i)]
-    main = jax.process_index() == 0
-    multihost_utils.sync_global_devices("sample: what is missing is known")
+    own = lambda i: {k: v for k, v in pictures.read_png_text(files[i]).items() if k not in ("Software", "Description")}
+    made = [files[i].exists() and own(i) == about[i] for i in range(len(jobs))]
+    # The first process alone writes, and may alone see what is there.
+    todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
+    main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
     moments: dict[float, Any] = {}
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
@@ -113,6 +114,7 @@ def sample_to_folder(
             images = pipeline.sample(*asked, options, batch_size, told, seen)
             for i, image in zip(some, images, strict=True) if main else ():
                 pictures.save_png(image, files[i], [jobs[i][0]], about[i])
+    multihost_utils.sync_global_devices("sample: all pictures are written")
     if not main:
         return
     if moments:

@@ -11,7 +11,6 @@ import time
 import jax
 import numpy as np
 import pytest
-import toys
 
 from t2i_jax import encode
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -24,6 +23,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
 
 PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
@@ -58,7 +58,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experiment(store):
     data = Data(ArrayRecord(str(store / "data")), image_size=8, batch_size=8)
-    return dataclasses.replace(toys.experiment(FAMILY, data, MeshConfig(1, 1, 1)), codec=str(store / "codec"))
+    return Experiment(FAMILY, data, mesh=MeshConfig(1, 1, 1), codec=str(store / "codec"))
 
 
 @pytest.fixture(scope="module")

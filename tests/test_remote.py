@@ -1,6 +1,7 @@
 """Runs in object stores: a store in memory stands in for the real ones."""
 
 import dataclasses
+import importlib.machinery
 import sys
 import time
 import types
@@ -35,8 +36,9 @@ class Store(MemoryFileSystem):
 @pytest.fixture
 def store(monkeypatch):
     fsspec.register_implementation("s3", Store, clobber=True)
-    monkeypatch.setitem(sys.modules, "s3fs", types.ModuleType("s3fs"))
-    sys.modules["s3fs"].__spec__ = types.SimpleNamespace(name="s3fs")
+    there = types.ModuleType("s3fs")
+    there.__spec__ = importlib.machinery.ModuleSpec("s3fs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", there)
     Store.store.clear()
     Store.clear_instance_cache()
     return place("s3://bucket/run")

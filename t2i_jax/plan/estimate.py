@@ -153,10 +153,12 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         ("all-reduce", "data", d, params),
         ("all-reduce", "tensor", t, 4 * layers(experiment.model) * stream),
     ]
-    network, kinds = 0.0, {}
+    network, exposed, kinds = 0.0, 0.0, {}
     for kind, axis, group, size in moved:
         if group > 1 and size:
-            network += WIRE[kind](size, group) / wire(topology, sizes, axis)
+            seconds = WIRE[kind](size, group) / wire(topology, sizes, axis)
+            network += seconds
+            exposed += seconds if axis == "tensor" else 0.0  # in the middle of a layer, which waits for it
             old = kinds.get(kind, {"count": 0, "bytes": 0.0})
             kinds[kind] = {"count": old["count"] + 1, "bytes": old["bytes"] + size}
     # Products with their operands and results, recomputed ones too; parameters on every chip; the state twice.
@@ -184,7 +186,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         compute_seconds=compute,
         memory_seconds=memory,
         network_seconds=network,
-        step_seconds=apart + max(0.0, network / REACHED["network"] - apart),
+        step_seconds=max(apart, (network - exposed) / REACHED["network"]) + exposed / REACHED["network"],
         mfu=0.0,
         chips=n,
         peak_flops=chip.flops,

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Checkpoints:
         Returns None where there is no checkpoint yet. Errors: `ConfigError` where the arrays are those of another
         model; `CheckpointError` where checkpoints exist and none is sound.
         """
-        failures = []
+        failures: dict[int, str] = {}
         for step in reversed(self.steps()):
             error, meta, found = None, {}, {}
             try:
@@ -159,13 +160,16 @@ class Checkpoints:
             if agreed(error is None):
                 try:
                     self._verify(meta, found)
-                    return target.unflat(found), int(meta["position"])
                 except Damaged as failure:
                     error = failure
-            failures.append(self._passed_over(step, error))
-            self._set_aside(step)
+                else:
+                    # Only beside a sound one: where none can be read, the fault may lie with the reader.
+                    for damaged in failures:
+                        self._set_aside(damaged)
+                    return target.unflat(found), int(meta["position"])
+            failures[step] = self._passed_over(step, error)
         if failures:
-            raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures))
+            raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures.values()))
         return None
 
     def arrays(self, prefix: str, step: int | None = None) -> dict[str, np.ndarray]:
@@ -178,12 +182,13 @@ class Checkpoints:
                     k: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=host)
                     for k, (shape, dtype) in meta["arrays"].items()
                 }
-                found = self._arrays(each, wanted)
+                # On the host, whatever mesh is set: a codec is read while that of a model is.
+                found = {k: np.asarray(v) for k, v in self._arrays(each, wanted).items()}
                 self._verify(meta, found)
             except Exception as error:  # whatever a damaged file makes of the reader
                 failures.append(self._passed_over(each, error))
             else:
-                return {k.removeprefix(prefix): np.asarray(v) for k, v in found.items() if k.startswith(prefix)}
+                return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
         raise CheckpointError("\n  ".join([f"{self.folder}: there is no checkpoint that can be read", *failures]))
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -204,7 +209,7 @@ class Checkpoints:
                 raise Damaged(f"{name} lies as {x.sharding}, not as {wanted.sharding}")
         return arrays
 
-    def _verify(self, meta: dict[str, Any], arrays: dict[str, jax.Array]) -> None:
+    def _verify(self, meta: dict[str, Any], arrays: Mapping[str, Any]) -> None:
         """Errors: `Damaged` that names the arrays whose bytes are not those that were written."""
         if "checksums" not in meta:
             return

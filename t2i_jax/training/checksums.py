@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
@@ -31,14 +32,22 @@ def checksum(x: Array) -> Array:
     return jnp.sum(w ^ (w >> 16), dtype=jnp.uint32)
 
 
-@functools.cache
-def _compiled(meshed: bool):
-    # Every process reads the result, so it is whole on each of them.
-    return jax.jit(checksum, out_shardings=P() if meshed else None)
+@jax.jit
+def one(x: Array) -> Array:
+    return checksum(x)
 
 
-def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
+@functools.partial(jax.jit, out_shardings=P())
+def together(arrays: list[Array]) -> Array:
+    return jnp.stack(list(map(checksum, arrays)))
+
+
+def checksums(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, int]:
     """The checksum of each array, by name. A call of all processes; it waits for the arrays, and reads them once."""
-    # One small program for each shape: moments and averages share those of the parameters.
-    make = _compiled(not jax.sharding.get_abstract_mesh().empty)
-    return {name: int(n) for name, n in jax.device_get({name: make(x) for name, x in arrays.items()}).items()}
+    values = list(arrays.values())
+    if jax.sharding.get_abstract_mesh().size > 1 and values:
+        # One program: of many small ones that are under way at once, each may wait for devices that another holds.
+        numbers = np.asarray(together(values))
+    else:  # a small program for each shape, which moments and averages share with their parameters
+        numbers = jax.device_get([one(x) for x in values])
+    return {name: int(n) for name, n in zip(arrays, numbers, strict=True)}

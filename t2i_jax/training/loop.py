@@ -295,10 +295,12 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
             if stop or last or step % t.save_every == 0 or checkpoints.again(step):
                 settle(0)
                 checkpoints.save(state, position, step)
+                beat(f"the save of step {step} was begun")
             if stop:
                 checkpoints.finish(state, position, step)
                 raise Interrupted(f"stopped at step {step}, saved in {where}; the same command goes on from here", stop)
             look(step)
+            beat(f"what follows step {step}")
         settle(0)
         if int(state.step) < t.steps:
             raise ConfigError(f"data: the source ended at step {int(state.step)} of {t.steps}")

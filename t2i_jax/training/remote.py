@@ -85,14 +85,26 @@ def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
             try:
                 copy()
             except Exception as error:  # whatever a store or the way to it makes of it
-                console.print(f"[yellow]{where}: a copy failed, it is tried again: {error}[/]", soft_wrap=True)
+                console.print(
+                    f"[yellow]{where}: a copy failed, it is tried again: {escape(str(error))}[/]", soft_wrap=True
+                )
+
+    def stop() -> None:
+        over.set()
+        thread.join()
 
     thread = threading.Thread(target=watch, name="copies", daemon=True)
     thread.start()
     try:
         yield folder
-    finally:
-        over.set()
-        thread.join()
-        copy()
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # how the work ended is told, whatever becomes of the copy
+        stop()
+        try:
+            copy()
+        except Exception as error:
+            told = f"{where}: the last copy failed: {error}"
+            console.print(told, style="yellow", markup=False, soft_wrap=True)
+        raise
+    stop()
+    copy()
+    shutil.rmtree(folder, ignore_errors=True)
