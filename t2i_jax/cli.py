@@ -184,12 +184,15 @@ class TrainArguments:
 def train(arguments: list[str]) -> None:
     from t2i_jax import config
     from t2i_jax.previews import Previews
+    from t2i_jax.training.experiment import Experiment
     from t2i_jax.training.loop import train as train_run
 
     if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
         config.load(arguments[0], ["--help"])
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
     experiment = config.load(args.config, rest)
+    if not isinstance(experiment, Experiment):
+        raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train_run(experiment, run, Previews())
     console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
@@ -267,6 +270,7 @@ class SampleArguments:
 
 
 def sample(arguments: list[str]) -> None:
+    import jax
     import numpy as np
     from PIL import Image
 
@@ -285,6 +289,12 @@ def sample(arguments: list[str]) -> None:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
     pipeline = Pipeline.load(args.model, int8=args.int8)
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
+    if jax.process_count() > 1 and (args.watch or args.rerank):
+        raise config.ConfigError("--watch and --rerank work in one process alone")
+    if args.weak and np.all(np.asarray(options.guidance) == 1):
+        raise config.ConfigError("--weak with guidance 1: nothing guides; add --guidance 2")
+    if not args.image and getattr(options, "strength", 1) != 1:
+        raise config.ConfigError("--strength without --image: of which picture?")
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
     if args.image:

@@ -7,7 +7,6 @@ blocks that are missing, on any number of processes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -20,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from t2i_jax.config import ConfigError, differences, to_json
 from t2i_jax.data.records import INDEX, Record, count_records, may_become, put_in_place, shard_name, write_file
-from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.progress import bar
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare
 from t2i_jax.training.watch import together
@@ -35,8 +34,8 @@ def encode_splits(
 
     Pictures are cropped at the centre; captions, keys and licences stay with the records, which keep their order;
     features have a row for each caption. A file holds up to `block` records. Batches are split over `data` and `fsdp`
-    of the experiment's mesh, with several processes over those of each one. Until all is done it lies in `OUT.partial`.
-    Returns the index.
+    of the experiment's mesh, with several processes over the devices of each one. Until all is done it lies in
+    `OUT.partial`. Returns the index.
 
     Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
     begun with another config; `DataError` where something else is at `out`, or where all records of a block are broken.
@@ -66,10 +65,10 @@ def encode_splits(
             found: Record = {split: {"count": 0, "shards": n, "order": "blocks"} for split, n in counts.items()}
             for path, split, _ in files:
                 found[split]["count"] += count_records(path)
-            (folder / WORK).unlink()
             index = {"codec": experiment.codec, "image_size": data.image_size, "splits": found}
             (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
             put_in_place(folder, out)
+            (out / WORK).unlink()
         multihost_utils.sync_global_devices("encode: it is in its place")
     return json.loads((out / INDEX).read_text())
 
@@ -82,6 +81,10 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
     new = json.loads(json.dumps({k: to_json(v) for k, v in work.items()}))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK
+    if not path.exists() and any(p for p in folder.iterdir() if p.name != f".{WORK}"):
+        raise ConfigError(
+            f"{folder} is there, and is no unfinished work of `t2i encode`; remove it or choose another --out"
+        )
     if path.exists() and (changed := differences(json.loads(path.read_text()), new)):
         raise ConfigError(
             f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
@@ -89,13 +92,17 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
         )
     for left in folder.glob(".*"):  # what a kill left half written
         left.unlink()
-    path.write_text(json.dumps(new, indent=1))
+    if not path.exists():
+        (folder / f".{WORK}").write_text(json.dumps(new, indent=1))
+        (folder / f".{WORK}").replace(path)
 
 
 def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
     """A function that gives records with what the frozen parts make of them, on the devices of this process."""
     many = jax.process_count() > 1
-    mesh = (dataclasses.replace(experiment.mesh, data=-1) if many else experiment.mesh).build(jax.local_devices())
+    mesh = MeshConfig(1, -1).build(jax.local_devices()) if many else experiment.mesh.build()
+    if batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that share it out")
     with jax.set_mesh(mesh):
         frozen, codec = frozen_parts(experiment)
         frozen.pop("loss", None)  # nothing is trained here

@@ -80,13 +80,12 @@ class Pipeline:
         if not hasattr(artifact.config, "sample"):
             raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
         codec = load_artifact(artifact.codec) if artifact.codec else None
-        if not int8:
-            return cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
-        if not hasattr(artifact.config, "prefill"):
+        if int8 and not hasattr(artifact.config, "prefill"):
             kind = type(artifact.config).__name__
             raise ConfigError(f"{folder} holds a {kind}: int8 weights are for models that draw token by token")
-        pipeline = cls(artifact.config, int8_weights(artifact.model), codec, artifact.text, mesh, artifact)
-        pipeline.about = {"weights": "int8"}
+        model = int8_weights(artifact.model) if int8 else artifact.model
+        pipeline = cls(artifact.config, model, codec, artifact.text, mesh, artifact)
+        pipeline.about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         return pipeline
 
     @property
@@ -165,7 +164,8 @@ class Pipeline:
                 f"{name or 'the second model'}: its network reads no 'low_res', so it cannot make pictures larger"
             )
         same = copy.copy(self)
-        same.second, same.about = second, self.about | {"enlarged by": name}
+        same.second = second
+        same.about = self.about | {"enlarged by": f"{second.about.get('model', name)}, {second.options}"}
         same._compiled = same._compile()
         return same
 
@@ -207,6 +207,13 @@ class Pipeline:
             raise ConfigError(f"{name or kind}: a {kind} cannot pull a {type(self.family).__name__}")
         if hasattr(by.config, "classes") and "label" not in self.family.condition.inputs:
             raise ConfigError(f"{name or kind}: it knows classes, and this model is asked in words")
+        if not hasattr(by.config, "classes") and "label" in self.family.condition.inputs:
+            raise ConfigError(f"{name or kind}: it knows captions, and this model is asked by class numbers")
+        channels = by.config.trunk.channels if hasattr(by.config, "trunk") else 3
+        if channels != self.family.shape[-1]:
+            raise ConfigError(
+                f"{name or kind}: it looks at {channels} channels, and this model draws {self.family.shape[-1]}"
+            )
         same = self._with({"puller": by.model})
         same.puller, same.about = by, same.about | {"pulled by": name}
         return same
@@ -239,6 +246,8 @@ class Pipeline:
         small: np.ndarray | None = None,
     ) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices; `small` uint8 (b, i', j', 3) are pictures to make larger."""
+        if small is None and getattr(self.family, "reads_small", False):
+            raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
         self._watch = watch
         condition, keys = self.condition(prompts), image_keys(seeds)
         if small is not None:

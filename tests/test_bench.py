@@ -99,7 +99,11 @@ MODELS = {
 @pytest.mark.parametrize(
     "command, kind, fields",
     [
-        ("sample --shape 1M --batch 1 --grid 2 --vocabulary 16 --repeats 1 --int8", "", ("tokens_per_second", "bound")),
+        (
+            "sample --shape 1M --batch 1 --grid 2 --vocabulary 16 --repeats 1 --segments 1 --int8",
+            "",
+            ("tokens_per_second", "bound"),
+        ),
         ("train", "model", ("of_limit", "model_flops")),
         ("plan", "model", ("planned", "of_planned", "counted_bytes")),
         ("codec --batch 2", "codec", ("of_limit", "flops_per_image")),

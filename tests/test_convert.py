@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_told(models, tmp_path, capfd):
     assert all(part in error for part in ("norm.weight: missing", "extra: unused", "output.weight: [(19, 16)]"))
     assert not (tmp_path / "out").exists()
     assert "did you mean 'llamagen'" in told(capfd, "lamagen", models / "c2i.pt", *out)
-    assert "gird" in told(capfd, "llamagen", models / "c2i.pt", "--out", tmp_path / "out", "--gird=2,2")
+    assert "gird" in told(capfd, "llamagen", models / "c2i.pt", "--out", tmp_path / "out", "--head-dim=8", "--gird=2,2")
     assert "this is no next-token model" in told(capfd, "llamagen", models / "vq.pt", *out)
     assert "no codec" in told(capfd, "llamagen", models / "c2i.pt", *out, "--codec", models / "model")
     other = dataclasses.replace(LLAMA, vocabulary=21)

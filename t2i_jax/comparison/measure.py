@@ -15,6 +15,7 @@ import numpy as np
 from t2i_jax import flops
 from t2i_jax.bench.measure import limits
 from t2i_jax.comparison.plan import Comparison, Line
+from t2i_jax.config import ConfigError
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.report import compare
@@ -32,6 +33,8 @@ class Ruler:
         self.comparison = comparison
         train = records_of(comparison.reference, "train", 1000)
         records = records_of(comparison.reference, "train", comparison.count)
+        if len(records) < comparison.count:
+            raise ConfigError(f"reference: it has {len(records)} training pictures, and count is {comparison.count}")
         self.prompts, self.real = prompts_of(records), images_of(records)
         self.spaces = {name: Features(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
         self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
@@ -72,7 +75,10 @@ def with_fields(pipeline: Pipeline, line: Line) -> Pipeline:
 
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
-    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
+    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs.
+
+    Where a step chooses among sizes, as those of masked models do, it counts as the largest: an upper bound.
+    """
     trips = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
     trips = int(trips) or getattr(getattr(pipeline.family, "chain", None), "steps", 1)
     order = getattr(pipeline.family, "order", None)
@@ -94,7 +100,8 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
 
 def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
     """All numbers of one way to draw, speed beside the limit measured at the same time, and the pictures."""
-    product = limits()["flops"]
+    dtype = getattr(getattr(pipeline.family, "network", pipeline.family), "dtype", "float32")
+    product = limits(dtype)["flops"]
     before = max(product() for _ in range(3))
     made, seconds = ruler.draw(pipeline, options, title)
     limit = max(before, *(product() for _ in range(3)))
@@ -104,6 +111,6 @@ def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple
         "seconds_per_image": seconds / size,
         "gflops_per_image": each / 1e9,
         "flops_limit": limit,
-        "share_of_limit": each / limit * size / seconds,
+        "share_of_limit": each / (limit * pipeline.mesh.size) * size / seconds,
     }
     return ruler.judge(made) | speed, made

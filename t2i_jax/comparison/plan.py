@@ -66,7 +66,13 @@ class Comparison:
                     if wanted and wanted not in there:
                         known = ", ".join(there) or "none"
                         raise ConfigError(f"sweeps.{name}.{label}: there is no run '{wanted}'; there are {known}")
-        if self.count < 2 * self.batch_size:
+                model = self.runs[line.run].model
+                for value, given in ((model, line.family), (model.options(), {**line.options, sweep.field: 0})):
+                    odd = sorted(given.keys() - {f.name for f in dataclasses.fields(value)})
+                    if odd:
+                        raise ConfigError(f"sweeps.{name}.{label}: {type(value).__name__} has no field '{odd[0]}'")
+        if self.count < 2 * self.batch_size or self.count % self.batch_size:
             raise ConfigError(
-                f"count {self.count}: at least two batches of batch_size {self.batch_size}; the first is not timed"
+                f"count {self.count}: a multiple of batch_size {self.batch_size}, at least two batches; the first is "
+                "not timed"
             )

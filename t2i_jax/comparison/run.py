@@ -34,6 +34,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     folder: where the runs are trained, and where each measured number is kept until its configuration changes.
     Returns what OUT.json holds.
     """
+    ruler = Ruler(comparison)
     every = {**comparison.runs, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
     found: dict[str, Any] = {
@@ -48,7 +49,6 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
         train(experiment, folder / name)
         found["runs" if name in comparison.runs else "guides"][name] = facts(experiment, folder / name)
         gc.collect()
-    ruler = Ruler(comparison)
     sheets: dict[str, np.ndarray] = {}
     with_memory = Memory(folder / "measured", comparison, trained, ruler)
     for name in comparison.runs:
@@ -109,7 +109,7 @@ class Memory:
         numbers, sheet = self.folder / f"{key}.json", self.folder / f"{key}.png"
         if numbers.exists() and sheet.exists():
             tall = np.asarray(Image.open(sheet))
-            return json.loads(numbers.read_text()), tall.reshape(-1, tall.shape[1], *tall.shape[1:])
+            return json.loads(numbers.read_text()), tall.reshape(self.ruler.real.shape)
         pipeline = self.pipeline(line)
         options = dataclasses.replace(pipeline.options, **settings)
         values, made = measure(self.ruler, pipeline, options, title)

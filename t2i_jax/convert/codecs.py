@@ -46,9 +46,18 @@ def _llamagen(
 
 
 def _taming(
-    tensors: Tensors, *, legacy: bool = False, beta: float = 0.25, groups: int = 32, eps: float = 1e-6, **fields: Any
+    tensors: Tensors,
+    *,
+    legacy: bool = False,
+    beta: float | None = None,
+    groups: int = 32,
+    eps: float = 1e-6,
+    **fields: Any,
 ) -> VQGAN:
-    """legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were."""
+    """legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were. beta: 0.25
+    unless given, and 1 for a codebook that is a moving average."""
+    averaged = any(name.endswith("cluster_size") for name in tensors)
+    beta = (1.0 if averaged else 0.25) if beta is None else beta
     weights = {"codebook": beta, "commitment": 1.0} if legacy else {"codebook": 1.0, "commitment": beta}
     quantizer = partial(QuantizerConfig, normalize=False, **weights)
     return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)

@@ -76,7 +76,9 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     tensors = convert.restore(name, artifact.config, artifact.model)
     tensors |= format.buffers(artifact.config) if format.buffers else {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, out, metadata={"format": "pt"})
+    temporary = out.with_name(f".{out.name}")
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.replace(out)
 
 
 def find(name: str) -> convert.Format:

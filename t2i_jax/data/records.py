@@ -86,6 +86,7 @@ def put_in_place(new: Path, path: Path) -> None:
     """The folder `new` becomes `path`, in place of an older data set there."""
     old = new.with_name(new.name + ".old")
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a time before, that was killed below
         os.rename(path, old)
     os.rename(new, path)
     shutil.rmtree(old, ignore_errors=True)

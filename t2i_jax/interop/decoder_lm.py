@@ -4,8 +4,14 @@ import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Table, source
 
-IGNORED = r"^lm_head\.|^model\.(layers|norm)\.|inv_freq$"
-"""The head, layers behind the last one that is asked for, and tables that are counted."""
+IGNORED = r"^lm_head\.|inv_freq$"
+"""The head, and tables that are counted."""
+
+
+def ignored(depth: int, last: bool) -> str:
+    """What a model of `depth` layers leaves aside: head, layers behind them, and the last norm unless it is used."""
+    used = "|".join(map(str, range(depth))) or "none"
+    return IGNORED + rf"|^model\.layers\.(?!({used})\.)" + ("" if last else r"|^model\.norm\.")
 
 
 def table(heads: int, kv_heads: int, head: int, *, bias: bool, out_bias: bool, qk_norm: bool, last: bool) -> Table:

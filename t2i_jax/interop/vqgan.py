@@ -192,7 +192,7 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
         raise ValueError(f"no codebook (quantize.embedding.weight) among {len(tensors)} names: this is no VQGAN")
     found["quantizer"] = dict(zip(("codes", "dim"), shape(books[0]), strict=True))
     if "quantize.cluster_size" in tensors:  # VQ-Diffusion's codec of ITHQ, whose codebook is a moving average
-        found["quantizer"] |= {"decay": 0.99, "commitment": 1.0}
+        found["quantizer"] |= {"decay": 0.99}
     layers, head = JUDGES.get(style, ("", ""))
     kernels = [n for n in tensors if layers and n.startswith((layers, head or layers)) and len(shape(n)) == 4]
     if kernels:  # first and last beside those that the configuration counts

@@ -281,7 +281,7 @@ class VQDiffusion:
             and the codes x_s (b, h, w), MASK being K; static.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
-        untold = isinstance(self.condition, Encoded) and not self.condition.trained_null
+        untold = not getattr(self.condition, "has_null", True)
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
         shape = (keys.shape[0], *self.grid)

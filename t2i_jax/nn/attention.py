@@ -64,7 +64,7 @@ def attend(
     y = kernel(q, k, v, scale, causal=True, valid=mask.valid)
     if mask.valid is None and not mask.both_ways:
         return y
-    p = mask.prefix  # where the rule is more than kernels know; nothing behind it stands in sight
+    p = max(mask.prefix, mask.both_ways)  # where the rule is more than kernels know; nothing behind it stands in sight
     first = plain(q[:, :p], k[:, :p], v[:, :p], mask.dense(p), scale)
     return jnp.concatenate([first, y[:, p:]], 1)
 

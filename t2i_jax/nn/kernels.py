@@ -108,7 +108,7 @@ def splash(
     if valid is not None or (not causal and t % 128):  # else there is nothing to hide, or order hides it
         valid = _padded(jnp.broadcast_to(True if valid is None else valid, k.shape[:2]), 128)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    local = partial(_splash, causal=causal, interpret=interpret)
+    local = lambda q, k, v, valid: _splash(q, k, v, valid, causal, interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         spec = fit(P(RULES["batch"], None, RULES["heads"], None), k.shape, dict(mesh.shape))
@@ -125,7 +125,7 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes: Any = {f"block_{name}": block for name in names}
     mask = (kernels.CausalMask if causal else kernels.FullMask)((t, t))
-    kernel = kernels.make_splash_mha(
+    kernel: Any = kernels.make_splash_mha(
         kernels.MultiHeadMask([mask] * n),
         block_sizes=kernels.BlockSizes(**sizes),
         head_shards=1,

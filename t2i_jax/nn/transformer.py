@@ -214,7 +214,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
         self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
-        self.kernel = config.kernel
+        self.kernel: Kind = config.kernel
 
     def __call__(
         self,
@@ -394,8 +394,8 @@ def apply_stack(
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
     rules = dict(rotary=rotary, bias=bias, shift=shift, memory=memory, memory_mask=memory_mask)
-    whole = mask is None or isinstance(mask, Causal) or mask.ndim == 4
-    seen = lambda i: mask if whole else mask[i % mask.shape[0]]
+    masks = mask if isinstance(mask, Array) and mask.ndim == 5 else None
+    seen = lambda i: mask if masks is None else masks[i % masks.shape[0]]
     run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=isinstance(blocks, tuple))

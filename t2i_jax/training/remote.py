@@ -85,9 +85,8 @@ def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
             try:
                 copy()
             except Exception as error:  # whatever a store or the way to it makes of it
-                console.print(
-                    f"[yellow]{where}: a copy failed, it is tried again: {escape(str(error))}[/]", soft_wrap=True
-                )
+                told = f"{where}: a copy failed, it is tried again: {error}"
+                console.print(told, style="yellow", markup=False, soft_wrap=True)
 
     def stop() -> None:
         over.set()

@@ -1,0 +1,58 @@
+"""Sampling by several processes: the pictures are those of one."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.training.artifacts import Artifact, save_artifact
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A family and its codec, as they are born."""
+    path = tmp_path_factory.mktemp("released")
+    parts = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
+    codec = VQGAN(parts, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
+    save_artifact(Artifact(codec, codec.init(jax.random.key(0))), path / "codec", "# A codec\n")
+    family = AR(16, (4, 4), width=32, depth=1, heads=2, condition=Classes(4))
+    model = family.init(jax.random.key(1))
+    save_artifact(Artifact(family, model, codec=str(path / "codec"), image_size=8), path / "model", "# A model\n")
+    return path / "model"
+
+
+def sample(released, out, count, devices):
+    """`t2i sample` in several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(count)}
+    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} if count > 1 else {}
+    command = [sys.executable, "-m", "t2i_jax.cli", "sample", released, "1", "3", "--count", "5", "--out", out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)]
+    for process in started:
+        output = process.communicate(timeout=900)[0]
+        assert process.returncode == 0, output
+    return [np.asarray(Image.open(file)) for file in sorted(out.glob("0*.png"))]
+
+
+@pytest.mark.slow
+def test_several_processes_draw_the_pictures_of_one(released, tmp_path):
+    one = sample(released, tmp_path / "one", 1, 1)
+    assert len(one) == 10
+    for count, devices in ((2, 2), (4, 1)):
+        several = sample(released, tmp_path / str(count), count, devices)
+        np.testing.assert_allclose(several, one, atol=1)
+        assert (tmp_path / str(count) / "grid.png").exists()
