@@ -108,12 +108,13 @@ def splash(
     if valid is not None or (not causal and t % 128):  # else there is nothing to hide, or order hides it
         valid = _padded(jnp.broadcast_to(True if valid is None else valid, k.shape[:2]), 128)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q, k, v = (_padded(x, 128) for x in (q, k, v))
     local = lambda q, k, v, valid: _splash(q, k, v, valid, causal, interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         spec = fit(P(RULES["batch"], None, RULES["heads"], None), k.shape, dict(mesh.shape))
         local = jax.shard_map(local, in_specs=(spec, spec, spec, P(spec[0])), out_specs=spec, check_vma=False)
-    return local(*(_padded(x, 128) for x in (q, k, v)), valid)[:, :t]
+    return local(q, k, v, valid)[:, :t]
 
 
 def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, interpret: bool) -> Array:
