@@ -141,6 +141,41 @@ ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
     assert hlo.count(program.replace("WINDOW", window)).flops == 2 * 8 * 16 * 32 * 64
 
 
+def test_traffic_is_what_is_touched():
+    """Of a stack the layer that is read and the layer that is written; of what is passed on, nothing."""
+    program = """HloModule m
+%inner (s: bf16[36,8,128], n: s32[]) -> bf16[1,8,128] {
+  %s = bf16[36,8,128]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = bf16[1,8,128]{2,1,0} dynamic-slice(%s, %n, %zero, %zero), dynamic_slice_sizes={1,8,128}
+}
+%outer (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[64,128]) -> (bf16[36,8,128], bf16[64,128]) {
+  %stack = bf16[36,8,128]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %out = bf16[36,8,128]{2,1,0} parameter(2)
+  %flying = bf16[64,128]{1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %one = bf16[1,8,128]{2,1,0} fusion(%stack, %n), kind=kLoop, calls=%inner
+  %new = bf16[36,8,128]{2,1,0} dynamic-update-slice(%out, %one, %n, %zero, %zero)
+  %goes_on = bf16[64,128]{1,0} custom-call(%flying), custom_call_target="AsyncCollective"
+  ROOT %both = (bf16[36,8,128]{2,1,0}, bf16[64,128]{1,0}) tuple(%new, %goes_on)
+}
+ENTRY %main (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[64,128]) -> bf16[2,8,128] {
+  %stack = bf16[36,8,128]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %out = bf16[36,8,128]{2,1,0} parameter(2)
+  %flying = bf16[64,128]{1,0} parameter(3)
+  %f = (bf16[36,8,128]{2,1,0}, bf16[64,128]{1,0}) fusion(%stack, %n, %out, %flying), kind=kOutput, ALIAS, calls=%outer
+  %g = bf16[36,8,128]{2,1,0} get-tuple-element(%f), index=0
+  %begin = ((bf16[36,8,128]{2,1,0}), bf16[2,8,128]{2,1,0:S(1)}, s32[]) slice-start(%g), slice={[0:2], [0:8], [0:128]}
+  ROOT %end = bf16[2,8,128]{2,1,0:S(1)} slice-done(%begin)
+}
+""".replace("ALIAS", "output_to_operand_aliasing={{0}: (2, {}), {1}: (3, {})}")
+    layer = 8 * 128 * 2
+    assert hlo.count(program).bytes == layer + layer + 2 * layer + 4  # read, written, sliced into the chip; an index
+
+
 def test_kernels_of_attention_count_as_if_written_out():
     program = """HloModule m
 ENTRY %main (q: bf16[4,2,384,64], k: bf16[4,1,256,64]) -> bf16[4,2,384,64] {
@@ -148,9 +183,11 @@ ENTRY %main (q: bf16[4,2,384,64], k: bf16[4,1,256,64]) -> bf16[4,2,384,64] {
   %k = bf16[4,1,256,64]{3,2,1,0} parameter(1)
   %mask = s8[1,1,1]{2,1,0} parameter(2)
   %own.1 = bf16[4,2,384,64]{3,2,1,0} custom-call(%q), custom_call_target="tpu_custom_call"
-  ROOT %splash_mha_NAME = bf16[4,2,384,64]{3,2,1,0} custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call"
+  %splash_mha_NAME = bf16[4,2,384,64]{3,2,1,0} custom-call(%mask, %q, %k, %k), custom_call_target="tpu_custom_call" MORE
+  ROOT %out = bf16[4,2,384,64]{3,2,1,0} copy(%splash_mha_NAME)
 }
-"""
+""".replace(" MORE", ', frontend_attributes={kernel_metadata={\n"about":"{}"\n}}, backend_config={"a":"1"}')
+    assert hlo.parse(program)[0]["main"]["out"].root
     for name, products in {"fwd_residuals": 2, "dkv_no_residuals": 4, "dq_no_residuals": 3}.items():
         costs = hlo.count(program.replace("NAME", name))
         assert costs.flops == products * 2 * 4 * 2 * 384 * 256 * 64 and costs.unknown_kernels == ("own",)

@@ -52,10 +52,10 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         exposed += 0.0 if c.asynchronous else seconds
         old = kinds.get(c.kind, {"count": 0, "bytes": 0.0})
         kinds[c.kind] = {"count": old["count"] + c.times, "bytes": old["bytes"] + c.times * c.size}
-    # Each instruction takes as long as the slower of its products and its traffic. Collectives that the compiler made
-    # asynchronous hide behind all of them, the others stand in the way.
+    # Each instruction takes as long as the slower of its products and its traffic. Copies and collectives that the
+    # compiler made asynchronous hide behind all of them, as far as memory and network allow; others stand in the way.
     flops, bandwidth = chip.flops * REACHED["flops"], chip.bandwidth * REACHED["memory"]
-    work = sum(max(f / flops, b / bandwidth) for f, b in costs.operations)
+    work = max(sum(max(f / flops, b / bandwidth) for f, b in costs.operations), costs.bytes / bandwidth)
     behind = (network - exposed) / REACHED["network"]
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     arguments = memory.argument_size_in_bytes

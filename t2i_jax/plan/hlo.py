@@ -76,7 +76,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if head and " = " not in line.split("->")[0] and not line.startswith("HloModule"):
                 current = computations.setdefault(head.group(2), {})
                 entry = head.group(2) if head.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's description may go over lines that begin so
             current = None
         elif found := _instruction.match(line):
             root, name, rest = found.groups()
@@ -223,35 +223,74 @@ def flops(i: Instruction, within: Computation, computations: dict[str, Computati
 
 
 SLICES = ("dynamic-slice", "slice", "gather")
+SAME = ("bitcast", "copy", "convert", "reshape", "transpose")
+"""inside a fusion these only say otherwise what is read or written"""
 
 
 def traffic(i: Instruction, within: Computation, computations: dict[str, Computation]) -> float:
     """Bytes that an instruction reads from and writes to HBM."""
-    if i.op in FREE or i.op.endswith("-done"):
+    if i.op in FREE or i.op.endswith("-done") or "AllocateBuffer" in i.text:
         return 0.0
     operands = [within[n] for n in i.operands if n in within]
-    if i.op in SLICES:
-        return 2 * i.size(hbm=True)
+    if i.op.removesuffix("-start") in SLICES:
+        part = sum(width(t) * math.prod(s) for t, s, _ in i.arrays[1:2]) if i.op.endswith("-start") else i.size()
+        on_chip = any("S(" in layout for _, _, layout in (i.arrays[1:2] if i.op.endswith("-start") else i.arrays))
+        return part * bool(operands[0].size(hbm=True)) + part * (not on_chip)
+    if i.op.endswith("-start"):  # what it gives names what it takes too
+        return i.size(hbm=True)
     if i.op == "dynamic-update-slice":
         return 2 * operands[1].size(hbm=True)
     if i.op != "fusion":
         return i.size(hbm=True) + sum(o.size(hbm=True) for o in operands)
     inner = computations[i.attribute("calls")]
     given = {int(j.text[1:].split(")")[0]): j.name for j in inner.values() if j.op == "parameter"}
-    total, updated = 0.0, set()
+    read = (min(_read(inner, given[n], computations), o.size(hbm=True)) for n, o in enumerate(operands) if n in given)
+    end = root(inner)
+    results = [inner[n] for n in end.operands] if end.op == "tuple" else [end]
+    # A result that takes the place of an operand is written where it was changed alone.
+    kept = (
+        {int(k) for k, _ in re.findall(r"\{(\d+)\}: \((\d+), ", i.text)}
+        if "output_to_operand_aliasing" in i.text
+        else set()
+    )
+    written = (
+        min(_written(inner, j, computations, k in kept), width(t) * math.prod(shape))
+        for k, (j, (t, shape, layout)) in enumerate(zip(results, i.arrays, strict=False))
+        if "S(" not in layout
+    )
+    return sum(read) + sum(written)
+
+
+def _read(inner: Computation, name: str, computations: dict[str, Computation]) -> float:
+    """Bytes that a fusion reads of one of its parameters: of what is only sliced the slices, else infinite: all."""
+    total = 0.0
     for j in inner.values():
-        if j.op == "dynamic-update-slice":
-            updated.add(_through(inner, j.operands[0]).name)
-            total += inner[j.operands[1]].size()
-    for n, operand in enumerate(operands):
-        name = given.get(n, "")
-        users = [j for j in inner.values() if name in j.operands]
-        whole = operand.size(hbm=True)
-        if name in updated or not whole:
+        if name not in j.operands or j.op in ("tuple", "custom-call", "get-tuple-element"):
             continue
-        sliced = users and all(u.op in SLICES and u.operands[0] == name for u in users)
-        total += sum(u.size() for u in users) if sliced else whole
-    return total + (0.0 if updated else i.size(hbm=True))
+        first = j.operands[0] == name
+        if j.op in SLICES and first:
+            total += j.size()
+        elif j.op in SAME:
+            total += _read(inner, j.name, computations)
+        elif j.op == "fusion":
+            nested = computations[j.attribute("calls")]
+            given = {int(p.text[1:].split(")")[0]): p.name for p in nested.values() if p.op == "parameter"}
+            total += sum(_read(nested, given[n], computations) for n, o in enumerate(j.operands) if o == name)
+        elif j.op != "dynamic-update-slice" or not first:
+            return math.inf
+    return total
+
+
+def _written(inner: Computation, j: Instruction, computations: dict[str, Computation], kept: bool) -> float:
+    """Bytes that a fusion writes of one of its results: of an update in place the update, else infinite: all."""
+    while j.op in SAME and j.operands[0] in inner:
+        j = inner[j.operands[0]]
+    if j.op == "fusion":
+        nested = computations[j.attribute("calls")]
+        return _written(nested, root(nested), computations, kept)
+    if j.op == "dynamic-update-slice":
+        return inner[j.operands[1]].size()
+    return 0.0 if kept or j.op == "parameter" else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +314,7 @@ class Costs:
     """loops counted once, as the compiler's own analysis does"""
     bytes: float
     operations: tuple[tuple[float, float], ...]
-    """(FLOPs, bytes) of all instructions that have any, times how often they run"""
+    """(FLOPs, bytes) of all instructions that have any, times how often they run; without asynchronous copies"""
     collectives: tuple[Collective, ...]
     unknown_loops: int
     """loops whose length depends on data; counted once"""
@@ -334,7 +373,7 @@ def count(text: str) -> Costs:
             kernels.add(i.name.split(".")[0])
         work, size = flops(i, within, computations), traffic(i, within, computations)
         total, once, moved = total + work * times, once + work, moved + size * times
-        if work or size:
+        if work or (size and not i.op.endswith("-start")):
             operations.append((work * times, size * times))
     return Costs(total, once, moved, tuple(operations), tuple(found.values()), unknown, tuple(sorted(kernels)))
 
