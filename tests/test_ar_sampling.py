@@ -143,7 +143,10 @@ def test_progress_shows_growing_codes():
         assert not codes.reshape(3, 6)[:, count:].any()
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 1, 4), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 1, 4), pytest.param((1, 4, 2), marks=pytest.mark.slow)],
+)
 def test_sampling_on_a_mesh_is_that_on_one_device(sizes):
     config = dataclasses.replace(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
     model, condition, keys = model_for(config), condition_for(config, 8), keys_for(8)

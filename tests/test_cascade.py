@@ -76,6 +76,7 @@ def test_the_second_model_learns_from_pictures_and_reads_the_small_one(model):
     assert float(jnp.abs(noisy[1] - plain[1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_command_draws_in_two_stages(model, tmp_path):
     base = jax.jit(BASE.init)(jax.random.key(0))
     save_artifact(Artifact(BASE, base), tmp_path / "base", "")

@@ -37,6 +37,7 @@ def test_loops_of_unknown_length_count_as_often_as_told():
     assert flops.count(looped, x) == 2 * 64 and flops.count(looped, x, trips=9) == 9 * 2 * 64
 
 
+@pytest.mark.slow
 def test_work_of_a_sampler_follows_its_steps_and_branches():
     pipeline = Pipeline(MODEL, MODEL.init(jax.random.key(0)), None, None)
     count = lambda **options: work(pipeline, dataclasses.replace(MODEL.options(), **options), ["0", "1"])

@@ -135,6 +135,7 @@ def test_a_classifier_and_an_image_text_model_pull(model):
         assert score(held).mean() > score(free).mean()
 
 
+@pytest.mark.slow
 def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
     pipeline = Pipeline(FAMILY, model, None, None)
     picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)

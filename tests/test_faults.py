@@ -117,7 +117,7 @@ def test_kill_9_at_random_moments_changes_nothing(room, kills):
     same(folder / "straight", run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_stops(room, number):
     folder, start, finish = room
     run = folder / f"signal{int(number)}"

@@ -50,7 +50,7 @@ def test_the_form_for_decoding_gives_the_same_product(dtype):
     )
 
 
-@pytest.mark.parametrize("config", [TINY, GPT], ids=["classes", "given"])
+@pytest.mark.parametrize("config", [TINY, pytest.param(GPT, marks=pytest.mark.slow)], ids=["classes", "given"])
 def test_a_model_scores_and_draws_as_with_the_floats_of_its_whole_numbers(config):
     model, batch = model_for(config), batch_for(config)
     small = jax.jit(int8_weights)(model)

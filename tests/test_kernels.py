@@ -70,6 +70,7 @@ def test_rules_in_words_are_masks():
     np.testing.assert_array_equal(attend(q, k, v, Causal(PADDING, 8)), plain(q, k, v, Causal(PADDING, 8).dense(140)))
 
 
+@pytest.mark.slow
 def test_splash_works_on_a_mesh_within_a_stack():
     config = Layer(32, 4, kv_heads=2, kernel="splash")
     blocks, x = jax.jit(lambda key: stack(config, 2, key))(KEY), jax.random.normal(KEY, (4, 128, 32))

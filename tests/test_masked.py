@@ -20,6 +20,7 @@ from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads import Diffusion, Flow, Mixture, Softmax
 from t2i_jax.nn.orders import Confidence, Generation, MaskRate, Permutation, Raster, Sets
+from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import Artifact
 
@@ -86,7 +87,9 @@ def few(config):
     return dataclasses.replace(config.options(), **({"iterations": 3} if isinstance(config, Masked) else {}))
 
 
-@pytest.mark.parametrize("name", [*CELLS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in MORE or "one by one" in n else ()) for n in (*CELLS, *MORE)]
+)
 def test_every_cell_trains_and_draws(name):
     config, model = ALL[name], filled(ALL[name])
     batch, key = batch_of(config), jax.random.key(0)
@@ -224,7 +227,7 @@ def test_a_pipeline_draws_only_where_the_mask_says():
 
 def test_a_pipeline_tells_how_its_pictures_grow():
     config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
-    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None)
+    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None, MeshConfig(1))
     seen, done, options = {}, [], few(config)
     watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
     made = pipeline.sample(["0", "1", "2"], options=options, batch_size=2, progress=progress, watch=watch)

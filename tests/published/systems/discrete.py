@@ -169,7 +169,7 @@ def sampler(
         noise = lambda i: (jnp.moveaxis(uniform[i], 1, -1), jnp.zeros((b, config.length)))
         start = jnp.full((b, config.length), config.chain.codes)
         note = lambda i, x: seen.__setitem__(int(i), np.asarray(x))
-        report = lambda i, x, _: jax.debug.callback(note, i, x)
+        report = lambda i, count, x, _: jax.debug.callback(note, i, x)
         return reverse(config.chain, guess, start, noise, options, report=report)
 
     def draw_all(model: Any, options: Reverse) -> tuple[np.ndarray, np.ndarray]:
