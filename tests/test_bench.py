@@ -138,24 +138,17 @@ def test_what_a_chip_takes_is_half_of_its_peak():
     assert data.need("llamagen-b", "h100") == pytest.approx(0.5 * 989e12 / 0.153e12, rel=0.08)
 
 
-def test_flags_go_where_their_compiler_reads_them():
-    cpu = platform.environment("cpu", False, {"XLA_FLAGS": "--xla_cpu_use_onednn=true"})
-    assert (
-        set(cpu) == {"LIBTPU_INIT_ARGS"} and "--xla_tpu_overlap_compute_collective_tc=true" in cpu["LIBTPU_INIT_ARGS"]
-    )
-    own = {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=false --xla_gpu_autotune_level=4"}
+def test_flags_are_for_gpus_and_leave_what_is_set():
+    assert platform.flags("cpu", True, "--xla_cpu_use_onednn=true") == "--xla_cpu_use_onednn=true"
+    own = "--xla_gpu_enable_latency_hiding_scheduler=false --xla_gpu_autotune_level=4"
     for platforms, has in (("", True), ("cuda", False), ("gpu,cpu", False)):
-        flags = platform.environment(platforms, has, own)["XLA_FLAGS"]
-        assert (
-            flags.startswith(own["XLA_FLAGS"])
-            and "scheduler=true" not in flags
-            and "pipelined_all_gather=true" in flags
-        )
+        assert platform.flags(platforms, has, own) == own
+        assert platform.flags(platforms, has, "") == "--xla_gpu_enable_latency_hiding_scheduler=true"
 
 
 def test_the_compiler_knows_its_flags():
     """An unknown one ends the process, and every compiler of JAX knows those of GPUs by name."""
-    flags = platform.environment("gpu", True, {})["XLA_FLAGS"]
+    flags = platform.flags("gpu", True, "")
     code = "import jax; jax.jit(lambda x: x + 1)(1)"
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = lambda flags: subprocess.run(
