@@ -24,7 +24,7 @@ class Eager:
     """
 
     def __init__(self, config: AR, model: Any):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         plain = AR(condition=config.condition)
         kind = ("activation", "norm", "bias", "qk_norm", "reads", "tied", "output_bias", "unmasked", "positions")
