@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,10 +25,14 @@ PEAKS = {
 }
 
 
-def count(function: Callable[..., Any], *arguments: Any, trips: float = 1) -> float:
+Trips = float | Sequence[tuple[int, ...]]
+
+
+def count(function: Callable[..., Any], *arguments: Any, trips: Trips = 1) -> float:
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
-    A `while_loop`, whose length is not known, counts `trips` times; a `cond` counts its dearest branch.
+    A `while_loop`, whose length is not known, counts `trips` times, and a `cond` its dearest branch. Instead of a
+    number `trips` may say for each turn of the loop which branches the conds of its body take, in the program's order.
     """
     return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
 
@@ -38,11 +42,12 @@ def peak(device: Any) -> float | None:
     return next((v for k, v in PEAKS.items() if device.device_kind.startswith(k)), None)
 
 
-def _jaxpr(jaxpr: Any, trips: float) -> float:
-    return sum(_equation(e, trips) for e in jaxpr.eqns)
+def _jaxpr(jaxpr: Any, trips: Trips, taken: Iterator[int] | None = None) -> float:
+    return sum(_equation(e, trips, taken) for e in jaxpr.eqns)
 
 
-def _equation(e: Any, trips: float) -> float:
+def _equation(e: Any, trips: Trips, taken: Iterator[int] | None = None) -> float:
+    """taken: branches of the conds that are still to come."""
     name = e.primitive.name
     out = math.prod(e.outvars[0].aval.shape) if e.outvars else 0  # pyright: ignore[reportAttributeAccessIssue]
     if name == "dot_general":
@@ -53,16 +58,20 @@ def _equation(e: Any, trips: float) -> float:
         features = kernel[e.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * out * math.prod(kernel) / features
     if name == "cond":
-        return max(_jaxpr(b.jaxpr, trips) for b in e.params["branches"])
+        branches = e.params["branches"]
+        chosen = next(taken, None) if taken and len(branches) > 1 else None
+        return max(_jaxpr(b.jaxpr, trips) for b in (branches if chosen is None else branches[chosen : chosen + 1]))
+    if name == "while" and not isinstance(trips, float | int):
+        return sum(_jaxpr(e.params["body_jaxpr"].jaxpr, 1, iter(turn)) for turn in trips)
     inner = 0.0
     for value in e.params.values():
         if isinstance(value, core.ClosedJaxpr):
-            inner += _jaxpr(value.jaxpr, trips)
+            inner += _jaxpr(value.jaxpr, trips, taken)
         elif isinstance(value, core.Jaxpr):
-            inner += _jaxpr(value, trips)
+            inner += _jaxpr(value, trips, taken)
     if name == "pallas_call":  # each place of the grid does what the kernel says
         return inner * math.prod(n for n in e.params["grid_mapping"].grid if isinstance(n, int))
-    times = {"scan": e.params.get("length", 1), "while": trips}
+    times: dict[str, Any] = {"scan": e.params.get("length", 1), "while": trips}
     if name == "shard_map":  # what one device does
         times = {name: e.params["mesh"].size}
     return inner * times.get(name, 1)

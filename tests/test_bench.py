@@ -60,8 +60,31 @@ def test_the_loop_in_pytorch_draws_the_same(guided):
     ours = TINY.sample(model, {"label": labels}, keys, options, segments=1, guided=guided)
     eager = Eager(TINY, model)
     np.testing.assert_array_equal(np.asarray(ours).reshape(3, -1), eager.sample(labels, options, guided))
-    # Of the three most likely codes only, and of those only the first half of the probability.
+
+
+def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
+    pytest.importorskip("torch")
+    from t2i_jax.bench.eager import Eager
+
+    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=Classes(10))
+    network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
+    # Fresh output matrices are zero: every token would be the first.
+    network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
+    eager = Eager(model, network)
+    for guidance in (1.0, 3.0):
+        options, keys = Sampling(guidance=guidance, greedy=True), jax.random.split(jax.random.key(1), 2)
+        ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
+        np.testing.assert_array_equal(ours, eager.sample(labels, options))
+        assert len(np.unique(ours)) > 50
+
+
+def test_the_loop_in_pytorch_filters_as_ours_does():
+    pytest.importorskip("torch")
+    from t2i_jax.bench.eager import Eager
+
+    eager = Eager(TINY, model_for(TINY))
     logits = eager.torch.tensor([[0.0, 3.0, 1.0, 2.0, -5.0]]).repeat(300, 1)
+    # Of the three most likely codes only, and of those only the first half of the probability.
     assert set(eager._draw(logits, Sampling(top_k=3)).tolist()) == {1, 2, 3}
     assert set(eager._draw(logits, Sampling(top_k=3, top_p=0.5)).tolist()) == {1}
 

@@ -51,6 +51,29 @@ def test_work_of_a_sampler_follows_its_steps_and_branches():
     assert count(2) < count(4) == count(64)  # there are four tokens
 
 
+def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
+    x = jnp.ones((4, 4))
+    few, many = (lambda x: x @ x), (lambda x: x @ x @ x)
+    body = lambda c: (c[0] + 1, jax.lax.switch(c[0] % 2, [few, many], jax.lax.cond(c[0] > 1, many, few, c[1])))
+    looped = lambda x: jax.lax.while_loop(lambda c: c[0] < 3, body, (0, x))[1]
+    # `cond` has its false branch first.
+    assert flops.count(looped, x, trips=[(0, 0), (0, 1), (1, 0)]) == (2 + 3 + 3) * 128
+    assert flops.count(looped, x, trips=2) == 2 * 4 * 128
+    shape = dict(grid=(4, 4), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3))
+    model = Masked(buckets=4, **shape)
+    assert model.sizes == ([4, 8, 12, 16], [1, 4, 16])
+    # Hidden after each of four steps: 14, 11, 6, 0; so 0, 2, 5, 10 are visible and 2, 3, 5, 6 are asked for.
+    assert model.chosen(Generation(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
+    one = dataclasses.replace(model, buckets=1)
+    assert one.chosen(Generation(iterations=4)) == [(1,), (1,), (2,), (2,)]
+    network = model.init(jax.random.key(0))
+    count = lambda family: work(Pipeline(family, network, None, None), Generation(iterations=4), ["0"])
+    rows = 2 * (16 - 4 + 16 - 4 + 16 - 8 + 16 - 12)  # of the encoder and of `widen`, two branches, that are not there
+    matrices = sum(x.size for x in jax.tree.leaves((network.encoder, network.widen)) if x.ndim > 1)
+    assert count(one) - count(model) > 2 * rows * matrices  # and attention
+    assert count(one) - count(model) < 3 * rows * matrices
+
+
 def test_a_report_tells_every_number(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
     ruler = SimpleNamespace(prompts=[f"thing {i}" for i in range(6)], real=pictures)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,7 +34,8 @@ class Ruler:
         records = records_of(comparison.reference, "train", comparison.count)
         if len(records) < comparison.count:
             raise ConfigError(f"reference: it has {len(records)} training pictures, and count is {comparison.count}")
-        self.prompts, self.real = prompts_of(records), images_of(records)
+        self.records, self.real = records, images_of(records)
+        self.prompts = prompts_of(records, comparison.reference.model)
         self.spaces = {name: Features(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
         self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
 
@@ -50,17 +50,18 @@ class Ruler:
         return numbers
 
     def draw(self, pipeline: Pipeline, options: Any, title: str) -> tuple[np.ndarray, float]:
-        """Pictures for all prompts, and the median seconds of a batch, the first left out.
+        """Pictures for all prompts (or their classes), and the median seconds of a batch, the first left out.
 
         Text features and decoding are part of it, as they are for a user.
         """
         size, made, taken = self.comparison.batch_size, [], []
+        prompts = prompts_of(self.records, pipeline.family)
         with bar() as progress:
-            task = progress.add_task(title, total=len(self.prompts))
-            for at in range(0, len(self.prompts) - size + 1, size):
+            task = progress.add_task(title, total=len(prompts))
+            for at in range(0, len(prompts) - size + 1, size):
                 seeds = range(self.comparison.seed + at, self.comparison.seed + at + size)
                 began = time.perf_counter()
-                made.append(pipeline.sample(self.prompts[at : at + size], seeds, options, size))
+                made.append(pipeline.sample(prompts[at : at + size], seeds, options, size))
                 taken.append(time.perf_counter() - began)
                 progress.advance(task, size)
         return np.concatenate(made), statistics.median(taken[1:])
@@ -75,16 +76,12 @@ def with_fields(pipeline: Pipeline, line: Line) -> Pipeline:
 
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
-    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs.
-
-    Where a step chooses among sizes, as those of masked models do, it counts as the largest: an upper bound.
-    """
-    trips = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
+    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs; where its steps choose
+    among sizes, as those of masked models do, with the sizes that each of them takes."""
+    trips: Any = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
     trips = int(trips) or getattr(getattr(pipeline.family, "chain", None), "steps", 1)
-    order = getattr(pipeline.family, "order", None)
-    if order is not None and hasattr(options, "iterations"):
-        length = math.prod(pipeline.family.grid)
-        trips = length if order.single else min(trips, length)
+    if hasattr(pipeline.family, "chosen"):
+        trips = pipeline.family.chosen(options)
     condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
     family, text, static = pipeline.family, pipeline.text, unguided(options)
 
@@ -106,7 +103,7 @@ def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple
     made, seconds = ruler.draw(pipeline, options, title)
     limit = max(before, *(product() for _ in range(3)))
     size = ruler.comparison.batch_size
-    each = work(pipeline, options, ruler.prompts[:size]) / size
+    each = work(pipeline, options, prompts_of(ruler.records[:size], pipeline.family)) / size
     speed = {
         "seconds_per_image": seconds / size,
         "gflops_per_image": each / 1e9,

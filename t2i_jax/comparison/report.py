@@ -52,8 +52,7 @@ def write(
         f"{len(ruler.prompts)} pictures each, of known concepts in words that were not trained on; retrieval finds the "
         f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few pictures "
         "compare within this page only. Speed is that of a batch of "
-        f"{comparison.batch_size}, text and decoding included, beside the best matrix product before and after. "
-        "FLOPs of masked models count each step at its largest size: an upper bound.",
+        f"{comparison.batch_size}, text and decoding included, beside the best matrix product before and after.",
         "",
         *table({**found["runs"], "real pictures": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
         *(["", "To guide others:", "", *table(found["guides"], RUN_COLUMNS)] if found.get("guides") else []),

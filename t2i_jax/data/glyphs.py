@@ -68,7 +68,8 @@ def build_glyphs(
     `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
 
     A record has "image" (PNG), "captions", "unseen_caption" (a wording that no picture has), "key", "label_text",
-    "concept", "family", "style", "group", "split" and "license". The same call again finds the folder and does nothing.
+    "concept", "label" (the number of its concept, below the index's "classes"), "family", "style", "group", "split" and
+    "license". The same call again finds the folder and does nothing.
     Errors: `DataError` for an unknown style, a missing package, or a folder that holds something else.
     """
     out = Path(out)
@@ -84,8 +85,9 @@ def build_glyphs(
     dropped: Counter[str] = Counter()
     with atomic_folder(out) as folder:
         drawn = list(_draw(glyphs, size, dropped, pixels, progress))
-        records = write_shards(folder, _records(drawn, len(chosen) > 1))
-        index = {"name": "glyphs", "recipe": recipe, "packages": packages, **records}
+        classes = {name: n for n, name in enumerate(dict.fromkeys(glyph.concept for glyph, _ in drawn))}
+        records = write_shards(folder, _records(drawn, classes, len(chosen) > 1))
+        index = {"name": "glyphs", "recipe": recipe, "packages": packages, "classes": len(classes), **records}
         index |= {"dropped": dict(dropped), "pixels": pixels.hexdigest()}
         if not limit and not skin_tones:
             _check(chosen, size, pixels.hexdigest(), strict)
@@ -147,7 +149,7 @@ def _draw(
             yield glyph, _png(image)
 
 
-def _records(drawn: Sequence[tuple[Glyph, bytes]], styled: bool) -> Iterator[Record]:
+def _records(drawn: Sequence[tuple[Glyph, bytes]], classes: dict[str, int], styled: bool) -> Iterator[Record]:
     trained = {glyph.concept for glyph, _ in drawn if split_of(glyph, styled) == "train"}
     for glyph, png in drawn:
         split = split_of(glyph, styled)
@@ -160,6 +162,7 @@ def _records(drawn: Sequence[tuple[Glyph, bytes]], styled: bool) -> Iterator[Rec
             "key": f"{glyph.style}/{glyph.key}",
             "label_text": glyph.label,
             "concept": glyph.concept,
+            "label": classes[glyph.concept],
             "family": glyph.family,
             "style": glyph.style,
             "group": glyph.group,

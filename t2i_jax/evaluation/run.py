@@ -85,6 +85,10 @@ def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
     return [examples[int(i)] for i in places]
 
 
+def reads_classes(family: Any) -> bool:
+    return "label" in getattr(getattr(family, "condition", None), "inputs", ())
+
+
 def images_of(records: Sequence[Record]) -> np.ndarray:
     return np.stack([r["image"] for r in records])
 
@@ -130,8 +134,13 @@ def evaluate_codec(
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"pictures": len(real), "step": artifact.step})
 
 
-def prompts_of(records: Sequence[Record]) -> list[str]:
-    """What to ask for: a wording that no training caption has, where the data set keeps one, else the first caption."""
+def prompts_of(records: Sequence[Record], family: Any) -> list[str]:
+    """What to ask a model for: the class number where it reads those, else a wording that no training caption has,
+    where the data set keeps one, else the first caption. Errors: `ConfigError` for classes that no record tells."""
+    if reads_classes(family):
+        if any("label" not in r for r in records):
+            raise ConfigError("this model is asked by class numbers, and the data has none: no record has a 'label'")
+        return [str(int(r["label"])) for r in records]
     return [r.get("unseen_caption") or r["captions"][0] for r in records]
 
 
@@ -147,9 +156,12 @@ def evaluate_family(
     options: Any,
     judge: bool,
 ) -> Report:
-    """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts."""
+    """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
+    for the classes of training pictures."""
     train = records_of(reference, "train", 2000)
-    every = {"new words": records_of(reference, "train", count), "new concepts": records_of(reference, "test", count)}
+    known = records_of(reference, "train", count)
+    every = {"new words": known, "new concepts": records_of(reference, "test", count)}
+    every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
     space = [s.load() for s in spaces]
     numbers: dict[str, Number] = {}
@@ -161,7 +173,7 @@ def evaluate_family(
         captions = [r["captions"][0] for r in train]
         critic = Judge.train(space[-1], minilm_texts(), images_of(train), captions)
     for name, records in sets.items():
-        prompts, real = prompts_of(records), images_of(records)
+        prompts, real = prompts_of(records, pipeline.family), images_of(records)
         seeds = range(seed, seed + len(prompts))
         with bar() as progress:
             task = progress.add_task(f"sampling: {name}", total=len(prompts))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -25,6 +27,7 @@ from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
+    SHAPES,
     Confidence,
     Generation,
     MaskRate,
@@ -34,6 +37,7 @@ from t2i_jax.nn.orders import (
     by_confidence,
     hidden_by,
     orders_of,
+    remaining,
     with_known_last,
 )
 from t2i_jax.nn.tokens import from_tokens, to_tokens
@@ -246,6 +250,26 @@ class Masked:
 
     # -- sampling
 
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Compiled numbers of visible tokens, and of tokens that are asked for: shapes are fixed when a program is
+        compiled, counts are not, so each step takes the smallest of these few that holds its count."""
+        n = self.length
+        visible = sorted({-(-n * (k + 1) // self.buckets) for k in range(self.buckets)})
+        asked = [1] if self.order.single else sorted({min(4**k, n) for k in range(1 + math.ceil(math.log(n, 4)))})
+        return visible, asked
+
+    def chosen(self, options: Generation) -> list[tuple[int, ...]]:
+        """Which of the sizes each step takes when all tokens are drawn, where there is more than one."""
+        left = [self.length, *remaining(self.length, int(options.iterations), list(SHAPES)[int(options.shape)])]
+        left = list(range(self.length, -1, -1)) if self.order.single else [int(n) for n in left]
+        steps = [
+            (self.length - now, now if self.order.confident else now - then)
+            for now, then in pairwise(left)
+        ]
+        find = lambda counts: zip(self.sizes, counts, strict=True)
+        return [tuple(bisect_left(s, n) for s, n in find(step) if len(s) > 1) for step in steps]
+
     def sample(
         self,
         model: Network,
@@ -329,11 +353,7 @@ def _sample(
     total = jnp.sum(~keep, 1)
     step_places = jax.vmap(lambda row, n: row[n])
 
-    # Shapes are fixed when a program is compiled, counts are not: each step takes the smallest of few sizes that fits.
-    visible_sizes = sorted({-(-length * (n + 1) // config.buckets) for n in range(config.buckets)})
-    asked_sizes = (
-        [1] if order.single else sorted({min(4**n, length) for n in range(1 + math.ceil(math.log(length, 4)))})
-    )
+    visible_sizes, asked_sizes = config.sizes
 
     def look(size: int, x: Array, hidden: Array) -> Array:
         return config.restore(model, config.encode(model, slots, rows(x), rows(hidden), size), rows(hidden))
