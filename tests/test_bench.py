@@ -70,12 +70,13 @@ def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
     network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
     # Fresh output matrices are zero: every token would be the first.
     network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
-    eager = Eager(model, network)
-    for guidance in (1.0, 3.0):
-        options, keys = Sampling(guidance=guidance, greedy=True), jax.random.split(jax.random.key(1), 2)
-        ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
-        np.testing.assert_array_equal(ours, eager.sample(labels, options))
-        assert len(np.unique(ours)) > 50
+    eager, options, keys = Eager(model, network), Sampling(guidance=3.0, greedy=True), jax.random.split(jax.random.key(1), 2)
+    ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
+    threads = eager.torch.get_num_threads()
+    eager.torch.set_num_threads(1)  # more of them only wait for each other in products as small as these
+    np.testing.assert_array_equal(ours, eager.sample(labels, options))
+    eager.torch.set_num_threads(threads)
+    assert len(np.unique(ours)) > 50
 
 
 def test_the_loop_in_pytorch_filters_as_ours_does():

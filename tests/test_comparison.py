@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
     # `cond` has its false branch first.
     assert flops.count(looped, x, trips=[(0, 0), (0, 1), (1, 0)]) == (2 + 3 + 3) * 128
     assert flops.count(looped, x, trips=2) == 2 * 4 * 128
-    shape = dict(grid=(4, 4), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3))
+    shape: dict[str, Any] = dict(
+        grid=(4, 4), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3)
+    )
     model = Masked(buckets=4, **shape)
     assert model.sizes == ([4, 8, 12, 16], [1, 4, 16])
     # Hidden after each of four steps: 14, 11, 6, 0; so 0, 2, 5, 10 are visible and 2, 3, 5, 6 are asked for.

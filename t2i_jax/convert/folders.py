@@ -109,12 +109,12 @@ def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {key: _value(words) for key, words in found.items()}
 
 
-def text_side(words: str) -> Any:
+def text_side(words: str, flag: str = "--text") -> Any:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
     length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set behind commas:
     `clip:vit_b_32.pt,activation=gelu`.
 
-    Errors: `ConfigError` for other kinds, paths and fields.
+    flag: what errors call it. Errors: `ConfigError` for other kinds, paths and fields.
     """
     from t2i_jax.text.clip import ClipEmbedding, ClipText
     from t2i_jax.text.decoder_lm import DecoderLM
@@ -126,12 +126,12 @@ def text_side(words: str) -> Any:
     path, *settings = rest.split(",")
     if kind not in kinds or not Path(path).exists():
         known = ", ".join(f"{k}:FOLDER" for k in kinds)
-        raise ConfigError(f"--text {words}: it is one of {known}, with a folder as Hugging Face lays it out")
+        raise ConfigError(f"{flag} {words}: it is one of {known}, with a folder as Hugging Face lays it out")
     encoder, fields = kinds[kind]
     known = [f.name for f in dataclasses.fields(encoder) if f.name != "folder"]
     given = {key: _value([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
-        raise ConfigError(f"--text {words}: {kind} has no field {min(wrong)}; it has {', '.join(known)}")
+        raise ConfigError(f"{flag} {words}: {kind} has no field {min(wrong)}; it has {', '.join(known)}")
     return encoder(path, **(fields | given))
 
 

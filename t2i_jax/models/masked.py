@@ -263,10 +263,7 @@ class Masked:
         """Which of the sizes each step takes when all tokens are drawn, where there is more than one."""
         left = [self.length, *remaining(self.length, int(options.iterations), list(SHAPES)[int(options.shape)])]
         left = list(range(self.length, -1, -1)) if self.order.single else [int(n) for n in left]
-        steps = [
-            (self.length - now, now if self.order.confident else now - then)
-            for now, then in pairwise(left)
-        ]
+        steps = [(self.length - now, now if self.order.confident else now - then) for now, then in pairwise(left)]
         find = lambda counts: zip(self.sizes, counts, strict=True)
         return [tuple(bisect_left(s, n) for s, n in find(step) if len(s) > 1) for step in steps]
 

@@ -1,0 +1,72 @@
+"""The `t2i` command: each of its words is a module, which reads its arguments and hands them to the room that does the
+work."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from t2i_jax.cli.shared import console, fail
+
+COMMANDS = {
+    "data": "build a data set that ships as packages; train a vocabulary on captions",
+    "train": "train or go on with a run (a codec or a model)",
+    "encode": "images and captions to codes and features, once",
+    "sample": "prompts to pictures",
+    "evaluate": "the metrics of a run or a released model",
+    "compare": "several models with equal compute, in one report",
+    "convert": "a published checkpoint to a released model, and back",
+    "release": "a run to a released model: one folder that can travel",
+    "plan": "memory, time and collectives of a run, for chips that need not be there",
+    "bench": "speeds beside the limits of this machine",
+}
+
+USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
+USAGE += "\n\n`t2i COMMAND --help` tells the rest; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. What a user can mend is one clear line and exit status 2; Ctrl-C is 130."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if arguments else 2)
+    if arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.4)
+        fail(
+            f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
+        )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told as one line
+
+    from t2i_jax.config import ConfigError
+    from t2i_jax.data.records import DataError
+    from t2i_jax.platform import prepare
+    from t2i_jax.training.checkpoints import CheckpointError
+    from t2i_jax.training.guard import NotFinite
+    from t2i_jax.training.loop import Interrupted
+    from t2i_jax.training.watch import STATUS, Lost
+
+    # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
+    late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
+    sys.unraisablehook = late
+    prepare()
+    try:
+        importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
+    except CheckpointError as error:
+        console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
+    except Lost as error:
+        console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        os._exit(STATUS)  # an orderly exit waits for the others
+    except (ConfigError, DataError, NotFinite, ImportError, OSError) as error:
+        fail(f"t2i {arguments[0]}: {error}")
+    except Interrupted as stop:
+        console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
+        sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:
+        fail(f"t2i {arguments[0]}: interrupted; the same command goes on", 130)

@@ -1,0 +1,5 @@
+"""`python -m t2i_jax.cli`: the same as `t2i`."""
+
+from t2i_jax.cli import main
+
+main()

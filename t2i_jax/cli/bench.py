@@ -1,0 +1,5 @@
+"""`t2i bench`: speeds beside the limits of this machine."""
+
+from t2i_jax.bench import main as run
+
+__all__ = ["run"]

@@ -1,0 +1,42 @@
+"""`t2i compare`: several models with equal compute, in one report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t2i_jax import comparison, config
+from t2i_jax.cli.shared import console, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareArguments:
+    """Train several models with equal compute, draw from each, sweep sampling options, and write one report.
+
+    What was trained or measured before is taken over: the same command goes on.
+    Example: t2i compare configs/compare_discrete.py --out docs/results/discrete --count 100
+    """
+
+    config: tyro.conf.Positional[Path]
+    """a file whose `experiment` is a `t2i_jax.comparison.Comparison`"""
+    out: Path
+    """OUT.md, OUT.json, OUT.png and a plot for each sweep"""
+    runs: Path | None = None
+    """where the runs lie; runs/NAME of the config file unless given"""
+    count: int | None = None
+    flops: float | None = None
+    """training compute of each run; the config's own unless given"""
+
+
+def run(arguments: list[str]) -> None:
+    args = parse(CompareArguments, arguments, "t2i compare")
+    wanted = config.load(args.config)
+    if not isinstance(wanted, comparison.Comparison):
+        raise config.ConfigError(f"{args.config}: `experiment` must be a Comparison, not a {type(wanted).__name__}")
+    given = {k: v for k in ("count", "flops") if (v := getattr(args, k)) is not None}
+    command = f"t2i compare {' '.join(arguments)}"
+    runs = args.runs or Path("runs") / args.config.stem
+    comparison.run(dataclasses.replace(wanted, **given), runs, args.out, command)
+    console.print(f"{args.out}.md, with its pictures beside it", soft_wrap=True)

@@ -1,0 +1,54 @@
+"""`t2i convert`: a published checkpoint to a released model, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.convert import folders
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertArguments:
+    """A published checkpoint (.pt, .pth, .ckpt, .safetensors) to a released model that `t2i sample` takes, and back.
+
+    What the file cannot tell are further flags, as --grid 24 24, and so are fields of the configuration.
+
+    --text names the frozen encoder of captions: t5:FOLDER, clip:PATH (one vector) or clip-tokens:PATH, a folder as
+    Hugging Face or open_clip lay it out, or a file with OpenAI's names. Such a file does not tell its activation: those
+    that open_clip trained with plain GELU, as most on LAION-2B and DataComp, want clip:FILE,activation=gelu.
+    """
+
+    format: tyro.conf.Positional[str]
+    weights: tyro.conf.Positional[Path]
+    """the published file; with --back a run or a released model"""
+    out: Path
+    """folder to write; with --back a .safetensors file"""
+    codec: Path | None = None
+    """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
+    text: str = ""
+    """frozen text encoder of the model: t5:FOLDER, clip:PATH or clip-tokens:PATH, and its fields behind commas"""
+    back: bool = False
+    """write a run or a released model as a published file"""
+
+
+def run(arguments: list[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print("usage: t2i convert FORMAT WEIGHTS --out DIR [--codec DIR] [--text KIND:FOLDER] [hints]")
+        print("       t2i convert FORMAT DIR --back --out FILE.safetensors\n\n" + str(ConvertArguments.__doc__))
+        print("formats, each with an example:\n" + folders.help_text())
+        sys.exit(0 if arguments else 2)
+    args, rest = parse_some(ConvertArguments, arguments, "t2i convert")
+    if args.back:
+        folders.to_file(args.format, args.weights, args.out)
+        console.print(f"{args.out}: written in the names of {args.format}", soft_wrap=True)
+        return
+    text = folders.text_side(args.text) if args.text else None
+    codec = str(args.codec) if args.codec else ""
+    artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
+    needs = hasattr(artifact.config, "sample") and hasattr(artifact.config, "vocabulary") and not codec
+    console.print(f"{args.out}: converted" + ("; give --codec to draw pictures with it" * needs), soft_wrap=True)

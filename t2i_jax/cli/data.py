@@ -1,0 +1,87 @@
+"""`t2i data`: data sets that ship as packages, and vocabularies."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+
+from t2i_jax import config
+from t2i_jax.cli.shared import console, parse, parse_some
+from t2i_jax.config import ConfigError
+from t2i_jax.data.glyphs import build_glyphs
+from t2i_jax.progress import bar
+from t2i_jax.text.sentencepiece import train_vocabulary
+
+USAGE = """usage: t2i data {build,vocab} ...
+
+  build  build a data set that ships as packages
+  vocab  train a vocabulary on captions"""
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildArguments:
+    """Build a data set that ships as packages into ArrayRecord files.
+
+    Example: t2i data build glyphs --out data/glyphs --size 32
+    """
+
+    name: tyro.conf.Positional[str]
+    """the data set; `glyphs` is what there is"""
+    out: Path = Path("data/glyphs")
+    size: int = 64
+    """side of the pictures in pixels"""
+    styles: str = "twemoji"
+    """`twemoji` (from two Python packages), `all` (ten styles, needs npm), or names joined by commas"""
+    skin_tones: bool = False
+    """keep the skin-tone variants of people and hands"""
+    strict: bool = False
+    """refuse a build whose pixels differ from the recorded hash"""
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabArguments:
+    """Train a SentencePiece vocabulary on the training captions of a config.
+
+    Example: t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model --size 1000
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path
+    size: int = 1000
+    """pieces; 256 of them are bytes"""
+    kind: str = "unigram"
+    """`unigram` or `bpe`"""
+
+
+def run(arguments: list[str]) -> None:
+    words = {"build": build, "vocab": vocab}
+    if not arguments or arguments[0] not in words:
+        print(USAGE)
+        sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+    words[arguments[0]](arguments[1:])
+
+
+def build(arguments: list[str]) -> None:
+    args = parse(BuildArguments, arguments, "t2i data build")
+
+    if args.name != "glyphs":
+        raise ConfigError(f"there is no data set '{args.name}'; 'glyphs' is what can be built")
+    with bar() as progress:
+        task = progress.add_task("drawing")
+        told = lambda done, total: progress.update(task, completed=done, total=total)
+        settings = {"styles": args.styles, "size": args.size, "skin_tones": args.skin_tones, "strict": args.strict}
+        index = build_glyphs(args.out, **settings, progress=told)
+    counts = ", ".join(f"{v['count']} {k}" for k, v in index["splits"].items())
+    console.print(f"{args.out}: {counts}; who drew them is in CREDITS.md")
+
+
+def vocab(arguments: list[str]) -> None:
+    args, rest = parse_some(VocabArguments, arguments, "t2i data vocab")
+
+    experiment = config.load(args.config, rest)
+    captions = [c for record in experiment.data.examples("train") for c in record["captions"]]
+    train_vocabulary(captions, args.out, args.size, args.kind)
+    console.print(f"{args.out}: vocabulary of {args.size} pieces from {len(captions)} captions")

@@ -1,0 +1,32 @@
+"""`t2i encode`: images and captions to codes and features, once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t2i_jax import config
+from t2i_jax.cli.shared import parse_some
+from t2i_jax.encode import encode_splits
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeArguments:
+    """Compute the codes (and the features of a frozen text encoder) of a config's data once, and store them.
+
+    Example: t2i encode configs/quickstart.py --out data/glyphs_codes
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path
+    splits: tuple[str, ...] = ("train", "val", "test")
+    batch_size: int = 128
+    block: int = 8192
+    """records of a file; work that was cut off goes on behind the last whole one"""
+
+
+def run(arguments: list[str]) -> None:
+    args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
+    encode_splits(config.load(args.config, rest), args.out, args.splits, args.batch_size, args.block)

@@ -1,0 +1,50 @@
+"""`t2i evaluate`: the metrics of a run or a released model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t2i_jax import config
+from t2i_jax.cli.shared import parse_some
+from t2i_jax.evaluation.run import evaluate_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArguments:
+    """The metrics table of a run or a released model, with pictures; written to report.json, report.md, samples.png.
+
+    A codec is judged by its reconstructions, a model by its pictures for captions and by the likelihood of real ones.
+    Example: t2i evaluate runs/quickstart/model --out runs/quickstart --count 200
+    """
+
+    model: tyro.conf.Positional[Path]
+    out: Path | None = None
+    """folder for the report; the model's own unless given"""
+    data: str = ""
+    """config whose data is the reference; the run's own unless given"""
+    count: int = 100
+    """pictures per set of prompts: captions of the training concepts in new words, and concepts held out"""
+    batch_size: int = 50
+    seed: int = 0
+    spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
+    """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
+    judge: bool = False
+    """also train a small judge of picture and caption on the training pairs, and rank by it"""
+
+
+def run(arguments: list[str]) -> None:
+    args, rest = parse_some(EvaluateArguments, arguments, "t2i evaluate")
+    evaluate_folder(
+        args.model,
+        args.out or args.model,
+        config.load(args.data) if args.data else None,
+        count=args.count,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        spaces=args.spaces,
+        judge=args.judge,
+        options=rest,
+    )

@@ -1,0 +1,82 @@
+"""`t2i plan`: memory, time and collectives of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import tyro
+from rich.console import Console
+
+from t2i_jax import config
+from t2i_jax import plan as plans
+from t2i_jax.cli.shared import console, parse_some
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """What a run will need, before it is paid for: memory, FLOPs, traffic, collectives, time and MFU of every chip.
+
+    For TPUs (v5e, v5p, v6e) the real train step is compiled by the real compiler, on any Linux machine; for GPUs (h100,
+    h200, b200) it is counted. Fields of the config can be set as for `train`.
+    Example: t2i plan configs/quickstart.py --topology v5e:4x4 --mesh data=4,fsdp=4 --images 1e8
+    """
+
+    config: tyro.conf.Positional[Path]
+    topology: str
+    """CHIP:SHAPE, as v5e:16x16, v5p:4x4x4, h100:64"""
+    mesh: str = ""
+    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest; the config's own unless given"""
+    sample: bool = False
+    """plan the sampler too, for a batch of `data.batch_size` pictures (TPUs)"""
+    sweep: bool = False
+    """try meshes, remat policies and batch sizes, and rank what fits"""
+    batch_sizes: tuple[int, ...] = ()
+    """of the sweep; the config's own, twice and four times it unless given"""
+    compiles: int = 3
+    """how many of the sweep's best are compiled"""
+    twin: bool = False
+    """compile models of 2 and 4 layers instead and scale by depth, where the whole would take too long"""
+    estimate: bool = False
+    """count for TPUs too and compile nothing: seconds in place of minutes"""
+    images: float = 1e9
+    """pictures to be seen in training"""
+    inputs: tuple[str, ...] = ()
+    """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""
+    encoded: bool = False
+    """do not look at the data; take codes and features as computed before"""
+    out: Path | None = None
+    """write the plans as JSON, or as a Markdown table if it ends in .md"""
+
+
+def run(arguments: list[str]) -> None:
+    # The compiler is asked for chips that are not here; what is here stays free for others.
+    jax.config.update("jax_platforms", "cpu")
+
+    args, rest = parse_some(PlanArguments, arguments, "t2i plan")
+    topology = plans.Topology.read(args.topology)
+    experiment = config.load(args.config, rest)
+    found = plans.run(
+        dataclasses.replace(experiment, mesh=plans.read_mesh(args.mesh, experiment.mesh)),
+        topology,
+        sample=args.sample,
+        sweeping=args.sweep,
+        batch_sizes=args.batch_sizes,
+        compiles=args.compiles,
+        shallow=args.twin,
+        counted=args.estimate,
+        images=args.images,
+        inputs=args.inputs,
+        encoded=args.encoded,
+        told=lambda message: console.print(message, style="dim", soft_wrap=True),
+    )
+    shown = Console()
+    shown = shown if shown.is_terminal else Console(width=140)
+    if args.sweep:
+        shown.print(plans.ranking(found[:20], f"{args.config} on {topology}, best first"))
+    for one in found[:1] if args.sweep else found:
+        shown.print(plans.table(one))
+    if args.out:
+        plans.write(found, args.out)
+        console.print(f"{args.out}: {len(found)} plans", soft_wrap=True)

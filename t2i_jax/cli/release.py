@@ -1,0 +1,30 @@
+"""`t2i release`: a run to one folder that can travel."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t2i_jax.cli.shared import console, parse
+from t2i_jax.pipeline import release as release_run
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseArguments:
+    """Write the model of a run as a released model: weights as safetensors, config, tokenizer, codec, model card.
+
+    Example: t2i release runs/quickstart/model --out models/glyphs
+    """
+
+    run: tyro.conf.Positional[Path]
+    out: Path
+    scale: bool = False
+    """of a KL autoencoder: measure the scale and shift of its codes on the run's pictures, and release it with them"""
+
+
+def run(arguments: list[str]) -> None:
+    args = parse(ReleaseArguments, arguments, "t2i release")
+    release_run(args.run, args.out, args.scale)
+    console.print(f"{args.out}: released; it can be moved anywhere")

@@ -1,0 +1,101 @@
+"""`t2i sample`: prompts to pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from PIL import Image
+
+from t2i_jax import config
+from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.convert.folders import text_side
+from t2i_jax.evaluation.rerank import Reranker, keep_best
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.previews import sample_to_folder
+from t2i_jax.training.artifacts import load_artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArguments:
+    """Draw pictures for prompts with a run or a released model. Pictures that are there already are not drawn again.
+
+    The model's sampling options are further flags (--guidance, --temperature, --top-k, ...): t2i sample MODEL --help.
+    Example: t2i sample runs/quickstart/model "a red heart" "a smiling cat" --count 4 --guidance 4
+    """
+
+    model: tyro.conf.Positional[Path]
+    """run folder or released model"""
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    """prompts; class numbers for a class-conditional model"""
+    prompts: Path | None = None
+    """file with one prompt a line, for bulk"""
+    out: Path = Path("samples")
+    count: int = 1
+    """pictures per prompt, with seeds seed, seed + 1, ..."""
+    seed: int = 0
+    batch_size: int = 16
+    scale: int = 4
+    """enlargement of the pictures in the grid"""
+    int8: bool = False
+    """matrices as whole numbers and scales: a quarter of the memory, nearly the same pictures; not for every family"""
+    rerank: str = ""
+    """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt, with fields of it set
+    behind commas: vit_b_32.pt,activation=gelu"""
+    candidates: int = 16
+    """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
+    image: Path | None = None
+    """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a
+    start that remembers it: --strength 0.6"""
+    mask: Path | None = None
+    """a picture of that size, white where to draw"""
+    pull_by: Path | None = None
+    """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --pull 3"""
+    weak: Path | None = None
+    """run of a worse model of the same configuration, to guide away from in the place of the unconditional one"""
+    upsample: Path | None = None
+    """run folder or released model that makes the pictures larger, by its own sampling options"""
+    watch: bool = False
+    """let the bar move within a batch, and show in growing.png how pictures came about; is compiled at each start"""
+
+
+def run(arguments: list[str]) -> None:
+    if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
+        family = config.load(arguments[0]).model
+        console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
+        config.override(family.options(), ["--help"], "t2i sample MODEL")
+    args, rest = parse_some(SampleArguments, arguments, "t2i sample")
+    prompts = list(args.text) + (args.prompts.read_text("utf-8").splitlines() if args.prompts else [])
+    if not prompts:
+        raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
+    pipeline = Pipeline.load(args.model, int8=args.int8)
+    options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
+    if jax.process_count() > 1 and (args.watch or args.rerank):
+        raise config.ConfigError("--watch and --rerank work in one process alone")
+    if args.weak and np.all(np.asarray(options.guidance) == 1):
+        raise config.ConfigError("--weak with guidance 1: nothing guides; add --guidance 2")
+    if not args.image and getattr(options, "strength", 1) != 1:
+        raise config.ConfigError("--strength without --image: of which picture?")
+    if args.mask and not args.image:
+        raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
+    if args.image:
+        mask = np.asarray(Image.open(args.mask).convert("L")) > 127 if args.mask else None
+        pipeline = pipeline.holding(np.asarray(Image.open(args.image).convert("RGB")), mask)
+    if args.pull_by:
+        pipeline = pipeline.pulled(load_artifact(args.pull_by), str(args.pull_by))
+    if args.weak:
+        pipeline = pipeline.beside(load_artifact(args.weak), str(args.weak))
+    if args.upsample:
+        pipeline = pipeline.enlarged(Pipeline.load(args.upsample), args.upsample.name)
+    drawn = max(args.count, args.candidates) if args.rerank else args.count
+    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
+    folder = args.out / "candidates" if args.rerank else args.out
+    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
+    if args.rerank:
+        judge = Reranker(text_side(f"clip:{args.rerank}", "--rerank"), batch_size=args.batch_size)
+        files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
+        keep_best(files, prompts, args.count, args.out, judge, args.scale)
+        console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")

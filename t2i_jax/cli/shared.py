@@ -1,0 +1,26 @@
+"""What every command needs: a console, its arguments, and one clear line for what a user can mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+console = Console(stderr=True)
+
+
+def fail(message: str, status: int = 2) -> None:
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
+    return tyro.cli(kind, args=list(arguments), prog=prog)
+
+
+def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+    """The command's own arguments, and the rest: overrides of fields that only a config or a model knows."""
+    return tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True)

@@ -1,0 +1,39 @@
+"""`t2i train`: train the model of a config, or go on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t2i_jax import config
+from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.previews import Previews
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.loop import train as train_run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train the model of a config, or go on with the run where it stopped.
+
+    Every field of the config can be set: t2i train CONFIG --help lists them.
+    Example: t2i train configs/quickstart.py --run runs/mine --train.steps=500 --train.optimizer.learning-rate=1e-3
+    """
+
+    config: tyro.conf.Positional[Path]
+    run: Path | None = None
+    """run folder; runs/NAME of the config file unless given"""
+
+
+def run(arguments: list[str]) -> None:
+    if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
+        config.load(arguments[0], ["--help"])
+    args, rest = parse_some(TrainArguments, arguments, "t2i train")
+    experiment = config.load(args.config, rest)
+    if not isinstance(experiment, Experiment):
+        raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
+    run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
+    train_run(experiment, run, Previews())
+    console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
