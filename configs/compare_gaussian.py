@@ -1,17 +1,19 @@
 """Gaussian diffusion on 32x32 glyphs: pixels or latents, noise or velocity; guidance, solvers and steps.
 
-Latents are those of `glyphs_kl.py`, stored with the captions' features. Every sixth picture is used, so that minutes of
-training are many passes over them. `t2i compare` runs it.
+Latents are those of `glyphs_kl.py`, stored with the captions' features. Every twelfth picture is used, so that minutes
+of training are many passes over them. `t2i compare` runs it.
 """
 
+import dataclasses
 from typing import Any
 
 from t2i_jax.comparison import Comparison, Line, Sweep
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import Features
+from t2i_jax.nn.condition import Classes, Features
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
@@ -22,26 +24,29 @@ from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
 CONDITION = Features(MiniLM.dim, 1)
+CONCEPTS = 1900
+"""Classes at most; each picture shows another."""
+PICTURES = Data(ArrayRecord("data/glyphs", every=12), image_size=32, batch_size=16)
 # Patches of 4x4 pixels make as many tokens as the latents have.
 PIXELS: dict[str, Any] = dict(size=(32, 32), channels=3, patch=4)
 LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
 
 
-def dit(shape: dict[str, Any], **fields: Any) -> Diffusion:
-    network = DiT(width=144, depth=5, heads=4, condition=CONDITION, learn_variance=False, **shape)
+def dit(shape: dict[str, Any], condition: Any = CONDITION, **fields: Any) -> Diffusion:
+    network = DiT(width=144, depth=5, heads=4, condition=condition, learn_variance=False, **shape)
     return Diffusion(network, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **fields)
 
 
 def trained(model: Diffusion, latent: bool) -> Experiment:
     return Experiment(
         model,
-        Data(ArrayRecord("data/glyphs_latents" if latent else "data/glyphs", every=6), image_size=32, batch_size=16),
+        dataclasses.replace(PICTURES, source=ArrayRecord("data/glyphs_latents", every=12)) if latent else PICTURES,
         Train(
             optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.01),
             ema=0.98,
         ),
         codec="runs/glyphs/kl_scaled" if latent else "",
-        text=TEXT,
+        text=None if isinstance(model.condition, Classes) else TEXT,
     )
 
 
@@ -65,9 +70,16 @@ runs = {
     "pixel UNet, v": trained(
         Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **NOISE), False
     ),
+    "pixel DiT, flow, classes": trained(dit(PIXELS, Classes(CONCEPTS), **FLOW), False),
 }
-MAIN, EPS, PIXEL = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow"
+MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow", "pixel DiT, flow, classes"
 
+# Tells classes of noised pictures apart.
+classifier = Experiment(
+    NoisedClassifier(dataclasses.replace(unet, width=48, condition=None), CONCEPTS, "adaptive", Flow()),
+    dataclasses.replace(PICTURES, batch_size=64),
+    Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
+)
 # Tells captions of noised pictures apart, by words of its own.
 judge = Experiment(
     NoisedCLIP(
@@ -84,7 +96,7 @@ judge = Experiment(
         scale=20.0,
         process=Flow(),
     ),
-    Data(ArrayRecord("data/glyphs", every=6), image_size=32, batch_size=64),
+    dataclasses.replace(PICTURES, batch_size=64),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
     text=SentencePiece("data/glyphs/vocabulary.model", length=16),
 )
@@ -96,9 +108,9 @@ One sentence with other words: what is noised (pixels, or the latents of a small
 predicts (noise, v, velocity), which network. Each has about 2 M parameters and equal training compute.
 """,
     runs=runs,
-    reference=Experiment(runs[MAIN].model, Data(ArrayRecord("data/glyphs", every=6), image_size=32)),
-    guides={"image-text model": judge},
-    flops=2e12,
+    reference=Experiment(runs[MAIN].model, PICTURES),
+    guides={"image-text model": judge, "classifier": classifier},
+    flops=6e12,
     sweeps={
         "steps": Sweep(
             "Steps of each solver, latent flow",
@@ -123,15 +135,27 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "Classifier-free guidance",
             "guidance",
             (1.0, 2.0, 4.0),
-            {name: Line(name) for name in (MAIN, EPS, PIXEL)},
+            {name: Line(name) for name in (MAIN, EPS, PIXEL, CLASSES)},
+        ),
+        "classifier": Sweep(
+            "Guidance by a classifier of noised pictures",
+            "pull",
+            (0.0, 1.0, 3.0, 10.0),
+            {
+                "without classifier-free guidance": Line(CLASSES, {"guidance": 1.0}, pulled_by="classifier"),
+                "with guidance 2": Line(CLASSES, pulled_by="classifier"),
+                "of a model that is told no class": Line(CLASSES, {"guidance": 0.0}, pulled_by="classifier"),
+            },
+            about="Guidance 0 leaves the model without its condition, so that the classifier alone says what to draw.",
         ),
         "pull": Sweep(
             "Guidance by an image-text model of noised pictures",
             "pull",
-            (0.0, 1.0, 3.0),
+            (0.0, 1.0, 3.0, 10.0),
             {
                 "without classifier-free guidance": Line(PIXEL, {"guidance": 1.0}, pulled_by="image-text model"),
                 "with guidance 2": Line(PIXEL, pulled_by="image-text model"),
+                "of a model that is told no caption": Line(PIXEL, {"guidance": 0.0}, pulled_by="image-text model"),
             },
         ),
     },

@@ -22,6 +22,6 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in KINDS:
         asked = arguments[:1] in (["-h"], ["--help"])
         print("usage: t2i bench {" + ",".join(KINDS) + "} ...\n\n" + "\n".join(f"  {k:8}{v}" for k, v in KINDS.items()))
-        print("\nExample: t2i bench sample --shape llamagen-b --batch-size 1 --int8")
+        print("\nExample: t2i bench sample --shape llamagen-b --batch 1 --int8")
         raise SystemExit(0 if asked else 2)
     importlib.import_module(f"t2i_jax.bench.{arguments[0]}").main(arguments[1:])
