@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,7 +55,19 @@ class MeshConfig:
         if math.prod(sizes) > len(devices):
             raise ValueError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
-        return jax.make_mesh(tuple(sizes), MESH_AXES, (AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)])
+        return Mesh(self._placed(sizes, devices[: math.prod(sizes)]), MESH_AXES, (AxisType.Auto,) * 3)
+
+    def _placed(self, sizes: list[int], devices: list[Any]) -> np.ndarray:
+        """The devices in the shape of the mesh: its axes lie along those of the chips' torus where they fit, and split
+        them where not (which jax.make_mesh refuses on most TPUs); between slices, which a slower network joins, lies
+        nothing but `data`."""
+        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        if slices == 1 or devices[0].platform != "tpu":
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        if sizes[0] % slices:
+            raise ValueError(f"mesh {self}: data={sizes[0]} cannot be divided among {slices} slices")
+        inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1]
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def shard(x: Array, *axes: str | None) -> Array:

@@ -431,7 +431,26 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler (extra `plan`)")
+TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler (extra `plan`)")
+
+
+@TPU
+def test_meshes_lie_on_a_torus_and_between_slices_is_data_alone(monkeypatch):
+    from jax.experimental import topologies
+
+    for name, value in ready.LIBTPU.items():
+        monkeypatch.setenv(name, value)
+    described = lambda name, **more: list(topologies.get_topology_desc(name, "tpu", **more).devices)
+    whole = MeshConfig(8, 64).build(described("v5p:8x8x8"))
+    assert {d.coords[0] for d in whole.devices[0].flat} == {0} or {d.coords[2] for d in whole.devices[0].flat} == {0}
+    assert MeshConfig(16, 32).build(described("v5p:8x8x8")).devices.shape == (16, 32, 1)  # no axis of the torus is so long
+    two = described("v5e:4x4", num_slices=2)
+    assert [d.slice_index for d in MeshConfig(4, 8).build(two).devices[:, 0, 0]] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="data=1 cannot be divided among 2 slices"):
+        MeshConfig(1, 32).build(two)
+
+
+@TPU
 def test_the_tpu_compiler_agrees_with_the_count():
     """The real step, compiled for four chips: its products are those of the traced step, split in four."""
     e = experiment(dataclasses.replace(SMALL, depth=3, width=128), mesh=MeshConfig(1, 2, 2))
