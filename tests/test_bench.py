@@ -70,7 +70,11 @@ def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
     network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
     # Fresh output matrices are zero: every token would be the first.
     network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
-    eager, options, keys = Eager(model, network), Sampling(guidance=3.0, greedy=True), jax.random.split(jax.random.key(1), 2)
+    eager, options, keys = (
+        Eager(model, network),
+        Sampling(guidance=3.0, greedy=True),
+        jax.random.split(jax.random.key(1), 2),
+    )
     ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
     threads = eager.torch.get_num_threads()
     eager.torch.set_num_threads(1)  # more of them only wait for each other in products as small as these

@@ -30,7 +30,7 @@ from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import resolved
-from t2i_jax.plan.ready import depths, twin, wanted
+from t2i_jax.plan.ready import LIBTPU, depths, twin, wanted
 from t2i_jax.plan.sweep import meshes, policies
 from t2i_jax.training.experiment import Experiment, Train
 
@@ -430,7 +430,6 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
         plans.devices_of(plans.Topology.read("v5e:2x2"))
 
 
-@pytest.mark.slow
 TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the TPU compiler (extra `plan`)")
 
 
@@ -438,12 +437,13 @@ TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs t
 def test_meshes_lie_on_a_torus_and_between_slices_is_data_alone(monkeypatch):
     from jax.experimental import topologies
 
-    for name, value in ready.LIBTPU.items():
+    for name, value in LIBTPU.items():
         monkeypatch.setenv(name, value)
     described = lambda name, **more: list(topologies.get_topology_desc(name, "tpu", **more).devices)
     whole = MeshConfig(8, 64).build(described("v5p:8x8x8"))
     assert {d.coords[0] for d in whole.devices[0].flat} == {0} or {d.coords[2] for d in whole.devices[0].flat} == {0}
-    assert MeshConfig(16, 32).build(described("v5p:8x8x8")).devices.shape == (16, 32, 1)  # no axis of the torus is so long
+    # No axis of the torus is 16 or 32 long.
+    assert MeshConfig(16, 32).build(described("v5p:8x8x8")).devices.shape == (16, 32, 1)
     two = described("v5e:4x4", num_slices=2)
     assert [d.slice_index for d in MeshConfig(4, 8).build(two).devices[:, 0, 0]] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="data=1 cannot be divided among 2 slices"):
