@@ -78,7 +78,7 @@ tokens.
     reference=dataclasses.replace(
         next(iter(runs.values())), data=Data(ArrayRecord("data/glyphs", every=12), image_size=32)
     ),
-    flops=1e13,
+    flops=6e12,
     sweeps={
         "iterations": Sweep(
             "Steps in which the tokens become known",

@@ -14,6 +14,7 @@ from t2i_jax.pipeline import image_keys
 from t2i_jax.text.clip import ClipText
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
+from t2i_jax.training.artifacts import bundled, relocated
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers")
@@ -96,6 +97,15 @@ def test_three_encoders_are_one_text(tmp_path):
         *(ClipText(str(tmp_path / name), vocabulary=merges) for name in ("first", "second")),
         T5(str(tmp_path / "t5"), 5),
     )
+    away = tmp_path / "released"
+    away.mkdir()
+    moved = bundled(text, away, whole=True)
+    assert (
+        moved.first.folder == "first_text" and moved.t5.folder == "t5_text" and (away / moved.first.vocabulary).exists()
+    )
+    for name in ("first", "second", "t5"):
+        (tmp_path / name).rename(tmp_path / f"old {name}")
+    text = relocated(moved, away)
     ids = np.concatenate([text.first(["cat"])[0], text.second(["cat"])[0], [[7, 8, 1, 0, 0]]], 1)
     found = jax.jit(text.features)(text.load(), ids, np.ones(ids.shape, bool))
     assert found.shape == (1, text.length, text.dim)

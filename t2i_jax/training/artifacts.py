@@ -1,7 +1,7 @@
 """Models in folders: runs and released models are read by one function and look the same to whoever uses them.
 
-A released model is one folder: `config.json`, `model.safetensors`, tokenizer files, `README.md` (the model card), and
-the released codec it needs in `codec/`.
+A released model is one folder: `config.json`, `model.safetensors`, `README.md` (the model card), its vocabulary, and
+what it needs of other models: the released codec in `codec/`, the frozen text encoder in `text/`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from t2i_jax.config import ConfigError, from_json, to_json
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
 from t2i_jax.training.remote import fetched, place
+
+BESIDE = {"path": "vocabulary", "vocabulary": "vocabulary", "folder": "text"}
+"""Fields of texts that name files, and how the copies in a model's folder are called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    text = bundled(artifact.text, temporary)
+    text = bundled(artifact.text, temporary, whole=True)
     config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
     config |= {"step": artifact.step, "image_size": artifact.image_size}
     (temporary / "config.json").write_text(json.dumps({k: to_json(v) for k, v in config.items()}, indent=2))
@@ -106,19 +109,53 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     os.replace(temporary, folder)
 
 
-def bundled(text: Any, folder: Path) -> Any:
-    """`text` with its vocabulary file copied into `folder`, so that the folder can travel."""
-    path = getattr(text, "path", None)
-    if not path:
+def bundled(text: Any, folder: Path, whole: bool = False, part: str = "") -> Any:
+    """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
+    can travel. part: what the names of the copies begin with, for one of several texts."""
+    if not dataclasses.is_dataclass(text) or isinstance(text, type):
         return text
-    name = "vocabulary" + Path(path).suffix
-    if not (folder / name).exists():
-        shutil.copyfile(path, folder / name)
-    return dataclasses.replace(text, path=name)
+    moved = {}
+    for field in dataclasses.fields(text):
+        value = getattr(text, field.name)
+        kind = BESIDE.get(field.name, "")
+        if dataclasses.is_dataclass(value):
+            moved[field.name] = bundled(value, folder, whole, f"{part}{field.name}_")
+        elif kind and value and (whole or kind == "vocabulary"):
+            name = part + kind + ("" if Path(value).is_dir() else Path(value).suffix)
+            if not (folder / name).exists():
+                copied(Path(value), folder / name)
+            moved[field.name] = name
+    return dataclasses.replace(text, **moved)
 
 
-def relocated(text: Any, folder: Path) -> Any:
-    """`text` with a vocabulary that lies in `folder` named by its full path."""
-    path = getattr(text, "path", None)
-    name = "vocabulary" + Path(path).suffix if path else ""
-    return dataclasses.replace(text, path=str(folder / name)) if name and (folder / name).exists() else text
+def copied(source: Path, target: Path) -> None:
+    """Copy a file or a folder, by hard links where the file system has them: encoders are large."""
+
+    def one(source: Any, target: Any) -> None:
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    if source.is_dir():
+        ignored = shutil.ignore_patterns("*.h5", "*.msgpack", "*.onnx", "onnx", "openvino", ".*")
+        shutil.copytree(source, target, copy_function=one, ignore=ignored)
+    else:
+        one(source, target)
+
+
+def relocated(text: Any, folder: Path, part: str = "") -> Any:
+    """`text` with what of it lies in `folder` named by its full path."""
+    if not dataclasses.is_dataclass(text) or isinstance(text, type):
+        return text
+    moved = {}
+    for field in dataclasses.fields(text):
+        value = getattr(text, field.name)
+        kind = BESIDE.get(field.name, "")
+        if dataclasses.is_dataclass(value):
+            moved[field.name] = relocated(value, folder, f"{part}{field.name}_")
+        elif kind and value:
+            names = (part + kind, part + kind + Path(value).suffix)
+            here = [folder / name for name in names if (folder / name).exists()]
+            moved[field.name] = str(here[0]) if here else value
+    return dataclasses.replace(text, **moved)

@@ -198,8 +198,7 @@ def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(new, indent=2))
         temporary.replace(path)
-        if getattr(experiment.text, "path", None):
-            bundled(experiment.text, folder)
+        bundled(experiment.text, folder)
 
 
 def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
