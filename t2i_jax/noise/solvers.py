@@ -79,8 +79,12 @@ def pulled(denoise: Denoise, path: Path) -> Denoise:
         d = denoise(x, i)
         if d.pull is None:
             return d
-        eps = d.eps - path.sigma[i] * d.pull
-        return d._replace(eps=eps, x0=(x - path.sigma[i] * eps) / path.alpha[i], pull=None)
+        # Noise alone says nothing of the picture: there the gradient is the classifier's own error, and x0 would be it
+        # times infinity.
+        alpha, sigma = path.alpha[i], path.sigma[i]
+        ratio = jnp.where(alpha > 0, sigma / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+        eps = d.eps - jnp.where(alpha > 0, sigma, 0.0) * d.pull
+        return d._replace(eps=eps, x0=d.x0 + ratio * sigma * d.pull, pull=None)
 
     return shifted
 
