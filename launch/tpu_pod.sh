@@ -4,7 +4,7 @@
 #   TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh [--dry-run] t2i train configs/big.py --run gs://bucket/runs/big
 #
 # PROJECT names the cloud project where it is not the default; RETRIES (10) bounds the restarts; SETUP=0 leaves out the
-# copying and installing. The processes find each other by the metadata of the slice.
+# copying and installing. The processes find each other by the metadata of the slice; T2I_CLUSTER=1 says that they must.
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$0")/common.sh"
 [ $# -ge 1 ] || usage
@@ -24,7 +24,7 @@ setup() {
 
 # The command on a worker: what a dead run left on the chips ends first, by the lock that only one process can hold.
 printf -v quoted '%q ' "$@"
-remote="cd t2i_jax && PATH=\$HOME/env/bin:\$PATH exec flock --wait 60 /tmp/t2i_jax.lock $quoted"
+remote="cd t2i_jax && T2I_CLUSTER=1 PATH=\$HOME/env/bin:\$PATH exec flock --wait 60 /tmp/t2i_jax.lock $quoted"
 for ((attempt = 0; attempt <= ${RETRIES:-10}; attempt++)); do
   status=0
   if [ "${SETUP:-1}" = 1 ]; then setup || status=$?; fi # a slice that was made anew has empty disks

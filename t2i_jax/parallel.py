@@ -126,11 +126,17 @@ def gathered(x: Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def start_cluster(required: bool = False) -> None:
-    """Join the other processes of this run where there is a cluster (TPU pod, Slurm, a coordinator's address).
+class NoCluster(ValueError):
+    """The environment asks for other processes and does not say how to find them."""
 
+
+def start_cluster() -> None:
+    """Join the other processes of this run where there is a cluster: the environment has a coordinator's address, a
+    Slurm step of several tasks, the host names of a TPU slice, or T2I_CLUSTER=1.
+
+    T2I_CLUSTER=1 is for TPU VMs, whose environment has no sign of the other hosts: JAX asks the metadata server.
     A process that gives no sign of life for T2I_HEARTBEAT seconds (of the environment; 100) counts as dead, and all
-    others end with a message that says so.
+    others end with a message that says so. Errors: `NoCluster`.
     """
     if jax.distributed.is_initialized():
         return
@@ -139,7 +145,15 @@ def start_cluster(required: bool = False) -> None:
     if "JAX_COORDINATOR_ADDRESS" in env:
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         if count is None or index is None:
-            raise ValueError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
+            raise NoCluster("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(count), int(index), **patience)
-    elif required or int(env.get("SLURM_NTASKS", "1")) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize(**patience)
+        return
+    # SLURM_NTASKS is that of the whole job in the shell of an allocation too, where one process stands alone.
+    asked, tasks = env.get("T2I_CLUSTER") == "1", int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if asked or tasks > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
+        try:
+            jax.distributed.initialize(**patience)
+        except ValueError as error:  # JAX knows none of the clusters that it looks for
+            why = "T2I_CLUSTER=1 asks for a cluster" if asked else "the environment is that of a cluster"
+            hint = "unset it to run alone, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            raise NoCluster(f"{why}, and JAX finds none ({error}); {hint}") from error

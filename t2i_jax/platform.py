@@ -27,12 +27,16 @@ def flags(platforms: str, has_gpu: bool, current: str) -> str:
     return " ".join([*current.split(), *new])
 
 
-def prepare() -> None:
-    """Make this process ready: call it before the first array. What the environment sets already is left as it is."""
+def prepare(join: bool = True) -> None:
+    """Make this process ready: call it before the first array. What the environment sets already is left as it is.
+
+    join: with the other processes of the run, if there are any. Errors: `NoCluster` where they are not to be found.
+    """
     has_gpu = any(importlib.util.find_spec(name) for name in PLUGINS)
     if found := flags(os.environ.get("JAX_PLATFORMS", ""), has_gpu, os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = found
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    start_cluster()
+    if join:
+        start_cluster()

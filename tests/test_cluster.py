@@ -1,4 +1,4 @@
-"""Sampling by several processes: the pictures are those of one."""
+"""Several processes: who joins a cluster, and sampling, whose pictures are those of one."""
 
 import os
 import socket
@@ -10,12 +10,57 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_jax import cli, platform
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
+from t2i_jax.parallel import start_cluster
 from t2i_jax.training.artifacts import Artifact, save_artifact
+
+
+@pytest.mark.parametrize(
+    ("about", "joins"),
+    [
+        ({}, False),
+        ({"T2I_CLUSTER": "1"}, True),
+        ({"SLURM_NTASKS": "8"}, False),  # the shell of an allocation
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),  # the same, as newer Slurms start it
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, True),
+    ],
+)
+def test_a_process_joins_others_where_there_are_some(monkeypatch, about, joins):
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: called.append((a, k)))
+    monkeypatch.setattr(os, "environ", about)
+    start_cluster()
+    assert [k for _, k in called] == [{"heartbeat_timeout_seconds": 100}] * joins
+
+
+def test_commands_that_are_no_work_of_several_join_nobody(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(platform, "prepare", lambda join: asked.append(join))
+    for words in (["plan", "--help"], ["train", "--help"], ["convert", "--help"], ["sample"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+    assert asked == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("about", "told"),
+    [
+        ({"T2I_CLUSTER": "1"}, "T2I_CLUSTER=1 asks for a cluster"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "must be set too"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_clear_line(about, told):
+    command = [sys.executable, "-m", "t2i_jax.cli", "train", "nothing.py"]
+    done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_pod_copies_installs_and_runs_on_all_workers():
     lines = dry("tpu_pod.sh", *COMMAND, TPU="pod", ZONE="z", PROJECT="p").splitlines()
     assert lines[0].startswith("git ") and " scp " in lines[1] and lines[2].endswith("\\'./t2i_jax\\[tpu\\,data\\]\\' ")
     assert all("--worker=all" in line and "--project=p" in line for line in lines[1:])
-    assert "t2i\\ train\\ configs/a" in lines[3]
+    assert "T2I_CLUSTER=1" in lines[3] and "t2i\\ train\\ configs/a" in lines[3]
     assert len(dry("tpu_pod.sh", *COMMAND, TPU="pod", ZONE="z", SETUP="0").splitlines()) == 1
 
 

@@ -25,6 +25,9 @@ COMMANDS = {
     "bench": "speeds beside the limits of this machine",
 }
 
+TOGETHER = ("train", "encode", "sample", "evaluate", "compare")
+"""Commands that several processes run together where there is a cluster; the others work in each alone."""
+
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
 USAGE += "\n\n`t2i COMMAND --help` tells the rest; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from t2i_jax.config import ConfigError
     from t2i_jax.data.records import DataError
+    from t2i_jax.parallel import NoCluster
     from t2i_jax.platform import prepare
     from t2i_jax.training.checkpoints import CheckpointError
     from t2i_jax.training.guard import NotFinite
@@ -54,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
     sys.unraisablehook = late
-    prepare()
+    try:
+        prepare(join=arguments[0] in TOGETHER and not {"-h", "--help"} & set(arguments))
+    except NoCluster as error:
+        fail(f"t2i {arguments[0]}: {error}")
     try:
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
     except CheckpointError as error:
