@@ -112,6 +112,31 @@ def test_a_gradient_moves_samples_to_the_posterior():
         assert abs(out.mean() - mean) < 0.04 and abs(out.std() - precision**-0.5) < 0.04
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "process",
+    [Flow(bound=8), Discrete("linear", 50), Discrete("linear", 50, zero_terminal_snr=True)],
+    ids=["flow", "discrete", "zero terminal snr"],
+)
+def test_gradients_leave_what_is_drawn_finite_and_of_scale_0_as_it_was(process, solver):
+    """Also where the first stop is noise alone, alpha = 0."""
+    path, noise = (
+        jax.jit(process.path)(6),
+        lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (4, 1)),
+    )
+    log_p = lambda x: -((x[:, 0] - 1) ** 2)
+
+    @jax.jit
+    def drawn(scale):
+        pull = lambda x: None if scale is None else guidance.pull(log_p, x, scale)
+        denoise = lambda x, i: exact(path, x, i)._replace(pull=pull(x))
+        return solve(SOLVERS[solver], denoise, noise(99), path, noise, 0.5)
+
+    without, off, on = drawn(None), drawn(0.0), drawn(1.0)
+    np.testing.assert_allclose(off, without, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(on).all() and float(jnp.abs(on - without).max()) > 1e-3
+
+
 def test_guidance_composes():
     value, null = jax.random.normal(jax.random.key(0), (2, 2, 4, 4, 5))
     np.testing.assert_array_equal(guidance.guide(value, null, 1.0), value)
