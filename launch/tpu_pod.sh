@@ -19,7 +19,7 @@ setup() {
   run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU:t2i_jax.tar.gz" "${where[@]}" --worker=all
   rm -f "$archive"
-  on_all "mkdir -p t2i_jax && tar xzf t2i_jax.tar.gz -C t2i_jax && python3 -m venv env && env/bin/pip install -q './t2i_jax[tpu,data]'"
+  on_all "mkdir -p t2i_jax && tar xzf t2i_jax.tar.gz -C t2i_jax && python3 -m venv env && env/bin/pip install -q './t2i_jax[tpu,data,gcs]'"
 }
 
 # The command on a worker: what a dead run left on the chips ends first, by the lock that only one process can hold.

@@ -59,7 +59,11 @@ def test_one_box_starts_again_what_may_work_the_next_time(tmp_path, fails, statu
 
 def test_pod_copies_installs_and_runs_on_all_workers():
     lines = dry("tpu_pod.sh", *COMMAND, TPU="pod", ZONE="z", PROJECT="p").splitlines()
-    assert lines[0].startswith("git ") and " scp " in lines[1] and lines[2].endswith("\\'./t2i_jax\\[tpu\\,data\\]\\' ")
+    assert (
+        lines[0].startswith("git ")
+        and " scp " in lines[1]
+        and lines[2].endswith("\\'./t2i_jax\\[tpu\\,data\\,gcs\\]\\' ")
+    )
     assert all("--worker=all" in line and "--project=p" in line for line in lines[1:])
     assert "T2I_CLUSTER=1" in lines[3] and "t2i\\ train\\ configs/a" in lines[3]
     assert len(dry("tpu_pod.sh", *COMMAND, TPU="pod", ZONE="z", SETUP="0").splitlines()) == 1
@@ -139,7 +143,7 @@ def test_image_installs_extras_that_exist():
 
     extras = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (LAUNCH / "Dockerfile").read_text()
-    assert {"data", "gpu", "tpu"} <= set(extras) and "cpu|gpu|tpu" in text
+    assert {"data", "gpu", "tpu", "gcs", "s3"} <= set(extras) and "cpu|gpu|tpu" in text and "data,gcs,s3" in text
     for name in ("pyproject.toml", "README.md", "LICENSE", "t2i_jax", "configs"):
         assert name in text and (LAUNCH.parent / name).exists()
 

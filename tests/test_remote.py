@@ -52,7 +52,7 @@ def test_places(store, tmp_path):
 
 
 def test_a_missing_package_is_named():
-    with pytest.raises(ConfigError, match="gs://bucket/run: needs the package gcsfs: pip install gcsfs"):
+    with pytest.raises(ConfigError, match=r"gs://bucket/run: needs the package gcsfs: pip install 't2i_jax\[gcs\]'"):
         loop.train(toys.experiment(), "gs://bucket/run")
 
 

@@ -24,15 +24,15 @@ from t2i_jax.config import ConfigError
 
 console = Console(stderr=True)
 
-STORES = {"gs": "gcsfs", "s3": "s3fs"}
-"""Scheme -> the package through which fsspec reads it."""
+STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+"""Scheme -> the package through which fsspec reads it, and the extra that brings it."""
 MODEL = ("config.json", "model.safetensors", "vocabulary*", "codec/*")
 
 
 def place(path: str | Path) -> Any:
     """A local path as it is, or one of an object store as an `epath.Path`, which has the same methods.
 
-    Errors: `ConfigError` for another scheme, or where the package for it is missing, naming it.
+    Errors: `ConfigError` for another scheme, or where the package for it is missing, naming its extra.
     """
     found = re.match(r"^(\w+):/+(.*)", str(path))  # pathlib makes one slash of two
     if not found:
@@ -40,8 +40,9 @@ def place(path: str | Path) -> Any:
     scheme, rest = found.groups()
     if scheme not in STORES:
         raise ConfigError(f"{path}: paths are local, or begin with {' or '.join(s + '://' for s in STORES)}")
-    if importlib.util.find_spec(STORES[scheme]) is None:
-        raise ConfigError(f"{scheme}://{rest}: needs the package {STORES[scheme]}: pip install {STORES[scheme]}")
+    package, extra = STORES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{scheme}://{rest}: needs the package {package}: pip install 't2i_jax[{extra}]'")
     return epath.Path(f"{scheme}://{rest}")
 
 
