@@ -76,8 +76,8 @@ MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, f
 
 # Tells classes of noised pictures apart.
 classifier = Experiment(
-    NoisedClassifier(dataclasses.replace(unet, width=48, condition=None), CONCEPTS, "adaptive", Flow()),
-    dataclasses.replace(PICTURES, batch_size=64),
+    NoisedClassifier(dataclasses.replace(unet, width=24, condition=None), CONCEPTS, "adaptive", Flow()),
+    dataclasses.replace(PICTURES, batch_size=32),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
 )
 # Tells captions of noised pictures apart, by words of its own.
