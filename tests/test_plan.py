@@ -26,12 +26,13 @@ from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import Captions, Classes, Features
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.players import players_of
+from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import resolved
-from t2i_jax.plan.ready import LIBTPU, depths, twin, wanted
-from t2i_jax.plan.sweep import meshes, policies
+from t2i_jax.plan.ready import LIBTPU, depths, remat_of, twin, wanted
+from t2i_jax.plan.sweep import changed, meshes, policies
 from t2i_jax.training.experiment import Experiment, Train
 
 SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=Classes(10), dtype="bfloat16")
@@ -372,6 +373,40 @@ def test_a_sweep_asks_the_compiler_for_the_best_and_believes_it(monkeypatch):
     )
     compiled = [p for p in found if p.compile_seconds]
     assert found[: len(compiled)] == compiled and all(p.batch == 16 for p in compiled)
+
+
+DEEP = Diffusion(DiT(size=(8, 8), width=32, depth=6, heads=2))
+
+
+@pytest.mark.parametrize("model", [SMALL, DEEP, Diffusion(UNet((8, 8), width=32)), VQGAN(VAE, QuantizerConfig(64, 8))])
+def test_a_remat_policy_is_found_and_changed_wherever_it_lies(model):
+    found = policies(model)
+    if isinstance(model, VQGAN):
+        assert found == ("",) and changed(experiment(model), "", 32).model == model
+        return
+    assert {"none", "full", "dots"} <= set(found)
+    for policy in found:
+        new = changed(experiment(model), policy, 32).model
+        assert remat_of(new) == policy and changed(experiment(new), remat_of(model), 32).model == model
+
+
+def test_a_sweep_of_a_diffusion_transformer_tries_its_policies():
+    found = plans.run(experiment(DEEP), plans.Topology.read("h100:8"), sweeping=True, batch_sizes=(16,), encoded=True)
+    assert {p.remat for p in found} == {"none", "full", "dots", "branches"}
+    peak = lambda policy: next(p.peak for p in found if p.remat == policy and p.mesh["data"] == 8)
+    assert peak("full") < peak("none")
+
+
+def test_a_sweep_compiles_twins_where_asked(monkeypatch):
+    module = importlib.import_module("t2i_jax.plan.compiled")
+    monkeypatch.setattr(module, "compile_plan", linear)
+    where = plans.Topology.read("v5e:2x2")
+    options = {"sweeping": True, "compiles": 1, "batch_sizes": (16,), "encoded": True, "shallow": True}
+    best = plans.run(EXPERIMENT, where, **options)[0]
+    assert "twins of 2 and 4 layers" in best.method and best.flops == 31
+    for topology, counted in ((where, True), (plans.Topology.read("h100:8"), False)):
+        with pytest.raises(ConfigError, match="--twin: its models are compiled"):
+            plans.run(EXPERIMENT, topology, shallow=True, counted=counted)
 
 
 def test_the_sampler_is_planned_from_the_same_state():

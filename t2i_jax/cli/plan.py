@@ -37,7 +37,8 @@ class PlanArguments:
     compiles: int = 3
     """how many of the sweep's best are compiled"""
     twin: bool = False
-    """compile models of 2 and 4 layers instead and scale by depth, where the whole would take too long"""
+    """compile models of 2 and 4 layers instead and scale by depth: for the samplers of deep models, whose compile grows
+    with the layers; that of a train step does not, as it scans them. A UNet has no one depth, and no twins"""
     estimate: bool = False
     """count for TPUs too and compile nothing: seconds in place of minutes"""
     images: float = 1e9

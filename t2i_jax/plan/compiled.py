@@ -11,7 +11,7 @@ from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import held
-from t2i_jax.plan.ready import Batch, depths, devices_of, ready, twin
+from t2i_jax.plan.ready import Batch, depths, devices_of, ready, remat_of, twin
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -76,7 +76,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         topology=str(topology),
         mesh=sizes,
         batch=experiment.data.batch_size,
-        remat=str(getattr(experiment.model, "remat", "")),
+        remat=remat_of(experiment.model),
         what="sampler" if sample else "train step",
         method=f"compiled for {devices[0].device_kind}",
         capacity=chip.memory,
@@ -101,15 +101,20 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     ).finished()
 
 
+def depth_of(model: Any) -> int:
+    """The depth that twins are scaled to. Errors: `ConfigError` for a model that has no twins."""
+    deep = set(depths(model).values())
+    if len(deep) != 1 or min(deep) <= 4:
+        raise ConfigError(f"--twin: needs one depth above 4; this model has {depths(model) or 'none'}")
+    return deep.pop()
+
+
 def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
     """The plan of a deep model from two shallow twins of it, of 2 and 4 layers, on the line through both.
 
     Errors: `ConfigError` for a model whose depths differ or that has none, and those of `compile_plan`.
     """
-    deep = set(depths(experiment.model).values())
-    if len(deep) != 1 or min(deep) <= 4:
-        raise ConfigError(f"--twin: needs one depth above 4; this model has {depths(experiment.model) or 'none'}")
-    depth = deep.pop()
+    depth = depth_of(experiment.model)
     shallow = [dataclasses.replace(experiment, model=twin(experiment.model, n)) for n in (2, 4)]
     two, four = (compile_plan(e, batch, topology, sample) for e in shallow)
     line = lambda a, b: a + (b - a) * (depth - 2) / 2

@@ -20,9 +20,11 @@ from t2i_jax.config import ConfigError
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
-from t2i_jax.plan.ready import Batch, depths, ready
+from t2i_jax.plan.ready import Batch, depths, ready, remat_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
+
+UNSCANNED = "its layers are not scanned: what they keep for the backward pass is not in the peak, which is larger"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         topology=str(topology),
         mesh=sizes,
         batch=experiment.data.batch_size,
-        remat=str(getattr(experiment.model, "remat", "")),
+        remat=remat_of(experiment.model),
         what="train step",
         method="estimated by arithmetic, nothing was compiled",
         capacity=chip.memory,
@@ -190,6 +192,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         mfu=0.0,
         chips=n,
         peak_flops=chip.flops,
+        notes=() if depths(experiment.model) else (UNSCANNED,),
     ).finished()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,11 +177,27 @@ def depths(model: Any) -> dict[str, int]:
 
 def twin(model: Any, layers: int) -> Any:
     """The same model with every depth that is larger than `layers` set to it."""
-    changes: dict[str, Any] = {}
-    for name, n in depths(model).items():
-        head, _, rest = name.partition(".")
-        if not rest:
-            changes[head] = min(n, layers)
-        else:
-            changes[head] = twin(getattr(model, head), layers)
-    return dataclasses.replace(model, **changes)
+    for path, n in depths(model).items():
+        model = replaced(model, path, min(n, layers))
+    return model
+
+
+def where(model: Any, name: str) -> str:
+    """The path of the field `name` in a configuration or a part of it, as `network.remat`; "" where none has it."""
+    if hasattr(model, name):
+        return name
+    parts = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    below = {k: where(v, name) for k, v in parts.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
+    return next((f"{k}.{path}" for k, path in below.items() if path), "")
+
+
+def replaced(model: Any, path: str, value: Any) -> Any:
+    """The configuration with another value at a path of `where`."""
+    head, _, rest = path.partition(".")
+    return dataclasses.replace(model, **{head: replaced(getattr(model, head), rest, value) if rest else value})
+
+
+def remat_of(model: Any) -> str:
+    """The remat policy of a configuration; "" where it takes none."""
+    path = where(model, "remat")
+    return str(operator.attrgetter(path)(model)) if path else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MESH_AXES, MeshConfig
 from t2i_jax.plan.chips import Topology
-from t2i_jax.plan.compiled import compile_plan, twin_plan
+from t2i_jax.plan.compiled import compile_plan, depth_of, twin_plan
 from t2i_jax.plan.estimate import estimate, resolved, trace
 from t2i_jax.plan.ready import batch_of
 from t2i_jax.plan.report import Plan, markdown
@@ -52,9 +52,13 @@ def run(
     """
     if sample and (counted or sweeping or not topology.compiled):
         raise ConfigError("--sample: a sampler is planned by the TPU compiler alone, and not in a sweep")
+    if shallow:
+        if counted or not topology.compiled:
+            raise ConfigError("--twin: its models are compiled, and nothing is with --estimate or for GPUs")
+        depth_of(experiment.model)
     batch, whence = batch_of(experiment, inputs, encoded)
     if sweeping:
-        plans = sweep(experiment, batch, topology, batch_sizes, 0 if counted else compiles, told)
+        plans = sweep(experiment, batch, topology, batch_sizes, 0 if counted else compiles, told, shallow)
     elif counted or not topology.compiled:
         told("counting the train step")
         plans = [estimate(experiment, trace(experiment, batch), topology, resolved(experiment.mesh, topology))]

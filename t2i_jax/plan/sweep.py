@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -11,9 +12,9 @@ import jax
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Topology
-from t2i_jax.plan.compiled import DoesNotFit, compile_plan
+from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
 from t2i_jax.plan.estimate import estimate, trace
-from t2i_jax.plan.ready import Batch
+from t2i_jax.plan.ready import Batch, remat_of, replaced, where
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -35,10 +36,10 @@ def meshes(chips: int, model: Any) -> Iterator[MeshConfig]:
 
 
 def policies(model: Any) -> tuple[str, ...]:
-    """The remat policies that a model's configuration takes."""
-    if not hasattr(model, "remat"):
-        return ("",)
-    return tuple(map(str, get_args(get_type_hints(type(model))["remat"]))) or (model.remat,)
+    """The remat policies that a model's configuration takes, or its network's."""
+    path = where(model, "remat")
+    part = operator.attrgetter(path.removesuffix(".remat"))(model) if "." in path else model
+    return tuple(map(str, get_args(get_type_hints(type(part)).get("remat")))) or (remat_of(model),)
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -46,7 +47,7 @@ def resized(batch: Batch, size: int) -> Batch:
 
 
 def changed(experiment: Experiment, remat: str, size: int, mesh: MeshConfig | None = None) -> Experiment:
-    model = dataclasses.replace(experiment.model, remat=remat) if remat else experiment.model
+    model = replaced(experiment.model, where(experiment.model, "remat"), remat) if remat else experiment.model
     data = dataclasses.replace(experiment.data, batch_size=size)
     return dataclasses.replace(experiment, model=model, data=data, mesh=mesh or experiment.mesh)
 
@@ -58,10 +59,12 @@ def sweep(
     sizes: Sequence[int] = (),
     compiles: int = 3,
     told: Told = lambda _: None,
+    shallow: bool = False,
 ) -> list[Plan]:
     """Plans that fit, by images per second, those of the compiler first. `compiles`: how many it is asked for.
 
-    sizes: batch sizes; the experiment's own, twice and four times it unless given. Errors: `ConfigError` if none fits.
+    sizes: batch sizes; the experiment's own, twice and four times it unless given. shallow: compile twins of the model.
+    Errors: `ConfigError` if none fits.
     """
     own = experiment.data.batch_size
     seen: list[tuple[Plan, Experiment, Batch]] = []
@@ -79,6 +82,7 @@ def sweep(
                 seen.append((plan, changed(experiment, remat, size, mesh), now))
     seen.sort(key=lambda x: (not x[0].fits, -x[0].batch * x[0].steps_per_second, x[0].network_seconds))
     best: list[Plan] = []
+    make = twin_plan if shallow else compile_plan
     if topology.compiled:
         # Arithmetic is rough: what it puts a little above the memory is tried too.
         near = [x for x in seen if x[0].peak < 1.3 * x[0].capacity]
@@ -87,7 +91,7 @@ def sweep(
                 break
             told(f"compiling {plan.mesh}, remat '{plan.remat}', batch {plan.batch}")
             try:
-                made = compile_plan(here, now, topology)
+                made = make(here, now, topology)
             except DoesNotFit:
                 told("it does not fit")
                 continue
