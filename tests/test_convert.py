@@ -291,4 +291,7 @@ def test_help_lists_every_format(capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     text = capsys.readouterr().out
-    assert all(f"t2i convert {name} " in text for name in convert.formats())
+    for name, format in convert.formats().items():
+        assert format.title and format.example
+        assert f"  {name}: {format.title}\n" in text and f"t2i convert {name} {format.example} --out" in text
+    assert "lm:FOLDER" in text

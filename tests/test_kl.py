@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.kl import KL, Gaussian
 from t2i_jax.config import to_json
-from t2i_jax.convert import convert, restore
+from t2i_jax.convert import convert, find, restore
+from t2i_jax.convert.folders import to_folder
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
@@ -128,6 +130,49 @@ def test_the_released_file_is_taken_whole():
     assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_params"]
     assert config == KL(config.autoencoder, 16, scale=0.2325, perceptual=0.0, adversarial=0.0)
     assert config.autoencoder.multipliers == (1, 1, 2, 2, 4) and config.autoencoder.decoder_attention == ()
+
+
+def folder_of(path, config, settings, style):
+    """A folder as diffusers lays it out, with random numbers under the names of `style`."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(config.init, jax.random.key(0))
+    model = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"norm_num_groups": 4} | settings))
+    tensors = {k: np.ascontiguousarray(v) for k, v in restore(style, config, model).items()}
+    save_file(tensors, path / "diffusion_pytorch_model.safetensors")
+    return model
+
+
+DIFFUSERS = dataclasses.replace(
+    TINY, attention=(), decoder_attention=(), decoder_blocks=2, middle_attention=True, latent=16
+)
+
+
+@pytest.mark.parametrize(("style", "whole"), [("kl_diffusers", True), ("kl_diffusers_2022", False)])
+def test_a_folder_tells_the_scale_of_its_codes(tmp_path, style, whole, caplog):
+    """That of FLUX.1, whose shapes are Stable Diffusion 3's; names of either year, alone or in a whole model."""
+    path = tmp_path / "model" / "vae" if whole else tmp_path / "model"
+    config = KL(DIFFUSERS, convolutions=False, perceptual=0.0, adversarial=0.0)
+    settings = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    model = folder_of(path, config, settings, style)
+    artifact = to_folder("kl_diffusers", tmp_path / "model", tmp_path / "out", {})
+    assert (artifact.config.scale, artifact.config.shift) == (0.3611, 0.1159) and not caplog.text
+    jax.tree.map(np.testing.assert_array_equal, artifact.model, model)
+    # The file alone does not tell, and the guess is told.
+    file = path / "diffusion_pytorch_model.safetensors"
+    guessed = to_folder("kl_diffusers", file, tmp_path / "guessed", {"groups": 4}).config
+    assert (guessed.scale, guessed.shift) == (1.5305, 0.0609)
+    assert "scale 1.5305" in caplog.text and "FLUX.1 has --scale 0.3611 --shift 0.1159" in caplog.text
+    given = to_folder("kl_diffusers", file, tmp_path / "given", {"groups": 4, "scale": 0.3611}).config
+    assert (given.scale, given.shift) == (0.3611, 0.1159)
+
+
+def test_settings_without_a_scale_are_those_of_the_first_version(tmp_path):
+    plain = KL(dataclasses.replace(DIFFUSERS, latent=4), perceptual=0.0, adversarial=0.0)
+    folder_of(tmp_path / "vae", plain, {}, "kl_diffusers")
+    found = find("kl_diffusers").folder(tmp_path).hints
+    assert found == {"groups": 4, "scale": 0.18215, "shift": 0.0}
 
 
 @pytest.mark.slow

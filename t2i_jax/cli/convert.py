@@ -18,9 +18,10 @@ class ConvertArguments:
 
     What the file cannot tell are further flags, as --grid 24 24, and so are fields of the configuration.
 
-    --text names the frozen encoder of captions: t5:FOLDER, clip:PATH (one vector) or clip-tokens:PATH, a folder as
-    Hugging Face or open_clip lay it out, or a file with OpenAI's names. Such a file does not tell its activation: those
-    that open_clip trained with plain GELU, as most on LAION-2B and DataComp, want clip:FILE,activation=gelu.
+    --text names the frozen encoder of captions: t5:FOLDER, lm:FOLDER (hidden states of a Llama- or Qwen-shaped language
+    model), clip:PATH (one vector) or clip-tokens:PATH. It is a folder as Hugging Face or open_clip lay it out or, for
+    CLIP, a file with OpenAI's names. Such a file does not tell its activation: those that open_clip trained with plain
+    GELU, as most on LAION-2B and DataComp, want clip:FILE,activation=gelu.
     """
 
     format: tyro.conf.Positional[str]
@@ -31,7 +32,7 @@ class ConvertArguments:
     codec: Path | None = None
     """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
     text: str = ""
-    """frozen text encoder of the model: t5:FOLDER, clip:PATH or clip-tokens:PATH, and its fields behind commas"""
+    """frozen text encoder of the model: t5:FOLDER, lm:FOLDER, clip:PATH, clip-tokens:PATH, its fields behind commas"""
     back: bool = False
     """write a run or a released model as a published file"""
 

@@ -242,11 +242,10 @@ def _dit_table(names: Any) -> Callable[[Diffusion], Table]:
 
 def _codec(path: Path) -> tuple[Any, Any]:
     """The KL autoencoder of a folder: its configuration and its model."""
-    tensors, config = huggingface.Weights(path), huggingface.config(path)
-    old = any(name.endswith("attentions.0.query.weight") for name in tensors)
-    hints = {"groups": config.get("norm_num_groups", 32), "scale": config.get("scaling_factor", 0.18215)}
-    hints["shift"] = config.get("shift_factor") or 0.0
-    return convert.convert("kl_diffusers_2022" if old else "kl_diffusers", tensors, str(path), **hints)
+    read = convert.find("kl_diffusers").folder
+    assert read is not None
+    found = read(path)
+    return convert.convert("kl_diffusers", found.tensors, str(path), **found.hints)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -153,9 +153,7 @@ def help_text() -> str:
     """Every format with what it is and an example."""
     lines = []
     for name, format in sorted(convert.formats().items()):
-        example = format.example or "WEIGHTS"
-        lines += [f"  {name}: {format.title}"] if format.title else []
-        lines += [" " * 8 + f"t2i convert {name} {example} --out models/{name}"]
+        lines += [f"  {name}: {format.title}", " " * 8 + f"t2i convert {name} {format.example} --out models/{name}"]
     return "\n".join(lines)
 
 

@@ -117,15 +117,47 @@ def _network_table(config: Diffusion) -> Table:
 
 
 FORMATS = {
-    "dit": Format(_dit, lambda config: dit.table(config.network), wrappers=("ema", "model", "state_dict")),
-    "sit": Format(_sit, lambda config: dit.table(config.network), wrappers=("ema", "model", "state_dict")),
-    "adm": Format(_adm, _network_table, part="unet."),
-    "adm_classifier": Format(_adm_classifier, _network_table, part="classifier."),
-    "glide": Format(_glide, _network_table, part="unet."),
+    "dit": Format(
+        _dit,
+        lambda config: dit.table(config.network),
+        wrappers=("ema", "model", "state_dict"),
+        title="DiT, by the class, on the codes of Stable Diffusion's autoencoder",
+        example="DiT-XL-2-256x256.pt --codec models/kl_diffusers",
+    ),
+    "sit": Format(
+        _sit,
+        lambda config: dit.table(config.network),
+        wrappers=("ema", "model", "state_dict"),
+        title="SiT: DiT's networks trained on a flow",
+        example="SiT-XL-2-256x256.pt --codec models/kl_diffusers",
+    ),
+    "adm": Format(
+        _adm,
+        _network_table,
+        part="unet.",
+        title="the UNets of guided-diffusion (ADM), also those that enlarge",
+        example="256x256_diffusion.pt",
+    ),
+    "adm_classifier": Format(
+        _adm_classifier,
+        _network_table,
+        part="classifier.",
+        title="the classifiers of noised pictures of guided-diffusion, for `t2i sample --pull-by`",
+        example="256x256_classifier.pt",
+    ),
+    "glide": Format(
+        _glide,
+        _network_table,
+        part="unet.",
+        title="GLIDE: its base model and the one that enlarges",
+        example="base.pt",
+    ),
     "glide_clip": Format(
         _glide_clip,
         glide.table,
         unused=r"^(?!clip_)",
         files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},
+        title="GLIDE's CLIP of noised pictures: a folder with clip_text_enc.pt and clip_image_enc.pt",
+        example="FOLDER",
     ),
 }

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
-from t2i_jax.convert import Format
-from t2i_jax.interop import kl, mar, vqgan
+from t2i_jax.convert import Folder, Format
+from t2i_jax.interop import huggingface, kl, mar, vqgan
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.heads import Diffusion
 
-# What the shapes of a file cannot say: Stable Diffusion 1 and 2 (4 channels); MAR (16); Stable Diffusion 3 (16 channels
-# without convolutions; FLUX.1 has the same shapes, scale 0.3611 and shift 0.1159). SDXL: 4 channels, scale 0.13025.
-SCALES = {(4, True): (0.18215, 0.0), (16, True): (0.2325, 0.0), (16, False): (1.5305, 0.0609)}
+log = logging.getLogger(__name__)
+
+SCALES = {
+    (4, True): {"Stable Diffusion 1 and 2": (0.18215, 0.0), "SDXL": (0.13025, 0.0)},
+    (16, True): {"MAR": (0.2325, 0.0)},
+    (16, False): {"Stable Diffusion 3": (1.5305, 0.0609), "FLUX.1": (0.3611, 0.1159)},
+}
+"""(channels, with convolutions) -> whose codecs have these shapes, and the scale and shift of their codes, which shapes
+cannot say. The first is taken."""
 
 
 def _kl(
@@ -31,15 +39,30 @@ def _kl(
     eps: float = 1e-6,
     **fields: Any,
 ) -> KL:
-    """scale, shift: of the latents, where they are not those of SCALES."""
+    """scale, shift: of the latents; those of SCALES, with a warning, unless given."""
     found = kl.describe(tensors, style)
-    known = SCALES.get((found["channels"], found["convolutions"]), (1.0, 0.0))
+    known = SCALES.get((found["channels"], found["convolutions"]), {"no released codec": (1.0, 0.0)})
+    guessed, taken = scale is None, next(iter(known.values()))[0] if scale is None else scale
+    shift = dict(known.values()).get(taken, 0.0) if shift is None else shift
+    if guessed:
+        (whose, _), *others = known.items()
+        also = "".join(f"; {name} has --scale {one} --shift {other}" for name, (one, other) in others)
+        log.warning(
+            f"the file does not tell the scale of its codes; taken: scale {taken} and shift {shift}, of {whose}{also}. "
+            "Give others by --scale and --shift, or the folder of diffusers whose config.json tells them"
+        )
+    found |= {"scale": taken, "shift": shift}
     found["autoencoder"] = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
-    found["scale"], found["shift"] = (
-        k if given is None else given for given, k in zip((scale, shift), known, strict=True)
-    )
     weights: dict[str, Any] = {"perceptual": 0.0, "adversarial": 0.0}  # released files hold no adversary
     return KL(**(weights | found | fields))
+
+
+def _kl_folder(path: Path) -> Folder:
+    """An autoencoder of diffusers with its settings, or the folder of a whole model, of which it is the `vae/`."""
+    path = path / "vae" if (path / "vae").is_dir() else path
+    config = huggingface.config(path)
+    hints = {"groups": config.get("norm_num_groups", 32), "scale": config.get("scaling_factor", 0.18215)}
+    return Folder(huggingface.Weights(path), hints | {"shift": config.get("shift_factor") or 0.0})
 
 
 def _kl_table(config: KL, style: vqgan.Style) -> Table:
@@ -64,9 +87,33 @@ def _mar(
     return Masked(condition=Classes(found.pop("classes")), **(found | fields))
 
 
-KL_STYLES: dict[str, vqgan.Style] = {"kl": "taming", "kl_diffusers": "diffusers", "kl_diffusers_2022": "diffusers_2022"}
+def _kl_format(style: vqgan.Style, **fields: Any) -> Format:
+    return Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED, **fields)
 
-FORMATS = {"mar": Format(_mar, mar.table, mar.UNUSED)} | {
-    name: Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED)
-    for name, style in KL_STYLES.items()
+
+OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names of 2022 for the matrices of attention, and those of today."""
+
+FORMATS = {
+    "mar": Format(
+        _mar,
+        mar.table,
+        mar.UNUSED,
+        title="MAR: base, large and huge, by the class",
+        example="mar_base/checkpoint-last.pth --codec models/kl",
+    ),
+    "kl": _kl_format("taming", title="KL autoencoders of MAR and latent-diffusion", example="kl16.ckpt"),
+    "kl_diffusers": _kl_format(
+        "diffusers",
+        folder=_kl_folder,
+        renames=tuple((rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.") for old, new in OLDER.items()),
+        title="KL autoencoders of diffusers: a folder, which tells the scale of the codes, or its file alone",
+        example="sd-vae-ft-mse/",
+    ),
+    "kl_diffusers_2022": _kl_format(
+        "diffusers_2022",
+        folder=_kl_folder,
+        title="the same in the names of 2022, for --back: `kl_diffusers` reads them too",
+        example="sd-vae-ft-mse/",
+    ),
 }
