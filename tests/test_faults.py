@@ -181,6 +181,24 @@ def test_two_processes_equal_one(room, one):
     same(folder / "straight", folder / "two", 1e-4)
 
 
+def test_a_signal_to_one_process_stops_all_at_the_same_step(room, one):
+    """The notice of a preemption reaches the second process alone."""
+    folder, start, finish = room
+    run = folder / "preempted"
+    processes = cluster(start, run.name, 2)
+    while processes[1].poll() is None and max(curve(run), default=0) < 1:
+        time.sleep(0.005)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    steps = [re.findall(r"stopped at step (\d+), saved in", output) for output in outputs]
+    assert steps[0] == steps[1] and len(steps[0]) == 1, outputs
+    assert max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()) == int(steps[0][0]) < 24
+    status, output = finish(run.name, mesh=(2, 2, 2), devices=8)
+    assert status == 0 and f"going on from step {steps[0][0]}" in output, output
+    same(one, run, 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "after"), [(signal.SIGKILL, 4), (signal.SIGSTOP, 1)])
 def test_a_process_that_dies_or_hangs_stops_the_others(room, one, number, after):
