@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import resolved
 from t2i_jax.plan.ready import LIBTPU, depths, remat_of, twin, wanted
-from t2i_jax.plan.sweep import changed, meshes, policies
+from t2i_jax.plan.sweep import changed, meshes, policies, turns
 from t2i_jax.training.experiment import Experiment, Train
 
 SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=Classes(10), dtype="bfloat16")
@@ -373,6 +374,13 @@ def test_a_sweep_asks_the_compiler_for_the_best_and_believes_it(monkeypatch):
     )
     compiled = [p for p in found if p.compile_seconds]
     assert found[: len(compiled)] == compiled and all(p.batch == 16 for p in compiled)
+
+
+def test_a_sweep_compiles_other_batches_and_policies_before_other_meshes_of_the_same():
+    plan = lambda batch, remat: (SimpleNamespace(batch=batch, remat=remat), None, None)
+    ranked = [plan(*x) for x in ((64, "dots"), (64, "dots"), (32, "none"), (64, "dots"), (32, "none"), (32, "dots"))]
+    assert [(p.batch, p.remat) for p, *_ in turns(ranked)[:3]] == [(64, "dots"), (32, "none"), (32, "dots")]  # pyright: ignore
+    assert turns(ranked)[3:] == [ranked[1], ranked[4], ranked[3]]  # pyright: ignore
 
 
 DEEP = Diffusion(DiT(size=(8, 8), width=32, depth=6, heads=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -85,7 +86,7 @@ def sweep(
     make = twin_plan if shallow else compile_plan
     if topology.compiled:
         # Arithmetic is rough: what it puts a little above the memory is tried too.
-        near = [x for x in seen if x[0].peak < 1.3 * x[0].capacity]
+        near = turns([x for x in seen if x[0].peak < 1.3 * x[0].capacity])
         for plan, here, now in near[: 3 * compiles]:
             if len(best) == compiles:
                 break
@@ -105,3 +106,14 @@ def sweep(
         hint = f"; the nearest needs {least.peak / least.capacity:.0%} of the memory: {least.mesh}" if least else ""
         raise ConfigError(f"--sweep: nothing fits {topology}{hint}")
     return best + rest
+
+
+def turns(ranked: list[tuple[Plan, Experiment, Batch]]) -> list[tuple[Plan, Experiment, Batch]]:
+    """The best of each batch size and policy first, then the second best of each: where arithmetic errs, as on what a
+    larger batch does to memory, it errs for all meshes alike."""
+    before: Counter[tuple[int, str]] = Counter()
+    rank = []
+    for plan, *_ in ranked:
+        rank.append(before[plan.batch, plan.remat])
+        before[plan.batch, plan.remat] += 1
+    return [ranked[i] for i in sorted(range(len(ranked)), key=rank.__getitem__)]
