@@ -127,15 +127,13 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
         model, batch, key
     )
     (want, _), slopes = grad()
-    for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=3, remat="dots")):
+    for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=4, remat="dots")):
         (loss, _), got = grad(**fields)
         np.testing.assert_allclose(loss, want, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, slopes)
     (loss, _), got = grad(dtype="bfloat16")
     np.testing.assert_allclose(loss, want, rtol=0.05)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
-    with pytest.raises(ValueError, match="loss_chunk=4"):
-        grad(loss_chunk=4)
 
 
 def test_dropout_follows_the_key_and_scores_do_not_drop():

@@ -6,8 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from t2i_jax.nn import losses
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads import Diffusion, Flow, ImageKeys, Mixture, Softmax
 from t2i_jax.nn.heads.mixture import Law
@@ -68,11 +70,48 @@ def test_a_network_that_knows_the_law_draws_from_it(head):
     assert distance(drawn) < 1.95 / math.sqrt(COUNT), "a chance below one in a thousand"
 
 
+def narrows(draw):
+    """Colder draws are narrower, all of them and those about each centre, step by step."""
+    drawn = [draw(t) for t in (1.0, 0.8, 0.5)]
+    widths = [x.std() for x in drawn]
+    near = [np.abs(x[:, None] - CENTRES).min(1).mean() for x in drawn]
+    assert 1.1 > widths[0] > 1.05 * widths[1] > 1.1 * widths[2]
+    assert near[0] > 1.05 * near[1] > 1.1 * near[2]
+
+
 def test_colder_draws_are_narrower():
     head = Diffusion(dim=1, respacing="25")
-    widths = [sampled(head, Exact(head), t).std() for t in (1.0, 0.8, 0.5)]
-    near = [np.abs(sampled(head, Exact(head), t)[:, None] - CENTRES).min(1).mean() for t in (1.0, 0.5)]
-    assert widths[0] > 0.9 and near[0] > 1.2 * near[1]
+    narrows(lambda t: sampled(head, Exact(head), t))
+
+
+def from_the_law(key, count):
+    which, noise = jax.random.split(key)
+    centres = jnp.where(jax.random.uniform(which, (count,)) < WEIGHTS[0], *CENTRES)
+    return centres + SPREAD * jax.random.normal(noise, (count,))
+
+
+def test_a_fitted_diffusion_head_recovers_the_law_and_narrows_it():
+    """By a two-sample test, from a network that knows nothing but draws."""
+    head = Diffusion(dim=1, width=64, depth=2, schedule="linear", respacing="100", repeat=2)
+    steps, z = 500, jnp.zeros((512, 1, 1))
+    tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+    def step(state, key):
+        module, moments = state
+        x = from_the_law(key, len(z))[:, None, None]
+        slopes = jax.grad(lambda m: head.loss(m, z, x, jax.random.fold_in(key, 1)).mean())(module)
+        updates, moments = tx.update(slopes, moments)
+        return (optax.apply_updates(module, updates), moments), None
+
+    module = head.init(jax.random.key(0), 1)
+    keys = jax.random.split(jax.random.key(0), steps)
+    module = jax.jit(lambda m: jax.lax.scan(step, (m, tx.init(m)), keys)[0][0])(module)
+    drawn, told = sampled(head, module), np.sort(np.asarray(from_the_law(jax.random.key(9), COUNT)))
+    every = np.concatenate([drawn, told])
+    share = lambda x: np.searchsorted(x, every, side="right") / len(x)
+    gap = np.abs(share(drawn) - share(told)).max()
+    assert gap < 1.95 * math.sqrt(2 / COUNT), "a chance below one in a thousand (Kolmogorov and Smirnov)"
+    narrows(lambda t: sampled(head, module, t))
 
 
 def test_diffusion_loss_is_lowest_at_the_law():
@@ -139,3 +178,17 @@ def test_draws_of_a_position_are_its_own():
     other = ImageKeys(keys[1:2]).at(4, jnp.asarray([[7, 5, 2]]))
     np.testing.assert_array_equal(some.normal(1, 4)[1], other.normal(1, 4)[0, [2, 1]])
     assert not np.allclose(some.normal(1, 4)[1], ImageKeys(keys).at(5, jnp.asarray([[0, 5]] * 3)).normal(1, 4)[1])
+
+
+def test_logits_are_held_in_parts_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(losses, "HELD", 3 * 50 * 3)  # of seven tokens two at a time, and one that is left
+    keys = jax.random.split(jax.random.key(0), 3)
+    z, x = jax.random.normal(keys[0], (3, 7, 4)), jax.random.randint(keys[1], (3, 7), 0, 50)
+    w = jax.random.normal(keys[2], (4, 50))
+    loss = lambda chunk: lambda z, w: Softmax(50, 0.1, chunk).loss(lambda z: z @ w, z, x, keys[0]).sum()
+    both = lambda chunk: jax.value_and_grad(loss(chunk), (0, 1))
+    whole, *parts = jax.jit(lambda z, w: [both(chunk)(z, w) for chunk in (-1, 0, 3)])(z, w)
+    for part in parts:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), part, whole)
+    held = [("f32[3,7,50]" in str(jax.make_jaxpr(both(chunk))(z, w))) for chunk in (-1, 0, 3)]
+    assert held == [True, False, False]

@@ -101,7 +101,8 @@ class AR:
     z_loss: float = 0.0
     """Weight of (log Z)^2."""
     loss_chunk: int = 0
-    """Tokens of each image whose logits are held at a time; 0 is all."""
+    """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
+    (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"

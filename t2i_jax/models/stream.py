@@ -125,7 +125,8 @@ class Stream:
     condition_dropout: float = 0.1
     """Share of training examples whose text becomes padding, for guidance; 0: there is no unconditional branch."""
     loss_chunk: int = 0
-    """Codes of each image whose logits are held at a time; 0 is all."""
+    """Codes of each image, and pieces of its text, whose logits are held at a time; 0: all, or as many as memory is
+    kept for (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
@@ -195,7 +196,7 @@ class Stream:
         both = lambda z: jnp.concatenate([model.image_logits(z), model.text_logits(z)], -1)
         text_score, image_score = (both, both) if self.one_softmax else (model.text_logits, model.image_logits)
         text = text[:, text.shape[1] - w.shape[1] :] + self.vocabulary * self.one_softmax
-        _, text_nll, _ = chunked_cross_entropy(text_score, w, text)
+        _, text_nll, _ = chunked_cross_entropy(text_score, w, text, self.loss_chunk)
         _, image_nll, correct = self._image_score(image_score, x, batch["codes"])
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)

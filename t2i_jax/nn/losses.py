@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+HELD = 2**28
+"""Logits that a device holds at a time, at most, where nobody says how many tokens to take: 1 GiB."""
+
 
 def cross_entropy(
     logits: Array, targets: Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -33,15 +36,22 @@ def chunked_cross_entropy(
 ) -> tuple[Array, Array, Array]:
     """`cross_entropy(head(z), targets)` of z (b, t, d) and targets (b, t), `chunk` tokens of each row at a time.
 
-    The fp32 logits (b, t, v) are never held whole, in the backward pass neither: every chunk makes its own again.
-    `chunk=0` makes them all at once. Raises ValueError if the chunks do not fill t.
+    The fp32 logits (b, t, v) are never held whole, in the backward pass neither: every chunk makes its own again. 0:
+    all at once where a device then holds no more than HELD of them, else as many tokens as that allows; below 0: all.
     """
-    t = z.shape[1]
-    if not chunk or chunk >= t:
+    b, t = targets.shape
+    if chunk == 0:
+        v = jax.eval_shape(head, z).shape[-1]
+        room = HELD * max(jax.sharding.get_abstract_mesh().size, 1) // (b * v)
+        chunk = t if room >= t else 1 << max(room.bit_length() - 1, 0)
+    if chunk < 0 or chunk >= t:
         return cross_entropy(head(z), targets, **options)
-    if t % chunk:
-        raise ValueError(f"loss_chunk={chunk} does not divide the {t} tokens of an image")
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-    one = jax.checkpoint(lambda _, x: (None, cross_entropy(head(x[0]), x[1], **options)))
-    _, parts = jax.lax.scan(one, None, (split(z), split(targets)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(targets.shape), parts)
+    one = jax.checkpoint(lambda z, y: cross_entropy(head(z), y, **options))
+    whole = t - t % chunk
+    split = lambda x: jnp.moveaxis(x[:, :whole].reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+    _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, (split(z), split(targets)))
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, whole), parts)
+    if whole == t:
+        return parts
+    rest = one(z[:, whole:], targets[:, whole:])
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), parts, rest)

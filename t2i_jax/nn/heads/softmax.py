@@ -11,7 +11,7 @@ from jax import Array
 from t2i_jax.nn.draw import Sampling, choose, guide
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Embedding, Linear
-from t2i_jax.nn.losses import cross_entropy
+from t2i_jax.nn.losses import chunked_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Softmax:
     vocabulary: int = 1024
     """codes of the codec"""
     label_smoothing: float = 0.0
+    loss_chunk: int = 0
+    """tokens of each image whose logits are held at a time in training; 0: all, or as many as memory is kept for
+    (`nn.losses.HELD`); below 0: all"""
 
     dim = 0
     """codes are numbers of a codebook, not vectors"""
@@ -36,7 +39,8 @@ class Softmax:
 
     def loss(self, module: Linear, z: Array, x: Array, key: Array) -> Array:
         """Cross-entropy of codes int (b, t) in nats: (b, t)."""
-        return cross_entropy(self.logits(module, z), x, label_smoothing=self.label_smoothing)[0]
+        logits = lambda z: self.logits(module, z)
+        return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=self.label_smoothing)[0]
 
     def sample(
         self, module: Linear, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
