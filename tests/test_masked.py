@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from t2i_jax.config import ConfigError
@@ -173,6 +174,39 @@ def test_a_causal_model_gives_probabilities_in_every_order():
         np.testing.assert_allclose(total(jnp.asarray(order)), 1, rtol=1e-5)
     with pytest.raises(ValueError, match="does not know the probability"):
         dataclasses.replace(config, head=VECTORS).log_likelihood(model, batch)
+
+
+def test_a_causal_model_that_learned_a_joint_law_knows_it_in_every_order():
+    """Four bits that hang on each other: what each order says of them costs their entropy, and no order more."""
+    config = AnyOrder(
+        **TINY | {"grid": (2, 2), "width": 32, "depth": 2, "condition": Classes(1), "condition_dropout": 0.0},
+        head=Softmax(2),
+        order=Permutation(),
+    )
+    codes = jnp.asarray(list(itertools.product(range(2), repeat=4))).reshape(16, 2, 2)
+    law = jax.random.dirichlet(jax.random.key(3), jnp.full(16, 0.5))
+    alone = {"codes": codes, "label": jnp.zeros(16, int)}
+    # Every picture is in every batch, weighed by its probability: orders are all that is drawn.
+    batch = jax.tree.map(lambda x: jnp.tile(x, (8, *[1] * (x.ndim - 1))), alone | {"weight": law})
+    steps = 1000
+    tx = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+
+    def step(state, key):
+        model, moments = state
+        updates, moments = tx.update(jax.grad(lambda m: config.loss(m, batch, key)[0])(model), moments)
+        return (optax.apply_updates(model, updates), moments), None
+
+    @jax.jit
+    def learn(model):
+        keys = jax.random.split(jax.random.key(0), steps)
+        (model, _), _ = jax.lax.scan(step, (model, tx.init(model)), keys)
+        orders = jnp.asarray(list(itertools.permutations(range(4))))
+        return jax.lax.map(lambda order: config.log_likelihood(model, alone, jnp.tile(order, (16, 1))), orders)
+
+    costs = -np.asarray(learn(config.init(jax.random.key(0))) @ law)  # nats an image, for each of 24 orders
+    entropy = -float((law * jnp.log(law)).sum())  # 2.30, and independent fair bits would cost 2.77
+    assert costs.min() > entropy - 1e-3, "no law costs less than the true one"
+    assert costs.max() < entropy + 0.1 and np.ptp(costs) < 0.08
 
 
 def test_steps_ask_for_what_the_schedule_says():
