@@ -12,19 +12,22 @@ import numpy as np
 import pytest
 from test_ar import TINY, model_for
 
-from t2i_jax import bench, platform
-from t2i_jax.bench import data, measure
+from t2i_jax import bench, flops, platform
+from t2i_jax.bench import data, drawing, measure
 from t2i_jax.bench.sample import decode_bound
+from t2i_jax.config import ConfigError
+from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.heads import Diffusion, Softmax
 
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
     """Limits of small arrays, in no time."""
     fast = lambda dtype="float32", size=0: dict.fromkeys(("flops", "read", "copy"), lambda: 1e9)
-    for name in ("sample", "train", "codec"):
+    for name in ("drawing", "train", "codec", "sample"):
         module = __import__(f"t2i_jax.bench.{name}", fromlist=[name])
         monkeypatch.setattr(module, "limits", fast)
 
@@ -108,6 +111,8 @@ CONFIG = """
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.models.masked import Masked
+from t2i_jax.nn.heads import Softmax
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
@@ -120,6 +125,7 @@ experiment = Experiment({}, data)
 """
 MODELS = {
     "model": "AR(13, (2, 3), 16, 2, 4, condition=Classes(5))",
+    "masked": "Masked((2, 2), 1, Softmax(5), width=8, depth=1, heads=2, buffer=1, buckets=1, condition=Classes(5))",
     "codec": "VQGAN(network, QuantizerConfig(codes=16, dim=4), perceptual=0.0, adversarial=0.0)",
 }
 
@@ -132,6 +138,7 @@ MODELS = {
             "",
             ("tokens_per_second", "bound"),
         ),
+        ("sample --batch 2", "masked", ("of_limit", "flops_per_image", "head_flops", "seconds_per_image")),
         pytest.param("train", "model", ("of_limit", "model_flops"), marks=pytest.mark.slow),
         ("plan", "model", ("planned", "of_planned", "counted_bytes")),
         ("codec --batch 2", "codec", ("of_limit", "flops_per_image")),
@@ -143,7 +150,7 @@ def test_commands_print_a_table_and_write_json(command, kind, fields, tmp_path, 
     name, *rest = command.split()
     if kind:
         (tmp_path / "config.py").write_text(CONFIG.format(MODELS[kind]))
-        rest += [str(tmp_path / "config.py"), "--repeats", "1"] + ["--encoded"] * (name != "codec")
+        rest = [str(tmp_path / "config.py"), *rest, "--repeats", "1"] + ["--encoded"] * (name in ("train", "plan"))
     bench.main([name, *rest, "--out", str(tmp_path / "out.json")])
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["what"] == name and written["jax"] == jax.__version__
@@ -152,6 +159,31 @@ def test_commands_print_a_table_and_write_json(command, kind, fields, tmp_path, 
             value = result[field]
             assert all(v > 0 for v in (value.values() if isinstance(value, dict) else [value])), field
     assert str(written["results"][0]["name"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head", [Softmax(7), Diffusion(3, width=16, depth=1, steps=20, respacing="5")])
+def test_what_is_cut_is_the_head_and_nothing_of_the_network(head):
+    family = AnyOrder((2, 3), head=head, width=8, depth=1, heads=2, condition=Classes(5))
+    model = jax.eval_shape(family.init, jax.random.key(0))
+    condition, keys = {"label": jnp.arange(2)}, jax.random.split(jax.random.key(1), 2)
+    count = lambda family: flops.count(lambda m: family.sample(m, condition, keys), model)
+    rows, tokens = 2 * 2, 6
+    if isinstance(head, Softmax):
+        products = 8 * 7
+    else:
+        matrices = [x.shape for x in jax.tree.leaves(model.head) if x.ndim > 1]
+        once = 8 * 16  # of z, which is the same at all steps
+        products = once + 5 * (sum(int(np.prod(s)) for s in matrices) - once)
+    assert count(family) - count(drawing.without_head(family)) == 2 * rows * tokens * products
+
+
+def test_what_is_of_a_shape_is_not_of_a_config(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.format(MODELS["masked"]))
+    with pytest.raises(ConfigError, match="--top-p is for --shape alone"):
+        bench.main(["sample", str(tmp_path / "config.py"), "--top-p", "0.5"])
+    (tmp_path / "config.py").write_text(CONFIG.format(MODELS["codec"]))
+    with pytest.raises(ConfigError, match="VQGAN, which draws no pictures"):
+        bench.main(["sample", str(tmp_path / "config.py")])
 
 
 def test_a_missing_or_unknown_kind_lists_what_there_is(capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 KINDS = {
-    "sample": "decoding token by token, in JAX and on request in PyTorch",
+    "sample": "drawing by the sampler of a config or run, or decoding a shape token by token",
     "train": "the train step of a config",
     "codec": "encoding and decoding pictures by the codec of a config",
     "data": "making batches from picture files and from codes, beside what chips take",

@@ -2,7 +2,8 @@
 
     T = sum over tokens of max(2 N R / F, W / B) + cache bytes / B,
 
-N the matrix parameters, R the rows (2 an image with guidance), W the bytes of the weights, F FLOP/s, B bytes/s.
+N the matrix parameters, R the rows (2 an image with guidance), W the bytes of the weights, F FLOP/s, B bytes/s. Of a
+config or a run, of whatever family, the sampler is measured beside the FLOP limit instead: see `bench.drawing`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax import Array
 
+from t2i_jax.bench import drawing
 from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.config import ConfigError
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.decode import int8_weights
@@ -93,19 +97,23 @@ def bench_sample(
 
 @dataclasses.dataclass(frozen=True)
 class SampleBench:
-    """Decode images of random weights, beside what this machine could do.
+    """Draw images with random weights, beside what this machine could do.
 
-    Example: t2i bench sample --shape llamagen-b --batch 1 4 --int8
+    Of a config, a run or a released model the sampler runs with its own options; fields of the config can be set as for
+    `train`. Examples: t2i bench sample configs/glyphs_mar.py --batch 4 --model.sampling.iterations 32, and
+    t2i bench sample --shape llamagen-b --batch 1 4 --int8
     """
 
-    shape: str = "5M"
-    """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ..."""
+    model: tyro.conf.Positional[Path | None] = None
+    """a config, a run or a released model of any family; without one, next-token decoding of --shape"""
     batch: tuple[int, ...] = (1, 4, 16)
+    guided: bool = True
+    shape: str = "5M"
+    """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ...; this and what follows to `eager` are for no config"""
     grid: int = 0
     """codes along a side; 0: 16, as published, and 8 for own small sizes"""
     vocabulary: int = 0
     """codes of the codec; 0: 16384 as published, and 1024 for own small sizes"""
-    guided: bool = True
     segments: int = 0
     top_p: float = 1.0
     dtype: str = "float32"
@@ -117,6 +125,9 @@ class SampleBench:
     out: Path | None = None
     """write the results as JSON"""
 
+
+OF_SHAPE = ("grid", "vocabulary", "segments", "top_p", "dtype", "int8", "eager")
+"""Fields that say more of --shape."""
 
 ROWS: dict[str, Callable[[Result], str]] = {
     "images / s": lambda r: f"{r['images_per_second']:.3g}",
@@ -133,7 +144,11 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
-    args = tyro.cli(SampleBench, args=arguments, prog="t2i bench sample")
+    args, rest = tyro.cli(SampleBench, args=arguments, prog="t2i bench sample", return_unknown_args=True)
+    if args.model is not None:
+        return _any_family(args, rest)
+    if rest:
+        raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
     published = args.shape in SIZES and args.shape.startswith("llamagen")
     side = args.grid or (16 if published else 8)
     config = AR.sized(
@@ -153,3 +168,18 @@ def main(arguments: list[str]) -> None:
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, ROWS)
     about = {"shape": args.shape, "grid": side, "vocabulary": config.vocabulary, "dtype": config.dtype}
     tell("sample", [about | r for r in results], shown, args.out)
+
+
+def _any_family(args: SampleBench, overrides: list[str]) -> None:
+    path: Any = args.model
+    default = SampleBench()
+    odd = [n for n in (*OF_SHAPE, "shape") if getattr(args, n) != getattr(default, n)]
+    if odd:
+        raise ConfigError(
+            f"{path}: --{odd[0].replace('_', '-')} is for --shape alone; set fields of the config instead"
+        )
+    experiment = drawing.experiment_of(path, overrides)
+    results = [drawing.bench_drawing(experiment, b, args.guided, args.repeats) for b in args.batch]
+    title = f"{path}: {type(experiment.model).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
+    shown = table(f"{title}, {jax.devices()[0].device_kind}", results, drawing.ROWS)
+    tell("sample", [{"model": str(path)} | r for r in results], shown, args.out)

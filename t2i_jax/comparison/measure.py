@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from t2i_jax import flops
+from t2i_jax.bench.drawing import turns
 from t2i_jax.bench.measure import limits
 from t2i_jax.comparison.plan import Comparison, Line
 from t2i_jax.config import ConfigError
@@ -76,12 +77,8 @@ def with_fields(pipeline: Pipeline, line: Line) -> Pipeline:
 
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
-    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs; where its steps choose
-    among sizes, as those of masked models do, with the sizes that each of them takes."""
-    trips: Any = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
-    trips = int(trips) or getattr(getattr(pipeline.family, "chain", None), "steps", 1)
-    if hasattr(pipeline.family, "chosen"):
-        trips = pipeline.family.chosen(options)
+    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
+    trips = turns(pipeline.family, options)
     condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
     family, text, static = pipeline.family, pipeline.text, unguided(options)
 

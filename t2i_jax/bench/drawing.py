@@ -1,0 +1,138 @@
+"""Drawing codes by any family, random weights, beside the FLOP/s of a matrix product; and what of it is the head's.
+
+A head's share is what is missing when the same loop, with the same steps and network, is run with a head that draws for
+nothing: a difference of two programs that run in turns. Its FLOPs are counted in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from t2i_jax import config, flops
+from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, weights
+from t2i_jax.bench.train import random_batch
+from t2i_jax.config import ConfigError
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import Folder
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.pipeline import image_keys, unguided
+from t2i_jax.plan.ready import wanted
+from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.training.experiment import Experiment
+
+
+def turns(family: Any, options: Any) -> flops.Trips:
+    """How often the loop of a family's sampler runs with these options, for `flops.count`; where its steps choose among
+    sizes, as those of masked models do, the sizes that each of them takes."""
+    if hasattr(family, "chosen"):
+        return family.chosen(options)
+    count: Any = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
+    return int(count) or getattr(getattr(family, "chain", None), "steps", 1)
+
+
+def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a config or a run, or one that holds a released model. Errors: `ConfigError`, also for a model
+    that draws nothing."""
+    if (path / "model.safetensors").exists():
+        if overrides:
+            raise ConfigError(f"{path}: fields of a released model cannot be set: {' '.join(overrides)}")
+        experiment = Experiment(load_artifact(path).config, Data(Folder("")))
+    else:
+        experiment = config.load(path, overrides)
+    if not hasattr(getattr(experiment, "model", None), "sample"):
+        raise ConfigError(f"{path}: it holds a {type(experiment.model).__name__}, which draws no pictures")
+    return experiment
+
+
+def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray]:
+    """What the family is asked for in `batch` pictures, at random; features of text as if computed before."""
+    family = experiment.model
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
+    shapes = wanted(experiment)
+    reads = getattr(family.condition, "inputs", ("text", "text_mask"))
+    condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
+    if getattr(family, "reads_small", False):
+        i, j, c = family.shape
+        by = family.enlarges or 4
+        condition["low_res"] = np.zeros((batch, i // by, j // by, c), np.float32)
+    return condition
+
+
+def without_head(family: Any) -> Any:
+    """The family with a head that has the same weights and draws for nothing, from all of what it is told."""
+    head = family.head
+
+    def sample(
+        self: Any, module: Any, z: Array, null: Array | None, draws: Any, guidance: Array, options: Sampling
+    ) -> tuple[Array, Array | None]:
+        told = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
+        if self.dim:
+            return jnp.broadcast_to(told[..., None], (*told.shape, self.dim)), None
+        return (told > 0).astype(jnp.int32), told
+
+    kind = type(type(head).__name__, (type(head),), {"sample": sample})
+    fields = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
+    return dataclasses.replace(family, head=kind(**fields))
+
+
+def bench_drawing(experiment: Experiment, batch: int, guided: bool = True, repeats: int = 3) -> Result:
+    """Speed of a family's sampler with its own options and random weights; limits and drawing measured in turns.
+
+    Codes, latents or pictures come out; text encoders and codecs are not part of it. Returns seconds and their spread,
+    images/s, FLOPs of an image and FLOP/s, `of_limit`, their share of those of a matrix product in the model's dtype;
+    for a family with a head `head_time` and `head_flops`, its shares of time and FLOPs, the network having the others.
+    """
+    family, condition, keys = experiment.model, random_condition(experiment, batch), image_keys(range(batch))
+    model, options = weights(family.init), family.options()
+    static = unguided(options) if guided else {"guided": False}
+    families = {"seconds": family} | ({"cut": without_head(family)} if hasattr(family, "head") else {})
+
+    def program(family: Any) -> Callable[..., Any]:
+        return lambda *arguments: family.sample(*arguments, **static)
+
+    arguments = (model, condition, keys, options.arrays())
+    work = {k: flops.count(program(f), *arguments, trips=turns(f, options)) for k, f in families.items()}
+    compiled = {k: jax.jit(program(f)) for k, f in families.items()}
+    first = {k: seconds(lambda run=run: run(*arguments)) for k, run in compiled.items()}
+    measures = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
+    dtype = getattr(getattr(family, "network", family), "dtype", "float32")
+    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
+    result = {
+        "name": f"batch {batch}",
+        "batch": batch,
+        "parameters": sum(x.size for x in jax.tree.leaves(model)),
+        "guided": guided and not static,
+        **found,
+        "spread": spread["seconds"],
+        "compile": first["seconds"] - found["seconds"],
+        "images_per_second": batch / found["seconds"],
+        "seconds_per_image": found["seconds"] / batch,
+        "flops_per_image": work["seconds"] / batch,
+        "flops_per_second": work["seconds"] / found["seconds"],
+        "of_limit": work["seconds"] / found["seconds"] / found["flops"],
+    }
+    if "cut" in families:
+        shares = {"head_time": found, "head_flops": work}
+        result |= {name: 1 - of["cut"] / of["seconds"] for name, of in shares.items()}
+    return result
+
+
+ROWS: dict[str, Callable[[Result], str]] = {
+    "images / s": lambda r: f"{r['images_per_second']:.3g}",
+    "seconds an image": lambda r: f"{r['seconds_per_image']:.3f} (spread {r['spread']:.0%})",
+    "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.2f}",
+    "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
+    "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    "time in the head, in the network": lambda r: f"{r['head_time']:.0%}, {1 - r['head_time']:.0%}",
+    "FLOPs in the head, in the network": lambda r: f"{r['head_flops']:.0%}, {1 - r['head_flops']:.0%}",
+    "compile, seconds": lambda r: f"{r['compile']:.1f}",
+    **LIMITS,
+}
