@@ -6,13 +6,14 @@ reading it back, and telling two of them apart.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import json
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,10 +25,23 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file and the field."""
 
 
+@contextlib.contextmanager
+def refused(what: str = "") -> Iterator[None]:
+    """What the library refuses within by a `ValueError` is a `ConfigError`, whose message begins with `what`.
+
+    For where configs, options and what they name are built: there it is a user who can mend it.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}" if what else str(error)) from error
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """The experiment of a config file (`.py`, or a resolved `config.json`), with command-line overrides applied.
 
-    Errors: `ConfigError` for a missing file, a file that does not build `experiment`, a field that does not exist.
+    Errors: `ConfigError` for a missing file, a file that does not build `experiment`, a field that does not exist, a
+    value that is refused.
     An override of an unknown field or a wrong type exits with a message that names the nearest right field.
     """
     path = Path(path)
@@ -36,22 +50,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1, 0.4)
         raise ConfigError(f"{path}: there is no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    if path.suffix == ".json":
-        experiment = from_json(json.loads(path.read_text()))
-    else:
-        try:
-            experiment = runpy.run_path(str(path)).get("experiment")
-        except TypeError as error:  # a dataclass called with a field it has not
-            raise ConfigError(f"{path}: {error}{_nearest_field(error)}") from error
+    with refused(str(path)):
+        if path.suffix == ".json":
+            experiment = from_json(json.loads(path.read_text()))
+        else:
+            try:
+                experiment = runpy.run_path(str(path)).get("experiment")
+            except TypeError as error:  # a dataclass called with a field it has not
+                raise ConfigError(f"{error}{_nearest_field(error)}") from error
     if not dataclasses.is_dataclass(experiment) or isinstance(experiment, type):
         raise ConfigError(f"{path}: must build a dataclass value named `experiment`")
     return override(experiment, overrides) if overrides else experiment
 
 
 def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
-    """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has."""
+    """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has.
+
+    Errors: `ConfigError` for values that the dataclass refuses; a wrong field or type exits, as `load` has it.
+    """
     kind, settings = type(value), (tyro.conf.AvoidSubcommands,)
-    return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=settings, registry=_registry)
+    with refused():
+        return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=settings, registry=_registry)
 
 
 _registry = tyro.constructors.ConstructorRegistry()
@@ -133,7 +152,8 @@ def from_json(value: Any) -> Any:
         if field not in known:
             near = difflib.get_close_matches(field, known, 1, 0.3)
             raise ConfigError(f"{name} has no field '{field}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    return cls(**fields)
+    with refused(name):
+        return cls(**fields)
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:

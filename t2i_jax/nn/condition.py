@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
+from t2i_jax.config import ConfigError
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
@@ -334,9 +335,9 @@ Condition = Classes | Captions | Features | Vector
 
 
 def value(batch: Batch, name: str) -> Array:
-    """A condition of the batch. Errors: ValueError if it is missing."""
+    """A condition of the batch. Errors: `ConfigError` if it is missing: data and model do not go together."""
     if name not in batch:
-        raise ValueError(
+        raise ConfigError(
             f"the batch has no '{name}'; it comes from {SOURCES[name]}. It has: {', '.join(sorted(batch))}"
         )
     return jnp.asarray(batch[name])
@@ -348,10 +349,10 @@ def ids(batch: Batch, name: str, count: int) -> Array:
     if not isinstance(x, Tracer):
         known = np.asarray(x)
         if known.size and (known.min() < 0 or known.max() >= count):
-            raise ValueError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")
+            raise ConfigError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")
     return x
 
 
 def same_length(name: str, found: int, length: int) -> None:
     if found != length:
-        raise ValueError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")
+        raise ConfigError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")

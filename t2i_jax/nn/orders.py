@@ -46,7 +46,8 @@ class Generation(Sampling):
     """Of the noise on confidence, which falls to 0 at the last step."""
 
     def arrays(self) -> Scheduled:
-        """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none.
+        """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none, and for a
+        shape that is not there.
 
         The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
         bits that fp32 does not have.
@@ -55,10 +56,12 @@ class Generation(Sampling):
         kinds |= {"guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
         fields = (f.name for f in dataclasses.fields(self))
         arrays = {name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields}
-        steps, shape = int(self.iterations), list(SHAPES.values())[int(self.shape)]
+        steps, shape = int(self.iterations), int(self.shape)
         if not 1 <= steps <= BOUND:
             raise ValueError(f"iterations {steps}: 1 to {BOUND}")
-        share = np.append(shape(np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
+        if not 0 <= shape < len(SHAPES):
+            raise ValueError(f"shape {shape}: {', '.join(f'{n} {name}' for n, name in enumerate(SHAPES))}")
+        share = np.append(list(SHAPES.values())[shape](np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
         high = np.round(share * 2**12) / 2**12
         return Scheduled(**arrays, hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32))
 
