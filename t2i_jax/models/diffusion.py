@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jax import Array
+from jax.core import Tracer
 
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired
 from t2i_jax.nn.dit import DiT
@@ -30,7 +32,7 @@ from t2i_jax.noise.gaussian import (
     split,
     vb_terms,
 )
-from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.processes import Discrete, Flow, Process
 from t2i_jax.noise.schedule import beside
 from t2i_jax.noise.solvers import SOLVERS, Denoised
 from t2i_jax.parallel import shard
@@ -64,7 +66,23 @@ class Solving:
     augmentation: float | Array = 0.0
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: float | Array = 1.0
-    """Of a given picture: how much of the way from noise is gone again; 1 forgets it."""
+    """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
+
+    def check(self, most: int) -> None:
+        """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
+
+        most: steps of the process.
+        """
+        ranges = {"steps": (1, most), "strength": (0, 1), "augmentation": (0, 1)}
+        for name, (low, high) in ranges.items():
+            given = getattr(self, name)
+            if isinstance(given, Tracer):
+                continue
+            least, largest = float(np.min(given)), float(np.max(given))
+            if not (low <= least and largest <= high) or (name == "strength" and least == 0):
+                odd = f"{least if least < low or largest <= high else largest:g}"
+                about = f"1 to {most}, the bound of the process" if name == "steps" else f"{low} to {high}"
+                raise ValueError(f"{name} {odd}: {about}{', and above 0' * (name == 'strength')}")
 
     def arrays(self) -> Solving:
         """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
@@ -112,6 +130,16 @@ class Diffusion:
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
+        if self.predicts in ("eps", "score") and from_noise_alone(self.process):
+            right = "velocity" if isinstance(self.process, Flow) else "v"
+            raise ValueError(
+                f"predicts {self.predicts!r}: samplers of this {type(self.process).__name__} begin in noise alone, "
+                f"where it says nothing of the picture; predict {right!r}"
+            )
+
+    def check(self, options: Solving) -> None:
+        """Errors: ValueError for options with which nothing can be drawn."""
+        options.check(self.process.bound)
 
     @property
     def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
@@ -245,17 +273,18 @@ class Diffusion:
         solver: another than the configured one; static.
         log_p: a pytree that maps (x, time told (b,), condition) to log p(condition | x) (b,), as a classifier or an
             image-text model does; its gradient pulls.
-        weak: a worse model of this configuration, which takes the place of the unconditional branch (Karras et al.
-            2024).
+        weak: a worse model, which takes the place of the unconditional branch (Karras et al. 2024). Its network may be
+            another; process, prediction, shape and what it reads of the condition are those of this one.
         progress: called after each step with its number, how many there are, and the pictures so far; static.
         """
         guided = (self.condition_dropout > 0 or weak is not None) if guided is None else guided
         untold = not getattr(self.condition, "has_null", True) and "null_features" not in condition
         if guided and weak is None and untold:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
-        options = (options or self.options()).arrays()
+        options = options or self.options()
+        self.check(options)
         config = dataclasses.replace(self, solver=solver or self.solver)
-        return _sample(config, model, condition, keys, options, known, keep, guided, log_p, weak, progress)
+        return _sample(config, model, condition, keys, options.arrays(), known, keep, guided, log_p, weak, progress)
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
         """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""
@@ -265,6 +294,11 @@ class Diffusion:
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
         return Denoised(near, eps, v)
+
+
+def from_noise_alone(process: Process) -> bool:
+    """Whether nothing is left of the picture where a sampler begins: alpha = 0."""
+    return isinstance(process, Flow) or (isinstance(process, Discrete) and float(process.tables.alpha[-1]) == 0)
 
 
 def noised_small(small: Array, share: Array, noise: Array) -> Batch:
@@ -329,7 +363,9 @@ def _sample(
                 null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
             at = i / path.steps
             scale = guidance.within(options.guidance, at, options.guidance_start, options.guidance_stop)
-            moved = guidance.guide(prediction, config._parts(null[0])[0], scale, config.guided_channels)
+            # A worse model may say something of the variance where this one does not, or the other way round.
+            other = null[0][..., : config.network.channels]
+            moved = guidance.guide(prediction, other, scale, config.guided_channels)
             prediction = guidance.rescale(moved, prediction, options.guidance_rescale)
         denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)
         if log_p is None:

@@ -15,7 +15,7 @@ from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, value
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.processes import EDM, Discrete, Process
 from t2i_jax.parallel import shard
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
@@ -41,10 +41,21 @@ class NoisedCLIP:
     dim: int = 512
     """Of the common space."""
     times: int = 1000
-    """Noise levels that the picture's encoder knows; 0: it reads clean pictures."""
+    """Noise levels that the picture's encoder knows, one for each time that `process` tells; 0: it reads clean
+    pictures."""
     scale: float = 100.0
     """What similarities are multiplied by."""
     process: Process = Discrete("cosine")
+
+    def __post_init__(self):
+        process, name = self.process, type(self.process).__name__
+        if not self.times:
+            return
+        if isinstance(process, EDM) or getattr(process, "toward", False):
+            raise ValueError(f"process {process}: the times that it tells are no numbers of noise levels, 0 to 999")
+        told = 1000 if not isinstance(process, Discrete) or process.rescale_times else process.steps
+        if told > self.times:
+            raise ValueError(f"times {self.times}: this {name} tells {told} of them")
 
     def init(self, key: Array) -> CLIPNetwork:
         return CLIPNetwork(self, key)
