@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 
 from t2i_jax import config
-from t2i_jax.config import ConfigError
+from t2i_jax.config import ConfigError, refused
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
-from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
+from t2i_jax.training.artifacts import Artifact, load_artifact, on_host, save_artifact
 
 
 def image_keys(seeds: Sequence[int]) -> Array:
@@ -35,6 +35,23 @@ def unguided(options: Any) -> dict[str, bool]:
     """How to tell `sample` that both branches would say the same, where options ask for no guidance: half the work."""
     scale = getattr(options, "guidance", None)
     return {"guided": False} if scale is not None and bool(np.all(np.asarray(scale) == 1)) else {}
+
+
+def settled(family: Any, options: Any) -> Any:
+    """Sampling options as arrays. Errors: `ConfigError` for values with which the family cannot draw."""
+    with refused("sampling options"):
+        if hasattr(family, "check"):
+            family.check(options)
+        return options.arrays()
+
+
+PATHS = ("times", "mean", "std", "shift", "low", "high", "rho", "bound")
+"""Fields of processes that say which times are drawn in training and where samplers stop."""
+
+
+def noise_of(process: Any) -> tuple[str, dict[str, Any]]:
+    """What networks see of a process: those of equal ones read the same noise at the same time."""
+    return type(process).__name__, {k: v for k, v in config.to_json(process).items() if k not in PATHS}
 
 
 class Pipeline:
@@ -53,9 +70,11 @@ class Pipeline:
         source: Artifact | None = None,
     ):
         self.family, self.codec, self.text, self.source = family, codec, text, source
-        self.mesh = mesh.build()
-        parts = {"model": model, "codec": codec.model if codec else None}
-        parts["text"] = text.load() if hasattr(text, "load") else None
+        with refused():
+            self.mesh = mesh.build()
+            with on_host():
+                loaded = text.load() if hasattr(text, "load") else None
+        parts = {"model": model, "codec": codec.model if codec else None, "text": loaded}
         self.parts = jax.device_put(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
@@ -71,19 +90,20 @@ class Pipeline:
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
-        """The pipeline of a run folder or a released model.
+        """The pipeline of a run folder or a released model: every array goes from the host to its part of each device.
 
         int8: matrices as whole numbers and scales (`nn.decode.int8_weights`), for models that draw token by token.
         Errors: `ConfigError` where it holds no family, or one of another kind than `int8` is for.
         """
-        artifact = load_artifact(folder)
+        artifact = load_artifact(folder, host=True)
         if not hasattr(artifact.config, "sample"):
             raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
-        codec = load_artifact(artifact.codec) if artifact.codec else None
+        codec = load_artifact(artifact.codec, host=True) if artifact.codec else None
         if int8 and not hasattr(artifact.config, "prefill"):
             kind = type(artifact.config).__name__
             raise ConfigError(f"{folder} holds a {kind}: int8 weights are for models that draw token by token")
-        model = int8_weights(artifact.model) if int8 else artifact.model
+        with on_host():
+            model = int8_weights(artifact.model) if int8 else artifact.model
         pipeline = cls(artifact.config, model, codec, artifact.text, mesh, artifact)
         pipeline.about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         return pipeline
@@ -94,12 +114,19 @@ class Pipeline:
         return self.family.options()
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What the model is conditioned on, on the host: text ids and mask, or class labels."""
+        """What the model is conditioned on, on the host: text ids and mask, or class labels.
+
+        Errors: `ConfigError` for prompts that are no class numbers of a model that is asked by them.
+        """
         if "label" in self.family.condition.inputs:
-            try:
-                return {"label": np.asarray([int(p) for p in prompts], np.int32)}
-            except ValueError as error:
-                raise ConfigError(f"this model takes class numbers as prompts: {error}") from error
+            with refused("this model takes class numbers as prompts"):
+                labels = [int(p) for p in prompts]
+                # A start token is of the table of codes; without a count it is that which bounds it.
+                count = getattr(self.family.condition, "count", getattr(self.family, "vocabulary", 0))
+                odd = [label for label in labels if not 0 <= label < count]
+                if odd:
+                    raise ValueError(f"{odd[0]} is not one of 0 to {count - 1}")
+            return {"label": np.asarray(labels, np.int32)}
         if self.text is None:
             return {}
         ids, mask = self.text(list(prompts))
@@ -200,11 +227,17 @@ class Pipeline:
         """The same pipeline, whose pictures a classifier or an image-text model of noised pictures pulls to what was
         asked for, as strongly as the option `pull` says (Dhariwal & Nichol 2021; Nichol et al. 2022).
 
-        Errors: `ConfigError` unless `by` is one that was trained for such pictures, and knows what prompts are about.
+        Errors: `ConfigError` unless `by` is one that was trained for such pictures, as noisy at the same times, and
+        knows what prompts are about.
         """
         kind = type(by.config).__name__
         if not hasattr(by.config, "log_p") or not hasattr(self.options, "pull"):
             raise ConfigError(f"{name or kind}: a {kind} cannot pull a {type(self.family).__name__}")
+        if noise_of(by.config.process) != noise_of(self.family.process):
+            raise ConfigError(
+                f"{name or kind}: it learned the noise of {by.config.process}, and this model draws by that of "
+                f"{self.family.process}"
+            )
         if hasattr(by.config, "classes") and "label" not in self.family.condition.inputs:
             raise ConfigError(f"{name or kind}: it knows classes, and this model is asked in words")
         if not hasattr(by.config, "classes") and "label" in self.family.condition.inputs:
@@ -220,13 +253,41 @@ class Pipeline:
 
     def beside(self, weak: Artifact, name: str = "") -> Pipeline:
         """The same pipeline, guided away from what a worse model of the same kind draws: autoguidance (Karras et al.
-        2024). Errors: `ConfigError` for a model of another kind."""
-        if weak.config != self.family or not hasattr(self.options, "pull"):
-            raise ConfigError(
-                f"{name or 'the worse model'}: its configuration is not that of the model which it guides"
-            )
+        2024). It may be smaller, of another network, or less trained.
+
+        Errors: `ConfigError` where noise, prediction, shape or what is read of prompts differ.
+        """
+        name = name or "the worse model"
+        if not hasattr(weak.config, "predicts") or not hasattr(self.family, "predicts"):
+            kinds = type(weak.config).__name__, type(self.family).__name__
+            raise ConfigError(f"{name}: a {kinds[0]} cannot guide a {kinds[1]}; Gaussian diffusions guide each other")
+        theirs, ours = (spoken(f) for f in (weak.config, self.family))
+        for what in ours:
+            if theirs[what] != ours[what]:
+                raise ConfigError(
+                    f"{name}: {what} is {theirs[what]}, and {ours[what]} that of the model which it is to guide"
+                )
         same = self._with({"weak": weak.model})
         same.about |= {"guided by": name}
+        return same
+
+    def altered(self, **fields: Any) -> Pipeline:
+        """The same pipeline with other fields of its family, of those that no training depends on, as `solver`.
+
+        Errors: `ConfigError` for a field that the family has not, and for a value that it refuses.
+        """
+        known = [f.name for f in dataclasses.fields(self.family)]
+        for field in fields:
+            if field not in known:
+                raise ConfigError(f"a {type(self.family).__name__} has no '{field}'")
+        with refused():
+            family = dataclasses.replace(self.family, **fields)
+        if family == self.family:
+            return self
+        same = self._with({})
+        same.family = family
+        same.source = dataclasses.replace(self.source, config=family) if self.source else None
+        same.about |= {name: str(value) for name, value in fields.items()}
         return same
 
     def _with(self, parts: dict[str, Any]) -> Pipeline:
@@ -257,7 +318,7 @@ class Pipeline:
             # All from the host: what several processes put on one mesh has to be there, the same on each of them.
             data = np.asarray(jax.random.key_data(keys))
             condition, data = jax.device_put((condition, data), batch_sharding(self.mesh))
-            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(options.arrays())
+            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(settled(self.family, options))
             static = {"watched": watch is not None, **unguided(options)}
             images = self._compiled(self.parts, condition, keys, arrays, **static)
         if watch:
@@ -312,6 +373,19 @@ class Pipeline:
             f"{count / 1e6:.1f} M parameters, step {artifact.step}.\n\n"
             f'```\nt2i sample {Path(folder).name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n',
         )
+
+
+def spoken(family: Any) -> dict[str, Any]:
+    """In what two Gaussian diffusions must agree for one to guide the other."""
+    condition = family.condition
+    sizes = {k: getattr(condition, k, None) for k in ("count", "vocabulary", "length", "dim")}
+    return {
+        "process": noise_of(family.process),
+        "predicts": family.predicts,
+        "shape": family.shape,
+        "condition": (tuple(condition.inputs), sizes),
+        "extra_inputs": family.network.extra_inputs,
+    }
 
 
 def release(run: str | Path, out: str | Path, scale: bool = False) -> None:

@@ -45,6 +45,8 @@ class Previews:
     def _begin(self, trainer: Any) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
         experiment, family = trainer.experiment, trainer.experiment.model
+        if not hasattr(family, "encode") and not hasattr(family, "sample"):
+            return  # a classifier draws nothing
         records = list(islice(experiment.data.examples("val"), experiment.train.previews))
         if not records:
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from t2i_jax import flops
 from t2i_jax.bench.drawing import turns
 from t2i_jax.bench.measure import limits
-from t2i_jax.comparison.plan import Comparison, Line
+from t2i_jax.comparison.plan import Comparison
 from t2i_jax.config import ConfigError
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import Features
@@ -66,14 +65,6 @@ class Ruler:
                 taken.append(time.perf_counter() - began)
                 progress.advance(task, size)
         return np.concatenate(made), statistics.median(taken[1:])
-
-
-def with_fields(pipeline: Pipeline, line: Line) -> Pipeline:
-    """The pipeline with other fields of its family."""
-    if not line.family:
-        return pipeline
-    family = dataclasses.replace(pipeline.family, **line.family)
-    return Pipeline(family, pipeline.parts["model"], pipeline.codec, pipeline.text, source=pipeline.source)
 
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from t2i_jax.comparison.measure import Ruler, measure, with_fields
+from t2i_jax.comparison.measure import Ruler, measure
 from t2i_jax.comparison.plan import Comparison, Line
 from t2i_jax.comparison.report import write
 from t2i_jax.config import ConfigError, to_json
@@ -127,6 +127,6 @@ class Memory:
             base = (line.run, "{}", "")
             if base not in self.pipelines:
                 self.pipelines[base] = Pipeline.load(folder / line.run)
-            made = with_fields(self.pipelines[base], line)
+            made = self.pipelines[base].altered(**line.family)
             self.pipelines[key] = made.pulled(load_artifact(folder / line.pulled_by)) if line.pulled_by else made
         return self.pipelines[key]

@@ -17,8 +17,9 @@ from t2i_jax import config, pictures
 from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import DataError, Record
-from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+from t2i_jax.parallel import MeshConfig
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.progress import bar
@@ -38,25 +39,30 @@ def evaluate_folder(
     seed: int = 0,
     spaces: Sequence[str] = ("pixels", "efficientnet_lite0"),
     judge: bool = False,
+    solver: str = "",
+    mesh: MeshConfig | None = None,
     options: Sequence[str] = (),
 ) -> Report:
     """Measure the codec or the model in `folder` against real pictures; write a report and a grid to `out`.
 
-    reference: an experiment whose `data` has pictures; the run's own unless given.
+    reference: an experiment whose `data` has pictures; the run's own unless given. solver: another than that of the
+    family. mesh: what the model is spread over; that of the reference unless given.
     Errors: `ConfigError` where there are no pictures to compare with.
     """
-    artifact = load_artifact(folder)
+    artifact = load_artifact(folder, host=True)
     if reference is None:
         reference = config.load(folder)
         if not isinstance(reference, Experiment):
             raise ConfigError(
                 f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG"
             )
-    loaded = [space_of(name) for name in spaces]
+    with config.refused("--spaces"):
+        loaded = [space_of(name).load() for name in spaces]
     if hasattr(artifact.config, "encode"):
         report = evaluate_codec(artifact, reference, out, loaded, count, batch_size)
     else:
-        pipeline = Pipeline.load(folder, reference.mesh)
+        pipeline = Pipeline.load(folder, mesh or reference.mesh)
+        pipeline = pipeline.altered(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
         report = evaluate_family(pipeline, artifact, reference, out, loaded, count, batch_size, seed, chosen, judge)
     report.save(out / "report.json")
@@ -107,16 +113,16 @@ def in_batches(function: Callable[[np.ndarray], Any], images: np.ndarray, size: 
 
 
 def evaluate_codec(
-    artifact: Artifact, reference: Experiment, out: Path, spaces: list[Features], count: int, size: int
+    artifact: Artifact, reference: Experiment, out: Path, spaces: Sequence[Features | Space], count: int, size: int
 ) -> Report:
     """Reconstruction of held-out pictures, and how much of the codebook they use."""
-    codec = artifact.config
+    codec, model = artifact.config, jax.device_put(artifact.model, jax.local_devices()[0])
     records = records_of(reference, "test", count) or records_of(reference, "val", count)
     real = images_of(records)
     signed = lambda x: x.astype(np.float32) / 127.5 - 1
     encode, decode = jax.jit(codec.encode), jax.jit(lambda m, c: to_uint8(codec.decode(m, c)))
-    codes = in_batches(lambda x: encode(artifact.model, signed(x)), real, size, "encoding")
-    made = in_batches(lambda c: decode(artifact.model, c), codes, size, "decoding")
+    codes = in_batches(lambda x: encode(model, signed(x)), real, size, "encoding")
+    made = in_batches(lambda c: decode(model, c), codes, size, "decoding")
     perceptual = None
     if getattr(codec, "perceptual", 0):
         trunk = codec.frozen()
@@ -149,7 +155,7 @@ def evaluate_family(
     artifact: Artifact,
     reference: Experiment,
     out: Path,
-    spaces: list[Features],
+    spaces: Sequence[Features | Space],
     count: int,
     size: int,
     seed: int,
@@ -163,7 +169,7 @@ def evaluate_family(
     every = {"new words": known, "new concepts": records_of(reference, "test", count)}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
-    space = [s.load() for s in spaces]
+    space = [s.load() if isinstance(s, Features) else s for s in spaces]
     numbers: dict[str, Number] = {}
     sheets, drawn, seconds = [], 0, 0.0
     critic = None
@@ -183,7 +189,7 @@ def evaluate_family(
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
-        found |= likelihood(pipeline, records, size)
+        found |= likelihood(pipeline, records, prompts, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
     pictures.save_png(stacked(sheets), out / "samples.png")
@@ -192,14 +198,15 @@ def evaluate_family(
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
         "pictures": {name: len(records) for name, records in sets.items()},
         "options": {k: float(v) for k, v in vars(options).items()},
+        **({"solver": pipeline.family.solver} if hasattr(pipeline.family, "solver") else {}),
         "pictures per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,
     }
     return Report(f"{type(pipeline.family).__name__}: pictures for captions", numbers, facts)
 
 
-def likelihood(pipeline: Pipeline, records: Sequence[Record], size: int) -> dict[str, Number]:
-    """Bits per token of the real pictures' codes, where the family can tell them."""
+def likelihood(pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[str], size: int) -> dict[str, Number]:
+    """Bits per token of the real pictures' codes for their prompts, where the family can tell them."""
     family, codec = pipeline.family, pipeline.codec
     if not hasattr(family, "log_likelihood") or not hasattr(getattr(codec, "config", None), "vocabulary"):
         return {}
@@ -214,11 +221,12 @@ def likelihood(pipeline: Pipeline, records: Sequence[Record], size: int) -> dict
         return -nats / (math.log(2) * math.prod(codes.shape[1:]))
 
     total = 0.0
+    images = images_of(records)
     for at in range(0, len(records), size):
-        some = list(records[at : at + size])
-        filled = some + some[-1:] * (size - len(some))
-        bits = score(pipeline.parts, images_of(filled), pipeline.condition([r["captions"][0] for r in filled]))
-        total += float(np.asarray(bits)[: len(some)].sum())
+        places = np.minimum(np.arange(at, at + size), len(records) - 1)
+        with jax.set_mesh(pipeline.mesh):
+            bits = score(pipeline.parts, images[places], pipeline.condition([prompts[int(i)] for i in places]))
+        total += float(np.asarray(bits)[: len(records) - at].sum())
     uniform = math.log2(codec.config.vocabulary)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
 

@@ -6,13 +6,16 @@ what it needs of other models: the released codec in `codec/`, the frozen text e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -40,15 +43,32 @@ class Artifact:
     image_size: int = 0
 
 
-def load_artifact(folder: str | Path) -> Artifact:
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Arrays that are made within lie in the memory of this machine, from where each device gets its part alone; where
+    JAX_PLATFORMS leaves the CPU out they lie on the first device."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = None
+    with jax.default_device(device) if device else contextlib.nullcontext():
+        yield
+
+
+def load_artifact(folder: str | Path, host: bool = False) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
-    `folder` may lie in an object store (`gs://...`, `s3://...`).
+    `folder` may lie in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for
+    someone who spreads them over devices.
 
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
     """
-    where = place(folder)
+    with on_host() if host else contextlib.nullcontext():
+        return _loaded(place(folder))
+
+
+def _loaded(where: Any) -> Artifact:
     folder = fetched(where)
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: neither a run nor a released model, there is no config.json in it")
