@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from t2i_jax import comparison, config
-from t2i_jax.cli.shared import console, parse
+from t2i_jax.cli.shared import console, local, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ def run(arguments: list[str]) -> None:
     wanted = config.load(args.config)
     if not isinstance(wanted, comparison.Comparison):
         raise config.ConfigError(f"{args.config}: `experiment` must be a Comparison, not a {type(wanted).__name__}")
+    local(args.out)
     given = {k: v for k in ("count", "flops") if (v := getattr(args, k)) is not None}
     command = f"t2i compare {' '.join(arguments)}"
     runs = args.runs or Path("runs") / args.config.stem

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert import folders
 
 
@@ -44,6 +44,7 @@ def run(arguments: list[str]) -> None:
         print("formats, each with an example:\n" + folders.help_text())
         sys.exit(0 if arguments else 2)
     args, rest = parse_some(ConvertArguments, arguments, "t2i convert")
+    local(args.out)
     if args.back:
         folders.to_file(args.format, args.weights, args.out)
         console.print(f"{args.out}: written in the names of {args.format}", soft_wrap=True)

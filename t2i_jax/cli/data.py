@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from t2i_jax import config
-from t2i_jax.cli.shared import console, parse, parse_some
+from t2i_jax.cli.shared import console, local, parse, parse_some
 from t2i_jax.config import ConfigError
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.progress import bar
@@ -73,7 +73,7 @@ def build(arguments: list[str]) -> None:
         task = progress.add_task("drawing")
         told = lambda done, total: progress.update(task, completed=done, total=total)
         settings = {"styles": args.styles, "size": args.size, "skin_tones": args.skin_tones, "strict": args.strict}
-        index = build_glyphs(args.out, **settings, progress=told)
+        index = build_glyphs(local(args.out), **settings, progress=told)
     counts = ", ".join(f"{v['count']} {k}" for k, v in index["splits"].items())
     console.print(f"{args.out}: {counts}; who drew them is in CREDITS.md")
 
@@ -81,6 +81,7 @@ def build(arguments: list[str]) -> None:
 def vocab(arguments: list[str]) -> None:
     args, rest = parse_some(VocabArguments, arguments, "t2i data vocab")
 
+    local(args.out)
     experiment = config.load(args.config, rest)
     captions = [c for record in experiment.data.examples("train") for c in record["captions"]]
     train_vocabulary(captions, args.out, args.size, args.kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from t2i_jax import config
-from t2i_jax.cli.shared import parse_some
+from t2i_jax.cli.shared import local, parse_some
 from t2i_jax.encode import encode_splits
 
 
@@ -29,4 +29,4 @@ class EncodeArguments:
 
 def run(arguments: list[str]) -> None:
     args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
-    encode_splits(config.load(args.config, rest), args.out, args.splits, args.batch_size, args.block)
+    encode_splits(config.load(args.config, rest), local(args.out), args.splits, args.batch_size, args.block)

@@ -8,8 +8,10 @@ from pathlib import Path
 import tyro
 
 from t2i_jax import config
-from t2i_jax.cli.shared import parse_some
+from t2i_jax.cli.shared import local, parse_some
 from t2i_jax.evaluation.run import evaluate_folder
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.plan import read_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,11 @@ class EvaluateArguments:
     seed: int = 0
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
     """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
+    solver: str = ""
+    """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc"""
+    mesh: str = ""
+    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: what the model is spread over; the run's own, or that of
+    `data`, unless given"""
     judge: bool = False
     """also train a small judge of picture and caption on the training pairs, and rank by it"""
 
@@ -39,12 +46,14 @@ def run(arguments: list[str]) -> None:
     args, rest = parse_some(EvaluateArguments, arguments, "t2i evaluate")
     evaluate_folder(
         args.model,
-        args.out or args.model,
+        local(args.out or args.model),
         config.load(args.data) if args.data else None,
         count=args.count,
         batch_size=args.batch_size,
         seed=args.seed,
         spaces=args.spaces,
         judge=args.judge,
+        solver=args.solver,
+        mesh=read_mesh(args.mesh, MeshConfig()) if args.mesh else None,
         options=rest,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.cli.shared import console, parse
+from t2i_jax.cli.shared import console, local, parse
 from t2i_jax.pipeline import release as release_run
 
 
@@ -26,5 +26,5 @@ class ReleaseArguments:
 
 def run(arguments: list[str]) -> None:
     args = parse(ReleaseArguments, arguments, "t2i release")
-    release_run(args.run, args.out, args.scale)
+    release_run(args.run, local(args.out), args.scale)
     console.print(f"{args.out}: released; it can be moved anywhere")

@@ -11,10 +11,12 @@ import tyro
 from PIL import Image
 
 from t2i_jax import config
-from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import text_side
 from t2i_jax.evaluation.rerank import Reranker, keep_best
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.pipeline import Pipeline, settled
+from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
 from t2i_jax.training.artifacts import load_artifact
 
@@ -40,13 +42,18 @@ class SampleArguments:
     batch_size: int = 16
     scale: int = 4
     """enlargement of the pictures in the grid"""
+    solver: str = ""
+    """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc"""
+    mesh: str = ""
+    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: fsdp or tensor for models larger than a device; each
+    device draws its own pictures unless given"""
     int8: bool = False
     """matrices as whole numbers and scales: a quarter of the memory, nearly the same pictures; not for every family"""
     rerank: str = ""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt, with fields of it set
     behind commas: vit_b_32.pt,activation=gelu"""
-    candidates: int = 16
-    """pictures drawn per prompt where `rerank` chooses; they stay in OUT/candidates"""
+    candidates: int | None = None
+    """pictures drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
     image: Path | None = None
     """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a
     start that remembers it: --strength 0.6"""
@@ -55,7 +62,7 @@ class SampleArguments:
     pull_by: Path | None = None
     """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --pull 3"""
     weak: Path | None = None
-    """run of a worse model of the same configuration, to guide away from in the place of the unconditional one"""
+    """run of a worse model, smaller or less trained, to guide away from in the place of the unconditional one"""
     upsample: Path | None = None
     """run folder or released model that makes the pictures larger, by its own sampling options"""
     watch: bool = False
@@ -71,8 +78,16 @@ def run(arguments: list[str]) -> None:
     prompts = list(args.text) + (args.prompts.read_text("utf-8").splitlines() if args.prompts else [])
     if not prompts:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
-    pipeline = Pipeline.load(args.model, int8=args.int8)
+    local(args.out)
+    if args.candidates is not None and not args.rerank:
+        raise config.ConfigError("--candidates without --rerank: nothing chooses among them; --count draws several")
+    mesh = read_mesh(args.mesh, MeshConfig())
+    pipeline = Pipeline.load(args.model, mesh, args.int8)
+    pipeline = pipeline.altered(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
+    settled(pipeline.family, options)
+    if not args.pull_by and any(word.partition("=")[0] == "--pull" for word in rest):
+        raise config.ConfigError("--pull without --pull-by: which model is to pull?")
     if jax.process_count() > 1 and (args.watch or args.rerank):
         raise config.ConfigError("--watch and --rerank work in one process alone")
     if args.weak and np.all(np.asarray(options.guidance) == 1):
@@ -85,12 +100,12 @@ def run(arguments: list[str]) -> None:
         mask = np.asarray(Image.open(args.mask).convert("L")) > 127 if args.mask else None
         pipeline = pipeline.holding(np.asarray(Image.open(args.image).convert("RGB")), mask)
     if args.pull_by:
-        pipeline = pipeline.pulled(load_artifact(args.pull_by), str(args.pull_by))
+        pipeline = pipeline.pulled(load_artifact(args.pull_by, host=True), str(args.pull_by))
     if args.weak:
-        pipeline = pipeline.beside(load_artifact(args.weak), str(args.weak))
+        pipeline = pipeline.beside(load_artifact(args.weak, host=True), str(args.weak))
     if args.upsample:
-        pipeline = pipeline.enlarged(Pipeline.load(args.upsample), args.upsample.name)
-    drawn = max(args.count, args.candidates) if args.rerank else args.count
+        pipeline = pipeline.enlarged(Pipeline.load(args.upsample, mesh), args.upsample.name)
+    drawn = max(args.count, args.candidates or 16) if args.rerank else args.count
     jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
     folder = args.out / "candidates" if args.rerank else args.out
     sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)

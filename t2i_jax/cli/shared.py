@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
+
+from t2i_jax.config import ConfigError
 
 console = Console(stderr=True)
 
@@ -15,6 +19,13 @@ console = Console(stderr=True)
 def fail(message: str, status: int = 2) -> None:
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+def local(path: Path) -> Path:
+    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store."""
+    if re.match(r"\w{2,}:/", str(path)):
+        raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
+    return path
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:

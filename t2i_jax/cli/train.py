@@ -9,6 +9,7 @@ import tyro
 
 from t2i_jax import config
 from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.pipeline import settled
 from t2i_jax.previews import Previews
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import train as train_run
@@ -34,6 +35,10 @@ def run(arguments: list[str]) -> None:
     experiment = config.load(args.config, rest)
     if not isinstance(experiment, Experiment):
         raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
+    with config.refused():
+        experiment.mesh.build()
+    if hasattr(experiment.model, "sample"):
+        settled(experiment.model, experiment.model.options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train_run(experiment, run, Previews())
     console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
