@@ -504,3 +504,15 @@ def test_the_tpu_compiler_agrees_with_the_count():
     assert made.flops == pytest.approx(counted.flops, rel=0.05)
     assert made.parameters == counted.parameters and made.fits and made.peak > made.state
     assert made.collectives["all-gather"]["bytes"] > 0 and 0 < made.mfu < 1
+
+
+@TPU
+def test_memory_is_the_compilers_also_where_its_program_cannot_be_read(monkeypatch):
+    def unreadable(self):
+        raise RuntimeError("async-update instruction should have 1 operands but sees 3")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unreadable)
+    e = experiment(SMALL, mesh=MeshConfig(4, 1, 1))
+    made = plans.compile_plan(e, plans.batch_of(e)[0], plans.Topology.read("v5e:2x2"))
+    assert made.method.startswith("compiled") and made.compile_seconds > 0 and 0 < made.mfu < 1
+    assert made.peak > made.state and "cannot be read: async-update" in made.notes[-1]

@@ -10,7 +10,7 @@ from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
-from t2i_jax.plan.estimate import held
+from t2i_jax.plan.estimate import estimate, held, trace
 from t2i_jax.plan.ready import Batch, depths, devices_of, ready, remat_of, twin
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
@@ -27,6 +27,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     topology cannot hold.
     """
     chip, devices = topology.chip, devices_of(topology)
+    kind = devices[0].device_kind
     mesh = experiment.mesh.build(devices)
     if mesh.size != len(devices):
         raise ConfigError(f"the mesh {dict(mesh.shape)} has {mesh.size} chips, {topology} has {len(devices)}")
@@ -41,8 +42,24 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         raise
     took = time.perf_counter() - began
 
-    costs, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
     sizes = {a: mesh.shape[a] for a in MESH_AXES}
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    live = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    measured: dict[str, Any] = {
+        "temporaries": float(memory.temp_size_in_bytes),
+        "peak": float(live + memory.generated_code_size_in_bytes),
+        "compile_seconds": took,
+    }
+    try:
+        text = compiled.as_text()
+    except Exception as error:  # a program of a newer compiler may hold what this jaxlib cannot read
+        if sample:
+            raise
+        counted = estimate(experiment, trace(experiment, batch), topology, sizes)
+        note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {str(error)[:200]}"
+        return dataclasses.replace(counted, method=f"compiled for {kind}", notes=(*counted.notes, note), **measured)
+    costs = hlo.count(text)
     places = [tuple(d.coords) for d in mesh.devices.flat]
     network, exposed, kinds = 0.0, 0.0, {}
     for c in costs.collectives:
@@ -58,8 +75,6 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     work = max(sum(max(f / flops, b / bandwidth) for f, b in costs.operations), costs.bytes / bandwidth)
     behind = (network - exposed) / REACHED["network"]
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
-    arguments = memory.argument_size_in_bytes
-    live = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     target = made.trainer.target
     notes = []
     if costs.unknown_loops:
@@ -78,13 +93,11 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         batch=experiment.data.batch_size,
         remat=remat_of(experiment.model),
         what="sampler" if sample else "train step",
-        method=f"compiled for {devices[0].device_kind}",
+        method=f"compiled for {kind}",
         capacity=chip.memory,
         parameters=held(target.params, sizes),
         optimizer=held(target.optimizer, sizes),
         state=held(target, sizes),
-        temporaries=float(memory.temp_size_in_bytes),
-        peak=float(live + memory.generated_code_size_in_bytes),
         flops=costs.flops,
         model_flops=model or costs.flops,
         bytes=costs.bytes,
@@ -96,8 +109,8 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         mfu=0.0,
         chips=mesh.size,
         peak_flops=chip.flops,
-        compile_seconds=took,
         notes=tuple(notes),
+        **measured,
     ).finished()
 
 
