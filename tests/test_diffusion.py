@@ -118,7 +118,21 @@ def test_every_kind_learns_and_reads_its_text(family):
 @pytest.mark.slow
 def test_a_classifier_and_an_image_text_model_pull(model):
     classifier = NoisedClassifier(dataclasses.replace(LITTLE, size=(4, 4), condition=None), 3)
-    small = NoisedCLIP(20, 5, 16, 1, 2, size=4, patch=2, image_width=16, image_depth=1, image_heads=2, dim=8, times=50)
+    small = NoisedCLIP(
+        20,
+        5,
+        16,
+        1,
+        2,
+        size=4,
+        patch=2,
+        image_width=16,
+        image_depth=1,
+        image_heads=2,
+        dim=8,
+        times=50,
+        process=FAMILY.process,
+    )
     batch = {
         "label": jnp.asarray([0, 1]),
         "text": jnp.asarray([[1, 2, 3, 4, 5]] * 2),
@@ -145,15 +159,21 @@ def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
     assert np.abs(filled - picture)[~mask].max() <= 1 and (filled != picture)[mask].any()
     gap = lambda s: np.abs(draw(pipeline.holding(picture), guidance=1.0, strength=s) - picture).mean()
     assert gap(0.2) < gap(1.0)
-    classifier = NoisedClassifier(dataclasses.replace(LITTLE, size=(4, 4), condition=None), 3)
+    trunk = dataclasses.replace(LITTLE, size=(4, 4), condition=None)
+    classifier = NoisedClassifier(trunk, 3, process=FAMILY.process)
     judge = Artifact(classifier, shaken(jax.jit(classifier.init)(jax.random.key(1))))
     free, pulled = (draw(pipeline.pulled(judge), guidance=1.0, pull=s, clip=True) for s in (0.0, 30.0))
     assert (free != pulled).any()
     assert (draw(pipeline.beside(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
     with pytest.raises(ConfigError, match="cannot pull"):
         pipeline.pulled(Artifact(FAMILY, model))
-    with pytest.raises(ConfigError, match="is not that of the model"):
+    with pytest.raises(ConfigError, match="it learned the noise of Discrete"):
+        pipeline.pulled(Artifact(NoisedClassifier(trunk, 3), judge.model))
+    with pytest.raises(ConfigError, match="cannot guide"):
         pipeline.beside(judge)
+    smaller = dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, depth=1, width=16, learn_variance=False))
+    weak = Artifact(smaller, shaken(jax.jit(smaller.init)(jax.random.key(2))))
+    assert (draw(pipeline.beside(weak), guidance=3.0) != free).any()
 
 
 def test_a_worse_model_guides(model):
@@ -166,11 +186,41 @@ def test_a_worse_model_guides(model):
     assert float(jnp.abs(guided - plain).max()) > 1e-3
 
 
+def test_a_worse_model_need_agree_in_what_is_said_alone(model):
+    pipeline = Pipeline(FAMILY, model, None, None)
+    weak = dataclasses.replace(FAMILY, solver="heun", sampling=Solving(7), network=dataclasses.replace(SMALL, depth=1))
+    assert pipeline.beside(Artifact(weak, {})).helpers({"weak": 0}) == {"weak": 0}
+    other = dataclasses.replace(SMALL, condition=Classes(5))
+    for odd, what in (
+        ({"predicts": "v"}, "predicts"),
+        ({"process": Discrete()}, "process"),
+        ({"network": other}, "cond"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            pipeline.beside(Artifact(dataclasses.replace(FAMILY, **odd), {}))
+
+
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="learn_variance"):
         Diffusion(SMALL, Flow())
     with pytest.raises(ValueError, match="solver 'rk4' is not one of"):
         dataclasses.replace(FAMILY, solver="rk4")
+    fixed = dataclasses.replace(SMALL, learn_variance=False)
+    for process in (Flow(), Discrete(zero_terminal_snr=True), Discrete("jsd")):
+        for predicts in ("eps", "score"):
+            with pytest.raises(ValueError, match="noise alone"):
+                Diffusion(fixed, process, predicts)
+    Diffusion(fixed, EDM(), "eps")
+    for process in (EDM(), Flow(toward=True)):
+        with pytest.raises(ValueError, match="no numbers of noise levels"):
+            NoisedCLIP(process=process)
+    with pytest.raises(ValueError, match="times 50: this Discrete tells 1000"):
+        NoisedCLIP(times=50)
+    NoisedCLIP(process=Flow())
+    for name, value in (("steps", 0), ("steps", 51), ("strength", 0.0), ("strength", 1.5), ("augmentation", 2.0)):
+        with pytest.raises(ValueError, match=name):
+            FAMILY.check(dataclasses.replace(Solving(), **{name: value}))
+    FAMILY.check(Solving(50, strength=0.5))
     with pytest.raises(ValueError, match="low_res"):
         diffusion.join_inputs(jnp.zeros((1, 4, 4, 3)), {}, ("low_res",))
 

@@ -1,0 +1,127 @@
+"""The command: what a user can mend is one line and status 2; solvers and meshes are chosen when drawing."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.cli import main
+from t2i_jax.config import ConfigError
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.orders import Generation
+from t2i_jax.noise.processes import Discrete
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.pipeline import Pipeline, settled
+from t2i_jax.previews import Previews
+from t2i_jax.training.artifacts import Artifact, save_artifact
+
+NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=Classes(3), learn_variance=False)
+FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=Solving(4, 2.0))
+
+FILE = """
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.dit import DiT
+from t2i_jax.training.experiment import Experiment
+model = Diffusion(DiT((4, 4), 3, patch=2, width=16, depth=1, heads=2), {fields})
+experiment = Experiment(model, Data(ArrayRecord("nowhere")))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    leaves, tree = jax.tree.flatten(jax.jit(FAMILY.init)(jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    shaken = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    save_artifact(Artifact(FAMILY, tree.unflatten(shaken)), path, "")
+    return path
+
+
+def refused(capsys, *arguments) -> str:
+    """What the command says where it ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["1", "--steps", "21"], "steps 21: 1 to 20"),
+        (["1", "--solver", "rk4"], "dpm++, dpm++sde, unipc"),
+        (["3"], "3 is not one of 0 to 2"),
+        (["-1"], ""),
+        (["cat"], "class numbers"),
+        (["1", "--pull", "1"], "--pull-by"),
+        (["1", "--candidates", "3"], "--rerank"),
+        (["1", "--out", "gs://bucket/pictures"], "this machine alone"),
+        (["1", "--mesh", "data=3,fsdp=5"], "needs 15 devices"),
+        (["1", "--mesh", "rows=3"], "rows=3"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_mistakes_in_sampling_are_one_line(folder, capsys, tmp_path, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)
+    told = refused(capsys, "sample", folder, *flags)
+    assert says in told and "Traceback" not in told
+    assert not list(tmp_path.glob("gs:*"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags", "says"),
+    [
+        ("solver='rk4'", [], "solver 'rk4' is not one of"),
+        ("sampling=Solving(2000)", [], "steps 2000: 1 to 1000"),
+        ("", ["--mesh.data=3", "--mesh.fsdp=5"], "needs 15 devices"),
+        ("", ["--model.solver=heun", "--model.predicts=y"], "model.predicts"),
+    ],
+)
+def test_mistakes_in_a_config_are_one_line(capsys, tmp_path, fields, flags, says):
+    file = tmp_path / "experiment.py"
+    file.write_text(FILE.format(fields=fields))
+    told = refused(capsys, "train", file, "--run", tmp_path / "run", *flags)
+    assert says in told and "Traceback" not in told
+
+
+def test_options_of_sets_that_are_not_there_are_named():
+    for wrong, says in (
+        (Generation(shape=7), "shape 7: 0 cosine, 1 linear"),
+        (Generation(iterations=2000), "1 to 1024"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            settled(None, wrong)
+
+
+def test_what_draws_nothing_has_no_previews():
+    trainer: Any = SimpleNamespace(experiment=SimpleNamespace(model=SimpleNamespace()))
+    assert Previews()(trainer, None, 5) is None
+
+
+def test_other_fields_of_a_family(folder):
+    pipeline = Pipeline.load(folder, MeshConfig(1))
+    assert pipeline.altered(solver="ddpm") is pipeline
+    other = pipeline.altered(solver="heun")
+    assert other.family == dataclasses.replace(FAMILY, solver="heun") and other.about["solver"] == "heun"
+    assert pipeline.family == FAMILY and "solver" not in pipeline.about
+    with pytest.raises(ConfigError, match="has no 'order'"):
+        pipeline.altered(order=3)
+
+
+@pytest.mark.slow
+def test_a_mesh_draws_what_one_device_draws_by_any_solver(folder):
+    one, many = (Pipeline.load(folder, mesh) for mesh in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)))
+    spread = [x for x in jax.tree.leaves(many.parts["model"]) if not x.is_fully_replicated]
+    assert spread and all(x.addressable_shards[0].data.size < x.size for x in spread)
+    draw = lambda pipeline: pipeline.sample(["0", "1"], [5, 6], batch_size=2).astype(int)
+    plain, heun = draw(one), draw(one.altered(solver="heun"))
+    np.testing.assert_allclose(draw(many.altered(solver="heun")), heun, atol=1)
+    assert jnp.abs(plain - heun).max() > 1

@@ -1,0 +1,74 @@
+"""The metrics of families, from what they are asked to the report."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.run import evaluate_family
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.artifacts import Artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """A codec without weights: the code of a patch is its brightness."""
+
+    vocabulary: int = 8
+    factor: int = 4
+
+    def encode(self, model, images):
+        b, i, j, _ = images.shape
+        mean = images.reshape(b, i // 4, 4, j // 4, 4, 3).mean((2, 4, 5))
+        return jnp.clip((mean + 1) * 4, 0, 7).astype(jnp.int32)
+
+    def decode(self, model, codes):
+        return jnp.repeat(jnp.repeat(codes[..., None], 4, 1), 4, 2) * jnp.ones(3) / 4 - 1
+
+
+class Letters:
+    """Letters of a caption as numbers."""
+
+    def __call__(self, captions):
+        ids = np.asarray([[ord(c) % 20 for c in caption[:5].ljust(5)] for caption in captions], np.int32)
+        return ids, np.ones(ids.shape, bool)
+
+
+def records(split):
+    rng = np.random.default_rng(len(split))
+    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
+    about = lambda n: {
+        "captions": [f"{split} {n}"],
+        "unseen_caption": f"new {split} {n}",
+        "label": n % 3,
+        "key": str(n),
+    }
+    return [{"image": image} | about(n) for n, image in enumerate(images)]
+
+
+@pytest.mark.parametrize(
+    "condition", [Classes(3), Captions(20, 5, width=16, depth=1, heads=2)], ids=["class", "caption"]
+)
+def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_path):
+    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
+    model = jax.jit(family.init)(jax.random.key(0))
+    text = None if isinstance(condition, Classes) else Letters()
+    pipeline = Pipeline(family, model, Artifact(Squares(), {}), text, MeshConfig(1))
+    reference: Any = SimpleNamespace(data=SimpleNamespace(examples=records))
+    spaces = [Features("pixels")]
+    report = evaluate_family(
+        pipeline, Artifact(family, model), reference, tmp_path, spaces, 8, 8, 0, family.options(), False
+    )
+    names = {"known classes"} if text is None else {"new words", "new concepts"}
+    assert {k.split("/")[0] for k in report.numbers} == names
+    bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
+    assert len(bits) == len(names) and all(0 < b < 10 for b in bits)
+    assert (tmp_path / "samples.png").exists()
