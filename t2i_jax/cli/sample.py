@@ -18,7 +18,7 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, settled
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.training.artifacts import config_of, load_artifact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SampleArguments:
 
 def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
-        family = config.load(arguments[0]).model
+        family = config_of(arguments[0])
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
     args, rest = parse_some(SampleArguments, arguments, "t2i sample")

@@ -189,7 +189,8 @@ def evaluate_family(
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
-        found |= likelihood(pipeline, records, prompts, size)
+        said = prompts if reads_classes(pipeline.family) else [(r["captions"] or [r["key"]])[0] for r in records]
+        found |= likelihood(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
     pictures.save_png(stacked(sheets), out / "samples.png")

@@ -91,6 +91,14 @@ def _loaded(where: Any) -> Artifact:
     return Artifact(experiment.model, model, text, experiment.codec, step, experiment.data.image_size)
 
 
+def config_of(folder: str | Path) -> Any:
+    """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
+    content = json.loads((Path(folder) / "config.json").read_text())
+    if (Path(folder) / "model.safetensors").exists():
+        return from_json(content["model"])
+    return from_json(content).model
+
+
 def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:
     """The step and the weights (averaged where there is an average) of a run's newest checkpoint."""
     checkpoints = Checkpoints(folder / "checkpoints")
