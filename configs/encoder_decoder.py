@@ -1,6 +1,7 @@
 """Captions to 32x32 glyphs by an encoder and a decoder (dalle-mini, Parti), over the codes of `quickstart_codec.py`.
 
-The largest Parti is the same with `width=4096, depth=64, heads=64, mlp=16384` and 16 layers of that width for text.
+The largest Parti is the same with `width=4096, depth=64, heads=64, mlp=16384, activation="gelu"` and 16 layers of that
+width for text; docs/scaling.md plans it.
 
 The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
 """

@@ -247,7 +247,7 @@ class CrossAttention(nnx.Module):
         keys = jax.random.split(key, 3)
         qkv_bias, out_bias = config.biases
         self.q = Linear(config.width, n * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
-        self.kv = Linear(memory, 2 * n * h, keys[1], bias=qkv_bias, axes=(None, "heads"))
+        self.kv = Linear(memory, 2 * n * h, keys[1], bias=qkv_bias, axes=("embed", "heads"))
         self.out = Linear(n * h, config.width, keys[2], bias=out_bias, axes=("heads", "embed"))
         self.heads = n
 
