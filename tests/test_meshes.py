@@ -137,6 +137,7 @@ def outcome(trainable, mesh):
 
 TRAINABLES = {
     "ar": MODEL,
+    "encoder-decoder": dataclasses.replace(MODEL, reads="memory"),
     "vq-diffusion": DISCRETE,
     "masked": MASKED,
     "flow": FLOW,
