@@ -90,7 +90,9 @@ def test_a_combination_is_no_test_of_a_concept_never_seen():
     made = [(style, f"1f{n:03x}") for n in range(256, 456) for style in ("noto", "openmoji")[: 1 + n % 2]]
     drawn = [(Glyph(style, key, f"thing {key}", f"thing {key}", "", (), ""), b"") for style, key in made]
     pairs = defaultdict(set)
-    for record in glyphs._records(drawn, styled=True):
+    classes = {glyph.concept: n for n, (glyph, _) in enumerate(drawn)}
+    for record in glyphs._records(drawn, classes, styled=True):
+        assert record["label"] == classes[record["concept"]]
         pairs[record["split"]].add(record["concept"])
     assert pairs["test_combo"] and pairs["test_combo"] <= pairs["train"]
     assert not pairs["test"] & (pairs["train"] | pairs["val"])
