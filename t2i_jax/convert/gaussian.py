@@ -109,8 +109,9 @@ def _glide(
 
 def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: Any) -> NoisedCLIP:
     """Both files in one, under `clip_text.` and `clip_image.`."""
-    found = glide.describe(tensors, head_dim)
-    return NoisedCLIP(**({"process": Discrete("cosine", found["times"] or 1000)} | found | fields))
+    found: dict[str, Any] = glide.describe(tensors, head_dim)
+    found["process"] = Discrete("cosine", found["times"] or 1000)
+    return NoisedCLIP(**(found | fields))
 
 
 def _network_table(config: Diffusion) -> Table:

@@ -20,7 +20,7 @@ from t2i_jax.nn.draw import Sampling
 
 Shape = Literal["cosine", "linear", "square"]
 
-SHAPES: dict[str, Any] = {
+SHAPES: dict[Shape, Any] = {
     "cosine": lambda i, n: np.cos(np.pi / 2.0 * i / n),  # operations in the order of published samplers
     "linear": lambda i, n: 1 - i / n,
     "square": lambda i, n: 1 - (i / n) ** 2,
