@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,23 +137,42 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     os.replace(temporary, folder)
 
 
-def bundled(text: Any, folder: Path, whole: bool = False, part: str = "") -> Any:
+def bundled(text: Any, folder: Path, whole: bool = False) -> Any:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
-    can travel. part: what the names of the copies begin with, for one of several texts."""
+    can travel."""
+
+    def copy(kind: str, part: str, value: str) -> str:
+        if not whole and kind != "vocabulary":
+            return value
+        name = part + kind + ("" if Path(value).is_dir() else Path(value).suffix)
+        if not (folder / name).exists():
+            copied(Path(value), folder / name)
+        return name
+
+    return with_files(text, copy)
+
+
+def relocated(text: Any, folder: Path) -> Any:
+    """`text` with what of it lies in `folder` named by its full path."""
+
+    def find(kind: str, part: str, value: str) -> str:
+        names = (part + kind, part + kind + Path(value).suffix)
+        return next((str(folder / name) for name in names if (folder / name).exists()), value)
+
+    return with_files(text, find)
+
+
+def with_files(text: Any, change: Callable[[str, str, str], str], part: str = "") -> Any:
+    """`text` with `change(kind, part, value)` in the place of each name of a file in it and in the texts it is made of.
+
+    part: what tells the files of one of several texts from those of the others.
+    """
     if not dataclasses.is_dataclass(text) or isinstance(text, type):
         return text
-    moved = {}
-    for field in dataclasses.fields(text):
-        value = getattr(text, field.name)
-        kind = BESIDE.get(field.name, "")
-        if dataclasses.is_dataclass(value):
-            moved[field.name] = bundled(value, folder, whole, f"{part}{field.name}_")
-        elif kind and value and (whole or kind == "vocabulary"):
-            name = part + kind + ("" if Path(value).is_dir() else Path(value).suffix)
-            if not (folder / name).exists():
-                copied(Path(value), folder / name)
-            moved[field.name] = name
-    return dataclasses.replace(text, **moved)
+    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    inner = {k: with_files(v, change, f"{part}{k}_") for k, v in fields.items() if dataclasses.is_dataclass(v)}
+    files = {k: change(BESIDE[k], part, v) for k, v in fields.items() if k in BESIDE and v}
+    return dataclasses.replace(text, **inner, **files)
 
 
 def copied(source: Path, target: Path) -> None:
@@ -170,20 +189,3 @@ def copied(source: Path, target: Path) -> None:
         shutil.copytree(source, target, copy_function=one, ignore=ignored)
     else:
         one(source, target)
-
-
-def relocated(text: Any, folder: Path, part: str = "") -> Any:
-    """`text` with what of it lies in `folder` named by its full path."""
-    if not dataclasses.is_dataclass(text) or isinstance(text, type):
-        return text
-    moved = {}
-    for field in dataclasses.fields(text):
-        value = getattr(text, field.name)
-        kind = BESIDE.get(field.name, "")
-        if dataclasses.is_dataclass(value):
-            moved[field.name] = relocated(value, folder, f"{part}{field.name}_")
-        elif kind and value:
-            names = (part + kind, part + kind + Path(value).suffix)
-            here = [folder / name for name in names if (folder / name).exists()]
-            moved[field.name] = str(here[0]) if here else value
-    return dataclasses.replace(text, **moved)
