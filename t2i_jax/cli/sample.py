@@ -12,12 +12,13 @@ from PIL import Image
 
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse_some
-from t2i_jax.convert.folders import text_side
+from t2i_jax.convert.folders import encoder
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, settled
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
+from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.training.artifacts import config_of, load_artifact
 
 
@@ -110,7 +111,7 @@ def run(arguments: list[str]) -> None:
     folder = args.out / "candidates" if args.rerank else args.out
     sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
     if args.rerank:
-        judge = Reranker(text_side(f"clip:{args.rerank}", "--rerank"), batch_size=args.batch_size)
+        judge = Reranker(encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}"), batch_size=args.batch_size)
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")

@@ -109,12 +109,11 @@ def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {key: _value(words) for key, words in found.items()}
 
 
-def text_side(words: str, flag: str = "--text") -> Any:
+def text_side(words: str) -> Any:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
-    length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set behind commas:
-    `clip:vit_b_32.pt,activation=gelu`.
+    length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set as `encoder` has it.
 
-    flag: what errors call it. Errors: `ConfigError` for other kinds, paths and fields.
+    Errors: `ConfigError` for other kinds, paths and fields.
     """
     from t2i_jax.text.clip import ClipEmbedding, ClipText
     from t2i_jax.text.decoder_lm import DecoderLM
@@ -123,16 +122,25 @@ def text_side(words: str, flag: str = "--text") -> Any:
     kinds = {"t5": (T5, {"clean": True}), "clip": (ClipEmbedding, {}), "clip-tokens": (ClipText, {"normalise": True})}
     kinds["lm"] = DecoderLM, {}
     kind, _, rest = words.partition(":")
-    path, *settings = rest.split(",")
-    if kind not in kinds or not Path(path).exists():
+    if kind not in kinds:
         known = ", ".join(f"{k}:FOLDER" for k in kinds)
-        raise ConfigError(f"{flag} {words}: it is one of {known}, with a folder as Hugging Face lays it out")
-    encoder, fields = kinds[kind]
-    known = [f.name for f in dataclasses.fields(encoder) if f.name != "folder"]
+        raise ConfigError(f"--text {words}: it is one of {known}, with a folder as Hugging Face lays it out")
+    return encoder(kinds[kind][0], rest, f"--text {words}", **kinds[kind][1])
+
+
+def encoder(kind: Any, words: str, said: str, **fields: Any) -> Any:
+    """A text encoder of a class, from its path and fields of it behind commas: `vit_b_32.pt,activation=gelu`.
+
+    said: what errors begin with. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
+    """
+    path, *settings = words.split(",")
+    if not Path(path).exists():
+        raise ConfigError(f"{said}: there is no '{path}'; it names a folder as Hugging Face lays it out, or a file")
+    known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
     given = {key: _value([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
-        raise ConfigError(f"{flag} {words}: {kind} has no field {min(wrong)}; it has {', '.join(known)}")
-    return encoder(path, **(fields | given))
+        raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
+    return kind(path, **(fields | given))
 
 
 def _value(words: list[str]) -> Any:
