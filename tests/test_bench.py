@@ -1,6 +1,5 @@
 """Benchmarks: bounds by hand, the same numbers from the PyTorch loop, and every command in small."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ar import TINY, model_for
 
 from t2i_jax import bench, flops, platform
 from t2i_jax.bench import data, drawing, measure
@@ -18,8 +16,7 @@ from t2i_jax.bench.sample import decode_bound
 from t2i_jax.config import ConfigError
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Captions, Classes
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.heads import Diffusion, Softmax
 
 
@@ -51,60 +48,6 @@ def test_the_bound_of_decoding_by_hand():
     assert by_memory == pytest.approx(2 * 4 * matrices + cache)
     assert decode_bound(config, 4, 1e30, 1.0, int8=True) == pytest.approx(2 * matrices + cache)
     assert decode_bound(config, 4, flops=1.0, bandwidth=1e30) == pytest.approx(2 * 2 * matrices * 4)
-
-
-@pytest.mark.parametrize("guided", [True, False])
-def test_the_loop_in_pytorch_draws_the_same(guided):
-    pytest.importorskip("torch")
-    from t2i_jax.bench.eager import Eager
-
-    model, labels = model_for(TINY), jnp.array([1, 4, 2])
-    options, keys = Sampling(guidance=2.0, greedy=True), jax.random.split(jax.random.key(1), 3)
-    ours = TINY.sample(model, {"label": labels}, keys, options, segments=1, guided=guided)
-    eager = Eager(TINY, model)
-    np.testing.assert_array_equal(np.asarray(ours).reshape(3, -1), eager.sample(labels, options, guided))
-
-
-def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
-    pytest.importorskip("torch")
-    from t2i_jax.bench.eager import Eager
-
-    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=Classes(10))
-    network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
-    # Fresh output matrices are zero: every token would be the first.
-    network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
-    eager, options, keys = (
-        Eager(model, network),
-        Sampling(guidance=3.0, greedy=True),
-        jax.random.split(jax.random.key(1), 2),
-    )
-    ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
-    threads = eager.torch.get_num_threads()
-    eager.torch.set_num_threads(1)  # more of them only wait for each other in products as small as these
-    np.testing.assert_array_equal(ours, eager.sample(labels, options))
-    eager.torch.set_num_threads(threads)
-    assert len(np.unique(ours)) > 50
-
-
-def test_the_loop_in_pytorch_filters_as_ours_does():
-    pytest.importorskip("torch")
-    from t2i_jax.bench.eager import Eager
-
-    eager = Eager(TINY, model_for(TINY))
-    logits = eager.torch.tensor([[0.0, 3.0, 1.0, 2.0, -5.0]]).repeat(300, 1)
-    # Of the three most likely codes only, and of those only the first half of the probability.
-    assert set(eager._draw(logits, Sampling(top_k=3)).tolist()) == {1, 2, 3}
-    assert set(eager._draw(logits, Sampling(top_k=3, top_p=0.5)).tolist()) == {1}
-
-
-def test_the_loop_in_pytorch_is_of_class_models_only():
-    pytest.importorskip("torch")
-    from t2i_jax.bench.eager import Eager
-
-    with pytest.raises(ValueError, match="not qk_norm"):
-        Eager(dataclasses.replace(TINY, qk_norm=True), None)
-    with pytest.raises(ValueError, match="not condition"):
-        Eager(dataclasses.replace(TINY, condition=Captions(11, length=4)), None)
 
 
 CONFIG = """

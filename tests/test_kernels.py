@@ -1,5 +1,6 @@
 """Attention by kernels is attention written out: what each may look at, heads in groups, lengths, gradients, meshes."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 
 from t2i_jax import flops
+from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.models.masked import Masked
 from t2i_jax.nn import kernels
-from t2i_jax.nn.attention import Causal, attend, plain
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.attention import Causal, Padding, attend, plain
+from t2i_jax.nn.condition import Captions, Classes, Features
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
 from t2i_jax.parallel import MeshConfig, shardings
 
@@ -22,6 +27,7 @@ RULES = {
     "causal": Causal(),
     "padding before": Causal(PADDING, 8),
     "both ways": Causal(None, 3, 3),
+    "padding": Padding(PADDING.at[0].set(False)),  # of the first row there is nothing but padding
 }
 
 
@@ -42,7 +48,7 @@ def xla(monkeypatch):
 def test_kernels_give_what_is_written_out(rule, kind, xla):
     def run(kind, q, k, v):
         """Outputs of real places and the gradients of their squares."""
-        real = PADDING[..., None, None] if rule is not None and rule.valid is not None else True
+        real = PADDING[..., None, None] if rule == RULES["padding before"] else True
 
         def loss(*x):
             y = jnp.where(real, attend(*x, rule, kind=kind), 0)
@@ -135,6 +141,38 @@ def test_a_mesh_of_other_devices_chooses():
     assert kernels.platform() == "cpu"
     with jax.set_mesh(MeshConfig(8).build()):
         assert jax.jit(lambda x: x + (kernels.platform() == "cpu"))(0) == 1
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        Masked((16, 16), head=Softmax(13), width=16, depth=1, heads=2, condition=Classes(5), kernel="splash"),
+        AnyOrder((8, 16), head=Softmax(13), width=16, depth=1, heads=2, condition=Classes(5), kernel="splash"),
+    ],
+)
+def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):
+    family = dataclasses.replace(family, dropout=0.0)
+    batch = {"codes": jax.random.randint(KEY, (2, *family.grid), 0, 13), "label": jnp.arange(2)}
+    model = family.init(KEY)
+    loss = lambda family: jax.jit(lambda m: family.loss(m, batch, KEY)[0])
+    assert "pallas_call" in str(jax.make_jaxpr(loss(family))(model))
+    expected = loss(dataclasses.replace(family, kernel="plain"))(model)
+    assert float(loss(family)(model)) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["context", "joint"])
+def test_a_diffusion_transformer_reads_text_by_the_kernel_it_is_told(text):
+    features = Features(6, 5)
+    network = DiT((16, 16), 3, 2, width=16, depth=1, heads=2, condition=features, text=text, kernel="splash")
+    batch = {"features": jnp.ones((2, 5, 6)), "text_mask": jnp.arange(5)[None] < jnp.array([[2], [5]])}
+
+    def paint(model):
+        return model(jnp.ones((2, 16, 16, 3)), jnp.ones(2), model.read(batch, jnp.zeros(2, bool)))
+
+    weights = lambda network: jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), network.init(KEY))
+    plainly = dataclasses.replace(network, kernel="plain")
+    assert "pallas_call" in str(jax.make_jaxpr(paint)(weights(network)))
+    np.testing.assert_allclose(paint(weights(network)), paint(weights(plainly)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("condition", [Classes(5), Captions(11, length=4, width=8, depth=1, heads=2)])

@@ -53,6 +53,22 @@ def keys_for(b=4, seed=5):
     return jax.random.split(jax.random.key(seed), b)
 
 
+@pytest.mark.parametrize("fields", [{}, {"objective": "continuous", "chain": Chain(12, 8, kind="mask")}])
+def test_logits_a_few_tokens_at_a_time_give_the_same_loss_and_gradients(fields):
+    config = dataclasses.replace(NOTHING, **fields)
+    chunked, batch, model = dataclasses.replace(config, loss_chunk=4), batch_for(config), model_for(config)
+
+    def run(config):
+        loss = lambda m: config.loss(m, batch, jax.random.key(1))[0]
+        return jax.jit(jax.value_and_grad(loss, allow_int=True))(model)
+
+    for a, b in zip(jax.tree.leaves(run(config)), jax.tree.leaves(run(chunked)), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    program = str(jax.make_jaxpr(lambda m: chunked.loss(m, batch, jax.random.key(1))[0])(model))
+    assert "f32[4,4,12]" in program and "f32[4,6,12]" not in program
+
+
 # -- the reverse chain on one token whose law is known
 
 P = np.array([0.5, 0.3, 0.15, 0.05])

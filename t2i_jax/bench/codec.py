@@ -11,15 +11,16 @@ import jax
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell, weights
-from t2i_jax.config import ConfigError
+from t2i_jax.bench.measure import EAGER, LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.config import ConfigError, refused
 
 
-def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5) -> list[Result]:
+def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
     """Pictures of `size` a second through `codec.encode` and `codec.decode`, random weights; limits in turns.
 
     Returns a result for each way: images/s, seconds, FLOPs of a picture, FLOP/s, and `of_limit`, their share of those
-    of a matrix product.
+    of a matrix product; with `eager` also the seconds of the same network in eager PyTorch on a CPU. Errors:
+    `ConfigError` for `eager` of a codec that is not among those of `bench.eager`.
     """
     model = weights(codec.init)
     images = jax.random.uniform(jax.random.key(1), (batch, size, size, 3), minval=-1, maxval=1)
@@ -30,6 +31,13 @@ def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5) -> list[Res
     runs = {"encode": lambda: encode(model, images), "decode": lambda: decode(model, codes)}
     work = {"encode": flops.count(codec.encode, model, images), "decode": flops.count(codec.decode, model, codes)}
     measures = {name: lambda run=run: seconds(run) for name, run in runs.items()}
+    if eager:
+        from t2i_jax.bench.eager.codec import Codec
+
+        with refused("--eager"):
+            theirs = Codec(codec, model)
+        measures["encode, eager"] = lambda: seconds(lambda: theirs.encode(images))
+        measures["decode, eager"] = lambda: seconds(lambda: theirs.decode(codes))
     dtype = getattr(codec, "dtype", "float32")
     found, spread = in_turns({**measures, **limits(dtype)}, repeats)
     rates = {name: found[name] for name in ("flops", "read", "copy")}
@@ -47,6 +55,7 @@ def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5) -> list[Res
             "flops_per_second": work[name] / found[name],
             "of_limit": work[name] / found[name] / rates["flops"],
             **rates,
+            **({"eager": found[f"{name}, eager"]} if eager else {}),
         }
         for name in runs
     ]
@@ -62,6 +71,8 @@ class CodecBench:
     config: tyro.conf.Positional[Path]
     batch: int = 8
     repeats: int = 5
+    eager: bool = False
+    """measure the same VQGAN in eager PyTorch on the CPU too, which has to be installed"""
     out: Path | None = None
     """write the results as JSON"""
 
@@ -72,6 +83,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
     "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.2f}",
     "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
     "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    **EAGER,
     "compile, seconds": lambda r: f"{r['compile']:.1f}",
     **LIMITS,
 }
@@ -84,7 +96,7 @@ def main(arguments: list[str]) -> None:
     codec = experiment.model
     if not (hasattr(codec, "encode") and hasattr(codec, "decode")):
         raise ConfigError(f"{args.config}: it trains a {type(codec).__name__}, which is no codec; take the codec's own")
-    results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats)
+    results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats, args.eager)
     title = f"{args.config}: {type(codec).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     size = experiment.data.image_size
     shown = table(f"{title}, {args.batch} pictures of {size} x {size}, {jax.devices()[0].device_kind}", results, ROWS)

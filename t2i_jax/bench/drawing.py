@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
-from t2i_jax.config import ConfigError
+from t2i_jax.config import ConfigError, refused
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.nn.draw import Sampling
@@ -83,12 +83,16 @@ def without_head(family: Any) -> Any:
     return dataclasses.replace(family, head=kind(**fields))
 
 
-def bench_drawing(experiment: Experiment, batch: int, guided: bool = True, repeats: int = 3) -> Result:
+def bench_drawing(
+    experiment: Experiment, batch: int, guided: bool = True, repeats: int = 3, eager: bool = False
+) -> Result:
     """Speed of a family's sampler with its own options and random weights; limits and drawing measured in turns.
 
     Codes, latents or pictures come out; text encoders and codecs are not part of it. Returns seconds and their spread,
     images/s, FLOPs of an image and FLOP/s, `of_limit`, their share of those of a matrix product in the model's dtype;
-    for a family with a head `head_time` and `head_flops`, its shares of time and FLOPs, the network having the others.
+    for a family with a head `head_time` and `head_flops`, its shares of time and FLOPs, the network having the others;
+    with `eager` also the seconds of the same network and steps in eager PyTorch on a CPU. Errors: `ConfigError` for
+    `eager` of a model that is not among those of `bench.eager`.
     """
     family, condition, keys = experiment.model, random_condition(experiment, batch), image_keys(range(batch))
     model, options = weights(family.init), family.options()
@@ -103,6 +107,8 @@ def bench_drawing(experiment: Experiment, batch: int, guided: bool = True, repea
     compiled = {k: jax.jit(program(f)) for k, f in families.items()}
     first = {k: seconds(lambda run=run: run(*arguments)) for k, run in compiled.items()}
     measures = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
+    if eager:
+        measures["eager"] = _in_pytorch(family, model, condition, options)
     dtype = getattr(getattr(family, "network", family), "dtype", "float32")
     found, spread = in_turns({**measures, **limits(dtype)}, repeats)
     result = {
@@ -125,12 +131,24 @@ def bench_drawing(experiment: Experiment, batch: int, guided: bool = True, repea
     return result
 
 
+def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], options: Any) -> Measure:
+    from t2i_jax.bench.eager.denoising import Denoiser
+
+    with refused("--eager"):
+        theirs = Denoiser(family, model)
+    b = len(next(iter(condition.values())))
+    told, untold = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
+    noise = jax.random.normal(jax.random.key(0), (b, *family.shape))
+    return lambda: seconds(lambda: theirs.sample(told, untold, options, noise))
+
+
 ROWS: dict[str, Callable[[Result], str]] = {
     "images / s": lambda r: f"{r['images_per_second']:.3g}",
     "seconds an image": lambda r: f"{r['seconds_per_image']:.3f} (spread {r['spread']:.0%})",
     "GFLOPs an image": lambda r: f"{r['flops_per_image'] / 1e9:.2f}",
     "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
     "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    **EAGER,
     "time in the head, in the network": lambda r: f"{r['head_time']:.0%}, {1 - r['head_time']:.0%}",
     "FLOPs in the head, in the network": lambda r: f"{r['head_flops']:.0%}, {1 - r['head_flops']:.0%}",
     "compile, seconds": lambda r: f"{r['compile']:.1f}",

@@ -70,6 +70,13 @@ LIMITS: dict[str, Callable[[Result], str]] = {
 """Rows of every table: the limits that `limits` measures."""
 
 
+EAGER: dict[str, Callable[[Result], str]] = {
+    "eager PyTorch, seconds": lambda r: f"{r['eager']:.3f}",
+    "times as fast as that": lambda r: f"{r['eager'] / r['seconds']:.2f}",
+}
+"""Rows where the same was measured in eager PyTorch (`bench.eager`) as "eager"."""
+
+
 def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Result], str]]) -> Table:
     """One column a result, under its "name"; a row for which a result lacks the field is left empty there."""
 

@@ -20,8 +20,8 @@ import tyro
 from jax import Array
 
 from t2i_jax.bench import drawing
-from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell, weights
-from t2i_jax.config import ConfigError
+from t2i_jax.bench.measure import EAGER, LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.config import ConfigError, refused
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.decode import int8_weights
@@ -55,7 +55,7 @@ def bench_sample(
 
     Returns seconds and their spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
     `of_bound`, the share of the bound that is reached, from the medians; with `eager` also the seconds of the same
-    network and draws in eager PyTorch on a CPU (`bench.eager`), and how many times ours is as fast.
+    network and draws in eager PyTorch on a CPU (`bench.eager`).
     """
     model = weights(config.init)
     count = sum(x.size for x in jax.tree.leaves(model))
@@ -64,9 +64,10 @@ def bench_sample(
     options = dataclasses.replace(config.options(), top_k=min(2000, config.vocabulary // 2), top_p=top_p)
     others = {}
     if eager:
-        from t2i_jax.bench.eager import Eager
+        from t2i_jax.bench.eager.autoregressive import Decoder
 
-        theirs = Eager(config, model)
+        with refused("--eager"):
+            theirs = Decoder(config, model)
         others["eager"] = lambda: seconds(lambda: theirs.sample(labels, options, guided))
         others["eager"]()  # its caches are warm too
     model = jax.jit(int8_weights)(model) if int8 else model
@@ -78,7 +79,7 @@ def bench_sample(
     measures = {"seconds": lambda: seconds(decode), **others, **limits(config.dtype)}
     found, spread = in_turns(measures, repeats)
     bound = decode_bound(config, batch * (1 + guided), found["flops"], found["read"], int8)
-    result = {
+    return {
         "name": f"batch {batch}" + ", int8" * int8,
         "batch": batch,
         "int8": int8,
@@ -92,7 +93,6 @@ def bench_sample(
         "bound": bound,
         "of_bound": bound / found["seconds"],
     }
-    return result | ({"of_eager": found["eager"] / found["seconds"]} if eager else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class SampleBench:
     batch: tuple[int, ...] = (1, 4, 16)
     guided: bool = True
     shape: str = "5M"
-    """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ...; this and what follows to `eager` are for no config"""
+    """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ...; this and what follows to `int8` are for no config"""
     grid: int = 0
     """codes along a side; 0: 16, as published, and 8 for own small sizes"""
     vocabulary: int = 0
@@ -120,13 +120,14 @@ class SampleBench:
     int8: bool = False
     """measure with weights in int8 too"""
     eager: bool = False
-    """measure the same network in eager PyTorch on the CPU too; PyTorch has to be installed"""
+    """measure the same in eager PyTorch on the CPU too, which has to be installed; of a config with a `Diffusion` by a
+    DiT along a flow with --model.solver euler"""
     repeats: int = 3
     out: Path | None = None
     """write the results as JSON"""
 
 
-OF_SHAPE = ("grid", "vocabulary", "segments", "top_p", "dtype", "int8", "eager")
+OF_SHAPE = ("grid", "vocabulary", "segments", "top_p", "dtype", "int8")
 """Fields that say more of --shape."""
 
 ROWS: dict[str, Callable[[Result], str]] = {
@@ -135,8 +136,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
     "seconds": lambda r: f"{r['seconds']:.3f} (spread {r['spread']:.0%})",
     "bound, seconds": lambda r: f"{r['bound']:.3f}",
     "share of the bound": lambda r: f"{r['of_bound']:.0%}",
-    "eager PyTorch, seconds": lambda r: f"{r['eager']:.3f}",
-    "times as fast as that": lambda r: f"{r['of_eager']:.2f}",
+    **EAGER,
     "compile, seconds": lambda r: f"{r['compile']:.1f}",
     **LIMITS,
 }
@@ -179,7 +179,7 @@ def _any_family(args: SampleBench, overrides: list[str]) -> None:
             f"{path}: --{odd[0].replace('_', '-')} is for --shape alone; set fields of the config instead"
         )
     experiment = drawing.experiment_of(path, overrides)
-    results = [drawing.bench_drawing(experiment, b, args.guided, args.repeats) for b in args.batch]
+    results = [drawing.bench_drawing(experiment, b, args.guided, args.repeats, args.eager) for b in args.batch]
     title = f"{path}: {type(experiment.model).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, drawing.ROWS)
     tell("sample", [{"model": str(path)} | r for r in results], shown, args.out)

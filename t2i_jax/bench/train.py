@@ -14,7 +14,8 @@ import numpy as np
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import LIMITS, Result, in_turns, limits, seconds, table, tell
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.config import refused
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
@@ -36,12 +37,15 @@ def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]
     return {name: one(name, x) for name, x in shapes.items()}
 
 
-def bench_train(experiment: Experiment, shapes: Batch, repeats: int = 5, name: str = "step") -> Result:
+def bench_train(
+    experiment: Experiment, shapes: Batch, repeats: int = 5, name: str = "step", eager: bool = False
+) -> Result:
     """Seconds of a step beside the limits; the step donates its state, so every call is the next step.
 
     Returns images/s, the step's model FLOPs and FLOP/s (three times the forward pass, no recomputation), `of_limit`,
     their share of the FLOP/s of a matrix product in the model's dtype on all devices, `mfu` where the chip's peak is
-    known, and compile seconds. Errors: those of a trainer.
+    known, and compile seconds; with `eager` also the seconds of the same step in eager PyTorch on a CPU. Errors: those
+    of a trainer; `ConfigError` for `eager` of a model that is not among those of `bench.eager`.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(without_parts(experiment, shapes), folder)
@@ -56,8 +60,12 @@ def bench_train(experiment: Experiment, shapes: Batch, repeats: int = 5, name: s
 
     first = seconds(step)
     seconds(step)
+    measures = {"seconds": lambda: seconds(step)}
+    if eager:
+        measures["eager"] = _in_pytorch(experiment, batch)
+        measures["eager"]()  # its memory is at hand too
     dtype = getattr(experiment.model, "dtype", "float32")
-    found, spread = in_turns({"seconds": lambda: seconds(step), **limits(dtype)}, repeats)
+    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
     work, devices = trainer.flops(batch), trainer.mesh.size
     peak = flops.peak(jax.devices()[0])
     result = {
@@ -75,6 +83,15 @@ def bench_train(experiment: Experiment, shapes: Batch, repeats: int = 5, name: s
     return result | ({"mfu": work / found["seconds"] / peak / devices} if peak else {})
 
 
+def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
+    from t2i_jax.bench.eager.autoregressive import Decoder, Training
+
+    family: Any = experiment.model
+    with refused("--eager"):
+        theirs = Training(Decoder(family, weights(family.init)), ema=experiment.train.ema)
+    return lambda: seconds(lambda: theirs.step(batch["label"], batch["codes"]))
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainBench:
     """The train step of a config, on random batches of the shapes that it reads.
@@ -88,6 +105,8 @@ class TrainBench:
     encoded: bool = False
     """do not look at the data; take codes and features as computed before"""
     repeats: int = 5
+    eager: bool = False
+    """measure the same step in eager PyTorch on the CPU too, which has to be installed; of an `AR` on classes"""
     out: Path | None = None
     """write the result as JSON"""
 
@@ -105,6 +124,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
     "model GFLOPs a step": lambda r: f"{r['model_flops'] / 1e9:.1f}",
     "GFLOP/s": lambda r: f"{r['flops_per_second'] / 1e9:.1f}",
     "share of a matrix product's": lambda r: f"{r['of_limit']:.0%}",
+    **EAGER,
     "MFU": lambda r: f"{r['mfu']:.0%}",
     "compile, seconds": lambda r: f"{r['compile']:.1f}",
     **LIMITS,
@@ -114,7 +134,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 def main(arguments: list[str]) -> None:
     """`t2i bench train CONFIG ...`"""
     args, experiment, shapes = asked(TrainBench, arguments, "t2i bench train")
-    result = bench_train(experiment, shapes, args.repeats, f"batch {experiment.data.batch_size}")
+    result = bench_train(experiment, shapes, args.repeats, f"batch {experiment.data.batch_size}", args.eager)
     kind, millions = type(experiment.model).__name__, result["parameters"] / 1e6
     title = f"{args.config}: {kind}, {millions:.1f} M parameters, {jax.devices()[0].device_kind}"
     tell("train", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)

@@ -19,11 +19,12 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.attention import causal
+from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given
 from t2i_jax.nn.decode import for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
 from t2i_jax.nn.heads import Head, ImageKeys, Softmax
+from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
 from t2i_jax.nn.tokens import from_tokens, to_tokens
@@ -59,6 +60,8 @@ class AnyOrder:
     """Of the computation; parameters, norms and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    kernel: Kind = "auto"
+    """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
     sampling: Sampling = Sampling()
     """How `sample` draws unless told otherwise."""
 
@@ -83,7 +86,14 @@ class AnyOrder:
     @property
     def layer(self) -> Layer:
         """One block of the Transformer."""
-        return Layer(self.width, self.heads, hidden=self.mlp, qk_norm=self.qk_norm, dropout=self.dropout)
+        return Layer(
+            self.width,
+            self.heads,
+            hidden=self.mlp,
+            qk_norm=self.qk_norm,
+            dropout=self.dropout,
+            kernel=self.kernel,
+        )
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
@@ -141,7 +151,7 @@ class AnyOrder:
         prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.dtype)
         y = jnp.concatenate([prefix, self._enter(model, x, places)[:, :-1]], 1)
         y = shard(self._aim(model, y, places), "batch", "length", None)
-        mask = _visible(jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True))
+        mask = Causal(jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True), valid.shape[1])
         y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 
@@ -209,12 +219,6 @@ def _pick(x: Array, places: Array) -> Array:
     return jax.vmap(lambda row, p: row[p])(x, places)
 
 
-def _visible(valid: Array) -> Array:
-    """The mask (b, 1, t, t): positions up to one's own that are valid (b, t), and always oneself."""
-    t = valid.shape[1]
-    return causal(t) & valid[:, None, None, :] | jnp.eye(t, dtype=bool)
-
-
 @partial(jax.jit, static_argnames=("config", "guided", "progress"))
 def _sample(
     config: AnyOrder,
@@ -245,7 +249,7 @@ def _sample(
     blocks = unstack(model.blocks)
     caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in blocks)
     seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
-    first = jnp.pad(_visible(valid), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
+    first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
     y, caches = apply_stack(blocks, config._aim(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
     decoding = for_decoding(blocks, config.dtype)
 

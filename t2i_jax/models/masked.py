@@ -22,9 +22,11 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given
 from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax
+from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
     SHAPES,
@@ -93,6 +95,8 @@ class Masked:
     """Of the computation; parameters, norms and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each layer keeps for its backward pass."""
+    kernel: Kind = "auto"
+    """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
     sampling: Generation = Generation()
     """How `sample` draws unless told otherwise."""
 
@@ -143,7 +147,15 @@ class Masked:
 
     def _layer(self, width: int, heads: int, mlp: int) -> Layer:
         return Layer(
-            width, heads, hidden=mlp, norm="layer", eps=self.eps, activation="gelu", bias=True, dropout=self.dropout
+            width,
+            heads,
+            hidden=mlp,
+            norm="layer",
+            eps=self.eps,
+            activation="gelu",
+            bias=True,
+            dropout=self.dropout,
+            kernel=self.kernel,
         )
 
     def options(self) -> Generation:
@@ -225,7 +237,7 @@ class Masked:
         y = jnp.concatenate([slots + position[: self.slots], entered + position[self.slots :][places]], 1)
         y = shard(model.entrance_norm(y), "batch", "length", None)
         if model.encoder is not None:
-            mask = jnp.concatenate([valid, seen], 1)[:, None, None]
+            mask = Padding(jnp.concatenate([valid, seen], 1))
             y, _ = apply_stack(model.encoder, y, mask=mask, key=key, remat=self.remat)
         return model.encoder_norm(y)
 
@@ -243,7 +255,7 @@ class Masked:
 
     def decode(self, model: Network, valid: Array, y: Array, key: Array | None = None) -> Array:
         """z of every position: (b, s + L, d') -> (b, L, d')."""
-        mask = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)[:, None, None]
+        mask = Padding(jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True))
         y = y + model.decoder_position[...].astype(y.dtype)
         y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
         return model.decoder_norm(y)[:, self.slots :] + model.head_position[...].astype(y.dtype)

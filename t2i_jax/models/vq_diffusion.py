@@ -24,6 +24,7 @@ from t2i_jax.nn.condition import Captions, Classes, Encoded, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import guide, truncate
 from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
+from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.nn.watch import Progress
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
@@ -70,6 +71,9 @@ class VQDiffusion:
     """Weights of the losses of tokens that are masked, and that are not."""
     importance: bool = True
     """Draw times by the size of their loss, once every time was seen more than ten times; else evenly."""
+    loss_chunk: int = 0
+    """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
+    (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits, distributions and losses are fp32."""
     remat: Literal["none", "full", "dots", "branches"] = "none"
@@ -142,12 +146,15 @@ class VQDiffusion:
 
     def logits(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
         """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
+        return model.logits(self.features(model, x_t, t, told, key))
+
+    def features(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+        """What the logits are made of (b, l, d)."""
         rows, columns = model.rows[...], model.columns[...]
         places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
         x = (model.tokens(x_t) + places).astype(self.dtype)
         t = jnp.zeros_like(t) if self.times == "none" else t
-        x = apply_told(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
-        return model.output(model.norm(x).astype(jnp.float32))
+        return apply_told(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
 
     def log_x0(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
@@ -191,13 +198,14 @@ class VQDiffusion:
         """The loss of codes x0, noised to x_t (b, l), at times t (b,) that were drawn with probability p (b,)."""
 
         @jax.checkpoint  # several distributions (b, l, K + 1) would be kept otherwise
-        def score(logits: Array) -> tuple[Array, Array, Array]:
+        def score(logits: Array, x0: Array, x_t: Array) -> tuple[Array, Array, Array]:
             log_x0 = _with_mask(jax.nn.log_softmax(logits))
             size, decoded = self.chain.variational(log_x0, x0, x_t, t)
             guess = -jnp.take_along_axis(log_x0, x0[..., None], -1)[..., 0]
             return size, jnp.where((t == 0)[:, None], decoded, guess), jnp.argmax(logits, -1) == x0
 
-        size, guess, correct = score(self.logits(model, x_t, t, told, key))
+        z = self.features(model, x_t, t, told, key)
+        size, guess, correct = in_chunks(model.logits, score, z, (x0, x_t), self.loss_chunk)
         weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
         weight = jnp.where((t == 0)[:, None], 1.0, weight)
         size, guess = jnp.sum(size * weight, -1), jnp.sum(guess * weight, -1)
@@ -215,10 +223,10 @@ class VQDiffusion:
         share, weight = masked_share(self.chain.shape, tau)
         masked = jax.random.uniform(where, x0.shape) < share[:, None]
         t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
-        logits = self.logits(model, jnp.where(masked, self.chain.codes, x0), t, told, drop)
-        nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, x0[..., None], -1)[..., 0]
+        z = self.features(model, jnp.where(masked, self.chain.codes, x0), t, told, drop)
+        _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.loss_chunk)
         size = jnp.sum(nll * masked, -1)
-        correct = jnp.sum((jnp.argmax(logits, -1) == x0) & masked, -1) / jnp.maximum(masked.sum(-1), 1)
+        correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
         return Terms(weight * size, size, weight * size / math.log(2), correct)
 
     def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
@@ -325,6 +333,10 @@ class Network(nnx.Module):
         history = config.importance and config.objective == "bound"
         self.history = Carried(jnp.zeros(config.chain.steps)) if history else None
         self.count = Carried(jnp.zeros(config.chain.steps)) if history else None
+
+    def logits(self, z: Array) -> Array:
+        """(..., d) -> (..., K) fp32."""
+        return self.output(self.norm(z).astype(jnp.float32))
 
 
 def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:

@@ -39,27 +39,47 @@ class Causal:
         return mask if self.valid is None else mask & self.valid[:, None, None, :t] | jnp.eye(t, dtype=bool)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """A mask told in words: every place sees all that is no padding."""
+
+    valid: Array
+    """bool (b, s), False for padding"""
+
+    def dense(self, t: int) -> Array:
+        """The mask (b, 1, 1, s), the same for all t places."""
+        return self.valid[:, None, None]
+
+
+Told = Causal | Padding
+"""Masks told in words."""
+
+
 def attend(
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | Causal | None = None,
+    mask: Array | Told | None = None,
     scale: float | None = None,
     bias: Array | None = None,
     kind: Kind = "auto",
 ) -> Array:
     """softmax(q k^T scale + bias) v of all heads at once: (b, t, n, h), in the dtype of v; see `plain`.
 
-    Where there is no bias and the mask is None or a `Causal`, a kernel may do it: `kind` says which, and "auto" takes
-    the one of the platform for sequences that are long enough to gain by it.
+    Where there is no bias and the mask is None or told in words, a kernel may do it: `kind` says which, and "auto"
+    takes the one of the platform for sequences that are long enough to gain by it.
     Errors: ValueError if m does not divide n, or for a kernel that cannot do this dtype or head dimension.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    in_words = bias is None and (mask is None or isinstance(mask, Causal))
+    in_words = bias is None and (mask is None or isinstance(mask, Told))
     kernel = kernels.choose(kind, q, k) if in_words else None
     if kernel is None:
-        return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Causal) else mask, scale, bias)
-    if not isinstance(mask, Causal):
+        return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Told) else mask, scale, bias)
+    if isinstance(mask, Padding):  # kernels do not say what comes of a row that is all padding
+        y = kernel(q, k, v, scale, valid=mask.valid)
+        return jnp.where(mask.valid.any(1)[:, None, None, None], y, 0)
+    if mask is None:
         return kernel(q, k, v, scale)
     y = kernel(q, k, v, scale, causal=True, valid=mask.valid)
     if mask.valid is None and not mask.both_ways:

@@ -20,9 +20,10 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.nn.attention import attend
+from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
 from t2i_jax.nn.conv import patchify, unpatchify
+from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Carried, LayerNorm, Linear, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 from t2i_jax.nn.transformer import MLP, REMAT, Attention, Layer
@@ -65,6 +66,8 @@ class DiT:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots", "branches"] = "none"
     """What each block keeps for its backward pass."""
+    kernel: Kind = "auto"
+    """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
 
     def __post_init__(self):
         if any(side % self.patch for side in self.size):
@@ -83,6 +86,7 @@ class DiT:
             bias=True,
             qk_norm=self.qk_norm,
             eps=self.eps,
+            kernel=self.kernel,
         )
 
     @property
@@ -150,6 +154,10 @@ class Stream(nnx.Module):
             q, k = self.attention.q_norm(q), self.attention.k_norm(k)
         return tuple(shard(a, "batch", None, "heads", None) for a in (q, k, v))
 
+    def mixed(self, q: Array, k: Array, v: Array, mask: Padding | None) -> Array:
+        """What queries gather from keys and values, (b, t, n, h)."""
+        return attend(q, k, v, mask, kind=self.attention.kernel)
+
     def attended(self, x: Array, mixed: Array, gate: Array) -> Array:
         """x and what its queries gathered, (b, t, n, h)."""
         return x + _branch(self.attention.out(rearrange(mixed, "b t n h -> b t (n h)")), gate)
@@ -177,7 +185,7 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: Array, y: Array, mask: Array) -> Array:
         q = rearrange(self.q(x if self.norm is None else self.norm(x)), "b t (n h) -> b t n h", n=self.count)
         k, v = rearrange(self.kv(y), "b s (n two h) -> two b s n h", n=self.count, two=2)
-        mixed = attend(q, k, v, mask[:, None, None])
+        mixed = attend(q, k, v, Padding(mask))
         return x + self.out(rearrange(mixed, "b t n h -> b t (n h)"))
 
 
@@ -198,12 +206,13 @@ class DiTBlock(nnx.Module):
         parts = self.image.modulations(c)
         q, k, v = self.image.heads(modulate(self.image.norm(x), *parts[:2]))
         if self.text is None:
-            x = self.image.attended(x, attend(q, k, v, None if own is None else own[:, None, None]), parts[2])
+            mixed = self.image.mixed(q, k, v, None if own is None else Padding(own))
+            x = self.image.attended(x, mixed, parts[2])
         else:
             text_parts = self.text.modulations(c)
             text = self.text.heads(modulate(self.text.norm(y), *text_parts[:2]))
             q, k, v = (jnp.concatenate(pair, 1) for pair in zip(text, (q, k, v), strict=True))
-            mixed = attend(q, k, v, _behind(mask, x)[:, None, None])
+            mixed = self.image.mixed(q, k, v, Padding(_behind(mask, x)))
             y = self.text.attended(y, mixed[:, : y.shape[1]], text_parts[2])
             y = self.text.fed(y, *text_parts[3:])
             x = self.image.attended(x, mixed[:, y.shape[1] :], parts[2])

@@ -34,24 +34,35 @@ def cross_entropy(
 def chunked_cross_entropy(
     head: Callable[[Array], Array], z: Array, targets: Array, chunk: int = 0, **options: float
 ) -> tuple[Array, Array, Array]:
-    """`cross_entropy(head(z), targets)` of z (b, t, d) and targets (b, t), `chunk` tokens of each row at a time.
+    """`cross_entropy(head(z), targets)` of z (b, t, d) and targets (b, t), in chunks of tokens: see `in_chunks`."""
+    return in_chunks(head, lambda logits, y: cross_entropy(logits, y, **options), z, (targets,), chunk)
+
+
+def in_chunks(
+    head: Callable[[Array], Array],
+    score: Callable[..., tuple[Array, ...]],
+    z: Array,
+    others: tuple[Array, ...],
+    chunk: int = 0,
+) -> tuple[Array, ...]:
+    """`score(head(z), *others)`, each (b, t), of z (b, t, d) and others (b, t), `chunk` tokens of each row at a time.
 
     The fp32 logits (b, t, v) are never held whole, in the backward pass neither: every chunk makes its own again. 0:
     all at once where a device then holds no more than HELD of them, else as many tokens as that allows; below 0: all.
     """
-    b, t = targets.shape
+    b, t = z.shape[:2]
     if chunk == 0:
         v = jax.eval_shape(head, z).shape[-1]
         room = HELD * max(jax.sharding.get_abstract_mesh().size, 1) // (b * v)
         chunk = t if room >= t else 1 << max(room.bit_length() - 1, 0)
+    one = lambda z, *others: score(head(z), *others)
     if chunk < 0 or chunk >= t:
-        return cross_entropy(head(z), targets, **options)
-    one = jax.checkpoint(lambda z, y: cross_entropy(head(z), y, **options))
-    whole = t - t % chunk
+        return one(z, *others)
+    one, whole = jax.checkpoint(one), t - t % chunk
     split = lambda x: jnp.moveaxis(x[:, :whole].reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-    _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, (split(z), split(targets)))
+    _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, jax.tree.map(split, (z, *others)))
     parts = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, whole), parts)
     if whole == t:
         return parts
-    rest = one(z[:, whole:], targets[:, whole:])
+    rest = one(*(x[:, whole:] for x in (z, *others)))
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), parts, rest)

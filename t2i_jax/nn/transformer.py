@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.nn.attention import Causal, Rotary, attend, rotate
+from t2i_jax.nn.attention import Rotary, Told, attend, rotate
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param
 from t2i_jax.parallel import shard
@@ -220,7 +220,7 @@ class Attention(nnx.Module):
         self,
         x: Array,
         rotary: Rotary | None = None,
-        mask: Array | Causal | None = None,
+        mask: Array | Told | None = None,
         cache: Cache | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -302,7 +302,7 @@ class Block(nnx.Module):
         x: Array,
         *,
         rotary: Rotary | None = None,
-        mask: Array | Causal | None = None,
+        mask: Array | Told | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
         bias: Array | None = None,
@@ -375,7 +375,7 @@ def apply_stack(
     x: Array,
     *,
     rotary: Rotary | None = None,
-    mask: Array | Causal | None = None,
+    mask: Array | Told | None = None,
     caches: Any = None,
     key: Array | None = None,
     bias: Array | None = None,
@@ -386,7 +386,8 @@ def apply_stack(
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
 
-    `mask` with five dimensions holds masks that take turns over the layers; without a cache it may be a `Causal`.
+    `mask` with five dimensions holds masks that take turns over the layers; without a cache it may be
+    told in words (`nn.attention`).
     `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key of REMAT. Returns
     x (b, t, d) and the caches with `at` moved on by t, or None where none were given.
     """

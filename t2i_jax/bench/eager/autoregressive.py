@@ -1,7 +1,5 @@
-"""The same decoding in eager PyTorch, written as published programs have it: to be compared with, and for nothing else.
-
-A loop in Python; both branches of guidance as one batch; a static cache as long as the sequence, read whole under a
-mask; top-k by `topk`, top-p by a sort, a multinomial draw.
+"""Next-token prediction in eager PyTorch: a loop in Python, both branches of guidance as one batch, a static cache as
+long as the sequence, read whole under a mask, top-k by `topk`, top-p by a sort, a multinomial draw; and a train step.
 """
 
 from __future__ import annotations
@@ -12,22 +10,23 @@ import jax
 import numpy as np
 from jax import Array
 
+from t2i_jax.bench.eager import pytorch
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.draw import Sampling
 
 
-class Eager:
+class Decoder:
     """An `AR` on class labels, as LlamaGen has it (SwiGLU, RMSNorm, 2-D rotary positions), with the weights of `model`.
 
-    Errors: ImportError without PyTorch; ValueError for a configuration of another kind.
+    Errors: those of this package.
     """
 
     def __init__(self, config: AR, model: Any):
-        import torch  # pyright: ignore[reportMissingImports]
-
+        torch = pytorch()
         plain = AR(condition=config.condition)
         kind = ("activation", "norm", "bias", "qk_norm", "reads", "tied", "output_bias", "unmasked", "positions")
+        kind += ("corruption", "label_smoothing", "z_loss")
         classes = isinstance(config.condition, Classes) and config.condition.null
         odd = [f for f in kind if getattr(config, f) != getattr(plain, f)] + ["condition"] * (not classes)
         if odd:
@@ -50,7 +49,8 @@ class Eager:
                 "gate": turned(b.mlp.gate.w),
                 "into": turned(b.mlp.into.w),
                 "down": turned(b.mlp.out.w),
-                "norms": (tensor(b.attention_norm.w[...]), tensor(b.mlp_norm.w[...])),
+                "attention_norm": tensor(b.attention_norm.w[...]),
+                "mlp_norm": tensor(b.mlp_norm.w[...]),
             }
 
         self.blocks = [block(i) for i in range(config.depth)]
@@ -73,7 +73,7 @@ class Eager:
             mask = torch.tril(torch.ones(1 + c.length, 1 + c.length, dtype=torch.bool))
             x, codes = self.classes[both][:, None], torch.zeros(len(ids), c.length, dtype=torch.long)
             for i in range(c.length):
-                logits = self._forward(x, caches, mask[i : i + 1], i)
+                logits = self._forward(x, i, caches, mask[i : i + 1])[:, 0]
                 if guided:
                     real, null = logits.chunk(2)
                     logits = null + (real - null) * float(options.guidance)
@@ -82,30 +82,48 @@ class Eager:
                 x = torch.cat([x, x]) if guided else x
             return codes
 
-    def _forward(self, x: Any, caches: Any, mask: Any, i: int) -> Any:
-        """Logits (r, v) behind the token x (r, 1, d) at place i of the sequence."""
+    def loss(self, labels: Any, codes: Any) -> Any:
+        """Mean cross-entropy of codes (b, L) of classes (b,), integer tensors; with dropout, as in training."""
+        torch, c = self.torch, self.config
+        null = torch.rand(len(labels)) < c.condition_dropout
+        first = self.classes[torch.where(null, len(self.classes) - 1, labels)]
+        x = torch.cat([first[:, None], self.tokens[codes[:, :-1]]], 1)
+        logits = self._forward(torch.nn.functional.dropout(x, c.token_dropout), dropout=c.dropout)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+    def _forward(self, x: Any, start: int = 0, caches: Any = None, mask: Any = None, dropout: float = 0.0) -> Any:
+        """Logits (r, t, v) behind the tokens x (r, t, d) from place `start` on, of which the caches hold those before.
+
+        Without caches x is the whole sequence, each of which sees those before it.
+        """
         torch, layer = self.torch, self.config.layer
         f = torch.nn.functional
         n, m, h = layer.heads, layer.groups, layer.head
+        stop = start + x.shape[1]
 
         def norm(x, w):
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layer.eps) * w
 
         def rotate(x):
             even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-            cos, sin = (t[i] for t in self.rotary)
+            cos, sin = (t[start:stop] for t in self.rotary)
             return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
-        for block, (keys, values) in zip(self.blocks, caches, strict=True):
-            q, k, v = f.linear(norm(x, block["norms"][0]), block["qkv"]).split([n * h, m * h, m * h], -1)
+        for i, block in enumerate(self.blocks):
+            q, k, v = f.linear(norm(x, block["attention_norm"]), block["qkv"]).split([n * h, m * h, m * h], -1)
             q, k, v = (y.unflatten(-1, (-1, h)).transpose(1, 2) for y in (q, k, v))
-            keys[:, :, i : i + 1], values[:, :, i : i + 1] = rotate(k), v
-            seen = (y.repeat_interleave(n // m, 1) if n > m else y for y in (keys, values))
-            y = f.scaled_dot_product_attention(rotate(q), *seen, attn_mask=mask)
-            x = x + f.linear(y.transpose(1, 2).flatten(-2), block["out"])
-            y = norm(x, block["norms"][1])
-            x = x + f.linear(f.silu(f.linear(y, block["gate"])) * f.linear(y, block["into"]), block["down"])
-        return f.linear(norm(x[:, 0], self.norm), self.output)
+            k = rotate(k)
+            if caches is not None:
+                keys, values = caches[i]
+                keys[:, :, start:stop], values[:, :, start:stop] = k, v
+                k, v = keys, values
+            seen = (y.repeat_interleave(n // m, 1) if n > m else y for y in (k, v))
+            y = f.scaled_dot_product_attention(rotate(q), *seen, attn_mask=mask, is_causal=mask is None)
+            x = x + f.dropout(f.linear(y.transpose(1, 2).flatten(-2), block["out"]), dropout)
+            y = norm(x, block["mlp_norm"])
+            y = f.linear(f.silu(f.linear(y, block["gate"])) * f.linear(y, block["into"]), block["down"])
+            x = x + f.dropout(y, dropout)
+        return f.linear(norm(x, self.norm), self.output)
 
     def _draw(self, logits: Any, options: Sampling) -> Any:
         torch = self.torch
@@ -119,3 +137,29 @@ class Eager:
             above = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
             logits = logits.masked_fill((above > float(options.top_p)).gather(1, order.argsort(-1)), -torch.inf)
         return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+class Training:
+    """A train step of a `Decoder`: AdamW on gradients cut to norm 1, and with `ema` an average of the parameters."""
+
+    def __init__(self, decoder: Decoder, learning_rate: float = 3e-4, ema: float = 0.0):
+        torch = decoder.torch
+        self.decoder, self.ema = decoder, ema
+        weights = [decoder.classes, decoder.tokens, decoder.norm, decoder.output]
+        self.weights = [w.requires_grad_() for w in (*weights, *(w for b in decoder.blocks for w in b.values()))]
+        self.average = [w.detach().clone() for w in self.weights] if ema else []
+        self.optimizer = torch.optim.AdamW(self.weights, learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
+
+    def step(self, labels: Array, codes: Array) -> float:
+        """One update by codes (b, h, w) of classes (b,): the loss before it."""
+        torch = self.decoder.torch
+        label, code = (torch.from_numpy(np.array(x)).long() for x in (labels, codes))
+        self.optimizer.zero_grad()
+        loss = self.decoder.loss(label, code.flatten(1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        if self.ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.weights, 1 - self.ema)
+        return loss.item()

@@ -1,0 +1,25 @@
+"""A next-token model of 256 px pictures by class, as LlamaGen has it: codes are computed before, by `t2i encode`.
+
+`--model.width 256 --model.depth 6 --model.heads 4` and fewer of a batch make it small enough for a laptop.
+"""
+
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
+from t2i_jax.nn.condition import Classes
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
+
+experiment = Experiment(
+    model=AR.sized(
+        "llamagen-b",
+        vocabulary=16384,
+        grid=(16, 16),
+        condition=Classes(1000),
+        dtype="bfloat16",
+    ),
+    data=Data(ArrayRecord("data/imagenet_codes"), image_size=256, batch_size=256),
+    train=Train(steps=300_000, optimizer=Optimizer("adamw", 1e-4, warmup=0, schedule="constant"), ema=0.9999),
+    mesh=MeshConfig(data=-1),
+)

@@ -1,0 +1,134 @@
+"""What ours is compared with in PyTorch gives the same numbers, and refuses what it is not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_ar import TINY, model_for
+
+from t2i_jax.bench.eager.autoregressive import Decoder, Training
+from t2i_jax.bench.eager.codec import Codec
+from t2i_jax.bench.eager.denoising import Denoiser
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.kl import KL
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.dit import DiT
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.noise.processes import Flow
+
+pytest.importorskip("torch")
+
+
+def shaken(model, by=0.2):
+    """Weights that are nowhere zero or one."""
+    return jax.tree.map(lambda x: x + by * jax.random.normal(jax.random.key(x.size), x.shape), model)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_loop_in_pytorch_draws_the_same(guided):
+    model, labels = model_for(TINY), jnp.array([1, 4, 2])
+    options, keys = Sampling(guidance=2.0, greedy=True), jax.random.split(jax.random.key(1), 3)
+    ours = TINY.sample(model, {"label": labels}, keys, options, segments=1, guided=guided)
+    eager = Decoder(TINY, model)
+    np.testing.assert_array_equal(np.asarray(ours).reshape(3, -1), eager.sample(labels, options, guided))
+
+
+def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
+    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=Classes(10))
+    network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
+    # Fresh output matrices are zero: every token would be the first.
+    network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
+    eager, options, keys = (
+        Decoder(model, network),
+        Sampling(guidance=3.0, greedy=True),
+        jax.random.split(jax.random.key(1), 2),
+    )
+    ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
+    threads = eager.torch.get_num_threads()
+    eager.torch.set_num_threads(1)  # more of them only wait for each other in products as small as these
+    np.testing.assert_array_equal(ours, eager.sample(labels, options))
+    eager.torch.set_num_threads(threads)
+    assert len(np.unique(ours)) > 50
+
+
+def test_the_loop_in_pytorch_filters_as_ours_does():
+    eager = Decoder(TINY, model_for(TINY))
+    logits = eager.torch.tensor([[0.0, 3.0, 1.0, 2.0, -5.0]]).repeat(300, 1)
+    # Of the three most likely codes only, and of those only the first half of the probability.
+    assert set(eager._draw(logits, Sampling(top_k=3)).tolist()) == {1, 2, 3}
+    assert set(eager._draw(logits, Sampling(top_k=3, top_p=0.5)).tolist()) == {1}
+
+
+def test_the_loop_in_pytorch_is_of_class_models_only():
+    with pytest.raises(ValueError, match="not qk_norm"):
+        Decoder(dataclasses.replace(TINY, qk_norm=True), None)
+    with pytest.raises(ValueError, match="not condition"):
+        Decoder(dataclasses.replace(TINY, condition=Captions(11, length=4)), None)
+
+
+def test_a_train_step_has_the_same_loss_and_gradients():
+    config = dataclasses.replace(TINY, dropout=0.0, token_dropout=0.0, condition_dropout=0.0)
+    model, label = model_for(config), jnp.array([1, 4, 2])
+    codes = jax.random.randint(jax.random.key(2), (3, *config.grid), 0, config.vocabulary)
+    loss = lambda m: config.loss(m, {"label": label, "codes": codes}, jax.random.key(0))[0]
+    ours, grads = jax.value_and_grad(loss)(model)
+    theirs = Training(Decoder(config, model), learning_rate=0.0, ema=0.9)
+    assert theirs.step(label, codes) == pytest.approx(float(ours), rel=1e-5)
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+    shrunk = np.asarray(grads.output[...]).T / max(float(norm), 1.0)
+    np.testing.assert_allclose(theirs.decoder.output.grad, shrunk, rtol=1e-3, atol=1e-6)
+    for average, weight in zip(theirs.average, theirs.weights, strict=True):  # nothing moved
+        np.testing.assert_allclose(average, weight.detach(), rtol=1e-6)
+    learning = Training(Decoder(config, model), learning_rate=1e-2)
+    assert [learning.step(label, codes) for _ in range(5)][-1] < float(ours)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_vqgan_gives_the_same_codes_and_pictures(patch):
+    shape = AutoencoderConfig(channels=8, multipliers=(1, 2), blocks=1, latent=6, groups=4, patch=patch)
+    config = VQGAN(shape, QuantizerConfig(11, 3))
+    model = shaken(config.init(jax.random.key(0)))
+    images = jax.random.uniform(jax.random.key(1), (2, 8, 12, 3), minval=-1, maxval=1)
+    theirs, codes = Codec(config, model), config.encode(model, images)
+    np.testing.assert_array_equal(theirs.encode(images), codes)
+    assert len(np.unique(codes)) > 3
+    np.testing.assert_allclose(
+        theirs.decode(codes).permute(0, 2, 3, 1), config.decode(model, codes), rtol=1e-4, atol=1e-4
+    )
+
+
+DENOISER = Diffusion(
+    DiT((6, 4), channels=3, patch=2, width=16, depth=2, heads=2, condition=Classes(5), learn_variance=False),
+    Flow(),
+    predicts="velocity",
+    solver="euler",
+)
+
+
+def test_a_diffusion_transformer_paints_the_same():
+    model, labels, keys = (
+        shaken(DENOISER.init(jax.random.key(0))),
+        jnp.array([3, 1]),
+        jax.random.split(jax.random.key(1), 2),
+    )
+    options = Solving(steps=3, guidance=2.0)
+    ours = DENOISER.sample(model, {"label": labels}, keys, options)
+    start = lambda key: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), DENOISER.shape)
+    told, untold = (model.read({"label": labels}, jnp.full(2, none)).pooled for none in (False, True))
+    theirs = Denoiser(DENOISER, model).sample(told, untold, options, jax.vmap(start)(keys))
+    np.testing.assert_allclose(theirs.permute(0, 2, 3, 1), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_other_codecs_and_denoisers_are_refused():
+    with pytest.raises(ValueError, match="of a VQGAN"):
+        Codec(KL(), None)
+    with pytest.raises(ValueError, match="not solver"):
+        Denoiser(dataclasses.replace(DENOISER, solver="dpm++"), None)
+    with pytest.raises(ValueError, match=r"not network\.qk_norm"):
+        Denoiser(dataclasses.replace(DENOISER, network=dataclasses.replace(DENOISER.network, qk_norm=True)), None)
