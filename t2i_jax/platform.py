@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from pathlib import Path
+from platform import libc_ver
 
 import jax
 
@@ -27,6 +29,22 @@ def flags(platforms: str, has_gpu: bool, current: str) -> str:
     return " ".join([*current.split(), *new])
 
 
+# Of `mallopt` in glibc's malloc.h, and what they are set to.
+KEPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+
+
+def keep_memory() -> bool:
+    """Keep memory that is freed for whoever asks next; whether the C library can be told to.
+
+    It would give large blocks back to the system, which then clears every page of new ones: on a CPU each step begins
+    with hundreds of MB of those. Where the environment says something of malloc it is left as it is.
+    """
+    if libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(number, value) for number, value in KEPT.values()])
+
+
 def prepare(join: bool = True) -> None:
     """Make this process ready: call it before the first array. What the environment sets already is left as it is.
 
@@ -38,5 +56,6 @@ def prepare(join: bool = True) -> None:
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    keep_memory()
     if join:
         start_cluster()

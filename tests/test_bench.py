@@ -150,6 +150,27 @@ def test_flags_are_for_gpus_and_leave_what_is_set():
         assert platform.flags(platforms, has, "") == "--xla_gpu_enable_latency_hiding_scheduler=true"
 
 
+def test_freed_memory_is_kept_for_the_next_step():
+    """Pages that the system has to find for a block of 64 MB that is asked for again."""
+    code = """if True:
+        import resource, sys
+        from t2i_jax import platform
+        if "keep" in sys.argv and not platform.keep_memory():
+            sys.exit("no glibc")
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(b"x") * 2**26
+        before = faults()
+        bytearray(b"x") * 2**26
+        print(faults() - before)
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    run = lambda *word: subprocess.run([sys.executable, "-c", code, *word], env=env, capture_output=True, text=True)
+    kept, given_back = run("keep"), run()
+    if "no glibc" in kept.stderr:
+        pytest.skip("the C library is another")
+    assert int(kept.stdout) < 1000 < 10000 < int(given_back.stdout)
+
+
 def test_the_compiler_knows_its_flags():
     """An unknown one ends the process, and every compiler of JAX knows those of GPUs by name."""
     flags = platform.flags("gpu", True, "")

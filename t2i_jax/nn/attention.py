@@ -112,12 +112,9 @@ def plain(
         groups = n // m if mask.shape[1] > 1 else 1
         mask = rearrange(mask, "b (m g) t s -> b m g t s", g=groups)
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    out = jnp.einsum("bmgts,bsmh->btmgh", jax.nn.softmax(logits).astype(v.dtype), v)
     if mask is not None:
-        weights = jnp.where(mask, weights, 0.0)
-    total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    out = jnp.einsum("bmgts,bsmh->btmgh", weights.astype(v.dtype), v)
+        out = jnp.where(rearrange(mask.any(-1), "b m g t -> b t m g 1"), out, 0)
     return rearrange(out, "b t m g h -> b t (m g) h")
 
 

@@ -5,6 +5,7 @@ dimensions of a parameter for `t2i_jax.parallel`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -49,6 +50,15 @@ def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Array:
 def at_least_fp32(x: Array) -> Array:
     """x in fp32, where norms, softmax and losses are computed; float64 stays, to check gradients by."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def lean(f: Callable[..., Array]) -> Callable[..., Array]:
+    """f, of which a backward pass keeps the arguments alone, and computes again what else it needs.
+
+    For norms and what is done to numbers one by one: they would keep several times what they read, and reading that
+    takes longer than computing it.
+    """
+    return jax.checkpoint(f, prevent_cse=False)
 
 
 class Int8(nnx.Module):
@@ -117,9 +127,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
+        return lean(self._normalised)(x, self.w[...])
+
+    def _normalised(self, x: Array, w: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.w[...].astype(x.dtype)
+        return y.astype(x.dtype) * w.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -134,14 +147,18 @@ class LayerNorm(nnx.Module):
         self.eps, self.relax = eps, relax
 
     def __call__(self, x: Array) -> Array:
+        affine = () if self.w is None or self.b is None else (self.w[...], self.b[...])
+        return lean(self._normalised)(x, *affine)
+
+    def _normalised(self, x: Array, *affine: Array) -> Array:
         y = x.astype(jnp.float32)
         if self.relax:
             largest = jax.lax.stop_gradient(jnp.abs(y).max(-1, keepdims=True))
             y = y * (self.relax / jnp.where(largest == 0, 1.0, largest))
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        if self.w is not None and self.b is not None:
-            y = y * self.w[...] + self.b[...]
+        if affine:
+            y = y * affine[0] + affine[1]
         return y.astype(x.dtype)
 
 

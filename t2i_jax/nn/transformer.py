@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.nn.attention import Rotary, Told, attend, rotate
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param
+from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, lean, param
 from t2i_jax.parallel import shard
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -278,7 +278,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act = ACTIVATIONS[self.activation]
-        y = act(self.into(x)) if self.gate is None else act(self.gate(x)) * self.into(x)
+        gated = lean(lambda gate, y: act(gate) * y)
+        y = lean(act)(self.into(x)) if self.gate is None else gated(self.gate(x), self.into(x))
         return self.out(shard(y, "batch", None, "mlp"))
 
 
