@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
-from t2i_jax.nn.draw import Sampling, guidance_at, guide, truncate, uniforms
+from t2i_jax.nn.draw import Sampling, guidance_at, truncate, uniforms
+from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.nn import draw as module
-from t2i_jax.nn.draw import Sampling, guide
+from t2i_jax.nn.draw import Sampling
+from t2i_jax.noise.guidance import guide
 
 truncate, draw, choose, uniforms = map(jax.jit, (module.truncate, module.draw, module.choose, module.uniforms))
 guidance_at = jax.jit(module.guidance_at, static_argnums=2)

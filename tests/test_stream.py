@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.models.stream import SIZES, Stream, Text
-from t2i_jax.nn.draw import Sampling, guide, truncate, uniforms
+from t2i_jax.nn.draw import Sampling, truncate, uniforms
+from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
 S, L, B = 4, 6, 3

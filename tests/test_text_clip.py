@@ -155,7 +155,7 @@ def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
         str(tmp_path / "hf"), activation="gelu"
     )
     assert folders.text_side(f"clip-tokens:{file},pad=9").pad == 9
-    with pytest.raises(ConfigError, match="clip has no field activaton; it has vocabulary, activation"):
+    with pytest.raises(ConfigError, match="ClipEmbedding has no field activaton; it has vocabulary, activation"):
         folders.text_side(f"clip:{file},activaton=gelu")
 
 

@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
 
 
@@ -30,7 +30,7 @@ def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool
     compiling["decode"] = seconds(lambda: decode(model, codes))
     runs = {"encode": lambda: encode(model, images), "decode": lambda: decode(model, codes)}
     work = {"encode": flops.count(codec.encode, model, images), "decode": flops.count(codec.decode, model, codes)}
-    measures = {name: lambda run=run: seconds(run) for name, run in runs.items()}
+    measures: dict[str, Measure] = {name: lambda run=run: seconds(run) for name, run in runs.items()}
     if eager:
         from t2i_jax.bench.eager.codec import Codec
 

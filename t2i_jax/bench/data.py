@@ -26,6 +26,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.models.ar import AR
+from t2i_jax.nn.trees import abstract
 from t2i_jax.plan.chips import CHIPS
 
 MFU = 0.5
@@ -130,7 +131,7 @@ def _measured(
 def need(size: str, chip: str) -> float:
     """Images a second that one chip takes which trains `AR.sized(size)` on 16 x 16 codes at half of its peak."""
     config = AR.sized(size, vocabulary=16384, grid=(16, 16))
-    model = jax.eval_shape(config.init, jax.random.key(0))
+    model = abstract(config)
     batch = {"codes": jax.ShapeDtypeStruct((1, 16, 16), np.int32), "label": jax.ShapeDtypeStruct((1,), np.int32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     work = 3 * flops.count(lambda m, b, k: config.loss(m, b, k)[0], model, batch, key)

@@ -106,7 +106,7 @@ def bench_drawing(
     work = {k: flops.count(program(f), *arguments, trips=turns(f, options)) for k, f in families.items()}
     compiled = {k: jax.jit(program(f)) for k, f in families.items()}
     first = {k: seconds(lambda run=run: run(*arguments)) for k, run in compiled.items()}
-    measures = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
+    measures: dict[str, Measure] = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
     if eager:
         measures["eager"] = _in_pytorch(family, model, condition, options)
     dtype = getattr(getattr(family, "network", family), "dtype", "float32")

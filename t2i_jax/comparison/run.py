@@ -19,6 +19,7 @@ from t2i_jax.comparison.measure import Ruler, measure
 from t2i_jax.comparison.plan import Comparison, Line
 from t2i_jax.comparison.report import write
 from t2i_jax.config import ConfigError, to_json
+from t2i_jax.nn.trees import abstract
 from t2i_jax.pictures import save_png
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import load_artifact
@@ -80,7 +81,7 @@ def equal(experiment: Experiment, budget: float, folder: Path) -> Experiment:
 
 def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
     """Size and speed of a trained run: parameters, steps, and the minutes that its steps took at their median rate."""
-    model = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    model = abstract(experiment.model)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [r["images_per_second"] for r in records if "images_per_second" in r]
     seen = experiment.train.steps * experiment.data.batch_size

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.torchfile import StandIn, read_torch, tensors_below
+from t2i_jax.nn.trees import abstract
 
 MODULES = ("ar", "codecs", "diffusers", "discrete", "gaussian", "masked", "stream")
 """Files of this room that hold FORMATS."""
@@ -161,7 +162,7 @@ def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hin
     if format.adapt is not None:
         tensors, hints = format.adapt(tensors, **hints)
     config = format.describe(tensors, **hints)
-    model = jax.eval_shape(config.init, jax.random.key(0))
+    model = abstract(config)
     fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)
     if any(isinstance(t, jax.ShapeDtypeStruct) for t in tensors.values()):
         return config, jax.eval_shape(fill, dict(tensors))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -15,6 +14,7 @@ from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
 from t2i_jax.interop import vqgan
 from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.nn.trees import abstract
 
 TAMING = {"pixels": "l1", "adversarial": 0.8, "adaptive": True, "start": 250_001}
 """How the codecs of taming-transformers were trained."""
@@ -76,7 +76,7 @@ def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: floa
 
 
 def _table(config: VQGAN, style: vqgan.Style) -> Table:
-    return vqgan.table(jax.eval_shape(config.init, jax.random.key(0)), style)
+    return vqgan.table(abstract(config), style)
 
 
 def _judge(tensors: Tensors) -> DiscriminatorConfig:
@@ -87,7 +87,7 @@ def _judge(tensors: Tensors) -> DiscriminatorConfig:
 
 
 def _judge_table(config: DiscriminatorConfig) -> Table:
-    return vqgan.discriminator(jax.eval_shape(config.init, jax.random.key(0)))
+    return vqgan.discriminator(abstract(config))
 
 
 def _format(describe: Any, style: vqgan.Style, **fields: Any) -> Format:

@@ -23,6 +23,7 @@ from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.condition import Encoded, Features, Paired
 from t2i_jax.nn.dit import DiT, sincos_2d
+from t2i_jax.nn.trees import abstract
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.text.clip import ClipText
@@ -78,7 +79,7 @@ def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tup
 
 
 def _network(config: Diffusion) -> Table:
-    return published.table(jax.eval_shape(config.init, jax.random.key(0)), config.network)
+    return published.table(abstract(config), config.network)
 
 
 def _folder(path: Path) -> Folder:

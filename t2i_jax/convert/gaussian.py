@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from t2i_jax.convert import Format
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
@@ -13,12 +11,9 @@ from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.trees import abstract
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
-
-
-def _abstract(config: Any) -> Any:
-    return jax.eval_shape(config.init, jax.random.key(0))
 
 
 def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
@@ -115,7 +110,7 @@ def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: Any) -> Noise
 
 
 def _network_table(config: Diffusion) -> Table:
-    return adm.table(_abstract(config))
+    return adm.table(abstract(config))
 
 
 FORMATS = {

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Folder, Format
@@ -17,6 +15,7 @@ from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.heads import Diffusion
+from t2i_jax.nn.trees import abstract
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def _kl_folder(path: Path) -> Folder:
 
 
 def _kl_table(config: KL, style: vqgan.Style) -> Table:
-    return vqgan.table(jax.eval_shape(config.init, jax.random.key(0)), style)
+    return vqgan.table(abstract(config), style)
 
 
 def _mar(

@@ -3,18 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from t2i_jax.codecs.dvae import DVAE, Pooled, Strided
 from t2i_jax.convert import Format
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.stream import Stream, Text
 from t2i_jax.nn.draw import Sampling
-
-
-def _abstract(config: Any) -> Any:
-    return jax.eval_shape(config.init, jax.random.key(0))
+from t2i_jax.nn.trees import abstract
 
 
 def _openai_dvae(tensors: Tensors, **fields: Any) -> DVAE:
@@ -24,7 +19,7 @@ def _openai_dvae(tensors: Tensors, **fields: Any) -> DVAE:
 
 
 def _openai_dvae_table(config: DVAE) -> Table:
-    return openai_dvae.table(_abstract(config))
+    return openai_dvae.table(abstract(config))
 
 
 def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: Any) -> Stream:
@@ -68,7 +63,7 @@ def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:
 
 
 def _dalle_pytorch_vae_table(config: DVAE) -> Table:
-    return dalle_pytorch.vae_table(_abstract(config))
+    return dalle_pytorch.vae_table(abstract(config))
 
 
 FORMATS = {

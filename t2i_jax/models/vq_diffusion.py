@@ -22,12 +22,13 @@ from jax import Array
 
 from t2i_jax.nn.condition import Captions, Classes, Encoded, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
-from t2i_jax.nn.draw import guide, truncate
+from t2i_jax.nn.draw import truncate
 from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.nn.watch import Progress
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
+from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.reverse import Reverse, reverse
 from t2i_jax.parallel import shard
 

@@ -79,7 +79,7 @@ def attend(
     if isinstance(mask, Padding):  # kernels do not say what comes of a row that is all padding
         y = kernel(q, k, v, scale, valid=mask.valid)
         return jnp.where(mask.valid.any(1)[:, None, None, None], y, 0)
-    if mask is None:
+    if not isinstance(mask, Causal):
         return kernel(q, k, v, scale)
     y = kernel(q, k, v, scale, causal=True, valid=mask.valid)
     if mask.valid is None and not mask.both_ways:

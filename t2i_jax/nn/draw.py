@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.noise.schedule import beside
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +60,13 @@ def guidance_at(options: Sampling, position: Array | int, length: int) -> Array:
     return jnp.where((position >= first) & (position < last), 1 + (options.guidance - 1) * u, 1.0)
 
 
-def guide(logits: Array, null: Array, scale: Array | float) -> Array:
-    """Classifier-free guidance s (l - l') + l' of logits (..., v) (Ho & Salimans 2022, eq. 6); exactly l at s = 1."""
-    return logits + (_rows(scale, logits) - 1) * (logits - null)
-
-
 def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
     """Weights (..., v) fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
 
     Top-p sums the probabilities that are left after top-k, and keeps a token while the ones above it sum to p at most
     (Holtzman et al. 2020); equal logits are kept or dropped together.
     """
-    temperature, top_k, top_p = (_rows(x, logits) for x in (temperature, top_k, top_p))
+    temperature, top_k, top_p = (beside(x, logits) for x in (temperature, top_k, top_p))
     x = logits.astype(jnp.float32)
     gap = (x.max(-1, keepdims=True) - x) / jnp.maximum(temperature, 1e-5)
     weights = jnp.exp(-gap)
@@ -102,7 +99,7 @@ def draw(weights: Array, uniform: Array) -> Array:
 def choose(logits: Array, options: Sampling, uniform: Array) -> Array:
     """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
     drawn = draw(truncate(logits, options.temperature, options.top_k, options.top_p), uniform)
-    greedy = _rows(options.greedy, uniform)
+    greedy = beside(options.greedy, uniform)
     best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
     return jax.lax.cond(greedy.any(), best, lambda: drawn)  # a CPU takes its time for an argmax
 
@@ -111,12 +108,6 @@ def uniforms(keys: Array, positions: Array) -> Array:
     """Uniform numbers (t, b) for positions (t,): each from `fold_in(image key, position)`, whatever batch it is in."""
     one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
     return jax.vmap(lambda position: jax.vmap(one, (0, None))(keys, position))(positions)
-
-
-def _rows(x: Array | float, like: Array) -> Array:
-    """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
-    x = jnp.asarray(x)
-    return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def _last(holds: Callable[[Array], Array], wanted: Array, gap: Array) -> Array:

@@ -33,7 +33,7 @@ def cross_entropy(
 
 def chunked_cross_entropy(
     head: Callable[[Array], Array], z: Array, targets: Array, chunk: int = 0, **options: float
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """`cross_entropy(head(z), targets)` of z (b, t, d) and targets (b, t), in chunks of tokens: see `in_chunks`."""
     return in_chunks(head, lambda logits, y: cross_entropy(logits, y, **options), z, (targets,), chunk)
 

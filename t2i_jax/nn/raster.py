@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.nn.draw import Sampling, choose, guidance_at, guide, uniforms
+from t2i_jax.nn.draw import Sampling, choose, guidance_at, uniforms
 from t2i_jax.nn.watch import Progress, now_and_then
+from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import shard
 
 

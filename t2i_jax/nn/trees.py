@@ -49,3 +49,8 @@ def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], so
         raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join(wrong[:20]))
     fill = lambda k, v: jax.tree.map(lambda leaf: jnp.asarray(arrays[k], leaf.dtype), v)
     return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
+
+
+def abstract(config: Any) -> Any:
+    """The model of a configuration with shapes in the place of arrays."""
+    return jax.eval_shape(config.init, jax.random.key(0))

@@ -28,7 +28,7 @@ from t2i_jax.interop.names import Table, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
-from t2i_jax.nn.trees import named
+from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import shard
 from t2i_jax.text.bpe import read_pairs
 
@@ -269,11 +269,7 @@ def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     Errors: FileNotFoundError, ValueError that lists every missing, unused or wrongly shaped tensor.
     """
     config, tensors, table = read(path, head, activation)
-    return config, to_ours(_abstract(config), tensors, table, published.IGNORED, str(path))
-
-
-def _abstract(config: Clip) -> Towers:
-    return jax.eval_shape(config.init, jax.random.key(0))
+    return config, to_ours(abstract(config), tensors, table, published.IGNORED, str(path))
 
 
 # --------------------------------------------------------------------------------------------------------- captions
@@ -313,7 +309,7 @@ class ClipText:
     def load(self) -> TextTower:
         """The text tower in fp32, on the host. Errors: those of `read`, and ValueError for wrong tensors."""
         config, tensors, table = read(self.folder, activation=self.activation)
-        tower = _abstract(config).text
+        tower = abstract(config).text
         if "embeddings.token_embedding.weight" in tensors:  # newer folders of a text tower alone
             tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
         lines = {name: table[f"text.{name}"] for name in named(tower)}

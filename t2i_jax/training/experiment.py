@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.config import ConfigError
+from t2i_jax.config import ConfigError, refused
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, load_artifact
@@ -89,7 +89,8 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
             raise ConfigError(f"codec: {experiment.codec} holds a {type(codec.config).__name__}, which is no codec")
         parts["codec"] = codec.model
     if hasattr(experiment.text, "load"):
-        parts["text"] = experiment.text.load()
+        with refused("text"):
+            parts["text"] = experiment.text.load()
     if hasattr(experiment.model, "frozen") and (network := experiment.model.frozen()) is not None:
         parts["loss"] = network
     return parts, codec

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, from_json, to_json
 from t2i_jax.nn.players import players_of
-from t2i_jax.nn.trees import rebuild
+from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.checkpoints import Checkpoints
@@ -62,7 +62,7 @@ class Trainer:
             if name not in self.players:
                 raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
         self.optimizers = {n: train.players.get(n, train.optimizer).build(train.steps) for n in self.players}
-        self.abstract = jax.eval_shape(experiment.model.init, jax.random.key(0))
+        self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         if parts or experiment.data.batch_size % jax.process_count():
             raise ConfigError(

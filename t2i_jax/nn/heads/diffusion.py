@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.nn.draw import Sampling, guide
+from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
+from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.schedule import Schedule
 
 

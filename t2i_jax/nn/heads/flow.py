@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.nn.draw import Sampling, guide
+from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
+from t2i_jax.noise.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)

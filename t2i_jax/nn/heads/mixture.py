@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from t2i_jax.nn.draw import Sampling, draw, guide
+from t2i_jax.nn.draw import Sampling, draw
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
+from t2i_jax.noise.guidance import guide
 
 
 class Law(NamedTuple):

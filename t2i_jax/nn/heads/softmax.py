@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.nn.draw import Sampling, choose, guide
+from t2i_jax.nn.draw import Sampling, choose
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Embedding, Linear
 from t2i_jax.nn.losses import chunked_cross_entropy
+from t2i_jax.noise.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.nn.draw import Sampling, guide, truncate
+from t2i_jax.nn.draw import Sampling, truncate
 from t2i_jax.nn.losses import cross_entropy
+from t2i_jax.noise.guidance import guide
 
 
 def llamagen(oracle: Oracle) -> dict[str, Any]:
