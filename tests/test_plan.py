@@ -176,6 +176,7 @@ ENTRY %main (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[
 """.replace("ALIAS", "output_to_operand_aliasing={{0}: (2, {}), {1}: (3, {})}")
     layer = 8 * 128 * 2
     assert hlo.count(program).bytes == layer + layer + 2 * layer + 4  # read, written, sliced into the chip; an index
+    assert hlo.spared(program) == 2 * layer  # what was sliced is written nowhere else
 
 
 def test_kernels_of_attention_count_as_if_written_out():
