@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from t2i_jax.config import ConfigError
@@ -34,13 +36,15 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     began = time.perf_counter()
     made = ready(experiment, batch, mesh)
     lowered = made.lower_sample() if sample else made.lower()
-    try:
-        compiled = lowered.compile()
-    except Exception as error:  # the runtime's own error class differs between versions of jax
-        if "memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
-            raise DoesNotFit(f"{topology}: {' '.join(str(error).split())[:300]}") from error
-        raise
-    took = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except Exception as error:  # the runtime's own error class differs between versions of jax
+            if "memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error):
+                raise DoesNotFit(f"{topology}: {' '.join(str(error).split())[:300]}") from error
+            raise
+        took = time.perf_counter() - began
+        text, unread = program(compiled, Path(folder))
 
     sizes = {a: mesh.shape[a] for a in MESH_AXES}
     memory = compiled.memory_analysis()
@@ -51,13 +55,11 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         "peak": float(live + memory.generated_code_size_in_bytes),
         "compile_seconds": took,
     }
-    try:
-        text = compiled.as_text()
-    except Exception as error:  # a program of a newer compiler may hold what this jaxlib cannot read
+    if not text:
         if sample:
-            raise
+            raise ConfigError(f"the program of the sampler cannot be read: {unread}")
         counted = estimate(experiment, trace(experiment, batch), topology, sizes)
-        note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {str(error)[:200]}"
+        note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {unread}"
         return dataclasses.replace(counted, method=f"compiled for {kind}", notes=(*counted.notes, note), **measured)
     costs = hlo.count(text)
     places = [tuple(d.coords) for d in mesh.devices.flat]
@@ -115,6 +117,18 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         notes=tuple(notes),
         **measured,
     ).finished()
+
+
+def program(compiled: Any, folder: Path) -> tuple[str, str]:
+    """The text of a compiled program, and if there is none why not.
+
+    A program of a newer compiler may hold what this jaxlib cannot read; the compiler wrote it to `folder` as well.
+    """
+    try:
+        return compiled.as_text(), ""
+    except Exception as error:
+        written = sorted(folder.glob("*.after_optimizations.txt"), key=lambda p: p.stat().st_size)
+        return written[-1].read_text() if written else "", str(error)[:200]
 
 
 def depth_of(model: Any) -> int:
