@@ -1,6 +1,6 @@
 """A next-token model of 256 px pictures by class, as LlamaGen has it: codes are computed before, by `t2i encode`.
 
-`--model.width 256 --model.depth 6 --model.heads 4` and fewer of a batch make it small enough for a laptop.
+`--model.width 256 --model.depth 6 --model.heads 4 --model.mlp 704 --data.batch-size 8` make it fit for a laptop.
 """
 
 from t2i_jax.data.pipeline import Data

@@ -30,7 +30,7 @@ def flags(platforms: str, has_gpu: bool, current: str) -> str:
 
 
 # Of `mallopt` in glibc's malloc.h, and what they are set to.
-KEPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+KEPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**28)}
 
 
 def keep_memory() -> bool:
@@ -56,6 +56,8 @@ def prepare(join: bool = True) -> None:
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    keep_memory()
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms == "cpu" or not (platforms or has_gpu or importlib.util.find_spec("libtpu")):
+        keep_memory()
     if join:
         start_cluster()

@@ -1,6 +1,8 @@
 """What ours is compared with in PyTorch gives the same numbers, and refuses what it is not."""
 
 import dataclasses
+import importlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from test_ar import TINY, model_for
 
+from t2i_jax import bench
 from t2i_jax.bench.eager.autoregressive import Decoder, Training
 from t2i_jax.bench.eager.codec import Codec
 from t2i_jax.bench.eager.denoising import Denoiser
@@ -15,6 +18,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.config import ConfigError
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.condition import Captions, Classes
@@ -85,8 +89,11 @@ def test_a_train_step_has_the_same_loss_and_gradients():
     np.testing.assert_allclose(theirs.decoder.output.grad, shrunk, rtol=1e-3, atol=1e-6)
     for average, weight in zip(theirs.average, theirs.weights, strict=True):  # nothing moved
         np.testing.assert_allclose(average, weight.detach(), rtol=1e-6)
-    learning = Training(Decoder(config, model), learning_rate=1e-2)
-    assert [learning.step(label, codes) for _ in range(5)][-1] < float(ours)
+    learning = Training(Decoder(config, model), learning_rate=1e-2, ema=0.9)
+    before = learning.weights[-1].detach().clone()
+    assert [learning.step(label, codes) for _ in range(2)][-1] < float(ours)
+    moved, lag = (float((w - before).norm()) for w in (learning.weights[-1], learning.average[-1]))
+    assert 0.02 * moved < lag < 0.3 * moved
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -125,7 +132,56 @@ def test_a_diffusion_transformer_paints_the_same():
     np.testing.assert_allclose(theirs.permute(0, 2, 3, 1), ours, rtol=1e-4, atol=1e-4)
 
 
+def test_without_guidance_one_branch_is_painted():
+    model, labels = shaken(DENOISER.init(jax.random.key(0))), jnp.array([3, 1])
+    told = model.read({"label": labels}, jnp.zeros(2, bool)).pooled
+    noise, denoiser = jax.random.normal(jax.random.key(1), (2, *DENOISER.shape)), Denoiser(DENOISER, model)
+    one, both = (denoiser.sample(told, u, Solving(steps=2, guidance=1.0), noise) for u in (None, jnp.zeros_like(told)))
+    np.testing.assert_allclose(one, both, rtol=1e-4, atol=1e-4)
+
+
+MODELS = {
+    "train": "AR(16, (2, 2), 16, 1, 2, condition=Classes(5), dropout=0.0)",
+    "codec": "VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=6, groups=4), QuantizerConfig(11, 3))",
+    "sample": "Diffusion(DiT((4, 4), 3, 2, width=16, depth=1, heads=2, condition=Classes(5), learn_variance=False),"
+    " Flow(), predicts='velocity', solver='euler', sampling=Solving(steps=2, guidance=2.0))",
+}
+CONFIG = """
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import Folder
+from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.dit import DiT
+from t2i_jax.noise.processes import Flow
+from t2i_jax.training.experiment import Experiment
+experiment = Experiment({}, Data(Folder(""), image_size=8, batch_size=2))
+"""
+
+
+@pytest.mark.parametrize("command", MODELS)
+def test_commands_compare_and_refuse_other_kinds(command, tmp_path, monkeypatch):
+    fast = lambda dtype="float32", size=0: dict.fromkeys(("flops", "read", "copy"), lambda: 1e9)
+    for name in ("drawing", "train", "codec"):
+        monkeypatch.setattr(importlib.import_module(f"t2i_jax.bench.{name}"), "limits", fast)
+    (tmp_path / "config.py").write_text(CONFIG.format(MODELS[command]))
+    extra = {"train": ["--encoded"], "codec": ["--batch", "2"], "sample": ["--batch", "2"]}[command]
+    main = lambda *words: bench.main([command, str(tmp_path / "config.py"), *extra, "--repeats", "1", *words])
+    main("--eager", "--out", str(tmp_path / "out.json"))
+    assert all(r["eager"] > 0 for r in json.loads((tmp_path / "out.json").read_text())["results"])
+    odd = {"train": "model.dtype=bfloat16", "codec": "model.dtype=bfloat16", "sample": "model.solver=dpm++"}[command]
+    with pytest.raises(ConfigError, match=f"--eager: .*not {odd.split('.')[1].split('=')[0]}"):
+        main("--eager", f"--{odd}")
+
+
 def test_other_codecs_and_denoisers_are_refused():
+    with pytest.raises(ValueError, match="of an AR, not of a KL"):
+        Decoder(KL(), None)
+    with pytest.raises(ValueError, match="of a Diffusion, not of a KL"):
+        Denoiser(KL(), None)
     with pytest.raises(ValueError, match="of a VQGAN"):
         Codec(KL(), None)
     with pytest.raises(ValueError, match="not solver"):

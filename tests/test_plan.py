@@ -177,7 +177,24 @@ ENTRY %main (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[
 """.replace("ALIAS", "output_to_operand_aliasing={{0}: (2, {}), {1}: (3, {})}")
     layer = 8 * 128 * 2
     assert hlo.count(program).bytes == layer + layer + 2 * layer + 4  # read, written, sliced into the chip; an index
-    assert hlo.spared(program) == 2 * layer  # what was sliced is written nowhere else
+    assert hlo.spared(program) == 0
+
+
+def test_what_stays_on_the_chip_spares_a_write_and_a_read():
+    program = """HloModule m
+%twice (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %sum = bf16[8,128]{1,0} add(%x, %x)
+}
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %begin = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]) copy-start(%x)
+  %ahead = bf16[8,128]{1,0:S(1)} copy-done(%begin)
+  %stays = bf16[8,128]{1,0:S(1)} fusion(%ahead), kind=kLoop, calls=%twice
+  ROOT %end = bf16[8,128]{1,0} fusion(%stays), kind=kLoop, calls=%twice
+}
+"""
+    assert hlo.spared(program) == 2 * 8 * 128 * 2
 
 
 def test_kernels_of_attention_count_as_if_written_out():

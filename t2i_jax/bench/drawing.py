@@ -108,7 +108,9 @@ def bench_drawing(
     first = {k: seconds(lambda run=run: run(*arguments)) for k, run in compiled.items()}
     measures: dict[str, Measure] = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
     if eager:
-        measures["eager"] = _in_pytorch(family, model, condition, options)
+        both = guided and not static and family.condition_dropout > 0
+        measures["eager"] = _in_pytorch(family, model, condition, options, both, batch)
+        measures["eager"]()  # its memory is at hand too
     dtype = getattr(getattr(family, "network", family), "dtype", "float32")
     found, spread = in_turns({**measures, **limits(dtype)}, repeats)
     result = {
@@ -131,13 +133,13 @@ def bench_drawing(
     return result
 
 
-def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], options: Any) -> Measure:
+def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], options: Any, both: bool, b: int) -> Measure:
     from t2i_jax.bench.eager.denoising import Denoiser
 
     with refused("--eager"):
         theirs = Denoiser(family, model)
-    b = len(next(iter(condition.values())))
-    told, untold = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
+    told, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
+    untold = null if both else None
     noise = jax.random.normal(jax.random.key(0), (b, *family.shape))
     return lambda: seconds(lambda: theirs.sample(told, untold, options, noise))
 

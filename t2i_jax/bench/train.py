@@ -19,6 +19,7 @@ from t2i_jax.config import refused
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
+from t2i_jax.training.optimizer import Optimizer
 
 
 def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]:
@@ -87,7 +88,14 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
     from t2i_jax.bench.eager.autoregressive import Decoder, Training
 
     family: Any = experiment.model
+    train, published = experiment.train, Optimizer()
     with refused("--eager"):
+        odd = [f for f in ("name", "b1", "b2", "clip") if getattr(train.optimizer, f) != getattr(published, f)]
+        odd = [f"optimizer.{f}" for f in odd] + ["accumulate"] * (train.accumulate != 1)
+        if odd:
+            raise ValueError(f"the comparison in PyTorch is of AdamW on whole batches: not train.{odd[0]}")
+        if missing := {"label", "codes"} - set(batch):
+            raise ValueError(f"the comparison in PyTorch learns codes of classes; the batch has no {min(missing)}")
         theirs = Training(Decoder(family, weights(family.init)), ema=experiment.train.ema)
     return lambda: seconds(lambda: theirs.step(batch["label"], batch["codes"]))
 

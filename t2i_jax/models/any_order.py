@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.condition import Classes, Condition, Given
+from t2i_jax.nn.condition import Classes, Condition, Given, may_pad
 from t2i_jax.nn.decode import for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
 from t2i_jax.nn.heads import Head, ImageKeys, Softmax
@@ -151,7 +151,8 @@ class AnyOrder:
         prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.dtype)
         y = jnp.concatenate([prefix, self._enter(model, x, places)[:, :-1]], 1)
         y = shard(self._aim(model, y, places), "batch", "length", None)
-        mask = Causal(jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True), valid.shape[1])
+        real = jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True)
+        mask = Causal(real, valid.shape[1]) if may_pad(self.condition) else Causal()
         y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 

@@ -19,7 +19,7 @@ from jax import Array
 
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, Vector
+from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, may_pad
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.kernels import Kind
@@ -256,8 +256,8 @@ class AR:
 
     def _causal(self, valid: Array, s: int) -> Causal:
         """That mask in words, behind s tokens of the condition."""
-        whole = isinstance(self.condition, (Classes, Vector, Given)) or self.reads == "memory"
-        return Causal(None if whole else valid, s, self.unmasked)
+        padded = self.reads == "prefix" and may_pad(self.condition)
+        return Causal(valid if padded else None, s, self.unmasked)
 
     # -- sampling
 

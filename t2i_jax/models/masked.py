@@ -23,7 +23,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.condition import Classes, Condition, Given
+from t2i_jax.nn.condition import Classes, Condition, Given, may_pad
 from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax
 from t2i_jax.nn.kernels import Kind
@@ -255,7 +255,8 @@ class Masked:
 
     def decode(self, model: Network, valid: Array, y: Array, key: Array | None = None) -> Array:
         """z of every position: (b, s + L, d') -> (b, L, d')."""
-        mask = Padding(jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True))
+        real = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)
+        mask = Padding(real) if may_pad(self.condition) else None
         y = y + model.decoder_position[...].astype(y.dtype)
         y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
         return model.decoder_norm(y)[:, self.slots :] + model.head_position[...].astype(y.dtype)

@@ -356,3 +356,8 @@ def ids(batch: Batch, name: str, count: int) -> Array:
 def same_length(name: str, found: int, length: int) -> None:
     if found != length:
         raise ConfigError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")
+
+
+def may_pad(condition: Any) -> bool:
+    """Whether some of the condition's tokens may be padding, which nothing looks at."""
+    return not isinstance(condition, (Classes, Vector, Given))

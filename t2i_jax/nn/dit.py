@@ -180,12 +180,14 @@ class CrossAttention(nnx.Module):
         self.q = Linear(d, d, keys[0], axes=("embed", "heads"))
         self.kv = Linear(d, 2 * d, keys[1], axes=("embed", "heads"))
         self.out = Linear(d, d, keys[2], std=0.0, axes=("heads", "embed"))
+        # Splash is for a sequence that looks at itself.
+        self.kernel: Kind = "auto" if config.kernel == "splash" else config.kernel
         self.count = config.heads
 
     def __call__(self, x: Array, y: Array, mask: Array) -> Array:
         q = rearrange(self.q(x if self.norm is None else self.norm(x)), "b t (n h) -> b t n h", n=self.count)
         k, v = rearrange(self.kv(y), "b s (n two h) -> two b s n h", n=self.count, two=2)
-        mixed = attend(q, k, v, Padding(mask))
+        mixed = attend(q, k, v, Padding(mask), kind=self.kernel)
         return x + self.out(rearrange(mixed, "b t n h -> b t (n h)"))
 
 

@@ -56,7 +56,7 @@ def lean(f: Callable[..., Array]) -> Callable[..., Array]:
     """f, of which a backward pass keeps the arguments alone, and computes again what else it needs.
 
     For norms and what is done to numbers one by one: they would keep several times what they read, and reading that
-    takes longer than computing it.
+    takes longer than computing it. It is for scanned stacks: elsewhere the compiler may join both computations again.
     """
     return jax.checkpoint(f, prevent_cse=False)
 

@@ -86,9 +86,8 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
     if costs.unknown_kernels:
         notes.append(f"products inside these kernels are not counted: {', '.join(costs.unknown_kernels)}")
-    notes.append(
-        f"on-chip memory spares {hlo.spared(text) / 2**30:.3g} GiB of HBM traffic; with more rows on a chip it may not"
-    )
+    spared = f"{hlo.spared(text) / 2**30:.3g} GiB of HBM traffic"
+    notes.append(f"on-chip memory spares at least {spared}; with more rows on a chip it may not")
     analysis = compiled.cost_analysis() or {}
     once = analysis.get("flops", 0.0)
     notes.append(

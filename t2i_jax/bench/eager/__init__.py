@@ -1,10 +1,13 @@
 """The same models in eager PyTorch on a CPU, as published programs write them: to be compared with, and for no more.
 
-Each takes the weights of ours and gives the same numbers (tests). Errors: `ConfigError` without PyTorch, `ValueError`
-for a configuration of another kind.
+Each takes the weights of ours and gives the same numbers in fp32 (tests). Errors: `ConfigError` without PyTorch or
+where JAX computes on something else than a CPU, `ValueError` for a configuration of another kind.
 """
 
 from typing import Any
+
+import jax
+import numpy as np
 
 from t2i_jax.config import ConfigError
 
@@ -14,5 +17,12 @@ def pytorch() -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConfigError("--eager compares with PyTorch, which is not installed: pip install torch") from error
+        raise ConfigError("PyTorch is not installed: pip install torch") from error
+    if jax.default_backend() != "cpu":
+        raise ConfigError(f"PyTorch runs on the CPU here, and JAX on {jax.default_backend()}: set JAX_PLATFORMS=cpu")
     return torch
+
+
+def tensor(x: Any) -> Any:
+    """An array as a tensor of its own in fp32, its rows one behind the other."""
+    return pytorch().from_numpy(np.array(x, np.float32, order="C"))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch
+from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.draw import Sampling
@@ -24,14 +24,15 @@ class Decoder:
 
     def __init__(self, config: AR, model: Any):
         torch = pytorch()
+        if not isinstance(config, AR):
+            raise ValueError(f"the comparison in PyTorch is of an AR, not of a {type(config).__name__}")
         plain = AR(condition=config.condition)
         kind = ("activation", "norm", "bias", "qk_norm", "reads", "tied", "output_bias", "unmasked", "positions")
-        kind += ("corruption", "label_smoothing", "z_loss")
+        kind += ("corruption", "label_smoothing", "z_loss", "dtype", "remat")
         classes = isinstance(config.condition, Classes) and config.condition.null
         odd = [f for f in kind if getattr(config, f) != getattr(plain, f)] + ["condition"] * (not classes)
         if odd:
             raise ValueError(f"the comparison in PyTorch is of models on class labels as published: not {odd[0]}")
-        tensor = lambda x: torch.from_numpy(np.array(x, np.float32))
         layer = config.layer
         n, m, h = layer.heads, layer.groups, layer.head
         self.torch, self.config = torch, config

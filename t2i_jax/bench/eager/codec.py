@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch
+from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 
@@ -22,16 +22,18 @@ class Codec:
         torch = pytorch()
         if not isinstance(config, VQGAN) or not isinstance(config.quantizer, QuantizerConfig):
             raise ValueError("the comparison in PyTorch is of a VQGAN whose codes are the nearest rows")
+        if config.dtype != "float32":
+            raise ValueError("the comparison in PyTorch is of float32: not dtype")
         part, self.torch, self.f = model.autoencoder, torch, torch.nn.functional
         self.normalize, self.patch = config.quantizer.normalize, config.autoencoder.patch
-        self.rows = self._tensor(part.quantizer.rows())
+        self.rows = tensor(part.quantizer.rows())
         self.encoder = [*self._way(part.encoder), self._conv(part.to_code)]
         self.decoder = [self._conv(part.from_code), *self._way(part.decoder)]
 
     def encode(self, images: Array) -> Any:
         """Images (b, i, j, 3) -> codes (b, h, w), a tensor."""
         with self.torch.inference_mode():
-            p, x = self.patch, self._tensor(images)
+            p, x = self.patch, tensor(images)
             x = x.unflatten(1, (-1, p)).unflatten(3, (-1, p)).permute(0, 2, 4, 5, 1, 3).flatten(1, 3).contiguous()
             for layer in self.encoder:
                 x = layer(x)
@@ -52,9 +54,6 @@ class Codec:
 
     # -- our modules as layers of PyTorch
 
-    def _tensor(self, x: Any) -> Any:
-        return self.torch.from_numpy(np.array(x, np.float32))
-
     def _way(self, m: Any) -> list[Layer]:
         """Of an encoder or a decoder."""
         middle = [self._block(m.middle.block1), *self._attentions([m.middle.attention]), self._block(m.middle.block2)]
@@ -67,12 +66,12 @@ class Codec:
         return [self._conv(m.stem), *parts, self._act(m.norm), self._conv(m.out)]
 
     def _conv(self, m: Any, padding: int | None = None) -> Layer:
-        w, b = self._tensor(m.w[...]).permute(3, 2, 0, 1).contiguous(), self._tensor(m.b[...])
+        w, b = tensor(m.w[...]).permute(3, 2, 0, 1).contiguous(), tensor(m.b[...])
         padding = w.shape[-1] // 2 if padding is None else padding
         return lambda x: self.f.conv2d(x, w, b, m.stride, padding)
 
     def _norm(self, m: Any) -> Layer:
-        w, b = self._tensor(m.w[...]), self._tensor(m.b[...])
+        w, b = tensor(m.w[...]), tensor(m.b[...])
         return lambda x: self.f.group_norm(x, m.groups, w, b, m.eps)
 
     def _act(self, m: Any) -> Layer:

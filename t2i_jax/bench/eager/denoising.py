@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch
+from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
@@ -24,6 +24,8 @@ class Denoiser:
 
     def __init__(self, config: Diffusion, model: Any):
         torch = pytorch()
+        if not isinstance(config, Diffusion):
+            raise ValueError(f"the comparison in PyTorch is of a Diffusion, not of a {type(config).__name__}")
         plain = DiT()
         odd = [
             name
@@ -36,17 +38,17 @@ class Denoiser:
             if wrong
         ]
         if not odd and isinstance(config.network, DiT):
-            fields = ("text", "whole", "shared", "qk_norm", "learn_variance")
+            fields = ("text", "whole", "shared", "qk_norm", "dtype", "learn_variance")
             wanted = {f: getattr(plain, f) for f in fields} | {"learn_variance": False}
             odd = [f"network.{f}" for f, value in wanted.items() if getattr(config.network, f) != value]
         if odd:
             raise ValueError(f"the comparison in PyTorch is of a DiT's velocities by Euler's steps: not {odd[0]}")
         network: Any = config.network
         self.torch, self.f, self.config, self.network = torch, torch.nn.functional, config, network
-        linear = lambda m: (self._tensor(np.asarray(m.w[...]).T), self._tensor(m.b[...]))
+        linear = lambda m: (tensor(np.asarray(m.w[...]).T), tensor(m.b[...]))
         self.embed, self.out, self.last = linear(model.embed), linear(model.out), linear(model.modulation)
         self.positions, self.time = (
-            self._tensor(model.positions[...]),
+            tensor(model.positions[...]),
             (linear(model.time.into), linear(model.time.out)),
         )
 
@@ -56,28 +58,26 @@ class Denoiser:
             w, bias = np.asarray(b.attention.qkv.w[...]), np.asarray(b.attention.qkv.b[...])
             apart = lambda x: x.reshape(*x.shape[:-1], network.heads, 3, -1).swapaxes(-3, -2).reshape(x.shape)
             named = {"out": b.attention.out, "into": b.mlp.into, "down": b.mlp.out, "modulation": b.modulation}
-            return {"qkv": (self._tensor(apart(w).T), self._tensor(apart(bias)))} | {
-                k: linear(m) for k, m in named.items()
-            }
+            return {"qkv": (tensor(apart(w).T), tensor(apart(bias)))} | {k: linear(m) for k, m in named.items()}
 
         self.blocks = [block(i) for i in range(network.depth)]
 
-    def _tensor(self, x: Any) -> Any:
-        return self.torch.from_numpy(np.array(x, np.float32))
-
-    def sample(self, told: Array, untold: Array, options: Solving, noise: Array) -> Any:
+    def sample(self, told: Array, untold: Array | None, options: Solving, noise: Array) -> Any:
         """Pictures (b, c, i, j) from noise (b, i, j, c), a tensor; what the network knows of the condition (b, d), and
-        what it knows of none."""
+        what it knows of none, or None without guidance."""
         torch = self.torch
         path = self.config.process.path(options.steps)
         times, sigma = (np.asarray(x).tolist() for x in (path.t, path.sigma))
         with torch.inference_mode():
-            x = self._tensor(noise).permute(0, 3, 1, 2).contiguous()
-            known = torch.cat([self._tensor(told), self._tensor(untold)])
+            x = tensor(noise).permute(0, 3, 1, 2).contiguous()
+            known = tensor(told) if untold is None else torch.cat([tensor(told), tensor(untold)])
             for i in range(int(options.steps)):
                 t = torch.full((len(known),), times[i])
-                real, null = self._velocity(torch.cat([x, x]), t, known).chunk(2)
-                x = x + (sigma[i + 1] - sigma[i]) * (null + float(options.guidance) * (real - null))
+                v = self._velocity(x if untold is None else torch.cat([x, x]), t, known)
+                if untold is not None:
+                    real, null = v.chunk(2)
+                    v = null + float(options.guidance) * (real - null)
+                x = x + (sigma[i + 1] - sigma[i]) * v
             return x
 
     def _velocity(self, x: Any, t: Any, known: Any) -> Any:
