@@ -180,6 +180,23 @@ ENTRY %main (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[
     assert hlo.spared(program) == 0
 
 
+def test_computations_of_other_threads_of_a_chip_end_where_they_end():
+    program = """HloModule m
+%gathers (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %all = bf16[32,128]{1,0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %begin = ((bf16[8,128]{1,0}), bf16[32,128]{1,0}, s32[]) async-start(%x), calls=%gathers
+  ROOT %end = bf16[32,128]{1,0} async-done(%begin)
+}
+"""
+    (gather,) = hlo.count(program).collectives
+    assert gather.kind == "all-gather" and gather.group == 4 and gather.times == 1
+
+
 def test_what_stays_on_the_chip_spares_a_write_and_a_read():
     program = """HloModule m
 %twice (x: bf16[8,128]) -> bf16[8,128] {

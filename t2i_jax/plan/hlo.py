@@ -76,7 +76,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if head and " = " not in line.split("->")[0] and not line.startswith("HloModule"):
                 current = computations.setdefault(head.group(2), {})
                 entry = head.group(2) if head.group(1) else entry
-        elif line.rstrip() == "}":  # a kernel's description may go over lines that begin so
+        elif re.match(r"\}(, execution_thread=\S*)?\s*$", line):  # a kernel's description may have lines that begin so
             current = None
         elif found := _instruction.match(line):
             root, name, rest = found.groups()
