@@ -195,6 +195,22 @@ ENTRY %main (x: bf16[8,128]) -> bf16[32,128] {
 """
     (gather,) = hlo.count(program).collectives
     assert gather.kind == "all-gather" and gather.group == 4 and gather.times == 1
+    assert hlo.count(program).bytes == 5 * 8 * 128 * 2
+
+
+def test_a_slice_fetched_ahead_is_the_slice_and_not_the_whole():
+    program = """HloModule m
+%part (x: bf16[64,128]) -> bf16[8,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  ROOT %rows = bf16[8,128]{1,0:S(1)} slice(%x), slice={[0:8], [0:128]}
+}
+ENTRY %main (x: bf16[64,128]) -> bf16[8,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %begin = ((bf16[64,128]{1,0}), bf16[8,128]{1,0:S(1)}, s32[]) async-start(%x), calls=%part
+  ROOT %end = bf16[8,128]{1,0:S(1)} async-done(%begin)
+}
+"""
+    assert hlo.count(program).bytes == 8 * 128 * 2
 
 
 def test_what_stays_on_the_chip_spares_a_write_and_a_read():

@@ -231,6 +231,8 @@ def traffic(i: Instruction, within: Computation, computations: dict[str, Computa
     """Bytes that an instruction reads from and writes to HBM."""
     if i.op in FREE or i.op.endswith("-done") or "AllocateBuffer" in i.text:
         return 0.0
+    if i.op in ("async-start", "async-update") and i.attribute("calls") in computations:
+        return 0.0  # what it calls is counted where it stands; its own type names all of what may only be sliced
     operands = [within[n] for n in i.operands if n in within]
     if i.op.removesuffix("-start") in SLICES:
         part = sum(width(t) * math.prod(s) for t, s, _ in i.arrays[1:2]) if i.op.endswith("-start") else i.size()
