@@ -31,7 +31,8 @@ Trips = float | Sequence[tuple[int, ...]]
 def count(function: Callable[..., Any], *arguments: Any, trips: Trips = 1) -> float:
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
-    A `while_loop`, whose length is not known, counts `trips` times, and a `cond` its dearest branch. Instead of a
+    A `while_loop`, whose length is not known, counts `trips` times, a `cond` its dearest branch, and what platforms do
+    each in their way (`platform_dependent`) as the default does it. Instead of a
     number `trips` may say for each turn of the loop which branches the conds of its body take, in the program's order.
     """
     return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
@@ -59,6 +60,8 @@ def _equation(e: Any, trips: Trips, taken: Iterator[int] | None = None) -> float
         return 2.0 * out * math.prod(kernel) / features
     if name == "cond":
         branches = e.params["branches"]
+        if e.params.get("branches_platforms"):  # ways of platforms to do the same: the default one, which is the last
+            return _jaxpr(branches[-1].jaxpr, trips)
         chosen = next(taken, None) if taken and len(branches) > 1 else None
         return max(_jaxpr(b.jaxpr, trips) for b in (branches if chosen is None else branches[chosen : chosen + 1]))
     if name == "while" and not isinstance(trips, float | int):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import flops
 from t2i_jax.nn import attention, transformer
 from t2i_jax.nn.attention import causal, rotary_1d, rotary_2d, with_prefix
 from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, drop, unstack
@@ -74,6 +75,20 @@ def test_rotation_multiplies_adjacent_pairs_as_complex_numbers():
     turned = rotate(x, jnp.cos(angles), jnp.sin(angles))
     np.testing.assert_allclose(turned[..., ::2], pairs.real, atol=1e-6)
     np.testing.assert_allclose(turned[..., 1::2], pairs.imag, atol=1e-6)
+
+
+def test_rotation_of_every_platform_and_its_gradient():
+    angles = rotary_2d((2, 3), 8)[:, None]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x = random((2, 6, 3, 8)).astype(dtype)
+        ways = [jax.jit(way)(x, jnp.cos(angles), jnp.sin(angles)) for way in (attention._paired, attention._swapped)]
+        np.testing.assert_array_equal(*ways)
+    x, table = random((2, 6, 3, 8)), (jnp.cos(angles), jnp.sin(angles))
+    one, other = (lambda x, way=way: (way(x) ** 3).sum() for way in (
+        lambda x: attention.rotate(x, *(a[:, 0] for a in table)), lambda x: attention._paired(x, *table)
+    ))  # fmt: skip
+    np.testing.assert_allclose(jax.jit(jax.grad(one))(x), jax.jit(jax.grad(other))(x), atol=1e-5)
+    assert flops.count(attention.rotate, x, *(a[:, 0] for a in table)) == 0
 
 
 def test_rotary_angles():

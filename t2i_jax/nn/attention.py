@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import Array
 
 from t2i_jax.nn import kernels
 from t2i_jax.nn.kernels import Kind
+from t2i_jax.nn.layers import at_least_fp32, lean
 
 Rotary = tuple[Array, Array]
 """cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
@@ -85,7 +88,7 @@ def attend(
     if mask.valid is None and not mask.both_ways:
         return y
     p = max(mask.prefix, mask.both_ways)  # where the rule is more than kernels know; nothing behind it stands in sight
-    first = plain(q[:, :p], k[:, :p], v[:, :p], mask.dense(p), scale)
+    first = lean(partial(plain, scale=scale))(q[:, :p], k[:, :p], v[:, :p], mask.dense(p))
     return jnp.concatenate([first, y[:, p:]], 1)
 
 
@@ -175,9 +178,33 @@ def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotar
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turn the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
 
-    cos and sin: (t, h/2) or (b, t, h/2).
+    cos and sin: (t, h/2) or (b, t, h/2), which are constants: no gradient reaches them.
     """
-    even, odd = jnp.moveaxis(rearrange(x, "b t n (h two) -> b t n h two", two=2).astype(jnp.float32), -1, 0)
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    return _turn(x, jax.lax.stop_gradient(cos), jax.lax.stop_gradient(sin))
+
+
+@jax.custom_vjp  # the gradient turns back, and needs nothing of x
+def _turn(x: Array, cos: Array, sin: Array) -> Array:
+    return jax.lax.platform_dependent(x, cos[..., None, :], sin[..., None, :], tpu=_swapped, default=_paired)
+
+
+def _paired(x: Array, cos: Array, sin: Array) -> Array:
+    even, odd = jnp.moveaxis(at_least_fp32(rearrange(x, "b t n (h two) -> b t n h two", two=2)), -1, 0)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _swapped(x: Array, cos: Array, sin: Array) -> Array:
+    """As `_paired`, but (-x1, x0, -x3, x2, ...) comes of a product, which is exact: TPUs copy and pad (.., h/2, 2)."""
+    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest" if x.dtype.itemsize > 2 else None)
+    cos, sin = jnp.repeat(cos, 2, -1), jnp.repeat(sin, 2, -1)
+    return (at_least_fp32(x) * cos + at_least_fp32(other) * sin).astype(x.dtype)
+
+
+def _turn_back(table: Rotary, dy: Array) -> tuple[Array, None, None]:
+    cos, sin = table
+    return _turn(dy, cos, -sin), None, None
+
+
+_turn.defvjp(lambda x, cos, sin: (_turn(x, cos, sin), (cos, sin)), _turn_back)

@@ -27,6 +27,9 @@ OF_PLATFORM: dict[str, Kind] = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"
 LONG = 256
 """From so many places on "auto" takes a kernel: shorter ones are single products that hardly leave the cache."""
 
+KEPT = "attention"
+"""The name of what splash attention's backward pass needs of its forward pass, for policies of recomputation."""
+
 
 def platform() -> str:
     """Of the devices of the mesh that is set (which a plan sets to chips that are not there), or of this process."""
@@ -132,6 +135,7 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=KEPT,
     )
 
     def one(q: Array, k: Array, v: Array, valid: Array | None) -> Array:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Rotary, Told, attend, rotate
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, lean, param
@@ -39,7 +40,9 @@ _policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
     "none": None,
     "full": _policies.nothing_saveable,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(kernels.KEPT)
+    ),
     "branches": _policies.save_only_these_names("branch"),
 }
 """What a layer keeps for its backward pass: everything; only its input; also its matrix products; also its branches."""
@@ -212,9 +215,21 @@ class Attention(nnx.Module):
         self.out = Linear(n * h, config.width, keys[1], bias=out_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
-        self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
+        self.kv_heads, self.groups, self.head_dim, self.scale = m, n // m, h, config.scale or h**-0.5
         self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
         self.kernel: Kind = config.kernel
+
+    def read(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries (b, t, n, h), keys and values (b, t, m, h) of x (b, t, d)."""
+        sizes, groups = dict(m=self.kv_heads, h=self.head_dim), self.groups
+        apart = lambda a: jnp.split(rearrange(a, "... (m g h) -> ... m g h", **sizes), (groups, groups + 1), -2)
+        if not isinstance(self.qkv, Linear):  # weights that are turned for decoding
+            q, k, v = (rearrange(a, "b t m g h -> b t (m g) h") for a in apart(self.qkv(x)))
+            return q, k, v
+        # Cut the matrix, not what it makes: of many rows that would be the larger by far.
+        parts = lambda i: jax.tree.map(lambda a: rearrange(apart(a)[i], "... m g h -> ... (m g h)"), self.qkv)
+        q, k, v = (rearrange(parts(i)(x), "b t (n h) -> b t n h", h=self.head_dim) for i in range(3))
+        return q, k, v
 
     def __call__(
         self,
@@ -224,8 +239,7 @@ class Attention(nnx.Module):
         cache: Cache | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        y = rearrange(self.qkv(x), "b t (m g h) -> b t m g h", m=self.kv_heads, h=self.head_dim)
-        q, k, v = rearrange(y[..., :-2, :], "b t m g h -> b t (m g) h"), y[..., -2, :], y[..., -1, :]
+        q, k, v = self.read(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
