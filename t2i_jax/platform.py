@@ -45,6 +45,22 @@ def keep_memory() -> bool:
     return all([mallopt(number, value) for number, value in KEPT.values()])
 
 
+# Else libtpu asks a cloud's metadata server who it is, waits, and complains where there is none.
+ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
+
+
+def tpu_compiler_alone() -> None:
+    """Tell libtpu that it is here to compile, for chips that are elsewhere. What the environment says already stays."""
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips and what drives them."""
+    chips = any(Path("/dev").glob("accel*")) or Path("/dev/vfio").exists()
+    return chips and importlib.util.find_spec("libtpu") is not None
+
+
 def prepare(join: bool = True) -> None:
     """Make this process ready: call it before the first array. What the environment sets already is left as it is.
 
@@ -57,7 +73,9 @@ def prepare(join: bool = True) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms == "cpu" or not (platforms or has_gpu or importlib.util.find_spec("libtpu")):
+    if platforms == "cpu" or not (platforms or has_gpu or has_tpu()):
         keep_memory()
     if join:
         start_cluster()
+    if not has_tpu():
+        tpu_compiler_alone()

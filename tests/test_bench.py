@@ -151,6 +151,15 @@ def test_flags_are_for_gpus_and_leave_what_is_set():
         assert platform.flags(platforms, has, "") == "--xla_gpu_enable_latency_hiding_scheduler=true"
 
 
+def test_without_chips_the_tpu_compiler_is_told_so_and_what_is_set_stays(monkeypatch):
+    own = {"TPU_ACCELERATOR_TYPE": "v6e-8", "JAX_PLATFORMS": "tpu"}
+    for chips, expected in ((False, platform.ALONE | own), (True, own)):
+        monkeypatch.setattr(os, "environ", dict(own))
+        monkeypatch.setattr(platform, "has_tpu", lambda chips=chips: chips)
+        platform.prepare(join=False)
+        assert os.environ == expected
+
+
 def test_freed_memory_is_kept_for_the_next_step():
     """Pages that the system has to find for a block of 64 MB that is asked for again."""
     code = """if True:

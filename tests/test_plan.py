@@ -33,8 +33,9 @@ from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import resolved
-from t2i_jax.plan.ready import LIBTPU, depths, remat_of, twin, wanted
+from t2i_jax.plan.ready import depths, remat_of, twin, wanted
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
+from t2i_jax.platform import ALONE
 from t2i_jax.training.experiment import Experiment, Train
 
 SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=Classes(10), dtype="bfloat16")
@@ -532,7 +533,7 @@ TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs t
 def test_meshes_lie_on_a_torus_and_between_slices_is_data_alone(monkeypatch):
     from jax.experimental import topologies
 
-    for name, value in LIBTPU.items():
+    for name, value in ALONE.items():
         monkeypatch.setenv(name, value)
     described = lambda name, **more: list(topologies.get_topology_desc(name, "tpu", **more).devices)
     whole = MeshConfig(8, 64).build(described("v5p:8x8x8"))

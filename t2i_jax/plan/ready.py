@@ -18,12 +18,11 @@ from t2i_jax.config import ConfigError
 from t2i_jax.data.records import DataError
 from t2i_jax.parallel import batch_sharding
 from t2i_jax.plan.chips import Topology
+from t2i_jax.platform import tpu_compiler_alone
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, laid_out
 
 Batch = dict[str, jax.ShapeDtypeStruct]
-
-LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 NO_COMPILER = (
     "a TPU plan needs the TPU compiler, which comes as the package libtpu and runs on any Linux machine: "
@@ -39,10 +38,8 @@ def devices_of(topology: Topology) -> list[Any]:
         raise ImportError(NO_COMPILER)
     from jax.experimental import topologies
 
-    # Without these libtpu asks a cloud's metadata server who it is, and waits; and a plan holds no chip, so that any
-    # number of them may run side by side.
-    for name, value in LIBTPU.items():
-        os.environ.setdefault(name, value)
+    tpu_compiler_alone()
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip: any number may run side by side
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
     except Exception as error:  # the runtime's own error class differs between versions of jax
