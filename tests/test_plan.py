@@ -181,6 +181,33 @@ ENTRY %main (stack: bf16[36,8,128], n: s32[], out: bf16[36,8,128], flying: bf16[
     assert hlo.spared(program) == 0
 
 
+def test_what_is_updated_and_read_in_one_fusion_is_read_whole():
+    """A cache that takes the newest keys and is looked at: written where it is new, read everywhere."""
+    program = """HloModule m
+%inside (cache: bf16[8,256,64], new: bf16[8,1,64], q: bf16[8,64], n: s32[]) -> (bf16[8,256], bf16[8,256,64]) {
+  %cache = bf16[8,256,64]{2,1,0} parameter(0)
+  %new = bf16[8,1,64]{2,1,0} parameter(1)
+  %q = bf16[8,64]{1,0} parameter(2)
+  %n = s32[] parameter(3)
+  %zero = s32[] constant(0)
+  %fuller = bf16[8,256,64]{2,1,0} dynamic-update-slice(%cache, %new, %zero, %n, %zero)
+  %look = bf16[8,256]{1,0} dot(%fuller, %q), DIMENSIONS
+  ROOT %both = (bf16[8,256]{1,0}, bf16[8,256,64]{2,1,0}) tuple(%look, %fuller)
+}
+ENTRY %main (cache: bf16[8,256,64], new: bf16[8,1,64], q: bf16[8,64], n: s32[]) -> (bf16[8,256], bf16[8,256,64]) {
+  %cache = bf16[8,256,64]{2,1,0} parameter(0)
+  %new = bf16[8,1,64]{2,1,0} parameter(1)
+  %q = bf16[8,64]{1,0} parameter(2)
+  %n = s32[] parameter(3)
+  ROOT %f = (bf16[8,256]{1,0}, bf16[8,256,64]{2,1,0}) fusion(%cache, %new, %q, %n), kind=kOutput, ALIAS, calls=%inside
+}
+""".replace("ALIAS", "output_to_operand_aliasing={{1}: (0, {})}")
+    sides = "lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}"
+    program = program.replace("DIMENSIONS", sides)
+    whole, new, q, logits = (2 * n for n in (8 * 256 * 64, 8 * 64, 8 * 64, 8 * 256))
+    assert hlo.count(program).bytes == whole + 2 * new + q + logits + 4
+
+
 def test_computations_of_other_threads_of_a_chip_end_where_they_end():
     program = """HloModule m
 %gathers (x: bf16[8,128]) -> bf16[32,128] {
@@ -415,6 +442,8 @@ def test_twins_lie_on_the_line_of_the_whole(monkeypatch):
     made = plans.twin_plan(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"))
     assert made.flops == 31 and made.collectives == {"all-gather": {"count": 6, "bytes": 63}}
     assert "twins of 2 and 4 layers" in made.method
+    sampler = plans.twin_plan(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"), sample=True)
+    assert set(sampler.notes) - set(made.notes) and "on-chip memory between tokens" in sampler.notes[-1]
     with pytest.raises(ConfigError, match="above 4"):
         plans.twin_plan(experiment(twin(SMALL, 3)), batch, plans.Topology.read("v5e:2x2"))
 

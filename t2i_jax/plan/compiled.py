@@ -164,4 +164,7 @@ def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: 
     }
     fields["compile_seconds"] = two.compile_seconds + four.compile_seconds
     method = f"{four.method}: twins of 2 and 4 layers, scaled linearly to {depth}"
-    return dataclasses.replace(four, **fields, collectives=kinds, method=method).finished()
+    # A sampler reads all weights at each token; a train step's activations leave no room for them.
+    few = "few layers' weights may stay in on-chip memory between tokens: the whole model's HBM traffic is larger then"
+    notes = (*four.notes, few) if sample else four.notes
+    return dataclasses.replace(four, **fields, collectives=kinds, method=method, notes=notes).finished()

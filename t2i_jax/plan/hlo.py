@@ -272,13 +272,13 @@ def _read(inner: Computation, name: str, computations: dict[str, Computation]) -
         first = j.operands[0] == name
         if j.op in SLICES and first:
             total += j.size()
-        elif j.op in SAME:
+        elif j.op in SAME or (j.op == "dynamic-update-slice" and first):  # it may be read once it is updated
             total += _read(inner, j.name, computations)
         elif j.op == "fusion":
             nested = computations[j.attribute("calls")]
             given = {int(p.text[1:].split(")")[0]): p.name for p in nested.values() if p.op == "parameter"}
             total += sum(_read(nested, given[n], computations) for n, o in enumerate(j.operands) if o == name)
-        elif j.op != "dynamic-update-slice" or not first:
+        else:
             return math.inf
     return total
 
