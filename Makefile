@@ -44,11 +44,12 @@ compare: quickstart ## what papers claim of their models, tried at equal compute
 	$(T2I) compare configs/compare_orders.py --out docs/results/orders
 	$(T2I) compare configs/compare_gaussian.py --out docs/results/gaussian
 
+# Files in their order: those of a few long tests would come last, when one process has nothing more to do.
 test: install ## the tests of every room, in at most 20 minutes on 2 cores
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: install ## the long tests too: kills, many processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .
