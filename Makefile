@@ -45,7 +45,7 @@ compare: quickstart ## what papers claim of their models, tried at equal compute
 	$(T2I) compare configs/compare_gaussian.py --out docs/results/gaussian
 
 # Files in their order: those of a few long tests would come last, when one process has nothing more to do.
-test: install ## the tests of every room, in at most 20 minutes on 2 cores
+test: install ## the tests of every room, in under 25 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: install ## the long tests too: kills, many processes
