@@ -32,8 +32,8 @@ def count(function: Callable[..., Any], *arguments: Any, trips: Trips = 1) -> fl
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
     A `while_loop`, whose length is not known, counts `trips` times, a `cond` its dearest branch, and what platforms do
-    each in their way (`platform_dependent`) as the default does it. Instead of a
-    number `trips` may say for each turn of the loop which branches the conds of its body take, in the program's order.
+    each in their way (`platform_dependent`) as the default does it. Instead of a number `trips` may say for each turn
+    of the loop which branches the conds of its body take, in the program's order.
     """
     return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
 

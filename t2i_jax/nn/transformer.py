@@ -45,7 +45,8 @@ REMAT: dict[str, Any] = {
     ),
     "branches": _policies.save_only_these_names("branch"),
 }
-"""What a layer keeps for its backward pass: everything; only its input; also its matrix products; also its branches."""
+"""What a layer keeps for its backward pass: everything; only its input; also its matrix products, to which belongs what
+splash attention made; also its branches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,14 +216,17 @@ class Attention(nnx.Module):
         self.out = Linear(n * h, config.width, keys[1], bias=out_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
-        self.kv_heads, self.groups, self.head_dim, self.scale = m, n // m, h, config.scale or h**-0.5
+        self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
         self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
         self.kernel: Kind = config.kernel
 
     def read(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries (b, t, n, h), keys and values (b, t, m, h) of x (b, t, d)."""
-        sizes, groups = dict(m=self.kv_heads, h=self.head_dim), self.groups
-        apart = lambda a: jnp.split(rearrange(a, "... (m g h) -> ... m g h", **sizes), (groups, groups + 1), -2)
+
+        def apart(a: Array) -> list[Array]:
+            a = rearrange(a, "... (m g h) -> ... m g h", m=self.kv_heads, h=self.head_dim)
+            return jnp.split(a, (a.shape[-2] - 2, a.shape[-2] - 1), -2)
+
         if not isinstance(self.qkv, Linear):  # weights that are turned for decoding
             q, k, v = (rearrange(a, "b t m g h -> b t (m g) h") for a in apart(self.qkv(x)))
             return q, k, v
