@@ -20,9 +20,7 @@ from typing import Any, get_args
 import tyro
 from jax import Array
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file and the field."""
+from t2i_jax.core.errors import ConfigError as ConfigError
 
 
 @contextlib.contextmanager

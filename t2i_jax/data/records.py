@@ -19,12 +19,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from t2i_jax.core.errors import DataError as DataError
+
 Record = dict[str, Any]
 INDEX = "index.json"
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the record or the field."""
 
 
 def encode(record: Record) -> bytes:
