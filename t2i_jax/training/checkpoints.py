@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.markup import escape
 
@@ -142,16 +145,17 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
         """The newest sound state, placed as `target` (abstract arrays with shardings), and its data position.
 
-        Returns None where there is no checkpoint yet. Errors: `ConfigError` where the arrays are those of another
-        model; `CheckpointError` where checkpoints exist and none is sound.
+        Returns None where there is no checkpoint yet. What an optimiser remembers of a parameter that it did not move
+        before starts at zero, and a line says so. Errors: `ConfigError` where the arrays are those of another model;
+        `CheckpointError` where checkpoints exist and none is sound.
         """
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
-            error, meta, found = None, {}, {}
+            error, meta, found, fresh = None, {}, {}, {}
             try:
                 meta = self._meta(step)
-                self._fits(step, meta["arrays"], target)
-                found = self._arrays(step, target.flat())
+                fresh = self._fits(step, meta["arrays"], target)
+                found = self._arrays(step, self._saved(meta["arrays"], target))
             except ConfigError:
                 raise
             except Exception as failure:  # whatever a damaged file makes of the reader
@@ -166,7 +170,7 @@ class Checkpoints:
                     # Only beside a sound one: where none can be read, the fault may lie with the reader.
                     for damaged in failures:
                         self._set_aside(damaged)
-                    return target.unflat(found), int(meta["position"])
+                    return target.unflat(found | zeros(fresh)), int(meta["position"])
             failures[step] = self._passed_over(step, error)
         if failures:
             raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures.values()))
@@ -243,10 +247,12 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"set aside {step}")
         self.manager.reload()
 
-    def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> None:
+    def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
+        """The abstract arrays of optimisers that the checkpoint lacks. Errors: `ConfigError` where it lacks others."""
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
-        wrong = [f"missing: {k}" for k in wanted if k not in saved]
-        wrong += [f"not in this model: {k}" for k in saved if k not in wanted]
+        moments = lambda name: name.startswith("optimizer/")
+        wrong = [f"missing: {k}" for k in wanted if k not in saved and not moments(k)]
+        wrong += [f"not in this model: {k}" for k in saved if k not in wanted and not moments(k)]
         wrong += [f"{k}: saved {saved[k]}, wanted {v}" for k, v in wanted.items() if k in saved and saved[k] != v]
         if wrong:
             more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
@@ -255,6 +261,34 @@ class Checkpoints:
                 + "\n  ".join(wrong[:12])
                 + more
             )
+        fresh = {k: v for k, v in target.flat().items() if k not in saved}
+        if fresh:
+            some = ", ".join(list(fresh)[:3])
+            console.print(
+                f"[yellow]{escape(f'{self.folder / str(step)}: {len(fresh)} arrays of the optimiser start at zero')}: "
+                f"{escape(some)}[/]",
+                soft_wrap=True,
+            )
+        return fresh
+
+    @staticmethod
+    def _saved(saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
+        """What to read of a checkpoint: its arrays, placed as `target` where that has them, else on every device."""
+        wanted = target.flat()
+        layouts = (v.sharding for v in wanted.values())
+        whole = next((NamedSharding(s.mesh, P()) for s in layouts if isinstance(s, NamedSharding)), None)
+        rest = {
+            k: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=whole or next(iter(wanted.values())).sharding)
+            for k, (shape, dtype) in saved.items()
+            if k not in wanted
+        }
+        return {k: wanted[k] for k in saved if k in wanted} | rest
+
+
+def zeros(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    """Arrays of zeros of these shapes, placed as they say."""
+    make = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+    return {k: make(x) for k, x in arrays.items()}
 
 
 def crc32(meta: dict[str, Any]) -> int:

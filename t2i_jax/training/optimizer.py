@@ -34,7 +34,7 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.05
-    """on parameters of two or more dimensions (the layers of a stack do not count as one)"""
+    """on matrices, convolutions and embeddings; not on biases, norms, null conditions, positions and codebooks"""
     no_decay: str = ""
     """regular expression: parameters with such names are not decayed either"""
     clip: float = 1.0
@@ -92,23 +92,41 @@ class Optimizer:
         raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")
 
     def decayed(self, params: Named) -> Any:
-        """Which parameters decay: those of two or more dimensions beside the stack, unless their name is excepted."""
-        keep = lambda k, v: matrix(v) and not (self.no_decay and re.search(self.no_decay, k))
-        return {k: keep(k, v) for k, v in params.items()}
+        """Which parameters decay: those that a product or a lookup reads, unless their name is excepted.
+
+        Biases, norms, and free vectors (null conditions, positions, padding, tables of modulations) do not, nor do
+        codebooks: they would be pulled to zero, whatever they stand for.
+        """
+
+        def rule(name: str, v: Any) -> bool:
+            read = name.endswith(".w") or "vocab" in axes_of(v)
+            excepted = "codebook" in name or (self.no_decay and re.search(self.no_decay, name))
+            return rank(v) >= 2 and read and not excepted
+
+        return {k: rule(k, v) for k, v in params.items()}
 
 
-def matrix(v: Any) -> bool:
-    """Whether a parameter has two or more dimensions when the layers of a stack do not count."""
-    axes = v.get_metadata().get("axes") if is_variable(v) else None
-    return (len(axes) if axes is not None else len(v.shape)) >= 2
+def axes_of(v: Any) -> tuple[str | None, ...]:
+    """The names of a parameter's dimensions, those of stacked layers not counted; empty where it has none."""
+    return v.get_metadata().get("axes", ()) if is_variable(v) else ()
+
+
+def rank(v: Any) -> int:
+    """The number of dimensions of a parameter, those of stacked layers not counted."""
+    return len(axes_of(v)) or len(v.shape)
 
 
 def muon_dimensions(params: Named) -> Any:
-    """Muon orthogonalises the matrices inside the network; tables, vectors and kernels of convolutions go by Adam."""
+    """The matrices that Muon orthogonalises: those of products from one width of the network to another.
 
-    def rule(v):
-        axes = v.get_metadata().get("axes", ()) if is_variable(v) else ()
-        if len(axes) != 2 or "vocab" in axes:
+    Adam moves everything else, as its authors advise (Jordan et al. 2024): embeddings, null conditions, positions,
+    codebooks, biases and norms, convolutions, and the first and last products, one side of which is pixels, features or
+    codes.
+    """
+
+    def rule(v: Any) -> Any:
+        axes = axes_of(v)
+        if len(axes) != 2 or None in axes or "vocab" in axes:
             return None
         return contrib.MuonDimensionNumbers(reduction_axis=len(v.shape) - 2, output_axis=len(v.shape) - 1)
 

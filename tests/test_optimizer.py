@@ -1,0 +1,72 @@
+"""Which parameters Muon moves and which decay, over all families; runs begun under another rule go on."""
+
+import re
+
+import numpy as np
+import pytest
+from families import CODECS, FAMILIES
+from flax import nnx
+from toys import experiment
+
+from t2i_jax.codecs.discriminator import BatchNorm
+from t2i_jax.nn.layers import GroupNorm, LayerNorm, Linear, RMSNorm
+from t2i_jax.nn.trees import abstract
+from t2i_jax.training import optimizer
+from t2i_jax.training.loop import train
+from t2i_jax.training.optimizer import Optimizer, axes_of, muon_dimensions
+from t2i_jax.training.state import params_of
+
+ALL = CODECS | FAMILIES
+NORMS = (BatchNorm, GroupNorm, LayerNorm, RMSNorm)
+FREE = r"null|codebook|position|padding|norm\d?\.[wb]$|rows|columns|target|mask_token|start|places|\.b$|_bias$|cells"
+"""Names of what stands for itself: nothing multiplies by it."""
+
+
+def modules(model, kind):
+    """Names of all modules of a kind."""
+    return {".".join(map(str, path)) for path, module in nnx.iter_graph(model) if isinstance(module, kind)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_muon_moves_the_inner_matrices_of_products_alone(name):
+    model = abstract(ALL[name])
+    params = params_of(model)
+    moved = {k for k, dimensions in muon_dimensions(params).items() if dimensions is not None}
+    linear = {f"{m}.w" for m in modules(model, Linear)}
+    assert moved <= linear
+    assert {k for k in linear if None not in axes_of(params[k]) and "vocab" not in axes_of(params[k])} == moved
+    assert not [k for k in moved if re.search(FREE, k)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_stands_for_itself_does_not_decay(name):
+    model = abstract(ALL[name])
+    params = params_of(model)
+    decayed = {k for k, yes in Optimizer().decayed(params).items() if yes}
+    norms = {f"{m}.w" for m in modules(model, NORMS)}
+    read = {k for k in params if k.endswith(".w")} - norms
+    untied = {k for k in params if re.fullmatch(r"output|(text|image)_head", k)}
+    assert decayed == {k for k in read | untied if "codebook" not in k}
+    assert not [k for k in decayed if re.search(FREE, k)]
+
+
+def test_who_goes_where_in_a_transformer():
+    params = params_of(abstract(FAMILIES["masked-flow"]))
+    moved = {k for k, dimensions in muon_dimensions(params).items() if dimensions is not None}
+    block = ("attention.qkv", "attention.out", "mlp.into", "mlp.out")
+    stacks = {f"{stack}.{m}.w" for stack in ("encoder", "decoder") for m in block}
+    head = ("blocks.into", "blocks.out", "blocks.modulation", "condition", "modulation", "time.out")
+    assert moved == stacks | {f"head.{m}.w" for m in head} | {"condition.out.w", "widen.w"}
+    decayed = {k for k, yes in Optimizer().decayed(params).items() if yes}
+    assert decayed == moved | {"condition.into.w", "entrance.w", "head.into.w", "head.out.w", "head.time.into.w"}
+
+
+def test_a_run_of_an_older_rule_goes_on(tmp_path, monkeypatch, capsys):
+    muon = Optimizer("muon", 1e-2, warmup=0)
+    train(experiment(steps=3, optimizer=muon), tmp_path)
+    monkeypatch.setattr(optimizer, "muon_dimensions", lambda params: {k: None for k in params})
+    (tmp_path / "config.json").unlink()  # which names the number of steps
+    state = train(experiment(steps=6, optimizer=muon), tmp_path)
+    assert int(state.step) == 6
+    assert "start at zero" in capsys.readouterr().err
+    assert all(np.isfinite(v[...]).all() for v in state.params.values())
