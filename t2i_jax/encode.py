@@ -21,7 +21,7 @@ from t2i_jax.config import ConfigError, differences, to_json
 from t2i_jax.data.records import INDEX, Record, count_records, may_become, put_in_place, shard_name, write_file
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.progress import bar
-from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare
+from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import together
 
 WORK = "work.json"
@@ -109,7 +109,7 @@ def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Recor
         if not frozen:
             raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
-    prepare = jax.jit(make_prepare(codec.config if codec else None, experiment.text))
+    store = jax.jit(make_store(codec.config if codec else None, experiment.text))
     seen = codec or hasattr(experiment.text, "image_features")
 
     def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
@@ -117,8 +117,8 @@ def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Recor
         rows = len(next(iter(arrays.values())))
         filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
         with jax.set_mesh(mesh):
-            made = jax.device_get(prepare(frozen, jax.device_put(filled, batch_sharding(mesh))))
-        return {k: small(v[:rows]) for k, v in made.items() if k in ("codes", "latents", "features", "text_mask")}
+            made = jax.device_get(store(frozen, jax.device_put(filled, batch_sharding(mesh))))
+        return {k: small(v[:rows]) for k, v in made.items()}
 
     def batch(records: list[Record]) -> Iterator[Record]:
         """The records of one batch with their codes, and with features for each of their captions."""

@@ -118,7 +118,7 @@ class Pipeline:
 
         Errors: `ConfigError` for prompts that are no class numbers of a model that is asked by them.
         """
-        if "label" in self.family.condition.inputs:
+        if "label" in self.family.condition.batch_spec():
             with refused("this model takes class numbers as prompts"):
                 labels = [int(p) for p in prompts]
                 # A start token is of the table of codes; without a count it is that which bounds it.
@@ -238,9 +238,9 @@ class Pipeline:
                 f"{name or kind}: it learned the noise of {by.config.process}, and this model draws by that of "
                 f"{self.family.process}"
             )
-        if hasattr(by.config, "classes") and "label" not in self.family.condition.inputs:
+        if hasattr(by.config, "classes") and "label" not in self.family.condition.batch_spec():
             raise ConfigError(f"{name or kind}: it knows classes, and this model is asked in words")
-        if not hasattr(by.config, "classes") and "label" in self.family.condition.inputs:
+        if not hasattr(by.config, "classes") and "label" in self.family.condition.batch_spec():
             raise ConfigError(f"{name or kind}: it knows captions, and this model is asked by class numbers")
         channels = by.config.trunk.channels if hasattr(by.config, "trunk") else 3
         if channels != self.family.shape[-1]:
@@ -383,7 +383,7 @@ def spoken(family: Any) -> dict[str, Any]:
         "process": noise_of(family.process),
         "predicts": family.predicts,
         "shape": family.shape,
-        "condition": (tuple(condition.inputs), sizes),
+        "condition": (tuple(condition.batch_spec()), sizes),
         "extra_inputs": family.network.extra_inputs,
     }
 

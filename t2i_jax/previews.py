@@ -71,7 +71,7 @@ class Previews:
                 condition["image"] = real  # of which the small one is made
 
             def sample(model, frozen, condition, keys):
-                condition = trainer.prepare(frozen, condition)
+                condition = trainer.prepare(frozen, condition, jax.random.key(0))
                 codes = family.sample(model, condition, keys, family.options(), **unguided(family.options()))
                 return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
 

@@ -71,3 +71,20 @@ FAMILIES = {
     "classifier": NoisedClassifier(UNet(**UNET, channels=3, condition=None), classes=3),
     "noised-clip": NoisedCLIP(20, 6, 16, 1, 2, 4, 2, 16, 1, 2, 8, process=Discrete("cosine")),
 }
+
+
+def batch_for(config, b=4, seed=0):
+    """A random batch of what a family or codec says it takes, an image where codes or an image will do."""
+    rng, spec = np.random.default_rng(seed), config.batch_spec()
+    either = "image" if "image" in spec else ""
+    wanted = {k: f for k, f in spec.items() if not f.optional or k in (either, "label", "text_mask")}
+
+    def one(field):
+        shape = (b, *(4 * field.multiple if n is None else n for n in field.shape))
+        if field.dtype == "bool":
+            return rng.uniform(size=shape) < 0.8
+        if field.dtype == "int32":
+            return rng.integers(field.low, field.high + 1, shape).astype(np.int32)
+        return rng.uniform(-1, 1, shape).astype(np.float32)
+
+    return {k: one(field) for k, field in wanted.items()}

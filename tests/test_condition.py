@@ -41,8 +41,8 @@ def test_shapes_and_dtypes(name):
         tokens, mask = jax.eval_shape(lambda m, b, d, dtype=dtype: m(b, d, dtype), module, BATCH, DROP)
         assert tokens.shape == (4, config.length, WIDTH) and tokens.dtype == dtype
         assert mask.shape == (4, config.length) and mask.dtype == bool
-    needed = {k: BATCH[k] for k in config.inputs}
-    jax.eval_shape(lambda m, b, d: m(b, d), module, needed, DROP)  # `inputs` names all that is needed
+    needed = {k: BATCH[k] for k, field in config.batch_spec().items() if not field.optional}
+    jax.eval_shape(lambda m, b, d: m(b, d), module, needed, DROP)
 
 
 @pytest.mark.parametrize("name", ["captions", "features", "llamagen"])
@@ -83,7 +83,7 @@ def test_the_order_of_words_matters():
 
 def test_without_classes_a_model_is_unconditional():
     config = Classes(0)
-    assert config.inputs == ()
+    assert config.batch_spec() == {}
     tokens, _ = config.init(KEY, WIDTH)({}, DROP)
     assert (tokens == tokens[0]).all()
 
@@ -117,9 +117,9 @@ def test_gradients_are_finite_with_empty_rows(name):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("classes", {"label": None}, "no 'label'; it comes from a data source"),
-        ("captions", {"text_mask": None}, "no 'text_mask'; it comes from the tokeniser"),
-        ("features", {"features": None}, "no 'features'; it comes from a frozen text encoder"),
+        ("classes", {"label": None}, "no 'label', which the model takes; it comes from a data source"),
+        ("captions", {"text_mask": None}, "no 'text_mask', which the model takes; it comes from the tokenizer"),
+        ("features", {"features": None}, "no 'features', which the model takes; it comes from a frozen text encoder"),
         ("classes", {"label": jnp.array([0, 9, 1, 1])}, "'label' holds ids 0 .. 9; the model knows 0 .. 3"),
         ("captions", {"text": jnp.full((4, S), -1)}, "'text' holds ids -1 .. -1; the model knows 0 .. 49"),
         (

@@ -1,13 +1,12 @@
 """The metrics of families, from what they are asked to the report."""
 
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.run import evaluate_family
@@ -16,22 +15,6 @@ from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import Artifact
-
-
-@dataclasses.dataclass(frozen=True)
-class Squares:
-    """A codec without weights: the code of a patch is its brightness."""
-
-    vocabulary: int = 8
-    factor: int = 4
-
-    def encode(self, model, images):
-        b, i, j, _ = images.shape
-        mean = images.reshape(b, i // 4, 4, j // 4, 4, 3).mean((2, 4, 5))
-        return jnp.clip((mean + 1) * 4, 0, 7).astype(jnp.int32)
-
-    def decode(self, model, codes):
-        return jnp.repeat(jnp.repeat(codes[..., None], 4, 1), 4, 2) * jnp.ones(3) / 4 - 1
 
 
 class Letters:
@@ -61,7 +44,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
     model = jax.jit(family.init)(jax.random.key(0))
     text = None if isinstance(condition, Classes) else Letters()
-    pipeline = Pipeline(family, model, Artifact(Squares(), {}), text, MeshConfig(1))
+    pipeline = Pipeline(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
     reference: Any = SimpleNamespace(data=SimpleNamespace(examples=records))
     spaces = [Features("pixels")]
     report = evaluate_family(

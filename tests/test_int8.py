@@ -62,7 +62,7 @@ def test_a_model_scores_and_draws_as_with_the_floats_of_its_whole_numbers(config
     off = np.abs(found - forward_of(config, model, batch))
     assert 1e-4 * scale < off.mean() < 0.05 * scale
 
-    condition = {name: batch[name] for name in config.condition.inputs}
+    condition = {name: batch[name] for name in config.condition.batch_spec() if name in batch}
     keys, options = jax.random.split(KEY, 3), dataclasses.replace(config.options(), guidance=2.0, greedy=True)
     drawn = [config.sample(m, condition, keys, options, segments=1) for m in (small, whole)]
     np.testing.assert_array_equal(*drawn)

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.kl import KL, Gaussian
+from t2i_jax.codecs.kl import KL, Gaussian, draw_codes
 from t2i_jax.config import to_json
 from t2i_jax.convert import convert, find, restore
 from t2i_jax.convert.folders import to_folder
@@ -52,22 +52,28 @@ def test_divergence_is_that_of_the_integral():
 def test_codes_are_shifted_and_scaled_means_or_draws(model, images):
     scaled = dataclasses.replace(CODEC, scale=0.3, shift=0.5)
     q = CODEC.posterior(model, images)
-    noise = jax.random.normal(jax.random.key(2), q.mean.shape)
+    key = jax.random.key(2)
+    noise = jax.random.normal(key, q.mean.shape)
     np.testing.assert_allclose(scaled.encode(model, images), (q.mean - 0.5) * 0.3, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        scaled.encode(model, images, noise), (q.mean + q.std * noise - 0.5) * 0.3, rtol=1e-5, atol=1e-6
+        scaled.encode(model, images, key), (q.mean + q.std * noise - 0.5) * 0.3, rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(
-        scaled.reconstruct(model, images), CODEC.reconstruct(model, images), rtol=1e-4, atol=1e-5
+        scaled.decode(model, scaled.encode(model, images)),
+        CODEC.decode(model, CODEC.encode(model, images)),
+        rtol=1e-4,
+        atol=1e-5,
     )
+    stored = scaled.to_store(model, images)["latents"]
+    np.testing.assert_allclose(draw_codes(stored, key), scaled.encode(model, images, key), rtol=1e-5, atol=1e-6)
     assert scaled.encode(model, images).shape == (4, 4, 4, CODEC.dim)
 
 
 def test_measured_scale_gives_unit_variance(model, images):
     scale, shift = CODEC.measure(model, [images[:2], images[2:]])
     fitted = dataclasses.replace(CODEC, scale=scale, shift=shift)
-    noise = jax.random.normal(jax.random.key(3), (256, 4, 4, 4, 2))
-    codes = jax.vmap(lambda n: fitted.encode(model, images, n))(noise)
+    keys = jax.random.split(jax.random.key(3), 256)
+    codes = jax.vmap(lambda k: fitted.encode(model, images, k))(keys)
     assert abs(float(codes.mean())) < 0.02 and abs(float(codes.std()) - 1) < 0.02
     with pytest.raises(ValueError, match="no images"):
         CODEC.measure(model, [])
@@ -89,7 +95,9 @@ def test_the_penalty_pulls_towards_the_normal(model, images):
     assert set(CODEC.players()) == {"generator", "discriminator"}
     heavy = dataclasses.replace(CODEC, kl=1.0, adversarial=0.0)
     player = heavy.players()["generator"]
-    slope = jax.jit(jax.grad(lambda m: player.loss(m, {"image": images}, jax.random.key(4), 5)[0], allow_int=True))
+    slope = jax.jit(
+        jax.grad(lambda m: player.loss(m, {"image": images}, jax.random.key(4), 5, True)[0], allow_int=True)
+    )
     step = jax.tree.map(lambda w, g: w - 1e-3 * g, model.autoencoder, slope(model).autoencoder)
     after = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves((step, model.discriminator)))
     assert CODEC.posterior(after, images).kl().mean() < CODEC.posterior(model, images).kl().mean()
@@ -208,4 +216,4 @@ def test_equal_to_diffusers(kind, names):
     close = lambda a, b: np.testing.assert_allclose(a, b.transpose(0, 2, 3, 1), rtol=1e-3, atol=1e-4)
     close(ours.mean, q.mean.numpy())
     close(ours.logvar, q.logvar.numpy())
-    close(config.reconstruct(model, images.transpose(0, 2, 3, 1)), picture)
+    close(config.decode(model, config.encode(model, images.transpose(0, 2, 3, 1))), picture)

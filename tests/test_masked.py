@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toys
 
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import convert
@@ -73,7 +74,7 @@ def filled(config):
 
 
 def condition_of(config, batch):
-    return {name: batch[name] for name in config.condition.inputs}
+    return {name: batch[name] for name in config.condition.batch_spec() if name in batch}
 
 
 def drawn(config, model, rows, options=None, **rest):
@@ -233,22 +234,9 @@ def test_clear_errors():
         Generation(iterations=0).arrays()
 
 
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """A codec whose codes are the pixels themselves."""
-
-    factor = 1
-
-    def encode(self, model, images):
-        return images
-
-    def decode(self, model, codes):
-        return codes
-
-
 def test_a_pipeline_draws_only_where_the_mask_says():
     config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
-    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None)
+    pipeline = Pipeline(config, filled(config), Artifact(toys.Pixels(), {}), None)
     picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
     mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
     made = pipeline.holding(picture, mask).sample(["0"], [5], few(config))[0]
@@ -256,12 +244,12 @@ def test_a_pipeline_draws_only_where_the_mask_says():
     with pytest.raises(ConfigError, match=r"draws pictures of \(2, 3\)"):
         pipeline.holding(picture[:1], mask[:1])
     with pytest.raises(ConfigError, match="cannot fill holes"):
-        Pipeline(AR(grid=(2, 3)), {}, Artifact(Pixels(), {}), None).holding(picture, mask)
+        Pipeline(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {}), None).holding(picture, mask)
 
 
 def test_a_pipeline_tells_how_its_pictures_grow():
     config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
-    pipeline = Pipeline(config, filled(config), Artifact(Pixels(), {}), None, MeshConfig(1))
+    pipeline = Pipeline(config, filled(config), Artifact(toys.Pixels(), {}), None, MeshConfig(1))
     seen, done, options = {}, [], few(config)
     watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
     made = pipeline.sample(["0", "1", "2"], options=options, batch_size=2, progress=progress, watch=watch)

@@ -94,8 +94,8 @@ class Shaken:
         shaken = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
         return tree.unflatten(shaken)
 
-    def loss(self, model, batch, key):
-        return self.family.loss(model, batch, key)
+    def loss(self, model, batch, key, train=True):
+        return self.family.loss(model, batch, key, train)
 
 
 FLOW = Shaken(Diffusion(DENOISER, Flow(), "velocity"))
@@ -127,7 +127,7 @@ def outcome(trainable, mesh):
         @jax.jit
         def run(model, batch):
             def one(player):
-                call = lambda m: player.loss(m, batch, jax.random.key(1), jax.numpy.int32(5))
+                call = lambda m: player.loss(m, batch, jax.random.key(1), jax.numpy.int32(5), True)
                 return jax.value_and_grad(call, has_aux=True, allow_int=True)(model)
 
             return [one(p) for p in players_of(trainable).values()]

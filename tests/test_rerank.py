@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
@@ -104,26 +103,6 @@ def test_the_best_are_kept_and_tell_their_score(tmp_path, judge):
 # ------------------------------------------------------------------------------------- learning without language
 
 
-@dataclasses.dataclass(frozen=True)
-class Squares:
-    """A codec without weights: the code of a patch is its brightness."""
-
-    vocabulary: int = 8
-    factor: int = 4
-    image_size: int = 8
-
-    def init(self, key):
-        return {}
-
-    def encode(self, model, images):
-        b, i, j, _ = images.shape
-        mean = images.reshape(b, i // 4, 4, j // 4, 4, 3).mean((2, 4, 5))
-        return jnp.clip((mean + 1) * 4, 0, 7).astype(jnp.int32)
-
-    def decode(self, model, codes):
-        return jnp.repeat(jnp.repeat(codes[..., None], 4, 1), 4, 2) * jnp.ones(3) / 4 - 1
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Pictures without captions, and the codec as a released model."""
@@ -132,7 +111,7 @@ def store(tmp_path_factory):
     rows = [rng.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(16)]
     records = [{"image": x, "captions": ["a cat"], "key": str(n), "split": "train"} for n, x in enumerate(rows)]
     write_records(path / "data", records)
-    save_artifact(Artifact(Squares(), {}), path / "codec", "# Squares\n")
+    save_artifact(Artifact(toys.Squares(), {}), path / "codec", "# Squares\n")
     return path
 
 
@@ -147,7 +126,9 @@ def test_training_sees_pictures(store, text):
     e = experiment(store, text)
     images = next(e.data.batches())["image"]
     model = text.load()
-    batch = jax.jit(make_prepare(Squares(), text))({"text": model, "codec": {}}, {"image": images})
+    batch = jax.jit(make_prepare(toys.Squares(), text))(
+        {"text": model, "codec": {}}, {"image": images}, jax.random.key(0)
+    )
     assert set(batch) == {"codes", "features"} and batch["features"].shape == (8, 1, 12)
     expected = jax.jit(text.image_features)(model, images / np.float32(127.5) - 1)
     np.testing.assert_allclose(batch["features"], expected, atol=1e-6)

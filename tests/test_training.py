@@ -165,7 +165,7 @@ def test_the_guard_names_the_step_and_the_layer(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Logarithm(toys.Identity):
-    def loss(self, model, batch, key):
+    def loss(self, model, batch, key, train=True):
         return jnp.mean(jnp.log(model(batch["x"]))), {}
 
 

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import reduce, repeat
 from flax import nnx
 
+from t2i_jax.core.types import FieldSpec
 from t2i_jax.nn.layers import Carried, Linear
 from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig, shard
@@ -22,7 +24,7 @@ class Numbers:
     width: int = 8
     image_size: int = 8
 
-    def batches(self, text=None, position=0, process=0, count=1, split="train"):
+    def batches(self, text=None, position=0, process=0, count=1, split="train", spec=None):
         while True:
             rows = range(position + process, position + self.batch_size, count)
             yield {"x": np.stack([np.random.default_rng(i).normal(size=self.width) for i in rows]).astype(np.float32)}
@@ -49,7 +51,10 @@ class Identity:
     def init(self, key):
         return Net(self.width, self.depth, key)
 
-    def loss(self, model, batch, key):
+    def batch_spec(self):
+        return {"x": FieldSpec((self.width,), "float32")}
+
+    def loss(self, model, batch, key, train=True):
         x = batch["x"] + self.noise * jax.random.normal(key, batch["x"].shape)
         loss = jnp.mean((model(x) - batch["x"]) ** 2)
         counted = jax.tree.map(lambda v: v, model)
@@ -72,10 +77,50 @@ class Game:
     def init(self, key):
         return Pair(self.width, key)
 
+    def batch_spec(self):
+        return {"x": FieldSpec((self.width,), "float32")}
+
     def players(self):
-        artist = lambda m, b, key, step: (-jnp.mean(m.critic(m.artist(b["x"]))), {})
-        critic = lambda m, b, key, step: (jnp.mean(m.critic(m.artist(b["x"]))) - jnp.mean(m.critic(b["x"])), {})
+        artist = lambda m, b, key, step, train: (-jnp.mean(m.critic(m.artist(b["x"]))), {})
+        critic = lambda m, b, key, step, train: (jnp.mean(m.critic(m.artist(b["x"]))) - jnp.mean(m.critic(b["x"])), {})
         return {"artist": Player(artist, ("artist",)), "critic": Player(critic, ("critic",))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """A codec without weights: the code of a 4x4 square is its brightness."""
+
+    vocabulary: int = 8
+    factor: int = 4
+
+    def init(self, key):
+        return {}
+
+    def batch_spec(self):
+        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
+
+    def encode(self, model, images, key=None):
+        mean = reduce(images, "b (h p) (w q) c -> b h w", "mean", p=self.factor, q=self.factor)
+        return jnp.clip((mean + 1) * 4, 0, 7).astype(jnp.int32)
+
+    def to_store(self, model, images):
+        return {"codes": self.encode(model, images)}
+
+    def decode(self, model, codes):
+        return repeat(codes, "b h w -> b (h p) (w q) c", p=self.factor, q=self.factor, c=3) / 4 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A codec whose codes are the pixels themselves."""
+
+    factor = 1
+
+    def encode(self, model, images, key=None):
+        return images
+
+    def decode(self, model, codes):
+        return codes
 
 
 def experiment(model=Identity(), data=Numbers(), mesh=None, **train):

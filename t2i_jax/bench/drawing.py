@@ -57,7 +57,7 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
     family = experiment.model
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
     shapes = wanted(experiment)
-    reads = getattr(family.condition, "inputs", ("text", "text_mask"))
+    reads = family.condition.batch_spec()
     condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
     if getattr(family, "reads_small", False):
         i, j, c = family.shape

@@ -20,6 +20,7 @@ from jax import Array
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
+from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 from t2i_jax.nn.players import Player
 from t2i_jax.parallel import shard
@@ -108,17 +109,20 @@ class DVAE:
     def init(self, key: Array) -> Model:
         return Model(self, key)
 
-    def encode(self, model: Model, images: Array) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`."""
+    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
+
+        Nothing is drawn, whatever the key.
+        """
         return jnp.argmax(self.logits(model, images), -1).astype(jnp.int32)
+
+    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+        """`codes`, which are all that a model of them reads."""
+        return {"codes": self.encode(model, images)}
 
     def decode(self, model: Model, codes: Array) -> Array:
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         return self.seen(self.paint(model, self.embed(model, codes)))
-
-    def reconstruct(self, model: Model, images: Array) -> Array:
-        """Images to codes and back."""
-        return self.decode(model, self.encode(model, images))
 
     def embed(self, model: Model, codes: Array) -> Array:
         """Codes int (...) -> their vectors (..., k)."""
@@ -154,10 +158,14 @@ class DVAE:
 
     # -- training
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold: images of any size that the codec divides."""
+        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
+
     def players(self) -> dict[str, Player]:
         return {"codec": Player(self.loss)}
 
-    def loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array | int = 0):
+    def loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array | int = 0, train: bool = True):
         """-ELBO with a relaxed sample (eq. 1): -> (loss, metrics). batch: `image` float (b, i, j, 3) in [-1, 1]."""
         logits = self.logits(model, batch["image"])
         gumbel = jax.random.gumbel(key, logits.shape)

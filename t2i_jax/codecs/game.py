@@ -17,6 +17,7 @@ from jax import Array
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
+from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import at_least_fp32, replace
 from t2i_jax.nn.players import Player
@@ -57,11 +58,20 @@ class Game:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """what convolutions compute in; latents and losses are fp32, with float64 (to check gradients by) float64"""
 
-    def reconstruct(self, model: Model, images: Array) -> Array:
-        """Images to codes and back; every codec has its own."""
-        raise TypeError(f"{type(self).__name__} does not say how it reconstructs")
+    @property
+    def factor(self) -> int:
+        """Pixels per code along a side; every codec has its own."""
+        raise TypeError(f"{type(self).__name__} does not say how many pixels a code has")
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array) -> Any:
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold: images of any size that the codec divides."""
+        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
+
+    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+        """The images that the autoencoder makes of images in a training step; every codec has its own."""
+        raise TypeError(f"{type(self).__name__} does not say what it paints")
+
+    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True) -> Any:
         """What the autoencoder lowers; every codec has its own."""
         raise TypeError(f"{type(self).__name__} does not say what its autoencoder lowers")
 
@@ -76,7 +86,8 @@ class Game:
         generator = Player(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
             return {"generator": generator}
-        return {"generator": generator, "discriminator": Player(self.discriminator_loss, ("discriminator",))}
+        discriminator = Player(self.discriminator_loss, ("discriminator",), self.start)
+        return {"generator": generator, "discriminator": discriminator}
 
     def picture_loss(self, model: Model, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
         """Reconstruction + perceptual + adversarial: -> (loss, metrics).
@@ -114,9 +125,10 @@ class Game:
             metrics |= {"adversarial": adversarial, "adversarial_weight": weight}
         return loss, metrics
 
-    def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
-        """The adversary's loss on real and reconstructed images: -> (loss, (metrics, model with moved statistics))."""
-        y = jax.lax.stop_gradient(self.reconstruct(model, batch["image"]))
+    def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
+        """The adversary's loss on real images and on those that the generator painted in this step, with the same draws
+        of codes: -> (loss, (metrics, model with moved statistics))."""
+        y = jax.lax.stop_gradient(self.painted(model, batch["image"], key, step))
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(y.astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)

@@ -18,7 +18,7 @@ from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
-from t2i_jax.nn.layers import Conv
+from t2i_jax.nn.layers import Conv, at_least_fp32
 from t2i_jax.parallel import shard
 
 
@@ -39,6 +39,13 @@ class Gaussian(NamedTuple):
     def kl(self) -> Array:
         """KL(q || N(0, 1)) of each image in nats, a sum over all its numbers: (b,) (Kingma & Welling 2013, B)."""
         return 0.5 * jnp.sum(self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar, (1, 2, 3))
+
+
+def draw_codes(latents: Array, key: Array) -> Array:
+    """Codes fp32 (b, h, w, k), drawn from normal distributions whose means and deviations are `latents`
+    (b, h, w, 2 k)."""
+    mean, std = jnp.split(latents.astype(jnp.float32), 2, -1)
+    return mean + std * jax.random.normal(key, mean.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +84,26 @@ class KL(Game):
         first, second = jax.random.split(key)
         return Model(Autoencoder(self, first), self, second)
 
-    def encode(self, model: Model, images: Array, noise: Array | None = None) -> Array:
+    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
 
-        They are the means of the posterior, or with `noise` (of the codes' shape) a draw from it. Errors: `ValueError`
-        for an unfit size.
+        They are the means of the posterior, or with a `key` a draw from it, which is what models of codes are trained
+        on (Rombach et al. 2022). Errors: `ValueError` for an unfit size.
         """
         q = self.posterior(model, images)
-        return ((q.mean if noise is None else q.sample(noise)) - self.shift) * self.scale
+        z = q.mean if key is None else q.sample(jax.random.normal(key, q.mean.shape))
+        return (z - self.shift) * self.scale
+
+    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+        """`latents` (b, i/factor, j/factor, 2 k) fp32: mean and standard deviation of the codes of images, as `encode`
+        scales them, of which `draw_codes` draws."""
+        q = self.posterior(model, images)
+        return {"latents": jnp.concatenate([(q.mean - self.shift) * self.scale, q.std * abs(self.scale)], -1)}
 
     def decode(self, model: Model, codes: Array) -> Array:
         """Codes float (b, h, w, k) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         z = codes.astype(jnp.float32) / self.scale + self.shift
         return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
-
-    def reconstruct(self, model: Model, images: Array) -> Array:
-        """Images to codes and back."""
-        return self.decode(model, self.encode(model, images))
 
     def moments(self, model: Model, images: Array) -> Array:
         """Mean and log-variance, before shift and scale, beside each other: (b, h, w, 2 k) fp32."""
@@ -120,13 +130,22 @@ class KL(Game):
         mean, square = found.mean(0)
         return float((square - mean**2) ** -0.5), float(mean)
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
-        """Reconstruction + perceptual + KL + adversarial: -> (loss, metrics); batch as for `Game.picture_loss`."""
-        images, part = batch["image"], model.autoencoder
+    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+        """Images (b, i, j, 3) through a draw of their posterior and back, as in a training step."""
+        decoder = model.autoencoder.decoder
+        return at_least_fp32(decoder.paint(self._through(model, images, key)[2]))
+
+    def _through(self, model: Model, images: Array, key: Array) -> tuple[Gaussian, Array, Array]:
+        """The posterior, a draw from it, and what enters the last convolution of the decoder."""
         q = self.posterior(model, images)
         z = q.sample(jax.random.normal(key, q.mean.shape))
-        h = part.decoder.features(self._enter(model, z))
-        distance, metrics = self.picture_loss(model, part.decoder, h, batch, step)
+        return q, z, model.autoencoder.decoder.features(self._enter(model, z))
+
+    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
+        """Reconstruction + perceptual + KL + adversarial: -> (loss, metrics); batch as for `Game.picture_loss`."""
+        images = batch["image"]
+        q, z, h = self._through(model, images, key)
+        distance, metrics = self.picture_loss(model, model.autoencoder.decoder, h, batch, step)
         kl = q.kl().mean()
         return distance + self.kl * kl * len(images) / images.size, metrics | {"kl": kl, "std": jnp.std(z)}
 

@@ -41,9 +41,16 @@ class VQGAN(Game):
         first, second = jax.random.split(key)
         return Model(Autoencoder(self, first), self, second)
 
-    def encode(self, model: Model, images: Array) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`."""
+    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
+
+        Nothing is drawn, whatever the key.
+        """
         return model.autoencoder.quantizer.codes(self.latents(model, images))
+
+    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+        """`codes`, which are all that a model of them reads."""
+        return {"codes": self.encode(model, images)}
 
     def decode(self, model: Model, codes: Array) -> Array:
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
@@ -55,16 +62,18 @@ class VQGAN(Game):
         """Codes int (...) -> their vectors (..., k)."""
         return model.autoencoder.quantizer.vectors(codes)
 
-    def reconstruct(self, model: Model, images: Array) -> Array:
-        """Images to codes and back."""
-        return self.decode(model, self.encode(model, images))
-
     def latents(self, model: Model, images: Array) -> Array:
         """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation. Errors: `ValueError` for an unfit size."""
         x = shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None)
         return model.autoencoder.to_code(model.autoencoder.encoder(x))
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array):
+    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+        """Images (b, i, j, 3) through their codes and back, as in a training step."""
+        part = model.autoencoder
+        vectors = part.quantizer(self.latents(model, images), jax.random.split(key)[0], step)[0]
+        return at_least_fp32(part.decoder(part.from_code(vectors.astype(self.dtype))))
+
+    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
         """Reconstruction + perceptual + quantisation + adversarial: -> (loss, (metrics, model with moved codebook)).
 
         batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from `frozen()` where there is a perceptual loss.

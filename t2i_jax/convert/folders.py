@@ -185,7 +185,7 @@ def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(artifact.model))
     fields = dataclasses.fields(artifact.config)
     rows = "\n".join(f"| {f.name} | {getattr(artifact.config, f.name)} |" for f in fields)
-    prompt = "7" if "label" in getattr(getattr(artifact.config, "condition", None), "inputs", ()) else '"a prompt"'
+    prompt = "7" if "label" in artifact.config.batch_spec() else '"a prompt"'
     sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if hasattr(artifact.config, "sample") else ""
     return (
         f"# {out.name}\n\n{type(artifact.config).__name__}, {count / 1e6:.1f} M parameters, converted from "

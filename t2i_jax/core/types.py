@@ -10,8 +10,8 @@ import numpy as np
 
 from t2i_jax.core.errors import DataError
 
-KINDS = {"int32": "iu", "uint8": "u", "bool": "b", "float32": "f"}
-"""NumPy kinds that are taken for each dtype of a field; floats of any width are (`bfloat16` has kind V)."""
+KINDS = {"int32": "iu", "uint8": "u", "bool": "b"}
+"""NumPy kinds that are taken for each dtype of a field but floats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +31,22 @@ class FieldSpec:
     """largest value"""
     optional: bool = False
     """a batch may lack it"""
+    multiple: int = 1
+    """sizes that are not given are multiples of this"""
 
-    def fault(self, value: Any) -> str:
-        """What is wrong with one value without a batch dimension, and what is taken; empty if nothing is.
+    def fault(self, value: Any, batched: bool = False) -> str:
+        """What is wrong with a value, and what is taken; empty if nothing is.
 
-        value: array, or its abstract shape and dtype, of which no bounds are looked at.
+        value: array, or its abstract shape and dtype, of which no bounds are looked at. batched: its first dimension is
+        that of a batch.
         """
-        shape, dtype = tuple(value.shape), np.dtype(value.dtype)
+        shape, dtype = tuple(value.shape)[batched:], np.dtype(value.dtype)
         floating = dtype.kind == "f" or dtype.name in ("bfloat16", "float16")
         if not (floating if self.dtype == "float32" else dtype.kind in KINDS[self.dtype]):
-            return f"is {dtype.name}; the model takes {self.dtype} {_sizes(self.shape)}"
-        fits = len(shape) == len(self.shape) and all(n in (None, m) for n, m in zip(self.shape, shape, strict=True))
-        if not fits:
-            return f"has shape {_sizes(shape)}; the model takes {_sizes(self.shape)}"
+            return f"is {dtype.name}; the model takes {self.dtype} {self._sizes()}"
+        free = lambda n, m: m % self.multiple == 0 if n is None else n == m
+        if len(shape) != len(self.shape) or not all(map(free, self.shape, shape)):
+            return f"has shape {_by(shape)}; the model takes {self._sizes()}"
         if self.dtype != "int32" or not isinstance(value, np.ndarray | np.generic) or not value.size:
             return ""
         low, high = int(value.min()), int(value.max())
@@ -52,28 +55,56 @@ class FieldSpec:
             return f"holds {worst}; the model takes {self.low} to {self.high}"
         return ""
 
+    def _sizes(self) -> str:
+        several = f", multiples of {self.multiple}" if self.multiple > 1 else ""
+        return _by(self.shape) + several
+
+
+def _by(shape: tuple[int | None, ...]) -> str:
+    """A shape for people: 4x4x3, or `one number`."""
+    return "x".join("any" if n is None else str(n) for n in shape) or "one number"
+
 
 BatchSpec = Mapping[str, FieldSpec]
 """What a model takes of a batch, by name; what a batch has beyond it is not looked at."""
 
+WEIGHT = FieldSpec((), "float32", optional=True)
+"""Of an example in a loss; 0 leaves it out."""
 
-def check_example(spec: BatchSpec, example: Mapping[str, Any]) -> None:
-    """Errors: `DataError` that names the field of an example (no batch dimension) that a model cannot take."""
+SOURCES = {
+    "image": "a data source with images",
+    "codes": "a codec (`codec` of the experiment), or a data set that `t2i encode` has written",
+    "label": "a data source with class labels",
+    "text": "the tokenizer of the experiment (`text`)",
+    "text_mask": "the tokenizer of the experiment (`text`)",
+    "features": "a frozen text encoder (`text` of the experiment), or a data set that `t2i encode` has written",
+    "null_features": "the same encoder, from an empty caption",
+    "prefix": "the caller: the first tokens of the sequence",
+    "low_res": "the caller: the small image to enlarge; or `enlarges` of the model makes it of the image",
+    "low_res_noise": "the caller, who knows how noisy the small image is",
+}
+"""Where a field of a batch comes from."""
+
+
+def missing(name: str, batch: Mapping[str, Any]) -> str:
+    """What to say of a batch, or of an example, that lacks a field."""
+    source = f"; it comes from {SOURCES[name]}" if name in SOURCES else ""
+    return f"there is no '{name}', which the model takes{source}. There is: {', '.join(sorted(batch)) or 'nothing'}"
+
+
+def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = False) -> None:
+    """Errors: `DataError` that names the field of an example that a model cannot take.
+
+    batched: the first dimension of every array is that of a batch, as it is for `check_batch`.
+    """
     for name, field in spec.items():
         if name not in example:
             if not field.optional:
-                has = ", ".join(sorted(example)) or "nothing"
-                raise DataError(f"there is no '{name}', which the model takes; there is {has}")
-        elif fault := field.fault(example[name]):
+                raise DataError(missing(name, example))
+        elif fault := field.fault(example[name], batched):
             raise DataError(f"'{name}' {fault}")
 
 
 def check_batch(spec: BatchSpec, batch: Mapping[str, Any]) -> None:
-    """Errors: `DataError` that names the field of a batch, of arrays (b, ...) or of abstract ones, that a model cannot
-    take."""
-    batched = {name: dataclasses.replace(field, shape=(None, *field.shape)) for name, field in spec.items()}
-    check_example(batched, batch)
-
-
-def _sizes(shape: tuple[int | None, ...]) -> str:
-    return "x".join("any" if n is None else str(n) for n in shape) or "one number"
+    """Errors: `DataError` that names the field of a batch, of arrays or of abstract ones, that a model cannot take."""
+    check_example(spec, batch, batched=True)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from t2i_jax.core.types import BatchSpec
 from t2i_jax.data.order import Order, Rows
 from t2i_jax.data.records import DataError, Record
 from t2i_jax.data.sources import Joined, Mixture, Reader, Source
@@ -81,7 +82,13 @@ class Data:
     """... and more than so many of them."""
 
     def batches(
-        self, text: Tokenizer | None = None, position: int = 0, process: int = 0, count: int = 1, split: str = "train"
+        self,
+        text: Tokenizer | None = None,
+        position: int = 0,
+        process: int = 0,
+        count: int = 1,
+        split: str = "train",
+        spec: BatchSpec | None = None,
     ) -> Iterator[Batch]:
         """This process's part of the endless stream of batches that follows the first `position` examples.
 

@@ -92,7 +92,7 @@ def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
 
 
 def reads_classes(family: Any) -> bool:
-    return "label" in getattr(getattr(family, "condition", None), "inputs", ())
+    return "label" in family.batch_spec()
 
 
 def images_of(records: Sequence[Record]) -> np.ndarray:

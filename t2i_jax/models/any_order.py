@@ -19,11 +19,12 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.condition import Classes, Condition, Given, may_pad
+from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.decode import for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
-from t2i_jax.nn.heads import Head, ImageKeys, Softmax
+from t2i_jax.nn.heads import Head, ImageKeys, Softmax, code_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
@@ -95,6 +96,10 @@ class AnyOrder:
             kernel=self.kernel,
         )
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        return {"codes": code_spec(self.head, self.grid, self.patch), **self.condition.batch_spec(), "weight": WEIGHT}
+
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -105,7 +110,9 @@ class AnyOrder:
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
         """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -114,8 +121,8 @@ class AnyOrder:
         keys = jax.random.split(key, 4)
         b = len(batch["codes"])
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
-        dropped = jax.random.bernoulli(keys[1], self.condition_dropout, (b,))
-        z, x = self.forward(model, batch, orders, dropped, keys[2])
+        dropped = dropped_rows(keys[1], self.condition_dropout, b, train)
+        z, x = self.forward(model, batch, orders, dropped, keys[2] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         each = self.head.loss(model.head, z, x, keys[3]).mean(1)
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)

@@ -17,9 +17,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, may_pad
+from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, dropped_rows, may_pad
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.kernels import Kind
@@ -156,6 +157,14 @@ class AR:
         """Tokens before the image."""
         return 1 if self.reads == "memory" else self.condition.length
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold; given tokens are codes."""
+        last = self.vocabulary - 1
+        condition = self.condition.batch_spec()
+        if isinstance(self.condition, Given):
+            condition = {name: dataclasses.replace(field, high=last) for name, field in condition.items()}
+        return {"codes": FieldSpec(self.grid, "int32", 0, last), **condition, "weight": WEIGHT}
+
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -166,15 +175,20 @@ class AR:
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
 
         batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
+        train: False leaves out dropout, dropped conditions, corruption, smoothing and the z-loss; static.
         """
         keys = jax.random.split(key)
         b = batch["codes"].shape[0]
-        z = self._features(model, batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)), keys[1])
-        loss, nll, correct = self._score(model, z, batch, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        dropped = dropped_rows(keys[0], self.condition_dropout, b, train)
+        z = self._features(model, batch, dropped, keys[1] if train else None)
+        regular = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss} if train else {}
+        loss, nll, correct = self._score(model, z, batch, **regular)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
         loss = mean(loss)

@@ -18,7 +18,8 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired
+from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
@@ -156,6 +157,18 @@ class Diffusion:
         """Rows, columns and channels of a picture, or of its latents."""
         return (*self.network.size, self.network.channels)
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold: `codes` (latents) or `image`, what the condition reads, and further inputs."""
+        whole = FieldSpec(self.shape, "float32", optional=True)
+        plane = FieldSpec((*self.grid, 1), "float32", optional=True)
+        small = FieldSpec((None, None, self.shape[-1]), "float32", optional=True)
+        further = {
+            "inpaint": {"inpaint": whole, "inpaint_mask": plane},
+            "low_res": {"low_res": small, "low_res_noise": FieldSpec((), "float32", optional=True)},
+        }
+        extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
+        return {"codes": whole, "image": whole, **self.condition.batch_spec(), **extra, "weight": WEIGHT}
+
     def options(self) -> Solving:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -166,11 +179,12 @@ class Diffusion:
 
     # -- training
 
-    def loss(self, model: Any, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> tuple[Array, dict[str, Array]]:
         """Mean error of the prediction, and the bound that teaches the variance (Nichol & Dhariwal 2021, eq. 16).
 
         batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
-        0 for examples to ignore. Each row has its own time, noise and dropping.
+        0 for examples to ignore. Each row has its own time, noise and dropping. train: False leaves out dropout,
+        dropped conditions and noise on the small image, and takes times evenly; static.
         """
         x0 = batch["codes"] if "codes" in batch else batch["image"]
         keys = jax.random.split(key, 5)
@@ -179,10 +193,10 @@ class Diffusion:
         eps = jax.random.normal(keys[1], x0.shape)
         if self.reads_small:
             small, draw = self.small(batch), jax.random.split(keys[2])
-            share = self.augmentation * jax.random.uniform(draw[0], (b,))
+            share = self.augmentation * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
             batch = batch | noised_small(small, share, jax.random.normal(draw[1], small.shape))
-        dropped = jax.random.bernoulli(keys[3], self.condition_dropout, (b,))
-        losses = self.losses(model, x0, t, eps, batch, dropped, keys[4])
+        dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
+        losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         means = {k: jnp.sum(v * weight) / jnp.maximum(weight.sum(), 1) for k, v in losses.items()}
         return means["loss"], means

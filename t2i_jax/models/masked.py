@@ -22,10 +22,11 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.condition import Classes, Condition, Given, may_pad
+from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.draw import guidance_at
-from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax
+from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax, code_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
@@ -158,6 +159,10 @@ class Masked:
             kernel=self.kernel,
         )
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        return {"codes": code_spec(self.head, self.grid, self.patch), **self.condition.batch_spec(), "weight": WEIGHT}
+
     def options(self) -> Generation:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -168,7 +173,9 @@ class Masked:
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
         """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -179,8 +186,10 @@ class Masked:
         b = len(x)
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
         hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length))
-        dropped = jax.random.bernoulli(keys[2], self.condition_dropout, (b,))
-        z = self.forward(model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3])
+        dropped = dropped_rows(keys[2], self.condition_dropout, b, train)
+        z = self.forward(
+            model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3] if train else None
+        )
         each = self.head.loss(model.head, z, x, keys[4])
         weight = hidden * batch.get("weight", jnp.ones(b)).astype(jnp.float32)[:, None]
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)

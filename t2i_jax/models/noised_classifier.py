@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
@@ -42,13 +43,26 @@ class NoisedClassifier:
     def init(self, key: Array) -> Classifying:
         return Classifying(self, key)
 
-    def loss(self, model: Classifying, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
-        """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too."""
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold: `codes` (latents) or `image`, and the class."""
+        whole = FieldSpec((*self.trunk.size, self.trunk.channels), "float32", optional=True)
+        label = FieldSpec((), "int32", 0, self.classes - 1)
+        return {"codes": whole, "image": whole, "label": label, "weight": WEIGHT}
+
+    def loss(
+        self, model: Classifying, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
+        """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too.
+
+        train: False leaves out dropout, and takes times evenly; static.
+        """
         x0 = (batch["codes"] if "codes" in batch else batch["image"]).astype(jnp.float32) * self.process.scale
         keys = jax.random.split(key, 3)
         t = self.process.draw(keys[0], len(x0))
         alpha, sigma = self.process.at(t, x0)
-        logits = model(alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape), self.process.told(t), keys[2])
+        logits = model(
+            alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape), self.process.told(t), keys[2] if train else None
+        )
         _, nll, correct = cross_entropy(logits, batch["label"])
         weight = batch.get("weight", jnp.ones(len(x0))).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)

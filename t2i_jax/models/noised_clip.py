@@ -11,8 +11,9 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend, causal
-from t2i_jax.nn.condition import ids, value
+from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.noise.processes import EDM, Discrete, Process
@@ -60,10 +61,17 @@ class NoisedCLIP:
     def init(self, key: Array) -> CLIPNetwork:
         return CLIPNetwork(self, key)
 
-    def loss(self, model: CLIPNetwork, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        image = FieldSpec((self.size, self.size, 3), "float32")
+        return {"image": image, **text_spec(self.vocabulary, self.length)}
+
+    def loss(
+        self, model: CLIPNetwork, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
         """Cross-entropy of which caption belongs to which noised picture, both ways (Radford et al. 2021, figure 3).
 
-        batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s).
+        batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s). train: False takes times evenly; static.
         """
         keys = jax.random.split(key)
         x0 = batch["image"].astype(jnp.float32)

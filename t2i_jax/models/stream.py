@@ -19,9 +19,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
-from t2i_jax.nn.condition import Batch, ids, same_length
+from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
@@ -55,7 +56,9 @@ class Text:
     unique_padding: bool = False
     """each place has padding of its own, after the vocabulary (Ramesh et al. 2021, 2.2)"""
 
-    inputs = ("text", "text_mask")
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return text_spec(self.vocabulary, self.length, mask=False)
 
     @property
     def rows(self) -> int:
@@ -173,6 +176,11 @@ class Stream:
             dropout=self.dropout,
         )
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        codes = FieldSpec(self.grid, "int32", 0, self.vocabulary - 1)
+        return {"codes": codes, **self.condition.batch_spec(), "weight": WEIGHT}
+
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -183,16 +191,18 @@ class Stream:
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
+    ) -> tuple[Array, dict[str, Array]]:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
 
         batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
-        to ignore.
+        to ignore. train: False leaves out dropout and dropped texts; static.
         """
         keys = jax.random.split(key)
         b = batch["codes"].shape[0]
-        text = self.condition(batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)))
-        w, x = self._features(model, text, batch["codes"], keys[1])
+        text = self.condition(batch, dropped_rows(keys[0], self.condition_dropout, b, train))
+        w, x = self._features(model, text, batch["codes"], keys[1] if train else None)
         both = lambda z: jnp.concatenate([model.image_logits(z), model.text_logits(z)], -1)
         text_score, image_score = (both, both) if self.one_softmax else (model.text_logits, model.image_logits)
         text = text[:, text.shape[1] - w.shape[1] :] + self.vocabulary * self.one_softmax

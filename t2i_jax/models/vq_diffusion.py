@@ -20,7 +20,8 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.condition import Captions, Classes, Encoded, ids
+from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate
 from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
@@ -126,6 +127,11 @@ class VQDiffusion:
             grid=self.grid if self.conv_mlp else None,
         )
 
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        codes = FieldSpec(self.grid, "int32", 0, self.vocabulary - 1)
+        return {"codes": codes, **self.condition.batch_spec(), "weight": WEIGHT}
+
     def options(self) -> Reverse:
         """How `sample` draws unless told otherwise."""
         return self.sampling
@@ -163,23 +169,25 @@ class VQDiffusion:
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array) -> tuple[Array, Any]:
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> tuple[Array, Any]:
         """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
         history of losses has moved on.
 
         batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
+        train: False leaves out dropout and dropped conditions, and takes times evenly; static.
         """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
         b, keys = x0.shape[0], jax.random.split(key, 4)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        told = self.tell(model, batch, jax.random.bernoulli(keys[0], self.condition_dropout, (b,)))
+        told = self.tell(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
+        drop = keys[3] if train else None
         if self.objective == "continuous":
-            terms = self.continuous(model, told, x0, keys[1], keys[3])
+            terms = self.continuous(model, told, x0, keys[1], drop)
         else:
             t, p = self.draw_times(model, b, keys[1])
             x_t = self.chain.noised(x0, t, keys[2])
-            terms = self.bound(model, told, x0, x_t, t, p, keys[3])
+            terms = self.bound(model, told, x0, x_t, t, p, drop)
             if self.importance:
                 model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
         loss = mean(terms.loss) / self.length

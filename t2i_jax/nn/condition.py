@@ -1,8 +1,8 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-A config (`Classes`, `Captions`, `Features`, `Vector`, ...) has `length`, the number of tokens; `inputs`, the keys of
-the batch it reads; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that
+A config (`Classes`, `Captions`, `Features`, `Vector`, ...) has `length`, the number of tokens; `batch_spec()`, what it
+reads of a batch; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that
 dtype and a mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional
 tokens instead of their own. `Given` tokens are ids of the image's own vocabulary, which the network embeds itself.
 """
@@ -20,21 +20,26 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
 Batch = Mapping[str, Array]
 
-SOURCES = {
-    "label": "a data source with class labels",
-    "text": "the tokeniser of the data pipeline (`text` of the experiment)",
-    "text_mask": "the tokeniser of the data pipeline (`text` of the experiment)",
-    "prefix": "whoever gives the first tokens of the sequence",
-    "low_res_noise": "whoever made the small picture that is enlarged noisy",
-    "null_features": "the same encoder, from an empty caption",
-    "features": "a frozen text encoder, in the data pipeline or stored before training by `t2i encode`",
-}
+
+def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
+    """Ids of a tokenizer and their mask, which a batch may lack where `mask` is False."""
+    return {
+        "text": FieldSpec((length,), "int32", 0, vocabulary - 1),
+        "text_mask": FieldSpec((length,), "bool", optional=not mask),
+    }
+
+
+def features_spec(length: int, dim: int) -> BatchSpec:
+    """Features of a frozen text encoder; for one vector a caption the mask may be that of its tokens."""
+    mask = FieldSpec((None if length == 1 else length,), "bool", optional=True)
+    return {"features": FieldSpec((length, dim), "float32"), "text_mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +53,9 @@ class Classes:
 
     length = 1
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("label",) if self.count else ()
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return {"label": FieldSpec((), "int32", 0, self.count - 1)} if self.count else {}
 
     def init(self, key: Array, width: int) -> ClassTokens:
         return ClassTokens(self, key, width)
@@ -80,7 +85,9 @@ class Captions:
     depth: int = 4
     heads: int = 4
 
-    inputs = ("text", "text_mask")
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return text_spec(self.vocabulary, self.length)
 
     def init(self, key: Array, width: int) -> CaptionTokens:
         return CaptionTokens(self, key, width)
@@ -130,7 +137,9 @@ class Features:
     bias: bool = False
     """of the projection"""
 
-    inputs = ("features",)
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return features_spec(self.length, self.dim)
 
     def init(self, key: Array, width: int) -> FeatureTokens:
         return FeatureTokens(self, key, width)
@@ -177,7 +186,10 @@ class Vector:
     dim: int = 512
 
     length = 1
-    inputs = ("features",)
+
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return features_spec(1, self.dim)
 
     def init(self, key: Array, width: int) -> VectorToken:
         return VectorToken(self, key, width)
@@ -215,7 +227,12 @@ class Encoded:
     kept_null: bool = False
     """hold the features of an empty caption in the model, which nothing trains: those of a loaded checkpoint"""
 
-    inputs = ("features",)
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch; unconditional features only where the model has none, and of a mask whether it
+        marks any text."""
+        null = {} if self.has_null else {"null_features": FieldSpec((self.length, self.dim), "float32", optional=True)}
+        mask = FieldSpec((None,), "bool", optional=True)
+        return {**features_spec(self.length, self.dim), "text_mask": mask, **null}
 
     def __post_init__(self):
         if self.trained_null and self.kept_null:
@@ -266,7 +283,9 @@ class Paired:
     summary: int = 2048
     """numbers of the first vector that say something"""
 
-    inputs = ("features",)
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return self.encoded.batch_spec()
 
     @property
     def length(self) -> int:
@@ -307,9 +326,11 @@ class Given:
 
     length: int = 1
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("label",) if self.length == 1 else ("prefix",)
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch; the model that embeds these ids knows how many there are."""
+        prefix = FieldSpec((self.length,), "int32", 0, optional=self.length == 1)
+        label = FieldSpec((), "int32", 0, optional=True)
+        return {"prefix": prefix, "label": label} if self.length == 1 else {"prefix": prefix}
 
     def init(self, key: Array, width: int) -> GivenIds:
         return GivenIds(self)
@@ -334,12 +355,15 @@ class GivenIds(nnx.Module):
 Condition = Classes | Captions | Features | Vector
 
 
+def dropped_rows(key: Array, share: float, b: int, train: bool) -> Array:
+    """Which rows (b,) of a batch lose their condition: a share of them in training, none of held-out data."""
+    return jax.random.bernoulli(key, share, (b,)) if train else jnp.zeros(b, bool)
+
+
 def value(batch: Batch, name: str) -> Array:
     """A condition of the batch. Errors: `ConfigError` if it is missing: data and model do not go together."""
     if name not in batch:
-        raise ConfigError(
-            f"the batch has no '{name}'; it comes from {SOURCES[name]}. It has: {', '.join(sorted(batch))}"
-        )
+        raise ConfigError(missing(name, batch))
     return jnp.asarray(batch[name])
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.condition import Batch, ids, same_length, value
+from t2i_jax.core.types import BatchSpec
+from t2i_jax.nn.condition import Batch, ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
@@ -28,7 +29,9 @@ class PaddedCaptions:
     """Slots without text hold learned vectors; else whatever ids stand there."""
     final_norm: bool = True
 
-    inputs = ("text", "text_mask")
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        return text_spec(self.vocabulary, self.length)
 
     def init(self, key: Array, width: int) -> PaddedTokens:
         if width != self.width:

@@ -88,36 +88,17 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
 
 
 def wanted(experiment: Experiment) -> Batch:
-    """What the loss of a model reads, from its configuration."""
-    model, size = experiment.model, experiment.data.batch_size
-    f32, i32 = jnp.float32, jnp.int32
-    side = (experiment.data.image_size,) * 2
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
-    if hasattr(model, "encode") and hasattr(model, "decode") and hasattr(model, "factor"):
-        shapes["image"] = (*side, 3), jnp.uint8
-    elif hasattr(model, "shape") or hasattr(model, "trunk"):
-        shape = model.shape if hasattr(model, "shape") else (*model.trunk.size, model.trunk.channels)
-        pixels = not experiment.codec and shape == (*side, 3)
-        shapes["image" if pixels else "codes"] = shape, jnp.uint8 if pixels else f32
-    elif hasattr(model, "grid"):
-        dim, patch = getattr(getattr(model, "head", None), "dim", 0), getattr(model, "patch", 1)
-        grid = tuple(n * patch for n in model.grid)
-        shapes["codes"] = ((*grid, dim // patch**2), f32) if dim else (grid, i32)
-    else:
-        raise ConfigError(f"what a {type(model).__name__} reads is not known here; say it with --inputs")
-    condition = getattr(model, "condition", None)
-    length = getattr(condition, "length", 1)
-    # A stream's words are its condition, which has no list of what it reads.
-    reads = getattr(condition, "inputs", ("text", "text_mask") if hasattr(condition, "vocabulary") else ())
-    reads = ("label",) if hasattr(model, "trunk") else reads
-    known = {
-        "label": ((), i32),
-        "text": ((length,), i32),
-        "text_mask": ((length,), bool),
-        "features": ((length, getattr(condition, "dim", 0)), f32),
-        "prefix": ((length,), i32),
-    }
-    return {k: jax.ShapeDtypeStruct((size, *s), d) for k, (s, d) in (shapes | {n: known[n] for n in reads}).items()}
+    """What the loss of a model reads, from its configuration: codes, where it may have codes or images, unless it draws
+    the pixels of images of the data's size."""
+    model, side = experiment.model, experiment.data.image_size
+    spec = dict(model.batch_spec())
+    if "image" in spec and "codes" in spec:
+        pixels = not experiment.codec and spec["image"].shape == (side, side, 3)
+        spec["image" if pixels else "codes"] = dataclasses.replace(spec["image"], optional=False)
+    needed = {k: f for k, f in spec.items() if not f.optional}
+    shape = lambda f: (experiment.data.batch_size, *(side if n is None else n for n in f.shape))
+    kind = lambda k, f: jnp.uint8 if k == "image" else jnp.dtype(f.dtype)
+    return {k: jax.ShapeDtypeStruct(shape(f), kind(k, f)) for k, f in needed.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +125,9 @@ class Ready:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
             keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding)
             options = jax.eval_shape(lambda: family.options().arrays())
-            ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch)
-            reads = getattr(family.condition, "inputs", ("text", "text_mask"))
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch, key)
+            reads = family.condition.batch_spec().keys() & ready.keys()
             condition = {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
 
             def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, load_artifact
@@ -96,23 +98,69 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
     return parts, codec
 
 
-def make_prepare(codec: Any, text: Any):
-    """The part of a step before any gradient: (frozen, batch) -> batch with images as floats, codes and text features.
+def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
+    """What examples of the data have to hold, before `prepare`: the fields of the model's `batch_spec`, of which those
+    that frozen parts compute may be absent. codec: the configuration of the frozen codec, or None."""
+    spec = dict(experiment.model.batch_spec())
+    optional = lambda field: dataclasses.replace(field, optional=True)
+    codes = spec.get("codes")
+    if codes is not None and len(codes.shape) == 3:
+        latents = FieldSpec((*codes.shape[:2], 2 * codes.shape[2]), "float32", optional=True)
+        spec |= {"codes": optional(codes), "latents": latents}
+    if codes is not None and codec is not None:
+        spec |= {"codes": optional(codes), "image": optional(codec.batch_spec()["image"])}
+    if "image" in spec:  # bytes until they are on the devices
+        spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
+    if "features" in spec and experiment.text is not None:
+        spec["features"] = optional(spec["features"])
+    return spec
 
-    What the data brings already (codes, features of an encoded data set) is not computed again. A text with
-    `image_features` teaches by pictures: their features stand in for those of captions wherever there is a picture.
+
+Prepare = Callable[[Mapping[str, Any], dict[str, Array], Array], dict[str, Array]]
+
+
+def make_prepare(codec: Any, text: Any) -> Prepare:
+    """The part of a step before any gradient: (frozen, batch, key) -> batch with images as floats, codes and text
+    features.
+
+    What the data brings already (codes, latents, features of an encoded data set) is not computed again. Codes of a KL
+    autoencoder are drawn from its posterior, by the key. A text with `image_features` teaches by images: their features
+    stand in for those of captions wherever there is an image.
     """
 
-    def prepare(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
-        batch = dict(batch)
-        if "image" in batch:
-            batch["image"] = batch["image"].astype(jnp.float32) / 127.5 - 1
-        if "image" in batch and "features" not in batch and hasattr(text, "image_features"):
-            batch["features"] = text.image_features(frozen["text"], batch["image"])
+    def prepare(frozen: Mapping[str, Any], batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        batch = with_features(text, frozen, as_floats(batch))
+        if "latents" in batch:
+            batch["codes"] = draw_codes(batch.pop("latents"), key)
         if codec is not None and "image" in batch and "codes" not in batch:
-            batch["codes"] = codec.encode(frozen["codec"], batch.pop("image"))
-        if hasattr(text, "features") and "features" not in batch and "text" in batch:
-            batch["features"] = text.features(frozen["text"], batch["text"], batch["text_mask"])
+            batch["codes"] = codec.encode(frozen["codec"], batch.pop("image"), key)
         return jax.lax.stop_gradient(batch)
 
     return prepare
+
+
+def make_store(codec: Any, text: Any) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
+    """What `t2i encode` keeps of a batch: (frozen, batch) -> codes or latents, features and their mask."""
+
+    def store(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+        batch = with_features(text, frozen, as_floats(batch))
+        kept = codec.to_store(frozen["codec"], batch["image"]) if codec is not None and "image" in batch else {}
+        return kept | {k: batch[k] for k in ("features", "text_mask") if k in batch}
+
+    return store
+
+
+def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch whose images are floats in [-1, 1]."""
+    if "image" not in batch:
+        return dict(batch)
+    return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1}
+
+
+def with_features(text: Any, frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with the features of its images or captions, where the text encoder gives such and it has none yet."""
+    if "features" not in batch and "image" in batch and hasattr(text, "image_features"):
+        batch["features"] = text.image_features(frozen["text"], batch["image"])
+    if "features" not in batch and "text" in batch and hasattr(text, "features"):
+        batch["features"] = text.features(frozen["text"], batch["text"], batch["text_mask"])
+    return batch

@@ -10,7 +10,7 @@ from jax.experimental import checkify
 
 from t2i_jax.nn.trees import rebuild
 from t2i_jax.training.state import TrainState
-from t2i_jax.training.step import held
+from t2i_jax.training.step import held, step_keys
 
 
 class NotFinite(ArithmeticError):
@@ -49,12 +49,12 @@ def first_line(trainer: Any, state: TrainState, step: int) -> str:
     """Repeat the forward pass of a step with every operation checked; the source line of the first NaN."""
     batch_size = trainer.experiment.data.batch_size
     batch = next(trainer.batches((step - 1) * batch_size))
-    key = jax.random.fold_in(jax.random.key(trainer.experiment.train.seed), step - 1)
+    key, draw = step_keys(trainer.experiment.train.seed, step - 1)
 
     def forward(state, frozen, batch):
         model = rebuild(trainer.abstract, {**state.params, **state.carried})
-        batch = trainer.prepare(frozen, batch) | held(frozen)
-        return [player.loss(model, batch, key, state.step)[0] for player in trainer.players.values()]
+        batch = trainer.prepare(frozen, batch, draw) | held(frozen)
+        return [player.loss(model, batch, key, state.step, True)[0] for player in trainer.players.values()]
 
     try:
         error, _ = jax.jit(checkify.checkify(forward, errors=checkify.nan_checks))(state, trainer.frozen, batch)

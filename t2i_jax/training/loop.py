@@ -22,17 +22,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, from_json, to_json
+from t2i_jax.core.types import check_batch
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.checkpoints import Checkpoints
-from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare
+from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.records import Records
 from t2i_jax.training.remote import place, worked_in
 from t2i_jax.training.state import TrainState, create
-from t2i_jax.training.step import held, make_step, owned
+from t2i_jax.training.step import held, make_step, owned, step_keys
 from t2i_jax.training.watch import together, watched
 
 console = Console(stderr=True)
@@ -61,7 +62,8 @@ class Trainer:
         for name in train.players:
             if name not in self.players:
                 raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
-        self.optimizers = {n: train.players.get(n, train.optimizer).build(train.steps) for n in self.players}
+        left = {n: max(train.steps - p.start, 1) for n, p in self.players.items()}
+        self.optimizers = {n: train.players.get(n, train.optimizer).build(left[n]) for n in self.players}
         self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         if parts or experiment.data.batch_size % jax.process_count():
@@ -76,6 +78,8 @@ class Trainer:
             place = jax.device_put if mesh is None else laid_out
             self.frozen = place(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
+            self.spec = record_spec(experiment, codec)
+            self.checked = False
             self.prepare = make_prepare(codec, experiment.text)
             step = make_step(
                 self.abstract,
@@ -114,6 +118,18 @@ class Trainer:
         """The model to look at: averaged parameters where the run keeps them."""
         return rebuild(self.abstract, {**(state.ema or state.params), **state.carried})
 
+    def check(self, batch: dict[str, np.ndarray]) -> None:
+        """Look once at what becomes of a batch before the loss reads it: shapes and dtypes.
+
+        Errors: `DataError` that names what the model cannot take.
+        """
+        if not self.checked:
+            shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            ready = jax.eval_shape(self.prepare, shape(self.frozen), shape(batch), key)
+            check_batch(self.experiment.model.batch_spec(), ready)
+            self.checked = True
+
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's share of a batch as part of the global one."""
         sharding = batch_sharding(self.mesh)
@@ -136,18 +152,20 @@ class Trainer:
         index, count = self.share()
         ahead: collections.deque = collections.deque()
         captions = None if hasattr(e.text, "image_features") else e.text  # then pictures alone are learned from
-        stream: Any = e.data.batches(captions, position, index, count, split)
+        stream: Any = e.data.batches(captions, position, index, count, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
+                self.check(batch)
                 ahead.append(self.put(batch))
                 if len(ahead) > 1:
                     yield ahead.popleft()
             yield from ahead
 
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        model, batch, metrics = self.model(state), self.prepare(frozen, batch) | held(frozen), {}
+        key, draw = step_keys(0, 0)  # the same for every batch and every time that losses are taken
+        model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | held(frozen), {}
         for name, player in self.players.items():
-            loss, aux = player.loss(model, batch, jax.random.key(0), state.step)
+            loss, aux = player.loss(model, batch, key, state.step, False)
             numbers = {"loss": loss} | (aux[0] if isinstance(aux, tuple) else aux)
             metrics |= {f"{name}/{k}" if len(self.players) > 1 else k: v for k, v in numbers.items()}
         return metrics
@@ -166,10 +184,10 @@ class Trainer:
         of the frozen parts, unless only what learns is asked for."""
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
-        ready = jax.eval_shape(self.prepare, frozen, batch) | held(frozen)
-        once = flops.count(self.prepare, frozen, batch) if frozen_too else 0.0
-        loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32))[0]
         key = jax.eval_shape(lambda: jax.random.key(0))
+        ready = jax.eval_shape(self.prepare, frozen, batch, key) | held(frozen)
+        once = flops.count(self.prepare, frozen, batch, key) if frozen_too else 0.0
+        loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32), True)[0]
         return once + 3 * sum(flops.count(loss(p), self.abstract, ready, key) for p in self.players.values())
 
 

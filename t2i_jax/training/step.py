@@ -30,7 +30,7 @@ def make_step(
     abstract: Any,
     players: Mapping[str, Player],
     optimizers: Mapping[str, optax.GradientTransformation],
-    prepare: Callable[[Any, dict[str, Array]], dict[str, Array]] = lambda frozen, batch: batch,
+    prepare: Callable[[Any, dict[str, Array], Array], dict[str, Array]] = lambda frozen, batch, key: batch,
     *,
     seed: int = 0,
     accumulate: int = 1,
@@ -39,7 +39,7 @@ def make_step(
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     abstract: the model with abstract leaves, which lends its structure.
-    prepare: (frozen models, batch) -> batch, what is computed without gradient first: codes, text features.
+    prepare: (frozen models, batch, key) -> batch, what is computed without gradient first: codes, text features.
     accumulate: the batch is cut into so many parts, seen one after the other, before one update.
     ema: decay of the parameters' average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
 
@@ -55,7 +55,7 @@ def make_step(
 
             def objective(mine: Named, player=player):
                 model = rebuild(abstract, {**state.params, **mine, **carried})
-                loss, aux = player.loss(model, batch, key, state.step)
+                loss, aux = player.loss(model, batch, key, state.step, True)
                 if isinstance(aux, tuple):
                     return loss, aux
                 return loss, (aux, None)
@@ -89,17 +89,20 @@ def make_step(
         return mean(grads), jax.tree.map(lambda m: m.mean(0), metrics), carried
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch), key)
+        key, draw = step_keys(seed, state.step)
+        grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch, draw), key)
 
         params, optimizer, norms = dict(state.params), {}, {}
         for name in players:
             squares = {k: squared_norm(g) for k, g in grads[name].items()}
-            updates, optimizer[name] = optimizers[name].update(
-                grads[name], state.optimizer[name], owned(players[name], state.params)
-            )
-            moved = optax.apply_updates(owned(players[name], state.params), updates)
-            params |= cast(Named, moved)
+            before = owned(players[name], state.params), state.optimizer[name]
+            updates, after = optimizers[name].update(grads[name], before[1], before[0])
+            moved = optax.apply_updates(before[0], updates), after
+            if players[name].start:
+                started = state.step >= players[name].start
+                moved = jax.tree.map(lambda new, old, started=started: jnp.where(started, new, old), moved, before)
+            params |= cast(Named, moved[0])
+            optimizer[name] = moved[1]
             prefix = f"{name}/" if len(players) > 1 else ""
             metrics[f"{prefix}gradient_norm"] = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
             norms |= squares
@@ -116,6 +119,12 @@ def make_step(
         return kept, metrics | {"finite": finite, "norms": norms}
 
     return step
+
+
+def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
+    """The key of a step's losses, and that of what `prepare` draws."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return key, jax.random.fold_in(key, 1)
 
 
 def held(frozen: Any) -> dict[str, Any]:

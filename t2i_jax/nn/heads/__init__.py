@@ -13,6 +13,7 @@ guidance scale (b,), and traced options of `nn.draw`. Its score (b, m) is log p(
 None. Every head works with every order; an order that goes by confidence needs a score.
 """
 
+from t2i_jax.core.types import FieldSpec
 from t2i_jax.nn.heads.diffusion import Diffusion
 from t2i_jax.nn.heads.draws import Draws, ImageKeys
 from t2i_jax.nn.heads.flow import Flow
@@ -21,4 +22,12 @@ from t2i_jax.nn.heads.softmax import Softmax
 
 Head = Softmax | Diffusion | Flow | Mixture
 
-__all__ = ["Diffusion", "Draws", "Flow", "Head", "ImageKeys", "Mixture", "Softmax"]
+__all__ = ["Diffusion", "Draws", "Flow", "Head", "ImageKeys", "Mixture", "Softmax", "code_spec"]
+
+
+def code_spec(head: Head, grid: tuple[int, int], patch: int) -> FieldSpec:
+    """The codes of an image for a grid of tokens, each a square of `patch` x `patch` codes."""
+    if isinstance(head, Softmax):
+        return FieldSpec(grid, "int32", 0, head.vocabulary - 1)
+    rows, columns = (n * patch for n in grid)
+    return FieldSpec((rows, columns, head.dim // patch**2), "float32")

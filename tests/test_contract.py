@@ -1,0 +1,91 @@
+"""What holds of every family and codec: it trains on what it says it takes, and held-out losses are the model's own."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from families import CODECS, FAMILIES, batch_for
+
+from t2i_jax.core.errors import DataError
+from t2i_jax.core.types import FieldSpec, check_batch
+from t2i_jax.nn.players import players_of
+from t2i_jax.nn.trees import abstract
+
+ALL = CODECS | FAMILIES
+REGULAR = {
+    "dropout": 0.5,
+    "token_dropout": 0.5,
+    "condition_dropout": 0.9,
+    "corruption": 0.9,
+    "label_smoothing": 0.5,
+    "z_loss": 1.0,
+    "augmentation": 0.9,
+}
+"""Fields that regularise, and values that are felt."""
+
+
+def regularised(config, strong):
+    """A configuration, with those it is made of, whose regularising fields are strong or 0."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    inner = {k: regularised(v, strong) for k, v in fields.items() if dataclasses.is_dataclass(v) and k != "sampling"}
+    mine = {k: v * strong for k, v in REGULAR.items() if k in fields}
+    return dataclasses.replace(config, **inner, **mine)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_trains_on_what_it_says_it_takes(name):
+    config = ALL[name]
+    batch, model = batch_for(config), config.init(jax.random.key(0))
+    check_batch(config.batch_spec(), batch)
+    for train in (True, False):
+        for player in players_of(config).values():
+            loss = jax.jit(lambda m, b, p=player, t=train: p.loss(m, b, jax.random.key(1), 3, t)[0])
+            assert np.isfinite(loss(model, batch))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_held_out_losses_are_of_the_model_alone(name):
+    strong, none = (regularised(FAMILIES[name], strong) for strong in (1, 0))
+    batch = batch_for(none)
+
+    def program(config, train):
+        loss = lambda m, b: config.loss(m, b, jax.random.key(1), train)[0]
+        text = str(jax.make_jaxpr(loss)(abstract(config), batch))
+        return re.sub("0x[0-9a-f]+", "", text)
+
+    assert program(strong, False) == program(none, False)
+    if strong != none:
+        assert program(strong, True) != program(none, True)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_it_does_not_take_is_named(name):
+    spec = ALL[name].batch_spec()
+    batch = batch_for(ALL[name])
+    for field, takes in spec.items():
+        if field not in batch:
+            continue
+        x = batch[field]
+        wrong = [x[..., None], x.astype(complex)] + [x[..., :-1]] * bool(takes.shape and takes.shape[-1])
+        if takes.dtype == "int32":
+            wrong += [np.where(np.arange(x.size).reshape(x.shape) == 1, n, x) for n in (takes.low - 1, takes.high + 1)]
+            wrong += [x.astype(np.float32)]
+        for value in wrong:
+            with pytest.raises(DataError, match=f"'{field}'"):
+                check_batch(spec, batch | {field: value})
+        if not takes.optional:
+            with pytest.raises(DataError, match=f"no '{field}'"):
+                check_batch(spec, {k: v for k, v in batch.items() if k != field})
+
+
+def test_any_width_of_integers_and_floats_is_taken():
+    ids, vectors = FieldSpec((2,), "int32", 0, 300), FieldSpec((None, 3), "float32", multiple=2)
+    for dtype in (np.uint16, np.int64, np.int32):
+        assert not ids.fault(np.asarray([0, 300], dtype))
+    for dtype in (np.float16, jax.numpy.bfloat16, np.float64):
+        assert not vectors.fault(np.zeros((4, 3), dtype))
+    assert "multiples of 2" in vectors.fault(np.zeros((3, 3)))
+    assert "one number" in FieldSpec((), "int32").fault(np.zeros(2, int))
+    assert "holds 301" in ids.fault(np.asarray([0, 301]))
