@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import json
+import re
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -64,11 +66,45 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
     """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has.
 
-    Errors: `ConfigError` for values that the dataclass refuses; a wrong field or type exits, as `load` has it.
+    Errors: `ConfigError` for a field that does not exist, with the nearest one, and for a value that is refused.
     """
-    kind, settings = type(value), (tyro.conf.AvoidSubcommands,)
-    with refused():
-        return tyro.cli(kind, default=value, args=list(arguments), prog=prog, config=settings, registry=_registry)
+    return parse(type(value), arguments, prog, default=value, config=(tyro.conf.AvoidSubcommands,), registry=_registry)
+
+
+def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+    """What tyro makes of command-line arguments for a dataclass; `--help` prints and exits.
+
+    Errors: `ConfigError`, one line with what is wrong and what was perhaps meant.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=list(arguments), prog=prog, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    message = _one_line(said.getvalue())
+    # What a dataclass says of its own field is said of the argument.
+    refused = re.fullmatch(r"Error parsing (\S+): \w+\.(\w+) (.*)", message)
+    if refused:
+        name = refused[2] if refused[1] == kind.__name__ else f"{refused[1]}.{refused[2]}"
+        message = f"--{name.replace('_', '-')} {refused[3]}"
+    raise ConfigError(message)
+
+
+def _one_line(box: str) -> str:
+    """tyro's message, a box of several parts, without the help of the whole command."""
+    rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    parts = [[]]
+    for row in rows:
+        if re.fullmatch("[─-]+", row):
+            parts.append([])
+        elif row:
+            parts[-1].append(" ".join(row.split()))
+    kept = [" ".join(part) for part in parts if part and not part[0].startswith(("For full helptext", "Argument help"))]
+    return ". ".join(kept) or " ".join(box.split())
 
 
 _registry = tyro.constructors.ConstructorRegistry()

@@ -13,6 +13,7 @@ import tyro
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.fields import Checked, Size
 
 
 def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
@@ -63,15 +64,15 @@ def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecBench:
+class CodecBench(Checked):
     """Pictures a second through the codec that a config trains, or that it reads its codes from.
 
     Fields of the config can be set as for `train`. Example: t2i bench codec configs/quickstart_codec.py --batch 8
     """
 
     config: tyro.conf.Positional[Path]
-    batch: int = 8
-    repeats: int = 5
+    batch: Size = 8
+    repeats: Size = 5
     eager: bool = False
     """measure the same VQGAN in eager PyTorch on the CPU too, which has to be installed"""
     out: Path | None = None
@@ -92,7 +93,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench codec CONFIG ...`"""
-    args, rest = tyro.cli(CodecBench, args=arguments, prog="t2i bench codec", return_unknown_args=True)
+    args, rest = config.parse(CodecBench, arguments, "t2i bench codec", return_unknown_args=True)
     experiment = config.load(args.config, rest)
     codec = experiment.model
     if not (hasattr(codec, "encode") and hasattr(codec, "decode")):

@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image
 
-from t2i_jax import flops
+from t2i_jax import config, flops
 from t2i_jax.bench.measure import Result, in_turns, table, tell
+from t2i_jax.core.fields import Checked, Count, Size
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
@@ -139,21 +139,21 @@ def need(size: str, chip: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataBench:
+class DataBench(Checked):
     """Examples a second from picture files and from codes, beside what chips take. Everything is made for the run.
 
     Example: t2i bench data --workers 2 --out data.json
     """
 
-    side: int = 512
+    side: Size = 512
     """of the pictures in the files"""
-    image_size: int = 256
+    image_size: Size = 256
     """of the crops"""
-    pictures: int = 128
-    records: int = 4096
-    workers: int = 0
+    pictures: Size = 128
+    records: Size = 4096
+    workers: Count = 0
     """processes that make batches; 0: one thread of this one"""
-    repeats: int = 3
+    repeats: Size = 3
     chips: tuple[str, ...] = ("v5e", "v5p", "h100")
     shapes: tuple[str, ...] = ("llamagen-b", "llamagen-xl")
     out: Path | None = None
@@ -171,7 +171,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench data ...`"""
-    a = tyro.cli(DataBench, args=arguments, prog="t2i bench data")
+    a = config.parse(DataBench, arguments, "t2i bench data")
     results = [bench_pictures(s, a.side, a.image_size, a.pictures, a.workers, a.repeats) for s in ("jpg", "png")]
     results += [bench_codes(16, f, a.records, a.workers, a.repeats) for f in ((0, 0), (120, 2048))]
     rows = dict(ROWS)

@@ -12,16 +12,18 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax import Array
 
+from t2i_jax import config
 from t2i_jax.bench import drawing
 from t2i_jax.bench.measure import EAGER, LIMITS, Result, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.decode import int8_weights
@@ -96,7 +98,7 @@ def bench_sample(
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleBench:
+class SampleBench(Checked):
     """Draw images with random weights, beside what this machine could do.
 
     Of a config, a run or a released model the sampler runs with its own options; fields of the config can be set as for
@@ -106,23 +108,23 @@ class SampleBench:
 
     model: tyro.conf.Positional[Path | None] = None
     """a config, a run or a released model of any family; without one, next-token decoding of --shape"""
-    batch: tuple[int, ...] = (1, 4, 16)
+    batch: Sizes = (1, 4, 16)
     guided: bool = True
     shape: str = "5M"
     """a name of the table of sizes: 1M, 5M, 30M, llamagen-b, ...; this and what follows to `int8` are for no config"""
-    grid: int = 0
+    grid: Count = 0
     """codes along a side; 0: 16, as published, and 8 for own small sizes"""
-    vocabulary: int = 0
+    vocabulary: Count = 0
     """codes of the codec; 0: 16384 as published, and 1024 for own small sizes"""
-    segments: int = 0
-    top_p: float = 1.0
-    dtype: str = "float32"
+    segments: Count = 0
+    top_p: Annotated[float, Range(above=0, high=1)] = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     int8: bool = False
     """measure with weights in int8 too"""
     eager: bool = False
     """measure the same in eager PyTorch on the CPU too, which has to be installed; of a config with a `Diffusion` by a
     DiT along a flow with --model.solver euler"""
-    repeats: int = 3
+    repeats: Size = 3
     out: Path | None = None
     """write the results as JSON"""
 
@@ -144,14 +146,14 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
-    args, rest = tyro.cli(SampleBench, args=arguments, prog="t2i bench sample", return_unknown_args=True)
+    args, rest = config.parse(SampleBench, arguments, "t2i bench sample", return_unknown_args=True)
     if args.model is not None:
         return _any_family(args, rest)
     if rest:
         raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
     published = args.shape in SIZES and args.shape.startswith("llamagen")
     side = args.grid or (16 if published else 8)
-    config = AR.sized(
+    family = AR.sized(
         args.shape,
         vocabulary=args.vocabulary or (16384 if published else 1024),
         grid=(side, side),
@@ -160,13 +162,13 @@ def main(arguments: list[str]) -> None:
     )
     kinds = [(b, int8) for b in args.batch for int8 in (False, True)[: 1 + args.int8]]
     results = [
-        bench_sample(config, b, args.guided, args.segments, args.repeats, int8, args.top_p, args.eager)
+        bench_sample(family, b, args.guided, args.segments, args.repeats, int8, args.top_p, args.eager)
         for b, int8 in kinds
     ]
     millions = results[0]["parameters"] / 1e6
-    title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(config.grid)} tokens, {config.dtype}"
+    title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(family.grid)} tokens, {family.dtype}"
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, ROWS)
-    about = {"shape": args.shape, "grid": side, "vocabulary": config.vocabulary, "dtype": config.dtype}
+    about = {"shape": args.shape, "grid": side, "vocabulary": family.vocabulary, "dtype": family.dtype}
     tell("sample", [about | r for r in results], shown, args.out)
 
 

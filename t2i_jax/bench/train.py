@@ -16,6 +16,7 @@ import tyro
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import refused
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
@@ -101,7 +102,7 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainBench:
+class TrainBench(Checked):
     """The train step of a config, on random batches of the shapes that it reads.
 
     Fields of the config can be set as for `train`. Example: t2i bench train configs/quickstart.py --encoded
@@ -112,7 +113,7 @@ class TrainBench:
     """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""
     encoded: bool = False
     """do not look at the data; take codes and features as computed before"""
-    repeats: int = 5
+    repeats: Size = 5
     eager: bool = False
     """measure the same step in eager PyTorch on the CPU too, which has to be installed; of an `AR` on classes"""
     out: Path | None = None
@@ -121,7 +122,7 @@ class TrainBench:
 
 def asked(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
-    args, rest = tyro.cli(kind, args=arguments, prog=prog, return_unknown_args=True)
+    args, rest = config.parse(kind, arguments, prog, return_unknown_args=True)
     experiment = config.load(args.config, rest)
     return args, experiment, batch_of(experiment, args.inputs, args.encoded)[0]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from t2i_jax import comparison, config
 from t2i_jax.cli.shared import console, local, parse
+from t2i_jax.core.fields import Checked, Range
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareArguments:
+class CompareArguments(Checked):
     """Train several models with equal compute, draw from each, sweep sampling options, and write one report.
 
     What was trained or measured before is taken over: the same command goes on.
@@ -25,8 +27,8 @@ class CompareArguments:
     """OUT.md, OUT.json, OUT.png and a plot for each sweep"""
     runs: Path | None = None
     """where the runs lie; runs/NAME of the config file unless given"""
-    count: int | None = None
-    flops: float | None = None
+    count: Annotated[int | None, Range(low=1)] = None
+    flops: Annotated[float | None, Range(above=0)] = None
     """training compute of each run; the config's own unless given"""
 
 

@@ -9,11 +9,12 @@ import tyro
 
 from t2i_jax import config
 from t2i_jax.cli.shared import local, parse_some
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.encode import encode_splits
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeArguments:
+class EncodeArguments(Checked):
     """Compute the codes (and the features of a frozen text encoder) of a config's data once, and store them.
 
     Example: t2i encode configs/quickstart.py --out data/glyphs_codes
@@ -22,8 +23,8 @@ class EncodeArguments:
     config: tyro.conf.Positional[Path]
     out: Path
     splits: tuple[str, ...] = ("train", "val", "test")
-    batch_size: int = 128
-    block: int = 8192
+    batch_size: Size = 128
+    block: Size = 8192
     """records of a file; work that was cut off goes on behind the last whole one"""
 
 

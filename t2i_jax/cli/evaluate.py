@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from t2i_jax import config
 from t2i_jax.cli.shared import local, parse_some
+from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.evaluation.run import evaluate_folder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import read_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateArguments:
+class EvaluateArguments(Checked):
     """The metrics table of a run or a released model, with pictures; written to report.json, report.md, samples.png.
 
     A codec is judged by its reconstructions, a model by its pictures for captions and by the likelihood of real ones.
@@ -27,10 +29,10 @@ class EvaluateArguments:
     """folder for the report; the model's own unless given"""
     data: str = ""
     """config whose data is the reference; the run's own unless given"""
-    count: int = 100
+    count: Annotated[int, Range(low=2)] = 100
     """pictures per set of prompts: captions of the training concepts in new words, and concepts held out"""
-    batch_size: int = 50
-    seed: int = 0
+    batch_size: Size = 50
+    seed: Seed = 0
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
     """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
     solver: str = ""

@@ -12,10 +12,11 @@ from rich.console import Console
 from t2i_jax import config
 from t2i_jax import plan as plans
 from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.core.fields import Checked, Positive, Size, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanArguments:
+class PlanArguments(Checked):
     """What a run will need, before it is paid for: memory, FLOPs, traffic, collectives, time and MFU of every chip.
 
     For TPUs (v5e, v5p, v6e) the real train step is compiled by the real compiler, on any Linux machine; for GPUs (h100,
@@ -32,16 +33,16 @@ class PlanArguments:
     """plan the sampler too, for a batch of `data.batch_size` pictures (TPUs)"""
     sweep: bool = False
     """try meshes, remat policies and batch sizes, and rank what fits"""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: Sizes = ()
     """of the sweep; the config's own, twice and four times it unless given"""
-    compiles: int = 3
+    compiles: Size = 3
     """how many of the sweep's best are compiled"""
     twin: bool = False
     """compile models of 2 and 4 layers instead and scale by depth: for the samplers of deep models, whose compile grows
     with the layers; that of a train step does not, as it scans them. A UNet has no one depth, and no twins"""
     estimate: bool = False
     """count for TPUs too and compile nothing: seconds in place of minutes"""
-    images: float = 1e9
+    images: Positive = 1e9
     """pictures to be seen in training"""
     inputs: tuple[str, ...] = ()
     """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
+from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, settled
@@ -23,7 +25,7 @@ from t2i_jax.training.artifacts import config_of, load_artifact
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleArguments:
+class SampleArguments(Checked):
     """Draw pictures for prompts with a run or a released model. Pictures that are there already are not drawn again.
 
     The model's sampling options are further flags (--guidance, --temperature, --top-k, ...): t2i sample MODEL --help.
@@ -37,11 +39,11 @@ class SampleArguments:
     prompts: Path | None = None
     """file with one prompt a line, for bulk"""
     out: Path = Path("samples")
-    count: int = 1
+    count: Size = 1
     """pictures per prompt, with seeds seed, seed + 1, ..."""
-    seed: int = 0
-    batch_size: int = 16
-    scale: int = 4
+    seed: Seed = 0
+    batch_size: Size = 16
+    scale: Size = 4
     """enlargement of the pictures in the grid"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc"""
@@ -53,7 +55,7 @@ class SampleArguments:
     rerank: str = ""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt, with fields of it set
     behind commas: vit_b_32.pt,activation=gelu"""
-    candidates: int | None = None
+    candidates: Annotated[int | None, Range(low=1)] = None
     """pictures drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
     image: Path | None = None
     """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a

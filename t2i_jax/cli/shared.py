@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
+from t2i_jax import config
 from t2i_jax.config import ConfigError
 
 console = Console(stderr=True)
@@ -29,9 +29,9 @@ def local(path: Path) -> Path:
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
-    return tyro.cli(kind, args=list(arguments), prog=prog)
+    return config.parse(kind, arguments, prog)
 
 
 def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
     """The command's own arguments, and the rest: overrides of fields that only a config or a model knows."""
-    return tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True)
+    return config.parse(kind, arguments, prog, return_unknown_args=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import Checked, Positive, Seed, Size
 from t2i_jax.training.experiment import Experiment
 
 
@@ -38,7 +39,7 @@ class Sweep:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Checked):
     """Runs of equal training compute, what is drawn from them, and what the pictures are compared with."""
 
     title: str
@@ -48,18 +49,19 @@ class Comparison:
     """`train.steps` of each follows from `flops`"""
     reference: Experiment
     """its data holds the pictures and captions that are compared with"""
-    flops: float
+    flops: Positive
     """of the training of each run: three times the forward passes"""
     sweeps: Mapping[str, Sweep] = dataclasses.field(default_factory=dict)
     guides: Mapping[str, Experiment] = dataclasses.field(default_factory=dict)
     """trained with the same compute, to guide others: classifiers and image-text models of noised pictures"""
-    count: int = 100
+    count: Size = 100
     """pictures drawn for each number: known concepts in words that were not trained on"""
-    batch_size: int = 25
+    batch_size: Size = 25
     """pictures drawn at once; the speed is that of such a batch"""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
+        super().__post_init__()
         for name, sweep in self.sweeps.items():
             for label, line in sweep.lines.items():
                 for wanted, there in ((line.run, self.runs), (line.pulled_by, self.guides)):

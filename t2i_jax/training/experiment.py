@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array
 
 from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
@@ -20,34 +21,34 @@ from t2i_jax.training.optimizer import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Checked):
     """How long, how fast, and how often the run looks up."""
 
-    steps: int = 1000
-    seed: int = 0
+    steps: Size = 1000
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     optimizer: Optimizer = Optimizer()
     players: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
     """optimisers of single players (`discriminator`, say) where they differ from `optimizer`"""
-    ema: float = 0.0
+    ema: Rate = 0.0
     """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
-    accumulate: int = 1
+    accumulate: Size = 1
     """parts a batch is cut into, one update after all of them"""
-    log_every: int = 20
-    save_every: int = 500
-    save_retries: int = 3
+    log_every: Size = 20
+    save_every: Size = 500
+    save_retries: Count = 3
     """times in a row that a checkpoint which could not be written is tried again before the run stops ..."""
-    save_backoff: float = 10.0
+    save_backoff: NotNegative = 10.0
     """... so many seconds after the first failure, and twice as long each time"""
-    keep: int = 3
+    keep: Size = 3
     """checkpoints that stay on disk"""
-    stuck_after: float = 1800.0
+    stuck_after: NotNegative = 1800.0
     """seconds without a finished step after which a process ends itself, for it hangs or another does; 0: never"""
-    evaluate_every: int = 500
-    evaluate_batches: int = 4
-    preview_every: int = 500
+    evaluate_every: Count = 500
+    evaluate_batches: Count = 4
+    preview_every: Count = 500
     """steps between grids of pictures under `samples/`; 0 draws none"""
-    previews: int = 16
-    profile: int = 0
+    previews: Count = 16
+    profile: Count = 0
     """step at which a trace of five steps is written to `profile/`; 0 writes none"""
     wandb: bool = False
 

@@ -14,30 +14,31 @@ import optax
 from optax import contrib
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import Checked, Count, NotNegative, Rate, Share
 from t2i_jax.nn.trees import Named, is_variable
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Checked):
     """How parameters follow their gradients."""
 
     name: str = "adamw"
     """an optimiser of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
-    learning_rate: float = 3e-4
-    adam_learning_rate: float = 0.0
+    learning_rate: NotNegative = 3e-4
+    adam_learning_rate: NotNegative = 0.0
     """of what Muon leaves to Adam, on the same schedule; 0 is `learning_rate`, but Muon wants about ten times more"""
     schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
-    warmup: int = 100
+    warmup: Count = 100
     """steps of linear rise to the peak"""
-    final: float = 0.1
+    final: Share = 0.1
     """last learning rate as a share of the peak (cosine and linear)"""
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.05
+    b1: Rate = 0.9
+    b2: Rate = 0.95
+    weight_decay: NotNegative = 0.05
     """on matrices, convolutions and embeddings; not on biases, norms, null conditions, positions and codebooks"""
     no_decay: str = ""
     """regular expression: parameters with such names are not decayed either"""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """bound of the global gradient norm; 0 leaves gradients as they are"""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of the optax function"""

@@ -1,0 +1,105 @@
+"""Ranges of the fields of configurations, as part of their types, and the one check of them.
+
+@dataclasses.dataclass(frozen=True)
+class Train(Checked):
+    steps: Size = 1000
+    ema: Share = 0.0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from t2i_jax.core.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes, ends included unless `above` or `below` is set instead."""
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def fits(self, x: float) -> bool:
+        """Whether a number is one of them; NaN and infinities never are."""
+        return (
+            math.isfinite(x)
+            and (self.low is None or x >= self.low)
+            and (self.high is None or x <= self.high)
+            and (self.above is None or x > self.above)
+            and (self.below is None or x < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{_short(self.low)} to {_short(self.high)}"
+        words = {"at least": self.low, "at most": self.high, "above": self.above, "below": self.below}
+        said = [f"{word} {_short(value)}" for word, value in words.items() if value is not None]
+        return " and ".join(said) or "a finite number"
+
+
+def _short(x: float) -> str:
+    return str(x) if isinstance(x, int) else f"{x:g}"
+
+
+Size = Annotated[int, Range(low=1)]
+Count = Annotated[int, Range(low=0)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(low=0)]
+Finite = Annotated[float, Range()]
+Share = Annotated[float, Range(0, 1)]
+Rate = Annotated[float, Range(low=0, below=1)]
+"""Of dropout and the like, of which something must be left."""
+Grid = Annotated[tuple[int, int], Range(low=1)]
+Sizes = Annotated[tuple[int, ...], Range(low=1)]
+Seed = Annotated[int, Range(0, 2**64 - 1)]
+
+
+class Checked:
+    """A dataclass whose fields are checked against their types when it is made.
+
+    Numbers are looked at where they are plain ones: a traced array of options has no value yet. Errors: `ConfigError`
+    that names the field, its value and what would be right.
+    """
+
+    def __post_init__(self):
+        for name, check in _checks(type(self)).items():
+            value = getattr(self, name)
+            if fault := check(value):
+                raise ConfigError(f"{type(self).__name__}.{name} {value!r}: {fault}")
+
+
+@functools.cache
+def _checks(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls, include_extras=True)
+    fields = (f.name for f in dataclasses.fields(cls) if f.init)
+    return {name: check for name in fields if (check := _check_of(hints[name]))}
+
+
+def _check_of(hint: Any) -> Any:
+    """A function from a value to what is wrong with it, for a type that says what its values are; else None."""
+    if get_origin(hint) is Literal:
+        words = get_args(hint)
+        return lambda value: "" if value in words else f"one of {', '.join(map(str, words))}"
+    if get_origin(hint) is not Annotated:
+        return None
+    found = [x for x in hint.__metadata__ if isinstance(x, Range)]
+    kinds = {hint.__origin__, *get_args(hint.__origin__)}
+    return functools.partial(_fault, found[0], int in kinds and float not in kinds) if found else None
+
+
+def _fault(range: Range, whole: bool, value: Any) -> str:
+    """What is wrong with a number, or with one of several; empty if nothing is."""
+    for x in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(x, bool) or not isinstance(x, int | float):
+            continue
+        if whole and isinstance(x, float):
+            return f"a whole number, {range}"
+        if not range.fits(x):
+            return f"{'' if math.isfinite(x) else 'a finite number, '}{range}"
+    return ""
