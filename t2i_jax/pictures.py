@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,9 @@ import numpy as np
 from jax import Array
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+
+from t2i_jax.core.outputs import MAKER, check_free, is_ours
 
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
 
@@ -77,7 +81,7 @@ def save_png(
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     chunks = PngInfo()
-    chunks.add_itxt("Software", "t2i_jax")
+    chunks.add_itxt("Software", MAKER)
     if captions is not None:
         text = captions[0] if len(captions) == 1 else json.dumps(list(captions), ensure_ascii=False)
         chunks.add_itxt("Description", text)
@@ -98,6 +102,36 @@ def read_png_text(path: str | os.PathLike) -> dict[str, str]:
     with Image.open(path) as image:
         image.load()
         return {k: str(v) for k, v in getattr(image, "text", {}).items()}
+
+
+def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Sequence[str]) -> list[bool]:
+    """Which of the numbered images that a call is to write are there already, made for the same.
+
+    What else an earlier call has left in their folder moves to a folder `earlier-N` in it: its images, and its sheets.
+    Nothing is lost, and none passes for an image of this call.
+
+    files: all in one folder. about: what each image says of itself. sheets: names of what shows several images.
+    Errors: `ConfigError` for a file in the place of one of them that no command of this library made.
+    """
+    folder = files[0].parent
+    check_free(*files, *(folder / name for name in sheets))
+    said = {path: _about(path) for path in folder.glob("[0-9]*.png") if path.stem.isdigit() and is_ours(path)}
+    made = [said.get(path) == dict(mine) for path, mine in zip(files, about, strict=True)]
+    kept = {path for path, yes in zip(files, made, strict=True) if yes}
+    older = [path for path in said if path not in kept]
+    if older:
+        target = next(p for n in itertools.count(1) if not (p := folder / f"earlier-{n}").exists())
+        target.mkdir()
+        for path in (*older, *(p for name in sheets if (p := folder / name).exists())):
+            path.rename(target / path.name)
+        Console(stderr=True).print(
+            f"{folder}: {len(older)} images of an earlier call are in {target.name} now", soft_wrap=True, markup=False
+        )
+    return made
+
+
+def _about(path: Path) -> dict[str, str]:
+    return {k: v for k, v in read_png_text(path).items() if k not in ("Software", "Description")}
 
 
 def _sheet(

@@ -21,14 +21,32 @@ from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.training.artifacts import Artifact, load_artifact, on_host, save_artifact
 
+SEEDS = 2**64
+"""Seeds are whole numbers from 0 to one less."""
+
 
 def image_keys(seeds: Sequence[int]) -> Array:
-    """One key per picture, from its seed alone: the same seed gives the same picture in any batch."""
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    """One key per image, from its seed alone: the same seed gives the same image in any batch.
+
+    Errors: `ConfigError` for a seed that is negative or has more than 64 bits.
+    """
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise ConfigError(f"seed {seed}: seeds are whole numbers from 0 to {SEEDS - 1}")
+    # Those of more than 32 bits are two numbers, of which the second is 0 for all others.
+    low, high = (np.asarray([seed >> shift & 0xFFFFFFFF for seed in seeds], np.uint32) for shift in (0, 32))
+    keys = jax.vmap(jax.random.key)(jnp.asarray(low))
+    return jax.vmap(lambda k, n: jnp.where(n > 0, jax.random.fold_in(k, n), k))(keys, jnp.asarray(high))
 
 
 Watch = Callable[[float, Any], None]
 """Called while a batch is drawn with the share that is done and the codes, or pictures, so far."""
+
+
+def draws_pixels(family: Any) -> bool:
+    """Whether what a family draws may be images as they are: three numbers of a position, not codes or latents."""
+    drawn = family.batch_spec()["codes"]
+    return drawn.dtype == "float32" and drawn.shape[-1] == 3
 
 
 def unguided(options: Any) -> dict[str, bool]:
@@ -152,9 +170,9 @@ class Pipeline:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
-        if self.codec is None and hasattr(self.family, "vocabulary"):
+        if self.codec is None and not draws_pixels(self.family):
             raise ConfigError(
-                "the model draws codes and has no codec that makes pictures of them: convert it with --codec"
+                "the model draws codes and has no codec that makes images of them: convert it with --codec"
             )
         options = self.options if options is None else options
         size = max(self.mesh.shape["data"] * self.mesh.shape["fsdp"], min(batch_size, len(prompts)))
@@ -205,7 +223,7 @@ class Pipeline:
         of another size than it draws, and without a mask for a family that forgets it.
         """
         family, name = self.family, type(self.family).__name__
-        if not getattr(family, "edits", False) or (self.codec is None and hasattr(family, "vocabulary")):
+        if not getattr(family, "edits", False) or (self.codec is None and not draws_pixels(family)):
             raise ConfigError(f"a {name} cannot fill holes; diffusion, masked and any-order models can")
         if mask is None and not hasattr(self.options, "strength"):
             raise ConfigError(f"a {name} keeps nothing of a picture without a mask; a Gaussian diffusion can")

@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from t2i_jax import pictures
-from t2i_jax.parallel import gathered
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.parallel import agreed, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, image_keys, unguided
 from t2i_jax.progress import bar
@@ -91,19 +92,25 @@ def sample_to_folder(
 ) -> None:
     """One PNG per (prompt, seed) and a captioned grid of the first ones.
 
-    Each PNG tells what it was made for; a job whose PNG is there already, for the same prompt, seed and options, is not
-    drawn again: a run that was interrupted goes on. watch: the bar moves within a batch, and `growing.png` shows how
-    the first pictures came about.
+    Each PNG says what it was made for; a job whose PNG is there already, for the same prompt, seed and options, is not
+    drawn again: a run that was interrupted goes on. Images of an earlier call move to a folder of their own. watch: the
+    bar moves within a batch, and `growing.png` shows how the first images came about. Errors: `ConfigError` where a
+    file is in the way that this command did not make.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: float(v) for k, v in vars(options).items()}
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
-    own = lambda i: {k: v for k, v in pictures.read_png_text(files[i]).items() if k not in ("Software", "Description")}
-    made = [files[i].exists() and own(i) == about[i] for i in range(len(jobs))]
-    # The first process alone writes, and may alone see what is there.
-    todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
+    # The first process alone writes, and may alone see what is there.
+    made, refusal = [False] * len(jobs), None
+    try:
+        made = pictures.claim(files, about, ("grid.png", "growing.png")) if main else made
+    except ConfigError as error:
+        refusal = error
+    if not agreed(refusal is None):
+        raise refusal or ConfigError(f"{out}: the first process cannot write here")
+    todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
     moments: dict[float, Any] = {}
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))

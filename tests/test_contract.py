@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from families import CODECS, FAMILIES, batch_for
 
-from t2i_jax.core.errors import DataError
+from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.types import FieldSpec, check_batch
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract
+from t2i_jax.pipeline import Pipeline, draws_pixels
 
 ALL = CODECS | FAMILIES
 REGULAR = {
@@ -89,3 +93,38 @@ def test_any_width_of_integers_and_floats_is_taken():
     assert "multiples of 2" in vectors.fault(np.zeros((3, 3)))
     assert "one number" in FieldSpec((), "int32").fault(np.zeros(2, int))
     assert "holds 301" in ids.fault(np.asarray([0, 301]))
+
+
+def models_that_draw(of):
+    return [name for name, config in FAMILIES.items() if hasattr(config, "sample") and of(config)]
+
+
+@pytest.mark.parametrize("name", models_that_draw(lambda c: not draws_pixels(c)))
+def test_codes_are_no_images(name):
+    config = FAMILIES[name]
+    pipeline = Pipeline(config, config.init(jax.random.key(0)), None, None)
+    with pytest.raises(ConfigError, match="no codec"):
+        pipeline.sample(["0"])
+
+
+def test_latents_are_no_images():
+    config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=Classes(3)))
+    with pytest.raises(ConfigError, match="no codec"):
+        Pipeline(config, config.init(jax.random.key(0)), None, None).sample(["0"])
+
+
+@pytest.mark.parametrize(
+    "name", models_that_draw(lambda c: not c.network.extra_inputs if hasattr(c, "network") else True)
+)
+def test_no_guidance_by_a_branch_that_was_never_learned(name):
+    """Without dropped conditions in training, a sampler leaves the unconditional branch out unless it is asked for."""
+    config = dataclasses.replace(FAMILIES[name], condition_dropout=0.0)
+    batch = batch_for(config, 2)
+    condition = {k: v for k, v in batch.items() if k in config.condition.batch_spec()}
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def program(**more):
+        sample = lambda m, c, k: config.sample(m, c, k, config.options(), **more)
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(sample)(abstract(config), condition, keys)))
+
+    assert program() == program(guided=False) != program(guided=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.machinery
+import shutil
 import sys
 import time
 import types
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import fsspec
+import jax
 import numpy as np
 import pytest
 import toys
@@ -71,7 +73,39 @@ def test_files_that_grow_are_copied_when_they_changed(store):
             assert (store / "samples" / "a").read_text() == text
         (folder / "last").write_text("3")
     assert (store / "last").read_text() == "3" and not folder.exists()
-    assert sorted(p.name for p in fetched(store).iterdir()) == ["config.json"]
+    assert sorted(p.name for p in fetched(store).iterdir()) == ["config.json", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A text encoder that is a folder."""
+
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two texts as one, whose files are told apart by the names of the fields."""
+
+    first: Encoder
+    second: Encoder
+
+
+def test_a_model_in_a_store_brings_its_text_encoders(store, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "weights").write_text(name)
+    text = Pair(Encoder(str(tmp_path / "one")), Encoder(str(tmp_path / "two")))
+    model = toys.Identity()
+    released = artifacts.Artifact(model, model.init(jax.random.key(0)), text)
+    artifacts.save_artifact(released, tmp_path / "released", "# a model\n")
+    for file in (p for p in (tmp_path / "released").rglob("*") if p.is_file()):
+        target = store / file.relative_to(tmp_path / "released")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    shutil.rmtree(tmp_path)
+    found = artifacts.load_artifact("s3://bucket/run").text
+    assert [(Path(t.folder) / "inner" / "weights").read_text() for t in (found.first, found.second)] == ["one", "two"]
 
 
 def test_a_run_in_a_store_goes_on_and_is_read(store, tmp_path, monkeypatch):

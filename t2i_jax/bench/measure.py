@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -14,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+
+from t2i_jax.core.outputs import write_json
 
 Result = dict[str, Any]
 Measure = Callable[[], float]
@@ -103,6 +104,5 @@ def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -
         device = jax.devices()[0]
         machine = {"device": device.device_kind, "devices": jax.device_count(), "host": platform.machine()}
         about = {"what": what, "machine": machine, "jax": jax.__version__}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**about, "results": list(results)}, indent=1) + "\n")
+        write_json(out, {**about, "results": list(results)})
         console.print(f"{out}: written", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from t2i_jax import pictures
 from t2i_jax.comparison.measure import Ruler
 from t2i_jax.comparison.plan import Comparison, Sweep
+from t2i_jax.core.outputs import MAKER, write_json, write_markdown
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "efficientnet_lite0/top1": ("top-1, network", "{:.2f}"),
@@ -41,8 +41,7 @@ def write(
     command: str,
 ) -> None:
     """OUT.md, OUT.json, OUT.png (pictures) and OUT_SWEEP.png (plots)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(out.with_suffix(".json"), found)
     pictures.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
     lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
     lines += [f"Made by `{command}` on {found['device']}.", ""] if command else []
@@ -69,7 +68,7 @@ def write(
             for value, numbers in zip(sweep.values, values, strict=True)
         }
         lines += [*table(rows, COLUMNS), "", f"![{sweep.title}]({image.name})"]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_markdown(out.with_suffix(".md"), "\n".join(lines))
 
 
 def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -117,5 +116,5 @@ def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mappi
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(sweep.title)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80, metadata={"Software": MAKER})
     pyplot.close(figure)

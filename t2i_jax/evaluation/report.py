@@ -1,7 +1,6 @@
 """What is measured of generated and of reconstructed pictures, each number with what it has to be compared to."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
+from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.evaluation.alignment import Retrieval, retrieve
 from t2i_jax.evaluation.features import Features, Space, check_images
 from t2i_jax.evaluation.metrics import (
@@ -49,10 +49,8 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report as JSON to `path` and as markdown beside it, each whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(self.to_json(), indent=2, default=str) + "\n")
-        write(path.with_suffix(".md"), self.markdown())
+        write_json(path, self.to_json())
+        write_markdown(Path(path).with_suffix(".md"), self.markdown())
 
     def rows(self) -> list[tuple[str, str, str]]:
         sign = {"higher": "↑", "lower": "↓"}
@@ -220,9 +218,3 @@ def evaluate_reconstruction(
 def digits(value: float) -> str:
     """Four significant digits, without exponents where they are not needed."""
     return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)

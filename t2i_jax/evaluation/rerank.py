@@ -68,11 +68,12 @@ def keep_best(
 ) -> None:
     """Of the PNG files at `paths`, as many for each prompt and prompt by prompt, the best `count` into `out`.
 
-    They are numbered prompt by prompt, best first; each PNG tells its score beside what it told before. grid.png shows
-    the first 64.
+    They are numbered prompt by prompt, best first; each PNG says its score and what it said before. grid.png shows the
+    first 64. Images of an earlier call move to a folder of their own. Errors: `ConfigError` where a file is in the way
+    that this command did not make.
     """
     each = len(paths) // len(prompts)
-    best, captions = [], []
+    best, captions, notes = [], [], []
     for n, prompt in enumerate(prompts):
         own = paths[n * each : (n + 1) * each]
         images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in own])
@@ -80,8 +81,12 @@ def keep_best(
         for i in order[0, :count]:
             about = {k: v for k, v in files.read_png_text(own[i]).items() if k != "Description"}
             about["score"] = f"{scores[0, i]:.4f}"
-            files.save_png(images[i], out / f"{len(best):05d}.png", [prompt], about)
             best.append(images[i])
             captions.append(prompt)
+            notes.append({k: v for k, v in about.items() if k != "Software"})
+    kept = [out / f"{i:05d}.png" for i in range(len(best))]
+    files.claim(kept, notes, ("grid.png",))
+    for path, image, prompt, about in zip(kept, best, captions, notes, strict=True):
+        files.save_png(image, path, [prompt], about)
     sheet = files.grid(np.stack(best[:64]), captions[:64], columns=count if count > 1 else 0, scale=scale)
     files.save_png(sheet, out / "grid.png")

@@ -184,7 +184,7 @@ class AnyOrder:
         *,
         known: Array | None = None,
         keep: Array | None = None,
-        guided: bool = True,
+        guided: bool | None = None,
         orders: Array | None = None,
         draws: Any = None,
         progress: Progress | None = None,
@@ -195,7 +195,8 @@ class AnyOrder:
 
         known, keep: codes, and a bool (b, rows, columns) of tokens that are taken over from them. With permutations the
             model reads them first; in raster order it sees only those that come before.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work.
+        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
+            where `condition_dropout` is 0, that is where no unconditional branch was learned.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
         draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
         progress: called now and then with the count of known tokens, that of all, and the codes; static.
@@ -206,6 +207,7 @@ class AnyOrder:
         keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
         x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
         options = (options or self.options()).arrays()
+        guided = self.condition_dropout > 0 if guided is None else guided
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 

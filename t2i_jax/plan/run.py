@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.parallel import MESH_AXES, MeshConfig
 from t2i_jax.plan.chips import Topology
 from t2i_jax.plan.compiled import compile_plan, depth_of, twin_plan
@@ -74,5 +74,7 @@ def run(
 
 def write(plans: Sequence[Plan], path: Path) -> None:
     """Plans as a list in JSON, or as a table in Markdown where the name ends in .md."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(plans) if path.suffix == ".md" else json.dumps([p.json() for p in plans], indent=2))
+    if path.suffix == ".md":
+        write_markdown(path, markdown(plans))
+    else:
+        write_json(path, [p.json() for p in plans])

@@ -7,6 +7,7 @@ grow, which object stores have not: it is written to a folder of this machine, a
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.util
 import re
 import shutil
@@ -26,7 +27,8 @@ console = Console(stderr=True)
 
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package through which fsspec reads it, and the extra that brings it."""
-MODEL = ("config.json", "model.safetensors", "vocabulary*", "codec/*")
+PRODUCTS = ("checkpoints", "samples", "profile", "events.out.*", "metrics.jsonl", "report.*", "*.png")
+"""What a run leaves in its folder that is no part of its model."""
 
 
 def place(path: str | Path) -> Any:
@@ -46,16 +48,25 @@ def place(path: str | Path) -> Any:
     return epath.Path(f"{scheme}://{rest}")
 
 
-def fetched(where: Any, names: Sequence[str] = MODEL) -> Path:
-    """A local folder with those files of `where` whose names fit: itself where it is local, else a copy."""
+def fetched(where: Any, names: Sequence[str] = ()) -> Path:
+    """A local folder with what is in `where`: itself where it is local, else a copy of the files and folders of these
+    names, or without names of all that belong to a model: its weights, vocabularies, codec and text encoders."""
     if isinstance(where, Path):
         return where
     folder = Path(tempfile.mkdtemp(prefix="t2i_jax_"))
-    for pattern in names:
-        for file in where.glob(pattern):
-            target = folder / file.relative_to(where)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
+
+    def copy(source: Any, target: Path) -> None:
+        if source.is_dir():
+            target.mkdir(exist_ok=True)
+            for each in source.iterdir():
+                copy(each, target / each.name)
+        else:
+            target.write_bytes(source.read_bytes())
+
+    for each in where.iterdir() if where.exists() else ():
+        product = any(fnmatch.fnmatch(each.name, pattern) for pattern in PRODUCTS)
+        if each.name in names if names else not product:
+            copy(each, folder / each.name)
     return folder
 
 
