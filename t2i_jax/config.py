@@ -15,6 +15,7 @@ import json
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -40,9 +41,8 @@ def refused(what: str = "") -> Iterator[None]:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """The experiment of a config file (`.py`, or a resolved `config.json`), with command-line overrides applied.
 
-    Errors: `ConfigError` for a missing file, a file that does not build `experiment`, a field that does not exist, a
-    value that is refused.
-    An override of an unknown field or a wrong type exits with a message that names the nearest right field.
+    Errors: `ConfigError` for a missing file, a file that cannot be run or does not build `experiment`, a field that
+    does not exist, a value that is refused.
     """
     path = Path(path)
     if path.is_dir():
@@ -50,17 +50,41 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1, 0.4)
         raise ConfigError(f"{path}: there is no such config file" + (f"; did you mean {near[0]}?" if near else ""))
-    with refused(str(path)):
-        if path.suffix == ".json":
-            experiment = from_json(json.loads(path.read_text()))
-        else:
-            try:
-                experiment = runpy.run_path(str(path)).get("experiment")
-            except TypeError as error:  # a dataclass called with a field it has not
-                raise ConfigError(f"{error}{_nearest_field(error)}") from error
+    if path.suffix not in (".py", ".json"):
+        raise ConfigError(f"{path}: a config is a Python file, or the config.json of a run")
+    experiment = read_stored(path) if path.suffix == ".json" else _run_file(path)
     if not dataclasses.is_dataclass(experiment) or isinstance(experiment, type):
         raise ConfigError(f"{path}: must build a dataclass value named `experiment`")
     return override(experiment, overrides) if overrides else experiment
+
+
+def read_stored(path: Path) -> Any:
+    """What `to_json` wrote into a file. Errors: `ConfigError` that names the file where it is cut short or edited so
+    that it cannot be read."""
+    with refused(str(path)):
+        return from_json(read_json(path))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Errors: `ConfigError` that names it where it is cut short, or no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: cut short, or no JSON: {error}") from error
+
+
+def _run_file(path: Path) -> Any:
+    """The `experiment` of a Python file. Errors: `ConfigError` with the line of the file that failed."""
+    try:
+        return runpy.run_path(str(path)).get("experiment")
+    except Exception as error:  # whatever the code of a user raises
+        if isinstance(error, SyntaxError):
+            raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+        frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        near = _nearest_field(error) if isinstance(error, TypeError) else ""
+        at = f", line {frames[-1]}" if frames else ""
+        raise ConfigError(f"{path}{at}: {kind}{error}{near}") from error
 
 
 def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
@@ -175,7 +199,7 @@ def from_json(value: Any) -> Any:
     fields = {k: from_json(v) for k, v in value.items() if k != "type"}
     if "type" not in value:
         return fields
-    module, _, name = value["type"].partition(":")
+    module, _, name = str(value["type"]).partition(":")
     if not (module.startswith("t2i_jax.") or module in sys.modules):
         raise ConfigError(f'config names the class "{value["type"]}": import its module before you load this config')
     cls = getattr(importlib.import_module(module), name, None)
@@ -187,7 +211,10 @@ def from_json(value: Any) -> Any:
             near = difflib.get_close_matches(field, known, 1, 0.3)
             raise ConfigError(f"{name} has no field '{field}'" + (f"; did you mean '{near[0]}'?" if near else ""))
     with refused(name):
-        return cls(**fields)
+        try:
+            return cls(**fields)
+        except TypeError as error:  # a field without a default is missing, or one is of another type
+            raise ConfigError(str(error)) from error
 
 
 def differences(old: Any, new: Any, at: str = "") -> list[str]:

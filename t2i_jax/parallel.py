@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from t2i_jax.core.fields import Checked, Range
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -34,12 +36,12 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Annotated[int, Range(low=-1)] = -1
+    fsdp: Annotated[int, Range(low=-1)] = 1
+    tensor: Annotated[int, Range(low=-1)] = 1
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""

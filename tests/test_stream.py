@@ -302,7 +302,7 @@ def test_sizes_are_what_their_papers_say():
 
 
 def test_what_cannot_be_says_why():
-    with pytest.raises(ValueError, match="one or more of full, row, column, window"):
+    with pytest.raises(ValueError, match="some of full, row, column, window"):
         dataclasses.replace(PLAIN, attention=("axial_row",))
     with pytest.raises(ValueError, match="width=18 is no multiple of 4"):
         dataclasses.replace(PLAIN, shift=True, width=18)

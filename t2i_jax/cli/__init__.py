@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from t2i_jax.data.records import DataError
     from t2i_jax.parallel import NoCluster
     from t2i_jax.platform import prepare
-    from t2i_jax.training.checkpoints import CheckpointError
+    from t2i_jax.training.checkpoints import CheckpointError, NotWritten
     from t2i_jax.training.guard import NotFinite
     from t2i_jax.training.loop import Interrupted
     from t2i_jax.training.watch import STATUS, Lost
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"t2i {arguments[0]}: {error}")
     try:
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
-    except CheckpointError as error:
+    except NotWritten as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
     except Lost as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(STATUS)  # an orderly exit waits for the others
-    except (ConfigError, DataError, NotFinite, ImportError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)

@@ -1,28 +1,30 @@
 """The convolutional encoder and decoder that VQGAN and KL autoencoders share (Esser et al. 2021, arXiv:2012.09841)."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Positive, Range, Size, Sizes
 from t2i_jax.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import Conv, GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Checked):
     """Sizes of encoder and decoder. The defaults are the f16 model of VQGAN and LlamaGen (72M parameters)."""
 
-    channels: int = 128
+    channels: Size = 128
     """channels at the finest level"""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    multipliers: Sizes = (1, 1, 2, 2, 4)
     """channels of each level over `channels`, finest level first; each level but the last halves the image"""
-    blocks: int = 2
+    blocks: Size = 2
     """residual blocks per level of the encoder"""
-    decoder_blocks: int | None = None
+    decoder_blocks: Annotated[int | None, Range(low=1)] = None
     """residual blocks per level of the decoder; None is one more than in the encoder"""
-    latent: int = 256
+    latent: Size = 256
     """channels between encoder and decoder"""
     moments: bool = False
     """the encoder gives a mean and a log-variance: twice as many channels as the decoder takes"""
@@ -32,11 +34,11 @@ class AutoencoderConfig:
     """the same for the decoder; None is as in the encoder"""
     middle_attention: bool = True
     """attention between the two blocks in the middle of encoder and decoder"""
-    patch: int = 1
+    patch: Size = 1
     """squares of so many pixels a side enter and leave as channels, so that no convolution sees the full image"""
-    groups: int = 32
+    groups: Size = 32
     """groups of the normalisation"""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     """what keeps the normalisation from dividing by zero"""
 
     @property

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Size
 from t2i_jax.nn.layers import Carried, Conv, GroupNorm, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Checked):
     """Sizes of a PatchGAN; a logit sees 70 x 70 pixels by default."""
 
-    width: int = 64
+    width: Size = 64
     """channels after the first convolution; doubled by each further one, up to eightfold"""
-    layers: int = 3
+    layers: Count = 3
     """convolutions that halve the image; two more keep it"""
     norm: Literal["batch", "group", "none"] = "batch"
     """normalisation between them"""

@@ -20,6 +20,7 @@ from jax import Array
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
+from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 from t2i_jax.nn.players import Player
@@ -27,15 +28,15 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooled:
+class Pooled(Checked):
     """DALL-E's network: groups of bottleneck blocks, with max-pooling and nearest-neighbour doubling in between."""
 
-    channels: int = 256
+    channels: Size = 256
     """channels of the finest group; each coarser one has twice as many"""
-    groups: int = 4
-    blocks: int = 2
+    groups: Size = 4
+    blocks: Size = 2
     """blocks of each group"""
-    code: int = 128
+    code: Size = 128
     """size of a row of the codebook"""
 
     @property
@@ -52,14 +53,14 @@ class Pooled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strided:
+class Strided(Checked):
     """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder is its mirror image."""
 
-    channels: int = 64
-    layers: int = 3
-    blocks: int = 0
+    channels: Size = 64
+    layers: Size = 3
+    blocks: Count = 0
     """residual blocks at the coarsest resolution; with any, the decoder opens with a 1x1 convolution"""
-    code: int = 512
+    code: Size = 512
     """size of a row of the codebook"""
 
     @property
@@ -68,21 +69,21 @@ class Strided:
 
 
 @dataclasses.dataclass(frozen=True)
-class DVAE:
+class DVAE(Checked):
     """The codec and how it is trained. The defaults are DALL-E's."""
 
-    codes: int = 8192
+    codes: Size = 8192
     network: Pooled | Strided = Pooled()
     pixels: Literal["laplace", "l2", "l1", "smooth_l1"] = "laplace"
     """the logit-Laplace density of A.3, whose decoder gives places and scales, or a mean difference"""
-    kl: float = 0.0
+    kl: NotNegative = 0.0
     """weight of KL(q || uniform) per image, summed over its codes; the likelihood is a mean over pixels"""
-    kl_warmup: int = 0
+    kl_warmup: Count = 0
     """steps over which that weight grows from 0"""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """of the relaxed sample, at the start"""
-    last_temperature: float = 1 / 16
-    anneal: int = 150_000
+    last_temperature: Positive = 1 / 16
+    anneal: Count = 150_000
     """steps over which the temperature falls to the last one, by a cosine; 0 keeps it"""
     straight_through: bool = False
     """decode the one code that was drawn, with the gradient of the relaxed sample"""

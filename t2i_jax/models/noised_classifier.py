@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
@@ -25,20 +26,16 @@ HIDDEN = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisedClassifier:
+class NoisedClassifier(Checked):
     """The encoder half of a UNet, pooled to logits."""
 
     trunk: UNet = UNet(condition=None, head_dim=64)
     """Its way down and its middle are used; its condition, and what it predicts, are not."""
-    classes: int = 1000
+    classes: Size = 1000
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = "attention"
     """Mean of the last features; attention of that mean to all of them; means of all stages through an MLP, plain or
     normalised."""
     process: Process = Discrete()
-
-    def __post_init__(self):
-        if self.pool not in ("adaptive", "attention", "spatial", "spatial_v2"):
-            raise ValueError(f"pool {self.pool!r} is not one of adaptive, attention, spatial, spatial_v2")
 
     def init(self, key: Array) -> Classifying:
         return Classifying(self, key)

@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Finite, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
@@ -25,30 +26,31 @@ STD = (68.50053285, 66.63215831, 70.32316309)
 
 
 @dataclasses.dataclass(frozen=True)
-class NoisedCLIP:
+class NoisedCLIP(Checked):
     """Two Transformers that put captions and noised pictures into one space (Radford et al. 2021)."""
 
-    vocabulary: int = 49408
-    length: int = 77
-    text_width: int = 512
-    text_depth: int = 12
-    text_heads: int = 8
-    size: int = 64
+    vocabulary: Size = 49408
+    length: Size = 77
+    text_width: Size = 512
+    text_depth: Size = 12
+    text_heads: Size = 8
+    size: Size = 64
     """Pixels of a side."""
-    patch: int = 4
-    image_width: int = 768
-    image_depth: int = 12
-    image_heads: int = 12
-    dim: int = 512
+    patch: Size = 4
+    image_width: Size = 768
+    image_depth: Size = 12
+    image_heads: Size = 12
+    dim: Size = 512
     """Of the common space."""
-    times: int = 1000
+    times: Count = 1000
     """Noise levels that the picture's encoder knows, one for each time that `process` tells; 0: it reads clean
     pictures."""
-    scale: float = 100.0
+    scale: Finite = 100.0
     """What similarities are multiplied by."""
     process: Process = Discrete("cosine")
 
     def __post_init__(self):
+        super().__post_init__()
         process, name = self.process, type(self.process).__name__
         if not self.times:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Finite, Grid, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
@@ -44,14 +45,14 @@ WINDOW = 5  # rows and columns of a window, its last cell the query's own
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(Checked):
     """The first part of the stream: ids of a caption, padded to a length."""
 
-    vocabulary: int = 16384
-    length: int = 64
+    vocabulary: Size = 16384
+    length: Size = 64
     start: bool = False
     """a start token before the text, so that its first token is predicted too; it has the id of padding"""
-    padding: int = 0
+    padding: Count = 0
     """id of padding where no `text_mask` says what is padding"""
     unique_padding: bool = False
     """each place has padding of its own, after the vocabulary (Ramesh et al. 2021, 2.2)"""
@@ -80,20 +81,20 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class Stream(Checked):
     """A causal Transformer over a caption and the codes of its image, and how it is trained."""
 
-    vocabulary: int = 1024
+    vocabulary: Size = 1024
     """Codes of the codec."""
-    grid: tuple[int, int] = (8, 8)
+    grid: Grid = (8, 8)
     """Rows and columns of codes."""
     condition: Text = Text()
-    width: int = 256
-    depth: int = 6
-    heads: int = 4
-    head_dim: int = 0
+    width: Size = 256
+    depth: Size = 6
+    heads: Size = 4
+    head_dim: Count = 0
     """0 is width / heads."""
-    mlp: int = 0
+    mlp: Count = 0
     """Inner width of the MLP; 0 is 4 times the width, or 8/3 with a gate."""
     activation: Literal["swiglu", "geglu_exact", "gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     bias: bool = True
@@ -118,14 +119,14 @@ class Stream:
     one_softmax: bool = False
     """In training each place tells its token from the codes and the pieces of text alike (Ding et al. 2021, 2.1: one
     vocabulary, codes first); what is drawn are codes all the same."""
-    image_weight: float = 7.0
+    image_weight: NotNegative = 7.0
     """w of the loss (text + w image) / (1 + w), both means over tokens (Ramesh et al. 2021, 2.2); as many as codes
     stand on a text token, weighs all tokens alike, as CogView does."""
-    embedding_gradient: float = 1.0
+    embedding_gradient: Finite = 1.0
     """What the gradient of the embedded tokens is multiplied by; CogView takes 0.1."""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     """Of what each attention and MLP adds, and of the embedded sequence, in training."""
-    condition_dropout: float = 0.1
+    condition_dropout: Share = 0.1
     """Share of training examples whose text becomes padding, for guidance; 0: there is no unconditional branch."""
     loss_chunk: int = 0
     """Codes of each image, and pieces of its text, whose logits are held at a time; 0: all, or as many as memory is
@@ -138,9 +139,9 @@ class Stream:
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
-        kinds = get_args(Attention)
-        if not self.attention or set(self.attention) - set(kinds):
-            raise ValueError(f"attention={self.attention}: one or more of {', '.join(kinds)}")
+        super().__post_init__()
+        if not self.attention:
+            raise ValueError("attention=(): at least one kind")
         if self.shift and self.width % 4:
             raise ValueError(f"shift=True moves quarters of the width; width={self.width} is no multiple of 4")
 

@@ -21,6 +21,7 @@ from jax import Array
 from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import Checked, Count, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
@@ -43,10 +44,10 @@ def features_spec(length: int, dim: int) -> BatchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classes:
+class Classes(Checked):
     """One token, a row of a table of classes; the last row is the unconditional one."""
 
-    count: int = 1000
+    count: Count = 1000
     """number of classes; 0 is an unconditional model"""
     null: bool = True
     """have a row for the unconditional one; without it `drop` changes nothing"""
@@ -75,15 +76,15 @@ class ClassTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Captions:
+class Captions(Checked):
     """Token ids read by a bidirectional Transformer that is trained with the model."""
 
-    vocabulary: int = 2000
-    length: int = 32
+    vocabulary: Size = 2000
+    length: Size = 32
     """tokens of a caption, as the tokeniser pads them"""
-    width: int = 256
-    depth: int = 4
-    heads: int = 4
+    width: Size = 256
+    depth: Size = 4
+    heads: Size = 4
 
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
@@ -121,12 +122,12 @@ class CaptionTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class Features(Checked):
     """Features of a frozen text encoder, projected by a small MLP (Sun et al. 2024, LlamaGen)."""
 
-    dim: int = 384
+    dim: Size = 384
     """size k of a feature vector"""
-    length: int = 64
+    length: Size = 64
     """vectors of a caption"""
     trained_null: bool = True
     """learn the unconditional features; false keeps the random ones, or those of a loaded checkpoint"""
@@ -177,13 +178,13 @@ class FeatureTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector:
+class Vector(Checked):
     """One vector that stands for picture or caption, as CLIP gives, scaled to length 1 and projected to one token.
 
     A model learns from embeddings of pictures and draws for embeddings of captions (Wang et al. 2022, CLIP-GEN).
     """
 
-    dim: int = 512
+    dim: Size = 512
 
     length = 1
 
@@ -212,15 +213,15 @@ class VectorToken(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class Encoded(Checked):
     """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention.
 
     VQ-Diffusion reads all 77 vectors of CLIP's text tower, each of length 1 (Gu et al. 2022; Tang et al. 2022).
     """
 
-    dim: int = 512
+    dim: Size = 512
     """size k of a feature vector"""
-    length: int = 77
+    length: Size = 77
     """vectors of a caption"""
     trained_null: bool = True
     """learn the unconditional features; else they are the batch's `null_features`, those of an empty caption"""
@@ -235,6 +236,7 @@ class Encoded:
         return {**features_spec(self.length, self.dim), "text_mask": mask, **null}
 
     def __post_init__(self):
+        super().__post_init__()
         if self.trained_null and self.kept_null:
             raise ValueError("trained_null and kept_null: unconditional features are trained or kept, not both")
 
@@ -271,7 +273,7 @@ class EncodedTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Paired:
+class Paired(Checked):
     """Features of a frozen text encoder, projected, whose first vector stands for the whole caption.
 
     Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the embeddings of both CLIPs
@@ -280,7 +282,7 @@ class Paired:
 
     encoded: Encoded = Encoded(4096, 334, trained_null=False, kept_null=True)
     """all vectors, the first included"""
-    summary: int = 2048
+    summary: Size = 2048
     """numbers of the first vector that say something"""
 
     def batch_spec(self) -> BatchSpec:
@@ -320,11 +322,11 @@ class PairedTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Checked):
     """First tokens of the same vocabulary and table as those of the image: a start token, a class, codes of a sketch
     (Esser et al. 2021)."""
 
-    length: int = 1
+    length: Size = 1
 
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch; the model that embeds these ids knows how many there are."""

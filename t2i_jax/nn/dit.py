@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Size
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
 from t2i_jax.nn.conv import patchify, unpatchify
@@ -31,21 +32,21 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class DiT:
+class DiT(Checked):
     """A Transformer that predicts what was added to a picture, and how uncertain the step back is."""
 
-    size: tuple[int, int] = (32, 32)
+    size: Grid = (32, 32)
     """Rows and columns of latents or pixels."""
-    channels: int = 4
-    patch: int = 2
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    hidden: int = 0
+    channels: Size = 4
+    patch: Size = 2
+    width: Size = 384
+    depth: Size = 12
+    heads: Size = 6
+    hidden: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""
-    waves: int = 256
+    waves: Annotated[int, Range(low=2)] = 256
     """Sines and cosines of the time."""
-    eps: float = 1e-6
+    eps: Positive = 1e-6
     condition: Condition | Paired = Classes(1000)
     text: Literal["modulate", "context", "cross", "joint"] = "modulate"
     """What stands for the whole condition modulates every block; and its tokens are read as further tokens of the
@@ -59,7 +60,7 @@ class DiT:
     """Normalise what cross-attention asks with."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head, as later versions of Stable Diffusion 3."""
-    stretch: float = 1.0
+    stretch: Positive = 1.0
     """Rows and columns are divided by this: pictures may be larger than those that a model was first trained on."""
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
@@ -70,6 +71,7 @@ class DiT:
     """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
 
     def __post_init__(self):
+        super().__post_init__()
         if any(side % self.patch for side in self.size):
             raise ValueError(f"size {self.size} cannot be cut into patches of {self.patch}")
         if self.text == "modulate" and not self.whole:

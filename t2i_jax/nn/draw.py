@@ -11,34 +11,36 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Range
 from t2i_jax.noise.schedule import beside
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How tokens are drawn; every field is a number, or one per image (b,), and is traced."""
 
-    guidance: float | Array = 3.0
+    guidance: Annotated[float | Array, Range()] = 3.0
     """Scale s of l = s (l - l') + l', with l' the logits without the condition; 1 is none."""
-    guidance_start: float | Array = 0.0
+    guidance_start: Annotated[float | Array, Range(0, 1)] = 0.0
     """Guidance begins after this fraction of the tokens."""
-    guidance_stop: float | Array = 1.0
+    guidance_stop: Annotated[float | Array, Range(0, 1)] = 1.0
     """Guidance ends after this fraction of the tokens."""
-    guidance_power: float | Array = 0.0
+    guidance_power: Annotated[float | Array, Range(low=0)] = 0.0
     """The scale grows as 1 + (s - 1) u^power over the sequence, u in (0, 1]: 0 is constant, 1 linear."""
     guidance_cosine: bool | Array = False
     """Shape the growth by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
-    temperature: float | Array = 1.0
+    temperature: Annotated[float | Array, Range(low=0)] = 1.0
     """Logits are divided by it; never by less than 1e-5."""
-    top_k: int | Array = 0
+    top_k: Annotated[int | Array, Range(low=0)] = 0
     """Keep the k largest logits, and what ties with the k-th; 0 keeps all."""
-    top_p: float | Array = 1.0
+    top_p: Annotated[float | Array, Range(0, 1)] = 1.0
     """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""
     greedy: bool | Array = False
     """Take the largest logit instead of drawing."""

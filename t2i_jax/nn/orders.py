@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Finite, Positive, Range
 from t2i_jax.nn.draw import Sampling
 
 Shape = Literal["cosine", "linear", "square"]
@@ -36,13 +37,13 @@ BOUND = 1024
 class Generation(Sampling):
     """How sets of tokens are drawn; every field is a number, or one per image (b,), and is traced."""
 
-    guidance_power: float | Array = 1.0
+    guidance_power: Annotated[float | Array, Range(low=0)] = 1.0
     """The scale grows as 1 + (s - 1) u^power with the share u of tokens known after the step: 0 constant, 1 linear."""
-    iterations: int | Array = 64
+    iterations: Annotated[int | Array, Range(1, BOUND)] = 64
     """Steps in which sets of tokens become known; one for all images. More than there are tokens are as many."""
     shape: int | Array = 0
     """Which of SHAPES the sets follow: 0 cosine, 1 linear, 2 square."""
-    choice_temperature: float | Array = 4.5
+    choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
     """Of the noise on confidence, which falls to 0 at the last step."""
 
     def arrays(self) -> Scheduled:
@@ -180,15 +181,15 @@ def by_confidence(orders: Array, remaining: Array, score: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskRate:
+class MaskRate(Checked):
     """The share of tokens that is hidden in training."""
 
     kind: Literal["normal", "cosine", "uniform"] = "normal"
     """normal: of one truncated normal number per batch (MAR); cosine: cos(pi u / 2) for each image (MaskGIT);
     uniform: any number of tokens, for each image, as any order may come to ask"""
-    mean: float = 1.0
-    std: float = 0.25
-    low: float = 0.7
+    mean: Finite = 1.0
+    std: Positive = 0.25
+    low: Annotated[float, Range(low=0, below=1)] = 0.7
     """smallest share of `normal`; the largest is 1"""
 
     def visible(self, length: int) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.types import BatchSpec
 from t2i_jax.nn.condition import Batch, ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
@@ -17,14 +18,14 @@ from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
-class PaddedCaptions:
+class PaddedCaptions(Checked):
     """Token ids read by a bidirectional Transformer that sees padding too and is trained with the model."""
 
-    vocabulary: int = 50257
-    length: int = 128
-    width: int = 512
-    depth: int = 16
-    heads: int = 8
+    vocabulary: Size = 50257
+    length: Size = 128
+    width: Size = 512
+    depth: Size = 16
+    heads: Size = 8
     padding: bool = True
     """Slots without text hold learned vectors; else whatever ids stand there."""
     final_norm: bool = True

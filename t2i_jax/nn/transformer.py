@@ -18,6 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Rate, Size
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Rotary, Told, attend, rotate
 from t2i_jax.nn.kernels import Kind
@@ -50,19 +51,19 @@ splash attention made; also its branches."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Layer(Checked):
     """Shape and kind of a Transformer block."""
 
-    width: int = 256
-    heads: int = 4
-    kv_heads: int = 0
+    width: Size = 256
+    heads: Size = 4
+    kv_heads: Count = 0
     """key-value heads, each shared by heads / kv_heads query heads; 0: as many as heads"""
-    head_dim: int = 0
+    head_dim: Count = 0
     """0: width / heads"""
-    hidden: int = 0
+    hidden: Count = 0
     """width inside the MLP; 0: 4 width, with a gate 8/3 width rounded up to a multiple of 64"""
     norm: Literal["rms", "layer"] = "rms"
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     post_norm: bool = False
     """normalise after the residual sum (BERT) instead of before each branch"""
     activation: Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
@@ -73,11 +74,11 @@ class Layer:
     """of what attention gives; None: as `bias`"""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head"""
-    scale: float = 0.0
+    scale: NotNegative = 0.0
     """what attention logits are multiplied by; 0: head_dim^-1/2"""
     turn_values: bool = False
     """rotary positions turn values too"""
-    memory: int = 0
+    memory: Count = 0
     """width of other vectors that positions look at between attention and MLP (cross-attention); 0: there are none"""
     sandwich: bool = False
     """normalise what each branch adds too (Ding et al. 2021, CogView, Sandwich-LN)"""
@@ -86,19 +87,17 @@ class Layer:
     relax: bool = False
     """keep low-precision numbers small (Ding et al. 2021, CogView, PB-Relax): queries enter their products divided by
     32, which is made good in fp32; LayerNorm first divides by max |x| / 8"""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     """rate on what each branch adds, in training"""
     kernel: Kind = "auto"
     """what computes self-attention of whole sequences; "auto": cuDNN on GPUs, splash attention on TPUs"""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width {self.width} cannot be split into heads {self.heads}; set head_dim")
         if self.heads % self.groups:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        for field, known in (("norm", ("rms", "layer")), ("activation", tuple(ACTIVATIONS))):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} '{getattr(self, field)}': it is one of {', '.join(known)}")
 
     @property
     def groups(self) -> int:

@@ -5,7 +5,7 @@ read by cross-attention of Transformer blocks in its place (Rombach et al. 2022,
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Rate, Size, Sizes
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
 from t2i_jax.nn.conv import Upsample
@@ -25,36 +26,36 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet:
+class UNet(Checked):
     """A UNet that predicts what was added to a picture, and how uncertain the step back is."""
 
-    size: tuple[int, int] = (64, 64)
-    channels: int = 3
-    width: int = 128
+    size: Grid = (64, 64)
+    channels: Size = 3
+    width: Size = 128
     """Channels of the first layer, before its multiplier."""
-    multipliers: tuple[float, ...] = (1, 2, 3, 4)
+    multipliers: Annotated[tuple[float, ...], Range(above=0)] = (1, 2, 3, 4)
     """Channels of each level over `width`; each level has half the side of the one before."""
-    blocks: int = 2
+    blocks: Size = 2
     """Residual blocks a level."""
-    attention: tuple[int, ...] = (2, 4, 8)
+    attention: Sizes = (2, 4, 8)
     """By how much a picture is made smaller where attention is used."""
-    heads: int = 4
-    head_dim: int = 0
+    heads: Size = 4
+    head_dim: Count = 0
     """Width of a head, whose number then follows; 0: `heads` of them."""
-    up_heads: int = 0
+    up_heads: Count = 0
     """Heads on the way up, where head_dim is 0; 0: as many as on the way down."""
     qkv_first: bool = False
     """Columns of queries, keys and values are all queries, all keys, all values, instead of head by head."""
-    transformers: int = 0
+    transformers: Count = 0
     """Transformer blocks in the place of each attention, which read the context by cross-attention; 0: plain attention
     to positions and context at once."""
     scale_shift: bool = True
     """The time scales and shifts what the second norm gives; else it is added before it."""
     resample: Literal["block", "conv", "mean"] = "block"
     """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     condition: Condition | PaddedCaptions | Encoded | None = Classes(1000)
-    context: int = 0
+    context: Count = 0
     """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
     pool: Literal["mean", "last", "none"] = "mean"
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
@@ -63,13 +64,14 @@ class UNet:
     """The network is told how much noise the small picture of `low_res` got, `low_res_noise` of the batch."""
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
-    groups: int = 32
-    eps: float = 1e-5
+    groups: Size = 32
+    eps: Positive = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     """What each block keeps for its backward pass."""
 
     def __post_init__(self):
+        super().__post_init__()
         if isinstance(self.condition, Encoded) and self.condition.dim != self.context:
             raise ValueError(
                 f"context {self.context}: the condition's features are read as they are, {self.condition.dim}"

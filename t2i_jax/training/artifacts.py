@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from t2i_jax.config import ConfigError, from_json, to_json
+from t2i_jax.config import ConfigError, read_stored, to_json
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
 from t2i_jax.training.remote import fetched, place
@@ -72,10 +72,9 @@ def _loaded(where: Any) -> Artifact:
     folder = fetched(where)
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: neither a run nor a released model, there is no config.json in it")
-    config = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     if weights.exists():
-        content = {k: from_json(v) for k, v in config.items()}
+        content = released(folder)
         try:
             arrays = load_file(weights)
         except (SafetensorError, OSError) as error:
@@ -84,7 +83,9 @@ def _loaded(where: Any) -> Artifact:
         text = relocated(content.get("text"), folder)
         model = assign(content["model"], arrays, weights)
         return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
-    experiment = from_json(config)
+    experiment = read_stored(folder / "config.json")
+    if not hasattr(experiment, "model"):
+        raise ConfigError(f"{folder / 'config.json'}: describes a {type(experiment).__name__}, and no run")
     step, arrays = run_weights(where)
     model = assign(experiment.model, arrays, where / "checkpoints")
     text = relocated(experiment.text, folder)
@@ -93,10 +94,18 @@ def _loaded(where: Any) -> Artifact:
 
 def config_of(folder: str | Path) -> Any:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
-    content = json.loads((Path(folder) / "config.json").read_text())
     if (Path(folder) / "model.safetensors").exists():
-        return from_json(content["model"])
-    return from_json(content).model
+        return released(Path(folder))["model"]
+    return read_stored(Path(folder) / "config.json").model
+
+
+def released(folder: Path) -> dict[str, Any]:
+    """What the config.json of a released model says. Errors: `ConfigError` that names it where it describes none."""
+    path = folder / "config.json"
+    content = read_stored(path)
+    if not isinstance(content, dict) or not hasattr(content.get("model"), "init"):
+        raise ConfigError(f"{path}: describes no model")
+    return content
 
 
 def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:

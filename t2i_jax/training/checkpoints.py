@@ -34,6 +34,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or written; the message names the file."""
 
 
+class NotWritten(CheckpointError):
+    """A checkpoint that could not be written, whose writers may still be at it."""
+
+
 class Damaged(ValueError):
     """A checkpoint that can be read and does not hold what was written."""
 
@@ -134,7 +138,7 @@ class Checkpoints:
         reason = " ".join(str(error or "another process could not write its part").split())[:300]
         text = f"checkpoint of step {step} could not be written to {self.folder}: {kept}. {reason}"
         if self.failures > self.retries:
-            raise CheckpointError(text) from error
+            raise NotWritten(text) from error
         pause = self.backoff * 2 ** (self.failures - 1)
         self.until = time.monotonic() + pause
         tries = f"try {self.failures} of {self.retries} in {pause:.3g} s"

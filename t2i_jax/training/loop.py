@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from t2i_jax import flops
-from t2i_jax.config import ConfigError, differences, from_json, to_json
+from t2i_jax.config import ConfigError, differences, read_stored, refused, to_json
 from t2i_jax.core.types import check_batch
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
@@ -64,7 +64,8 @@ class Trainer:
                 raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
         left = {n: max(train.steps - p.start, 1) for n, p in self.players.items()}
         self.optimizers = {n: train.players.get(n, train.optimizer).build(left[n]) for n in self.players}
-        self.abstract = abstract(experiment.model)
+        with refused("model"):
+            self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         if parts or experiment.data.batch_size % jax.process_count():
             raise ConfigError(
@@ -204,7 +205,7 @@ def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
     path, new = folder / "config.json", to_json(experiment)
     if resumed and path.exists():
         # A field that the library has since the run began had the value that is its default now.
-        old = to_json(from_json(json.loads(path.read_text())))
+        old = to_json(read_stored(path))
         changed = [d for d in differences(old, new) if not d.startswith(FREE)]
         if changed:
             raise ConfigError(

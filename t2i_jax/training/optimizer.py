@@ -55,8 +55,6 @@ class Optimizer(Checked):
             "linear": optax.linear_schedule(peak, peak * self.final, rest),
             "rsqrt": lambda n: peak * jax.lax.rsqrt(1.0 + n / max(self.warmup, 1)),
         }
-        if self.schedule not in after:
-            raise ConfigError(f"optimizer.schedule '{self.schedule}': it is one of {', '.join(after)}")
         rise = optax.linear_schedule(peak / max(self.warmup, 1), peak, max(self.warmup, 1))
         return (
             optax.join_schedules([rise, after[self.schedule]], [self.warmup]) if self.warmup else after[self.schedule]
