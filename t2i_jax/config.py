@@ -61,8 +61,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 def read_stored(path: Path) -> Any:
     """What `to_json` wrote into a file. Errors: `ConfigError` that names the file where it is cut short or edited so
     that it cannot be read."""
+    content = read_json(path)
     with refused(str(path)):
-        return from_json(read_json(path))
+        return from_json(content)
 
 
 def read_json(path: Path) -> Any:
