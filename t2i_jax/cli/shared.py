@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,13 @@ from rich.console import Console
 from t2i_jax.config import ConfigError
 
 console = Console(stderr=True)
+
+
+class Lines(logging.Handler):
+    """Prints log records as lines of the console, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(message: str, status: int = 2) -> None:

@@ -235,7 +235,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     path = Path(path)
     if path.is_dir() and not (path / published.OPEN_CLIP).is_file():
         config, table = Clip.of_huggingface(huggingface.config(path)), published.huggingface_table
-        tensors = huggingface.Weights(path)
+        tensors = huggingface.Weights(path, *published.FOLDER_NEEDED)
     else:
         hints: dict[str, Any] = {"head": head, "activation": activation or "quick_gelu"}
         try:

@@ -91,7 +91,7 @@ class DecoderLM:
         if not shape.depth:
             lines = {k: v for k, v in lines.items() if not k.startswith("blocks.")}
         aside = published.ignored(shape.depth, shape.last)
-        return to_ours(abstract, huggingface.Weights(self.folder), lines, aside, self.folder)
+        return to_ours(abstract, huggingface.Weights(self.folder, published.NEEDED), lines, aside, self.folder)
 
     def features(self, model: Decoder, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""

@@ -78,7 +78,7 @@ class T5:
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
-        shape, tensors = self.shape, huggingface.Weights(self.folder)
+        shape, tensors = self.shape, huggingface.Weights(self.folder, published.NEEDED)
         abstract = jax.eval_shape(functools.partial(Encoder, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
         lines = published.table(tensors, shape.layer.head, shape.layer.activation in GATED)

@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from t2i_jax.config import ConfigError, from_json, to_json
+from t2i_jax.config import ConfigError, from_json, refused, to_json
+from t2i_jax.interop import huggingface, tensorfile
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
 from t2i_jax.training.remote import fetched, place
@@ -72,19 +72,22 @@ def _loaded(where: Any) -> Artifact:
     folder = fetched(where)
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: neither a run nor a released model, there is no config.json in it")
-    config = json.loads((folder / "config.json").read_text())
+    with refused():
+        config = dict(huggingface.settings(folder / "config.json"))
     weights = folder / "model.safetensors"
     if weights.exists():
         content = {k: from_json(v) for k, v in config.items()}
+        checked(content.get("model"), folder)
         try:
-            arrays = load_file(weights)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{weights}: cannot be read as safetensors: {error}") from error
+            arrays = dict(tensorfile.content(weights))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(str(error)) from error
         codec = str(folder / content["codec"]) if content.get("codec") else ""
         text = relocated(content.get("text"), folder)
         model = assign(content["model"], arrays, weights)
         return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
     experiment = from_json(config)
+    checked(experiment, folder)
     step, arrays = run_weights(where)
     model = assign(experiment.model, arrays, where / "checkpoints")
     text = relocated(experiment.text, folder)
@@ -93,10 +96,18 @@ def _loaded(where: Any) -> Artifact:
 
 def config_of(folder: str | Path) -> Any:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
-    content = json.loads((Path(folder) / "config.json").read_text())
+    with refused():
+        content = dict(huggingface.settings(Path(folder) / "config.json"))
     if (Path(folder) / "model.safetensors").exists():
-        return from_json(content["model"])
-    return from_json(content).model
+        return checked(from_json(content.get("model")), folder)
+    return checked(from_json(content), folder).model
+
+
+def checked(config: Any, folder: Any) -> Any:
+    """`config` where it is a configuration. Errors: `ConfigError` where it is another program's config.json."""
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(f"{folder}: its config.json is not that of a run or a released model of t2i_jax")
+    return config
 
 
 def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:
