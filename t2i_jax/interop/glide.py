@@ -7,8 +7,9 @@ from typing import Any
 from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 
 TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
-NEEDED = (("blocks.input.w_voc",), ("blocks.input.patch_proj",))
-"""Names that the file of captions has, and that of images."""
+WHOLE = f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"
+NEEDED = (WHOLE, ("blocks.input.w_voc",), ("blocks.input.patch_proj",))
+"""Names that both files in one have, that of captions, and that of images."""
 
 
 def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
 
     Errors: ValueError where a name that every such file has is not there.
     """
-    require(tensors, (f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"), "no CLIP of GLIDE")
+    require(tensors, WHOLE, "no CLIP of GLIDE")
     shape = lambda name: tuple(tensors[name].shape)
     depth = lambda part: sum(name.startswith(part) and name.endswith("f_attn.f_q.w") for name in tensors)
     (vocabulary, text), (image, _, patch, _) = shape(f"{TEXT}input.w_voc"), shape(f"{IMAGE}input.patch_proj")

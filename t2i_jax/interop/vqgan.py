@@ -108,7 +108,7 @@ def table(model: Any, style: Style) -> Table:
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
     judge = {k: v for k, v in named(model).items() if k not in names}
-    return {**lines, **_judge(judge, *JUDGES[style])} if judge else lines
+    return {**lines, **_judge(judge, *JUDGES[style])} if judge and style in JUDGES else lines
 
 
 def discriminator(model: Any) -> Table:
@@ -150,8 +150,8 @@ SHAPES: dict[Style, Shapes] = {
 def needed(style: Style) -> tuple[str, ...]:
     """Names that every file of a style has."""
     down, _, block, _, width, *_ = SHAPES[style]
-    ends = "encoder.conv_in.weight", "decoder.conv_in.weight"
-    return ends if style == "clipgen" else (*ends, f"{down}.0.{block}.0.{width}.weight")
+    first = f"{down}.0.{width}.weight" if style == "clipgen" else f"{down}.0.{block}.0.{width}.weight"
+    return "encoder.conv_in.weight", "decoder.conv_in.weight", first
 
 
 def autoencoder(tensors: Tensors, style: Style) -> dict[str, Any]:
