@@ -18,6 +18,7 @@ from t2i_jax import convert
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import folders
+from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.clip import openai_tensors
 from t2i_jax.interop.efficientnet import load_efficientnet
@@ -38,6 +39,7 @@ MODEL = Diffusion(NETWORK, Discrete("linear"), guided_channels=3)
 CODEC = KL(
     AutoencoderConfig(8, (1, 2), blocks=1, latent=4, groups=4, moments=True), scale=0.2, perceptual=0.0, adversarial=0.0
 )
+F = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 2700000000\n"
 PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 
@@ -145,6 +147,15 @@ def test_safetensors_are_what_the_package_reads(tensors, tmp_path):
     for name, value in (tensors | kinds).items():
         assert found[name].dtype == value.dtype and np.array_equal(found[name], value)
     assert found["none"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 1408, 0x4B50, 0x8B1F, 0x4D42, 0x12345])
+def test_the_length_of_a_header_looks_like_nothing_else(tmp_path, length):
+    """It stands first in the file, and may have the bytes with which pickles, zips, gzips and images begin."""
+    head = json.dumps({"a": F}).encode().ljust(length)
+    (tmp_path / "w.pt").write_bytes(len(head).to_bytes(8, "little") + head + np.arange(2, dtype=np.float32).tobytes())
+    assert sniff_file(tmp_path / "w.pt") == "a safetensors file"
+    np.testing.assert_array_equal(huggingface.Weights(tmp_path / "w.pt")["a"], [0, 1])
 
 
 def shards(tensors, folder, stem="model", ending=".safetensors", index=".safetensors.index.json", write=save_file):
@@ -286,7 +297,6 @@ def header(entries, data=b""):
     return len(text).to_bytes(8, "little") + text + data
 
 
-F = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 FAULTS = {
     "lfs": (lambda p, t: p.write_bytes(LFS), "is a Git LFS pointer in place of the file (`git lfs pull`"),
     "page": (lambda p, t: p.write_bytes(PAGE), "is a web page"),

@@ -99,10 +99,10 @@ def content(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path}: is a folder, not a file of weights")
     with path.open("rb") as file:
         head = file.read(9)
+    if head[4:] == b"\0\0\0\0{":  # a length, which may begin as the others do, and its JSON
+        return SafeTensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return read_torch(path, unknown="stand-in")
-    if head[8:] == b"{":
-        return SafeTensors(path)
     raise ValueError(f"{path}: is {sniff_file(path) or 'of no known kind'}, not a safetensors or PyTorch file")
 
 
