@@ -105,6 +105,7 @@ def sample_to_folder(
     todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
     moments: dict[float, Any] = {}
+    pipeline.notice([jobs[i][0] for i in todo])
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
         for at in range(0, len(todo), batch_size):

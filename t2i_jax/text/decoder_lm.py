@@ -26,13 +26,14 @@ from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 from t2i_jax.parallel import shard
+from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
 """`model_type` of a config.json that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderLM:
+class DecoderLM(Limited):
     """Captions as hidden states of a language model that lies in a folder as Hugging Face lays it out."""
 
     folder: str
@@ -58,14 +59,21 @@ class DecoderLM:
 
         Errors: FileNotFoundError without tokenizer.json, ImportError without the package that reads it.
         """
-        tokenizer = _tokenizer(self.folder)
         ids, mask = np.zeros((len(captions), self.length), np.int32), np.zeros((len(captions), self.length), bool)
-        texts = [self.template.replace("{}", caption) for caption in captions]
-        for row, seen, caption, found in zip(ids, mask, captions, tokenizer.encode_batch(texts), strict=True):
-            if caption.strip():
-                some = found.ids[: self.length]
-                row[: len(some)], seen[: len(some)] = some, True
+        for row, seen, found in zip(ids, mask, self.tokens(captions), strict=True):
+            some = found[: self.length]
+            row[: len(some)], seen[: len(some)] = some, True
         return ids, mask
+
+    @property
+    def room(self) -> int:
+        return self.length
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """All ids of each caption in its template, those that the tokenizer adds too; none of an empty caption."""
+        texts = [self.template.replace("{}", caption) for caption in captions]
+        found = _tokenizer(self.folder).encode_batch(texts)
+        return [one.ids if caption.strip() else [] for one, caption in zip(found, captions, strict=True)]
 
     @functools.cached_property
     def shape(self) -> Shape:
