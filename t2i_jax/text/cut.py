@@ -60,11 +60,17 @@ def unread(text: Limited, captions: Sequence[str]) -> str:
 
 def end(text: Limited, caption: str) -> int:
     """Characters of a caption that are read: up to the end of a word, where there are words."""
-    ends = [m.end() for m in re.finditer(r"\S+", caption)]
-    found = bisect_left(ends, 1, key=lambda n: text.cut([caption[:n]])[0])
-    start = ends[found - 1] if found else 0
-    word = range(start, ends[found] if found < len(ends) else start)
-    return start or word[bisect_left(word, 1, key=lambda n: text.cut([caption[:n]])[0]) - 1]
+
+    def longest(ends: Sequence[int]) -> int:
+        """The last of these beginnings that is read whole, or 0; of long captions only the beginning is looked at."""
+        lost = lambda n: text.cut([caption[:n]])[0]
+        most = 1
+        while most < len(ends) and not lost(ends[most - 1]):
+            most *= 2
+        found = bisect_left(ends[:most], 1, key=lost)
+        return ends[found - 1] if found else 0
+
+    return longest([m.end() for m in re.finditer(r"\S+", caption)]) or longest(range(1, len(caption) + 1))
 
 
 def shown(caption: str) -> str:
