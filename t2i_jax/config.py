@@ -139,7 +139,7 @@ def from_json(value: Any) -> Any:
     fields = {k: from_json(v) for k, v in value.items() if k != "type"}
     if "type" not in value:
         return fields
-    module, _, name = value["type"].partition(":")
+    module, _, name = str(value["type"]).partition(":")
     if not (module.startswith("t2i_jax.") or module in sys.modules):
         raise ConfigError(f'config names the class "{value["type"]}": import its module before you load this config')
     cls = getattr(importlib.import_module(module), name, None)

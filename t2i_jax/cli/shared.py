@@ -30,7 +30,9 @@ def fail(message: str, status: int = 2) -> None:
 
 
 def local(path: Path) -> Path:
-    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store."""
+    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store, or no path."""
+    if "\0" in str(path):
+        raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
     if re.match(r"\w{2,}:/", str(path)):
         raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
     return path

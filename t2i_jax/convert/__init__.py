@@ -87,10 +87,10 @@ def formats() -> dict[str, Format]:
 def find(name: str) -> Format:
     """The format of that name, hyphens or underscores. Errors: ValueError with the known ones."""
     known = formats()
-    for spelling in (name, name.replace("_", "-"), name.replace("-", "_")):
+    for spelling in (name, name.lower().replace("_", "-"), name.lower().replace("-", "_")):
         if spelling in known:
             return known[spelling]
-    near = difflib.get_close_matches(name, known, 1, 0.4)
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 

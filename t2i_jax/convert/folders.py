@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from t2i_jax import convert
 from t2i_jax.codecs.dvae import DVAE
-from t2i_jax.config import ConfigError
-from t2i_jax.convert.hints import check_fields, parse, text_of, unknown
+from t2i_jax.config import ConfigError, refused
+from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.models.any_order import AnyOrder
@@ -26,6 +26,7 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream
 from t2i_jax.models.vq_diffusion import VQDiffusion
+from t2i_jax.nn.condition import Paired
 from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.trees import named
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
@@ -48,6 +49,8 @@ def to_folder(
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
         raise ConfigError(f"{weights}: there is no such file or folder; what lies on a hub is fetched first")
+    if (settings := Path(weights, "config.json")).is_file() and "t2i_jax." in settings.read_text("utf-8", "replace"):
+        raise ConfigError(f"{weights}: is a run or a released model already; --back makes a published file of it")
     if codec:
         codec_in(codec)
     found = None
@@ -55,6 +58,8 @@ def to_folder(
         found = _opened(name, Path(weights))
         config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
         check_fields(config, hints)
+        if text is not None:
+            _check_text(config, text)
     except FAULTS as error:
         raise ConfigError(_fault(name, format, weights, error, found, hints)) from error
     with tempfile.TemporaryDirectory() as room:
@@ -81,6 +86,19 @@ def _fault(
     return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
 
 
+def _check_text(config: Any, text: Any) -> None:
+    """Errors: ValueError where a model does not read what a text side gives; those of the text side's files."""
+    condition = getattr(config, "condition", None)
+    if not {"features", "text"} & set(getattr(condition, "inputs", ())):
+        raise ValueError(f"a {type(config).__name__} without captions takes no --text")
+    if "features" in condition.inputs:
+        condition = condition.encoded if isinstance(condition, Paired) else condition
+        gives, reads = (text.length, text.dim), (condition.length, condition.dim)
+        if gives != reads:
+            said = "{} vectors of {} numbers a caption"
+            raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")
+
+
 def _opened(name: str, path: Path) -> convert.Folder:
     """The tensors of a published file, or what lies in a folder of a format that is one."""
     folder = convert.find(name).folder
@@ -101,8 +119,8 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     try:
         table = format.table(artifact.config)
     except FAULTS as error:
-        kind = type(artifact.config).__name__
-        raise ConfigError(f"{folder} holds a {kind}, which {name} cannot hold ({error})") from error
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no {name}{why}") from error
     homeless = sorted(named(artifact.model).keys() ^ table.keys())
     if homeless:
         raise ConfigError(f"{folder} has parts that {name} has no place for, or lacks some: {', '.join(homeless[:8])}")
@@ -152,13 +170,15 @@ def encoder(kind: Any, words: str, said: str, **fields: Any) -> Any:
     said: what errors begin with. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
     """
     path, *settings = words.split(",")
-    if not Path(path).exists():
+    if not path or not Path(path).exists():
         raise ConfigError(f"{said}: there is no '{path}'; it names a folder as Hugging Face lays it out, or a file")
     known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
     given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
         raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
-    return kind(path, **(fields | given))
+    with refused(said):
+        check_values(kind, given)
+        return kind(path, **(fields | given))
 
 
 def help_text() -> str:

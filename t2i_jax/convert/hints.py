@@ -7,6 +7,7 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +26,13 @@ def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]
     Errors: `ConfigError` for a word that is no hint, a hint that the format does not take, and a value of a wrong kind.
     """
     found: dict[str, list[str]] = {}
+    last: list[str] | None = None
     for word in arguments:
-        if word.startswith("--"):
-            key, _, given = word[2:].partition("=")
-            found[key.replace("-", "_")] = [given] if given else []
-        elif found:
-            found[list(found)[-1]].append(word)
+        if m := re.fullmatch(r"--([A-Za-z][\w-]*)(=(.*))?", word, re.DOTALL):
+            last = found[m[1].replace("-", "_")] = [m[3]] if m[2] else []
+            last = None if m[2] else last
+        elif last is not None and not word.startswith("--"):
+            last.append(word)
         else:
             raise ConfigError(f"what is {word!r}? Hints are --name value")
     known = takes(format)
@@ -40,10 +42,12 @@ def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]
             raise ConfigError(unknown(name, format, key))
     values = {key: value(words) for key, words in found.items()}
     for key, one in values.items():
-        _check(f"--{key.replace('_', '-')} {' '.join(found[key])}", one, known.get(key, Any))
-        numbers = [n for n in (one if isinstance(one, tuple) else (one,)) if isinstance(n, int | float)]
-        if key in known and any(n < 0 for n in numbers):
-            raise ConfigError(f"--{key.replace('_', '-')} {' '.join(found[key])}: it is not negative")
+        said = " ".join((f"--{key.replace('_', '-')}", *found[key]))
+        _check(said, one, known.get(key, Any))
+        kind = known.get(key, float)
+        counts = [] if float in (kind, *typing.get_args(kind)) else one if isinstance(one, tuple) else [one]
+        if any(isinstance(n, int) and n < 0 for n in counts):
+            raise ConfigError(f"{said}: it is not negative")
     return values
 
 
@@ -57,21 +61,24 @@ def unknown(name: str, format: Format, key: str) -> str:
     """That a format takes no such hint, and the nearest that it takes."""
     made = inspect.signature(format.describe, eval_str=True).return_annotation
     fields = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(made) else []
-    near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.3)
+    near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.6)
     meant = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
     return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
 
 
 def check_fields(config: Any, given: Iterable[str]) -> None:
     """Errors: `ConfigError` where a field that was given as a hint has a value of a wrong kind."""
-    parts = [config, *(getattr(config, f.name) for f in dataclasses.fields(config))]
-    for part in parts:
-        if not dataclasses.is_dataclass(part) or isinstance(part, type):
-            continue
-        kinds = typing.get_type_hints(type(part))
-        for field in dataclasses.fields(part):
-            if field.name in given:
-                _check(f"--{field.name.replace('_', '-')}", getattr(part, field.name), kinds[field.name])
+    for part in (config, *(getattr(config, f.name) for f in dataclasses.fields(config))):
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            fields = {f.name for f in dataclasses.fields(part)} & set(given)
+            check_values(type(part), {name: getattr(part, name) for name in fields})
+
+
+def check_values(kind: type, values: Mapping[str, Any]) -> None:
+    """Errors: `ConfigError` where a value is not of the kind of the dataclass's field of that name."""
+    kinds = typing.get_type_hints(kind)
+    for name, value in values.items():
+        _check(f"--{name.replace('_', '-')}", value, kinds[name])
 
 
 def _check(said: str, value: Any, kind: Any) -> None:
@@ -96,9 +103,9 @@ def suits(value: Any, kind: Any) -> bool:
         return isinstance(value, float | int) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if kind in (bool, str, None, types.NoneType):
-        return value is None if kind in (None, types.NoneType) else isinstance(value, kind)
-    return True
+    if kind in (None, types.NoneType):
+        return value is None
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def value(words: Sequence[str]) -> Any:
