@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names that parallel and compiled modules add at any depth; published names have none of them."""
-BOOKKEEPING = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|step)$")
-"""Names of what averages of weights keep about themselves."""
+BOOKKEEPING = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|step|global_step|epoch|iteration)$")
+"""Names of what training programs and averages of weights keep about themselves."""
 AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)")
 """Parts of names under which averaged weights lie."""
 KEYS = ("model", "module", "state_dict")

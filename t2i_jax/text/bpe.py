@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i_jax.core.sniff import sniff_file
 from t2i_jax.text.clean import tidy
 
 PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
@@ -46,6 +47,8 @@ class BytePairs:
 
     def __init__(self, path: str | Path):
         path = Path(path)
+        if (what := sniff_file(path)) not in ("", "a text file", "a gzip file"):
+            raise ValueError(f"{path}: is {what}, not a list of merges")
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             lines = content.decode("utf-8").split("\n")[1 : MERGES + 1]  # the first line is a header

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop import decoder_lm as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours
@@ -184,7 +185,12 @@ def _tokenizer(folder: str) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("tokenizer.json is read by the package tokenizers: pip install 'tokenizers>=0.22'") from error
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package has no narrower one
+        what = sniff_file(path)
+        said = f"is {what}, not a tokenizer" if what != "a JSON file" else f"cannot be read as a tokenizer: {error}"
+        raise ValueError(f"{path}: {said}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
