@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,7 @@ def wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
     """Lines of `text` no wider than `width`; long words are broken, and what is beyond `most` lines becomes '…'."""
     lines, rest = [], " ".join(text.split())
     while rest and len(lines) <= most:
-        fit = 1
-        while fit < len(rest) and font.getlength(rest[: fit + 1]) <= width:
-            fit += 1
+        fit = max(1, _fitting(rest, font, width))
         if fit < len(rest):
             space = rest.rfind(" ", 0, fit + 1)
             fit = space if space > 0 else fit
@@ -197,10 +196,18 @@ def wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
         rest = rest[fit:].lstrip()
     if len(lines) > most:
         last = lines[most - 1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
+        last = last[: _fitting(last, font, width, "…")]
         lines = [*lines[: most - 1], last.rstrip() + "…"]
     return lines
+
+
+def _fitting(text: str, font: Any, width: int, end: str = "") -> int:
+    """Characters of `text` that, with `end`, are no wider than `width`; few beginnings are measured, and short ones."""
+    most = 1
+    while most < len(text) and font.getlength(text[:most] + end) <= width:
+        most *= 2
+    measured = range(1, min(most, len(text)) + 1)
+    return bisect_right(measured, width, key=lambda n: font.getlength(text[:n] + end))
 
 
 def load_font(size: int, text: str = "") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from t2i_jax.config import ConfigError, refused
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
+from t2i_jax.text.cut import Limited, unread
 from t2i_jax.training.artifacts import Artifact, load_artifact, on_host, save_artifact
+
+log = logging.getLogger(__name__)
 
 SEEDS = 2**64
 """Seeds are whole numbers from 0 to one less."""
@@ -100,6 +104,8 @@ class Pipeline:
         self._watch: Watch | None = None
         self.second: Pipeline | None = None
         """What makes the pictures larger; see `enlarged`."""
+        self.noticed: set[str] = set()
+        """Prompts that were looked at for parts that are not read."""
         self._compiled = self._compile()
 
     def _compile(self) -> Callable[..., Array]:
@@ -174,6 +180,7 @@ class Pipeline:
             raise ConfigError(
                 "the model draws codes and has no codec that makes images of them: convert it with --codec"
             )
+        self.notice(prompts)
         options = self.options if options is None else options
         size = max(self.mesh.shape["data"] * self.mesh.shape["fsdp"], min(batch_size, len(prompts)))
         size += -size % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
@@ -197,6 +204,15 @@ class Pipeline:
             if progress:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
+
+    def notice(self, prompts: Sequence[str]) -> None:
+        """Logs which prompts, of those not asked about before, have a part that the model does not read."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noticed]
+        self.noticed.update(new)
+        texts = (self.text, self.puller and self.puller.text, self.second and self.second.text)
+        for text in dict.fromkeys(text for text in texts if isinstance(text, Limited)):
+            if said := unread(text, new):
+                log.warning(f"prompts are cut: {said}; what is not read changes no image")
 
     def enlarged(self, second: Pipeline, name: str = "") -> Pipeline:
         """The same pipeline, whose pictures a second one makes larger: the two stages of a cascade (Ho et al. 2022).

@@ -112,6 +112,7 @@ def sample_to_folder(
         raise refusal or ConfigError(f"{out}: the first process cannot write here")
     todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
     moments: dict[float, Any] = {}
+    pipeline.notice([jobs[i][0] for i in todo])
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
         for at in range(0, len(todo), batch_size):

@@ -85,7 +85,7 @@ def test_inception_equals_pytorch_fid():
 
 
 def test_inception_misfits_are_named():
-    with pytest.raises(ValueError, match=r"fid\.pth is not the Inception network .*Conv2d_1a_3x3"):
+    with pytest.raises(ValueError, match=r"fid\.pth: this is not the Inception network .*no Conv2d_1a_3x3"):
         inception_from({"fc.weight": np.zeros((1008, 2048))}, "fid.pth")
 
 

@@ -109,6 +109,17 @@ def test_a_list_of_merges_of_ones_own(tmp_path):
         bpe.BytePairs(file)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 270\n"
+
+
+@pytest.mark.parametrize("content, said", [(LFS, "Git LFS pointer"), (b"<html>", "web page"), (b"", "empty file")])
+def test_what_is_no_list_is_named(tmp_path, content, said):
+    """A pointer has lines of two words, as a list of merges has."""
+    (tmp_path / "merges.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"merges\.txt: is an? {said}.*, not a list of merges"):
+        bpe.BytePairs(tmp_path / "merges.txt")
+
+
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setattr(bpe.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=re.escape("pip install --no-deps open-clip-torch")):

@@ -69,6 +69,14 @@ def test_what_cannot_be_read_is_told(tmp_path):
         Shape.read({k: v for k, v in config.items() if k != "vocab_size"})
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         DecoderLM(str(tmp_path))(["a cat"])
+    pytest.importorskip("tokenizers")
+    for content, said in {
+        "version https://git-lfs.github.com/spec/v1\n": "Git LFS pointer",
+        "{}": "as a tokenizer",
+    }.items():
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{said}"):
+            DecoderLM(str(tmp_path))(["a cat"])
     with pytest.raises(ValueError, match="template"):
         DecoderLM("somewhere", template="describe")
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from t2i_jax.cli.shared import console, fail
+from t2i_jax.cli.shared import Lines, console, fail
 
 COMMANDS = {
     "data": "build a data set that ships as packages; train a vocabulary on captions",
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(
             f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
         )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[Lines()])
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told as one line
 
     from t2i_jax.config import ConfigError

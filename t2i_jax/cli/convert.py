@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from t2i_jax.cli.shared import console, local, parse_some
+from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
 
 
@@ -45,6 +46,8 @@ def run(arguments: list[str]) -> None:
         sys.exit(0 if arguments else 2)
     args, rest = parse_some(ConvertArguments, arguments, "t2i convert")
     local(args.out)
+    if args.back and (rest or args.text or args.codec):
+        raise ConfigError(f"--back takes no hints, no --text and no --codec: {' '.join(rest) or '--text, --codec'}")
     if args.back:
         folders.to_file(args.format, args.weights, args.out)
         console.print(f"{args.out}: written in the names of {args.format}", soft_wrap=True)

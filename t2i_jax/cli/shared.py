@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,22 @@ from t2i_jax.config import ConfigError
 console = Console(stderr=True)
 
 
+class Lines(logging.Handler):
+    """Prints log records as lines of the console, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
 def fail(message: str, status: int = 2) -> None:
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
 def local(path: Path) -> Path:
-    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store."""
+    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store, or no path."""
+    if "\0" in str(path):
+        raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
     if re.match(r"\w{2,}:/", str(path)):
         raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
     return path

@@ -56,6 +56,7 @@ class Ruler:
         """
         size, made, taken = self.comparison.batch_size, [], []
         prompts = prompts_of(self.records, pipeline.family)
+        pipeline.notice(prompts)
         with bar() as progress:
             task = progress.add_task(title, total=len(prompts))
             for at in range(0, len(prompts) - size + 1, size):

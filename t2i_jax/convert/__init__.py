@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
-from t2i_jax.interop.torchfile import StandIn, read_torch, tensors_below
+from t2i_jax.interop.tensorfile import content
+from t2i_jax.interop.wrapping import holds, located
 from t2i_jax.nn.trees import abstract
 
 MODULES = ("ar", "codecs", "diffusers", "discrete", "gaussian", "masked", "stream")
@@ -53,10 +53,8 @@ class Format:
     """configuration -> where each variable lies in the file"""
     unused: str = ""
     """regular expression of names in the file that need no place"""
-    wrappers: tuple[str, ...] = ("ema", "model_ema", "model", "module", "state_dict")
-    """keys under which files hold the tensors, best first"""
-    prefixes: tuple[str, ...] = ("module.", "_orig_mod.")
-    """what training programs put before every name"""
+    needed: tuple[tuple[str, ...], ...] = ()
+    """names that tell the model in a file; further ones are for files that lack the first"""
     renames: tuple[tuple[str, str], ...] = ()
     """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
@@ -67,8 +65,6 @@ class Format:
     """what it is, for people"""
     example: str = ""
     """file and hints of a command that converts one"""
-    root: str = ""
-    """what one of its own names begins with, where `part` alone could be one too"""
     adapt: Callable[..., tuple[Tensors, dict[str, Any]]] | None = None
     """(tensors, **hints) -> the tensors that the table speaks of, and the other hints: for a file that is read with
     another beside it"""
@@ -91,64 +87,41 @@ def formats() -> dict[str, Format]:
 def find(name: str) -> Format:
     """The format of that name, hyphens or underscores. Errors: ValueError with the known ones."""
     known = formats()
-    for spelling in (name, name.replace("_", "-"), name.replace("-", "_")):
+    for spelling in (name, name.lower().replace("_", "-"), name.lower().replace("-", "_")):
         if spelling in known:
             return known[spelling]
-    near = difflib.get_close_matches(name, known, 1, 0.4)
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 
 
 def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
-    """The tensors of a published file as NumPy arrays, out of their wrapping.
+    """The tensors of a published file as NumPy arrays, under the published names.
 
-    path: a .safetensors file, or one that `torch.save` wrote (.pt, .pth, .ckpt, .pkl, ...), of a dictionary or of a
-    whole module; a folder, for a format that lies in several files. Errors: ValueError naming the file.
+    path: a safetensors or PyTorch file under any ending, of a dictionary or of a whole module; the index of a file that
+    is cut into shards; a folder with one of these, or with the several files of a format.
+    Errors: OSError, ValueError naming the file.
     """
     path, format = Path(path), find(name)
-    if not path.is_dir():
-        return unwrapped(_content(path), format)
-    if not format.files:
-        raise ValueError(f"{path} is a folder; {name} is read from one file")
+    if not path.is_dir() or not format.files:
+        return dict(huggingface.Weights(path, *format.needed, part=format.part))
     found = {stem: sorted(file for file in path.iterdir() if file.stem == stem) for stem in format.files}
     for stem, files in found.items():
         if len(files) != 1:
             wanted, there = " and ".join(format.files), ", ".join(file.name for file in files) or "none"
             raise ValueError(f"{path}: {name} is read from one file each of {wanted}; of {stem} there is {there}")
-    parts = {stem: unwrapped(_content(file), format) for stem, (file,) in found.items()}
+    parts = {stem: unwrapped(content(file), format, str(file)) for stem, (file,) in found.items()}
     return {f"{format.files[stem]}{name}": tensor for stem, part in parts.items() for name, tensor in part.items()}
 
 
-def _content(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        return read_torch(path, unknown="stand-in")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+def unwrapped(content: Any, format: Format, file: str = "the file") -> dict[str, Any]:
+    """The tensors of a model in the content of a file, without what training programs put around their names."""
+    return dict(located(content, *format.needed, part=format.part, file=file))
 
 
-def unwrapped(content: Any, format: Format) -> dict[str, Any]:
-    """The name-to-tensor mapping inside a checkpoint, without the prefixes of training programs."""
-    whole = _mapping(content)
-    if whole is None:
-        raise ValueError(f"holds {type(content).__name__}; a dictionary of tensors, or a whole module, is wanted")
-    content = whole
-    while (inside := next(filter(None, (_mapping(content.get(k)) for k in format.wrappers)), None)) is not None:
-        content = inside
-    tensors = {k: v for k, v in content.items() if hasattr(v, "shape")}
-    for prefix in format.prefixes:
-        if tensors and all(k.startswith(prefix) for k in tensors):
-            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    ours = {k.removeprefix(format.part): v for k, v in tensors.items() if k.startswith(format.part)}
-    return ours if format.part and any(k.startswith(format.root) for k in ours) else tensors
-
-
-def _mapping(content: Any) -> Mapping[str, Any] | None:
-    """A dictionary as it is, a module saved whole as its tensors; of anything else nothing."""
-    if isinstance(content, StandIn):
-        return dict(tensors_below(content)) or None
-    return content if isinstance(content, Mapping) else None
+def alike(tensors: Tensors) -> list[str]:
+    """Formats that have such names."""
+    return [name for name, format in formats().items() if format.needed and holds(tensors, *format.needed)]
 
 
 def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:

@@ -13,9 +13,11 @@ from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
 from t2i_jax.interop import vqgan
-from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.interop.names import Table, Tensors, require
 from t2i_jax.nn.trees import abstract
 
+JUDGE = ("main.0.weight", "main.2.weight")
+"""Names that every PatchGAN has."""
 TAMING = {"pixels": "l1", "adversarial": 0.8, "adaptive": True, "start": 250_001}
 """How the codecs of taming-transformers were trained."""
 
@@ -81,8 +83,7 @@ def _table(config: VQGAN, style: vqgan.Style) -> Table:
 
 def _judge(tensors: Tensors) -> DiscriminatorConfig:
     kernels = sum(len(t.shape) == 4 for t in tensors.values())
-    if "main.0.weight" not in tensors:
-        raise ValueError(f"no main.0.weight among {len(tensors)} names: this is no PatchGAN of taming-transformers")
+    require(tensors, JUDGE, "no PatchGAN of taming-transformers")
     return DiscriminatorConfig(tensors["main.0.weight"].shape[0], kernels - 2)
 
 
@@ -91,7 +92,7 @@ def _judge_table(config: DiscriminatorConfig) -> Table:
 
 
 def _format(describe: Any, style: vqgan.Style, **fields: Any) -> Format:
-    return Format(describe, partial(_table, style=style), vqgan.IGNORED, **fields)
+    return Format(describe, partial(_table, style=style), vqgan.IGNORED, (vqgan.needed(style),), **fields)
 
 
 def _usage(config: VQGAN) -> dict[str, np.ndarray]:
@@ -117,6 +118,7 @@ FORMATS = {
         _judge,
         _judge_table,
         vqgan.IGNORED,
+        needed=(JUDGE,),
         part="loss.discriminator.",
         title="the PatchGAN of a VQGAN of taming-transformers",
         example="vqgan_imagenet_f16_16384.ckpt",

@@ -6,7 +6,6 @@ the text encoder's stand.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,10 @@ def _folder(path: Path) -> Folder:
     """A UNet's folder, or the one that has it as `unet/` among the other parts."""
     part = path / "unet"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path), published.settings(huggingface.config(path)))
+        return Folder(huggingface.Weights(path, published.NEEDED), published.settings(huggingface.config(path)))
     hints = published.settings(huggingface.config(part))
-    hints |= published.schedule(_json(path / "scheduler" / "scheduler_config.json"))
-    text, tensors = None, dict(huggingface.Weights(part))
+    hints |= published.schedule(huggingface.settings(path / "scheduler" / "scheduler_config.json"))
+    text, tensors = None, dict(huggingface.Weights(part, published.NEEDED))
     if (path / "text_encoder").is_dir():
         text = _clip(path)
         tensors["null_features"], hints["length"] = _nothing(text), text.length
@@ -143,9 +142,9 @@ def _pixart_whole(
 def _pixart_folder(path: Path) -> Folder:
     part = path / "transformer"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path), pixart.settings(huggingface.config(path)))
-    hints, tensors = pixart.settings(huggingface.config(part)), dict(huggingface.Weights(part))
-    sigma = "Sigma" in _json(path / "model_index.json").get("_class_name", "")
+        return Folder(huggingface.Weights(path, pixart.NEEDED), pixart.settings(huggingface.config(path)))
+    hints, tensors = pixart.settings(huggingface.config(part)), dict(huggingface.Weights(part, pixart.NEEDED))
+    sigma = "Sigma" in huggingface.settings(path / "model_index.json").get("_class_name", "")
     hints["length"], text = 300 if sigma else 120, None
     if (path / "text_encoder").is_dir():
         spiece = str(path / "tokenizer" / "spiece.model")
@@ -200,9 +199,9 @@ def _third_whole(
 def _third_folder(path: Path) -> Folder:
     part = path / "transformer"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path), third.settings(huggingface.config(path)))
-    hints, tensors, text = third.settings(huggingface.config(part)), dict(huggingface.Weights(part)), None
-    hints["shift"] = _json(path / "scheduler" / "scheduler_config.json").get("shift", 1.0)
+        return Folder(huggingface.Weights(path, third.NEEDED), third.settings(huggingface.config(path)))
+    hints, tensors, text = third.settings(huggingface.config(part)), dict(huggingface.Weights(part, third.NEEDED)), None
+    hints["shift"] = huggingface.settings(path / "scheduler" / "scheduler_config.json").get("shift", 1.0)
     if (path / "text_encoder_3").is_dir():
         spiece = str(path / "tokenizer_3" / "spiece.model")
         t5 = T5(str(path / "text_encoder_3"), 256, vocabulary=spiece)
@@ -228,11 +227,11 @@ def _clip(path: Path, which: str = "") -> ClipText:
     """A CLIP of a folder, with the list of merges and the padding of its tokeniser."""
     room = path / f"tokenizer{which}"
     merges = room / "merges.txt"
-    pad = _json(room / "special_tokens_map.json").get("pad_token", "<|endoftext|>")
+    pad = huggingface.settings(room / "special_tokens_map.json").get("pad_token", "<|endoftext|>")
     pad = pad["content"] if isinstance(pad, Mapping) else pad
     return ClipText(
         str(path / f"text_encoder{which}"),
-        pad=_json(room / "vocab.json")[pad],
+        pad=huggingface.settings(room / "vocab.json")[pad],
         vocabulary=str(merges) if merges.exists() else "",
     )
 
@@ -249,16 +248,11 @@ def _codec(path: Path) -> tuple[Any, Any]:
     return convert.convert("kl_diffusers", found.tensors, str(path), **found.hints)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; a folder as diffusers lays it out has it")
-    return json.loads(path.read_text("utf-8"))
-
-
 FORMATS = {
     "stable-diffusion": Format(
         _stable_diffusion,
         _network,
+        needed=(published.NEEDED,),
         adapt=_ends,
         folder=_folder,
         title="Stable Diffusion 1.x and 2.x as diffusers keeps them",
@@ -267,6 +261,7 @@ FORMATS = {
     "stable-diffusion-3": Format(
         _third,
         _dit_table(third),
+        needed=(third.NEEDED,),
         adapt=_third_whole,
         folder=_third_folder,
         title="Stable Diffusion 3, and 3.5 large, as diffusers keeps them",
@@ -275,6 +270,7 @@ FORMATS = {
     "pixart": Format(
         _pixart,
         _dit_table(pixart),
+        needed=(pixart.NEEDED,),
         adapt=_pixart_whole,
         folder=_pixart_folder,
         title="PixArt-alpha (256, 512) and PixArt-Sigma as diffusers keeps them",

@@ -8,7 +8,7 @@ from t2i_jax.convert import Format
 from t2i_jax.convert.codecs import FORMATS as CODECS
 from t2i_jax.interop import vq_diffusion
 from t2i_jax.interop.names import Tensors
-from t2i_jax.interop.torchfile import read_torch
+from t2i_jax.interop.tensorfile import content
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.noise.reverse import Reverse
 
@@ -49,7 +49,7 @@ def _codec(tensors: Tensors, **fields: Any) -> Any:
 def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: Any) -> tuple[Tensors, dict[str, Any]]:
     """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
     not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
-    full_to_used = read_torch(used) if isinstance(used, str) else used
+    full_to_used = content(used) if isinstance(used, str) else used
     return vq_diffusion.codec_tensors(tensors, full_to_used), fields
 
 
@@ -58,8 +58,8 @@ FORMATS = {
         _vq_diffusion,
         vq_diffusion.table,
         vq_diffusion.UNUSED,
+        needed=(vq_diffusion.NEEDED,),
         part=vq_diffusion.PART,
-        root=vq_diffusion.ROOT,
         buffers=vq_diffusion.buffers,
         title="VQ-Diffusion: captions (COCO, CUB-200, ITHQ), classes (ImageNet), faces (FFHQ)",
         example="coco_learnable.pth --codec models/vq_diffusion-codec --text clip-tokens:FOLDER",
@@ -68,7 +68,7 @@ FORMATS = {
         _codec,
         CODECS["taming-vqgan"].table,
         CODECS["taming-vqgan"].unused,
-        wrappers=("model", "state_dict"),
+        needed=(*CODECS["taming-vqgan"].needed, vq_diffusion.CODEC_NEEDED),
         part=CODECS["taming-vqgan"].part,
         adapt=_used,
         title="the codec of a VQ-Diffusion model, with the codes that it knows: a Gumbel VQGAN, a VQGAN, or ITHQ's own",

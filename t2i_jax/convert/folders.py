@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +15,24 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
-from t2i_jax.config import ConfigError
+from t2i_jax.codecs.dvae import DVAE
+from t2i_jax.config import ConfigError, refused
+from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
+from t2i_jax.convert.hints import value as value_of
+from t2i_jax.interop.wrapping import holds
+from t2i_jax.models.any_order import AnyOrder
+from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.models.masked import Masked
+from t2i_jax.models.stream import Stream
+from t2i_jax.models.vq_diffusion import VQDiffusion
+from t2i_jax.nn.condition import Paired
+from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.trees import named
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
+
+FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+"""What may be raised over a foreign file, or over hints that do not suit it."""
 
 
 def to_folder(
@@ -31,16 +44,24 @@ def to_folder(
     Where `weights` is a folder that holds all three, its own codec and text are taken unless others are given.
     Errors: `ConfigError` for an unknown format or hint, and for a file that lacks names, has others, or other shapes.
     """
-    if Path(out).exists():  # told before the work, not after it
+    format = find(name)
+    if Path(out).exists():  # said before the work, not after it
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
-        raise ConfigError(f"{weights}: there is no such file")
+        raise ConfigError(f"{weights}: there is no such file or folder; what lies on a hub is fetched first")
+    if (settings := Path(weights, "config.json")).is_file() and "t2i_jax." in settings.read_text("utf-8", "replace"):
+        raise ConfigError(f"{weights}: is a run or a released model already; --back makes a published file of it")
+    if codec:
+        codec_in(codec)
+    found = None
     try:
         found = _opened(name, Path(weights))
         config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
-    except (ValueError, TypeError, KeyError) as error:
-        known = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(f"{weights} as {name}: {known}") from error
+        check_fields(config, hints)
+        if text is not None:
+            _check_text(config, text)
+    except FAULTS as error:
+        raise ConfigError(_fault(name, format, weights, error, found, hints)) from error
     with tempfile.TemporaryDirectory() as room:
         if found.codec and not codec:
             codec = f"{room}/codec"
@@ -48,6 +69,34 @@ def to_folder(
         artifact = Artifact(config, model, text or found.text, codec, image_size=picture_side(config, codec))
         save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
     return dataclasses.replace(artifact, codec=str(Path(out, "codec")) if codec else "")
+
+
+def _fault(
+    name: str, format: convert.Format, weights: Any, error: Exception, found: convert.Folder | None, hints: Any
+) -> str:
+    """Why a file could not be converted."""
+    said = str(error)
+    if isinstance(error, TypeError) and (m := re.search(r"unexpected keyword argument '(\w+)'", said)):
+        return unknown(name, format, m[1])
+    if not isinstance(error, ValueError | OSError):  # words of the code that met it
+        said = f"its tensors are not as they should be ({type(error).__name__}: {error})"
+        said += f", or the hints {text_of(hints)} do not suit it" if hints else ""
+    if found and not holds(found.tensors, *format.needed) and (others := convert.alike(found.tensors)):
+        said += f"; its names are those of {', '.join(others)}"
+    return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
+
+
+def _check_text(config: Any, text: Any) -> None:
+    """Errors: ValueError where a model does not read what a text side gives; those of the text side's files."""
+    condition = getattr(config, "condition", None)
+    if not {"features", "text"} & set(getattr(condition, "inputs", ())):
+        raise ValueError(f"a {type(config).__name__} without captions takes no --text")
+    if "features" in condition.inputs:
+        condition = condition.encoded if isinstance(condition, Paired) else condition
+        gives, reads = (text.length, text.dim), (condition.length, condition.dim)
+        if gives != reads:
+            said = "{} vectors of {} numbers a caption"
+            raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")
 
 
 def _opened(name: str, path: Path) -> convert.Folder:
@@ -61,15 +110,17 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
 
     Errors: `ConfigError` where the model is not one that the format can hold.
     """
-    out, artifact, format = Path(out), load_artifact(folder), find(name)
+    out, format = Path(out), find(name)
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: what is written is safetensors; end its name so")
     if out.exists():
         raise ConfigError(f"{out}: exists already; choose another file")
+    artifact = load_artifact(folder)
     try:
         table = format.table(artifact.config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which {name} cannot: {error}") from error
+    except FAULTS as error:
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no {name}{why}") from error
     homeless = sorted(named(artifact.model).keys() ^ table.keys())
     if homeless:
         raise ConfigError(f"{folder} has parts that {name} has no place for, or lacks some: {', '.join(homeless[:8])}")
@@ -91,22 +142,7 @@ def find(name: str) -> convert.Format:
 
 def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """`--grid 24 24`, `--heads=16`, `--legacy` as values by name. Errors: `ConfigError` for a hint that is none."""
-    found: dict[str, list[str]] = {}
-    for word in arguments:
-        if word.startswith("--"):
-            key, _, value = word[2:].partition("=")
-            found[key.replace("-", "_")] = [value] if value else []
-        elif found:
-            found[list(found)[-1]].append(word)
-        else:
-            raise ConfigError(f"what is {word!r}? Hints are --name value")
-    signature = inspect.signature(find(name).describe).parameters.values()
-    known = [p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature):
-        for key in found.keys() - set(known):
-            near = difflib.get_close_matches(key, known, 1, 0.3)
-            raise ConfigError(f"{name} takes no hint --{key}" + (f"; did you mean --{near[0]}?" if near else ""))
-    return {key: _value(words) for key, words in found.items()}
+    return parse(name, find(name), arguments)
 
 
 def text_side(words: str) -> Any:
@@ -134,27 +170,15 @@ def encoder(kind: Any, words: str, said: str, **fields: Any) -> Any:
     said: what errors begin with. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
     """
     path, *settings = words.split(",")
-    if not Path(path).exists():
+    if not path or not Path(path).exists():
         raise ConfigError(f"{said}: there is no '{path}'; it names a folder as Hugging Face lays it out, or a file")
     known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
-    given = {key: _value([value]) for key, _, value in (setting.partition("=") for setting in settings)}
+    given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
         raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
-    return kind(path, **(fields | given))
-
-
-def _value(words: list[str]) -> Any:
-    """No word is True, one is a value, more are a tuple of them."""
-
-    def one(word: str) -> Any:
-        try:
-            return ast.literal_eval(word.title() if word in ("true", "false", "none") else word)
-        except (ValueError, SyntaxError):
-            return word
-
-    if len(words) < 2:
-        return one(words[0]) if words else True
-    return tuple(map(one, words))
+    with refused(said):
+        check_values(kind, given)
+        return kind(path, **(fields | given))
 
 
 def help_text() -> str:
@@ -166,19 +190,42 @@ def help_text() -> str:
 
 
 def picture_side(config: Any, codec: str) -> int:
-    """Side of the pictures, as far as configuration and codec tell. Errors: `ConfigError` where they do not fit."""
+    """Side of the images, as far as configuration and codec tell. Errors: `ConfigError` where they do not fit."""
     if not codec:
         return 0
-    decoder = load_artifact(codec).config
-    if not hasattr(decoder, "factor"):
-        raise ConfigError(f"{codec} holds a {type(decoder).__name__}, which is no codec")
-    if getattr(decoder, "vocabulary", None) != getattr(config, "vocabulary", None):
-        ours, theirs = getattr(config, "vocabulary", "no"), getattr(decoder, "vocabulary", "no")
-        raise ConfigError(f"{codec} has {theirs} codes, the model {ours}: this is not its codec")
-    rows, *_, channels = getattr(config, "shape", (getattr(config, "grid", (0, 0))[0], None))
-    if channels is not None and channels != getattr(decoder, "dim", channels):
-        raise ConfigError(f"{codec} has codes of {decoder.dim} numbers, the model {channels}: this is not its codec")
+    decoder = codec_in(codec)
+    kind, rows, vocabulary, channels = type(config).__name__, 0, 0, 0
+    match config:
+        case Masked() | AnyOrder():  # tokens are squares of codes, of which the head knows the kind
+            rows = config.grid[0] * config.patch
+            if isinstance(config.head, Softmax):
+                vocabulary = config.head.vocabulary
+            else:
+                channels = config.head.dim // config.patch**2
+        case Diffusion():
+            rows, _, channels = config.shape
+        case AR() | Stream() | VQDiffusion():
+            rows, vocabulary = config.grid[0], config.vocabulary
+        case _:
+            raise ConfigError(f"--codec {codec}: a {kind} draws no images, so it takes no codec")
+    held, numbers = getattr(decoder, "vocabulary", 0), getattr(decoder, "dim", 0)
+    numbers = 0 if held else numbers
+    if (held, numbers) != (vocabulary, channels):
+        theirs, ours = (
+            f"{n} codes" if n else f"codes of {k} numbers" for n, k in ((held, numbers), (vocabulary, channels))
+        )
+        raise ConfigError(f"{codec} has {theirs}, the model {ours}: this is not its codec")
     return rows * decoder.factor
+
+
+def codec_in(folder: str) -> Any:
+    """The configuration of the codec in a folder. Errors: `ConfigError` where it holds none that makes images."""
+    config = load_artifact(folder).config
+    if not hasattr(config, "factor"):
+        raise ConfigError(f"{folder} holds a {type(config).__name__}, which is no codec")
+    if isinstance(config, DVAE) and config.half == "encoder":
+        raise ConfigError(f"{folder} holds the encoder of a codec alone, which makes no images")
+    return config
 
 
 def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:

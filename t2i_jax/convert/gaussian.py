@@ -117,20 +117,21 @@ FORMATS = {
     "dit": Format(
         _dit,
         lambda config: dit.table(config.network),
-        wrappers=("ema", "model", "state_dict"),
+        needed=(dit.NEEDED,),
         title="DiT, by the class, on the codes of Stable Diffusion's autoencoder",
         example="DiT-XL-2-256x256.pt --codec models/kl_diffusers",
     ),
     "sit": Format(
         _sit,
         lambda config: dit.table(config.network),
-        wrappers=("ema", "model", "state_dict"),
+        needed=(dit.NEEDED,),
         title="SiT: DiT's networks trained on a flow",
         example="SiT-XL-2-256x256.pt --codec models/kl_diffusers",
     ),
     "adm": Format(
         _adm,
         _network_table,
+        needed=(adm.NEEDED,),
         part="unet.",
         title="the UNets of guided-diffusion (ADM), also those that enlarge",
         example="256x256_diffusion.pt",
@@ -138,6 +139,7 @@ FORMATS = {
     "adm_classifier": Format(
         _adm_classifier,
         _network_table,
+        needed=(adm.NEEDED,),
         part="classifier.",
         title="the classifiers of noised pictures of guided-diffusion, for `t2i sample --pull-by`",
         example="256x256_classifier.pt",
@@ -145,6 +147,7 @@ FORMATS = {
     "glide": Format(
         _glide,
         _network_table,
+        needed=(adm.NEEDED,),
         part="unet.",
         title="GLIDE: its base model and the one that enlarges",
         example="base.pt",
@@ -153,6 +156,7 @@ FORMATS = {
         _glide_clip,
         glide.table,
         unused=r"^(?!clip_)",
+        needed=glide.NEEDED,
         files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},
         title="GLIDE's CLIP of noised pictures: a folder with clip_text_enc.pt and clip_image_enc.pt",
         example="FOLDER",

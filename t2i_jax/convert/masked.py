@@ -61,7 +61,8 @@ def _kl_folder(path: Path) -> Folder:
     path = path / "vae" if (path / "vae").is_dir() else path
     config = huggingface.config(path)
     hints = {"groups": config.get("norm_num_groups", 32), "scale": config.get("scaling_factor", 0.18215)}
-    return Folder(huggingface.Weights(path), hints | {"shift": config.get("shift_factor") or 0.0})
+    hints["shift"] = config.get("shift_factor") or 0.0
+    return Folder(huggingface.Weights(path, vqgan.needed("diffusers")), hints)
 
 
 def _kl_table(config: KL, style: vqgan.Style) -> Table:
@@ -87,7 +88,8 @@ def _mar(
 
 
 def _kl_format(style: vqgan.Style, **fields: Any) -> Format:
-    return Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED, **fields)
+    needed = (vqgan.needed(style),)
+    return Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED, needed, **fields)
 
 
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -98,6 +100,7 @@ FORMATS = {
         _mar,
         mar.table,
         mar.UNUSED,
+        needed=(mar.NEEDED,),
         title="MAR: base, large and huge, by the class",
         example="mar_base/checkpoint-last.pth --codec models/kl",
     ),

@@ -70,6 +70,7 @@ FORMATS = {
     "openai_dvae": Format(
         _openai_dvae,
         _openai_dvae_table,
+        needed=openai_dvae.NEEDED,
         title="the discrete VAE of DALL-E: a folder with encoder.pkl and decoder.pkl, or one of them alone",
         example="FOLDER",
         files={"encoder": "encoder.", "decoder": "decoder."},
@@ -77,6 +78,7 @@ FORMATS = {
     "mindalle": Format(
         _mindalle,
         mindalle.table,
+        needed=(mindalle.NEEDED,),
         title="minDALL-E's Transformer over text and image tokens",
         example="stage2_last.ckpt --codec models/taming-vqgan",
     ),
@@ -84,7 +86,7 @@ FORMATS = {
         _dalle_pytorch,
         dalle_pytorch.table,
         dalle_pytorch.UNUSED,
-        wrappers=("weights", "state_dict"),
+        needed=dalle_pytorch.NEEDED,
         renames=dalle_pytorch.RENAMES,
         title="DALLE-pytorch's Transformer over text and image tokens",
         example="dalle.pt --heads 8 --codec models/dalle_pytorch_vae",
@@ -93,7 +95,7 @@ FORMATS = {
         _dalle_pytorch_vae,
         _dalle_pytorch_vae_table,
         dalle_pytorch.VAE_UNUSED,
-        wrappers=("weights", "state_dict"),
+        needed=(dalle_pytorch.VAE_NEEDED,),
         renames=dalle_pytorch.VAE_RENAMES,
         title="DALLE-pytorch's discrete VAE, alone or in the file of its Transformer",
         example="dalle.pt",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
+NEEDED = ("input_blocks.0.0.weight", "time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight")
+"""Names that every such file has."""
 SIDES = {4: 64, 5: 128, 6: 256, 7: 512}
 """Pixels of a released model with so many levels."""
 
@@ -49,8 +51,7 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, 
     blocks: residual blocks a level, where the shapes allow several numbers. channels: of a picture.
     Errors: ValueError where the names are not those of such a model.
     """
-    if "input_blocks.0.0.weight" not in tensors or "time_embed.0.weight" not in tensors:
-        raise ValueError(f"no input_blocks.0.0.weight among {len(tensors)} names: this is no UNet of guided-diffusion")
+    require(tensors, NEEDED, "no UNet of guided-diffusion")
     shape = lambda name: tuple(tensors[name].shape)
     count = 1 + max(int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.", name) for name in tensors) if m)
     blocks = blocks or _blocks(tensors, count)

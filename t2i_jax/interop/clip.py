@@ -1,15 +1,11 @@
 """Names of CLIP (Radford et al. 2021): those of Hugging Face and those of OpenAI's files."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
+from t2i_jax.interop.huggingface import Weights, settings
 from t2i_jax.interop.names import LINEAR, Source, Table, source
-from t2i_jax.interop.torchfile import read_torch, tensors_below
 
 PATCH = "d c i j -> i j c d"
 OPEN_CLIP = "open_clip_config.json"
@@ -18,6 +14,10 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio"}
 PLAIN |= {"patch_size", "image_size", "patch_dropout", "context_length", "vocab_size"}
 """Fields there of a network that is OpenAI's, but for its sizes and its activation."""
+NEEDED = ("token_embedding.weight", "visual.conv1.weight", "positional_embedding")
+"""Names that every file of OpenAI has."""
+FOLDER_NEEDED = (("text_model.embeddings.token_embedding.weight",), ("embeddings.token_embedding.weight",))
+"""Names that every folder of `transformers` has, or newer ones of a text tower alone."""
 IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_mask$"
 
 
@@ -69,9 +69,9 @@ def openai_table(text_head: int, image_head: int) -> Table:
     return lines
 
 
-def openai_tensors(path: str | Path) -> dict[str, Any]:
-    """The tensors of one of OpenAI's files, a TorchScript archive, or of a state dict in .pt or .safetensors, or in a
-    folder of open_clip.
+def openai_tensors(path: str | Path) -> Mapping[str, Any]:
+    """The tensors of one of OpenAI's files, a TorchScript archive, or of a state dict in a PyTorch or safetensors file,
+    or in a folder of open_clip.
 
     Nothing of an archive's program is run: the modules in it are read as dictionaries of tensors.
     Errors: FileNotFoundError, ValueError where the file cannot be read.
@@ -84,15 +84,7 @@ def openai_tensors(path: str | Path) -> dict[str, Any]:
         path = found
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file, and no folder as Hugging Face lays it out")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
-    content = read_torch(path, unknown="stand-in")
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    tensors = dict(tensors_below(content))
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return Weights(path, NEEDED)
 
 
 def open_clip(folder: str | Path) -> dict[str, Any]:
@@ -102,7 +94,7 @@ def open_clip(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / OPEN_CLIP
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = settings(path)
         model = config.get("model_cfg", config)
         image, text = model["vision_cfg"], model["text_cfg"]
         heads = image.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop import mingpt
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 from t2i_jax.nn.condition import Vector
 
+NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_proj_weight")
+"""Names that every such file has."""
 UNUSED = r"^blocks\.\d+\.mask$"
 
 
@@ -18,8 +20,7 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
 
     They do not tell the number of heads: 0 makes heads of 64, as released models have.
     """
-    if "cond_proj.weight" not in tensors or "tok_emb.weight" not in tensors:
-        raise ValueError(f"no cond_proj.weight or tok_emb.weight among {len(tensors)} names: this is no CLIP-GEN model")
+    require(tensors, NEEDED, "no CLIP-GEN model")
     found = mingpt.sizes(tensors, "self_attn.in_proj_weight", "encoder.linear1.weight", heads)
     return found | {"condition": Vector(tensors["cond_proj.weight"].shape[1])}
 

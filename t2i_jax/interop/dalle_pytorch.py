@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, Source, Table, Tensors, source
+from t2i_jax.interop.names import CONV, LINEAR, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 UNUSED = r"^vae\.|^transformer\.pos_emb$|mask$"
@@ -17,14 +17,17 @@ RENAMES = (
     (r"^image_pos_emb\.weights_(?=\d)", "image_pos_emb.weights."),
 )
 """Where input and output share their matrix, files hold it under each of its names; and the older names of places."""
+NEEDED = (("to_logits.1.weight",), ("image_emb.linear.weight",), ("text_emb.linear.weight",))
+"""Names of which every file of the Transformer has one."""
+VAE_NEEDED = ("codebook.weight", "encoder.0.0.weight")
+"""Names that every file of the dVAE has."""
 VAE_RENAMES = ((r"^vae\.", ""),)
 LAYER = "transformer.layers.layers.{}."
 
 
 def describe_vae(tensors: Tensors) -> dict[str, Any]:
     """Sizes that the shapes of `tensors` (arrays or abstract) belong to: codes, channels, layers, blocks, code."""
-    if "codebook.weight" not in tensors:
-        raise ValueError(f"no codebook.weight among {len(tensors)} names: this is no dVAE of DALLE-pytorch")
+    require(tensors, VAE_NEEDED, "no dVAE of DALLE-pytorch")
     codes, code = tensors["codebook.weight"].shape
     count = lambda pattern: sum(re.fullmatch(rf"encoder\.{pattern}", name) is not None for name in tensors)
     return {
@@ -71,8 +74,7 @@ def describe(
 
     Errors: ValueError that says what is missing.
     """
-    if "to_logits.1.weight" not in tensors:
-        raise ValueError(f"no to_logits.1.weight among {len(tensors)} names: this is no Transformer of DALLE-pytorch")
+    require(tensors, NEEDED[0], "no Transformer of DALLE-pytorch")
     if any(name.startswith("transformer.layers.blocks.") for name in tensors):
         raise ValueError(
             "reversible=True: reversible layers of DALLE-pytorch are another network; only plain ones load"

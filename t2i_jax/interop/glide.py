@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 
 TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
+WHOLE = f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"
+NEEDED = (WHOLE, ("blocks.input.w_voc",), ("blocks.input.patch_proj",))
+"""Names that both files in one have, that of captions, and that of images."""
 
 
 def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
@@ -14,9 +17,7 @@ def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
 
     Errors: ValueError where a name that every such file has is not there.
     """
-    for name in (f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no CLIP of GLIDE")
+    require(tensors, WHOLE, "no CLIP of GLIDE")
     shape = lambda name: tuple(tensors[name].shape)
     depth = lambda part: sum(name.startswith(part) and name.endswith("f_attn.f_q.w") for name in tensors)
     (vocabulary, text), (image, _, patch, _) = shape(f"{TEXT}input.w_voc"), shape(f"{IMAGE}input.patch_proj")

@@ -1,89 +1,168 @@
-"""Folders as Hugging Face lays them out: `config.json` beside weights in one file or several."""
+"""Folders as Hugging Face lays them out: `config.json`, and weights in one file or in shards, in several variants."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from t2i_jax.core.sniff import sniff_file
+from t2i_jax.interop.tensorfile import Lazy, SafeTensors, content
+from t2i_jax.interop.wrapping import located
 
-from t2i_jax.interop.torchfile import read_torch
+log = logging.getLogger(__name__)
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "diffusion_pytorch_model.bin",
+FILE = re.compile(
+    r"(?P<stem>[^.]+?)(?:\.(?P<variant>.+?))?(?P<shard>-(?P<n>\d{5})-of-(?P<of>\d{5}))?(?:\.(?P<after>.+?))?"
+    r"\.(?P<kind>safetensors|bin|pt|pth|ckpt)(?P<index>\.index(?:\.(?P<last>.+))?\.json)?",
+    re.IGNORECASE,
 )
-"""Where weights may lie, best first, for `transformers` and diffusers."""
+"""`model.fp16.safetensors`, `model-00001-of-00002.fp16.safetensors`, `model.safetensors.index.fp16.json`, ..."""
+STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+"""Names of weights, best first; other names come after them."""
+VARIANTS = ("", "fp32", "ema", "bf16", "fp16", "fp8", "non_ema")
+"""Best first."""
+OTHERS = r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)"
+"""Beginnings of files that lie beside weights and hold none."""
 
 
-def config(folder: str | Path) -> dict[str, Any]:
-    """What `config.json` says. Errors: FileNotFoundError without it, ValueError where it cannot be read."""
-    path = Path(folder) / "config.json"
+class Settings(dict[str, Any]):
+    """The fields of a JSON file. Errors: ValueError naming file and field for one that it lacks."""
+
+    def __init__(self, path: Path, fields: dict[str, Any]):
+        super().__init__(fields)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.path}: has no '{key}'; it has {', '.join(list(self)[:8]) or 'no fields'}")
+
+
+def settings(path: str | Path) -> Settings:
+    """What a JSON file of settings says. Errors: FileNotFoundError; ValueError naming the file where it is no JSON."""
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json in it; it is to be a folder as Hugging Face lays it out")
+        there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else ""
+        raise FileNotFoundError(
+            f"{path.parent}: no {path.name} in it, as Hugging Face has it; it holds {there or 'nothing'}"
+        )
     try:
-        return json.loads(path.read_text("utf-8"))
+        fields = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        what = sniff_file(path)
+        said = f"is {what}, not JSON" if "JSON" not in what else f"cut short, or no JSON: {error}"
+        raise ValueError(f"{path}: {said}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds a {type(fields).__name__}; an object with fields is wanted")
+    return Settings(path, fields)
 
 
-class Weights(Mapping[str, np.ndarray]):
-    """The tensors of such a folder by name; of .safetensors files only what is asked for is read.
+def config(folder: str | Path) -> Settings:
+    """What `config.json` says. Errors: FileNotFoundError without it, ValueError where it cannot be read."""
+    return settings(Path(folder) / "config.json")
 
-    Errors: FileNotFoundError for a folder without weights, or with some of its files missing; ValueError for a damaged
-    one.
+
+class Found(NamedTuple):
+    """One copy of the weights in a folder."""
+
+    file: Path
+    """the file, its index, or the first shard of those without one"""
+    stem: str
+    variant: str
+    kind: str
+    index: bool
+    shards: int
+    """how many belong to it where there is no index, else 0"""
+    pointer: bool
+    """it was not fetched"""
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """The less the better."""
+        variant = VARIANTS.index(self.variant) if self.variant in VARIANTS else len(VARIANTS)
+        stem = STEMS.index(self.stem) if self.stem in STEMS else len(STEMS)
+        return self.pointer, variant, stem, self.kind != "safetensors", self.shards > 0, self.index, self.file.name
+
+
+class Weights(Lazy):
+    """The tensors of a folder, a file, or an index of shards, by published name; each is read when it is asked for.
+
+    needed, part: as for `wrapping.located`. Of several variants in a folder the widest is taken, with a word: fp32
+    before bf16 before fp16, averaged weights before others.
+    Errors: FileNotFoundError for a folder without weights, or with shards missing; ValueError for a file that holds
+    none or is damaged.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        first = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-        if first is None:
-            raise FileNotFoundError(f"{folder}: no weights in it; one of {', '.join(WEIGHTS)} is wanted")
-        files = [first]
-        if first.suffix == ".json":
-            files = [folder / name for name in sorted(set(json.loads(first.read_text())["weight_map"].values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder}: {first.name} names {', '.join(missing)}, which is not there")
-        self.parts = {name: part for part in map(_part, files) for name in part}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.parts[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
+    def __init__(self, path: str | Path, *needed: tuple[str, ...], part: str = ""):
+        path = Path(path)
+        files = _chosen(path) if path.is_dir() else _shards(path) if path.suffix.lower() == ".json" else [path]
+        if not path.is_dir() and (m := FILE.fullmatch(path.name)) and m["shard"] and int(m["of"]) > 1:
+            raise ValueError(f"{path}: is shard {int(m['n'])} of {int(m['of'])}; name the folder or the index instead")
+        whole = content(files[0]) if len(files) == 1 else Lazy(dict(_joined(files)))
+        super().__init__(located(whole, *needed, part=part, file=str(files[0] if len(files) == 1 else path)).readers)
 
 
-class _Lazy(Mapping[str, np.ndarray]):
-    def __init__(self, file: Path):
-        try:
-            self.file = safe_open(file, "numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
-        self.names = dict.fromkeys(self.file.keys())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def _joined(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """Readers of all tensors of the shards. Errors: ValueError where two shards have one name."""
+    known: dict[str, Path] = {}
+    for file in files:
+        part = content(file)
+        part = part if isinstance(part, SafeTensors) else located(part, file=str(file))
+        for name, reader in part.readers.items():
+            if name in known:
+                raise ValueError(f"{file}: holds {name}, and so does {known[name].name}")
+            known[name] = file
+            yield name, reader
 
 
-def _part(file: Path) -> Mapping[str, np.ndarray]:
-    return _Lazy(file) if file.suffix == ".safetensors" else read_torch(file, unknown="stand-in")
+def _chosen(folder: Path) -> list[Path]:
+    """The files of the best weights in a folder."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        m = FILE.fullmatch(file.name)
+        if m is None or not file.is_file() or re.match(OTHERS, file.name):
+            continue
+        variant = next((v.lower() for v in (m["variant"], m["after"], m["last"]) if v), "")
+        kind, pointer = m["kind"].lower(), "pointer" in sniff_file(file)
+        one = Found(file, m["stem"].lower(), variant, kind, bool(m["index"]), int(m["of"] or 0), pointer)
+        found.setdefault(one[1:], one)
+    indexed = {(one.stem, one.variant, one.kind) for one in found.values() if one.index}
+    copies = [one for one in found.values() if not one.shards or one[1:4] not in indexed]
+    if not copies:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        known = ", ".join(f"{stem}.safetensors" for stem in STEMS)
+        raise FileNotFoundError(f"{folder}: no weights in it; one of {known}, or .bin, is wanted; it holds {there}")
+    copies.sort(key=lambda one: one.rank)
+    best = copies[0]
+    if best.stem not in STEMS and len({one.stem for one in copies}) > 1:
+        names = ", ".join(one.file.name for one in copies)
+        raise ValueError(f"{folder}: holds {names}; name the file that is meant")
+    if others := [one.file.name for one in copies if one.variant != best.variant or one.pointer != best.pointer]:
+        log.warning(f"{folder}: the weights in {best.file.name} are taken, not those in {', '.join(others)}")
+    elif best.variant == "non_ema":
+        log.warning(f"{best.file}: the weights are not averaged; there are no others in the folder")
+    if best.index:
+        return _shards(best.file)
+    if not best.shards:
+        return [best.file]
+    names = [re.sub(r"-\d{5}-of-", f"-{n + 1:05d}-of-", best.file.name) for n in range(best.shards)]
+    return _there(folder, names, f"of {best.shards} shards")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Errors: ValueError where it is no index, FileNotFoundError without them."""
+    names = settings(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: has no weight_map from names to files: it is no index of weights")
+    files = sorted(set(names.values()))
+    if odd := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{index}: names {odd[0]}, which does not lie beside it")
+    return _there(index.parent, files, f"{index.name} names")
+
+
+def _there(folder: Path, names: list[str], said: str) -> list[Path]:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder}: {said} {', '.join(missing)}, which is not there")
+    return [folder / name for name in names]

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, source
+from t2i_jax.interop.names import LINEAR, Table, require, source
 from t2i_jax.nn.condition import Classes, Features
 
+NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
+"""Names that every such file has."""
 UNUSED = r"freqs_cis|causal_mask|kv_cache"
 HEAD_DIM = {3200: 100, 4096: 128}  # by width; 64 elsewhere
 
@@ -20,10 +22,7 @@ def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -
     They do not tell the size of a head: `head_dim`, 0 for that of the released model of this width; nor `null`, whether
     the last row of the table of classes stands for none, as it does unless no class was dropped in training.
     """
-    if "tok_embeddings.weight" not in tensors:
-        raise ValueError(
-            f"no tok_embeddings.weight among {len(tensors)} names: this is no next-token model of LlamaGen"
-        )
+    require(tensors, NEEDED, "no next-token model of LlamaGen")
     vocabulary, width = tensors["tok_embeddings.weight"].shape
     if "cls_embedding.embedding_table.weight" in tensors:
         condition = Classes(tensors["cls_embedding.embedding_table.weight"].shape[0] - null, null)

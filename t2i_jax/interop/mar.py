@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 
 HEADS = {1280: 16}  # by width; heads of 64 elsewhere
+NEEDED = (
+    "z_proj.weight",
+    "encoder_pos_embed_learned",
+    "diffusion_pos_embed_learned",
+    "diffloss.net.input_proj.weight",
+)
+"""Names that every such file has."""
 UNUSED = r"^diffloss\.(train|gen)_diffusion"
 
 
@@ -16,15 +23,7 @@ def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> dict[str,
 
     Errors: ValueError where names are missing, or where the number of tokens is no square and no `grid` is given.
     """
-    needed = (
-        "z_proj.weight",
-        "encoder_pos_embed_learned",
-        "diffusion_pos_embed_learned",
-        "diffloss.net.input_proj.weight",
-    )
-    for name in needed:
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no MAR")
+    require(tensors, NEEDED, "no MAR")
     shape = lambda name: tuple(tensors[name].shape)
     length = shape("diffusion_pos_embed_learned")[1]
     side = math.isqrt(length)

@@ -2,14 +2,16 @@
 
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+
+NEEDED = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_img.weight", "blocks.0.mlp.0.weight")
+"""Names that every such file has."""
 
 
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """The fields of the family that the shapes of `tensors` (arrays or abstract) belong to; those of the text under
     `text`. The file does not know the number of heads; 0 gives each of them 64 channels."""
-    if "tok_emb_txt.weight" not in tensors:
-        raise ValueError(f"no tok_emb_txt.weight among {len(tensors)} names: this is no Transformer of minDALL-E")
+    require(tensors, NEEDED, "no Transformer of minDALL-E")
     vocabulary, width = tensors["tok_emb_img.weight"].shape
     length = tensors["pos_emb_img.weight"].shape[0]
     side = round(length**0.5)

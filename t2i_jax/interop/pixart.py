@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 
 PLACES = "pos_embed.pos_embed"
 """Where older files keep the positions; newer ones leave them out."""
+NEEDED = ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight")
+"""Names that every such file has."""
 BLOCK = "transformer_blocks.{}."
 PARTS = {
     "time.into": "adaln_single.emb.timestep_embedder.linear_1",
@@ -31,9 +33,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
 
     Errors: ValueError where the names are not those of such a model.
     """
-    for name in ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no Transformer of PixArt in diffusers")
+    require(tensors, NEEDED, "no Transformer of PixArt in diffusers")
     if "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors:
         raise ValueError(
             "adaln_single.emb.resolution_embedder: models that are told the size of the picture "

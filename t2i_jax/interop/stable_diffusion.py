@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Table, Tensors, source
+from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
+NEEDED = (
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "down_blocks.0.resnets.0.conv1.weight",
+    "conv_in.weight",
+    "conv_out.weight",
+)
+"""Names that every such file has."""
 BLOCK = {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
 WHOLE = {
     "time.into": "time_embedding.linear_1",
@@ -69,10 +76,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     They tell neither the heads of attention nor the side of the latents. Errors: ValueError where the names are not
     those of such a model.
     """
-    first = "down_blocks.0.resnets.0.conv1.weight"
-    for name in ("conv_in.weight", first, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no UNet of Stable Diffusion in diffusers")
+    require(tensors, NEEDED, "no UNet of Stable Diffusion in diffusers")
     shape = lambda name: tuple(tensors[name].shape)
     width, channels_in = shape("conv_in.weight")[:2]
     channels = shape("conv_out.weight")[0]

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
 
 PLACES = "pos_embed.pos_embed"
+NEEDED = (PLACES, "context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight")
+"""Names that every such file has."""
 BLOCK = "transformer_blocks.{}."
 PARTS = {
     "time.into": "time_text_embed.timestep_embedder.linear_1",
@@ -32,9 +34,7 @@ NORMS = {"image": "attn.norm_{}", "text": "attn.norm_added_{}"}
 def describe(tensors: Tensors) -> dict[str, Any]:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` and
     `summary` of the text. Errors: ValueError where the names are not those of such a model."""
-    for name in (PLACES, "context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no Transformer of Stable Diffusion 3")
+    require(tensors, NEEDED, "no Transformer of Stable Diffusion 3")
     if any(".attn2." in name for name in tensors):
         raise ValueError("transformer_blocks.*.attn2: blocks that attend twice (dual_attention_layers) cannot be read")
     shape = lambda name: tuple(tensors[name].shape)

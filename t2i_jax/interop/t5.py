@@ -4,6 +4,8 @@ from collections.abc import Container
 
 from t2i_jax.interop.names import LINEAR, Table, source
 
+NEEDED = ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight")
+"""Names that every such file has."""
 IGNORED = r"^decoder\.|^lm_head\.|^shared\.|^encoder\.embed_tokens\."
 """The decoder, and the table of words under its other name."""
 BLOCK = "encoder.block.{}.layer."

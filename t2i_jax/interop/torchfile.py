@@ -32,7 +32,16 @@ DTYPES = {
     "BoolStorage": np.bool_,
     "ComplexFloatStorage": np.complex64,
     "ComplexDoubleStorage": np.complex128,
+    "UntypedStorage": np.uint8,
 }
+TENSOR_DTYPES = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+}
+"""Of tensors in a storage of bytes."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError, ValueError)
 
@@ -62,6 +71,9 @@ def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> Any:
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):
                 return _read_zip(path, zipfile.ZipFile(file), unknown)
+            file.seek(0)
+            if file.read(2) == b"PK":
+                raise TorchFileError(f"{path}: cut short: a zip archive, as PyTorch writes, without its end")
             file.seek(0)
             return _read_legacy(path, file, unknown)
     except TorchFileError:
@@ -131,17 +143,32 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
     if 0 not in size and last >= len(storage):
         raise TorchFileError(f"a tensor of size {size} and strides {stride} reaches beyond its storage")
     strides = tuple(s * storage.itemsize for s in stride)
-    return as_strided(storage[offset:], size, strides, writeable=False)
+    plain = storage.view(np.uint8) if storage.itemsize == 1 else storage  # NumPy has no code for float8
+    return as_strided(plain[offset:], size, strides, writeable=False).view(storage.dtype)
+
+
+def _tensor_of_bytes(
+    storage: np.ndarray, offset: int, size: tuple, stride: tuple, grad: bool, hooks: Any, dtype: Any, *_
+) -> np.ndarray:
+    return _tensor(storage.view(dtype.dtype), offset, size, stride)
 
 
 def _parameter(data: np.ndarray, *_) -> np.ndarray:
     return data
 
 
+def _of_type(make: Any, kind: Any, arguments: tuple, state: Any) -> Any:
+    """A tensor of a subclass, as a plain one."""
+    return make(*arguments)
+
+
 ADMITTED = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.Size": tuple,
     "__builtin__.set": set,
 }
@@ -160,6 +187,8 @@ class _Unpickler(pickle.Unpickler):
             return ADMITTED[full]
         if module in ("torch", "torch.storage") and name in DTYPES:
             return _StorageType(np.dtype(DTYPES[name]))
+        if module == "torch" and name in TENSOR_DTYPES:
+            return _StorageType(np.dtype(TENSOR_DTYPES[name]))
         if self.unknown == "stand-in":
             return type("StandIn", (StandIn,), {"name": full})
         raise TorchFileError(
@@ -182,7 +211,8 @@ class _Unpickler(pickle.Unpickler):
 def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> Any:
     pickles = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise TorchFileError(f"{path}: a zip archive without PyTorch's data.pkl")
+        inside = ", ".join(archive.namelist()[:3]) or "nothing"
+        raise TorchFileError(f"{path}: a zip archive that holds {inside}, not PyTorch's data.pkl; unpack it")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
         raise TorchFileError(f"{path}: written on a big-endian machine")

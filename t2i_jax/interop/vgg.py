@@ -2,14 +2,17 @@
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from t2i_jax.interop.torchfile import read_torch
+from t2i_jax.interop.huggingface import Weights
+from t2i_jax.interop.names import require, warn_not_finite
 from t2i_jax.nn.vgg import Trunk
 
+NEEDED, HEADS_NEEDED = ("features.0.weight", "features.0.bias"), ("lin0.model.1.weight",)
+"""Names that every file of VGG16 has, and of LPIPS."""
 COUNTS = (2, 2, 3, 3, 3)  # convolutions per block
 
 # The colours that the two sets of weights expect to be taken away, and the scale, for images in [-1, 1].
@@ -34,13 +37,13 @@ def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
     shift, convs = _torchvision(Path(weights), blocks) if weights else _hed(blocks)
     widths = [block[-1][1].size for block in convs]
     if heads:
-        rows = lpips_heads(_read(Path(heads)), Path(heads), blocks)
+        rows = lpips_heads(Weights(heads, HEADS_NEEDED), Path(heads), blocks)
     else:
         rows = tuple(np.full(width, 1 / blocks, np.float32) for width in widths)
     return Trunk(shift, convs, rows)
 
 
-def lpips_heads(tensors: dict[str, np.ndarray], path: Path, blocks: int = 5) -> tuple[np.ndarray, ...]:
+def lpips_heads(tensors: Mapping[str, np.ndarray], path: Path, blocks: int = 5) -> tuple[np.ndarray, ...]:
     """How LPIPS weighs the channels of each block, by its names: (f,) each."""
     return tuple(_tensor(tensors, path, f"lin{n}.model.1.weight").reshape(-1) for n in range(blocks))
 
@@ -66,7 +69,7 @@ def _hed(blocks: int):
 
 
 def _torchvision(path: Path, blocks: int):
-    tensors, index, convs = _read(path), 0, []
+    tensors, index, convs = Weights(path, NEEDED), 0, []
     for count in COUNTS[:blocks]:
         block = []
         for _ in range(count):
@@ -79,11 +82,8 @@ def _torchvision(path: Path, blocks: int):
     return LPIPS_SHIFT, (((w / LPIPS_SCALE[:, None], b), *rest), *convs[1:])
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    return load_file(path) if path.suffix == ".safetensors" else read_torch(path)
-
-
-def _tensor(tensors: dict[str, np.ndarray], path: Path, name: str) -> np.ndarray:
-    if name not in tensors:
-        raise ValueError(f"{path}: holds no '{name}'; its names begin with {', '.join(list(tensors)[:3])}")
-    return np.asarray(tensors[name], np.float32)
+def _tensor(tensors: Mapping[str, np.ndarray], path: Path, name: str) -> np.ndarray:
+    require(tensors, (name,), "no VGG16 of torchvision, and no LPIPS", str(path))
+    array = np.asarray(tensors[name], np.float32)
+    warn_not_finite([(name, array)], str(path))
+    return array

@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, source
+from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, require, source
 from t2i_jax.nn.condition import Classes, Encoded
 from t2i_jax.noise.discrete import Chain
 
-PART, ROOT = "transformer.", "transformer.content_emb."
+PART = "transformer."
+NEEDED = ("transformer.content_emb.emb.weight", "transformer.to_logits.1.weight")
+"""Names that every such file has."""
+CODEC_NEEDED = ("content_codec.enc.encoder.conv_in.weight", "content_codec.dec.decoder.conv_in.weight")
+"""Names of the codec in a file with a whole model."""
 UNUSED = r"^condition_emb\.|^log_|attn2\.mask$|^zero_vector$"
 BLOCK = "transformer.blocks.{}."
 NULL_CLASS = 1001
@@ -42,10 +46,7 @@ def describe(
     class_type: by their published names. null_class: the last class is the unconditional one; unless given, it is so in
     the file of 1001 classes, and the others take the mean of all.
     """
-    if "transformer.content_emb.emb.weight" not in tensors:
-        raise ValueError(
-            f"no transformer.content_emb.emb.weight among {len(tensors)} names: this is no VQ-Diffusion model"
-        )
+    require(tensors, NEEDED, "no VQ-Diffusion model")
     if "transformer.content_emb.height_emb.weight" not in tensors:
         raise ValueError("no transformer.content_emb.height_emb.weight: of pos_emb_type only 'embedding' was released")
     first = BLOCK.format(0)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, POINTWISE, Source, Table, Tensors, source
+from t2i_jax.interop.names import CONV, POINTWISE, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
@@ -108,7 +108,7 @@ def table(model: Any, style: Style) -> Table:
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
     judge = {k: v for k, v in named(model).items() if k not in names}
-    return {**lines, **_judge(judge, *JUDGES[style])} if judge else lines
+    return {**lines, **_judge(judge, *JUDGES[style])} if judge and style in JUDGES else lines
 
 
 def discriminator(model: Any) -> Table:
@@ -147,16 +147,21 @@ SHAPES: dict[Style, Shapes] = {
 }
 
 
+def needed(style: Style) -> tuple[str, ...]:
+    """Names that every file of a style has."""
+    down, _, block, _, width, *_ = SHAPES[style]
+    first = f"{down}.0.{width}.weight" if style == "clipgen" else f"{down}.0.{block}.0.{width}.weight"
+    return "encoder.conv_in.weight", "decoder.conv_in.weight", first
+
+
 def autoencoder(tensors: Tensors, style: Style) -> dict[str, Any]:
     """What the shapes of `tensors` (arrays or abstract) say of encoder and decoder, as fields of `AutoencoderConfig`.
 
     Errors: ValueError where a name that every such file has is not there.
     """
+    require(tensors, needed(style), f"no autoencoder in the names of {style}")
     tensors = dict(_unrolled(tensors)) if style == "clipgen" else tensors
     down, up, block, attention, width, middle, finest_first = SHAPES[style]
-    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", f"{down}.0.{block}.0.{width}.weight"):
-        if name not in tensors:
-            raise ValueError(f"no {name} among {len(tensors)} names: this is no autoencoder in the names of {style}")
     shape = lambda name: tuple(tensors[name].shape)
     has = lambda prefix: any(name.startswith(prefix + ".") for name in tensors)
     count = lambda prefix: next(n for n in range(len(tensors) + 1) if not has(f"{prefix}.{n}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import heapq
 import importlib.util
 import itertools
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i_jax.core.sniff import sniff_file
 from t2i_jax.text.clean import tidy
 
 PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
@@ -45,6 +47,8 @@ class BytePairs:
 
     def __init__(self, path: str | Path):
         path = Path(path)
+        if (what := sniff_file(path)) not in ("", "a text file", "a gzip file"):
+            raise ValueError(f"{path}: is {what}, not a list of merges")
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             lines = content.decode("utf-8").split("\n")[1 : MERGES + 1]  # the first line is a header
@@ -63,7 +67,7 @@ class BytePairs:
 
     def __call__(self, caption: str) -> list[int]:
         """The ids of a caption of any length, without start and end."""
-        return [n for word in words(tidy(caption)) for n in self.word(word)]
+        return [n for word in words(tidy(caption)) for n in (self.word if len(word) < 100 else self._word)(word)]
 
     def encode(self, captions: Sequence[str], length: int = 77, pad: int = 0) -> np.ndarray:
         """Ids int32 (n, length): start, the caption, end, then `pad`; a long caption is cut before the end."""
@@ -84,17 +88,33 @@ class BytePairs:
             return (self.ids[word],)
         pieces = [self.letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += "</w>"
-        while len(pieces) > 1:
-            best = min(itertools.pairwise(pieces), key=lambda pair: self.ranks.get(pair, MERGES))
-            if best not in self.ranks:
-                break
-            merged, i = [], 0
-            while i < len(pieces):
-                both = tuple(pieces[i : i + 2]) == best
-                merged.append("".join(best) if both else pieces[i])
-                i += 1 + both
-            pieces = merged
-        return tuple(self.ids[piece] for piece in pieces)
+        after = [*range(1, len(pieces)), -1]
+        before = list(range(-1, len(pieces) - 1))
+        waiting: list[tuple[int, int]] = []
+
+        def wait(i: int) -> None:
+            """Queues the pair that begins at i by its rank and its place."""
+            if i >= 0 and after[i] >= 0 and (rank := self.ranks.get((pieces[i], pieces[after[i]]))) is not None:
+                heapq.heappush(waiting, (rank, i))
+
+        for i in range(len(pieces)):
+            wait(i)
+        while waiting:
+            # All pairs of the best rank are merged, from the left, before those are looked at that come of it.
+            best, changed = waiting[0][0], []
+            while waiting and waiting[0][0] == best:
+                _, i = heapq.heappop(waiting)
+                j = after[i]
+                if j < 0 or not pieces[i] or self.ranks.get((pieces[i], pieces[j])) != best:
+                    continue  # merged with another since
+                pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], "", after[j]
+                if after[j] >= 0:
+                    before[after[j]] = i
+                changed.append(i)
+            for i in changed:
+                wait(i)
+                wait(before[i])
+        return tuple(self.ids[piece] for piece in pieces if piece)
 
 
 def words(text: str) -> list[str]:

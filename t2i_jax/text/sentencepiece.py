@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from t2i_jax.text.cut import Limited
+
 MOST = 1_000_000
 """Captions that a vocabulary is trained on; of more, evenly spaced ones are taken."""
 
@@ -54,7 +56,7 @@ def train_vocabulary(
 
 
 @dataclass(frozen=True)
-class SentencePiece:
+class SentencePiece(Limited):
     """Captions as ids of a SentencePiece vocabulary, one trained with `t2i data vocab` or any other."""
 
     path: str
@@ -71,18 +73,23 @@ class SentencePiece:
 
         Errors: FileNotFoundError without the vocabulary, ValueError where it cannot be read.
         """
-        pieces = self._pieces
+        pieces, room = self._pieces, self.room
         first, last = pieces.bos_id(), pieces.eos_id()
         pad = next((n for n in (pieces.pad_id(), last) if n >= 0), 0)
-        ends = (first >= 0) + (last >= 0)
         ids = np.full((len(captions), self.length), pad, np.int32)
         mask = np.zeros(ids.shape, bool)
-        texts = pieces.encode([_tidy(c) for c in captions], out_type=int, num_threads=1)
-        for row, filled, text in zip(ids, mask, texts, strict=True):
+        for row, filled, text in zip(ids, mask, self.tokens(captions), strict=True):
             if text:
-                text = [n for n in (first, *text[: self.length - ends], last) if n >= 0]
+                text = [n for n in (first, *text[:room], last) if n >= 0]
                 row[: len(text)], filled[: len(text)] = text, True
         return ids, mask
+
+    @property
+    def room(self) -> int:
+        return self.length - (self._pieces.bos_id() >= 0) - (self._pieces.eos_id() >= 0)
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return self._pieces.encode([_tidy(c) for c in captions], out_type=int, num_threads=1)
 
     def decode(self, ids: np.ndarray) -> list[str]:
         """The text of ids (n, s), without what is no text: n strings."""

@@ -21,6 +21,7 @@ from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
 from t2i_jax.nn.transformer import GATED, Layer, apply_stack, stack
 from t2i_jax.parallel import shard
 from t2i_jax.text.clean import clean_twice
+from t2i_jax.text.cut import Limited
 from t2i_jax.text.sentencepiece import SentencePiece
 
 ACTIVATIONS: dict[str, Any] = {
@@ -34,7 +35,7 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5:
+class T5(Limited):
     """Captions as features of a T5 encoder that lies in a folder as Hugging Face lays it out."""
 
     folder: str
@@ -57,11 +58,21 @@ class T5:
 
         Errors: FileNotFoundError without spiece.model, ValueError where it cannot be read.
         """
+        return self._pieces([clean_twice(c) for c in captions] if self.clean else captions)
+
+    @property
+    def room(self) -> int:
+        return self._pieces.room
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return self._pieces.tokens([clean_twice(c) for c in captions] if self.clean else captions)
+
+    @property
+    def _pieces(self) -> SentencePiece:
         vocabulary = Path(self.vocabulary or Path(self.folder) / "spiece.model")
         if not vocabulary.is_file():
             raise FileNotFoundError(f"{vocabulary.parent}: no {vocabulary.name} in it, the vocabulary of T5")
-        pieces = SentencePiece(str(vocabulary), self.length)
-        return pieces([clean_twice(c) for c in captions] if self.clean else captions)
+        return SentencePiece(str(vocabulary), self.length)
 
     @functools.cached_property
     def shape(self) -> Shape:
@@ -78,7 +89,7 @@ class T5:
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
-        shape, tensors = self.shape, huggingface.Weights(self.folder)
+        shape, tensors = self.shape, huggingface.Weights(self.folder, published.NEEDED)
         abstract = jax.eval_shape(functools.partial(Encoder, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
         lines = published.table(tensors, shape.layer.head, shape.layer.activation in GATED)

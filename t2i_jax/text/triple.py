@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.text.clip import ClipText, TextTower
+from t2i_jax.text.cut import Limited
 from t2i_jax.text.t5 import T5, Encoder
 
 END = 1
@@ -18,7 +19,7 @@ END = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Triple:
+class Triple(Limited):
     """Captions as one vector for the whole, then one for each token of the CLIPs, side by side, and each of T5's."""
 
     first: ClipText
@@ -28,11 +29,26 @@ class Triple:
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) of all three, one behind another, and a mask bool (n, s): all True, as all three look at
         padding too; all False for an empty caption. Errors: those of the three."""
-        parts = [text(captions) for text in (self.first, self.second, self.t5)]
+        parts = [text(captions) for text in self.parts]
         ids = np.concatenate([part[0] for part in parts], 1)
         empty = ~parts[2][1].any(1)
         ids[empty, self.first.length + self.second.length] = END  # T5's own reading of nothing
         return ids, np.broadcast_to(~empty[:, None], ids.shape).copy()
+
+    @property
+    def room(self) -> int:
+        return self.t5.room
+
+    def cut(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption none of the three reads."""
+        return [min(counts) for counts in zip(*(text.cut(captions) for text in self.parts), strict=True)]
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return ids[:, -1] != ids[:, -2]  # padding is not masked
+
+    @property
+    def parts(self) -> tuple[ClipText, ClipText, T5]:
+        return self.first, self.second, self.t5
 
     @property
     def dim(self) -> int:

@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from t2i_jax.config import ConfigError, read_stored, to_json
+from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
 from t2i_jax.training.remote import fetched, place
@@ -71,21 +71,21 @@ def load_artifact(folder: str | Path, host: bool = False) -> Artifact:
 def _loaded(where: Any) -> Artifact:
     folder = fetched(where)
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{where}: neither a run nor a released model, there is no config.json in it")
+        there = "there is no such folder" if not where.exists() else "there is no config.json in it"
+        there = there if where.is_dir() or not where.exists() else "it is a file; name the folder that holds it"
+        raise ConfigError(f"{where}: neither a run nor a released model: {there}")
     weights = folder / "model.safetensors"
     if weights.exists():
         content = released(folder)
         try:
-            arrays = load_file(weights)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{weights}: cannot be read as safetensors: {error}") from error
+            arrays = dict(tensorfile.content(weights))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(str(error)) from error
         codec = str(folder / content["codec"]) if content.get("codec") else ""
         text = relocated(content.get("text"), folder)
         model = assign(content["model"], arrays, weights)
         return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
-    experiment = read_stored(folder / "config.json")
-    if not hasattr(experiment, "model"):
-        raise ConfigError(f"{folder / 'config.json'}: describes a {type(experiment).__name__}, and no run")
+    experiment = stored(folder)
     step, arrays = run_weights(where)
     model = assign(experiment.model, arrays, where / "checkpoints")
     text = relocated(experiment.text, folder)
@@ -96,16 +96,23 @@ def config_of(folder: str | Path) -> Any:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
     if (Path(folder) / "model.safetensors").exists():
         return released(Path(folder))["model"]
-    return read_stored(Path(folder) / "config.json").model
+    return stored(Path(folder)).model
 
 
 def released(folder: Path) -> dict[str, Any]:
-    """What the config.json of a released model says. Errors: `ConfigError` that names it where it describes none."""
-    path = folder / "config.json"
-    content = read_stored(path)
-    if not isinstance(content, dict) or not hasattr(content.get("model"), "init"):
-        raise ConfigError(f"{path}: describes no model")
+    """What the config.json of a released model says. Errors: `ConfigError` where it is another program's."""
+    content = read_stored(folder / "config.json")
+    if not isinstance(content, dict) or not dataclasses.is_dataclass(content.get("model")):
+        raise ConfigError(f"{folder}: its config.json is not that of a released model of t2i_jax")
     return content
+
+
+def stored(folder: Path) -> Any:
+    """The experiment of a run. Errors: `ConfigError` where its config.json is another program's."""
+    experiment = read_stored(folder / "config.json")
+    if not dataclasses.is_dataclass(experiment) or "model" not in {f.name for f in dataclasses.fields(experiment)}:
+        raise ConfigError(f"{folder}: its config.json is not that of a run of t2i_jax")
+    return experiment
 
 
 def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:

@@ -1,0 +1,127 @@
+"""Hints of `t2i convert`, `--grid 24 24`: what a published file cannot tell of a configuration."""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from t2i_jax.config import ConfigError
+from t2i_jax.convert import Format
+
+FLAGS = ("codec", "text", "back", "out", "help")
+"""Of the command, which hints may be mistaken for."""
+
+
+def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]:
+    """`--grid 24 24`, `--heads=16`, `--legacy` as values by name.
+
+    Errors: `ConfigError` for a word that is no hint, a hint that the format does not take, and a value of a wrong kind.
+    """
+    found: dict[str, list[str]] = {}
+    last: list[str] | None = None
+    for word in arguments:
+        if m := re.fullmatch(r"--([A-Za-z][\w-]*)(=(.*))?", word, re.DOTALL):
+            last = found[m[1].replace("-", "_")] = [m[3]] if m[2] else []
+            last = None if m[2] else last
+        elif last is not None and not word.startswith("--"):
+            last.append(word)
+        else:
+            raise ConfigError(f"what is {word!r}? Hints are --name value")
+    known = takes(format)
+    signature = inspect.signature(format.describe).parameters.values()
+    for key in found:
+        if key not in known and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature):
+            raise ConfigError(unknown(name, format, key))
+    values = {key: value(words) for key, words in found.items()}
+    for key, one in values.items():
+        said = " ".join((f"--{key.replace('_', '-')}", *found[key]))
+        _check(said, one, known.get(key, Any))
+        kind = known.get(key, float)
+        counts = [] if float in (kind, *typing.get_args(kind)) else one if isinstance(one, tuple) else [one]
+        if any(isinstance(n, int) and n < 0 for n in counts):
+            raise ConfigError(f"{said}: it is not negative")
+    return values
+
+
+def takes(format: Format) -> dict[str, Any]:
+    """The hints that a format names, and their types."""
+    signature = inspect.signature(format.describe, eval_str=True).parameters.values()
+    return {p.name: p.annotation for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def unknown(name: str, format: Format, key: str) -> str:
+    """That a format takes no such hint, and the nearest that it takes."""
+    made = inspect.signature(format.describe, eval_str=True).return_annotation
+    fields = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(made) else []
+    near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.6)
+    meant = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+    return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
+
+
+def check_fields(config: Any, given: Iterable[str]) -> None:
+    """Errors: `ConfigError` where a field that was given as a hint has a value of a wrong kind."""
+    for part in (config, *(getattr(config, f.name) for f in dataclasses.fields(config))):
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            fields = {f.name for f in dataclasses.fields(part)} & set(given)
+            check_values(type(part), {name: getattr(part, name) for name in fields})
+
+
+def check_values(kind: type, values: Mapping[str, Any]) -> None:
+    """Errors: `ConfigError` where a value is not of the kind of the dataclass's field of that name."""
+    kinds = typing.get_type_hints(kind)
+    for name, value in values.items():
+        _check(f"--{name.replace('_', '-')}", value, kinds[name])
+
+
+def _check(said: str, value: Any, kind: Any) -> None:
+    if not suits(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise ConfigError(f"{said}: {value!r} is not of the kind {wanted}")
+
+
+def suits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind, as far as it is one of numbers, words, tuples of them, and unions."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(suits(value, one) for one in inside)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is tuple:
+        inside = inside[:1] * len(value) if inside[1:] == (...,) and isinstance(value, tuple) else inside
+        return isinstance(value, tuple) and len(value) == len(inside) and all(map(suits, value, inside))
+    if origin in (collections.abc.Sequence, list):
+        return isinstance(value, tuple | list) and all(suits(one, inside[0]) for one in value)
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (None, types.NoneType):
+        return value is None
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+
+
+def value(words: Sequence[str]) -> Any:
+    """No word is True, one is a value, more are a tuple of them."""
+
+    def one(word: str) -> Any:
+        try:
+            return ast.literal_eval(word.title() if word in ("true", "false", "none") else word)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return word
+
+    if len(words) < 2:
+        return one(words[0]) if words else True
+    return tuple(map(one, words))
+
+
+def text_of(hints: Mapping[str, Any]) -> str:
+    """The hints as they are typed."""
+    return " ".join(f"--{key.replace('_', '-')}={value}" for key, value in hints.items())

@@ -1,0 +1,125 @@
+"""One file of weights, whatever its ending: safetensors, or what `torch.save` wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from t2i_jax.core.sniff import sniff_file
+from t2i_jax.interop.torchfile import read_torch
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+"""Number formats of safetensors files."""
+
+Readers = Mapping[str, Callable[[], Any]]
+
+
+class Lazy(Mapping[str, Any]):
+    """Tensors by name, each read when it is asked for."""
+
+    def __init__(self, readers: Readers):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Any:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
+class SafeTensors(Lazy):
+    """The tensors of a safetensors file, bfloat16 and float8 as in `ml_dtypes`.
+
+    Errors: ValueError naming the file where it is damaged or cut short.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        path = Path(path)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"{path}: cut short: its header has {length} bytes, the whole file {size}")
+            header = file.read(length)
+        try:
+            entries = json.loads(header, object_pairs_hook=_unique)
+            entries.pop("__metadata__", None)
+            spans = {name: _span(entry) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged: its header is not one of safetensors ({error})") from error
+        whole = 8 + length + max((end for *_, end in spans.values()), default=0)
+        if size < whole:
+            raise ValueError(f"{path}: cut short: {size} of {whole} bytes; fetch it again")
+        readers: dict[str, Callable[[], Any]] = {}
+        for name, (kind, shape, start, end) in spans.items():
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} holds numbers of kind {kind}; known are {', '.join(DTYPES)}")
+            dtype = np.dtype(DTYPES[kind])
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{path}: damaged: {name} has {end - start} bytes for {kind} of shape {shape}")
+            readers[name] = partial(_read, path, dtype, shape, 8 + length + start, end - start)
+        super().__init__(readers)
+
+
+def content(path: str | os.PathLike) -> Any:
+    """What a file of weights holds: `SafeTensors`, or the object that `torch.save` wrote, other classes inert.
+
+    The first bytes say which of them it is, not the ending.
+    Errors: OSError; ValueError that says what the file is where it holds no weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file of weights")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[4:] == b"\0\0\0\0{":  # a length, which may begin as the others do, and its JSON
+        return SafeTensors(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return read_torch(path, unknown="stand-in")
+    raise ValueError(f"{path}: is {sniff_file(path) or 'of no known kind'}, not a safetensors or PyTorch file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has a name twice")
+    return found
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Number format, shape, and where the bytes begin and end."""
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or start > end:
+        raise ValueError(f"shape {shape}, offsets {start} to {end}")
+    return str(entry["dtype"]), shape, start, end
+
+
+def _read(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int, count: int) -> np.ndarray:
+    return np.fromfile(path, np.uint8, count, offset=start).view(dtype).reshape(shape)

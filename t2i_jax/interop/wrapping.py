@@ -1,0 +1,138 @@
+"""Where a model lies in a file of weights.
+
+Training programs save weights in dictionaries, {"model": ..., "ema": ...}, and with prefixes before names, "module."
+or "_orig_mod.". Names that every file of a kind has tell where they begin.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from t2i_jax.interop.tensorfile import Lazy
+from t2i_jax.interop.torchfile import StandIn, tensors_below
+
+log = logging.getLogger(__name__)
+
+WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that parallel and compiled modules add at any depth; published names have none of them."""
+BOOKKEEPING = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|step|global_step|epoch|iteration)$")
+"""Names of what training programs and averages of weights keep about themselves."""
+AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)")
+"""Parts of names under which averaged weights lie."""
+KEYS = ("model", "module", "state_dict")
+"""Keys under which weights lie, best first."""
+DEEPEST = 8
+"""Dictionaries in dictionaries that are looked into."""
+
+
+class Node(NamedTuple):
+    """A dictionary with tensors in it."""
+
+    keys: tuple[str, ...]
+    """of the dictionaries around it"""
+    readers: dict[str, list[Callable[[], Any]]]
+    """what reads the tensors of each name without WRAPPERS: one, or several whose names differ in these alone"""
+
+
+class Place(NamedTuple):
+    """Where the names of a model begin."""
+
+    node: Node
+    prefix: str
+
+    def rank(self, part: str) -> tuple[bool, bool, int]:
+        """The less the better: averages, names under `part`, dictionaries of KEYS."""
+        words = (*self.node.keys, *self.prefix.split("."))
+        known = min((KEYS.index(key) for key in self.node.keys if key in KEYS), default=len(KEYS))
+        return not any(map(AVERAGE.search, words)), not self.prefix.endswith(part), known
+
+    def __str__(self) -> str:
+        return (
+            repr(".".join((*self.node.keys, self.prefix)).strip(".")) if self.node.keys or self.prefix else "the rest"
+        )
+
+
+def located(content: Any, *needed: tuple[str, ...], part: str = "", file: str = "the file") -> Lazy:
+    """The tensors of a model in the content of a file, their names as published.
+
+    needed: names that every file of the kind has; further ones are tried where the first are not there. part: prefix
+    of the model's names in files that hold other models too. Averaged weights are taken before others, with a word.
+    Where no place has the needed names it is the largest dictionary, for an error that names what is there.
+    Errors: ValueError where there are no tensors, or where it is not clear which are meant.
+    """
+    nodes = list(_nodes(content))
+    if not nodes:
+        raise ValueError(f"{file}: holds {_kind(content)}; a dictionary of tensors, or a whole module, is wanted")
+    whole = Node((), defaultdict(list))
+    for node in nodes:
+        for name, readers in node.readers.items():
+            whole.readers[".".join((*node.keys, name))] += readers
+    tries = ([p for node in some for p in _places(node, names)] for some in (nodes, [whole]) for names in needed)
+    places = sorted(next(filter(None, tries), []), key=lambda place: place.rank(part))
+    if not places:
+        return _tensors(Place(max(nodes, key=lambda node: len(node.readers)), ""), file)
+    best, others = places[0], places[1:]
+    if others and others[0].rank(part) == best.rank(part):
+        raise ValueError(f"{file}: the names of the model are there more than once: {', '.join(map(str, places))}")
+    averages = [key for key in content if AVERAGE.search(str(key))] if isinstance(content, Mapping) else []
+    lost = [key for key in averages if isinstance(content[key], Mapping | list) and content[key]]
+    if lost and best.rank(part)[0]:
+        log.warning(f"{file}: '{lost[0]}' does not hold this model by its names; {best} is taken")
+    if others:
+        log.warning(f"{file}: the weights under {best} are taken, not those under {', '.join(map(str, others))}")
+    return _tensors(best, file)
+
+
+def holds(tensors: Mapping[str, Any], *needed: tuple[str, ...]) -> bool:
+    """Whether names under some prefix are the needed ones of a kind of file."""
+    node = Node((), {name: [] for name in tensors})
+    return any(True for names in needed for _ in _places(node, names))
+
+
+def _nodes(content: Any, keys: tuple[str, ...] = ()) -> Iterator[Node]:
+    if isinstance(content, StandIn):  # a module saved whole
+        content = dict(tensors_below(content))
+    if not isinstance(content, Mapping) or len(keys) > DEEPEST:
+        return
+    readers = defaultdict(list)
+    for name in content:
+        lazy = isinstance(content, Lazy)
+        if isinstance(name, str) and (lazy or hasattr(content[name], "shape")) and not BOOKKEEPING.search(name):
+            plain = ".".join(word for word in name.split(".") if word not in WRAPPERS)
+            readers[plain].append(partial(content.__getitem__, name))
+        elif not lazy:
+            yield from _nodes(content[name], (*keys, str(name)))
+    if readers:
+        yield Node(keys, readers)
+
+
+def _places(node: Node, needed: tuple[str, ...]) -> Iterator[Place]:
+    first, *rest = needed
+    for name in node.readers:
+        prefix = name.removesuffix(first)
+        found = name.endswith(first) and (not prefix or prefix.endswith("."))
+        if found and all(f"{prefix}{other}" in node.readers for other in rest):
+            yield Place(node, prefix)
+
+
+def _tensors(place: Place, file: str) -> Lazy:
+    mine = {name: readers for name, readers in place.node.readers.items() if name.startswith(place.prefix)}
+    if double := [name for name, readers in mine.items() if len(readers) > 1]:
+        raise ValueError(
+            f"{file}: holds {double[0]} {len(mine[double[0]])} times, under names that differ in "
+            f"{', '.join(sorted(WRAPPERS))} alone; it is not clear which is meant"
+        )
+    return Lazy({name.removeprefix(place.prefix): readers[0] for name, readers in mine.items()})
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, list | tuple):
+        return f"a list of {len(content)} things without names"
+    if isinstance(content, Mapping):
+        return f"no tensors (its keys are {', '.join(map(str, list(content)[:5])) or 'none'})"
+    return f"a {content.name if isinstance(content, StandIn) else type(content).__name__}"

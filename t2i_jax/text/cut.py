@@ -1,0 +1,97 @@
+"""What of a caption a text side does not read: the tokens after its length."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+NAMED = 3
+"""Captions that a warning names."""
+SHOWN = 40
+"""Characters of each that it shows."""
+
+
+class Limited:
+    """A text side that reads a number of tokens of a caption and cuts the rest."""
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """n captions -> ids int32 (n, s) and a mask bool (n, s)."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int:
+        """Tokens of a caption that are read, special ones not counted."""
+        raise NotImplementedError
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """All ids of each caption, without special ones and without a limit."""
+        raise NotImplementedError
+
+    def cut(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption are not read."""
+        return [max(0, len(ids) - self.room) for ids in self.tokens(captions)]
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Which rows bool (n,) have no padding: captions that fill their length, and may be longer."""
+        return np.all(mask, axis=-1)
+
+
+def unread(text: Limited, captions: Sequence[str]) -> str:
+    """One line on the captions that are longer than the text side reads: which, how much is cut, and from where on.
+
+    Empty where all are read whole.
+    """
+    captions = list(dict.fromkeys(captions))
+    long = [(caption, count) for caption, count in zip(captions, text.cut(captions), strict=True) if count]
+    if not long:
+        return ""
+    parts = [f"{shown(c)} by {n}, not read from {shown(c[end(text, c) :].lstrip())} on" for c, n in long[:NAMED]]
+    parts += [f"and {len(long) - NAMED} more"] if len(long) > NAMED else []
+    return f"{type(text).__name__} reads {text.room} tokens; longer are {'; '.join(parts)}"
+
+
+def end(text: Limited, caption: str) -> int:
+    """Characters of a caption that are read: up to the end of a word, where there are words."""
+
+    def longest(ends: Sequence[int]) -> int:
+        """The last of these beginnings that is read whole, or 0; of long captions only the beginning is looked at."""
+        lost = lambda n: text.cut([caption[:n]])[0]
+        most = 1
+        while most < len(ends) and not lost(ends[most - 1]):
+            most *= 2
+        found = bisect_left(ends[:most], 1, key=lost)
+        return ends[found - 1] if found else 0
+
+    return longest([m.end() for m in re.finditer(r"\S+", caption)]) or longest(range(1, len(caption) + 1))
+
+
+def shown(caption: str) -> str:
+    caption = " ".join(caption[: 4 * SHOWN].split())
+    return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
+
+
+def noticing(text: Any) -> Any:
+    """`text` as a tokenizer of training data that logs the first caption which it cuts; others as they are."""
+    return _Noticing(text) if isinstance(text, Limited) else text
+
+
+class _Noticing:
+    def __init__(self, text: Limited):
+        self.text, self.said = text, False
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = self.text(captions)
+        if not self.said:
+            long = list(itertools.compress(captions, self.text.full(ids, mask)))
+            if said := unread(self.text, long):
+                log.warning(f"captions are cut: {said}; further ones are not named")
+                self.said = True
+        return ids, mask

@@ -1,0 +1,183 @@
+"""What a text side does not read of a caption is known, and said once."""
+
+import json
+import logging
+import random
+
+import jax
+import numpy as np
+import pytest
+from test_text_clip import TEXT, letters
+from test_text_t5 import SIZES, vocabulary
+
+from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.dit import DiT
+from t2i_jax.noise.processes import Flow
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.text.clip import ClipEmbedding, ClipText
+from t2i_jax.text.cut import end, noticing, unread
+from t2i_jax.text.decoder_lm import DecoderLM
+from t2i_jax.text.minilm import MiniLM
+from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
+from t2i_jax.text.t5 import T5
+from t2i_jax.text.triple import Triple
+
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "apple",
+    "on",
+    "the",
+    "table",
+    "two",
+    "dogs",
+    "and",
+    "cat",
+    "words",
+    "that",
+    "go",
+    "in",
+    "long",
+    "tail",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Every text side, reading few tokens."""
+    room = tmp_path_factory.mktemp("texts")
+    for part in ("clip", "t5", "lm"):
+        (room / part).mkdir()
+    fields = TEXT | {"vocab_size": 516, "eos_token_id": 515, "bos_token_id": 514, "model_type": "clip_text_model"}
+    (room / "clip" / "config.json").write_text(json.dumps(fields))
+    letters(room / "clip")
+    (room / "t5" / "config.json").write_text(json.dumps(SIZES))
+    vocabulary(room / "t5")
+    train_vocabulary([" ".join(WORDS[n:]) for n in range(9)], room / "vocabulary.model", 300)
+    clip, t5 = ClipText(str(room / "clip")), T5(str(room / "t5"), 24)
+    found = {
+        "SentencePiece": SentencePiece(str(room / "vocabulary.model"), 12),
+        "T5": t5,
+        "T5 clean": T5(str(room / "t5"), 16, clean=True),
+        "ClipText": clip,
+        "ClipText padded with its end": ClipText(str(room / "clip"), pad=515),
+        "ClipEmbedding": ClipEmbedding(str(room / "clip")),
+        "Triple": Triple(clip, clip, t5),
+    }
+    if (tokenizers := pytest.importorskip("tokenizers")) is not None:
+        vocabulary_of = {word: n for n, word in enumerate(["<unk>", *WORDS])}
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary_of, unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.save(str(room / "lm" / "tokenizer.json"))
+        found["DecoderLM"] = DecoderLM(str(room / "lm"), 9)
+        found["DecoderLM in a template"] = DecoderLM(str(room / "lm"), 9, template="the long tail {}")
+    try:
+        MiniLM(10)(["x"])
+        found["MiniLM"], found["MiniLM pooled"] = MiniLM(10), MiniLM(10, pooled=True)
+    except ImportError:
+        pass
+    return found
+
+
+def read(text, caption):
+    """What the model is given of a caption."""
+    return tuple(part.tobytes() for part in text([caption]))
+
+
+SIDES = ["SentencePiece", "T5", "T5 clean", "ClipText", "ClipText padded with its end", "ClipEmbedding", "Triple"]
+SIDES += ["DecoderLM", "DecoderLM in a template", "MiniLM", "MiniLM pooled"]
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_what_is_cut_is_what_changes_nothing(texts, name):
+    if name not in texts:
+        pytest.skip("its package is not installed")
+    text, rng = texts[name], random.Random(0)
+    seen = set()
+    for n in [*range(30), 200]:
+        caption = " ".join(rng.choice(WORDS) for _ in range(n))
+        (count,) = text.cut([caption])
+        (more,) = text.cut([f"{caption} {WORDS[n % 9]}"])
+        assert more >= count
+        if count:  # further words add to the unread part, and to nothing else
+            assert more > count and read(text, f"{caption} {WORDS[n % 9]}") == read(text, caption)
+        elif not more:  # all is read: another word is another condition
+            assert read(text, f"{caption} {WORDS[n % 9]}") != read(text, caption)
+        full = text.full(*text([caption]))
+        assert full.shape == (1,) and (full[0] or not count)
+        seen.add(bool(count))
+        if count and not name.startswith("DecoderLM in"):
+            at = end(text, caption)
+            assert text.cut([caption[:at]]) == [0] and caption[at : at + 1] == " "
+            assert text.cut([caption[: caption.index(" ", at + 1)] if " " in caption[at + 1 :] else caption]) != [0]
+    assert seen == {True, False}
+    assert text.cut([]) == [] and text.cut([""]) == [0]
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_the_line_names_captions_and_where_they_end(texts, name):
+    if name not in texts:
+        pytest.skip("its package is not installed")
+    text = texts[name]
+    long = [f"{word} apple" + " and red" * 40 for word in ("a", "two", "the", "long", "green")]
+    said = unread(text, ["a cat", *long, long[0]])
+    assert said.startswith(f"{type(text).__name__} reads {text.room} tokens; longer are 'a apple and red")
+    assert "'two apple" in said and "'the apple" in said and "; and 2 more" in said and "long apple" not in said
+    assert "'a cat'" not in said and "\n" not in said and len(said) < 600
+    assert f" by {text.cut(long)[0]}, not read from " in said
+    assert unread(text, ["a cat", ""]) == "" and unread(text, []) == ""
+
+
+def test_a_single_long_word_ends_within():
+    text = SentencePieceOfLetters()
+    assert end(text, "x" * 50) == 4 and end(text, "ab cdefgh") == 2
+    assert (
+        unread(text, ["x" * 50])
+        == f"SentencePieceOfLetters reads 4 tokens; longer are '{'x' * 40}…' by 46, not read from '{'x' * 40}…' on"
+    )
+
+
+class SentencePieceOfLetters(SentencePiece):
+    """A token for each letter."""
+
+    def __init__(self):
+        super().__init__("", 4)
+
+    room = 4
+
+    def tokens(self, captions):
+        return [[ord(c) for c in caption if c != " "] for caption in captions]
+
+
+def test_training_says_it_once(texts, caplog):
+    text = noticing(texts["SentencePiece"])
+    short, long = ["a cat", ""], ["a red apple " * 20, "two dogs " * 20]
+    for captions in (short, short + long, long):
+        for found, wanted in zip(text(captions), texts["SentencePiece"](captions), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    (record,) = caplog.records
+    assert "captions are cut: SentencePiece reads 10 tokens; longer are 'a red apple" in record.getMessage()
+    plain = lambda captions: (captions, captions)
+    assert noticing(plain) is plain and noticing(None) is None
+
+
+def test_sampling_says_it_once_a_prompt(texts, caplog):
+    caplog.set_level(logging.WARNING, "t2i_jax")
+    text = texts["SentencePiece"]
+    network = DiT(
+        (8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Captions(300, 12, 16, 1, 2), learn_variance=False
+    )
+    family = Diffusion(network, Flow(), predicts="velocity", solver="euler", sampling=Solving(1, 2.0, 0.0))
+
+    pipeline = Pipeline(family, family.init(jax.random.key(0)), None, text)
+    head = "a red apple on the table and two dogs and words "
+    prompts = [head + "that go", head + "in a long tail", "a cat"]
+    images = pipeline.sample(prompts, [1, 1, 1], batch_size=2)
+    assert np.array_equal(images[0], images[1])
+    (record,) = [r for r in caplog.records if r.name == "t2i_jax.pipeline"]
+    said = record.getMessage()
+    assert prompts[0][:40] in said and prompts[2] not in said and "changes no image" in said
+    pipeline.sample(prompts, [1, 1, 1], batch_size=2)
+    assert len([r for r in caplog.records if r.name == "t2i_jax.pipeline"]) == 1
