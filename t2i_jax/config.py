@@ -24,6 +24,7 @@ import tyro
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError as ConfigError
+from t2i_jax.core.sniff import sniff_file
 
 
 @contextlib.contextmanager
@@ -66,12 +67,17 @@ def read_stored(path: Path) -> Any:
         return from_json(content)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Errors: `ConfigError` that names it where it is cut short, or no JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Errors: `ConfigError` that names it where it is cut short or something else."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{path}: cut short, or no JSON: {error}") from error
+        what = sniff_file(path)
+        said = f"is {what}, not JSON" if "JSON" not in what else f"cut short, or no JSON: {error}"
+        raise ConfigError(f"{path}: {said}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; an object with fields is wanted")
+    return content
 
 
 def _run_file(path: Path) -> Any:

@@ -20,7 +20,7 @@ from t2i_jax.config import ConfigError, refused
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
-from t2i_jax.text.cut import Limited, unread
+from t2i_jax.text.cut import Limited, check_vocabulary, unread
 from t2i_jax.training.artifacts import Artifact, load_artifact, on_host, save_artifact
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class Pipeline:
     ):
         self.family, self.codec, self.text, self.source = family, codec, text, source
         with refused():
+            check_vocabulary(text, family.batch_spec())
             self.mesh = mesh.build()
             with on_host():
                 loaded = text.load() if hasattr(text, "load") else None

@@ -121,7 +121,7 @@ FAULTS = {
     f"{DIT}--heads=1 --codec model": "model holds a Diffusion, which is no codec",
     f"{DIT}--heads=1 --codec text.txt": "neither a run nor a released model",
     f"{DIT}--heads=1 --codec cut": "cut/config.json: cut short, or no JSON",
-    f"{DIT}--heads=1 --codec hf": "hf: its config.json is not that of a run or a released model",
+    f"{DIT}--heads=1 --codec hf": "hf: its config.json is not that of a run",
     f"{T2I}--codec codec": "codec has codes of 4 numbers, the model 20 codes: this is not its codec",
     # places
     "dit dit.safetensors --heads=1 --out empty": "empty: exists already",

@@ -36,7 +36,7 @@ def test_there_and_back(vocabulary):
     assert text.decode(ids) == TEXTS
     assert ids.shape == mask.shape == (len(TEXTS), 80)
     assert ids.dtype == np.int32 and mask.dtype == bool
-    assert ids.min() >= 0 and ids.max() < text.vocabulary <= 400
+    assert ids.min() >= 0 and ids.max() < text.pieces <= 400
     assert 0 not in ids[mask]  # bytes stand in for what is unknown
 
 
@@ -80,9 +80,9 @@ def test_workers_get_the_path_only(vocabulary):
 def test_a_retrained_vocabulary_is_read_anew(tmp_path):
     path = tmp_path / "v.model"
     train_vocabulary(CAPTIONS, path, 400)
-    before = SentencePiece(str(path)).vocabulary
+    before = SentencePiece(str(path)).pieces
     train_vocabulary(CAPTIONS, path, 303)
-    assert SentencePiece(str(path)).vocabulary < before
+    assert SentencePiece(str(path)).pieces < before
 
 
 def test_a_missing_vocabulary_says_how_to_get_one(tmp_path):
@@ -123,6 +123,6 @@ def test_a_vocabulary_of_a_package():
         pytest.skip("mistral-common is not installed")
     text = SentencePiece(str(Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"), 80)
     ids, _ = text(TEXTS)
-    assert text.vocabulary == 32_000 and text.decode(ids) == TEXTS
+    assert text.pieces == 32_000 and text.decode(ids) == TEXTS
     assert ids.min() >= 0 and (ids[:, 0] == 1).all()  # it has no padding of its own
     assert not text([""])[1].any()

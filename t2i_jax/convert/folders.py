@@ -26,7 +26,6 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import Paired
 from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.trees import named
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
@@ -88,12 +87,11 @@ def _fault(
 
 def _check_text(config: Any, text: Any) -> None:
     """Errors: ValueError where a model does not read what a text side gives; those of the text side's files."""
-    condition = getattr(config, "condition", None)
-    if not {"features", "text"} & set(getattr(condition, "inputs", ())):
+    spec = config.batch_spec()
+    if not {"features", "text"} & spec.keys():
         raise ValueError(f"a {type(config).__name__} without captions takes no --text")
-    if "features" in condition.inputs:
-        condition = condition.encoded if isinstance(condition, Paired) else condition
-        gives, reads = (text.length, text.dim), (condition.length, condition.dim)
+    if "features" in spec:
+        gives, reads = (text.length, text.dim), spec["features"].shape
         if gives != reads:
             said = "{} vectors of {} numbers a caption"
             raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")

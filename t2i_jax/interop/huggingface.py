@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from t2i_jax.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop.tensorfile import Lazy, SafeTensors, content
 from t2i_jax.interop.wrapping import located
@@ -48,15 +48,7 @@ def settings(path: str | Path) -> Settings:
         raise FileNotFoundError(
             f"{path.parent}: no {path.name} in it, as Hugging Face has it; it holds {there or 'nothing'}"
         )
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        what = sniff_file(path)
-        said = f"is {what}, not JSON" if "JSON" not in what else f"cut short, or no JSON: {error}"
-        raise ValueError(f"{path}: {said}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds a {type(fields).__name__}; an object with fields is wanted")
-    return Settings(path, fields)
+    return Settings(path, read_json(path))
 
 
 def config(folder: str | Path) -> Settings:

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import BatchSpec
+
 log = logging.getLogger(__name__)
 
 NAMED = 3
@@ -35,6 +38,11 @@ class Limited:
         """All ids of each caption, without special ones and without a limit."""
         raise NotImplementedError
 
+    @property
+    def pieces(self) -> int:
+        """How many ids there are, where a model embeds them itself; 0 where the text side has its own encoder."""
+        return 0
+
     def cut(self, captions: Sequence[str]) -> list[int]:
         """How many tokens of each caption are not read."""
         return [max(0, len(ids) - self.room) for ids in self.tokens(captions)]
@@ -42,6 +50,17 @@ class Limited:
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Which rows bool (n,) have no padding: captions that fill their length, and may be longer."""
         return np.all(mask, axis=-1)
+
+
+def check_vocabulary(text: Any, spec: BatchSpec) -> None:
+    """Errors: `ConfigError` where a text side has ids that the table of the model does not."""
+    pieces = text.pieces if isinstance(text, Limited) else 0
+    high = spec["text"].high if "text" in spec else None
+    if high is not None and pieces > high + 1:
+        raise ConfigError(
+            f"text: the vocabulary has {pieces} ids, and the model's table {high + 1}: set the vocabulary of its "
+            f"condition to {pieces}, or name the vocabulary that it was trained with"
+        )
 
 
 def unread(text: Limited, captions: Sequence[str]) -> str:

@@ -97,8 +97,8 @@ class SentencePiece(Limited):
         return pieces.decode([[n for n in row if not pieces.is_control(n)] for row in np.asarray(ids).tolist()])
 
     @property
-    def vocabulary(self) -> int:
-        """Number of ids."""
+    def pieces(self) -> int:
+        """How many ids there are."""
         return self._pieces.get_piece_size()
 
     @property

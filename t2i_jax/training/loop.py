@@ -26,6 +26,7 @@ from t2i_jax.core.types import check_batch
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
@@ -72,6 +73,8 @@ class Trainer:
                 f"data.batch_size {experiment.data.batch_size} must be a multiple of accumulate x data x fsdp = "
                 f"{train.accumulate} x {self.mesh.shape['data']} x {self.mesh.shape['fsdp']} and of the process count"
             )
+        with refused():
+            check_vocabulary(experiment.text, experiment.model.batch_spec())
         # What is read for a plan is read by this machine, not by the devices of the mesh.
         with contextlib.nullcontext() if mesh is not None else jax.set_mesh(self.mesh):
             frozen, self.codec = frozen_parts(experiment)
@@ -152,7 +155,7 @@ class Trainer:
         e = self.experiment
         index, count = self.share()
         ahead: collections.deque = collections.deque()
-        captions = None if hasattr(e.text, "image_features") else e.text  # then pictures alone are learned from
+        captions = None if hasattr(e.text, "image_features") else noticing(e.text)  # else images alone teach
         stream: Any = e.data.batches(captions, position, index, count, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
