@@ -108,7 +108,7 @@ def test_the_code_that_a_mask_becomes_follows_p_x0(codes):
 
 
 def test_a_class_below_the_steps_of_fp32_is_drawn():
-    """One of 1e-8 beside one near 1, and 10,000 of 1e-9."""
+    """One of 1e-8 against one near 1, and 10,000 of 1e-9."""
     for count, each in ((1, 1e-8), (10_000, 1e-9)):
         log_p = jnp.asarray(np.log(np.append(np.full(count, each), 1 - count * each)), jnp.float32)[None]
         np.testing.assert_allclose(leaving(log_p), count * each, rtol=0.02)

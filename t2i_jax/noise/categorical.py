@@ -1,6 +1,6 @@
 """Draws from categorical distributions over many classes, by inverting the cumulative distribution.
 
-The usual Gumbel-max rule needs a random number per class, and in fp32 its noise ends at 16: beside a class of
+The usual Gumbel-max rule needs a random number per class, and in fp32 its noise ends at 16: against a class of
 probability near 1, classes below 1e-7 are never drawn, however many of them there are (Zheng et al. 2024,
 arXiv:2409.02908). Here a draw takes two numbers.
 """
@@ -24,7 +24,7 @@ def draw(log_p: Array, uniform: Array) -> Array:
     """A class int32 (...) of each distribution log_p (..., v), normalised or not, v > 1.
 
     uniform: (..., 2), from `uniform`; further numbers are not read. The first decides between the most probable class
-    and all others, the second among the others. So a rare event keeps its probability, from 1e-9 up: one class beside
+    and all others, the second among the others. So a rare event keeps its probability, from 1e-9 up: one class against
     one near 1, or many classes together, as in a step of a masking chain that unmasks one token in a thousand.
     """
     index, most = jnp.arange(log_p.shape[-1]), log_p.max(-1, keepdims=True)

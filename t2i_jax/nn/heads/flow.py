@@ -62,9 +62,9 @@ class Flow:
         """Codes (b, m, k) fp32 by midpoint steps, of second order; the temperature scales the noise they begin with.
 
         The stops are t = (1 - n/steps)^2, since a law of deviation s is decided where t is about s. No velocity is
-        asked for at t = 0, where the best answer is -x for any noise and would leave some of it in the code. With the
-        exact velocity of a Gaussian of deviation 0.02 or more the deviation drawn is at most 5 % off with 8 steps, and
-        0.5 % with 20.
+        evaluated at t = 0: the best prediction there is -x whatever the noise, and a step along it would leave noise in
+        the code. With the exact velocity of a Gaussian of deviation 0.02 or more the deviation drawn is at most 5 % off
+        with 8 steps, and 0.5 % with 20.
         """
         b, m, _ = z.shape
         flat = lambda y: rearrange(y, "b m k -> (b m) k")

@@ -135,7 +135,7 @@ def taming_gpt(oracle: Oracle) -> dict[str, Any]:
 
 
 def continued(oracle: Oracle, vectors: np.ndarray | None) -> jax.Array:
-    """The greedy continuation of the first two tokens, behind vectors (b, s, d) if there are any.
+    """The greedy continuation of the first two tokens, after vectors (b, s, d) if there are any.
 
     Places that see each other both ways are read anew for each token; from there on they are in the cache.
     """
@@ -152,7 +152,7 @@ def continued(oracle: Oracle, vectors: np.ndarray | None) -> jax.Array:
 
 
 def gpt(oracle: Oracle, vectors: np.ndarray | None, known: jax.Array, count: int, unmasked: int) -> Any:
-    """A model of `count` codes behind the tokens `known` (b, n), or behind vectors (b, s, d) and these tokens; its
+    """A model of `count` codes after the tokens `known` (b, n), or after vectors (b, s, d) and these tokens; its
     parameters; and what it is conditioned on, as a function of them."""
     before = known.shape[1] + (0 if vectors is None else vectors.shape[1])
     width = oracle.config["n_embd"]
