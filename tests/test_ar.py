@@ -1,6 +1,7 @@
 """The next-token model: what sees what, what the loss is, how large it is."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import Captions, Classes, Features, Given, Vector
+from t2i_jax.nn.condition import Captions, Classes, Encoded, Features, Given, Vector
+from t2i_jax.nn.layers import replace
 
 TINY = AR(
     vocabulary=13, grid=(2, 3), width=16, depth=2, heads=4, kv_heads=2, condition=Classes(5), token_dropout=0, dropout=0
@@ -169,6 +171,30 @@ def test_sizes_are_what_their_names_say(size):
         width = SIZES[size]["width"]
         nominal = float(size[:-1]) * (1000 if size.endswith("B") else 1)
         assert abs(count - (2 * 16384 + 1001) * width / 1e6 - nominal) < 0.2 * nominal
+
+
+def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are():
+    given = dataclasses.replace(GPT, condition_dropout=0.0)
+    config = dataclasses.replace(given, condition=Encoded(16, 4, trained_null=False))
+    model, batch = model_for(given), batch_for(given)
+    vectors = {"features": model.tokens(batch["prefix"]), "codes": batch["codes"]}
+    other = replace(model, condition=config.condition.init(jax.random.key(0), 16))
+
+    @partial(jax.jit, static_argnums=0)
+    def logits(config, model, batch):
+        return config.forward(model, batch), config.prefix_logits(model, batch, jnp.zeros(3, bool))
+
+    for a, b in zip(logits(given, model, batch), logits(config, other, vectors), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    keys = jax.random.split(jax.random.key(2), 3)
+    np.testing.assert_array_equal(config.sample(other, vectors, keys), given.sample(model, batch, keys))
+
+
+def test_vectors_of_another_width_and_without_a_null_are_refused():
+    with pytest.raises(ValueError, match="width=16"):
+        dataclasses.replace(TINY, condition=Encoded(8, 4))
+    with pytest.raises(ValueError, match="trained_null"):
+        dataclasses.replace(TINY, condition=Encoded(16, 4, trained_null=False))
 
 
 def test_an_unknown_size_names_the_known_ones():

@@ -135,16 +135,77 @@ def test_dead_rows_restart_at_vectors_of_the_batch():
     assert len(jnp.unique(far.codes(z))) == 1 and len(jnp.unique(far.moved(z, far.codes(z), KEY).codes(z))) > 1
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_a_row_without_vectors_keeps_its_value(normalize, decay):
+    """For longer than its cluster size has a number in fp32."""
+    q = Quantizer(QuantizerConfig(codes=6, dim=2, normalize=normalize, decay=decay), KEY)
+    every = jax.random.normal(KEY, (6, 2))
+    q = q.moved(every, q.codes(every), KEY)
+    first = jnp.broadcast_to(q.rows()[2], (8, 2))  # from now on everything falls on one row
+    step = lambda q, key: (q.moved(first, q.codes(first), key), q.codes(first))
+    after, codes = jit(lambda q, keys: jax.lax.scan(step, q, keys))(q, jax.random.split(KEY, 12_000))
+    unused = np.setdiff1d(np.arange(6), codes)
+    assert len(unused) >= 4 and (after.sizes[...][unused] == 0).any()
+    np.testing.assert_array_equal(after.codebook[...][unused], q.codebook[...][unused])
+    np.testing.assert_allclose(after.rows()[codes[-1]], first, rtol=1e-5)
+
+
+def clusters(key, count, centres=64):
+    """Vectors about 64 points that all lie far from 0, as an encoder may give at first."""
+    which, noise = jax.random.split(key)
+    points = 3 + 0.2 * jax.random.normal(jax.random.key(7), (centres, 4))
+    return points[jax.random.randint(which, (count,), 0, centres)] + 0.01 * jax.random.normal(noise, (count, 4))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [32, 64, 1000])
+def test_a_fresh_codebook_starts_from_the_first_batch(normalize, count):
+    config = QuantizerConfig(codes=64, dim=4, normalize=normalize, decay=0.9)
+    start = Quantizer(config, KEY)
+    z = clusters(KEY, count)
+    move = jit(lambda q, z, key: q.moved(z, q.codes(z), key))
+    q = move(start, z, KEY)
+    rows, known = np.asarray(q.codebook[...]), np.asarray(q.prepare(z))
+    distance = np.linalg.norm(rows[:, None] - known, axis=-1).min(1)
+    assert (distance == 0).all() if count >= 64 else (distance < 0.1 * known.std()).all()
+    assert len(np.unique(rows, axis=0)) == 64 and (q.sizes[...] == count / 64).all()
+    again = (move(q, z, key).codebook[...] for key in jax.random.split(KEY))
+    np.testing.assert_array_equal(*again)  # it starts once: nothing is drawn after that
+
+    def used(q):
+        for n in range(30):
+            q = move(q, clusters(jax.random.key(n), count), jax.random.key(n))
+        return usage(q.codes(clusters(jax.random.key(99), 4000)), 64)["perplexity"]
+
+    assert used(q) > 2 * used(replace(start, sizes=jnp.full(64, 1e-9)))  # that is, from the random rows
+
+
+def test_a_codebook_starts_from_the_first_part_of_a_batch_that_is_accumulated():
+    q = Quantizer(QuantizerConfig(codes=8, dim=2, decay=0.9), KEY)
+    parts, keys = jax.random.normal(KEY, (3, 16, 2)), jax.random.split(KEY, 3)
+    move = lambda q, part: q.moved(part[0], q.codes(part[0]), part[1])
+    scanned = jit(lambda q: jax.lax.scan(lambda q, part: (move(q, part), None), q, (parts, keys))[0])(q)
+    for part in zip(parts, keys, strict=True):
+        q = move(q, part)
+    np.testing.assert_allclose(scanned.codebook[...], q.codebook[...], rtol=1e-5, atol=1e-6)
+    assert jnp.isclose(q.sizes[...].sum(), 16)
+
+
 def test_statistics_are_those_of_the_whole_batch():
+    """At the start, from fewer vectors than rows too, and after it."""
     mesh = MeshConfig(data=8).build()
-    q = Quantizer(QuantizerConfig(codes=8, dim=2, decay=0.9, revive=0.5), KEY)
     z = jax.random.normal(KEY, (16, 4, 2))
-    move = jax.jit(lambda z: q.moved(z, q.codes(z), KEY))
-    whole = move(z)
-    with jax.set_mesh(mesh):
-        parts = move(jax.device_put(z, batch_sharding(mesh)))
-    for name, v in named(whole).items():
-        np.testing.assert_allclose(v[...], named(parts)[name][...], rtol=1e-5, atol=1e-6, err_msg=name)
+    for codes in (8, 100):
+        q = Quantizer(QuantizerConfig(codes=codes, dim=2, decay=0.9, revive=0.5), KEY)
+        move = jax.jit(lambda q, z: q.moved(z, q.codes(z), KEY))
+        whole = [move(q, z), move(move(q, z), z[::-1])]
+        with jax.set_mesh(mesh):
+            first = move(q, jax.device_put(z, batch_sharding(mesh)))
+            parts = [first, move(first, jax.device_put(z[::-1], batch_sharding(mesh)))]
+        for one, other in zip(whole, parts, strict=True):
+            for name, v in named(one).items():
+                np.testing.assert_allclose(v[...], named(other)[name][...], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_usage():

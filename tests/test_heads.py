@@ -12,7 +12,7 @@ import pytest
 from t2i_jax.nn import losses
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads import Diffusion, Flow, ImageKeys, Mixture, Softmax
-from t2i_jax.nn.heads.mixture import Law
+from t2i_jax.nn.heads.mixture import Law, guided
 
 CENTRES, SPREAD = np.asarray([-1.5, 0.5]), 0.3
 WEIGHTS = np.asarray([0.3, 0.7])
@@ -64,10 +64,38 @@ def distance(x):
     return np.abs(cdf - np.arange(len(x)) / len(x)).max()
 
 
-@pytest.mark.parametrize("head", [Diffusion(dim=1, respacing="250"), Flow(dim=1, steps=50)], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("head", [Diffusion(dim=1, respacing="250"), Flow(dim=1, steps=20)], ids=["diffusion", "flow"])
 def test_a_network_that_knows_the_law_draws_from_it(head):
     drawn = sampled(head, Exact(head))
     assert distance(drawn) < 1.95 / math.sqrt(COUNT), "a chance below one in a thousand"
+
+
+@pytest.mark.parametrize("steps, tolerance", [(8, 0.05), (20, 0.005)])
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.3, 1.0, 1.5])
+def test_the_flow_head_draws_narrow_and_wide_gaussians(std, steps, tolerance):
+    """The deviation that comes out, by the exact velocity of N(0.5, std^2), with two evaluations a step."""
+    calls = []
+
+    class Exact:
+        embed = staticmethod(lambda z: z)
+
+        def __call__(self, x, t, embedded):
+            calls.append(t)
+            t = t[:, None] / 1000
+            gap = (x - (1 - t) * 0.5) / ((1 - t) ** 2 * std**2 + t**2)
+            return t * gap - (0.5 + (1 - t) * std**2 * gap)
+
+    head, z, places = Flow(dim=1, steps=steps), jnp.zeros((64, 1, 1)), draws(64, 1)
+    sample = lambda temperature: head.sample(
+        Exact(), z, None, places, jnp.ones(64), Sampling(temperature=temperature).arrays()
+    )[0]
+    assert f"length={steps}" in str(jax.make_jaxpr(sample)(1.0)) and len(calls) == 2
+    noise = np.asarray(places.normal(0, 1))
+    for temperature in (1.0, 0.5):
+        drawn = np.asarray(jax.jit(sample)(temperature)) - 0.5
+        gain = (drawn * noise).sum() / (noise**2).sum()
+        np.testing.assert_allclose(gain, temperature * std, rtol=tolerance)
+        np.testing.assert_allclose(drawn, gain * noise, atol=1e-5)
 
 
 def narrows(draw):
@@ -145,6 +173,93 @@ def test_mixture_is_a_density_and_draws_from_it():
     assert distance(sampled(head, module)) < 1.95 / math.sqrt(COUNT)
     law = Law(jnp.zeros(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
     np.testing.assert_allclose(law.log_density(jnp.zeros(3)), -1.5 * math.log(2 * math.pi), rtol=1e-6)
+
+
+def law_of(weights, mean, std):
+    """Of one row: weights (a,), means and standard deviations (a, k)."""
+    arrays = (np.log(weights), np.reshape(mean, (len(weights), -1)), np.log(np.reshape(std, (len(weights), -1))))
+    return Law(*(jnp.asarray(x, jnp.float32)[None, None] for x in arrays))
+
+
+def turned(law):
+    return Law(law.logits[..., ::-1], law.mean[..., ::-1, :], law.log_std[..., ::-1, :])
+
+
+guide = jax.jit(guided)
+AXIS = np.linspace(-20, 20, 20001)
+
+
+def difference(law, null, scale):
+    """Total variation between the guided law of one dimension and p^s p'^(1 - s), which is normalised on AXIS."""
+    density = jax.jit(lambda law: law.log_density(jnp.asarray(AXIS, jnp.float32)[None, :, None])[0])
+    at = lambda law: np.asarray(density(law), np.float64)
+    true = scale * at(law) + (1 - scale) * at(null)
+    share = lambda log_p: np.exp(log_p - log_p.max()) / np.exp(log_p - log_p.max()).sum()
+    return 0.5 * np.abs(share(true) - share(at(guide(law, null, jnp.full(1, scale))))).sum()
+
+
+@pytest.mark.parametrize("null", [([0.0, 0.0, 0.0], [1.0, 0.5, 0.6]), ([0.8, -0.4, 0.3], [0.29, 0.47, 0.39])])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 3.0, 7.5])
+def test_guidance_of_one_component_is_the_quotient_of_gaussians(scale, null):
+    count, head = 4 * COUNT, Mixture(dim=3, components=1)
+    (mean, std), (null_mean, null_std) = np.asarray([[1.0, -0.5, 0.2], [0.3, 0.5, 0.4]]), np.asarray(null)
+    precision = scale * std**-2.0 - (scale - 1) * null_std**-2.0
+    want = (scale * std**-2.0 * mean - (scale - 1) * null_std**-2.0 * null_mean) / precision
+    got = guide(law_of([1.0], mean, std), law_of([1.0], null_mean, null_std), jnp.full(1, scale))
+    np.testing.assert_allclose(got.mean[0, 0, 0], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.exp(got.log_std[0, 0, 0]), precision**-0.5, rtol=1e-4)
+
+    raw = lambda mean, std: jnp.asarray(np.concatenate([[0.0], mean, np.log(np.expm1(std - head.smallest))]))
+    z, other = (jnp.broadcast_to(raw(*x), (count, 1, 7)) for x in ((mean, std), (null_mean, null_std)))
+    scales, options = jnp.full(count, scale), Sampling().arrays()
+    sample = jax.jit(lambda z, other, draws: head.sample(lambda z: z, z, other, draws, scales, options)[0])
+    drawn = np.asarray(sample(z, other, draws(count, 1)))[:, 0]
+    np.testing.assert_allclose(drawn.std(0), precision**-0.5, rtol=0.03)
+    assert (abs(drawn.mean(0) - want) < 4 * precision**-0.5 / count**0.5).all()
+
+
+def test_guidance_is_exact_where_components_correspond_in_whatever_order():
+    law = law_of([0.7, 0.3], [-1.0, 1.0], [0.2, 0.15])
+    null = law_of([0.4, 0.6], [-0.9, 1.1], [0.25, 0.3])
+    for scale in (1.5, 3.0):
+        for p, q in ((law, null), (law, turned(null)), (turned(law), null)):
+            assert difference(p, q, scale) < 0.01
+
+
+def test_guidance_does_not_depend_on_the_order_of_components():
+    rng = np.random.default_rng(0)
+    random = lambda a: law_of(rng.dirichlet(np.ones(a)), rng.normal(size=(a, 4)), rng.uniform(0.3, 0.9, (a, 4)))
+    law, null = random(5), random(7)
+    plain = guide(law, null, jnp.full(1, 2.0))
+    for a, b in zip(plain, guide(law, turned(null), jnp.full(1, 2.0)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(plain, turned(guide(turned(law), null, jnp.full(1, 2.0))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_away_from_the_same_law_changes_nothing():
+    """Though its components overlap, and come in another order."""
+    law = law_of([0.7, 0.2, 0.1], [-0.2, 0.3, 0.9], [0.3, 0.4, 0.3])
+    for scale in (1.0, 1.5, 4.0):
+        for a, b in zip(law, guide(law, turned(law), jnp.full(1, scale)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_of_overlapping_mixtures_is_near_its_law():
+    rng, found = np.random.default_rng(0), []
+    for _ in range(20):
+        law = law_of(rng.dirichlet([2] * 3), rng.normal(size=3), rng.uniform(0.2, 0.4, 3))
+        null = law_of(rng.dirichlet([2] * 3), rng.normal(size=3), rng.uniform(0.5, 0.8, 3))
+        found.append(difference(law, null, rng.choice([1.5, 3.0])))
+    assert np.mean(found) < 0.05
+
+
+def test_a_null_too_narrow_to_divide_by_moves_the_mean_alone():
+    law, null = law_of([1.0], [1.0, 2.0], [0.5, 0.5]), law_of([1.0], [0.0, 2.0], [0.2, 1.0])
+    got = guide(law, null, jnp.full(1, 3.0))
+    np.testing.assert_allclose(got.mean[0, 0, 0], [3.0, 2.0], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(got.log_std[0, 0, 0]), [0.5, (3 * 4 - 2 * 1) ** -0.5], rtol=1e-5)
+    assert all(np.isfinite(x).all() for x in got)
 
 
 def test_softmax_scores_are_log_probabilities_of_the_guided_law():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import math
+import re
 from functools import cache, partial
 
 import jax
@@ -164,6 +166,14 @@ def test_one_compilation_for_all_settings(caplog):
             TINY.sample(model_for(TINY), batch_for(TINY), keys_for(seed=n), options, keep=keep)
     compiled = [r.getMessage() for r in caplog.records if "Compiling jit(_sample)" in r.getMessage()]
     assert len(compiled) <= 1, compiled  # none if another test has done it
+
+
+def test_the_sampler_takes_three_random_numbers_a_token_and_step_however_many_codes():
+    model, batch = model_for(TINY), batch_for(TINY)
+    draw = lambda keys: TINY.sample(model, batch, keys, Reverse())
+    found = re.findall(r"random_bits\[.*?shape=\((.*?)\)", str(jax.make_jaxpr(draw)(keys_for())), re.DOTALL)
+    sizes = [math.prod(int(n) for n in shape.replace(" ", "").strip(",").split(",")) for shape in found if shape]
+    assert sizes and max(sizes) == 2 * TINY.length  # what a token becomes; one more decides which tokens, by a rule
 
 
 def test_kept_codes_stay_and_the_others_are_drawn_around_them():

@@ -33,7 +33,8 @@ class QuantizerConfig:
     temperature: float = 0.01
     """of that soft choice"""
     decay: float = 0.0
-    """of the moving averages that make the codebook; 0: it is a parameter and follows gradients"""
+    """of the moving averages that make the codebook, which starts from vectors of the first batch; 0: it is a parameter
+    and follows gradients"""
     revive: float = 0.0
     """with a decay: a row used less often than this share of an even share restarts at a vector of the batch"""
 
@@ -171,24 +172,30 @@ class Quantizer(nnx.Module):
     def moved(self, z: Array, codes: Array, key: Array) -> "Quantizer":
         """The quantiser after a batch: moving averages of cluster sizes and sums (appendix A.1), dead rows revived.
 
-        z: (..., k) what the encoder gave; codes: int (...), the rows it fell on.
+        z: (..., k) what the encoder gave; codes: int (...), the rows it fell on. The first batch that a fresh codebook
+        sees gives it its rows: distinct vectors, or repeated ones with a little noise where there are fewer than rows.
+        From then on a row on which nothing falls keeps its value, unless `revive` restarts it.
         """
-        decay = self.config.decay
+        decay, v = self.config.decay, self.config.codes
         if not decay:
             return self
         z = jax.lax.stop_gradient(self.prepare(z)).reshape(-1, self.config.dim)
         codes = codes.reshape(-1)
-        share = len(z) / self.config.codes
+        share, hits = len(z) / v, counts(codes, v)
         sizes, rows = self.sizes[...], self.codebook[...]
+        fresh = ~jnp.any(sizes > 0)
         # A row is its cluster's mean, so size times row is the sum that eq. 7 carries along.
         sums = decay * sizes[:, None] * rows + (1 - decay) * jnp.zeros_like(rows).at[codes].add(z)
-        sizes = decay * sizes + (1 - decay) * counts(codes, self.config.codes)
-        rows = jnp.where(sizes[:, None] > 0, sums / jnp.maximum(sizes, 1e-10)[:, None], rows)
-        # Vectors far from their row are where the codebook lacks rows, so they are drawn more often. All rows are dead
-        # at first: the codebook begins as vectors of the first batch.
-        far = jnp.cumsum(jnp.sum((z - self.rows()[codes]) ** 2, -1))
-        drawn = z[jnp.searchsorted(far, far[-1] * jax.random.uniform(key, (len(rows),)))]
-        dead = sizes < self.config.revive * share
+        sizes = decay * sizes + (1 - decay) * hits
+        rows = jnp.where(hits[:, None] > 0, sums / jnp.where(hits > 0, sizes, 1.0)[:, None], rows)
+        # Vectors far from their row are where the codebook lacks rows, so they are drawn more often.
+        far = jnp.cumsum(jnp.where(fresh, 1.0, jnp.sum((z - self.rows()[codes]) ** 2, -1)))
+        u = jax.random.uniform(key, (v,))
+        drawn = z[jnp.searchsorted(far, far[-1] * jnp.where(fresh, (jnp.arange(v) + u[0]) / v, u))]
+        if len(z) < v:
+            noise = 0.01 * z.std() * jax.random.normal(jax.random.fold_in(key, 1), rows.shape)
+            drawn = jnp.where(fresh, drawn + noise, drawn)
+        dead = fresh | (sizes < self.config.revive * share)
         return replace(
             self,
             codebook=jnp.where(dead[:, None], drawn, rows),

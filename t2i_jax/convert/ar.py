@@ -23,7 +23,9 @@ def _llamagen(
 def _mingpt(
     tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, prefix: int = 1, **fields: Any
 ) -> AR:
-    """prefix: tokens before the codes of the image: a start token, a class, codes of another picture."""
+    """prefix: tokens before the codes of the image: a start token, a class, codes of another picture. For explicit
+    vectors instead (`embeddings` of the published program) give `condition=Encoded(width, count, trained_null=False)`.
+    """
     published = {"condition_dropout": 0.0, "sampling": Sampling(guidance=1.0), "grid": grid, "condition": Given(prefix)}
     return AR(**(published | mingpt.describe(tensors, heads) | fields))
 

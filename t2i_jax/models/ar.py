@@ -21,7 +21,7 @@ from t2i_jax.core.fields import Checked, Count, Grid, NotNegative, Positive, Ran
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, Given, GivenIds, dropped_rows, may_pad
+from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad
 from t2i_jax.nn.decode import FewRows, for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.kernels import Kind
@@ -71,8 +71,9 @@ class AR(Checked):
     """Add learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition | Given = Classes(1000)
-    """What stands before the image: classes, captions or features."""
+    condition: Condition | Given | Encoded = Classes(1000)
+    """What comes before the image: classes, captions or features; ids of its own vocabulary (`Given`); or vectors of
+    this model's width as they are (`Encoded`)."""
     reads: Literal["prefix", "memory"] = "prefix"
     """The tokens of the condition stand before the image, or every layer looks at them by cross-attention and the image
     has a start token before it: an encoder and a decoder, as dalle-mini and Parti are (Yu et al. 2022, 2.1)."""
@@ -116,6 +117,11 @@ class AR(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.condition, Encoded):
+            if self.condition.dim != self.width:
+                raise ValueError(f"condition: vectors of {self.condition.dim} numbers; width={self.width} is needed")
+            if self.condition_dropout and not self.condition.has_null:
+                raise ValueError("condition_dropout > 0 needs unconditional vectors: trained_null or kept_null")
         places = self.places + self.length - 1
         if self.positions == "learned" and 0 < self.position_rows < places:
             raise ValueError(

@@ -28,6 +28,7 @@ from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, par
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.nn.watch import Progress
+from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.reverse import Reverse, reverse
@@ -258,7 +259,7 @@ class VQDiffusion:
         if model.history is not None and model.count is not None:
             history, count = jax.lax.stop_gradient((model.history[...], model.count[...]))
             p = jnp.where(jnp.all(count > 10), importance(history), even)
-        t = jax.random.categorical(key, jnp.log(p), shape=(b,))
+        t = inverse_cdf(jnp.broadcast_to(p, (b, len(p))), uniform(key, (b,)))
         return t, p[t]
 
     def remembered(self, model: Network, t: Array, size: Array, seen: Array) -> Network:
@@ -391,8 +392,7 @@ def _sample(
     def noise(i: Array) -> tuple[Array, Array]:
         def one(key: Array) -> tuple[Array, Array]:
             codes, places = jax.random.split(jax.random.fold_in(key, i + 1))
-            uniform = jax.random.uniform(codes, (config.length, chain.codes + 1))
-            return uniform, jax.random.uniform(places, (config.length,))
+            return uniform(codes, (config.length, 2)), jax.random.uniform(places, (config.length,))
 
         return jax.vmap(one)(keys)
 

@@ -214,7 +214,8 @@ class VectorToken(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded(Checked):
-    """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention.
+    """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention; or vectors
+    that come before the tokens of an image, as the `embeddings` of taming-transformers' GPT do.
 
     VQ-Diffusion reads all 77 vectors of CLIP's text tower, each of length 1 (Gu et al. 2022; Tang et al. 2022).
     """
@@ -386,4 +387,4 @@ def same_length(name: str, found: int, length: int) -> None:
 
 def may_pad(condition: Any) -> bool:
     """Whether some of the condition's tokens may be padding, which nothing looks at."""
-    return not isinstance(condition, (Classes, Vector, Given))
+    return not isinstance(condition, (Classes, Vector, Given, Encoded))

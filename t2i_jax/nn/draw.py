@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Range
+from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import beside
 
 
@@ -82,22 +83,6 @@ def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_
     return jnp.where(gap <= _last(lambda t: above(t) <= p, top_p < 1, gap), weights, 0.0)
 
 
-def draw(weights: Array, uniform: Array) -> Array:
-    """The token (...) int32 at which the cumulative sum of weights (..., v) passes `uniform` (...) of the total.
-
-    The sum is inverted in two levels, blocks and then within one, so that no scan runs over the whole vocabulary.
-    A token of weight 0 is never drawn.
-    """
-    v = weights.shape[-1]
-    size = 1 << max(v - 1, 1).bit_length() // 2
-    blocks = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, -v % size)])
-    blocks = blocks.reshape(*weights.shape[:-1], -1, size)
-    sums = blocks.sum(-1)
-    block, rest = _invert(sums, uniform * sums.sum(-1))
-    inner, _ = _invert(jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :], rest)
-    return (block * size + inner).astype(jnp.int32)
-
-
 def choose(logits: Array, options: Sampling, uniform: Array) -> Array:
     """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
     drawn = draw(truncate(logits, options.temperature, options.top_k, options.top_p), uniform)
@@ -136,14 +121,3 @@ def _last(holds: Callable[[Array], Array], wanted: Array, gap: Array) -> Array:
 
     by_platform = partial(jax.lax.platform_dependent, cpu=partial(search, 1), default=partial(search, 4))
     return floats(jax.lax.cond(jnp.any(wanted), by_platform, lambda: unlimited))
-
-
-def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
-    """The first index of weights (..., n) whose cumulative sum exceeds target (...), and what of target it leaves."""
-    sums = jnp.cumsum(weights, -1)
-    # Rounding may leave the target at or past the end: then the last index that carries weight, as it should be.
-    passed = (weights > 0) & (sums > target[..., None])
-    last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
-    index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)
-    at = lambda x: jnp.take_along_axis(x, index[..., None], -1)[..., 0]
-    return index, target - (at(sums) - at(weights))

@@ -21,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.noise.categorical import draw as draw
+from t2i_jax.noise.categorical import uniform
+
 LOG_ZERO = math.log(1e-30)
 """What stands for log 0 where values are added and subtracted."""
 LOWEST = -70.0
@@ -172,7 +175,7 @@ class Chain:
     def noised(self, x0: Array, t: Array, key: Array) -> Array:
         """A draw x_t of q(x_t | x_0): int (b, l), from codes int (b, l)."""
         x, where, what = self.tables(), *jax.random.split(key)
-        u = jax.random.uniform(where, x0.shape)
+        u = uniform(where, x0.shape)
         at = lambda table: jnp.exp(table[t])[:, None]
         other = jax.random.randint(what, x0.shape, 0, self.codes)
         changed = jnp.where(u < at(x.masked), self.codes, other)
@@ -185,7 +188,7 @@ class Chain:
         masked = jnp.exp(x.masked[self.steps - 1]) / -jnp.expm1(x.kept[self.steps - 1])
         random = jax.random.randint(what, shape, 0, self.codes)
         # The chain without replacement leaves nothing but MASK: rounding must not.
-        mask = (jax.random.uniform(where, shape) < masked) | (self.kind == "mask")
+        mask = (uniform(where, shape) < masked) | (self.kind == "mask")
         return jnp.where(mask, self.codes, random)
 
     # -- and back
@@ -239,14 +242,9 @@ def clipped(log_p: Array) -> Array:
     return jnp.where(log_p < LOWEST, LOWEST, jnp.where(log_p > 0, 0.0, log_p))
 
 
-def gumbel(uniform: Array) -> Array:
+def gumbel(u: Array) -> Array:
     """Standard Gumbel noise from uniform numbers in [0, 1), which may be 0."""
-    return -jnp.log(-jnp.log(uniform + 1e-30) + 1e-30)
-
-
-def draw(log_p: Array, uniform: Array) -> Array:
-    """A draw of each distribution (..., k), normalised or not, from uniform numbers (..., k): int32 (...)."""
-    return jnp.argmax(log_p + gumbel(uniform), -1).astype(jnp.int32)
+    return -jnp.log(-jnp.log(u + 1e-30) + 1e-30)
 
 
 def importance(history: Array) -> Array:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.discrete import Chain, draw, gumbel
+from t2i_jax.noise.categorical import draw
+from t2i_jax.noise.discrete import Chain, gumbel
 
 
 @jax.tree_util.register_dataclass
@@ -55,13 +56,16 @@ def reverse(
     options: Reverse,
     stay: Callable[[Array], Array] = lambda x: x,
     report: Callable[..., None] = lambda *_: None,
+    draw_code: Callable[[Array, Array], Array] = draw,
 ) -> Array:
     """From x (b, l) at the end of the chain to clean codes int (b, l).
 
     guess: (x_t, t) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
-    noise: number of the step -> uniform numbers (b, l, K + 1) for the codes and (b, l) for the choice of positions.
+    noise: number of the step -> numbers (b, l, 2) from `categorical.uniform` for the codes, and uniform ones (b, l) for
+        the choice of positions.
     stay: puts back what is given after each step.
     report: traced after each step with its number from 1, how many there are, x and log p(x_0).
+    draw_code: draws int (b, l) from logs of distributions (b, l, K + 1) and the first numbers that `noise` gives.
     """
     options, b = options.arrays(), x.shape[0]
     count, moment = visits(chain.steps, options)
@@ -74,11 +78,11 @@ def reverse(
         codes, places = noise(i)
 
         def by_posterior() -> Array:
-            back = draw(chain.posterior(log_x0, x, row(late), row(s)), codes)
+            back = draw_code(chain.posterior(log_x0, x, row(late), row(s)), codes)
             return jnp.where(s < late, back, x)  # of more evaluations than times, some stand still
 
-        by_rule = lambda: revealed(chain, log_x0, x, (i + 1) / count, codes, places, options)
-        new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_rule, by_posterior))
+        by_number = lambda: revealed(chain, log_x0, x, (i + 1) / count, codes, places, options)
+        new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_number, by_posterior))
         report(i + 1, count, new, log_x0)
         return i + 1, new
 

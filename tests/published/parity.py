@@ -64,6 +64,19 @@ class Line:
         return f"{'ok  ' if self.passed else 'FAIL'} {self.name:40s} {self.error:9.2e} {self.note}".rstrip()
 
 
+@dataclasses.dataclass(frozen=True)
+class InDouble:
+    """An array computed in float64, for what fp32 itself computes inexactly, and the same computed in fp32."""
+
+    exact: np.ndarray
+    single: np.ndarray
+
+    @property
+    def noise(self) -> float:
+        """What rounding to fp32 makes of it, relative in norm."""
+        return float(np.linalg.norm(self.single - self.exact) / max(np.linalg.norm(self.exact), 1e-30))
+
+
 def systems() -> dict[str, Any]:
     """The function of every known system, by the name that `meta.json` gives it."""
     files = sorted((HERE / "systems").glob("[a-z]*.py"))
@@ -72,7 +85,11 @@ def systems() -> dict[str, Any]:
 
 def check(oracle: Oracle) -> Iterator[Line]:
     """A line for every published array: integers equal but for ties, floats to 1e-4 in norm and 1e-3 at worst,
-    float64 (schedules) to 1e-6."""
+    float64 (schedules) to 1e-6.
+
+    The published fp32 program is no nearer to an array than fp32 comes. Where we compute one in float64 and our own
+    fp32 is off by more than 1e-5 in norm, the limits grow in proportion, to ten times that, and to 1e-3 at most.
+    """
     known, system = systems(), oracle.meta["system"]
     if system not in known:
         raise ValueError(f"{oracle.path}: system '{system}' is not one of {', '.join(sorted(known))}")
@@ -83,7 +100,9 @@ def check(oracle: Oracle) -> Iterator[Line]:
         if name not in ours:
             yield Line(name, False, np.inf, "not computed")
         else:
-            yield compare(name, np.asarray(ours[name]), theirs, margin(name, theirs, oracle.outputs))
+            mine = ours[name]
+            mine, noise = (mine.exact, mine.noise) if isinstance(mine, InDouble) else (mine, 0.0)
+            yield compare(name, np.asarray(mine), theirs, margin(name, theirs, oracle.outputs), noise)
 
 
 def margin(name: str, array: np.ndarray, outputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -95,8 +114,10 @@ def margin(name: str, array: np.ndarray, outputs: Mapping[str, np.ndarray]) -> n
     )
 
 
-def compare(name: str, ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray | None = None) -> Line:
-    """The verdict on one array."""
+def compare(
+    name: str, ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray | None = None, noise: float = 0.0
+) -> Line:
+    """The verdict on one array. noise: how far off fp32 is in it, see `InDouble`."""
     if ours.shape != theirs.shape:
         return Line(name, False, np.inf, f"shape {ours.shape}, published {theirs.shape}")
     if theirs.dtype.kind in "iub":
@@ -115,6 +136,7 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray, margins: np.ndarray
     ours, theirs = (np.where(gone, 0, a).astype(np.float64) for a in (ours, theirs))
     norm, worst = np.linalg.norm(theirs), np.abs(theirs).max(initial=0)
     error = float(np.linalg.norm(ours - theirs) / norm) if norm else float(np.linalg.norm(ours))
-    apart = np.abs(ours - theirs) > 1e-3 * (np.abs(theirs) + worst)
-    limit = 1e-6 if schedule else 1e-4
-    return Line(name, error <= limit and not apart.any(), error, f"{int(apart.sum())} apart" if apart.any() else "")
+    limit = 1e-6 if schedule else min(max(1e-4, 10 * noise), 1e-3)
+    apart = np.abs(ours - theirs) > 10 * max(limit, 1e-4) * (np.abs(theirs) + worst)
+    note = f"{int(apart.sum())} apart" if apart.any() else f"fp32 is off by {noise:.1e}" if limit > 1e-4 else ""
+    return Line(name, error <= limit and not apart.any(), error, note)

@@ -7,11 +7,12 @@ the same systems belong to the long tests.
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parity import FOLDERS, Oracle, check, systems
+from parity import FOLDERS, InDouble, Oracle, check, compare, systems
 
 SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 
@@ -28,3 +29,14 @@ def test_every_published_array(name):
         pytest.skip(f"no folder {name}")
     lines = list(check(Oracle((LARGE | SMALL)[name])))
     assert lines and all(line.passed for line in lines), "\n" + "\n".join(map(str, lines))
+
+
+def test_limits_are_those_of_fp32_where_fp32_is_less_exact():
+    exact, noise = np.random.default_rng(0).normal(size=(2, 1000))
+    noise = noise / np.linalg.norm(noise) * np.linalg.norm(exact)
+    off = lambda x: (exact + x * noise).astype(np.float32)
+    assert np.isclose(InDouble(exact, exact + 5e-5 * noise).noise, 5e-5)
+    for error, single, passes in ((5e-5, 0, True), (3e-4, 0, False), (3e-4, 1e-5, False), (3e-4, 5e-5, True)):
+        assert compare("x", exact, off(error), noise=single).passed == passes
+    assert not compare("x", exact, off(2e-3), noise=1e-2).passed
+    assert not compare("x", exact, off(0) + 0.05 * (np.arange(1000) == 7).astype(np.float32), noise=1e-4).passed

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
@@ -25,7 +26,7 @@ class Flow:
     width: int = 1024
     depth: int = 3
     steps: int = 20
-    """of the sampler, equally long"""
+    """of the sampler, of two evaluations each; they get shorter towards the clean end"""
     repeat: int = 4
     """times at which each z is trained"""
 
@@ -58,7 +59,13 @@ class Flow:
     def sample(
         self, module: Denoiser, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
     ) -> tuple[Array, None]:
-        """Codes (b, m, k) fp32 by Heun's second-order steps; the temperature scales the noise they begin with."""
+        """Codes (b, m, k) fp32 by midpoint steps, of second order; the temperature scales the noise they begin with.
+
+        The stops are t = (1 - n/steps)^2, since a law of deviation s is decided where t is about s. No velocity is
+        evaluated at t = 0: the best prediction there is -x whatever the noise, and a step along it would leave noise in
+        the code. With the exact velocity of a Gaussian of deviation 0.02 or more the deviation drawn is at most 5 % off
+        with 8 steps, and 0.5 % with 20.
+        """
         b, m, _ = z.shape
         flat = lambda y: rearrange(y, "b m k -> (b m) k")
         row = lambda y: repeat(jnp.broadcast_to(y, (b,)), "b -> (b m)", m=m)
@@ -69,12 +76,12 @@ class Flow:
             v = self.velocity(module, both, jnp.full(len(both), t), embedded)
             return v if null is None else guide(v[: len(x)], v[len(x) :], row(guidance))
 
-        def step(x: Array, i: Array) -> tuple[Array, None]:
-            t = 1 - i / self.steps
-            v = velocity(x, t)
-            ahead = velocity(x - v / self.steps, t - 1 / self.steps)
-            return x - (v + ahead) / 2 / self.steps, None
+        def step(x: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
+            t, s = ends
+            middle = x + (s - t) / 2 * velocity(x, t)
+            return x + (s - t) * velocity(middle, (s + t) / 2), None
 
+        stops = jnp.asarray((1 - np.arange(self.steps + 1) / self.steps) ** 2, jnp.float32)
         start = flat(draws.normal(0, self.dim)) * row(options.temperature)[:, None]
-        x, _ = jax.lax.scan(step, start, jnp.arange(self.steps))
+        x, _ = jax.lax.scan(step, start, (stops[:-1], stops[1:]))
         return rearrange(x, "(b m) k -> b m k", b=b), None

@@ -14,7 +14,7 @@ from jax import Array
 from t2i_jax.nn.draw import Sampling, draw
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
-from t2i_jax.noise.guidance import guide
+from t2i_jax.noise.schedule import beside
 
 
 class Law(NamedTuple):
@@ -29,6 +29,44 @@ class Law(NamedTuple):
         gap = (x[..., None, :] - self.mean) * jnp.exp(-self.log_std)
         each = -0.5 * gap**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + each.sum(-1), -1)
+
+    def near(self, other: Law) -> tuple[Array, Array, Array]:
+        """The law as seen from each component N of another one: its log density at the mean of N (..., a), and mean and
+        precision (..., a, k) of the Gaussian that approximates it there.
+
+        The Gaussian has the moments of the components, each weighted by its responsibility exp E_N[log w_b N_b(x)].
+        """
+        law = Law(self.logits[..., None, :], self.mean[..., None, :, :], self.log_std[..., None, :, :])
+        variance, mean = jnp.exp(2 * law.log_std), other.mean[..., None, :]
+        gap = (mean - law.mean) ** 2 + jnp.exp(2 * other.log_std[..., None, :])
+        expected = jnp.sum(-0.5 * gap / variance - law.log_std, -1)
+        share = jax.nn.softmax(jax.nn.log_softmax(law.logits) + expected, -1)[..., None]
+        centre = jnp.sum(share * law.mean, -2, keepdims=True)
+        spread = jnp.sum(share * (variance + (law.mean - centre) ** 2), -2)
+        return law.log_density(other.mean), centre[..., 0, :], 1 / spread
+
+
+def guided(law: Law, null: Law, scale: Array) -> Law:
+    """The mixture that stands for p^s p'^(1 - s), normalised, of two mixtures p and p'; scale s: a scalar or (b,).
+
+    It is p (p / p')^(s - 1): each component of p is multiplied by the ratio, which is taken to be one of Gaussians near
+    the component (`Law.near`). That is exact where this holds: for one component each; for components that do not
+    overlap, whichever component of p' lies where; for laws that are equal, which guidance leaves as they are. For
+    components that overlap it is an approximation, off by a few per cent of the mass where p' is the wider law.
+
+    Where p' is so narrow that a precision would fall below 1/100 of the conditional one (at 0 the product has no
+    integral), guidance moves the mean in that dimension and keeps the deviation.
+    """
+    more = beside(scale - 1, law.mean)
+    precision = jnp.exp(-2 * law.log_std)
+    (here, mean, sharp), (there, null_mean, null_sharp) = law.near(law), null.near(law)
+    proper = precision + more * (sharp - null_sharp) > 0.01 * precision
+    sharp, null_sharp = jnp.where(proper, sharp, precision), jnp.where(proper, null_sharp, precision)
+    total = precision + more * (sharp - null_sharp)
+    pull = more * (sharp * (mean - law.mean) - null_sharp * (null_mean - law.mean))
+    mass = 0.5 * jnp.sum(pull**2 / total + jnp.log(precision / total), -1)  # the integral of the moved component
+    logits = jax.nn.log_softmax(law.logits) + beside(scale - 1, here) * (here - there) + mass
+    return Law(logits, law.mean + pull / total, -0.5 * jnp.log(total))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +104,11 @@ class Mixture:
     ) -> tuple[Array, Array]:
         """Codes (b, m, k) fp32 and their log-density; the temperature scales standard deviations.
 
-        Guidance moves log-weights, means and log standard deviations of each component away from the unconditional
-        ones: exact for a mixture of one where the deviations agree, and an approximation beyond.
+        Guidance draws from `guided`, about p^s p'^(1 - s) for the unconditional law p'.
         """
         law = self.law(module, z)
         if null is not None:
-            law = Law(*(guide(a, b, guidance) for a, b in zip(law, self.law(module, null), strict=True)))
+            law = guided(law, self.law(module, null), guidance)
         which = draw(jax.nn.softmax(law.logits), draws.uniform(0))[..., None, None]
         mean, log_std = (jnp.take_along_axis(y, which, -2)[..., 0, :] for y in (law.mean, law.log_std))
         scale = jnp.broadcast_to(options.temperature, mean.shape[:1])[:, None, None]

@@ -10,6 +10,7 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.nn.condition import Encoded, Given
 from t2i_jax.nn.draw import Sampling, truncate
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.noise.guidance import guide
@@ -106,32 +107,61 @@ def filtered(oracle: Oracle) -> dict[str, Any]:
 
 
 def taming_gpt(oracle: Oracle) -> dict[str, Any]:
-    meta, ids, outputs = oracle.config, jnp.asarray(oracle.inputs["idx"]), oracle.outputs
-    hints = {"heads": meta["n_head"], "unmasked": meta["n_unmasked"]}
-    length = ids.shape[1]
-    # Logits at every token: the first is given, and the last code is one that nothing is predicted from.
-    config, model = convert("taming-gpt", oracle.tensors, grid=(1, length), **hints)
-    codes = jnp.concatenate([ids[:, 1:], jnp.zeros_like(ids[:, :1])], 1)
+    """Logits at every place: explicit `embeddings`, if the folder has them, and then the tokens of `idx`."""
+    inputs, outputs, unmasked = oracle.inputs, oracle.outputs, oracle.config["n_unmasked"]
+    ids, vectors = jnp.asarray(inputs["idx"]), inputs.get("embeddings")
+    first = 1 if vectors is None else max(unmasked - vectors.shape[1], 0)  # places that see later ones are read at once
+    config, model, condition = gpt(oracle, vectors, ids[:, :first], ids.shape[1] - first + 1, unmasked)
+    # The last code is one that nothing is predicted from.
+    codes = jnp.concatenate([ids[:, first:], jnp.zeros_like(ids[:, :1])], 1)[:, None]
 
     def objective(model):
-        logits = config.forward(model, {"prefix": ids[:, :1], "codes": codes[:, None]})
-        return cross_entropy(logits, jnp.asarray(oracle.inputs["targets"]))[1].mean(), logits
+        logits = config.forward(model, condition(model) | {"codes": codes})
+        if config.places > 1:
+            before = config.prefix_logits(model, condition(model), jnp.zeros(len(ids), bool))
+            logits = jnp.concatenate([before[:, :-1], logits], 1)
+        targets = jnp.asarray(inputs["targets"])  # of all places, or of the last ones
+        return cross_entropy(logits[:, -targets.shape[1] :], targets)[1].mean(), logits
 
     (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
-    ours = {"logits": logits, "loss": loss}
+    ours = {"logits": logits[:, -outputs["logits"].shape[1] :], "loss": loss}
     ours |= {f"grad.{k}": v for k, v in restore("taming-gpt", config, slopes).items() if f"grad.{k}" in outputs}
 
-    # Places that see each other both ways are read anew for each token; from there on they are in the cache.
-    known, total = ids[:, :2], outputs["greedy_tokens"].shape[1]
+    # Folders do not always say whether the embeddings come before the greedy continuation too.
+    ours["greedy_tokens"] = continued(oracle, None)
+    if vectors is not None and not np.array_equal(ours["greedy_tokens"], outputs["greedy_tokens"]):
+        ours["greedy_tokens"] = continued(oracle, vectors)
+    return ours
+
+
+def continued(oracle: Oracle, vectors: np.ndarray | None) -> jax.Array:
+    """The greedy continuation of the first two tokens, after vectors (b, s, d) if there are any.
+
+    Places that see each other both ways are read anew for each token; from there on they are in the cache.
+    """
+    unmasked, total = oracle.config["n_unmasked"], oracle.outputs["greedy_tokens"].shape[1]
+    known = jnp.asarray(oracle.inputs["idx"])[:, :2]
     while known.shape[1] < total:
-        s = known.shape[1]
-        count = 1 if s < meta["n_unmasked"] else total - s
-        part = {**hints, "unmasked": min(s, meta["n_unmasked"])}
-        config, model = convert("taming-gpt", oracle.tensors, grid=(1, count), prefix=s, **part)
+        s = known.shape[1] + (0 if vectors is None else vectors.shape[1])
+        count = 1 if s < unmasked else total - known.shape[1]
+        config, model, condition = gpt(oracle, vectors, known, count, min(s, unmasked))
         options = dataclasses.replace(config.options(), greedy=True)
-        new = config.sample(model, {"prefix": known}, jax.random.split(jax.random.key(0), len(ids)), options)
+        new = config.sample(model, condition(model), jax.random.split(jax.random.key(0), len(known)), options)
         known = jnp.concatenate([known, new[:, 0]], 1)
-    return ours | {"greedy_tokens": known}
+    return known
+
+
+def gpt(oracle: Oracle, vectors: np.ndarray | None, known: jax.Array, count: int, unmasked: int) -> Any:
+    """A model of `count` codes after the tokens `known` (b, n), or after vectors (b, s, d) and these tokens; its
+    parameters; and what it is conditioned on, as a function of them."""
+    before = known.shape[1] + (0 if vectors is None else vectors.shape[1])
+    width = oracle.config["n_embd"]
+    condition = Given(before) if vectors is None else Encoded(width, before, trained_null=False)
+    hints = {"heads": oracle.config["n_head"], "unmasked": unmasked, "condition": condition}
+    config, model = convert("taming-gpt", oracle.tensors, grid=(1, count), **hints)
+    if vectors is None:
+        return config, model, lambda model: {"prefix": known}
+    return config, model, lambda model: {"features": jnp.concatenate([vectors, model.tokens(known)], 1)}
 
 
 def clip_gen(oracle: Oracle) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.vq_diffusion import VQDiffusion, cut, guided_log
-from t2i_jax.noise.discrete import Chain, Schedule, draw, importance, one_hot
+from t2i_jax.noise.discrete import Chain, Schedule, gumbel, importance, one_hot
 from t2i_jax.noise.reverse import Reverse, reverse
 
 NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "kept", "btt": "replaced", "ctt": "masked"}
@@ -53,7 +53,7 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
                 arrays[name] = cut(log_x0, Reverse(top_k=int(found[1])))
         arrays = {k: classes_first(v) for k, v in arrays.items()}
         uniform = jnp.moveaxis(inputs["q_sample_uniform"], 1, -1)
-        return arrays | {"q_sample": draw(chain.q_start(start, t), uniform)}
+        return arrays | {"q_sample": gumbel_max(chain.q_start(start, t), uniform)}
 
     ours |= distributions(model)
     ours |= losses(oracle, config, model, batch)
@@ -149,6 +149,11 @@ def losses(oracle: Oracle, config: VQDiffusion, model: Any, batch: dict[str, jax
     return found
 
 
+def gumbel_max(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The published draw, from a uniform number for each class: both (..., k) -> int (...)."""
+    return jnp.argmax(log_p + gumbel(uniform), -1)
+
+
 def sampler(
     config: VQDiffusion, batch: dict[str, jax.Array], null: dict[str, jax.Array], uniform: jax.Array
 ) -> Callable[[Any, Reverse], tuple[np.ndarray, np.ndarray]]:
@@ -170,7 +175,7 @@ def sampler(
         start = jnp.full((b, config.length), config.chain.codes)
         note = lambda i, x: seen.__setitem__(int(i), np.asarray(x))
         report = lambda i, count, x, _: jax.debug.callback(note, i, x)
-        return reverse(config.chain, guess, start, noise, options, report=report)
+        return reverse(config.chain, guess, start, noise, options, report=report, draw_code=gumbel_max)
 
     def draw_all(model: Any, options: Reverse) -> tuple[np.ndarray, np.ndarray]:
         seen.clear()
