@@ -17,7 +17,7 @@ from rich.console import Console
 from t2i_jax import pictures
 from t2i_jax.parallel import gathered
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline, image_keys, unguided
+from t2i_jax.pipeline import Pipeline, image_keys, plain, unguided
 from t2i_jax.progress import bar
 
 console = Console(stderr=True)
@@ -96,7 +96,7 @@ def sample_to_folder(
     the first pictures came about.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = {k: float(v) for k, v in vars(options).items()}
+    settings = plain(options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     own = lambda i: {k: v for k, v in pictures.read_png_text(files[i]).items() if k not in ("Software", "Description")}

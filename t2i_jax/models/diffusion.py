@@ -8,8 +8,9 @@ network, what is predicted, the solver and the guidance are chosen one by one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from t2i_jax.noise.gaussian import (
     split,
     vb_terms,
 )
-from t2i_jax.noise.processes import Discrete, Flow, Process
+from t2i_jax.noise.processes import Discrete, Flow, Process, Spacing
 from t2i_jax.noise.schedule import beside
 from t2i_jax.noise.solvers import SOLVERS, Denoised
 from t2i_jax.parallel import shard
@@ -43,7 +44,8 @@ Batch = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solving:
-    """How pictures are sampled; every field is a number, or one per picture (b,) where it says so, and is traced."""
+    """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
+    traced."""
 
     steps: int | Array = 50
     """Steps of the solver, up to the bound of the process."""
@@ -57,8 +59,8 @@ class Solving:
     """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
     pull: float | Array = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
-    eta: float | Array = 1.0
-    """Share of new noise in each step, (b,); 0 makes ddim and dpm++ deterministic."""
+    eta: float | Array | None = None
+    """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
     clip: bool | Array = False
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
@@ -67,6 +69,15 @@ class Solving:
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: float | Array = 1.0
     """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
+    spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
+    """Where the stops lie: as the process has them, even in its time, karras, or log_snr (even in log alpha / sigma)."""
+    guidance_low_snr: float | Array | None = None
+    """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
+    guidance_high_snr: float | Array | None = None
+    """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
+    resample: int | Array = 2
+    """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
+    to agree (Lugmayr et al. 2022); 1 has no rounds. See `noise.solvers.Rounds`, also for what remains."""
 
     def check(self, most: int) -> None:
         """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
@@ -83,12 +94,19 @@ class Solving:
                 odd = f"{least if least < low or largest <= high else largest:g}"
                 about = f"1 to {most}, the bound of the process" if name == "steps" else f"{low} to {high}"
                 raise ValueError(f"{name} {odd}: {about}{', and above 0' * (name == 'strength')}")
+        if not isinstance(self.resample, Tracer) and np.min(self.resample) < 1:
+            raise ValueError(f"resample {np.min(self.resample)}: at least 1, the solver's own evaluation of each step")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
 
     def arrays(self) -> Solving:
-        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
-        kinds = {"steps": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
-        fields = (f.name for f in dataclasses.fields(self))
-        return Solving(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
+        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation; an `eta` of
+        None is NaN, and bounds that are None are infinite."""
+        kinds = {"steps": jnp.int32, "resample": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
+        none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
+        given = {k: none[k] if v is None else v for k, v in vars(self).items() if k != "spacing"}
+        traced = {k: jnp.asarray(v, kinds.get(k, jnp.float32)) for k, v in given.items()}
+        return Solving(spacing=self.spacing, **traced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +136,8 @@ class Diffusion:
     augmentation: float = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
-    solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "ddpm"
+    solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] | None = None
+    """None: that of the process, ddpm for Discrete, euler for Flow and heun for EDM."""
     sampling: Solving = Solving()
     """How `sample` draws unless told otherwise."""
 
@@ -128,7 +147,7 @@ class Diffusion:
     def __post_init__(self):
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
-        if self.solver not in SOLVERS:
+        if self.solver not in (None, *SOLVERS):
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.predicts in ("eps", "score") and from_noise_alone(self.process):
             right = "velocity" if isinstance(self.process, Flow) else "v"
@@ -140,6 +159,11 @@ class Diffusion:
     def check(self, options: Solving) -> None:
         """Errors: ValueError for options with which nothing can be drawn."""
         options.check(self.process.bound)
+
+    @property
+    def solver_name(self) -> str:
+        """The solver that `sample` takes unless it is given another."""
+        return self.solver or self.process.solver
 
     @property
     def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
@@ -267,7 +291,9 @@ class Diffusion:
         A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
 
         known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
-            result is to be the known picture (Song et al. 2021, score SDE, appendix I.2); strength is that of the rest.
+            result is to be the known picture; strength is that of the rest. At every stop that part of x becomes the
+            known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample` says how
+            often the rest is drawn to it (Lugmayr et al. 2022).
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         solver: another than the configured one; static.
@@ -283,7 +309,7 @@ class Diffusion:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = options or self.options()
         self.check(options)
-        config = dataclasses.replace(self, solver=solver or self.solver)
+        config = dataclasses.replace(self, solver=solver or self.solver_name)
         return _sample(config, model, condition, keys, options.arrays(), known, keep, guided, log_p, weak, progress)
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
@@ -338,11 +364,12 @@ def _sample(
     progress: Any,
 ) -> Array:
     b, branches = len(keys), 2 if guided and weak is None else 1
+    folded = jax.vmap(jax.random.fold_in, (0, None))
     # The two rows of a picture stand beside each other, so that both live on the same device.
     rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    path = config.process.path(options.steps, options.stride)
+    path = config.process.path(options.steps, options.stride, options.spacing)
     if config.reads_small:
-        small, hidden = config.small(condition), jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        small, hidden = config.small(condition), folded(keys, 3)
         noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
         share = jnp.broadcast_to(options.augmentation, (b,))
         condition = {k: v for k, v in condition.items() if k != "image"} | noised_small(small, share, noise)
@@ -350,8 +377,8 @@ def _sample(
     nothing = jnp.zeros(b * branches, bool)
     context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
     weak_context = None if weak is None else weak.read(condition, nothing)
-    first, later, kept = (jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in range(3))
-    normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), config.shape))(keys)
+    first, later, kept, _, renewed, kept_again = (folded(keys, n) for n in range(6))
+    normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, told = path.alpha[i], path.sigma[i], path.t[i]
@@ -363,6 +390,8 @@ def _sample(
                 null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
             at = i / path.steps
             scale = guidance.within(options.guidance, at, options.guidance_start, options.guidance_stop)
+            log_snr = 2 * solvers.log_ratio(path, i)
+            scale = guidance.within(scale, log_snr, options.guidance_low_snr, options.guidance_high_snr)
             # A worse model may say something of the variance where this one does not, or the other way round.
             other = null[0][..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
@@ -376,19 +405,28 @@ def _sample(
     x, start = normal(first, 0), jnp.int32(0)
     clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale
     noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
+    hold = lambda x, i, eps: x if keep is None else jnp.where(keep[..., None], noised(i, eps), x)
+    pin = lambda x: shard(x, "batch", None, None, None)
+    rounds = None
+    if keep is not None:
+        rounds = solvers.Rounds(
+            options.resample - 1,
+            lambda i, j: normal(folded(renewed, i), j),
+            lambda x, i, j: pin(hold(x, i, normal(folded(kept_again, i), j))),
+            (x + normal(first, 1)) * math.sqrt(0.5),
+        )
     if known is not None:
         start = jnp.round((1 - options.strength) * path.steps).astype(jnp.int32)
         x = jnp.where(start > 0, noised(start, x), x)
 
     def between(x: Array, i: Array) -> Array:
-        if keep is not None:
-            x = jnp.where(keep[..., None], noised(i, normal(kept, i)), x)
+        x = hold(x, i, normal(kept, i))
         if progress is not None:
             jax.debug.callback(progress, i, path.steps, x / config.process.scale)
-        return shard(x, "batch", None, None, None)
+        return pin(x)
 
-    step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
-    x = solvers.solve(
-        step, denoise, between(x, start) if keep is not None else x, path, noise, options.eta, start, between
-    )
+    eta = jnp.where(jnp.isnan(options.eta), solvers.ETA[config.solver_name], options.eta)
+    step, noise = SOLVERS[config.solver_name], lambda i: normal(later, i)
+    x = between(x, start) if keep is not None else x
+    x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
     return x / config.process.scale
