@@ -35,7 +35,7 @@ from t2i_jax.noise.gaussian import (
 )
 from t2i_jax.noise.processes import Discrete, Flow, Process, Spacing
 from t2i_jax.noise.schedule import beside
-from t2i_jax.noise.solvers import SOLVERS, Denoised
+from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
 
 Batch = dict[str, Array]
@@ -70,7 +70,7 @@ class Solving:
     strength: float | Array = 1.0
     """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
     spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
-    """Where the stops lie: as the process has them, even in its time, karras, or log_snr (even in log alpha / sigma)."""
+    """Where the stops are: as the process has them, even in its time, or spaced for fewer steps; see `Spacing`."""
     guidance_low_snr: float | Array | None = None
     """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
     guidance_high_snr: float | Array | None = None
@@ -98,6 +98,17 @@ class Solving:
             raise ValueError(f"resample {np.min(self.resample)}: at least 1, the solver's own evaluation of each step")
         if self.spacing not in get_args(Spacing):
             raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
+
+    def eta_of(self, solver: str) -> Array:
+        """The share of new noise in each step of a solver, a scalar or (b,)."""
+        eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
+        return jnp.where(jnp.isnan(eta), ETA[solver], eta)
+
+    def guidance_at(self, share: Array, log_snr: Array) -> Array:
+        """The scale of guidance after a share of the steps, at log(alpha^2 / sigma^2): a scalar or (b,)."""
+        low, high = self.guidance_low_snr, self.guidance_high_snr
+        scale = guidance.within(self.guidance, share, self.guidance_start, self.guidance_stop)
+        return guidance.within(scale, log_snr, -math.inf if low is None else low, math.inf if high is None else high)
 
     def arrays(self) -> Solving:
         """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation; an `eta` of
@@ -291,9 +302,9 @@ class Diffusion:
         A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
 
         known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
-            result is to be the known picture; strength is that of the rest. At every stop that part of x becomes the
-            known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample` says how
-            often the rest is drawn to it (Lugmayr et al. 2022).
+            result is to be the known picture; strength is that of the rest. At every stop that part of x is replaced by
+            the known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample`
+            rounds bring the rest to agree (Lugmayr et al. 2022).
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         solver: another than the configured one; static.
@@ -388,10 +399,7 @@ def _sample(
         if guided:
             if weak is not None:
                 null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
-            at = i / path.steps
-            scale = guidance.within(options.guidance, at, options.guidance_start, options.guidance_stop)
-            log_snr = 2 * solvers.log_ratio(path, i)
-            scale = guidance.within(scale, log_snr, options.guidance_low_snr, options.guidance_high_snr)
+            scale = options.guidance_at(i / path.steps, 2 * solvers.log_ratio(path, i))
             # A worse model may say something of the variance where this one does not, or the other way round.
             other = null[0][..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
@@ -410,7 +418,7 @@ def _sample(
     rounds = None
     if keep is not None:
         rounds = solvers.Rounds(
-            options.resample - 1,
+            jnp.asarray(options.resample) - 1,
             lambda i, j: normal(folded(renewed, i), j),
             lambda x, i, j: pin(hold(x, i, normal(folded(kept_again, i), j))),
             (x + normal(first, 1)) * math.sqrt(0.5),
@@ -425,7 +433,7 @@ def _sample(
             jax.debug.callback(progress, i, path.steps, x / config.process.scale)
         return pin(x)
 
-    eta = jnp.where(jnp.isnan(options.eta), solvers.ETA[config.solver_name], options.eta)
+    eta = options.eta_of(config.solver_name)
     step, noise = SOLVERS[config.solver_name], lambda i: normal(later, i)
     x = between(x, start) if keep is not None else x
     x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)

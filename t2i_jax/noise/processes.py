@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ from jax import Array
 from t2i_jax.noise.schedule import Schedule, beside, stratified
 
 Spacing = Literal["default", "even", "karras", "log_snr"]
-"""Where the stops of a path lie: as the process has them by default, evenly in its own time, evenly in
+"""Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
 (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), or evenly in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
 
-`karras` and `log_snr` keep the first and the last noisy stop of the default path with as many steps. Where that begins
-in pure noise, or nearly (alpha below `NOISE`), they keep its second stop too and space the others between that and the
-last: log(alpha / sigma) is -inf at the first.
+`karras` and `log_snr` end in the least noise that the process has: that of the first step of Discrete, of `low` of EDM,
+of the last of `bound` steps of Flow. Where a path begins in pure noise, or nearly (alpha below `NOISE`),
+log(alpha / sigma) is -inf: they keep the first two stops of the default path and space the others from the second on.
 """
 
 NOISE = 1e-3
@@ -119,7 +119,7 @@ class Discrete:
         if spacing == "even":
             t = jnp.maximum(place, 0) * ((self.steps - 1) / jnp.maximum(steps - 1, 1))
             return along(self.told(t), *self._between(t), path.steps, path)
-        ratio = respaced(path, spacing)
+        ratio = respaced(path, self.tables.sigma[0] / self.tables.alpha[0], spacing)
         angles = jnp.asarray(np.arctan2(self.tables.sigma, self.tables.alpha), jnp.float32)
         t = jnp.interp(jnp.arctan(ratio), angles, jnp.arange(self.steps))
         alpha = 1 / jnp.hypot(1.0, ratio)
@@ -146,7 +146,7 @@ class Flow:
     """One evaluation a step, along the nearly straight paths of a flow, as published models sample (Esser et al. 2024).
     """
 
-    def shifted(self, t: Array) -> Array:
+    def shifted(self, t: Any) -> Any:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def quantile(self, u: Array) -> Array:
@@ -175,7 +175,8 @@ class Flow:
         path = along(self.told(t), 1 - t, t, steps)
         if spacing in ("default", "even"):
             return path
-        ratio = respaced(path, spacing)
+        least = self.shifted(1 / self.bound)
+        ratio = respaced(path, least / (1 - least), spacing)
         return along(self.told(ratio / (1 + ratio)), 1 / (1 + ratio), ratio / (1 + ratio), steps, path)
 
 
@@ -238,7 +239,7 @@ class EDM:
         if spacing == "even":
             ratio = jnp.tan(math.atan(self.high / self.data) * (1 - n / steps))
             return self._along(jnp.where(n < steps, ratio, self.low / self.data), steps, path)
-        return self._along(respaced(path, spacing), steps, path)
+        return self._along(respaced(path, self.low / self.data, spacing), steps, path)
 
     def _along(self, ratio: Array, steps: Array | int, ends: Path | None = None) -> Path:
         angle = jnp.arctan(ratio)
@@ -262,9 +263,9 @@ def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Path |
     return Path(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
 
 
-def respaced(path: Path, spacing: Spacing) -> Array:
-    """sigma / alpha (n + 1,) of noisy stops spaced by `karras` or `log_snr` between those of `path`: right for stops 1 to
-    `path.steps` - 1, and for stop 0 unless it is pure noise.
+def respaced(path: Path, least: float, spacing: Spacing) -> Array:
+    """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
+    `path.steps` - 1; at stop 0 it does not count where `path` begins in pure noise.
 
     Errors: ValueError for another spacing.
     """
@@ -273,6 +274,6 @@ def respaced(path: Path, spacing: Spacing) -> Array:
         raise ValueError(f"spacing {spacing!r} is not one of {', '.join(get_args(Spacing))}")
     forth, back = bend[spacing]
     first, last = (path.alpha[0] < NOISE).astype(jnp.int32), path.steps - 1
-    ends = [forth(path.sigma[n] / path.alpha[n]) for n in (first, jnp.maximum(last, first))]
-    share = (jnp.arange(len(path.t)) - first) / jnp.maximum(last - first, 1)
-    return back(ends[0] + jnp.clip(share, 0, 1) * (ends[1] - ends[0]))
+    share = jnp.clip((jnp.arange(len(path.t)) - first) / jnp.maximum(last - first, 1), 0, 1)
+    high, low = forth(path.sigma[first] / path.alpha[first]), forth(jnp.float32(least))
+    return back(high + share * (low - high))

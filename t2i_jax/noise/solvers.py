@@ -65,7 +65,7 @@ class Rounds(NamedTuple):
     more steps help as more rounds do.
     """
 
-    count: Array | int
+    count: Array
     """rounds at each stop, one evaluation each; none in pure noise, nor at the clean end"""
     noise: Callable[[Array, Array], Array]
     """(i, j) -> normal numbers like x, of round j at stop i"""
