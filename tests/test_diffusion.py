@@ -73,8 +73,8 @@ def test_solvers_do_what_their_names_say_unless_told_otherwise(model):
     np.testing.assert_allclose(told(0.0, "ddim"), told(0.0, "euler"), atol=1e-5)
     np.testing.assert_array_equal(draw(), draw(solver="ddpm"))
     fixed = dataclasses.replace(SMALL, learn_variance=False)
-    own = [Diffusion(fixed, *x).solver_name for x in ((Discrete(),), (Flow(), "velocity"), (EDM(), "v"))]
-    assert own == ["ddpm", "euler", "heun"] and Diffusion(fixed, Flow(), "v", solver="unipc").solver_name == "unipc"
+    own = [Diffusion(fixed, *x).solver for x in ((Discrete(),), (Flow(), "velocity"), (EDM(), "v"))]
+    assert own == ["ddpm", "euler", "heun"] and Diffusion(fixed, Flow(), "v", solver="unipc").solver == "unipc"
 
 
 def test_stored_configs_of_before_mean_what_they_meant():
@@ -83,7 +83,7 @@ def test_stored_configs_of_before_mean_what_they_meant():
     newer = ("spacing", "guidance_low_snr", "guidance_high_snr", "resample")
     stored["sampling"] = {k: v for k, v in stored["sampling"].items() if k not in newer}
     found = from_json(stored)
-    assert found.solver_name == "ddim" and float(found.options().eta_of("ddim")) == 1.0
+    assert found.solver == "ddim" and float(found.options().eta_of("ddim")) == 1.0
     assert found == dataclasses.replace(FAMILY, solver="ddim", sampling=Solving(eta=1.0))
     assert from_json(json.loads(json.dumps(to_json(FAMILY), allow_nan=False))) == FAMILY
 

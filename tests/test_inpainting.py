@@ -10,7 +10,6 @@ from exact import Exact, exact, family_of
 
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.noise.processes import EDM, Discrete, Flow
-from t2i_jax.noise.solvers import SOLVERS
 
 PROCESSES = {"discrete": Discrete("linear"), "flow": Flow(), "edm": EDM()}
 COUNT, KNOWN = 4000, 1.5
@@ -51,8 +50,10 @@ def test_errors_fall_with_rounds_and_the_default_halves_them(name, solver):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("correlation", [0.5, -0.8, 0.9])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "correlation"),
+    [(None, 0.5), (None, -0.8), ("ddpm", 0.9), ("ancestral", 0.9), ("heun", 0.9), ("unipc", 0.9), ("dpm++sde", 0.9)],
+)
 @pytest.mark.parametrize("process", [*PROCESSES.values(), Discrete("cosine"), Flow(shift=3.0), EDM(data=1.0)], ids=str)
 def test_ten_rounds_are_near_whatever_draws(process, solver, correlation):
     for steps in (24, 50):

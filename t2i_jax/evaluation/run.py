@@ -199,7 +199,7 @@ def evaluate_family(
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
         "pictures": {name: len(records) for name, records in sets.items()},
         "options": plain(options),
-        **({"solver": pipeline.family.solver_name} if hasattr(pipeline.family, "solver_name") else {}),
+        **({"solver": pipeline.family.solver} if hasattr(pipeline.family, "solver") else {}),
         "pictures per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,
     }

@@ -64,7 +64,7 @@ class Solving:
     clip: bool | Array = False
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
-    """Of discrete steps take every k-th, not the first, the last and those evenly between."""
+    """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
     augmentation: float | Array = 0.0
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: float | Array = 1.0
@@ -77,7 +77,8 @@ class Solving:
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
     resample: int | Array = 2
     """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
-    to agree (Lugmayr et al. 2022); 1 has no rounds. See `noise.solvers.Rounds`, also for what remains."""
+    to agree (Lugmayr et al. 2022; `noise.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is known,
+    however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures it."""
 
     def check(self, most: int) -> None:
         """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
@@ -147,8 +148,8 @@ class Diffusion:
     augmentation: float = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
-    solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] | None = None
-    """None: that of the process, ddpm for Discrete, euler for Flow and heun for EDM."""
+    solver: Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "own"
+    """`own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for EDM."""
     sampling: Solving = Solving()
     """How `sample` draws unless told otherwise."""
 
@@ -158,7 +159,9 @@ class Diffusion:
     def __post_init__(self):
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
-        if self.solver not in (None, *SOLVERS):
+        if self.solver == "own":
+            object.__setattr__(self, "solver", self.process.solver)
+        if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.predicts in ("eps", "score") and from_noise_alone(self.process):
             right = "velocity" if isinstance(self.process, Flow) else "v"
@@ -170,11 +173,6 @@ class Diffusion:
     def check(self, options: Solving) -> None:
         """Errors: ValueError for options with which nothing can be drawn."""
         options.check(self.process.bound)
-
-    @property
-    def solver_name(self) -> str:
-        """The solver that `sample` takes unless it is given another."""
-        return self.solver or self.process.solver
 
     @property
     def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
@@ -320,7 +318,7 @@ class Diffusion:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = options or self.options()
         self.check(options)
-        config = dataclasses.replace(self, solver=solver or self.solver_name)
+        config = dataclasses.replace(self, solver=solver or self.solver)
         return _sample(config, model, condition, keys, options.arrays(), known, keep, guided, log_p, weak, progress)
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
@@ -433,8 +431,8 @@ def _sample(
             jax.debug.callback(progress, i, path.steps, x / config.process.scale)
         return pin(x)
 
-    eta = options.eta_of(config.solver_name)
-    step, noise = SOLVERS[config.solver_name], lambda i: normal(later, i)
+    eta = options.eta_of(config.solver)
+    step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
     x = between(x, start) if keep is not None else x
     x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
     return x / config.process.scale

@@ -33,7 +33,7 @@ class Denoiser:
                 "network": not isinstance(config.network, DiT),
                 "process": not isinstance(config.process, Flow),
                 "predicts": config.predicts != "velocity",
-                "solver": config.solver_name != "euler",
+                "solver": config.solver != "euler",
             }.items()
             if wrong
         ]
