@@ -52,17 +52,18 @@ Step = Callable[[Path, Array, Array, Denoise, Past, Noise, Array], tuple[Array, 
 class Rounds(NamedTuple):
     """Extra rounds of noise at every stop, which bring the unknown part of x to agree with the known one.
 
-    What `between` of `solve` writes into x reaches the rest only through `denoise`, and each solver step has a single
-    evaluation for it: too few, however many steps there are. Lugmayr et al. (2022, RePaint, algorithm 1) therefore go
-    back to the stop before, by the process' own noise, and forth again. Here each round at a stop with noise sigma goes
-    down to half of the noise variance and back:
+    The known part reaches the rest only through `denoise`, and one evaluation a step is too little for that, however
+    many steps there are. Lugmayr et al. (2022, RePaint, algorithm 1) go back to the noisier stop by the process' own
+    noise and forth again, several times. Here each round at a stop with noise sigma goes to half of the noise variance
+    and back, whatever the neighbouring stops are:
 
         x' = alpha x_0(x) + sigma (n_old + n_new) / sqrt(2)
 
-    with the noise n_old that the round before added, and new noise n_new. That is the step of Leimkuhler & Matthews
-    (2013), for whom Gaussian laws of any covariance are invariant; a step that draws all of its noise anew, as
-    RePaint's ancestral one, narrows them each time. How far a round goes does not depend on how close the stops are, so
-    more steps help as more rounds do.
+    where n_old is the noise that the round before added and n_new is new. Leimkuhler & Matthews (2013) found this step
+    of Langevin dynamics: it leaves Gaussian laws of any covariance as they are, while a step that draws all of its
+    noise anew, as RePaint's ancestral one does, narrows them. More steps make as many more rounds, so errors fall with
+    both. What remains: at a noisy stop the network sees the known part through its noise, and the rest agrees with no
+    more than that.
     """
 
     count: Array
@@ -89,6 +90,7 @@ def solve(
     """x (b, ...) at stop `start` to the last stop, by `path.steps - start` steps.
 
     eta: share of new noise, where a solver has it; a scalar or (b,). between(x, i): what is done to the x of stop i.
+    rounds: made at each stop before its step; multistep solvers then take steps of first order.
     """
     eta = jnp.asarray(eta, jnp.float32)
     past = Past(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
