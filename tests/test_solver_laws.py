@@ -96,9 +96,10 @@ def test_one_step_begins_in_noise_and_gives_the_mean(name, stride):
         np.testing.assert_allclose(out, MEAN, rtol=1e-5)
 
 
-def test_sections_end_in_noise():
+def test_one_step_of_a_process_is_the_noisiest():
+    """Sections are as published: of one with one step, the first is kept."""
     whole = Schedule.named("linear", 100)
-    for spacing, last in {"1": 99, "4": 99, "3,1": 99, "5,5": 99, "ddim4": 75}.items():
+    for spacing, last in {"1": 99, "4": 99, "3,1": 50, "5,5": 99, "ddim4": 75}.items():
         assert whole.respaced(spacing).timestep_map[-1] == last
     for schedule in (whole.respaced("1"), whole.strided(1, 8), Schedule.named("linear", 1)):
         assert np.isfinite(np.asarray(schedule.posterior_log_variance)[0])

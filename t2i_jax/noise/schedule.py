@@ -69,11 +69,11 @@ class Schedule:
     def respaced(self, spacing: str) -> Schedule:
         """A process of fewer steps that passes through the same noise: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`.
 
-        Sections end in the noisiest step, where samplers begin, also where one step of the last section is kept.
+        One step in all is the noisiest, where samplers begin; published programs keep the least noisy one.
         """
         kept = np.asarray(respacing(len(self.log_abar), spacing))
-        if spacing[0].isdigit():
-            kept[-1] = len(self.log_abar) - 1
+        if len(kept) == 1:
+            kept[0] = len(self.log_abar) - 1
         return dataclasses.replace(self, log_abar=self.log_abar[kept], timestep_map=self.timestep_map[kept])
 
     def strided(self, steps: Array | int, bound: int, stride: Array | bool = False) -> Schedule:
