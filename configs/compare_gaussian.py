@@ -34,7 +34,7 @@ LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
 
 def dit(shape: dict[str, Any], condition: Any = CONDITION, **fields: Any) -> Diffusion:
     network = DiT(width=144, depth=5, heads=4, condition=condition, learn_variance=False, **shape)
-    return Diffusion(network, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **fields)
+    return Diffusion(network, solver="dpm++", sampling=Solving(steps=20, guidance=2.0), **fields)
 
 
 def trained(model: Diffusion, latent: bool) -> Experiment:
@@ -68,9 +68,7 @@ runs = {
     "latent DiT, eps": trained(dit(LATENTS, process=Discrete("scaled_linear"), predicts="eps"), True),
     "latent DiT, flow": trained(dit(LATENTS, **FLOW), True),
     "pixel DiT, flow": trained(dit(PIXELS, **FLOW), False),
-    "pixel UNet, v": trained(
-        Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0, eta=0.0), **NOISE), False
-    ),
+    "pixel UNet, v": trained(Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0), **NOISE), False),
     "pixel DiT, flow, classes": trained(dit(PIXELS, Classes(CONCEPTS), **FLOW), False),
 }
 MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow", "pixel DiT, flow, classes"
@@ -118,8 +116,8 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "steps",
             (4, 8, 16),
             {
-                solver: Line(MAIN, {"eta": eta}, {"solver": solver})
-                for solver, eta in (("euler", 0.0), ("heun", 0.0), ("dpm++", 0.0), ("unipc", 0.0), ("dpm++sde", 1.0))
+                solver: Line(MAIN, family={"solver": solver})
+                for solver in ("euler", "heun", "dpm++", "unipc", "dpm++sde")
             },
         ),
         "ancestral": Sweep(
@@ -127,8 +125,8 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "steps",
             (8, 16, 32),
             {
-                "DDPM": Line(EPS, {"eta": 1.0}, {"solver": "ddpm"}),
-                "DDIM": Line(EPS, {"eta": 0.0}, {"solver": "ddim"}),
+                "DDPM": Line(EPS, family={"solver": "ddpm"}),
+                "DDIM": Line(EPS, family={"solver": "ddim"}),
                 "DPM-Solver++": Line(EPS),
             },
         ),

@@ -30,7 +30,7 @@ experiment = Experiment(
         process=Flow(),
         predicts="velocity",
         solver="dpm++",
-        sampling=Solving(steps=25, guidance=2.0, eta=0.0),
+        sampling=Solving(steps=25, guidance=2.0),
     ),
     data=Data(ArrayRecord("data/glyphs_latents"), image_size=32, batch_size=32),
     train=Train(

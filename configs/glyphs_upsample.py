@@ -36,7 +36,7 @@ experiment = Experiment(
         enlarges=2,
         augmentation=0.5,
         solver="dpm++",
-        sampling=Solving(steps=20, guidance=1.5, eta=0.0, augmentation=0.1),
+        sampling=Solving(steps=20, guidance=1.5, augmentation=0.1),
     ),
     data=Data(ArrayRecord("data/glyphs64"), image_size=64, batch_size=32),
     train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.99),

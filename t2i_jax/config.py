@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import tyro
@@ -144,12 +145,15 @@ _registry = tyro.constructors.ConstructorRegistry()
 @_registry.primitive_rule
 def _traced(info: Any) -> Any:
     """Options that are a number, or an array with one for each picture, take a number from the command line."""
-    plain = [t for t in get_args(info.type) if t is not Array]
+    optional = NoneType in get_args(info.type)
+    plain = [t for t in get_args(info.type) if t not in (Array, NoneType)]
     if Array not in get_args(info.type) or len(plain) != 1 or plain[0] not in (bool, int, float):
         return None
     kind, words = plain[0], {"true": True, "false": False}
 
     def read(given: list[str]) -> Any:
+        if optional and given[0].lower() == "none":
+            return None
         if kind is not bool:
             return kind(given[0])
         word = given[0].lower() if given else "true"
@@ -159,9 +163,9 @@ def _traced(info: Any) -> Any:
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*" if kind is bool else 1,
-        metavar="[TRUE|FALSE]" if kind is bool else kind.__name__.upper(),
+        metavar=("[TRUE|FALSE]" if kind is bool else kind.__name__.upper()) + "|NONE" * optional,
         instance_from_str=read,
-        is_instance=lambda x: isinstance(x, kind | int if kind is float else kind),
+        is_instance=lambda x: isinstance(x, kind | int if kind is float else kind) or (optional and x is None),
         str_from_instance=lambda x: [str(x)],
     )
 

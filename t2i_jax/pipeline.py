@@ -67,6 +67,11 @@ def settled(family: Any, options: Any) -> Any:
         return options.arrays()
 
 
+def plain(options: Any) -> dict[str, float | str | None]:
+    """Sampling options for a file: numbers as floats, names and None as they are."""
+    return {k: v if v is None or isinstance(v, str) else float(v) for k, v in vars(options).items()}
+
+
 PATHS = ("times", "mean", "std", "shift", "low", "high", "rho", "bound")
 """Fields of processes that say which times are drawn in training and where samplers stop."""
 

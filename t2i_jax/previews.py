@@ -18,7 +18,7 @@ from t2i_jax import pictures
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.parallel import agreed, gathered
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline, image_keys, unguided
+from t2i_jax.pipeline import Pipeline, image_keys, plain, unguided
 from t2i_jax.progress import bar
 
 console = Console(stderr=True)
@@ -98,7 +98,7 @@ def sample_to_folder(
     file is in the way that this command did not make.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = {k: float(v) for k, v in vars(options).items()}
+    settings = plain(options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.config import ConfigError
@@ -53,9 +54,27 @@ def refused(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
+def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path, capsys):
+    """Names and None too: pictures of the same options are not drawn again, of others they are."""
+    image, mask = np.full((4, 4, 3), 90, np.uint8), np.arange(16).reshape(4, 4) < 8
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    given = ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--spacing", "log_snr"]
+    given += ["--guidance-low-snr", "-2", "--eta", "none", "--resample", "3"]
+    draw = lambda *more: main([str(a) for a in ("sample", folder, "1", "--out", tmp_path / "out", *given, *more)])
+    for more, drawn in (((), 1), ((), 0), (("--eta", "0.5"), 1), (("--spacing", "karras", "--eta", "0.5"), 1)):
+        draw(*more)
+        assert f"{drawn} new pictures" in " ".join(capsys.readouterr().err.split())
+    found = np.asarray(Image.open(tmp_path / "out" / "00000.png").convert("RGB"))
+    assert np.abs(found[~mask].astype(int) - 90).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["1", "--spacing", "odd"], "log_snr"),
+        (["1", "--resample", "0"], "resample 0: at least 1"),
+        (["1", "--eta", "much"], "--eta"),
         (["1", "--steps", "21"], "steps 21: 1 to 20"),
         (["1", "--solver", "rk4"], "dpm++, dpm++sde, unipc"),
         (["3"], "3 is not one of 0 to 2"),

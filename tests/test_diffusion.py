@@ -1,6 +1,7 @@
 """The family: what is learned, what a sample depends on, options that do not compile anew, text, formats."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from t2i_jax.config import ConfigError
+from t2i_jax.config import ConfigError, from_json, override, to_json
 from t2i_jax.convert import convert, restore
 from t2i_jax.models import diffusion
 from t2i_jax.models.diffusion import Diffusion, Solving
@@ -17,8 +18,9 @@ from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
+from t2i_jax.noise import solvers
 from t2i_jax.noise.processes import EDM, Discrete, Flow
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.pipeline import Pipeline, plain
 from t2i_jax.training.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, waves=32, condition=Classes(3))
@@ -56,6 +58,88 @@ def test_options_are_traced_and_pictures_depend_on_their_own_key_only(model):
     assert diffusion._sample._cache_size() == before
     turned = FAMILY.sample(model, {"label": label[::-1]}, keys_of(7, 6, 5))
     np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_solvers_do_what_their_names_say_unless_told_otherwise(model):
+    draw = lambda **options: FAMILY.sample(
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(5, 1.0), **options
+    )
+    told = lambda eta, solver: FAMILY.sample(
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(5, 1.0, eta=eta), solver=solver
+    )
+    for solver, eta in {"ddim": 0.0, "dpm++": 0.0, "ddpm": 1.0}.items():
+        np.testing.assert_array_equal(draw(solver=solver), told(eta, solver))
+        assert float(jnp.abs(draw(solver=solver) - told(1 - eta, solver)).max()) > 1e-2
+    np.testing.assert_allclose(told(0.0, "ddim"), told(0.0, "euler"), atol=1e-5)
+    np.testing.assert_array_equal(draw(), draw(solver="ddpm"))
+    fixed = dataclasses.replace(SMALL, learn_variance=False)
+    own = [Diffusion(fixed, *x).solver for x in ((Discrete(),), (Flow(), "velocity"), (EDM(), "v"))]
+    assert own == ["ddpm", "euler", "heun"] and Diffusion(fixed, Flow(), "v", solver="unipc").solver == "unipc"
+
+
+def test_stored_configs_of_before_mean_what_they_meant():
+    """They name solver and eta, and lack options that are newer."""
+    stored = to_json(dataclasses.replace(FAMILY, solver="ddim", sampling=Solving(eta=1.0)))
+    newer = ("spacing", "guidance_low_snr", "guidance_high_snr", "resample")
+    stored["sampling"] = {k: v for k, v in stored["sampling"].items() if k not in newer}
+    found = from_json(stored)
+    assert found.solver == "ddim" and float(found.options().eta_of("ddim")) == 1.0
+    assert found == dataclasses.replace(FAMILY, solver="ddim", sampling=Solving(eta=1.0))
+    assert from_json(json.loads(json.dumps(to_json(FAMILY), allow_nan=False))) == FAMILY
+
+
+def test_sampling_options_are_flags():
+    given = {"eta": "none", "spacing": "karras", "guidance-low-snr": "-2.5", "guidance-high-snr": "4", "resample": "5"}
+    found = override(Solving(eta=0.5), [word for k, v in given.items() for word in (f"--{k}", v)])
+    assert found == Solving(spacing="karras", guidance_low_snr=-2.5, guidance_high_snr=4.0, resample=5)
+    assert override(Solving(), ["--eta", "0.5"]).eta == 0.5
+    assert plain(found) | {"eta": None, "spacing": "karras", "resample": 5.0} == plain(found)
+    again = found.arrays().arrays()
+    assert again.spacing == "karras" and np.isnan(again.eta) and float(again.eta_of("ddpm")) == 1.0
+    assert np.isinf(Solving().arrays().guidance_high_snr) and float(again.guidance_low_snr) == -2.5
+
+
+@pytest.mark.parametrize("spacing", ["even", "karras", "log_snr"])
+def test_stops_may_be_spaced_anew(model, spacing):
+    run = lambda **options: FAMILY.sample(
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(12, 1.0, **options), solver="heun"
+    )
+    default, other = run(), run(spacing=spacing)
+    assert np.isfinite(other).all() and 0 < float(jnp.abs(other - default).mean()) < 0.2 * float(default.std())
+    with pytest.raises(ValueError, match="spacing 'odd' is not one of default, even, karras, log_snr"):
+        run(spacing="odd")
+
+
+@pytest.mark.parametrize("process", [Discrete("linear"), Flow(), Flow(shift=3.0), EDM()], ids=str)
+def test_an_interval_of_log_snr_is_one_of_noise_levels(process):
+    """Whatever the number of steps and their spacing; shares of steps narrow it further."""
+    low, high = -1.0, 3.0
+    for steps, spacing in ((10, "default"), (50, "default"), (20, "even"), (30, "karras"), (30, "log_snr")):
+        path = process.path(steps, spacing=spacing)
+        alpha, sigma = (np.asarray(x, np.float64)[:steps] for x in (path.alpha, path.sigma))
+        with np.errstate(divide="ignore"):
+            level = np.log(alpha**2 / sigma**2)
+        places = jnp.arange(steps)
+        at = places / steps, 2 * solvers.log_ratio(path, places)
+        scales = lambda at=at, **options: np.asarray(Solving(guidance=5.0, **options).arrays().guidance_at(*at))
+        inside = (level >= low) & (level < high)
+        assert 0 < inside.sum() < steps
+        np.testing.assert_array_equal(scales(guidance_low_snr=low, guidance_high_snr=high), np.where(inside, 5, 1))
+        np.testing.assert_array_equal(scales(guidance_low_snr=low), np.where(level >= low, 5, 1))
+        np.testing.assert_array_equal(scales(), 5)
+        half = scales(guidance_low_snr=low, guidance_high_snr=high, guidance_stop=0.5)
+        np.testing.assert_array_equal(half, np.where(inside & (np.arange(steps) < steps / 2), 5, 1))
+
+
+def test_guidance_keeps_to_its_interval_of_log_snr(model):
+    draw = lambda guidance=4.0, **options: FAMILY.sample(
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6, guidance, **options)
+    )
+    none, whole = draw(1.0), draw()
+    np.testing.assert_array_equal(draw(guidance_low_snr=-100.0, guidance_high_snr=100.0), whole)
+    np.testing.assert_allclose(draw(guidance_low_snr=50.0), none, rtol=1e-4, atol=1e-4)
+    part = draw(guidance_low_snr=-1.0, guidance_high_snr=2.0)
+    assert min(float(jnp.abs(part - x).max()) for x in (none, whole)) > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["heun", "unipc"])

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from t2i_jax.noise import gaussian
 from t2i_jax.noise.gaussian import join, split
 from t2i_jax.noise.processes import EDM, Discrete, Flow
-from t2i_jax.noise.schedule import NAMES, Schedule, respacing
+from t2i_jax.noise.schedule import NAMES, Schedule, midpoints, respacing, stratified
 
 KINDS = ("eps", "x0", "v", "velocity", "drift", "score")
 
@@ -140,6 +141,53 @@ def test_processes_agree_with_their_paths(process):
     alpha, sigma = process.at(t, jnp.zeros((4000, 1)))
     assert alpha.shape == (4000, 1) and (sigma >= 0).all() and (sigma <= 1.00001).all()
     assert np.isfinite(process.told(t)).all() and float(sigma.std()) > 0.1
+
+
+TRAINED = {
+    "discrete": (Discrete("cosine", 50), lambda t: np.clip(np.floor(t) + 1, 0, 50) / 50),
+    "uniform flow": (Flow("uniform"), lambda t: (t - 1e-5) / (1 - 1e-5)),
+    "shifted flow": (Flow("uniform", shift=3.0), lambda t: t / (3 - 2 * t)),
+    "flow": (Flow(mean=0.4, std=0.8), lambda t: scipy.stats.norm.cdf((np.log(t / (1 - t)) - 0.4) / 0.8)),
+    "edm": (EDM(), lambda t: scipy.stats.norm.cdf((t + 1.2) / 1.2)),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_times_of_a_batch_are_stratified_and_each_alone_has_its_law(name):
+    process, cdf = TRAINED[name]
+    b, draw = 25, jax.jit(process.draw, static_argnums=1)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda k: process.draw(k, b)))(jax.random.split(jax.random.key(0), 2000)))
+    assert (draw(jax.random.key(3), b) != draw(jax.random.key(4), b)).any()
+    if name == "discrete":  # 50 times in 25 strata of two
+        assert (np.sort(drawn // 2, 1) == np.arange(b)).all()
+        counts = np.bincount(drawn[:, 3], minlength=50)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3
+    else:
+        places = np.sort(np.floor(cdf(drawn.astype(np.float64)) * b - 1e-4), 1)
+        assert (np.abs(places - np.arange(b)) <= 1e-4).mean() > 0.999
+        for row in (0, 13):
+            assert scipy.stats.kstest(drawn[:, row], cdf).pvalue > 1e-3
+    grid = np.asarray(process.quantile(midpoints(b)))
+    assert (np.diff(grid) > 0).all() and np.isfinite(grid).all()
+    np.testing.assert_allclose(cdf(grid.astype(np.float64)), (np.arange(b) + 0.5) / b, atol=0.02)
+
+
+@pytest.mark.parametrize("b", [1, 2, 7, 64, 4096, 65536])
+def test_each_stratum_holds_one_number(b):
+    for seed in range(5):
+        u = np.asarray(jax.jit(stratified, static_argnums=1)(jax.random.key(seed), b))
+        assert u.dtype == np.float32 and (u > 0).all() and (u < 1).all()
+        np.testing.assert_array_equal(np.sort(np.floor(u * np.float32(b))), np.arange(b))
+    np.testing.assert_allclose(midpoints(b), (np.arange(b) + 0.5) / b, rtol=1e-6)
+
+
+def test_numbers_of_strata_are_in_random_order():
+    """The places of rows are not tied to each other, nor to where in its stratum a number is."""
+    u = np.asarray(jax.vmap(lambda k: stratified(k, 4))(jax.random.split(jax.random.key(0), 4000)))
+    place, inside = np.floor(u * 4), u * 4 % 1
+    assert abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1] + 1 / 3) < 0.05  # all four places are taken once
+    assert abs(np.corrcoef(place[:, 0], inside[:, 0])[0, 1]) < 0.05
+    assert scipy.stats.kstest(inside[:, 2], "uniform").pvalue > 1e-3
 
 
 def test_edm_predicts_v_of_the_scaled_picture():

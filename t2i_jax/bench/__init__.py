@@ -1,4 +1,5 @@
-"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run.
+"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run; and
+`t2i bench solvers`: how near solvers come to a law that is known.
 
 Speeds and limits are measured in turns, so that whatever else the machine does slows down both, and a share of a limit
 means the same on a busy machine. Everything but `data` runs on random weights.
@@ -14,6 +15,7 @@ KINDS = {
     "codec": "encoding and decoding pictures by the codec of a config",
     "data": "making batches from picture files and from codes, beside what chips take",
     "plan": "what a plan counts for a step, beside the step",
+    "solvers": "errors of the solvers of Gaussian diffusion, where the best network is known",
 }
 
 
@@ -21,7 +23,7 @@ def main(arguments: list[str]) -> None:
     """One of KINDS with its own arguments: prints a table, and writes JSON where `--out` says."""
     if not arguments or arguments[0] not in KINDS:
         asked = arguments[:1] in (["-h"], ["--help"])
-        print("usage: t2i bench {" + ",".join(KINDS) + "} ...\n\n" + "\n".join(f"  {k:8}{v}" for k, v in KINDS.items()))
+        print("usage: t2i bench {" + ",".join(KINDS) + "} ...\n\n" + "\n".join(f"  {k:9}{v}" for k, v in KINDS.items()))
         print("\nExample: t2i bench sample --shape llamagen-b --batch 1 --int8")
         raise SystemExit(0 if asked else 2)
     importlib.import_module(f"t2i_jax.bench.{arguments[0]}").main(arguments[1:])

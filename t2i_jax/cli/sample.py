@@ -46,7 +46,8 @@ class SampleArguments(Checked):
     scale: Size = 4
     """enlargement of the pictures in the grid"""
     solver: str = ""
-    """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc"""
+    """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc; ddim
+    and dpm++ add no noise unless --eta says so"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: fsdp or tensor for models larger than a device; each
     device draws its own pictures unless given"""

@@ -21,7 +21,7 @@ from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.pipeline import Pipeline, plain
 from t2i_jax.progress import bar
 from t2i_jax.training.artifacts import Artifact, load_artifact
 from t2i_jax.training.experiment import Experiment
@@ -198,7 +198,7 @@ def evaluate_family(
         "step": artifact.step,
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
         "pictures": {name: len(records) for name, records in sets.items()},
-        "options": {k: float(v) for k, v in vars(options).items()},
+        "options": plain(options),
         **({"solver": pipeline.family.solver} if hasattr(pipeline.family, "solver") else {}),
         "pictures per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,

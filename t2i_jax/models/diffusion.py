@@ -8,8 +8,9 @@ network, what is predicted, the solver and the guidance are chosen one by one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ from t2i_jax.noise.gaussian import (
     split,
     vb_terms,
 )
-from t2i_jax.noise.processes import Discrete, Flow, Process
+from t2i_jax.noise.processes import Discrete, Flow, Process, Spacing
 from t2i_jax.noise.schedule import beside
-from t2i_jax.noise.solvers import SOLVERS, Denoised
+from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
 
 Batch = dict[str, Array]
@@ -44,7 +45,8 @@ Batch = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solving:
-    """How pictures are sampled; every field is a number, or one per picture (b,) where it says so, and is traced."""
+    """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
+    traced."""
 
     steps: int | Array = 50
     """Steps of the solver, up to the bound of the process."""
@@ -58,16 +60,26 @@ class Solving:
     """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
     pull: float | Array = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
-    eta: float | Array = 1.0
-    """Share of new noise in each step, (b,); 0 makes ddim and dpm++ deterministic."""
+    eta: float | Array | None = None
+    """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
     clip: bool | Array = False
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
-    """Of discrete steps take every k-th, not the first, the last and those evenly between."""
+    """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
     augmentation: float | Array = 0.0
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: float | Array = 1.0
     """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
+    spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
+    """Where the stops are: as the process has them, even in its time, or spaced for fewer steps; see `Spacing`."""
+    guidance_low_snr: float | Array | None = None
+    """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
+    guidance_high_snr: float | Array | None = None
+    """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
+    resample: int | Array = 2
+    """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
+    to agree (Lugmayr et al. 2022; `noise.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is known,
+    however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures it."""
 
     def check(self, most: int) -> None:
         """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
@@ -84,12 +96,30 @@ class Solving:
                 odd = f"{least if least < low or largest <= high else largest:g}"
                 about = f"1 to {most}, the bound of the process" if name == "steps" else f"{low} to {high}"
                 raise ValueError(f"{name} {odd}: {about}{', and above 0' * (name == 'strength')}")
+        if not isinstance(self.resample, Tracer) and np.min(self.resample) < 1:
+            raise ValueError(f"resample {np.min(self.resample)}: at least 1, the solver's own evaluation of each step")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
+
+    def eta_of(self, solver: str) -> Array:
+        """The share of new noise in each step of a solver, a scalar or (b,)."""
+        eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
+        return jnp.where(jnp.isnan(eta), ETA[solver], eta)
+
+    def guidance_at(self, share: Array, log_snr: Array) -> Array:
+        """The scale of guidance after a share of the steps, at log(alpha^2 / sigma^2): a scalar or (b,)."""
+        low, high = self.guidance_low_snr, self.guidance_high_snr
+        scale = guidance.within(self.guidance, share, self.guidance_start, self.guidance_stop)
+        return guidance.within(scale, log_snr, -math.inf if low is None else low, math.inf if high is None else high)
 
     def arrays(self) -> Solving:
-        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
-        kinds = {"steps": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
-        fields = (f.name for f in dataclasses.fields(self))
-        return Solving(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
+        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation; an `eta` of
+        None is NaN, and bounds that are None are infinite."""
+        kinds = {"steps": jnp.int32, "resample": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
+        none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
+        given = {k: none[k] if v is None else v for k, v in vars(self).items() if k != "spacing"}
+        traced = {k: jnp.asarray(v, kinds.get(k, jnp.float32)) for k, v in given.items()}
+        return Solving(spacing=self.spacing, **traced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +149,8 @@ class Diffusion:
     augmentation: float = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
-    solver: Literal["ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "ddpm"
+    solver: Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "own"
+    """`own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for EDM."""
     sampling: Solving = Solving()
     """How `sample` draws unless told otherwise."""
 
@@ -129,6 +160,8 @@ class Diffusion:
     def __post_init__(self):
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
+        if self.solver == "own":
+            object.__setattr__(self, "solver", self.process.solver)
         if self.solver not in SOLVERS:
             raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.predicts in ("eps", "score") and from_noise_alone(self.process):
@@ -281,7 +314,9 @@ class Diffusion:
         A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
 
         known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
-            result is to be the known picture (Song et al. 2021, score SDE, appendix I.2); strength is that of the rest.
+            result is to be the known picture; strength is that of the rest. At every stop that part of x is replaced by
+            the known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample`
+            rounds bring the rest to agree (Lugmayr et al. 2022).
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         solver: another than the configured one; static.
@@ -352,11 +387,12 @@ def _sample(
     progress: Any,
 ) -> Array:
     b, branches = len(keys), 2 if guided and weak is None else 1
+    folded = jax.vmap(jax.random.fold_in, (0, None))
     # The two rows of a picture stand beside each other, so that both live on the same device.
     rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    path = config.process.path(options.steps, options.stride)
+    path = config.process.path(options.steps, options.stride, options.spacing)
     if config.reads_small:
-        small, hidden = config.small(condition), jax.vmap(jax.random.fold_in, (0, None))(keys, 3)
+        small, hidden = config.small(condition), folded(keys, 3)
         noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
         share = jnp.broadcast_to(options.augmentation, (b,))
         condition = {k: v for k, v in condition.items() if k != "image"} | noised_small(small, share, noise)
@@ -364,8 +400,8 @@ def _sample(
     nothing = jnp.zeros(b * branches, bool)
     context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
     weak_context = None if weak is None else weak.read(condition, nothing)
-    first, later, kept = (jax.vmap(jax.random.fold_in, (0, None))(keys, n) for n in range(3))
-    normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), config.shape))(keys)
+    first, later, kept, _, renewed, kept_again = (folded(keys, n) for n in range(6))
+    normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, told = path.alpha[i], path.sigma[i], path.t[i]
@@ -375,8 +411,7 @@ def _sample(
         if guided:
             if weak is not None:
                 null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
-            at = i / path.steps
-            scale = guidance.within(options.guidance, at, options.guidance_start, options.guidance_stop)
+            scale = options.guidance_at(i / path.steps, 2 * solvers.log_ratio(path, i))
             # A worse model may say something of the variance where this one does not, or the other way round.
             other = null[0][..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
@@ -390,19 +425,28 @@ def _sample(
     x, start = normal(first, 0), jnp.int32(0)
     clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale
     noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
+    hold = lambda x, i, eps: x if keep is None else jnp.where(keep[..., None], noised(i, eps), x)
+    pin = lambda x: shard(x, "batch", None, None, None)
+    rounds = None
+    if keep is not None:
+        rounds = solvers.Rounds(
+            jnp.asarray(options.resample) - 1,
+            lambda i, j: normal(folded(renewed, i), j),
+            lambda x, i, j: pin(hold(x, i, normal(folded(kept_again, i), j))),
+            (x + normal(first, 1)) * math.sqrt(0.5),
+        )
     if known is not None:
         start = jnp.round((1 - options.strength) * path.steps).astype(jnp.int32)
         x = jnp.where(start > 0, noised(start, x), x)
 
     def between(x: Array, i: Array) -> Array:
-        if keep is not None:
-            x = jnp.where(keep[..., None], noised(i, normal(kept, i)), x)
+        x = hold(x, i, normal(kept, i))
         if progress is not None:
             jax.debug.callback(progress, i, path.steps, x / config.process.scale)
-        return shard(x, "batch", None, None, None)
+        return pin(x)
 
+    eta = options.eta_of(config.solver)
     step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
-    x = solvers.solve(
-        step, denoise, between(x, start) if keep is not None else x, path, noise, options.eta, start, between
-    )
+    x = between(x, start) if keep is not None else x
+    x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
     return x / config.process.scale

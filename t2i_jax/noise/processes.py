@@ -7,14 +7,27 @@ network is told, and the `Path` of so many steps from noise to the picture. Numb
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from t2i_jax.noise.schedule import Schedule, beside
+from t2i_jax.noise.schedule import Schedule, beside, stratified
+
+Spacing = Literal["default", "even", "karras", "log_snr"]
+"""Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
+(sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), or evenly in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
+
+`karras` and `log_snr` end in the least noise that the process has: that of the first step of Discrete, of `low` of EDM,
+of the last of `bound` steps of Flow. Where a path begins in pure noise, or nearly (alpha below `NOISE`),
+log(alpha / sigma) is -inf: they keep the first two stops of the default path and space the others from the second on.
+"""
+
+NOISE = 1e-3
 
 
 class Path(NamedTuple):
@@ -47,6 +60,8 @@ class Discrete:
     """Tell the network times of 1000 steps, however many there are."""
 
     scale = 1.0
+    solver: ClassVar[str] = "ddpm"
+    """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
 
     @cached_property
     def tables(self) -> Schedule:
@@ -56,26 +71,42 @@ class Discrete:
     def bound(self) -> int:
         return self.steps
 
+    def quantile(self, u: Array) -> Array:
+        """Training times int (b,) below which a share u (b,) in (0, 1) of them lies; all steps are equally likely."""
+        return jnp.clip(jnp.floor(u * self.steps).astype(jnp.int32), 0, self.steps - 1)
+
     def draw(self, key: Array, b: int) -> Array:
-        """Times int (b,), all alike."""
-        return jax.random.randint(key, (b,), 0, self.steps)
+        """Training times int (b,), stratified over the batch."""
+        return self.quantile(stratified(key, b))
 
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
-        """alpha and sigma at times t (b,), beside `like`."""
-        return self.tables.at(t, like)
+        """alpha and sigma at times t (b,), shaped to multiply `like`; fractional times lie between two steps."""
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            return self.tables.at(t, like)
+        alpha, sigma = self._between(t)
+        return beside(alpha, like), beside(sigma, like)
+
+    def _between(self, t: Array) -> tuple[Array, Array]:
+        """alpha and sigma at fractional times, interpolated and scaled to alpha^2 + sigma^2 = 1."""
+        table = lambda values: jnp.interp(t, jnp.arange(self.steps), jnp.asarray(values, jnp.float32))
+        alpha, sigma = table(self.tables.alpha), table(self.tables.sigma)
+        return alpha / jnp.hypot(alpha, sigma), sigma / jnp.hypot(alpha, sigma)
 
     def told(self, t: Array) -> Array:
         """The time that the network is told."""
         return t * (1000 / self.steps) if self.rescale_times else t
 
-    def path(self, steps: Array | int, stride: Array | bool = False) -> Path:
+    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
         """Back through `steps` of the steps: the first and the last and those evenly between, or every k-th from the
-        first (as published samplers of DDIM have it) where `stride` says so."""
-        schedule = self.tables.strided(steps, self.bound, stride)
+        first (as published samplers of DDIM have it) where `stride` says so and some k gives that many.
+
+        Other spacings stop between steps, at fractional times.
+        """
+        schedule = self.tables.strided(steps, self.bound, stride if spacing == "default" else False)
         place = steps - 1 - jnp.arange(self.bound + 1)
         index, end = jnp.maximum(place, 0), place < 0
         at = lambda table: jnp.asarray(table, jnp.float32)[index]
-        return Path(
+        path = Path(
             at(self.told(schedule.timestep_map)),
             jnp.where(end, 1.0, at(schedule.alpha)),
             jnp.where(end, 0.0, at(schedule.sigma)),
@@ -83,6 +114,16 @@ class Discrete:
             at(schedule.log_betas)[:-1],
             jnp.asarray(steps, jnp.int32),
         )
+        if spacing == "default":
+            return path
+        if spacing == "even":
+            t = jnp.maximum(place, 0) * ((self.steps - 1) / jnp.maximum(steps - 1, 1))
+            return along(self.told(t), *self._between(t), path.steps, path)
+        ratio = respaced(path, self.tables.sigma[0] / self.tables.alpha[0], spacing)
+        angles = jnp.asarray(np.arctan2(self.tables.sigma, self.tables.alpha), jnp.float32)
+        t = jnp.interp(jnp.arctan(ratio), angles, jnp.arange(self.steps))
+        alpha = 1 / jnp.hypot(1.0, ratio)
+        return along(self.told(t), alpha, ratio * alpha, path.steps, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +142,22 @@ class Flow:
     """Most steps of a sampler."""
 
     scale = 1.0
+    solver: ClassVar[str] = "euler"
+    """One evaluation a step, along the nearly straight paths of a flow, as published models sample (Esser et al. 2024).
+    """
 
-    def shifted(self, t: Array) -> Array:
+    def shifted(self, t: Any) -> Any:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def draw(self, key: Array, b: int) -> Array:
-        """Times (b,) in (0, 1)."""
+    def quantile(self, u: Array) -> Array:
+        """Training times (b,) in (0, 1) below which a share u (b,) in (0, 1) of them lies."""
         if self.times == "uniform":
-            return self.shifted(jax.random.uniform(key, (b,), minval=1e-5))
-        return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (b,))))
+            return self.shifted(1e-5 + (1 - 1e-5) * u)
+        return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u)))
+
+    def draw(self, key: Array, b: int) -> Array:
+        """Training times (b,) in (0, 1), stratified over the batch."""
+        return self.quantile(stratified(key, b))
 
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
         t = beside(t, like)
@@ -118,10 +166,18 @@ class Flow:
     def told(self, t: Array) -> Array:
         return 1 - t if self.toward else 1000 * t
 
-    def path(self, steps: Array | int, stride: Array | bool = False) -> Path:
-        """Even steps of t from 1 to 0, then shifted."""
-        t = self.shifted(jnp.maximum(1 - jnp.arange(self.bound + 1) / steps, 0))
-        return along(self.told(t), 1 - t, t, steps)
+    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+        """Even steps of t from 1 to 0, then shifted; `stride` is for Discrete."""
+        n = jnp.arange(self.bound + 1)
+        # The ends are chosen by integers: n / steps may miss 0 and 1 by a rounding.
+        u = jnp.where(n < steps, 1 - n / steps, 0.0)
+        t = jnp.where(n == 0, 1.0, self.shifted(u))
+        path = along(self.told(t), 1 - t, t, steps)
+        if spacing in ("default", "even"):
+            return path
+        least = self.shifted(1 / self.bound)
+        ratio = respaced(path, least / (1 - least), spacing)
+        return along(self.told(ratio / (1 + ratio)), 1 / (1 + ratio), ratio / (1 + ratio), steps, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +200,21 @@ class EDM:
     bound: int = 1000
     """Most steps of a sampler."""
 
+    solver: ClassVar[str] = "heun"
+    """That of Karras et al. (2022, algorithm 1)."""
+
     @property
     def scale(self) -> float:
         """What pictures are multiplied by."""
         return 1 / self.data
 
+    def quantile(self, u: Array) -> Array:
+        """log s (b,) in training below which a share u (b,) in (0, 1) lies."""
+        return self.mean + self.std * jax.scipy.special.ndtri(u)
+
     def draw(self, key: Array, b: int) -> Array:
-        """log s (b,)."""
-        return self.mean + self.std * jax.random.normal(key, (b,))
+        """log s (b,) in training, stratified over the batch."""
+        return self.quantile(stratified(key, b))
 
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
         angle = jnp.arctan(jnp.exp(beside(t, like)) / self.data)
@@ -161,21 +224,56 @@ class EDM:
         """A quarter of log s, in thousandths, which is how waves of times are spaced."""
         return 250 * t
 
-    def path(self, steps: Array | int, stride: Array | bool = False) -> Path:
-        """s from high to low as eq. 5 has it, then 0."""
-        ends = [end ** (1 / self.rho) for end in (self.high, self.low)]
+    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+        """s from high to low as eq. 5 has it, then 0; `stride` is for Discrete.
+
+        Even stops are even in arctan(s / data), from that of `high` to 0 (Lu & Song 2024, TrigFlow).
+        """
         n = jnp.arange(self.bound + 1)
-        s = (ends[0] + jnp.minimum(n / jnp.maximum(steps - 1, 1), 1) * (ends[1] - ends[0])) ** self.rho
-        angle = jnp.where(n < steps, jnp.arctan(s / self.data), 0.0)
-        return along(self.told(jnp.log(s)), jnp.cos(angle), jnp.sin(angle), steps)
+        share = jnp.where(n < steps - 1, n / jnp.maximum(steps - 1, 1), 1.0)
+        ends = [end ** (1 / self.rho) for end in (self.high, self.low)]
+        ratio = (ends[0] + jnp.where(n > 0, share, 0.0) * (ends[1] - ends[0])) ** self.rho / self.data
+        path = self._along(ratio, steps)
+        if spacing in ("default", "karras"):
+            return path
+        if spacing == "even":
+            ratio = jnp.tan(math.atan(self.high / self.data) * (1 - n / steps))
+            return self._along(jnp.where(n < steps, ratio, self.low / self.data), steps, path)
+        return self._along(respaced(path, self.low / self.data, spacing), steps, path)
+
+    def _along(self, ratio: Array, steps: Array | int, ends: Path | None = None) -> Path:
+        angle = jnp.arctan(ratio)
+        return along(self.told(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
 
 
 Process = Discrete | Flow | EDM
 
 
-def along(t: Array, alpha: Array, sigma: Array, steps: Array | int) -> Path:
-    """The path through these stops, with the variances that follow from them."""
+def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Path | None = None) -> Path:
+    """The path through these stops (n + 1,), with the variances that follow from them; from stop `steps` on it is at
+    the clean end, alpha = 1 and sigma = 0. ends: a path whose first stop and clean end are taken instead."""
+    n = jnp.arange(len(t))
+    if ends is not None:
+        taken = (n == 0) | (n >= steps)
+        t, alpha, sigma = (jnp.where(taken, *x) for x in ((ends.t, t), (ends.alpha, alpha), (ends.sigma, sigma)))
+    alpha, sigma = jnp.where(n < steps, alpha, 1.0), jnp.where(n < steps, sigma, 0.0)
     kept = alpha[:-1] / jnp.maximum(alpha[1:], 1e-12)
     high = jnp.maximum(sigma[:-1] ** 2 - (kept * sigma[1:]) ** 2, 1e-20)
     low = high * (sigma[1:] / jnp.maximum(sigma[:-1], 1e-12)) ** 2
     return Path(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
+
+
+def respaced(path: Path, least: float, spacing: Spacing) -> Array:
+    """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
+    `path.steps` - 1; at stop 0 it does not count where `path` begins in pure noise.
+
+    Errors: ValueError for another spacing.
+    """
+    bend = {"karras": (lambda x: x ** (1 / 7), lambda y: y**7), "log_snr": (jnp.log, jnp.exp)}
+    if spacing not in bend:
+        raise ValueError(f"spacing {spacing!r} is not one of {', '.join(get_args(Spacing))}")
+    forth, back = bend[spacing]
+    first, last = (path.alpha[0] < NOISE).astype(jnp.int32), path.steps - 1
+    share = jnp.clip((jnp.arange(len(path.t)) - first) / jnp.maximum(last - first, 1), 0, 1)
+    high, low = forth(path.sigma[first] / path.alpha[first]), forth(jnp.float32(least))
+    return back(high + share * (low - high))

@@ -11,6 +11,7 @@ import math
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -66,22 +67,28 @@ class Schedule:
             return dataclasses.replace(self, log_abar=2 * np.log(alpha))
 
     def respaced(self, spacing: str) -> Schedule:
-        """A process of fewer steps that passes through the same noise: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`."""
+        """A process of fewer steps that passes through the same noise: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`.
+
+        One step in all is the noisiest, where samplers begin; published programs keep the least noisy one.
+        """
         kept = np.asarray(respacing(len(self.log_abar), spacing))
+        if len(kept) == 1:
+            kept[0] = len(self.log_abar) - 1
         return dataclasses.replace(self, log_abar=self.log_abar[kept], timestep_map=self.timestep_map[kept])
 
     def strided(self, steps: Array | int, bound: int, stride: Array | bool = False) -> Schedule:
         """As `respaced(str(steps))` with a traced number of steps, 1 to `bound`, in tables (bound,).
 
-        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first; traced. What stands behind the first
-        `steps` entries repeats the last of them.
+        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first, where some k gives that many, else evenly
+        spaced; traced. One step is the noisiest. Entries after the first `steps` repeat the last of those.
         """
         last = len(self) - 1
         place = jnp.minimum(jnp.arange(bound), steps - 1)
         even = jnp.round(place * (last / jnp.maximum(steps - 1, 1))).astype(jnp.int32)
+        even = jnp.where(steps == 1, last, even)
         wide = -(-(last + 1) // steps)
-        wide = jnp.where((steps - 1) * wide <= last, wide, (last + 1) // steps)
-        index = jnp.clip(jnp.where(stride, place * wide, even), 0, last)
+        whole = stride & (steps > 1) & ((steps - 1) * wide <= last)
+        index = jnp.clip(jnp.where(whole, place * wide, even), 0, last)
         gather = lambda table, dtype: jnp.asarray(table, dtype)[index]
         return Schedule(gather(self.log_abar, jnp.float32), gather(self.timestep_map, jnp.int32), self.original)
 
@@ -139,9 +146,10 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Any:
-        """Its log; at t = 0, where it is minus infinity, that of t = 1."""
+        """Its log; at t = 0, where it is minus infinity, that of t = 1, or of beta_0 where there is no other step."""
         v = self.posterior_variance
-        return self._xp.log(self._xp.append(v[1:2], v[1:])) if len(self) > 1 else self._xp.log(self.betas)
+        first = self._xp.where(v[1:2] > 0, v[1:2], self.betas[:1]) if len(self) > 1 else self.betas
+        return self._xp.log(self._xp.append(first, v[1:]))
 
     @cached_property
     def posterior_x0(self) -> Any:
@@ -161,6 +169,23 @@ class Schedule:
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
         """alpha_t and sigma_t beside `like`."""
         return self.rows("alpha", t, like), self.rows("sigma", t, like)
+
+
+def stratified(key: Array, b: int) -> Array:
+    """Numbers (b,) in (0, 1), one in each of b equal intervals, in random order: each alone is uniform.
+
+    Means over them vary less than over independent ones (Kingma et al. 2021, VDM, appendix I.1).
+    """
+    order, jitter = jax.random.split(key)
+    # Away from the ends of its interval, so that rounding moves none into the next.
+    edge = min(b * 2.0**-22, 0.25)
+    inside = jax.random.uniform(jitter, (b,), minval=edge, maxval=1 - edge)
+    return (jax.random.permutation(order, b) + inside) / b
+
+
+def midpoints(b: int) -> Array:
+    """The middles (b,) of b equal intervals of (0, 1): the grid for losses that are compared with each other."""
+    return (jnp.arange(b) + 0.5) / b
 
 
 def beside(x: Array | float, like: Array) -> Array:
@@ -200,6 +225,7 @@ def respacing(steps: int, spacing: str) -> list[int]:
 
     `"a,b,c"` cuts the process into equal sections and takes so many steps of each, first and last included; `"ddimN"`
     takes every k-th for the smallest k that gives N; `"fast27"` is that of GLIDE. Python's rounding, halves to even.
+    One step of a section is its first.
     Errors: ValueError where that many steps cannot be had.
     """
     if spacing == "fast27":

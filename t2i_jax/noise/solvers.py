@@ -6,8 +6,9 @@ alpha and sigma, so that they go along every process. Numbers of steps are trace
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,33 @@ Step = Callable[[Path, Array, Array, Denoise, Past, Noise, Array], tuple[Array, 
 """(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and what to remember"""
 
 
+class Rounds(NamedTuple):
+    """Extra rounds of noise at every stop, which bring the unknown part of x to agree with the known one.
+
+    The known part reaches the rest only through `denoise`, and one evaluation a step is too little for that, however
+    many steps there are. Lugmayr et al. (2022, RePaint, algorithm 1) go back to the noisier stop by the process' own
+    noise and forth again, several times. Here each round at a stop with noise sigma goes to half of the noise variance
+    and back, whatever the neighbouring stops are:
+
+        x' = alpha x_0(x) + sigma (n_old + n_new) / sqrt(2)
+
+    where n_old is the noise that the round before added and n_new is new. Leimkuhler & Matthews (2013) found this step
+    of Langevin dynamics: it leaves Gaussian laws of any covariance as they are, while a step that draws all of its
+    noise anew, as RePaint's ancestral one does, narrows them. More steps make as many more rounds, so errors fall with
+    both. What remains: at a noisy stop the network sees the known part through its noise, and the rest agrees with no
+    more than that.
+    """
+
+    count: Array
+    """rounds at each stop, one evaluation each; none in pure noise, nor at the clean end"""
+    noise: Callable[[Array, Array], Array]
+    """(i, j) -> normal numbers like x, of round j at stop i"""
+    hold: Callable[[Array, Array, Array], Array]
+    """(x, i, j) -> x with its known part as it is at stop i, with the noise of round j"""
+    first: Array
+    """normal numbers like x, of which the noise of the first x is 1 / sqrt(2) times and as much of others"""
+
+
 def solve(
     step: Step,
     denoise: Denoise,
@@ -57,19 +85,45 @@ def solve(
     eta: Array | float = 0.0,
     start: Array | int = 0,
     between: Callable[[Array, Array], Array] = lambda x, i: x,
+    rounds: Rounds | None = None,
 ) -> Array:
     """x (b, ...) at stop `start` to the last stop, by `path.steps - start` steps.
 
     eta: share of new noise, where a solver has it; a scalar or (b,). between(x, i): what is done to the x of stop i.
+    rounds: made at each stop before its step; multistep solvers then take steps of first order.
     """
     eta = jnp.asarray(eta, jnp.float32)
-
-    def body(i: Array, carry: tuple[Array, Past]) -> tuple[Array, Past]:
-        x, past = step(path, i, carry[0], denoise, carry[1], noise, eta)
-        return between(x, i + 1), past
-
     past = Past(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
-    return jax.lax.fori_loop(jnp.asarray(start, jnp.int32), path.steps, body, (x, past))[0]
+
+    def body(i: Array, carry: tuple[Array, Past, Any]) -> tuple[Array, Past, Any]:
+        x, past, shared = carry
+        if rounds is not None:
+            x, shared = _renewed(rounds, denoise, path, i, x, shared)
+            # x is off the trajectory that a multistep solver remembers.
+            moved = rounds.count > 0
+            past = past._replace(first=past.first | moved, second=past.second | moved)
+        x, past = step(path, i, x, denoise, past, noise, eta)
+        if rounds is not None:
+            # A solver shrinks noise by the ratio of sigma / alpha where there is nothing else, and less where there is:
+            # what the old noise still says of x is kept, and the rest of n_old is new.
+            ratio = jnp.exp(log_ratio(path, i) - log_ratio(path, i + 1))
+            shared = ratio * shared + jnp.sqrt(jnp.maximum(1 - ratio**2, 0)) * rounds.noise(i, rounds.count)
+        return between(x, i + 1), past, shared
+
+    carry = x, past, None if rounds is None else rounds.first
+    return jax.lax.fori_loop(jnp.asarray(start, jnp.int32), path.steps, body, carry)[0]
+
+
+def _renewed(rounds: Rounds, denoise: Denoise, path: Path, i: Array, x: Array, old: Array) -> tuple[Array, Array]:
+    """The x of stop i after its rounds, and the noise that the last one added."""
+    alpha, sigma = path.alpha[i], path.sigma[i]
+
+    def body(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, old = carry
+        x0, new = pulled(denoise, path)(x, i).x0, rounds.noise(i, j)
+        return rounds.hold(alpha * x0 + sigma * math.sqrt(0.5) * (old + new), i, j), new
+
+    return jax.lax.fori_loop(0, jnp.where(alpha > 0, rounds.count, 0), body, (x, old))
 
 
 def pulled(denoise: Denoise, path: Path) -> Denoise:
@@ -131,7 +185,11 @@ def ancestral(
 
 
 def heun(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
-    """Euler's step with the mean of the slopes at both ends (Karras et al. 2022, algorithm 1); two evaluations."""
+    """Euler's step with the mean of the slopes at both ends, along x0 d alpha + eps d sigma; two evaluations.
+
+    The rule of Karras et al. (2022, algorithm 1), here in x = alpha x0 + sigma eps and not in x / alpha: the same to
+    second order. The step to sigma = 0 is Euler's.
+    """
     denoise = pulled(denoise, path)
     d = denoise(x, i)
     a, s, a1, s1 = path.alpha[i], path.sigma[i], path.alpha[i + 1], path.sigma[i + 1]
@@ -150,9 +208,10 @@ def log_ratio(path: Path, i: Array) -> Array:
 
 
 def _slope(path: Path, i: Array, x0: Array, past: Past) -> tuple[Array, Array]:
-    """h = the step in lambda from stop i, and the slope of x0 over it; 0 where nothing is known of it."""
+    """h = the step in lambda from stop i, and the slope of x0 over it; 0 where nothing is known of it, and in the last
+    step, which is of first order (Lu et al. 2022, DPM-Solver++; Zhao et al. 2023)."""
     h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
-    known = ~past.first & jnp.isfinite(h) & jnp.isfinite(before)
+    known = ~past.first & (i < path.steps - 1) & jnp.isfinite(h) & jnp.isfinite(before)
     r = jnp.where(known, before / jnp.where(known, h, 1.0), 1.0)
     return h, jnp.where(known, (x0 - past.x0) / r, 0.0)
 
@@ -217,3 +276,6 @@ SOLVERS: dict[str, Step] = {
     "dpm++sde": dpm_solver_sde,
     "unipc": unipc,
 }
+
+ETA = {name: 1.0 if name == "ddpm" else 0.0 for name in SOLVERS}
+"""eta that is meant by a solver's name; `ancestral` and `dpm++sde` add all of their noise whatever it is."""

@@ -72,6 +72,7 @@ class Experiment:
 FREE = (
     "mesh.",
     "model.sampling.",
+    "model.solver",
     "train.log_every",
     "train.save",
     "train.stuck_after",

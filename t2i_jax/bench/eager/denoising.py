@@ -66,7 +66,7 @@ class Denoiser:
         """Pictures (b, c, i, j) from noise (b, i, j, c), a tensor; what the network knows of the condition (b, d), and
         what it knows of none, or None without guidance."""
         torch = self.torch
-        path = self.config.process.path(options.steps)
+        path = self.config.process.path(options.steps, options.stride, options.spacing)
         times, sigma = (np.asarray(x).tolist() for x in (path.t, path.sigma))
         with torch.inference_mode():
             x = tensor(noise).permute(0, 3, 1, 2).contiguous()
