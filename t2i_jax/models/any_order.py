@@ -126,7 +126,7 @@ class AnyOrder(Checked):
         dropped = dropped_rows(keys[1], self.condition_dropout, b, train)
         z, x = self.forward(model, batch, orders, dropped, keys[2] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        each = self.head.loss(model.head, z, x, keys[3]).mean(1)
+        each = self.head.loss(model.head, z, x, keys[3], train).mean(1)
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
         return loss, {"loss": loss}
 
@@ -140,8 +140,7 @@ class AnyOrder(Checked):
         b = len(batch["codes"])
         orders = orders_of(Raster(), jax.random.split(jax.random.key(0), b), self.length) if orders is None else orders
         z, x = self.forward(model, batch, orders)
-        plain = dataclasses.replace(self.head, label_smoothing=0.0)
-        return -plain.loss(model.head, z, x, jax.random.key(0)).sum(1)
+        return -self.head.loss(model.head, z, x, jax.random.key(0), train=False).sum(1)
 
     def forward(
         self,

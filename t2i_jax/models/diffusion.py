@@ -35,7 +35,7 @@ from t2i_jax.noise.gaussian import (
     vb_terms,
 )
 from t2i_jax.noise.processes import Discrete, Flow, Process, Spacing
-from t2i_jax.noise.schedule import beside
+from t2i_jax.noise.schedule import beside, spread
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
 
@@ -217,12 +217,14 @@ class Diffusion:
 
         batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
         0 for examples to ignore. Each row has its own time, noise and dropping. train: False leaves out dropout,
-        dropped conditions and noise on the small image, and takes times evenly; static.
+        dropped conditions and noise on the small image, takes times evenly, and gives the mean squared error of each
+        quarter of them, from the least noisy on, as `mse_q1` to `mse_q4`; static.
         """
         x0 = batch["codes"] if "codes" in batch else batch["image"]
         keys = jax.random.split(key, 5)
         b = len(x0)
-        t = self.process.draw(keys[0], b)
+        u = spread(keys[0], b, train)
+        t = self.process.quantile(u)
         eps = jax.random.normal(keys[1], x0.shape)
         if self.reads_small:
             small, draw = self.small(batch), jax.random.split(keys[2])
@@ -231,7 +233,11 @@ class Diffusion:
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        means = {k: jnp.sum(v * weight) / jnp.maximum(weight.sum(), 1) for k, v in losses.items()}
+        mean = lambda x, weight: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
+        means = {k: mean(v, weight) for k, v in losses.items()}
+        if not train:
+            quarter = jnp.floor(4 * u)
+            means |= {f"mse_q{q + 1}": mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
         return means["loss"], means
 
     def losses(

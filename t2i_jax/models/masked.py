@@ -187,12 +187,12 @@ class Masked(Checked):
         x = to_tokens(batch["codes"], self.patch)
         b = len(x)
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
-        hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length))
+        hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length, train))
         dropped = dropped_rows(keys[2], self.condition_dropout, b, train)
         z = self.forward(
             model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3] if train else None
         )
-        each = self.head.loss(model.head, z, x, keys[4])
+        each = self.head.loss(model.head, z, x, keys[4], train)
         weight = hidden * batch.get("weight", jnp.ones(b)).astype(jnp.float32)[:, None]
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
         return loss, {"loss": loss, "hidden": hidden.mean()}

@@ -20,6 +20,7 @@ from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.nn.unet import Encoder, UNet
 from t2i_jax.noise.guidance import of_class
 from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.schedule import spread
 
 HIDDEN = 2048
 """Inner width of the heads that pool every stage."""
@@ -55,7 +56,7 @@ class NoisedClassifier(Checked):
         """
         x0 = (batch["codes"] if "codes" in batch else batch["image"]).astype(jnp.float32) * self.process.scale
         keys = jax.random.split(key, 3)
-        t = self.process.draw(keys[0], len(x0))
+        t = self.process.quantile(spread(keys[0], len(x0), train))
         alpha, sigma = self.process.at(t, x0)
         logits = model(
             alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape), self.process.told(t), keys[2] if train else None

@@ -18,6 +18,7 @@ from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.noise.processes import EDM, Discrete, Process
+from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
@@ -77,7 +78,7 @@ class NoisedCLIP(Checked):
         """
         keys = jax.random.split(key)
         x0 = batch["image"].astype(jnp.float32)
-        t = self.process.draw(keys[0], len(x0))
+        t = self.process.quantile(spread(keys[0], len(x0), train))
         alpha, sigma = self.process.at(t, x0)
         x = alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape)
         images, texts = model.images(x, self.process.told(t)), model.texts(batch["text"], batch["text_mask"])

@@ -32,6 +32,7 @@ from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.reverse import Reverse, reverse
+from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
 
 
@@ -184,12 +185,12 @@ class VQDiffusion:
         told = self.tell(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
         drop = keys[3] if train else None
         if self.objective == "continuous":
-            terms = self.continuous(model, told, x0, keys[1], drop)
+            terms = self.continuous(model, told, x0, keys[1], drop, train)
         else:
-            t, p = self.draw_times(model, b, keys[1])
+            t, p = self.draw_times(model, b, keys[1], train)
             x_t = self.chain.noised(x0, t, keys[2])
             terms = self.bound(model, told, x0, x_t, t, p, drop)
-            if self.importance:
+            if self.importance and train:
                 model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
         loss = mean(terms.loss) / self.length
         bits = mean(terms.bits) / self.length
@@ -222,14 +223,18 @@ class VQDiffusion:
         auxiliary = self.auxiliary * (2 - t / self.chain.steps if self.adaptive else 1.0)
         return Terms((size + auxiliary * guess) / p, size, size / p / math.log(2), correct.mean(-1))
 
-    def continuous(self, model: Network, told: Condition, x0: Array, key: Array, drop: Array | None = None) -> Terms:
-        """E over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10).
-
-        The times of a batch are spread evenly, which spares variance (Kingma et al. 2021).
-        """
+    def continuous(
+        self,
+        model: Network,
+        told: Condition,
+        x0: Array,
+        key: Array,
+        drop: Array | None = None,
+        train: bool = True,
+    ) -> Terms:
+        """E over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10)."""
         when, where = jax.random.split(key)
-        b = x0.shape[0]
-        tau = jnp.maximum(1 - (jax.random.uniform(when) + jnp.arange(b) / b) % 1, 1e-4)
+        tau = jnp.maximum(spread(when, x0.shape[0], train), 1e-4)
         share, weight = masked_share(self.chain.shape, tau)
         masked = jax.random.uniform(where, x0.shape) < share[:, None]
         t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
@@ -252,14 +257,14 @@ class VQDiffusion:
 
         return jax.lax.scan(term, jnp.zeros(x0.shape[0]), jnp.arange(self.chain.steps))[0]
 
-    def draw_times(self, model: Network, b: int, key: Array) -> tuple[Array, Array]:
-        """Times int (b,) and the probabilities (b,) with which they were drawn."""
+    def draw_times(self, model: Network, b: int, key: Array, train: bool = True) -> tuple[Array, Array]:
+        """Times int (b,) and the probabilities (b,) with which they were drawn; even ones where not in training."""
         even = jnp.full(self.chain.steps, 1 / self.chain.steps)
         p = even
-        if model.history is not None and model.count is not None:
+        if train and model.history is not None and model.count is not None:
             history, count = jax.lax.stop_gradient((model.history[...], model.count[...]))
             p = jnp.where(jnp.all(count > 10), importance(history), even)
-        t = inverse_cdf(jnp.broadcast_to(p, (b, len(p))), uniform(key, (b,)))
+        t = inverse_cdf(jnp.broadcast_to(p, (b, len(p))), spread(key, b, train))
         return t, p[t]
 
     def remembered(self, model: Network, t: Array, size: Array, seen: Array) -> Network:

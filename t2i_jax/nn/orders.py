@@ -18,6 +18,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Finite, Positive, Range
 from t2i_jax.nn.draw import Sampling
+from t2i_jax.noise.schedule import spread
 
 Shape = Literal["cosine", "linear", "square"]
 
@@ -196,16 +197,18 @@ class MaskRate(Checked):
         """Tokens that are left visible, at most."""
         return length - int(np.ceil(self.low * length)) if self.kind == "normal" else length - 1
 
-    def draw(self, key: Array, b: int, length: int) -> Array:
-        """How many tokens to hide, int (b,), 1 to L."""
+    def draw(self, key: Array, b: int, length: int, train: bool = True) -> Array:
+        """How many tokens to hide, int (b,), 1 to L; spread evenly over the rates of the kind where not in training."""
+        u = spread(key, b, train)
         if self.kind == "normal":
-            ends = ((self.low - self.mean) / self.std, (1.0 - self.mean) / self.std)
-            rate = self.mean + self.std * jax.random.truncated_normal(key, *ends)
+            u = jax.random.uniform(key) if train else u
+            low, high = (jax.scipy.special.ndtr((end - self.mean) / self.std) for end in (self.low, 1.0))
+            rate = self.mean + self.std * jax.scipy.special.ndtri(low + u * (high - low))
             count = jnp.broadcast_to(jnp.ceil(rate * length), (b,))
         elif self.kind == "cosine":
-            count = jnp.ceil(jnp.cos(jnp.pi / 2 * jax.random.uniform(key, (b,))) * length)
+            count = jnp.ceil(jnp.cos(jnp.pi / 2 * u) * length)
         else:
-            count = jax.random.randint(key, (b,), 1, length + 1)
+            count = 1 + jnp.floor(u * length)
         return jnp.clip(count, length - self.visible(length), length).astype(jnp.int32)
 
 

@@ -188,6 +188,22 @@ def midpoints(b: int) -> Array:
     return (jnp.arange(b) + 0.5) / b
 
 
+def spread(key: Array, b: int, train: bool) -> Array:
+    """Numbers (b,) in (0, 1) whose quantiles are the times of a batch: `stratified` in training, else `midpoints`."""
+    return stratified(key, b) if train else midpoints(b)
+
+
+def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Array:
+    """Numbers (repeat, n) in (0, 1), one in each of `repeat` equal intervals for every column: times at which each of
+    many tokens is trained. Uniform within the intervals in training, else on a fixed even lattice."""
+    if train:
+        inside = jax.random.uniform(key, (repeat, n), minval=2.0**-22, maxval=1 - 2.0**-22)
+    else:  # multiples of the golden ratio, modulo 1
+        steps = (jnp.arange(n, dtype=jnp.uint32) + 1) * jnp.uint32(0x9E3779B9)
+        inside = jnp.clip(steps.astype(jnp.float32) * 2.0**-32, 2.0**-22, 1 - 2.0**-22)
+    return (jnp.arange(repeat)[:, None] + inside) / repeat
+
+
 def beside(x: Array | float, like: Array) -> Array:
     """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
     x = jnp.asarray(x)

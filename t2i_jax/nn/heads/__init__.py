@@ -5,7 +5,7 @@ A head is a frozen dataclass with
     init(key, width) -> module
     entrance(key, width) -> module               codes (..., ) or (..., k) -> (..., d), for the network's input
     empty(b, t) -> codes                         of positions that are not known yet
-    loss(module, z, x, key) -> (b, t) fp32       what each position costs
+    loss(module, z, x, key, train) -> (b, t)     what each position costs, fp32; train is static
     sample(module, z, null, draws, guidance, options) -> codes, score
 
 `sample` takes z (b, m, d), that of the unconditional branch or None, `draws` with a row for each of the m positions, a

@@ -16,7 +16,7 @@ from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
 from t2i_jax.noise.guidance import guide
-from t2i_jax.noise.schedule import Schedule
+from t2i_jax.noise.schedule import Schedule, spread_of_each
 
 
 class Terms(NamedTuple):
@@ -59,12 +59,15 @@ class Diffusion:
     def process(self) -> Schedule:
         return Schedule.named(self.schedule, self.steps)
 
-    def loss(self, module: Denoiser, z: Array, x: Array, key: Array) -> Array:
-        """Error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t)."""
+    def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
+        """Error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t).
+
+        train: False takes the times of a fixed grid.
+        """
         b, t, _ = x.shape
         first, second = jax.random.split(key)
         rows = lambda y: repeat(y, "b t k -> (r b t) k", r=self.repeat)
-        times = jax.random.randint(first, (self.repeat * b * t,), 0, self.steps)
+        times = jnp.floor(spread_of_each(first, self.repeat, b * t, train) * self.steps).astype(jnp.int32).reshape(-1)
         noise = jax.random.normal(second, (len(times), self.dim))
         terms = self.terms(module, rows(z), rows(x), times, noise)
         return rearrange(terms.mse + terms.vb, "(r b t) -> r b t", r=self.repeat, b=b).mean(0)

@@ -15,6 +15,7 @@ from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.guidance import guide
+from t2i_jax.noise.schedule import spread_of_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,18 @@ class Flow:
     def empty(self, b: int, t: int) -> Array:
         return jnp.zeros((b, t, self.dim))
 
-    def loss(self, module: Denoiser, z: Array, x: Array, key: Array) -> Array:
+    def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """Squared error of the velocity at logit-normal times, mean over `repeat` of them: (b, t).
 
-        The times are those of Esser et al. (2024, section 3.1): the middle of the way is the hardest.
+        The times are those of Esser et al. (2024, section 3.1): the middle of the way is the hardest. train: False
+        takes those of a fixed grid.
         """
         b = len(x)
         first, second = jax.random.split(key)
         rows = lambda y: repeat(y, "b t k -> (r b t) k", r=self.repeat)
         x = rows(x.astype(jnp.float32))
-        t = jax.nn.sigmoid(jax.random.normal(first, (len(x), 1)))
+        u = spread_of_each(first, self.repeat, len(x) // self.repeat, train)
+        t = jax.nn.sigmoid(jax.scipy.special.ndtri(u)).reshape(-1, 1)
         noise = jax.random.normal(second, x.shape)
         v = self.velocity(module, (1 - t) * x + t * noise, t[:, 0], module.embed(rows(z)))
         return rearrange(jnp.mean((noise - x - v) ** 2, -1), "(r b t) -> r b t", r=self.repeat, b=b).mean(0)

@@ -95,7 +95,7 @@ class Mixture:
         apart = jnp.linspace(-1, 1, self.components)[:, None] if self.components > 1 else 0.0
         return Law(y[..., 0], mean + apart, jnp.log(jax.nn.softplus(raw) + self.smallest))
 
-    def loss(self, module: Linear, z: Array, x: Array, key: Array) -> Array:
+    def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """-log p(x | z) in nats per number of a code: (b, t)."""
         return -self.law(module, z).log_density(x.astype(jnp.float32)) / self.dim
 

@@ -38,10 +38,10 @@ class Softmax:
     def empty(self, b: int, t: int) -> Array:
         return jnp.zeros((b, t), jnp.int32)
 
-    def loss(self, module: Linear, z: Array, x: Array, key: Array) -> Array:
-        """Cross-entropy of codes int (b, t) in nats: (b, t)."""
-        logits = lambda z: self.logits(module, z)
-        return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=self.label_smoothing)[0]
+    def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
+        """Cross-entropy of codes int (b, t) in nats: (b, t). train: False leaves the smoothing of labels out."""
+        logits, smoothing = lambda z: self.logits(module, z), self.label_smoothing if train else 0.0
+        return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=smoothing)[0]
 
     def sample(
         self, module: Linear, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
