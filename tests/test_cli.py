@@ -98,7 +98,7 @@ def test_mistakes_in_sampling_are_one_line(folder, capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("fields", "flags", "says"),
     [
-        ("solver='rk4'", [], "solver 'rk4' is not one of"),
+        ("solver='rk4'", [], "solver 'rk4': one of"),
         ("sampling=Solving(2000)", [], "steps 2000: 1 to 1000"),
         ("", ["--mesh.data=3", "--mesh.fsdp=5"], "needs 15 devices"),
         ("", ["--model.solver=heun", "--model.predicts=y"], "model.predicts"),

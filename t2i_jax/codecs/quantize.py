@@ -11,31 +11,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, NotNegative, Positive, Rate, Size
 from t2i_jax.nn.layers import Carried, Linear, at_least_fp32, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizerConfig:
+class QuantizerConfig(Checked):
     """A codebook and how it is trained. The defaults are those of LlamaGen."""
 
-    codes: int = 16384
+    codes: Size = 16384
     """rows of the codebook: the vocabulary of whoever models the codes"""
-    dim: int = 8
+    dim: Size = 8
     """width of a row"""
     normalize: bool = True
     """vectors and rows have unit length when they are compared (Yu et al. 2022, arXiv:2110.04627)"""
-    commitment: float = 0.25
+    commitment: NotNegative = 0.25
     """weight of the pull of the encoder's vectors towards their rows"""
-    codebook: float = 1.0
+    codebook: NotNegative = 1.0
     """weight of the pull of the rows towards their vectors; has no effect with a decay"""
-    entropy: float = 0.0
+    entropy: NotNegative = 0.0
     """weight of (mean entropy of a vector's soft choice - entropy of the mean choice), which favours full use"""
-    temperature: float = 0.01
+    temperature: Positive = 0.01
     """of that soft choice"""
-    decay: float = 0.0
+    decay: Rate = 0.0
     """of the moving averages that make the codebook, which starts from vectors of the first batch; 0: it is a parameter
     and follows gradients"""
-    revive: float = 0.0
+    revive: NotNegative = 0.0
     """with a decay: a row used less often than this share of an even share restarts at a vector of the batch"""
 
     def init(self, key: Array) -> "Quantizer":
@@ -43,24 +44,24 @@ class QuantizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GumbelConfig:
+class GumbelConfig(Checked):
     """A codebook whose rows are chosen by logits, with noise in training (Jang et al. 2017, arXiv:1611.01144).
 
     The defaults are those of the Gumbel VQGAN of taming-transformers.
     """
 
-    codes: int = 8192
+    codes: Size = 8192
     """rows of the codebook"""
-    dim: int = 256
+    dim: Size = 256
     """width of a row"""
-    temperature: float = 0.9
+    temperature: Positive = 0.9
     """of the choice, at the first step"""
-    temperature_end: float = 1e-6
+    temperature_end: Positive = 1e-6
     """of the choice after `temperature_steps`, a cosine later"""
-    temperature_steps: int = 1_000_000
+    temperature_steps: Size = 1_000_000
     hard: bool = True
     """forward one row, backward the mixture; else the mixture both ways"""
-    kl: float = 1e-8
+    kl: NotNegative = 1e-8
     """weight of KL(choice || uniform)"""
 
     def init(self, key: Array) -> "GumbelQuantizer":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.core import Tracer
 
+from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Range, Share
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
@@ -44,39 +45,39 @@ Batch = dict[str, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Solving:
+class Solving(Checked):
     """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
     traced."""
 
-    steps: int | Array = 50
+    steps: Annotated[int | Array, Range(low=1)] = 50
     """Steps of the solver, up to the bound of the process."""
-    guidance: float | Array = 3.0
+    guidance: Annotated[float | Array, Range()] = 3.0
     """Scale of classifier-free guidance, (b,); 1 is none."""
-    guidance_start: float | Array = 0.0
+    guidance_start: Annotated[float | Array, Range(0, 1)] = 0.0
     """Guidance begins after this share of the steps."""
-    guidance_stop: float | Array = 1.0
+    guidance_stop: Annotated[float | Array, Range(0, 1)] = 1.0
     """Guidance ends after this share of the steps."""
-    guidance_rescale: float | Array = 0.0
+    guidance_rescale: Annotated[float | Array, Range(0, 1)] = 0.0
     """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
-    pull: float | Array = 1.0
+    pull: Annotated[float | Array, Range()] = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
-    eta: float | Array | None = None
+    eta: Annotated[float | Array | None, Range(low=0)] = None
     """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
     clip: bool | Array = False
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
     """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
-    augmentation: float | Array = 0.0
+    augmentation: Annotated[float | Array, Range(0, 1)] = 0.0
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
-    strength: float | Array = 1.0
+    strength: Annotated[float | Array, Range(above=0, high=1)] = 1.0
     """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
     spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
     """Where the stops are: as the process has them, even in its time, or spaced for fewer steps; see `Spacing`."""
-    guidance_low_snr: float | Array | None = None
+    guidance_low_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
-    guidance_high_snr: float | Array | None = None
+    guidance_high_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
-    resample: int | Array = 2
+    resample: Annotated[int | Array, Range(low=1)] = 2
     """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
     to agree (Lugmayr et al. 2022; `noise.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is known,
     however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures it."""
@@ -123,7 +124,7 @@ class Solving:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Checked):
     """A network, the process that it undoes, and how it is trained."""
 
     network: DiT | UNet = DiT()
@@ -133,20 +134,20 @@ class Diffusion:
     """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
     spare_half: bool = False
     """What the network says in the later half of its channels is not used, as in released SiT."""
-    bound_weight: float = 1.0
+    bound_weight: NotNegative = 1.0
     """Of the variational bound, which teaches the variance; ADM has the number of steps over 1000."""
     weight: Literal["uniform", "snr", "truncated_snr", "min_snr"] = "uniform"
     """Of the squared error at each time; see `loss_weight`."""
-    gamma: float = 5.0
+    gamma: Positive = 5.0
     """Where min_snr cuts."""
-    condition_dropout: float = 0.1
+    condition_dropout: Share = 0.1
     """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
-    guided_channels: int = 0
+    guided_channels: Count = 0
     """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
-    enlarges: int = 0
+    enlarges: Count = 0
     """By how much a small picture is made larger, where batches have none of their own (`low_res`): it is then made of
     the `image`."""
-    augmentation: float = 0.0
+    augmentation: Share = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
     solver: Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "own"
@@ -158,12 +159,11 @@ class Diffusion:
     """`sample` takes over known pictures, wherever a mask says."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
         if self.solver == "own":
             object.__setattr__(self, "solver", self.process.solver)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver {self.solver!r} is not one of {', '.join(SOLVERS)}")
         if self.predicts in ("eps", "score") and from_noise_alone(self.process):
             right = "velocity" if isinstance(self.process, Flow) else "v"
             raise ValueError(

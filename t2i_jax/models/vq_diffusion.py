@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Count, Grid, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
@@ -37,17 +38,17 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class VQDiffusion:
+class VQDiffusion(Checked):
     """A denoiser of codes, and how it is trained."""
 
     chain: Chain = Chain(1024)
     """How codes are noised, and how many of them there are."""
-    grid: tuple[int, int] = (8, 8)
+    grid: Grid = (8, 8)
     """Rows and columns of codes."""
-    width: int = 256
-    depth: int = 6
-    heads: int = 4
-    mlp: int = 0
+    width: Size = 256
+    depth: Size = 6
+    heads: Size = 4
+    mlp: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     conv_mlp: bool = False
@@ -62,12 +63,12 @@ class VQDiffusion:
     position_grid: tuple[int, int] | None = None
     """Rows and columns of the tables of positions; None is the grid. A larger one is read in raster order, as if the
     image's tokens were the first of it: released models of 16 x 16 tokens were trained so with 32 x 32."""
-    dropout: float = 0.0
-    condition_dropout: float = 0.1
+    dropout: Rate = 0.0
+    condition_dropout: Share = 0.1
     """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
     objective: Literal["bound", "continuous"] = "bound"
     """The bound of the chain with its auxiliary loss, or the absorbing chain's in continuous time."""
-    auxiliary: float = 5e-4
+    auxiliary: NotNegative = 5e-4
     """Weight of -log p(x_0 | x_t) beside the bound (eq. 12)."""
     adaptive: bool = True
     """It falls from twice that to once that over time."""
@@ -89,6 +90,7 @@ class VQDiffusion:
     """`sample` takes over known tokens wherever they stand."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.objective == "continuous" and self.chain.kind != "mask":
             raise ValueError(f"objective 'continuous' is that of Chain(kind='mask'), not of {self.chain.kind!r}")
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.noise.categorical import draw as draw
 from t2i_jax.noise.categorical import uniform
 
@@ -87,23 +88,27 @@ class Rates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Checked):
     """A forward process: how codes are noised over T steps."""
 
-    codes: int = 1024
+    codes: Size = 1024
     """K, without MASK."""
-    steps: int = 100
+    steps: Size = 100
     """T."""
     kind: Literal["mask and replace", "mask", "replace"] = "mask and replace"
     """Both; or MASK alone, the absorbing chain; or random codes alone, the uniform one."""
     shape: Literal["linear", "cosine"] = "linear"
     """How the probabilities go from their first values to their last: evenly, or as sin, fast at first (Chang et al.
     2022, MaskGIT: the share left to predict falls as a cosine)."""
-    kept: tuple[float, ...] = (0.99999, 0.000009)
+    kept: Annotated[tuple[float, ...], Range(0, 1)] = (0.99999, 0.000009)
     """Probability to be still the clean code after the first and the last step, or after each of the T; not read with
     `mask`, where it is what is not masked."""
-    masked: tuple[float, ...] = (0.000009, 0.99999)
+    masked: Annotated[tuple[float, ...], Range(0, 1)] = (0.000009, 0.99999)
     """The same of being MASK; not read with `replace`, where it is 0."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.schedule  # which refuses probabilities that cannot be
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -113,8 +118,6 @@ class Chain:
             kept = 1 - masked
         elif self.kind == "replace":
             masked = np.zeros_like(kept)
-        elif self.kind != "mask and replace":
-            raise ValueError(f"kind {self.kind!r}: it is 'mask and replace', 'mask' or 'replace'")
         return Schedule.of(kept, masked, self.codes)
 
     def _course(self, field: str) -> np.ndarray:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.noise.schedule import Schedule, beside, stratified
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import Checked, Finite, Positive, Size
+from t2i_jax.noise.schedule import NAMES, Schedule, beside, stratified
 
 Spacing = Literal["default", "even", "karras", "log_snr"]
 """Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
@@ -48,12 +50,12 @@ class Path(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Discrete:
+class Discrete(Checked):
     """So many steps of noise (Ho et al. 2020)."""
 
     schedule: str = "linear"
     """One of those of `Schedule.named`."""
-    steps: int = 1000
+    steps: Size = 1000
     zero_terminal_snr: bool = False
     """End in noise alone (Lin et al. 2024); predict v then."""
     rescale_times: bool = False
@@ -62,6 +64,11 @@ class Discrete:
     scale = 1.0
     solver: ClassVar[str] = "ddpm"
     """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.schedule not in NAMES:
+            raise ConfigError(f"schedule {self.schedule!r}: one of {', '.join(NAMES)}")
 
     @cached_property
     def tables(self) -> Schedule:
@@ -127,18 +134,18 @@ class Discrete:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class Flow(Checked):
     """A straight way, alpha = 1 - t and sigma = t (Liu et al. 2023; Lipman et al. 2023); predict velocity."""
 
     times: Literal["uniform", "logit_normal"] = "logit_normal"
     """How training times are drawn; logit_normal (Esser et al. 2024, eq. 19) prefers the middle."""
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    mean: Finite = 0.0
+    std: Positive = 1.0
+    shift: Positive = 1.0
     """t becomes s t / (1 + (s - 1) t): more noise for more pixels (Esser et al. 2024, eq. 23)."""
     toward: bool = False
     """Tell the network the picture's share 1 - t instead of 1000 t, as SiT does."""
-    bound: int = 1000
+    bound: Size = 1000
     """Most steps of a sampler."""
 
     scale = 1.0
@@ -181,27 +188,32 @@ class Flow:
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM:
+class EDM(Checked):
     """Noise of standard deviation s on pictures of standard deviation `data` (Karras et al. 2022); predict v.
 
     Divided by sqrt(s^2 + data^2), as the network reads it, x is alpha x_0 / data + sigma eps with tan = s / data, and
     what EDM's network predicts is v of that, up to its sign, with equal weights: eqs. 7 and 8 in other letters.
     """
 
-    data: float = 0.5
+    data: Positive = 0.5
     """Standard deviation of pictures, or latents."""
-    mean: float = -1.2
-    std: float = 1.2
+    mean: Finite = -1.2
+    std: Positive = 1.2
     """log s is drawn from a normal distribution in training."""
-    low: float = 0.002
-    high: float = 80.0
+    low: Positive = 0.002
+    high: Positive = 80.0
     """s at the ends of a sampler's way."""
-    rho: float = 7.0
-    bound: int = 1000
+    rho: Positive = 7.0
+    bound: Size = 1000
     """Most steps of a sampler."""
 
     solver: ClassVar[str] = "heun"
     """That of Karras et al. (2022, algorithm 1)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.low < self.high:
+            raise ConfigError(f"low {self.low} and high {self.high}: least and most noise, low < high")
 
     @property
     def scale(self) -> float:

@@ -7,38 +7,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Range
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reverse:
+class Reverse(Checked):
     """How codes are drawn; every field is a number and is traced, the first four may also be one per image (b,)."""
 
-    guidance: float | Array = 3.0
+    guidance: Annotated[float | Array, Range()] = 3.0
     """Scale s of log p' + s (log p - log p'), p' without the condition; 1 is none."""
-    truncation: float | Array = 1.0
+    truncation: Annotated[float | Array, Range(0, 1)] = 1.0
     """Keep of each p(x_0) the most probable codes, while those before sum to less than this; 1 keeps all."""
-    top_k: int | Array = 0
+    top_k: Annotated[int | Array, Range(low=0)] = 0
     """Keep the k most probable codes; 0 keeps all."""
-    temperature: float | Array = 1.0
+    temperature: Annotated[float | Array, Range(low=0)] = 1.0
     """p(x_0) is p^(1/temperature)."""
-    steps: int | Array = 0
+    steps: Annotated[int | Array, Range(low=0)] = 0
     """Evaluations of the network, evenly over the T times; 0 is T. With a `rule` it may be more than T."""
-    stride: int | Array = 0
+    stride: Annotated[int | Array, Range(low=0)] = 0
     """Not 0: visit every n-th time and then 0, and take one step n - 1 times lower, as the authors' fast sampler does,
     in place of the exact jumps that `steps` takes."""
     rule: int | Array = 0
     """0: each step draws from the posterior. Else it draws from p(x_0), for a fixed number of the masked positions: 1,
     chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
-    purity: float | Array = 0.0
+    purity: Annotated[float | Array, Range(low=0)] = 0.0
     """With rule 2: p(x_0) is sharpened to p^(1 + r score), score the purity (eq. 11 there)."""
 
     def arrays(self) -> Reverse:

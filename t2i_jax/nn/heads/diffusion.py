@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
@@ -32,20 +33,24 @@ class Terms(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Checked):
     """p(x | z) by denoising in `steps` steps: noise and variance are predicted by a small MLP."""
 
-    dim: int = 16
+    dim: Size = 16
     """numbers k of a code"""
-    width: int = 1024
-    depth: int = 3
-    steps: int = 1000
+    width: Size = 1024
+    depth: Size = 3
+    steps: Size = 1000
     """of the process it is trained on"""
     schedule: str = "cosine"
     respacing: str = "100"
     """steps of the sampler, as `noise.schedule.respacing` reads them"""
-    repeat: int = 4
+    repeat: Size = 4
     """times at which each z is trained, since a head costs less than its network"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.process().respaced(self.respacing)
 
     def init(self, key: Array, width: int) -> Denoiser:
         return Denoiser(self.dim, 2 * self.dim, self.width, self.depth, width, key)

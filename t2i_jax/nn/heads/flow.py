@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
@@ -19,16 +20,16 @@ from t2i_jax.noise.schedule import spread_of_each
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class Flow(Checked):
     """p(x | z) by the velocity eps - x of x_t = (1 - t) x + t eps, which a small MLP predicts."""
 
-    dim: int = 16
+    dim: Size = 16
     """numbers k of a code"""
-    width: int = 1024
-    depth: int = 3
-    steps: int = 20
+    width: Size = 1024
+    depth: Size = 3
+    steps: Size = 20
     """of the sampler, of two evaluations each; they get shorter towards the clean end"""
-    repeat: int = 4
+    repeat: Size = 4
     """times at which each z is trained"""
 
     def init(self, key: Array, width: int) -> Denoiser:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Positive, Size
 from t2i_jax.nn.draw import Sampling, draw
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
@@ -70,13 +71,13 @@ def guided(law: Law, null: Law, scale: Array) -> Law:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class Mixture(Checked):
     """p(x | z) = sum_a w_a N(mu_a, sigma_a), with diagonal sigma; all of it a linear function of z."""
 
-    dim: int = 16
+    dim: Size = 16
     """numbers k of a code"""
-    components: int = 16
-    smallest: float = 1e-3
+    components: Size = 16
+    smallest: Positive = 1e-3
     """no standard deviation is below this"""
 
     def init(self, key: Array, width: int) -> Linear:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.nn.draw import Sampling, choose
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Embedding, Linear
@@ -16,12 +18,12 @@ from t2i_jax.noise.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax:
+class Softmax(Checked):
     """p(x | z) = softmax(W z + b)."""
 
-    vocabulary: int = 1024
+    vocabulary: Size = 1024
     """codes of the codec"""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     loss_chunk: int = 0
     """tokens of each image whose logits are held at a time in training; 0: all, or as many as memory is kept for
     (`nn.losses.HELD`); below 0: all"""
