@@ -7,7 +7,7 @@ import os
 HEAD = 1024
 """Bytes that `sniff` looks at."""
 
-MAGIC = (
+ARCHIVES = (
     (b"\x1f\x8b", "a gzip file"),
     (b"BZh", "a bzip2 file"),
     (b"\xfd7zXZ\0", "an xz file"),
@@ -15,6 +15,11 @@ MAGIC = (
     (b"\x04\x22\x4d\x18", "an LZ4 file"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip file"),
     (b"Rar!\x1a\x07", "a RAR file"),
+)
+PACKED = frozenset(("a zip file", *(name for _, name in ARCHIVES)))
+"""Kinds of files that have to be unpacked before their contents can be read."""
+MAGIC = (
+    *ARCHIVES,
     (b"PAR1", "a Parquet file"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy array file"),
@@ -29,6 +34,7 @@ MAGIC = (
     (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
     (b"\xff\x0a", "a JPEG XL image"),
     (b"%PDF-", "a PDF document"),
+    (b"8BPS", "a Photoshop file"),
     (b"\0\x05\x16\x07", "an AppleDouble file of macOS"),
 )
 BRANDS = {b"avif": "an AVIF image", b"avis": "an AVIF image", b"crx ": "a raw image of a camera"}
@@ -53,11 +59,11 @@ def sniff(head: bytes) -> str:
         return "a NumPy archive (.npz)" if first.endswith(b".npy") else "a zip file"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle (an old PyTorch file?)"
+    if head[257:262] == b"ustar":
+        return "a tar file"
     for magic, name in MAGIC:
         if head.startswith(magic):
             return name
-    if head[257:262] == b"ustar":
-        return "a tar file"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP image"
     if head[4:8] == b"ftyp":
