@@ -12,7 +12,7 @@ import numpy as np
 
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
-from t2i_jax.data.records import DataError, Record
+from t2i_jax.data.records import DataError, Record, as_captions
 from t2i_jax.data.sources import Reader
 from t2i_jax.data.transforms import choose_caption, to_square
 
@@ -122,9 +122,16 @@ class Examples:
     def block(self, start: int, stop: int, threads: int = 0) -> Iterator[Record]:
         """The records start ... stop - 1 that can be used, made by so many threads ahead of their use."""
         rows = grain.MapDataset.range(start, stop).map(self.read)
+        told = self.captions
         for record, fault, small in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
-            if self._taken(fault, small):
-                yield record
+            if not self._taken(fault, small):
+                continue
+            if not (told or record.get("captions", True)):
+                found = as_captions(record["captions"])
+                why = found.fault or found.missing
+                log.warning("there are records without a caption, the first: %s (%s)", record.get("key"), why)
+                told = True
+            yield record
 
     def spaced(self, count: int) -> list[Record]:
         """Evenly spaced records, at most `count`; in place of one that cannot be used the next that can."""

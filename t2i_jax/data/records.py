@@ -40,6 +40,8 @@ def as_captions(value: Any, missing: str = Captions.missing) -> Captions:
 
     None and NaN are no captions; bytes are read by `decode_text`. Of several with one that is no text there are none.
     """
+    if isinstance(value, Captions):
+        return value
     found = Captions()
     several = value.tolist() if isinstance(value, np.ndarray) else value
     several = several if isinstance(several, list | tuple) else [several]
@@ -193,7 +195,7 @@ def _writer(path: Path):
 
 
 def write_file(path: Path, records: Iterable[Record]) -> int:
-    """One ArrayRecord file, whole or not at all; how many records it holds. Errors: `DataError` if there are none."""
+    """One ArrayRecord file, whole or not at all, perhaps without any record; how many it holds."""
     new, count = path.with_name(f".{path.name}"), 0
     writer = _writer(new)
     try:
@@ -202,10 +204,6 @@ def write_file(path: Path, records: Iterable[Record]) -> int:
             count += 1
     finally:
         writer.close()
-        if not count:
-            new.unlink(missing_ok=True)
-    if not count:
-        raise DataError(f"{path}: there are no records to write")
     os.rename(new, path)
     return count
 

@@ -109,7 +109,7 @@ def _name(header: bytes) -> str:
     if len(header) == tarfile.BLOCKSIZE:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
     with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-        return tar.getmembers()[0].name
+        return tar.next().name
 
 
 def _object(extra: bytes | None) -> dict[str, Any]:

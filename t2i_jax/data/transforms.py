@@ -12,7 +12,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from t2i_jax.data.images import open_image as open_image
-from t2i_jax.data.records import Captions, DataError, as_captions
+from t2i_jax.data.records import DataError, as_captions
 
 
 def to_square(picture: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
@@ -47,7 +47,7 @@ def choose_caption(captions: Any, rng: Generator | None = None, empty: bool = Fa
 
     empty: "" where there is none. Errors: `DataError` that says why there is none, or none that is text.
     """
-    found = captions if isinstance(captions, Captions) else as_captions(captions)
+    found = as_captions(captions)
     texts = [caption for caption in found if caption]
     if found.fault or not (texts or empty):
         raise DataError(found.fault or found.missing)
