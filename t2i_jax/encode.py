@@ -43,12 +43,12 @@ def encode_splits(
 ) -> Record:
     """Write an ArrayRecord data set of `codes` (with a codec) and `features` (with a frozen text encoder).
 
-    Pictures are cropped at the centre; captions, keys and licences stay with the records, which keep their order;
-    features have a row for each caption. Broken records, those without a caption where features are computed
-    (`Data.empty_captions` takes them) and too small images are left out, logged and counted; too many broken ones stop
-    the work, as in training. A file holds up to `block` records. Batches are split over `data` and `fsdp`
-    of the experiment's mesh, with several processes over the devices of each one. Until all is done it lies in
-    `OUT.partial`. Returns the index.
+    Codes are of images cropped at the centre; without a codec the images stay with the records as they are. Captions,
+    keys and licences stay too, and the records keep their order; features have a row for each caption. Broken records,
+    those without a caption where features are computed (`Data.empty_captions` takes them) and too small images are left
+    out, logged and counted; too many broken ones stop the work, as in training. A file holds up to `block` records.
+    Batches are split over `data` and `fsdp` of the experiment's mesh, with several processes over the devices of each
+    one. Until all is done it lies in `OUT.partial`. Returns the index.
 
     Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
     begun with another config; `DataError` where something else is at `out`, where too many records are broken, or where
@@ -57,7 +57,8 @@ def encode_splits(
     out, data = Path(out), experiment.data
     may_become(out)
     from_captions = hasattr(experiment.text, "load") and not hasattr(experiment.text, "image_features")
-    examples = {split: data.examples(split, text=experiment.text if from_captions else None) for split in splits}
+    text, keep = experiment.text if from_captions else None, not experiment.codec
+    examples = {split: data.examples(split, text=text, files=keep) for split in splits}
     counts = {split: -(-len(e) // block) for split, e in examples.items()}
     folder, main = out.with_name(out.name + ".partial"), jax.process_index() == 0
     with together():
@@ -100,6 +101,7 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
     data = experiment.data
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
     work |= {k: getattr(data, k) for k in ("source", "held_out", "image_size", "fields")}
+    work |= {k: getattr(data, k) for k in ("smallest_side", "empty_captions") if getattr(data, k)}
     new = json.loads(json.dumps({k: to_json(v) for k, v in work.items()}))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK
@@ -154,7 +156,8 @@ def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Recor
         row = 0
         for i, record in enumerate(records):
             rows = slice(row, row := row + len(record["tokens"][0]) if by_caption else 0)
-            rest = {k: v for k, v in record.items() if k not in ("image", "tokens")}
+            rest = {k: v for k, v in record.items() if k not in ("image", "tokens", "file")}
+            rest |= {"image": record["file"]} if "file" in record else {}
             one = {k: v[i : i + 1] if k == "features" else v[i] for k, v in codes.items()}
             yield rest | one | {k: v[rows] for k, v in by_caption.items()}
 

@@ -29,11 +29,11 @@ class Tally:
     share: float
     count: int
     notes: Callable[[], Sequence[str]]
-    """what else is known of the source"""
+    """what is known of missing captions"""
     seen: int = 0
     broken: int = 0
     small: int = 0
-    last: deque[str] = field(default_factory=lambda: deque(maxlen=5))
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=3))
 
     def add(self, faults: Sequence[Sequence[str]], small: int) -> None:
         """Count examples by the faults of each, and images that are too small.
@@ -84,6 +84,8 @@ class Examples:
     text: Tokenizer | None = None
     """adds "tokens": ids int32 (captions, s) and mask bool (captions, s) of all captions"""
     smallest_side: int = 0
+    files: bool = False
+    """adds "file": the image as the source has it"""
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -112,6 +114,7 @@ class Examples:
             ids, mask = self.text(record["captions"])
             record["tokens"] = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if self.image and "image" in record:
+            record |= {"file": record["image"]} if self.files else {}
             image = open_image(record["image"], self.image_size, 1.0, self.smallest_side)
             record["image"] = to_square(image, self.image_size)
         return record
@@ -156,6 +159,6 @@ class Examples:
     def summary(self) -> str:
         """How many of the records that were read are left out, and why; empty where none is."""
         tally = self.tally
-        reasons = [f"{tally.broken} are broken"] if tally.broken else []
-        reasons += [f"{tally.small} are under Data.smallest_side = {self.smallest_side}"] if tally.small else []
-        return f"of {tally.seen} records {' and '.join(reasons)}, and left out" if reasons else ""
+        reasons = [f"{tally.broken} as broken"] if tally.broken else []
+        reasons += [f"{tally.small} as under Data.smallest_side = {self.smallest_side}"] if tally.small else []
+        return f"of {tally.seen} records are left out: {', '.join(reasons)}" if reasons else ""

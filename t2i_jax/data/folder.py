@@ -51,7 +51,8 @@ class FolderReader:
         return mend(os.path.join(self.path, self.names[i]))
 
     def notes(self, captions: bool) -> list[str]:
-        return [note for note in (self.about, self.about_captions if captions else "") if note]
+        note = self.about_captions if captions else self.about
+        return [note] if note else []
 
 
 def open_folder(path: str) -> FolderReader:

@@ -149,15 +149,19 @@ class Data:
 
         return self._watched(restarted(stream), self._tally("examples met a broken record", reader, text is not None))
 
-    def examples(self, split: str = "train", captions: bool = False, text: Tokenizer | None = None) -> Examples:
+    def examples(
+        self, split: str = "train", captions: bool = False, text: Tokenizer | None = None, files: bool = False
+    ) -> Examples:
         """The records of a split in the order of the source, their images decoded and cropped at the centre.
 
-        captions: records without a caption are broken. text: captions are needed, and tokenised.
+        captions: records without a caption are broken. text: captions are needed, and tokenised. files: keep the image
+        files too.
         """
         reader = self._open(split, captions := captions or text is not None)
         tally = self._tally("records are broken", reader, captions)
         image = "image" in self.fields
-        return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, self.smallest_side)
+        small = self.smallest_side
+        return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
 
     def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, int]:
         """How many records each split has: what a run can remember of its data. Errors: `DataError`."""
@@ -167,12 +171,12 @@ class Data:
         reader = self.split(split).open()
         if not len(reader):
             raise DataError(f"there is no record in the split '{split}' of {self.split(split)}")
-        for note in reader.notes(captions):
+        for note in [*reader.notes(False), *(reader.notes(True) if captions else ())]:
             say_once(note)
         return reader
 
     def _tally(self, what: str, reader: Reader, captions: bool) -> Tally:
-        return Tally(what, self.broken_share, self.broken_count, lambda: reader.notes(captions))
+        return Tally(what, self.broken_share, self.broken_count, lambda: reader.notes(True) if captions else ())
 
     def split(self, split: str) -> Source:
         """The source of a split."""
@@ -284,9 +288,9 @@ class _Examples:
                 (small if isinstance(error, TooSmall) else faults).append(fault)
             if len(faults) == TRIES or len(small) == TRIES_SMALL:
                 break
-        about = [f"the first: {(faults or small)[0]}", *self.reader.notes(self.text is not None)]
-        tried = len(faults) + len(small)
-        raise DataError(f"none of {tried} records in a row can be used, {len(faults)} are broken; " + "; ".join(about))
+        about = [f"the first: {(faults or small)[0]}", *(self.reader.notes(True) if self.text is not None else ())]
+        why = f"{len(faults)} broken, {len(small)} too small"
+        raise DataError(f"none of {len(faults) + len(small)} records can be used ({why}); " + "; ".join(about))
 
     def example(self, record: Record, rng: np.random.Generator) -> Batch:
         data, random = self.data, rng if self.augment else None

@@ -37,8 +37,8 @@ class Reader(Protocol):
         ...
 
     def notes(self, captions: bool) -> list[str]:
-        """What was seen when the source was opened and is to be said once: what is not read; captions: and where
-        captions are missing."""
+        """What is to be said of the source: which files are not read; or, of captions, how many are missing, and where
+        they are looked for."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -80,7 +81,7 @@ class TarReader:
         key = self.key(i)
         record: Record = {"image": image, "key": key.removeprefix(mend(f"{self.shards[shard].parent}/"))}
         if self.caption == "txt":
-            record["captions"] = as_captions(text, "there is no .txt member")
+            record["captions"] = as_captions(text, self._instead(extra) if text is None else "")
         else:
             record["captions"] = self._field(extra)
         if self.fields:
@@ -89,6 +90,12 @@ class TarReader:
         if label is not None:
             record["label"] = _label(label)
         return record
+
+    def _instead(self, extra: bytes | None) -> str:
+        with contextlib.suppress(DataError):
+            if has := ", ".join(_object(extra)):
+                return f"there is no .txt member; TarShards.caption can name a field of the .json member, of {has}"
+        return "there is no .txt member"
 
     def _field(self, extra: bytes | None) -> Captions:
         """The captions in the .json member, whose faults matter where captions are needed."""
