@@ -22,6 +22,7 @@ from PIL import Image
 
 from t2i_jax import flops
 from t2i_jax.bench.measure import Result, in_turns, table, tell
+from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
@@ -74,7 +75,7 @@ def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers:
             start = time.perf_counter()
             for file in files:
                 picture = Image.open(io.BytesIO(file))
-                picture.draft("RGB", (image_size, image_size))
+                picture.draft(None, (draft_side(image_size, data.smallest_crop),) * 2)
                 picture.load()
             return len(files) / (time.perf_counter() - start)
 

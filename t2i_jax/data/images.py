@@ -154,7 +154,8 @@ def _planes(
     by_values: numbers of more than 8 bits are scaled by the values that there are, not by those that there may be.
     """
     if isinstance(image, np.ndarray):
-        colour, alpha = _array_planes(image, smallest_side)
+        wide = by_values and image.dtype == np.uint16
+        colour, alpha = _array_planes(image.astype(np.int64) if wide else image, smallest_side)
         return colour, alpha, None, (0, 0, *colour.size)
     if not isinstance(image, bytes):
         hint = f" ({image[:60]!r}: a path is none)" if isinstance(image, str) else ""
@@ -298,7 +299,8 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         works = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[space]
         if works != mode and (works, mode) != ("RGB", "L"):
             return None
-        transform = ImageCms.buildTransform(source, SRGB, works, "RGB")
+        flags = ImageCms.Flags.NOOPTIMIZE if works == "L" else ImageCms.Flags.NONE  # its short cut is coarse for grey
+        transform = ImageCms.buildTransform(source, SRGB, works, "RGB", flags=flags)
         if works == "CMYK":
             return works, transform
         ramp = np.arange(0, 256, 15).astype(np.uint8)  # 18 levels
