@@ -2,13 +2,14 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.data.images import TURNS, TooSmall, draft_side, image_endings, levels, open_image, open_mask
@@ -128,6 +129,45 @@ def test_16_bits_in_both_byte_orders():
     x = (ramp() * 65535).round().astype(np.uint16)
     other = Image.frombytes("I;16B", (16, 16), x.astype(">u2").tobytes())
     np.testing.assert_array_equal(pixels(saved(other, "TIFF")), pixels(saved(x, "TIFF")))
+
+
+def tiff(x, bits, photometric, kind):
+    """A TIFF of one strip from the bytes of 16x16 numbers, little-endian; kind: 1 unsigned, 2 signed, 3 float."""
+    tags = [(256, 3, 16), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8), (277, 3, 1)]
+    tags += [(278, 4, 16), (279, 4, len(x)), (339, 3, kind)]
+    entries = b"".join(struct.pack("<HHII", tag, size, 1, value) for tag, size, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(x)) + x + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def packed_12_bits(x):
+    pairs = np.rint(x * 4095).astype(int).reshape(-1, 2)
+    return b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff(np.rint((1 - ramp()) * 65535).astype("<u2").tobytes(), 16, 0, 1),
+        tiff(np.rint(ramp() * 32767).astype("<i2").tobytes(), 16, 1, 2),
+        tiff((ramp() * (2**32 - 1)).astype("<u4").tobytes(), 32, 1, 1),
+        tiff((1 - ramp()).astype("<f4").tobytes(), 32, 0, 3),
+        tiff(packed_12_bits(ramp()), 12, 1, 1),
+        b"P5\n16 16\n65535\n" + np.rint(ramp() * 65535).astype(">u2").tobytes(),
+        b"P5\n16 16\n1023\n" + np.rint(ramp() * 1023).astype(">u2").tobytes(),
+    ],
+    ids=["white is 0", "signed 16", "unsigned 32", "float, white is 0", "12 bits", "PGM", "PGM of 10 bits"],
+)
+def test_deep_grey_of_formats_that_say_their_range(data):
+    assert np.abs(pixels(data) - (ramp() * 255)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("where", [3, 8, 10**7])
+def test_a_tiff_with_a_broken_exif_pointer(where):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[34665] = where
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(pixels(saved(quarters(), "TIFF", tiffinfo=tags)), quarters())
 
 
 @FEW

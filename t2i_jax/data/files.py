@@ -141,7 +141,7 @@ def contents(folder: str) -> str:
         found = sorted((e.name, e.is_dir()) for e in islice(entries, 100_000) if not e.name.startswith("."))
     parts = kinds([name for name, is_folder in found if not is_folder])
     if folders := [name for name, is_folder in found if is_folder]:
-        parts += f"{', and ' if parts else ''}{len(folders)} folders ({_some(folders)})"
+        parts += f"{', and ' if parts else ''}folders: {_some(folders)}"
     return f"it holds {parts}" if parts else "it is empty"
 
 

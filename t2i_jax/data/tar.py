@@ -205,13 +205,15 @@ class _Samples:
     """Members of one tar grouped to samples by webdataset's rule: a key ends at the first dot of the name.
 
     Where that leaves an unknown ending, as of `v1.5_0.jpg`, the key ends at the last dot, unless its key by the rule
-    has an image of its own (`0.seg.png` belongs to `0.jpg`). A name that comes again begins another sample of the key.
+    has an image of its own (`0.seg.png` belongs to `0.jpg`). A name that comes again begins another sample of the key,
+    which has what follows it.
     """
 
     def __init__(self, shard: int):
         self.shard, self.endings = shard, image_endings()
         self.by_key: dict[str, list[_Sample]] = {}
         self.dotted: list[tuple[str, str, str, tarfile.TarInfo]] = []
+        self.last = ""
         self.ignored: list[str] = []
         self.again: list[str] = []
         self.second: list[str] = []
@@ -239,7 +241,8 @@ class _Samples:
 
     def _add(self, key: str, kind: str, member: tarfile.TarInfo) -> None:
         samples = self.by_key.setdefault(key, [])
-        for sample in samples:
+        together, self.last = key == self.last, key
+        for sample in reversed(samples) if together else samples:
             if kind not in sample.names:
                 sample.add(kind, member)
                 return
