@@ -149,9 +149,9 @@ class Examples:
         return found
 
     def _taken(self, fault: str, small: bool) -> bool:
-        if small:
+        if small and not self.tally.small:
             tell_small(fault, self.smallest_side)
-        elif fault:
+        elif fault and not small:
             log.warning("broken record, left out: %s", fault)
         self.tally.add([[fault] if fault and not small else []], int(small))
         return not fault

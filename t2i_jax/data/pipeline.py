@@ -196,8 +196,8 @@ class Data:
             for batch, faults, small in stream:
                 for fault in (fault for several in faults for fault in several):
                     log.warning("broken record, replaced: %s", fault)
-                for name in small[:1]:
-                    tell_small(name, self.smallest_side)
+                if small and not tally.small:
+                    tell_small(small[0], self.smallest_side)
                 tally.add(faults, len(small))
                 yield batch
 
@@ -315,10 +315,10 @@ class _Examples:
                 arrays[name] = value[row] if name in PER_CAPTION else value
         if caption is not None:
             arrays["text"], arrays["text_mask"] = self.tokens(caption)
-        if not arrays:
-            raise DataError(f"the record has none of Data.fields {data.fields}, only {sorted(record)}")
         if self.spec is not None:
             check_example(self.spec, arrays)
+        elif not arrays:
+            raise DataError(f"the record has none of Data.fields {data.fields}, only {sorted(record)}")
         return arrays
 
     def tokens(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
