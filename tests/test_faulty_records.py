@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import FieldSpec, check_batch
-from t2i_jax.data import ArrayRecord, Data, DataError, write_records
+from t2i_jax.data import ArrayRecord, Data, DataError, Mixture, write_records
 from t2i_jax.data.examples import Tally
 
 IMAGE = FieldSpec((8, 8, 3), "uint8")
@@ -154,6 +154,21 @@ def test_records_without_captions_can_be_taken(tmp_path, caplog):
     assert values(batches) == list(range(20)) and "broken" not in caplog.text
     assert sorted(np.concatenate([b["text"][:, 0] for b in batches]))[0] == 0
     assert len(list(data.examples(captions=True))) == 20
+
+
+def test_a_record_is_replaced_by_one_of_its_own_source(tmp_path):
+    """Also the last one of a source; where all of a source are broken, no other stands in for it."""
+    for name, first in (("a", 0), ("b", 100)):
+        rows = [{"image": picture(first + i)} for i in range(10)]
+        rows[9]["image"] = b"no picture"
+        write_records(tmp_path / name, rows)
+    write_records(tmp_path / "c", [{"image": b"no picture"}] * 3)
+    parts = [ArrayRecord(str(tmp_path / name)) for name in "abc"]
+    for weights in (None, (1, 1)):
+        data = Data(Mixture((parts[0], parts[1]), weights), image_size=8, batch_size=20)
+        assert values(take(data, 1)) == [0, 0, *range(1, 9), 100, 100, *range(101, 109)]
+    with pytest.raises(DataError, match="none of 3 records can be used"):
+        take(Data(Mixture((parts[0], parts[2]), (1, 1)), image_size=8, batch_size=20))
 
 
 # --- small images -----------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class ParquetReader:
     def __getitem__(self, i: int) -> Record:
         config, g = self.config, self._group(i)
         row = self.tables[g].slice(i - self.starts[g], 1).to_pylist()[0]
-        key = row[config.key] if config.key else self.key(i).removeprefix(f"{self.groups[g][0].parent}/")
+        key = row[config.key] if config.key else None
+        key = self.key(i).removeprefix(f"{self.groups[g][0].parent}/") if key is None else key
         captions = row[config.captions] if config.captions else None
         return {
             "image": _image(row[config.image], config.image),

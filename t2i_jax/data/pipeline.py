@@ -8,7 +8,7 @@ row by row the same on 1, 2 or 64 hosts. Nothing but `position` has to be saved:
 hosts and workers.
 
 Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
-the source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays
+its source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays
 a plain count of examples, and the stream stays a pure function of g. Each broken record is counted and logged with its
 key and file; too small images are counted. A worker process that dies (no memory, a kill) is logged and started again,
 and the stream goes on where it was.
@@ -134,7 +134,12 @@ class Data:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
         text = text if spec is None or "text" in spec else None
         reader = self._open(split, text is not None)
-        examples = _Examples(self, reader, self._order(self.split(split), reader), text, split == "train", spec)
+        source = self.split(split)
+        sizes, weights = [len(reader)], None
+        if isinstance(source, Mixture) and isinstance(reader, Joined):
+            sizes, weights = [len(r) for r in reader.readers], source.weights
+        order = Order(sizes, weights, self.seed)
+        examples = _Examples(self, reader, order, np.cumsum([0, *sizes]), text, split == "train", spec)
         local = self.batch_size // count
 
         def stream(done: int) -> Iterator[_Made]:
@@ -185,11 +190,6 @@ class Data:
         if self.held_out is not None:
             return self.held_out
         return _split(self.source, split)
-
-    def _order(self, source: Source, reader: Reader) -> Order:
-        if isinstance(source, Mixture) and isinstance(reader, Joined):
-            return Order([len(r) for r in reader.readers], source.weights, self.seed)
-        return Order([len(reader)], None, self.seed)
 
     def _watched(self, stream: Generator[_Made], tally: Tally) -> Iterator[Batch]:
         with closing(stream):
@@ -269,14 +269,17 @@ class _Examples:
     data: Data
     reader: Reader
     order: Order
+    starts: np.ndarray
+    """where the sources begin, and the end"""
     text: Tokenizer | None
     augment: bool
     spec: BatchSpec | None
 
     def __call__(self, g: int) -> _Made:
         first, faults, small = self.order[g], [], []
-        for step in range(len(self.reader)):
-            i = (first + step) % len(self.reader)
+        part = int(np.searchsorted(self.starts, first, side="right")) - 1
+        start, stop = self.starts[part : part + 2].tolist()
+        for i in (*range(first, stop), *range(start, first)):
             record: Record = {}
             try:
                 record = self.reader[i]
