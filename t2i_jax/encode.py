@@ -8,6 +8,7 @@ blocks that are missing, on any number of processes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,12 +19,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t2i_jax.config import ConfigError, differences, to_json
-from t2i_jax.data.records import INDEX, Record, count_records, may_become, put_in_place, shard_name, write_file
+from t2i_jax.data.records import (
+    INDEX,
+    DataError,
+    Record,
+    count_records,
+    may_become,
+    put_in_place,
+    shard_name,
+    write_file,
+)
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
-from t2i_jax.progress import bar
+from t2i_jax.progress import bar, console
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import together
 
+log = logging.getLogger(__name__)
 WORK = "work.json"
 
 
@@ -32,17 +43,22 @@ def encode_splits(
 ) -> Record:
     """Write an ArrayRecord data set of `codes` (with a codec) and `features` (with a frozen text encoder).
 
-    Pictures are cropped at the centre; captions, keys and licences stay with the records, which keep their order;
-    features have a row for each caption. A file holds up to `block` records. Batches are split over `data` and `fsdp`
-    of the experiment's mesh, with several processes over the devices of each one. Until all is done it lies in
-    `OUT.partial`. Returns the index.
+    Codes are of images cropped at the centre; without a codec the images stay with the records as they are. Captions,
+    keys and licences stay too, and the records keep their order; features have a row for each caption. Broken records,
+    those without a caption where features are computed (`Data.empty_captions` takes them) and too small images are left
+    out, logged and counted; too many broken ones stop the work, as in training. A file holds up to `block` records.
+    Batches are split over `data` and `fsdp` of the experiment's mesh, with several processes over the devices of each
+    one. Until all is done it lies in `OUT.partial`. Returns the index.
 
     Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
-    begun with another config; `DataError` where something else is at `out`, or where all records of a block are broken.
+    begun with another config; `DataError` where something else is at `out`, where too many records are broken, or where
+    a split has none to store.
     """
     out, data = Path(out), experiment.data
     may_become(out)
-    examples = {split: data.examples(split) for split in splits}
+    from_captions = hasattr(experiment.text, "load") and not hasattr(experiment.text, "image_features")
+    text, keep = experiment.text if from_captions else None, not experiment.codec
+    examples = {split: data.examples(split, text=text, files=keep) for split in splits}
     counts = {split: -(-len(e) // block) for split, e in examples.items()}
     folder, main = out.with_name(out.name + ".partial"), jax.process_index() == 0
     with together():
@@ -60,11 +76,18 @@ def encode_splits(
                 records = encoded(examples[split].block(*ends, threads=data.threads))
                 made = write_file(path, ({**record, "split": split} for record in records))
                 progress.advance(task, made)
+        for split, read in examples.items():
+            if summary := read.summary():
+                log.warning("%s: %s", split, summary)
         multihost_utils.sync_global_devices("encode: all is there")
         if main:
             found: Record = {split: {"count": 0, "shards": n, "order": "blocks"} for split, n in counts.items()}
             for path, split, _ in files:
                 found[split]["count"] += count_records(path)
+            for split, read in examples.items():
+                if not (count := found[split]["count"]):
+                    raise DataError(f"the split '{split}' has {len(read)} records, and none that can be stored")
+                console.print(f"{split}: {count} of {len(read)} records are stored", soft_wrap=True, highlight=False)
             index = {"codec": experiment.codec, "image_size": data.image_size, "splits": found}
             (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
             put_in_place(folder, out)
@@ -78,6 +101,7 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
     data = experiment.data
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
     work |= {k: getattr(data, k) for k in ("source", "held_out", "image_size", "fields")}
+    work |= {k: getattr(data, k) for k in ("smallest_side", "empty_captions") if getattr(data, k)}
     new = json.loads(json.dumps({k: to_json(v) for k, v in work.items()}))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK
@@ -124,15 +148,16 @@ def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Recor
         """The records of one batch with their codes, and with features for each of their captions."""
         codes = ready(image=np.stack([r["image"] for r in records])) if seen else {}
         by_caption: Record = {}
-        if "text" in frozen and "features" not in codes:
-            captions = [caption for r in records for caption in captions_of(r)]
-            chunks = [captions[at : at + batch_size] for at in range(0, len(captions), batch_size)]
-            parts = [ready(**dict(zip(("text", "text_mask"), experiment.text(c), strict=True))) for c in chunks]
+        if "text" in frozen and "features" not in codes:  # else the captions' features are those of the images
+            ids, mask = (np.concatenate(rows) for rows in zip(*(r["tokens"] for r in records), strict=True))
+            chunks = [slice(at, at + batch_size) for at in range(0, len(ids), batch_size)]
+            parts = [ready(text=ids[c], text_mask=mask[c]) for c in chunks]
             by_caption = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         row = 0
         for i, record in enumerate(records):
-            rows = slice(row, row := row + len(captions_of(record)))
-            rest = {k: v for k, v in record.items() if k != "image"}
+            rows = slice(row, row := row + len(record["tokens"][0]) if by_caption else 0)
+            rest = {k: v for k, v in record.items() if k not in ("image", "tokens", "file")}
+            rest |= {"image": record["file"]} if "file" in record else {}
             one = {k: v[i : i + 1] if k == "features" else v[i] for k, v in codes.items()}
             yield rest | one | {k: v[rows] for k, v in by_caption.items()}
 
@@ -142,10 +167,6 @@ def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Recor
             yield from batch(some)
 
     return encoded
-
-
-def captions_of(record: Record) -> Sequence[str]:
-    return record.get("captions") or [""]
 
 
 def small(x: np.ndarray) -> np.ndarray:

@@ -305,8 +305,11 @@ def test_flip_spares_what_has_a_side(tmp_path):
 
 def test_a_long_caption_and_an_empty_one(tmp_path):
     write_records(tmp_path / "r", [{"image": encoded(0), "captions": [c]} for c in ("x" * 10_000, "")])
-    (batch,) = take(Data(ArrayRecord(str(tmp_path / "r")), batch_size=2), 1)
+    data = Data(ArrayRecord(str(tmp_path / "r")), batch_size=2, empty_captions=True)
+    (batch,) = take(data, 1)
     assert sorted(batch["text"][:, 0]) == [0, 10_000]
+    (batch,) = take(dataclasses.replace(data, empty_captions=False), 1)
+    assert batch["text"][:, 0].tolist() == [10_000, 10_000]  # a blank caption is none
 
 
 # --- broken records ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
-from t2i_jax.data import ArrayRecord, Data, write_records
+from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
@@ -156,3 +156,77 @@ def test_processes_share_the_work_and_go_on_after_a_kill(store, whole):
         assert process.returncode == 0, output
     assert all((store / "shared" / name).stat().st_mtime_ns == t for name, t in done.items())
     same(records(store / "shared"), whole)
+
+
+# --- what cannot be stored --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """A frozen text encoder whose features are the lengths of captions; some captions cannot be tokenised."""
+
+    def __call__(self, captions):
+        if any("bad" in c for c in captions):
+            raise ValueError("this caption is bad")
+        ids = np.array([[len(c)] for c in captions], np.int32)
+        return ids, ids > 0
+
+    def load(self):
+        return {"scale": np.ones((), np.float32)}
+
+    def features(self, model, ids, mask):
+        return ids[..., None] * model["scale"]
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """An experiment without a codec, whose records 1 to 4 cannot all be used."""
+    rows = [
+        {"image": np.full((8, 8, 3), i, np.uint8), "captions": [f"c{i}"] * (1 + i % 2), "key": f"k{i}"}
+        for i in range(12)
+    ]
+    rows[1]["captions"], rows[2]["captions"], rows[3]["image"] = [], ["bad"], b"no picture"
+    rows[4]["image"] = np.full((6, 8, 3), 4, np.uint8)
+    write_records(tmp_path / "data", rows)
+    data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8, smallest_side=8)
+    return Experiment(FAMILY, data, mesh=MeshConfig(1, 1, 1), text=Lengths())
+
+
+@pytest.mark.parametrize("block", [100, 2, 1])
+def test_what_is_left_out_is_named_and_counted(captioned, tmp_path, caplog, capsys, block):
+    """Also where all records of a block are left out; images stay, as nothing stands for them."""
+    index = encode_splits(captioned, tmp_path / "out", ["train"], 4, block=block)
+    assert index["splits"]["train"]["count"] == 8
+    stored = records(tmp_path / "out")
+    assert [r["key"] for r in stored] == ["k0", *(f"k{i}" for i in range(5, 12))]
+    for r in stored:
+        i = int(r["key"][1:])
+        np.testing.assert_array_equal(r["features"][:, 0, 0], [len(f"c{i}")] * (1 + i % 2))
+        np.testing.assert_array_equal(r["image"], np.full((8, 8, 3), i))
+        assert not {"tokens", "file"} & r.keys()
+    for key, fault in {"k1": "the caption is blank|no caption", "k2": "this caption is bad", "k3": "no image"}.items():
+        (message,) = [m for m in caplog.messages if f"{key} in " in m]
+        assert any(word in message for word in fault.split("|")) and ".arrayrecord:" in message
+    summary = "of 12 records are left out: 3 as broken, 1 as under Data.smallest_side = 8"
+    assert f"train: {summary}" in caplog.text and "train: 8 of 12 records are stored" in capsys.readouterr().err
+
+
+def test_too_many_broken_records_stop_the_work(captioned, tmp_path):
+    few = dataclasses.replace(captioned, data=dataclasses.replace(captioned.data, broken_count=2))
+    with pytest.raises(DataError, match=r"3 of 4 records are broken, more than Data\.broken_share(.|\n)*k3 in "):
+        encode_splits(few, tmp_path / "out", ["train"], 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_without_a_record_that_can_be_stored(captioned, tmp_path):
+    none = dataclasses.replace(captioned, data=dataclasses.replace(captioned.data, smallest_side=9))
+    with pytest.raises(DataError, match="the split 'train' has 12 records, and none that can be stored"):
+        encode_splits(none, tmp_path / "out", ["train"], 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_that_are_missing_can_be_taken(captioned, tmp_path):
+    taken = dataclasses.replace(captioned, data=dataclasses.replace(captioned.data, empty_captions=True))
+    encode_splits(taken, tmp_path / "out", ["train"], 4)
+    second = records(tmp_path / "out")[1]
+    assert second["key"] == "k1" and second["captions"] == [""] and second["features"].ravel().tolist() == [0]

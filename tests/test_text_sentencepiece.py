@@ -26,7 +26,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "new" / "captions.model"
-    train_vocabulary(CAPTIONS, path, 400)
+    assert train_vocabulary(CAPTIONS, path, 400) == SentencePiece(str(path)).vocabulary
     return str(path)
 
 
@@ -102,7 +102,13 @@ def test_a_damaged_vocabulary_is_named(vocabulary, damage, tmp_path):
     "arguments, message",
     [
         (dict(captions=CAPTIONS, size=100), "no vocabulary of size 100 from 84 captions"),
+        (
+            dict(captions=CAPTIONS, size=270),
+            r"no vocabulary of size 270 from 84 captions: their characters need at least \d+",
+        ),
+        (dict(captions=CAPTIONS, size=2**40), "no vocabulary of size 1099511627776"),
         (dict(captions=["", " "]), "no captions"),
+        (dict(captions=["a dog", 7]), "a caption is a string, not int: 7"),
         (dict(captions=CAPTIONS, model_type="words"), "it is unigram or bpe"),
     ],
 )

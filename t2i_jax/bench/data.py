@@ -22,6 +22,7 @@ from PIL import Image
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import Result, in_turns, table, tell
 from t2i_jax.core.fields import Checked, Count, Size
+from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
@@ -70,11 +71,13 @@ def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers:
         files = [f.read_bytes() for f in sorted(Path(name).glob(f"*.{suffix}"))]
         data = Data(Folder(name), image_size=image_size, batch_size=16, crop="random", workers=workers, threads=1)
 
+        needed = draft_side(image_size, data.smallest_crop)
+
         def alone() -> float:
             start = time.perf_counter()
             for file in files:
                 picture = Image.open(io.BytesIO(file))
-                picture.draft("RGB", (image_size, image_size))
+                picture.draft(None, (needed, needed))
                 picture.load()
             return len(files) / (time.perf_counter() - start)
 

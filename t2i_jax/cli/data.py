@@ -83,6 +83,13 @@ def vocab(arguments: list[str]) -> None:
 
     local(args.out)
     experiment = config.load(args.config, rest)
-    captions = [c for record in experiment.data.examples("train") for c in record["captions"]]
-    train_vocabulary(captions, args.out, args.size, args.kind)
-    console.print(f"{args.out}: vocabulary of {args.size} pieces from {len(captions)} captions")
+    data = dataclasses.replace(experiment.data, fields=())  # images are not decoded
+    examples = data.examples("train", captions=True)
+    captions = [c for record in examples for c in record["captions"]]
+    if summary := examples.summary():
+        console.print(f"{args.config}: {summary}", style="yellow", soft_wrap=True, highlight=False)
+    size = train_vocabulary(captions, args.out, args.size, args.kind)
+    few = f", as the captions do not give {args.size}" if size < args.size else ""
+    console.print(
+        f"{args.out}: vocabulary of {size} pieces{few}, from {len(captions)} captions", soft_wrap=True, highlight=False
+    )

@@ -48,6 +48,8 @@ class Order:
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+        if not all(sizes) and weights is not None:
+            raise DataError(f"Mixture.sources: their records are {tuple(sizes)}, and a source has none")
         if weights is None:
             sizes, weights = [sum(sizes)], [1.0]
         self.sizes, self.seed = tuple(sizes), seed

@@ -7,40 +7,46 @@ at `position` holds the examples position + n * batch_size + (0 ... batch_size -
 row by row the same on 1, 2 or 64 hosts. Nothing but `position` has to be saved: a run goes on exactly, on any number of
 hosts and workers.
 
-Broken records. An example whose record cannot be read is made from the next record of the source that can. So batches
-stay full, `position` stays a plain count of examples, and the stream stays a pure function of g; each replacement is
-counted and logged with its key. A worker process that dies (no memory, a kill) is told and replaced, and the stream
-goes on where it was.
+Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
+its source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays
+a plain count of examples, and the stream stays a pure function of g. Each broken record is counted and logged with its
+key and file; too small images are counted. A worker process that dies (no memory, a kill) is logged and started again,
+and the stream goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
-from t2i_jax.core.types import BatchSpec
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import BatchSpec, check_example
+from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
+from t2i_jax.data.files import say_once
+from t2i_jax.data.images import TooSmall, open_image
 from t2i_jax.data.order import Order, Rows
 from t2i_jax.data.records import DataError, Record
 from t2i_jax.data.sources import Joined, Mixture, Reader, Source
-from t2i_jax.data.transforms import choose_caption, may_flip, open_image, to_square
+from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PER_CAPTION = ("features", "text_mask")  # a row for each caption of the record
 ARRAYS = ("label", "codes", "latents", *PER_CAPTION)
 SIDED = ("left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo")
 SIDED += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
 TRIES = 100
+"""Broken records in a row that end a run."""
+TRIES_SMALL = 10_000
+"""Images in a row that are too small."""
 DEATHS = 3
 
 
@@ -66,6 +72,11 @@ class Data:
     """Words of captions that a mirrored picture would belie."""
     caption: Literal["random", "first"] = "random"
     """Which of several captions an example gets when training."""
+    empty_captions: bool = False
+    """Take a record without a caption, with the caption "" (the unconditional one of many models); else it is broken
+    where captions are needed."""
+    smallest_side: int = 0
+    """Images with a shorter side are left out: pixels that they lack would be made up."""
     fields: tuple[str, ...] = ("image", *ARRAYS)
     """What goes into a batch, of what the records have; without "image" no picture is decoded."""
     seed: int = 0
@@ -77,9 +88,22 @@ class Data:
     prefetch: int = 4
     """Batches that each process makes ahead."""
     broken_share: float = 0.01
-    """The run stops when a larger share of the examples was broken ..."""
+    """The run stops when a larger share of the examples met a broken record ..."""
     broken_count: int = 10
     """... and more than so many of them."""
+
+    def __post_init__(self):
+        least = {"image_size": 1, "batch_size": 1, "smallest_side": 0, "seed": 0, "workers": 0, "threads": 0}
+        for name, low in (least | {"prefetch": 0, "broken_count": 0, "broken_share": 0}).items():
+            if not getattr(self, name) >= low:
+                raise ConfigError(f"Data.{name} is {getattr(self, name)}; it is at least {low}")
+        if not 0 < self.smallest_crop <= 1:
+            raise ConfigError(f"Data.smallest_crop is {self.smallest_crop}; it is above 0 and at most 1")
+        for name, words in {"crop": ("center", "random"), "caption": ("random", "first")}.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"Data.{name} is '{getattr(self, name)}'; it is one of {', '.join(words)}")
+        if unknown := set(self.fields) - {"image", *ARRAYS}:
+            raise ConfigError(f"Data.fields has {sorted(unknown)}; there are {', '.join(('image', *ARRAYS))}")
 
     def batches(
         self,
@@ -97,8 +121,10 @@ class Data:
         (b,) and the other arrays of `fields` that the records hold; b = batch_size / count. A split other than "train"
         is shuffled too, but not augmented: centre crop, no flip, first caption. Close the iterator to end its workers.
 
+        spec: what the model takes: a batch has these names alone, and a record that does not match is broken.
         Errors: `DataError` for a batch size that `count` does not divide, for an unreadable source, for records that
-        do not fit together, and when too many are broken, naming the last of them.
+        do not fit together, and when too many are broken, naming the last of them; what `text` raises where it fails
+        for any caption.
         """
         if self.batch_size % count or not 0 <= process < count:
             raise DataError(
@@ -106,26 +132,56 @@ class Data:
             )
         if position < 0:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
+        text = text if spec is None or "text" in spec else None
+        reader = self._open(split, text is not None)
         source = self.split(split)
-        reader = source.open()
-        examples = _Examples(self, reader, self._order(source, reader), text is not None, split == "train")
+        sizes, weights = [len(reader)], None
+        if isinstance(source, Mixture) and isinstance(reader, Joined):
+            sizes, weights = [len(r) for r in reader.readers], source.weights
+        order = Order(sizes, weights, self.seed)
+        examples = _Examples(self, reader, order, np.cumsum([0, *sizes]), text, split == "train", spec)
         local = self.batch_size // count
 
-        def stream(done: int) -> Iterator[tuple[Batch, list[str]]]:
-            """The batches, each with what was wrong on the way, behind the first `done` of them."""
+        def stream(done: int) -> Iterator[_Made]:
+            """The batches after the first `done` of them, each with what was wrong on the way."""
             rows = Rows(position + done * self.batch_size, self.batch_size, process, count)
-            made = grain.MapDataset.source(rows).map(examples).batch(local, batch_fn=_Collate(text))
+            made = grain.MapDataset.source(rows).map(examples).batch(local, batch_fn=collate)
             made = made.to_iter_dataset(grain.ReadOptions(self.threads, max(self.prefetch, self.threads)))
             if self.workers:
                 _parse_flags()
                 made = made.mp_prefetch(grain.MultiprocessingOptions(self.workers, max(1, self.prefetch)))
             return iter(made)
 
-        return self._watched(restarted(stream))
+        return self._watched(restarted(stream), self._tally("examples met a broken record", reader, text is not None))
 
-    def examples(self, split: str = "train") -> Examples:
-        """The records of a split in the order of the source, their pictures decoded and cropped at the centre."""
-        return Examples(self.split(split).open(), self.image_size, "image" in self.fields)
+    def examples(
+        self, split: str = "train", captions: bool = False, text: Tokenizer | None = None, files: bool = False
+    ) -> Examples:
+        """The records of a split in the order of the source, their images decoded and cropped at the centre.
+
+        captions: records without a caption are broken. text: captions are needed, and tokenised. files: keep the image
+        files too.
+        """
+        reader = self._open(split, captions := captions or text is not None)
+        tally = self._tally("records are broken", reader, captions)
+        image = "image" in self.fields
+        small = self.smallest_side
+        return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
+
+    def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, int]:
+        """How many records each split has: what a run can remember of its data. Errors: `DataError`."""
+        return {split: len(self.split(split).open()) for split in splits}
+
+    def _open(self, split: str, captions: bool) -> Reader:
+        reader = self.split(split).open()
+        if not len(reader):
+            raise DataError(f"there is no record in the split '{split}' of {self.split(split)}")
+        for note in [*reader.notes(False), *(reader.notes(True) if captions else ())]:
+            say_once(note)
+        return reader
+
+    def _tally(self, what: str, reader: Reader, captions: bool) -> Tally:
+        return Tally(what, self.broken_share, self.broken_count, lambda: reader.notes(True) if captions else ())
 
     def split(self, split: str) -> Source:
         """The source of a split."""
@@ -135,26 +191,14 @@ class Data:
             return self.held_out
         return _split(self.source, split)
 
-    def _order(self, source: Source, reader: Reader) -> Order:
-        if isinstance(source, Mixture) and isinstance(reader, Joined):
-            return Order([len(r) for r in reader.readers], source.weights, self.seed)
-        return Order([len(reader)], None, self.seed)
-
-    def _watched(self, stream: Generator[tuple[Batch, list[str]]]) -> Iterator[Batch]:
-        seen = broken = 0
-        last: deque[str] = deque(maxlen=5)
+    def _watched(self, stream: Generator[_Made], tally: Tally) -> Iterator[Batch]:
         with closing(stream):
-            for batch, faults in stream:
-                for fault in faults:
+            for batch, faults, small in stream:
+                for fault in (fault for several in faults for fault in several):
                     log.warning("broken record, replaced: %s", fault)
-                last.extend(faults)
-                broken += len(faults)
-                seen += len(next(iter(batch.values())))
-                if broken > self.broken_count and broken > self.broken_share * seen:
-                    raise DataError(
-                        f"{broken} of {seen} records were broken, more than Data.broken_share = {self.broken_share}; "
-                        f"the last: {'; '.join(last)}"
-                    )
+                if small and not tally.small:
+                    tell_small(small[0], self.smallest_side)
+                tally.add(faults, len(small))
                 yield batch
 
 
@@ -204,113 +248,118 @@ def _parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-Example = tuple[Batch, str | None, list[str]]
+class _Made(NamedTuple):
+    """An example or a batch, and what is wrong with the records that it replaces."""
+
+    arrays: Batch
+    faults: list[Any]
+    """of an example its broken records, of a batch the broken records of each example"""
+    small: list[str]
+    """images that are too small"""
+
+
+class _Unusable(Exception):
+    """The tokenizer fails for every caption; its error is the cause."""
 
 
 @dataclass
 class _Examples:
-    """Example g: its arrays, its caption, and what was wrong with the records that it replaces."""
+    """Example g."""
 
     data: Data
     reader: Reader
     order: Order
-    captions: bool
+    starts: np.ndarray
+    """where the sources begin, and the end"""
+    text: Tokenizer | None
     augment: bool
+    spec: BatchSpec | None
 
-    def __call__(self, g: int) -> Example:
-        first, faults = self.order[g], []
-        for step in range(TRIES):
-            i = (first + step) % len(self.reader)
+    def __call__(self, g: int) -> _Made:
+        first, faults, small = self.order[g], [], []
+        part = int(np.searchsorted(self.starts, first, side="right")) - 1
+        start, stop = self.starts[part : part + 2].tolist()
+        for i in (*range(first, stop), *range(start, first)):
             record: Record = {}
             try:
                 record = self.reader[i]
-                return *self.example(record, np.random.default_rng((self.data.seed, g))), faults
-            except Exception as error:  # whatever a picture library finds in a damaged file
-                faults.append(f"{record.get('key', f'record {i}')} ({type(error).__name__}: {error})")
-        raise DataError(f"{TRIES} records one behind the other are broken, the last: {faults[-1]}")
+                return _Made(self.example(record, np.random.default_rng((self.data.seed, g))), faults, small)
+            except _Unusable as stop:
+                raise (stop.__cause__ or stop) from None
+            except Exception as error:  # whatever a library finds in a damaged file
+                fault = f"{name_of(self.reader, i, record)} ({fault_of(error)})"
+                (small if isinstance(error, TooSmall) else faults).append(fault)
+            if len(faults) == TRIES or len(small) == TRIES_SMALL:
+                break
+        about = [f"the first: {(faults or small)[0]}", *(self.reader.notes(True) if self.text is not None else ())]
+        why = f"{len(faults)} broken, {len(small)} too small"
+        raise DataError(f"none of {len(faults) + len(small)} records can be used ({why}); " + "; ".join(about))
 
-    def example(self, record: Record, rng: np.random.Generator) -> tuple[Batch, str | None]:
+    def example(self, record: Record, rng: np.random.Generator) -> Batch:
         data, random = self.data, rng if self.augment else None
+        fields = [name for name in data.fields if self.spec is None or name in self.spec]
         arrays: Batch = {}
         # All draws are taken in this order whatever the record is like.
         x = rng.uniform()
         caption, row, chooser = None, 0, random if data.caption == "random" else None
-        if "features" in data.fields and "features" in record:
+        if "features" in fields and "features" in record:
             row = int(chooser.integers(len(record["features"]))) if chooser is not None else 0
-        elif self.captions:
-            caption = choose_caption(record.get("captions"), chooser)
-        if "image" in data.fields and "image" in record:
-            picture = open_image(record["image"], data.image_size)
-            image = to_square(picture, data.image_size, random if data.crop == "random" else None, data.smallest_crop)
+        elif self.text is not None:
+            caption = choose_caption(record.get("captions"), chooser, data.empty_captions)
+        if "image" in fields and "image" in record:
+            smallest = data.smallest_crop if random is not None and data.crop == "random" else 1.0
+            image = open_image(record["image"], data.image_size, smallest, data.smallest_side)
+            image = to_square(image, data.image_size, random if data.crop == "random" else None, data.smallest_crop)
             flip = data.flip and self.augment and x < 0.5 and may_flip(record.get("captions") or (), data.flip_except)
             arrays["image"] = image[:, ::-1] if flip else image
         for name in ARRAYS:
-            if name in data.fields and record.get(name) is not None:
-                value = np.asarray(record[name])
-                value = value[row] if name in PER_CAPTION else value
-                arrays[name] = value.astype(np.int32) if value.dtype.kind in "iu" else value
-        if not arrays and caption is None:
+            if name in fields and record.get(name) is not None:
+                value = numbers(name, record[name])
+                arrays[name] = value[row] if name in PER_CAPTION else value
+        if caption is not None:
+            arrays["text"], arrays["text_mask"] = self.tokens(caption)
+        if self.spec is not None:
+            check_example(self.spec, arrays)
+        elif not arrays:
             raise DataError(f"the record has none of Data.fields {data.fields}, only {sorted(record)}")
-        return arrays, caption
+        return arrays
 
-
-@dataclass
-class _Collate:
-    """Examples to one batch, and everything that was wrong on the way."""
-
-    text: Tokenizer | None
-
-    def __call__(self, examples: Sequence[Example]) -> tuple[Batch, list[str]]:
-        batch: Batch = {}
-        for name in dict.fromkeys(name for arrays, _, _ in examples for name in arrays):
-            shapes = {str(arrays[name].shape) if name in arrays else "missing" for arrays, _, _ in examples}
-            if len(shapes) > 1:
-                raise DataError(f"records of one batch differ in '{name}': its shapes are {', '.join(sorted(shapes))}")
-            batch[name] = np.stack([arrays[name] for arrays, _, _ in examples])
-        captions = [caption for _, caption, _ in examples if caption is not None]
-        if self.text is not None and captions:
-            if len(captions) < len(examples):
-                raise DataError("records of one batch differ: some have 'features' and some have not")
-            ids, mask = self.text(captions)
-            batch["text"], batch["text_mask"] = np.asarray(ids, np.int32), np.asarray(mask, bool)
-        return batch, [fault for _, _, faults in examples for fault in faults]
-
-
-@dataclass
-class Examples:
-    """Records in order, with "image" uint8 (image_size, image_size, 3) in place of a picture file.
-
-    Asking for a broken one raises what is wrong with it; iterating leaves it out and logs it.
-    """
-
-    reader: Reader
-    image_size: int
-    image: bool = True
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, i: int) -> Record:
-        record = self.reader[i]
-        if self.image and "image" in record:
-            record = {**record, "image": to_square(open_image(record["image"], self.image_size), self.image_size)}
-        return record
-
-    def __iter__(self) -> Iterator[Record]:
-        return self.block(0, len(self))
-
-    def block(self, start: int, stop: int, threads: int = 0) -> Iterator[Record]:
-        """The records start ... stop - 1, made by so many threads ahead of their use; broken ones are left out."""
-
-        def read(i: int) -> tuple[Record, str]:
+    def tokens(self, caption: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (s,) and mask bool (s,) of a caption."""
+        assert self.text is not None
+        try:
+            ids, mask = self.text([caption])
+        except Exception:
             try:
-                return self[i], ""
-            except Exception as error:  # whatever a picture library finds in a damaged file
-                return {}, f"broken record {i}, left out: {type(error).__name__}: {error}"
+                self.text(["a"])
+            except Exception as error:
+                raise _Unusable from error
+            raise
+        return np.asarray(ids, np.int32)[0], np.asarray(mask, bool)[0]
 
-        rows = grain.MapDataset.range(start, stop).map(read)
-        for record, fault in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
-            if fault:
-                log.warning("%s", fault)
-            else:
-                yield record
+
+def numbers(name: str, value: Any) -> np.ndarray:
+    """A field of a record as an array; whole numbers as int32.
+
+    Errors: `DataError` for what is no array of numbers, and for a label that is no whole number.
+    """
+    x = np.asarray(value)
+    whole = x.dtype.kind in "iu"
+    number = whole or x.dtype.kind in "bf" or x.dtype.name == "bfloat16"
+    if not (whole if name == "label" else number):
+        kind = "a whole number" if name == "label" else "an array of numbers"
+        raise DataError(f"'{name}' is {kind}, not {type(value).__name__}: {str(value)[:60]}")
+    if whole and x.size and not -(2**31) <= int(x.min()) <= int(x.max()) < 2**31:
+        raise DataError(f"'{name}' holds {x.min()} to {x.max()}, which are no 32-bit numbers")
+    return x.astype(np.int32) if whole else x
+
+
+def collate(examples: Sequence[_Made]) -> _Made:
+    """Examples to one batch."""
+    batch: Batch = {}
+    for name in dict.fromkeys(name for example in examples for name in example.arrays):
+        shapes = {str(e.arrays[name].shape) if name in e.arrays else "missing" for e in examples}
+        if len(shapes) > 1:
+            raise DataError(f"records of one batch differ in '{name}': its shapes are {', '.join(sorted(shapes))}")
+        batch[name] = np.stack([e.arrays[name] for e in examples])
+    return _Made(batch, [e.faults for e in examples], [name for e in examples for name in e.small])

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,51 @@ import ml_dtypes
 import numpy as np
 
 from t2i_jax.core.errors import DataError as DataError
+from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
 INDEX = "index.json"
+
+
+class Captions(list[str]):
+    """The captions of a record, and why they cannot be used, for where captions are needed."""
+
+    fault: str = ""
+    """what is no text in them; there are none then"""
+    missing: str = "the record has no caption"
+    """why there are none"""
+
+
+def as_captions(value: Any, missing: str = Captions.missing) -> Captions:
+    """One caption, several or none, as a file, JSON or a column has them: the clean strings that are not blank.
+
+    None and NaN are no captions; bytes are read by `decode_text`. Of several with one that is no text there are none.
+    """
+    if isinstance(value, Captions):
+        return value
+    found = Captions()
+    several = value.tolist() if isinstance(value, np.ndarray) else value
+    several = several if isinstance(several, list | tuple) else [several]
+    several = [v for v in several if v is not None and not (isinstance(v, float | np.floating) and np.isnan(v))]
+    found.missing = "the caption is blank" if several else missing
+    try:
+        found += [text for text in map(_caption, several) if text]
+    except DataError as error:
+        found.fault = str(error)
+    return found
+
+
+def clean_captions(stored: Sequence[Any]) -> Captions:
+    """Stored captions, as many as there are, so that they match rows of features; what is no text is blank."""
+    return Captions(clean_text(c) if isinstance(c, str) else "" for c in stored)
+
+
+def _caption(value: Any) -> str:
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    if not isinstance(value, str):
+        raise DataError(f"a caption is a string, not {type(value).__name__}: {str(value)[:60]}")
+    return clean_text(value)
 
 
 def encode(record: Record) -> bytes:
@@ -39,7 +81,8 @@ def encode(record: Record) -> bytes:
         header[name] = {**kind, "at": end}
         blobs.append(blob)
         end += len(blob)
-    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    head = (text if text.isprintable() else mend(text)).encode()
     return b"".join([len(head).to_bytes(4, "little"), head, *blobs])
 
 
@@ -99,7 +142,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     may_become(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new.chmod(0o777 & ~_umask())
+    new.chmod(0o777 & ~umask())
     try:
         yield new
         put_in_place(new, path)
@@ -107,7 +150,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -152,7 +195,7 @@ def _writer(path: Path):
 
 
 def write_file(path: Path, records: Iterable[Record]) -> int:
-    """One ArrayRecord file, whole or not at all; how many records it holds. Errors: `DataError` if there are none."""
+    """One ArrayRecord file, whole or not at all, perhaps without any record; how many it holds."""
     new, count = path.with_name(f".{path.name}"), 0
     writer = _writer(new)
     try:
@@ -161,10 +204,6 @@ def write_file(path: Path, records: Iterable[Record]) -> int:
             count += 1
     finally:
         writer.close()
-        if not count:
-            new.unlink(missing_ok=True)
-    if not count:
-        raise DataError(f"{path}: there are no records to write")
     os.rename(new, path)
     return count
 

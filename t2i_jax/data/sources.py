@@ -1,93 +1,56 @@
 """Where records come from. A source is a small config; `open()` gives random access to its records.
 
-A record is a dictionary with "image" (the bytes of a picture file, or uint8 (i, j, c)), "captions" (a list of strings,
-maybe empty), "key" (a string that names it in a log) and whatever else the source has: "label", "license", "style",
-or arrays computed beforehand ("codes", "latents", "features"). What `open()` returns has `len()` and `[i]`, can be
-read by many threads at once, and can be pickled: worker processes get a copy.
+A record is a dictionary with "image" (the bytes of an image file, or an array (i, j) or (i, j, c)), "captions" (a list
+of clean strings, maybe empty), "key" (a string that names it in a log) and whatever else the source has: "label",
+"license", "style", or arrays computed beforehand ("codes", "latents", "features").
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from t2i_jax.data.records import INDEX, DataError, Record, decode, shard_name
+from t2i_jax.core.sniff import sniff_file
+from t2i_jax.data.files import Files, files_of, mounted
+from t2i_jax.data.folder import open_folder
+from t2i_jax.data.parquet import ParquetReader
+from t2i_jax.data.records import INDEX, DataError, Record, as_captions, clean_captions, decode, shard_name
 from t2i_jax.data.tar import TarReader
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Reader(Protocol):
-    """Random access to records."""
+    """Random access to records, by many threads at once; worker processes get a pickled copy."""
 
     def __len__(self) -> int: ...
+
     def __getitem__(self, i: int) -> Record: ...
 
+    def key(self, i: int) -> str:
+        """What names a record where it cannot be read: its file, and its place there."""
+        ...
 
-def mounted(path: str) -> None:
-    """Errors: `DataError` for the address of an object store, saying how its records can be read."""
-    if "://" in path:
-        raise DataError(
-            f"{path}: records are read in any order from files; mount the bucket (gcsfuse for gs://, mount-s3 for "
-            "s3://) and name the folder where it is mounted"
-        )
-
-
-def files_of(path: str, suffix: str) -> list[Path]:
-    """The files that `path` means: a file, a folder of `*suffix`, or a glob. Errors: `DataError` if there are none."""
-    mounted(path)
-    found = sorted(glob(os.path.join(path, f"*{suffix}"))) if os.path.isdir(path) else sorted(glob(path))
-    if not found:
-        what = f"the folder holds no *{suffix} file" if os.path.isdir(path) else "there is no such file or folder"
-        raise DataError(f"{path}: {what}")
-    return [Path(f) for f in found]
+    def notes(self, captions: bool) -> list[str]:
+        """What is to be said of the source: which files are not read; or, of captions, how many are missing, and where
+        they are looked for."""
+        ...
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures below a folder, each with its captions in a `.txt` file of the same name, one caption a line."""
+    """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line."""
 
     path: str
-    """The folder; its subfolders are searched too."""
+    """The folder; its subfolders are searched too, those behind links as well. Names that begin with a dot are not."""
 
     def open(self) -> Reader:
-        mounted(self.path)
-        if not os.path.isdir(self.path):
-            raise DataError(f"{self.path}: there is no such folder")
-        names = sorted(
-            os.path.relpath(os.path.join(at, name), self.path)
-            for at, _, names in os.walk(self.path, followlinks=True)
-            for name in names
-            if name.lower().endswith(PICTURES)
-        )
-        if not names:
-            raise DataError(f"{self.path}: the folder holds no picture ({', '.join(PICTURES)})")
-        return _FolderReader(self.path, names)
-
-
-@dataclass
-class _FolderReader:
-    path: str
-    names: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> Record:
-        file = Path(self.path, self.names[i])
-        text = file.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.exists() else []
-        captions = [line.strip() for line in lines if line.strip()]
-        return {"image": file.read_bytes(), "captions": captions, "key": self.names[i]}
+        return open_folder(self.path)
 
 
 @dataclass(frozen=True)
@@ -108,49 +71,111 @@ class ArrayRecord:
         return reader if self.every == 1 else Thinned(reader, self.every)
 
     def _whole(self) -> Reader:
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         mounted(self.path)
         index = Path(self.path, INDEX)
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
-        splits = json.loads(index.read_text())["splits"]
+        try:
+            splits = json.loads(index.read_bytes())["splits"]
+            shards = {split: (int(about["shards"]), about.get("order")) for split, about in splits.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            kind = sniff_file(index)
+            raise DataError(f"{index}: this is no index of a data set; it is {kind or 'damaged'}") from error
         readers = []
         for split in self.split.split("+"):
-            if split not in splits:
-                raise DataError(f"{self.path}: there is no split '{split}'; it has {', '.join(splits)}")
-            shards = splits[split]["shards"]
-            files = [Path(self.path, shard_name(split, i, shards)) for i in range(shards)]
+            if split not in shards:
+                raise DataError(f"{self.path}: there is no split '{split}'; it has {', '.join(shards)}")
+            count, order = shards[split]
+            files = [Path(self.path, shard_name(split, i, count)) for i in range(count)]
             for file in files:
                 if not file.exists():
                     raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
-            # Files of blocks lie one behind the other; else records were dealt to them in turn.
-            dealt = 1 if splits[split].get("order") == "blocks" else shards
-            readers.append(_Dealt(ArrayRecordDataSource([str(f) for f in files]), dealt))
+            with ThreadPoolExecutor(16) as pool:
+                counts = list(pool.map(_count, files))
+            records = ArrayRecords([(str(f), 0, n) for f, n in zip(files, counts, strict=True)])
+            # Files of blocks follow each other; else records were dealt to them in turn.
+            readers.append(_Dealt(records, 1 if order == "blocks" else count))
         return readers[0] if len(readers) == 1 else Joined(readers)
+
+
+def _open_records(path: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
+
+    return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+
+
+def _count(path: Path) -> int:
+    """How many records a file holds. Errors: `DataError` where it is none of ArrayRecord."""
+    try:
+        reader = _open_records(str(path))
+        count = reader.num_records()
+        reader.close()
+        return count
+    except (RuntimeError, ValueError, OSError) as error:
+        kind = sniff_file(path)
+        raise DataError(f"{path}: this is no whole ArrayRecord file ({f'it is {kind}' if kind else error})") from error
+
+
+class ArrayRecords:
+    """The bytes of records in parts of ArrayRecord files: (path, first record, records) of each."""
+
+    def __init__(self, parts: Sequence[tuple[str, int, int]]):
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *(count for _, _, count in parts)])
+        self.files: Files[Any] = Files(_open_records)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def place(self, i: int) -> tuple[str, int]:
+        """The file of a record, and its number there."""
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        path, first, _ = self.parts[part]
+        return path, first + i - int(self.starts[part])
+
+    def __getitem__(self, i: int) -> bytes:
+        path, number = self.place(i)
+        return self.files[path].read([number])[0]
 
 
 @dataclass
 class _Dealt:
     """Records that were dealt to shards in turn, in the order in which they were written."""
 
-    reader: Any
+    reader: ArrayRecords
     shards: int
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, i: int) -> Record:
+    def _stored(self, i: int) -> int:
         row, shard = divmod(i, self.shards)
         full, rest = divmod(len(self), self.shards)
-        return decode(self.reader[shard * full + min(shard, rest) + row])
+        return shard * full + min(shard, rest) + row
+
+    def key(self, i: int) -> str:
+        path, number = self.reader.place(self._stored(i))
+        return f"{path}:{number}"
+
+    def notes(self, captions: bool) -> list[str]:
+        return []
+
+    def __getitem__(self, i: int) -> Record:
+        record = decode(self.reader[self._stored(i)])
+        if "captions" in record:
+            stored = record["captions"]
+            # Stored features have a row for each caption, a blank one included.
+            record["captions"] = clean_captions(stored) if "features" in record else as_captions(stored)
+        return record
 
 
 @dataclass(frozen=True)
 class TarShards:
-    """webdataset tar files as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` one behind the other.
+    """webdataset tar files as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` of each sample.
 
-    Where the members lie is scanned once and kept beside the shards (in memory if that folder is read-only).
+    A key ends at the first dot of a name, or at the last where what follows the first is no ending that is known.
+    Where the members lie is scanned once and kept in a file in the folder of the shards (in memory if that is
+    read-only).
     """
 
     path: str
@@ -170,18 +195,18 @@ class TarShards:
 
 @dataclass(frozen=True)
 class Parquet:
-    """Parquet files with a column of encoded pictures (binary, or a struct with the field "bytes").
+    """Parquet files with a column of image files (binary, or a struct with the field "bytes").
 
     One access reads a whole row group, so for training write them with some ten rows a group, or copy the source once
     with `write_records(out, Parquet(path).open())`.
     """
 
     path: str
-    """A parquet file, a folder of them, or a glob."""
+    """A parquet file, a folder of them (or one whose folder `data` holds those of one split), or a glob."""
     image: str = "image"
-    """The column of pictures."""
-    captions: str = "caption"
-    """The column of captions: a string or a list of strings."""
+    """The column of images."""
+    captions: str | None = "caption"
+    """The column of captions, a string or a list of strings; `None` where there is none."""
     key: str | None = None
     """The column that names a record; without one it is named by file and row."""
     fields: tuple[str, ...] = ()
@@ -190,80 +215,7 @@ class Parquet:
     """How many row groups a process keeps in memory."""
 
     def open(self) -> Reader:
-        return _ParquetReader(self)
-
-
-class _ParquetReader:
-    def __init__(self, config: Parquet):
-        from pyarrow import ArrowInvalid, parquet
-
-        self.config = config
-        self.columns = [config.image, config.captions, *([config.key] if config.key else []), *config.fields]
-        self.groups: list[tuple[Path, int]] = []
-        starts = [0]
-        for path in files_of(config.path, ".parquet"):
-            try:
-                file = parquet.ParquetFile(path)
-            except ArrowInvalid as error:
-                raise DataError(f"{path}: this is no whole parquet file ({error})") from error
-            for column in self.columns:
-                if column not in file.schema_arrow.names:
-                    has = ", ".join(file.schema_arrow.names)
-                    raise DataError(f"{path}: there is no column '{column}'; the columns are {has}")
-            for group in range(file.num_row_groups):
-                self.groups.append((path, group))
-                starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-        self.starts = np.array(starts)
-        if not len(self):
-            raise DataError(f"{config.path}: the parquet files have no rows")
-        self._cold()
-
-    def _cold(self) -> None:
-        self.tables: OrderedDict[int, Any] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("tables", "lock")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._cold()
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _table(self, g: int) -> Any:
-        from pyarrow import parquet
-
-        with self.lock:
-            if g not in self.tables:
-                path, group = self.groups[g]
-                self.tables[g] = parquet.ParquetFile(path).read_row_group(group, columns=self.columns)
-            self.tables.move_to_end(g)
-            table = self.tables[g]
-            while len(self.tables) > self.config.cache:
-                self.tables.popitem(last=False)
-        return table
-
-    def __getitem__(self, i: int) -> Record:
-        g = int(np.searchsorted(self.starts, i, side="right")) - 1
-        row = self._table(g).slice(i - self.starts[g], 1).to_pylist()[0]
-        image, captions = row[self.config.image], row[self.config.captions]
-        key = row[self.config.key] if self.config.key else f"{self.groups[g][0].name}:{i}"
-        return {
-            "image": image["bytes"] if isinstance(image, dict) else image,
-            "captions": _listed(captions),
-            "key": str(key),
-            **{name: row[name] for name in self.config.fields},
-        }
-
-
-def _listed(captions: Any) -> list[str]:
-    """One caption, several or none as a list of strings; bytes are UTF-8."""
-    if captions is None:
-        return []
-    several = captions if isinstance(captions, list | tuple | np.ndarray) else [captions]
-    return [c.decode("utf-8", "replace") if isinstance(c, bytes) else c for c in several if c is not None]
+        return ParquetReader(self)
 
 
 @dataclass(frozen=True)
@@ -305,6 +257,9 @@ class Tfds:
         # The pipeline decodes pictures itself, so they stay bytes here.
         decoders = {self.image: tfds.decode.SkipDecoding()}
         reader = builder.as_data_source(split=self.split, decoders=decoders)
+        parts = builder.info.splits[self.split].file_instructions
+        if builder.info.file_format.value == "array_record":  # its own reader keeps every shard open
+            reader.data_source = ArrayRecords([(str(p.filename), p.skip, p.take) for p in parts])
         return _TfdsReader(self, reader, tuple(names or ()))
 
 
@@ -317,19 +272,27 @@ class _TfdsReader:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def key(self, i: int) -> str:
+        return f"{self.config.name}:{self.config.split}:{i}"
+
+    def notes(self, captions: bool) -> list[str]:
+        return []
+
     def __getitem__(self, i: int) -> Record:
         config, example = self.config, self.reader[i]
-        record: Record = {"image": example[config.image], "key": f"{config.name}:{config.split}:{i}"}
+        record: Record = {"image": example[config.image], "key": self.key(i)}
         if config.label:
             record["label"] = int(example[config.label])
         if config.captions:
             value = example
             for part in config.captions.split("/"):
                 value = [v[part] for v in value] if isinstance(value, list) else value[part]
-            record["captions"] = _listed(value)
+            record["captions"] = as_captions(value)
+        elif self.names and not 0 <= record["label"] < len(self.names):
+            record["captions"] = as_captions(None, f"the label {record['label']} has no name")
         else:
             name = self.names[record["label"]] if self.names else str(record["label"])
-            record["captions"] = [config.template.format(name.replace("_", " "))]
+            record["captions"] = as_captions(config.template.format(name.replace("_", " ")))
         return record
 
 
@@ -364,6 +327,12 @@ class Thinned:
     def __init__(self, reader: Reader, every: int):
         self.reader, self.every = reader, every
 
+    def key(self, i: int) -> str:
+        return self.reader.key(i * self.every)
+
+    def notes(self, captions: bool) -> list[str]:
+        return self.reader.notes(captions)
+
     def __len__(self) -> int:
         return -(-len(self.reader) // self.every)
 
@@ -372,7 +341,7 @@ class Thinned:
 
 
 class Joined:
-    """Readers one behind the other."""
+    """Readers in turn, one after the other."""
 
     def __init__(self, readers: Sequence[Reader]):
         self.readers = readers
@@ -381,6 +350,17 @@ class Joined:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, i: int) -> Record:
+    def _place(self, i: int) -> tuple[Reader, int]:
         which = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.readers[which][int(i - self.starts[which])]
+        return self.readers[which], int(i - self.starts[which])
+
+    def key(self, i: int) -> str:
+        reader, row = self._place(i)
+        return reader.key(row)
+
+    def notes(self, captions: bool) -> list[str]:
+        return [note for reader in self.readers for note in reader.notes(captions)]
+
+    def __getitem__(self, i: int) -> Record:
+        reader, row = self._place(i)
+        return reader[row]

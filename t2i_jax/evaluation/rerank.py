@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image
 
 from t2i_jax import pictures as files
+from t2i_jax.data.images import open_image
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.text.clip import ClipEmbedding, Towers
 
@@ -76,7 +76,7 @@ def keep_best(
     best, captions, notes = [], [], []
     for n, prompt in enumerate(prompts):
         own = paths[n * each : (n + 1) * each]
-        images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in own])
+        images = np.stack([np.asarray(open_image(path)) for path in own])
         order, scores = rerank([prompt], images[None])
         for i in order[0, :count]:
             about = {k: v for k, v in files.read_png_text(own[i]).items() if k != "Description"}

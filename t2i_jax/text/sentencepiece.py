@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +13,38 @@ from pathlib import Path
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from t2i_jax.core.errors import ConfigError, DataError
+from t2i_jax.core.sniff import HEAD, sniff
 from t2i_jax.text.cut import Limited
 
 MOST = 1_000_000
 """Captions that a vocabulary is trained on; of more, evenly spaced ones are taken."""
+OWN = 260
+"""Pieces that every vocabulary has: 256 bytes, <unk>, <s>, </s> and <pad>."""
 
 
 def train_vocabulary(
     captions: Iterable[str], out: str | os.PathLike, size: int = 2000, model_type: str = "unigram"
-) -> None:
-    """Train a vocabulary of `size` pieces and write it to `out`, the same file for the same captions.
+) -> int:
+    """Train a vocabulary of `size` pieces and write it to `out`, the same file for the same captions; returns its size.
 
-    256 of the pieces are bytes, so that no text is unknown; <unk>, <s>, </s> and <pad> are 0 to 3. A unigram vocabulary
-    is smaller than `size` where the captions do not give as many pieces. model_type: `unigram` or `bpe`.
-    Errors: ValueError without captions, for another model_type, and for a size that does not suit the captions.
+    256 of the pieces are bytes, so that no text is unknown; <unk>, <s>, </s> and <pad> are 0 to 3. A vocabulary is
+    smaller than `size` where the captions do not give as many pieces. model_type: `unigram` or `bpe`.
+    Errors: `ConfigError` for another model_type and for a size that is too small for the captions, `DataError` without
+    captions and for one that is no text.
     """
     if model_type not in ("unigram", "bpe"):
-        raise ValueError(f"model_type '{model_type}': it is unigram or bpe")
-    texts = [text for text in map(_tidy, captions) if text]
+        raise ConfigError(f"model_type '{model_type}': it is unigram or bpe")
+    texts = []
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise DataError(f"a caption is a string, not {type(caption).__name__}: {str(caption)[:60]}")
+        texts += [text] if (text := _tidy(caption)) else []
     if not texts:
-        raise ValueError("there are no captions to train a vocabulary on")
+        raise DataError("there are no captions to train a vocabulary on")
+    refused = f"no vocabulary of size {size} from {len(texts)} captions"
+    if not OWN < size < 2**31:
+        raise ConfigError(f"{refused}: {OWN} pieces are bytes and marks, and the characters of the captions are more")
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -44,15 +57,19 @@ def train_vocabulary(
             hard_vocab_limit=False,
             pad_id=3,
             num_threads=1,  # sums in one order
+            max_sentence_length=1 << 20,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"no vocabulary of size {size} from {len(texts)} captions: {error}") from error
+        if needs := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise ConfigError(f"{refused}: their characters need at least {needs[1]}") from error
+        raise ConfigError(f"{refused}: {error}") from error
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".part")
     temporary.write_bytes(model.getvalue())
     temporary.replace(out)
+    return _load_bytes(model.getvalue()).get_piece_size()
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,15 @@ def _tidy(caption: str) -> str:
 def _load(path: str, changed: int, size: int) -> SentencePieceProcessor:
     """The vocabulary of a file; one read serves all, until the file changes."""
     try:
-        pieces = SentencePieceProcessor()
-        pieces.load_from_serialized_proto(Path(path).read_bytes())
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is no SentencePiece vocabulary, or a damaged one: {error}") from error
+        data = Path(path).read_bytes()
+        return _load_bytes(data)
+    except RuntimeError as error:
+        kind = sniff(data[:HEAD])
+        about = f"it is {kind}" if kind else error
+        raise DataError(f"{path} is no SentencePiece vocabulary, or a damaged one: {about}") from error
+
+
+def _load_bytes(data: bytes) -> SentencePieceProcessor:
+    pieces = SentencePieceProcessor()
+    pieces.load_from_serialized_proto(data)
     return pieces

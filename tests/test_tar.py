@@ -1,0 +1,236 @@
+"""Tar files as they come: every member is part of a sample, or it is said that it is not."""
+
+import io
+import json
+import os
+import stat
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from t2i_jax.data import Data, DataError, TarShards
+
+
+def image(value, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(path, members, mode="w", **more):
+    with tarfile.open(path, mode, **more) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return TarShards(str(path))
+
+
+def plain(n=4, key="{:05d}"):
+    for i in range(n):
+        yield f"{key.format(i)}.png", image(i)
+        yield f"{key.format(i)}.txt", f"a dog {i}".encode()
+        yield f"{key.format(i)}.json", json.dumps({"caption": f"a cat {i}", "n": i}).encode()
+
+
+def samples(source):
+    """(key without the tar, value of the image, captions) of each sample."""
+    found = [source.open()[i] for i in range(len(source.open()))]
+    values = [int(np.asarray(Image.open(io.BytesIO(r["image"])).convert("L"))[0, 0]) for r in found]
+    return [(r["key"].partition(":")[2], v, list(r["captions"])) for r, v in zip(found, values, strict=True)]
+
+
+def expected(n=4, key="{:05d}"):
+    return [(key.format(i), i, [f"a dog {i}"]) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "key", ["{:05d}", "./{:05d}", "a/b/{:05d}", "v1.5_{}", "a.b.c{}", "café {}", "x" * 150 + "/{}"]
+)
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_keys(tmp_path, key, kind):
+    source = write(tmp_path / "a.tar", plain(key=key), format=kind)
+    assert samples(source) == expected(key=key)
+    assert source.open().key(1) == f"{tmp_path / 'a.tar'}:{key.format(1)}"
+
+
+def test_a_name_that_is_no_text_has_a_key(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    source = write(tmp_path / "a.tar", [(f"{name}.png", image(1))], format=tarfile.GNU_FORMAT)
+    assert source.open()[0]["key"] == "a.tar:caf\ufffd"
+
+
+def test_fields_of_several_dots_belong_to_their_sample(tmp_path):
+    members = [("0.jpg", image(7, "BMP")), ("0.seg.png", image(99)), ("0.txt", b"a dog"), ("1.a.png", image(3))]
+    assert samples(write(tmp_path / "a.tar", members)) == [("0", 7, ["a dog"]), ("1.a", 3, [])]
+
+
+@pytest.mark.parametrize("ending", ["PNG", "Jpg", "gif", "bmp", "webp", "tiff", "jfif"])
+def test_endings_of_images(tmp_path, ending):
+    kind = {"JPG": "BMP", "JFIF": "BMP", "TIFF": "TIFF"}.get(ending.upper(), ending.upper())
+    source = write(tmp_path / "a.tar", [(f"0.{ending}", image(5, kind)), ("0.TXT", b"a dog")])
+    ((_, value, captions),) = samples(source)
+    assert abs(value - 5) < 3 and captions == ["a dog"]
+
+
+def test_members_in_any_order(tmp_path):
+    by_kind = sorted(plain(), key=lambda m: m[0][-3:])
+    assert sorted(samples(write(tmp_path / "a.tar", by_kind))) == expected()
+
+
+def test_double_keys_are_two_samples(tmp_path, caplog):
+    again = [("00000.png", image(77)), ("00000.txt", b"another")]
+    for members in ([*plain(), *again], [*again, *plain()], [*again[:1], *plain(), *again[1:]]):
+        found = samples(write(tmp_path / "a.tar", members))
+        assert sorted(found) == sorted([*expected(), ("00000", 77, ["another"])])
+        assert "names that come twice begin another sample: 1 .png (00000.png)" in caplog.text
+        caplog.clear()
+
+
+def test_a_text_belongs_to_the_image_that_it_follows(tmp_path):
+    members = [("0.png", image(1)), *plain(), ("0.png", image(2)), ("0.txt", b"of the second")]
+    found = samples(write(tmp_path / "a.tar", members))
+    assert ("0", 1, []) in found and ("0", 2, ["of the second"]) in found
+
+
+def test_a_second_image_of_a_sample_is_named(tmp_path, caplog):
+    members = [m for i in range(4) for m in ((f"{i}.png", image(i)), (f"{i}.bmp", image(50 + i, "BMP")))]
+    assert [v for _, v, _ in samples(write(tmp_path / "a.tar", members))] == [0, 1, 2, 3]
+    assert "are not read: 4 .bmp (0.bmp, 1.bmp, 2.bmp, ...)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [("w:gz", "a gzip file; unpack it"), ("w:bz2", "a bzip2 file; unpack it"), ("w:xz", "an xz file; unpack it")],
+)
+def test_compressed_tars_say_so(tmp_path, mode, message):
+    source = write(tmp_path / "a.tar", plain(), mode)
+    with pytest.raises(DataError, match=rf"a\.tar: no tar file: it is {message}"):
+        source.open()
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>404</html>" * 100, "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(1000), "a zip file; unpack it"),
+        (b"AccessDenied\n", "a text file"),
+    ],
+)
+def test_what_is_no_tar_is_named(tmp_path, data, message, caplog):
+    write(tmp_path / "0.tar", plain())
+    (tmp_path / "1.tar").write_bytes(data)
+    with pytest.raises(DataError, match=rf"1\.tar: no tar file: it is (.|\n)*{message}"):
+        TarShards(str(tmp_path)).open()
+    assert len(TarShards(str(tmp_path), truncated="skip").open()) == 4
+    assert "1.tar: no tar file" in caplog.text
+
+
+def test_a_tar_without_images_says_what_it_holds(tmp_path):
+    with pytest.raises(DataError, match=r"no sample with an image.*they hold 2 \.npy \(0\.npy, 1\.npy\)"):
+        write(tmp_path / "a.tar", [("0.npy", b"x"), ("1.npy", b"x")]).open()
+
+
+def test_tars_that_were_joined(tmp_path, caplog):
+    write(tmp_path / "a.tar", plain())
+    data = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data + data)
+    assert samples(TarShards(str(tmp_path / "a.tar"))) == expected()
+    assert "after the end mark" in caplog.text
+
+
+# --- members that nobody asked for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b'{"caption": "a dog \\ud83d"}', b"[" * 100_000]
+)
+def test_json_that_is_not_asked_for(tmp_path, content):
+    members = [(n, content if n.endswith("json") else d) for n, d in plain()]
+    path = tmp_path / "a.tar"
+    assert samples(write(path, members)) == expected()
+    caption = write(path, members).open().__class__([path], "caption", (), False)[0]["captions"]
+    assert caption == ["a dog \ufffd"] if b"dog" in content else caption.fault or caption.missing
+    if b"dog" not in content:
+        with pytest.raises(DataError, match=r"\.json member is no JSON|is no JSON object"):
+            TarShards(str(path), fields=("n",)).open()[0]
+
+
+@pytest.mark.parametrize("content", [b"poodle", b"", b"1.5", b"null", b"\xff", b"9" * 5000])
+def test_labels_that_are_no_numbers(tmp_path, content):
+    members = [*plain(), *((f"{i:05d}.cls", b" 3\n" if i else content) for i in range(4))]
+    source = write(tmp_path / "a.tar", members)
+    assert samples(source) == expected() and source.open()[1]["label"] == 3
+    data = Data(source, image_size=8, batch_size=4)
+    assert set(next(data.batches())["label"]) == {3}  # the first is replaced
+    with pytest.raises(DataError, match=r"00000 \('label' is a whole number, not str"):
+        next(Data(source, image_size=8, batch_size=4, broken_count=0, broken_share=0.0).batches())
+
+
+def test_missing_texts_name_the_fields_of_the_json(tmp_path):
+    source = write(tmp_path / "a.tar", [m for m in plain() if not m[0].endswith("txt")])
+    text = lambda captions: (np.zeros((len(captions), 1), np.int32), np.ones((len(captions), 1), bool))
+    with pytest.raises(
+        DataError, match=r"no \.txt member; TarShards\.caption can name (.|\n)* of caption, n(.|\n)*4 of"
+    ):
+        next(Data(source, image_size=8, batch_size=2).batches(text))
+    with pytest.raises(DataError, match=r"\.json member has no 'text'; it has caption, n"):
+        next(Data(TarShards(source.path, caption="text"), image_size=8, batch_size=2).batches(text))
+    (batch,) = [next(Data(TarShards(source.path, caption="caption"), image_size=8, batch_size=2).batches(text))]
+    assert batch["text"].shape == (2, 1)
+
+
+@pytest.mark.parametrize("data, fault", [(b"caf\xe9", "byte 3"), ("a dog".encode("utf-16-le"), "UTF-16")])
+def test_texts_in_other_encodings(tmp_path, data, fault):
+    source = write(tmp_path / "a.tar", [("0.png", image(1)), ("0.txt", data)])
+    assert fault in source.open()[0]["captions"].fault
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+def index(folder):
+    (file,) = folder.glob(".members-*.npy")
+    return file
+
+
+def test_the_index_can_be_read_by_all_who_read_the_shards(tmp_path):
+    write(tmp_path / "a.tar", plain()).open()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(index(tmp_path).stat().st_mode) == 0o666 & ~mask
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_a_damaged_index_is_made_again(tmp_path_factory, at, foreign):
+    folder = tmp_path_factory.mktemp("tars")
+    source = write(folder / "a.tar", plain())
+    source.open()
+    data = index(folder).read_bytes()
+    if foreign:
+        np.save(index(folder), np.zeros((at % 5, at % 4)))
+    else:
+        index(folder).write_bytes(data[: at % len(data)])
+    assert samples(source) == expected()
+    assert index(folder).read_bytes() == data
+
+
+def test_a_tar_that_has_changed_is_scanned_again(tmp_path):
+    write(tmp_path / "a.tar", plain(2)).open()
+    source = write(tmp_path / "a.tar", plain(3))
+    assert samples(source) == expected(3)
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_one_fault(tmp_path):
+    reader = write(tmp_path / "a.tar", plain()).open()
+    os.truncate(tmp_path / "a.tar", 3000)
+    with pytest.raises(DataError, match="ends .* bytes too early"):
+        reader[3]
+    assert "a.tar" in reader.key(3)
