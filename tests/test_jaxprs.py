@@ -106,10 +106,8 @@ def test_known_forms_count_what_they_compute(name):
 def equations(jaxpr):
     for e in jaxpr.eqns:
         yield e
-        for value in e.params.values():
-            for part in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(part, core.ClosedJaxpr | core.Jaxpr):
-                    yield from equations(getattr(part, "jaxpr", part))
+        for inner in core.jaxprs_in_params(e.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

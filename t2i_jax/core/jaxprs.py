@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -106,7 +105,7 @@ def read(equation: Any) -> Form:
         return Cond(branches)
     if name == "call_hi_primitive":
         return Call(_expanded(equation))
-    programs = _programs(list(equation.params.values()))
+    programs = _programs(equation.params)
     if name in CALLS:
         if len(programs) != 1:
             raise _unknown(equation, f"it has {len(programs)} programs among its parameters, not one")
@@ -130,14 +129,11 @@ def _parameter(equation: Any, name: str) -> Any:
 
 def _programs(value: Any) -> list[core.Jaxpr]:
     """The jaxprs in a parameter and in tuples and dictionaries of it."""
-    if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
-        return [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value]
-    parts: Sequence[Any] = ()
     if isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, tuple | list):
-        parts = value
-    return [program for part in parts for program in _programs(part)]
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [program for part in value for program in _programs(part)]
+    return list(core.jaxprs_in_params({"": value}))
 
 
 def _program(equation: Any, name: str) -> core.Jaxpr:
@@ -155,7 +151,8 @@ def _scan(equation: Any) -> Scan:
     """A result is stacked if it has one axis more than that of the body, of the loop's length, and else it is carried:
     so shapes tell what parameters of changing names say."""
     body, length = _program(equation, "jaxpr"), _parameter(equation, "length")
-    whole, each = ([v.aval for v in variables] for variables in (equation.outvars, body.outvars))
+    outvars: list[Any] = body.outvars
+    whole, each = ([v.aval for v in variables] for variables in (equation.outvars, outvars))
     stacked = tuple(a for a, b in zip(whole, each, strict=False) if a.shape == (length, *b.shape))
     carried = [a for a, b in zip(whole, each, strict=False) if a.shape == b.shape]
     if len(whole) != len(each) or len(stacked) + len(carried) != len(whole):
