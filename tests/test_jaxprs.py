@@ -119,8 +119,7 @@ def test_a_parameter_that_is_gone_is_named_or_not_needed(name):
             params = {f"new_{k}" if k == gone else k: v for k, v in e.params.items()}
             changed = SimpleNamespace(primitive=e.primitive, params=params, invars=e.invars, outvars=e.outvars)
             try:
-                # Only where the branches of a cond are those of platforms does a name that is gone change what is read.
-                assert repr(jaxprs.read(changed)) == whole or gone == "branches_platforms"
+                assert repr(jaxprs.read(changed)) == whole
             except UnknownForm as error:
                 assert f"'{e.primitive.name}'" in str(error) and jax.__version__ in str(error)
 

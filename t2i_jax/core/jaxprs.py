@@ -100,6 +100,8 @@ def read(equation: Any) -> Form:
         return While(_program(equation, "cond_jaxpr"), _program(equation, "body_jaxpr"))
     if name == "cond":
         branches = tuple(_programs(_parameter(equation, "branches")))
+        if more := set(equation.params) - {"branches", "branches_platforms"}:
+            raise _unknown(equation, f"what its parameter '{min(more)}' says of its branches is not known")
         if platforms := equation.params.get("branches_platforms"):  # the same in the ways of several platforms
             return Call(branches[platforms.index(None) if None in platforms else -1])
         return Cond(branches)
