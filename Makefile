@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` need Python 3.11 or newer and nothing else.
 
 PYTHON ?= python3
-# Each PYTHON that is asked for has an environment of its own: .venv was made by another one.
+# Another PYTHON gets its own environment: .venv may hold packages for a different version.
 ifeq ($(origin PYTHON),file)
 VENV   := .venv
 else

@@ -171,6 +171,7 @@ def made(name, **params):
         made("ragged_dot_general"),
         made("ffi_call"),
         made("call_hi_primitive", _prim=None),
+        made("call_hi_primitive", _prim=SimpleNamespace(expand=lambda x: 1 / 0, in_tree=jax.tree.structure((0,)))),
     ],
 )
 def test_unknown_forms_are_named_with_the_version(function):

@@ -150,8 +150,9 @@ def _size(variable: Any) -> int:
 
 
 def _scan(equation: Any) -> Scan:
-    """A result is stacked if it has one axis more than that of the body, of the loop's length, and else it is carried:
-    so shapes tell what parameters of changing names say."""
+    """A result is stacked if it has one axis more than the body's, of the loop's length, and otherwise it is carried.
+
+    Shapes say this in every version of JAX; the parameters that say it have changed their names."""
     body, length = _program(equation, "jaxpr"), _parameter(equation, "length")
     outvars: list[Any] = body.outvars
     whole, each = ([v.aval for v in variables] for variables in (equation.outvars, outvars))
@@ -184,11 +185,12 @@ def _attention(equation: Any, forward: bool) -> float:
 
 
 def _expanded(equation: Any) -> core.Jaxpr:
-    """The program of a primitive that is a Python object, as `jnp.searchsorted` is from jax 0.11 on."""
+    """The program of a primitive that is a Python object, as `jnp.searchsorted` is in jax 0.12."""
     primitive = _parameter(equation, "_prim")
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     try:
         run = lambda *flat: primitive.expand(*jax.tree.unflatten(primitive.in_tree, flat))
         return jax.make_jaxpr(run)(*shapes).jaxpr
     except Exception as error:  # whatever another version of JAX does
-        raise _unknown(equation, f"{type(primitive).__name__} does not expand: {error}") from error
+        why = " ".join(str(error).split())[:200]
+        raise _unknown(equation, f"{type(primitive).__name__} does not expand: {why}") from error
