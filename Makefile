@@ -1,7 +1,13 @@
 # `make quickstart` and `make test` need Python 3.11 or newer and nothing else.
 
 PYTHON ?= python3
+# Another PYTHON gets its own environment: .venv may hold packages for a different version.
+ifeq ($(origin PYTHON),file)
 VENV   := .venv
+else
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV   := .venv-$(or $(VERSION),$(error PYTHON=$(PYTHON): it does not run))
+endif
 BIN    := $(VENV)/bin
 T2I    := $(BIN)/t2i
 RUN    := runs/quickstart
@@ -54,7 +60,7 @@ test-all: install ## the long tests too: kills, many processes
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: install ## put the code into the house's form
 	$(BIN)/ruff format .

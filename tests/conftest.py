@@ -1,7 +1,11 @@
 """Eight fake devices on one CPU and a compile cache that outlives the run, set before JAX starts."""
 
+import logging
 import os
 from pathlib import Path
+
+import deprecations
+import pytest
 
 # Tests compile much and compute little: the compiler is asked for less.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -10,3 +14,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+deprecations.install()
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """The command silences a log that may tell of deprecated calls; for one test at most."""
+    level = logging.getLogger("absl").level
+    yield
+    logging.getLogger("absl").setLevel(level)

@@ -33,6 +33,7 @@ from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import resolved
+from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import depths, remat_of, twin, wanted
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
 from t2i_jax.platform import ALONE
@@ -258,6 +259,29 @@ ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
     assert hlo.spared(program) == 2 * 8 * 128 * 2
 
 
+def test_one_result_of_several_that_stays_on_the_chip_spares_the_same():
+    """Whether the result is named by an instruction of its own or is not."""
+    program = """HloModule m
+%twice (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  ROOT %sum = bf16[8,128]{1,0} add(%x, %x)
+}
+%both (x: bf16[8,128]) -> (bf16[8,128], bf16[8,128]) {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %sum = bf16[8,128]{1,0} add(%x, %x)
+  ROOT %pair = (bf16[8,128]{1,0}, bf16[8,128]{1,0}) tuple(%sum, %x)
+}
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %two = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}) fusion(%x), kind=kLoop, calls=%both
+NAMED  ROOT %end = bf16[8,128]{1,0} fusion(RESULT), kind=kLoop, calls=%twice
+}
+"""
+    named = "  %stays = bf16[8,128]{1,0:S(1)} get-tuple-element(%two), index=0\n"
+    for line, result in (("", "%two#0"), (named, "%stays")):
+        assert hlo.spared(program.replace("NAMED", line).replace("RESULT", result)) == 2 * 8 * 128 * 2
+
+
 def test_kernels_of_attention_count_as_if_written_out():
     program = """HloModule m
 ENTRY %main (q: bf16[4,2,384,64], k: bf16[4,1,256,64]) -> bf16[4,2,384,64] {
@@ -269,7 +293,7 @@ ENTRY %main (q: bf16[4,2,384,64], k: bf16[4,1,256,64]) -> bf16[4,2,384,64] {
   ROOT %out = bf16[4,2,384,64]{3,2,1,0} copy(%splash_mha_NAME)
 }
 """.replace(" MORE", ', frontend_attributes={kernel_metadata={\n"about":"{}"\n}}, backend_config={"a":"1"}')
-    assert hlo.parse(program)[0]["main"]["out"].root
+    assert parse(program)[0]["main"]["out"].root
     for name, products in {"fwd_residuals": 2, "dkv_no_residuals": 4, "dq_no_residuals": 3}.items():
         costs = hlo.count(program.replace("NAME", name))
         assert costs.flops == products * 2 * 4 * 2 * 384 * 256 * 64 and costs.unknown_kernels == ("own",)
@@ -554,7 +578,7 @@ TPU = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs t
 def test_meshes_lie_on_a_torus_and_between_slices_is_data_alone(monkeypatch):
     from jax.experimental import topologies
 
-    for name, value in ALONE.items():
+    for name, value in {**ALONE, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         monkeypatch.setenv(name, value)
     described = lambda name, **more: list(topologies.get_topology_desc(name, "tpu", **more).devices)
     whole = MeshConfig(8, 64).build(described("v5p:8x8x8"))

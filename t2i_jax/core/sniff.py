@@ -52,9 +52,7 @@ def sniff(head: bytes) -> str:
         return "a Git LFS pointer in place of the file (`git lfs pull` fetches it)"
     if head.lstrip(b"/.").startswith((b"annex/objects", b"git/annex/objects")):
         return "a git-annex pointer in place of the file (`git annex get` fetches it)"
-    if (
-        head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 32
-    ):
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 32:
         return "a safetensors file"
     if head.startswith(b"PK\x03\x04"):
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]

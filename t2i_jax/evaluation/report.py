@@ -196,7 +196,7 @@ def evaluate_reconstruction(
     if perceptual is not None:
         signed = lambda x: x.astype(np.float32) / 127.5 - 1
 
-        def measure(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        def measure(a: np.ndarray, b: np.ndarray) -> np.floating:
             parts = [slice(i, i + batch) for i in range(0, len(a), batch)]
             values = [np.asarray(perceptual(signed(a[p]), signed(b[p]))).mean() * len(a[p]) for p in parts]
             return np.sum(values) / len(a)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
@@ -47,7 +48,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
                 raise DoesNotFit(f"{topology}: {' '.join(str(error).split())[:300]}") from error
             raise
         took = time.perf_counter() - began
-        text, unread = program(compiled, Path(folder))
+        costs, spared, unread = read(compiled, Path(folder))
 
     sizes = {a: mesh.shape[a] for a in MESH_AXES}
     memory = compiled.memory_analysis()
@@ -58,13 +59,12 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         "peak": float(live + memory.generated_code_size_in_bytes),
         "compile_seconds": took,
     }
-    if not text:
+    if costs is None:
         if sample:
             raise ConfigError(f"the program of the sampler cannot be read: {unread}")
         counted = estimate(experiment, trace(experiment, batch), topology, sizes)
         note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {unread}"
         return dataclasses.replace(counted, method=f"compiled for {kind}", notes=(*counted.notes, note), **measured)
-    costs = hlo.count(text)
     places = [tuple(d.coords) for d in mesh.devices.flat]
     network, exposed, kinds = 0.0, 0.0, {}
     for c in costs.collectives:
@@ -86,8 +86,8 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
     if costs.unknown_kernels:
         notes.append(f"products inside these kernels are not counted: {', '.join(costs.unknown_kernels)}")
-    spared = f"{hlo.spared(text) / 2**30:.3g} GiB of HBM traffic"
-    notes.append(f"on-chip memory spares at least {spared}; with more rows on a chip it may not")
+    traffic = f"{spared / 2**30:.3g} GiB of HBM traffic"
+    notes.append(f"on-chip memory spares at least {traffic}; with more rows on a chip it may not")
     analysis = compiled.cost_analysis() or {}
     once = analysis.get("flops", 0.0)
     notes.append(
@@ -121,16 +121,24 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     ).finished()
 
 
-def program(compiled: Any, folder: Path) -> tuple[str, str]:
-    """The text of a compiled program, and if there is none why not.
+def read(compiled: Any, folder: Path) -> tuple[hlo.Costs | None, float, str]:
+    """The costs of a compiled program and the traffic that on-chip memory spares it, or None and why it is not read.
 
     A program of a newer compiler may hold what this jaxlib cannot read; the compiler wrote it to `folder` as well.
     """
+    reason = ""
     try:
-        return compiled.as_text(), ""
-    except Exception as error:
+        text = compiled.as_text()
+    except Exception as error:  # the runtime's own error class differs between versions of jax
+        reason = str(error)[:200]
         written = sorted(folder.glob("*.after_optimizations.txt"), key=lambda p: p.stat().st_size)
-        return written[-1].read_text() if written else "", str(error)[:200]
+        text = written[-1].read_text() if written else ""
+    if not text:
+        return None, 0.0, reason
+    try:
+        return hlo.count(text), hlo.spared(text), ""
+    except UnknownForm as error:
+        return None, 0.0, str(error)
 
 
 def depth_of(model: Any) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from t2i_jax import flops
 from t2i_jax.config import ConfigError
+from t2i_jax.core import jaxprs
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import REACHED, WIRE, Topology
@@ -75,39 +76,46 @@ def _size(aval: Any) -> float:
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
 
 
-def _kept(jaxpr: Any) -> tuple[float, float]:
+def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
     """(bytes that forward scans stack up, the largest product)."""
     kept = largest = 0.0
     for e in jaxpr.eqns:
-        sizes = [_size(v.aval) for v in e.outvars]
-        if e.primitive.name == "scan":
-            stacked = sum(sizes[e.params["num_carry"] :])
-            kept += 0.0 if e.params["reverse"] else stacked
-        elif sizes and e.primitive.name == "dot_general":
-            largest = max(largest, *sizes)
-        elif e.primitive.name == "pallas_call":  # what is inside never leaves the chip
-            continue
-        for value in e.params.values():
-            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-            if isinstance(inner, core.Jaxpr):
-                more, large = _kept(inner)
-                kept, largest = kept + more, max(largest, large)
+        inner: list[tuple[float, float]] = []
+        match jaxprs.read(e):
+            case jaxprs.Product():
+                largest = max(largest, *(_size(v.aval) for v in e.outvars))
+            case jaxprs.Scan(body, _, reverse, stacked):
+                kept += 0.0 if reverse else sum(map(_size, stacked))
+                inner = [_kept(body)]
+            case jaxprs.While(condition, body):
+                inner = [_kept(condition), _kept(body)]
+            case jaxprs.Cond(branches):
+                inner = [max(map(_kept, branches))]
+            case jaxprs.Call(body, _, kernel) if not kernel:  # what is inside of a kernel never leaves the chip
+                inner = [_kept(body)]
+        kept += sum(k for k, _ in inner)
+        largest = max(largest, *(n for _, n in inner), 0.0)
     return kept, largest
 
 
-def _moved(jaxpr: Any) -> float:
+def _moved(jaxpr: core.Jaxpr) -> float:
     """Bytes of the operands and results of products; what lies between them is taken to be fused to them."""
-    total = 0.0
-    for e in jaxpr.eqns:
-        if e.primitive.name in ("dot_general", "conv_general_dilated", "pallas_call"):
-            total += sum(_size(v.aval) for v in (*e.invars, *e.outvars))
-            continue
-        times = e.params["length"] if e.primitive.name == "scan" else 1
-        for value in e.params.values():
-            inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
-            if isinstance(inner, core.Jaxpr):
-                total += times * _moved(inner)
-    return total
+
+    def moved(e: Any) -> float:
+        match jaxprs.read(e):
+            case jaxprs.Product() | jaxprs.Call(kernel=True):
+                return sum(_size(v.aval) for v in (*e.invars, *e.outvars))
+            case jaxprs.Scan(body, length):
+                return length * _moved(body)
+            case jaxprs.While(condition, body):
+                return _moved(condition) + _moved(body)
+            case jaxprs.Cond(branches):
+                return max(map(_moved, branches))
+            case jaxprs.Call(body, times):
+                return times * _moved(body)
+        return 0.0
+
+    return sum(map(moved, jaxpr.eqns))
 
 
 def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:

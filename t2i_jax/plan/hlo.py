@@ -16,143 +16,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from t2i_jax.core.jaxprs import UnknownForm
+from t2i_jax.plan.hlo_text import Computation, Instruction, called, group, parse, root, trips, width
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done",
     "after-all", "partition-id", "replica-id", "iota", "optimization-barrier",
 }  # fmt: skip
-
-_instruction = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
-_array = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_name = re.compile(r"%([\w.\-]+)")
-
-
-@dataclasses.dataclass
-class Instruction:
-    name: str
-    type: str
-    op: str
-    operands: list[str]
-    text: str
-    root: bool
-
-    @property
-    def arrays(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """(dtype, shape, layout) of what it gives."""
-        return [
-            (t, tuple(int(n) for n in s.split(",") if n), layout or "") for t, s, layout in _array.findall(self.type)
-        ]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.arrays[0][1] if self.arrays else ()
-
-    def size(self, hbm: bool = False) -> float:
-        """Bytes of what it gives, or the part of it that lies in HBM."""
-        return sum(width(t) * math.prod(s) for t, s, layout in self.arrays if not (hbm and "S(" in layout))
-
-    def attribute(self, name: str) -> str:
-        found = re.search(rf"\b{name}=%?([^\s,]+)", self.text)
-        return found.group(1) if found else ""
-
-
-def width(dtype: str) -> float:
-    """Bytes of one number."""
-    bits = re.search(r"\d+", dtype)
-    return WIDTHS[dtype] if dtype in WIDTHS else int(bits.group()) / 8 if bits else 0
-
-
-Computation = dict[str, Instruction]
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a program by name, and the name of the one it begins with."""
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if current is None:
-            head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
-            if head and " = " not in line.split("->")[0] and not line.startswith("HloModule"):
-                current = computations.setdefault(head.group(2), {})
-                entry = head.group(2) if head.group(1) else entry
-        elif re.match(r"\}(, execution_thread=\S*)?\s*$", line):  # a kernel's description may have lines that begin so
-            current = None
-        elif found := _instruction.match(line):
-            root, name, rest = found.groups()
-            end = _close(rest, 0) if rest.startswith("(") else rest.index(" ")
-            call = re.match(r"\s*([\w\-]+)\(", rest[end:])
-            if not call:
-                continue
-            start = end + call.end() - 1
-            stop = _close(rest, start)
-            operands = _name.findall(rest[start:stop])
-            body = rest[start:stop] if call.group(1) in ("parameter", "constant") else ""
-            current[name] = Instruction(name, rest[:end], call.group(1), operands, body + rest[stop:], bool(root))
-    return computations, entry
-
-
-def _close(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
-        if depth == 0:
-            return i + 1
-    return len(text)
-
-
-# ------------------------------------------------------------------------------------------------------------ loops
-
-
-def root(computation: Computation) -> Instruction:
-    return next(i for i in computation.values() if i.root)
-
-
-def trips(computations: dict[str, Computation], within: Computation, loop: Instruction) -> int | None:
-    """How often the body of a `while` runs; None if that depends on data."""
-    known = re.search(r'known_trip_count"?:?\{"?n"?:"?(\d+)', loop.text)
-    if known:
-        return int(known.group(1))
-    condition = computations[loop.attribute("condition")]
-    test, values = root(condition), condition
-    if test.op == "fusion":  # the comparison inside: its parameters are the operands of the fusion
-        values = computations[test.attribute("calls")]
-        outer, test = test, root(values)
-        place = lambda i: condition[outer.operands[int(i.text[1:].split(")")[0])]]
-    else:
-        place = lambda i: i
-    if test.op != "compare" or len(test.operands) != 2:
-        return None
-    sides = [_through(values, n) for n in test.operands]
-    sides = [_through(condition, place(s).name) if s.op == "parameter" and place(s) is not s else s for s in sides]
-    limits = [number(s) for s in sides]
-    if sum(n is not None for n in limits) != 1:
-        return None
-    limit = next(n for n in limits if n is not None)
-    counter = sides[0] if limits[0] is None else sides[1]
-    index = counter.attribute("index")
-    if counter.op != "get-tuple-element" or not index:
-        return None
-    first = (
-        _through(within, within[loop.operands[0]].operands[int(index)]) if within[loop.operands[0]].operands else None
-    )
-    begin = number(first) if first else None
-    return abs(limit - begin) if begin is not None else abs(limit)
-
-
-def _through(computation: Computation, name: str) -> Instruction:
-    while computation[name].op in ("copy", "bitcast", "convert") and computation[name].operands:
-        name = computation[name].operands[0]
-    return computation[name]
-
-
-def number(i: Instruction) -> int | None:
-    found = re.match(r"\((-?\d+)\)", i.text) if i.op == "constant" else None
-    return int(found.group(1)) if found else None
-
-
-# ------------------------------------------------------------------------------------------------------------- costs
 
 
 def convolution_flops(i: Instruction, within: Computation) -> float:
@@ -163,7 +34,7 @@ def convolution_flops(i: Instruction, within: Computation) -> float:
     left, kernel = (within[n].shape for n in i.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.text)
     if not labels:
-        return 0.0
+        raise UnknownForm(f"'{i.op}' in a compiled program", f"it has no dim_labels: {i.text[:100]}")
     lhs, rhs, out = labels.groups()
     window = re.search(r"window=\{([^}]*)\}", i.text)
     fields = dict(f.split("=") for f in window.group(1).split()) if window else {}
@@ -212,12 +83,14 @@ def flops(i: Instruction, within: Computation, computations: dict[str, Computati
         return kernel_flops(i, within)
     if i.op == "dot":
         dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.text)
+        if not dims:
+            raise UnknownForm(f"'{i.op}' in a compiled program", f"it has no lhs_contracting_dims: {i.text[:100]}")
         shape = within[i.operands[0]].shape
-        return (
-            2.0 * math.prod(i.shape) * math.prod(shape[int(d)] for d in dims.group(1).split(",") if d) if dims else 0.0
-        )
+        return 2.0 * math.prod(i.shape) * math.prod(shape[int(d)] for d in dims.group(1).split(",") if d)
+    if i.op.endswith(("-dot", "-convolution")):
+        raise UnknownForm(f"'{i.op}' in a compiled program", "an unknown kind of product")
     if i.op == "fusion":
-        inner = computations[i.attribute("calls")]
+        inner = computations[called(computations, i, "calls")]
         return sum(flops(j, inner, computations) for j in inner.values())
     return 0.0
 
@@ -244,7 +117,7 @@ def traffic(i: Instruction, within: Computation, computations: dict[str, Computa
         return 2 * operands[1].size(hbm=True)
     if i.op != "fusion":
         return i.size(hbm=True) + sum(o.size(hbm=True) for o in operands)
-    inner = computations[i.attribute("calls")]
+    inner = computations[called(computations, i, "calls")]
     given = {int(j.text[1:].split(")")[0]): j.name for j in inner.values() if j.op == "parameter"}
     read = (min(_read(inner, given[n], computations), o.size(hbm=True)) for n, o in enumerate(operands) if n in given)
     end = root(inner)
@@ -275,7 +148,7 @@ def _read(inner: Computation, name: str, computations: dict[str, Computation]) -
         elif j.op in SAME or (j.op == "dynamic-update-slice" and first):  # it may be read once it is updated
             total += _read(inner, j.name, computations)
         elif j.op == "fusion":
-            nested = computations[j.attribute("calls")]
+            nested = computations[called(computations, j, "calls")]
             given = {int(p.text[1:].split(")")[0]): p.name for p in nested.values() if p.op == "parameter"}
             total += sum(_read(nested, given[n], computations) for n, o in enumerate(j.operands) if o == name)
         else:
@@ -288,7 +161,7 @@ def _written(inner: Computation, j: Instruction, computations: dict[str, Computa
     while j.op in SAME and j.operands[0] in inner:
         j = inner[j.operands[0]]
     if j.op == "fusion":
-        nested = computations[j.attribute("calls")]
+        nested = computations[called(computations, j, "calls")]
         return _written(nested, root(nested), computations, kept)
     if j.op == "dynamic-update-slice":
         return inner[j.operands[1]].size()
@@ -325,8 +198,11 @@ class Costs:
 
 
 def count(text: str) -> Costs:
-    """The costs of a compiled program (`compiled.as_text()`)."""
-    computations, entry = parse(text)
+    """The costs of a compiled program (`compiled.as_text()`). Errors: `UnknownForm`."""
+    return _count(*parse(text))
+
+
+def _count(computations: dict[str, Computation], entry: str) -> Costs:
     operations: list[tuple[float, float]] = []
     found: dict[tuple[str, str], Collective] = {}
     kernels: set[str] = set()
@@ -356,19 +232,19 @@ def count(text: str) -> Costs:
             if i.op == "while":
                 n = trips(computations, computations[name], i)
                 unknown += n is None
-                yield from walk(i.attribute("body"), times * (1 if n is None else n))
+                yield from walk(called(computations, i, "body"), times * (1 if n is None else n))
             elif i.op in ("call", "async-start"):
-                yield from walk(i.attribute("to_apply") or i.attribute("calls"), times)
+                yield from walk(called(computations, i, "to_apply", "calls"), times)
             elif i.op == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", i.text)
-                listed = _name.findall(branches.group(1)) if branches else []
-                for branch in listed or [i.attribute("true_computation"), i.attribute("false_computation")]:
+                listed = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
+                for branch in listed or [called(computations, i, f"{c}_computation") for c in ("true", "false")]:
                     yield from walk(branch, times)
 
     for i, within, name, times in walk(entry, 1):
         collective(i, within, name, times)
         if i.op == "fusion":
-            inner = i.attribute("calls")
+            inner = called(computations, i, "calls")
             for j in computations[inner].values():
                 collective(j, computations[inner], inner, times)
         if "tpu_custom_call" in i.text and not kernel_flops(i, within):
@@ -383,24 +259,11 @@ def count(text: str) -> Costs:
 def spared(text: str) -> float:
     """Bytes of HBM traffic that a program spares, at least, by results of fusions that stay in on-chip memory for who
     reads them next. What is fetched there ahead spares nothing. Less of a larger batch finds room."""
-    lines = (line.replace("S(1)", "") if " fusion(" in line else line for line in text.splitlines(keepends=True))
-    return count("".join(lines)).bytes - count(text).bytes
-
-
-def group(i: Instruction) -> tuple[int, ...]:
-    """The partitions of the first group of a collective, in any of the ways in which HLO writes groups."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", i.text):
-        return tuple(int(n) for n in listed.group(1).split(","))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.text):
-        shape, dims, turn = ([int(n) for n in g.split(",")] if g else None for g in iota.groups())
-        ids = np.arange(math.prod(dims or ())).reshape(dims)
-        ids = ids.transpose(turn) if turn else ids
-        return tuple(int(n) for n in ids.reshape(shape)[0])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", i.text):
-        axes = re.findall(r"'([^']+)'=(\d+)", mesh.group(1))
-        named = re.findall(r"'([^']+)'", mesh.group(3))
-        ids = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
-        return tuple(int(n) for n in ids[tuple(slice(None) if a in named else 0 for a, _ in axes)].ravel())
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", i.text):
-        return tuple(int(n) for n in pairs.groups())
-    return ()
+    computations, entry = parse(text)
+    before = _count(computations, entry).bytes
+    for computation in computations.values():
+        for i in computation.values():
+            of = computation[i.operands[0]] if i.op == "get-tuple-element" else i
+            if of.op == "fusion":
+                i.type = i.type.replace("S(1)", "")
+    return _count(computations, entry).bytes - before

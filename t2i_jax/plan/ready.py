@@ -94,7 +94,8 @@ def wanted(experiment: Experiment) -> Batch:
     spec = dict(model.batch_spec())
     if "image" in spec and "codes" in spec:
         pixels = not experiment.codec and spec["image"].shape == (side, side, 3)
-        spec["image" if pixels else "codes"] = dataclasses.replace(spec["image"], optional=False)
+        name = "image" if pixels else "codes"
+        spec[name] = dataclasses.replace(spec[name], optional=False)
     needed = {k: f for k, f in spec.items() if not f.optional}
     shape = lambda f: (experiment.data.batch_size, *(side if n is None else n for n in f.shape))
     kind = lambda k, f: jnp.uint8 if k == "image" else jnp.dtype(f.dtype)

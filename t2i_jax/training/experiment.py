@@ -115,6 +115,11 @@ def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "features" in spec and experiment.text is not None:
         spec["features"] = optional(spec["features"])
+        if hasattr(experiment.text, "image_features"):  # images teach, and captions are not read
+            spec = {"image": FieldSpec((None, None, 3), "uint8", optional=True)} | spec
+        else:
+            ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
+            spec = {"text": ids, "text_mask": mask} | spec
     return spec
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, read_stored, refused, to_json
+from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.types import check_batch
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
@@ -261,7 +262,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
 
         bar = stack.enter_context(progress("training", done, t.steps))
         pending: collections.deque = collections.deque()
-        clock, since, work = time.perf_counter(), done, 0.0
+        clock, since, work = time.perf_counter(), done, None
 
         def settle(limit: int) -> None:
             """Read metrics of steps that lie `limit` behind; later ones are still being computed."""
@@ -278,8 +279,9 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                     clock, since = now, step
                     numbers |= {"images_per_second": rate * experiment.data.batch_size}
                     peak = flops.peak(jax.devices()[0])
-                    numbers |= {"flops_per_second": rate * work}
-                    if peak:
+                    if work:
+                        numbers |= {"flops_per_second": rate * work}
+                    if work and peak:
                         numbers |= {"mfu": rate * work / (peak * trainer.mesh.size)}
                     if records:
                         records.write(step, numbers)
@@ -300,8 +302,13 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
             clock += time.perf_counter() - began
 
         for step, batch in zip(range(done + 1, t.steps + 1), trainer.batches(position), strict=False):
-            if not work:
-                work = trainer.flops(batch)
+            if work is None:
+                try:
+                    work = trainer.flops(batch)
+                except UnknownForm as error:
+                    work = 0.0
+                    if main:
+                        console.print(f"FLOP/s and MFU are left out: {error}", markup=False, soft_wrap=True)
             if t.profile and step == t.profile:
                 jax.profiler.start_trace(str(folder / "profile"))
             state, metrics = trainer.step(state, trainer.frozen, batch)

@@ -1,0 +1,196 @@
+"""The forms of traced programs (jaxprs) that this library reads: products, loops, branches and calls.
+
+JAX promises neither the names of primitives nor those of their parameters, and both change between versions (read here:
+jax 0.10 to 0.12). So `read` is the only place that looks into an equation, and a form that it does not know is an
+`UnknownForm`: no count is silently too small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from t2i_jax.core.errors import ConfigError
+
+
+class UnknownForm(ConfigError):
+    """A program has a form that this library cannot read; the message names it and the version of JAX."""
+
+    def __init__(self, what: str, why: str):
+        super().__init__(f"{what}: {why} (jax {jax.__version__}); its costs cannot be counted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product, a convolution or a fused attention kernel: 2 FLOPs for each multiply-add."""
+
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """A loop whose length is known; `stacked` are the results with one entry for each turn, as opposed to the carry."""
+
+    body: core.Jaxpr
+    length: int
+    reverse: bool
+    stacked: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class While:
+    """A loop whose length depends on data."""
+
+    condition: core.Jaxpr
+    body: core.Jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Cond:
+    """Programs of which one runs, in the order of the index that chooses."""
+
+    branches: tuple[core.Jaxpr, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program that runs `times` times, by all devices together; in a `kernel` it keeps to on-chip memory."""
+
+    body: core.Jaxpr
+    times: int = 1
+    kernel: bool = False
+
+
+Form = Product | Scan | While | Cond | Call | None
+
+CALLS = {
+    "call", "closed_call", "composite", "custom_jvp_call", "custom_partitioning", "custom_vjp_call", "eval_jaxpr",
+    "jit", "pallas_call", "remat2", "run_scoped", "shard_map",
+}  # fmt: skip
+"""Primitives with one program among their parameters, which is what they run."""
+
+NUMBERWISE = {"reduce", "reduce_window", "select_and_scatter"}
+"""Primitives, besides scatters, whose program combines single numbers: there is no product in it."""
+
+SUSPECT = re.compile(r"(^|_)(attention|call|conv|dot|gemm|kernel|matmul)(_|$)")
+"""Names that say of an unknown primitive that it may compute products."""
+
+
+def read(equation: Any) -> Form:
+    """What an equation of a jaxpr does; None for one without products. Errors: `UnknownForm`."""
+    name = equation.primitive.name
+    if name == "dot_general":
+        (contracted, _), _ = _parameter(equation, "dimension_numbers")
+        left = equation.invars[0].aval.shape
+        return Product(2.0 * _size(equation.outvars[0]) * math.prod(left[d] for d in contracted))
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        features = kernel[_parameter(equation, "dimension_numbers").rhs_spec[0]]
+        return Product(2.0 * _size(equation.outvars[0]) * math.prod(kernel) / features)
+    if name in ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"):
+        return Product(_attention(equation, forward="fwd" in name))
+    if name == "scan":
+        return _scan(equation)
+    if name == "while":
+        return While(_program(equation, "cond_jaxpr"), _program(equation, "body_jaxpr"))
+    if name == "cond":
+        branches = tuple(_programs(_parameter(equation, "branches")))
+        if more := set(equation.params) - {"branches", "branches_platforms"}:
+            raise _unknown(equation, f"what its parameter '{min(more)}' says of its branches is not known")
+        if platforms := equation.params.get("branches_platforms"):  # the same in the ways of several platforms
+            return Call(branches[platforms.index(None) if None in platforms else -1])
+        return Cond(branches)
+    if name == "call_hi_primitive":
+        return Call(_expanded(equation))
+    programs = _programs(equation.params)
+    if name in CALLS:
+        if len(programs) != 1:
+            raise _unknown(equation, f"it has {len(programs)} programs among its parameters, not one")
+        return Call(programs[0], _times(equation), kernel=name == "pallas_call")
+    if name in NUMBERWISE or name.startswith("scatter"):
+        return None
+    if programs or SUSPECT.search(name):
+        raise _unknown(equation, "an unknown primitive " + ("with programs in it" if programs else "may be a product"))
+    return None
+
+
+def _unknown(equation: Any, why: str) -> UnknownForm:
+    return UnknownForm(f"'{equation.primitive.name}' in a traced program", why)
+
+
+def _parameter(equation: Any, name: str) -> Any:
+    if name not in equation.params:
+        raise _unknown(equation, f"it has no parameter '{name}' but {', '.join(sorted(equation.params)) or 'none'}")
+    return equation.params[name]
+
+
+def _programs(value: Any) -> list[core.Jaxpr]:
+    """The jaxprs in a parameter and in tuples and dictionaries of it."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [program for part in value for program in _programs(part)]
+    return list(core.jaxprs_in_params({"": value}))
+
+
+def _program(equation: Any, name: str) -> core.Jaxpr:
+    found = _programs(_parameter(equation, name))
+    if len(found) != 1:
+        raise _unknown(equation, f"its parameter '{name}' is not a program")
+    return found[0]
+
+
+def _size(variable: Any) -> int:
+    return math.prod(variable.aval.shape)
+
+
+def _scan(equation: Any) -> Scan:
+    """A result is stacked if it has one axis more than the body's, of the loop's length, and otherwise it is carried.
+
+    Shapes say this in every version of JAX; the parameters that say it have changed their names."""
+    body, length = _program(equation, "jaxpr"), _parameter(equation, "length")
+    outvars: list[Any] = body.outvars
+    whole, each = ([v.aval for v in variables] for variables in (equation.outvars, outvars))
+    stacked = tuple(a for a, b in zip(whole, each, strict=False) if a.shape == (length, *b.shape))
+    carried = [a for a, b in zip(whole, each, strict=False) if a.shape == b.shape]
+    if len(whole) != len(each) or len(stacked) + len(carried) != len(whole):
+        raise _unknown(equation, "its results are neither carried nor stacked results of its body")
+    return Scan(body, length, bool(_parameter(equation, "reverse")), stacked)
+
+
+def _times(equation: Any) -> int:
+    """How often the program of a call runs: for each place of a kernel's grid, or on each device of a mesh."""
+    if equation.primitive.name == "pallas_call":
+        grid = _parameter(equation, "grid_mapping").grid
+        if not all(isinstance(n, int) for n in grid):
+            raise _unknown(equation, f"the size of its grid {grid} depends on data")
+        return math.prod(grid)
+    if equation.primitive.name == "shard_map":
+        mesh = _parameter(equation, "mesh")
+        return math.prod(mesh.shape[axis] for axis in _parameter(equation, "newly_manual_axes"))
+    return 1
+
+
+def _attention(equation: Any, forward: bool) -> float:
+    """FLOPs of cuDNN's attention, all pairs of queries and keys: q k^T and p v; backwards q k^T once more, and the
+    gradients of p, q, k and v."""
+    q, k, v = (x.aval.shape for x in equation.invars[:3])
+    keys = k[2] if _parameter(equation, "layout") else k[1]  # 0: (b, t, n, h), 1: (b, n, t, h)
+    return 2.0 * math.prod(q[:-1]) * keys * (q[-1] + v[-1] if forward else 3 * q[-1] + 2 * v[-1])
+
+
+def _expanded(equation: Any) -> core.Jaxpr:
+    """The program of a primitive that is a Python object, as `jnp.searchsorted` is in jax 0.12."""
+    primitive = _parameter(equation, "_prim")
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    try:
+        run = lambda *flat: primitive.expand(*jax.tree.unflatten(primitive.in_tree, flat))
+        return jax.make_jaxpr(run)(*shapes).jaxpr
+    except Exception as error:  # whatever another version of JAX does
+        why = " ".join(str(error).split())[:200]
+        raise _unknown(equation, f"{type(primitive).__name__} does not expand: {why}") from error
