@@ -301,6 +301,13 @@ def test_cmyk_with_a_profile_that_is_none():
     assert np.abs(pixels(saved(stored, "TIFF", icc_profile=profile())) - quarters()).max() <= 2
 
 
+def test_lab_is_as_exact_as_its_8_bits():
+    exact, lab, srgb = ImageCms.Flags.NOOPTIMIZE, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    to_lab = ImageCms.buildTransform(srgb, lab, "RGB", "LAB", flags=exact)
+    stored = ImageCms.applyTransform(Image.fromarray(quarters()), to_lab)
+    assert np.abs(pixels(saved(stored, "TIFF")) - quarters()).max() <= 5
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

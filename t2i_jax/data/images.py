@@ -149,7 +149,7 @@ def _full(x: np.ndarray) -> np.ndarray:
 def _planes(
     image: bytes | np.ndarray, draft: int = 0, smallest_side: int = 0, by_values: bool = False
 ) -> tuple[Image.Image, Image.Image | None, bytes | None, Box]:
-    """An upright image as its colour (L, RGB or CMYK), its alpha (L), its colour profile, and its edges in pixels.
+    """An upright image as its colour (L, RGB, CMYK or LAB), its alpha (L), its colour profile, and its edges in pixels.
 
     by_values: numbers of more than 8 bits are scaled by the values that there are, not by those that there may be.
     """
@@ -265,7 +265,7 @@ def _peak(picture: Image.Image) -> int:
 
 
 def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | None]:
-    """Colour (L, RGB or CMYK) and alpha (L) of a decoded image."""
+    """Colour (L, RGB, CMYK or LAB) and alpha (L) of a decoded image."""
     clear = picture.info.get("transparency")
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         x = np.asarray(picture)
@@ -286,7 +286,7 @@ def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | 
         return picture.convert("L" if grey else "RGB"), picture.getchannel("A")
     if picture.mode == "1":
         return picture.convert("L"), None
-    return picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB"), None
+    return picture if picture.mode in ("L", "RGB", "CMYK", "LAB") else picture.convert("RGB"), None
 
 
 @lru_cache(32)
@@ -313,8 +313,14 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         return None
 
 
+@lru_cache(1)
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    """As `convert` of pillow, whose short cut is off by 12 levels for strong colours."""
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE)
+
+
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    found = _transform(profile, colour.mode) if profile else None
+    found = ("LAB", _from_lab()) if colour.mode == "LAB" else _transform(profile, colour.mode) if profile else None
     if found is None:
         return colour.convert("RGB")
     works, transform = found
