@@ -221,6 +221,19 @@ def test_clear_colours_of_16_bits():
     assert (found[:8, :8] == 255).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_clear_greys_of_few_bits(bits, share):
+    top = 2**bits - 1
+    x = np.rint(ramp() * top).astype(np.uint8)
+    clear = int(np.rint(share * top))
+    rows = np.unpackbits(x[..., None], axis=-1)[..., 8 - bits :].reshape(16, -1)
+    body = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", clear))
+    found = pixels(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(found[..., 0], np.where(x == clear, 255, x.astype(int) * 255 // top))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white_in_every_mode(mode, kind):

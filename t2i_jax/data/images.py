@@ -34,6 +34,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH = 24
+"""Where a PNG has the number of its bits."""
 
 Box = tuple[float, float, float, float]
 ImageSource = bytes | np.ndarray | str | os.PathLike
@@ -229,14 +231,31 @@ def _decoded(data: bytes, draft: int, smallest_side: int) -> tuple[Image.Image, 
             picture = Image.open(io.BytesIO(_chunks(data, keep) if keep else data), formats=_formats())
             _check_side(picture.size, smallest_side)
             reduced = picture.draft(None, (draft, draft)) if draft else None
+            _check_planes(picture)
             picture.load()
+            clear = picture.info.get("transparency")
+            if picture.format == "PNG" and isinstance(clear, int | tuple) and picture.mode in ("L", "RGB"):
+                picture.info["transparency"] = _clear(clear, data[PNG_DEPTH])
             return picture, reduced[1][2:] if reduced else picture.size
-        except (TooSmall, Image.DecompressionBombError):
+        except (DataError, Image.DecompressionBombError):
             raise
         except Exception as error:
             fault = fault or error
     assert fault is not None
     raise fault
+
+
+def _check_planes(picture: Image.Image) -> None:
+    """Errors: `DataError` for a TIFF of which pillow would take other bytes for pixels."""
+    if _tag(picture, 284, 1) == 2 and _tag(picture, 277, 1) > 1 and _tag(picture, 258, 8) > 8:
+        raise DataError("a TIFF with colours of more than 8 bits in separate planes is not read")
+
+
+def _clear(clear: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
+    """The transparent colour of a PNG in the 8 bits to which pillow brings pixels, but not this colour."""
+    if isinstance(clear, tuple):
+        return tuple(c >> 8 for c in clear) if bits == 16 else clear
+    return clear * (255 // ((1 << bits) - 1)) if bits < 8 else clear
 
 
 def _chunks(data: bytes, keep: tuple[bytes, ...]) -> bytes:
@@ -278,8 +297,6 @@ def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | 
             grey = 255 - grey
         alpha = Image.fromarray(np.where(x == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
         return Image.fromarray(grey), alpha
-    if picture.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
-        picture.info["transparency"] = tuple(c >> 8 for c in clear)  # of 16 bits, of which pillow keeps the upper ones
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
         grey = picture.mode in ("1", "L", "LA", "La")
         picture = picture.convert("LA" if grey else "RGBA")
