@@ -449,8 +449,10 @@ def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 
     if not hasattr(artifact.config, "measure") or not hasattr(experiment, "data"):
         raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
     examples = experiment.data.examples("train")
-    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int)
-    whole = len(places) - len(places) % batch if len(places) > batch else len(places)
-    images = (np.stack([examples[int(i)]["image"] for i in places[at : at + batch]]) for at in range(0, whole, batch))
-    found = artifact.config.measure(artifact.model, (x.astype(np.float32) / 127.5 - 1 for x in images))
-    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=found[0], shift=found[1]))
+    found = [record["image"] for record in examples.spaced(count) if "image" in record]
+    if not found:
+        raise ConfigError(f"{run}: a scale is measured on images, and the data has none that can be read")
+    whole = len(found) - len(found) % batch if len(found) > batch else len(found)
+    images = (np.stack(found[at : at + batch]) for at in range(0, whole, batch))
+    scale, shift = artifact.config.measure(artifact.model, (x.astype(np.float32) / 127.5 - 1 for x in images))
+    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=scale, shift=shift))

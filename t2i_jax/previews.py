@@ -56,8 +56,9 @@ class Previews:
         if "image" in records[0]:
             real = np.stack([r["image"] for r in records])
         else:  # an encoded data set: what the codec makes of the codes is as near as one gets
-            codes = np.stack([r["codes"] for r in records])
-            real = np.asarray(jax.jit(lambda f, c: to_uint8(codec.decode(f, c)))(trainer.frozen["codec"], codes))
+            codes = [r["codes"] if "codes" in r else np.split(r["latents"], 2, -1)[0] for r in records]
+            decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
+            real = np.asarray(decode(trainer.frozen["codec"], np.stack(codes)))
         if hasattr(family, "encode"):
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)

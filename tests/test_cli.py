@@ -96,6 +96,67 @@ def test_mistakes_in_sampling_are_one_line(folder, capsys, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"0\n\n 1 \r\n", "\ufeff0\n1".encode(), "0\r\n1\r\n".encode("utf-16"), b"0\r\r1\r", b"0\x00\n\x001\n\n\n"],
+)
+def test_prompts_are_the_lines_of_a_text_file(folder, tmp_path, capsys, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    main([str(a) for a in ("sample", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")])
+    capsys.readouterr()
+    prompts = [Image.open(tmp_path / "out" / f"0000{i}.png").info["prompt"] for i in range(2)]
+    assert prompts == ["0", "1"] and not (tmp_path / "out" / "00002.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"0\ncaf\xe9\n", "byte 5 (0xe9) is no UTF-8"),
+        (b"\n \n", "no line but blank ones"),
+        ("0\n1".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        (None, "No such file"),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_named(folder, tmp_path, capsys, content, says):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    told = refused(capsys, "sample", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
+    assert says in told and "prompts.txt" in told and not (tmp_path / "out").exists()
+
+
+def test_images_to_fill_are_what_a_viewer_shows(folder, tmp_path, capsys):
+    """Turned by EXIF, transparent, of 16 bits, palettes: what is kept of them is what is seen."""
+    seen = np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8)
+    turned, exif = Image.fromarray(seen).transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear = np.dstack([seen, np.full((4, 4), 255, np.uint8)])
+    clear[3, 3] = 0
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(seen).quantize(16).save(tmp_path / "palette.png")
+    grey = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:2] = 255
+    Image.fromarray(np.dstack([np.full((4, 4, 3), 255, np.uint8), mask])).save(tmp_path / "mask.png")
+    shown = {"turned": seen, "clear": seen.copy(), "palette": seen, "grey": np.dstack([grey / 257] * 3)}
+    shown["clear"][3, 3] = 255
+    for name, image in shown.items():
+        given = ("--image", tmp_path / f"{name}.png", "--mask", tmp_path / "mask.png", "--out", tmp_path / name)
+        main([str(a) for a in ("sample", folder, "1", *given)])
+        found = np.asarray(Image.open(tmp_path / name / "00000.png").convert("RGB")).astype(int)
+        assert np.abs(found[2:] - image[2:]).max() <= 1, name
+    capsys.readouterr()
+    (tmp_path / "web.png").write_text("<html>not found</html>")
+    Image.new("L", (4, 4)).save(tmp_path / "black.png")
+    for flags, says in (
+        (("--image", tmp_path / "web.png"), "web.png: no image: it is a web page"),
+        (("--image", tmp_path / "grey.png", "--mask", tmp_path / "black.png"), "black.png: the mask marks nothing"),
+        (("--image", tmp_path / "none.png"), "none.png"),
+    ):
+        assert says in " ".join(refused(capsys, "sample", folder, "1", *flags, "--out", tmp_path / "bad").split())
+
+
+@pytest.mark.parametrize(
     ("fields", "flags", "says"),
     [
         ("solver='rk4'", [], "solver 'rk4': one of"),

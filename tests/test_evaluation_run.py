@@ -1,13 +1,14 @@
 """The metrics of families, from what they are asked to the report."""
 
-from types import SimpleNamespace
-from typing import Any
+import io
 
 import jax
 import numpy as np
 import pytest
 import toys
+from PIL import Image
 
+from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.run import evaluate_family
 from t2i_jax.models.ar import AR
@@ -15,6 +16,13 @@ from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import Artifact
+from t2i_jax.training.experiment import Experiment
+
+
+def as_png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 class Letters:
@@ -25,16 +33,23 @@ class Letters:
         return ids, np.ones(ids.shape, bool)
 
 
-def records(split):
-    rng = np.random.default_rng(len(split))
-    images = rng.integers(0, 256, (8, 8, 8, 3), np.uint8)
-    about = lambda n: {
-        "captions": [f"{split} {n}"],
-        "unseen_caption": f"new {split} {n}",
-        "label": n % 3,
-        "key": str(n),
-    }
-    return [{"image": image} | about(n) for n, image in enumerate(images)]
+def data(folder):
+    rng = np.random.default_rng(0)
+    records = [
+        {
+            "image": as_png(rng.integers(0, 256, (8, 8, 3), np.uint8)),
+            "captions": [f"{split} {n}"],
+            "unseen_caption": f"new {split} {n}",
+            "label": n % 3,
+            "key": f"{split}{n}",
+            "split": split,
+        }
+        for split in ("train", "test")
+        for n in range(9)
+    ]
+    records[4]["image"] = b"no image"  # one that is broken is left out
+    write_records(folder, records)
+    return Data(ArrayRecord(str(folder)), image_size=8)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +60,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     model = jax.jit(family.init)(jax.random.key(0))
     text = None if isinstance(condition, Classes) else Letters()
     pipeline = Pipeline(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
-    reference: Any = SimpleNamespace(data=SimpleNamespace(examples=records))
+    reference = Experiment(family, data(tmp_path / "records"))
     spaces = [Features("pixels")]
     report = evaluate_family(
         pipeline, Artifact(family, model), reference, tmp_path, spaces, 8, 8, 0, family.options(), False
@@ -54,4 +69,5 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     assert {k.split("/")[0] for k in report.numbers} == names
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
     assert len(bits) == len(names) and all(0 < b < 10 for b in bits)
+    assert report.facts["pictures"] == dict.fromkeys(names, 8)
     assert (tmp_path / "samples.png").exists()

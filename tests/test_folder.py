@@ -34,6 +34,24 @@ def test_what_programs_leave_is_no_data(tmp_path):
     assert keys(tmp_path) == ["a.png", "b/two.png"]
 
 
+def test_data_that_changed_since_a_run_began_are_named_once(tmp_path, capsys):
+    from t2i_jax.training.loop import remember_data
+
+    def said():
+        remember_data(Data(Folder(str(tmp_path / "set"))), tmp_path)
+        return " ".join(capsys.readouterr().err.split())
+
+    for i in range(12):
+        picture(tmp_path / "set" / f"{i:02d}.png")
+    assert said() == said() == ""
+    picture(tmp_path / "set" / "50.png")
+    assert "12 records then, 13 now" in said()
+    assert said() == ""
+    (tmp_path / "set" / "03.png").rename(tmp_path / "set" / "03b.png")
+    assert "13 records then, 13 now" in said()
+    assert said() == ""
+
+
 @pytest.mark.parametrize("target", [".", "..", "b", "b/c", "/"])
 def test_links_do_not_repeat_images(tmp_path, target):
     root = tmp_path / "root"

@@ -98,9 +98,7 @@ def bench_codes(grid: int, features: tuple[int, int], count: int, workers: int, 
         files = [str(f) for f in folder.glob("*.arrayrecord")]
         size = sum(Path(f).stat().st_size for f in files) // count
         raw = ArrayRecordDataSource(files)
-        data = Data(
-            ArrayRecord(str(folder)), batch_size=64, fields=tuple(f for f in fields), workers=workers, threads=1
-        )
+        data = Data(ArrayRecord(str(folder)), batch_size=64, workers=workers, threads=1)
 
         def alone() -> float:
             start = time.perf_counter()

@@ -9,12 +9,13 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
-from PIL import Image
 
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.text import clean_text, read_lines
+from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, settled
@@ -37,7 +38,7 @@ class SampleArguments(Checked):
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """prompts; class numbers for a class-conditional model"""
     prompts: Path | None = None
-    """file with one prompt a line, for bulk"""
+    """text file with one prompt a line, for bulk; blank lines are left out"""
     out: Path = Path("samples")
     count: Size = 1
     """pictures per prompt, with seeds seed, seed + 1, ..."""
@@ -79,7 +80,9 @@ def run(arguments: list[str]) -> None:
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
     args, rest = parse_some(SampleArguments, arguments, "t2i sample")
-    prompts = list(args.text) + (args.prompts.read_text("utf-8").splitlines() if args.prompts else [])
+    prompts = [clean_text(prompt) for prompt in args.text] + (read_lines(args.prompts) if args.prompts else [])
+    if not prompts and args.prompts:
+        raise config.ConfigError(f"--prompts {args.prompts}: there is no line but blank ones")
     if not prompts:
         raise config.ConfigError('no prompt: give some ("a red heart"), or --prompts FILE with one a line')
     local(args.out)
@@ -101,8 +104,8 @@ def run(arguments: list[str]) -> None:
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
     if args.image:
-        mask = np.asarray(Image.open(args.mask).convert("L")) > 127 if args.mask else None
-        pipeline = pipeline.holding(np.asarray(Image.open(args.image).convert("RGB")), mask)
+        mask = open_mask(args.mask) if args.mask else None
+        pipeline = pipeline.holding(np.asarray(open_image(args.image)), mask)
     if args.pull_by:
         pipeline = pipeline.pulled(load_artifact(args.pull_by, host=True), str(args.pull_by))
     if args.weak:

@@ -17,16 +17,17 @@ and the stream goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import grain
 import numpy as np
 
-from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Seed, Size
 from t2i_jax.core.types import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
 from t2i_jax.data.files import say_once
@@ -39,8 +40,9 @@ from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-PER_CAPTION = ("features", "text_mask")  # a row for each caption of the record
-ARRAYS = ("label", "codes", "latents", *PER_CAPTION)
+Field = Literal["image", "label", "codes", "latents", "features", "text_mask"]
+PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
+ARRAYS: tuple[Field, ...] = ("label", "codes", "latents", *PER_CAPTION)
 SIDED = ("left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo")
 SIDED += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
 TRIES = 100
@@ -51,20 +53,20 @@ DEATHS = 3
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """A source and how its records become batches."""
 
     source: Source
     """Where the training examples come from."""
     held_out: Source | None = None
     """Where every split but "train" comes from; `None` is the source's own split of that name."""
-    image_size: int = 64
+    image_size: Size = 64
     """Side of the square pictures in a batch."""
-    batch_size: int = 64
+    batch_size: Size = 64
     """Examples in a batch over all processes."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut out when training."""
-    smallest_crop: float = 0.8
+    smallest_crop: Annotated[float, Range(above=0, high=1)] = 0.8
     """The smallest random crop, as a share of the short side."""
     flip: bool = False
     """Mirror every second picture when training, unless a caption has a word of `flip_except`."""
@@ -75,35 +77,22 @@ class Data:
     empty_captions: bool = False
     """Take a record without a caption, with the caption "" (the unconditional one of many models); else it is broken
     where captions are needed."""
-    smallest_side: int = 0
+    smallest_side: Count = 0
     """Images with a shorter side are left out: pixels that they lack would be made up."""
-    fields: tuple[str, ...] = ("image", *ARRAYS)
+    fields: tuple[Field, ...] = ("image", *ARRAYS)
     """What goes into a batch, of what the records have; without "image" no picture is decoded."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the shuffle, crops, flips and captions."""
-    workers: int = 0
+    workers: Count = 0
     """Processes that make batches; 0 makes them in threads of this one."""
-    threads: int = 2
+    threads: Count = 2
     """Threads that make batches, in each process."""
-    prefetch: int = 4
+    prefetch: Count = 4
     """Batches that each process makes ahead."""
-    broken_share: float = 0.01
+    broken_share: NotNegative = 0.01
     """The run stops when a larger share of the examples met a broken record ..."""
-    broken_count: int = 10
+    broken_count: Count = 10
     """... and more than so many of them."""
-
-    def __post_init__(self):
-        least = {"image_size": 1, "batch_size": 1, "smallest_side": 0, "seed": 0, "workers": 0, "threads": 0}
-        for name, low in (least | {"prefetch": 0, "broken_count": 0, "broken_share": 0}).items():
-            if not getattr(self, name) >= low:
-                raise ConfigError(f"Data.{name} is {getattr(self, name)}; it is at least {low}")
-        if not 0 < self.smallest_crop <= 1:
-            raise ConfigError(f"Data.smallest_crop is {self.smallest_crop}; it is above 0 and at most 1")
-        for name, words in {"crop": ("center", "random"), "caption": ("random", "first")}.items():
-            if getattr(self, name) not in words:
-                raise ConfigError(f"Data.{name} is '{getattr(self, name)}'; it is one of {', '.join(words)}")
-        if unknown := set(self.fields) - {"image", *ARRAYS}:
-            raise ConfigError(f"Data.fields has {sorted(unknown)}; there are {', '.join(('image', *ARRAYS))}")
 
     def batches(
         self,
@@ -168,9 +157,10 @@ class Data:
         small = self.smallest_side
         return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
 
-    def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, int]:
-        """How many records each split has: what a run can remember of its data. Errors: `DataError`."""
-        return {split: len(self.split(split).open()) for split in splits}
+    def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, dict[str, Any]]:
+        """How many `records` each split has, and a digest of the `names` of some: what a run remembers of its data.
+        Errors: `DataError`."""
+        return {split: _description(self.split(split).open()) for split in splits}
 
     def _open(self, split: str, captions: bool) -> Reader:
         reader = self.split(split).open()
@@ -229,6 +219,13 @@ def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
         finally:
             if close := getattr(iterator, "close", None):
                 close()
+
+
+def _description(reader: Reader, some: int = 64) -> dict[str, Any]:
+    places = np.linspace(0, len(reader) - 1, min(some, len(reader))).round().astype(int).tolist()
+    names = "\n".join(reader.key(i).rpartition("/")[2] for i in places)
+    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+    return {"records": len(reader), "names": digest[:16]}
 
 
 def _split(source: Source, split: str) -> Source:

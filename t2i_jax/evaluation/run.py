@@ -78,17 +78,21 @@ def space_of(name: str) -> Features:
 
 
 def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
-    """Evenly spaced records of a split, with pictures; none where there is no such split."""
+    """Evenly spaced records of a split, with images; none where there is no such split.
+
+    Records that cannot be used are replaced by the next that can, named and counted. Errors: `ConfigError` for data
+    without images, `DataError` where too many records are broken.
+    """
     try:
         examples = experiment.data.examples(split)
     except DataError:
         return []
-    if len(examples) and "image" not in examples[0]:
-        raise ConfigError(
-            "the data has codes and no pictures: name a config with pictures to compare with: --data CONFIG"
-        )
-    places = np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int)
-    return [examples[int(i)] for i in places]
+    records = examples.spaced(most)
+    if summary := examples.summary():
+        console.print(f"{split}: {summary}", style="yellow", soft_wrap=True, highlight=False)
+    if any("image" not in record for record in records):
+        raise ConfigError("the data has codes and no images: name a config with images to compare with: --data CONFIG")
+    return records
 
 
 def reads_classes(family: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import logging
 import re
@@ -22,21 +23,21 @@ SHOWN = 40
 """Characters of each that it shows."""
 
 
-class Limited:
+class Limited(abc.ABC):
     """A text side that reads a number of tokens of a caption and cuts the rest."""
 
+    @abc.abstractmethod
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """n captions -> ids int32 (n, s) and a mask bool (n, s)."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def room(self) -> int:
         """Tokens of a caption that are read, special ones not counted."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """All ids of each caption, without special ones and without a limit."""
-        raise NotImplementedError
 
     @property
     def pieces(self) -> int:

@@ -39,6 +39,10 @@ class Triple(Limited):
     def room(self) -> int:
         return self.t5.room
 
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """T5's ids of each caption, without special ones and without a limit: those that `room` counts."""
+        return self.t5.tokens(captions)
+
     def cut(self, captions: Sequence[str]) -> list[int]:
         """How many tokens of each caption none of the three reads."""
         return [min(counts) for counts in zip(*(text.cut(captions) for text in self.parts), strict=True)]

@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from t2i_jax import flops
-from t2i_jax.config import ConfigError, differences, read_stored, refused, to_json
+from t2i_jax.config import ConfigError, differences, read_json, read_stored, refused, to_json
 from t2i_jax.core.jaxprs import UnknownForm
+from t2i_jax.core.outputs import write_json
 from t2i_jax.core.types import check_batch
+from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
@@ -224,6 +226,22 @@ def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
         bundled(experiment.text, folder)
 
 
+def remember_data(data: Data, folder: Path) -> None:
+    """Write what the data of a run are to `data.json`; say so where they are not what they were at its last start."""
+    path, now = folder / "data.json", data.describe()
+    was = read_json(path).get("train", now["train"]) if path.exists() else now["train"]
+    if was != now["train"]:
+        console.print(
+            f"the data of {folder} have changed since its last start: {was.get('records')} records then, "
+            f"{now['train']['records']} now. It goes on at its place in their new order: of this epoch some come "
+            "again and some are left out",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    write_json(path, now)
+
+
 def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
     """Train, or go on with, the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
 
@@ -259,6 +277,8 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
             console.print(f"{where}: going on from step {done}", soft_wrap=True)
         if done >= t.steps:
             return state
+        if main:
+            remember_data(experiment.data, folder)
 
         bar = stack.enter_context(progress("training", done, t.steps))
         pending: collections.deque = collections.deque()

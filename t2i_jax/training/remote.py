@@ -80,7 +80,7 @@ def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
     if isinstance(where, Path):
         yield where
         return
-    folder, over, seen = fetched(where, ("config.json", "metrics.jsonl")), threading.Event(), {}
+    folder, over, seen = fetched(where, ("config.json", "data.json", "metrics.jsonl")), threading.Event(), {}
     main = jax.process_index() == 0
 
     def copy() -> None:
