@@ -38,7 +38,7 @@ PNG_DEPTH = 24
 """Where a PNG has the number of its bits."""
 
 Box = tuple[float, float, float, float]
-ImageSource = bytes | np.ndarray | str | os.PathLike
+ImageSource = bytes | np.ndarray | os.PathLike
 
 
 class TooSmall(DataError):
@@ -54,7 +54,8 @@ def open_image(image: ImageSource, size: int = 0, smallest: float = 0.8, smalles
     """An RGB image in sRGB, upright, its transparency on white, of several frames the first.
 
     Args:
-        image: the bytes of an image file, whatever its name; the path of one; or an array (i, j) or (i, j, c) with 1
+        image: the bytes of an image file, whatever its name; its `Path` (a string is none, so that no record of a data
+            set can name a file of this machine); or an array (i, j) or (i, j, c) with 1
             to 4 channels (grey, grey and alpha, RGB, RGBA), whose numbers become 8 bits as `levels` has it.
         size: side of the squares that will be cut out; 0 for an image at its full size. A JPEG is decoded at a half, a
             quarter or an eighth where its short side then still is `draft_side`.
@@ -66,7 +67,7 @@ def open_image(image: ImageSource, size: int = 0, smallest: float = 0.8, smalles
     broken EXIF. Errors: `DataError` that names the file, where there is a path, for what is no whole image; `TooSmall`
     for an image whose short side is under `smallest_side`.
     """
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, os.PathLike):
         with _naming(image):
             return open_image(Path(image).read_bytes(), size, smallest, smallest_side)
     colour, alpha, profile, box = _planes(image, draft_side(size, smallest), smallest_side)
@@ -93,7 +94,7 @@ def open_mask(mask: ImageSource) -> np.ndarray:
     value of 8 or 16 bits that the numbers need, or 1 where there are no others than 0 and 1.
     Errors: `DataError` that names the file for what is no image, and where nothing or everything is marked.
     """
-    if isinstance(mask, str | os.PathLike):
+    if isinstance(mask, os.PathLike):
         with _naming(mask):
             return open_mask(Path(mask).read_bytes())
     grey, alpha, *_ = _planes(mask, by_values=True)
@@ -136,7 +137,7 @@ def levels(x: np.ndarray, peak: float = 0) -> np.ndarray:
 
 
 @contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
+def _naming(path: os.PathLike) -> Iterator[None]:
     try:
         yield
     except DataError as error:
