@@ -121,17 +121,17 @@ def rank(v: Any) -> int:
 
 
 def muon_dimensions(params: Named) -> Any:
-    """The matrices that Muon orthogonalises: those of products from one width of the network to another.
+    """The matrices that Muon orthogonalises: those of products with vectors (Jordan et al. 2024).
 
-    Adam moves everything else, as its authors advise (Jordan et al. 2024): embeddings, null conditions, positions,
-    codebooks, biases and norms, convolutions, and the first and last products, one side of which is pixels, features or
-    codes.
+    Adam moves everything else: tables of which rows are looked up, logits of a vocabulary, null conditions, positions,
+    codebooks, biases, norms and convolutions. The first product of features of a frozen encoder is one of Muon's: its
+    input is dense, as every layer's is.
     """
 
-    def rule(v: Any) -> Any:
+    def rule(name: str, v: Any) -> Any:
         axes = axes_of(v)
-        if len(axes) != 2 or None in axes or "vocab" in axes:
+        if not name.endswith(".w") or len(axes) != 2 or "vocab" in axes:
             return None
         return contrib.MuonDimensionNumbers(reduction_axis=len(v.shape) - 2, output_axis=len(v.shape) - 1)
 
-    return {k: rule(v) for k, v in params.items()}
+    return {k: rule(k, v) for k, v in params.items()}
