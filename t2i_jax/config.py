@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         what = sniff_file(path)
-        said = f"is {what}, not JSON" if "JSON" not in what else f"cut short, or no JSON: {error}"
+        said = f"is {what}, not JSON" if what and "JSON" not in what else f"cut short, or no JSON: {error}"
         raise ConfigError(f"{path}: {said}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}; an object with fields is wanted")

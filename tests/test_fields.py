@@ -65,6 +65,13 @@ def test_sizes_grids_and_words():
         config.override(Outer(), ["--inner.width=0"])
 
 
+def test_a_traced_number_has_no_value_yet():
+    assert jax.jit(lambda x: 2 * Outer(rate=x).rate)(0.25) == 0.5
+    assert jax.grad(lambda x: 2.0 * Outer(eps=x).eps)(0.25) == 2.0
+    with pytest.raises(ConfigError, match=r"Outer\.rate .*a number"):
+        jax.jit(lambda x: Outer(rate=x).rate)(jnp.ones(3))
+
+
 def test_arrays_have_no_value_yet():
     with pytest.raises(ConfigError, match="0 to 1"):
         Options(share=2.0)

@@ -14,6 +14,8 @@ import math
 import numbers
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from jax.core import Tracer
+
 from t2i_jax.core.errors import ConfigError
 
 
@@ -112,6 +114,8 @@ def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
     if several != isinstance(value, tuple | list) and not traced:
         return f"{'several numbers' if several else 'a number'}, {range}"
     for x in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(x, Tracer) and not x.ndim:
+            continue
         if isinstance(x, bool) or not isinstance(x, numbers.Real):
             if traced or (x is None and type(None) in kinds):
                 continue

@@ -26,15 +26,15 @@ def klvae(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def everything(model, image, noise):
         q = codec.posterior(model, image)
-        recon = lambda noise: codec.decode(model, codec.encode(model, image, noise))
+        recon = lambda z: codec.decode(model, (z - codec.shift) * codec.scale)
         pictures = {
             "moments": codec.moments(model, image),
             "mean": q.mean,
             "logvar": q.logvar,
             "std": q.std,
             "sample": q.sample(noise),
-            "recon_mode": recon(None),
-            "recon_sample": recon(noise),
+            "recon_mode": codec.decode(model, codec.encode(model, image)),
+            "recon_sample": recon(q.sample(noise)),
         }
         return {"kl": q.kl()} | {k: jnp.transpose(v, NCHW) for k, v in pictures.items()}
 
