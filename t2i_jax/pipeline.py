@@ -17,6 +17,7 @@ from jax import Array
 
 from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.keys import apart
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
@@ -353,7 +354,7 @@ class Pipeline:
         condition, keys = self.condition(prompts), image_keys(seeds)
         if small is not None:
             condition["low_res"] = small.astype(np.float32) / 127.5 - 1
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            keys = jax.vmap(apart)(keys)
         with jax.set_mesh(self.mesh):
             # All from the host: what several processes put on one mesh has to be there, the same on each of them.
             data = np.asarray(jax.random.key_data(keys))

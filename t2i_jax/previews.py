@@ -16,6 +16,7 @@ from rich.console import Console
 
 from t2i_jax import pictures
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.data.records import title
 from t2i_jax.parallel import agreed, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, image_keys, plain, unguided
@@ -51,7 +52,7 @@ class Previews:
         records = list(islice(experiment.data.examples("val"), experiment.train.previews))
         if not records:
             return
-        captions = [(r["captions"] or [r["key"]])[0] for r in records]
+        captions = [title(r) for r in records]
         codec = trainer.codec.config if trainer.codec else None
         if "image" in records[0]:
             real = np.stack([r["image"] for r in records])

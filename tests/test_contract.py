@@ -9,13 +9,16 @@ import pytest
 from families import CODECS, FAMILIES, batch_for
 
 from t2i_jax.core.errors import ConfigError, DataError
-from t2i_jax.core.types import FieldSpec, check_batch
+from t2i_jax.core.types import FieldSpec, check_batch, check_example
+from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract
+from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline, draws_pixels
+from t2i_jax.training.experiment import Experiment, record_spec
 
 ALL = CODECS | FAMILIES
 REGULAR = {
@@ -82,6 +85,48 @@ def test_what_it_does_not_take_is_named(name):
         if not takes.optional:
             with pytest.raises(DataError, match=f"no '{field}'"):
                 check_batch(spec, {k: v for k, v in batch.items() if k != field})
+
+
+def test_one_of_a_group_is_needed_and_the_first_is_read():
+    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and not f.reads_small)
+    batch = {k: v for k, v in batch_for(family).items() if k not in ("codes", "image")}
+    with pytest.raises(DataError, match="none of 'codes', 'image'"):
+        check_batch(family.batch_spec(), batch)
+    codes, image = np.zeros((len(batch["label"]), *family.shape), np.float32), np.zeros((3, 64, 64, 3), np.float32)
+    check_batch(family.batch_spec(), batch | {"codes": codes, "image": image})
+    with pytest.raises(DataError, match="'image' has shape"):
+        check_batch(family.batch_spec(), batch | {"image": image})
+
+
+def test_a_small_image_is_needed_where_none_can_be_made():
+    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and f.enlarges)
+    batch = {k: v for k, v in batch_for(family).items() if k != "low_res"}
+    check_batch(family.batch_spec(), batch)
+    with pytest.raises(DataError, match="'low_res'"):
+        check_batch(dataclasses.replace(family, enlarges=0).batch_spec(), batch)
+
+
+@pytest.mark.parametrize("codec", [None, CODECS["kl"]])
+@pytest.mark.parametrize("names", [("codes",), ("latents",), ("latents", "image"), ("image",), ()])
+def test_records_hold_latents_or_what_they_are_made_of(names, codec):
+    family = Diffusion(
+        DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=Classes(3)), Discrete("cosine", 20)
+    )
+    spec = record_spec(Experiment(family, Data(ArrayRecord("nowhere"))), codec)
+    record = {"codes": np.zeros((4, 4, 4), np.float16), "latents": np.zeros((4, 4, 8), np.float32)}
+    record |= {"image": np.zeros((8, 8, 3), np.uint8)}
+    record = {name: record[name] for name in names} | {"label": np.int32(1)}
+    if names in ((), ("image",)) and (codec is None or not names):
+        with pytest.raises(DataError):
+            check_example(spec, record)
+    else:
+        check_example(spec, record)
+
+
+@pytest.mark.parametrize("make", [lambda: DiT((4, 4), 3, condition=None), lambda: Diffusion(None, Discrete())])  # pyright: ignore
+def test_what_needs_a_value_says_so(make):
+    with pytest.raises(ConfigError, match="needs a value"):
+        make()
 
 
 def test_any_width_of_integers_and_floats_is_taken():

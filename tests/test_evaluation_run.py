@@ -33,13 +33,12 @@ class Letters:
         return ids, np.ones(ids.shape, bool)
 
 
-def data(folder):
+def data(folder, captions=True):
     rng = np.random.default_rng(0)
     records = [
         {
             "image": as_png(rng.integers(0, 256, (8, 8, 3), np.uint8)),
-            "captions": [f"{split} {n}"],
-            "unseen_caption": f"new {split} {n}",
+            **({"captions": [f"{split} {n}"], "unseen_caption": f"new {split} {n}"} if captions else {}),
             "label": n % 3,
             "key": f"{split}{n}",
             "split": split,
@@ -53,19 +52,22 @@ def data(folder):
 
 
 @pytest.mark.parametrize(
-    "condition", [Classes(3), Captions(20, 5, width=16, depth=1, heads=2)], ids=["class", "caption"]
+    "condition",
+    [Classes(3), Captions(20, 5, width=16, depth=1, heads=2), Classes(0)],
+    ids=["class", "caption", "nothing"],
 )
 def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_path):
     family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
     model = jax.jit(family.init)(jax.random.key(0))
     text = None if isinstance(condition, Classes) else Letters()
+    asked = "label" in condition.batch_spec()
     pipeline = Pipeline(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
-    reference = Experiment(family, data(tmp_path / "records"))
+    reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
     spaces = [Features("pixels")]
     report = evaluate_family(
         pipeline, Artifact(family, model), reference, tmp_path, spaces, 8, 8, 0, family.options(), False
     )
-    names = {"known classes"} if text is None else {"new words", "new concepts"}
+    names = {"known classes"} if asked else {"new words", "new concepts"}
     assert {k.split("/")[0] for k in report.numbers} == names
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
     assert len(bits) == len(names) and all(0 < b < 10 for b in bits)

@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -172,6 +173,28 @@ def test_a_record_is_replaced_by_one_of_its_own_source(tmp_path):
 
 
 # --- small images -----------------------------------------------------------------------------------------------------
+
+
+def test_a_source_of_any_size_costs_the_same():
+    class Long:
+        def __len__(self):
+            return 10**10
+
+        def __getitem__(self, i):
+            return {"label": i % 1000}
+
+        def key(self, i):
+            return str(i)
+
+        def notes(self, captions):
+            return []
+
+        def open(self):
+            return self
+
+    start = time.perf_counter()
+    batch = next(Data(Long(), batch_size=64).batches())  # pyright: ignore[reportArgumentType]
+    assert len(set(batch["label"].tolist())) > 30 and time.perf_counter() - start < 5
 
 
 def test_small_images_are_left_out_and_are_not_broken(tmp_path, caplog):

@@ -1,6 +1,8 @@
 """Which parameters Muon moves and which decay, over all families; runs begun under another rule go on."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +38,25 @@ def test_muon_moves_the_matrices_of_products_alone(name):
     assert moved <= linear
     assert {k for k in linear if "vocab" not in axes_of(params[k])} == moved
     assert not [k for k in moved if re.search(FREE, k)]
+
+
+LISTED = Path(__file__).parent / "assets" / "optimizers.json"
+
+
+def listed(name):
+    """Of a family, which parameters Muon moves, which of the others decay, and which do not."""
+    params = params_of(abstract(ALL[name]))
+    moved = {k for k, dimensions in muon_dimensions(params).items() if dimensions is not None}
+    decayed = {k for k, yes in Optimizer().decayed(params).items() if yes}
+    sets = {"muon": moved & decayed, "adam, decays": decayed - moved, "adam": params.keys() - moved - decayed}
+    assert moved <= decayed
+    return {kind: sorted(names) for kind, names in sets.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_who_goes_where_is_as_it_is_listed(name):
+    """`python tests/test_optimizer.py` writes the list anew: look at what changes in it."""
+    assert listed(name) == json.loads(LISTED.read_text())[name]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -76,3 +97,7 @@ def test_a_run_of_an_older_rule_goes_on(tmp_path, monkeypatch, capsys):
     assert int(state.step) == 6
     assert "start at zero" in capsys.readouterr().err
     assert all(np.isfinite(v[...]).all() for v in state.params.values())
+
+
+if __name__ == "__main__":
+    LISTED.write_text(json.dumps({name: listed(name) for name in ALL}, indent=1) + "\n")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import FAMILIES, batch_for
 from scipy import stats
 
 from t2i_jax.nn.orders import MaskRate
@@ -37,13 +37,27 @@ def test_held_out_rates_follow_the_law_of_training(kind):
 
 
 @pytest.mark.parametrize("name", ["dit", "flow", "edm", "classifier", "noised-clip"])
-def test_no_loss_draws_times_one_by_one(name):
-    """Of 64 rows the times fall into each of 64 equally likely intervals, as a loss draws them."""
-    process = FAMILIES[name].process
-    seen = np.sort(np.asarray(process.quantile(spread(jax.random.key(1), 64, True))).astype(float))
-    edges = np.asarray(process.quantile((jnp.arange(64) + 0.5) / 64)).astype(float)
-    between = np.searchsorted(seen, edges)
-    assert np.all(np.abs(between - np.arange(64)) <= 1)
+@pytest.mark.parametrize("train", [True, False])
+def test_losses_draw_a_time_from_each_interval(name, train, monkeypatch):
+    """What a loss asks its process for: of 32 rows one share in each of 32 intervals, the same ones when held out."""
+    config, seen = FAMILIES[name], []
+    kind = type(config.process)
+    quantile = kind.quantile
+
+    def spy(self, u):
+        jax.debug.callback(lambda u: seen.append(np.asarray(u)), u)
+        return quantile(self, u)
+
+    monkeypatch.setattr(kind, "quantile", spy)
+    batch = {k: np.resize(v, (32, *v.shape[1:])) for k, v in batch_for(config).items()}
+    model = config.init(jax.random.key(0))
+    loss = jax.jit(lambda m, b, key: config.loss(m, b, key, train)[0])
+    for key in (1, 2):
+        loss(model, batch, jax.random.key(key)).block_until_ready()
+    jax.effects_barrier()
+    for u in seen:
+        np.testing.assert_array_equal(np.sort(np.floor(u * 32)), np.arange(32))
+    assert len(seen) == 2 and np.array_equal(*seen) != train
 
 
 def test_importance_leaves_held_out_times_even():

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, NotNegative, Positive, Rate, Size
+from t2i_jax.core.keys import apart
 from t2i_jax.nn.layers import Carried, Linear, at_least_fp32, normal, param, replace
 
 
@@ -194,7 +195,7 @@ class Quantizer(nnx.Module):
         u = jax.random.uniform(key, (v,))
         drawn = z[jnp.searchsorted(far, far[-1] * jnp.where(fresh, (jnp.arange(v) + u[0]) / v, u))]
         if len(z) < v:
-            noise = 0.01 * z.std() * jax.random.normal(jax.random.fold_in(key, 1), rows.shape)
+            noise = 0.01 * z.std() * jax.random.normal(apart(key), rows.shape)
             drawn = jnp.where(fresh, drawn + noise, drawn)
         dead = fresh | (sizes < self.config.revive * share)
         return replace(

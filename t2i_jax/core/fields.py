@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import math
 import numbers
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jax.core import Tracer
 
@@ -94,7 +95,19 @@ def _check_of(hint: Any) -> Any:
     if hint in (bool, str):
         return lambda value: "" if isinstance(value, hint) else f"a {hint.__name__}"
     ranges = [x for x in inner if isinstance(x, Range)] if get_origin(hint) is Annotated else []
-    return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)}) if ranges else None
+    if ranges:
+        return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)})
+    return None if _takes_none(hint) else lambda value: "it needs a value" if value is None else ""
+
+
+def _takes_none(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return _takes_none(get_args(hint)[0])
+    return hint in (Any, object, None, NoneType) or any(map(_takes_none, get_args(hint)) if _is_union(hint) else ())
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
 
 
 def _no_word(words: tuple[Any, ...], value: Any) -> str:

@@ -31,6 +31,8 @@ class FieldSpec:
     """largest value"""
     optional: bool = False
     """a batch may lack it"""
+    one_of: str = ""
+    """name of a group of optional fields, one of which a batch holds at least; the first that is there is read"""
     multiple: int = 1
     """sizes that are not given are multiples of this"""
 
@@ -98,6 +100,12 @@ def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = F
     batched: the first dimension of every array is that of a batch, as it is for `check_batch`.
     """
     for name, field in spec.items():
+        group = [n for n, f in spec.items() if f.one_of == field.one_of] if field.one_of else []
+        there = [n for n in group if n in example]
+        if group and not there:
+            raise DataError(f"there is none of {', '.join(map(repr, group))}: " + missing(group[0], example))
+        if there and name != there[0]:
+            continue
         if name not in example:
             if not field.optional:
                 raise DataError(missing(name, example))

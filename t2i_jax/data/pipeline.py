@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, Literal, NamedTuple
 
 import grain
@@ -276,7 +277,7 @@ class _Examples:
         first, faults, small = self.order[g], [], []
         part = int(np.searchsorted(self.starts, first, side="right")) - 1
         start, stop = self.starts[part : part + 2].tolist()
-        for i in (*range(first, stop), *range(start, first)):
+        for i in chain(range(first, stop), range(start, first)):
             record: Record = {}
             try:
                 record = self.reader[i]

@@ -67,6 +67,11 @@ def _caption(value: Any) -> str:
     return clean_text(value)
 
 
+def title(record: Record) -> str:
+    """What stands under an image: its first caption, or its key where it has none."""
+    return next(iter(record.get("captions") or ()), str(record.get("key", "")))
+
+
 def encode(record: Record) -> bytes:
     """The bytes of a record. Errors: `TypeError` for a value that is no JSON, bytes or array, naming its field."""
     header, blobs, end = {}, [], 0

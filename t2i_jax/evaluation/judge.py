@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.keys import seed_key
 from t2i_jax.evaluation.alignment import rank
 from t2i_jax.evaluation.report import Number, aligned
 from t2i_jax.nn.layers import Linear
@@ -121,7 +122,7 @@ class Judge:
             raise ValueError(f"a judge learns from pairs: {len(pictures)} pictures with {len(captions)} captions")
         features, concepts = images(pictures), np.unique(np.asarray(captions), return_inverse=True)[1]
         mean, std = features.mean(0), np.maximum(features.std(0), 1e-3)
-        heads = fit((features - mean) / std, texts(captions), concepts, config, jax.random.key(seed))
+        heads = fit((features - mean) / std, texts(captions), concepts, config, seed_key(seed))
         return cls(images, texts, heads, mean, std)
 
     def similarity(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:

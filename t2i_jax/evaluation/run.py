@@ -16,7 +16,7 @@ from rich.console import Console
 from t2i_jax import config, pictures
 from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
-from t2i_jax.data.records import DataError, Record
+from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 from t2i_jax.parallel import MeshConfig
@@ -77,14 +77,14 @@ def space_of(name: str) -> Features:
     return Features(kind, weights=weights)  # pyright: ignore[reportArgumentType]
 
 
-def records_of(experiment: Experiment, split: str, most: int) -> list[Record]:
-    """Evenly spaced records of a split, with images; none where there is no such split.
+def records_of(experiment: Experiment, split: str, most: int, captions: bool = False) -> list[Record]:
+    """Evenly spaced records of a split, with images; none where there is no such split. captions: with captions too.
 
     Records that cannot be used are replaced by the next that can, named and counted. Errors: `ConfigError` for data
     without images, `DataError` where too many records are broken.
     """
     try:
-        examples = experiment.data.examples(split)
+        examples = experiment.data.examples(split, captions)
     except DataError:
         return []
     records = examples.spaced(most)
@@ -138,7 +138,7 @@ def evaluate_codec(
         entropy = -sum(p * math.log(p) for p in share[share > 0])
         numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(codec.vocabulary)})}
         numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(codec.vocabulary)})}
-    captions = [(r["captions"] or [r["key"]])[0] for r in records]
+    captions = [title(r) for r in records]
     sheet = pictures.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
     pictures.save_png(sheet, out / "samples.png")
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"pictures": len(real), "step": artifact.step})
@@ -151,7 +151,7 @@ def prompts_of(records: Sequence[Record], family: Any) -> list[str]:
         if any("label" not in r for r in records):
             raise ConfigError("this model is asked by class numbers, and the data has none: no record has a 'label'")
         return [str(int(r["label"])) for r in records]
-    return [r.get("unseen_caption") or r["captions"][0] for r in records]
+    return [r.get("unseen_caption") or title(r) for r in records]
 
 
 def evaluate_family(
@@ -168,9 +168,10 @@ def evaluate_family(
 ) -> Report:
     """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
     for the classes of training pictures."""
-    train = records_of(reference, "train", 2000)
-    known = records_of(reference, "train", count)
-    every = {"new words": known, "new concepts": records_of(reference, "test", count)}
+    captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition.batch_spec())
+    train = records_of(reference, "train", 2000, judge)
+    known = records_of(reference, "train", count, captions or judge)
+    every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or judge)}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
     space = [s.load() if isinstance(s, Features) else s for s in spaces]
@@ -180,8 +181,7 @@ def evaluate_family(
     if judge:
         from t2i_jax.evaluation.judge import Judge, minilm_texts
 
-        captions = [r["captions"][0] for r in train]
-        critic = Judge.train(space[-1], minilm_texts(), images_of(train), captions)
+        critic = Judge.train(space[-1], minilm_texts(), images_of(train), [r["captions"][0] for r in train])
     for name, records in sets.items():
         prompts, real = prompts_of(records, pipeline.family), images_of(records)
         seeds = range(seed, seed + len(prompts))
@@ -193,7 +193,7 @@ def evaluate_family(
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
-        said = prompts if reads_classes(pipeline.family) else [(r["captions"] or [r["key"]])[0] for r in records]
+        said = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
         found |= likelihood(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))

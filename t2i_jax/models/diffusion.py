@@ -193,14 +193,15 @@ class Diffusion(Checked):
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold: `codes` (latents) or `image`, what the condition reads, and further inputs."""
         whole = FieldSpec(self.shape, "float32", optional=True)
+        drawn = dataclasses.replace(whole, one_of="drawn")
         plane = FieldSpec((*self.grid, 1), "float32", optional=True)
-        small = FieldSpec((None, None, self.shape[-1]), "float32", optional=True)
+        small = FieldSpec((None, None, self.shape[-1]), "float32", optional=self.enlarges > 0)
         further = {
             "inpaint": {"inpaint": whole, "inpaint_mask": plane},
             "low_res": {"low_res": small, "low_res_noise": FieldSpec((), "float32", optional=True)},
         }
         extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
-        return {"codes": whole, "image": whole, **self.condition.batch_spec(), **extra, "weight": WEIGHT}
+        return {"codes": drawn, "image": drawn, **self.condition.batch_spec(), **extra, "weight": WEIGHT}
 
     def options(self) -> Solving:
         """How `sample` draws unless told otherwise."""
@@ -218,7 +219,7 @@ class Diffusion(Checked):
         batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
         0 for examples to ignore. Each row has its own time, noise and dropping. train: False leaves out dropout,
         dropped conditions and noise on the small image, takes times evenly, and gives the mean squared error of each
-        quarter of them, from the least noisy on, as `mse_q1` to `mse_q4`; static.
+        quarter of them, from the least noisy on, as `mse_q1` to `mse_q4`, where there are four rows or more; static.
         """
         x0 = batch["codes"] if "codes" in batch else batch["image"]
         keys = jax.random.split(key, 5)
@@ -235,7 +236,7 @@ class Diffusion(Checked):
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x, weight: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
         means = {k: mean(v, weight) for k, v in losses.items()}
-        if not train:
+        if not train and b >= 4:  # a grid of fewer leaves a quarter empty
             quarter = jnp.floor(4 * u)
             means |= {f"mse_q{q + 1}": mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
         return means["loss"], means

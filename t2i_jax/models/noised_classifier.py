@@ -43,7 +43,7 @@ class NoisedClassifier(Checked):
 
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold: `codes` (latents) or `image`, and the class."""
-        whole = FieldSpec((*self.trunk.size, self.trunk.channels), "float32", optional=True)
+        whole = FieldSpec((*self.trunk.size, self.trunk.channels), "float32", optional=True, one_of="read")
         label = FieldSpec((), "int32", 0, self.classes - 1)
         return {"codes": whole, "image": whole, "label": label, "weight": WEIGHT}
 

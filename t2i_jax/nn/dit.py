@@ -21,6 +21,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Size
+from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
 from t2i_jax.nn.conv import patchify, unpatchify
@@ -245,7 +246,7 @@ class DiTNetwork(nnx.Module):
         self.condition = config.condition.init(keys[2], d)
         self.blocks = jax.vmap(lambda k: DiTBlock(config, k))(jax.random.split(keys[3], config.depth))
         self.norm = LayerNorm(d, config.eps, affine=False)
-        self.shared = Linear(d, 6 * d, jax.random.fold_in(key, 1)) if config.shared else None
+        self.shared = Linear(d, 6 * d, apart(key)) if config.shared else None
         self.modulation = None if config.shared else Linear(d, 2 * d, keys[4], std=0.0)
         self.table = param(normal(keys[4], (2, d), d**-0.5), None, "embed") if config.shared else None
         self.out = Linear(d, square * (1 + config.learn_variance), keys[5], std=0.0, axes=("embed", None))

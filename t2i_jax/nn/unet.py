@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Rate, Size, Sizes
+from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
 from t2i_jax.nn.conv import Upsample
@@ -300,7 +301,7 @@ class UNetNetwork(Encoder):
         self.condition = None if config.condition is None else config.condition.init(next(keys), width)
         pools = config.context and config.pool != "none"
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
-        noise = lambda: TimeEmbedding(config.embedding, jax.random.fold_in(key, 1), waves=config.width)
+        noise = lambda: TimeEmbedding(config.embedding, apart(key), waves=config.width)
         self.noise = noise() if config.told_noise else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):

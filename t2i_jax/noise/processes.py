@@ -180,7 +180,7 @@ class Flow(Checked):
         u = jnp.where(n < steps, 1 - n / steps, 0.0)
         t = jnp.where(n == 0, 1.0, self.shifted(u))
         path = along(self.told(t), 1 - t, t, steps)
-        if spacing in ("default", "even"):
+        if spacing in ("default", "even") or self.bound == 1:
             return path
         least = self.shifted(1 / self.bound)
         ratio = respaced(path, least / (1 - least), spacing)

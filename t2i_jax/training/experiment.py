@@ -104,13 +104,16 @@ def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
     """What examples of the data have to hold, before `prepare`: the fields of the model's `batch_spec`, of which those
     that frozen parts compute may be absent. codec: the configuration of the frozen codec, or None."""
     spec = dict(experiment.model.batch_spec())
-    optional = lambda field: dataclasses.replace(field, optional=True)
-    codes = spec.get("codes")
+    optional = lambda field, one_of="": dataclasses.replace(field, optional=True, one_of=one_of)
+    codes, images = spec.pop("codes", None), spec.pop("image", None)
+    images = codec.batch_spec()["image"] if codes is not None and codec is not None else images
     if codes is not None and len(codes.shape) == 3:
-        latents = FieldSpec((*codes.shape[:2], 2 * codes.shape[2]), "float32", optional=True)
-        spec |= {"codes": optional(codes), "latents": latents}
-    if codes is not None and codec is not None:
-        spec |= {"codes": optional(codes), "image": optional(codec.batch_spec()["image"])}
+        latents = FieldSpec((*codes.shape[:2], 2 * codes.shape[2]), "float32")
+        several = {"codes": codes, "latents": latents} | ({} if images is None else {"image": images})
+    else:
+        several = {k: v for k, v in {"codes": codes, "image": images}.items() if v is not None}
+    one_of = "codes, or what they are made of" if len(several) > 1 else ""
+    spec |= {k: optional(v, one_of) if one_of else v for k, v in several.items()}
     if "image" in spec:  # bytes until they are on the devices
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "features" in spec and experiment.text is not None:
@@ -139,8 +142,9 @@ def make_prepare(codec: Any, text: Any) -> Prepare:
         batch = with_features(text, frozen, as_floats(batch))
         if "latents" in batch:
             batch["codes"] = draw_codes(batch.pop("latents"), key)
-        if codec is not None and "image" in batch and "codes" not in batch:
-            batch["codes"] = codec.encode(frozen["codec"], batch.pop("image"), key)
+        if codec is not None and "image" in batch:
+            image = batch.pop("image")
+            batch["codes"] = batch["codes"] if "codes" in batch else codec.encode(frozen["codec"], image, key)
         return jax.lax.stop_gradient(batch)
 
     return prepare

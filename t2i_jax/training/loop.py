@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, read_json, read_stored, refused, to_json
 from t2i_jax.core.jaxprs import UnknownForm
+from t2i_jax.core.keys import seed_key
 from t2i_jax.core.outputs import write_json
 from t2i_jax.core.types import check_batch
 from t2i_jax.data.pipeline import Data
@@ -119,7 +120,7 @@ class Trainer:
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         with jax.set_mesh(self.mesh):
             init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
-            return init(jax.random.key(self.experiment.train.seed))
+            return init(seed_key(self.experiment.train.seed))
 
     def model(self, state: TrainState) -> Any:
         """The model to look at: averaged parameters where the run keeps them."""

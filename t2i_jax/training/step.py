@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.nn.players import Player
 from t2i_jax.nn.trees import Named, rebuild
 from t2i_jax.training.state import TrainState, carried_of
@@ -123,8 +124,8 @@ def make_step(
 
 def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
     """The key of a step's losses, and that of what `prepare` draws."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return key, jax.random.fold_in(key, 1)
+    key = jax.random.fold_in(seed_key(seed), step)
+    return key, apart(key)
 
 
 def held(frozen: Any) -> dict[str, Any]:
