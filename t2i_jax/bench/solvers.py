@@ -6,16 +6,17 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path as File
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from rich.console import Console
 
+from t2i_jax import config
 from t2i_jax.bench.recursion import law, recursion
-from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import Checked, Finite, Range
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Path, Process, Spacing
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
@@ -160,16 +161,16 @@ def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> t
 
 
 @dataclasses.dataclass(frozen=True)
-class SolverBench:
+class SolverBench(Checked):
     """What every solver makes of pictures N(mean, std^2), along every process, with the best possible network.
 
     Example: t2i bench solvers --steps 10 20 50 --std 0.3
     """
 
-    steps: tuple[int, ...] = STEPS
-    std: tuple[float, ...] = (0.5, 0.1)
+    steps: Annotated[tuple[int, ...], Range(1, min(p.bound for p in PROCESSES.values()))] = STEPS
+    std: Annotated[tuple[float, ...], Range(above=0)] = (0.5, 0.1)
     """standard deviations of the pictures; what solvers get wrong is the narrow ones"""
-    mean: float = 0.6
+    mean: Finite = 0.6
     out: File | None = None
     """write the page as Markdown, and a plot beside it"""
 
@@ -189,10 +190,7 @@ FEW, ORDERED = (8, 20, 50), 48
 
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
-    args = tyro.cli(SolverBench, args=arguments, prog="t2i bench solvers")
-    most = min(p.bound for p in PROCESSES.values())
-    if not all(1 <= n <= most for n in args.steps) or not all(s > 0 for s in args.std):
-        raise ConfigError(f"t2i bench solvers: --steps are 1 to {most}, and --std above 0")
+    args = config.parse(SolverBench, arguments, "t2i bench solvers")
     options = "".join(
         f" --{f.name} {' '.join(f'{v:g}' for v in np.atleast_1d(getattr(args, f.name)))}"
         for f in dataclasses.fields(args)

@@ -15,10 +15,11 @@ from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.progress import bar
 from t2i_jax.text.sentencepiece import train_vocabulary
 
-USAGE = """usage: t2i data {build,vocab} ...
-
-  build  build a data set that ships as packages
-  vocab  train a vocabulary on captions"""
+KINDS = {
+    "build": "build a data set that ships as packages",
+    "vocab": "train a vocabulary on captions",
+}
+USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:7}{v}" for k, v in KINDS.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,10 @@ class VocabArguments:
 
 
 def run(arguments: list[str]) -> None:
-    words = {"build": build, "vocab": vocab}
-    if not arguments or arguments[0] not in words:
+    if not arguments or arguments[0] not in KINDS:
         print(USAGE)
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    words[arguments[0]](arguments[1:])
+    (build if arguments[0] == "build" else vocab)(arguments[1:])
 
 
 def build(arguments: list[str]) -> None:
