@@ -196,6 +196,7 @@ class World:
         self.work.mkdir()
         self._fill()
         self.before = self._state()
+        self.result: Any = None
 
     def _fill(self) -> None:
         w = self.folder
@@ -339,7 +340,7 @@ class World:
         changes += [(importlib.import_module(f"t2i_jax.{m}"), "limits", speeds) for m in LIMITED]
         solvers = importlib.import_module("t2i_jax.bench.solvers")
         changes += [(solvers, name, dict([*getattr(solvers, name).items()][:1])) for name in ("PROCESSES", "KINDS")]
-        changes += [(solvers, "SPACINGS", ()), (solvers, "inpainting", list)]
+        changes += [(solvers, "SPACINGS", ()), (solvers, "inpainting", list), (solvers, "DRAWN", ("ddpm",))]
         changes += [(importlib.import_module("t2i_jax.comparison.measure"), "SPACES", ("pixels",))]
         data = importlib.import_module("t2i_jax.cli.data")
         changes += [(data, "build_glyphs", functools.partial(build_glyphs, limit=6))]
@@ -399,7 +400,7 @@ class World:
     def fault(self, argv: list[str]) -> str:
         """What is wrong with how the command takes an input; empty if nothing is."""
         result = self.call(*argv)
-        self.last, odd = result.status, self.changed()
+        self.result, odd = result, self.changed()
         if result.fault:
             return result.fault
         if odd:

@@ -186,6 +186,8 @@ log-SNR, where no order holds. The default solver of each process is in bold.
 """
 SPACINGS: tuple[Spacing, ...] = ("default", "even", "karras", "log_snr")
 FEW, ORDERED = (8, 20, 50), 48
+DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
+"""Kinds that the plot shows."""
 
 
 def main(arguments: list[str]) -> None:
@@ -269,7 +271,7 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
     )
     for row, std in zip(panels, stds, strict=True):
         for panel, name in zip(row, PROCESSES, strict=True):
-            for kind in ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc"):
+            for kind in DRAWN:
                 panel.loglog(steps, errors[std, name, kind], ".-", label=kind)
             panel.set_title(f"{name}, std {std:g}", fontsize=8)
             panel.set_ylim(1e-4, 3)
