@@ -129,6 +129,8 @@ def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> A
 def _one_line(box: str) -> str:
     """tyro's message, a box of several parts, without the help of the whole command."""
     rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    if re.fullmatch("-+", "".join(rows[1:2])):  # where the terminal has no boxes, the title is a row of its own
+        rows = rows[2:]
     parts = [[]]
     for row in rows:
         if re.fullmatch("[─-]+", row):

@@ -1,6 +1,8 @@
 """Config files: what they build, how they are overridden, and what a wrong one says."""
 
 import dataclasses
+import io
+import sys
 
 import pytest
 import toys
@@ -56,6 +58,13 @@ def test_unknown_override_and_wrong_type_name_the_field(file, argument, says):
     with pytest.raises(ConfigError, match=says) as error:
         config.load(file, [argument])
     assert "\n" not in str(error.value) and "--help" not in str(error.value)
+
+
+def test_errors_are_the_same_where_no_boxes_can_be_drawn(file, monkeypatch):
+    for encoding in ("utf-8", "latin-1"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        with pytest.raises(ConfigError, match=r"^--train\.steps -1: at least 1$"):
+            config.load(file, ["--train.steps=-1"])
 
 
 def test_missing_file_names_the_nearest(file):

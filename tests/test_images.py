@@ -125,6 +125,18 @@ def test_deep_grey_keeps_its_range(x, kind):
     assert np.abs(pixels(x) - (ramp() * 255)[..., None]).max() <= 1  # and as an array
 
 
+def test_a_tiff_of_deep_planes_is_refused():
+    x = np.moveaxis(quarters(), 2, 0).astype("<u2") * 257
+    end = 8 + 2 + 12 * 10 + 4
+    tags = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, end)]
+    tags += [(277, 3, 1, 3), (278, 4, 1, 16), (279, 4, 3, end + 12), (284, 3, 1, 2)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    places = struct.pack("<6I", *(end + 24 + 512 * i for i in range(3)), 512, 512, 512)
+    data = b"II*\0" + struct.pack("<IH", 8, 10) + entries + bytes(4) + places + x.tobytes()
+    with pytest.raises(DataError, match="more than 8 bits in separate planes"):
+        open_image(data)
+
+
 def test_16_bits_in_both_byte_orders():
     x = (ramp() * 65535).round().astype(np.uint16)
     other = Image.frombytes("I;16B", (16, 16), x.astype(">u2").tobytes())
@@ -221,6 +233,19 @@ def test_clear_colours_of_16_bits():
     assert (found[:8, :8] == 255).all()
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_clear_greys_of_few_bits(bits, share):
+    top = 2**bits - 1
+    x = np.rint(ramp() * top).astype(np.uint8)
+    clear = int(np.rint(share * top))
+    rows = np.unpackbits(x[..., None], axis=-1)[..., 8 - bits :].reshape(16, -1)
+    body = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", clear))
+    found = pixels(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(found[..., 0], np.where(x == clear, 255, x.astype(int) * 255 // top))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_laid_on_white_in_every_mode(mode, kind):
@@ -301,6 +326,13 @@ def test_cmyk_with_a_profile_that_is_none():
     assert np.abs(pixels(saved(stored, "TIFF", icc_profile=profile())) - quarters()).max() <= 2
 
 
+def test_lab_is_as_exact_as_its_8_bits():
+    exact, lab, srgb = ImageCms.Flags.NOOPTIMIZE, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    to_lab = ImageCms.buildTransform(srgb, lab, "RGB", "LAB", flags=exact)
+    stored = ImageCms.applyTransform(Image.fromarray(quarters()), to_lab)
+    assert np.abs(pixels(saved(stored, "TIFF")) - quarters()).max() <= 5
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +390,13 @@ def test_what_is_no_image_is_named_with_its_file(data, message, tmp_path):
         open_image(tmp_path / "a.jpg")
 
 
+def test_a_string_of_a_record_names_no_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(quarters()))
+    with pytest.raises(DataError, match="not str .*a path is none"):
+        open_image(str(tmp_path / "a.png"))
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), quarters())
+
+
 def test_too_many_pixels_are_refused_by_name_of_the_limit(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match="MAX_IMAGE_PIXELS"):
@@ -369,7 +408,6 @@ def test_names_do_not_matter_and_the_first_frame_counts(tmp_path):
         saved(quarters(), "TIFF", save_all=True, append_images=[Image.new("RGB", (16, 16))])
     )
     np.testing.assert_array_equal(pixels(tmp_path / "a.png"), quarters())
-    np.testing.assert_array_equal(pixels(str(tmp_path / "a.png")), quarters())
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40))

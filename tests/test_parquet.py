@@ -124,6 +124,20 @@ def test_a_column_of_captions_is_not_needed(tmp_path):
     path = write(tmp_path, label=[0, 1, 2, 3])
     reader = Parquet(path, captions=None, fields=("label",)).open()
     assert [reader[i]["label"] for i in range(4)] == [0, 1, 2, 3] and reader[0]["captions"] == []
+    with pytest.raises(DataError, match=r"a\.parquet:\d \(Parquet\.captions is None"):
+        next(Data(Parquet(path, captions=None), image_size=8, batch_size=4).batches(text))
+
+
+def test_no_row_group_is_kept(tmp_path):
+    with pytest.raises(DataError, match=r"Parquet\.cache is 0"):
+        Parquet(write(tmp_path), cache=0).open()
+
+
+def test_a_string_in_place_of_an_image_opens_no_file(tmp_path):
+    (tmp_path / "b.png").write_bytes(IMAGES[0])
+    path = write(tmp_path, image=[{"bytes": str(tmp_path / "b.png")}] * 4)
+    with pytest.raises(DataError, match=r"a path is none"):
+        next(Data(Parquet(path), image_size=8, batch_size=4).batches())
 
 
 def test_the_copy_of_a_repository_of_the_hub(tmp_path):

@@ -44,9 +44,13 @@ def test_any_bytes_are_text_or_one_fault_with_its_byte(data):
     [
         ("caf\xe9 au lait".encode("cp1252"), r"byte 3 \(0xe9\) is no UTF-8: likely cp1252 or latin-1"),
         (codecs.BOM_UTF8 + b"caf\xe9", r"byte 6 \(0xe9\)"),
+        ("[BMW] <caf\xe9>".encode("cp1252"), r"byte 10 \(0xe9\) is no UTF-8: likely cp1252 or latin-1"),
         ("a dog".encode("utf-16-le"), "byte 0: .*UTF-16 without a byte order mark"),
         ("a dog".encode("utf-16-be"), "byte 0: .*UTF-16 without a byte order mark"),
         (codecs.BOM_UTF16_LE + b"a\0b", "byte 4 is no UTF-16"),
+        (b"\x1f\x8b\x08abc", r"byte 1 \(0x8b\) is no UTF-8: it is a gzip file"),
+        (b"\x89PNG\r\n\x1a\n\0\0", r"byte 0 \(0x89\) is no UTF-8: it is a PNG image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "byte 0: it is a Git LFS pointer"),
         (codecs.BOM_UTF16_LE + "\ud83d".encode("utf-16-le", "surrogatepass"), "byte 2 is no UTF-16"),
     ],
 )

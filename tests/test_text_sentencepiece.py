@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
+from t2i_jax.training.artifacts import relocated
 
 THINGS = ("apple on a table", "dog runs", "house with a roof", "cat 🐈", "りんご", "дом", "face with tears of joy 😂")
 CAPTIONS = [
@@ -26,7 +27,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "new" / "captions.model"
-    assert train_vocabulary(CAPTIONS, path, 400) == SentencePiece(str(path)).vocabulary
+    assert train_vocabulary(CAPTIONS, path, 400) == SentencePiece(str(path)).pieces
     return str(path)
 
 
@@ -88,6 +89,12 @@ def test_a_retrained_vocabulary_is_read_anew(tmp_path):
 def test_a_missing_vocabulary_says_how_to_get_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.model.*t2i data vocab"):
         SentencePiece(str(tmp_path / "none.model"))(["dog"])
+
+
+def test_a_vocabulary_that_is_gone_is_named_in_its_folder(tmp_path):
+    path = lambda name: relocated(SentencePiece(name), tmp_path).path
+    assert path("vocabulary.model") == str(tmp_path / "vocabulary.model")
+    assert path("else/where.model") == "else/where.model"
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"no model " * 100])

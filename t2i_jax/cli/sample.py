@@ -14,7 +14,7 @@ from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core.fields import Checked, Range, Seed, Size
-from t2i_jax.core.text import clean_text, read_lines
+from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
@@ -40,11 +40,11 @@ class SampleArguments(Checked):
     prompts: Path | None = None
     """text file with one prompt a line, for bulk; blank lines are left out"""
     out: Path = Path("samples")
-    count: Size = 1
+    count: Annotated[int, Range(1, 1_000_000)] = 1
     """pictures per prompt, with seeds seed, seed + 1, ..."""
     seed: Seed = 0
     batch_size: Size = 16
-    scale: Size = 4
+    scale: Annotated[int, Range(1, 64)] = 4
     """enlargement of the pictures in the grid"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: ddpm, ddim, euler, ancestral, heun, dpm++, dpm++sde or unipc; ddim
@@ -57,7 +57,7 @@ class SampleArguments(Checked):
     rerank: str = ""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt, with fields of it set
     behind commas: vit_b_32.pt,activation=gelu"""
-    candidates: Annotated[int | None, Range(low=1)] = None
+    candidates: Annotated[int | None, Range(1, 1_000_000)] = None
     """pictures drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
     image: Path | None = None
     """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a
@@ -80,7 +80,9 @@ def run(arguments: list[str]) -> None:
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
     args, rest = parse_some(SampleArguments, arguments, "t2i sample")
-    prompts = [clean_text(prompt) for prompt in args.text] + (read_lines(args.prompts) if args.prompts else [])
+    prompts = [mend(prompt).replace("\0", " ") for prompt in args.text] + (
+        read_lines(args.prompts) if args.prompts else []
+    )
     if not prompts and args.prompts:
         raise config.ConfigError(f"--prompts {args.prompts}: there is no line but blank ones")
     if not prompts:

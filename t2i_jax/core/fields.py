@@ -119,5 +119,6 @@ def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
         if whole and not isinstance(x, numbers.Integral):
             return f"a whole number, {range}"
         if not range.fits(x):
-            return f"{'' if math.isfinite(x) else 'a finite number, '}{range}"
+            finite = "" if math.isfinite(x) or range == Range() else "a finite number, "
+            return f"{finite}{range}"
     return ""

@@ -48,10 +48,8 @@ def sniff(head: bytes) -> str:
     """
     if not head:
         return "an empty file"
-    if head.startswith(b"version https://git-lfs.github.com"):
-        return "a Git LFS pointer in place of the file (`git lfs pull` fetches it)"
-    if head.lstrip(b"/.").startswith((b"annex/objects", b"git/annex/objects")):
-        return "a git-annex pointer in place of the file (`git annex get` fetches it)"
+    if found := pointer(head):
+        return found
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 32:
         return "a safetensors file"
     if head.startswith(b"PK\x03\x04"):
@@ -73,6 +71,15 @@ def sniff(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "a file of NUL bytes"
     return _text(head.removeprefix(b"\xef\xbb\xbf").lstrip())
+
+
+def pointer(head: bytes) -> str:
+    """As `sniff`, of the texts that lie where a file was not fetched."""
+    if head.startswith(b"version https://git-lfs.github.com"):
+        return "a Git LFS pointer in place of the file (`git lfs pull` fetches it)"
+    if head.lstrip(b"/.").startswith((b"annex/objects", b"git/annex/objects")):
+        return "a git-annex pointer in place of the file (`git annex get` fetches it)"
+    return ""
 
 
 def sniff_file(path: str | os.PathLike) -> str:

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from t2i_jax.core.errors import DataError
+from t2i_jax.core.sniff import HEAD, pointer, sniff
 
 MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it comes first
@@ -26,8 +27,11 @@ MARKS = (
 def decode_text(data: bytes) -> str:
     """The text of bytes, without a byte order mark.
 
-    Errors: `DataError` that names the first byte, counted from 0, that is no text.
+    Errors: `DataError` that names the first byte, counted from 0, that is no text, and what the bytes may be; and for a
+    pointer to a file that was not fetched.
     """
+    if kind := pointer(data[:HEAD]):
+        raise DataError(f"byte 0: it is {kind}")
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and 3 * abs(data[::2].count(0) - data[1::2].count(0)) > len(data) > 3:
         raise DataError("byte 0: this looks like UTF-16 without a byte order mark; save it as UTF-8")
@@ -37,7 +41,8 @@ def decode_text(data: bytes) -> str:
         mark = 3 if encoding == "utf-8-sig" else 0  # which the decoder does not count
         at = error.start + mark
         if encoding.startswith("utf-8"):
-            likely = "likely cp1252 or latin-1; save the text as UTF-8"
+            kind = sniff(data[:HEAD]) if min(data[:HEAD]) < 9 else ""  # text in another encoding has no such bytes
+            likely = f"it is {kind}" if kind else "likely cp1252 or latin-1; save the text as UTF-8"
             raise DataError(f"byte {at} (0x{data[at]:02x}) is no UTF-8: {likely}") from error
         raise DataError(f"byte {at} is no {encoding.upper()}, though the text begins with its mark") from error
 

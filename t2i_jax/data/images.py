@@ -34,9 +34,11 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 PNG = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTH = 24
+"""Where a PNG has the number of its bits."""
 
 Box = tuple[float, float, float, float]
-ImageSource = bytes | np.ndarray | str | os.PathLike
+ImageSource = bytes | np.ndarray | os.PathLike
 
 
 class TooSmall(DataError):
@@ -52,7 +54,8 @@ def open_image(image: ImageSource, size: int = 0, smallest: float = 0.8, smalles
     """An RGB image in sRGB, upright, its transparency on white, of several frames the first.
 
     Args:
-        image: the bytes of an image file, whatever its name; the path of one; or an array (i, j) or (i, j, c) with 1
+        image: the bytes of an image file, whatever its name; its `Path` (a string is none, so that no record of a data
+            set can name a file of this machine); or an array (i, j) or (i, j, c) with 1
             to 4 channels (grey, grey and alpha, RGB, RGBA), whose numbers become 8 bits as `levels` has it.
         size: side of the squares that will be cut out; 0 for an image at its full size. A JPEG is decoded at a half, a
             quarter or an eighth where its short side then still is `draft_side`.
@@ -64,7 +67,7 @@ def open_image(image: ImageSource, size: int = 0, smallest: float = 0.8, smalles
     broken EXIF. Errors: `DataError` that names the file, where there is a path, for what is no whole image; `TooSmall`
     for an image whose short side is under `smallest_side`.
     """
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, os.PathLike):
         with _naming(image):
             return open_image(Path(image).read_bytes(), size, smallest, smallest_side)
     colour, alpha, profile, box = _planes(image, draft_side(size, smallest), smallest_side)
@@ -91,7 +94,7 @@ def open_mask(mask: ImageSource) -> np.ndarray:
     value of 8 or 16 bits that the numbers need, or 1 where there are no others than 0 and 1.
     Errors: `DataError` that names the file for what is no image, and where nothing or everything is marked.
     """
-    if isinstance(mask, str | os.PathLike):
+    if isinstance(mask, os.PathLike):
         with _naming(mask):
             return open_mask(Path(mask).read_bytes())
     grey, alpha, *_ = _planes(mask, by_values=True)
@@ -134,7 +137,7 @@ def levels(x: np.ndarray, peak: float = 0) -> np.ndarray:
 
 
 @contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
+def _naming(path: os.PathLike) -> Iterator[None]:
     try:
         yield
     except DataError as error:
@@ -149,7 +152,7 @@ def _full(x: np.ndarray) -> np.ndarray:
 def _planes(
     image: bytes | np.ndarray, draft: int = 0, smallest_side: int = 0, by_values: bool = False
 ) -> tuple[Image.Image, Image.Image | None, bytes | None, Box]:
-    """An upright image as its colour (L, RGB or CMYK), its alpha (L), its colour profile, and its edges in pixels.
+    """An upright image as its colour (L, RGB, CMYK or LAB), its alpha (L), its colour profile, and its edges in pixels.
 
     by_values: numbers of more than 8 bits are scaled by the values that there are, not by those that there may be.
     """
@@ -229,14 +232,31 @@ def _decoded(data: bytes, draft: int, smallest_side: int) -> tuple[Image.Image, 
             picture = Image.open(io.BytesIO(_chunks(data, keep) if keep else data), formats=_formats())
             _check_side(picture.size, smallest_side)
             reduced = picture.draft(None, (draft, draft)) if draft else None
+            _check_planes(picture)
             picture.load()
+            clear = picture.info.get("transparency")
+            if picture.format == "PNG" and isinstance(clear, int | tuple) and picture.mode in ("L", "RGB"):
+                picture.info["transparency"] = _clear(clear, data[PNG_DEPTH])
             return picture, reduced[1][2:] if reduced else picture.size
-        except (TooSmall, Image.DecompressionBombError):
+        except (DataError, Image.DecompressionBombError):
             raise
         except Exception as error:
             fault = fault or error
     assert fault is not None
     raise fault
+
+
+def _check_planes(picture: Image.Image) -> None:
+    """Errors: `DataError` for a TIFF of which pillow would take other bytes for pixels."""
+    if _tag(picture, 284, 1) == 2 and _tag(picture, 277, 1) > 1 and _tag(picture, 258, 8) > 8:
+        raise DataError("a TIFF with colours of more than 8 bits in separate planes is not read")
+
+
+def _clear(clear: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
+    """The transparent colour of a PNG in the 8 bits to which pillow brings pixels, but not this colour."""
+    if isinstance(clear, tuple):
+        return tuple(c >> 8 for c in clear) if bits == 16 else clear
+    return clear * (255 // ((1 << bits) - 1)) if bits < 8 else clear
 
 
 def _chunks(data: bytes, keep: tuple[bytes, ...]) -> bytes:
@@ -265,7 +285,7 @@ def _peak(picture: Image.Image) -> int:
 
 
 def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | None]:
-    """Colour (L, RGB or CMYK) and alpha (L) of a decoded image."""
+    """Colour (L, RGB, CMYK or LAB) and alpha (L) of a decoded image."""
     clear = picture.info.get("transparency")
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         x = np.asarray(picture)
@@ -278,15 +298,13 @@ def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | 
             grey = 255 - grey
         alpha = Image.fromarray(np.where(x == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
         return Image.fromarray(grey), alpha
-    if picture.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
-        picture.info["transparency"] = tuple(c >> 8 for c in clear)  # of 16 bits, of which pillow keeps the upper ones
     if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
         grey = picture.mode in ("1", "L", "LA", "La")
         picture = picture.convert("LA" if grey else "RGBA")
         return picture.convert("L" if grey else "RGB"), picture.getchannel("A")
     if picture.mode == "1":
         return picture.convert("L"), None
-    return picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB"), None
+    return picture if picture.mode in ("L", "RGB", "CMYK", "LAB") else picture.convert("RGB"), None
 
 
 @lru_cache(32)
@@ -313,8 +331,14 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         return None
 
 
+@lru_cache(1)
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    """As `convert` of pillow, whose short cut is off by 12 levels for strong colours."""
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB", flags=ImageCms.Flags.NOOPTIMIZE)
+
+
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    found = _transform(profile, colour.mode) if profile else None
+    found = ("LAB", _from_lab()) if colour.mode == "LAB" else _transform(profile, colour.mode) if profile else None
     if found is None:
         return colour.convert("RGB")
     works, transform = found

@@ -83,9 +83,10 @@ class ParquetReader:
         key = row[config.key] if config.key else None
         key = self.key(i).removeprefix(f"{self.groups[g][0].parent}/") if key is None else key
         captions = row[config.captions] if config.captions else None
+        missing = f"the column '{config.captions}' is empty there" if config.captions else "Parquet.captions is None"
         return {
             "image": _image(row[config.image], config.image),
-            "captions": as_captions(captions, f"the column '{config.captions}' is empty there"),
+            "captions": as_captions(captions, missing),
             "key": str(key),
             **{name: row[name] for name in config.fields},
         }

@@ -215,6 +215,8 @@ class Parquet:
     """How many row groups a process keeps in memory."""
 
     def open(self) -> Reader:
+        if self.cache < 1:
+            raise DataError(f"Parquet.cache is {self.cache}; it is at least 1")
         return ParquetReader(self)
 
 

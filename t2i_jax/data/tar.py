@@ -307,22 +307,30 @@ def scan(path: Path, number: int, skip_truncated: bool) -> tuple[np.ndarray, lis
     rows = samples.rows(path, bool(cut))
     if cut:
         log.warning("%s: cut short (%s); going on with its first %d samples", path, cut, len(rows))
-    return rows, [] if len(rows) else samples.ignored
+    seen = [name for several in samples.by_key.values() for sample in several for name in sample.names.values()]
+    return rows, [] if len(rows) else samples.ignored + seen
 
 
 def _members(path: Path, size: int) -> Iterator[tarfile.TarInfo]:
     """The files in a tar. Errors: `tarfile.ReadError` where it is cut short or damaged."""
+    links = []
     with tarfile.open(path, "r:") as tar:
         for member in tar:
+            if member.islnk() or member.issym():
+                links.append(member.name)
             if member.isfile():
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("the last member is cut short")
                 yield member
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue] it would keep every header
         end = tar.offset
+    if links:
+        log.warning("%s: members that are links are not read: %s", path, mend(kinds(links)))
     if end + tarfile.BLOCKSIZE > size:
         raise tarfile.ReadError("the end mark is missing")
     with open(path, "rb") as file:
         file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which tarfile takes for the end
+            raise tarfile.ReadError(f"the header at byte {end} is damaged")
         if file.read(1 << 16).strip(b"\0"):
             log.warning("%s: what comes after the end mark at byte %d is not read; unpack joined tar files", path, end)

@@ -169,11 +169,12 @@ def bundled(text: Any, folder: Path, whole: bool = False) -> Any:
 
 
 def relocated(text: Any, folder: Path) -> Any:
-    """`text` with what of it lies in `folder` named by its full path."""
+    """`text` with what of it lies in `folder`, or should, named by its full path."""
 
     def find(kind: str, part: str, value: str) -> str:
         names = (part + kind, part + kind + Path(value).suffix)
-        return next((str(folder / name) for name in names if (folder / name).exists()), value)
+        gone = str(folder / value) if value in names and not Path(value).exists() else value
+        return next((str(folder / name) for name in names if (folder / name).exists()), gone)
 
     return with_files(text, find)
 

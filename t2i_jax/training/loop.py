@@ -206,14 +206,20 @@ def laid_out(tree: Any, layout: Any) -> Any:
 def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
     """Write the resolved config of a run, or check that a run which goes on is the same one.
 
+    It may be longer or shorter than it was, where its learning rates do not depend on `train.steps`.
     Errors: `ConfigError` that lists every changed field.
     """
     path, new = folder / "config.json", to_json(experiment)
     if resumed and path.exists():
         # A field that the library has since the run began had the value that is its default now.
         old = to_json(read_stored(path))
-        changed = [d for d in differences(old, new) if not d.startswith(FREE)]
+        t = experiment.train
+        ends = any(optimizer.ends for optimizer in (t.optimizer, *t.players.values()))
+        free = FREE if ends else (*FREE, "train.steps")
+        changed = [d for d in differences(old, new) if not d.startswith(free)]
         if changed:
+            why = "; a run can be made longer where its optimizer.schedule is constant or rsqrt"
+            changed = [f"{d}{why}" if d.startswith("train.steps") else d for d in changed]
             raise ConfigError(
                 f"{folder} was begun with another config; put the old values back or choose another --run:\n  "
                 + "\n  ".join(changed)

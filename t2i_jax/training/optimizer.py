@@ -43,6 +43,11 @@ class Optimizer(Checked):
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of the optax function"""
 
+    @property
+    def ends(self) -> bool:
+        """Whether the learning rate of a step depends on how many steps the run has."""
+        return self.schedule in ("cosine", "linear")
+
     def learning_rates(self, steps: int) -> optax.Schedule:
         """Learning rate by step, for a run of `steps` steps."""
         return self._schedule(self.learning_rate, steps)
