@@ -6,12 +6,10 @@ import functools
 import hashlib
 import importlib
 import io
-import json
 import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -23,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from test_weights import MODEL, random
 
-from t2i_jax import bench, cli, config
+from t2i_jax import cli, config
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -33,7 +31,7 @@ from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.text.sentencepiece import train_vocabulary
 from t2i_jax.training import loop
-from t2i_jax.training.artifacts import Artifact, config_of, save_artifact
+from t2i_jax.training.artifacts import Artifact, save_artifact
 
 LIMIT = int(os.environ.get("T2I_FUZZ_SECONDS", "60"))
 """Seconds that one input may take."""
@@ -118,7 +116,7 @@ BASE: dict[tuple[str, ...], list[str]] = {
     ("compare",): [f"{W}/comparison.py", "--out=page", "--runs=runs"],
     ("convert",): ["dit", f"{W}/dit.safetensors", "--heads=1", "--out=model"],
     ("release",): [f"{W}/run", "--out=model"],
-    ("plan",): [CONFIG, "--topology=h100:8", "--mesh=data=1", "--encoded", "--out=plan.json"],
+    ("plan",): [CONFIG, "--topology=h100:1", "--mesh=data=1", "--encoded", "--out=plan.json"],
     ("data", "build"): ["glyphs", "--out=glyphs", "--size=8"],
     ("data", "vocab"): [CONFIG, "--out=words.model", "--size=300"],
     ("bench", "sample"): [f"{W}/codes.py", "--batch=1", "--repeats=1", "--out=bench.json"],
@@ -130,7 +128,9 @@ BASE: dict[tuple[str, ...], list[str]] = {
     ("bench", "solvers"): ["--steps=1", "--std=0.5", "--out=solvers.md"],
 }
 """A call of every command that does its work, in little time."""
-CONFIGURED = {leaf: "codes" if "codes" in base[0] else "codec" if "codec" in base[0] else "classes" for leaf, base in BASE.items()}
+CONFIGURED = {
+    leaf: "codes" if "codes" in base[0] else "codec" if "codec" in base[0] else "classes" for leaf, base in BASE.items()
+}
 CONFIGURED = {k: v for k, v in CONFIGURED.items() if k[-1] in ("train", "encode", "plan", "vocab", "sample", "codec")}
 del CONFIGURED["sample",]
 """Commands that take fields of a config as flags -> the config."""
@@ -252,7 +252,12 @@ class World:
         (bad / "deep.json").write_text("[" * 100_000)
         (bad / "odd.json").write_text('{"type": "t2i_jax.training.experiment:Experiment", "model": 3, "data": 4}')
         (bad / "type.json").write_text('{"type": "os:system"}')
-        for name, code in {"none": "", "raises": "1/0", "stops": "raise SystemExit", "syntax": "experiment = ("}.items():
+        for name, code in {
+            "none": "",
+            "raises": "1/0",
+            "stops": "raise SystemExit",
+            "syntax": "experiment = (",
+        }.items():
             (bad / f"{name}.py").write_text(code)
         (bad / "number.py").write_text("experiment = 3")
         Image.new("RGB", (8, 8)).save(bad / "picture.png")
@@ -328,7 +333,8 @@ class World:
     def _tiny(self):
         """What keeps accepted work small: models that are loaded and compiled once, few steps, small limits.
 
-        Where a run is to take more than two steps, it is stopped in the third as by a signal: status 143.
+        Where a run is to take more than two steps, it is stopped in the third as by a signal, with status 143; where
+        more than four batches are to be drawn, the fifth is as by Ctrl-C, with status 130.
         """
 
         def leave(status: int) -> None:
@@ -344,7 +350,7 @@ class World:
         changes += [(importlib.import_module("t2i_jax.comparison.measure"), "SPACES", ("pixels",))]
         data = importlib.import_module("t2i_jax.cli.data")
         changes += [(data, "build_glyphs", functools.partial(build_glyphs, limit=6))]
-        load, hold = Pipeline.load, Pipeline.holding
+        load, hold, generate, drawn = Pipeline.load, Pipeline.holding, Pipeline.generate, itertools.count()
 
         def loaded(folder: Any, mesh: Any = None, int8: bool = False) -> Any:
             args = (folder,) if mesh is None else (folder, mesh, int8)
@@ -361,6 +367,12 @@ class World:
             same._compiled = self.made.setdefault(key, (pipeline, same._compiled))[1]
             return same
 
+        def few_batches(pipeline: Any, *arguments: Any, **named: Any) -> Any:
+            if next(drawn) == 4:
+                raise KeyboardInterrupt
+            return generate(pipeline, *arguments, **named)
+
+        changes += [(Pipeline, "generate", few_batches)]
         changes += [(Pipeline, "load", staticmethod(loaded)), (Pipeline, "holding", holding)]
         old = [(owner, name, owner.__dict__[name]) for owner, name, _ in changes]
         for owner, name, new in changes:
@@ -405,7 +417,7 @@ class World:
             return result.fault
         if odd:
             return f"status {result.status}, and changed: {', '.join(odd)}"
-        if result.status == 143 and argv[0] in ("train", "compare"):
+        if result.status in (130, 143) and argv[0] in ("train", "compare", "sample", "evaluate"):
             return ""
         if result.status == 2:
             return refusal(result)

@@ -7,10 +7,7 @@ T2I_FUZZ_SEED chooses others; a failure prints the seed and the command line.
 import os
 import secrets
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
@@ -64,8 +61,40 @@ def test_every_command_has_a_call_that_works(world):
 NUMBERS = ["0", "-1", "1", "2", "3", "-0", "-7", "+5", "1e3", "1e9", "1000000007", "2147483647", "2147483648"]
 NUMBERS += [str(sign * 2**n + d) for n in (31, 32, 53, 63, 64) for sign in (1, -1) for d in (-1, 0)] + [str(10**30)]
 NUMBERS += ["nan", "-nan", "inf", "-inf", "1e400", "-1e400", "1e-400", "1e38", "1e39", "-1e39", "5e-324", "1e-30"]
-NUMBERS += ["abc", "", " ", "1.5", "0.5", "-0.5", "1.0", "0x10", "0b1", "１２", "٣", "½", "−1", "1_000", "1,2", "1 2", "1/2"]
-NUMBERS += ["None", "True", "false", "[]", "(1, 2)", "1e", "--1", "1.2.3", "9" * 60, "9" * 5000, "1\n", "1;2", "0" * 400]
+NUMBERS += [
+    "abc",
+    "",
+    " ",
+    "1.5",
+    "0.5",
+    "-0.5",
+    "1.0",
+    "0x10",
+    "0b1",
+    "１２",
+    "٣",
+    "½",
+    "−1",
+    "1_000",
+    "1,2",
+    "1 2",
+    "1/2",
+]
+NUMBERS += [
+    "None",
+    "True",
+    "false",
+    "[]",
+    "(1, 2)",
+    "1e",
+    "--1",
+    "1.2.3",
+    "9" * 60,
+    "9" * 5000,
+    "1\n",
+    "1;2",
+    "0" * 400,
+]
 
 LONG = ("data build", "bench solvers", "compare", "bench train", "bench plan", "train", "bench data")
 """Commands whose accepted inputs take seconds; they are tried less often."""
@@ -126,7 +155,11 @@ def wrong_names(draw: Any) -> list[str]:
         flag = flag[:at] + draw(st.sampled_from(["z", "-", ".", "=", " ", "_", "x.y", ""])) + flag[at:]
         return [*leaf, *BASE[leaf], flag + draw(st.sampled_from(["", "=", "=1", "=x"]))]
     if how == "more":
-        return [*leaf, *BASE[leaf], draw(st.sampled_from(["--help", "-h", "-x", "--", "-", "--x", "---"]) | st.just(word))]
+        return [
+            *leaf,
+            *BASE[leaf],
+            draw(st.sampled_from(["--help", "-h", "-x", "--", "-", "--x", "---"]) | st.just(word)),
+        ]
     if how == "place" and leaf in (("convert",), ("data", "build")):
         return [*leaf, word, *BASE[leaf][1:]]
     if how == "command" and word not in LEAVES:
@@ -138,7 +171,9 @@ def wrong_names(draw: Any) -> list[str]:
 def wrong_paths(draw: Any, world: World) -> list[str]:
     """A path that is missing, or leads to something else."""
     leaf = draw(st.sampled_from(OFTEN))
-    named: list[Any] = [f for f, kind in LEAVES[leaf].__annotations__.items() if "Path" in str(kind) or "File" in str(kind)]
+    named: list[Any] = [
+        f for f, kind in LEAVES[leaf].__annotations__.items() if "Path" in str(kind) or "File" in str(kind)
+    ]
     named = [f"--{n.replace('_', '-')}" for n in named if "Positional" not in str(LEAVES[leaf].__annotations__[n])]
     named += positions(leaf) * 2
     named += ["--codec", "--data.source.path"] if leaf in CONFIGURED else []

@@ -14,9 +14,10 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
-from t2i_jax import config
+from t2i_jax.bench.measure import asked
 from t2i_jax.bench.recursion import law, recursion
-from t2i_jax.core.fields import Checked, Finite, Range
+from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Path, Process, Spacing
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
@@ -168,9 +169,9 @@ class SolverBench(Checked):
     """
 
     steps: Annotated[tuple[int, ...], Range(1, min(p.bound for p in PROCESSES.values()))] = STEPS
-    std: Annotated[tuple[float, ...], Range(above=0)] = (0.5, 0.1)
+    std: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = (0.5, 0.1)
     """standard deviations of the pictures; what solvers get wrong is the narrow ones"""
-    mean: Finite = 0.6
+    mean: Annotated[float, Range(-1e6, 1e6)] = 0.6
     out: File | None = None
     """write the page as Markdown, and a plot beside it"""
 
@@ -192,7 +193,9 @@ DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
 
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
-    args = config.parse(SolverBench, arguments, "t2i bench solvers")
+    args, _ = asked(SolverBench, arguments, "t2i bench solvers")
+    if args.out and not is_ours(args.out):  # else the plot beside it is ours too
+        check_free(args.out.with_suffix(".png"))
     options = "".join(
         f" --{f.name} {' '.join(f'{v:g}' for v in np.atleast_1d(getattr(args, f.name)))}"
         for f in dataclasses.fields(args)
@@ -230,8 +233,7 @@ def main(arguments: list[str]) -> None:
     text = "\n".join(lines + inpainting())
     Console(width=200).print(text, markup=False, highlight=False)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+        write_markdown(args.out, text)
         plot(errors, args.steps, args.std, args.out.with_suffix(".png"))
 
 
@@ -281,5 +283,5 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
         row[0].set_ylabel("error of std and mean")
     panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=80, metadata={"Software": MAKER})
     pyplot.close(figure)
