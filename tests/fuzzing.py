@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import os
 import re
 import shutil

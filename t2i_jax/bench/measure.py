@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t2i_jax import config
+from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_free, local, write_json
 
 Result = dict[str, Any]
@@ -30,6 +31,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def weights(init: Callable[[jax.Array], Any]) -> Any:
     """A model with fresh weights."""
+    sizes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    check_memory("the weights of the model", sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sizes)))
     # Many unrolled random draws that run once: a CPU's compiler would take minutes to make them fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     return jax.jit(init, compiler_options=options)(jax.random.key(0))

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, read_json, read_stored, refused, to_json
 from t2i_jax.core.jaxprs import UnknownForm
+from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_parent, write_json
 from t2i_jax.core.types import check_batch
 from t2i_jax.data.pipeline import Data
@@ -118,6 +119,9 @@ class Trainer:
         """The state before the first step."""
         # Hundreds of unrolled random draws that run once: a CPU's compiler would take a minute to make them fast.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.target))
+            check_memory("model: its parameters and their optimizer state", size)
         with jax.set_mesh(self.mesh):
             init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
             return init(jax.random.key(self.experiment.train.seed))
