@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.config import ConfigError, differences, to_json
+from t2i_jax.config import ConfigError, differences, read_json, to_json
+from t2i_jax.core.outputs import check_parent
 from t2i_jax.data.records import (
     INDEX,
     DataError,
@@ -56,13 +57,18 @@ def encode_splits(
     """
     out, data = Path(out), experiment.data
     may_become(out)
+    check_parent(out)
+    if (out / INDEX).exists() and "codec" not in read_json(out / INDEX):
+        raise ConfigError(f"{out}: is a data set that `t2i encode` did not make; choose another --out")
     from_captions = hasattr(experiment.text, "load") and not hasattr(experiment.text, "image_features")
     text, keep = experiment.text if from_captions else None, not experiment.codec
     examples = {split: data.examples(split, text=text, files=keep) for split in splits}
+    if not examples:
+        raise ConfigError("--splits: name one at least")
     counts = {split: -(-len(e) // block) for split, e in examples.items()}
     folder, main = out.with_name(out.name + ".partial"), jax.process_index() == 0
     with together():
-        encoded = encoder(experiment, batch_size)
+        encoded = encoder(experiment, batch_size, max(map(len, examples.values())))
         if main:
             claim(folder, experiment, {split: len(e) for split, e in examples.items()}, block)
         multihost_utils.sync_global_devices("encode: begun")
@@ -121,12 +127,16 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
         (folder / f".{WORK}").replace(path)
 
 
-def encoder(experiment: Experiment, batch_size: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
-    """A function that gives records with what the frozen parts make of them, on the devices of this process."""
+def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
+    """A function that gives records with what the frozen parts make of them, on the devices of this process.
+
+    most: records that there are at once; batches are not larger.
+    """
     many = jax.process_count() > 1
     mesh = MeshConfig(1, -1).build(jax.local_devices()) if many else experiment.mesh.build()
     if batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that share it out")
+    batch_size = min(batch_size, most + -most % rows)
     with jax.set_mesh(mesh):
         frozen, codec = frozen_parts(experiment)
         frozen.pop("loss", None)  # nothing is trained here

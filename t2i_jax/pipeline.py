@@ -22,7 +22,7 @@ from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import Limited, check_vocabulary, unread
-from t2i_jax.training.artifacts import Artifact, load_artifact, on_host, save_artifact
+from t2i_jax.training.artifacts import Artifact, check_new, load_artifact, on_host, save_artifact
 
 log = logging.getLogger(__name__)
 
@@ -435,6 +435,7 @@ def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
     scale: measure on the run's pictures the scale and shift with which the codes of a KL autoencoder have mean 0 and
     variance 1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
     """
+    check_new(out)
     artifact = load_artifact(run)
     if scale:
         artifact = scaled(artifact, run)

@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Size
 
@@ -93,7 +93,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench codec CONFIG ...`"""
-    args, rest = config.parse(CodecBench, arguments, "t2i bench codec", return_unknown_args=True)
+    args, rest = asked(CodecBench, arguments, "t2i bench codec", some=True)
     experiment = config.load(args.config, rest)
     codec = experiment.model
     if not (hasattr(codec, "encode") and hasattr(codec, "decode")):

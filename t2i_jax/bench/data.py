@@ -19,14 +19,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax import config, flops
-from t2i_jax.bench.measure import Result, in_turns, table, tell
+from t2i_jax import flops
+from t2i_jax.bench.measure import Result, asked, in_turns, table, tell
+from t2i_jax.config import ConfigError
 from t2i_jax.core.fields import Checked, Count, Size
 from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
-from t2i_jax.models.ar import AR
+from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.trees import abstract
 from t2i_jax.plan.chips import CHIPS
 
@@ -172,7 +173,10 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench data ...`"""
-    a = config.parse(DataBench, arguments, "t2i bench data")
+    a, _ = asked(DataBench, arguments, "t2i bench data")
+    for flag, given, known in (("--chips", a.chips, CHIPS), ("--shapes", a.shapes, SIZES)):
+        if odd := [name for name in given if name not in known]:
+            raise ConfigError(f"{flag} {odd[0]!r}: one of {', '.join(known)}")
     results = [bench_pictures(s, a.side, a.image_size, a.pictures, a.workers, a.repeats) for s in ("jpg", "png")]
     results += [bench_codes(16, f, a.records, a.workers, a.repeats) for f in ((0, 0), (120, 2048))]
     rows = dict(ROWS)

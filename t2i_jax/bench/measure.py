@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from t2i_jax.core.outputs import write_json
+from t2i_jax import config
+from t2i_jax.core.memory import check_memory
+from t2i_jax.core.outputs import check_free, local, write_json
 
 Result = dict[str, Any]
 Measure = Callable[[], float]
@@ -29,6 +31,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def weights(init: Callable[[jax.Array], Any]) -> Any:
     """A model with fresh weights."""
+    sizes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    check_memory("the weights of the model", sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sizes)))
     # Many unrolled random draws that run once: a CPU's compiler would take minutes to make them fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
     return jax.jit(init, compiler_options=options)(jax.random.key(0))
@@ -93,6 +97,19 @@ def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Re
         if any(cells):
             shown.add_row(name, *cells)
     return shown
+
+
+def asked(kind: type, arguments: list[str], prog: str, some: bool = False) -> tuple[Any, list[str]]:
+    """The arguments of a benchmark; and the rest, fields of a config, if it takes `some`.
+
+    Errors: `ConfigError`, also where a file that no command has made is in the place of the results.
+    """
+    args, rest = config.parse(kind, arguments, prog, return_unknown_args=True)
+    if rest and not some:
+        config.parse(kind, arguments, prog)  # which says what is wrong with them
+    if args.out:
+        check_free(local(args.out))
+    return args, rest
 
 
 def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 
 from t2i_jax.bench.measure import LIMITS, Result, seconds, table, tell
-from t2i_jax.bench.train import TrainBench, asked, bench_train
+from t2i_jax.bench.train import TrainBench, bench_train, prepared
 from t2i_jax.plan.chips import REACHED
 from t2i_jax.plan.estimate import trace
 from t2i_jax.plan.ready import Batch
@@ -58,7 +58,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench plan CONFIG ...`"""
-    args, experiment, shapes = asked(PlanBench, arguments, "t2i bench plan")
+    args, experiment, shapes = prepared(PlanBench, arguments, "t2i bench plan")
     result = bench_plan(experiment, shapes, args.repeats)
     title = f"{args.config}: {type(experiment.model).__name__}, {jax.devices()[0].device_kind}"
     tell("plan", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)

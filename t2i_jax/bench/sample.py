@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import tyro
 from jax import Array
 
-from t2i_jax import config
 from t2i_jax.bench import drawing
-from t2i_jax.bench.measure import EAGER, LIMITS, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes
 from t2i_jax.models.ar import AR, SIZES
@@ -146,20 +145,21 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
-    args, rest = config.parse(SampleBench, arguments, "t2i bench sample", return_unknown_args=True)
+    args, rest = asked(SampleBench, arguments, "t2i bench sample", some=True)
     if args.model is not None:
         return _any_family(args, rest)
     if rest:
         raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
     published = args.shape in SIZES and args.shape.startswith("llamagen")
     side = args.grid or (16 if published else 8)
-    family = AR.sized(
-        args.shape,
-        vocabulary=args.vocabulary or (16384 if published else 1024),
-        grid=(side, side),
-        condition=Classes(1000),
-        dtype=args.dtype,
-    )
+    with refused("--shape"):
+        family = AR.sized(
+            args.shape,
+            vocabulary=args.vocabulary or (16384 if published else 1024),
+            grid=(side, side),
+            condition=Classes(1000),
+            dtype=args.dtype,
+        )
     kinds = [(b, int8) for b in args.batch for int8 in (False, True)[: 1 + args.int8]]
     results = [
         bench_sample(family, b, args.guided, args.segments, args.repeats, int8, args.top_p, args.eager)

@@ -6,16 +6,18 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path as File
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import Array
 from rich.console import Console
 
+from t2i_jax.bench.measure import asked
 from t2i_jax.bench.recursion import law, recursion
-from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Path, Process, Spacing
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
@@ -160,16 +162,16 @@ def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> t
 
 
 @dataclasses.dataclass(frozen=True)
-class SolverBench:
+class SolverBench(Checked):
     """What every solver makes of pictures N(mean, std^2), along every process, with the best possible network.
 
     Example: t2i bench solvers --steps 10 20 50 --std 0.3
     """
 
-    steps: tuple[int, ...] = STEPS
-    std: tuple[float, ...] = (0.5, 0.1)
+    steps: Annotated[tuple[int, ...], Range(1, min(p.bound for p in PROCESSES.values()))] = STEPS
+    std: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = (0.5, 0.1)
     """standard deviations of the pictures; what solvers get wrong is the narrow ones"""
-    mean: float = 0.6
+    mean: Annotated[float, Range(-1e6, 1e6)] = 0.6
     out: File | None = None
     """write the page as Markdown, and a plot beside it"""
 
@@ -185,14 +187,15 @@ log-SNR, where no order holds. The default solver of each process is in bold.
 """
 SPACINGS: tuple[Spacing, ...] = ("default", "even", "karras", "log_snr")
 FEW, ORDERED = (8, 20, 50), 48
+DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
+"""Kinds that the plot shows."""
 
 
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
-    args = tyro.cli(SolverBench, args=arguments, prog="t2i bench solvers")
-    most = min(p.bound for p in PROCESSES.values())
-    if not all(1 <= n <= most for n in args.steps) or not all(s > 0 for s in args.std):
-        raise ConfigError(f"t2i bench solvers: --steps are 1 to {most}, and --std above 0")
+    args, _ = asked(SolverBench, arguments, "t2i bench solvers")
+    if args.out and not is_ours(args.out):  # else the plot beside it is ours too
+        check_free(args.out.with_suffix(".png"))
     options = "".join(
         f" --{f.name} {' '.join(f'{v:g}' for v in np.atleast_1d(getattr(args, f.name)))}"
         for f in dataclasses.fields(args)
@@ -230,8 +233,7 @@ def main(arguments: list[str]) -> None:
     text = "\n".join(lines + inpainting())
     Console(width=200).print(text, markup=False, highlight=False)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+        write_markdown(args.out, text)
         plot(errors, args.steps, args.std, args.out.with_suffix(".png"))
 
 
@@ -271,7 +273,7 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
     )
     for row, std in zip(panels, stds, strict=True):
         for panel, name in zip(row, PROCESSES, strict=True):
-            for kind in ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc"):
+            for kind in DRAWN:
                 panel.loglog(steps, errors[std, name, kind], ".-", label=kind)
             panel.set_title(f"{name}, std {std:g}", fontsize=8)
             panel.set_ylim(1e-4, 3)
@@ -281,5 +283,5 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
         row[0].set_ylabel("error of std and mean")
     panels[0][-1].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=80, metadata={"Software": MAKER})
     pyplot.close(figure)

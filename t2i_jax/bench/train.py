@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
@@ -120,9 +120,9 @@ class TrainBench(Checked):
     """write the result as JSON"""
 
 
-def asked(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
+def prepared(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
-    args, rest = config.parse(kind, arguments, prog, return_unknown_args=True)
+    args, rest = asked(kind, arguments, prog, some=True)
     experiment = config.load(args.config, rest)
     return args, experiment, batch_of(experiment, args.inputs, args.encoded)[0]
 
@@ -142,7 +142,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench train CONFIG ...`"""
-    args, experiment, shapes = asked(TrainBench, arguments, "t2i bench train")
+    args, experiment, shapes = prepared(TrainBench, arguments, "t2i bench train")
     result = bench_train(experiment, shapes, args.repeats, f"batch {experiment.data.batch_size}", args.eager)
     kind, millions = type(experiment.model).__name__, result["parameters"] / 1e6
     title = f"{args.config}: {kind}, {millions:.1f} M parameters, {jax.devices()[0].device_kind}"

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[Lines()])
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told as one line
 
+    import jax
+
     from t2i_jax.config import ConfigError
     from t2i_jax.data.records import DataError
     from t2i_jax.parallel import NoCluster
@@ -72,6 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(STATUS)  # an orderly exit waits for the others
     except (ConfigError, DataError, CheckpointError, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
+    except MemoryError as error:
+        fail(f"t2i {arguments[0]}: not enough memory on this machine{f': {error}' if str(error) else ''}")
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
         sys.exit(128 + stop.signal)

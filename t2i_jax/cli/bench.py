@@ -1,5 +1,6 @@
 """`t2i bench`: speeds beside the limits of this machine."""
 
+from t2i_jax.bench import KINDS
 from t2i_jax.bench import main as run
 
-__all__ = ["run"]
+__all__ = ["KINDS", "run"]

@@ -34,10 +34,10 @@ class CompareArguments(Checked):
 
 def run(arguments: list[str]) -> None:
     args = parse(CompareArguments, arguments, "t2i compare")
+    local(args.out)
     wanted = config.load(args.config)
     if not isinstance(wanted, comparison.Comparison):
         raise config.ConfigError(f"{args.config}: `experiment` must be a Comparison, not a {type(wanted).__name__}")
-    local(args.out)
     given = {k: v for k in ("count", "flops") if (v := getattr(args, k)) is not None}
     command = f"t2i compare {' '.join(arguments)}"
     runs = args.runs or Path("runs") / args.config.stem

@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse, parse_some
 from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.progress import bar
-from t2i_jax.text.sentencepiece import train_vocabulary
+from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 
-USAGE = """usage: t2i data {build,vocab} ...
-
-  build  build a data set that ships as packages
-  vocab  train a vocabulary on captions"""
+KINDS = {
+    "build": "build a data set that ships as packages",
+    "vocab": "train a vocabulary on captions",
+}
+USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:7}{v}" for k, v in KINDS.items())
 
 
 @dataclasses.dataclass(frozen=True)
-class BuildArguments:
+class BuildArguments(Checked):
     """Build a data set that ships as packages into ArrayRecord files.
 
     Example: t2i data build glyphs --out data/glyphs --size 32
@@ -31,7 +34,7 @@ class BuildArguments:
     name: tyro.conf.Positional[str]
     """the data set; `glyphs` is what there is"""
     out: Path = Path("data/glyphs")
-    size: int = 64
+    size: Annotated[int, Range(1, 4096)] = 64
     """side of the pictures in pixels"""
     styles: str = "twemoji"
     """`twemoji` (from two Python packages), `all` (ten styles, needs npm), or names joined by commas"""
@@ -42,7 +45,7 @@ class BuildArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class VocabArguments:
+class VocabArguments(Checked):
     """Train a SentencePiece vocabulary on the training captions of a config.
 
     Example: t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model --size 1000
@@ -50,18 +53,16 @@ class VocabArguments:
 
     config: tyro.conf.Positional[Path]
     out: Path
-    size: int = 1000
+    size: Size = 1000
     """pieces; 256 of them are bytes"""
-    kind: str = "unigram"
-    """`unigram` or `bpe`"""
+    kind: Literal["unigram", "bpe"] = "unigram"
 
 
 def run(arguments: list[str]) -> None:
-    words = {"build": build, "vocab": vocab}
-    if not arguments or arguments[0] not in words:
+    if not arguments or arguments[0] not in KINDS:
         print(USAGE)
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    words[arguments[0]](arguments[1:])
+    (build if arguments[0] == "build" else vocab)(arguments[1:])
 
 
 def build(arguments: list[str]) -> None:
@@ -81,7 +82,7 @@ def build(arguments: list[str]) -> None:
 def vocab(arguments: list[str]) -> None:
     args, rest = parse_some(VocabArguments, arguments, "t2i data vocab")
 
-    local(args.out)
+    check_vocabulary_file(local(args.out))
     experiment = config.load(args.config, rest)
     data = dataclasses.replace(experiment.data, fields=())  # images are not decoded
     examples = data.examples("train", captions=True)

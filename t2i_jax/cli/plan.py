@@ -11,8 +11,9 @@ from rich.console import Console
 
 from t2i_jax import config
 from t2i_jax import plan as plans
-from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
+from t2i_jax.core.outputs import check_free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,8 @@ def run(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
 
     args, rest = parse_some(PlanArguments, arguments, "t2i plan")
+    if args.out:
+        check_free(local(args.out))
     topology = plans.Topology.read(args.topology)
     experiment = config.load(args.config, rest)
     found = plans.run(

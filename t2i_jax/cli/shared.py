@@ -6,13 +6,12 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from t2i_jax import config
-from t2i_jax.config import ConfigError
+from t2i_jax.core.outputs import local as local
 
 console = Console(stderr=True)
 
@@ -25,17 +24,10 @@ class Lines(logging.Handler):
 
 
 def fail(message: str, status: int = 2) -> None:
+    # What was typed may be of any length; what is wrong with it is not to be looked for.
+    message = re.sub(r"\S{300,}", lambda found: f"{found[0][:120]}...{found[0][-40:]}", message)
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
-
-
-def local(path: Path) -> Path:
-    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store, or no path."""
-    if "\0" in str(path):
-        raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
-    if re.match(r"\w{2,}:/", str(path)):
-        raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
-    return path
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:

@@ -32,6 +32,16 @@ RUN_COLUMNS: dict[str, tuple[str, str]] = {
 }
 
 
+def files_of(comparison: Comparison, out: Path) -> list[Path]:
+    """What `write` writes."""
+    plots = [plot_of(out, name) for name in comparison.sweeps]
+    return [*(out.with_suffix(suffix) for suffix in (".json", ".md", ".png")), *plots]
+
+
+def plot_of(out: Path, sweep: str) -> Path:
+    return out.with_name(f"{out.stem}_{sweep}.png")
+
+
 def write(
     comparison: Comparison,
     found: dict[str, Any],
@@ -60,7 +70,7 @@ def write(
     ]
     for name, sweep in comparison.sweeps.items():
         points = found["sweeps"][name]
-        plot(sweep, points, found["real"], image := out.with_name(f"{out.stem}_{name}.png"))
+        plot(sweep, points, found["real"], image := plot_of(out, name))
         lines += ["", f"## {sweep.title}", "", *([sweep.about.strip(), ""] if sweep.about else [])]
         rows = {
             f"{label}, {sweep.field} {value:g}": numbers

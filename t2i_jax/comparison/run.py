@@ -17,8 +17,9 @@ from rich.console import Console
 
 from t2i_jax.comparison.measure import Ruler, measure
 from t2i_jax.comparison.plan import Comparison, Line
-from t2i_jax.comparison.report import write
+from t2i_jax.comparison.report import files_of, write
 from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.outputs import check_free
 from t2i_jax.nn.trees import abstract
 from t2i_jax.pictures import save_png
 from t2i_jax.pipeline import Pipeline
@@ -35,6 +36,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     folder: where the runs are trained, and where each measured number is kept until its configuration changes.
     Returns what OUT.json holds.
     """
+    check_free(*files_of(comparison, out))
     ruler = Ruler(comparison)
     every = {**comparison.runs, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}

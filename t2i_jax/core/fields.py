@@ -51,16 +51,18 @@ def _short(x: float) -> str:
     return str(x) if isinstance(x, int) else f"{x:g}"
 
 
-Size = Annotated[int, Range(low=1)]
-Count = Annotated[int, Range(low=0)]
+LARGEST = 2**31 - 1
+"""Of steps, sizes and counts: devices count in 32 bits."""
+Size = Annotated[int, Range(1, LARGEST)]
+Count = Annotated[int, Range(0, LARGEST)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(low=0)]
 Finite = Annotated[float, Range()]
 Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(low=0, below=1)]
 """Of dropout and the like, of which something must be left."""
-Grid = Annotated[tuple[int, int], Range(low=1)]
-Sizes = Annotated[tuple[int, ...], Range(low=1)]
+Grid = Annotated[tuple[int, int], Range(1, LARGEST)]
+Sizes = Annotated[tuple[int, ...], Range(1, LARGEST)]
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,31 @@ KEYS = ({"title", "facts", "numbers"}, {"title", "flops", "runs"}, {"what", "mac
 """Of the JSON files that commands wrote before these said who made them."""
 
 
+def local(path: Path) -> Path:
+    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store, or no path."""
+    if "\0" in str(path):
+        raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
+    if re.match(r"\w{2,}:/", str(path)):
+        raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
+    return path
+
+
 def check_free(*paths: str | os.PathLike) -> None:
-    """Errors: `ConfigError` that names the first path where something is that no command of this library made."""
+    """Errors: `ConfigError` that names the first path where something is that no command of this library made, or that
+    lies in no folder."""
     for path in map(Path, paths):
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; name a file")
         if os.path.lexists(path) and not is_ours(path):
             raise ConfigError(f"{path}: was not made by this command and will not be written over; choose another name")
+        check_parent(path)
+
+
+def check_parent(path: Path) -> None:
+    """Errors: `ConfigError` where a folder cannot be made for `path`, as a file is in its place."""
+    above = next((p for p in path.absolute().parents if os.path.lexists(p)), path)
+    if not above.is_dir():
+        raise ConfigError(f"{path}: {above} is a file, so nothing can be written below it")
 
 
 def is_ours(path: Path) -> bool:
@@ -32,16 +53,16 @@ def is_ours(path: Path) -> bool:
     if data.startswith(b"\x89PNG"):
         at = data.find(b"Software\0")
         return 0 <= at < 4096 and MAKER.encode() in data[at : at + 64] and data.endswith(b"IEND\xaeB`\x82")
-    if path.suffix == ".json":
+    if data.lstrip().startswith((b"{", b"[")):
         try:
             found = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         found = found[0] if isinstance(found, list) and found else found
         return isinstance(found, dict) and (found.get("made_by") == MAKER or any(k <= found.keys() for k in KEYS))
-    if path.suffix == ".md":
-        return STAMP.encode() in data or (path.with_suffix(".json").exists() and is_ours(path.with_suffix(".json")))
-    return False
+    if path.suffix == ".md" and path.with_suffix(".json").exists() and is_ours(path.with_suffix(".json")):
+        return True
+    return STAMP.encode() in data or (data.startswith(b"# ") and b"\nMade by `t2i " in data[:1000])
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

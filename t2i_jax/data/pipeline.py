@@ -29,6 +29,7 @@ import grain
 import numpy as np
 
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Seed, Size
+from t2i_jax.core.memory import check_memory
 from t2i_jax.core.types import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
 from t2i_jax.data.files import say_once
@@ -122,6 +123,7 @@ class Data(Checked):
             )
         if position < 0:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
+        check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", self._size() / count)
         text = text if spec is None or "text" in spec else None
         reader = self._open(split, text is not None)
         source = self.split(split)
@@ -157,6 +159,10 @@ class Data(Checked):
         image = "image" in self.fields
         small = self.smallest_side
         return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
+
+    def _size(self) -> int:
+        """Bytes of a batch at least."""
+        return self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
 
     def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, dict[str, Any]]:
         """How many `records` each split has, and a digest of the `names` of some: what a run remembers of its data.

@@ -16,6 +16,7 @@ from rich.console import Console
 from t2i_jax import config, pictures
 from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
+from t2i_jax.core.outputs import check_free
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
@@ -49,7 +50,9 @@ def evaluate_folder(
     family. mesh: what the model is spread over; that of the reference unless given.
     Errors: `ConfigError` where there are no pictures to compare with.
     """
+    check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
     artifact = load_artifact(folder, host=True)
+    batch_size = min(batch_size, count)
     if reference is None:
         reference = config.load(folder)
         if not isinstance(reference, Experiment):

@@ -14,6 +14,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from t2i_jax.core.errors import ConfigError, DataError
+from t2i_jax.core.outputs import check_parent
 from t2i_jax.core.sniff import HEAD, sniff
 from t2i_jax.text.cut import Limited
 
@@ -65,11 +66,24 @@ def train_vocabulary(
             raise ConfigError(f"{refused}: their characters need at least {needs[1]}") from error
         raise ConfigError(f"{refused}: {error}") from error
     out = Path(out)
+    check_vocabulary_file(out)
+    if out.exists() and out.read_bytes() != model.getvalue():
+        raise ConfigError(f"{out}: holds another vocabulary, which models may read; remove it or choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".part")
     temporary.write_bytes(model.getvalue())
     temporary.replace(out)
     return _load_bytes(model.getvalue()).get_piece_size()
+
+
+def check_vocabulary_file(path: Path) -> None:
+    """Errors: `ConfigError` where something is in the place of a vocabulary that is to be written, and is none."""
+    check_parent(path)
+    if os.path.lexists(path):
+        try:
+            _load_bytes(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{path}: is there, and is no vocabulary; choose another name") from error
 
 
 @dataclass(frozen=True)

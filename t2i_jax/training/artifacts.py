@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from t2i_jax.config import ConfigError, read_stored, to_json
+from t2i_jax.core.outputs import check_parent
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import assemble, named
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -135,11 +137,23 @@ def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
 def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     """Write a released model; the folder appears whole or not at all, and none is overwritten."""
     folder = Path(folder)
-    if folder.exists():
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as scratch:
+        temporary = Path(scratch, "model")
+        temporary.mkdir()
+        _write_artifact(artifact, temporary, card)
+        os.replace(temporary, folder)
+
+
+def check_new(folder: str | Path) -> None:
+    """Errors: `ConfigError` where a released model cannot be written, as something is there already."""
+    if os.path.lexists(folder):
         raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    check_parent(Path(folder))
+
+
+def _write_artifact(artifact: Artifact, temporary: Path, card: str) -> None:
     text = bundled(artifact.text, temporary, whole=True)
     config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
     config |= {"step": artifact.step, "image_size": artifact.image_size}
@@ -150,7 +164,6 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     if artifact.codec:
         codec = load_artifact(artifact.codec)
         save_artifact(codec, temporary / "codec", f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n")
-    os.replace(temporary, folder)
 
 
 def bundled(text: Any, folder: Path, whole: bool = False) -> Any:

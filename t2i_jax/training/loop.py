@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +25,15 @@ from t2i_jax import flops
 from t2i_jax.config import ConfigError, differences, read_json, read_stored, refused, to_json
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
-from t2i_jax.core.outputs import write_json
+from t2i_jax.core.memory import check_memory
+from t2i_jax.core.outputs import check_parent, write_json
 from t2i_jax.core.types import check_batch
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.artifacts import bundled
+from t2i_jax.training.artifacts import bundled, stored
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import NotFinite, explain
@@ -118,6 +120,9 @@ class Trainer:
         """The state before the first step."""
         # Hundreds of unrolled random draws that run once: a CPU's compiler would take a minute to make them fast.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
+            size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.target))
+            check_memory("model: its parameters and their optimizer state", size)
         with jax.set_mesh(self.mesh):
             init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
             return init(seed_key(self.experiment.train.seed))
@@ -204,6 +209,18 @@ def laid_out(tree: Any, layout: Any) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layout)
 
 
+def check_run(folder: Path) -> None:
+    """Errors: `ConfigError` where what lies in a folder is not that of a run: nothing of it will be written over."""
+    check_parent(folder)
+    if (folder / "config.json").exists():
+        stored(folder)
+        return
+    for name in ("config.json", "data.json", "metrics.jsonl", "samples", "checkpoints"):
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+            raise ConfigError(f"{path}: is there, and {folder} holds no run; choose another --run")
+
+
 def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
     """Write the resolved config of a run, or check that a run which goes on is the same one.
 
@@ -264,6 +281,7 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
 def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None) -> TrainState:
     """`train`, with its files in a local folder and its checkpoints in `where`, which may be an object store."""
     t = experiment.train
+    check_run(folder)
     trainer = Trainer(experiment, folder)
     checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff)
     claim(experiment, folder, bool(checkpoints.steps()))
