@@ -123,8 +123,16 @@ BASE: dict[tuple[str, ...], list[str]] = {
     ("bench", "sample"): [f"{W}/codes.py", "--batch=1", "--repeats=1", "--out=bench.json"],
     ("bench", "train"): [CONFIG, "--encoded", "--repeats=1", "--out=bench.json"],
     ("bench", "codec"): [f"{W}/codec.py", "--batch=1", "--repeats=1", "--out=bench.json"],
-    ("bench", "data"): ["--side=16", "--image-size=8", "--pictures=4", "--records=8", "--repeats=1", "--chips=h100"]
-    + ["--shapes=1M", "--out=bench.json"],
+    ("bench", "data"): [
+        "--side=16",
+        "--image-size=8",
+        "--pictures=4",
+        "--records=8",
+        "--repeats=1",
+        "--chips=h100",
+        "--shapes=1M",
+        "--out=bench.json",
+    ],
     ("bench", "plan"): [CONFIG, "--encoded", "--repeats=1", "--out=bench.json"],
     ("bench", "solvers"): ["--steps=1", "--std=0.5", "--out=solvers.md"],
 }
