@@ -13,7 +13,9 @@ import shutil
 import signal
 import tempfile
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import jax
@@ -70,6 +72,11 @@ CONFIGS = {
     "train, one)",
     "codes": "experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(3), dropout=0.0), "
     'data, train, one, codec="{0}/codec")',
+    "pictures": 'text = SentencePiece("{0}/words.model", 8)\nfolder = Data(Folder("odd"), image_size=8, batch_size=4, '
+    "threads=1, prefetch=1)\n"
+    "experiment = Experiment(diffusion(Captions(300, 8, width=16, depth=1, heads=2)), folder, train, one, text=text)",
+    "picture_codes": 'folder = Data(Folder("odd"), image_size=8, batch_size=4, threads=1)\n'
+    'experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2), folder, train, one, codec="{0}/codec")',
     "comparison": "experiment = Comparison('Title', 'About.', {{'a': Experiment(diffusion(Classes(3)), data, train, "
     "one)}}, Experiment(diffusion(Classes(3)), data, train, one), flops=3e6, count=4, batch_size=2)",
 }
@@ -303,10 +310,14 @@ class World:
         found += ["gs://bucket/x", "s3://bucket/x", "https://some.where/x", "ftp://x", "file:///x", "C:\\x", "x:y"]
         return [*found, "new/deep/er", "new.md", "new.json", "new.png", "new.safetensors", "x" * 5000, "x/" * 3000]
 
-    def call(self, *argv: str) -> Result:
-        """Call the command in an empty folder, as from a shell."""
+    def call(self, *argv: str, files: Mapping[str, bytes] = MappingProxyType({})) -> Result:
+        """Call the command in a folder that holds these files alone, as from a shell."""
         shutil.rmtree(self.work)
         self.work.mkdir()
+        for name, content in files.items():
+            path = self.work / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         given = [word.replace(W, str(self.folder)) for word in argv]
         out, err = (
             io.TextIOWrapper(io.BytesIO(), "utf-8", errors=errors, write_through=True)
@@ -418,10 +429,12 @@ class World:
         self.before = {p: after.get(p, v) for p, v in self.before.items()}
         return odd
 
-    def fault(self, argv: list[str]) -> str:
-        """What is wrong with how the command takes an input; empty if nothing is."""
-        result = self.call(*argv)
-        self.result, odd = result, self.changed()
+    def fault(self, argv: list[str], files: Mapping[str, bytes] = MappingProxyType({})) -> str:
+        """What is wrong with how the command takes an input; empty if nothing is. files: what lies in its folder."""
+        self.result = result = self.call(*argv, files=files)
+        done = not (result.fault or result.status or {"-h", "--help"} & set(result.argv))
+        wrong = outputs(self, result) if done else ""
+        odd = self.changed()
         if result.fault:
             return result.fault
         if odd:
@@ -432,7 +445,7 @@ class World:
             return refusal(result)
         if result.status:
             return f"status {result.status}: {result.err}"
-        return "" if {"-h", "--help"} & set(result.argv) else outputs(self, result)
+        return wrong
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)

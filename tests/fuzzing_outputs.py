@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from t2i_jax import config
-from t2i_jax.core.text import clean_text, read_lines
+from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data import ArrayRecord
 from t2i_jax.pictures import read_png_text
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -41,7 +41,7 @@ def read(path: Path) -> Any:
 def sample(world: World, result: Result, argv: list[str]) -> None:
     """An image for every prompt and seed, which says what it was made for."""
     args = arguments("sample", argv)
-    prompts = [clean_text(p) for p in args.text] + (read_lines(args.prompts) if args.prompts else [])
+    prompts = [mend(p).replace("\0", " ") for p in args.text] + (read_lines(args.prompts) if args.prompts else [])
     jobs = [(p, args.seed + n) for p in prompts for n in range(args.count)]
     assert f"{len(jobs)} in all" in " ".join(result.err.split())
     found = sorted(p for p in args.out.glob("*.png") if p.stem.isdigit())

@@ -4,16 +4,22 @@ Random inputs of five kinds for every command, called in this process: 50 of eac
 T2I_FUZZ_SEED chooses others; a failure prints the seed and the command line.
 """
 
+import contextlib
+import io
 import os
 import secrets
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from fuzzing import BASE, CONFIGURED, LEAVES, W, World, flags
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from t2i_jax import cli
 
@@ -40,9 +46,11 @@ def tried(world: World, count: int, inputs: st.SearchStrategy[list[str]]) -> Non
         verbosity=Verbosity.quiet,
     )
     @given(inputs)
-    def one(argv: list[str]) -> None:
-        if fault := world.fault(argv):
-            pytest.fail(f"T2I_FUZZ_SEED={number}: t2i {shlex.join(argv)}\n{argv!r}\n{fault}", pytrace=False)
+    def one(case: list[str] | tuple[list[str], dict[str, bytes]]) -> None:
+        argv, files = case if isinstance(case, tuple) else (case, {})
+        if fault := world.fault(argv, files):
+            told = f"T2I_FUZZ_SEED={number}: t2i {shlex.join(argv)}\n{argv!r}\n{files!r}"
+            pytest.fail(f"{told}\n{fault}", pytrace=False)
 
     one()
 
@@ -190,6 +198,133 @@ def wrong_paths(draw: Any, world: World) -> list[str]:
     return with_flag(leaf, where, path)
 
 
+TEXTS = ["a red square", "1", "0", "", " ", "\ufeff1", "\0", "\ud83d", "caf\udce9", "a\nb", "\u2028", "\x85", "\x0c"]
+TEXTS += ["a red square, blue", '"1"', '{"prompt": "1"}', "[1, 2]", "prompt,seed", "-1", "--seed=1", "１", "1.0", "1e0"]
+TEXTS += [
+    "🏳️‍🌈" * 9,
+    "e\u0301",
+    "\u202eabc",
+    "\x1b[31m",
+    "a" * 5000,
+    "word " * 1000,
+    "[bold]x[/]",
+    "[/]",
+    "%s {0} \\",
+    "٣",
+]
+ENCODINGS = [
+    "utf-8",
+    "utf-8",
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-le",
+    "utf-16-be",
+    "utf-32",
+    "cp1252",
+    "latin-1",
+    "shift-jis",
+]
+
+
+@st.composite
+def odd_bytes(draw: Any) -> bytes:
+    """What a file of prompts or of captions may hold."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.binary(max_size=60))
+    lines = draw(st.lists(st.sampled_from(TEXTS) | st.text(max_size=30), max_size=4))
+    text = draw(st.sampled_from(["\n", "\r\n", "\r", "\n\n", "\u2028"])).join(lines)
+    return text.encode(draw(st.sampled_from(ENCODINGS)), "replace")
+
+
+@st.composite
+def odd_prompts(draw: Any) -> tuple[list[str], dict[str, bytes]]:
+    """Prompts as arguments and in files, and captions of images."""
+    how = draw(st.sampled_from(["arguments", "arguments", "file", "file", "captions"]))
+    if how == "captions":
+        files = {f"odd/{n}.png": PICTURE for n in range(3)} | {f"odd/{n}.txt": draw(odd_bytes()) for n in range(3)}
+        return ["data", "vocab", f"{W}/pictures.py", "--out=words.model", "--size=300"], files
+    model = draw(st.sampled_from(["run", "words", "words"]))
+    base = ["sample", f"{W}/{model}", "--out=out", "--mesh=data=1", f"--count={draw(st.integers(1, 2))}"]
+    if how == "file":
+        return [*base, "--prompts=prompts.txt"], {"prompts.txt": draw(odd_bytes())}
+    words = draw(st.lists(st.sampled_from(TEXTS) | st.text(st.characters(), max_size=30), min_size=1, max_size=3))
+    return [*base[:2], *words, *base[2:]], {}
+
+
+def noise(size: tuple[int, int], spread: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, spread + 1, (*size[::-1], 3))
+    return Image.fromarray(values.astype(np.uint8))
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F", "HSV", "PA", "RGBX", "La"]
+SIZES = [(8, 8)] * 6 + [(1, 1), (8, 9), (16, 16), (7, 300), (64, 2)]
+FORMATS = ["PNG", "PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000", "AVIF"]
+
+
+@st.composite
+def odd_picture(draw: Any) -> bytes:
+    """An image of any mode, format and size, perhaps damaged."""
+    size, mode, form = (draw(st.sampled_from(x)) for x in (SIZES, MODES, FORMATS))
+    image = noise(size, draw(st.integers(0, 255)))
+    with contextlib.suppress(ValueError):
+        image = image.convert(mode)
+    more: dict[str, Any] = {}
+    if draw(st.booleans()):
+        more["transparency"] = draw(st.sampled_from([0, 255]))
+    if form in ("GIF", "PNG", "TIFF", "WEBP") and draw(st.booleans()):
+        more |= {"save_all": True, "append_images": [image.copy().rotate(90)] * draw(st.integers(1, 3))}
+    if form in ("JPEG", "PNG", "WEBP", "TIFF") and draw(st.booleans()):
+        about = Image.Exif()
+        about[0x0112] = draw(st.integers(0, 9))  # which side is up
+        more["exif"] = about
+    data = b""
+    for options in (more, {}):  # not every format takes every mode
+        for one in (image, image.convert("RGB")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, SystemError):
+                file = io.BytesIO()
+                one.save(file, form, **options)
+                data = data or file.getvalue()
+    change = draw(st.sampled_from(["", "", "", "cut", "more", "byte", "other"]))
+    if change == "cut":
+        return data[: int(draw(st.floats(0, 1)) * len(data))]
+    if change == "byte" and data:
+        at = int(draw(st.floats(0, 0.999)) * len(data))
+        return data[:at] + bytes([draw(st.integers(0, 255))]) + data[at + 1 :]
+    return {"more": data + b"more", "other": draw(st.binary(max_size=40))}.get(change, data)
+
+
+@st.composite
+def odd_images(draw: Any) -> tuple[list[str], dict[str, bytes]]:
+    """Images and masks to draw on, and images in folders of data."""
+    how = draw(st.sampled_from(["image", "image", "mask", "both", "both", "encode", "encode", "evaluate", "train"]))
+    suffix = draw(st.sampled_from(["png", "jpg", "gif", "webp", "PNG", "tif", "bmp"]))
+    odd = {f"odd/{n}.{suffix}": draw(odd_picture()) for n in range(3)}
+    if how in ("image", "mask", "both"):
+        image, mask = f"--image=odd/0.{suffix}", f"--mask=odd/1.{suffix}"
+        flags = [
+            image if how != "mask" else f"--image={W}/pictures/1.png",
+            mask if how != "image" else "--strength=0.5",
+        ]
+        return ["sample", f"{W}/run", "1", "--out=out", "--mesh=data=1", *flags], odd
+    files = odd | {f"odd/good{n}.png": PICTURE for n in range(3)}
+    files |= {str(Path(name).with_suffix(".txt")): b"a red square" for name in files}
+    if how == "encode":
+        base = [f"{W}/picture_codes.py", "--out=codes", "--splits=train", "--batch-size=4"]
+        return ["encode", *base], files
+    if how == "evaluate":
+        base = ["--out=report", f"--data={W}/pictures.py", "--count=4", "--batch-size=4", "--spaces=pixels"]
+        return ["evaluate", f"{W}/words", *base], files
+    return ["train", f"{W}/pictures.py", "--run=run"], files
+
+
+def as_png() -> bytes:
+    file = io.BytesIO()
+    noise((8, 8), 60).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURE = as_png()
+
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,3 +341,24 @@ def test_names(world, count):
 @pytest.mark.parametrize("count", [50, MANY])
 def test_paths(world, count):
     tried(world, count, wrong_paths(world))
+
+
+@pytest.mark.parametrize("count", [50, MANY])
+def test_prompts(world, count):
+    tried(world, count, odd_prompts())
+
+
+@pytest.mark.parametrize("count", [50, MANY])
+def test_images(world, count):
+    tried(world, count, odd_images())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_process_of_its_own_says_the_same(name):
+    """What only a whole process shows: its exit status, and what is printed to its streams by whatever code."""
+    leaf = next(leaf for leaf in LEAVES if leaf[0] == name)
+    words = [*leaf, *(word.replace(W, "nowhere") for word in BASE[leaf] if not word.startswith("--out")), "--out=x/y"]
+    done = subprocess.run([sys.executable, "-m", "t2i_jax.cli", *words, "--colour=red"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith(f"t2i {name}: "), done.stderr
+    assert not Path("x").exists()

@@ -34,7 +34,8 @@ def check_free(*paths: str | os.PathLike) -> None:
             raise ConfigError(f"{path}: is a folder; name a file")
         if os.path.lexists(path) and not is_ours(path):
             raise ConfigError(f"{path}: was not made by this command and will not be written over; choose another name")
-        check_parent(path)
+    for parent in {Path(path).parent: path for path in paths}.values():
+        check_parent(Path(parent))
 
 
 def check_parent(path: Path) -> None:

@@ -46,7 +46,8 @@ def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], so
         if k in arrays and arrays[k].shape != v.shape
     ]
     if wrong:
-        raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join(wrong[:20]))
+        more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join([*wrong[:8], *more]))
     fill = lambda k, v: jax.tree.map(lambda leaf: jnp.asarray(arrays[k], leaf.dtype), v)
     return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
 
