@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+import resource
 from pathlib import Path
 from platform import libc_ver
 
@@ -61,11 +63,20 @@ def has_tpu() -> bool:
     return chips and importlib.util.find_spec("libtpu") is not None
 
 
+def raise_file_limit() -> None:
+    """Allow this process and its children as many open files as the system lets them have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a limit above that of the kernel
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def prepare(join: bool = True) -> None:
     """Make this process ready: call it before the first array. What the environment sets already is left as it is.
 
     join: with the other processes of the run, if there are any. Errors: `NoCluster` where they are not to be found.
     """
+    raise_file_limit()
     has_gpu = any(importlib.util.find_spec(name) for name in PLUGINS)
     if found := flags(os.environ.get("JAX_PLATFORMS", ""), has_gpu, os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = found

@@ -3,13 +3,10 @@
 import io
 import json
 import os
-import stat
 import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from t2i_jax.data import Data, DataError, TarShards
@@ -192,40 +189,15 @@ def test_texts_in_other_encodings(tmp_path, data, fault):
     assert fault in source.open()[0]["captions"].fault
 
 
-# --- the index --------------------------------------------------------------------------------------------------------
-
-
-def index(folder):
-    (file,) = folder.glob(".members-*.npy")
-    return file
-
-
-def test_the_index_can_be_read_by_all_who_read_the_shards(tmp_path):
-    write(tmp_path / "a.tar", plain()).open()
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(index(tmp_path).stat().st_mode) == 0o666 & ~mask
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.booleans())
-def test_a_damaged_index_is_made_again(tmp_path_factory, at, foreign):
-    folder = tmp_path_factory.mktemp("tars")
-    source = write(folder / "a.tar", plain())
-    source.open()
-    data = index(folder).read_bytes()
-    if foreign:
-        np.save(index(folder), np.zeros((at % 5, at % 4)))
-    else:
-        index(folder).write_bytes(data[: at % len(data)])
-    assert samples(source) == expected()
-    assert index(folder).read_bytes() == data
-
-
-def test_a_tar_that_has_changed_is_scanned_again(tmp_path):
-    write(tmp_path / "a.tar", plain(2)).open()
-    source = write(tmp_path / "a.tar", plain(3))
-    assert samples(source) == expected(3)
+def test_a_sample_beyond_the_last_is_an_index_error(tmp_path):
+    for k in range(3):
+        write(tmp_path / f"{k}.tar", plain(2, key=f"{k}{{}}") if k != 1 else [("0.png", image(9))])
+    reader = TarShards(str(tmp_path)).open()
+    assert [r["key"] for r in reader] == ["0.tar:00", "0.tar:01", "1.tar:0", "2.tar:20", "2.tar:21"]
+    assert reader[-1]["key"] == "2.tar:21"
+    for i in (5, -6):
+        with pytest.raises(IndexError):
+            reader[i]
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_one_fault(tmp_path):

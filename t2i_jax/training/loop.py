@@ -25,6 +25,7 @@ from t2i_jax.config import ConfigError, differences, read_json, read_stored, ref
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.outputs import write_json
 from t2i_jax.core.types import check_batch
+from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
@@ -263,6 +264,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
         beat = stack.enter_context(watched(t.stuck_after))
+        stack.enter_context(reporting(beat))
         restored = checkpoints.restore(trainer.target)
         state, position = restored if restored else (trainer.start(), 0)
         done = int(state.step)
