@@ -7,6 +7,8 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from t2i_jax.data import Data, DataError, TarShards
@@ -132,6 +134,39 @@ def test_what_is_no_tar_is_named(tmp_path, data, message, caplog):
 def test_a_tar_without_images_says_what_it_holds(tmp_path):
     with pytest.raises(DataError, match=r"no sample with an image.*they hold 2 \.npy \(0\.npy, 1\.npy\)"):
         write(tmp_path / "a.tar", [("0.npy", b"x"), ("1.npy", b"x")]).open()
+
+
+def test_a_tar_of_texts_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"no sample with an image.*they hold 2 \.txt \(0\.txt, 1\.txt\)"):
+        write(tmp_path / "a.tar", [("0.txt", b"x"), ("1.txt", b"x")]).open()
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_members_that_are_links_are_named(tmp_path, caplog, kind):
+    write(tmp_path / "a.tar", plain())
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        info = tarfile.TarInfo("9.png")
+        info.type, info.linkname = kind, "00000.png"
+        tar.addfile(info)
+    assert samples(TarShards(str(tmp_path / "a.tar"))) == expected()
+    assert "members that are links are not read: 1 .png (9.png)" in caplog.text
+
+
+@settings(max_examples=30, deadline=None)
+@given(member=st.integers(4, 11), at=st.integers(0, 147) | st.integers(156, 511), skip=st.booleans())
+def test_a_damaged_header_does_not_end_a_tar(tmp_path_factory, member, at, skip):
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    write(path, plain())
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[member].offset + at
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x15
+    path.write_bytes(data)
+    if skip:
+        assert samples(TarShards(str(path), truncated="skip")) == expected()[: (member - 1) // 3]
+    else:
+        with pytest.raises(DataError, match=r"a\.tar: the tar file is cut short or damaged after \d samples"):
+            TarShards(str(path)).open()
 
 
 def test_tars_that_were_joined(tmp_path, caplog):

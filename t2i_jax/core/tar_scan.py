@@ -136,7 +136,8 @@ class _Samples:
             ("second images, or texts, of a sample are not read", self.second),
             ("samples have no image, and are left out", without),
         ]
-        ignored = [] if len(rows) else self.ignored
+        seen = [m.name for s in samples for m in s.members.values()]
+        ignored = [] if len(rows) else self.ignored + seen
         columns = dict(zip(COLUMNS, rows.T, strict=True))
         return Scan(columns, keys, cut, kind, [note for note in notes if note[1]], ignored)
 
@@ -163,9 +164,11 @@ def scan(path: Path, endings: Collection[str], progress: Callable[[int], None] =
 
 def _members(path: Path, size: int, progress: Callable[[int], None], notes: list) -> Iterator[_Member]:
     """The files in a tar. Errors: `tarfile.ReadError` where it is cut short or damaged."""
-    count, last = 0, time.monotonic()
+    count, last, links = 0, time.monotonic(), []
     with tarfile.open(path, "r:") as tar:
         for member in tar:
+            if member.islnk() or member.issym():
+                links.append(member.name)
             if member.isfile():
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("the last member is cut short")
@@ -176,10 +179,14 @@ def _members(path: Path, size: int, progress: Callable[[int], None], notes: list
                 last = now
                 progress(count)
         end = tar.offset
+    if links:
+        notes.append(("members that are links are not read", links))
     if end + BLOCK > size:
         raise tarfile.ReadError("the end mark is missing")
     with open(path, "rb") as file:
         file.seek(end)
+        if file.read(BLOCK).strip(b"\0"):  # which tarfile takes for the end
+            raise tarfile.ReadError(f"the header at byte {end} is damaged")
         if file.read(1 << 16).strip(b"\0"):
             notes.append((f"what comes after the end mark at byte {end} is not read; unpack joined tar files", []))
 
