@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from t2i_jax.data.records import Captions, DataError, Record, as_captions
 from t2i_jax.data.tar_index import Entry, index_tars, open_table, raise_error
 
 log = logging.getLogger(__name__)
+LOG_EVERY = 10.0
+"""Seconds between lines about how far the indexing is."""
 LOOKED_AT = 100
 """Tar files that are looked at to say how many samples have no captions."""
 
@@ -36,9 +39,15 @@ class TarReader:
 
     def __init__(self, shards: Sequence[Path], caption: str, fields: Sequence[str], skip_truncated: bool):
         self.caption, self.fields = caption, tuple(fields)
+        count, last = 0, time.monotonic()
 
         def check(tar: Path, entry: Entry | Exception) -> None:
+            nonlocal count, last
             raise_error(tar, entry)
+            count += 1
+            if time.monotonic() - last > LOG_EVERY:
+                last = time.monotonic()
+                log.warning("%d of %d tar files are indexed (`t2i data index` does so beforehand)", count, len(shards))
             if isinstance(entry, Entry) and not entry.whole:
                 if not skip_truncated:
                     raise DataError(fault_of_tar(entry))

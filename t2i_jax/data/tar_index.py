@@ -52,8 +52,6 @@ FORMAT = "t2i-tar-index"
 DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<i8")
 SMALL = 1 << 26
 """Bytes of tar files that are scanned before another process has started."""
-TOLD = 10.0
-"""Seconds between lines of the log about how far the scans are."""
 
 
 @dataclass(frozen=True)
@@ -154,21 +152,13 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
             take(tar, entry)
         else:
             missing[tar] = state
-    if not missing:
-        return found
-    last, ready = time.monotonic(), len(found)
-    for tar, result in _scans(missing, folders, workers):
+    for tar, result in _scans(missing, folders, workers) if missing else ():
         if isinstance(result, Scan):
             for what, names in result.notes:
                 log.warning("%s: %s%s", tar, what, f": {mend(kinds(names))}" if names else "")
             result = folders[tar.parent].keep(tar, missing[tar], result)
         take(tar, result)
         report(f"the index of {tar}")
-        if time.monotonic() - last > TOLD:
-            last = time.monotonic()
-            log.warning(
-                "indexed %d of %d tar files (`t2i data index` does so beforehand)", len(found), len(missing) + ready
-            )
     for folder in folders.values():
         folder.tidy()
     return found
