@@ -259,7 +259,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
     """`train`, with its files in a local folder and its checkpoints in `where`, which may be an object store."""
     t = experiment.train
     trainer = Trainer(experiment, folder)
-    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff)
+    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
     claim(experiment, folder, bool(checkpoints.steps()))
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
@@ -309,14 +309,22 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                         records.write(step, numbers)
                     bar(step, numbers)
 
+        def evaluate(step: int) -> dict[str, float]:
+            """Held-out losses, when their time has come."""
+            nonlocal clock
+            if not t.evaluate_every or (step % t.evaluate_every and step != t.steps):
+                return {}
+            began = time.perf_counter()
+            numbers = trainer.evaluate(state)
+            if records and numbers:
+                records.write(step, numbers)
+            clock += time.perf_counter() - began
+            return numbers
+
         def look(step: int) -> None:
-            """Held-out losses and pictures, when their time has come."""
+            """Pictures, when their time has come."""
             nonlocal clock
             began = time.perf_counter()
-            if t.evaluate_every and (step % t.evaluate_every == 0 or step == t.steps):
-                numbers = trainer.evaluate(state)
-                if records and numbers:
-                    records.write(step, numbers)
             if preview and t.preview_every and (step % t.preview_every == 0 or step == t.steps):
                 picture = preview(trainer, state, step)
                 if records and picture is not None:
@@ -342,13 +350,17 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                 jax.profiler.stop_trace()
             stop = stopping(step)
             last = step == t.steps
-            if stop or last or step % t.save_every == 0 or checkpoints.again(step):
+            due = stop or last or step % t.save_every == 0 or (t.keep_every and step % t.keep_every == 0)
+            numbers = evaluate(step) if t.keep_best and not stop else {}  # first: the checkpoint is saved with them
+            if due or checkpoints.better(numbers) or checkpoints.again(step):
                 settle(0)
-                checkpoints.save(state, position, step)
+                checkpoints.save(state, position, step, numbers)
                 beat(f"the save of step {step} was begun")
             if stop:
                 checkpoints.finish(state, position, step)
                 raise Interrupted(f"stopped at step {step}, saved in {where}; the same command goes on from here", stop)
+            if not t.keep_best:
+                evaluate(step)
             look(step)
             beat(f"what follows step {step}")
         settle(0)
