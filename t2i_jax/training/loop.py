@@ -30,13 +30,14 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.records import Records
-from t2i_jax.training.remote import place, worked_in
+from t2i_jax.training.remote import CACHE_FOLDER, place, worked_in
 from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned, step_keys
 from t2i_jax.training.watch import together, watched
@@ -251,7 +252,8 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
     signal, with everything saved.
     """
     where = place(folder)
-    with worked_in(where) as local:
+    cache = contextlib.nullcontext() if isinstance(where, Path) else shared_cache(str(where / CACHE_FOLDER))
+    with cache, worked_in(where) as local:
         return _train(experiment, local, where, preview)
 
 
