@@ -1,5 +1,7 @@
 """Tar files as they come: every member is part of a sample, or it is said that it is not."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from t2i_jax.core import tar_scan
 from t2i_jax.data import Data, DataError, TarShards
 
 
@@ -175,6 +178,63 @@ def test_tars_that_were_joined(tmp_path, caplog):
     (tmp_path / "a.tar").write_bytes(data + data)
     assert samples(TarShards(str(tmp_path / "a.tar"))) == expected()
     assert "after the end mark" in caplog.text
+
+
+NAMES = st.sampled_from(
+    ["{}.png", "{}.txt", "a/{}.json", "x" * 120 + "/{}.png", "y" * 90 + "/{}.png", "caf\u00e9{}.png"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+    st.lists(
+        st.tuples(NAMES, st.integers(0, 1500), st.sampled_from([0, 1.5, 2**34]), st.sampled_from(b"0\0275")), max_size=8
+    ),
+    st.none() | st.tuples(st.integers(0, 10**6), st.integers(0, 255)),
+)
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path_factory, format, members, damage):
+    """What is found is what `tarfile` alone finds: formats, extended headers, long names, links, folders, damage."""
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for i, (name, size, time, kind) in enumerate(members):
+            info = tarfile.TarInfo(name.format(i))
+            plain_kind = kind in b"0\0"
+            info.size, info.mtime, info.type = size if plain_kind else 0, time, bytes([kind])
+            info.linkname = "" if plain_kind else "0.png"
+            with contextlib.suppress(ValueError):  # what this format has no place for
+                tar.addfile(info, io.BytesIO(bytes(size)))
+    if damage:
+        data = bytearray(path.read_bytes())
+        data[damage[0] % len(data)] = damage[1]
+        path.write_bytes(data)
+    quick = tar_scan.scan(path, {".png"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tar_scan, "_plain_members", nothing)
+        slow = tar_scan.scan(path, {".png"})
+    for name in tar_scan.COLUMNS:
+        np.testing.assert_array_equal(quick.columns[name], slow.columns[name])
+    assert dataclasses.replace(quick, columns={}) == dataclasses.replace(slow, columns={})
+
+
+def nothing(*_):
+    """As a tar whose first header is not plain."""
+    yield from ()
+    return 0
+
+
+def test_plain_headers_are_read_without_tarfile(tmp_path, monkeypatch):
+    """Also those with a time of day, as webdataset writes them."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in plain():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.25
+            tar.addfile(info, io.BytesIO(data))
+    assert samples(TarShards(str(path))) == expected()
+    read, seen = tarfile.TarFile.next, []
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda tar: seen.append(read(tar)) or seen[-1])
+    assert tar_scan.scan(path, {".png"}).keys == 4 and set(seen) == {None}  # the end
 
 
 # --- members that nobody asked for ------------------------------------------------------------------------------------
