@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -138,7 +139,7 @@ def index(arguments: list[str]) -> None:
     for fault in sorted(broken):
         console.print(fault, style="red", markup=False, highlight=False, soft_wrap=True)
     samples = sum(entry.samples for entry in entries.values())
-    size = sum(entry.file.stat().st_size if entry.file else len(entry.data) for entry in entries.values())
+    size = sum(os.path.getsize(entry.file) if entry.file else len(entry.data) for entry in entries.values())
     each = f", {size / samples:.1f} bytes a sample" if samples else ""
     text = f"{len(shards)} tar files, {samples} samples, {seconds:.2f} s{each}"
     console.print(f"{text}; {len(broken)} broken" if broken else text, highlight=False, soft_wrap=True)

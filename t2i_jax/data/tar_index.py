@@ -62,10 +62,10 @@ class Entry:
     samples: int
     whole: bool
     """the tar can be read to its end"""
-    file: Path | None
-    """where the index lies"""
+    file: str
+    """where the index lies; empty where no folder can be written"""
     data: bytes = b""
-    """the index itself, where no folder can be written"""
+    """then the index itself"""
 
 
 class Table:
@@ -133,7 +133,7 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
 
     Errors: what `seen` raises.
     """
-    folders = {folder: _Folder(folder) for folder in dict.fromkeys(shard.parent for shard in shards)}
+    folders = {folder: _Folder(folder) for folder in dict.fromkeys(map(os.path.dirname, shards))}
     found: dict[Path, Entry] = {}
     missing: dict[Path, os.stat_result] = {}
 
@@ -144,11 +144,11 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
 
     for tar in dict.fromkeys(shards):
         try:
-            state = tar.stat()
+            state = os.stat(tar)
         except OSError as error:
             take(tar, error)
             continue
-        if entry := folders[tar.parent].find(tar, state):
+        if entry := folders[os.path.dirname(tar)].find(tar, state):
             take(tar, entry)
         else:
             missing[tar] = state
@@ -156,7 +156,7 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
         if isinstance(result, Scan):
             for what, names in result.notes:
                 log.warning("%s: %s%s", tar, what, f": {mend(kinds(names))}" if names else "")
-            result = folders[tar.parent].keep(tar, missing[tar], result)
+            result = folders[os.path.dirname(tar)].keep(tar, missing[tar], result)
         take(tar, result)
         report(f"the index of {tar}")
     for folder in folders.values():
@@ -167,11 +167,11 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
 class _Folder:
     """A folder of tar files, and the places where their indexes can lie."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str):
+        self.path = Path(path)
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
-        self.places = [path / FOLDER, Path(cache, "t2i_jax", "tars", digest)]
+        self.places = [self.path / FOLDER, Path(cache, "t2i_jax", "tars", digest)]
         settings = json.dumps([VERSION, sorted(image_endings())])
         self.settings = hashlib.sha256(settings.encode()).hexdigest()[:6]
         self.mask = umask()
@@ -182,13 +182,13 @@ class _Folder:
     def look(self) -> None:
         """List the indexes."""
         began = time.monotonic()
-        self.kept: dict[str, dict[str, tuple[Path, str]]] = {}
+        self.kept: dict[str, dict[str, tuple[str, str]]] = {}
         for place in reversed(self.places):
             with contextlib.suppress(OSError):
                 for name in os.listdir(place):
-                    tar, _, rest = name.rpartition(".")[0].rpartition(".")
-                    if tar and not name.startswith(NEW):
-                        self.kept.setdefault(tar, {})[rest] = place / name, name.rpartition(".")[2]
+                    tar, *rest = name.rsplit(".", 2)
+                    if len(rest) == 2 and not name.startswith(NEW):
+                        self.kept.setdefault(tar, {})[rest[0]] = os.path.join(place, name), rest[1]
         self.listed, self.cost = time.monotonic(), time.monotonic() - began
 
     def find(self, tar: Path, state: os.stat_result, again: bool = False) -> Entry | None:
@@ -196,7 +196,7 @@ class _Folder:
         with self.lock:
             if again and time.monotonic() - self.listed > max(2.0, 20 * self.cost):
                 self.look()
-            file, count = self.kept.get(_name(tar), {}).get(_state(state) + self.settings, (None, ""))
+            file, count = self.kept.get(_name(tar), {}).get(_state(state) + self.settings, ("", ""))
         samples = count.removesuffix("c")
         return Entry(tar, int(samples), samples == count, file) if file and samples.isdecimal() else None
 
@@ -227,10 +227,10 @@ class _Folder:
             for other, (file, _) in others.items():
                 if not other.startswith(_state(state)):  # of what the tar was before
                     with contextlib.suppress(OSError):
-                        file.unlink()
-            return Entry(tar, samples, whole, place / name)
+                        os.unlink(file)
+            return Entry(tar, samples, whole, str(place / name))
         say_once(f"{self.path}: the tar index stays in memory ({fault})")
-        return Entry(tar, samples, whole, None, data)
+        return Entry(tar, samples, whole, "", data)
 
     def tidy(self) -> None:
         """Remove the index that earlier versions of the library kept, and files whose writer was killed."""
@@ -256,8 +256,9 @@ def write_whole(path: Path, data: bytes, mode: int) -> None:
 
 def _name(tar: Path) -> str:
     """What the name of an index begins with: that of the tar file, or a digest where it is long."""
-    name = os.fsencode(tar.name)
-    return tar.name if len(name) <= 180 else hashlib.sha256(name).hexdigest()[:32]
+    name = os.path.basename(tar)
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= 180 else hashlib.sha256(encoded).hexdigest()[:32]
 
 
 def _state(state: os.stat_result) -> str:
@@ -268,13 +269,13 @@ def _state(state: os.stat_result) -> str:
 
 
 def _scans(
-    missing: Mapping[Path, os.stat_result], folders: Mapping[Path, _Folder], workers: int
+    missing: Mapping[Path, os.stat_result], folders: Mapping[str, _Folder], workers: int
 ) -> Iterator[tuple[Path, Entry | Scan | Exception]]:
     """Each tar file with its scan, or with the index that another process made meanwhile."""
     large = sum(state.st_size for state in missing.values()) > SMALL
     order = random.SystemRandom().sample(list(missing), len(missing)) if large or workers > 1 else list(missing)
     workers, endings = min(workers or (_cores() if large else 1), len(missing)), image_endings()
-    made = lambda tar: folders[tar.parent].find(tar, missing[tar], again=True)
+    made = lambda tar: folders[os.path.dirname(tar)].find(tar, missing[tar], again=True)
     if workers == 1:
         for tar in order:
             try:
@@ -388,7 +389,7 @@ def open_table(entry: Entry) -> Table:
 
     Errors: `DataError` where the tar file has changed since its entry was made; `OSError`.
     """
-    if entry.file is None:
+    if not entry.file:
         return Table(entry.data)
     more: dict[str, np.ndarray] = {}
     try:
@@ -403,9 +404,9 @@ def open_table(entry: Entry) -> Table:
     except (OSError, ValueError) as error:
         fault = str(error)
     log.warning("%s: the tar index cannot be used and is made again (%s)", entry.file, fault)
-    folder, state = _Folder(entry.tar.parent), entry.tar.stat()
+    folder, state = _Folder(os.path.dirname(entry.tar)), os.stat(entry.tar)
     found = scan(entry.tar, image_endings(), lambda members: report(f"{members} members of {entry.tar}"))
-    if f".{_state(state)}" not in entry.file.name or len(found.columns["image"]) != entry.samples:
+    if f".{_state(state)}" not in os.path.basename(entry.file) or len(found.columns["image"]) != entry.samples:
         raise DataError(f"{entry.tar}: the tar file has changed since it was opened")
     made = folder.keep(entry.tar, state, found, more)
-    return Table(made.file.read_bytes() if made.file else made.data)
+    return Table(Path(made.file).read_bytes() if made.file else made.data)
