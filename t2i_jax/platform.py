@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from platform import libc_ver
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from t2i_jax.parallel import start_cluster
 
@@ -61,17 +66,60 @@ def has_tpu() -> bool:
     return chips and importlib.util.find_spec("libtpu") is not None
 
 
+def raise_file_limit() -> None:
+    """Allow this process and its children as many open files as the system lets them have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a limit above that of the kernel
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+CACHE = "jax_compilation_cache_dir"
+XLA_CACHES = "jax_persistent_cache_enable_xla_caches"
+
+
+def local_cache() -> str:
+    """Where compiled programs are kept on this machine."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla")
+
+
+@contextlib.contextmanager
+def shared_cache(folder: str) -> Iterator[None]:
+    """Within the block compiled programs are kept in a folder that all processes of a run see, of an object store too.
+
+    JAX writes them from the first process, and all processes read them. Nothing changes where the environment or the
+    program has set another folder.
+    """
+    before = {name: getattr(jax.config, name) for name in (CACHE, XLA_CACHES)}
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or before[CACHE] not in (None, "", local_cache()):
+        yield
+        return
+    # XLA writes its own caches without JAX, and knows no object stores.
+    settings = {CACHE: folder, XLA_CACHES: "" if "://" in folder else before[XLA_CACHES]}
+    try:
+        _set_cache(settings)
+        yield
+    finally:
+        _set_cache(before)
+
+
+def _set_cache(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it holds the folder with which it was first used
+
+
 def prepare(join: bool = True) -> None:
     """Make this process ready: call it before the first array. What the environment sets already is left as it is.
 
     join: with the other processes of the run, if there are any. Errors: `NoCluster` where they are not to be found.
     """
+    raise_file_limit()
     has_gpu = any(importlib.util.find_spec(name) for name in PLUGINS)
     if found := flags(os.environ.get("JAX_PLATFORMS", ""), has_gpu, os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = found
-    if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    if not getattr(jax.config, CACHE, None):
+        jax.config.update(CACHE, local_cache())
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms == "cpu" or not (platforms or has_gpu or has_tpu()):
         keep_memory()

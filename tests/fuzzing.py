@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import find, hints
-from t2i_jax.data import write_records
+from t2i_jax.data import TarShards, write_records
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.text.sentencepiece import train_vocabulary
@@ -127,6 +128,7 @@ BASE: dict[tuple[str, ...], list[str]] = {
     ("plan",): [CONFIG, "--topology=h100:1", "--mesh=data=1", "--encoded", "--out=plan.json"],
     ("data", "build"): ["glyphs", "--out=glyphs", "--size=8"],
     ("data", "vocab"): [CONFIG, "--out=words.model", "--size=300"],
+    ("data", "index"): [f"{W}/shards"],
     ("bench", "sample"): [f"{W}/codes.py", "--batch=1", "--repeats=1", "--out=bench.json"],
     ("bench", "train"): [CONFIG, "--encoded", "--repeats=1", "--out=bench.json"],
     ("bench", "codec"): [f"{W}/codec.py", "--batch=1", "--repeats=1", "--out=bench.json"],
@@ -234,6 +236,11 @@ class World:
         for n, row in enumerate(rows):
             Image.fromarray(row["image"]).save(w / "pictures" / f"{n}.png")
             (w / "pictures" / f"{n}.txt").write_text(row["captions"][0])
+        (w / "shards").mkdir()
+        with tarfile.open(w / "shards" / "0.tar", "w") as tar:
+            for name in ("0.png", "0.txt", "1.png", "1.txt"):
+                tar.add(w / "pictures" / name, name)
+        TarShards(str(w / "shards")).open()  # its index is no change of what is there
         Image.fromarray(np.arange(64).reshape(8, 8) < 30).save(w / "mask.png")
         (w / "prompts.txt").write_text("1\n2\n")
         save_file(random("dit", MODEL), w / "dit.safetensors")

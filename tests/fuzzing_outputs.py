@@ -117,6 +117,10 @@ def build(world: World, result: Result, argv: list[str]) -> None:
     assert len(reader) == index["splits"]["train"]["count"] and reader[0]["image"]
 
 
+def index(world: World, result: Result, argv: list[str]) -> None:
+    assert re.search(r"[1-9]\d* tar files, [1-9]\d* samples", result.err), result.err
+
+
 def vocab(world: World, result: Result, argv: list[str]) -> None:
     out = arguments("data vocab", argv).out
     words = SentencePiece(str(out), 8)
@@ -155,6 +159,7 @@ CHECKS: dict[tuple[str, ...], Any] = {
     ("plan",): plan,
     ("data", "build"): build,
     ("data", "vocab"): vocab,
+    ("data", "index"): index,
     ("bench", "solvers"): solvers,
     **{("bench", name): bench(f"bench {name}") for name in ("sample", "train", "codec", "data", "plan")},
 }

@@ -16,8 +16,10 @@ import pytest
 import toys
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from jax.experimental.compilation_cache import compilation_cache
 
 from t2i_jax.config import ConfigError
+from t2i_jax.platform import CACHE, local_cache, shared_cache
 from t2i_jax.training import artifacts, loop, records
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.remote import fetched, place, worked_in
@@ -106,6 +108,64 @@ def test_a_model_in_a_store_brings_its_text_encoders(store, tmp_path):
     shutil.rmtree(tmp_path)
     found = artifacts.load_artifact("s3://bucket/run").text
     assert [(Path(t.folder) / "inner" / "weights").read_text() for t in (found.first, found.second)] == ["one", "two"]
+
+
+MIN_TIME = "jax_persistent_cache_min_compile_time_secs"
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """No folder for compiled programs is set, each program is kept; the events of the cache, and a way to forget."""
+    events, before = [], {name: getattr(jax.config, name) for name in (CACHE, MIN_TIME)}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    jax.config.update(CACHE, None)
+    jax.config.update(MIN_TIME, 0.0)
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
+    yield events
+    jax.monitoring.clear_event_listeners()
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch, compiles):
+    """A run that goes on, on this host or another, reads them; a copy of its model leaves them out."""
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "beside", *a))
+    experiment = toys.experiment(steps=2)
+    for local in (None, local_cache()):
+        jax.config.update(CACHE, local)
+        loop.train(experiment, "s3://bucket/run")
+        assert getattr(jax.config, CACHE) == local
+        first = sorted(p.name for p in (store / "xla").iterdir())
+        assert "jit_step" in {name.partition("-")[0] for name in first}
+        assert not (fetched(store) / "xla").exists()
+        jax.clear_caches()
+        shutil.rmtree(tmp_path / "beside")
+        compiles.clear()
+        loop.train(experiment, "s3://bucket/run")
+        assert compiles.count("cache_hits") >= len(first)
+        steps = lambda names: [name for name in names if name.startswith("jit_step-")]
+        assert steps(sorted(p.name for p in (store / "xla").iterdir())) == steps(first)
+        (store / "xla").rmtree()
+        shutil.rmtree(tmp_path / "beside")
+        jax.clear_caches()
+
+
+def test_a_cache_that_is_set_stays(store, tmp_path, monkeypatch, compiles):
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "beside", *a))
+    jax.config.update(CACHE, str(tmp_path / "mine"))
+    compilation_cache.reset_cache()
+    loop.train(toys.experiment(steps=1), "s3://bucket/run")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", local_cache())
+    jax.config.update(CACHE, local_cache())
+    with shared_cache("s3://bucket/run/xla"):
+        assert getattr(jax.config, CACHE) == local_cache()
+    assert not (store / "xla").exists()
+
+
+def test_a_local_run_keeps_its_programs_on_the_machine(tmp_path, compiles):
+    loop.train(toys.experiment(steps=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "xla").exists()
 
 
 def test_a_run_in_a_store_goes_on_and_is_read(store, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """Tar files as they come: every member is part of a sample, or it is said that it is not."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
-import stat
 import tarfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from t2i_jax.core import tar_scan
 from t2i_jax.data import Data, DataError, TarShards
 
 
@@ -178,6 +180,63 @@ def test_tars_that_were_joined(tmp_path, caplog):
     assert "after the end mark" in caplog.text
 
 
+NAMES = st.sampled_from(
+    ["{}.png", "{}.txt", "a/{}.json", "x" * 120 + "/{}.png", "y" * 90 + "/{}.png", "caf\u00e9{}.png"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+    st.lists(
+        st.tuples(NAMES, st.integers(0, 1500), st.sampled_from([0, 1.5, 2**34]), st.sampled_from(b"0\0275")), max_size=8
+    ),
+    st.none() | st.tuples(st.integers(0, 10**6), st.integers(0, 255)),
+)
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path_factory, format, members, damage):
+    """What is found is what `tarfile` alone finds: formats, extended headers, long names, links, folders, damage."""
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for i, (name, size, time, kind) in enumerate(members):
+            info = tarfile.TarInfo(name.format(i))
+            plain_kind = kind in b"0\0"
+            info.size, info.mtime, info.type = size if plain_kind else 0, time, bytes([kind])
+            info.linkname = "" if plain_kind else "0.png"
+            with contextlib.suppress(ValueError):  # what this format has no place for
+                tar.addfile(info, io.BytesIO(bytes(size)))
+    if damage:
+        data = bytearray(path.read_bytes())
+        data[damage[0] % len(data)] = damage[1]
+        path.write_bytes(data)
+    quick = tar_scan.scan(path, {".png"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tar_scan, "_plain_members", nothing)
+        slow = tar_scan.scan(path, {".png"})
+    for name in tar_scan.COLUMNS:
+        np.testing.assert_array_equal(quick.columns[name], slow.columns[name])
+    assert dataclasses.replace(quick, columns={}) == dataclasses.replace(slow, columns={})
+
+
+def nothing(*_):
+    """As a tar whose first header is not plain."""
+    yield from ()
+    return 0
+
+
+def test_plain_headers_are_read_without_tarfile(tmp_path, monkeypatch):
+    """Also those with a time of day, as webdataset writes them."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in plain():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.25
+            tar.addfile(info, io.BytesIO(data))
+    assert samples(TarShards(str(path))) == expected()
+    read, seen = tarfile.TarFile.next, []
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda tar: seen.append(read(tar)) or seen[-1])
+    assert tar_scan.scan(path, {".png"}).keys == 4 and set(seen) == {None}  # the end
+
+
 # --- members that nobody asked for ------------------------------------------------------------------------------------
 
 
@@ -225,40 +284,15 @@ def test_texts_in_other_encodings(tmp_path, data, fault):
     assert fault in source.open()[0]["captions"].fault
 
 
-# --- the index --------------------------------------------------------------------------------------------------------
-
-
-def index(folder):
-    (file,) = folder.glob(".members-*.npy")
-    return file
-
-
-def test_the_index_can_be_read_by_all_who_read_the_shards(tmp_path):
-    write(tmp_path / "a.tar", plain()).open()
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(index(tmp_path).stat().st_mode) == 0o666 & ~mask
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.booleans())
-def test_a_damaged_index_is_made_again(tmp_path_factory, at, foreign):
-    folder = tmp_path_factory.mktemp("tars")
-    source = write(folder / "a.tar", plain())
-    source.open()
-    data = index(folder).read_bytes()
-    if foreign:
-        np.save(index(folder), np.zeros((at % 5, at % 4)))
-    else:
-        index(folder).write_bytes(data[: at % len(data)])
-    assert samples(source) == expected()
-    assert index(folder).read_bytes() == data
-
-
-def test_a_tar_that_has_changed_is_scanned_again(tmp_path):
-    write(tmp_path / "a.tar", plain(2)).open()
-    source = write(tmp_path / "a.tar", plain(3))
-    assert samples(source) == expected(3)
+def test_a_sample_beyond_the_last_is_an_index_error(tmp_path):
+    for k in range(3):
+        write(tmp_path / f"{k}.tar", plain(2, key=f"{k}{{}}") if k != 1 else [("0.png", image(9))])
+    reader = TarShards(str(tmp_path)).open()
+    assert [r["key"] for r in reader] == ["0.tar:00", "0.tar:01", "1.tar:0", "2.tar:20", "2.tar:21"]
+    assert reader[-1]["key"] == "2.tar:21"
+    for i in (5, -6):
+        with pytest.raises(IndexError):
+            reader[i]
 
 
 def test_a_tar_that_shrinks_while_it_is_read_is_one_fault(tmp_path):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from t2i_jax.cli.shared import Lines, console, fail
 
 COMMANDS = {
-    "data": "build a data set that ships as packages; train a vocabulary on captions",
+    "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files",
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to pictures",

@@ -1,9 +1,11 @@
-"""`t2i data`: data sets that ship as packages, and vocabularies."""
+"""`t2i data`: data sets that ship as packages, vocabularies, indexes of tar files."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,14 +14,19 @@ import tyro
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse, parse_some
 from t2i_jax.config import ConfigError
+from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size
+from t2i_jax.data.files import files_of
 from t2i_jax.data.glyphs import build_glyphs
+from t2i_jax.data.tar import fault_of_tar
+from t2i_jax.data.tar_index import Entry, index_tars
 from t2i_jax.progress import bar
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 
 KINDS = {
     "build": "build a data set that ships as packages",
     "vocab": "train a vocabulary on captions",
+    "index": "find the samples of tar files, so that training starts at once",
 }
 USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:7}{v}" for k, v in KINDS.items())
 
@@ -58,11 +65,27 @@ class VocabArguments(Checked):
     kind: Literal["unigram", "bpe"] = "unigram"
 
 
+@dataclasses.dataclass(frozen=True)
+class IndexArguments(Checked):
+    """Find the samples of tar files, so that training starts at once.
+
+    Each tar file has an index of its own, and those that have one already are left out. Several machines may share the
+    work: the same command on each.
+
+    Example: t2i data index data/shards 'more/0*.tar' --workers 8
+    """
+
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """tar files, folders of them, or globs in quotes"""
+    workers: Annotated[int, Range(0, 1024)] = 0
+    """processes that scan; 0 is one for each core, at most 16"""
+
+
 def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in KINDS:
         print(USAGE)
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    (build if arguments[0] == "build" else vocab)(arguments[1:])
+    {"build": build, "vocab": vocab, "index": index}[arguments[0]](arguments[1:])
 
 
 def build(arguments: list[str]) -> None:
@@ -94,3 +117,33 @@ def vocab(arguments: list[str]) -> None:
     console.print(
         f"{args.out}: vocabulary of {size} pieces{few}, from {len(captions)} captions", soft_wrap=True, highlight=False
     )
+
+
+def index(arguments: list[str]) -> None:
+    args = parse(IndexArguments, arguments, "t2i data index")
+    if not args.paths:
+        raise ConfigError("name tar files, folders of them or globs")
+    shards = list(dict.fromkeys(file for path in args.paths for file in files_of(path, ".tar")))
+    broken: list[str] = []
+    began = time.monotonic()
+    with bar() as progress:
+        task = progress.add_task("indexing", total=len(shards))
+
+        def seen(tar: Path, entry: Entry | Exception) -> None:
+            progress.update(task, advance=1)
+            if isinstance(entry, Exception):
+                broken.append(str(entry) if str(tar) in str(entry) else f"{tar}: {entry}")
+            elif not entry.whole:
+                broken.append(fault_of_tar(entry))
+
+        entries = index_tars(shards, args.workers, seen)
+    seconds = time.monotonic() - began
+    for fault in sorted(broken):
+        console.print(fault, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    samples = sum(entry.samples for entry in entries.values())
+    size = sum(os.path.getsize(entry.file) if entry.file else len(entry.data) for entry in entries.values())
+    each = f", {size / samples:.1f} bytes a sample" if samples else ""
+    text = f"{len(shards)} tar files, {samples} samples, {seconds:.2f} s{each}"
+    console.print(text, highlight=False, soft_wrap=True)
+    if broken:
+        raise DataError(f"{len(broken)} of {len(shards)} tar files are broken; they are named above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -76,15 +77,38 @@ class Files(Generic[T]):
         self.make, self.reader = state, object()
 
     def __getitem__(self, path: Any) -> T:
-        return _OPEN[self.reader, self.make, path]
+        return _open()[self.reader, self.make, path]
 
 
-def _most_files() -> int:
+def most_files(most: int, share: int = 4) -> int:
+    """How many files may be open for one purpose: `most`, or 1/`share` of what the system allows this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 64 if soft < 0 else max(1, min(64, soft // 4))
+    return most if soft < 0 else max(1, min(most, soft // share))
 
 
-_OPEN: Recent[Any] = Recent(lambda key: key[1](key[2]), _most_files())
+@lru_cache(1)
+def _open() -> Recent[Any]:
+    """The open files of this process. It is made when the first is opened, as `platform.prepare` raises the limit."""
+    return Recent(lambda key: key[1](key[2]), most_files(64))
+
+
+_REPORTS: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def reporting(call: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, long work on files calls `call` with what was done last, from any thread."""
+    _REPORTS.append(call)
+    try:
+        yield
+    finally:
+        _REPORTS.remove(call)
+
+
+def report(what: str) -> None:
+    """Tell those who wait for long work on files what was done last."""
+    for call in _REPORTS:
+        call(what)
 
 
 class Descriptor:

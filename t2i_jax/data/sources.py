@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from t2i_jax.core.sniff import sniff_file
-from t2i_jax.data.files import Files, files_of, mounted
+from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
 from t2i_jax.data.parquet import ParquetReader
 from t2i_jax.data.records import INDEX, DataError, Record, as_captions, clean_captions, decode, shard_name
@@ -90,7 +90,7 @@ class ArrayRecord:
             for file in files:
                 if not file.exists():
                     raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
-            with ThreadPoolExecutor(16) as pool:
+            with ThreadPoolExecutor(most_files(16)) as pool:
                 counts = list(pool.map(_count, files))
             records = ArrayRecords([(str(f), 0, n) for f, n in zip(files, counts, strict=True)])
             # Files of blocks follow each other; else records were dealt to them in turn.
@@ -174,8 +174,9 @@ class TarShards:
     """webdataset tar files as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` of each sample.
 
     A key ends at the first dot of a name, or at the last where what follows the first is no ending that is known.
-    Where the members lie is scanned once and kept in a file in the folder of the shards (in memory if that is
-    read-only).
+    Where the members lie is scanned once for each tar file, by several processes, and kept: in the folder `.t2i-index`
+    of the shards, in the user's cache if that folder cannot be written, else in memory. `t2i data index` does it
+    beforehand.
     """
 
     path: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import checkpoint_managers as managers
 from rich.console import Console
 from rich.markup import escape
 
@@ -52,30 +55,74 @@ class Checkpoints:
     A write that failed is told and repeated, up to `retries` times one behind the other, after `backoff` seconds and
     twice as long each time: where `again` says so with the state at hand, by `finish` with the last one. When no try is
     left the run stops with the reason. The checkpoints before it stay as they were.
+
+    The last `keep` stay on disk; with `every` also those whose step is a multiple of it; with `best` (as `Best.parse`
+    reads it) also the one with the best value of a metric among those that were saved with one.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3, retries: int = 3, backoff: float = 10.0):
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        retries: int = 3,
+        backoff: float = 10.0,
+        every: int = 0,
+        best: str = "",
+    ):
         where: Any = place(folder)
         self.folder: Any = where.absolute() if isinstance(where, Path) else where
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.best = Best.parse(best) if best else None
+        policies: list[Any] = [managers.LatestN(keep)]
+        policies += [managers.EveryNSteps(every)] if every else []
+        policies += [self.best] if self.best else []
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.retries, self.backoff = retries, backoff
         self.begun: int | None = None  # step of the write that is under way
         self.last, self.failures, self.until = 0, 0, 0.0
         self.error: Exception | None = None  # what stopped a write before it was under way
+        for step in self.steps() if self.best else ():
+            with contextlib.suppress(Exception):  # a damaged one has no value, and `restore` will say so
+                self._measure(step, self._meta(step).get("metrics", {}))
 
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
 
     # ------------------------------------------------------------------------------------------------------ writing
 
-    def save(self, state: TrainState, position: int, step: int) -> None:
-        """Begin to write `state`; `position` is the number of examples consumed so far."""
+    def better(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the metric of `best` is better than that of each checkpoint here.
+
+        Errors: `ConfigError` where it is not among `metrics`.
+        """
+        if not self.best or not metrics:
+            return False
+        if self.best.metric not in metrics:
+            raise ConfigError(f"train.keep_best: evaluation gives no '{self.best.metric}', only {', '.join(metrics)}")
+        value, there = metrics[self.best.metric], set(self.steps())
+        others = [v for step, v in self.best.values.items() if step in there]
+        return agreed(math.isfinite(value) and all(self.best.sign * (value - other) > 0 for other in others))
+
+    def _measure(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the value of the metric that the checkpoint of a step has, if any."""
+        assert self.best
+        self.best.values.pop(step, None)
+        if math.isfinite(value := metrics.get(self.best.metric, math.nan)):
+            self.best.values[step] = value
+
+    def save(self, state: TrainState, position: int, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Begin to write `state`; `position` is the number of examples consumed so far, `metrics` are those of this
+        state, if it was evaluated."""
         self._settle()
         flat = state.flat()
         meta: dict[str, Any] = {"position": position, "checksums": checksums(flat)}
         meta["arrays"] = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}
+        meta["metrics"] = dict(metrics or {})
+        if self.best:
+            self._measure(step, meta["metrics"])
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta | {"crc32": crc32(meta)})
         )
@@ -132,6 +179,8 @@ class Checkpoints:
             self.failures = 0
             return
         self.failures += 1
+        if self.best:
+            self.best.values.pop(step, None)
         self.manager.reload()  # what it meant to replace is still there
         good = self.steps()
         kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
@@ -287,6 +336,36 @@ class Checkpoints:
             if k not in wanted
         }
         return {k: wanted[k] for k in saved if k in wanted} | rest
+
+
+@dataclasses.dataclass
+class Best:
+    """Keeps the checkpoint with the best value of a metric; an orbax preservation policy."""
+
+    metric: str
+    sign: int
+    """1 where higher is better, -1 where lower is"""
+    values: dict[int, float] = dataclasses.field(default_factory=dict)
+    """of the checkpoints that have one, by step"""
+
+    @classmethod
+    def parse(cls, text: str) -> Best:
+        """From "min val/loss" or "max val/accuracy"; of a metric that is called loss lower is better by itself.
+
+        Errors: `ConfigError`.
+        """
+        way, _, metric = text.strip().rpartition(" ")
+        if metric.startswith("val/") and (way in ("min", "max") or (not way and metric.endswith("/loss"))):
+            return cls(metric, 1 if way == "max" else -1)
+        raise ConfigError(
+            f"train.keep_best '{text}': say whether lower or higher is better, and which metric of the held-out split: "
+            "'min val/loss', 'max val/accuracy'"
+        )
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [c.step for c in checkpoints if c.step in self.values]
+        best = max(steps, key=lambda step: (self.sign * self.values[step], step), default=None)
+        return [c.step == best for c in checkpoints]
 
 
 def zeros(arrays: dict[str, Any]) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, load_artifact
+from t2i_jax.training.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
 
 
@@ -40,7 +41,12 @@ class Train(Checked):
     save_backoff: NotNegative = 10.0
     """... so many seconds after the first failure, and twice as long each time"""
     keep: Size = 3
-    """checkpoints that stay on disk"""
+    """newest checkpoints that stay on disk"""
+    keep_every: Count = 0
+    """steps between checkpoints that are saved and stay for good; 0 keeps none"""
+    keep_best: str = ""
+    """metric of the held-out split whose best checkpoint is saved and stays, "min val/loss" or "max val/accuracy";
+    it is looked at each `evaluate_every` steps"""
     stuck_after: NotNegative = 1800.0
     """seconds without a finished step after which a process ends itself, for it hangs or another does; 0: never"""
     evaluate_every: Count = 500
@@ -51,6 +57,11 @@ class Train(Checked):
     profile: Count = 0
     """step at which a trace of five steps is written to `profile/`; 0 writes none"""
     wandb: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
+            raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,17 +28,19 @@ from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_parent, write_json
 from t2i_jax.core.types import check_batch
+from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled, stored
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import NotFinite, explain
 from t2i_jax.training.records import Records
-from t2i_jax.training.remote import place, worked_in
+from t2i_jax.training.remote import CACHE_FOLDER, place, worked_in
 from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned, step_keys
 from t2i_jax.training.watch import together, watched
@@ -274,7 +276,8 @@ def train(experiment: Experiment, folder: str | Path, preview: Preview | None = 
     signal, with everything saved.
     """
     where = place(folder)
-    with worked_in(where) as local:
+    cache = contextlib.nullcontext() if isinstance(where, Path) else shared_cache(str(where / CACHE_FOLDER))
+    with cache, worked_in(where) as local:
         return _train(experiment, local, where, preview)
 
 
@@ -283,11 +286,12 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
     t = experiment.train
     check_run(folder)
     trainer = Trainer(experiment, folder)
-    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff)
+    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
     claim(experiment, folder, bool(checkpoints.steps()))
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
         beat = stack.enter_context(watched(t.stuck_after))
+        stack.enter_context(reporting(beat))
         restored = checkpoints.restore(trainer.target)
         state, position = restored if restored else (trainer.start(), 0)
         done = int(state.step)
@@ -332,14 +336,22 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                         records.write(step, numbers)
                     bar(step, numbers)
 
+        def evaluate(step: int) -> dict[str, float]:
+            """Held-out losses, when their time has come."""
+            nonlocal clock
+            if not t.evaluate_every or (step % t.evaluate_every and step != t.steps):
+                return {}
+            began = time.perf_counter()
+            numbers = trainer.evaluate(state)
+            if records and numbers:
+                records.write(step, numbers)
+            clock += time.perf_counter() - began
+            return numbers
+
         def look(step: int) -> None:
-            """Held-out losses and pictures, when their time has come."""
+            """Pictures, when their time has come."""
             nonlocal clock
             began = time.perf_counter()
-            if t.evaluate_every and (step % t.evaluate_every == 0 or step == t.steps):
-                numbers = trainer.evaluate(state)
-                if records and numbers:
-                    records.write(step, numbers)
             if preview and t.preview_every and (step % t.preview_every == 0 or step == t.steps):
                 picture = preview(trainer, state, step)
                 if records and picture is not None:
@@ -365,13 +377,17 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                 jax.profiler.stop_trace()
             stop = stopping(step)
             last = step == t.steps
-            if stop or last or step % t.save_every == 0 or checkpoints.again(step):
+            due = stop or last or step % t.save_every == 0 or (t.keep_every and step % t.keep_every == 0)
+            numbers = evaluate(step) if t.keep_best and not stop else {}  # first: the checkpoint is saved with them
+            if due or checkpoints.better(numbers) or checkpoints.again(step):
                 settle(0)
-                checkpoints.save(state, position, step)
+                checkpoints.save(state, position, step, numbers)
                 beat(f"the save of step {step} was begun")
             if stop:
                 checkpoints.finish(state, position, step)
                 raise Interrupted(f"stopped at step {step}, saved in {where}; the same command goes on from here", stop)
+            if not t.keep_best:
+                evaluate(step)
             look(step)
             beat(f"what follows step {step}")
         settle(0)

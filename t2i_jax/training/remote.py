@@ -27,7 +27,9 @@ console = Console(stderr=True)
 
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package through which fsspec reads it, and the extra that brings it."""
-PRODUCTS = ("checkpoints", "samples", "profile", "events.out.*", "metrics.jsonl", "report.*", "*.png")
+CACHE_FOLDER = "xla"
+"""Where a run in a store keeps its compiled programs."""
+PRODUCTS = ("checkpoints", CACHE_FOLDER, "samples", "profile", "events.out.*", "metrics.jsonl", "report.*", "*.png")
 """What a run leaves in its folder that is no part of its model."""
 
 
