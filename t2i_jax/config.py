@@ -123,7 +123,12 @@ def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> A
     if refused:
         name = refused[2] if refused[1] == kind.__name__ else f"{refused[1]}.{refused[2]}"
         message = f"--{name.replace('_', '-')} {refused[3]}"
-    raise ConfigError(message)
+    # Of a short word every flag may have been meant.
+    raise ConfigError(message if len(message) <= MOST else f"{message[:MOST].rpartition(' ')[0] or message[:MOST]} ...")
+
+
+MOST = 700
+"""Characters of a message about arguments."""
 
 
 def _one_line(box: str) -> str:

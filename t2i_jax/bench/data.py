@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 from t2i_jax import flops
 from t2i_jax.bench.measure import Result, asked, in_turns, table, tell
 from t2i_jax.config import ConfigError
-from t2i_jax.core.fields import Checked, Count, Size
+from t2i_jax.core.fields import Checked, Range, Size, Workers
 from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
@@ -147,13 +147,13 @@ class DataBench(Checked):
     Example: t2i bench data --workers 2 --out data.json
     """
 
-    side: Size = 512
+    side: Annotated[int, Range(1, 8192)] = 512
     """of the pictures in the files"""
-    image_size: Size = 256
+    image_size: Annotated[int, Range(1, 8192)] = 256
     """of the crops"""
     pictures: Size = 128
     records: Size = 4096
-    workers: Count = 0
+    workers: Workers = 0
     """processes that make batches; 0: one thread of this one"""
     repeats: Size = 3
     chips: tuple[str, ...] = ("v5e", "v5p", "h100")

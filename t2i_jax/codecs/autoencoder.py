@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Positive, Range, Size, Sizes
+from t2i_jax.core.fields import DEEPEST, Checked, Layers, Positive, Range, Size, Sizes
 from t2i_jax.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import Conv, GroupNorm
 
@@ -20,9 +20,9 @@ class AutoencoderConfig(Checked):
     """channels at the finest level"""
     multipliers: Sizes = (1, 1, 2, 2, 4)
     """channels of each level over `channels`, finest level first; each level but the last halves the image"""
-    blocks: Size = 2
+    blocks: Layers = 2
     """residual blocks per level of the encoder"""
-    decoder_blocks: Annotated[int | None, Range(low=1)] = None
+    decoder_blocks: Annotated[int | None, Range(1, DEEPEST)] = None
     """residual blocks per level of the decoder; None is one more than in the encoder"""
     latent: Size = 256
     """channels between encoder and decoder"""

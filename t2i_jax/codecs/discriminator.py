@@ -2,14 +2,14 @@
 
 import dataclasses
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Size
+from t2i_jax.core.fields import DEEPEST, Checked, Range, Size
 from t2i_jax.nn.layers import Carried, Conv, GroupNorm, normal, param, replace
 
 
@@ -19,7 +19,7 @@ class DiscriminatorConfig(Checked):
 
     width: Size = 64
     """channels after the first convolution; doubled by each further one, up to eightfold"""
-    layers: Count = 3
+    layers: Annotated[int, Range(0, DEEPEST)] = 3
     """convolutions that halve the image; two more keep it"""
     norm: Literal["batch", "group", "none"] = "batch"
     """normalisation between them"""

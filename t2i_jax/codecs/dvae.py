@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
-from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Size
+from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 from t2i_jax.nn.players import Player
@@ -34,7 +34,7 @@ class Pooled(Checked):
     channels: Size = 256
     """channels of the finest group; each coarser one has twice as many"""
     groups: Size = 4
-    blocks: Size = 2
+    blocks: Layers = 2
     """blocks of each group"""
     code: Size = 128
     """size of a row of the codebook"""
@@ -57,8 +57,8 @@ class Strided(Checked):
     """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder is its mirror image."""
 
     channels: Size = 64
-    layers: Size = 3
-    blocks: Count = 0
+    layers: Layers = 3
+    blocks: Annotated[int, Range(0, DEEPEST)] = 0
     """residual blocks at the coarsest resolution; with any, the decoder opens with a 1x1 convolution"""
     code: Size = 512
     """size of a row of the codebook"""

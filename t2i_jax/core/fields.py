@@ -62,7 +62,12 @@ Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(low=0, below=1)]
 """Of dropout and the like, of which something must be left."""
 Grid = Annotated[tuple[int, int], Range(1, LARGEST)]
+DEEPEST = 1000
+Layers = Annotated[int, Range(1, DEEPEST)]
+"""Of networks whose layers are built one by one."""
 Sizes = Annotated[tuple[int, ...], Range(1, LARGEST)]
+Workers = Annotated[int, Range(0, 1024)]
+"""Processes or threads."""
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 
 

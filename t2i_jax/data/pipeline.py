@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import grain
 import numpy as np
 
-from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Seed, Size
+from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Seed, Size, Workers
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.types import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
@@ -85,11 +85,11 @@ class Data(Checked):
     """What goes into a batch, of what the records have; without "image" no picture is decoded."""
     seed: Seed = 0
     """Seed of the shuffle, crops, flips and captions."""
-    workers: Count = 0
+    workers: Workers = 0
     """Processes that make batches; 0 makes them in threads of this one."""
-    threads: Count = 2
+    threads: Workers = 2
     """Threads that make batches, in each process."""
-    prefetch: Count = 4
+    prefetch: Annotated[int, Range(0, 65536)] = 4
     """Batches that each process makes ahead."""
     broken_share: NotNegative = 0.01
     """The run stops when a larger share of the examples met a broken record ..."""

@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Rate, Share, Size
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -46,7 +46,7 @@ class AnyOrder(Checked):
     head: Head = Softmax()
     order: Raster | Permutation = Raster()
     width: Size = 256
-    depth: Size = 6
+    depth: Layers = 6
     heads: Size = 4
     mlp: Count = 0
     """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""

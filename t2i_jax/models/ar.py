@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, NotNegative, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
@@ -57,7 +57,7 @@ class AR(Checked):
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     width: Size = 256
-    depth: Size = 6
+    depth: Layers = 6
     heads: Size = 4
     kv_heads: Count = 0
     """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); 0 is as many as heads."""

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Positive, Rate, Share, Size
+from t2i_jax.core.fields import DEEPEST, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -71,13 +71,13 @@ class Masked(Checked):
     """What is hidden in training."""
     width: Size = 768
     """Of the encoder, as are depth, heads and mlp."""
-    depth: Count = 12
+    depth: Annotated[int, Range(0, DEEPEST)] = 12
     heads: Size = 12
     mlp: Count = 0
     """Inner width; 0 is four times the width."""
     decoder_width: Count = 0
     """0, here and below, is as in the encoder."""
-    decoder_depth: Count = 0
+    decoder_depth: Annotated[int, Range(0, DEEPEST)] = 0
     decoder_heads: Count = 0
     decoder_mlp: Count = 0
     buffer: Size = 64

@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Finite, Size
+from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
@@ -33,13 +33,13 @@ class NoisedCLIP(Checked):
     vocabulary: Size = 49408
     length: Size = 77
     text_width: Size = 512
-    text_depth: Size = 12
+    text_depth: Layers = 12
     text_heads: Size = 8
     size: Size = 64
     """Pixels of a side."""
     patch: Size = 4
     image_width: Size = 768
-    image_depth: Size = 12
+    image_depth: Layers = 12
     image_heads: Size = 12
     dim: Size = 512
     """Of the common space."""

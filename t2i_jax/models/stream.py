@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Finite, Grid, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
@@ -90,7 +90,7 @@ class Stream(Checked):
     """Rows and columns of codes."""
     condition: Text = Text()
     width: Size = 256
-    depth: Size = 6
+    depth: Layers = 6
     heads: Size = 4
     head_dim: Count = 0
     """0 is width / heads."""

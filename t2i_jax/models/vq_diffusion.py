@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
@@ -46,7 +46,7 @@ class VQDiffusion(Checked):
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     width: Size = 256
-    depth: Size = 6
+    depth: Layers = 6
     heads: Size = 4
     mlp: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""

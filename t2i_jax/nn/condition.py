@@ -21,7 +21,7 @@ from jax import Array
 from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Count, Size
+from t2i_jax.core.fields import Checked, Count, Layers, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
@@ -83,7 +83,7 @@ class Captions(Checked):
     length: Size = 32
     """tokens of a caption, as the tokeniser pads them"""
     width: Size = 256
-    depth: Size = 4
+    depth: Layers = 4
     heads: Size = 4
 
     def batch_spec(self) -> BatchSpec:

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Size
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
@@ -41,7 +41,7 @@ class DiT(Checked):
     channels: Size = 4
     patch: Size = 2
     width: Size = 384
-    depth: Size = 12
+    depth: Layers = 12
     heads: Size = 6
     hidden: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.fields import Checked, Layers, Size
 from t2i_jax.core.types import BatchSpec
 from t2i_jax.nn.condition import Batch, ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
@@ -24,7 +24,7 @@ class PaddedCaptions(Checked):
     vocabulary: Size = 50257
     length: Size = 128
     width: Size = 512
-    depth: Size = 16
+    depth: Layers = 16
     heads: Size = 8
     padding: bool = True
     """Slots without text hold learned vectors; else whatever ids stand there."""

@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Positive, Range, Rate, Size, Sizes
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
@@ -36,7 +36,7 @@ class UNet(Checked):
     """Channels of the first layer, before its multiplier."""
     multipliers: Annotated[tuple[float, ...], Range(above=0)] = (1, 2, 3, 4)
     """Channels of each level over `width`; each level has half the side of the one before."""
-    blocks: Size = 2
+    blocks: Layers = 2
     """Residual blocks a level."""
     attention: Sizes = (2, 4, 8)
     """By how much a picture is made smaller where attention is used."""

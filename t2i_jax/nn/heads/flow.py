@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.fields import Checked, Layers, Size
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
@@ -26,7 +26,7 @@ class Flow(Checked):
     dim: Size = 16
     """numbers k of a code"""
     width: Size = 1024
-    depth: Size = 3
+    depth: Layers = 3
     steps: Size = 20
     """of the sampler, of two evaluations each; they get shorter towards the clean end"""
     repeat: Size = 4
