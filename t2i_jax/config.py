@@ -85,7 +85,7 @@ def _run_file(path: Path) -> Any:
     """The `experiment` of a Python file. Errors: `ConfigError` with the line of the file that failed."""
     try:
         return runpy.run_path(str(path)).get("experiment")
-    except Exception as error:  # whatever the code of a user raises
+    except (Exception, SystemExit) as error:  # whatever the code of a user raises
         if isinstance(error, SyntaxError):
             raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]

@@ -160,7 +160,9 @@ def flags(leaf: tuple[str, ...]) -> dict[str, Any]:
     """The flags of a command, those of fields of its config, model or format too -> the type of each."""
     found = {f"--{name.replace('_', '-')}": kind for name, kind in get_type_hints(LEAVES[leaf]).items()}
     if leaf in CONFIGURED:
-        found |= fields(_experiment(CONFIGURED[leaf]))
+        more = fields(_experiment(CONFIGURED[leaf]))
+        # Of data and training nothing is read by a benchmark of the model.
+        found |= {k: v for k, v in more.items() if leaf[0] != "bench" or k.startswith("--model.")}
     if leaf in (("sample",), ("evaluate",)):
         found |= fields(_experiment("classes").model.options())
     if leaf == ("convert",):

@@ -104,9 +104,9 @@ NUMBERS += [
     "0" * 400,
 ]
 
-LONG = ("data build", "bench solvers", "compare", "bench train", "bench plan", "train", "bench data")
-"""Commands whose accepted inputs take seconds; they are tried less often."""
-OFTEN = [leaf for leaf in LEAVES for _ in range(1 if " ".join(leaf) in LONG else 4)]
+LONG = ("compare", "train", "evaluate", "data build")
+"""Commands whose accepted inputs take seconds, as those of `bench` do; they are tried less often."""
+OFTEN = [leaf for leaf in LEAVES for _ in range(1 if leaf[0] == "bench" or " ".join(leaf) in LONG else 5)]
 
 
 def parts(kind: Any) -> set[Any]:
@@ -300,7 +300,7 @@ def odd_picture(draw: Any) -> bytes:
 @st.composite
 def odd_images(draw: Any) -> tuple[list[str], dict[str, bytes]]:
     """Images and masks to draw on, and images in folders of data."""
-    how = draw(st.sampled_from(["image", "image", "mask", "both", "both", "encode", "encode", "evaluate", "train"]))
+    how = draw(st.sampled_from(["image", "mask", "both", "encode"] * 4 + ["evaluate", "train"]))
     suffix = draw(st.sampled_from(["png", "jpg", "gif", "webp", "PNG", "tif", "bmp"]))
     odd = {f"odd/{n}.{suffix}": draw(odd_picture()) for n in range(3)}
     if how in ("image", "mask", "both"):

@@ -114,12 +114,16 @@ def run(arguments: list[str]) -> None:
         pipeline = pipeline.beside(load_artifact(args.weak, host=True), str(args.weak))
     if args.upsample:
         pipeline = pipeline.enlarged(Pipeline.load(args.upsample, mesh), args.upsample.name)
-    drawn = max(args.count, args.candidates or 16) if args.rerank else args.count
-    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
-    folder = args.out / "candidates" if args.rerank else args.out
-    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
+    judge = None
     if args.rerank:
-        judge = Reranker(encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}"), batch_size=args.batch_size)
+        with config.refused(f"--rerank {args.rerank}"):
+            text = encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}")
+            judge = Reranker(text, batch_size=args.batch_size)
+    drawn = max(args.count, args.candidates or 16) if judge else args.count
+    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
+    folder = args.out / "candidates" if judge else args.out
+    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
+    if judge:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
