@@ -16,11 +16,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 deprecations.install()
+ABSL = logging.getLogger("absl").level
 
 
 @pytest.fixture(autouse=True)
 def logs():
     """The command silences a log that may tell of deprecated calls; for one test at most."""
-    level = logging.getLogger("absl").level
+    logging.getLogger("absl").setLevel(ABSL)  # a fixture of a module may have called it too
     yield
-    logging.getLogger("absl").setLevel(level)
+    logging.getLogger("absl").setLevel(ABSL)

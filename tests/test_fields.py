@@ -61,7 +61,7 @@ def test_sizes_grids_and_words():
             Inner(**bad)
     with pytest.raises(ConfigError, match="one of a, b"):
         Inner(kind="c")
-    with pytest.raises(ConfigError, match=r"^--inner.width 0: at least 1$"):
+    with pytest.raises(ConfigError, match=r"^--inner.width 0: 1 to 2147483647$"):
         config.override(Outer(), ["--inner.width=0"])
 
 

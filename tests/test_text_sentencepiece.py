@@ -82,6 +82,7 @@ def test_a_retrained_vocabulary_is_read_anew(tmp_path):
     path = tmp_path / "v.model"
     train_vocabulary(CAPTIONS, path, 400)
     before = SentencePiece(str(path)).pieces
+    path.unlink()  # it is not written over
     train_vocabulary(CAPTIONS, path, 303)
     assert SentencePiece(str(path)).pieces < before
 
