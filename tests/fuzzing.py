@@ -412,6 +412,7 @@ class World:
             changes += [
                 (speed, name, lambda *asked, do=getattr(speed, name): do(*asked[:2], *(min(n, 8) for n in asked[2:])))
             ]
+        changes += [(importlib.import_module("t2i_jax.core.memory"), "memory", lambda: 2**30)]
         turns = measure.in_turns
         for name in ("drawing", "train", "codec", "sample", "data"):
             module = importlib.import_module(f"t2i_jax.bench.{name}")

@@ -134,7 +134,7 @@ def wrong_numbers(draw: Any) -> list[str]:
     if not named:  # a command without numbers
         return draw(wrong_names())
     # Numbers between are accepted, and make much work.
-    far = st.integers(max_value=-1) | st.integers(min_value=10**6)
+    far = st.integers(max_value=-1) | st.integers(min_value=10**9)
     value = draw(st.sampled_from(NUMBERS) | far.map(str) | st.floats().map(str))
     return with_flag(leaf, draw(st.sampled_from(named)), value, draw(st.integers(0, 3)) > 0)
 

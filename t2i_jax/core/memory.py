@@ -20,4 +20,4 @@ def check_memory(what: str, size: float) -> None:
     `what`."""
     there = memory()
     if there and size > there:
-        raise ConfigError(f"{what} takes {size / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB of memory")
+        raise ConfigError(f"{what}: {size / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB of memory")
