@@ -20,7 +20,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import LARGEST, Checked, Range
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -39,23 +40,23 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 class MeshConfig(Checked):
     """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
 
-    data: Annotated[int, Range(low=-1)] = -1
-    fsdp: Annotated[int, Range(low=-1)] = 1
-    tensor: Annotated[int, Range(low=-1)] = 1
+    data: Annotated[int, Range(-1, LARGEST)] = -1
+    fsdp: Annotated[int, Range(-1, LARGEST)] = 1
+    tensor: Annotated[int, Range(-1, LARGEST)] = 1
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""
         devices = list(jax.devices()) if devices is None else devices
         sizes = [self.data, self.fsdp, self.tensor]
         if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-            raise ValueError(f"mesh {self}: sizes are positive, and at most one of them is -1")
+            raise ConfigError(f"mesh {self}: sizes are positive, and at most one of them is -1")
         if -1 in sizes:
             rest = math.prod(s for s in sizes if s != -1)
             if len(devices) % rest:
-                raise ValueError(f"mesh {self}: {len(devices)} devices cannot be divided by {rest}")
+                raise ConfigError(f"mesh {self}: {len(devices)} devices cannot be divided by {rest}")
             sizes[sizes.index(-1)] = len(devices) // rest
         if math.prod(sizes) > len(devices):
-            raise ValueError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
+            raise ConfigError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
         return Mesh(self._placed(sizes, devices[: math.prod(sizes)]), MESH_AXES, (AxisType.Auto,) * 3)
 
@@ -67,7 +68,7 @@ class MeshConfig(Checked):
         if slices == 1 or devices[0].platform != "tpu":
             return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         if sizes[0] % slices:
-            raise ValueError(f"mesh {self}: data={sizes[0]} cannot be divided among {slices} slices")
+            raise ConfigError(f"mesh {self}: data={sizes[0]} cannot be divided among {slices} slices")
         inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1]
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 

@@ -31,7 +31,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def weights(init: Callable[[jax.Array], Any]) -> Any:
     """A model with fresh weights."""
-    sizes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    with config.refused("model"):
+        sizes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     check_memory("the weights of the model", sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(sizes)))
     # Many unrolled random draws that run once: a CPU's compiler would take minutes to make them fast.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}

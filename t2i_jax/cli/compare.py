@@ -10,7 +10,7 @@ import tyro
 
 from t2i_jax import comparison, config
 from t2i_jax.cli.shared import console, local, parse
-from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.fields import LARGEST, Checked, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CompareArguments(Checked):
     """OUT.md, OUT.json, OUT.png and a plot for each sweep"""
     runs: Path | None = None
     """where the runs lie; runs/NAME of the config file unless given"""
-    count: Annotated[int | None, Range(low=1)] = None
+    count: Annotated[int | None, Range(1, LARGEST)] = None
     flops: Annotated[float | None, Range(above=0)] = None
     """training compute of each run; the config's own unless given"""
 

@@ -32,7 +32,7 @@ class Range:
     def fits(self, x: Any) -> bool:
         """Whether a number is one of them; NaN and infinities never are."""
         return (
-            math.isfinite(x)
+            _finite(x)
             and (self.low is None or x >= self.low)
             and (self.high is None or x <= self.high)
             and (self.above is None or x > self.above)
@@ -45,6 +45,14 @@ class Range:
         words = {"at least": self.low, "at most": self.high, "above": self.above, "below": self.below}
         said = [f"{word} {_short(value)}" for word, value in words.items() if value is not None]
         return " and ".join(said) or "a finite number"
+
+
+FLOAT_MAX = 3.4028235e38
+"""Numbers that are larger are infinite in 32 bits, with which models compute."""
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) or math.isfinite(x)  # a whole number may be larger than any float
 
 
 def _short(x: float) -> str:
@@ -143,6 +151,8 @@ def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
         if whole and not isinstance(x, numbers.Integral):
             return f"a whole number, {range}"
         if not range.fits(x):
-            finite = "" if math.isfinite(x) or range == Range() else "a finite number, "
+            finite = "" if _finite(x) or range == Range() else "a finite number, "
             return f"{finite}{range}"
+        if not whole and abs(x) > FLOAT_MAX:
+            return f"it is infinite in 32 bits, more than {FLOAT_MAX:g}"
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,7 +81,7 @@ class Rows:
     count: int
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return 2**62  # as good as endless; grain computes with it in floats, which would round more up
 
     def __getitem__(self, index: int) -> int:
         batch, row = divmod(index, self.batch // self.count)

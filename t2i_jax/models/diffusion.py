@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Range, Share
+from t2i_jax.core.fields import LARGEST, Checked, Count, NotNegative, Positive, Range, Share
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
@@ -49,7 +49,7 @@ class Solving(Checked):
     """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
     traced."""
 
-    steps: Annotated[int | Array, Range(low=1)] = 50
+    steps: Annotated[int | Array, Range(1, LARGEST)] = 50
     """Steps of the solver, up to the bound of the process."""
     guidance: Annotated[float | Array, Range()] = 3.0
     """Scale of classifier-free guidance, (b,); 1 is none."""
@@ -77,7 +77,7 @@ class Solving(Checked):
     """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
     guidance_high_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
-    resample: Annotated[int | Array, Range(low=1)] = 2
+    resample: Annotated[int | Array, Range(1, 1000)] = 2
     """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
     to agree (Lugmayr et al. 2022; `noise.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is known,
     however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures it."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.fields import LARGEST, Checked, Range
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import beside
 
@@ -39,7 +39,7 @@ class Sampling(Checked):
     """Shape the growth by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
     temperature: Annotated[float | Array, Range(low=0)] = 1.0
     """Logits are divided by it; never by less than 1e-5."""
-    top_k: Annotated[int | Array, Range(low=0)] = 0
+    top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
     """Keep the k largest logits, and what ties with the k-th; 0 keeps all."""
     top_p: Annotated[float | Array, Range(0, 1)] = 1.0
     """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.fields import LARGEST, Checked, Range
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
 
@@ -27,13 +27,13 @@ class Reverse(Checked):
     """Scale s of log p' + s (log p - log p'), p' without the condition; 1 is none."""
     truncation: Annotated[float | Array, Range(0, 1)] = 1.0
     """Keep of each p(x_0) the most probable codes, while those before sum to less than this; 1 keeps all."""
-    top_k: Annotated[int | Array, Range(low=0)] = 0
+    top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
     """Keep the k most probable codes; 0 keeps all."""
     temperature: Annotated[float | Array, Range(low=0)] = 1.0
     """p(x_0) is p^(1/temperature)."""
-    steps: Annotated[int | Array, Range(low=0)] = 0
+    steps: Annotated[int | Array, Range(0, LARGEST)] = 0
     """Evaluations of the network, evenly over the T times; 0 is T. With a `rule` it may be more than T."""
-    stride: Annotated[int | Array, Range(low=0)] = 0
+    stride: Annotated[int | Array, Range(0, LARGEST)] = 0
     """Not 0: visit every n-th time and then 0, and take one step n - 1 times lower, as the authors' fast sampler does,
     in place of the exact jumps that `steps` takes."""
     rule: int | Array = 0
