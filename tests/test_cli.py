@@ -73,7 +73,7 @@ def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path,
     ("flags", "says"),
     [
         (["1", "--spacing", "odd"], "log_snr"),
-        (["1", "--resample", "0"], "resample 0: at least 1"),
+        (["1", "--resample", "0"], "resample 0: 1 to 1000"),
         (["1", "--scale", "100000"], "--scale 100000: 1 to 64"),
         (["1", "--count", "10000000000"], "--count 10000000000: 1 to 1000000"),
         (["1", "--guidance", "nan"], "--guidance nan: a finite number"),

@@ -142,5 +142,5 @@ def test_resample_is_traced_and_at_least_one():
     family = family_of(Flow(), 2)
     assert isinstance(family, Diffusion)
     family.check(Solving(resample=1))
-    with pytest.raises(ValueError, match="resample 0: at least 1"):
+    with pytest.raises(ValueError, match="resample 0: 1 to 1000"):
         family.check(Solving(resample=0))

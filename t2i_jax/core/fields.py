@@ -153,6 +153,6 @@ def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
         if not range.fits(x):
             finite = "" if _finite(x) or range == Range() else "a finite number, "
             return f"{finite}{range}"
-        if not whole and abs(x) > FLOAT_MAX:
+        if not whole and abs(float(x)) > FLOAT_MAX:
             return f"it is infinite in 32 bits, more than {FLOAT_MAX:g}"
     return ""
