@@ -7,6 +7,7 @@ shardings. `shard(x, *axes)` pins an activation by the same names and is a no-op
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import os
@@ -115,6 +116,35 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are split over `data` and `fsdp` on their first dimension."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def rows_of(mesh: Mesh, size: int, process: int | None = None) -> list[int]:
+    """The rows of a batch of `size` that the devices of a process (this one) hold, ascending, each once.
+
+    They need not lie beside each other: a host of a TPU is a square of its torus, along which the mesh is laid.
+    Errors: ValueError for a size that the mesh does not divide.
+    """
+    process = jax.process_index() if process is None else process
+    layout = batch_sharding(mesh).devices_indices_map((size,))
+    parts = {index[0].indices(size)[:2] for device, index in layout.items() if device.process_index == process}
+    return [row for part in sorted(parts) for row in range(*part)]
+
+
+def assembled(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, Array]:
+    """A global batch of `size` rows, of which this process gives those of `rows_of`: each device gets its own."""
+    rows, sharding = rows_of(mesh, size), batch_sharding(mesh)
+
+    def one(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, lambda index: x[within(rows, index, size)])
+
+    return {k: one(v) for k, v in batch.items()}
+
+
+def within(rows: list[int], index: tuple[slice, ...], size: int) -> slice:
+    """Where, among the rows of a process, those are that one of its devices holds; index: of the global array."""
+    start, stop, _ = index[0].indices(size)
+    first = bisect.bisect_left(rows, start)
+    return slice(first, first + stop - start)
 
 
 def agreed(yes: bool) -> bool:
