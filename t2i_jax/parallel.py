@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.errors import ConfigError
@@ -145,6 +145,25 @@ def within(rows: list[int], index: tuple[slice, ...], size: int) -> slice:
     start, stop, _ = index[0].indices(size)
     first = bisect.bisect_left(rows, start)
     return slice(first, first + stop - start)
+
+
+def placed(tree: Any, layout: Any) -> Any:
+    """Arrays of the host as arrays of the devices; layout: a sharding for each, or one for all.
+
+    Each process gives its own devices their parts and has to hold the same values as the others: unlike
+    `jax.device_put`, which compares them by a copy of every process's array on every device, nothing is sent.
+    """
+    one = isinstance(layout, Sharding)
+    if all(s.is_fully_addressable for s in ([layout] if one else jax.tree.leaves(layout))):
+        return jax.device_put(tree, layout)
+
+    def put(x: Any, sharding: Sharding) -> Array:
+        if isinstance(x, Array) and not x.is_fully_addressable:  # on the mesh already
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map((lambda x: put(x, layout)) if one else put, tree, *(() if one else (layout,)))
 
 
 def agreed(yes: bool) -> bool:

@@ -2,10 +2,9 @@
 
 The stream. Example g (g = 0, 1, 2, ...) is a pure function of the config and g: which record it is follows from the
 shuffle of its epoch, and its crop, flip and caption from a generator seeded by (seed, g). Batch n of a run that starts
-at `position` holds the examples position + n * batch_size + (0 ... batch_size - 1), in this order. A process makes any
-rows of it that it is asked for, those of its own devices, so a batch is row by row the same on 1, 2 or 64 hosts, however
-its rows are dealt among them. Nothing but `position` has to be saved: a run goes on exactly, on any number of hosts and
-workers.
+at `position` holds the examples position + n * batch_size + (0 ... batch_size - 1), in this order. A process makes the
+rows of its own devices, whatever rows they are, so a batch is row by row the same on 1, 2 or 64 hosts. Nothing but
+`position` has to be saved: a run goes on exactly, on any number of hosts and workers.
 
 Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
 its source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays

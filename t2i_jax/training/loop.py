@@ -32,7 +32,7 @@ from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
-from t2i_jax.parallel import assembled, rows_of, shardings
+from t2i_jax.parallel import assembled, placed, rows_of, shardings
 from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled, stored
@@ -83,12 +83,10 @@ class Trainer:
             )
         with refused():
             check_vocabulary(experiment.text, experiment.model.batch_spec())
-        # What is read for a plan is read by this machine, not by the devices of the mesh.
-        with contextlib.nullcontext() if mesh is not None else jax.set_mesh(self.mesh):
-            frozen, self.codec = frozen_parts(experiment)
+        frozen, self.codec = frozen_parts(experiment)
         with jax.set_mesh(self.mesh):
-            place = jax.device_put if mesh is None else laid_out
-            self.frozen = place(frozen, shardings(frozen, self.mesh))
+            put = placed if mesh is None else laid_out
+            self.frozen = put(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
             self.spec = record_spec(experiment, codec)
             self.checked = False
