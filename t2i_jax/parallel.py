@@ -47,6 +47,7 @@ class MeshConfig(Checked):
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""
+        whole = devices is None
         devices = list(jax.devices()) if devices is None else devices
         sizes = [self.data, self.fsdp, self.tensor]
         if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -58,8 +59,15 @@ class MeshConfig(Checked):
             sizes[sizes.index(-1)] = len(devices) // rest
         if math.prod(sizes) > len(devices):
             raise ConfigError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
+        chosen = devices[: math.prod(sizes)]
+        idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
+        if whole and idle:
+            raise ConfigError(
+                f"mesh {self}: {len(chosen)} of {len(devices)} devices leave {len(idle)} processes without one; "
+                "make it larger, with -1 for what is left"
+            )
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
-        return Mesh(self._placed(sizes, devices[: math.prod(sizes)]), MESH_AXES, (AxisType.Auto,) * 3)
+        return Mesh(self._placed(sizes, chosen), MESH_AXES, (AxisType.Auto,) * 3)
 
     def _placed(self, sizes: list[int], devices: list[Any]) -> np.ndarray:
         """The devices in the shape of the mesh: its axes lie along those of the chips' torus where they fit, and split
@@ -140,7 +148,7 @@ def assembled(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, 
     return {k: one(v) for k, v in batch.items()}
 
 
-def within(rows: list[int], index: tuple[slice, ...], size: int) -> slice:
+def within(rows: list[int], index: Any, size: int) -> slice:
     """Where, among the rows of a process, those are that one of its devices holds; index: of the global array."""
     start, stop, _ = index[0].indices(size)
     first = bisect.bisect_left(rows, start)

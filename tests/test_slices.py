@@ -17,9 +17,10 @@ from t2i_jax import config
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.parallel import MESH_AXES, rows_of, within
+from t2i_jax.parallel import MESH_AXES, MeshConfig, rows_of, within
 from t2i_jax.previews import Previews
 from t2i_jax.training import records
 from t2i_jax.training.artifacts import Artifact, save_artifact
@@ -67,6 +68,12 @@ def test_most_slices_have_hosts_whose_rows_are_apart():
     """What the tests above and below are about: one interval of rows would not do."""
     apart = [name for name, layout in LAYOUTS.items() if layout != sorted(layout)]
     assert len(apart) > len(LAYOUTS) / 2 and "v5e:4x4 16,1,1" in apart
+
+
+def test_a_mesh_that_leaves_processes_without_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Chip(i, i // 4) for i in range(8)])
+    with pytest.raises(ConfigError, match="4 of 8 devices leave 1 processes without one"):
+        MeshConfig(2, 2).build()
 
 
 # --- all of it, on devices of the CPU that lie as those of a slice ----------------------------------------------------
