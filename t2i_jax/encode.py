@@ -30,7 +30,7 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, placed, shardings
 from t2i_jax.progress import bar, console
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import together
@@ -137,12 +137,11 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     if batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that share it out")
     batch_size = min(batch_size, most + -most % rows)
-    with jax.set_mesh(mesh):
-        frozen, codec = frozen_parts(experiment)
-        frozen.pop("loss", None)  # nothing is trained here
-        if not frozen:
-            raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
-        frozen = jax.device_put(frozen, shardings(frozen, mesh))
+    frozen, codec = frozen_parts(experiment)
+    frozen.pop("loss", None)  # nothing is trained here
+    if not frozen:
+        raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
+    frozen = placed(frozen, shardings(frozen, mesh))
     store = jax.jit(make_store(codec.config if codec else None, experiment.text))
     seen = codec or hasattr(experiment.text, "image_features")
 
@@ -151,7 +150,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         rows = len(next(iter(arrays.values())))
         filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
         with jax.set_mesh(mesh):
-            made = jax.device_get(store(frozen, jax.device_put(filled, batch_sharding(mesh))))
+            made = jax.device_get(store(frozen, placed(filled, batch_sharding(mesh))))
         return {k: small(v[:rows]) for k, v in made.items()}
 
     def batch(records: list[Record]) -> Iterator[Record]:

@@ -7,6 +7,7 @@ shardings. `shard(x, *axes)` pins an activation by the same names and is a no-op
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import os
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.errors import ConfigError
@@ -46,6 +47,7 @@ class MeshConfig(Checked):
 
     def build(self, devices: list[Any] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""
+        whole = devices is None
         devices = list(jax.devices()) if devices is None else devices
         sizes = [self.data, self.fsdp, self.tensor]
         if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -57,8 +59,15 @@ class MeshConfig(Checked):
             sizes[sizes.index(-1)] = len(devices) // rest
         if math.prod(sizes) > len(devices):
             raise ConfigError(f"mesh {self}: needs {math.prod(sizes)} devices, there are {len(devices)}")
+        chosen = devices[: math.prod(sizes)]
+        idle = {d.process_index for d in devices} - {d.process_index for d in chosen}
+        if whole and idle:
+            raise ConfigError(
+                f"mesh {self}: {len(chosen)} of {len(devices)} devices leave {len(idle)} processes without one; "
+                "make it larger, with -1 for what is left"
+            )
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
-        return Mesh(self._placed(sizes, devices[: math.prod(sizes)]), MESH_AXES, (AxisType.Auto,) * 3)
+        return Mesh(self._placed(sizes, chosen), MESH_AXES, (AxisType.Auto,) * 3)
 
     def _placed(self, sizes: list[int], devices: list[Any]) -> np.ndarray:
         """The devices in the shape of the mesh: its axes lie along those of the chips' torus where they fit, and split
@@ -115,6 +124,54 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches are split over `data` and `fsdp` on their first dimension."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def rows_of(mesh: Mesh, size: int, process: int | None = None) -> list[int]:
+    """The rows of a batch of `size` that the devices of a process (this one) hold, ascending, each once.
+
+    They need not lie beside each other: a host of a TPU is a square of its torus, along which the mesh is laid.
+    Errors: ValueError for a size that the mesh does not divide.
+    """
+    process = jax.process_index() if process is None else process
+    layout = batch_sharding(mesh).devices_indices_map((size,))
+    parts = {index[0].indices(size)[:2] for device, index in layout.items() if device.process_index == process}
+    return [row for part in sorted(parts) for row in range(*part)]
+
+
+def assembled(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, Array]:
+    """A global batch of `size` rows, of which this process gives those of `rows_of`: each device gets its own."""
+    rows, sharding = rows_of(mesh, size), batch_sharding(mesh)
+
+    def one(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, lambda index: x[within(rows, index, size)])
+
+    return {k: one(v) for k, v in batch.items()}
+
+
+def within(rows: list[int], index: Any, size: int) -> slice:
+    """Where, among the rows of a process, those are that one of its devices holds; index: of the global array."""
+    start, stop, _ = index[0].indices(size)
+    first = bisect.bisect_left(rows, start)
+    return slice(first, first + stop - start)
+
+
+def placed(tree: Any, layout: Any) -> Any:
+    """Arrays of the host as arrays of the devices; layout: a sharding for each, or one for all.
+
+    Each process gives its own devices their parts and has to hold the same values as the others: unlike
+    `jax.device_put`, which compares them by a copy of every process's array on every device, nothing is sent.
+    """
+    one = isinstance(layout, Sharding)
+    if all(s.is_fully_addressable for s in ([layout] if one else jax.tree.leaves(layout))):
+        return jax.device_put(tree, layout)
+
+    def put(x: Any, sharding: Sharding) -> Array:
+        if isinstance(x, Array) and not x.is_fully_addressable:  # on the mesh already
+            return jax.device_put(x, sharding)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map((lambda x: put(x, layout)) if one else put, tree, *(() if one else (layout,)))
 
 
 def agreed(yes: bool) -> bool:

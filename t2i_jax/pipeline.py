@@ -19,7 +19,7 @@ from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import Limited, check_vocabulary, unread
 from t2i_jax.training.artifacts import Artifact, check_new, load_artifact, on_host, save_artifact
@@ -104,7 +104,7 @@ class Pipeline:
             with on_host():
                 loaded = text.load() if hasattr(text, "load") else None
         parts = {"model": model, "codec": codec.model if codec else None, "text": loaded}
-        self.parts = jax.device_put(parts, shardings(parts, self.mesh))
+        self.parts = placed(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
         self.puller: Artifact | None = None
@@ -334,7 +334,7 @@ class Pipeline:
     def _with(self, parts: dict[str, Any]) -> Pipeline:
         """The same pipeline with more parts."""
         same = copy.copy(self)
-        same.parts = self.parts | jax.device_put(parts, shardings(parts, self.mesh))
+        same.parts = self.parts | placed(parts, shardings(parts, self.mesh))
         same.about = dict(self.about)
         same._compiled = same._compile()
         return same
@@ -358,7 +358,7 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             # All from the host: what several processes put on one mesh has to be there, the same on each of them.
             data = np.asarray(jax.random.key_data(keys))
-            condition, data = jax.device_put((condition, data), batch_sharding(self.mesh))
+            condition, data = placed((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(settled(self.family, options))
             static = {"watched": watch is not None, **unguided(options)}
             images = self._compiled(self.parts, condition, keys, arrays, **static)

@@ -59,7 +59,7 @@ class Previews:
         else:  # an encoded data set: what the codec makes of the codes is as near as one gets
             codes = [r["codes"] if "codes" in r else np.split(r["latents"], 2, -1)[0] for r in records]
             decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
-            real = np.asarray(decode(trainer.frozen["codec"], np.stack(codes)))
+            real = gathered(decode(trainer.frozen["codec"], np.stack(codes)))
         if hasattr(family, "encode"):
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)

@@ -1,7 +1,6 @@
-"""Several processes: who joins a cluster, and sampling, whose pictures are those of one."""
+"""Several processes: who joins a cluster, what they hold of an array, and sampling, whose pictures are those of one."""
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from placing import SIZE, grown
+from processes import outputs, started
 
 from t2i_jax import cli, platform
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -78,18 +79,8 @@ def released(tmp_path_factory):
 
 def sample(released, out, count, devices):
     """`t2i sample` in several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": str(count)}
-    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} if count > 1 else {}
-    command = [sys.executable, "-m", "t2i_jax.cli", "sample", released, "1", "3", "--count", "5", "--out", out]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)]
-    for process in started:
-        output = process.communicate(timeout=900)[0]
-        assert process.returncode == 0, output
+    command = ["-m", "t2i_jax.cli", "sample", released, "1", "3", "--count", "5", "--out", out]
+    outputs(started(command, count, devices))
     return [np.asarray(Image.open(file)) for file in sorted(out.glob("0*.png"))]
 
 
@@ -101,3 +92,9 @@ def test_several_processes_draw_the_pictures_of_one(released, tmp_path):
         several = sample(released, tmp_path / str(count), count, devices)
         np.testing.assert_allclose(several, one, atol=1)
         assert (tmp_path / str(count) / "grid.png").exists()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_host_array_costs_a_process_its_own_part(count):
+    """Placing it takes no copy of what other processes hold: `jax.device_put` takes more than 4 times the array."""
+    assert grown(count, "placed") < 2 * SIZE / count

@@ -78,12 +78,13 @@ def test_a_batch(data):
     assert take(data, 1, text=None)[0].keys() == {"image", "label"}
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_hosts_in_order_make_the_same_batches(data, count):
+@pytest.mark.parametrize(
+    "hosts", [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 1, 4, 5), (2, 3, 6, 7)), ((0, 7), (1, 2, 3, 4, 5, 6))]
+)
+def test_hosts_make_their_rows_of_the_same_batches(data, hosts):
     alone = take(data, 9)
-    parts = [take(data, 9, process=p, count=count) for p in range(count)]
-    both = [{name: joined([part[n] for part in parts], name) for name in alone[n]} for n in range(9)]
-    assert_same(alone, both)
+    for rows in hosts:
+        assert_same([{name: x[list(rows)] for name, x in batch.items()} for batch in alone], take(data, 9, rows=rows))
 
 
 @pytest.mark.parametrize("position", [8, 24, 56])
@@ -92,7 +93,7 @@ def test_going_on_equals_a_straight_run(data, position):
 
 
 def test_any_position_is_a_place_in_one_stream(data):
-    straight, moved = take(data, 9), take(data, 5, position=13, process=1, count=2)
+    straight, moved = take(data, 9), take(data, 5, position=13, rows=range(4, 8))
     wanted = [13 + 8 * n + 4 + k for n in range(5) for k in range(4)]
     for name in straight[0]:
         np.testing.assert_array_equal(joined(straight, name)[wanted], joined(moved, name))
@@ -327,7 +328,7 @@ def test_broken_records_are_replaced_and_counted(tmp_path, caplog):
     assert sorted(joined(batches, "label")) == sorted([*(set(range(100)) - {17, 18, 40}), 19, 19, 41])
     assert all(any(k in m for m in caplog.messages) for k in ("k17", "k18", "k40"))
     assert_same(batches[3:], take(data, 2, position=60))
-    parts = [take(data, 5, process=p, count=2) for p in range(2)]
+    parts = [take(data, 5, rows=range(p, p + 10)) for p in (0, 10)]
     np.testing.assert_array_equal(batches[4]["image"], joined([p[4] for p in parts], "image"))
     with pytest.raises(DataError, match=r"broken_share = 0.01.*k(17|18|40)"):
         take(dataclasses.replace(data, broken_count=2), 5)
@@ -437,9 +438,10 @@ def test_a_missing_shard_is_named(tmp_path):
         ArrayRecord(str(tmp_path / "r")).open()
 
 
-def test_wrong_numbers_of_hosts(data):
-    with pytest.raises(DataError, match="batch of 8"):
-        take(data, 1, count=3)
+def test_rows_and_positions_that_there_are_not(data):
+    for rows in ((), (0, 8), (-1, 0)):
+        with pytest.raises(DataError, match="a batch has the rows 0 to 7"):
+            take(data, 1, rows=rows)
     with pytest.raises(DataError, match="-1"):
         take(data, 1, position=-1)
 

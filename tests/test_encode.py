@@ -1,16 +1,13 @@
 """Codes computed once: those computed in training, in the order of the records, however the work was cut."""
 
 import dataclasses
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from processes import outputs, started
 
 from t2i_jax import encode
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -127,15 +124,8 @@ def test_training_on_codes_is_training_on_pictures(store, experiment, whole, tmp
 
 def start(store, out, count=1, block=1):
     """`t2i encode` in several processes, each with one device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_PROCESSES": str(count), "T2I_HEARTBEAT": "10"}
-    env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"} if count > 1 else {}
-    command = [sys.executable, "-m", "t2i_jax.cli", "encode", store / "config.py", "--out", out, "--splits", "train"]
-    command += ["--batch-size", "8", "--block", str(block)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)]
+    command = ["-m", "t2i_jax.cli", "encode", store / "config.py", "--out", out, "--splits", "train"]
+    return started([*command, "--batch-size", "8", "--block", block], count, env={"T2I_HEARTBEAT": "10"})
 
 
 @pytest.mark.slow
@@ -151,9 +141,7 @@ def test_processes_share_the_work_and_go_on_after_a_kill(store, whole):
     assert first.returncode not in (0, 2), output
     done = {p.name: p.stat().st_mtime_ns for p in partial.glob("train-*")}
     assert done and not (store / "shared").exists()
-    for process in start(store, store / "shared", 4, block=4):
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output
+    outputs(start(store, store / "shared", 4, block=4))
     assert all((store / "shared" / name).stat().st_mtime_ns == t for name, t in done.items())
     same(records(store / "shared"), whole)
 

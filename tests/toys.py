@@ -27,10 +27,10 @@ class Numbers:
     def describe(self):
         return {"train": {"records": 2**31}}
 
-    def batches(self, text=None, position=0, process=0, count=1, split="train", spec=None):
+    def batches(self, text=None, position=0, rows=None, split="train", spec=None):
         while True:
-            rows = range(position + process, position + self.batch_size, count)
-            yield {"x": np.stack([np.random.default_rng(i).normal(size=self.width) for i in rows]).astype(np.float32)}
+            places = [position + row for row in (range(self.batch_size) if rows is None else rows)]
+            yield {"x": np.stack([np.random.default_rng(g).normal(size=self.width) for g in places]).astype(np.float32)}
             position += self.batch_size
 
 

@@ -73,16 +73,16 @@ class Order:
 
 @dataclass
 class Rows:
-    """The examples of one process: row of its stream -> place g in the global one."""
+    """The examples that hold some rows of each batch: number in their stream -> place g in the global one."""
 
     position: int
     batch: int
-    process: int
-    count: int
+    rows: Sequence[int]
+    """of a batch, in the order in which they are made"""
 
     def __len__(self) -> int:
         return 2**62  # as good as endless; grain computes with it in floats, which would round more up
 
     def __getitem__(self, index: int) -> int:
-        batch, row = divmod(index, self.batch // self.count)
-        return self.position + batch * self.batch + self.process * (self.batch // self.count) + row
+        batch, i = divmod(index, len(self.rows))
+        return self.position + batch * self.batch + self.rows[i]

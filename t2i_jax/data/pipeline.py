@@ -2,10 +2,9 @@
 
 The stream. Example g (g = 0, 1, 2, ...) is a pure function of the config and g: which record it is follows from the
 shuffle of its epoch, and its crop, flip and caption from a generator seeded by (seed, g). Batch n of a run that starts
-at `position` holds the examples position + n * batch_size + (0 ... batch_size - 1), in this order. Of it process p of
-`count` makes the p-th contiguous block, so the blocks one behind the other in the order of the processes are the batch,
-row by row the same on 1, 2 or 64 hosts. Nothing but `position` has to be saved: a run goes on exactly, on any number of
-hosts and workers.
+at `position` holds the examples position + n * batch_size + (0 ... batch_size - 1), in this order. A process makes the
+rows of its own devices, whatever rows they are, so a batch is row by row the same on 1, 2 or 64 hosts. Nothing but
+`position` has to be saved: a run goes on exactly, on any number of hosts and workers.
 
 Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
 its source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays
@@ -100,30 +99,29 @@ class Data(Checked):
         self,
         text: Tokenizer | None = None,
         position: int = 0,
-        process: int = 0,
-        count: int = 1,
+        rows: Sequence[int] | None = None,
         split: str = "train",
         spec: BatchSpec | None = None,
     ) -> Iterator[Batch]:
-        """This process's part of the endless stream of batches that follows the first `position` examples.
+        """The given rows of each batch, all unless given, of the endless stream that follows `position` examples.
 
         Gives "image" uint8 (b, i, j, 3), "text" int32 (b, s) and "text_mask" bool (b, s) if there is a `text` (any
         function of captions to ids and mask; stored "features" that are among `fields` stand in for it), "label" int32
-        (b,) and the other arrays of `fields` that the records hold; b = batch_size / count. A split other than "train"
+        (b,) and the other arrays of `fields` that the records hold; b is the number of rows. A split other than "train"
         is shuffled too, but not augmented: centre crop, no flip, first caption. Close the iterator to end its workers.
 
         spec: what the model takes: a batch has these names alone, and a record that does not match is broken.
-        Errors: `DataError` for a batch size that `count` does not divide, for an unreadable source, for records that
-        do not fit together, and when too many are broken, naming the last of them; what `text` raises where it fails
-        for any caption.
+        Errors: `DataError` for rows that a batch does not have, for an unreadable source, for records that do not fit
+        together, and when too many are broken, naming the last of them; what `text` raises where it fails for any
+        caption.
         """
-        if self.batch_size % count or not 0 <= process < count:
-            raise DataError(
-                f"a batch of {self.batch_size} cannot be divided among {count} processes (this is {process})"
-            )
+        rows = range(self.batch_size) if rows is None else [int(row) for row in rows]
+        if not rows or min(rows) < 0 or max(rows) >= self.batch_size:
+            raise DataError(f"rows {list(rows)[:8]}: a batch has the rows 0 to {self.batch_size - 1}")
         if position < 0:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
-        check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", self._size() / count)
+        share = len(rows) / self.batch_size
+        check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", self._size() * share)
         text = text if spec is None or "text" in spec else None
         reader = self._open(split, text is not None)
         source = self.split(split)
@@ -132,12 +130,11 @@ class Data(Checked):
             sizes, weights = [len(r) for r in reader.readers], source.weights
         order = Order(sizes, weights, self.seed)
         examples = _Examples(self, reader, order, np.cumsum([0, *sizes]), text, split == "train", spec)
-        local = self.batch_size // count
 
         def stream(done: int) -> Iterator[_Made]:
             """The batches after the first `done` of them, each with what was wrong on the way."""
-            rows = Rows(position + done * self.batch_size, self.batch_size, process, count)
-            made = grain.MapDataset.source(rows).map(examples).batch(local, batch_fn=collate)
+            places = Rows(position + done * self.batch_size, self.batch_size, rows)
+            made = grain.MapDataset.source(places).map(examples).batch(len(rows), batch_fn=collate)
             made = made.to_iter_dataset(grain.ReadOptions(self.threads, max(self.prefetch, self.threads)))
             if self.workers:
                 _parse_flags()

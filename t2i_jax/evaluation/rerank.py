@@ -12,7 +12,7 @@ from jax import Array
 
 from t2i_jax import pictures as files
 from t2i_jax.data.images import open_image
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.text.clip import ClipEmbedding, Towers
 
 
@@ -25,7 +25,7 @@ class Reranker:
     def __init__(self, text: ClipEmbedding, mesh: MeshConfig = MeshConfig(), batch_size: int = 32):
         self.text, self.mesh = text, mesh.build()
         model = text.load()
-        self.model = jax.device_put(model, shardings(model, self.mesh))
+        self.model = placed(model, shardings(model, self.mesh))
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // split) * split
         self._read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
@@ -58,8 +58,7 @@ class Reranker:
                 some = [a[at : at + self.batch_size] for a in arrays]
                 count = len(some[0])
                 some = [np.concatenate([a, a[-1:].repeat(self.batch_size - count, 0)]) for a in some]
-                placed = jax.device_put(some, batch_sharding(self.mesh))
-                found.append(np.asarray(function(self.model, *placed))[:count])
+                found.append(gathered(function(self.model, *placed(some, batch_sharding(self.mesh))))[:count])
         return np.concatenate(found)
 
 

@@ -20,7 +20,7 @@ from t2i_jax.core.outputs import check_free
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.parallel import MeshConfig, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, plain
 from t2i_jax.progress import bar
@@ -234,7 +234,7 @@ def likelihood(pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[
         places = np.minimum(np.arange(at, at + size), len(records) - 1)
         with jax.set_mesh(pipeline.mesh):
             bits = score(pipeline.parts, images[places], pipeline.condition([prompts[int(i)] for i in places]))
-        total += float(np.asarray(bits)[: len(records) - at].sum())
+        total += float(gathered(bits)[: len(records) - at].sum())
     uniform = math.log2(codec.config.vocabulary)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
 

@@ -87,7 +87,7 @@ class DecoderLM(Limited):
         return self.shape.layer.width
 
     def load(self) -> Decoder:
-        """The layers that are asked for, on the host: `jax.device_put` with the shardings of a mesh places them.
+        """The layers that are asked for, on the host: `parallel.placed` with the shardings of a mesh places them.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """

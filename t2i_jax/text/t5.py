@@ -85,7 +85,7 @@ class T5(Limited):
         return self.shape.layer.width
 
     def load(self) -> Encoder:
-        """The encoder with its weights, on the host: `jax.device_put` with the shardings of a mesh places them.
+        """The encoder with its weights, on the host: `parallel.placed` with the shardings of a mesh places them.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """

@@ -16,7 +16,7 @@ from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.training.artifacts import Artifact, load_artifact
+from t2i_jax.training.artifacts import Artifact, load_artifact, on_host
 from t2i_jax.training.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
 
@@ -95,19 +95,22 @@ FREE += ("train.profile", "train.wandb", "data.workers", "data.prefetch", "data.
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
-    """What is used and not trained, by name: `codec`, `text`, and `loss` for networks that only the loss looks through
-    (the model's `frozen()`); and the codec as it was loaded."""
+    """What is used and not trained, on the host, by name: `codec`, `text`, and `loss` for networks that only the loss
+    looks through (the model's `frozen()`); and the codec as it was loaded."""
     parts, codec = {}, None
     if experiment.codec:
-        codec = load_artifact(experiment.codec)
+        codec = load_artifact(experiment.codec, host=True)
         if not hasattr(codec.config, "encode"):
             raise ConfigError(f"codec: {experiment.codec} holds a {type(codec.config).__name__}, which is no codec")
         parts["codec"] = codec.model
     if hasattr(experiment.text, "load"):
-        with refused("text"):
+        with refused("text"), on_host():
             parts["text"] = experiment.text.load()
-    if hasattr(experiment.model, "frozen") and (network := experiment.model.frozen()) is not None:
-        parts["loss"] = network
+    if hasattr(experiment.model, "frozen"):
+        with on_host():
+            network = experiment.model.frozen()
+        if network is not None:
+            parts["loss"] = network
     return parts, codec
 
 

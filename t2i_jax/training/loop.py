@@ -32,7 +32,7 @@ from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
-from t2i_jax.parallel import batch_sharding, shardings
+from t2i_jax.parallel import assembled, placed, rows_of, shardings
 from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled, stored
@@ -76,19 +76,17 @@ class Trainer:
         with refused("model"):
             self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        if parts or experiment.data.batch_size % jax.process_count():
+        if parts:
             raise ConfigError(
                 f"data.batch_size {experiment.data.batch_size} must be a multiple of accumulate x data x fsdp = "
-                f"{train.accumulate} x {self.mesh.shape['data']} x {self.mesh.shape['fsdp']} and of the process count"
+                f"{train.accumulate} x {self.mesh.shape['data']} x {self.mesh.shape['fsdp']}"
             )
         with refused():
             check_vocabulary(experiment.text, experiment.model.batch_spec())
-        # What is read for a plan is read by this machine, not by the devices of the mesh.
-        with contextlib.nullcontext() if mesh is not None else jax.set_mesh(self.mesh):
-            frozen, self.codec = frozen_parts(experiment)
+        frozen, self.codec = frozen_parts(experiment)
         with jax.set_mesh(self.mesh):
-            place = jax.device_put if mesh is None else laid_out
-            self.frozen = place(frozen, shardings(frozen, self.mesh))
+            put = placed if mesh is None else laid_out
+            self.frozen = put(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
             self.spec = record_spec(experiment, codec)
             self.checked = False
@@ -146,28 +144,16 @@ class Trainer:
             self.checked = True
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's share of a batch as part of the global one."""
-        sharding = batch_sharding(self.mesh)
-        size = self.experiment.data.batch_size
-        put = lambda v: jax.make_array_from_process_local_data(sharding, v, (size, *v.shape[1:]))
-        return {k: put(v) for k, v in batch.items()}
-
-    def share(self) -> tuple[int, int]:
-        """Which part of a global batch this process loads: (index, count). Processes that share rows load the same."""
-        size = self.experiment.data.batch_size
-        rows = [
-            i[0].indices(size)[:2] for i in batch_sharding(self.mesh).addressable_devices_indices_map((size,)).values()
-        ]
-        start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
-        return start // (stop - start), size // (stop - start)
+        """The rows of a batch that this process holds as part of the global one."""
+        return assembled(batch, self.mesh, self.experiment.data.batch_size)
 
     def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
         """Global batches from a data position on, the next one always on its way to the devices."""
         e = self.experiment
-        index, count = self.share()
+        rows = rows_of(self.mesh, e.data.batch_size)
         ahead: collections.deque = collections.deque()
         captions = None if hasattr(e.text, "image_features") else noticing(e.text)  # else images alone teach
-        stream: Any = e.data.batches(captions, position, index, count, split, self.spec)
+        stream: Any = e.data.batches(captions, position, rows, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
                 self.check(batch)
