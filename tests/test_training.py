@@ -172,7 +172,7 @@ class Logarithm(toys.Identity):
 
 def test_the_guard_finds_the_operation(tmp_path):
     with pytest.raises(NotFinite, match=r"step 1(.|\n)*log"):
-        train(toys.experiment(Logarithm()), tmp_path)
+        train(toys.experiment(Logarithm(), tolerate=0), tmp_path)
 
 
 def test_another_config_is_refused_with_what_changed(straight):

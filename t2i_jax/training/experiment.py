@@ -34,6 +34,11 @@ class Train(Checked):
     """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
     accumulate: Size = 1
     """parts a batch is cut into, one update after all of them"""
+    tolerate: Count = 5
+    """steps in a row whose loss or gradient is not finite: they change nothing, are counted and said; one more ends
+    the run"""
+    spike: NotNegative = 0.0
+    """a step whose gradient norm is more than so many times its running mean changes nothing either; 0: none is such"""
     log_every: Size = 20
     save_every: Size = 500
     save_retries: Count = 3
@@ -60,6 +65,8 @@ class Train(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if 0 < self.spike <= 1:
+            raise ConfigError(f"train.spike {self.spike:g}: 0, or above 1, for half of all norms are above their mean")
         if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 
@@ -90,6 +97,7 @@ FREE = (
     "train.keep",
     "train.evaluate",
     "train.preview",
+    "train.tolerate",
 )
 FREE += ("train.profile", "train.wandb", "data.workers", "data.prefetch", "data.threads")
 

@@ -38,7 +38,7 @@ from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import bundled, stored
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
-from t2i_jax.training.guard import NotFinite, explain
+from t2i_jax.training.guard import Guard
 from t2i_jax.training.records import Records
 from t2i_jax.training.remote import CACHE_FOLDER, place, worked_in
 from t2i_jax.training.state import TrainState, create
@@ -101,6 +101,7 @@ class Trainer:
                 seed=train.seed,
                 accumulate=train.accumulate,
                 ema=train.ema,
+                spike=train.spike,
             )
             self.init = lambda key: create(
                 experiment.model.init,
@@ -108,6 +109,7 @@ class Trainer:
                 lambda name, params: owned(self.players[name], params),
                 train.ema > 0,
                 key,
+                train.spike > 0,
             )
             # A key made by eval_shape too: the devices of a plan cannot make one.
             target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
@@ -271,7 +273,7 @@ def remember_data(data: Data, folder: Path) -> None:
 def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
     """Train, or go on with, the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
 
-    Errors: `ConfigError` (what cannot be run, or is not this run), `NotFinite` (the step and the layer at which
+    Errors: `ConfigError` (what cannot be run, or is not this run), `guard.NotFinite` (the step and the layer at which
     numbers ceased to be finite), `CheckpointError`, `Lost` where another process is gone, `Interrupted` after a
     signal, with everything saved.
     """
@@ -312,17 +314,19 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
         bar = stack.enter_context(progress("training", done, t.steps))
         pending: collections.deque = collections.deque()
         clock, since, work = time.perf_counter(), done, None
+        guard = Guard(trainer, records.skipped if records else 0)
 
         def settle(limit: int) -> None:
             """Read metrics of steps that lie `limit` behind; later ones are still being computed."""
             nonlocal clock, since
             while len(pending) > limit:
                 step, metrics = pending.popleft()
-                if not bool(metrics["finite"]):
-                    raise NotFinite(explain(trainer, state, step, jax.device_get(metrics["norms"])))
                 beat(f"step {step}")
-                if step % t.log_every == 0 or step == t.steps:
-                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite")}
+                begins = position - (len(pending) + 1) * experiment.data.batch_size
+                skipped = guard.look(step, metrics, state, begins)
+                if skipped or step % t.log_every == 0 or step == t.steps:
+                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite", "spike")}
+                    numbers |= {"skipped": guard.skipped}
                     now = time.perf_counter()
                     rate = (step - since) / max(now - clock, 1e-9)
                     clock, since = now, step
