@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -189,9 +190,28 @@ def test_numbers_that_are_not_finite_end_every_process(room):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
     for output in outputs:
-        told = [line for line in output.splitlines() if "not finite" in line]
-        assert len(told) == 1 and "Traceback" not in output, output
+        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert len(told) == 1 and output.strip().endswith(told[0]) and "Traceback" not in output, output
         assert re.search(r"step 4: .*gradients that are not finite: .*first operation that made one: ", told[0]), output
+
+
+def test_two_processes_refuse_another_config_or_go_on_with_it(room):
+    folder, start, _ = room
+    shutil.copytree(folder / "straight", folder / "other_config")
+    other = ["--train.steps=26", "--train.seed=5"]
+    for process in cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=other):
+        output = process.communicate(timeout=300)[0]
+        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert process.returncode == 2 and len(told) == 1 and "Traceback" not in output, output
+        assert "train.seed: 0 -> 5. " in told[0] and "--accept-changes" in told[0], output
+    arguments = [*other, "--accept-changes"]
+    processes = cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=arguments)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output.count("after step 24 the learning rate was") for output in outputs] == [1, 0], outputs
+    (line,) = records.read(folder / "other_config" / "history.jsonl")
+    assert line["step"] == 24 and line["changes"]["train.seed"] == [0, 5] and line["changes"]["train.steps"] == [24, 26]
+    assert max(curve(folder / "other_config")) == 26
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(room, one):
