@@ -235,9 +235,16 @@ def from_json(value: Any) -> Any:
             raise ConfigError(str(error)) from error
 
 
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Where two JSON configs differ, one line a field: `train.seed: 1 -> 2`."""
+def changes(old: Any, new: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two JSON configs differ: the values before and after, by the field's dotted name."""
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(k for k in new if k not in old)]
-        return [line for k in names for line in differences(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
-    return [] if old == new else [f"{at}: {json.dumps(old)} -> {json.dumps(new)}"]
+        names, found = [*old, *(k for k in new if k not in old)], {}
+        for name in names:
+            found |= changes(old.get(name), new.get(name), f"{at}.{name}" if at else name)
+        return found
+    return {} if old == new else {at: (old, new)}
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Where two JSON configs differ, one line a field: `train.seed: 1 -> 2`."""
+    return [f"{k}: {json.dumps(a)} -> {json.dumps(b)}" for k, (a, b) in changes(old, new).items()]

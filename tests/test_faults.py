@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -149,13 +150,13 @@ def test_a_full_disk_is_said_and_harms_nothing(room):
     same(folder / "straight", folder / run)
 
 
-def cluster(start, run, count, **options):
-    """`count` processes on this machine that share eight devices, as hosts of a cluster would."""
+def cluster(start, run, count, mesh=(2, 2, 2), devices=8, **options):
+    """`count` processes on this machine that share the devices, as hosts of a cluster would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "T2I_HEARTBEAT": "10"}
-    one = lambda i: start(run, mesh=(2, 2, 2), devices=8 // count, env=about | {"JAX_PROCESS_ID": str(i)}, **options)
+    one = lambda i: start(run, mesh, devices // count, env=about | {"JAX_PROCESS_ID": str(i)}, **options)
     return [one(i) for i in range(count)]
 
 
@@ -179,6 +180,38 @@ def test_two_processes_equal_one(room, one):
     all_finish(cluster(start, "two", 2))
     same(one, folder / "two", 1e-5)
     same(folder / "straight", folder / "two", 1e-4)
+
+
+def test_numbers_that_are_not_finite_end_every_process(room):
+    """Parameters lie on devices of two processes: each says what is wrong, with the status that is not repeated."""
+    _, start, _ = room
+    wrong = ["--train.optimizer.learning-rate=1e30", "--train.optimizer.warmup=0", "--train.tolerate=2"]
+    processes = cluster(start, "infinite", 2, mesh=(1, 4, 1), devices=4, arguments=wrong)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for output in outputs:
+        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert len(told) == 1 and output.strip().endswith(told[0]) and "Traceback" not in output, output
+        assert re.search(r"step 4: .*gradients that are not finite: .*first operation that made one: ", told[0]), output
+
+
+def test_two_processes_refuse_another_config_or_go_on_with_it(room):
+    folder, start, _ = room
+    shutil.copytree(folder / "straight", folder / "other_config")
+    other = ["--train.steps=26", "--train.seed=5"]
+    for process in cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=other):
+        output = process.communicate(timeout=300)[0]
+        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert process.returncode == 2 and len(told) == 1 and "Traceback" not in output, output
+        assert "train.seed: 0 -> 5. " in told[0] and "--accept-changes" in told[0], output
+    arguments = [*other, "--accept-changes"]
+    processes = cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=arguments)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output.count("after step 24 the learning rate was") for output in outputs] == [1, 0], outputs
+    (line,) = records.read(folder / "other_config" / "history.jsonl")
+    assert line["step"] == 24 and line["changes"]["train.seed"] == [0, 5] and line["changes"]["train.steps"] == [24, 26]
+    assert max(curve(folder / "other_config")) == 26
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(room, one):

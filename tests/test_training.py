@@ -172,14 +172,7 @@ class Logarithm(toys.Identity):
 
 def test_the_guard_finds_the_operation(tmp_path):
     with pytest.raises(NotFinite, match=r"step 1(.|\n)*log"):
-        train(toys.experiment(Logarithm()), tmp_path)
-
-
-def test_another_config_is_refused_with_what_changed(straight):
-    _, folder = straight
-    with pytest.raises(ConfigError, match=r"train\.seed: 0 -> 1(.|\n)*train\.ema: 0.9 -> 0.5"):
-        train(toys.experiment(seed=1, ema=0.5), folder)
-    train(toys.experiment(log_every=5), folder)  # what changes no number may change
+        train(toys.experiment(Logarithm(), tolerate=0), tmp_path)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "rsqrt"])
@@ -189,14 +182,6 @@ def test_a_finished_run_can_be_made_longer(tmp_path, schedule):
     train(toys.experiment(optimizer=optimizer, steps=2), tmp_path / "parts")
     same(train(toys.experiment(optimizer=optimizer), tmp_path / "parts"), whole)
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_run_whose_rates_end_says_why_it_cannot_be_longer(tmp_path, schedule):
-    optimizer = Optimizer(warmup=1, schedule=schedule)
-    train(toys.experiment(optimizer=optimizer, steps=2), tmp_path)
-    with pytest.raises(ConfigError, match=r"train\.steps: 2 -> 6; .* longer where its optimizer\.schedule is constant"):
-        train(toys.experiment(optimizer=optimizer), tmp_path)
 
 
 def test_another_model_is_refused_by_array_name(straight):

@@ -26,6 +26,8 @@ class TrainArguments:
     config: tyro.conf.Positional[Path]
     run: Path | None = None
     """run folder; runs/NAME of the config file unless given"""
+    accept_changes: bool = False
+    """go on with a config that is not that of the run so far; `history.jsonl` keeps what has changed, and when"""
 
 
 def run(arguments: list[str]) -> None:
@@ -40,5 +42,5 @@ def run(arguments: list[str]) -> None:
     if hasattr(experiment.model, "sample"):
         settled(experiment.model, experiment.model.options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
-    train_run(experiment, run, Previews())
+    train_run(experiment, run, Previews(), args.accept_changes)
     console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)

@@ -4,6 +4,7 @@
 class Train(Checked):
     steps: Size = 1000
     ema: Share = 0.0
+    log_every: Annotated[Size, FREE] = 20
 """
 
 from __future__ import annotations
@@ -74,9 +75,18 @@ DEEPEST = 1000
 Layers = Annotated[int, Range(1, DEEPEST)]
 """Of networks whose layers are built one by one."""
 Sizes = Annotated[tuple[int, ...], Range(1, LARGEST)]
+Seed = Annotated[int, Range(0, 2**64 - 1)]
 Workers = Annotated[int, Range(0, 1024)]
 """Processes or threads."""
-Seed = Annotated[int, Range(0, 2**64 - 1)]
+
+
+class Free:
+    """The mark of fields that change neither the batches nor the mathematics of a run, nor its rounding on purpose: it
+    may go on with other values of them."""
+
+
+FREE = Free()
+"""log_every: Annotated[Size, FREE] = 20"""
 
 
 class Checked:
@@ -100,8 +110,32 @@ def _checks(cls: type) -> dict[str, Any]:
     return {name: check for name in fields if (check := _check_of(hints[name]))}
 
 
+def free_fields(config: Any, at: str = "") -> set[str]:
+    """Dotted names of the fields of a config that are marked `FREE`, those of the configs within it included."""
+    if isinstance(config, dict):
+        within = {f"{at}{k}": v for k, v in config.items()}
+        marked = set()
+    elif dataclasses.is_dataclass(config):
+        within = {f"{at}{f.name}": getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+        marked = {f"{at}{name}" for name in _marked(type(config))}
+    else:
+        return set()
+    return marked.union(*(free_fields(v, f"{k}.") for k, v in within.items() if k not in marked))
+
+
+@functools.cache
+def _marked(cls: type) -> frozenset[str]:
+    return frozenset(k for k, v in get_type_hints(cls, include_extras=True).items() if FREE in get_args(v)[1:])
+
+
 def _check_of(hint: Any) -> Any:
     """A function from a value to what is wrong with it, for a type that says what its values are; else None."""
+    if (
+        get_origin(hint) is Annotated
+        and FREE in get_args(hint)
+        and not any(isinstance(x, Range) for x in get_args(hint))
+    ):
+        hint = get_args(hint)[0]
     inner = get_args(hint)
     if get_origin(hint) is Literal:
         return functools.partial(_no_word, inner)

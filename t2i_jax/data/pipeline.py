@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import grain
 import numpy as np
 
-from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Seed, Size, Workers
+from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Seed, Size, Workers
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.types import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
@@ -84,15 +84,15 @@ class Data(Checked):
     """What goes into a batch, of what the records have; without "image" no picture is decoded."""
     seed: Seed = 0
     """Seed of the shuffle, crops, flips and captions."""
-    workers: Workers = 0
+    workers: Annotated[Workers, FREE] = 0
     """Processes that make batches; 0 makes them in threads of this one."""
-    threads: Workers = 2
+    threads: Annotated[Workers, FREE] = 2
     """Threads that make batches, in each process."""
-    prefetch: Annotated[int, Range(0, 65536)] = 4
+    prefetch: Annotated[int, Range(0, 65536), FREE] = 4
     """Batches that each process makes ahead."""
-    broken_share: NotNegative = 0.01
+    broken_share: Annotated[NotNegative, FREE] = 0.01
     """The run stops when a larger share of the examples met a broken record ..."""
-    broken_count: Count = 10
+    broken_count: Annotated[Count, FREE] = 10
     """... and more than so many of them."""
 
     def batches(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -60,11 +60,11 @@ class AnyOrder(Checked):
     """Share of training examples whose condition becomes the unconditional one, for guidance."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, norms and losses are fp32."""
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Sampling = Sampling()
+    sampling: Annotated[Sampling, FREE] = Sampling()
     """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True

@@ -17,7 +17,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
@@ -103,16 +103,16 @@ class AR(Checked):
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     z_loss: NotNegative = 0.0
     """Weight of (log Z)^2."""
-    loss_chunk: int = 0
+    loss_chunk: Annotated[int, FREE] = 0
     """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
     (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Sampling = Sampling()
+    sampling: Annotated[Sampling, FREE] = Sampling()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):

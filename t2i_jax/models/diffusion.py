@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.core.fields import LARGEST, Checked, Count, NotNegative, Positive, Range, Share
+from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
@@ -123,6 +123,9 @@ class Solving(Checked):
         return Solving(spacing=self.spacing, **traced)
 
 
+Solver = Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Diffusion(Checked):
     """A network, the process that it undoes, and how it is trained."""
@@ -150,9 +153,9 @@ class Diffusion(Checked):
     augmentation: Share = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
-    solver: Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"] = "own"
+    solver: Annotated[Solver, FREE] = "own"
     """`own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for EDM."""
-    sampling: Solving = Solving()
+    sampling: Annotated[Solving, FREE] = Solving()
     """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True

@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import DEEPEST, Checked, Count, Grid, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import DEEPEST, FREE, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
@@ -95,11 +95,11 @@ class Masked(Checked):
     """What keeps the normalisation from dividing by zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, norms and losses are fp32."""
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Generation = Generation()
+    sampling: Annotated[Generation, FREE] = Generation()
     """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True

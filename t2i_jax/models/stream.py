@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
@@ -128,14 +128,14 @@ class Stream(Checked):
     """Of what each attention and MLP adds, and of the embedded sequence, in training."""
     condition_dropout: Share = 0.1
     """Share of training examples whose text becomes padding, for guidance; 0: there is no unconditional branch."""
-    loss_chunk: int = 0
+    loss_chunk: Annotated[int, FREE] = 0
     """Codes of each image, and pieces of its text, whose logits are held at a time; 0: all, or as many as memory is
     kept for (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits and losses are fp32."""
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
-    sampling: Sampling = Sampling()
+    sampling: Annotated[Sampling, FREE] = Sampling()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
@@ -76,14 +76,14 @@ class VQDiffusion(Checked):
     """Weights of the losses of tokens that are masked, and that are not."""
     importance: bool = True
     """Draw times by the size of their loss, once every time was seen more than ten times; else evenly."""
-    loss_chunk: int = 0
+    loss_chunk: Annotated[int, FREE] = 0
     """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
     (`nn.losses.HELD`); below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters, logits, distributions and losses are fp32."""
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
-    sampling: Reverse = Reverse()
+    sampling: Annotated[Reverse, FREE] = Reverse()
     """How `sample` draws unless told otherwise."""
 
     edits: ClassVar[bool] = True

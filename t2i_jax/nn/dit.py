@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
@@ -66,7 +66,7 @@ class DiT(Checked):
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots", "branches"] = "none"
+    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each block keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""

@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
@@ -68,7 +68,7 @@ class UNet(Checked):
     groups: Size = 32
     eps: Positive = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Annotated[Literal["none", "full", "dots"], FREE] = "none"
     """What each block keeps for its backward pass."""
 
     def __post_init__(self):

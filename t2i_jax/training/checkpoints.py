@@ -301,9 +301,12 @@ class Checkpoints:
         self.manager.reload()
 
     def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
-        """The abstract arrays of optimisers that the checkpoint lacks. Errors: `ConfigError` where it lacks others."""
+        """The abstract arrays of optimisers and of running norms that the checkpoint lacks.
+
+        Errors: `ConfigError` where it lacks others.
+        """
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
-        moments = lambda name: name.startswith("optimizer/")
+        moments = lambda name: name.startswith(("optimizer/", "gradient_norms/"))
         wrong = [f"missing: {k}" for k in wanted if k not in saved and not moments(k)]
         wrong += [f"not in this model: {k}" for k in saved if k not in wanted and not moments(k)]
         wrong += [f"{k}: saved {saved[k]}, wanted {v}" for k, v in wanted.items() if k in saved and saved[k] != v]

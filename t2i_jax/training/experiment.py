@@ -12,9 +12,10 @@ from jax import Array
 
 from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
-from t2i_jax.core.fields import Checked, Count, NotNegative, Range, Rate, Size
+from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.types import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
+from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, load_artifact, on_host
 from t2i_jax.training.checkpoints import Best
@@ -25,7 +26,7 @@ from t2i_jax.training.optimizer import Optimizer
 class Train(Checked):
     """How long, how fast, and how often the run looks up."""
 
-    steps: Size = 1000
+    steps: Annotated[Size, FREE] = 1000
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     optimizer: Optimizer = Optimizer()
     players: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
@@ -34,34 +35,48 @@ class Train(Checked):
     """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
     accumulate: Size = 1
     """parts a batch is cut into, one update after all of them"""
-    log_every: Size = 20
-    save_every: Size = 500
-    save_retries: Count = 3
+    tolerate: Annotated[Count, FREE] = 5
+    """steps in a row whose loss or gradient is not finite: they change nothing, are counted and said; one more ends
+    the run"""
+    spike: NotNegative = 0.0
+    """a step whose gradient norm is more than so many times its running mean changes nothing either; 0: none is such"""
+    log_every: Annotated[Size, FREE] = 20
+    save_every: Annotated[Size, FREE] = 500
+    save_retries: Annotated[Count, FREE] = 3
     """times in a row that a checkpoint which could not be written is tried again before the run stops ..."""
-    save_backoff: NotNegative = 10.0
+    save_backoff: Annotated[NotNegative, FREE] = 10.0
     """... so many seconds after the first failure, and twice as long each time"""
-    keep: Size = 3
+    keep: Annotated[Size, FREE] = 3
     """newest checkpoints that stay on disk"""
-    keep_every: Count = 0
+    keep_every: Annotated[Count, FREE] = 0
     """steps between checkpoints that are saved and stay for good; 0 keeps none"""
-    keep_best: str = ""
+    keep_best: Annotated[str, FREE] = ""
     """metric of the held-out split whose best checkpoint is saved and stays, "min val/loss" or "max val/accuracy";
     it is looked at each `evaluate_every` steps"""
-    stuck_after: NotNegative = 1800.0
+    stuck_after: Annotated[NotNegative, FREE] = 1800.0
     """seconds without a finished step after which a process ends itself, for it hangs or another does; 0: never"""
-    evaluate_every: Count = 500
-    evaluate_batches: Count = 4
-    preview_every: Count = 500
+    evaluate_every: Annotated[Count, FREE] = 500
+    evaluate_batches: Annotated[Count, FREE] = 4
+    preview_every: Annotated[Count, FREE] = 500
     """steps between grids of pictures under `samples/`; 0 draws none"""
-    previews: Count = 16
-    profile: Count = 0
+    previews: Annotated[Count, FREE] = 16
+    profile: Annotated[Count, FREE] = 0
     """step at which a trace of five steps is written to `profile/`; 0 writes none"""
-    wandb: bool = False
+    wandb: Annotated[bool, FREE] = False
 
     def __post_init__(self):
         super().__post_init__()
+        if 0 < self.spike <= 1:
+            raise ConfigError(f"train.spike {self.spike:g}: 0, or above 1, for half of all norms are above their mean")
         if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
+
+    def optimizer_of(self, player: str) -> Optimizer:
+        return self.players.get(player, self.optimizer)
+
+    def steps_of(self, player: Player) -> int:
+        """How many of the steps a player learns in, by which its schedules go."""
+        return max(self.steps - player.start, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +87,11 @@ class Experiment:
     """a family or a codec: a dataclass with `init` and `loss` (or `players`)"""
     data: Data
     train: Train = Train()
-    mesh: MeshConfig = MeshConfig()
+    mesh: Annotated[MeshConfig, FREE] = MeshConfig()
     codec: str = ""
     """run or released folder of the frozen codec that turns images into codes; empty where the model sees pixels"""
     text: Any = None
     """tokenizer or frozen text encoder; None where the model needs no captions"""
-
-
-# Fields that may differ when a run goes on: they change neither the batches nor the mathematics.
-FREE = (
-    "mesh.",
-    "model.sampling.",
-    "model.solver",
-    "train.log_every",
-    "train.save",
-    "train.stuck_after",
-    "train.keep",
-    "train.evaluate",
-    "train.preview",
-)
-FREE += ("train.profile", "train.wandb", "data.workers", "data.prefetch", "data.threads")
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:

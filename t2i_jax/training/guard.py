@@ -2,53 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import checkify
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 from t2i_jax.nn.trees import rebuild
+from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import held, step_keys
+
+console = Console(stderr=True)
+
+NAMED = 8
+"""Arrays that a message names."""
 
 
 class NotFinite(ArithmeticError):
     """A loss or a gradient is NaN or infinite; the message names the step and the layer."""
 
 
-def explain(trainer: Any, state: TrainState, step: int, norms: dict[str, np.ndarray]) -> str:
-    """What can be said about a step that was not finite; `state` is the one it left unchanged."""
-    lines = [f"step {step}: the loss or a gradient is not finite; parameters and checkpoints stay as they were before"]
-    broken = [where for name, v in state.params.items() for where in not_finite(name, jax.device_get(v[...]), v)]
-    bad = [f"{name}[layer {i}]" if v.ndim else name for name, v in norms.items() for i in bad_entries(v)]
+class Guard:
+    """Looks at each step's metrics, in order, for what changed nothing: it is counted and said, and too much of it ends
+    the run. skipped: such steps before."""
+
+    def __init__(self, trainer: Any, skipped: int = 0):
+        self.trainer, self.skipped, self.row = trainer, skipped, 0
+
+    def look(self, step: int, metrics: Mapping[str, Any], state: TrainState, position: int) -> bool:
+        """Whether a step changed nothing: a call of all processes.
+
+        state: the newest one. position: where the step's batch begins in the data. Errors: `NotFinite` where it is one
+        more in a row than `train.tolerate`, where the state itself is not finite, so that none after it will be, and
+        where the run ends and none was.
+        """
+        train, finite, spike = self.trainer.experiment.train, bool(metrics["finite"]), bool(metrics["spike"])
+        self.row = 0 if finite else self.row + 1
+        broken = [] if finite else not_finite(self.trainer, state)
+        if broken or self.row > train.tolerate or self.row == step == train.steps:
+            norms = jax.device_get(metrics["norms"])
+            raise NotFinite(explain(self.trainer, state, step, position, norms, self.row, broken))
+        if finite and not spike:
+            return False
+        self.skipped += 1
+        norms = ", ".join(f"{k} {float(v):.4g}" for k, v in metrics.items() if k.endswith("gradient_norm"))
+        why = (
+            f"{norms}, over {train.spike:g} times the running mean" if spike else "the loss or a gradient is not finite"
+        )
+        in_row = "" if spike else f", {self.row} in a row of at most {train.tolerate}"
+        if jax.process_index() == 0:
+            told = f"step {step}: {why}; it changes nothing ({self.skipped} such steps in all{in_row})"
+            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return True
+
+
+def explain(
+    trainer: Any,
+    state: TrainState,
+    step: int,
+    position: int,
+    norms: Mapping[str, np.ndarray],
+    row: int,
+    broken: list[str],
+) -> str:
+    """One line about a step that was not finite: a call of all processes, each gets the same.
+
+    state: what the step left unchanged. position: where its batch begins in the data. norms: squared norm of the
+    gradient by parameter, as the step's metrics have it. row: steps in a row that were not finite. broken: arrays of
+    the state that are not.
+    """
+    before = f", nor are those of the {row - 1} steps before it" if row > 1 else ""
+    said = [f"step {step}: the loss or a gradient is not finite{before}; none of that changed the run"]
+    bad = names_of({name: ~np.isfinite(v) for name, v in norms.items()})
     if broken:
-        lines.append("parameters that are not finite: " + ", ".join(broken[:8]))
+        said.append("arrays of the run that are not finite: " + shortened(broken))
     if bad:
         everywhere = len(bad) == sum(max(v.size, 1) for v in norms.values())
-        lines.append("gradients that are not finite: " + ("all of them" if everywhere else ", ".join(bad[:8])))
+        said.append("gradients that are not finite: " + ("all of them" if everywhere else shortened(bad)))
     if not broken:
-        lines.append("first line that made one: " + first_line(trainer, state, step))
-    lines.append("usual cures: a lower optimizer.learning_rate, a longer warmup, optimizer.clip, qk_norm, z_loss")
-    return "\n  ".join(lines)
+        said.append("first operation that made one: " + first_operation(trainer, state, step, position))
+    said.append("usual cures: a lower optimizer.learning_rate, a longer warmup, optimizer.clip, qk_norm, z_loss")
+    if not broken:
+        said.append("train.tolerate is how many such steps in a row are passed over")
+    return "; ".join(said)
 
 
-def not_finite(name: str, value: np.ndarray, variable: Any) -> list[str]:
-    """Where a parameter is not finite: its name, with the layer where it is a stack of layers."""
-    stack = value.ndim - len(variable.get_metadata().get("axes", value.shape))
-    bad = ~np.isfinite(value.astype(np.float32))
-    bad = bad.any(axis=tuple(range(stack, value.ndim)))
-    return [f"{name}[layer {i}]" if bad.ndim else name for i in np.flatnonzero(bad)]
+def not_finite(trainer: Any, state: TrainState) -> list[str]:
+    """The arrays of a state that are not finite, parameters first and by layer: a call of all processes.
+
+    Each device looks at its own part; what reaches a host is a bit for each array and layer.
+    """
+    rest = {k: v for k, v in state.flat().items() if not k.startswith("params/")}
+
+    def flags(params: Mapping[str, Any], rest: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        stacked = lambda v: jnp.any(~jnp.isfinite(v[...]), axis=tuple(range(v.ndim - rank(v), v.ndim)))
+        return {k: stacked(v) for k, v in params.items()}, {k: jnp.any(~jnp.isfinite(x)) for k, x in rest.items()}
+
+    found = jax.device_get(jax.jit(flags, out_shardings=NamedSharding(trainer.mesh, P()))(state.params, rest))
+    return [name for part in found for name in names_of(part)]
 
 
-def bad_entries(squares: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(~np.isfinite(np.atleast_1d(squares)))
+def names_of(flags: Mapping[str, np.ndarray]) -> list[str]:
+    """The names whose flag is set, with the layer where a name has one flag for each layer of a stack."""
+    each = ((k, v, i) for k, v in flags.items() for i in np.flatnonzero(v))
+    return [f"{k}[layer {i}]" if np.ndim(v) else k for k, v, i in each]
 
 
-def first_line(trainer: Any, state: TrainState, step: int) -> str:
-    """Repeat the forward pass of a step with every operation checked; the source line of the first NaN."""
-    batch_size = trainer.experiment.data.batch_size
-    batch = next(trainer.batches((step - 1) * batch_size))
+def shortened(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def first_operation(trainer: Any, state: TrainState, step: int, position: int) -> str:
+    """Repeat the forward pass of a step with every operation checked; the first that made a NaN, and its line."""
+    batch = next(trainer.batches(position))
     key, draw = step_keys(trainer.experiment.train.seed, step - 1)
 
     def forward(state, frozen, batch):
@@ -57,7 +131,9 @@ def first_line(trainer: Any, state: TrainState, step: int) -> str:
         return [player.loss(model, batch, key, state.step, True)[0] for player in trainer.players.values()]
 
     try:
-        error, _ = jax.jit(checkify.checkify(forward, errors=checkify.nan_checks))(state, trainer.frozen, batch)
-        return (error.get() or "none in the forward pass: it overflowed, or arose in the gradient").strip()
+        checked = checkify.checkify(forward, errors=checkify.nan_checks)
+        # Replicated: of what lies with other processes nothing could be read.
+        error, _ = jax.jit(checked, out_shardings=NamedSharding(trainer.mesh, P()))(state, trainer.frozen, batch)
+        return " ".join((error.get() or "none in the forward pass: it overflowed, or arose in the gradient").split())
     except Exception as failure:  # a diagnosis must not hide what it was asked about
         return f"not found ({type(failure).__name__})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import os
 import signal
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from t2i_jax import flops
-from t2i_jax.config import ConfigError, differences, read_json, read_stored, refused, to_json
+from t2i_jax.config import ConfigError, read_json, refused, to_json
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
@@ -35,10 +34,11 @@ from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import assembled, placed, rows_of, shardings
 from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.artifacts import bundled, stored
+from t2i_jax.training.artifacts import stored
 from t2i_jax.training.checkpoints import Checkpoints
-from t2i_jax.training.experiment import FREE, Experiment, frozen_parts, make_prepare, record_spec
-from t2i_jax.training.guard import NotFinite, explain
+from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, record_spec
+from t2i_jax.training.guard import Guard
+from t2i_jax.training.history import History
 from t2i_jax.training.records import Records
 from t2i_jax.training.remote import CACHE_FOLDER, place, worked_in
 from t2i_jax.training.state import TrainState, create
@@ -71,8 +71,7 @@ class Trainer:
         for name in train.players:
             if name not in self.players:
                 raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
-        left = {n: max(train.steps - p.start, 1) for n, p in self.players.items()}
-        self.optimizers = {n: train.players.get(n, train.optimizer).build(left[n]) for n in self.players}
+        self.optimizers = {n: train.optimizer_of(n).build(train.steps_of(p)) for n, p in self.players.items()}
         with refused("model"):
             self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
@@ -99,6 +98,7 @@ class Trainer:
                 seed=train.seed,
                 accumulate=train.accumulate,
                 ema=train.ema,
+                spike=train.spike,
             )
             self.init = lambda key: create(
                 experiment.model.init,
@@ -106,6 +106,7 @@ class Trainer:
                 lambda name, params: owned(self.players[name], params),
                 train.ema > 0,
                 key,
+                train.spike > 0,
             )
             # A key made by eval_shape too: the devices of a plan cannot make one.
             target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
@@ -209,33 +210,10 @@ def check_run(folder: Path) -> None:
             raise ConfigError(f"{path}: is there, and {folder} holds no run; choose another --run")
 
 
-def claim(experiment: Experiment, folder: Path, resumed: bool) -> None:
-    """Write the resolved config of a run, or check that a run which goes on is the same one.
-
-    It may be longer or shorter than it was, where its learning rates do not depend on `train.steps`.
-    Errors: `ConfigError` that lists every changed field.
-    """
-    path, new = folder / "config.json", to_json(experiment)
-    if resumed and path.exists():
-        # A field that the library has since the run began had the value that is its default now.
-        old = to_json(read_stored(path))
-        t = experiment.train
-        ends = any(optimizer.ends for optimizer in (t.optimizer, *t.players.values()))
-        free = FREE if ends else (*FREE, "train.steps")
-        changed = [d for d in differences(old, new) if not d.startswith(free)]
-        if changed:
-            why = "; a run can be made longer where its optimizer.schedule is constant or rsqrt"
-            changed = [f"{d}{why}" if d.startswith("train.steps") else d for d in changed]
-            raise ConfigError(
-                f"{folder} was begun with another config; put the old values back or choose another --run:\n  "
-                + "\n  ".join(changed)
-            )
+def say(text: str) -> None:
+    """A line for people, once for all processes."""
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(new, indent=2))
-        temporary.replace(path)
-        bundled(experiment.text, folder)
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def remember_data(data: Data, folder: Path) -> None:
@@ -243,37 +221,37 @@ def remember_data(data: Data, folder: Path) -> None:
     path, now = folder / "data.json", data.describe()
     was = read_json(path).get("train", now["train"]) if path.exists() else now["train"]
     if was != now["train"]:
-        console.print(
+        say(
             f"the data of {folder} have changed since its last start: {was.get('records')} records then, "
             f"{now['train']['records']} now. It goes on at its place in their new order: of this epoch some come "
-            "again and some are left out",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+            "again and some are left out"
         )
     write_json(path, now)
 
 
-def train(experiment: Experiment, folder: str | Path, preview: Preview | None = None) -> TrainState:
+def train(
+    experiment: Experiment, folder: str | Path, preview: Preview | None = None, accept_changes: bool = False
+) -> TrainState:
     """Train, or go on with, the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
 
-    Errors: `ConfigError` (what cannot be run, or is not this run), `NotFinite` (the step and the layer at which
+    accept_changes: go on with another config than the run had, whatever has changed in it.
+    Errors: `ConfigError` (what cannot be run, or is not this run), `guard.NotFinite` (the step and the layer at which
     numbers ceased to be finite), `CheckpointError`, `Lost` where another process is gone, `Interrupted` after a
     signal, with everything saved.
     """
     where = place(folder)
     cache = contextlib.nullcontext() if isinstance(where, Path) else shared_cache(str(where / CACHE_FOLDER))
     with cache, worked_in(where) as local:
-        return _train(experiment, local, where, preview)
+        return _train(experiment, local, where, preview, accept_changes)
 
 
-def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None) -> TrainState:
+def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None, accept: bool) -> TrainState:
     """`train`, with its files in a local folder and its checkpoints in `where`, which may be an object store."""
     t = experiment.train
     check_run(folder)
     trainer = Trainer(experiment, folder)
     checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
-    claim(experiment, folder, bool(checkpoints.steps()))
+    history = History(experiment, folder, bool(checkpoints.steps()), accept)
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
         stack.callback(checkpoints.manager.close)
         beat = stack.enter_context(watched(t.stuck_after))
@@ -282,6 +260,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
         state, position = restored if restored else (trainer.start(), 0)
         done = int(state.step)
         main = jax.process_index() == 0
+        history.note(done, say)
         records = (
             stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb)))
             if main
@@ -298,17 +277,19 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
         bar = stack.enter_context(progress("training", done, t.steps))
         pending: collections.deque = collections.deque()
         clock, since, work = time.perf_counter(), done, None
+        guard = Guard(trainer, records.skipped if records else 0)
 
         def settle(limit: int) -> None:
             """Read metrics of steps that lie `limit` behind; later ones are still being computed."""
             nonlocal clock, since
             while len(pending) > limit:
                 step, metrics = pending.popleft()
-                if not bool(metrics["finite"]):
-                    raise NotFinite(explain(trainer, state, step, jax.device_get(metrics["norms"])))
                 beat(f"step {step}")
-                if step % t.log_every == 0 or step == t.steps:
-                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite")}
+                begins = position - (len(pending) + 1) * experiment.data.batch_size
+                skipped = guard.look(step, metrics, state, begins)
+                if skipped or step % t.log_every == 0 or step == t.steps:
+                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite", "spike")}
+                    numbers |= {"skipped": guard.skipped}
                     now = time.perf_counter()
                     rate = (step - since) / max(now - clock, 1e-9)
                     clock, since = now, step
@@ -350,8 +331,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                     work = trainer.flops(batch)
                 except UnknownForm as error:
                     work = 0.0
-                    if main:
-                        console.print(f"FLOP/s and MFU are left out: {error}", markup=False, soft_wrap=True)
+                    say(f"FLOP/s and MFU are left out: {error}")
             if t.profile and step == t.profile:
                 jax.profiler.start_trace(str(folder / "profile"))
             state, metrics = trainer.step(state, trainer.frozen, batch)

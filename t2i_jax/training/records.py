@@ -25,6 +25,8 @@ class Records:
         temporary.replace(self.path)
         from tensorboardX import SummaryWriter  # imports torch where it finds it, so it waits until a run begins
 
+        self.skipped = int(next((line["skipped"] for line in reversed(kept) if "skipped" in line), 0))
+        """steps so far that changed nothing"""
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self.wandb = None

@@ -29,7 +29,8 @@ STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package through which fsspec reads it, and the extra that brings it."""
 CACHE_FOLDER = "xla"
 """Where a run in a store keeps its compiled programs."""
-PRODUCTS = ("checkpoints", CACHE_FOLDER, "samples", "profile", "events.out.*", "metrics.jsonl", "report.*", "*.png")
+PRODUCTS = ("checkpoints", CACHE_FOLDER, "samples", "profile", "events.out.*", "metrics.jsonl", "history.jsonl")
+PRODUCTS += ("report.*", "*.png")
 """What a run leaves in its folder that is no part of its model."""
 
 
@@ -82,7 +83,11 @@ def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
     if isinstance(where, Path):
         yield where
         return
-    folder, over, seen = fetched(where, ("config.json", "data.json", "metrics.jsonl")), threading.Event(), {}
+    folder, over, seen = (
+        fetched(where, ("config.json", "history.jsonl", "data.json", "metrics.jsonl")),
+        threading.Event(),
+        {},
+    )
     main = jax.process_index() == 0
 
     def copy() -> None:

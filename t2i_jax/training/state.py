@@ -13,6 +13,7 @@ from jax import Array
 
 from t2i_jax.nn.layers import Carried
 from t2i_jax.nn.trees import Named, named
+from t2i_jax.training.spikes import RunningNorms, start_norms
 
 
 def params_of(model: Any) -> Named:
@@ -39,6 +40,7 @@ class TrainState:
     carried: Named
     ema: Named | None
     optimizer: dict[str, Any]  # one state per player
+    gradient_norms: RunningNorms | None = None  # where spikes are skipped
 
     def flat(self) -> dict[str, Array]:
         """All arrays by plain name: what a checkpoint holds."""
@@ -52,7 +54,12 @@ class TrainState:
 
 
 def create(
-    init: Callable[[Array], Any], optimizers: dict[str, Any], owned: Callable, ema: bool, key: Array
+    init: Callable[[Array], Any],
+    optimizers: dict[str, Any],
+    owned: Callable,
+    ema: bool,
+    key: Array,
+    spikes: bool = False,
 ) -> TrainState:
     """A fresh state; meant to be jitted with `out_shardings`."""
     model = init(key)
@@ -63,4 +70,5 @@ def create(
         carried=carried_of(model),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         optimizer={name: tx.init(owned(name, params)) for name, tx in optimizers.items()},
+        gradient_norms=start_norms(optimizers) if spikes else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from jax import Array
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.nn.players import Player
 from t2i_jax.nn.trees import Named, rebuild
+from t2i_jax.training.spikes import find_spike
 from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
@@ -36,6 +38,7 @@ def make_step(
     seed: int = 0,
     accumulate: int = 1,
     ema: float = 0.0,
+    spike: float = 0.0,
 ) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -43,9 +46,11 @@ def make_step(
     prepare: (frozen models, batch, key) -> batch, what is computed without gradient first: codes, text features.
     accumulate: the batch is cut into so many parts, seen one after the other, before one update.
     ema: decay of the parameters' average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
+    spike: a gradient norm more than so many times its running mean is a spike; 0: none is.
 
-    A step whose loss or gradients are not finite changes nothing but the step count; its metrics say so
-    (`finite` = 0) and hold the squared gradient norm per parameter and layer under `norms`.
+    A step whose loss or gradients are not finite changes nothing but the step count, nor does a spike but for that and
+    the running mean; metrics say so (`finite`, `spike`) and hold the squared gradient norm per parameter and layer
+    under `norms`.
     """
 
     def gradients(state: TrainState, carried: Named, frozen, batch, key):
@@ -93,7 +98,7 @@ def make_step(
         key, draw = step_keys(seed, state.step)
         grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch, draw), key)
 
-        params, optimizer, norms = dict(state.params), {}, {}
+        params, optimizer, norms, running, spikes = dict(state.params), {}, {}, {}, [jnp.zeros((), bool)]
         for name in players:
             squares = {k: squared_norm(g) for k, g in grads[name].items()}
             before = owned(players[name], state.params), state.optimizer[name]
@@ -105,7 +110,11 @@ def make_step(
             params |= cast(Named, moved[0])
             optimizer[name] = moved[1]
             prefix = f"{name}/" if len(players) > 1 else ""
-            metrics[f"{prefix}gradient_norm"] = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
+            metrics[f"{prefix}gradient_norm"] = norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
+            if state.gradient_norms is not None:
+                learns = state.step >= players[name].start
+                found, running[name] = find_spike(state.gradient_norms[name], norm, spike, learns)
+                spikes.append(found)
             norms |= squares
 
         losses = [v for k, v in metrics.items() if k.split("/")[-1] in ("loss", "gradient_norm")]
@@ -114,10 +123,13 @@ def make_step(
         if average is not None:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
             average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
-        moved = TrainState(state.step, params, carried, average, optimizer)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
-        kept = TrainState(state.step + 1, kept.params, kept.carried, kept.ema, kept.optimizer)
-        return kept, metrics | {"finite": finite, "norms": norms}
+        skipped = jnp.any(jnp.stack(spikes))
+        keep = lambda yes, new, old: jax.tree.map(lambda a, b: jnp.where(yes, a, b), new, old)
+        moved = TrainState(state.step, params, carried, average, optimizer, state.gradient_norms)
+        kept = dataclasses.replace(keep(finite & ~skipped, moved, state), step=state.step + 1)
+        if state.gradient_norms is not None:
+            kept = dataclasses.replace(kept, gradient_norms=keep(finite, running, state.gradient_norms))
+        return kept, metrics | {"finite": finite, "spike": finite & skipped, "norms": norms}
 
     return step
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Range, Size
+from t2i_jax.core.fields import FREE, Checked, Range, Size
 from t2i_jax.nn.draw import Sampling, choose
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Embedding, Linear
@@ -24,7 +24,7 @@ class Softmax(Checked):
     vocabulary: Size = 1024
     """codes of the codec"""
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
-    loss_chunk: int = 0
+    loss_chunk: Annotated[int, FREE] = 0
     """tokens of each image whose logits are held at a time in training; 0: all, or as many as memory is kept for
     (`nn.losses.HELD`); below 0: all"""
 

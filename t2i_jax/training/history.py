@@ -1,0 +1,89 @@
+"""The config of a run, and what of it has changed since the run began: `config.json` and `history.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from t2i_jax.config import ConfigError, changes, differences, read_stored, to_json
+from t2i_jax.core.fields import free_fields
+from t2i_jax.core.outputs import write_text
+from t2i_jax.nn.players import players_of
+from t2i_jax.training.artifacts import bundled
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.records import read
+
+FILE = "history.jsonl"
+"""A line for each time that a run went on with another config: step, date, and each field's value before and after."""
+NAMED = 12
+"""Fields that a message names."""
+
+
+class History:
+    """What a run that begins or goes on is about to change of its config.
+
+    resumed: whether the run has a checkpoint; else it begins, with any config. accept: take changes of any field, not
+    only of those that change no mathematics (`core.fields.FREE`). Errors: `ConfigError` that names the changed fields.
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path, resumed: bool, accept: bool = False):
+        self.experiment, self.folder, self.old = experiment, folder, None
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        path = folder / "config.json"
+        if not resumed or not path.exists():
+            return
+        # A field that the library has since the run began had the value that is its default now.
+        self.old = read_stored(path)
+        old, new = to_json(self.old), to_json(experiment)
+        self.changes = changes(old, new)
+        free = free_fields(self.old) | free_fields(experiment)
+        refused = [k for k in self.changes if not any(k == f or k.startswith(f"{f}.") for f in free)]
+        if refused and not accept:
+            lines = [line for line in differences(old, new) if line.split(": ")[0] in refused]
+            more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+            raise ConfigError(
+                f"{folder} was begun with another config: {'; '.join(lines[:NAMED])}{more}. Put the old values back, "
+                "choose another --run, or go on with these by --accept-changes"
+            )
+
+    def note(self, step: int, say: Callable[[str], None]) -> None:
+        """Write the config of a run that goes on from `step`, and what has changed; say it, and what becomes of the
+        learning rate."""
+        if self.changes:
+            for line in self._rates(step):
+                say(line)
+        if jax.process_index():
+            return
+        if self.changes:
+            date = datetime.now(UTC).isoformat(timespec="seconds")
+            line = {"step": step, "date": date, "changes": {k: list(v) for k, v in self.changes.items()}}
+            lines = [*read(self.folder / FILE), line]
+            write_text(self.folder / FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.folder / "config.json", json.dumps(to_json(self.experiment), indent=2))
+        bundled(self.experiment.text, self.folder)
+
+    def _rates(self, step: int) -> list[str]:
+        """What becomes of the learning rates after `step`, where they are others or depend on a changed length."""
+        said, old, new = [], learning_rates(self.old, step), learning_rates(self.experiment, step)
+        train = self.experiment.train
+        for name, rate in new.items():
+            ends = train.optimizer_of(name).ends and "train.steps" in self.changes
+            if name in old and (ends or rate != old[name]):
+                whose = f" of {name}" if len(new) > 1 else ""
+                length = f": its schedule ends at step {train.steps}" if ends else ""
+                said.append(f"after step {step} the learning rate{whose} was {old[name]:.4g} and is {rate:.4g}{length}")
+        return said
+
+
+def learning_rates(experiment: Any, step: int) -> dict[str, float]:
+    """The learning rate of the update that follows `step`, by player."""
+    train, rates = experiment.train, {}
+    for name, player in players_of(experiment.model).items():
+        schedule = train.optimizer_of(name).learning_rates(train.steps_of(player))
+        rates[name] = float(schedule(max(step - player.start, 0)))
+    return rates
