@@ -80,15 +80,24 @@ def test_pod_needs_its_name():
 @pytest.mark.parametrize(("per", "tasks", "cpus", "told"), [("gpu", 8, 12, False), ("node", 1, 96, True)])
 def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, told):
     script = dry("slurm.sh", *COMMAND, NODES="4", PER=per, PARTITION="h100")
-    for line in ("--nodes=4", "--gres=gpu:8", f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}", "--requeue"):
+    for line in (
+        "--job-name=t2i",
+        "--nodes=4",
+        "--gres=gpu:8",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={cpus}",
+        "--requeue",
+    ):
         assert f"#SBATCH {line}\n" in script
-    assert "#SBATCH --partition=h100" in script and "srun --kill-on-bad-exit=1 t2i train configs/a\\ b.py" in script
+    assert "#SBATCH --partition=h100" in script
+    # The step asks for the CPUs itself: what the job says reaches no task since Slurm 22.05.
+    assert f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} t2i train configs/a\\ b.py" in script
     # JAX gives a Slurm task the one GPU of its number, unless it is told.
     assert ("JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in script) == told
     file = tmp_path / "job.sh"
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True, timeout=60)
-    assert run("slurm.sh", "t2i", PER="rack").returncode == 2
+    assert run("slurm.sh", "t2i", PER="rack").returncode == 2 and run("slurm.sh", "t2i", CPUS="4").returncode == 2
 
 
 @pytest.mark.parametrize(
