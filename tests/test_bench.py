@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,13 @@ import pytest
 from t2i_jax import bench, flops, platform
 from t2i_jax.bench import data, drawing, measure
 from t2i_jax.bench.sample import decode_bound
+from t2i_jax.bench.train import FEW, on_mesh
 from t2i_jax.config import ConfigError
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.heads import Diffusion, Softmax
+from t2i_jax.parallel import MeshConfig
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +107,31 @@ def test_commands_print_a_table_and_write_json(command, kind, fields, tmp_path, 
             value = result[field]
             assert all(v > 0 for v in (value.values() if isinstance(value, dict) else [value])), field
     assert str(written["results"][0]["name"]) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_train_step_of_several_processes_is_measured_together(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.format(MODELS["model"]))
+    launcher = Path(__file__).parent.parent / "launch" / "loopback.sh"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = os.environ | {"PORT": str(free.getsockname()[1])}
+    words = ["bench", "train", str(tmp_path / "config.py"), "--encoded", "--repeats", "1", "--mesh.fsdp", "4"]
+    command = [launcher, "2", "2", sys.executable, "-m", "t2i_jax.cli", *words, "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images / s") == 1 and "4 devices" in " ".join(done.stdout.split())
+    assert json.loads((tmp_path / "out.json").read_text())["machine"]["devices"] == 4
+
+
+def test_rows_of_a_batch_on_the_mesh_repeat():
+    shapes = {"codes": jax.ShapeDtypeStruct((2 * FEW + 2, 4), jnp.int32)}
+    experiment = SimpleNamespace(model=SimpleNamespace(vocabulary=7))
+    mesh = MeshConfig(1).build(jax.devices()[:1])
+    codes = np.asarray(on_mesh(experiment, shapes, mesh)["codes"])  # pyright: ignore[reportArgumentType]
+    assert codes.shape == (2 * FEW + 2, 4) and codes.min() == 0 and codes.max() == 6
+    np.testing.assert_array_equal(codes[FEW : 2 * FEW], codes[:FEW])
+    assert len(np.unique(codes[:FEW], axis=0)) > 1
 
 
 @pytest.mark.parametrize("head", [Softmax(7), Diffusion(3, width=16, depth=1, steps=20, respacing="5")])

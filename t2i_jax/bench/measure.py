@@ -114,7 +114,9 @@ def asked(kind: type, arguments: list[str], prog: str, some: bool = False) -> tu
 
 
 def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:
-    """Print the table; write the results as JSON with what machine they are from."""
+    """Print the table; write the results as JSON with what machine they are from. The first process alone does."""
+    if jax.process_index():
+        return
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     console.print(shown)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.parallel import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
@@ -39,6 +41,22 @@ def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]
     return {name: one(name, x) for name, x in shapes.items()}
 
 
+FEW = 64
+"""Rows of a batch before they repeat."""
+
+
+def on_mesh(experiment: Experiment, shapes: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch of random rows, which repeat after FEW: each process makes those of its own devices alone."""
+    few = {k: jax.ShapeDtypeStruct((min(FEW, x.shape[0]), *x.shape[1:]), x.dtype) for k, x in shapes.items()}
+
+    def put(x: np.ndarray, whole: jax.ShapeDtypeStruct) -> jax.Array:
+        rows = np.arange(whole.shape[0])
+        take = lambda index: np.take(x, rows[index[0]], axis=0, mode="wrap")
+        return jax.make_array_from_callback(whole.shape, batch_sharding(mesh), take)
+
+    return {k: put(x, shapes[k]) for k, x in random_batch(experiment, few).items()}
+
+
 def bench_train(
     experiment: Experiment, shapes: Batch, repeats: int = 5, name: str = "step", eager: bool = False
 ) -> Result:
@@ -51,7 +69,7 @@ def bench_train(
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(without_parts(experiment, shapes), folder)
-    batch = trainer.put(random_batch(experiment, shapes))
+    batch = on_mesh(experiment, shapes, trainer.mesh)
     state: Any = trainer.start()
 
     def step() -> Any:
@@ -103,8 +121,9 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBench(Checked):
-    """The train step of a config, on random batches of the shapes that it reads.
+    """The train step of a config, on random batches of the shapes that it reads: how fast it is without its data.
 
+    Of several processes (launchers start it as they start `train`) the first one tells what they did together.
     Fields of the config can be set as for `train`. Example: t2i bench train configs/quickstart.py --encoded
     """
 
@@ -145,5 +164,6 @@ def main(arguments: list[str]) -> None:
     args, experiment, shapes = prepared(TrainBench, arguments, "t2i bench train")
     result = bench_train(experiment, shapes, args.repeats, f"batch {experiment.data.batch_size}", args.eager)
     kind, millions = type(experiment.model).__name__, result["parameters"] / 1e6
-    title = f"{args.config}: {kind}, {millions:.1f} M parameters, {jax.devices()[0].device_kind}"
+    devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} devices"
+    title = f"{args.config}: {kind}, {millions:.1f} M parameters, {devices}"
     tell("train", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)

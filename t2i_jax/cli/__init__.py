@@ -25,7 +25,7 @@ COMMANDS = {
     "bench": "speeds beside the limits of this machine",
 }
 
-TOGETHER = ("train", "encode", "sample", "evaluate", "compare")
+TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
     sys.unraisablehook = late
     try:
-        prepare(join=arguments[0] in TOGETHER and not {"-h", "--help"} & set(arguments))
+        together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
+        prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
     except NoCluster as error:
         fail(f"t2i {arguments[0]}: {error}")
     try:

@@ -28,6 +28,8 @@ class PlanArguments(Checked):
     config: tyro.conf.Positional[Path]
     topology: str
     """CHIP:SHAPE, as v5e:16x16, v5p:4x4x4, h100:64"""
+    slices: Size = 1
+    """so many of them, joined by the network of the data centre, which `data` alone crosses; also v5e:16x16*2"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest; the config's own unless given"""
     sample: bool = False
@@ -60,7 +62,7 @@ def run(arguments: list[str]) -> None:
     args, rest = parse_some(PlanArguments, arguments, "t2i plan")
     if args.out:
         check_free(local(args.out))
-    topology = plans.Topology.read(args.topology)
+    topology = plans.Topology.read(args.topology).repeated(args.slices)
     experiment = config.load(args.config, rest)
     found = plans.run(
         dataclasses.replace(experiment, mesh=plans.read_mesh(args.mesh, experiment.mesh)),

@@ -28,7 +28,9 @@ class Chip:
     network: float = 0.0
     """GPU: one way from one chip to another node"""
     node: int = 8
-    """GPU: chips of a node"""
+    """chips of a machine"""
+    between: float = 0.0
+    """TPU: one way from one chip to other slices, its share of the network cards of its machine"""
 
     @property
     def flops(self) -> float:
@@ -38,9 +40,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5 lite", 16 * 2**30, 0.819e12, 45e9, axes=2, ring=16),
-        Chip("v5p", "TPU v5p", 95 * 2**30, 2.765e12, 90e9, axes=3, ring=4),
-        Chip("v6e", "TPU v6 lite", 32 * 2**30, 1.64e12, 90e9, axes=2, ring=16),
+        # Between slices, of cloud.google.com/tpu/docs: /v5e has 2 cards of 100 Gbit/s for a machine of 8 chips (6.4
+        # Tbit/s for 256), /v5p 50 Gbit/s a chip (200 for a machine of 4), /v6e 4 cards of 200 Gbit/s for 8 (25.6 Tbit/s
+        # for 256).
+        Chip("v5e", "TPU v5 lite", 16 * 2**30, 0.819e12, 45e9, axes=2, ring=16, between=25e9 / 8),
+        Chip("v5p", "TPU v5p", 95 * 2**30, 2.765e12, 90e9, axes=3, ring=4, node=4, between=25e9 / 4),
+        Chip("v6e", "TPU v6 lite", 32 * 2**30, 1.64e12, 90e9, axes=2, ring=16, between=100e9 / 8),
         Chip("h100", "NVIDIA H100", 80e9, 3.35e12, 450e9, network=50e9),
         Chip("h200", "NVIDIA H200", 141e9, 4.8e12, 450e9, network=50e9),
         Chip("b200", "NVIDIA B200", 180e9, 7.7e12, 900e9, network=50e9),
@@ -49,19 +54,28 @@ CHIPS = {
 
 # What a well written program reaches of a peak; the plan's one set of guesses.
 REACHED = {"flops": 0.80, "memory": 0.85, "network": 0.80}
+BACKWARD = 2 / 3
+"""Of a step's work the part behind which sums of gradients over slices can hide: the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind: `v5p:4x4x4` is a torus, `h100:64` are nodes of eight."""
+    """So many chips of a kind: `v5p:4x4x4` is a torus, `v5e:16x16*2` are two slices, `h100:64` are nodes of eight."""
 
     chip: Chip
     shape: tuple[int, ...]
+    """of one slice"""
+    slices: int = 1
+    """that a network joins which is slower than that of their torus"""
 
     @classmethod
     def read(cls, text: str) -> Topology:
-        """The topology of `CHIP:AxBxC`. Errors: `ConfigError` that says what is wrong and what would be right."""
+        """The topology of `CHIP:AxBxC` or, of several slices, `CHIP:AxBxC*N`.
+
+        Errors: `ConfigError` that says what is wrong and what would be right.
+        """
         name, _, sizes = text.partition(":")
+        sizes, star, slices = sizes.partition("*")
         if name not in CHIPS:
             raise ConfigError(f"--topology {text}: there is no chip '{name}', only {', '.join(CHIPS)}")
         chip = CHIPS[name]
@@ -72,19 +86,41 @@ class Topology:
         wanted = f"{name}:" + "x".join(["4"] * chip.axes) if chip.axes else f"{name}:8"
         if len(shape) != (chip.axes or 1) or min(shape, default=0) < 1:
             raise ConfigError(f"--topology {text}: it is written like {wanted}")
-        return cls(chip, shape)
+        if not star:
+            return cls(chip, shape)
+        if not slices.isascii() or not slices.isdigit() or int(slices) < 1:
+            raise ConfigError(f"--topology {text}: several slices are written like {wanted}*2")
+        return cls(chip, shape).repeated(int(slices))
+
+    def repeated(self, slices: int) -> Topology:
+        """So many slices of this one. Errors: `ConfigError` for GPUs, and where there are several already."""
+        if slices > 1 and not self.compiled:
+            raise ConfigError(f"{self}: GPUs are in no slices; ask for {self.chip.name}:{slices * self.size}")
+        if slices > 1 and self.slices > 1:
+            raise ConfigError(f"{self} are {self.slices} slices already; say it once, by --topology or by --slices")
+        return dataclasses.replace(self, slices=max(slices, self.slices))
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape)
+        """Chips, of all slices together."""
+        return math.prod(self.shape) * self.slices
 
     @property
     def compiled(self) -> bool:
         """Whether there is a compiler for it on machines without one."""
         return self.chip.axes > 0
 
-    def __str__(self) -> str:
+    @property
+    def slice_name(self) -> str:
+        """One slice, as the compiler calls it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    def __str__(self) -> str:
+        return self.slice_name + (f"*{self.slices}" if self.slices > 1 else "")
+
+    def between_slices(self, kind: str, size: float) -> float:
+        """Seconds at the peak of a collective over all slices of `size` bytes a chip, its part of its slice's."""
+        return WIRE[kind](size, self.slices) / self.chip.between
 
     def wire(self, coordinates: list[tuple[int, ...]], group: int) -> float:
         """Bytes/s out of one chip in a collective of `group` chips, at best; coordinates are those of one such group.

@@ -13,7 +13,7 @@ from t2i_jax.config import ConfigError
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
-from t2i_jax.plan.chips import REACHED, WIRE, Topology
+from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import estimate, held, trace
 from t2i_jax.plan.ready import Batch, depths, devices_of, ready, remat_of, twin
 from t2i_jax.plan.report import Plan
@@ -66,19 +66,22 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {unread}"
         return dataclasses.replace(counted, method=f"compiled for {kind}", notes=(*counted.notes, note), **measured)
     places = [tuple(d.coords) for d in mesh.devices.flat]
-    network, exposed, kinds = 0.0, 0.0, {}
+    network, exposed, between, kinds = 0.0, 0.0, 0.0, {}
     for c in costs.collectives:
+        old = kinds.get(c.name, {"count": 0, "bytes": 0.0})
+        kinds[c.name] = {"count": old["count"] + c.times, "bytes": old["bytes"] + c.times * c.size}
+        if c.between:
+            between += c.times * topology.between_slices(c.kind, c.size)
+            continue
         coordinates = [places[i] for i in c.ids]
         seconds = c.times * WIRE[c.kind](c.size, max(c.group, 1)) / topology.wire(coordinates, c.group)
         network += seconds
         exposed += 0.0 if c.asynchronous else seconds
-        old = kinds.get(c.kind, {"count": 0, "bytes": 0.0})
-        kinds[c.kind] = {"count": old["count"] + c.times, "bytes": old["bytes"] + c.times * c.size}
     # Each instruction takes as long as the slower of its products and its traffic. Copies and collectives that the
     # compiler made asynchronous hide behind all of them, as far as memory and network allow; others stand in the way.
     flops, bandwidth = chip.flops * REACHED["flops"], chip.bandwidth * REACHED["memory"]
     work = max(sum(max(f / flops, b / bandwidth) for f, b in costs.operations), costs.bytes / bandwidth)
-    behind = (network - exposed) / REACHED["network"]
+    behind = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.trainer.target
     notes = []
@@ -112,6 +115,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         compute_seconds=costs.flops / chip.flops,
         memory_seconds=costs.bytes / chip.bandwidth,
         network_seconds=network,
+        between_seconds=between,
         step_seconds=work + exposed / REACHED["network"] + max(0.0, behind - work),
         mfu=0.0,
         chips=mesh.size,

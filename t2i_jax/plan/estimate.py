@@ -20,11 +20,12 @@ from t2i_jax.config import ConfigError
 from t2i_jax.core import jaxprs
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
-from t2i_jax.plan.chips import REACHED, WIRE, Topology
+from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.ready import Batch, depths, ready, remat_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
+BETWEEN = "all-reduce between slices"
 UNSCANNED = "its layers are not scanned: what they keep for the backward pass is not in the peak, which is larger"
 
 
@@ -127,6 +128,8 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
         sizes[free[0]] = topology.size // rest
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != topology.size:
         raise ConfigError(f"the mesh {mesh} does not fill the {topology.size} chips of {topology}")
+    if sizes["data"] % topology.slices:
+        raise ConfigError(f"mesh {mesh}: data={sizes['data']} cannot be divided among {topology.slices} slices")
     return sizes
 
 
@@ -157,20 +160,25 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
 
     whole = params * f * itemsize / 4  # parameters that one chip computes with
     stream = activations_of(experiment, itemsize) / rows
+    inner = sizes | {"data": d // topology.slices}  # within a slice
     moved = [
         ("all-gather", "fsdp", f, 2 * accumulate * whole),
         ("reduce-scatter", "fsdp", f, accumulate * params * f),
-        ("all-reduce", "data", d, params),
+        ("all-reduce", "data", inner["data"], params),
         ("all-reduce", "tensor", t, 4 * layers(experiment.model) * stream),
     ]
     network, exposed, kinds = 0.0, 0.0, {}
     for kind, axis, group, size in moved:
         if group > 1 and size:
-            seconds = WIRE[kind](size, group) / wire(topology, sizes, axis)
+            seconds = WIRE[kind](size, group) / wire(topology, inner, axis)
             network += seconds
             exposed += seconds if axis == "tensor" else 0.0  # in the middle of a layer, which waits for it
             old = kinds.get(kind, {"count": 0, "bytes": 0.0})
             kinds[kind] = {"count": old["count"] + 1, "bytes": old["bytes"] + size}
+    between = 0.0
+    if topology.slices > 1:  # each chip sums with those of its place what its slice has scattered over `data`
+        size = params * itemsize / 4 / inner["data"]
+        between, kinds[BETWEEN] = topology.between_slices("all-reduce", size), {"count": 1, "bytes": size}
     # Products with their operands and results, recomputed ones too; parameters on every chip; the state twice.
     traffic = traced.moved / n + 3 * whole * accumulate + 2 * state
     compute, memory = traced.flops / n / chip.flops, traffic / chip.bandwidth
@@ -196,7 +204,9 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         compute_seconds=compute,
         memory_seconds=memory,
         network_seconds=network,
-        step_seconds=max(apart, (network - exposed) / REACHED["network"]) + exposed / REACHED["network"],
+        between_seconds=between,
+        step_seconds=max(apart, (network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
+        + exposed / REACHED["network"],
         mfu=0.0,
         chips=n,
         peak_flops=chip.flops,

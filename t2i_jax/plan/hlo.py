@@ -115,6 +115,8 @@ def traffic(i: Instruction, within: Computation, computations: dict[str, Computa
         return i.size(hbm=True)
     if i.op == "dynamic-update-slice":
         return 2 * operands[1].size(hbm=True)
+    if i.op == "send":  # its result is its operand
+        return operands[0].size(hbm=True)
     if i.op != "fusion":
         return i.size(hbm=True) + sum(o.size(hbm=True) for o in operands)
     inner = computations[called(computations, i, "calls")]
@@ -170,7 +172,8 @@ def _written(inner: Computation, j: Instruction, computations: dict[str, Computa
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program: `size` bytes a run, of one chip's whole array; `ids` is one of its groups."""
+    """One collective of the program: `size` bytes a run, of one chip's whole array; `ids` is one of its groups, which
+    are numbers within a slice. One between slices is of all of them, chip by chip of the same number."""
 
     kind: str
     size: float
@@ -178,6 +181,12 @@ class Collective:
     ids: tuple[int, ...]
     times: int
     asynchronous: bool
+    between: bool = False
+    """between slices"""
+
+    @property
+    def name(self) -> str:
+        return self.kind + " between slices" * self.between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +206,15 @@ class Costs:
     """hand-written kernels whose products are not counted"""
 
 
+def between_slices(i: Instruction) -> str:
+    """The kind of collective that the runtime carries out between slices, from what the program sends to it."""
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.text)
+    kind = named.group(1).lower().replace("_", "-") if named else ""
+    if kind not in KINDS:
+        raise UnknownForm(f"'{i.op}' in a compiled program", f"its kind of transfer is not known: {i.text[:300]}")
+    return kind
+
+
 def count(text: str) -> Costs:
     """The costs of a compiled program (`compiled.as_text()`). Errors: `UnknownForm`."""
     return _count(*parse(text))
@@ -211,6 +229,10 @@ def _count(computations: dict[str, Computation], entry: str) -> Costs:
 
     def collective(i: Instruction, within: Computation, inside: str, times: int) -> None:
         kind = i.op.removesuffix("-start")
+        if kind == "send" and "xla_megascale_runtime" in i.text:
+            kind, size = between_slices(i), within[i.operands[0]].size()
+            found[kind, i.attribute("channel_id") or i.name] = Collective(kind, size, 0, (), times, True, True)
+            return
         if kind not in KINDS:
             return
         operands = sum(within[n].size() for n in i.operands if n in within)

@@ -41,7 +41,8 @@ def devices_of(topology: Topology) -> list[Any]:
     tpu_compiler_alone()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip: any number may run side by side
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
+        name, several = topology.slice_name, {"num_slices": topology.slices} if topology.slices > 1 else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
     except Exception as error:  # the runtime's own error class differs between versions of jax
         raise ConfigError(
             f"--topology {topology}: the TPU compiler refuses it: {str(error).splitlines()[0]}"

@@ -38,6 +38,7 @@ class Plan:
     """at the peak"""
     memory_seconds: float
     network_seconds: float
+    """within a slice"""
     step_seconds: float
     mfu: float
     chips: int
@@ -47,6 +48,8 @@ class Plan:
     hours: float = 0.0
     """to that many images"""
     chip_hours: float = 0.0
+    between_seconds: float = 0.0
+    """of the network between slices, at its peak"""
     compile_seconds: float = 0.0
     data: str = ""
     notes: tuple[str, ...] = ()
@@ -113,6 +116,10 @@ def table(plan: Plan) -> Table:
         "compute at the peak": span(plan.compute_seconds),
         "HBM at the peak": span(plan.memory_seconds),
         "network at the peak": span(plan.network_seconds),
+    }
+    if plan.between_seconds:
+        rows["network between slices at the peak"] = span(plan.between_seconds)
+    rows |= {
         "expected time": span(plan.step_seconds),
         "expected MFU": f"{plan.mfu:.0%}",
     }
@@ -139,8 +146,11 @@ def ranking(plans: Sequence[Plan], title: str) -> Table:
         "MFU": lambda p: f"{p.mfu:.0%}",
         "images / s": lambda p: f"{p.batch * p.steps_per_second:.3g}",
         "network": lambda p: span(p.network_seconds),
+        "between slices": lambda p: span(p.between_seconds),
         "by": lambda p: "compiler" if p.compile_seconds else "arithmetic",
     }
+    if not any(p.between_seconds for p in plans):
+        del columns["between slices"]
     for name in columns:
         out.add_column(name)
     for plan in plans:

@@ -23,15 +23,16 @@ TENSOR = (1, 2, 4, 8)
 Told = Callable[[str], None]
 
 
-def meshes(chips: int, model: Any) -> Iterator[MeshConfig]:
-    """Meshes worth a look: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest."""
+def meshes(chips: int, model: Any, slices: int = 1) -> Iterator[MeshConfig]:
+    """Meshes worth a look: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest, which
+    alone lies between slices."""
     heads = getattr(getattr(model, "network", model), "heads", 0)
     for tensor in TENSOR:
         if chips % tensor or (tensor > 1 and (not heads or heads % tensor)):
             continue
         fsdp = 1
-        while fsdp <= chips // tensor:
-            if (chips // tensor) % fsdp == 0:
+        while fsdp <= chips // tensor // slices:
+            if (chips // tensor) % (fsdp * slices) == 0:
                 yield MeshConfig(chips // tensor // fsdp, fsdp, tensor)
             fsdp *= 2
 
@@ -75,7 +76,7 @@ def sweep(
         for size in sizes or (own, 2 * own, 4 * own):
             here, now = changed(experiment, remat, size), resized(batch, size)
             traced = first.times(size / own)
-            for mesh in meshes(topology.size, experiment.model):
+            for mesh in meshes(topology.size, experiment.model, topology.slices):
                 if size % (mesh.data * mesh.fsdp * experiment.train.accumulate):
                     continue
                 axes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
