@@ -23,14 +23,15 @@ from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share,
 from t2i_jax.core.types import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
-from t2i_jax.nn.decode import for_decoding
+from t2i_jax.nn.decode import layers_for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
 from t2i_jax.nn.heads import Head, ImageKeys, Softmax, code_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
+from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
+from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
 from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.parallel import shard
 
@@ -167,11 +168,11 @@ class AnyOrder(Checked):
     def _enter(self, model: Network, x: Array, places: Array) -> Array:
         """What a token says of itself: its code and its position."""
         entered = model.entrance(x if isinstance(self.head, Softmax) else x.astype(self.dtype))
-        return (entered + model.position[...][places]).astype(self.dtype)
+        return (entered + lookup(model.position, places)).astype(self.dtype)
 
     def _aim(self, model: Network, y: Array, places: Array) -> Array:
         """Tell the last tokens of y (b, t, d) which positions (b, m) they are to predict."""
-        target = jnp.pad(model.target[...][places], ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
+        target = jnp.pad(lookup(model.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
         return y + target.astype(y.dtype)
 
     # -- sampling
@@ -244,7 +245,7 @@ def _sample(
     guided: bool,
     progress: Progress | None,
 ) -> Array:
-    b, length = len(x), config.length
+    b, length, model = len(x), config.length, weight_stationary(model)
     branches = 2 if guided else 1
     # The two rows of an image stand beside each other, so that both live on the same device.
     rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
@@ -257,12 +258,11 @@ def _sample(
 
     prefix, valid = model.condition(jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b), config.dtype)
     s, capacity = valid.shape[1], valid.shape[1] + length - 1
-    blocks = unstack(model.blocks)
-    caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in blocks)
+    reading, decoding = layers_for_decoding(model.blocks, config.dtype)
+    caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in reading)
     seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
     first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
-    y, caches = apply_stack(blocks, config._aim(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
-    decoding = for_decoding(blocks, config.dtype)
+    y, caches = apply_stack(reading, config._aim(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
 
     def draw(x: Array, y: Array, k: Array | int) -> Array:
         """The codes with the k-th token of the order, from what came out where it is asked for: y (b n, d)."""

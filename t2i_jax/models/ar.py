@@ -22,12 +22,12 @@ from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad
-from t2i_jax.nn.decode import FewRows, for_decoding
+from t2i_jax.nn.decode import FewRows, layers_for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack, unstack
+from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack
 from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
@@ -262,7 +262,8 @@ class AR(Checked):
         """x (b, t, d) with the learned vectors of the places from `start` on added, where there are such."""
         if positions is None:
             return x
-        return x + jax.lax.dynamic_slice_in_dim(positions[...], start, x.shape[1]).astype(x.dtype)
+        rows = jax.lax.dynamic_slice_in_dim(positions[...], start, x.shape[1])
+        return x + shard(rows, None, "embed").astype(x.dtype)
 
     def _rotary(self, s: int, start: int, stop: int) -> Rotary | None:
         """cos and sin of places `start` to `stop`: a grid behind s condition tokens, which stand nowhere on it."""
@@ -319,12 +320,11 @@ class AR(Checked):
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
         x, caches, blocks, valid, memory_mask = self._read(model, condition, dropped)
         s = valid.shape[1]
-        # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
-        output = model.tokens.w[...].T if model.output is None else model.output
+        output = transposed(model.tokens.w) if model.output is None else model.output
         state = Decoding(
             caches=caches,
             tokens=model.tokens,
-            blocks=for_decoding(blocks, self.dtype),
+            blocks=blocks,
             norm=model.norm,
             output=FewRows(output, model.output_bias, self.dtype, jnp.float32),
             valid=valid,
@@ -335,17 +335,17 @@ class AR(Checked):
         return model.logits(x[:, -1]), state
 
     def _read(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
-        """What stands before the image through the Transformer: vectors (b, s, d), caches, blocks one by one, real
+        """What stands before the image through the Transformer: vectors (b, s, d), caches, the layers that decode, real
         tokens (b, s), and where to look at the memory, if there is one."""
         prefix, valid, memory = self._prefix(model, condition, dropped)
         b, s = valid.shape
         if self.unmasked > s:
             raise ValueError(f"unmasked={self.unmasked} places see what comes after them; the condition has {s} only")
-        blocks = unstack(model.blocks)
-        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
+        first, following = layers_for_decoding(model.blocks, self.dtype)
+        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
         x, rotary = self._placed(model.positions, prefix, 0), self._rotary(s, 0, s)
-        x, caches = apply_stack(blocks, x, rotary=rotary, mask=self.visible(valid), caches=caches, **memory)
-        return x, caches, blocks, valid, memory.get("memory_mask")
+        x, caches = apply_stack(first, x, rotary=rotary, mask=self.visible(valid), caches=caches, **memory)
+        return x, caches, following, valid, memory.get("memory_mask")
 
     def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
@@ -412,7 +412,7 @@ class Network(nnx.Module):
 
     def logits(self, z: Array) -> Array:
         """(..., d) -> (..., v) fp32."""
-        w = self.tokens.w[...].T if self.output is None else self.output
+        w = transposed(self.tokens.w) if self.output is None else self.output
         logits = matmul(self.norm(z), w, jnp.float32)
         return logits if self.output_bias is None else logits + self.output_bias[...]
 

@@ -24,11 +24,11 @@ from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec
-from t2i_jax.nn.decode import FewRows, for_decoding
+from t2i_jax.nn.decode import FewRows, layers_for_decoding
 from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack, unstack
+from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack
 from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
@@ -269,7 +269,8 @@ class Stream(Checked):
     def _image(self, tokens: Embedding, places: Array | None, codes: Array, first: Array | int) -> Array:
         """Codes (b, t) of the cells from `first` on as tokens of the stream."""
         x = tokens(codes)
-        x = x if places is None else x + jax.lax.dynamic_slice_in_dim(places, first, codes.shape[1])
+        here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
+        x = x if places is None else x + shard(here(places), None, "embed")
         return shard(x.astype(self.dtype), "batch", "length", None)
 
     @property
@@ -323,25 +324,24 @@ class Stream(Checked):
     def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
         """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
         x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.places)
-        blocks = unstack(model.blocks)
+        first, following = layers_for_decoding(model.blocks, self.dtype)
         b, s = x.shape[:2]
-        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in blocks)
+        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
         if self.shift:
             past = jnp.zeros((b, 2, s, self.width // 4 * 2), self.dtype)
             caches = tuple(c._replace(past=past) for c in caches)
         x, caches = apply_stack(
-            blocks,
+            first,
             x,
             mask=self._visible(place, place),
             rotary=self._rotary(place),
             shift=self._shift,
             caches=caches,
         )
-        # Weights leave the stack, turn and take the dtype of the computation once, not at every token.
-        w = model.image_tokens.w[...].T if model.image_head is None else model.image_head
+        w = transposed(model.image_tokens.w) if model.image_head is None else model.image_head
         state = Decoding(
             caches=caches,
-            blocks=for_decoding(blocks, self.dtype),
+            blocks=following,
             tokens=model.image_tokens,
             places=model.cells(),
             norm=model.norm,
@@ -430,5 +430,5 @@ class Network(nnx.Module):
         return self._logits(z, self.image_tokens, self.image_head, self.image_bias)
 
     def _logits(self, z: Array, tokens: Embedding, head: nnx.Param | None, bias: nnx.Param | None) -> Array:
-        logits = matmul(self.norm(z), tokens.w[...].T if head is None else head, jnp.float32)
+        logits = matmul(self.norm(z), transposed(tokens.w) if head is None else head, jnp.float32)
         return logits if bias is None else logits + bias[...]

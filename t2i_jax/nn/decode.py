@@ -11,6 +11,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.layers import Int8, Linear
+from t2i_jax.nn.stationary import at_rest, product, stationary_axes, stays
+from t2i_jax.nn.transformer import Block, unstack
 
 M = TypeVar("M")
 
@@ -59,10 +61,15 @@ def few_rows(x: Array, w: Array, dtype: Any = None) -> Array:
 
 
 class FewRows(nnx.Module):
-    """x W + b as `Linear` has it, its weights turned and cast for `few_rows`; the result in `out`, or as x is."""
+    """x W + b as `Linear` has it, its weights turned and cast for `few_rows`; the result in `out`, or as x is.
 
-    def __init__(self, w: nnx.Variable | Int8 | Array, b: nnx.Variable | None, dtype: Any, out: Any = None):
-        self.w = nnx.Variable(w.q[...].T if isinstance(w, Int8) else w[...].T.astype(dtype))
+    Weights that `weight_stationary` has marked are cast and laid for its `product`, and not turned."""
+
+    def __init__(self, w: nnx.Variable | Int8, b: nnx.Variable | None, dtype: Any, out: Any = None):
+        values = w.q if isinstance(w, Int8) else w
+        self.axes = stationary_axes(values)
+        values = values[...] if isinstance(w, Int8) else values[...].astype(dtype)
+        self.w = nnx.Variable(values.T if self.axes is None else at_rest(values, self.axes))
         self.scale = nnx.Variable(w.scale[...]) if isinstance(w, Int8) else None
         self.b = None if b is None else nnx.Variable(b[...].astype(out or dtype))
         self.out = out
@@ -70,10 +77,16 @@ class FewRows(nnx.Module):
     def __call__(self, x: Array) -> Array:
         out = self.out or x.dtype
         if self.scale is None:
-            y = few_rows(x, self.w[...], out)
+            y = self._product(x, out)
         else:
-            y = (few_rows(x, self.w[...], jnp.float32) * self.scale[...]).astype(out)
+            y = (self._product(x, jnp.float32) * self.scale[...]).astype(out)
         return y if self.b is None else y + self.b[...]
+
+    def _product(self, x: Array, dtype: Any) -> Array:
+        if self.axes is None:
+            return few_rows(x, self.w[...], dtype)
+        multiply = lambda x, w: jnp.matmul(x, w.astype(x.dtype), preferred_element_type=dtype)
+        return product(multiply, x, self.w[...], self.axes)
 
 
 def for_decoding(module: Any, dtype: Any) -> Any:
@@ -81,3 +94,14 @@ def for_decoding(module: Any, dtype: Any) -> Any:
     linear = lambda m: isinstance(m, Linear)
     cast = lambda x: x.astype(dtype)
     return jax.tree.map(lambda m: FewRows(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
+
+
+def layers_for_decoding(blocks: Block, dtype: Any) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+    """The layers of a stack one by one: for the tokens before the first step, which are many, and for the steps.
+
+    Weights leave the stack, turn and take the dtype of the computation once, not at every token. Where the mesh splits
+    them over `fsdp` the same copy serves for both.
+    """
+    whole = unstack(blocks)
+    decoding = for_decoding(whole, dtype)
+    return decoding if stays(blocks) else whole, decoding

@@ -6,12 +6,15 @@ dimensions of a parameter for `t2i_jax.parallel`.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from t2i_jax.nn.stationary import lookup, product, stationary_axes
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -75,16 +78,22 @@ class Int8(nnx.Module):
         self.scale = nnx.Variable(scale[..., 0, :], axes=axes[1:])
 
 
+def transposed(w: nnx.Variable) -> nnx.Variable:
+    """A table (v, d) as the matrix (d, v) that gives logits of its rows."""
+    return w.replace(w[...].T, axes=w.get_metadata()["axes"][::-1])
+
+
 def matmul(x: Array, w: nnx.Variable | Int8, dtype: Any = None) -> Array:
     """x w for x (..., d) and a matrix (d, f): (..., f) in `dtype`, or in that of x, summed in fp32 at least.
 
     Products with an `Int8` are scaled after they are summed, which is exact for a scale per column.
     """
     dtype = x.dtype if dtype is None else dtype
-    if not isinstance(w, Int8):
-        return jnp.matmul(x, w[...].astype(x.dtype), preferred_element_type=dtype)
-    y = jnp.matmul(x, w.q[...].astype(x.dtype), preferred_element_type=jnp.float32)
-    return (y * w.scale[...]).astype(dtype)
+    if isinstance(w, Int8):
+        return (matmul(x, w.q, jnp.float32) * w.scale[...]).astype(dtype)
+    axes, multiply = stationary_axes(w), partial(jnp.matmul, preferred_element_type=dtype)
+    values = w[...].astype(x.dtype)
+    return multiply(x, values) if axes is None else product(multiply, x, values, axes)
 
 
 class Linear(nnx.Module):
@@ -116,7 +125,7 @@ class Embedding(nnx.Module):
         self.w = param(normal(key, (v, d), std), "vocab", "embed")
 
     def __call__(self, ids: Array) -> Array:
-        return self.w[...][ids]
+        return lookup(self.w, ids)
 
 
 class RMSNorm(nnx.Module):

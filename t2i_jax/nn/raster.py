@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, uniforms
+from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import shard
@@ -89,6 +90,7 @@ def _sample(
             now_and_then(progress, i + 2, length, codes.reshape(b, *config.grid))
         return (codes, after.caches), None
 
+    model = weight_stationary(model)
     logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
     codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
     start = 0

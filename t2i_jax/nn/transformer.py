@@ -23,6 +23,7 @@ from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Rotary, Told, attend, rotate
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, lean, param
+from t2i_jax.nn.stationary import stays
 from t2i_jax.parallel import shard
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -226,7 +227,7 @@ class Attention(nnx.Module):
             a = rearrange(a, "... (m g h) -> ... m g h", m=self.kv_heads, h=self.head_dim)
             return jnp.split(a, (a.shape[-2] - 2, a.shape[-2] - 1), -2)
 
-        if not isinstance(self.qkv, Linear):  # weights that are turned for decoding
+        if not isinstance(self.qkv, Linear) or stays(self.qkv):  # weights that are turned for decoding, or not moved
             q, k, v = (rearrange(a, "b t m g h -> b t (m g) h") for a in apart(self.qkv(x)))
             return q, k, v
         # Cut the matrix, not what it makes: of many rows that would be the larger by far.

@@ -1,0 +1,85 @@
+"""Matrix products that move activations and never weights, for meshes that split weights over `fsdp`.
+
+Training gathers each matrix before it is used: a batch has many more rows than a matrix. A step of decoding has few, so
+there each device keeps its part of every matrix and the rows travel: the weight-stationary layout of Pope et al. (2022,
+"Efficiently scaling transformer inference", 3.2). Each device computes some columns of the product from all rows, so no
+sum is cut in parts, and what comes out lies as in training again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from t2i_jax.parallel import RULES, fit, shard
+
+M = TypeVar("M")
+Axes = tuple[str | None, ...]
+MARK = "stationary"
+
+
+def weight_stationary(model: M) -> M:
+    """`model` whose products leave each weight where it is; the same object on meshes that split none over `fsdp`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return model
+    mark = lambda v: v.replace(v[...], **{MARK: True}) if isinstance(v, nnx.Variable) else v
+    return jax.tree.map(mark, model, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def stationary_axes(w: Any) -> Axes | None:
+    """The names of the axes of a variable that `weight_stationary` has marked; None for all other arrays."""
+    return w.get_metadata().get("axes") if isinstance(w, nnx.Variable) and w.get_metadata().get(MARK) else None
+
+
+def stays(module: Any) -> bool:
+    """Whether `weight_stationary` has marked the weights of a module."""
+    leaves = jax.tree.leaves(module, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return any(stationary_axes(v) is not None for v in leaves)
+
+
+def pin(x: Array, *entries: Any) -> Array:
+    """x split over these mesh axes, one entry per dimension, where they divide it; to be called on a mesh alone."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return jax.lax.with_sharding_constraint(x, fit(P(*entries), x.shape, sizes))
+
+
+def layout(axes: Axes, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """How a matrix (d, f) lies for such a product: its columns split over `fsdp` too, or as in training where the
+    number of columns does not allow that."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    rows, columns = fit(P(*(RULES.get(name) for name in axes)), shape, sizes)
+    if rows == "fsdp":
+        both = tuple(name for name in (columns, "fsdp") if name)
+        if shape[1] % math.prod(sizes[name] for name in both) == 0:
+            return None, both
+    return rows, columns
+
+
+def at_rest(w: Array, axes: Axes) -> Array:
+    """A matrix (d, f) as `product` reads it."""
+    return pin(w, *layout(axes, w.shape))
+
+
+def product(multiply: Callable[[Array, Array], Array], x: Array, w: Array, axes: Axes) -> Array:
+    """multiply(x, w) of x (b, ..., d), a row for each of the batch, and a matrix (d, f) of these axes: (b, ..., f)."""
+    rows, columns = layout(axes, w.shape)
+    between = (None,) * (x.ndim - 2)
+    y = multiply(pin(x, "data", *between, rows), pin(w, rows, columns))
+    return shard(pin(y, "data", *between, columns), "batch", *between, axes[1])
+
+
+def lookup(table: nnx.Variable, ids: Array) -> Array:
+    """Rows of a table (v, d) for ids (b, ...): (b, ..., d)."""
+    axes = stationary_axes(table)
+    if axes is None:
+        return table[...][ids]
+    between = (None,) * (ids.ndim - 1)
+    rows = table[...][pin(ids, "data", *between)]
+    return shard(pin(rows, "data", *between, RULES.get(axes[1])), "batch", *between, None)
