@@ -1,6 +1,6 @@
 """How much the memory of a process grows while a host array is placed on the devices of several processes.
 
-    python tests/placing.py 2 4 8
+    PYTHONPATH=. python tests/placing.py 2 4 8
 
 prints a line for each number of processes, each with one device of the CPU.
 """

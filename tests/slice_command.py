@@ -1,6 +1,6 @@
 """The command `t2i` on devices of the CPU that lie in the mesh as those of a TPU slice do.
 
-    python tests/slice_command.py "v5e:4x4 4,4,1" train CONFIG --run RUN
+    PYTHONPATH=. python tests/slice_command.py "v5e:4x4 4,4,1" train CONFIG --run RUN
 
 The layout is one of `tpu_layouts.layouts()`, or "" for that of the CPU. `train` leaves the gradients of a first step in
 gradients.npz of a new run.

@@ -18,7 +18,8 @@ from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.parallel import MeshConfig, placed
+from t2i_jax.training import loop
 from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
@@ -102,6 +103,17 @@ def test_work_that_was_cut_off_goes_on(store, experiment, whole, monkeypatch):
     assert [name.split("-")[1] for name in made] == ["00000", "00001", "00002", "00002", "00003"]
     assert not out.with_name("cut.partial").exists()
     same(records(out), whole)
+
+
+def test_a_trainer_loads_a_codec_on_the_host(experiment, tmp_path, monkeypatch):
+    """Not onto every device of its mesh, before it is given its shardings there."""
+    loaded = []
+    monkeypatch.setattr(
+        loop, "placed", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or placed(tree, layout)
+    )
+    trainer = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path)
+    assert loaded and all(len(x.devices()) == 1 for x in loaded)
+    assert all(len(x.devices()) == 8 for x in jax.tree.leaves(trainer.frozen))
 
 
 def test_training_on_codes_is_training_on_pictures(store, experiment, whole, tmp_path):

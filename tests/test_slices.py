@@ -1,5 +1,4 @@
-"""Slices of TPUs, whose hosts hold rows of a batch that do not lie beside each other: each loads its own, and all that
-is computed is what one device computes."""
+"""Slices of TPUs, whose hosts hold rows of a batch that lie apart: each loads its own, and all is as on one device."""
 
 import dataclasses
 import shutil
@@ -62,6 +61,11 @@ def test_layouts_are_those_of_the_topologies():
     pytest.importorskip("libtpu")
     for name, layout in tpu_layouts.asked(["v5e:4x8", "v5p:4x4x4", "2 v5p:2x2x2"]):
         assert LAYOUTS[name] == layout, name
+    for name in ("v5e:4x8", "v5p:4x4x4", "2 v5p:2x2x2"):  # `encode` lays a mesh of the devices of each process
+        devices = tpu_layouts.devices_of(name)
+        for process in {device.process_index for device in devices}:
+            own = [device for device in devices if device.process_index == process]
+            assert set(MeshConfig(1, -1).build(own).devices.flat) == set(own)
 
 
 def test_most_slices_have_hosts_whose_rows_are_apart():
