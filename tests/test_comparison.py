@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ from t2i_jax import comparison, flops
 from t2i_jax.comparison import Comparison, Line, Sweep
 from t2i_jax.comparison.measure import Ruler, work
 from t2i_jax.comparison.report import table, write
-from t2i_jax.config import ConfigError
+from t2i_jax.comparison.run import check_length
+from t2i_jax.config import ConfigError, to_json
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
@@ -26,6 +28,7 @@ from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, unguided
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.optimizer import Optimizer
 
 NETWORK = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Classes(3), learn_variance=False)
 MODEL = Diffusion(NETWORK, Flow(), predicts="velocity", solver="euler", sampling=Solving(steps=4, guidance=2.0))
@@ -39,6 +42,18 @@ def test_loops_of_unknown_length_count_as_often_as_told():
 
 
 @pytest.mark.slow
+def test_a_run_of_another_length_is_no_part_of_a_comparison(tmp_path):
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    made = lambda steps, schedule: Experiment(
+        MODEL, Data(ArrayRecord("x")), Train(steps, 0, Optimizer(schedule=schedule))
+    )
+    for schedule in ("cosine", "constant"):
+        (tmp_path / "config.json").write_text(json.dumps(to_json(made(8, schedule))))
+        check_length(made(8, schedule), tmp_path)
+        with pytest.raises(ConfigError, match="its 8 steps are not the 9") if schedule == "cosine" else nullcontext():
+            check_length(made(9, schedule), tmp_path)
+
+
 def test_work_of_a_sampler_follows_its_steps_and_branches():
     pipeline = Pipeline(MODEL, MODEL.init(jax.random.key(0)), None, None)
     count = lambda **options: work(pipeline, dataclasses.replace(MODEL.options(), **options), ["0", "1"])

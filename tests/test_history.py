@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 
+import numpy as np
 import pytest
 import toys
 from families import CODECS, FAMILIES
@@ -88,6 +89,17 @@ def test_spikes_may_be_skipped_from_any_step_on_and_no_more(tmp_path):
     assert int(state.gradient_norms["model"]["seen"]) == 2
     state = train(toys.experiment(optimizer=CONSTANT, steps=5), tmp_path, accept_changes=True)
     assert state.gradient_norms is None and int(state.step) == 5
+
+
+def test_an_average_may_begin_late_and_end(tmp_path):
+    """It begins at the parameters of the step where the run goes on."""
+    still = dataclasses.replace(CONSTANT, learning_rate=0.0)
+    train(toys.experiment(optimizer=CONSTANT, steps=2, ema=0.0), tmp_path)
+    state = train(toys.experiment(optimizer=still, steps=4, ema=0.5), tmp_path, accept_changes=True)
+    for name, average in state.ema.items():
+        np.testing.assert_array_equal(average[...], state.params[name][...], err_msg=name)
+    state = train(toys.experiment(optimizer=CONSTANT, steps=5, ema=0.0), tmp_path, accept_changes=True)
+    assert state.ema is None and int(state.step) == 5
 
 
 def test_a_model_of_other_shapes_is_refused_and_not_written(tmp_path):

@@ -94,7 +94,7 @@ def test_a_run_of_an_older_rule_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optimizer, "muon_dimensions", lambda params: {k: None for k in params})
     state = train(experiment(steps=6, optimizer=muon), tmp_path)
     assert int(state.step) == 6
-    assert "start at zero" in capsys.readouterr().err
+    assert "start anew" in capsys.readouterr().err
     assert all(np.isfinite(v[...]).all() for v in state.params.values())
 
 

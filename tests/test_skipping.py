@@ -45,9 +45,10 @@ def changed(before, after):
     return {k for k, v in before.items() if not np.array_equal(v, after[k])}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 4, 2)])
-def test_a_step_that_is_not_finite_changes_nothing_to_the_bit(tmp_path, mesh):
-    all_states = list(states(toys.experiment(data=Odd(steps=(3, 4)), mesh=MeshConfig(*mesh), steps=5), tmp_path))
+@pytest.mark.parametrize(("mesh", "spike"), [((1, 1, 1), 0.0), ((1, 4, 2), 9.0)])
+def test_a_step_that_is_not_finite_changes_nothing_to_the_bit(tmp_path, mesh, spike):
+    experiment = toys.experiment(data=Odd(steps=(3, 4)), mesh=MeshConfig(*mesh), steps=5, spike=spike)
+    all_states = list(states(experiment, tmp_path))
     moved = [changed(a, b) for a, b in itertools.pairwise(all_states)]
     assert moved[2] == moved[3] == {"step"}
     assert moved[4] >= {"step", "params/layers.w", "ema/layers.w", "carried/seen"}

@@ -23,7 +23,7 @@ from t2i_jax.core.outputs import check_free
 from t2i_jax.nn.trees import abstract
 from t2i_jax.pictures import save_png
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.training.artifacts import load_artifact, stored
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, train
 
@@ -40,6 +40,8 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     ruler = Ruler(comparison)
     every = {**comparison.runs, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
+    for name, experiment in trained.items():
+        check_length(experiment, folder / name)
     found: dict[str, Any] = {
         "title": comparison.title,
         "flops": comparison.flops,
@@ -79,6 +81,19 @@ def equal(experiment: Experiment, budget: float, folder: Path) -> Experiment:
         raise ConfigError(f"flops {budget:.3g}: a step of {folder.name} takes {work:.3g} already")
     seldom = {"evaluate_every": steps, "preview_every": 0, "save_every": max(steps // 3, 1)}
     return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps, **seldom))
+
+
+def check_length(experiment: Experiment, folder: Path) -> None:
+    """Errors: `ConfigError` where the run in a folder has another length and its schedule ends with it: longer, it
+    would not be what so many steps at once make of it."""
+    if not any(folder.glob("checkpoints/[0-9]*")):
+        return
+    before, steps = stored(folder).train.steps, experiment.train.steps
+    if before != steps and any(o.ends for o in (experiment.train.optimizer, *experiment.train.players.values())):
+        raise ConfigError(
+            f"{folder}: its {before} steps are not the {steps} that the FLOPs pay for, and its schedule ends there; "
+            "remove it, or choose another folder for the runs"
+        )
 
 
 def facts(experiment: Experiment, folder: Path) -> dict[str, float]:

@@ -199,8 +199,10 @@ class Checkpoints:
         """The newest sound state, placed as `target` (abstract arrays with shardings), and its data position.
 
         Returns None where there is no checkpoint yet. What an optimiser remembers of a parameter that it did not move
-        before starts at zero, and a line says so. Errors: `ConfigError` where the arrays are those of another model;
-        `CheckpointError` where checkpoints exist and none is sound.
+        before starts at zero, an average that was not kept before at the parameters, and a line says so.
+
+        Errors: `ConfigError` where the arrays are those of another model; `CheckpointError` where checkpoints exist and
+        none is sound.
         """
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -223,7 +225,7 @@ class Checkpoints:
                     # Only beside a sound one: where none can be read, the fault may lie with the reader.
                     for damaged in failures:
                         self._set_aside(damaged)
-                    return target.unflat(found | zeros(fresh)), int(meta["position"])
+                    return target.unflat(found | started(fresh, found)), int(meta["position"])
             failures[step] = self._passed_over(step, error)
         if failures:
             raise CheckpointError("no checkpoint can be read:\n  " + "\n  ".join(failures.values()))
@@ -301,14 +303,12 @@ class Checkpoints:
         self.manager.reload()
 
     def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
-        """The abstract arrays of optimisers and of running norms that the checkpoint lacks.
-
-        Errors: `ConfigError` where it lacks others.
-        """
+        """The abstract arrays of what follows the parameters (optimisers, average, running norms) that the checkpoint
+        lacks. Errors: `ConfigError` where it lacks others."""
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
-        moments = lambda name: name.startswith(("optimizer/", "gradient_norms/"))
-        wrong = [f"missing: {k}" for k in wanted if k not in saved and not moments(k)]
-        wrong += [f"not in this model: {k}" for k in saved if k not in wanted and not moments(k)]
+        follows = lambda name: name.startswith(("optimizer/", "ema/", "gradient_norms/"))
+        wrong = [f"missing: {k}" for k in wanted if k not in saved and not follows(k)]
+        wrong += [f"not in this model: {k}" for k in saved if k not in wanted and not follows(k)]
         wrong += [f"{k}: saved {saved[k]}, wanted {v}" for k, v in wanted.items() if k in saved and saved[k] != v]
         if wrong:
             more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
@@ -320,11 +320,8 @@ class Checkpoints:
         fresh = {k: v for k, v in target.flat().items() if k not in saved}
         if fresh:
             some = ", ".join(list(fresh)[:3])
-            console.print(
-                f"[yellow]{escape(f'{self.folder / str(step)}: {len(fresh)} arrays of the optimiser start at zero')}: "
-                f"{escape(some)}[/]",
-                soft_wrap=True,
-            )
+            told = f"{self.folder / str(step)}: {len(fresh)} arrays that it lacks start anew: {some}"
+            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return fresh
 
     @staticmethod
@@ -371,10 +368,15 @@ class Best:
         return [c.step == best for c in checkpoints]
 
 
-def zeros(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    """Arrays of zeros of these shapes, placed as they say."""
-    make = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
-    return {k: make(x) for k, x in arrays.items()}
+def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a checkpoint lacks, placed as `arrays` say: an average begins at its parameter, all else at zero."""
+
+    def one(name: str, x: Any) -> jax.Array:
+        if name.startswith("ema/"):
+            return jax.jit(jnp.copy, out_shardings=x.sharding)(found[name.replace("ema/", "params/", 1)])
+        return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+
+    return {k: one(k, x) for k, x in arrays.items()}
 
 
 def crc32(meta: dict[str, Any]) -> int:
