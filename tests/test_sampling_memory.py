@@ -125,7 +125,7 @@ def test_no_device_holds_a_whole_matrix_and_the_codes_are_those_of_one_device(na
 
 @pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 6])
 def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
-    family = dataclasses.replace(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=16384)
+    family = dataclasses.replace(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=12288)
     mesh = MeshConfig(1, 8, 1).build()
     program = compiled(family, mesh, rows, segments=1)
     split, share = matrices(family, mesh)
