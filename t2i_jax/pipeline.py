@@ -22,7 +22,7 @@ from t2i_jax.nn.decode import int8_weights
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import Limited, check_vocabulary, unread
-from t2i_jax.training.artifacts import Artifact, check_new, load_artifact, on_host, save_artifact
+from t2i_jax.training.artifacts import Artifact, check_new, copy_artifact, load_artifact, on_host, save_artifact
 
 log = logging.getLogger(__name__)
 
@@ -121,21 +121,23 @@ class Pipeline:
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
-        """The pipeline of a run folder or a released model: every array goes from the host to its part of each device.
+        """The pipeline of a run folder or a released model: each part of an array is read for the device that holds it.
 
         int8: matrices as whole numbers and scales (`nn.decode.int8_weights`), for models that draw token by token.
         Errors: `ConfigError` where it holds no family, or one of another kind than `int8` is for.
         """
-        artifact = load_artifact(folder, host=True)
+        with refused():
+            devices = mesh.build()
+        artifact = load_artifact(folder, mesh=devices)
         if not hasattr(artifact.config, "sample"):
             raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
-        codec = load_artifact(artifact.codec, host=True) if artifact.codec else None
+        codec = load_artifact(artifact.codec, mesh=devices) if artifact.codec else None
         if int8 and not hasattr(artifact.config, "prefill"):
             kind = type(artifact.config).__name__
             raise ConfigError(f"{folder} holds a {kind}: int8 weights are for models that draw token by token")
-        with on_host():
-            model = int8_weights(artifact.model) if int8 else artifact.model
-        pipeline = cls(artifact.config, model, codec, artifact.text, mesh, artifact)
+        if int8:  # the floats are not kept
+            artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
+        pipeline = cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
         pipeline.about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         return pipeline
 
@@ -403,17 +405,28 @@ class Pipeline:
         return to_uint8(self.codec.config.decode(parts["codec"], codes) if self.codec else codes)
 
     def save(self, folder: str | Path, name: str = "") -> None:
-        """Write a released model: weights, config, tokenizer, codec and a model card."""
+        """Write a released model: weights, config, tokenizer, codec and a model card.
+
+        Errors: `ConfigError` for a pipeline of int8 weights.
+        """
+        if self.about.get("weights") == "int8":
+            raise ConfigError(f"{folder}: int8 weights cannot be released; load the model without int8")
         artifact = self.source or Artifact(self.family, self.parts["model"], self.text)
-        count = sum(x.size for x in jax.tree.leaves(artifact.model))
-        fields = "\n".join(f"| {f.name} | {getattr(self.family, f.name)} |" for f in dataclasses.fields(self.family))
-        save_artifact(
-            artifact,
-            folder,
-            f"# {name or Path(folder).name}\n\nA text-to-image model of t2i_jax: {type(self.family).__name__}, "
-            f"{count / 1e6:.1f} M parameters, step {artifact.step}.\n\n"
-            f'```\nt2i sample {Path(folder).name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n',
-        )
+        save_artifact(artifact, folder, card(artifact, name or Path(folder).name))
+
+
+def card(artifact: Artifact, name: str) -> str:
+    """The model card of a released family or codec."""
+    kind = type(artifact.config).__name__
+    if not hasattr(artifact.config, "sample"):
+        return f"# {name}\n\n{kind}, step {artifact.step}.\n"
+    count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
+    values = {f.name: getattr(artifact.config, f.name) for f in dataclasses.fields(artifact.config)}
+    fields = "\n".join(f"| {k} | {v} |" for k, v in values.items())
+    return (
+        f"# {name}\n\nA text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
+        f'```\nt2i sample {name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n'
+    )
 
 
 def spoken(family: Any) -> dict[str, Any]:
@@ -436,13 +449,12 @@ def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
     variance 1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
     """
     check_new(out)
-    artifact = load_artifact(run)
+    about = lambda artifact: card(artifact, Path(out).name)
     if scale:
-        artifact = scaled(artifact, run)
-    if hasattr(artifact.config, "sample"):
-        Pipeline.load(run).save(out)
+        artifact = scaled(load_artifact(run), run)
+        save_artifact(artifact, out, about(artifact))
     else:
-        save_artifact(artifact, out, f"# {Path(out).name}\n\n{type(artifact.config).__name__}, step {artifact.step}.\n")
+        copy_artifact(run, out, about)
 
 
 def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:

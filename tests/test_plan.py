@@ -33,7 +33,7 @@ from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
-from t2i_jax.plan.estimate import resolved
+from t2i_jax.plan.estimate import held, resolved
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import depths, remat_of, twin, wanted
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
@@ -585,6 +585,36 @@ def test_the_sampler_is_planned_from_the_same_state():
     mesh = MeshConfig(1).build(jax.devices()[:1])
     text = plans.ready(EXPERIMENT, batch, mesh).lower_sample().as_text()
     assert "16x4x4xi32" in text.split("return")[0] or "tensor<16x4x4xi32>" in text
+
+
+@pytest.mark.parametrize("depth", [2, pytest.param(52, marks=pytest.mark.slow)])
+def test_a_model_larger_than_a_chip_is_sampled_abstractly(depth):
+    """The 20B on eight chips: each holds an eighth of the weights, of keys and values, and no copy of the whole."""
+    model = AR.sized("20B", vocabulary=16384, grid=(2, 3), depth=depth, condition=Classes(8))
+    e, mesh = experiment(model, mesh=MeshConfig(1, 8, 1)), MeshConfig(1, 8, 1).build()
+    made = plans.ready(e, plans.batch_of(e, encoded=True)[0], mesh)
+    places, rows = model.length + 1, 2 * 16 // 8
+    assert made.cache() == depth * (2 * rows * 8 * places * 128 + 1) * 4  # fp32, and where each cache ends
+    share = held(made.trainer.target.params, dict(mesh.shape))
+    assert share > depth * (2 * 6144**2 + 3 * 6144 * 16384) / 8 * 4
+    if depth == 2:  # what the compiler unrolls
+        memory = made.lower_sample().compile().memory_analysis()
+        assert memory.argument_size_in_bytes < 1.01 * share
+        activations = 2 * 16 * (2 * 16384 + 4 * 6144) * 4
+        assert memory.temp_size_in_bytes - made.cache() - activations < 1.5 * share
+
+
+def test_the_plan_of_a_sampler_says_what_a_chip_holds():
+    plan = plans.estimate(
+        EXPERIMENT,
+        plans.trace(EXPERIMENT, plans.batch_of(EXPERIMENT, encoded=True)[0]),
+        plans.Topology.read("v5e:2x2"),
+        {"data": 4, "fsdp": 1, "tensor": 1},
+    )
+    plan = dataclasses.replace(plan, what="sampler", cache=3 * 2.0**30, temporaries=5 * 2.0**30)
+    rows = dict(zip(*(column._cells for column in plans.table(plan).columns), strict=True))
+    assert rows["keys and values"] == "3 GiB" and rows["activations and other temporaries"] == "2 GiB"
+    assert "optimiser state" not in rows
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -10,6 +10,7 @@ from flax import nnx
 
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream, Text
 from t2i_jax.nn.condition import Captions, Classes
 from t2i_jax.nn.decode import int8_weights
@@ -44,7 +45,7 @@ def inputs(family, rows):
 
 
 def sampler(family, **options):
-    """The family's own options, each draw a product of all its matrices."""
+    """The family's sampler with its own options."""
     return jax.jit(lambda model, condition, keys: family.sample(model, condition, keys, family.options(), **options))
 
 
@@ -125,7 +126,7 @@ def test_no_device_holds_a_whole_matrix_and_the_codes_are_those_of_one_device(na
 
 @pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 6])
 def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
-    family = dataclasses.replace(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=16384)
+    family = dataclasses.replace(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=12288)
     mesh = MeshConfig(1, 8, 1).build()
     program = compiled(family, mesh, rows, segments=1)
     split, share = matrices(family, mesh)
@@ -133,6 +134,14 @@ def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
     more = 8 if rows == 6 else 1  # of rows that are not split, each device keeps all keys and values
     least = cache(family, mesh, rows) * more + activations(family, rows)
     assert program.memory_analysis().temp_size_in_bytes - least < 1.5 * share
+
+
+@pytest.mark.slow
+def test_a_model_that_reads_all_tokens_gathers_a_layer_at_a_time():
+    family = Masked((3, 3), head=Softmax(1536), width=1024, depth=8, heads=8, condition=Classes(8), buckets=2, buffer=3)
+    mesh = MeshConfig(1, 8, 1).build()
+    share = matrices(family, mesh)[1]
+    assert share >= 2**26 and compiled(family, mesh).memory_analysis().temp_size_in_bytes < share
 
 
 def test_weights_of_one_device_are_left_as_they_are():

@@ -109,9 +109,9 @@ def run(arguments: list[str]) -> None:
         mask = open_mask(args.mask) if args.mask else None
         pipeline = pipeline.holding(np.asarray(open_image(args.image)), mask)
     if args.pull_by:
-        pipeline = pipeline.pulled(load_artifact(args.pull_by, host=True), str(args.pull_by))
+        pipeline = pipeline.pulled(load_artifact(args.pull_by, mesh=pipeline.mesh), str(args.pull_by))
     if args.weak:
-        pipeline = pipeline.beside(load_artifact(args.weak, host=True), str(args.weak))
+        pipeline = pipeline.beside(load_artifact(args.weak, mesh=pipeline.mesh), str(args.weak))
     if args.upsample:
         pipeline = pipeline.enlarged(Pipeline.load(args.upsample, mesh), args.upsample.name)
     judge = None

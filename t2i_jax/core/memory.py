@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 
 from t2i_jax.core.errors import ConfigError
@@ -21,3 +23,9 @@ def check_memory(what: str, size: float) -> None:
     there = memory()
     if there and size > there:
         raise ConfigError(f"{what}: {size / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB of memory")
+
+
+def return_freed() -> None:
+    """Gives back to the system what the C library keeps of freed memory, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -24,7 +24,7 @@ from t2i_jax.parallel import MeshConfig, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, plain
 from t2i_jax.progress import bar
-from t2i_jax.training.artifacts import Artifact, load_artifact
+from t2i_jax.training.artifacts import Artifact, load_artifact, opened
 from t2i_jax.training.experiment import Experiment
 
 console = Console()
@@ -51,7 +51,7 @@ def evaluate_folder(
     Errors: `ConfigError` where there are no pictures to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
-    artifact = load_artifact(folder, host=True)
+    kind = opened(folder).artifact.config
     batch_size = min(batch_size, count)
     if reference is None:
         reference = config.load(folder)
@@ -61,13 +61,16 @@ def evaluate_folder(
             )
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
-    if hasattr(artifact.config, "encode"):
-        report = evaluate_codec(artifact, reference, out, loaded, count, batch_size)
+    if hasattr(kind, "encode"):
+        report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.altered(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
-        report = evaluate_family(pipeline, artifact, reference, out, loaded, count, batch_size, seed, chosen, judge)
+        assert pipeline.source
+        report = evaluate_family(
+            pipeline, pipeline.source, reference, out, loaded, count, batch_size, seed, chosen, judge
+        )
     report.save(out / "report.json")
     console.print(report.table())
     console.print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")

@@ -1,4 +1,4 @@
-"""One file of weights, whatever its ending: safetensors, or what `torch.save` wrote."""
+"""One file of weights, whatever its ending: safetensors, or what `torch.save` wrote; and safetensors written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -77,6 +78,8 @@ class SafeTensors(Lazy):
         whole = 8 + length + max((end for *_, end in spans.values()), default=0)
         if size < whole:
             raise ValueError(f"{path}: cut short: {size} of {whole} bytes; fetch it again")
+        self.path, self.offsets = path, {name: 8 + length + start for name, (_, _, start, _) in spans.items()}
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         readers: dict[str, Callable[[], Any]] = {}
         for name, (kind, shape, start, end) in spans.items():
             if kind not in DTYPES:
@@ -84,8 +87,48 @@ class SafeTensors(Lazy):
             dtype = np.dtype(DTYPES[kind])
             if end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{path}: damaged: {name} has {end - start} bytes for {kind} of shape {shape}")
+            self.shapes[name] = jax.ShapeDtypeStruct(shape, dtype)
             readers[name] = partial(_read, path, dtype, shape, 8 + length + start, end - start)
         super().__init__(readers)
+
+    def part(self, name: str, index: Any) -> np.ndarray:
+        """`self[name][index]`, of which nothing else is read."""
+        shape, dtype = self.shapes[name].shape, self.shapes[name].dtype
+        if math.prod(shape) == 0:
+            return self[name][index]
+        return np.array(np.memmap(self.path, dtype, "r", self.offsets[name], shape)[index])
+
+
+Use = Callable[[str, Any], Any]
+"""Called with the name of an array and the array."""
+
+
+def write(path: str | os.PathLike, shapes: Mapping[str, Any], fill: Callable[[Use], Any], about: str) -> Any:
+    """A safetensors file of arrays of these shapes and dtypes, whose bytes come one array after the other: `fill(put)`
+    calls `put(name, array)` for each, in any order, and again for one that is to be written anew. Returns what `fill`
+    does. about: the program that writes the file. Errors: ValueError for a dtype that the format does not know.
+    """
+    kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": about}}
+    offsets, at = {}, 0
+    # The larger numbers first, so that each array begins at a multiple of their size.
+    for name, x in sorted(shapes.items(), key=lambda item: (-np.dtype(item[1].dtype).itemsize, item[0])):
+        if np.dtype(x.dtype) not in kinds:
+            raise ValueError(f"{path}: {name}: safetensors files hold no numbers of kind {x.dtype}")
+        size = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+        header[name] = {"dtype": kinds[np.dtype(x.dtype)], "shape": list(x.shape), "data_offsets": [at, at + size]}
+        offsets[name], at = at, at + size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+        def put(name: str, x: Any) -> None:
+            file.seek(8 + len(text) + offsets[name])
+            file.write(np.ascontiguousarray(np.asarray(x, shapes[name].dtype)).reshape(-1).view(np.uint8))
+
+        return fill(put)
 
 
 def content(path: str | os.PathLike) -> Any:

@@ -68,8 +68,9 @@ class FewRows(nnx.Module):
     def __init__(self, w: nnx.Variable | Int8, b: nnx.Variable | None, dtype: Any, out: Any = None):
         values = w.q if isinstance(w, Int8) else w
         self.axes = stationary_axes(values)
-        values = values[...] if isinstance(w, Int8) else values[...].astype(dtype)
-        self.w = nnx.Variable(values.T if self.axes is None else at_rest(values, self.axes))
+        cast = (lambda x: x) if isinstance(w, Int8) else lambda x: x.astype(dtype)
+        turned = self.axes is None
+        self.w = nnx.Variable(cast(values[...].T) if turned else at_rest(cast(values[...]), self.axes))
         self.scale = nnx.Variable(w.scale[...]) if isinstance(w, Int8) else None
         self.b = None if b is None else nnx.Variable(b[...].astype(out or dtype))
         self.out = out

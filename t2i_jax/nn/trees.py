@@ -39,6 +39,13 @@ def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], so
     """
     abstract = jax.eval_shape(build, jax.random.key(0))
     wanted = named(abstract)
+    check_fits(wanted, arrays, source)
+    fill = lambda k, v: jax.tree.map(lambda leaf: jnp.asarray(arrays[k], leaf.dtype), v)
+    return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
+
+
+def check_fits(wanted: Named, arrays: Mapping[str, Any], source: str) -> None:
+    """Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape."""
     wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
     wrong += [
         f"{k}: {arrays[k].shape} in the file, {v.shape} in the model"
@@ -48,8 +55,6 @@ def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], so
     if wrong:
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join([*wrong[:8], *more]))
-    fill = lambda k, v: jax.tree.map(lambda leaf: jnp.asarray(arrays[k], leaf.dtype), v)
-    return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
 
 
 def abstract(config: Any) -> Any:

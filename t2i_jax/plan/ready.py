@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import DataError
-from t2i_jax.parallel import batch_sharding
+from t2i_jax.parallel import RULES, batch_sharding, fit
 from t2i_jax.plan.chips import Topology
 from t2i_jax.platform import tpu_compiler_alone
 from t2i_jax.training.experiment import Experiment
@@ -116,26 +118,47 @@ class Ready:
         with jax.set_mesh(self.mesh):
             return self.trainer.step.lower(self.trainer.target, self.trainer.frozen, self.batch)
 
+    def condition(self) -> Batch:
+        """What the sampler is asked for, a row for each image of a batch."""
+        family, trainer, sharding = self.trainer.experiment.model, self.trainer, batch_sharding(self.mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch, key)
+        reads = family.condition.batch_spec().keys() & ready.keys()
+        return {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
+
     def lower_sample(self) -> Any:
         """The sampler with its own options, on the state's parameters, lowered for the mesh."""
         family, trainer = self.trainer.experiment.model, self.trainer
         if not hasattr(family, "sample"):
             raise ConfigError(f"--sample: a {type(family).__name__} has no sampler")
         size = self.trainer.experiment.data.batch_size
-        sharding = batch_sharding(self.mesh)
         with jax.set_mesh(self.mesh):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-            keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=sharding)
-            options = jax.eval_shape(lambda: family.options().arrays())
-            key = jax.eval_shape(lambda: jax.random.key(0))
-            ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch, key)
-            reads = family.condition.batch_spec().keys() & ready.keys()
-            condition = {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
+            keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(self.mesh))
+            options, condition = jax.eval_shape(lambda: family.options().arrays()), self.condition()
 
             def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:
                 return family.sample(trainer.model(state), condition, keys, options)
 
             return jax.jit(sample).lower(trainer.target, condition, keys, options)
+
+    def cache(self) -> float:
+        """Bytes of keys and values that a chip holds at the last token; 0 for families that keep none for `decode`."""
+        family, sizes = self.trainer.experiment.model, dict(self.mesh.shape)
+        if not hasattr(family, "prefill"):
+            return 0.0
+        branches = 2 if family.condition_dropout else 1
+
+        def read(state: Any, condition: Batch) -> Any:
+            condition = jax.tree.map(lambda x: jnp.repeat(x, branches, 0), condition)
+            dropped = jnp.zeros(branches * self.trainer.experiment.data.batch_size, bool)
+            return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(family.length).caches
+
+        with jax.set_mesh(self.mesh):
+            caches = jax.eval_shape(read, self.trainer.target, self.condition())
+        split = lambda x: NamedSharding(self.mesh, fit(P(RULES["batch"], RULES["heads"]), x.shape, sizes))
+        part = lambda x: math.prod(split(x).shard_shape(x.shape) if x.ndim > 1 else x.shape) * x.dtype.itemsize
+        return float(sum(map(part, jax.tree.leaves(caches))))
 
 
 def ready(experiment: Experiment, batch: Batch, mesh: Mesh) -> Ready:

@@ -43,6 +43,8 @@ class Plan:
     mfu: float
     chips: int
     peak_flops: float
+    cache: float = 0.0
+    """keys and values of a sampler at the last token; among its temporaries"""
     steps_per_second: float = 0.0
     images: float = 0.0
     hours: float = 0.0
@@ -102,11 +104,11 @@ def table(plan: Plan) -> Table:
     """One plan, a line a quantity."""
     out = Table("per chip", "", title=f"{plan.what} on {plan.topology}, {mesh_name(plan.mesh)}, batch {plan.batch}")
     share = lambda n: f"{size(n)}  ({n / plan.capacity:.0%} of {size(plan.capacity)})"
+    training = {"optimiser state": size(plan.optimizer), "all state": share(plan.state)}
     rows = {
         "parameters": size(plan.parameters),
-        "optimiser state": size(plan.optimizer),
-        "all state": share(plan.state),
-        "activations and other temporaries": size(plan.temporaries),
+        **({"keys and values": size(plan.cache)} if plan.what == "sampler" else training),
+        "activations and other temporaries": size(max(plan.temporaries - plan.cache, 0.0)),
         "peak HBM": share(plan.peak) + ("" if plan.fits else "  DOES NOT FIT"),
         "FLOPs": f"{plan.flops:.4g}  (without recomputation {plan.model_flops:.4g})",
         "HBM traffic": size(plan.bytes),

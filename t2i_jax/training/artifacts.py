@@ -12,19 +12,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from jax import Array
+from jax.sharding import Mesh, Sharding
 
 from t2i_jax.config import ConfigError, read_stored, to_json
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.interop import tensorfile
-from t2i_jax.nn.trees import assemble, named
-from t2i_jax.training.checkpoints import CheckpointError, Checkpoints
+from t2i_jax.nn.trees import abstract, assemble, check_fits, named
+from t2i_jax.parallel import shardings
+from t2i_jax.training.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.training.remote import fetched, place
 
 BESIDE = {"path": "vocabulary", "vocabulary": "vocabulary", "folder": "text"}
@@ -57,20 +60,43 @@ def on_host() -> Iterator[None]:
         yield
 
 
-def load_artifact(folder: str | Path, host: bool = False) -> Artifact:
+def load_artifact(folder: str | Path, host: bool = False, mesh: Mesh | None = None) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
     `folder` may lie in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for
-    someone who spreads them over devices.
+    someone who spreads them over devices. mesh: read each part of them onto the devices that hold it there; a call of
+    all its processes, of which none reads more than its own.
 
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
     """
     with on_host() if host else contextlib.nullcontext():
-        return _loaded(place(folder))
+        there = opened(folder)
+        layout: dict[str, Any] = dict.fromkeys(named(there.artifact.model), on_cpu())
+        use: Callable[[str, Array], Any] = lambda _, x: np.asarray(x)
+        if mesh is not None:
+            layout = {k: v.get_value() for k, v in named(shardings(there.artifact.model, mesh)).items()}
+            use = lambda _, x: jax.block_until_ready(x)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            step, arrays = there.read(layout, use)
+        model = assign(there.artifact.config, arrays, there.source)
+        return dataclasses.replace(there.artifact, model=model, step=step)
 
 
-def _loaded(where: Any) -> Artifact:
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model in a folder whose weights are not read yet: `artifact.model` holds shapes."""
+
+    artifact: Artifact
+    source: Any
+    """where the weights lie"""
+    read: Callable[[Mapping[str, Sharding], Callable[[str, Array], Any]], tuple[int, dict[str, Any]]]
+    """From the shardings of all weights by name, and what is to become of each, to the step and what became of them."""
+
+
+def opened(where: str | Path) -> Opened:
+    """What `load_artifact` reads. Errors: as there."""
+    where = place(where)
     folder = fetched(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
@@ -80,18 +106,57 @@ def _loaded(where: Any) -> Artifact:
     if weights.exists():
         content = released(folder)
         try:
-            arrays = dict(tensorfile.content(weights))
+            arrays = tensorfile.content(weights)
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         codec = str(folder / content["codec"]) if content.get("codec") else ""
-        text = relocated(content.get("text"), folder)
-        model = assign(content["model"], arrays, weights)
-        return Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
+        text, model = relocated(content.get("text"), folder), abstract(content["model"])
+        made = Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
+        return Opened(made, weights, lambda lay, use: (made.step, from_file(arrays, weights, model, lay, use)))
     experiment = stored(folder)
-    step, arrays = run_weights(where)
-    model = assign(experiment.model, arrays, where / "checkpoints")
-    text = relocated(experiment.text, folder)
-    return Artifact(experiment.model, model, text, found(experiment.codec, folder), step, experiment.data.image_size)
+    text, model = relocated(experiment.text, folder), abstract(experiment.model)
+    codec = found(experiment.codec, folder)
+    made = Artifact(experiment.model, model, text, codec, 0, experiment.data.image_size)
+    return Opened(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
+
+
+def from_run(
+    folder: Any, model: Any, layout: Mapping[str, Sharding], use: Callable[[str, Array], Any]
+) -> tuple[int, dict[str, Any]]:
+    """The step and the weights of the newest sound checkpoint of a run, laid as told, through `use`."""
+
+    def lay(source: Any, shapes: dict[str, Any]) -> Mapping[str, Sharding]:
+        try:
+            check_fits(named(model), shapes, str(source))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        return layout
+
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        return checkpoints.weights(lay, use)
+
+
+def from_file(
+    arrays: Mapping[str, Any],
+    source: Path,
+    model: Any,
+    layout: Mapping[str, Sharding],
+    use: Callable[[str, Array], Any],
+) -> dict[str, Any]:
+    """The weights of a released model, laid as told, through `use`: of each a device's part at a time."""
+    wanted = named(model)
+    try:
+        lazy = isinstance(arrays, tensorfile.SafeTensors)
+        check_fits(wanted, arrays.shapes if lazy else arrays, str(source))
+        made = {}
+        for name, v in wanted.items():
+            dtype = v.get_value().dtype
+            part = partial(arrays.part, name) if lazy else np.asarray(arrays[name]).__getitem__
+            cast = lambda index, part=part, dtype=dtype: np.asarray(part(index), dtype)
+            made[name] = use(name, jax.make_array_from_callback(v.shape, layout[name], cast))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    return made
 
 
 def config_of(folder: str | Path) -> Any:
@@ -118,12 +183,9 @@ def stored(folder: Path) -> Any:
 
 
 def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:
-    """The step and the weights (averaged where there is an average) of a run's newest checkpoint."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    arrays = checkpoints.arrays("")
-    checkpoints.close()
-    part = lambda prefix: {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    return int(arrays["step"]), part("params/") | part("carried/") | part("ema/")
+    """The step and the weights (averaged where there is an average) of a run's newest checkpoint, on the host."""
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        return checkpoints.weights(lambda _, shapes: dict.fromkeys(shapes, on_cpu()), lambda _, x: np.asarray(x))
 
 
 def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
@@ -136,13 +198,48 @@ def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
 
 def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     """Write a released model; the folder appears whole or not at all, and none is overwritten."""
+    weights = named(artifact.model)
+
+    def fill(put: tensorfile.Use) -> int:
+        for name, v in weights.items():
+            put(name, v[...])
+        return artifact.step
+
+    _save(artifact, fill, folder, lambda _: card)
+
+
+def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifact], str]) -> None:
+    """Write the model of a run, or a released one, as a released model, one weight after the other: no more of them
+    than the largest is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
+
+    Errors: as `load_artifact` and `save_artifact`.
+    """
+    there = opened(source)
+    layout = dict.fromkeys(named(there.artifact.model), on_cpu())
+    _save(there.artifact, lambda put: there.read(layout, put)[0], folder, card)
+
+
+def _save(
+    artifact: Artifact, fill: Callable[[tensorfile.Use], int], folder: str | Path, card: Callable[[Artifact], str]
+) -> None:
+    """Write a released model whose weights are written by `fill`, which says of what step they are."""
     folder = Path(folder)
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as scratch:
         temporary = Path(scratch, "model")
         temporary.mkdir()
-        _write_artifact(artifact, temporary, card)
+        shapes = {k: v.get_value() for k, v in named(artifact.model).items()}
+        step = tensorfile.write(temporary / "model.safetensors", shapes, fill, "t2i_jax")
+        artifact = dataclasses.replace(artifact, step=step)
+        text = bundled(artifact.text, temporary, whole=True)
+        config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
+        config |= {"step": artifact.step, "image_size": artifact.image_size}
+        (temporary / "config.json").write_text(json.dumps({k: to_json(v) for k, v in config.items()}, indent=2))
+        (temporary / "README.md").write_text(card(artifact))
+        if artifact.codec:
+            about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
+            copy_artifact(artifact.codec, temporary / "codec", about)
         os.replace(temporary, folder)
 
 
@@ -151,19 +248,6 @@ def check_new(folder: str | Path) -> None:
     if os.path.lexists(folder):
         raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
     check_parent(Path(folder))
-
-
-def _write_artifact(artifact: Artifact, temporary: Path, card: str) -> None:
-    text = bundled(artifact.text, temporary, whole=True)
-    config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
-    config |= {"step": artifact.step, "image_size": artifact.image_size}
-    (temporary / "config.json").write_text(json.dumps({k: to_json(v) for k, v in config.items()}, indent=2))
-    arrays = {k: np.asarray(v[...]) for k, v in named(artifact.model).items()}
-    save_file(arrays, temporary / "model.safetensors", metadata={"format": "t2i_jax"})
-    (temporary / "README.md").write_text(card)
-    if artifact.codec:
-        codec = load_artifact(artifact.codec)
-        save_artifact(codec, temporary / "codec", f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n")
 
 
 def bundled(text: Any, folder: Path, whole: bool = False) -> Any:

@@ -9,7 +9,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.memory import return_freed
 from t2i_jax.parallel import agreed
 from t2i_jax.training.checksums import checksums
 from t2i_jax.training.remote import place
 from t2i_jax.training.state import TrainState
 
 console = Console(stderr=True)
+
+HELD = 2**27
+"""Bytes of weights that are read at a time."""
+Lay = Callable[[Any, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
 class CheckpointError(RuntimeError):
@@ -233,21 +238,68 @@ class Checkpoints:
 
     def arrays(self, prefix: str, step: int | None = None) -> dict[str, np.ndarray]:
         """The arrays whose names begin with `prefix` (`ema/`, say) of the newest sound checkpoint, on the host."""
-        host, failures = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), []
-        for each in [step] if step is not None else reversed(self.steps()):
+        choose = lambda saved: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
+        return self._newest(
+            choose, lambda _, shapes: dict.fromkeys(shapes, on_cpu()), lambda _, x: np.asarray(x), step
+        )[1]
+
+    def weights(self, lay: Lay, use: Callable[[str, jax.Array], Any]) -> tuple[int, dict[str, Any]]:
+        """The step of the newest sound checkpoint, and its weights by their names in the model: the average where there
+        is one, else the parameters. Nothing else is read.
+
+        lay: from the folder and the shapes of all weights to their shardings, before any is read. use: what becomes of
+        each weight once it is read and found sound; no more than `HELD` bytes, or one weight, are held until then.
+        """
+        part = lambda saved, prefix: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
+        choose = lambda saved: part(saved, "params/") | part(saved, "carried/") | part(saved, "ema/")
+        return self._newest(choose, lay, use)
+
+    def _newest(
+        self,
+        choose: Callable[[Mapping[str, Any]], dict[str, str]],
+        lay: Lay,
+        use: Callable[[str, jax.Array], Any],
+        only: int | None = None,
+    ) -> tuple[int, dict[str, Any]]:
+        """The newest sound checkpoint and what `use` makes of its arrays; choose: from all names to those wanted."""
+        failures = []
+        for step in [only] if only is not None else reversed(self.steps()):
+            made: dict[str, Any] = {}
+            error, meta, chosen, wanted = None, {}, {}, {}
             try:
-                meta = self._meta(each)
+                meta = self._meta(step)
+                chosen = choose(meta["arrays"])
+                shapes = {k: jax.ShapeDtypeStruct(tuple(s), d) for k, (s, d) in meta["arrays"].items()}
+                layout = lay(self.folder, {k: shapes[name] for k, name in chosen.items()})
                 wanted = {
-                    k: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=host)
-                    for k, (shape, dtype) in meta["arrays"].items()
+                    k: jax.ShapeDtypeStruct(shapes[n].shape, shapes[n].dtype, sharding=layout[k])
+                    for k, n in chosen.items()
                 }
-                # On the host, whatever mesh is set: a codec is read while that of a model is.
-                found = {k: np.asarray(v) for k, v in self._arrays(each, wanted).items()}
-                self._verify(meta, found)
-            except Exception as error:  # whatever a damaged file makes of the reader
-                failures.append(self._passed_over(each, error))
-            else:
-                return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+            except CheckpointError:
+                raise
+            except Exception as failure:  # whatever a damaged file makes of the reader
+                error = failure
+            alone = all(x.sharding.is_fully_addressable for x in wanted.values())
+            for group in groups(wanted):
+                found = {}
+                try:
+                    if error is None:
+                        found = self._arrays(step, {chosen[k]: wanted[k] for k in group}, part=True)
+                except Exception as failure:
+                    error = failure
+                if not (error is None if alone else agreed(error is None)):
+                    break
+                try:
+                    self._verify(meta, found)
+                except Damaged as failure:
+                    error = failure
+                    break
+                for name in group:
+                    made[name] = use(name, found.pop(chosen[name]))
+                return_freed()  # the reader's buffers are as large as what it read
+            if error is None and len(made) == len(wanted):
+                return step, made
+            failures.append(self._passed_over(step, error))
         raise CheckpointError("\n  ".join([f"{self.folder}: there is no checkpoint that can be read", *failures]))
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -258,8 +310,13 @@ class Checkpoints:
             raise Damaged("its description is not what was written")
         return meta
 
-    def _arrays(self, step: int, target: dict[str, Any]) -> dict[str, jax.Array]:
-        arrays = self._read(step, "state", ocp.args.StandardRestore(target))
+    def _arrays(self, step: int, target: dict[str, Any], part: bool = False) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint as `target` has them; part: it has not all of them."""
+        whole = ocp.args.StandardRestore(target)
+        some = ocp.args.PyTreeRestore(
+            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+        )
+        arrays = self._read(step, "state", some if part else whole)
         for name, x in arrays.items():
             wanted = target[name]
             if (x.shape, x.dtype) != (wanted.shape, wanted.dtype):
@@ -377,6 +434,28 @@ def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str,
         return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
 
     return {k: one(k, x) for k, x in arrays.items()}
+
+
+def on_cpu() -> jax.sharding.Sharding:
+    """The memory of this machine; where JAX_PLATFORMS leaves the CPU out, the first device."""
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    """Names of arrays to read at a time: no more than `HELD` bytes of this process, or one array."""
+    group, held = [], 0
+    for name, x in wanted.items():
+        assert x.sharding is not None
+        size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
+        if group and held + size > HELD:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
 
 
 def crc32(meta: dict[str, Any]) -> int:

@@ -1,0 +1,50 @@
+"""A process that loads a model holds its own share of the averaged weights, and hardly more while it reads them."""
+
+import json
+import re
+from pathlib import Path
+
+import loading_memory
+import pytest
+from processes import outputs, started
+
+SCRIPT = str(Path(__file__).parent / "loading_memory.py")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of 96 MiB of weights, and a small one."""
+    room = tmp_path_factory.mktemp("models")
+    loading_memory.make(room / "small", 1)
+    loading_memory.make(room / "run", 96)
+    return room
+
+
+def load(folder, action="load", mesh=(1, 1, 1), devices=1, held=8 * MIB, count=1):
+    """What each process says."""
+    processes = started([SCRIPT, folder, action, list(mesh), held], count, devices)
+    return [json.loads(re.findall(r"^\{.*\}$", text, re.M)[-1]) for text in outputs(processes)]
+
+
+def test_a_run_is_read_onto_the_mesh_and_then_released_within_its_share(folder):
+    (loaded,) = load(folder / "run", mesh=(1, 4, 2), devices=8)
+    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 48 * MIB, loaded
+    (released,) = load(folder / "run", "release")
+    assert released["peak"] < 3 * released["share"] + 32 * MIB < 80 * MIB, released
+    (loaded,) = load(folder / "released", mesh=(1, 4, 2), devices=8)
+    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 48 * MIB, loaded
+
+
+@pytest.mark.slow
+def test_each_of_several_processes_reads_its_own_share(folder):
+    for result in load(folder / "run", mesh=(1, 2, 1), count=2):
+        assert 45 * MIB < result["share"] < 51 * MIB and result["peak"] < 1.3 * result["share"] + 48 * MIB, result
+
+
+@pytest.mark.slow
+def test_a_share_of_a_gibibyte(tmp_path):
+    loading_memory.make(tmp_path / "small", 1)
+    loading_memory.make(tmp_path / "run", 1100)
+    (result,) = load(tmp_path / "run", "sample", held=2**27)
+    assert result["share"] > 2**30 and result["peak"] < 1.3 * result["share"] + 2**30, result
