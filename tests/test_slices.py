@@ -220,10 +220,10 @@ def test_other_layouts_and_process_counts_go_on(room, run, one):
 
 @pytest.mark.slow
 def test_codes_are_those_of_one_process(room):
-    file = configured(room, "encode", (4, 4, 1))
-    arguments = ["encode", file, "--splits", "train", "--batch-size", "8", "--block", "16"]
-    on_slice("v5e:4x4 4,4,1", *arguments, "--out", room / "codes")
-    on_slice("", *arguments, "--out", room / "codes-one", processes=1)
+    for name, layout, mesh, processes in (("codes", "v5e:4x4 4,4,1", (4, 4, 1), 4), ("codes-one", "", (1, 1, 1), 1)):
+        file = configured(room, f"encode-{name}", mesh)
+        arguments = ["encode", file, "--splits", "train", "--batch-size", "8", "--block", "16", "--out", room / name]
+        on_slice(layout, *arguments, processes=processes)
     found, wanted = (ArrayRecord(str(room / name)).open() for name in ("codes", "codes-one"))
     assert len(found) == len(wanted) == 96
     for i in range(96):
