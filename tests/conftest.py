@@ -25,3 +25,12 @@ def logs():
     logging.getLogger("absl").setLevel(ABSL)  # a fixture of a module may have called it too
     yield
     logging.getLogger("absl").setLevel(ABSL)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """Compiled programs live as long as their process: those of all tests would take gigabytes."""
+    yield
+    import jax  # after the flags above
+
+    jax.clear_caches()

@@ -6,6 +6,7 @@ T2I_FUZZ_SEED chooses others; a failure prints the seed and the command line.
 
 import contextlib
 import io
+import itertools
 import os
 import secrets
 import shlex
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import jax
 import numpy as np
 import pytest
 from fuzzing import BASE, CONFIGURED, LEAVES, W, World, flags
@@ -34,6 +36,7 @@ def world(tmp_path_factory):
 def tried(world: World, count: int, inputs: st.SearchStrategy[list[str]]) -> None:
     """`count` inputs; the first that is taken wrongly is told, and what is wrong with it."""
     number = int(os.environ.get("T2I_FUZZ_SEED", 0 if count < 100 else secrets.randbelow(2**32)))
+    calls = itertools.count(1)
 
     @seed(number)
     @settings(
@@ -48,6 +51,8 @@ def tried(world: World, count: int, inputs: st.SearchStrategy[list[str]]) -> Non
     @given(inputs)
     def one(case: list[str] | tuple[list[str], dict[str, bytes]]) -> None:
         argv, files = case if isinstance(case, tuple) else (case, {})
+        if next(calls) % 100 == 0:
+            jax.clear_caches()  # each input may compile programs of its own
         if fault := world.fault(argv, files):
             told = f"T2I_FUZZ_SEED={number}: t2i {shlex.join(argv)}\n{argv!r}\n{files!r}"
             pytest.fail(f"{told}\n{fault}", pytrace=False)

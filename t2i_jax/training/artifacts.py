@@ -91,7 +91,7 @@ def _loaded(where: Any) -> Artifact:
     step, arrays = run_weights(where)
     model = assign(experiment.model, arrays, where / "checkpoints")
     text = relocated(experiment.text, folder)
-    return Artifact(experiment.model, model, text, experiment.codec, step, experiment.data.image_size)
+    return Artifact(experiment.model, model, text, found(experiment.codec, folder), step, experiment.data.image_size)
 
 
 def config_of(folder: str | Path) -> Any:
@@ -186,10 +186,18 @@ def relocated(text: Any, folder: Path) -> Any:
 
     def find(kind: str, part: str, value: str) -> str:
         names = (part + kind, part + kind + Path(value).suffix)
-        gone = str(folder / value) if value in names and not Path(value).exists() else value
+        gone = str(folder / value) if value in names and not Path(value).exists() else found(value, folder)
         return next((str(folder / name) for name in names if (folder / name).exists()), gone)
 
     return with_files(text, find)
+
+
+def found(path: str, run: Path) -> str:
+    """A path of a run's config, which may be relative to where training ran: from here, or else from the nearest of the
+    folders that hold the run; as it is where it is nowhere."""
+    if not path or "://" in path or os.path.exists(path):
+        return path
+    return next((str(p / path) for p in run.resolve().parents if (p / path).exists()), path)
 
 
 def with_files(text: Any, change: Callable[[str, str, str], str], part: str = "") -> Any:
