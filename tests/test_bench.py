@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from t2i_jax import bench, flops, platform
-from t2i_jax.bench import data, drawing, measure
+from t2i_jax.bench import check, data, drawing, measure
 from t2i_jax.bench.sample import decode_bound
 from t2i_jax.bench.train import FEW, on_mesh
 from t2i_jax.config import ConfigError
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.heads import Diffusion, Softmax
 from t2i_jax.parallel import MeshConfig
+from t2i_jax.plan.chips import CHIPS, chip_of
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +120,7 @@ def test_the_train_step_of_several_processes_is_measured_together(tmp_path):
         env = os.environ | {"PORT": str(free.getsockname()[1])}
     words = ["bench", "train", str(tmp_path / "config.py"), "--encoded", "--repeats", "1", "--mesh.fsdp", "4"]
     command = [launcher, "2", "2", sys.executable, "-m", "t2i_jax.cli", *words, "--out", str(tmp_path / "out.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images / s") == 1 and "4 devices" in " ".join(done.stdout.split())
     assert json.loads((tmp_path / "out.json").read_text())["machine"]["devices"] == 4
@@ -149,6 +151,82 @@ def test_what_is_cut_is_the_head_and_nothing_of_the_network(head):
         once = 8 * 16  # of z, which is the same at all steps
         products = once + 5 * (sum(int(np.prod(s)) for s in matrices) - once)
     assert count(family) - count(drawing.without_head(family)) == 2 * rows * tokens * products
+
+
+def checked(words: list[str], tmp_path: Path) -> tuple[int, dict[str, dict]]:
+    """The status of a check, and its results by name."""
+    status = 0
+    try:
+        bench.main(
+            ["check", "--tiny", "--repeats", "1", "--train-batch", "4", *words, "--out", str(tmp_path / "c.json")]
+        )
+    except SystemExit as stop:
+        status = stop.code
+    return status, {r["name"]: r for r in json.loads((tmp_path / "c.json").read_text())["results"]}  # pyright: ignore
+
+
+def test_a_check_has_goals_figures_and_verdicts(tmp_path, monkeypatch):
+    errors = iter([0.001] * 4 + [0.02])
+    monkeypatch.setattr(check, "kernel_error", lambda *_: next(errors))
+    status, found = checked(["--batches", "1"], tmp_path)
+    kernels = [r for name, r in found.items() if name.startswith("splash")]
+    assert status == 1 and [r["passed"] for r in kernels] == [True] * 4 + [False]
+    train, decode = found["train"], found["decode, batch 1"]
+    # No data sheet of a CPU is known: nothing is claimed.
+    assert (train["passed"], train["figure"], train["goal"]) == (None, None, 0.55) and train["model_flops"] > 0
+    assert decode["passed"] is None and decode["goal"] == 0.6 and decode["seconds"] > 0
+    assert {r["goal"] for r in kernels} == {0.01}
+
+
+@pytest.mark.parametrize(("products", "memory", "seconds"), [(4.0, 1.0, 5.0), (1.0, 4.0, 10.0), (1.0, 0.5, 0.9)])
+def test_a_check_of_decoding_looks_at_the_limit_that_binds(monkeypatch, products, memory, seconds):
+    """A chip of which it is known how long products and traffic take, and a decoder that takes so many seconds."""
+    monkeypatch.setattr(check, "bench_sample", lambda *_, **__: {"seconds": seconds})
+    bound = lambda model, rows, flops, bandwidth: memory if flops == np.inf else products
+    monkeypatch.setattr(check, "decode_bound", bound)
+    chip = chip_of("NVIDIA H100 80GB HBM3")
+    many, alone = (check.decode_check(check.TINY, batch, 1, chip) for batch in (8, 1))
+    assert many["figure"] == max(products, memory) / seconds and many["passed"] == (many["figure"] >= 0.5)
+    assert many["binds"] == ("bandwidth" if memory > products else "the peak in products")
+    assert (
+        alone["figure"] == memory / seconds
+        and alone["binds"] == "bandwidth"
+        and alone["passed"] == (alone["figure"] >= 0.6)
+    )
+
+
+def test_chips_are_known_by_the_names_of_their_devices():
+    names = {
+        "NVIDIA H200": "h200",
+        "NVIDIA GB200": "gb200",
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v6 lite": "v6e",
+    }
+    assert {kind: chip.name for kind in names if (chip := chip_of(kind))} == names and chip_of("cpu") is None
+    assert {flops.peak(SimpleNamespace(device_kind=c.kind)) for c in CHIPS.values()} == {
+        c.flops for c in CHIPS.values()
+    }
+
+
+def test_a_check_of_a_kernel_sees_what_is_wrong(monkeypatch):
+    """Attention written out in bfloat16 stands in for a kernel; one that forgets its mask is seen."""
+    for rule in check.rules(40).values():
+        assert 0 < check.kernel_error("plain", rule, (2, 1, 16), 40) < 0.01
+    monkeypatch.setattr(check, "attend", lambda q, k, v, *_, **__: attend(q, k, v, None, kind="plain"))
+    assert check.kernel_error("plain", check.rules(40)["causal"], (2, 1, 16), 40) > 0.1
+
+
+def test_a_check_ends_in_time_and_says_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "kernel_error", lambda *_: 0.0)
+    status, found = checked(["--batches", "1", "--seconds", "1e-9"], tmp_path)
+    assert status == 1 and {r["error"] for r in found.values() if not r["passed"]} == {"there was no time left for it"}
+
+
+@pytest.mark.slow
+def test_a_check_in_small_runs_its_kernels(tmp_path):
+    status, found = checked(["--batches", "1", "2"], tmp_path)
+    assert status == 0 and {r["passed"] for r in found.values()} == {True, None} and len(found) == 5 + 1 + 2
 
 
 def test_what_is_of_a_shape_is_not_of_a_config(tmp_path):

@@ -42,7 +42,7 @@ def test_linter_is_content():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["gpu_box.sh", "tpu_pod.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize("script", ["gpu_box.sh", "gpu_check.sh", "tpu_pod.sh", "gke.sh", "slurm.sh"])
 def test_help_tells_how_to_call(script):
     done = run(script, "--help")
     assert done.returncode == 0 and f"launch/{script} [--dry-run]" in done.stdout
@@ -51,6 +51,12 @@ def test_help_tells_how_to_call(script):
 
 def test_one_box_runs_the_command_as_it_is():
     assert dry("gpu_box.sh", *COMMAND).split("\n")[0] == "t2i train configs/a\\ b.py "
+
+
+def test_the_check_of_a_gpu_is_one_command_with_a_limit():
+    words = shlex.split(dry("gpu_check.sh", "check.json", "--repeats", "5"))
+    assert words[-7:] == ["t2i", "bench", "check", "--out", "check.json", "--repeats", "5"]
+    assert words[0] == "timeout" and int(words[3]) <= 480
 
 
 @pytest.mark.parametrize(("fails", "status", "times"), [(0, 0, 1), (2, 2, 1), (1, 1, 3)])

@@ -645,6 +645,7 @@ def test_command_counts_for_gpus(config, tmp_path, capsys):
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and found["fits"] and found["flops"] > 0
     shown = capsys.readouterr().out
     assert "Nothing was compiled" in shown and "expected MFU" in shown and "assumed" in shown
+    assert "upper bound" in shown
 
 
 def test_command_counts_the_network_between_slices(config, capsys):

@@ -1,5 +1,5 @@
-"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run; and
-`t2i bench solvers`: how near solvers come to a law that is known.
+"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run;
+`t2i bench check`: speeds of an accelerator beside goals; `t2i bench solvers`: how near solvers come to a known law.
 
 Speeds and limits are measured in turns, so that whatever else the machine does slows down both, and a share of a limit
 means the same on a busy machine. Everything but `data` runs on random weights.
@@ -14,6 +14,7 @@ KINDS = {
     "train": "the train step of a config",
     "codec": "encoding and decoding pictures by the codec of a config",
     "data": "making batches from picture files and from codes, beside what chips take",
+    "check": "kernels, a train step and decoding on this accelerator, each beside its goal",
     "plan": "what a plan counts for a step, beside the step",
     "solvers": "errors of the solvers of Gaussian diffusion, where the best network is known",
 }

@@ -121,8 +121,12 @@ def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -
     console = console if console.is_terminal else Console(width=120)
     console.print(shown)
     if out:
-        device = jax.devices()[0]
-        machine = {"device": device.device_kind, "devices": jax.device_count(), "host": platform.machine()}
-        about = {"what": what, "machine": machine, "jax": jax.__version__}
-        write_json(out, {**about, "results": list(results)})
+        write(what, results, out)
         console.print(f"{out}: written", soft_wrap=True)
+
+
+def write(what: str, results: Sequence[Result], out: Path) -> None:
+    """The results as JSON, with what machine they are from."""
+    device = jax.devices()[0]
+    machine = {"device": device.device_kind, "devices": jax.device_count(), "host": platform.machine()}
+    write_json(out, {"what": what, "machine": machine, "jax": jax.__version__, "results": list(results)})

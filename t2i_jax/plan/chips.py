@@ -44,13 +44,21 @@ CHIPS = {
         # Tbit/s for 256), /v5p 50 Gbit/s a chip (200 for a machine of 4), /v6e 4 cards of 200 Gbit/s for 8 (25.6 Tbit/s
         # for 256).
         Chip("v5e", "TPU v5 lite", 16 * 2**30, 0.819e12, 45e9, axes=2, ring=16, between=25e9 / 8),
-        Chip("v5p", "TPU v5p", 95 * 2**30, 2.765e12, 90e9, axes=3, ring=4, node=4, between=25e9 / 4),
+        Chip("v5p", "TPU v5", 95 * 2**30, 2.765e12, 90e9, axes=3, ring=4, node=4, between=25e9 / 4),
         Chip("v6e", "TPU v6 lite", 32 * 2**30, 1.64e12, 90e9, axes=2, ring=16, between=100e9 / 8),
         Chip("h100", "NVIDIA H100", 80e9, 3.35e12, 450e9, network=50e9),
         Chip("h200", "NVIDIA H200", 141e9, 4.8e12, 450e9, network=50e9),
         Chip("b200", "NVIDIA B200", 180e9, 7.7e12, 900e9, network=50e9),
+        # GB200 NVL72: 13.4 TB, 576 TB/s and 130 TB/s of NVLink, both ways, of 72 that reach each other by it.
+        Chip("gb200", "NVIDIA GB200", 186e9, 8e12, 900e9, network=50e9, node=72),
     )
 }
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip that JAX calls so, or None for one that is not in the table."""
+    return next((chip for chip in CHIPS.values() if kind.startswith(chip.kind)), None)
+
 
 # What a well written program reaches of a peak; the plan's one set of guesses.
 REACHED = {"flops": 0.80, "memory": 0.85, "network": 0.80}

@@ -26,6 +26,7 @@ from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
 BETWEEN = "all-reduce between slices"
+HIDDEN = "the network is taken to hide whole behind the products: MFU is an upper bound"
 UNSCANNED = "its layers are not scanned: what they keep for the backward pass is not in the peak, which is larger"
 
 
@@ -210,7 +211,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         mfu=0.0,
         chips=n,
         peak_flops=chip.flops,
-        notes=() if depths(experiment.model) else (UNSCANNED,),
+        notes=(UNSCANNED,) * (not depths(experiment.model)) + (HIDDEN,) * (not topology.compiled),
     ).finished()
 
 

@@ -138,7 +138,16 @@ def table(plan: Plan) -> Table:
 
 def ranking(plans: Sequence[Plan], title: str) -> Table:
     """Several plans, a line each, best first."""
-    out = Table(title=title)
+    out, columns = Table(title=title), columns_of(plans)
+    for name in columns:
+        out.add_column(name)
+    for plan in plans:
+        out.add_row(*(cell(plan) for cell in columns.values()))
+    return out
+
+
+def columns_of(plans: Sequence[Plan]) -> dict[str, Callable[[Plan], str]]:
+    """What a line of each plan shows, by the names of the columns."""
     columns: dict[str, Callable[[Plan], str]] = {
         "mesh": lambda p: mesh_name(p.mesh),
         "batch": lambda p: str(p.batch),
@@ -148,26 +157,20 @@ def ranking(plans: Sequence[Plan], title: str) -> Table:
         "MFU": lambda p: f"{p.mfu:.0%}",
         "images / s": lambda p: f"{p.batch * p.steps_per_second:.3g}",
         "network": lambda p: span(p.network_seconds),
-        "between slices": lambda p: span(p.between_seconds),
+        "between slices": lambda p: span(p.between_seconds) if p.between_seconds else "",
         "by": lambda p: "compiler" if p.compile_seconds else "arithmetic",
     }
     if not any(p.between_seconds for p in plans):
         del columns["between slices"]
-    for name in columns:
-        out.add_column(name)
-    for plan in plans:
-        out.add_row(*(cell(plan) for cell in columns.values()))
-    return out
+    return columns
 
 
 def markdown(plans: Sequence[Plan]) -> str:
     """The same lines for a document."""
-    head = "| topology | mesh | batch | remat | peak HBM | time | MFU | images / s | by |\n" + "|---" * 9 + "|\n"
-    line = lambda p: (
-        f"| {p.topology} | {mesh_name(p.mesh)} | {p.batch} | {p.remat} | {size(p.peak)} ({p.peak / p.capacity:.0%}) "
-        f"| {span(p.step_seconds)} | {p.mfu:.0%} | {p.batch * p.steps_per_second:.3g} "
-        f"| {'compiler' if p.compile_seconds else 'arithmetic'} |"
-    )
+    columns = {"topology": lambda p: p.topology} | columns_of(plans)
+    del columns["network"]
+    head = f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|\n"
+    line = lambda p: f"| {' | '.join(cell(p) for cell in columns.values())} |"
     return head + "\n".join(map(line, plans)) + "\n"
 
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What this machine's first GPU does beside its goals, in at most 8 minutes: every kernel against the written-out form, a
+# train step of 0.8B, decoding of 1, 8, 64 and 256 pictures.
+#
+#   launch/gpu_check.sh [--dry-run] check.json
+#
+# The JSON has the goal, the figure and pass or fail of each; it is written anew after each check, so that what was
+# measured is there whatever happens. Status 1: a goal was missed. More words go to `t2i bench check`.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
+[ $# -ge 1 ] || usage
+out=$1
+shift
+export CUDA_VISIBLE_DEVICES=${GPUS:-0}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+run timeout --signal=INT --kill-after=10 470 t2i bench check --out "$out" "$@"
