@@ -52,11 +52,7 @@ class Artifact:
 def on_host() -> Iterator[None]:
     """Arrays that are made within lie in the memory of this machine, from where each device gets its part alone; where
     JAX_PLATFORMS leaves the CPU out they lie on the first device."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        device = None
-    with jax.default_device(device) if device else contextlib.nullcontext():
+    with jax.default_device(*on_cpu().device_set):
         yield
 
 
@@ -105,9 +101,9 @@ class Opened:
     """From the shardings of all weights by name, and what is to become of each, to the step and what became of them."""
 
 
-def opened(where: str | Path) -> Opened:
+def opened(path: str | Path) -> Opened:
     """What `load_artifact` reads. Errors: as there."""
-    where = place(where)
+    where: Any = place(path)
     folder = fetched(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
@@ -144,7 +140,8 @@ def from_run(
         return layout
 
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        return checkpoints.weights(lay, use)
+        together = any(not sharding.is_fully_addressable for sharding in layout.values())
+        return checkpoints.weights(lay, use, together)
 
 
 def from_file(
