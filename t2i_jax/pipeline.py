@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +18,10 @@ from jax import Array
 
 from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.casts import cast_first
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.decode import int8_weights
+from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import Limited, check_vocabulary, unread
@@ -82,6 +85,24 @@ def noise_of(process: Any) -> tuple[str, dict[str, Any]]:
     return type(process).__name__, {k: v for k, v in config.to_json(process).items() if k not in PATHS}
 
 
+def narrow(family: Any) -> dict[str, Any]:
+    """The dtype of weights that the sampler of a family casts to bfloat16 before it computes with them: they are cast
+    once when they are loaded, which changes no image."""
+    if not hasattr(family, "sample") or "bfloat16" not in json.dumps(config.to_json(family)):
+        return {}
+    model = abstract(family)
+    spec = {k: f for k, f in family.condition.batch_spec().items() if not f.optional}
+    condition = {k: jax.ShapeDtypeStruct((1, *(n or 1 for n in f.shape)), f.dtype) for k, f in spec.items()}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    draw = lambda model, condition, keys: family.sample(model, condition, keys, family.options())
+    try:
+        cast = cast_first(jax.make_jaxpr(draw)(model, condition, keys).jaxpr, jnp.bfloat16)
+    except ConfigError:  # it reads more than captions or classes, or its program has a form that is not known
+        return {}
+    flags = jax.tree.unflatten(jax.tree.structure(model), cast[: len(jax.tree.leaves(model))])
+    return {k: jnp.bfloat16 for k, v in named(flags).items() if v.get_value()}
+
+
 class Pipeline:
     """A family with its weights, its codec and its text side, placed on a mesh.
 
@@ -107,6 +128,8 @@ class Pipeline:
         self.parts = placed(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
+        self.folder: str | Path | None = None
+        """Where the model was loaded from."""
         self.puller: Artifact | None = None
         self._watch: Watch | None = None
         self.second: Pipeline | None = None
@@ -128,7 +151,7 @@ class Pipeline:
         """
         with refused():
             devices = mesh.build()
-        artifact = load_artifact(folder, mesh=devices)
+        artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else narrow)
         if not hasattr(artifact.config, "sample"):
             raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
         codec = load_artifact(artifact.codec, mesh=devices) if artifact.codec else None
@@ -138,6 +161,7 @@ class Pipeline:
         if int8:  # the floats are not kept
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         pipeline = cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
+        pipeline.folder = folder
         pipeline.about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         return pipeline
 
@@ -407,12 +431,14 @@ class Pipeline:
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card.
 
-        Errors: `ConfigError` for a pipeline of int8 weights.
+        The weights of a pipeline that was loaded are read from its folder again.
         """
-        if self.about.get("weights") == "int8":
-            raise ConfigError(f"{folder}: int8 weights cannot be released; load the model without int8")
-        artifact = self.source or Artifact(self.family, self.parts["model"], self.text)
-        save_artifact(artifact, folder, card(artifact, name or Path(folder).name))
+        about = lambda artifact: card(artifact, name or Path(folder).name)
+        if self.folder is not None:  # the weights here may be of another dtype
+            copy_artifact(self.folder, folder, about, self.family)
+        else:
+            artifact = Artifact(self.family, self.parts["model"], self.text)
+            save_artifact(artifact, folder, about(artifact))
 
 
 def card(artifact: Artifact, name: str) -> str:

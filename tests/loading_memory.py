@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,9 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.state import TrainState
 
 
-def family(mib: int) -> AR:
+def family(mib: int, **fields: Any) -> AR:
     """A model of about so many MiB of fp32 weights in equal layers."""
-    return AR(64, (2, 2), width=512, mlp=1536, heads=8, depth=max(mib // 13, 1), condition=Classes(8))
+    return AR(64, (2, 2), width=512, mlp=1536, heads=8, depth=max(mib // 13, 1), condition=Classes(8), **fields)
 
 
 def fill(name: str, v: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -38,9 +39,9 @@ def fill(name: str, v: jax.ShapeDtypeStruct) -> np.ndarray:
     return (0.02 * np.sin(seed + np.arange(v.size, dtype=np.float32))).reshape(v.shape)
 
 
-def make(folder: Path, mib: int) -> None:
+def make(folder: Path, mib: int, **fields: Any) -> None:
     """A run whose checkpoint holds parameters, their average and the moments of an optimiser."""
-    model = family(mib)
+    model = family(mib, **fields)
     experiment = Experiment(model, Data(ArrayRecord("/nowhere"), batch_size=8), Train(ema=0.9))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_json(experiment)))

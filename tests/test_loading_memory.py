@@ -5,8 +5,14 @@ import re
 from pathlib import Path
 
 import loading_memory
+import numpy as np
 import pytest
 from processes import outputs, started
+
+from t2i_jax.nn.trees import named
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.artifacts import load_artifact
 
 SCRIPT = str(Path(__file__).parent / "loading_memory.py")
 MIB = 2**20
@@ -34,6 +40,18 @@ def test_a_run_is_read_onto_the_mesh_and_then_released_within_its_share(folder):
     assert released["peak"] < 3 * released["share"] + 32 * MIB < 80 * MIB, released
     (loaded,) = load(folder / "released", mesh=(1, 4, 2), devices=8)
     assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 48 * MIB, loaded
+
+
+def test_a_pipeline_holds_weights_as_they_are_computed_with_and_saves_them_as_they_were(tmp_path):
+    loading_memory.make(tmp_path / "run", 1, dtype="bfloat16")
+    pipeline = Pipeline.load(tmp_path / "run", MeshConfig(1, 4, 2))
+    held = named(pipeline.parts["model"])
+    assert {str(v[...].dtype) for v in held.values()} == {"bfloat16"}
+    pipeline.save(tmp_path / "saved")
+    saved = named(load_artifact(tmp_path / "saved").model)
+    for name, v in saved.items():
+        np.testing.assert_array_equal(v[...], loading_memory.fill(name, v[...]))
+        np.testing.assert_array_equal(np.asarray(v[...].astype(held[name][...].dtype)), np.asarray(held[name][...]))
 
 
 @pytest.mark.slow

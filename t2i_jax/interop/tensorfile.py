@@ -126,7 +126,7 @@ def write(path: str | os.PathLike, shapes: Mapping[str, Any], fill: Callable[[Us
 
         def put(name: str, x: Any) -> None:
             file.seek(8 + len(text) + offsets[name])
-            file.write(np.ascontiguousarray(np.asarray(x, shapes[name].dtype)).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(np.asarray(x, shapes[name].dtype)).reshape(-1).view(np.uint8).data)
 
         return fill(put)
 

@@ -69,8 +69,8 @@ class FewRows(nnx.Module):
         values = w.q if isinstance(w, Int8) else w
         self.axes = stationary_axes(values)
         cast = (lambda x: x) if isinstance(w, Int8) else lambda x: x.astype(dtype)
-        turned = self.axes is None
-        self.w = nnx.Variable(cast(values[...].T) if turned else at_rest(cast(values[...]), self.axes))
+        axes = self.axes
+        self.w = nnx.Variable(cast(values[...].T) if axes is None else at_rest(cast(values[...]), axes))
         self.scale = nnx.Variable(w.scale[...]) if isinstance(w, Int8) else None
         self.b = None if b is None else nnx.Variable(b[...].astype(out or dtype))
         self.out = out

@@ -83,7 +83,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     work = max(sum(max(f / flops, b / bandwidth) for f, b in costs.operations), costs.bytes / bandwidth)
     behind = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
-    target = made.trainer.target
+    target = made.sampled() if sample else made.trainer.target
     notes = []
     if costs.unknown_loops:
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import DataError
 from t2i_jax.parallel import RULES, batch_sharding, fit
+from t2i_jax.pipeline import narrow
 from t2i_jax.plan.chips import Topology
 from t2i_jax.platform import tpu_compiler_alone
 from t2i_jax.training.experiment import Experiment
@@ -126,6 +127,14 @@ class Ready:
         reads = family.condition.batch_spec().keys() & ready.keys()
         return {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
 
+    def sampled(self) -> Any:
+        """The state whose model the sampler draws with: weights in the dtypes in which they are loaded."""
+        target, dtypes = self.trainer.target, narrow(self.trainer.experiment.model)
+        one = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        cast = lambda k, v: v.replace(one(v.get_value(), dtypes[k])) if k in dtypes else v
+        each = lambda weights: weights and {k: cast(k, v) for k, v in weights.items()}
+        return dataclasses.replace(target, params=each(target.params), ema=each(target.ema))
+
     def lower_sample(self) -> Any:
         """The sampler with its own options, on the state's parameters, lowered for the mesh."""
         family, trainer = self.trainer.experiment.model, self.trainer
@@ -140,7 +149,7 @@ class Ready:
             def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:
                 return family.sample(trainer.model(state), condition, keys, options)
 
-            return jax.jit(sample).lower(trainer.target, condition, keys, options)
+            return jax.jit(sample).lower(self.sampled(), condition, keys, options)
 
     def cache(self) -> float:
         """Bytes of keys and values that a chip holds at the last token; 0 for families that keep none for `decode`."""
@@ -155,7 +164,7 @@ class Ready:
             return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(family.length).caches
 
         with jax.set_mesh(self.mesh):
-            caches = jax.eval_shape(read, self.trainer.target, self.condition())
+            caches = jax.eval_shape(read, self.sampled(), self.condition())
         split = lambda x: NamedSharding(self.mesh, fit(P(RULES["batch"], RULES["heads"]), x.shape, sizes))
         part = lambda x: math.prod(split(x).shard_shape(x.shape) if x.ndim > 1 else x.shape) * x.dtype.itemsize
         return float(sum(map(part, jax.tree.leaves(caches))))

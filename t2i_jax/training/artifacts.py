@@ -25,7 +25,7 @@ from jax.sharding import Mesh, Sharding
 from t2i_jax.config import ConfigError, read_stored, to_json
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.interop import tensorfile
-from t2i_jax.nn.trees import abstract, assemble, check_fits, named
+from t2i_jax.nn.trees import abstract, assemble, check_fits, named, rebuild
 from t2i_jax.parallel import shardings
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.training.remote import fetched, place
@@ -52,20 +52,22 @@ class Artifact:
 def on_host() -> Iterator[None]:
     """Arrays that are made within lie in the memory of this machine, from where each device gets its part alone; where
     JAX_PLATFORMS leaves the CPU out they lie on the first device."""
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        device = None
-    with jax.default_device(device) if device else contextlib.nullcontext():
+    with jax.default_device(*on_cpu().device_set):
         yield
 
 
-def load_artifact(folder: str | Path, host: bool = False, mesh: Mesh | None = None) -> Artifact:
+def load_artifact(
+    folder: str | Path,
+    host: bool = False,
+    mesh: Mesh | None = None,
+    dtypes: Callable[[Any], Mapping[str, Any]] = lambda _: {},
+) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
     `folder` may lie in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for
     someone who spreads them over devices. mesh: read each part of them onto the devices that hold it there; a call of
-    all its processes, of which none reads more than its own.
+    all its processes, of which none reads more than its own. dtypes: from the configuration to the dtypes of weights
+    that are cast as soon as they lie on the mesh.
 
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
@@ -76,10 +78,15 @@ def load_artifact(folder: str | Path, host: bool = False, mesh: Mesh | None = No
         use: Callable[[str, Array], Any] = lambda _, x: np.asarray(x)
         if mesh is not None:
             layout = {k: v.get_value() for k, v in named(shardings(there.artifact.model, mesh)).items()}
-            use = lambda _, x: jax.block_until_ready(x)
+            cast = dtypes(there.artifact.config)
+            use = lambda k, x: jax.block_until_ready(x.astype(cast.get(k, x.dtype)))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             step, arrays = there.read(layout, use)
-        model = assign(there.artifact.config, arrays, there.source)
+        if mesh is None:
+            model = assign(there.artifact.config, arrays, there.source)
+        else:  # which are checked, and lie where they shall
+            weights = named(there.artifact.model)
+            model = rebuild(there.artifact.model, {k: v.replace(arrays[k]) for k, v in weights.items()})
         return dataclasses.replace(there.artifact, model=model, step=step)
 
 
@@ -94,9 +101,9 @@ class Opened:
     """From the shardings of all weights by name, and what is to become of each, to the step and what became of them."""
 
 
-def opened(where: str | Path) -> Opened:
+def opened(path: str | Path) -> Opened:
     """What `load_artifact` reads. Errors: as there."""
-    where = place(where)
+    where: Any = place(path)
     folder = fetched(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
@@ -133,7 +140,8 @@ def from_run(
         return layout
 
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        return checkpoints.weights(lay, use)
+        together = any(not sharding.is_fully_addressable for sharding in layout.values())
+        return checkpoints.weights(lay, use, together)
 
 
 def from_file(
@@ -208,15 +216,17 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     _save(artifact, fill, folder, lambda _: card)
 
 
-def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifact], str]) -> None:
+def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifact], str], config: Any = None) -> None:
     """Write the model of a run, or a released one, as a released model, one weight after the other: no more of them
     than the largest is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
+    config: another of its kind, with other fields of those that no training depends on.
 
     Errors: as `load_artifact` and `save_artifact`.
     """
     there = opened(source)
     layout = dict.fromkeys(named(there.artifact.model), on_cpu())
-    _save(there.artifact, lambda put: there.read(layout, put)[0], folder, card)
+    artifact = dataclasses.replace(there.artifact, config=config or there.artifact.config)
+    _save(artifact, lambda put: there.read(layout, put)[0], folder, card)
 
 
 def _save(

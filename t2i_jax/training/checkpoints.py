@@ -239,26 +239,29 @@ class Checkpoints:
     def arrays(self, prefix: str, step: int | None = None) -> dict[str, np.ndarray]:
         """The arrays whose names begin with `prefix` (`ema/`, say) of the newest sound checkpoint, on the host."""
         choose = lambda saved: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
-        return self._newest(
-            choose, lambda _, shapes: dict.fromkeys(shapes, on_cpu()), lambda _, x: np.asarray(x), step
-        )[1]
+        lay = lambda _, shapes: dict.fromkeys(shapes, on_cpu())
+        return self._newest(choose, lay, lambda _, x: np.asarray(x), only=step)[1]
 
-    def weights(self, lay: Lay, use: Callable[[str, jax.Array], Any]) -> tuple[int, dict[str, Any]]:
+    def weights(
+        self, lay: Lay, use: Callable[[str, jax.Array], Any], together: bool = False
+    ) -> tuple[int, dict[str, Any]]:
         """The step of the newest sound checkpoint, and its weights by their names in the model: the average where there
         is one, else the parameters. Nothing else is read.
 
         lay: from the folder and the shapes of all weights to their shardings, before any is read. use: what becomes of
         each weight once it is read and found sound; no more than `HELD` bytes, or one weight, are held until then.
+        together: the shardings are of devices of several processes, which all call this.
         """
         part = lambda saved, prefix: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
         choose = lambda saved: part(saved, "params/") | part(saved, "carried/") | part(saved, "ema/")
-        return self._newest(choose, lay, use)
+        return self._newest(choose, lay, use, together)
 
     def _newest(
         self,
         choose: Callable[[Mapping[str, Any]], dict[str, str]],
         lay: Lay,
         use: Callable[[str, jax.Array], Any],
+        together: bool = False,
         only: int | None = None,
     ) -> tuple[int, dict[str, Any]]:
         """The newest sound checkpoint and what `use` makes of its arrays; choose: from all names to those wanted."""
@@ -279,15 +282,14 @@ class Checkpoints:
                 raise
             except Exception as failure:  # whatever a damaged file makes of the reader
                 error = failure
-            alone = all(x.sharding.is_fully_addressable for x in wanted.values())
             for group in groups(wanted):
                 found = {}
                 try:
-                    if error is None:
+                    if error is None and group:
                         found = self._arrays(step, {chosen[k]: wanted[k] for k in group}, part=True)
                 except Exception as failure:
                     error = failure
-                if not (error is None if alone else agreed(error is None)):
+                if not (agreed(error is None) if together else error is None):
                     break
                 try:
                     self._verify(meta, found)

@@ -1,0 +1,70 @@
+"""Which inputs of a traced program are cast before anything is computed with them, read from its jaxpr."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.extend import core
+
+from t2i_jax.core.jaxprs import Call, Cond, Scan, While, read
+
+MOVES = {
+    "broadcast_in_dim", "copy", "dynamic_slice", "expand_dims", "gather", "optimization_barrier", "reshape", "rev",
+    "sharding_constraint", "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
+"""Primitives that only choose and move numbers of their first operand: before or after a cast is the same."""
+
+
+def cast_first(jaxpr: core.Jaxpr, dtype: Any) -> list[bool]:
+    """For each input: whether all that the program does with its numbers is to cast them to `dtype`.
+
+    What is not known counts as computed with. Errors: `UnknownForm` of `core.jaxprs.read`.
+    """
+    used = _used(jaxpr, dtype, ["else"] * len(jaxpr.outvars))
+    return [used.get(v, "unused") == "cast" for v in jaxpr.invars]
+
+
+def _used(jaxpr: core.Jaxpr, dtype: Any, results: list[str]) -> dict[Any, str]:
+    """What a program does with each of its variables: "cast" or "else"; results: what is done with those it gives."""
+    used: dict[Any, str] = {}
+
+    def note(variable: Any, how: str) -> None:
+        if not isinstance(variable, core.Literal) and how != "unused":
+            used[variable] = how if used.get(variable, how) == how else "else"
+
+    for variable, how in zip(jaxpr.outvars, results, strict=True):
+        note(variable, how)
+    for equation in reversed(jaxpr.eqns):
+        name, operands = equation.primitive.name, equation.invars
+        form = read(equation)
+        if name == "convert_element_type":
+            note(operands[0], "cast" if equation.params["new_dtype"] == dtype else "else")
+        elif name in MOVES:
+            ways = {used[v] for v in equation.outvars if v in used}
+            note(operands[0], ways.pop() if len(ways) == 1 else "else" if ways else "unused")
+            for other in operands[1:]:
+                note(other, "else")
+        elif isinstance(form, Call) and not form.kernel and len(form.body.invars) == len(operands):
+            _pass(note, operands, form.body, dtype, [used.get(v, "unused") for v in equation.outvars])
+        elif isinstance(form, Scan) and len(form.body.invars) == len(operands):
+            _pass(note, operands, form.body, dtype)
+        elif isinstance(form, Cond) and all(len(b.invars) == len(operands) - 1 for b in form.branches):
+            note(operands[0], "else")
+            for branch in form.branches:
+                _pass(note, operands[1:], branch, dtype)
+        elif isinstance(form, While):
+            count = equation.params["cond_nconsts"]
+            for operand in operands[:count]:
+                note(operand, "else")
+            _pass(note, operands[count:], form.body, dtype)
+        else:
+            for operand in operands:
+                note(operand, "else")
+    return used
+
+
+def _pass(note: Any, operands: Any, body: core.Jaxpr, dtype: Any, results: list[str] | None = None) -> None:
+    """Note for the operands of a program within what it does with them."""
+    inner = _used(body, dtype, results or ["else"] * len(body.outvars))
+    for operand, variable in zip(operands, body.invars, strict=True):
+        note(operand, inner.get(variable, "unused"))
