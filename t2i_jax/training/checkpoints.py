@@ -427,15 +427,10 @@ class Best:
         return [c.step == best for c in checkpoints]
 
 
-def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a checkpoint lacks, placed as `arrays` say: an average begins at its parameter, all else at zero."""
-
-    def one(name: str, x: Any) -> jax.Array:
-        if name.startswith("ema/"):
-            return jax.jit(jnp.copy, out_shardings=x.sharding)(found[name.replace("ema/", "params/", 1)])
-        return jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
-
-    return {k: one(k, x) for k, x in arrays.items()}
+def zeros(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    """Arrays of zeros of these shapes, placed as they say."""
+    make = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+    return {k: make(x) for k, x in arrays.items()}
 
 
 def on_cpu() -> jax.sharding.Sharding:
@@ -463,3 +458,10 @@ def groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 def crc32(meta: dict[str, Any]) -> int:
     """Of a description, however its keys are ordered."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a checkpoint lacks, placed as `arrays` say: an average begins at its parameter, all else at zero."""
+    begun = {k: found[k.replace("ema/", "params/", 1)] for k in arrays if k.startswith("ema/")}
+    copied = {k: jax.jit(jnp.copy, out_shardings=arrays[k].sharding)(x) for k, x in begun.items()}
+    return zeros({k: x for k, x in arrays.items() if k not in begun}) | copied
