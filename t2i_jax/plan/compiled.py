@@ -84,7 +84,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     behind = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.trainer.target
-    notes = []
+    notes = list(topology.notes)
     if costs.unknown_loops:
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
     if costs.unknown_kernels:
@@ -118,7 +118,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         between_seconds=between,
         step_seconds=work + exposed / REACHED["network"] + max(0.0, behind - work),
         mfu=0.0,
-        chips=mesh.size,
+        chips=mesh.size // chip.devices,
         peak_flops=chip.flops,
         notes=tuple(notes),
         **measured,
