@@ -84,7 +84,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     behind = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.trainer.target
-    notes = list(topology.notes)
+    notes = []
     if costs.unknown_loops:
         notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
     if costs.unknown_kernels:
@@ -120,7 +120,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         mfu=0.0,
         chips=mesh.size // chip.devices,
         peak_flops=chip.flops,
-        notes=tuple(notes),
+        notes=(*topology.notes, *notes),
         **measured,
     ).finished()
 
