@@ -266,6 +266,7 @@ def test_jobset_tells_processes_with_gpus_of_each_other():
     env = {e["name"]: e for e in pod_of(jobset("h100:16"))[3]["env"]}
     assert env["JAX_NUM_PROCESSES"]["value"] == "2"
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "my-run-slice-0-0.my-run:8482"
+    assert env["LD_LIBRARY_PATH"]["value"] == "/usr/local/nvidia/lib64"
     assert "job-completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert not any(e["name"].startswith("JAX") for e in pod_of(jobset("h100:8"))[3]["env"])
 
