@@ -14,3 +14,4 @@ shift
 export CUDA_VISIBLE_DEVICES=${GPUS:-0}
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 run timeout --signal=INT --kill-after=10 470 t2i bench check --out "$out" "$@"
+if [ -z "${DRY_RUN:-}" ] && grep -q '"passed": false' "$out"; then exit 1; fi

@@ -223,7 +223,9 @@ def started(name: str, hosts: Hosts, slices: int) -> dict[str, Any]:
         "JAX_NUM_PROCESSES": str(hosts.count),
         "JAX_PROCESS_ID": index,
     }
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | (several if hosts.count > 1 else {})
+    # GKE lays the driver there, where an image that is not one of CUDA's does not look.
+    about = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib64", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    return about | (several if hosts.count > 1 else {})
 
 
 def places(hosts: Hosts, machine: str, capacity: str) -> tuple[dict[str, str], list[dict[str, str]]]:

@@ -144,6 +144,7 @@ BASE: dict[tuple[str, ...], list[str]] = {
         "--shapes=1M",
         "--out=bench.json",
     ],
+    ("bench", "check"): ["--tiny", "--batches=1", "--train-batch=1", "--repeats=1", "--out=bench.json"],
     ("bench", "plan"): [CONFIG, "--encoded", "--repeats=1", "--out=bench.json"],
     ("bench", "solvers"): ["--steps=1", "--std=0.5", "--out=solvers.md"],
 }
@@ -412,6 +413,8 @@ class World:
             changes += [
                 (speed, name, lambda *asked, do=getattr(speed, name): do(*asked[:2], *(min(n, 8) for n in asked[2:])))
             ]
+        check = importlib.import_module("t2i_jax.bench.check")
+        changes += [(check, "kernel_error", lambda *_: 0.0), (check, "FULL", check.TINY)]
         changes += [(importlib.import_module("t2i_jax.core.memory"), "memory", lambda: 2**30)]
         turns = measure.in_turns
         for name in ("drawing", "train", "codec", "sample", "data"):

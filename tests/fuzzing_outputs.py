@@ -161,5 +161,5 @@ CHECKS: dict[tuple[str, ...], Any] = {
     ("data", "vocab"): vocab,
     ("data", "index"): index,
     ("bench", "solvers"): solvers,
-    **{("bench", name): bench(f"bench {name}") for name in ("sample", "train", "codec", "data", "plan")},
+    **{("bench", name): bench(f"bench {name}") for name in ("sample", "train", "codec", "data", "check", "plan")},
 }

@@ -59,6 +59,14 @@ def test_the_check_of_a_gpu_is_one_command_with_a_limit():
     assert words[0] == "timeout" and int(words[3]) <= 480
 
 
+@pytest.mark.parametrize(("verdicts", "status"), [(("true", "null"), 0), (("true", "false"), 1)])
+def test_the_check_of_a_gpu_ends_with_a_status(tmp_path, verdicts, status):
+    (tmp_path / "t2i").write_text("#!/bin/sh\n" + "".join(f"echo '\"passed\": {v}' >> $4\n" for v in verdicts))
+    (tmp_path / "t2i").chmod(0o755)
+    done = run("gpu_check.sh", str(tmp_path / "check.json"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == status, done.stderr
+
+
 @pytest.mark.parametrize(("fails", "status", "times"), [(0, 0, 1), (2, 2, 1), (1, 1, 3)])
 def test_one_box_starts_again_what_may_work_the_next_time(tmp_path, fails, status, times):
     log = tmp_path / "log"
@@ -266,6 +274,7 @@ def test_jobset_tells_processes_with_gpus_of_each_other():
     env = {e["name"]: e for e in pod_of(jobset("h100:16"))[3]["env"]}
     assert env["JAX_NUM_PROCESSES"]["value"] == "2"
     assert env["JAX_COORDINATOR_ADDRESS"]["value"] == "my-run-slice-0-0.my-run:8482"
+    assert env["LD_LIBRARY_PATH"]["value"] == "/usr/local/nvidia/lib64"
     assert "job-completion-index" in env["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert not any(e["name"].startswith("JAX") for e in pod_of(jobset("h100:8"))[3]["env"])
 

@@ -155,6 +155,28 @@ def test_what_a_program_sends_to_other_slices_is_a_collective():
         hlo.count(SENT.replace("ALL_REDUCE", "SOMETHING_NEW"))
 
 
+OFFLOADED = """HloModule m
+%part (p: bf16[4,8]) -> bf16[8,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %gathered = bf16[8,8]{1,0} all-gather(%p), channel_id=8, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+%async_computation (q: bf16[4,8]) -> bf16[8,8] {
+  %q = bf16[4,8]{1,0} parameter(0)
+  ROOT %call = bf16[8,8]{1,0} custom-call(%q), custom_call_target="offload", called_computations={%part}
+}
+ENTRY %main (a: bf16[4,8]) -> bf16[8,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %start = ((bf16[4,8]{1,0}), bf16[8,8]{1,0}) async-start(%a), async_execution_thread="sparsecore", calls=%async_computation
+  ROOT %done = bf16[8,8]{1,0} async-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_other_cores_of_the_chip_count():
+    (found,) = hlo.count(OFFLOADED).collectives
+    assert (found.kind, found.size, found.ids, found.asynchronous) == ("all-gather", 8 * 8 * 2, (0, 1), True)
+
+
 def test_a_product_written_as_a_convolution_with_holes_counts_its_pairs():
     """Batched products on TPUs: a window over the batch, of which one place meets a number."""
     window = "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
@@ -466,6 +488,13 @@ def test_slices_are_read_and_checked():
         two.repeated(2)
     tried = list(meshes(32, SMALL, 2))
     assert tried and all(m.data % 2 == 0 and m.data * m.fsdp * m.tensor == 32 for m in tried)
+
+
+def test_a_chip_of_two_devices_is_paid_for_once(traced):
+    topology = plans.Topology.read("tpu7x:2x2x1")
+    assert topology.size == 8 and resolved(MeshConfig(-1, 4), topology) == {"data": 2, "fsdp": 4, "tensor": 1}
+    plan = plans.estimate(EXPERIMENT, traced["none"], topology, {"data": 2, "fsdp": 4, "tensor": 1})
+    assert plan.chips == 4 and plan.peak_flops * 2 == 2307e12 and "2 devices" in plan.notes[-1]
 
 
 def test_meshes_fill_the_topology_or_say_so():

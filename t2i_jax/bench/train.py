@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.memory import check_memory
 from t2i_jax.parallel import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment
@@ -47,6 +49,8 @@ FEW = 64
 
 def on_mesh(experiment: Experiment, shapes: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """A global batch of random rows, which repeat after FEW: each process makes those of its own devices alone."""
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        check_memory("the batch", sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()))
     few = {k: jax.ShapeDtypeStruct((min(FEW, x.shape[0]), *x.shape[1:]), x.dtype) for k, x in shapes.items()}
 
     def put(x: np.ndarray, whole: jax.ShapeDtypeStruct) -> jax.Array:

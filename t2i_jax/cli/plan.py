@@ -20,8 +20,8 @@ from t2i_jax.core.outputs import check_free
 class PlanArguments(Checked):
     """What a run will need, before it is paid for: memory, FLOPs, traffic, collectives, time and MFU of every chip.
 
-    For TPUs (v5e, v5p, v6e) the real train step is compiled by the real compiler, on any Linux machine; for GPUs (h100,
-    h200, b200, gb200) it is counted. Fields of the config can be set as for `train`.
+    For TPUs (v5e, v5p, v6e, tpu7x) the real train step is compiled by the real compiler, on any Linux machine; for GPUs
+    (h100, h200, b200, gb200) it is counted. Fields of the config can be set as for `train`.
     Example: t2i plan configs/quickstart.py --topology v5e:4x4 --mesh data=4,fsdp=4 --images 1e8
     """
 

@@ -31,6 +31,8 @@ class Chip:
     """chips of a machine"""
     between: float = 0.0
     """TPU: one way from one chip to other slices, its share of the network cards of its machine"""
+    devices: int = 1
+    """of one chip of a torus, among which what it has is shared"""
 
     @property
     def flops(self) -> float:
@@ -46,6 +48,9 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", 16 * 2**30, 0.819e12, 45e9, axes=2, ring=16, between=25e9 / 8),
         Chip("v5p", "TPU v5", 95 * 2**30, 2.765e12, 90e9, axes=3, ring=4, node=4, between=25e9 / 4),
         Chip("v6e", "TPU v6 lite", 32 * 2**30, 1.64e12, 90e9, axes=2, ring=16, between=100e9 / 8),
+        # /tpu7x, of both devices of a chip: 2307 TFLOP/s, 192 GiB, 7.38 TB/s, 1.2 TB/s both ways over six links, 100
+        # Gbit/s between slices.
+        Chip("tpu7x", "TPU7x", 96 * 2**30, 3.69e12, 50e9, axes=3, ring=4, node=4, between=12.5e9 / 2, devices=2),
         Chip("h100", "NVIDIA H100", 80e9, 3.35e12, 450e9, network=50e9),
         Chip("h200", "NVIDIA H200", 141e9, 4.8e12, 450e9, network=50e9),
         Chip("b200", "NVIDIA B200", 180e9, 7.7e12, 900e9, network=50e9),
@@ -110,13 +115,19 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Chips, of all slices together."""
-        return math.prod(self.shape) * self.slices
+        """Devices, of all slices together: chips, but for those that are several."""
+        return math.prod(self.shape) * self.chip.devices * self.slices
 
     @property
     def compiled(self) -> bool:
         """Whether there is a compiler for it on machines without one."""
         return self.chip.axes > 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a plan for it has to know."""
+        n = self.chip.devices
+        return (f"a chip is {n} devices to JAX, and figures are those of one device",) if n > 1 else ()
 
     @property
     def slice_name(self) -> str:

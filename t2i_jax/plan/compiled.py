@@ -119,9 +119,9 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         between_seconds=between,
         step_seconds=work + exposed / REACHED["network"] + max(0.0, behind - work),
         mfu=0.0,
-        chips=mesh.size,
+        chips=mesh.size // chip.devices,
         peak_flops=chip.flops,
-        notes=tuple(notes),
+        notes=(*topology.notes, *notes),
         **measured,
     ).finished()
 

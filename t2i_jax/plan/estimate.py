@@ -127,8 +127,9 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
     rest = math.prod(n for n in sizes.values() if n != -1)
     if len(free) == 1 and rest > 0 and topology.size % rest == 0:
         sizes[free[0]] = topology.size // rest
+    devices = "chips" if topology.chip.devices == 1 else "devices"
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != topology.size:
-        raise ConfigError(f"the mesh {mesh} does not fill the {topology.size} chips of {topology}")
+        raise ConfigError(f"the mesh {mesh} does not fill the {topology.size} {devices} of {topology}")
     if sizes["data"] % topology.slices:
         raise ConfigError(f"mesh {mesh}: data={sizes['data']} cannot be divided among {topology.slices} slices")
     return sizes
@@ -209,9 +210,9 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         step_seconds=max(apart, (network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
         + exposed / REACHED["network"],
         mfu=0.0,
-        chips=n,
+        chips=n // chip.devices,
         peak_flops=chip.flops,
-        notes=(UNSCANNED,) * (not depths(experiment.model)) + (HIDDEN,) * (not topology.compiled),
+        notes=(UNSCANNED,) * (not depths(experiment.model)) + (HIDDEN,) * (not topology.compiled) + topology.notes,
     ).finished()
 
 

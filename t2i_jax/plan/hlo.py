@@ -215,6 +215,12 @@ def between_slices(i: Instruction) -> str:
     return kind
 
 
+def offloaded(i: Instruction) -> list[str]:
+    """The computations that another core of the chip carries out for an instruction, as SparseCores do collectives."""
+    listed = re.search(r"called_computations=\{([^}]*)\}", i.text) if i.op == "custom-call" else None
+    return re.findall(r"[\w.\-]+", listed.group(1)) if listed else []
+
+
 def count(text: str) -> Costs:
     """The costs of a compiled program (`compiled.as_text()`). Errors: `UnknownForm`."""
     return _count(*parse(text))
@@ -265,10 +271,9 @@ def _count(computations: dict[str, Computation], entry: str) -> Costs:
 
     for i, within, name, times in walk(entry, 1):
         collective(i, within, name, times)
-        if i.op == "fusion":
-            inner = called(computations, i, "calls")
+        for inner in [called(computations, i, "calls")] if i.op == "fusion" else offloaded(i):
             for j in computations[inner].values():
-                collective(j, computations[inner], inner, times)
+                collective(j, computations[inner], f"{name} {inner}" if i.op != "fusion" else inner, times)
         if "tpu_custom_call" in i.text and not kernel_flops(i, within):
             kernels.add(i.name.split(".")[0])
         work, size = flops(i, within, computations), traffic(i, within, computations)
