@@ -23,7 +23,7 @@ from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, start_cluster
 from t2i_jax.pipeline import Pipeline, release
 from t2i_jax.training import checkpoints
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.training.artifacts import load_artifact, opened
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.state import TrainState
 
@@ -73,7 +73,7 @@ def main() -> None:
     share, model = 0, None
     if action == "release":
         release(folder, folder.parent / "released")
-        share = max(v.size for v in jax.tree.leaves(jax.eval_shape(family(1).init, jax.random.key(0)))) * 4
+        share = 4 * max(x.size for x in jax.tree.leaves(opened(folder).artifact.model))  # the largest array
     elif action == "sample":
         pipeline = Pipeline.load(folder, mesh)
         share = sum(s.data.nbytes for x in jax.tree.leaves(pipeline.parts) for s in x.addressable_shards)

@@ -35,11 +35,11 @@ def load(folder, action="load", mesh=(1, 1, 1), devices=1, held=8 * MIB, count=1
 
 def test_a_run_is_read_onto_the_mesh_and_then_released_within_its_share(folder):
     (loaded,) = load(folder / "run", mesh=(1, 4, 2), devices=8)
-    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 48 * MIB, loaded
+    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 64 * MIB, loaded
     (released,) = load(folder / "run", "release")
-    assert released["peak"] < 3 * released["share"] + 32 * MIB < 80 * MIB, released
+    assert released["share"] < 24 * MIB and released["peak"] < 4 * released["share"] + 64 * MIB, released
     (loaded,) = load(folder / "released", mesh=(1, 4, 2), devices=8)
-    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 48 * MIB, loaded
+    assert loaded["share"] > 90 * MIB and loaded["peak"] < 1.5 * loaded["share"] + 64 * MIB, loaded
 
 
 def test_a_pipeline_holds_weights_as_they_are_computed_with_and_saves_them_as_they_were(tmp_path):
@@ -57,7 +57,7 @@ def test_a_pipeline_holds_weights_as_they_are_computed_with_and_saves_them_as_th
 @pytest.mark.slow
 def test_each_of_several_processes_reads_its_own_share(folder):
     for result in load(folder / "run", mesh=(1, 2, 1), count=2):
-        assert 45 * MIB < result["share"] < 51 * MIB and result["peak"] < 1.3 * result["share"] + 48 * MIB, result
+        assert 45 * MIB < result["share"] < 51 * MIB and result["peak"] < 1.5 * result["share"] + 112 * MIB, result
 
 
 @pytest.mark.slow

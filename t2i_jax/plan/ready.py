@@ -128,7 +128,8 @@ class Ready:
         return {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
 
     def sampled(self) -> Any:
-        """The state whose model the sampler draws with: weights in the dtypes in which they are loaded."""
+        """The state whose model the sampler draws with: weights in the dtypes in which they are loaded. To be called
+        outside of a mesh of chips that are not there."""
         target, dtypes = self.trainer.target, narrow(self.trainer.experiment.model)
         one = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
         cast = lambda k, v: v.replace(one(v.get_value(), dtypes[k])) if k in dtypes else v
@@ -140,7 +141,7 @@ class Ready:
         family, trainer = self.trainer.experiment.model, self.trainer
         if not hasattr(family, "sample"):
             raise ConfigError(f"--sample: a {type(family).__name__} has no sampler")
-        size = self.trainer.experiment.data.batch_size
+        size, state = self.trainer.experiment.data.batch_size, self.sampled()
         with jax.set_mesh(self.mesh):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
             keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(self.mesh))
@@ -149,14 +150,14 @@ class Ready:
             def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:
                 return family.sample(trainer.model(state), condition, keys, options)
 
-            return jax.jit(sample).lower(self.sampled(), condition, keys, options)
+            return jax.jit(sample).lower(state, condition, keys, options)
 
     def cache(self) -> float:
         """Bytes of keys and values that a chip holds at the last token; 0 for families that keep none for `decode`."""
         family, sizes = self.trainer.experiment.model, dict(self.mesh.shape)
         if not hasattr(family, "prefill"):
             return 0.0
-        branches = 2 if family.condition_dropout else 1
+        branches, state = 2 if family.condition_dropout else 1, self.sampled()
 
         def read(state: Any, condition: Batch) -> Any:
             condition = jax.tree.map(lambda x: jnp.repeat(x, branches, 0), condition)
@@ -164,7 +165,7 @@ class Ready:
             return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(family.length).caches
 
         with jax.set_mesh(self.mesh):
-            caches = jax.eval_shape(read, self.sampled(), self.condition())
+            caches = jax.eval_shape(read, state, self.condition())
         split = lambda x: NamedSharding(self.mesh, fit(P(RULES["batch"], RULES["heads"]), x.shape, sizes))
         part = lambda x: math.prod(split(x).shard_shape(x.shape) if x.ndim > 1 else x.shape) * x.dtype.itemsize
         return float(sum(map(part, jax.tree.leaves(caches))))
