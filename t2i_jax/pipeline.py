@@ -279,8 +279,9 @@ class Pipeline:
         factor = getattr(family, "patch", 1) * (self.codec.config.factor if self.codec else 1)
         size = tuple(n * factor for n in family.grid)
         drawn = np.ones(size, bool) if mask is None else mask
-        if picture.shape != (*size, 3) or drawn.shape != size:
-            raise ConfigError(f"picture {picture.shape} and mask {drawn.shape}: this model draws pictures of {size}")
+        for what, given, wanted in (("image", picture.shape, (*size, 3)), ("mask", drawn.shape, size)):
+            if given != wanted:
+                raise ConfigError(f"the {what} has the shape {given}; this model draws images of {wanted}")
         squares = drawn.reshape(family.grid[0], size[0] // family.grid[0], family.grid[1], -1)
         codes = jnp.asarray(picture[None].astype(np.float32) / 127.5 - 1)
         if self.codec:

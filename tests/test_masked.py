@@ -241,7 +241,7 @@ def test_a_pipeline_draws_only_where_the_mask_says():
     mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
     made = pipeline.holding(picture, mask).sample(["0"], [5], few(config))[0]
     assert np.abs(made.astype(int) - picture)[~mask].max() <= 1 and (made != picture)[mask].any()
-    with pytest.raises(ConfigError, match=r"draws pictures of \(2, 3\)"):
+    with pytest.raises(ConfigError, match=r"image has the shape \(1, 3, 3\); this model draws images of \(2, 3, 3\)"):
         pipeline.holding(picture[:1], mask[:1])
     with pytest.raises(ConfigError, match="cannot fill holes"):
         Pipeline(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {}), None).holding(picture, mask)

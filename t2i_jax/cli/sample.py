@@ -106,8 +106,9 @@ def run(arguments: list[str]) -> None:
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
     if args.image:
-        mask = open_mask(args.mask) if args.mask else None
-        pipeline = pipeline.holding(np.asarray(open_image(args.image)), mask)
+        image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
+        with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
+            pipeline = pipeline.holding(image, mask)
     if args.pull_by:
         pipeline = pipeline.pulled(load_artifact(args.pull_by, mesh=pipeline.mesh), str(args.pull_by))
     if args.weak:
