@@ -11,6 +11,9 @@ if [ $# -lt 3 ]; then
 fi
 processes=$1 devices=$2
 shift 2
+for number in "$processes" "$devices"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "$0: '$number': first come the numbers of processes and of devices" >&2 && exit 2; }
+done
 export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-29500}" JAX_NUM_PROCESSES=$processes JAX_PLATFORMS=cpu
 export XLA_FLAGS="--xla_force_host_platform_device_count=$devices"
 if [ -n "${DRY_RUN:-}" ]; then

@@ -53,6 +53,12 @@ def test_one_box_runs_the_command_as_it_is():
     assert dry("gpu_box.sh", *COMMAND).split("\n")[0] == "t2i train configs/a\\ b.py "
 
 
+def test_processes_on_this_machine_are_counted_first():
+    refused = run("loopback.sh", *COMMAND)
+    assert refused.returncode == 2 and "'t2i': first come the numbers" in refused.stderr
+    assert run("loopback.sh", "2", "4", *COMMAND, DRY_RUN="1").stdout.count("JAX_PROCESS_ID") == 2
+
+
 def test_the_check_of_a_gpu_is_one_command_with_a_limit():
     words = shlex.split(dry("gpu_check.sh", "check.json", "--repeats", "5"))
     assert words[-7:] == ["t2i", "bench", "check", "--out", "check.json", "--repeats", "5"]

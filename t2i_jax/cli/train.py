@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import tyro
 
 from t2i_jax import config
@@ -43,4 +44,5 @@ def run(arguments: list[str]) -> None:
         settled(experiment.model, experiment.model.options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train_run(experiment, run, Previews(), args.accept_changes)
-    console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
+    if jax.process_index() == 0:
+        console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)
