@@ -14,10 +14,13 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.optimizer import Optimizer
 
 FILE = """
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.ar import AR
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
-experiment = Experiment(None, None, Train(steps=7, {field}optimizer=Optimizer(learning_rate=1e-3)))
+experiment = Experiment(AR(), Data(ArrayRecord("nowhere")), Train(steps=7, {field}optimizer=Optimizer(learning_rate=1e-3)))
 """
 
 

@@ -8,6 +8,7 @@ import pytest
 import toys
 from PIL import Image
 
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.run import evaluate_family
@@ -33,7 +34,7 @@ class Letters:
         return ids, np.ones(ids.shape, bool)
 
 
-def data(folder, captions=True):
+def data(folder, captions=True, broken=(4,)):
     rng = np.random.default_rng(0)
     records = [
         {
@@ -46,9 +47,10 @@ def data(folder, captions=True):
         for split in ("train", "test")
         for n in range(9)
     ]
-    records[4]["image"] = b"no image"  # one that is broken is left out
+    for n in broken:  # these are left out
+        records[n]["image"] = b"no image"
     write_records(folder, records)
-    return Data(ArrayRecord(str(folder)), image_size=8)
+    return Data(ArrayRecord(str(folder)), image_size=8, broken_share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,12 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     assert len(bits) == len(names) and all(0 < b < 10 for b in bits)
     assert report.facts["pictures"] == dict.fromkeys(names, 8)
     assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize(("count", "broken"), [(3, ()), (9, range(6))])
+def test_too_few_images_are_said_before_any_is_drawn(count, broken, tmp_path):
+    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=Classes(0))
+    reference = Experiment(family, data(tmp_path / "records", broken=broken))
+    pipeline = Pipeline(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
+    with pytest.raises(ConfigError, match=r"(new words|training images): 3 can be used.* at least 4"):
+        evaluate_family(pipeline, Artifact(family, {}), reference, tmp_path, [], count, 8, 0, family.options(), False)

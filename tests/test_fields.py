@@ -1,11 +1,13 @@
 """Numbers and words of configurations are checked where they are made, and named."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import pytest
+import toys
 
 from t2i_jax import config
 from t2i_jax.core.errors import ConfigError
@@ -29,6 +31,7 @@ class Options(Checked):
 @dataclasses.dataclass(frozen=True)
 class Outer(Checked):
     inner: Inner = Inner()
+    other: Inner | None = None
     rate: Rate = 0.1
     shift: Finite = 0.0
     eps: Positive = 1e-6
@@ -63,6 +66,24 @@ def test_sizes_grids_and_words():
         Inner(kind="c")
     with pytest.raises(ConfigError, match=r"^--inner.width 0: 1 to 2147483647$"):
         config.override(Outer(), ["--inner.width=0"])
+
+
+@pytest.mark.parametrize("value", [3, "inner", (), {"width": 3}, Inner])
+def test_a_config_is_no_plain_value(value):
+    for field in ("inner", "other"):
+        with pytest.raises(ConfigError, match=rf"Outer\.{field} .*: a Inner"):
+            Outer(**{field: value})
+    with pytest.raises(ConfigError, match="needs a value"):
+        Outer(inner=None)  # pyright: ignore[reportArgumentType]
+    assert Outer(other=None).other is None
+
+
+@pytest.mark.parametrize("wrong", [{"model": 3}, {"data": 4}, {"train": {}}, {"mesh": 8}, {"text": "words.model"}])
+def test_an_experiment_names_what_is_none_of_its_parts(wrong):
+    right = toys.experiment()
+    with pytest.raises(ConfigError, match=rf"Experiment\.{next(iter(wrong))} "):
+        dataclasses.replace(right, **wrong)
+    assert dataclasses.replace(right, codec=Path("runs/codec")).codec == "runs/codec"
 
 
 def test_a_traced_number_has_no_value_yet():

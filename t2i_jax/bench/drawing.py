@@ -7,6 +7,7 @@ nothing: a difference of two programs that run in turns. Its FLOPs are counted i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.memory import check_memory
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.nn.draw import Sampling
@@ -57,6 +59,8 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
     family = experiment.model
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
     shapes = wanted(experiment)
+    if jax.default_backend() == "cpu":
+        check_memory(f"a batch of {batch}", sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()))
     reads = family.condition.batch_spec()
     condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
     if getattr(family, "reads_small", False):
@@ -94,7 +98,8 @@ def bench_drawing(
     with `eager` also the seconds of the same network and steps in eager PyTorch on a CPU. Errors: `ConfigError` for
     `eager` of a model that is not among those of `bench.eager`.
     """
-    family, condition, keys = experiment.model, random_condition(experiment, batch), image_keys(range(batch))
+    family, condition = experiment.model, random_condition(experiment, batch)
+    keys = image_keys(range(batch))
     model, options = weights(family.init), family.options()
     static = unguided(options) if guided else {"guided": False}
     families = {"seconds": family} | ({"cut": without_head(family)} if hasattr(family, "head") else {})

@@ -23,6 +23,7 @@ from t2i_jax.bench import drawing
 from t2i_jax.bench.measure import EAGER, LIMITS, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes
+from t2i_jax.core.memory import check_memory
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.decode import int8_weights
@@ -42,6 +43,20 @@ def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bo
     return config.length * step + seen * per_token / bandwidth
 
 
+def cache_bytes(config: AR, rows: int) -> int:
+    """Bytes of the keys and values of `rows` rows when the last token is drawn."""
+    size = jnp.dtype(config.dtype).itemsize
+    return (
+        rows
+        * config.depth
+        * 2
+        * config.layer.groups
+        * config.layer.head
+        * size
+        * (config.condition.length + config.length)
+    )
+
+
 def bench_sample(
     config: AR,
     batch: int,
@@ -56,8 +71,11 @@ def bench_sample(
 
     Returns seconds and their spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
     `of_bound`, the share of the bound that is reached, from the medians; with `eager` also the seconds of the same
-    network and draws in eager PyTorch on a CPU (`bench.eager`).
+    network and draws in eager PyTorch on a CPU (`bench.eager`). Errors: `ConfigError` for a batch that the memory of a
+    CPU's machine cannot hold.
     """
+    if jax.default_backend() == "cpu":
+        check_memory(f"a batch of {batch}: its keys and values", cache_bytes(config, batch * (1 + guided)))
     model = weights(config.init)
     count = sum(x.size for x in jax.tree.leaves(model))
     labels = jnp.arange(batch, dtype=jnp.int32)

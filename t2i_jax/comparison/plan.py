@@ -8,6 +8,7 @@ from typing import Any
 
 from t2i_jax.config import ConfigError
 from t2i_jax.core.fields import Checked, Positive, Seed, Size
+from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.training.experiment import Experiment
 
 
@@ -78,3 +79,5 @@ class Comparison(Checked):
                 f"count {self.count}: a multiple of batch_size {self.batch_size}, at least two batches; the first is "
                 "not timed"
             )
+        if self.count <= NEIGHBOURS:
+            raise ConfigError(f"count {self.count}: what is measured needs at least {NEIGHBOURS + 1} pictures")

@@ -143,6 +143,8 @@ def _check_of(hint: Any) -> Any:
         return functools.partial(_no_word, get_args(inner[0]))
     if hint in (bool, str):
         return lambda value: "" if isinstance(value, hint) else f"a {hint.__name__}"
+    if kinds := _configs(hint):
+        return functools.partial(_no_config, kinds, _takes_none(hint))
     ranges = [x for x in inner if isinstance(x, Range)] if get_origin(hint) is Annotated else []
     if ranges:
         return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)})
@@ -153,6 +155,22 @@ def _takes_none(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         return _takes_none(get_args(hint)[0])
     return hint in (Any, object, None, NoneType) or any(map(_takes_none, get_args(hint)) if _is_union(hint) else ())
+
+
+def _configs(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a type allows, where it allows nothing else but None."""
+    kinds = [k for k in (get_args(hint) if _is_union(hint) else (hint,)) if k is not NoneType]
+    return tuple(kinds) if all(isinstance(k, type) and dataclasses.is_dataclass(k) for k in kinds) else ()
+
+
+def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:
+    """What is wrong with a value in the place of a config. One of another class is not looked at: what it has to offer
+    is found where it is used."""
+    if (value is None and none) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return ""
+    if value is None:
+        return "it needs a value"
+    return f"a {' or a '.join(k.__name__ for k in kinds[:4])}"
 
 
 def _is_union(hint: Any) -> bool:

@@ -81,7 +81,11 @@ class Overlap:
     coverage: float
 
 
-def overlap(real: np.ndarray, generated: np.ndarray, neighbours: int = 3) -> Overlap:
+NEIGHBOURS = 3
+"""k of precision and recall; sets of fewer than k + 1 pictures have none."""
+
+
+def overlap(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOURS) -> Overlap:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     Around each picture lies the ball that reaches its k-th nearest neighbour of its own set. Precision: generated

@@ -13,6 +13,7 @@ from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.evaluation.alignment import Retrieval, retrieve
 from t2i_jax.evaluation.features import Features, Space, check_images
 from t2i_jax.evaluation.metrics import (
+    NEIGHBOURS,
     Gaussian,
     frechet,
     inception_score,
@@ -87,7 +88,7 @@ def evaluate_pictures(
     *,
     real_captions: Sequence[str] | None = None,
     components: int = 128,
-    neighbours: int = 3,
+    neighbours: int = NEIGHBOURS,
     progress: bool = True,
 ) -> dict[str, Number]:
     """Generated pictures beside real ones, in every space.
@@ -131,7 +132,7 @@ def evaluate_pictures(
 
 
 def compare(
-    generated: np.ndarray, real: np.ndarray, train: np.ndarray, components: int = 128, neighbours: int = 3
+    generated: np.ndarray, real: np.ndarray, train: np.ndarray, components: int = 128, neighbours: int = NEIGHBOURS
 ) -> dict[str, Number]:
     """Distances of features generated (n, d) and real (m, d); beside them those of `train` (p, d) and real."""
     # Distances grow when pictures get few, so the training pictures stand in with the same count.

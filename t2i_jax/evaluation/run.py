@@ -19,6 +19,7 @@ from t2i_jax.config import ConfigError
 from t2i_jax.core.outputs import check_free
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
+from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 from t2i_jax.parallel import MeshConfig, gathered
 from t2i_jax.pictures import to_uint8
@@ -128,6 +129,8 @@ def evaluate_codec(
     """Reconstruction of held-out pictures, and how much of the codebook they use."""
     codec, model = artifact.config, jax.device_put(artifact.model, jax.local_devices()[0])
     records = records_of(reference, "test", count) or records_of(reference, "val", count)
+    if not records:
+        raise ConfigError("the data has neither a 'test' nor a 'val' split to reconstruct: see held_out of the data")
     real = images_of(records)
     signed = lambda x: x.astype(np.float32) / 127.5 - 1
     encode, decode = jax.jit(codec.encode), jax.jit(lambda m, c: to_uint8(codec.decode(m, c)))
@@ -180,6 +183,12 @@ def evaluate_family(
     every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or judge)}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
+    for name, records in {"training images": train, **sets}.items():
+        if len(records) <= NEIGHBOURS:
+            raise ConfigError(
+                f"{name}: {len(records)} can be used, and what is measured needs at least {NEIGHBOURS + 1}; "
+                "see --count and the data"
+            )
     space = [s.load() if isinstance(s, Features) else s for s in spaces]
     numbers: dict[str, Number] = {}
     sheets, drawn, seconds = [], 0, 0.0

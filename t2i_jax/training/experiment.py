@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ class Train(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(Checked):
     """What a config file builds: `t2i train FILE` trains `model` on `data`."""
 
     model: Any
@@ -92,6 +93,15 @@ class Experiment:
     """run or released folder of the frozen codec that turns images into codes; empty where the model sees pixels"""
     text: Any = None
     """tokenizer or frozen text encoder; None where the model needs no captions"""
+
+    def __post_init__(self):
+        if isinstance(self.codec, os.PathLike):
+            object.__setattr__(self, "codec", os.fspath(self.codec))
+        super().__post_init__()
+        if not dataclasses.is_dataclass(self.model):
+            raise ConfigError(f"Experiment.model {self.model!r}: a family or a codec")
+        if not (self.text is None or callable(self.text)):
+            raise ConfigError(f"Experiment.text {self.text!r}: a tokenizer, a text encoder, or None")
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
