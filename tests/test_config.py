@@ -20,7 +20,8 @@ from t2i_jax.models.ar import AR
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
-experiment = Experiment(AR(), Data(ArrayRecord("nowhere")), Train(steps=7, {field}optimizer=Optimizer(learning_rate=1e-3)))
+data = Data(ArrayRecord("nowhere"))
+experiment = Experiment(AR(), data, Train(steps=7, {field}optimizer=Optimizer(learning_rate=1e-3)))
 """
 
 
