@@ -164,13 +164,12 @@ def _configs(hint: Any) -> tuple[type, ...]:
 
 
 def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:
-    """What is wrong with a value in the place of a config. One of another class is not looked at: what it has to offer
-    is found where it is used."""
-    if (value is None and none) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        return ""
+    """What is wrong with a plain value in the place of a config. An object of another class is not looked at: what it
+    has to offer is found where it is used."""
     if value is None:
-        return "it needs a value"
-    return f"a {' or a '.join(k.__name__ for k in kinds[:4])}"
+        return "" if none else "it needs a value"
+    plain = isinstance(value, bool | int | float | str | bytes | dict | list | tuple | type)
+    return f"a {' or a '.join(k.__name__ for k in kinds[:4])}" if plain else ""
 
 
 def _is_union(hint: Any) -> bool:

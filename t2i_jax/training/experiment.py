@@ -98,7 +98,7 @@ class Experiment(Checked):
         if isinstance(self.codec, os.PathLike):
             object.__setattr__(self, "codec", os.fspath(self.codec))
         super().__post_init__()
-        if not dataclasses.is_dataclass(self.model):
+        if self.model is None or isinstance(self.model, bool | int | float | str | dict | tuple):
             raise ConfigError(f"Experiment.model {self.model!r}: a family or a codec")
         if not (self.text is None or callable(self.text)):
             raise ConfigError(f"Experiment.text {self.text!r}: a tokenizer, a text encoder, or None")
