@@ -130,12 +130,9 @@ def _marked(cls: type) -> frozenset[str]:
 
 def _check_of(hint: Any) -> Any:
     """A function from a value to what is wrong with it, for a type that says what its values are; else None."""
-    if (
-        get_origin(hint) is Annotated
-        and FREE in get_args(hint)
-        and not any(isinstance(x, Range) for x in get_args(hint))
-    ):
-        hint = get_args(hint)[0]
+    ranges = [x for x in get_args(hint) if isinstance(x, Range)] if get_origin(hint) is Annotated else []
+    if get_origin(hint) is Annotated and not ranges:
+        hint = hint.__origin__
     inner = get_args(hint)
     if get_origin(hint) is Literal:
         return functools.partial(_no_word, inner)
@@ -145,7 +142,6 @@ def _check_of(hint: Any) -> Any:
         return lambda value: "" if isinstance(value, hint) else f"a {hint.__name__}"
     if kinds := _configs(hint):
         return functools.partial(_no_config, kinds, _takes_none(hint))
-    ranges = [x for x in inner if isinstance(x, Range)] if get_origin(hint) is Annotated else []
     if ranges:
         return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)})
     return None if _takes_none(hint) else lambda value: "it needs a value" if value is None else ""

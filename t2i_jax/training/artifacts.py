@@ -130,7 +130,7 @@ def opened(path: str | Path) -> Opened:
 def from_run(
     folder: Any, model: Any, layout: Mapping[str, Sharding], use: Callable[[str, Array], Any]
 ) -> tuple[int, dict[str, Any]]:
-    """The step and the weights of the newest sound checkpoint of a run, laid as told, through `use`."""
+    """The step and the weights of the newest sound checkpoint of a run, sharded as `layout` says, through `use`."""
 
     def lay(source: Any, shapes: dict[str, Any]) -> Mapping[str, Sharding]:
         try:
@@ -151,7 +151,7 @@ def from_file(
     layout: Mapping[str, Sharding],
     use: Callable[[str, Array], Any],
 ) -> dict[str, Any]:
-    """The weights of a released model, laid as told, through `use`: of each a device's part at a time."""
+    """The weights of a released model, with the shardings of `layout`, through `use`: one device's part at a time."""
     wanted = named(model)
     try:
         lazy = isinstance(arrays, tensorfile.SafeTensors)
