@@ -11,7 +11,7 @@ from curves import FILE, curve
 from families import CODECS, FAMILIES, batch_for
 
 from t2i_jax.core.errors import ConfigError, DataError
-from t2i_jax.core.types import FieldSpec, check_batch, check_example
+from t2i_jax.core.specs import FieldSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import Classes

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.types import FieldSpec, check_batch
+from t2i_jax.core.specs import FieldSpec, check_batch
 from t2i_jax.data import ArrayRecord, Data, DataError, Mixture, write_records
 from t2i_jax.data.examples import Tally
 

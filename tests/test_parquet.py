@@ -96,7 +96,7 @@ def test_columns_that_hold_no_images_are_refused_at_once(tmp_path, columns, mess
     ],
 )
 def test_a_faulty_cell_is_one_broken_record(tmp_path, columns, message, caplog):
-    from t2i_jax.core.types import FieldSpec
+    from t2i_jax.core.specs import FieldSpec
 
     fields = tuple(columns.keys() & {"label"})
     data = Data(Parquet(write(tmp_path, **columns), fields=fields), image_size=8, batch_size=4)

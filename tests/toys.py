@@ -8,7 +8,7 @@ import numpy as np
 from einops import reduce, repeat
 from flax import nnx
 
-from t2i_jax.core.types import FieldSpec
+from t2i_jax.core.specs import FieldSpec
 from t2i_jax.nn.layers import Carried, Linear
 from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig, shard

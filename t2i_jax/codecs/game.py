@@ -18,7 +18,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
-from t2i_jax.core.types import BatchSpec, FieldSpec
+from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import at_least_fp32, replace
 from t2i_jax.nn.players import Player

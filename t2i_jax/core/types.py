@@ -1,118 +1,300 @@
-"""What the parts of the library say of each other, as data."""
+"""The contract: what a family, a codec, a text encoder, a head, a condition and a noise process offer.
+
+Protocols are for readers and for the type checker. At run time nothing asks an object what it has: a config declares
+what it can do (`Capabilities`, `TextSpec`), and the function named after a capability narrows its type, or raises
+`ConfigError` where it is not declared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
+from flax import nnx
+from jax import Array
 
-from t2i_jax.core.errors import DataError
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
 
-KINDS = {"int32": "iu", "uint8": "u", "bool": "b"}
-"""NumPy kinds that are taken for each dtype of a field but floats."""
+Batch = Mapping[str, Array]
+"""Arrays by name, the first dimension of each that of the batch."""
+
+
+# -- what is trained
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns."""
+
+    loss: Array
+    """scalar, fp32"""
+    metrics: Mapping[str, Array]
+    """scalars by name"""
+    state: nnx.Module | None = None
+    """the model with new non-trainable state (codebook averages, running statistics); None where there is none"""
 
 
 @dataclasses.dataclass(frozen=True)
-class FieldSpec:
-    """What a model takes under one name of a batch.
+class Objective:
+    """A loss and the parameters that follow its gradient; an ordinary model has one objective.
 
-    Integers of any width are taken for `int32`, floats of any width for `float32`. Bounds are inclusive; for an image
-    as `uint8` and for floats they are not looked at, as only integers index tables.
+    All objectives of a model see the same model, batch and key in a step, and are updated at once.
     """
 
-    shape: tuple[int | None, ...]
-    """without the batch dimension; None is any size"""
-    dtype: Literal["int32", "uint8", "bool", "float32"]
-    low: int | None = None
-    """least value"""
-    high: int | None = None
-    """largest value"""
-    optional: bool = False
-    """a batch may lack it"""
-    one_of: str = ""
-    """name of a group of optional fields, one of which a batch holds at least; the first that is there is read"""
-    multiple: int = 1
-    """sizes that are not given are multiples of this"""
-
-    def fault(self, value: Any, batched: bool = False) -> str:
-        """What is wrong with a value, and what is taken; empty if nothing is.
-
-        value: array, or its abstract shape and dtype, of which no bounds are looked at. batched: its first dimension is
-        that of a batch.
-        """
-        shape, dtype = tuple(value.shape)[batched:], np.dtype(value.dtype)
-        floating = dtype.kind == "f" or dtype.name in ("bfloat16", "float16")
-        if not (floating if self.dtype == "float32" else dtype.kind in KINDS[self.dtype]):
-            return f"is {dtype.name}; the model takes {self.dtype} {self._sizes()}"
-        free = lambda n, m: m % self.multiple == 0 if n is None else n == m
-        if len(shape) != len(self.shape) or not all(map(free, self.shape, shape)):
-            return f"has shape {_by(shape)}; the model takes {self._sizes()}"
-        if self.dtype != "int32" or not isinstance(value, np.ndarray | np.generic) or not value.size:
-            return ""
-        low, high = int(value.min()), int(value.max())
-        if (self.low is not None and low < self.low) or (self.high is not None and high > self.high):
-            worst = low if self.low is not None and low < self.low else high
-            return f"holds {worst}; the model takes {self.low} to {self.high}"
-        return ""
-
-    def _sizes(self) -> str:
-        several = f", multiples of {self.multiple}" if self.multiple > 1 else ""
-        return _by(self.shape) + several
+    loss: Callable[[Any, dict[str, Array], Array, Array, bool], LossOutput]
+    """(model, batch, key, step, train) -> `LossOutput`; train is False for held-out data, where nothing is dropped or
+    corrupted to regularise; static"""
+    params: tuple[str, ...] = ()
+    """names of the model's top-level attributes whose parameters are trained; () is all of them"""
+    start: int = 0
+    """step at which training begins; the learning-rate schedule counts from there"""
 
 
-def _by(shape: tuple[int | None, ...]) -> str:
-    """A shape for people: 4x4x3, or `one number`."""
-    return "x".join("any" if n is None else str(n) for n in shape) or "one number"
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What a config can do besides being trained; each flag stands for the Protocol that is named."""
+
+    family: bool = False
+    """`Family`: samples images, or codes of them"""
+    codec: bool = False
+    """`Codec`: images to codes and back"""
+    classifier: bool = False
+    """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
+    frozen_networks: bool = False
+    """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
+
+    token_by_token: bool = False
+    """`TokenByToken`: a cache of keys and values, one token a step"""
+    likelihood: bool = False
+    """`Likelihood`: log p(codes | condition)"""
+    inpaint: bool = False
+    """`sample` takes `known` and `keep`: codes, and a mask of the tokens that stay"""
+    init_image: bool = False
+    """`sample` takes `known` alone, and its options a `strength`"""
+    super_resolution: bool = False
+    """reads `low_res`, a small image to enlarge"""
+    classifier_guidance: bool = False
+    """`GaussianFamily`, whose `sample` takes a classifier"""
+    autoguidance: bool = False
+    """`GaussianFamily`, whose `sample` takes a weaker model in the place of the unconditional branch"""
+    int8: bool = False
+    """samples with matrices of 8-bit integers"""
 
 
-BatchSpec = Mapping[str, FieldSpec]
-"""What a model takes of a batch, by name; what a batch has beyond it is not looked at."""
+class Trainable(Protocol):
+    """A frozen config of something that is trained: a family, a codec, a classifier."""
 
-WEIGHT = FieldSpec((), "float32", optional=True)
-"""Of an example in a loss; 0 leaves it out."""
+    @property
+    def capabilities(self) -> Capabilities:
+        """Computed from the config, never a field of it."""
+        ...
 
-SOURCES = {
-    "image": "a data source with images",
-    "codes": "a codec (`codec` of the experiment), or a data set that `t2i encode` has written",
-    "label": "a data source with class labels",
-    "text": "the tokenizer of the experiment (`text`)",
-    "text_mask": "the tokenizer of the experiment (`text`)",
-    "features": "a frozen text encoder (`text` of the experiment), or a data set that `t2i encode` has written",
-    "null_features": "the same encoder, from an empty caption",
-    "prefix": "the caller: the first tokens of the sequence",
-    "low_res": "the caller: the small image to enlarge; or `enlarges` of the model makes it of the image",
-    "low_res_noise": "the caller, who knows how noisy the small image is",
-}
-"""Where a field of a batch comes from."""
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold."""
+        ...
+
+    def init(self, key: Array) -> nnx.Module:
+        """A model with fresh parameters."""
+        ...
+
+    def objectives(self) -> Mapping[str, Objective]: ...
 
 
-def missing(name: str, batch: Mapping[str, Any]) -> str:
-    """What to say of a batch, or of an example, that lacks a field."""
-    source = f"; it comes from {SOURCES[name]}" if name in SOURCES else ""
-    return f"there is no '{name}', which the model takes{source}. There is: {', '.join(sorted(batch)) or 'nothing'}"
+class SamplingOptions(Protocol):
+    """Options of a sampler: numbers, or arrays with one for each image."""
+
+    def arrays(self) -> Any:
+        """The same options as arrays, which are traced: new values compile nothing anew."""
+        ...
 
 
-def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = False) -> None:
-    """Errors: `DataError` that names the field of an example that a model cannot take.
+class Family(Trainable, Protocol):
+    """The config of a generative model."""
 
-    batched: the first dimension of every array is that of a batch, as it is for `check_batch`.
-    """
-    for name, field in spec.items():
-        group = [n for n, f in spec.items() if f.one_of == field.one_of] if field.one_of else []
-        there = [n for n in group if n in example]
-        if group and not there:
-            raise DataError(f"there is none of {', '.join(map(repr, group))}: " + missing(group[0], example))
-        if there and name != there[0]:
-            continue
-        if name not in example:
-            if not field.optional:
-                raise DataError(missing(name, example))
-        elif fault := field.fault(example[name], batched):
-            raise DataError(f"'{name}' {fault}")
+    def sample_spec(self) -> SampleSpec: ...
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads of its condition: the part of `batch_spec` that describes what an image is made for."""
+        ...
+
+    def options(self) -> Any:
+        """`SamplingOptions` at their defaults."""
+        ...
+
+    def check(self, options: Any) -> None:
+        """Errors: `ConfigError` or `ValueError` for options with which nothing can be sampled."""
+        ...
+
+    def loop_trips(self, options: Any) -> int | Sequence[tuple[int, ...]]:
+        """How often the sampler's loop runs with these options; or which sizes each of its steps takes, where a step
+        chooses among compiled ones (`flops.count`)."""
+        ...
+
+    def sample(
+        self,
+        model: Any,
+        condition: Batch,
+        keys: Array,
+        options: Any = None,
+        *,
+        guided: bool | None = None,
+        progress: Callable[..., None] | None = None,
+    ) -> Array:
+        """Samples as `sample_spec` says, one for each row of the condition and each key of `keys` (b,)."""
+        ...
 
 
-def check_batch(spec: BatchSpec, batch: Mapping[str, Any]) -> None:
-    """Errors: `DataError` that names the field of a batch, of arrays or of abstract ones, that a model cannot take."""
-    check_example(spec, batch, batched=True)
+class TokenByToken(Family, Protocol):
+    """A family that samples one token a step from a cache of keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        ...
+
+    def prefill(self, model: Any, condition: Batch, dropped: Array) -> tuple[Array, Any]: ...
+
+    def decode(self, *arguments: Any, **options: Any) -> Any: ...
+
+
+class Likelihood(Family, Protocol):
+    """A family that knows the probability of an image's codes."""
+
+    def log_likelihood(self, model: Any, batch: Batch) -> Array:
+        """log p(codes | condition) of each image in nats: (b,) fp32."""
+        ...
+
+
+class Classifier(Trainable, Protocol):
+    """A classifier, or an image-text model, of noised images."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    def log_p(self, model: Any, x: Array, t: Array, condition: Batch) -> Array:
+        """log p(condition | x) (b,) up to a constant, of noised images x at network times t (b,)."""
+        ...
+
+
+class UsesFrozenNetworks(Trainable, Protocol):
+    """A model whose loss reads networks that nothing trains, as `batch["frozen"]`."""
+
+    def frozen(self) -> Any:
+        """The networks, or None where the config needs none."""
+        ...
+
+
+class Codec(Trainable, Protocol):
+    """Images to codes and back."""
+
+    @property
+    def spec(self) -> CodecSpec: ...
+
+    def encode(self, model: Any, images: Array, key: Array | None = None) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> codes; drawn by the key where they have a distribution."""
+        ...
+
+    def decode(self, model: Any, codes: Array) -> Array:
+        """Codes -> images float (b, i, j, 3), about [-1, 1]."""
+        ...
+
+    def to_store(self, model: Any, images: Array) -> dict[str, Array]:
+        """What `t2i encode` keeps of images, by the names of a batch."""
+        ...
+
+
+def _narrow(config: Trainable, flag: str, what: str) -> Any:
+    if not dataclasses.asdict(config.capabilities)[flag]:
+        raise ConfigError(f"a {type(config).__name__} {what}")
+    return config
+
+
+def as_family(config: Trainable) -> Family:
+    """Errors: `ConfigError` for a config that samples nothing."""
+    return cast(Family, _narrow(config, "family", "does not sample images"))
+
+
+def as_codec(config: Trainable) -> Codec:
+    """Errors: `ConfigError` for a config that is no codec."""
+    return cast(Codec, _narrow(config, "codec", "is no codec"))
+
+
+def as_classifier(config: Trainable) -> Classifier:
+    """Errors: `ConfigError` for a config that is no classifier of noised images."""
+    return cast(Classifier, _narrow(config, "classifier", "does not classify noised images"))
+
+
+def token_by_token(config: Trainable) -> TokenByToken:
+    """Errors: `ConfigError` for a config that does not sample token by token."""
+    return cast(TokenByToken, _narrow(config, "token_by_token", "does not sample token by token"))
+
+
+def likelihood(config: Trainable) -> Likelihood:
+    """Errors: `ConfigError` for a config that gives no probabilities."""
+    return cast(Likelihood, _narrow(config, "likelihood", "does not give the likelihood of an image"))
+
+
+# -- text
+
+
+class Tokenizer(Protocol):
+    """Captions to token ids, on the host."""
+
+    @property
+    def spec(self) -> TextSpec: ...
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """n captions -> ids int32 (n, s) and a mask bool (n, s)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSpec:
+    """What a tokenizer or a text encoder gives."""
+
+    length: int
+    """tokens of a row"""
+    vocabulary: int = 0
+    """ids that a model has to embed; 0 where the encoder embeds them itself"""
+    features: tuple[int, int] | None = None
+    """vectors of a caption, and numbers of each: `TextEncoder`; None for a tokenizer alone"""
+    image_features: bool = False
+    """`ImageTextEncoder`: images have features in the same space, and teach in the place of captions"""
+    files: tuple[str, ...] = ()
+    """names of the config's fields that hold a path; a released model carries what lies there"""
+
+
+class TextEncoder(Tokenizer, Protocol):
+    """A frozen text encoder."""
+
+    def load(self) -> nnx.Module: ...
+
+    def features(self, model: Any, ids: Array, mask: Array) -> Array:
+        """Token ids and mask (b, s) -> features (b, s', k)."""
+        ...
+
+
+class ImageTextEncoder(TextEncoder, Protocol):
+    """A frozen encoder of captions and images into one space."""
+
+    def image_features(self, model: Any, images: Array) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] -> features (b, 1, k)."""
+        ...
+
+
+# -- noise
+
+
+class NoiseProcess(Protocol):
+    """x_t = alpha_t x_0 + sigma_t eps."""
+
+    @property
+    def starts_from_pure_noise(self) -> bool:
+        """alpha is 0 where a sampler begins."""
+        ...
+
+    def same_noise(self, other: NoiseProcess) -> bool:
+        """Whether networks trained on both read the same noise at the same time."""
+        ...

@@ -29,7 +29,7 @@ import numpy as np
 
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Seed, Size, Workers
 from t2i_jax.core.memory import check_memory
-from t2i_jax.core.types import BatchSpec, check_example
+from t2i_jax.core.specs import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image

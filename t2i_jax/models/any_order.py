@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.decode import layers_for_decoding

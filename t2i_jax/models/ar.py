@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad

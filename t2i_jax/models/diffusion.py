@@ -20,7 +20,7 @@ from jax import Array
 from jax.core import Tracer
 
 from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share
-from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions

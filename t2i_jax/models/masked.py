@@ -23,7 +23,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, FREE, Checked, Count, Grid, Positive, Range, Rate, Share, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.draw import guidance_at

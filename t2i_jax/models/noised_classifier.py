@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
-from t2i_jax.core.types import BatchSpec, FieldSpec
+from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify

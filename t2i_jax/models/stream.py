@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.types import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate

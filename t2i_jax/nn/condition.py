@@ -22,7 +22,7 @@ from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Size
-from t2i_jax.core.types import BatchSpec, FieldSpec, missing
+from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Layers, Size
-from t2i_jax.core.types import BatchSpec
+from t2i_jax.core.specs import BatchSpec
 from t2i_jax.nn.condition import Batch, ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.types import BatchSpec
+from t2i_jax.core.specs import BatchSpec
 
 log = logging.getLogger(__name__)
 

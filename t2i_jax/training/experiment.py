@@ -14,7 +14,7 @@ from jax import Array
 from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
-from t2i_jax.core.types import BatchSpec, FieldSpec
+from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig

@@ -26,7 +26,7 @@ from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_parent, write_json
-from t2i_jax.core.types import check_batch
+from t2i_jax.core.specs import check_batch
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of

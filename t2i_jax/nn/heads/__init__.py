@@ -13,7 +13,7 @@ guidance scale (b,), and traced options of `nn.draw`. Its score (b, m) is log p(
 None. Every head works with every order; an order that goes by confidence needs a score.
 """
 
-from t2i_jax.core.types import FieldSpec
+from t2i_jax.core.specs import FieldSpec
 from t2i_jax.nn.heads.diffusion import Diffusion
 from t2i_jax.nn.heads.draws import Draws, ImageKeys
 from t2i_jax.nn.heads.flow import Flow
