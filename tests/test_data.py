@@ -6,6 +6,7 @@ import itertools
 import logging
 import multiprocessing
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from t2i_jax.data import ArrayRecord, Data, DataError, Folder, Mixture, Parquet, TarShards, Tfds, write_records
 from t2i_jax.data.order import Order, shuffled
 from t2i_jax.data.pipeline import restarted
+from t2i_jax.data.records import may_become
 from t2i_jax.data.transforms import may_flip, open_image, to_square
 
 
@@ -484,3 +486,12 @@ def test_tfds(tmp_path):
     assert sorted(take(data, 1)[0]["label"]) == [0] * 4 + [1] * 4
     with pytest.raises(DataError, match=r"Tfds\.captions is 'caption'; the features are captions, image, label"):
         Tfds(str(folder)).open()
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", "inner/.."])
+def test_the_working_folder_is_not_put_in_place_whole(path, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="working folder"):
+        may_become(Path(path))
+    may_become(Path("inner"))

@@ -123,7 +123,10 @@ def _dtype(name: str) -> np.dtype:
 
 
 def may_become(path: Path) -> None:
-    """Errors: `DataError` if something is at `path` that is no data set: it will not be overwritten."""
+    """Errors: `DataError` if something is at `path` that is no data set, which will not be overwritten, or if it is the
+    working folder or one above it, which cannot be put in place whole."""
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise DataError(f"{path}: is the working folder or holds it; name a folder of its own, as ./name")
     if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path}: exists and is no data set; it will not be overwritten")
 
