@@ -6,17 +6,20 @@ reading it back, and telling two of them apart.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import difflib
 import importlib
 import io
 import json
+import linecache
 import re
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -25,6 +28,8 @@ import tyro
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError as ConfigError
+from t2i_jax.core.migration import VERSION, Object, migrated
+from t2i_jax.core.outputs import write_text
 from t2i_jax.core.sniff import sniff_file
 
 
@@ -60,12 +65,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     return override(experiment, overrides) if overrides else experiment
 
 
+def write_stored(path: Path, value: Any) -> None:
+    """Write a config, or a dictionary of them, into a file that later versions of the library can read."""
+    write_text(path, json.dumps(stored_form(value), indent=2))
+
+
+def stored_form(value: Any) -> Object:
+    """Plain JSON of a config, or of a dictionary of them, with the version that it is written in."""
+    return {"version": VERSION, **to_json(value)}
+
+
 def read_stored(path: Path) -> Any:
-    """What `to_json` wrote into a file. Errors: `ConfigError` that names the file where it is cut short or edited so
-    that it cannot be read."""
-    content = read_json(path)
+    """What `write_stored` of this version or an earlier one wrote. Errors: `ConfigError` that names the file where it
+    is cut short, edited so that it cannot be read, or of a later version."""
+    content = read_migrated(path)
     with refused(str(path)):
         return from_json(content)
+
+
+def read_migrated(path: Path) -> Object:
+    """The plain JSON of a stored config as this version writes it. Errors: as `read_stored`."""
+    content = read_json(path)
+    with refused(str(path)):
+        return migrated(content)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,14 +200,37 @@ def _traced(info: Any) -> Any:
 
 
 def _nearest_field(error: TypeError) -> str:
+    """What may have been meant by a keyword argument that a dataclass does not take; empty for other errors."""
     words = str(error).split("'")
-    if "unexpected keyword argument" not in str(error) or len(words) < 2:
+    kind = _called(error)
+    if "unexpected keyword argument" not in str(error) or kind is None:
         return ""
-    name = str(error).split(".__init__")[0].split("()")[0]
-    owners = [c for m in list(sys.modules.values()) if (c := getattr(m, name, None)) and dataclasses.is_dataclass(c)]
-    fields = [f.name for c in owners[:1] for f in dataclasses.fields(c)]
+    fields = [f.name for f in dataclasses.fields(kind) if f.init]
     near = difflib.get_close_matches(words[1], fields, 1, 0.3)
     return f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(fields)}" if fields else ""
+
+
+def _called(error: TypeError) -> type | None:
+    """The dataclass whose call raised an error before any code of its own ran; None where something else did.
+
+    It is what the innermost frame calls at the place where it stopped: a name alone does not tell, as several classes
+    have the same one.
+    """
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    if at is None:
+        return None
+    code, names = at.tb_frame.f_code, {**at.tb_frame.f_globals, **at.tb_frame.f_locals}
+    line, last_line, column, last_column = next(islice(code.co_positions(), at.tb_lasti // 2, None))
+    place = (line, column, last_line, last_column)
+    for node in ast.walk(ast.parse("".join(linecache.getlines(code.co_filename)))):
+        if isinstance(node, ast.Call) and place == (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset):
+            path, found = ast.unparse(node.func), None
+            with contextlib.suppress(Exception):  # what is called has no name
+                found = eval(path, names) if re.fullmatch(r"[\w.]+", path) else None
+            return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+    return None
 
 
 def to_json(value: Any) -> Any:

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.config import ConfigError, differences, read_json, to_json
+from t2i_jax.config import ConfigError, differences, read_json, read_migrated, stored_form
+from t2i_jax.core.migration import migrated
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.data.records import (
     INDEX,
@@ -108,14 +109,14 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
     work |= {k: getattr(data, k) for k in ("source", "held_out", "image_size", "fields")}
     work |= {k: getattr(data, k) for k in ("smallest_side", "empty_captions") if getattr(data, k)}
-    new = json.loads(json.dumps({k: to_json(v) for k, v in work.items()}))
+    new = stored_form(work)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK
     if not path.exists() and any(p for p in folder.iterdir() if p.name != f".{WORK}"):
         raise ConfigError(
             f"{folder} is there, and is no unfinished work of `t2i encode`; remove it or choose another --out"
         )
-    if path.exists() and (changed := differences(json.loads(path.read_text()), new)):
+    if path.exists() and (changed := differences(read_migrated(path), migrated(new))):
         raise ConfigError(
             f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
             + "\n  ".join(changed)

@@ -56,6 +56,30 @@ def test_unknown_field_in_a_file_names_the_nearest(file):
 
 
 @pytest.mark.parametrize(
+    ("line", "near"),
+    [
+        ("from t2i_jax.models.diffusion import Diffusion; Diffusion(solvr=1)", "solver"),
+        ("from t2i_jax.models.diffusion import Diffusion as D; x = [D(None, *[], solvr=1)]", "solver"),
+        ("from t2i_jax.nn import heads; heads.Diffusion(1, wdth=1)", "width"),
+        ("from t2i_jax.nn.heads import Flow; Flow(tims=1)", "dim"),
+        ("from t2i_jax.noise.processes import Flow; Flow(tims=1)", "times"),
+        ("import dataclasses; from t2i_jax.models.ar import AR; dataclasses.replace(AR(), wdth=1)", "width"),
+        ("from t2i_jax.models.ar import AR; (lambda kind: kind(\n  dpth=3))(AR)", "depth"),
+        ("dict(solvr=1)['solver'](x=1)", None),
+        ("from functools import partial; from t2i_jax.models.ar import AR; partial(AR, wdth=1)()", None),
+        ("(lambda x: x)(y=1)", None),
+    ],
+)
+def test_a_wrong_field_is_one_of_the_class_that_was_called(tmp_path, line, near):
+    """Whatever its name is there, and whichever others have that name."""
+    path = tmp_path / "experiment.py"
+    path.write_text("import t2i_jax.models.diffusion, t2i_jax.nn.heads\n" + line)
+    with pytest.raises(ConfigError, match=r"experiment\.py, line ") as error:
+        config.load(path)
+    assert (f"did you mean '{near}'?" in str(error.value)) if near else "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("argument", "says"), [("--train.stepz=3", "train.steps"), ("--train.steps=many", "train.steps")]
 )
 def test_unknown_override_and_wrong_type_name_the_field(file, argument, says):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, Sharding
 
-from t2i_jax.config import ConfigError, read_stored, to_json
+from t2i_jax.config import ConfigError, read_stored, write_stored
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import abstract, assemble, check_fits, named, rebuild
@@ -245,7 +244,7 @@ def _save(
         text = bundled(artifact.text, temporary, whole=True)
         config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
-        (temporary / "config.json").write_text(json.dumps({k: to_json(v) for k, v in config.items()}, indent=2))
+        write_stored(temporary / "config.json", config)
         (temporary / "README.md").write_text(card(artifact))
         if artifact.codec:
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"

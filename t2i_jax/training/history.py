@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from t2i_jax.config import ConfigError, changes, differences, read_stored, to_json
+from t2i_jax.config import ConfigError, changes, differences, read_stored, to_json, write_stored
 from t2i_jax.core.fields import free_fields
+from t2i_jax.core.migration import VERSION
 from t2i_jax.core.outputs import write_text
 from t2i_jax.nn.players import players_of
 from t2i_jax.training.artifacts import bundled
@@ -19,7 +20,8 @@ from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.records import read
 
 FILE = "history.jsonl"
-"""A line for each time that a run went on with another config: step, date, and each field's value before and after."""
+"""A line for each time that a run went on with another config: step, date, and each field's value before and after,
+by the names of the `version` of configs that wrote it."""
 NAMED = 12
 """Fields that a message names."""
 
@@ -61,10 +63,11 @@ class History:
             return
         if self.changes:
             date = datetime.now(UTC).isoformat(timespec="seconds")
-            line = {"step": step, "date": date, "changes": {k: list(v) for k, v in self.changes.items()}}
+            line = {"step": step, "date": date, "version": VERSION}
+            line |= {"changes": {k: list(v) for k, v in self.changes.items()}}
             lines = [*read(self.folder / FILE), line]
             write_text(self.folder / FILE, "".join(json.dumps(line) + "\n" for line in lines))
-        write_text(self.folder / "config.json", json.dumps(to_json(self.experiment), indent=2))
+        write_stored(self.folder / "config.json", self.experiment)
         bundled(self.experiment.text, self.folder)
 
     def _rates(self, step: int) -> list[str]:

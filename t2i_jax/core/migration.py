@@ -1,0 +1,117 @@
+"""Configs that earlier versions of the library stored, made into those of this one: plain JSON, before any class of
+them is imported.
+
+A stored config has a `version` beside its fields; the first one wrote none. `STEPS` has one entry for each version that
+there was, which says what the next one calls otherwise. To rename something, add a line to the last step, if its
+version is in no release yet; else add a step, and with it the version grows by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from t2i_jax.core.errors import ConfigError
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+"""What `json.loads` gives."""
+Object = dict[str, Json]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What differs between a version and the next one. Classes are written `module:Class`.
+
+    Classes, fields and values on the left are those of the older version. What an object holds is migrated before the
+    object itself: first its values, then its fields, then its class, and last `rewrites`.
+    """
+
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """module or package: its new name; classes that `classes` names go by that instead"""
+    classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """class: its new name"""
+    fields: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """class: field: its new name; "compute.remat" moves it into the config in the field `compute`, and "" drops it"""
+    parts: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    """class: field of the newer version: the newer class of the config that is made for what is moved into it"""
+    values: Mapping[str, Mapping[str, Mapping[str, str]]] = dataclasses.field(default_factory=dict)
+    """class: field: word: its new spelling, also of one word among several"""
+    rewrites: Mapping[str, Callable[[Object], Object]] = dataclasses.field(default_factory=dict)
+    """class: what is left to do where the tables cannot say it; takes and gives an object of the newer version"""
+
+    def __call__(self, value: Json) -> Json:
+        """The value as the next version writes it. Errors: `ConfigError` where two fields would get one name."""
+        if isinstance(value, list):
+            return [self(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        made: Object = {k: self(v) for k, v in value.items()}
+        kind = value.get("type")
+        if not isinstance(kind, str):
+            return made
+        words, names, parts = self.values.get(kind, {}), self.fields.get(kind, {}), self.parts.get(kind, {})
+        found: Object = {"type": self._renamed(kind)}
+        for field, content in made.items():
+            if field == "type":
+                continue
+            *path, name = names.get(field, field).split(".")
+            inner = found
+            for at, part in enumerate(path):
+                whole = ".".join(path[: at + 1])
+                new: Object = {"type": parts[whole]} if whole in parts else {}
+                below = inner.setdefault(part, new)
+                if not isinstance(below, dict):
+                    raise ConfigError(f"{kind}: '{field}' belongs into '{whole}', which holds {below!r}")
+                inner = below
+            if name in inner and name != "type":
+                raise ConfigError(f"{kind}: holds both '{field}' and '{name}', which are the same")
+            if name:
+                inner[name] = _respelled(content, words.get(field, {}))
+        return self.rewrites[kind](found) if kind in self.rewrites else found
+
+    def _renamed(self, kind: str) -> str:
+        if kind in self.classes:
+            return self.classes[kind]
+        module, colon, name = kind.partition(":")
+        for old in sorted(self.modules, key=len, reverse=True):
+            if module == old or module.startswith(f"{old}."):
+                return f"{self.modules[old]}{module[len(old) :]}{colon}{name}"
+        return kind
+
+
+def _respelled(value: Json, words: Mapping[str, str]) -> Json:
+    if isinstance(value, list):
+        return [_respelled(v, words) for v in value]
+    return words.get(value, value) if isinstance(value, str) else value
+
+
+STEPS: tuple[Step, ...] = (
+    Step(),  # 1 -> 2
+)
+"""From version n to n + 1, the first from 1."""
+
+
+def migrated(content: Object, steps: tuple[Step, ...] = STEPS) -> Object:
+    """The content of a stored file as this version writes it, without its `version`.
+
+    Errors: `ConfigError` for a file of a newer version, and for a version that is no number.
+    """
+    content = dict(content)
+    version, newest = content.pop("version", 1), len(steps) + 1
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ConfigError(f"version {version!r}: it is a whole number, 1 to {newest}")
+    if version > newest:
+        raise ConfigError(
+            f"was written by a newer t2i_jax, in version {version} of its configs; this one reads up to {newest}: "
+            "upgrade the library"
+        )
+    for step in steps[version - 1 :]:
+        made = step(content)
+        assert isinstance(made, dict)
+        content = made
+    return content
+
+
+VERSION = len(STEPS) + 1
+"""Of the configs that are written now."""
