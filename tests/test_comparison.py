@@ -81,9 +81,9 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
     model = Masked(buckets=4, **shape)
     assert model.sizes == ([4, 8, 12, 16], [1, 4, 16])
     # Hidden after each of four steps: 14, 11, 6, 0; so 0, 2, 5, 10 are visible and 2, 3, 5, 6 are asked for.
-    assert model.chosen(Generation(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
+    assert model.loop_trips(Generation(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
     one = dataclasses.replace(model, buckets=1)
-    assert one.chosen(Generation(iterations=4)) == [(1,), (1,), (2,), (2,)]
+    assert one.loop_trips(Generation(iterations=4)) == [(1,), (1,), (2,), (2,)]
     network = model.init(jax.random.key(0))
     count = lambda family: work(Pipeline(family, network, None, None), Generation(iterations=4), ["0"])
     rows = 2 * (16 - 4 + 16 - 4 + 16 - 8 + 16 - 12)  # of the encoder and of `widen`, two branches, that are not there

@@ -34,8 +34,8 @@ from t2i_jax.training.experiment import Experiment
 def turns(family: Any, options: Any) -> flops.Trips:
     """How often the loop of a family's sampler runs with these options, for `flops.count`; where its steps choose among
     sizes, as those of masked models do, the sizes that each of them takes."""
-    if hasattr(family, "chosen"):
-        return family.chosen(options)
+    if hasattr(family, "loop_trips"):
+        return family.loop_trips(options)
     count: Any = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
     return int(count) or getattr(getattr(family, "chain", None), "steps", 1)
 

@@ -143,14 +143,27 @@ class CodeSpec:
 class SampleSpec:
     """What a family samples."""
 
-    kind: Literal["tokens", "latents", "pixels"]
-    """code numbers and latents need a codec; pixels are images in [-1, 1] unless a codec decodes them"""
     grid: tuple[int, int]
     """rows and columns of codes, of latents, or of pixels"""
     code: CodeSpec
     """of one position"""
     patch: int = 1
     """a token of the model is a square of so many positions a side; `grid` is a multiple of it"""
+
+    @property
+    def kind(self) -> Literal["tokens", "latents", "pixels"]:
+        """Code numbers and latents need a codec; pixels, three numbers, are images in [-1, 1] without one."""
+        return "tokens" if self.code.is_discrete else "pixels" if self.code.shape == (3,) else "latents"
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Rows and columns of tokens of the model."""
+        return self.grid[0] // self.patch, self.grid[1] // self.patch
+
+    @property
+    def field(self) -> FieldSpec:
+        """Samples as a field of a batch."""
+        return self.code.field(self.grid)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 from flax import nnx
@@ -65,6 +65,8 @@ class Capabilities:
     frozen_networks: bool = False
     """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
 
+    guidance: bool = False
+    """the options have a scale `guidance`, and `sample` takes `guided`: False leaves the unconditional branch out"""
     token_by_token: bool = False
     """`TokenByToken`: a cache of keys and values, one token a step"""
     likelihood: bool = False
@@ -74,7 +76,7 @@ class Capabilities:
     init_image: bool = False
     """`sample` takes `known` alone, and its options a `strength`"""
     super_resolution: bool = False
-    """reads `low_res`, a small image to enlarge"""
+    """enlarges a small image, `low_res` of its condition"""
     classifier_guidance: bool = False
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
@@ -83,12 +85,48 @@ class Capabilities:
     """samples with matrices of 8-bit integers"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed, whatever it computes; None where a config leaves no choice."""
+
+    dtype: str | None = "float32"
+    """of products and activations"""
+    remat: str | None = None
+    """what a layer keeps for its backward pass: a key of `nn.transformer.REMAT`"""
+    attention: str | None = None
+    """what computes attention: a `nn.kernels.Kind`"""
+    loss_chunk: int | None = None
+    """tokens of an image whose logits are held at a time; 0: as many as memory is kept for"""
+
+    def changes(self, new: Compute, **fields: str) -> dict[str, Any]:
+        """What to replace in a config to compute as `new` says: values by the names of its fields.
+
+        fields: names of the config's fields where they are not those here. Errors: `ConfigError` for a change of what
+        the config leaves no choice of.
+        """
+        found = {}
+        for name, value in dataclasses.asdict(new).items():
+            old = dataclasses.asdict(self)[name]
+            if value != old and old is None:
+                raise ConfigError(f"{name} {value!r}: this model leaves no choice of it")
+            if value != old:
+                found[fields.get(name, name)] = value
+        return found
+
+
 class Trainable(Protocol):
     """A frozen config of something that is trained: a family, a codec, a classifier."""
 
     @property
     def capabilities(self) -> Capabilities:
         """Computed from the config, never a field of it."""
+        ...
+
+    @property
+    def compute(self) -> Compute: ...
+
+    def with_compute(self, compute: Compute) -> Self:
+        """The same model, computed in another way. Errors: `ConfigError` for what the config leaves no choice of."""
         ...
 
     def batch_spec(self) -> BatchSpec:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.decode import layers_for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
-from t2i_jax.nn.heads import Head, ImageKeys, Softmax, code_spec
+from t2i_jax.nn.heads import Head, ImageKeys, Softmax, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
@@ -68,9 +69,6 @@ class AnyOrder(Checked):
     sampling: Annotated[Sampling, FREE] = Sampling()
     """How `sample` draws unless told otherwise."""
 
-    edits: ClassVar[bool] = True
-    """`sample` takes over known tokens wherever they stand."""
-
     def __post_init__(self):
         super().__post_init__()
         if not self.order.single:
@@ -99,13 +97,42 @@ class AnyOrder(Checked):
             kernel=self.kernel,
         )
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(family=True, guidance=True, likelihood=isinstance(self.head, Softmax), inpaint=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, self.kernel)
+
+    def with_compute(self, compute: Compute) -> AnyOrder:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return sample_spec(self.head, self.grid, self.patch)
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads."""
+        return self.condition.batch_spec()
+
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold."""
-        return {"codes": code_spec(self.head, self.grid, self.patch), **self.condition.batch_spec(), "weight": WEIGHT}
+        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Sampling) -> None:
+        """Errors: none; what options may be, each of them says itself."""
+
+    def loop_trips(self, options: Sampling) -> int:
+        """1: every loop of the sampler is of a known length."""
+        return 1
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""

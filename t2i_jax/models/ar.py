@@ -18,7 +18,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad
@@ -165,17 +166,45 @@ class AR(Checked):
         """Tokens before the image."""
         return 1 if self.reads == "memory" else self.condition.length
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(family=True, guidance=True, token_by_token=True, likelihood=True, int8=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, self.kernel, self.loss_chunk)
+
+    def with_compute(self, compute: Compute) -> AR:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads; given tokens are codes."""
+        spec, last = self.condition.batch_spec(), self.vocabulary - 1
+        if not isinstance(self.condition, Given):
+            return spec
+        return {name: dataclasses.replace(field, high=last) for name, field in spec.items()}
+
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold; given tokens are codes."""
-        last = self.vocabulary - 1
-        condition = self.condition.batch_spec()
-        if isinstance(self.condition, Given):
-            condition = {name: dataclasses.replace(field, high=last) for name, field in condition.items()}
-        return {"codes": FieldSpec(self.grid, "int32", 0, last), **condition, "weight": WEIGHT}
+        """What a batch has to hold."""
+        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Sampling) -> None:
+        """Errors: none; what options may be, each of them says itself."""
+
+    def loop_trips(self, options: Sampling) -> int:
+        """1: every loop of the sampler is of a known length."""
+        return 1
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax import Array
 from jax.core import Tracer
 
 from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share
-from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
@@ -158,9 +159,6 @@ class Diffusion(Checked):
     sampling: Annotated[Solving, FREE] = Solving()
     """How `sample` draws unless told otherwise."""
 
-    edits: ClassVar[bool] = True
-    """`sample` takes over known pictures, wherever a mask says."""
-
     def __post_init__(self):
         super().__post_init__()
         if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
@@ -173,10 +171,6 @@ class Diffusion(Checked):
                 f"predicts {self.predicts!r}: samplers of this {type(self.process).__name__} begin in noise alone, "
                 f"where it says nothing of the picture; predict {right!r}"
             )
-
-    def check(self, options: Solving) -> None:
-        """Errors: ValueError for options with which nothing can be drawn."""
-        options.check(self.process.bound)
 
     @property
     def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
@@ -193,22 +187,62 @@ class Diffusion(Checked):
         """Rows, columns and channels of a picture, or of its latents."""
         return (*self.network.size, self.network.channels)
 
-    def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold: `codes` (latents) or `image`, what the condition reads, and further inputs."""
-        whole = FieldSpec(self.shape, "float32", optional=True)
-        drawn = dataclasses.replace(whole, one_of="drawn")
-        plane = FieldSpec((*self.grid, 1), "float32", optional=True)
-        small = FieldSpec((None, None, self.shape[-1]), "float32", optional=self.enlarges > 0)
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(
+            family=True,
+            guidance=True,
+            inpaint=True,
+            init_image=True,
+            super_resolution=self.reads_small,
+            classifier_guidance=True,
+            autoguidance=True,
+        )
+
+    @property
+    def compute(self) -> Compute:
+        """How its network is computed."""
+        return self.network.compute
+
+    def with_compute(self, compute: Compute) -> Diffusion:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, network=self.network.with_compute(compute))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return SampleSpec(self.grid, CodeSpec("float32", (self.network.channels,)))
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads: what the condition does, and further inputs."""
+        whole, plane = (FieldSpec((*self.grid, n), "float32", optional=True) for n in (self.network.channels, 1))
         further = {
             "inpaint": {"inpaint": whole, "inpaint_mask": plane},
-            "low_res": {"low_res": small, "low_res_noise": FieldSpec((), "float32", optional=True)},
+            "low_res": {"low_res": FieldSpec((None, None, self.network.channels), "float32")},
         }
         extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
-        return {"codes": drawn, "image": drawn, **self.condition.batch_spec(), **extra, "weight": WEIGHT}
+        return {**self.condition.batch_spec(), **extra}
+
+    def batch_spec(self) -> BatchSpec:
+        """What a batch has to hold: `codes` (latents) or `image`, what `sample` reads, and how noisy that is."""
+        drawn = dataclasses.replace(self.sample_spec().field, optional=True, one_of="drawn")
+        spec = {"codes": drawn, "image": drawn, **self.condition_spec(), "weight": WEIGHT}
+        if self.reads_small:
+            spec["low_res"] = dataclasses.replace(spec["low_res"], optional=self.enlarges > 0)
+            spec["low_res_noise"] = FieldSpec((), "float32", optional=True)
+        return spec
 
     def options(self) -> Solving:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Solving) -> None:
+        """Errors: ValueError for options with which nothing can be drawn."""
+        options.check(self.process.bound)
+
+    def loop_trips(self, options: Solving) -> int:
+        """Steps of the solver."""
+        return int(options.steps)
 
     def init(self, key: Array) -> Any:
         """A network with fresh parameters."""

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,12 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, FREE, Checked, Count, Grid, Positive, Range, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.draw import guidance_at
-from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax, code_spec
+from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
@@ -102,9 +103,6 @@ class Masked(Checked):
     sampling: Annotated[Generation, FREE] = Generation()
     """How `sample` draws unless told otherwise."""
 
-    edits: ClassVar[bool] = True
-    """`sample` takes over known tokens wherever they stand."""
-
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.order, Confidence) and not isinstance(self.head, Softmax):
@@ -161,13 +159,38 @@ class Masked(Checked):
             kernel=self.kernel,
         )
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(family=True, guidance=True, inpaint=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, self.kernel)
+
+    def with_compute(self, compute: Compute) -> Masked:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return sample_spec(self.head, self.grid, self.patch)
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads."""
+        return self.condition.batch_spec()
+
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold."""
-        return {"codes": code_spec(self.head, self.grid, self.patch), **self.condition.batch_spec(), "weight": WEIGHT}
+        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> Generation:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Generation) -> None:
+        """Errors: none; what options may be, each of them says itself."""
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""
@@ -283,7 +306,7 @@ class Masked(Checked):
         asked = [1] if self.order.single else sorted({min(4**k, n) for k in range(1 + math.ceil(math.log(n, 4)))})
         return visible, asked
 
-    def chosen(self, options: Generation) -> list[tuple[int, ...]]:
+    def loop_trips(self, options: Generation) -> list[tuple[int, ...]]:
         """Which of the sizes each step takes when all tokens are drawn, where there is more than one."""
         left = [self.length, *remaining(self.length, int(options.iterations), list(SHAPES)[int(options.shape)])]
         left = list(range(self.length, -1, -1)) if self.order.single else [int(n) for n in left]

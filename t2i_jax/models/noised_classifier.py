@@ -13,6 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
@@ -37,6 +38,20 @@ class NoisedClassifier(Checked):
     """Mean of the last features; attention of that mean to all of them; means of all stages through an MLP, plain or
     normalised."""
     process: Process = Discrete()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(classifier=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return self.trunk.compute
+
+    def with_compute(self, compute: Compute) -> NoisedClassifier:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, trunk=self.trunk.with_compute(compute))
 
     def init(self, key: Array) -> Classifying:
         return Classifying(self, key)

@@ -13,6 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
@@ -60,6 +61,20 @@ class NoisedCLIP(Checked):
         told = 1000 if not isinstance(process, Discrete) or process.rescale_times else process.steps
         if told > self.times:
             raise ValueError(f"times {self.times}: this {name} tells {told} of them")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(classifier=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute()
+
+    def with_compute(self, compute: Compute) -> NoisedCLIP:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute))
 
     def init(self, key: Array) -> CLIPNetwork:
         return CLIPNetwork(self, key)

@@ -20,7 +20,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec
@@ -177,14 +178,42 @@ class Stream(Checked):
             dropout=self.dropout,
         )
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(family=True, guidance=True, token_by_token=True, likelihood=True, int8=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
+
+    def with_compute(self, compute: Compute) -> Stream:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads."""
+        return self.condition.batch_spec()
+
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold."""
-        codes = FieldSpec(self.grid, "int32", 0, self.vocabulary - 1)
-        return {"codes": codes, **self.condition.batch_spec(), "weight": WEIGHT}
+        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> Sampling:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Sampling) -> None:
+        """Errors: none; what options may be, each of them says itself."""
+
+    def loop_trips(self, options: Sampling) -> int:
+        """1: every loop of the sampler is of a known length."""
+        return 1
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""

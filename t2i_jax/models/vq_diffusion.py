@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate
@@ -86,9 +87,6 @@ class VQDiffusion(Checked):
     sampling: Annotated[Reverse, FREE] = Reverse()
     """How `sample` draws unless told otherwise."""
 
-    edits: ClassVar[bool] = True
-    """`sample` takes over known tokens wherever they stand."""
-
     def __post_init__(self):
         super().__post_init__()
         if self.objective == "continuous" and self.chain.kind != "mask":
@@ -131,14 +129,43 @@ class VQDiffusion(Checked):
             grid=self.grid if self.conv_mlp else None,
         )
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(family=True, guidance=True, likelihood=True, inpaint=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
+
+    def with_compute(self, compute: Compute) -> VQDiffusion:
+        """The same model, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute))
+
+    def sample_spec(self) -> SampleSpec:
+        """What it samples."""
+        return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
+
+    def condition_spec(self) -> BatchSpec:
+        """What `sample` reads."""
+        return self.condition.batch_spec()
+
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold."""
-        codes = FieldSpec(self.grid, "int32", 0, self.vocabulary - 1)
-        return {"codes": codes, **self.condition.batch_spec(), "weight": WEIGHT}
+        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> Reverse:
         """How `sample` draws unless told otherwise."""
         return self.sampling
+
+    def check(self, options: Reverse) -> None:
+        """Errors: none; what options may be, each of them says itself."""
+
+    def loop_trips(self, options: Reverse) -> int:
+        """How often the network is asked."""
+        stride = int(options.stride)
+        return -(-(self.chain.steps - 1) // stride) + 1 if stride else int(options.steps) or self.chain.steps
 
     def init(self, key: Array) -> Network:
         """A model with fresh parameters."""

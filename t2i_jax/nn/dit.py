@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
+from t2i_jax.core.types import Compute
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
 from t2i_jax.nn.conv import patchify, unpatchify
@@ -96,6 +97,15 @@ class DiT(Checked):
     def extra_inputs(self) -> tuple[str, ...]:
         """Pictures of the batch that are read beside the noised one."""
         return ()
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat, self.kernel)
+
+    def with_compute(self, compute: Compute) -> DiT:
+        """The same network, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
 
     def init(self, key: Array) -> DiTNetwork:
         return DiTNetwork(self, key)

@@ -15,6 +15,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
+from t2i_jax.core.types import Compute
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
 from t2i_jax.nn.conv import Upsample
@@ -105,6 +106,15 @@ class UNet(Checked):
         if not count or c % count:
             raise ValueError(f"{c} channels cannot be split into {count} heads")
         return count
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype, self.remat)
+
+    def with_compute(self, compute: Compute) -> UNet:
+        """The same network, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute))
 
     def init(self, key: Array) -> UNetNetwork:
         return UNetNetwork(self, key)

@@ -13,7 +13,7 @@ guidance scale (b,), and traced options of `nn.draw`. Its score (b, m) is log p(
 None. Every head works with every order; an order that goes by confidence needs a score.
 """
 
-from t2i_jax.core.specs import FieldSpec
+from t2i_jax.core.specs import CodeSpec, SampleSpec
 from t2i_jax.nn.heads.diffusion import Diffusion
 from t2i_jax.nn.heads.draws import Draws, ImageKeys
 from t2i_jax.nn.heads.flow import Flow
@@ -22,12 +22,13 @@ from t2i_jax.nn.heads.softmax import Softmax
 
 Head = Softmax | Diffusion | Flow | Mixture
 
-__all__ = ["Diffusion", "Draws", "Flow", "Head", "ImageKeys", "Mixture", "Softmax", "code_spec"]
+__all__ = ["Diffusion", "Draws", "Flow", "Head", "ImageKeys", "Mixture", "Softmax", "sample_spec"]
 
 
-def code_spec(head: Head, grid: tuple[int, int], patch: int) -> FieldSpec:
+def sample_spec(head: Head, grid: tuple[int, int], patch: int) -> SampleSpec:
     """The codes of an image for a grid of tokens, each a square of `patch` x `patch` codes."""
     if isinstance(head, Softmax):
-        return FieldSpec(grid, "int32", 0, head.vocabulary - 1)
-    rows, columns = (n * patch for n in grid)
-    return FieldSpec((rows, columns, head.dim // patch**2), "float32")
+        code = CodeSpec("int32", sizes=(head.vocabulary,))
+    else:
+        code = CodeSpec("float32", (head.dim // patch**2,))
+    return SampleSpec((grid[0] * patch, grid[1] * patch), code, patch)
