@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t2i_jax.config import ConfigError, differences, read_json, read_migrated, stored_form
+from t2i_jax.core.console import bar, console
 from t2i_jax.core.migration import migrated
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.data.records import (
@@ -32,7 +33,6 @@ from t2i_jax.data.records import (
     write_file,
 )
 from t2i_jax.parallel import MeshConfig, batch_sharding, placed, shardings
-from t2i_jax.progress import bar, console
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import together
 

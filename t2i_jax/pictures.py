@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from rich.console import Console
 
+from t2i_jax.core.console import console
 from t2i_jax.core.outputs import MAKER, check_free, is_ours
 
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
@@ -125,7 +125,7 @@ def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Seq
         target.mkdir()
         for path in (*older, *(p for name in sheets if (p := folder / name).exists())):
             path.rename(target / path.name)
-        Console(stderr=True).print(
+        console.print(
             f"{folder}: {len(older)} images of an earlier call are in {target.name} now", soft_wrap=True, markup=False
         )
     return made

@@ -12,17 +12,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
-from rich.console import Console
 
 from t2i_jax import pictures
+from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.data.records import title
 from t2i_jax.parallel import agreed, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, image_keys, plain, unguided
-from t2i_jax.progress import bar
-
-console = Console(stderr=True)
 
 
 class Previews:

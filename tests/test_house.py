@@ -12,7 +12,7 @@ HOUSE = Path(__file__).parent.parent / "t2i_jax"
 # Lowest floor first; a room may import rooms of its own floor's name and of floors before it, never of later ones.
 FLOORS = [
     ("core",),
-    ("parallel", "flops", "pictures", "progress"),
+    ("parallel", "flops", "pictures"),
     ("noise", "platform", "config"),
     ("nn",),
     ("interop",),

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from t2i_jax import config
+from t2i_jax.core.console import stdout
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_free, local, write_json
 
@@ -117,12 +117,10 @@ def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -
     """Print the table; write the results as JSON with what machine they are from. The first process alone does."""
     if jax.process_index():
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    console.print(shown)
+    stdout().print(shown)
     if out:
         write(what, results, out)
-        console.print(f"{out}: written", soft_wrap=True)
+        stdout().print(f"{out}: written", soft_wrap=True)
 
 
 def write(what: str, results: Sequence[Result], out: Path) -> None:

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from rich.console import Console
 
 from t2i_jax.bench.measure import asked
 from t2i_jax.bench.recursion import law, recursion
+from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Path, Process, Spacing
@@ -231,7 +231,7 @@ def main(arguments: list[str]) -> None:
                 lines += [f"| {kind} | " + " | ".join(f"{x:.3f}" for x in found) + " |"]
             lines += [""]
     text = "\n".join(lines + inpainting())
-    Console(width=200).print(text, markup=False, highlight=False)
+    stdout(200).print(text, markup=False, highlight=False)
     if args.out:
         write_markdown(args.out, text)
         plot(errors, args.steps, args.std, args.out.with_suffix(".png"))

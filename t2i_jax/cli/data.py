@@ -14,13 +14,13 @@ import tyro
 from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse, parse_some
 from t2i_jax.config import ConfigError
+from t2i_jax.core.console import bar
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.data.files import files_of
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import Entry, index_tars
-from t2i_jax.progress import bar
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 
 KINDS = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 import tyro
-from rich.console import Console
 
 from t2i_jax import config
 from t2i_jax import plan as plans
 from t2i_jax.cli.shared import console, local, parse_some
+from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
 from t2i_jax.core.outputs import check_free
 
@@ -78,8 +78,7 @@ def run(arguments: list[str]) -> None:
         encoded=args.encoded,
         told=lambda message: console.print(message, style="dim", soft_wrap=True),
     )
-    shown = Console()
-    shown = shown if shown.is_terminal else Console(width=140)
+    shown = stdout(140)
     if args.sweep:
         shown.print(plans.ranking(found[:20], f"{args.config} on {topology}, best first"))
     for one in found[:1] if args.sweep else found:

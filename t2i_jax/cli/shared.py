@@ -8,12 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
-from t2i_jax import config
+from t2i_jax.core.console import console as console
 from t2i_jax.core.outputs import local as local
-
-console = Console(stderr=True)
 
 
 class Lines(logging.Handler):
@@ -31,9 +27,13 @@ def fail(message: str, status: int = 2) -> None:
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
+    from t2i_jax import config  # which imports JAX, that `t2i --help` does not wait for
+
     return config.parse(kind, arguments, prog)
 
 
 def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
     """The command's own arguments, and the rest: overrides of fields that only a config or a model knows."""
+    from t2i_jax import config
+
     return config.parse(kind, arguments, prog, return_unknown_args=True)

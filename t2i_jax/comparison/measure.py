@@ -15,12 +15,12 @@ from t2i_jax.bench.drawing import turns
 from t2i_jax.bench.measure import limits
 from t2i_jax.comparison.plan import Comparison
 from t2i_jax.config import ConfigError
+from t2i_jax.core.console import bar
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import images_of, prompts_of, records_of
 from t2i_jax.pipeline import Pipeline, image_keys, unguided
-from t2i_jax.progress import bar
 
 SPACES = ("efficientnet_lite0", "pixels")
 

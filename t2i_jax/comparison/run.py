@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from t2i_jax.comparison.measure import Ruler, measure
 from t2i_jax.comparison.plan import Comparison, Line
 from t2i_jax.comparison.report import files_of, write
 from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.console import console
 from t2i_jax.core.outputs import check_free
 from t2i_jax.nn.trees import abstract
 from t2i_jax.pictures import save_png
@@ -26,8 +26,6 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import load_artifact, stored
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, train
-
-console = Console(stderr=True)
 
 
 def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> dict[str, Any]:

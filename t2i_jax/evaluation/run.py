@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from t2i_jax import config, pictures
 from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
+from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.outputs import check_free
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
@@ -24,11 +24,8 @@ from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluat
 from t2i_jax.parallel import MeshConfig, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, plain
-from t2i_jax.progress import bar
 from t2i_jax.training.artifacts import Artifact, load_artifact, opened
 from t2i_jax.training.experiment import Experiment
-
-console = Console()
 
 
 def evaluate_folder(
@@ -73,8 +70,8 @@ def evaluate_folder(
             pipeline, pipeline.source, reference, out, loaded, count, batch_size, seed, chosen, judge
         )
     report.save(out / "report.json")
-    console.print(report.table())
-    console.print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
+    stdout().print(report.table())
+    stdout().print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
     return report
 
 

@@ -21,17 +21,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers as managers
-from rich.console import Console
 from rich.markup import escape
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.console import console
 from t2i_jax.core.memory import return_freed
 from t2i_jax.parallel import agreed
 from t2i_jax.training.checksums import checksums
 from t2i_jax.training.remote import place
 from t2i_jax.training.state import TrainState
-
-console = Console(stderr=True)
 
 HELD = 2**27
 """Bytes of weights that are read at a time."""

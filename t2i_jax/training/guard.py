@@ -12,14 +12,12 @@ from jax import Array
 from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 
+from t2i_jax.core.console import console
 from t2i_jax.nn.trees import rebuild
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import held, step_keys
-
-console = Console(stderr=True)
 
 NAMED = 8
 """Arrays that a message names."""

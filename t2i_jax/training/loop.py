@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from t2i_jax import flops
 from t2i_jax.config import ConfigError, read_json, refused, to_json
+from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
@@ -45,7 +45,6 @@ from t2i_jax.training.state import TrainState, create
 from t2i_jax.training.step import held, make_step, owned, step_keys
 from t2i_jax.training.watch import together, watched
 
-console = Console(stderr=True)
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
 
 
@@ -410,7 +409,6 @@ def progress(title: str, done: int, total: int):
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console) as bars:
+    with bar(TextColumn("{task.fields[numbers]}")) as bars:
         task = bars.add_task(title, total=total, completed=done, numbers="compiling")
         yield lambda step, numbers: bars.update(task, completed=step, numbers=brief(numbers))

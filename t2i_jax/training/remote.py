@@ -19,11 +19,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from rich.console import Console
 
 from t2i_jax.config import ConfigError
-
-console = Console(stderr=True)
+from t2i_jax.core.console import console
 
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package through which fsspec reads it, and the extra that brings it."""
