@@ -12,6 +12,7 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.config import ConfigError
+from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
@@ -20,7 +21,8 @@ from t2i_jax.noise.processes import Discrete
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, settled
 from t2i_jax.previews import Previews
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.training.artifacts import Artifact, check_new, save_artifact
+from t2i_jax.training.loop import check_run
 
 NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=Classes(3), learn_variance=False)
 FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=Solving(4, 2.0))
@@ -206,3 +208,12 @@ def test_a_mesh_draws_what_one_device_draws_by_any_solver(folder):
     plain, heun = draw(one), draw(one.altered(solver="heun"))
     np.testing.assert_allclose(draw(many.altered(solver="heun")), heun, atol=1)
     assert jnp.abs(plain - heun).max() > 1
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        check_run(tmp_path / "caf\udce9")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        check_new(tmp_path / "caf\udce9" / "released")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        may_become(tmp_path / "caf\udce9")

@@ -45,6 +45,14 @@ def check_parent(path: Path) -> None:
         raise ConfigError(f"{path}: {above} is a file, so nothing can be written below it")
 
 
+def check_utf8(path: Path) -> None:
+    """Errors: `ConfigError` for a path that is not UTF-8, which writers of checkpoints and of records do not take."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{str(path.absolute())!a}: is not UTF-8; choose another name") from error
+
+
 def is_ours(path: Path) -> bool:
     """Whether a file says that this library made it: an image, a JSON or a Markdown file."""
     try:

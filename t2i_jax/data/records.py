@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from t2i_jax.core.errors import DataError as DataError
+from t2i_jax.core.outputs import check_utf8
 from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
@@ -125,6 +126,7 @@ def _dtype(name: str) -> np.dtype:
 def may_become(path: Path) -> None:
     """Errors: `DataError` if something is at `path` that is no data set, which will not be overwritten, or if it is the
     working folder or one above it, which cannot be put in place whole."""
+    check_utf8(path)
     if Path.cwd().is_relative_to(path.resolve()):
         raise DataError(f"{path}: is the working folder or holds it; name a folder of its own, as ./name")
     if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):

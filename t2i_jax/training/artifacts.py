@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from t2i_jax.config import ConfigError, read_stored, write_stored
-from t2i_jax.core.outputs import check_parent
+from t2i_jax.core.outputs import check_parent, check_utf8
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import abstract, assemble, check_fits, named, rebuild
 from t2i_jax.parallel import shardings
@@ -256,6 +256,7 @@ def check_new(folder: str | Path) -> None:
     """Errors: `ConfigError` where a released model cannot be written, as something is there already."""
     if os.path.lexists(folder):
         raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
+    check_utf8(Path(folder))
     check_parent(Path(folder))
 
 

@@ -25,7 +25,7 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
-from t2i_jax.core.outputs import check_parent, write_json
+from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.specs import check_batch
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
@@ -199,6 +199,7 @@ def laid_out(tree: Any, layout: Any) -> Any:
 
 def check_run(folder: Path) -> None:
     """Errors: `ConfigError` where what lies in a folder is not that of a run: nothing of it will be written over."""
+    check_utf8(folder)
     check_parent(folder)
     if (folder / "config.json").exists():
         stored(folder)
