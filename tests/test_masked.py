@@ -51,17 +51,20 @@ MORE = {
         rate=MaskRate("uniform"),
         head=dataclasses.replace(VECTORS, dim=8),
     ),
+    "AR factors": AnyOrder(**TINY, order=Permutation(), head=toys.Factors()),
+    "masked factors": Masked(**BIDIRECTIONAL, order=Confidence(), head=toys.Factors()),
+    "masked factors of patches": Masked(**BIDIRECTIONAL | {"patch": 2}, head=toys.Factors((3, 3, 3, 3, 2, 2, 2, 2))),
 }
 ALL = CELLS | MORE
 
 
 def batch_of(config, b=3):
     rng = np.random.default_rng(0)
-    side = [n * config.patch for n in config.grid]
-    if isinstance(config.head, Softmax):
-        codes = rng.integers(0, config.head.vocabulary, (b, *side))
+    code, field = config.sample_spec().code, config.batch_spec()["codes"]
+    if code.is_discrete:
+        codes = rng.integers(0, code.sizes if code.shape else code.sizes[0], (b, *field.shape))
     else:
-        codes = rng.normal(size=(b, *side, config.head.dim // config.patch**2)).astype(np.float32)
+        codes = rng.normal(size=(b, *field.shape)).astype(np.float32)
     text = {"text": rng.integers(0, 11, (b, 4)), "text_mask": rng.uniform(size=(b, 4)) < 0.7}
     return {"codes": jnp.asarray(codes), "label": jnp.arange(b) % 3} | jax.tree.map(jnp.asarray, text)
 
@@ -105,7 +108,7 @@ def test_every_cell_trains_and_draws(name):
     assert not [name for name in idle if ".b" not in name], "parameters that nothing moves"
 
     three, again = (drawn(config, model, np.asarray(rows), few(config)) for rows in ([0, 1, 2], [2, 0, 1]))
-    assert three.shape == batch["codes"].shape and three.dtype == (jnp.int32 if config.head.dim == 0 else jnp.float32)
+    assert three.shape == batch["codes"].shape and three.dtype == config.sample_spec().code.dtype
     np.testing.assert_allclose(three[jnp.asarray([2, 0, 1])], again, rtol=1e-4, atol=1e-5)
     assert len(np.unique(np.asarray(three).reshape(3, -1), axis=0)) == 3
 
@@ -173,6 +176,10 @@ def test_a_causal_model_gives_probabilities_in_every_order():
     total = jax.jit(lambda order: jnp.exp(config.log_likelihood(model, batch, jnp.tile(order, (len(codes), 1)))).sum())
     for order in ([2, 1, 0], [0, 2, 1]):
         np.testing.assert_allclose(total(jnp.asarray(order)), 1, rtol=1e-5)
+    factors = dataclasses.replace(config, grid=(1, 2), head=toys.Factors((3, 2)))
+    codes = jnp.asarray(list(itertools.product(itertools.product(range(3), range(2)), repeat=2)))[:, None]
+    batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
+    np.testing.assert_allclose(jnp.exp(factors.log_likelihood(filled(factors), batch)).sum(), 1, rtol=1e-5)
     with pytest.raises(ValueError, match="does not know the probability"):
         dataclasses.replace(config, head=VECTORS).log_likelihood(model, batch)
 
@@ -222,9 +229,9 @@ def test_steps_ask_for_what_the_schedule_says():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="Confidence needs head Softmax"):
+    with pytest.raises(ValueError, match="order Confidence needs a head that knows probabilities"):
         Masked(head=VECTORS, order=Confidence())
-    with pytest.raises(ValueError, match="patch is 1 with Softmax"):
+    with pytest.raises(ValueError, match="patch 2: a code of one number"):
         Masked(head=CODES, patch=2)
     with pytest.raises(ValueError, match="asks for sets"):
         AnyOrder(order=Sets())  # pyright: ignore[reportArgumentType]

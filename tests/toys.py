@@ -8,9 +8,11 @@ import numpy as np
 from einops import reduce, repeat
 from flax import nnx
 
-from t2i_jax.core.specs import FieldSpec
-from t2i_jax.nn.layers import Carried, Linear
+from t2i_jax.core.specs import CodeSpec, FieldSpec
+from t2i_jax.nn.draw import choose
+from t2i_jax.nn.layers import Carried, Embedding, Linear
 from t2i_jax.nn.players import Player
+from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, shard
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -32,6 +34,56 @@ class Numbers:
             places = [position + row for row in (range(self.batch_size) if rows is None else rows)]
             yield {"x": np.stack([np.random.default_rng(g).normal(size=self.width) for g in places]).astype(np.float32)}
             position += self.batch_size
+
+
+class FactorTables(nnx.Module):
+    """An embedding of each number of a code; they are added."""
+
+    def __init__(self, sizes, width, key):
+        self.table = Embedding(sum(sizes), width, key)
+        self.first = tuple(int(n) for n in np.cumsum((0, *sizes[:-1])))
+
+    def __call__(self, x):
+        return self.table(x + jnp.asarray(self.first)).sum(-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """A head of several small whole numbers for each position, each with a softmax of its own given z."""
+
+    sizes: tuple[int, ...] = (3, 2, 4)
+
+    knows_probability = True
+
+    @property
+    def code(self):
+        return CodeSpec("int32", (len(self.sizes),), self.sizes)
+
+    def init(self, key, width):
+        return Linear(width, sum(self.sizes), key)
+
+    def entrance(self, key, width):
+        return FactorTables(self.sizes, width, key)
+
+    def empty(self, b, t):
+        return jnp.zeros((b, t, len(self.sizes)), jnp.int32)
+
+    def logits(self, module, z):
+        ends = np.cumsum(self.sizes)[:-1]
+        return jnp.split(module(z).astype(jnp.float32), ends, -1)
+
+    def loss(self, module, z, x, key, train=True):
+        return -sum(self.log_p(logits, x[..., i]) for i, logits in enumerate(self.logits(module, z)))
+
+    def log_p(self, logits, x):
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
+
+    def sample(self, module, z, null, draws, guidance, options):
+        each = self.logits(module, z)
+        if null is not None:
+            each = [guide(a, b, guidance) for a, b in zip(each, self.logits(module, null), strict=True)]
+        drawn = [choose(logits, options, draws.uniform(i)) for i, logits in enumerate(each)]
+        return jnp.stack(drawn, -1), sum(map(self.log_p, each, drawn))
 
 
 class Net(nnx.Module):

@@ -21,6 +21,7 @@ from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
 from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.fields import values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
@@ -78,13 +79,13 @@ def without_head(family: Any) -> Any:
         self: Any, module: Any, z: Array, null: Array | None, draws: Any, guidance: Array, options: Sampling
     ) -> tuple[Array, Array | None]:
         told = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
-        if self.dim:
-            return jnp.broadcast_to(told[..., None], (*told.shape, self.dim)), None
-        return (told > 0).astype(jnp.int32), told
+        shape = head.code.shape
+        drawn = jnp.broadcast_to(told.reshape(*told.shape, *(1 for _ in shape)), (*told.shape, *shape))
+        drawn = (drawn > 0).astype(jnp.int32) if head.code.is_discrete else drawn
+        return drawn, told if head.knows_probability else None
 
     kind = type(type(head).__name__, (type(head),), {"sample": sample})
-    fields = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
-    return dataclasses.replace(family, head=kind(**fields))
+    return dataclasses.replace(family, head=kind(**values(head)))
 
 
 def bench_drawing(

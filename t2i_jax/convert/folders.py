@@ -26,7 +26,6 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.trees import named
 from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
 
@@ -195,11 +194,8 @@ def picture_side(config: Any, codec: str) -> int:
     kind, rows, vocabulary, channels = type(config).__name__, 0, 0, 0
     match config:
         case Masked() | AnyOrder():  # tokens are squares of codes, of which the head knows the kind
-            rows = config.grid[0] * config.patch
-            if isinstance(config.head, Softmax):
-                vocabulary = config.head.vocabulary
-            else:
-                channels = config.head.dim // config.patch**2
+            rows, code = config.grid[0] * config.patch, config.sample_spec().code
+            vocabulary, channels = math.prod(code.sizes) if code.is_discrete else 0, sum(code.shape)
         case Diffusion():
             rows, _, channels = config.shape
         case AR() | Stream() | VQDiffusion():

@@ -97,10 +97,19 @@ class Checked:
     """
 
     def __post_init__(self):
+        given = values(self)
         for name, check in _checks(type(self)).items():
-            value = getattr(self, name)
+            value = given[name]
             if fault := check(value):
                 raise ConfigError(f"{type(self).__name__}.{name} {value!r}: {fault}")
+
+
+def values(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that `__init__` takes, by name: `dataclasses.asdict` that goes no deeper.
+
+    It is the one place that reads attributes by name, as there is no other way to the values of fields.
+    """
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
 @functools.cache
@@ -116,7 +125,7 @@ def free_fields(config: Any, at: str = "") -> set[str]:
         within = {f"{at}{k}": v for k, v in config.items()}
         marked = set()
     elif dataclasses.is_dataclass(config):
-        within = {f"{at}{f.name}": getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+        within = {f"{at}{name}": value for name, value in values(config).items()}
         marked = {f"{at}{name}" for name in _marked(type(config))}
     else:
         return set()

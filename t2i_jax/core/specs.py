@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from t2i_jax.core.errors import DataError
+from t2i_jax.core.errors import ConfigError, DataError
 
 KINDS = {"int32": "iu", "uint8": "u", "bool": "b"}
 """NumPy kinds that are taken for each dtype of a field but floats."""
@@ -131,6 +131,18 @@ class CodeSpec:
     @property
     def is_discrete(self) -> bool:
         return self.dtype == "int32"
+
+    def of_position(self, patch: int) -> CodeSpec:
+        """The code of one position, where this is that of a token of `patch` x `patch` positions (`nn.tokens`).
+
+        Errors: `ConfigError` where a token cannot be made of so many.
+        """
+        if patch == 1:
+            return self
+        if len(self.shape) != 1 or self.shape[0] % patch**2:
+            size = "one number" if not self.shape else f"{_by(self.shape)} numbers"
+            raise ConfigError(f"patch {patch}: a code of {size} cannot be made of those of {patch}x{patch} positions")
+        return CodeSpec(self.dtype, (self.shape[0] // patch**2,), self.sizes[:: patch**2])
 
     def field(self, grid: tuple[int, int]) -> FieldSpec:
         """The codes of an image, rows x columns of them, as a field of a batch."""

@@ -75,8 +75,7 @@ class AnyOrder(Checked):
             raise ValueError(
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
-        if self.patch > 1 and isinstance(self.head, Softmax):
-            raise ValueError(f"patch {self.patch}: code numbers cannot be joined to tokens; patch is 1 with Softmax")
+        _ = self.sample_spec()  # which refuses a patch that no token can be made of
         if isinstance(self.condition, Given):
             raise ValueError("condition Given has no vectors of its own; take Classes, Captions or Features")
 
@@ -100,7 +99,7 @@ class AnyOrder(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, likelihood=isinstance(self.head, Softmax), inpaint=True)
+        return Capabilities(family=True, guidance=True, likelihood=self.head.knows_probability, inpaint=True)
 
     @property
     def compute(self) -> Compute:
@@ -163,7 +162,7 @@ class AnyOrder(Checked):
 
         Errors: ValueError for a head that does not know the probability of a code.
         """
-        if not isinstance(self.head, Softmax):
+        if not self.head.knows_probability:
             raise ValueError(f"head {type(self.head).__name__} does not know the probability of a code; Softmax does")
         b = len(batch["codes"])
         orders = orders_of(Raster(), jax.random.split(jax.random.key(0), b), self.length) if orders is None else orders
@@ -194,7 +193,7 @@ class AnyOrder(Checked):
 
     def _enter(self, model: Network, x: Array, places: Array) -> Array:
         """What a token says of itself: its code and its position."""
-        entered = model.entrance(x if isinstance(self.head, Softmax) else x.astype(self.dtype))
+        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype))
         return (entered + lookup(model.position, places)).astype(self.dtype)
 
     def _aim(self, model: Network, y: Array, places: Array) -> Array:

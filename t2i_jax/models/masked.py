@@ -28,12 +28,11 @@ from t2i_jax.core.types import Capabilities, Compute
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.draw import guidance_at
-from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, Softmax, sample_spec
+from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
     SHAPES,
-    Confidence,
     Generation,
     MaskRate,
     Order,
@@ -105,10 +104,12 @@ class Masked(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.order, Confidence) and not isinstance(self.head, Softmax):
-            raise ValueError(f"order Confidence needs head Softmax; a {type(self.head).__name__} gives no probability")
-        if self.patch > 1 and isinstance(self.head, Softmax):
-            raise ValueError(f"patch {self.patch}: code numbers cannot be joined to tokens; patch is 1 with Softmax")
+        if self.order.confident and not self.head.knows_probability:
+            raise ValueError(
+                f"order {type(self.order).__name__} needs a head that knows probabilities, as Softmax; "
+                f"a {type(self.head).__name__} gives none"
+            )
+        _ = self.sample_spec()  # which refuses a patch that no token can be made of
         if isinstance(self.condition, Given):
             raise ValueError("condition Given belongs to causal models; take Classes, Captions or Features")
         if not (self.depth or self.decoder_depth):
@@ -266,7 +267,7 @@ class Masked(Checked):
         places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
         seen = jnp.take_along_axis(~hidden, places, 1)
         x = jax.vmap(lambda x, p: x[p])(x, places)
-        entered = model.entrance(x if isinstance(self.head, Softmax) else x.astype(self.dtype)).astype(self.dtype)
+        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype)).astype(self.dtype)
         position = model.encoder_position[...].astype(self.dtype)
         y = jnp.concatenate([slots + position[: self.slots], entered + position[self.slots :][places]], 1)
         y = shard(model.entrance_norm(y), "batch", "length", None)

@@ -5,7 +5,7 @@ from jax import Array
 
 
 def to_tokens(codes: Array, patch: int = 1) -> Array:
-    """Codes int (b, h, w) -> (b, L), or float (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
+    """Codes (b, h, w) -> (b, L), or (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
 
     Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError where `patch` does not
     divide the sides.

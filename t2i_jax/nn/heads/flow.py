@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Layers, Size
+from t2i_jax.core.specs import CodeSpec
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
 from t2i_jax.nn.heads.draws import Draws
@@ -31,6 +32,14 @@ class Flow(Checked):
     """of the sampler, of two evaluations each; they get shorter towards the clean end"""
     repeat: Size = 4
     """times at which each z is trained"""
+
+    @property
+    def code(self) -> CodeSpec:
+        return CodeSpec("float32", (self.dim,))
+
+    @property
+    def knows_probability(self) -> bool:
+        return False
 
     def init(self, key: Array, width: int) -> Denoiser:
         return Denoiser(self.dim, self.dim, self.width, self.depth, width, key)

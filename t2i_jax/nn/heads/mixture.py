@@ -12,6 +12,7 @@ from einops import rearrange
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Positive, Size
+from t2i_jax.core.specs import CodeSpec
 from t2i_jax.nn.draw import Sampling, draw
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Linear
@@ -79,6 +80,14 @@ class Mixture(Checked):
     components: Size = 16
     smallest: Positive = 1e-3
     """no standard deviation is below this"""
+
+    @property
+    def code(self) -> CodeSpec:
+        return CodeSpec("float32", (self.dim,))
+
+    @property
+    def knows_probability(self) -> bool:
+        return False
 
     def init(self, key: Array, width: int) -> Linear:
         return Linear(width, self.components * (1 + 2 * self.dim), key, axes=("embed", None))

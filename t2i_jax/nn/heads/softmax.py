@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Range, Size
+from t2i_jax.core.specs import CodeSpec
 from t2i_jax.nn.draw import Sampling, choose
 from t2i_jax.nn.heads.draws import Draws
 from t2i_jax.nn.layers import Embedding, Linear
@@ -28,8 +29,13 @@ class Softmax(Checked):
     """tokens of each image whose logits are held at a time in training; 0: all, or as many as memory is kept for
     (`nn.losses.HELD`); below 0: all"""
 
-    dim = 0
-    """codes are numbers of a codebook, not vectors"""
+    @property
+    def code(self) -> CodeSpec:
+        return CodeSpec("int32", sizes=(self.vocabulary,))
+
+    @property
+    def knows_probability(self) -> bool:
+        return True
 
     def init(self, key: Array, width: int) -> Linear:
         return Linear(width, self.vocabulary, key, axes=("embed", "vocab"))
