@@ -22,6 +22,7 @@ from t2i_jax.config import ConfigError, differences, read_json, read_migrated, s
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.migration import migrated
 from t2i_jax.core.outputs import check_parent
+from t2i_jax.core.types import gives_features, learns_from_images
 from t2i_jax.data.records import (
     INDEX,
     DataError,
@@ -61,7 +62,7 @@ def encode_splits(
     check_parent(out)
     if (out / INDEX).exists() and "codec" not in read_json(out / INDEX):
         raise ConfigError(f"{out}: is a data set that `t2i encode` did not make; choose another --out")
-    from_captions = hasattr(experiment.text, "load") and not hasattr(experiment.text, "image_features")
+    from_captions = gives_features(experiment.text) and not learns_from_images(experiment.text)
     text, keep = experiment.text if from_captions else None, not experiment.codec
     examples = {split: data.examples(split, text=text, files=keep) for split in splits}
     if not examples:
@@ -144,7 +145,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
     frozen = placed(frozen, shardings(frozen, mesh))
     store = jax.jit(make_store(codec.config if codec else None, experiment.text))
-    seen = codec or hasattr(experiment.text, "image_features")
+    seen = codec or learns_from_images(experiment.text)
 
     def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
         """What the frozen parts make of up to a batch of rows, filled up so that one program serves all."""

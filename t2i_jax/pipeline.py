@@ -20,12 +20,14 @@ from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.casts import cast_first
 from t2i_jax.core.keys import apart
+from t2i_jax.core.types import Tokenizer, gives_features, text_encoder
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.pictures import to_uint8
-from t2i_jax.text.cut import Limited, check_vocabulary, unread
+from t2i_jax.text.cut import check_vocabulary, limited, unread
 from t2i_jax.training.artifacts import Artifact, check_new, copy_artifact, load_artifact, on_host, save_artifact
+from t2i_jax.training.experiment import with_features
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ class Pipeline:
         family: Any,
         model: Any,
         codec: Artifact | None,
-        text: Any,
+        text: Tokenizer | None,
         mesh: MeshConfig = MeshConfig(),
         source: Artifact | None = None,
     ):
@@ -123,7 +125,7 @@ class Pipeline:
             check_vocabulary(text, family.batch_spec())
             self.mesh = mesh.build()
             with on_host():
-                loaded = text.load() if hasattr(text, "load") else None
+                loaded = text_encoder(text).load() if gives_features(text) else None
         parts = {"model": model, "codec": codec.model if codec else None, "text": loaded}
         self.parts = placed(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
@@ -243,7 +245,7 @@ class Pipeline:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noticed]
         self.noticed.update(new)
         texts = (self.text, self.puller and self.puller.text, self.second and self.second.text)
-        for text in dict.fromkeys(text for text in texts if isinstance(text, Limited)):
+        for text in dict.fromkeys(filter(None, map(limited, texts))):
             if said := unread(text, new):
                 log.warning(f"prompts are cut: {said}; what is not read changes no image")
 
@@ -411,8 +413,7 @@ class Pipeline:
         watched: bool = False,
         guided: bool | None = None,
     ) -> Array:
-        if hasattr(self.text, "features"):
-            condition |= {"features": self.text.features(parts["text"], condition["text"], condition["text_mask"])}
+        condition = with_features(self.text, parts, condition)
         more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
         more |= {} if guided is None else {"guided": guided}
         more |= {"progress": self._heard} if watched else {}

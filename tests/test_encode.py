@@ -14,6 +14,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
+from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
@@ -164,6 +165,9 @@ def test_processes_share_the_work_and_go_on_after_a_kill(store, whole):
 @dataclasses.dataclass(frozen=True)
 class Lengths:
     """A frozen text encoder whose features are the lengths of captions; some captions cannot be tokenised."""
+
+    spec = TextSpec(features=True)
+    feature_shape = 1, 1
 
     def __call__(self, captions):
         if any("bad" in c for c in captions):

@@ -9,6 +9,7 @@ import toys
 from PIL import Image
 
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.run import evaluate_family
@@ -28,6 +29,8 @@ def as_png(image):
 
 class Letters:
     """Letters of a caption as numbers."""
+
+    spec = TextSpec()
 
     def __call__(self, captions):
         ids = np.asarray([[ord(c) % 20 for c in caption[:5].ljust(5)] for caption in captions], np.int32)

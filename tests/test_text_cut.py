@@ -1,5 +1,6 @@
 """What a text side does not read of a caption is known, and said once."""
 
+import dataclasses
 import json
 import logging
 import random
@@ -10,18 +11,26 @@ import pytest
 from test_text_clip import TEXT, letters
 from test_text_t5 import SIZES, vocabulary
 
+from t2i_jax import config
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import TextSpec, gives_features, image_text_encoder, learns_from_images, text_encoder
+from t2i_jax.data import ArrayRecord, Data, write_records
+from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.condition import Captions
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.pipeline import Pipeline, release
 from t2i_jax.text.clip import ClipEmbedding, ClipText
-from t2i_jax.text.cut import end, noticing, unread
+from t2i_jax.text.cut import end, limited, noticing, unread
 from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
+from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.loop import train
 
 WORDS = [
     "a",
@@ -151,6 +160,73 @@ class SentencePieceOfLetters(SentencePiece):
         return [[ord(c) for c in caption if c != " "] for caption in captions]
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """The least that a tokenizer is: its ids are the lengths of words."""
+
+    length: int = 3
+    vocabulary: int = 20
+    """no file, whatever its name"""
+
+    spec = TextSpec()
+
+    def __call__(self, captions):
+        rows = [[min(len(word), self.vocabulary - 1) for word in caption.split()] for caption in captions]
+        ids = np.asarray([(row + [0] * self.length)[: self.length] for row in rows], np.int32)
+        return ids.reshape(-1, self.length), ids.reshape(-1, self.length) > 0
+
+
+def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
+    """It trains, is released with the model and read again, and samples."""
+    records = [{"image": np.full((8, 8, 3), 9 * n, np.uint8), "captions": ["a red cat"]} for n in range(8)]
+    write_records(tmp_path / "data", records)
+    data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8)
+    network = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Captions(20, 3, 16, 1, 2))
+    family = Diffusion(network, sampling=Solving(1, 2.0, 0.0))
+    settings = Train(2, evaluate_every=0, preview_every=0, save_every=2)
+    train(Experiment(family, data, settings, text=Plain()), tmp_path / "run")
+    release(tmp_path / "run", tmp_path / "out")
+    assert config.load(tmp_path / "run").text == Plain() == load_artifact(tmp_path / "out").text
+    drawn = [Pipeline.load(tmp_path / name).sample(["a cat"]) for name in ("run", "out")]
+    assert np.array_equal(*drawn) and drawn[0].shape == (1, 8, 8, 3)
+    assert config.override(Experiment(family, data, text=Plain()), ["--text.length=4"]).text == Plain(4)
+
+
+@pytest.mark.parametrize("text", [5, "words.model", len, SentencePiece, Captions()])
+def test_what_is_no_tokenizer_is_one_clear_error(text):
+    with pytest.raises(ConfigError, match=r"^Experiment\.text: .* is no tokenizer"):
+        Experiment(AR(), Data(ArrayRecord("nowhere")), text=text)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_a_text_can_what_it_declares(texts, name):
+    if name not in texts:
+        pytest.skip("its package is not installed")
+    text = texts[name]
+    assert limited(text) is text and gives_features(text) == (name != "SentencePiece")
+    for flag, narrow in {"features": text_encoder, "image_features": image_text_encoder}.items():
+        if dataclasses.asdict(text.spec)[flag]:
+            assert narrow(text) is text
+            continue
+        with pytest.raises(ConfigError, match=f"a {type(text).__name__} gives no features"):
+            narrow(text)
+    if gives_features(text) and not name.startswith("DecoderLM"):
+        assert text_encoder(text).feature_shape == (1 if name == "MiniLM pooled" else text.length, text.dim)
+    assert learns_from_images(text) == (name == "ClipEmbedding")
+    for narrow in (text_encoder, image_text_encoder):
+        for other in (None, Plain()):
+            with pytest.raises(ConfigError, match="gives no features"):
+                narrow(other)
+    assert limited(None) is None and limited(Plain()) is None
+
+
+def test_what_a_text_can_is_known_without_its_files():
+    none = ClipText("none")
+    for text in (T5("none"), none, ClipEmbedding("none"), DecoderLM("none"), Triple(none, none, T5("none"))):
+        assert text.spec.features and text.spec.limited
+    assert not SentencePiece("none").spec.features
+
+
 def test_training_says_it_once(texts, caplog):
     text = noticing(texts["SentencePiece"])
     short, long = ["a cat", ""], ["a red apple " * 20, "two dogs " * 20]
@@ -159,8 +235,7 @@ def test_training_says_it_once(texts, caplog):
             np.testing.assert_array_equal(found, wanted)
     (record,) = caplog.records
     assert "captions are cut: SentencePiece reads 10 tokens; longer are 'a red apple" in record.getMessage()
-    plain = lambda captions: (captions, captions)
-    assert noticing(plain) is plain and noticing(None) is None
+    assert noticing(plain := Plain()) is plain and noticing(None) is None
 
 
 def test_sampling_says_it_once_a_prompt(texts, caplog):

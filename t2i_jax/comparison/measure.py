@@ -21,6 +21,7 @@ from t2i_jax.evaluation.features import Features
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import images_of, prompts_of, records_of
 from t2i_jax.pipeline import Pipeline, image_keys, unguided
+from t2i_jax.training.experiment import with_features
 
 SPACES = ("efficientnet_lite0", "pixels")
 
@@ -75,9 +76,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
     family, text, static = pipeline.family, pipeline.text, unguided(options)
 
     def drawn(parts: Any, condition: Any, keys: Any, options: Any) -> Any:
-        if hasattr(text, "features"):
-            features = text.features(parts["text"], condition["text"], condition["text_mask"])
-            condition = condition | {"features": features}
+        condition = with_features(text, parts, condition)
         return family.sample(parts["model"], condition, keys, options, **static, **pipeline.helpers(parts))
 
     with jax.set_mesh(pipeline.mesh):

@@ -90,7 +90,7 @@ def _check_text(config: Any, text: Any) -> None:
     if not {"features", "text"} & spec.keys():
         raise ValueError(f"a {type(config).__name__} without captions takes no --text")
     if "features" in spec:
-        gives, reads = (text.length, text.dim), spec["features"].shape
+        gives, reads = text.feature_shape, spec["features"].shape
         if gives != reads:
             said = "{} vectors of {} numbers a caption"
             raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")

@@ -89,6 +89,20 @@ FREE = Free()
 """log_every: Annotated[Size, FREE] = 20"""
 
 
+@dataclasses.dataclass(frozen=True)
+class File:
+    """The mark of fields that name a file or a folder, which a released model takes with it."""
+
+    name: str
+    """of the copy"""
+    large: bool = False
+    """only a released model has a copy, not every run"""
+
+
+VOCABULARY, ENCODER = File("vocabulary"), File("text", large=True)
+"""path: Annotated[str, VOCABULARY]"""
+
+
 class Checked:
     """A dataclass whose fields are checked against their types when it is made.
 
@@ -126,15 +140,22 @@ def free_fields(config: Any, at: str = "") -> set[str]:
         marked = set()
     elif dataclasses.is_dataclass(config):
         within = {f"{at}{name}": value for name, value in values(config).items()}
-        marked = {f"{at}{name}" for name in _marked(type(config))}
+        marked = {f"{at}{name}" for name, marks in _marks(type(config)).items() if FREE in marks}
     else:
         return set()
     return marked.union(*(free_fields(v, f"{k}.") for k, v in within.items() if k not in marked))
 
 
+def files(cls: type) -> dict[str, File]:
+    """The fields of a config that are marked `File`, and their marks."""
+    return {k: mark for k, marks in _marks(cls).items() for mark in marks if isinstance(mark, File)}
+
+
 @functools.cache
-def _marked(cls: type) -> frozenset[str]:
-    return frozenset(k for k, v in get_type_hints(cls, include_extras=True).items() if FREE in get_args(v)[1:])
+def _marks(cls: type) -> dict[str, tuple[object, ...]]:
+    """What the types of the fields of a dataclass are annotated with."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: get_args(h)[1:] for f in dataclasses.fields(cls) if get_origin(h := hints[f.name]) is Annotated}
 
 
 def _check_of(hint: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from flax import nnx
@@ -17,6 +17,8 @@ from jax import Array
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
+
+M = TypeVar("M", bound=nnx.Module)
 
 Batch = Mapping[str, Array]
 """Arrays by name, the first dimension of each that of the batch."""
@@ -290,36 +292,77 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """What a tokenizer or a text encoder gives."""
+    """What a tokenizer can do besides making ids; it is known without any of its files.
 
-    length: int
-    """tokens of a row"""
-    vocabulary: int = 0
-    """ids that a model has to embed; 0 where the encoder embeds them itself"""
-    features: tuple[int, int] | None = None
-    """vectors of a caption, and numbers of each: `TextEncoder`; None for a tokenizer alone"""
+    Fields of a tokenizer that name files are marked in their types (`core.fields.File`).
+    """
+
+    features: bool = False
+    """`TextEncoder`: gives features of ids, which no model has to embed then"""
     image_features: bool = False
     """`ImageTextEncoder`: images have features in the same space, and teach in the place of captions"""
-    files: tuple[str, ...] = ()
-    """names of the config's fields that hold a path; a released model carries what lies there"""
+    limited: bool = False
+    """`text.cut.Limited`: counts the tokens of a caption that are not read"""
 
 
-class TextEncoder(Tokenizer, Protocol):
-    """A frozen text encoder."""
+class TextEncoder(Tokenizer, Protocol[M]):
+    """A frozen text encoder with parameters M."""
 
-    def load(self) -> nnx.Module: ...
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Vectors of a caption, and numbers of each."""
+        ...
 
-    def features(self, model: Any, ids: Array, mask: Array) -> Array:
+    def load(self) -> M:
+        """The parameters, on the host. Errors: FileNotFoundError, ValueError for files that are none of it."""
+        ...
+
+    def features(self, model: M, ids: Array, mask: Array) -> Array:
         """Token ids and mask (b, s) -> features (b, s', k)."""
         ...
 
 
-class ImageTextEncoder(TextEncoder, Protocol):
+class ImageTextEncoder(TextEncoder[M], Protocol):
     """A frozen encoder of captions and images into one space."""
 
-    def image_features(self, model: Any, images: Array) -> Array:
+    def image_features(self, model: M, images: Array) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> features (b, 1, k)."""
         ...
+
+
+def as_tokenizer(value: object) -> Tokenizer:
+    """A value of a config file as a tokenizer. Errors: `ConfigError` for one that declares no `TextSpec`."""
+    # The one place where a text of unknown type is looked at; after it the type is known.
+    if not isinstance(getattr(value, "spec", None), TextSpec):
+        raise ConfigError(f"{value!r} is no tokenizer: its `spec` is no TextSpec")
+    return cast(Tokenizer, value)
+
+
+def gives_features(text: Tokenizer | None) -> bool:
+    return text is not None and text.spec.features
+
+
+def learns_from_images(text: Tokenizer | None) -> bool:
+    """Whether features of images teach, and captions are read only to sample."""
+    return text is not None and text.spec.image_features
+
+
+def text_encoder(text: Tokenizer | None) -> TextEncoder[nnx.Module]:
+    """Errors: `ConfigError` for a tokenizer alone, and where there is no text."""
+    if not gives_features(text):
+        raise ConfigError(f"{_named(text)} gives no features: a frozen text encoder is wanted")
+    return cast(TextEncoder[nnx.Module], text)
+
+
+def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
+    """Errors: `ConfigError` for a text that does not read images."""
+    if not learns_from_images(text):
+        raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
+    return cast(ImageTextEncoder[nnx.Module], text)
+
+
+def _named(text: Tokenizer | None) -> str:
+    return "no text" if text is None else f"text: a {type(text).__name__}"
 
 
 # -- noise

@@ -25,7 +25,7 @@ from t2i_jax.parallel import MeshConfig, gathered
 from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, plain
 from t2i_jax.training.artifacts import Artifact, load_artifact, opened
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import Experiment, with_features
 
 
 def evaluate_folder(
@@ -231,9 +231,7 @@ def likelihood(pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[
     @jax.jit
     def score(parts, images, condition):
         codes = codec.config.encode(parts["codec"], images.astype(np.float32) / 127.5 - 1)
-        if hasattr(pipeline.text, "features"):
-            features = pipeline.text.features(parts["text"], condition["text"], condition["text_mask"])
-            condition = condition | {"features": features}
+        condition = with_features(pipeline.text, parts, condition)
         nats = family.log_likelihood(parts["model"], condition | {"codes": codes})
         return -nats / (math.log(2) * math.prod(codes.shape[1:]))
 

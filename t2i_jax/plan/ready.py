@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.records import DataError
 from t2i_jax.parallel import RULES, batch_sharding, fit
 from t2i_jax.pipeline import narrow
@@ -56,7 +57,7 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     """The experiment without the frozen parts that this batch does not need."""
     needs_codec = "image" in batch and "codes" not in batch
     needs_text = "features" not in batch and "text" in batch
-    by_pictures = hasattr(experiment.text, "image_features") and "image" in batch and "features" not in batch
+    by_pictures = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
     codec = experiment.codec if needs_codec else ""
     text = experiment.text if needs_text or by_pictures else None
     return dataclasses.replace(experiment, codec=codec, text=text)
@@ -80,7 +81,7 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
         return found, "as --inputs says"
     if not encoded:
         data = dataclasses.replace(experiment.data, batch_size=1, workers=0, prefetch=1, threads=1)
-        captions: Any = None if hasattr(experiment.text, "image_features") else experiment.text
+        captions = None if learns_from_images(experiment.text) else experiment.text
         with contextlib.suppress(DataError, ConfigError, OSError, ImportError):
             stream: Any = data.batches(captions)
             with contextlib.closing(stream):

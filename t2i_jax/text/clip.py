@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, to_ours
@@ -303,13 +305,13 @@ class _Captions(Limited):
 class ClipText(_Captions):
     """Captions as features of every token, after the last norm: what VQ-Diffusion and its kin look at."""
 
-    folder: str
+    folder: Annotated[str, ENCODER]
     """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
     normalise: bool = False
     """scale every token's vector to length 1, as VQ-Diffusion does"""
     pad: int = 0
     """id after the end; released programs use 0 or the end's own, 49407"""
-    vocabulary: str = ""
+    vocabulary: Annotated[str, VOCABULARY] = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
     activation: str = ""
     """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
@@ -319,6 +321,14 @@ class ClipText(_Captions):
         an empty caption. Errors: ImportError where the vocabulary is missing."""
         ids, filled = _encode(self, captions, self.pad)
         return ids, np.broadcast_to(filled[:, None], ids.shape).copy()
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.dim
 
     @property
     def dim(self) -> int:
@@ -349,9 +359,9 @@ class ClipText(_Captions):
 class ClipEmbedding(_Captions):
     """One vector of length 1: of the picture in training, of the caption when drawing (Wang et al. 2022, CLIP-GEN)."""
 
-    folder: str
+    folder: Annotated[str, ENCODER]
     """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
-    vocabulary: str = ""
+    vocabulary: Annotated[str, VOCABULARY] = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
     activation: str = ""
     """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
@@ -365,6 +375,14 @@ class ClipEmbedding(_Captions):
         """
         ids, filled = _encode(self, captions, 0)
         return ids, filled[:, None]
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, image_features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.dim
 
     @property
     def dim(self) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import abc
 import itertools
 import logging
 import re
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import BatchSpec
+from t2i_jax.core.types import TextSpec, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -23,21 +24,23 @@ SHOWN = 40
 """Characters of each that it shows."""
 
 
-class Limited(abc.ABC):
-    """A text side that reads a number of tokens of a caption and cuts the rest."""
-
-    @abc.abstractmethod
-    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """n captions -> ids int32 (n, s) and a mask bool (n, s)."""
+class Limited(Tokenizer, Protocol):
+    """A tokenizer that reads a number of tokens of a caption and cuts the rest; a base for such."""
 
     @property
-    @abc.abstractmethod
+    def spec(self) -> TextSpec:
+        return TextSpec(limited=True)
+
+    @property
+    @abstractmethod
     def room(self) -> int:
         """Tokens of a caption that are read, special ones not counted."""
+        ...
 
-    @abc.abstractmethod
+    @abstractmethod
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """All ids of each caption, without special ones and without a limit."""
+        ...
 
     @property
     def pieces(self) -> int:
@@ -53,9 +56,14 @@ class Limited(abc.ABC):
         return np.all(mask, axis=-1)
 
 
-def check_vocabulary(text: Any, spec: BatchSpec) -> None:
+def limited(text: Tokenizer | None) -> Limited | None:
+    """A tokenizer that declares that it counts what it does not read; None for others."""
+    return cast(Limited, text) if text is not None and text.spec.limited else None
+
+
+def check_vocabulary(text: Tokenizer | None, spec: BatchSpec) -> None:
     """Errors: `ConfigError` where a text side has ids that the table of the model does not."""
-    pieces = text.pieces if isinstance(text, Limited) else 0
+    pieces = counting.pieces if (counting := limited(text)) else 0
     high = spec["text"].high if "text" in spec else None
     if high is not None and pieces > high + 1:
         raise ConfigError(
@@ -98,14 +106,18 @@ def shown(caption: str) -> str:
     return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
 
 
-def noticing(text: Any) -> Any:
+def noticing(text: Tokenizer | None) -> Tokenizer | None:
     """`text` as a tokenizer of training data that logs the first caption which it cuts; others as they are."""
-    return _Noticing(text) if isinstance(text, Limited) else text
+    return _Noticing(counting) if (counting := limited(text)) else text
 
 
 class _Noticing:
     def __init__(self, text: Limited):
         self.text, self.said = text, False
+
+    @property
+    def spec(self) -> TextSpec:
+        return self.text.spec
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = self.text(captions)

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import ENCODER
 from t2i_jax.core.sniff import sniff_file
+from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import decoder_lm as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours
@@ -37,7 +39,7 @@ KINDS = ("llama", "qwen2", "qwen3")
 class DecoderLM(Limited):
     """Captions as hidden states of a language model that lies in a folder as Hugging Face lays it out."""
 
-    folder: str
+    folder: Annotated[str, ENCODER]
     """with config.json, the weights and tokenizer.json"""
     length: int = 128
     """ids of a caption, those of the template included; longer ones are cut"""
@@ -65,6 +67,14 @@ class DecoderLM(Limited):
             some = found[: self.length]
             row[: len(some)], seen[: len(some)] = some, True
         return ids, mask
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.dim
 
     @property
     def room(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
@@ -56,6 +57,14 @@ class MiniLM(Limited):
                 row[: len(body) + 2] = [pieces.first, *body, pieces.last]
                 filled[: len(body) + 2] = True
         return ids, mask
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return 1 if self.pooled else self.length, self.dim
 
     @property
     def room(self) -> int:

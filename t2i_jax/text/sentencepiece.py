@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from t2i_jax.core.errors import ConfigError, DataError
+from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.core.sniff import HEAD, sniff
 from t2i_jax.text.cut import Limited
@@ -90,7 +92,7 @@ def check_vocabulary_file(path: Path) -> None:
 class SentencePiece(Limited):
     """Captions as ids of a SentencePiece vocabulary, one trained with `t2i data vocab` or any other."""
 
-    path: str
+    path: Annotated[str, VOCABULARY]
     """the vocabulary, a .model file"""
     length: int = 32
     """ids of a caption, beginning and end included; longer captions are cut"""

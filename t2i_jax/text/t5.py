@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
 from t2i_jax.interop.names import to_ours
@@ -38,7 +40,7 @@ ACTIVATIONS: dict[str, Any] = {
 class T5(Limited):
     """Captions as features of a T5 encoder that lies in a folder as Hugging Face lays it out."""
 
-    folder: str
+    folder: Annotated[str, ENCODER]
     """with config.json, the weights and spiece.model"""
     length: int = 120
     """ids of a caption, the end included; longer ones are cut"""
@@ -46,7 +48,7 @@ class T5(Limited):
     """of the weights and of the arithmetic; the features that released LlamaGen weights saw were bfloat16"""
     clean: bool = False
     """clean captions as DeepFloyd-IF, PixArt and LlamaGen do (`t2i_jax.text.clean`)"""
-    vocabulary: str = ""
+    vocabulary: Annotated[str, VOCABULARY] = ""
     """file of the vocabulary; empty: the folder's spiece.model"""
 
     def __post_init__(self):
@@ -59,6 +61,14 @@ class T5(Limited):
         Errors: FileNotFoundError without spiece.model, ValueError where it cannot be read.
         """
         return self._pieces([clean_twice(c) for c in captions] if self.clean else captions)
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.dim
 
     @property
     def room(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.types import TextSpec
 from t2i_jax.text.clip import ClipText, TextTower
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.t5 import T5, Encoder
@@ -34,6 +35,14 @@ class Triple(Limited):
         empty = ~parts[2][1].any(1)
         ids[empty, self.first.length + self.second.length] = END  # T5's own reading of nothing
         return ids, np.broadcast_to(~empty[:, None], ids.shape).copy()
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.dim
 
     @property
     def room(self) -> int:

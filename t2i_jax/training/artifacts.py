@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,15 +22,16 @@ from jax import Array
 from jax.sharding import Mesh, Sharding
 
 from t2i_jax.config import ConfigError, read_stored, write_stored
+from t2i_jax.core.fields import File, files, values
 from t2i_jax.core.outputs import check_parent, check_utf8
+from t2i_jax.core.types import Tokenizer
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import abstract, assemble, check_fits, named, rebuild
 from t2i_jax.parallel import shardings
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.training.remote import fetched, place
 
-BESIDE = {"path": "vocabulary", "vocabulary": "vocabulary", "folder": "text"}
-"""Fields of texts that name files, and how the copies in a model's folder are called."""
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Artifact:
     config: Any
     """the family or codec"""
     model: Any
-    text: Any = None
+    text: Tokenizer | None = None
     codec: str = ""
     """folder of its codec; empty for a codec, and for models of pixels"""
     step: int = 0
@@ -260,14 +261,14 @@ def check_new(folder: str | Path) -> None:
     check_parent(Path(folder))
 
 
-def bundled(text: Any, folder: Path, whole: bool = False) -> Any:
+def bundled(text: T, folder: Path, whole: bool = False) -> T:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
     can travel."""
 
-    def copy(kind: str, part: str, value: str) -> str:
-        if not whole and kind != "vocabulary":
+    def copy(file: File, part: str, value: str) -> str:
+        if file.large and not whole:
             return value
-        name = part + kind + ("" if Path(value).is_dir() else Path(value).suffix)
+        name = part + file.name + ("" if Path(value).is_dir() else Path(value).suffix)
         if not (folder / name).exists():
             copied(Path(value), folder / name)
         return name
@@ -275,11 +276,11 @@ def bundled(text: Any, folder: Path, whole: bool = False) -> Any:
     return with_files(text, copy)
 
 
-def relocated(text: Any, folder: Path) -> Any:
+def relocated(text: T, folder: Path) -> T:
     """`text` with what of it lies in `folder`, or should, named by its full path."""
 
-    def find(kind: str, part: str, value: str) -> str:
-        names = (part + kind, part + kind + Path(value).suffix)
+    def find(file: File, part: str, value: str) -> str:
+        names = (part + file.name, part + file.name + Path(value).suffix)
         gone = str(folder / value) if value in names and not Path(value).exists() else found(value, folder)
         return next((str(folder / name) for name in names if (folder / name).exists()), gone)
 
@@ -294,17 +295,17 @@ def found(path: str, run: Path) -> str:
     return next((str(p / path) for p in run.resolve().parents if (p / path).exists()), path)
 
 
-def with_files(text: Any, change: Callable[[str, str, str], str], part: str = "") -> Any:
-    """`text` with `change(kind, part, value)` in the place of each name of a file in it and in the texts it is made of.
+def with_files(text: T, change: Callable[[File, str, str], str], part: str = "") -> T:
+    """`text` with `change(file, part, value)` in the place of each field marked `File`, in the texts within it too.
 
     part: what tells the files of one of several texts from those of the others.
     """
     if not dataclasses.is_dataclass(text) or isinstance(text, type):
         return text
-    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
+    fields = values(text)
     inner = {k: with_files(v, change, f"{part}{k}_") for k, v in fields.items() if dataclasses.is_dataclass(v)}
-    files = {k: change(BESIDE[k], part, v) for k, v in fields.items() if k in BESIDE and v}
-    return dataclasses.replace(text, **inner, **files)
+    named = {k: change(file, part, fields[k]) for k, file in files(type(text)).items() if fields[k]}
+    return dataclasses.replace(text, **inner, **named)
 
 
 def copied(source: Path, target: Path) -> None:

@@ -15,6 +15,14 @@ from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.types import (
+    Tokenizer,
+    as_tokenizer,
+    gives_features,
+    image_text_encoder,
+    learns_from_images,
+    text_encoder,
+)
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig
@@ -91,7 +99,7 @@ class Experiment(Checked):
     mesh: Annotated[MeshConfig, FREE] = MeshConfig()
     codec: str = ""
     """run or released folder of the frozen codec that turns images into codes; empty where the model sees pixels"""
-    text: Any = None
+    text: Tokenizer | None = None
     """tokenizer or frozen text encoder; None where the model needs no captions"""
 
     def __post_init__(self):
@@ -100,8 +108,9 @@ class Experiment(Checked):
         super().__post_init__()
         if self.model is None or isinstance(self.model, bool | int | float | str | dict | tuple):
             raise ConfigError(f"Experiment.model {self.model!r}: a family or a codec")
-        if not (self.text is None or callable(self.text)):
-            raise ConfigError(f"Experiment.text {self.text!r}: a tokenizer, a text encoder, or None")
+        if self.text is not None:
+            with refused("Experiment.text"):
+                as_tokenizer(self.text)
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
@@ -113,9 +122,9 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
         if not hasattr(codec.config, "encode"):
             raise ConfigError(f"codec: {experiment.codec} holds a {type(codec.config).__name__}, which is no codec")
         parts["codec"] = codec.model
-    if hasattr(experiment.text, "load"):
+    if gives_features(experiment.text):
         with refused("text"), on_host():
-            parts["text"] = experiment.text.load()
+            parts["text"] = text_encoder(experiment.text).load()
     if hasattr(experiment.model, "frozen"):
         with on_host():
             network = experiment.model.frozen()
@@ -142,7 +151,7 @@ def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "features" in spec and experiment.text is not None:
         spec["features"] = optional(spec["features"])
-        if hasattr(experiment.text, "image_features"):  # images teach, and captions are not read
+        if learns_from_images(experiment.text):  # images teach, and captions are not read
             spec = {"image": FieldSpec((None, None, 3), "uint8", optional=True)} | spec
         else:
             ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
@@ -153,7 +162,7 @@ def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
 Prepare = Callable[[Mapping[str, Any], dict[str, Array], Array], dict[str, Array]]
 
 
-def make_prepare(codec: Any, text: Any) -> Prepare:
+def make_prepare(codec: Any, text: Tokenizer | None) -> Prepare:
     """The part of a step before any gradient: (frozen, batch, key) -> batch with images as floats, codes and text
     features.
 
@@ -174,7 +183,7 @@ def make_prepare(codec: Any, text: Any) -> Prepare:
     return prepare
 
 
-def make_store(codec: Any, text: Any) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
+def make_store(codec: Any, text: Tokenizer | None) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
     """What `t2i encode` keeps of a batch: (frozen, batch) -> codes or latents, features and their mask."""
 
     def store(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
@@ -192,10 +201,14 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
     return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1}
 
 
-def with_features(text: Any, frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+def with_features(text: Tokenizer | None, frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
     """A batch with the features of its images or captions, where the text encoder gives such and it has none yet."""
-    if "features" not in batch and "image" in batch and hasattr(text, "image_features"):
-        batch["features"] = text.image_features(frozen["text"], batch["image"])
-    if "features" not in batch and "text" in batch and hasattr(text, "features"):
-        batch["features"] = text.features(frozen["text"], batch["text"], batch["text_mask"])
-    return batch
+    if "features" in batch or not gives_features(text):
+        return batch
+    if "image" in batch and learns_from_images(text):
+        features = image_text_encoder(text).image_features(frozen["text"], batch["image"])
+    elif "text" in batch:
+        features = text_encoder(text).features(frozen["text"], batch["text"], batch["text_mask"])
+    else:
+        return batch
+    return batch | {"features": features}

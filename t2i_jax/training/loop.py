@@ -27,6 +27,7 @@ from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.specs import check_batch
+from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.players import players_of
@@ -152,7 +153,7 @@ class Trainer:
         e = self.experiment
         rows = rows_of(self.mesh, e.data.batch_size)
         ahead: collections.deque = collections.deque()
-        captions = None if hasattr(e.text, "image_features") else noticing(e.text)  # else images alone teach
+        captions = None if learns_from_images(e.text) else noticing(e.text)  # else images alone teach
         stream: Any = e.data.batches(captions, position, rows, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
