@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import tyro
 from jax import Array
@@ -169,6 +169,17 @@ def _one_line(box: str) -> str:
 
 
 _registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.struct_rule
+def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> Any:
+    """Fields whose type is a Protocol, or one or None, are parsed as the dataclass that they hold."""
+    kinds = get_args(info.type) or (info.type,)
+    if not any(isinstance(k, type) and Protocol in k.__bases__ for k in kinds) or info.default is None:
+        return None
+    kind = type(info.default)
+    plain = tyro.constructors.StructTypeInfo.make(kind, info.default, info.in_union_context)
+    return tyro.constructors.ConstructorRegistry.get_struct_spec(plain) if dataclasses.is_dataclass(kind) else None
 
 
 @_registry.primitive_rule
