@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from families import CODECS, FAMILIES, batch_for
 
-from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
@@ -24,11 +23,11 @@ OPTIMIZER = Optimizer(learning_rate=1e-3, warmup=5, schedule="constant")
 
 def curve(config):
     """The losses of a configuration at each step, by name: of four batches in turn, with gradients clipped and EMA."""
-    players = players_of(config)
-    optimizers = {name: OPTIMIZER.build(STEPS) for name in players}
-    pick = lambda name, params: owned(players[name], params)
+    objectives = config.objectives()
+    optimizers = {name: OPTIMIZER.build(STEPS) for name in objectives}
+    pick = lambda name, params: owned(objectives[name], params)
     state = jax.jit(lambda key: create(config.init, optimizers, pick, True, key))(jax.random.key(0))
-    step = jax.jit(make_step(abstract(config), players, optimizers, ema=0.9), donate_argnums=0)
+    step = jax.jit(make_step(abstract(config), objectives, optimizers, ema=0.9), donate_argnums=0)
     losses = {}
     for n in range(STEPS):
         state, metrics = step(state, {}, batch_for(config, seed=n % 4))

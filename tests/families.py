@@ -88,3 +88,8 @@ def batch_for(config, b=4, seed=0):
         return rng.uniform(-1, 1, shape).astype(np.float32)
 
     return {k: one(field) for k, field in wanted.items()}
+
+
+def with_aux(loss):
+    """A loss for `jax.value_and_grad(..., has_aux=True)`: (loss, its whole `LossOutput`)."""
+    return lambda *args: ((output := loss(*args)).loss, output)

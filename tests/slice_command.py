@@ -40,14 +40,14 @@ def laid(processes):
 def started(self):
     """The state before the first step, whose gradients are written."""
     state, batch = start(self), next(self.batches(0))
-    (player,) = self.players.values()
+    (objective,) = self.objectives.values()
 
     @jax.jit
     def gradients(state, frozen, batch):
         key, draw = step_keys(self.experiment.train.seed, state.step)
         ready = self.prepare(frozen, batch, draw) | held(frozen)
         model = lambda params: rebuild(self.abstract, {**params, **state.carried})
-        return jax.grad(lambda params: player.loss(model(params), ready, key, state.step, True)[0])(state.params)
+        return jax.grad(lambda params: objective.loss(model(params), ready, key, state.step, True).loss)(state.params)
 
     found = {name: gathered(v[...]) for name, v in gradients(state, self.frozen, batch).items()}
     if jax.process_index() == 0:

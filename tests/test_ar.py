@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import with_aux
 
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Captions, Classes, Encoded, Features, Given, Vector
@@ -107,17 +108,17 @@ def test_loss_is_the_cross_entropy_of_the_forward():
     logits = jax.jit(config.forward)(model, batch)
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, batch["codes"].reshape(3, 6, 1), 2)[..., 0]
-    loss, metrics = jax.jit(config.loss)(model, batch, jax.random.key(0))
+    loss, metrics, _ = jax.jit(config.loss)(model, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, nll.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["bits_per_token"], nll.mean() / np.log(2), rtol=1e-5)
     correct = (logits.argmax(-1) == batch["codes"].reshape(3, 6)).mean()
     np.testing.assert_allclose(metrics["accuracy"], correct, atol=1e-6)
     np.testing.assert_allclose(jax.jit(config.log_likelihood)(model, batch), -nll.sum(1), rtol=1e-5)
 
-    weighted, _ = jax.jit(config.loss)(model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0))
+    weighted = jax.jit(config.loss)(model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0)).loss
     np.testing.assert_allclose(weighted, nll[::2].mean(), rtol=1e-5)
     smooth = dataclasses.replace(config, label_smoothing=0.2, z_loss=0.1)
-    smoothed, _ = jax.jit(smooth.loss)(model, batch, jax.random.key(0))
+    smoothed = jax.jit(smooth.loss)(model, batch, jax.random.key(0)).loss
     log_z = jax.nn.logsumexp(logits, -1)
     want = (0.8 * nll - 0.2 * logp.mean(-1) + 0.1 * log_z**2).mean()
     np.testing.assert_allclose(smoothed, want, rtol=1e-5)
@@ -125,9 +126,12 @@ def test_loss_is_the_cross_entropy_of_the_forward():
 
 def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
     model, batch, key = model_for(TINY), batch_for(TINY), jax.random.key(1)
-    grad = lambda **fields: jax.jit(jax.value_and_grad(dataclasses.replace(TINY, **fields).loss, has_aux=True))(
-        model, batch, key
-    )
+
+    def grad(**fields):
+        return jax.jit(jax.value_and_grad(with_aux(dataclasses.replace(TINY, **fields).loss), has_aux=True))(
+            model, batch, key
+        )
+
     (want, _), slopes = grad()
     for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=4, remat="dots")):
         (loss, _), got = grad(**fields)
@@ -141,7 +145,7 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
 def test_dropout_follows_the_key_and_scores_do_not_drop():
     config = dataclasses.replace(TINY, dropout=0.3, token_dropout=0.3, condition_dropout=1.0)
     model, batch = model_for(config), batch_for(config)
-    loss = jax.jit(lambda key, batch=batch: config.loss(model, batch, key)[0])
+    loss = jax.jit(lambda key, batch=batch: config.loss(model, batch, key).loss)
     a, b = jax.random.split(jax.random.key(0))
     assert loss(a) == loss(a) != loss(b)
     assert loss(a) == loss(a, batch | {"label": batch["label"] * 0})  # the condition is always dropped here

@@ -1,4 +1,4 @@
-"""The VQGAN codec: shapes, quantisation, players, and what each of them may touch."""
+"""The VQGAN codec: shapes, quantisation, objectives, and what each of them may touch."""
 
 import dataclasses
 import functools
@@ -224,21 +224,20 @@ def test_entropy_term_favours_sure_and_even_choices():
 
 
 @functools.cache
-def gradient(codec, player):
-    loss = codec.players()[player].loss
-    return jit(jax.grad(lambda model, step: loss(model, BATCH, KEY, step)[0]))
+def gradient(codec, objective):
+    loss = codec.objectives()[objective].loss
+    return jit(jax.grad(lambda model, step: loss(model, BATCH, KEY, step, True).loss))
 
 
-def gradients(codec, model, player, step):
-    return gradient(codec, player)(model, jnp.asarray(step))
+def gradients(codec, model, objective, step):
+    return gradient(codec, objective)(model, jnp.asarray(step))
 
 
-def test_players_own_all_and_nothing_twice(model):
-    players = CODEC.players()
-    owned = [name for player in players.values() for name in player.owns]
-    assert sorted(owned) == sorted({name.split(".")[0] for name in named(model)})
+def test_objectives_train_all_and_nothing_twice(model):
+    trained = [name for objective in CODEC.objectives().values() for name in objective.params]
+    assert sorted(trained) == sorted({name.split(".")[0] for name in named(model)})
     alone = dataclasses.replace(CODEC, adversarial=0.0)
-    assert list(alone.players()) == ["generator"]
+    assert list(alone.objectives()) == ["generator"]
     assert all(n.startswith("autoencoder.") for n in named(jax.eval_shape(alone.init, KEY)))
 
 
@@ -261,8 +260,8 @@ def test_before_its_start_the_adversary_is_not_heard_at_all(model):
 def test_losses_return_what_moved(model):
     codec = dataclasses.replace(CODEC, quantizer=QuantizerConfig(codes=16, dim=4, decay=0.9, revive=0.1))
     model = jit(codec.init)(KEY)
-    losses = jit(lambda m, step: [p.loss(m, BATCH, KEY, step, True) for p in codec.players().values()])
-    (_, (metrics, after)), (_, (judged, judge)) = losses(model, jnp.asarray(4))
+    losses = jit(lambda m, step: [o.loss(m, BATCH, KEY, step, True) for o in codec.objectives().values()])
+    (_, metrics, after), (_, judged, judge) = losses(model, jnp.asarray(4))
     changed = lambda m: {k for k, v in named(m).items() if jnp.any(v[...] != named(model)[k][...])}
     assert changed(after) == {"autoencoder.quantizer.codebook", "autoencoder.quantizer.sizes"}
     assert changed(judge) == {"discriminator.norms.0.mean", "discriminator.norms.0.var"}
@@ -279,7 +278,7 @@ def test_a_perceptual_loss_asks_for_its_network(model):
 def test_bfloat16_keeps_losses_in_float32(model):
     codec = dataclasses.replace(CODEC, dtype="bfloat16")
     numbers = jax.eval_shape(lambda m: codec.generator_loss(m, BATCH, KEY, 5), model)
-    assert all(v.dtype == jnp.float32 for v in (numbers[0], *numbers[1][0].values()))
+    assert all(v.dtype == jnp.float32 for v in (numbers.loss, *numbers.metrics.values()))
     assert jax.eval_shape(lambda m, x: codec.decode(m, codec.encode(m, x)), model, BATCH["image"]).dtype == jnp.float32
 
 
@@ -301,5 +300,5 @@ def test_gumbel_chooses_a_row_forwards_and_a_mixture_backwards():
     codec = VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=4, groups=4), config, perceptual=0.0, adversarial=0.0)
     model = jax.eval_shape(codec.init, KEY)
     images = {"image": jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)}
-    loss, (metrics, _) = jax.eval_shape(lambda m, b: codec.generator_loss(m, b, KEY, 7), model, images)
+    loss, metrics, _ = jax.eval_shape(lambda m, b: codec.generator_loss(m, b, KEY, 7), model, images)
     assert loss.shape == () and {"kl", "temperature", "usage"} <= metrics.keys()

@@ -16,7 +16,6 @@ from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline, draws_pixels
@@ -48,8 +47,8 @@ def test_it_learns_what_it_did_on_what_it_says_it_takes(name):
     config = ALL[name]
     batch, model = batch_for(config), config.init(jax.random.key(0))
     check_batch(config.batch_spec(), batch)
-    for player in players_of(config).values():
-        loss = jax.jit(lambda m, b, p=player: p.loss(m, b, jax.random.key(1), 3, False)[0])
+    for objective in config.objectives().values():
+        loss = jax.jit(lambda m, b, o=objective: o.loss(m, b, jax.random.key(1), 3, False).loss)
         assert np.isfinite(loss(model, batch))
     recorded = {k: v for k, v in json.loads(FILE.read_text()).items() if k.split("/")[0] == name}
     losses = {f"{name}/{k}": v for k, v in curve(config).items()}
@@ -64,7 +63,7 @@ def test_held_out_losses_are_of_the_model_alone(name):
     batch = batch_for(none)
 
     def program(config, train):
-        loss = lambda m, b: config.loss(m, b, jax.random.key(1), train)[0]
+        loss = lambda m, b: config.loss(m, b, jax.random.key(1), train).loss
         text = str(jax.make_jaxpr(loss)(abstract(config), batch))
         return re.sub("0x[0-9a-f]+", "", text)
 

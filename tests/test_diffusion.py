@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from families import with_aux
 
 from t2i_jax.config import ConfigError, from_json, override, to_json
 from t2i_jax.convert import convert, restore
@@ -184,9 +185,9 @@ def test_every_kind_learns_and_reads_its_text(family):
     def trained(model):
         def step(carry, key):
             model, state = carry
-            (_, metrics), slopes = jax.value_and_grad(family.loss, has_aux=True)(model, batch, key)
+            (_, output), slopes = jax.value_and_grad(with_aux(family.loss), has_aux=True)(model, batch, key)
             updates, state = tx.update(slopes, state)
-            return (optax.apply_updates(model, updates), state), metrics["mse"]
+            return (optax.apply_updates(model, updates), state), output.metrics["mse"]
 
         return jax.lax.scan(step, (model, tx.init(model)), jax.random.split(jax.random.key(1), 40))
 
@@ -225,7 +226,7 @@ def test_a_classifier_and_an_image_text_model_pull(model):
     image = {"image": jnp.zeros((2, 4, 4, 3))}
     for config in (classifier, small):
         weights = shaken(jax.jit(config.init)(jax.random.key(1)))
-        assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2))[0])
+        assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2)).loss)
         puller = jax.tree_util.Partial(config.log_p, weights)
         options = [Solving(8, 1.0, pull=s, clip=True) for s in (0.0, 30.0)]
         free, held = (FAMILY.sample(model, batch, keys_of(1, 2), o, log_p=puller, guided=False) for o in options)

@@ -92,7 +92,7 @@ def test_temperature_and_weight_follow_the_step():
     model, batch = model_for(POOLED), {"image": IMAGES}
     loss = jax.jit(lambda step: config.loss(model, batch, jax.random.key(1), step))
     for step in (0, 5, 20):
-        value, metrics = loss(jnp.int32(step))
+        value, metrics, _ = loss(jnp.int32(step))
         weight = 2.0 * min(step / 10, 1)
         np.testing.assert_allclose(value, metrics["laplace"] + weight * metrics["kl"], rtol=1e-5)
 

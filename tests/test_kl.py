@@ -92,11 +92,11 @@ def test_a_release_has_the_scale_of_its_runs_pictures(model, tmp_path):
 
 
 def test_the_penalty_pulls_towards_the_normal(model, images):
-    assert set(CODEC.players()) == {"generator", "discriminator"}
+    assert set(CODEC.objectives()) == {"generator", "discriminator"}
     heavy = dataclasses.replace(CODEC, kl=1.0, adversarial=0.0)
-    player = heavy.players()["generator"]
+    objective = heavy.objectives()["generator"]
     slope = jax.jit(
-        jax.grad(lambda m: player.loss(m, {"image": images}, jax.random.key(4), 5, True)[0], allow_int=True)
+        jax.grad(lambda m: objective.loss(m, {"image": images}, jax.random.key(4), 5, True).loss, allow_int=True)
     )
     step = jax.tree.map(lambda w, g: w - 1e-3 * g, model.autoencoder, slope(model).autoencoder)
     after = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves((step, model.discriminator)))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import toys
+from families import with_aux
 
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import convert
@@ -98,8 +99,8 @@ def few(config):
 def test_every_cell_trains_and_draws(name):
     config, model = ALL[name], filled(ALL[name])
     batch, key = batch_of(config), jax.random.key(0)
-    (loss, metrics), slopes = jax.jit(jax.value_and_grad(config.loss, has_aux=True))(model, batch, key)
-    assert np.isfinite(loss) and "loss" in metrics
+    (loss, output), slopes = jax.jit(jax.value_and_grad(with_aux(config.loss), has_aux=True))(model, batch, key)
+    assert np.isfinite(loss) and "loss" in output.metrics
     idle = [
         jax.tree_util.keystr(p)
         for p, g in jax.tree_util.tree_flatten_with_path(slopes)[0]
@@ -201,7 +202,7 @@ def test_a_causal_model_that_learned_a_joint_law_knows_it_in_every_order():
 
     def step(state, key):
         model, moments = state
-        updates, moments = tx.update(jax.grad(lambda m: config.loss(m, batch, key)[0])(model), moments)
+        updates, moments = tx.update(jax.grad(lambda m: config.loss(m, batch, key).loss)(model), moments)
         return (optax.apply_updates(model, updates), moments), None
 
     @jax.jit

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from families import with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
@@ -22,7 +23,6 @@ from t2i_jax.nn.condition import Captions
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.heads import Softmax
 from t2i_jax.nn.orders import Permutation
-from t2i_jax.nn.players import players_of
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import Flow
@@ -94,8 +94,8 @@ class Shaken:
         shaken = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
         return tree.unflatten(shaken)
 
-    def loss(self, model, batch, key, train=True):
-        return self.family.loss(model, batch, key, train)
+    def objectives(self):
+        return self.family.objectives()
 
 
 FLOW = Shaken(Diffusion(DENOISER, Flow(), "velocity"))
@@ -117,7 +117,7 @@ def batch_of(trainable):
 
 
 def outcome(trainable, mesh):
-    """Losses, gradients and metrics of all players on a mesh, on the host."""
+    """Losses, gradients and metrics of all objectives on a mesh, on the host."""
     mesh = MeshConfig(*mesh).build()
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(trainable.init, jax.random.key(0))
@@ -126,11 +126,11 @@ def outcome(trainable, mesh):
 
         @jax.jit
         def run(model, batch):
-            def one(player):
-                call = lambda m: player.loss(m, batch, jax.random.key(1), jax.numpy.int32(5), True)
+            def one(objective):
+                call = lambda m: with_aux(objective.loss)(m, batch, jax.random.key(1), jax.numpy.int32(5), True)
                 return jax.value_and_grad(call, has_aux=True, allow_int=True)(model)
 
-            return [one(p) for p in players_of(trainable).values()]
+            return [one(o) for o in trainable.objectives().values()]
 
         return jax.device_get(run(model, batch))
 

@@ -28,7 +28,6 @@ from t2i_jax.models.stream import Stream, Text
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import Captions, Classes, Features
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.players import players_of
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.parallel import MeshConfig
@@ -396,11 +395,11 @@ def test_the_assumed_batch_is_one_that_the_loss_takes(model):
     assert "assumed" in whence and all(v.shape[0] == 16 for v in batch.values())
     key = jax.eval_shape(lambda: jax.random.key(0))
     built = jax.eval_shape(model.init, key)
-    for player in players_of(model).values():
+    for objective in model.objectives().values():
         ready = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) if k == "image" else v for k, v in batch.items()}
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        loss, _ = jax.eval_shape(lambda *a, p=player: p.loss(*a, True), built, ready, key, step)
-        assert loss.shape == ()
+        output = jax.eval_shape(lambda *a, o=objective: o.loss(*a, True), built, ready, key, step)
+        assert output.loss.shape == ()
 
 
 def test_inputs_can_be_told():

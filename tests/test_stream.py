@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import with_aux
 
 from t2i_jax.models.stream import SIZES, Stream, Text
 from t2i_jax.nn.draw import Sampling, truncate, uniforms
@@ -120,7 +121,7 @@ def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
         return (nll[:, :s].mean() + config.image_weight * nll[:, s:].mean()) / (1 + config.image_weight)
 
     sure = dataclasses.replace(config, condition_dropout=0.0)
-    np.testing.assert_allclose(loss(sure, model, batch, jax.random.key(0))[0], expected(model), rtol=1e-5)
+    np.testing.assert_allclose(loss(sure, model, batch, jax.random.key(0)).loss, expected(model), rtol=1e-5)
     plain = dataclasses.replace(config, one_softmax=False)
     scores = [jax.jit(Stream.log_likelihood, static_argnums=0)(c, model, batch) for c in (config, plain)]
     np.testing.assert_array_equal(*scores)
@@ -176,12 +177,12 @@ def test_loss_weighs_text_and_image(config):
     nll = lambda logits, ids: -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], 2)[..., 0]
     ids = config.condition(batch, jnp.zeros(B, bool))
     of_text, of_image = nll(text, ids[:, S - text.shape[1] :]), nll(image, batch["codes"].reshape(B, L))
-    value, metrics = loss(config, model, batch, jax.random.key(0))
+    value, metrics, _ = loss(config, model, batch, jax.random.key(0))
     w = config.image_weight
     np.testing.assert_allclose(value, (of_text.mean() + w * of_image.mean()) / (1 + w), rtol=1e-5)
     np.testing.assert_allclose(metrics["bits_per_token"], of_image.mean() / np.log(2), rtol=1e-5)
     np.testing.assert_allclose(jax.jit(config.log_likelihood)(model, batch), -of_image.sum(1), rtol=1e-5)
-    some, _ = loss(config, model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0))
+    some = loss(config, model, batch | {"weight": jnp.array([1, 0, 1])}, jax.random.key(0)).loss
     np.testing.assert_allclose(some, (of_text[::2].mean() + w * of_image[::2].mean()) / (1 + w), rtol=1e-5)
 
 
@@ -190,7 +191,7 @@ def test_relaxed_precision_and_smaller_embedding_gradients_leave_the_loss():
 
     def run(**fields):
         config = dataclasses.replace(COGVIEW, **fields)
-        return jax.jit(jax.value_and_grad(lambda m: config.loss(m, batch, key)[0]))(model_for(config))
+        return jax.jit(jax.value_and_grad(lambda m: config.loss(m, batch, key).loss))(model_for(config))
 
     plain, slopes = run(relax=False, embedding_gradient=1.0)
     relaxed, relaxed_slopes = run(embedding_gradient=1.0)
@@ -282,7 +283,7 @@ def test_a_picture_depends_on_its_own_key_and_text_only():
 def test_meshes_agree(mesh):
     batch = jax.tree.map(lambda x: jnp.tile(x, (8, *(1,) * (x.ndim - 1))), batch_for())
     config = dataclasses.replace(DALLE, width=32, heads=4, remat="dots")
-    model, run = config.init(jax.random.key(0)), jax.value_and_grad(config.loss, has_aux=True)
+    model, run = config.init(jax.random.key(0)), jax.value_and_grad(with_aux(config.loss), has_aux=True)
     expected = jax.jit(run)(model, batch, jax.random.key(1))
     mesh = MeshConfig(*mesh).build()
     with jax.set_mesh(mesh):

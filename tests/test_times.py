@@ -51,7 +51,7 @@ def test_losses_draw_a_time_from_each_interval(name, train, monkeypatch):
     monkeypatch.setattr(kind, "quantile", spy)
     batch = {k: np.resize(v, (32, *v.shape[1:])) for k, v in batch_for(config).items()}
     model = config.init(jax.random.key(0))
-    loss = jax.jit(lambda m, b, key: config.loss(m, b, key, train)[0])
+    loss = jax.jit(lambda m, b, key: config.loss(m, b, key, train).loss)
     for key in (1, 2):
         loss(model, batch, jax.random.key(key)).block_until_ready()
     jax.effects_barrier()

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.trees import named, rebuild
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training import checkpoints, records
@@ -118,7 +119,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         np.testing.assert_allclose(v[...], parts.params[k][...], rtol=1e-5, atol=1e-6)
 
 
-def test_players_move_only_what_they_own(tmp_path):
+def test_objectives_move_only_their_parameters(tmp_path):
     experiment = toys.experiment(toys.Game(), steps=1, players={"critic": Optimizer("sgd", learning_rate=0.0)})
     trainer = Trainer(experiment, tmp_path)
     before = jax.device_get({k: v[...] for k, v in trainer.start().params.items()})
@@ -167,7 +168,7 @@ def test_the_guard_names_the_step_and_the_layer(tmp_path):
 @dataclasses.dataclass(frozen=True)
 class Logarithm(toys.Identity):
     def loss(self, model, batch, key, train=True):
-        return jnp.mean(jnp.log(model(batch["x"]))), {}
+        return LossOutput(jnp.mean(jnp.log(model(batch["x"]))), {})
 
 
 def test_the_guard_finds_the_operation(tmp_path):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from families import with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
@@ -22,7 +23,6 @@ from t2i_jax.models.vq_diffusion import VQDiffusion, cut, guided_log
 from t2i_jax.nn.condition import Captions, Classes, Encoded
 from t2i_jax.nn.conditional import AdaNorm
 from t2i_jax.nn.layers import replace
-from t2i_jax.nn.players import players_of
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
 from t2i_jax.noise.reverse import Reverse, reverse, visits
 from t2i_jax.training.state import create
@@ -61,13 +61,13 @@ def test_logits_a_few_tokens_at_a_time_give_the_same_loss_and_gradients(fields):
     chunked, batch, model = dataclasses.replace(config, loss_chunk=4), batch_for(config), model_for(config)
 
     def run(config):
-        loss = lambda m: config.loss(m, batch, jax.random.key(1))[0]
+        loss = lambda m: config.loss(m, batch, jax.random.key(1)).loss
         return jax.jit(jax.value_and_grad(loss, allow_int=True))(model)
 
     for a, b in zip(jax.tree.leaves(run(config)), jax.tree.leaves(run(chunked)), strict=True):
         if jnp.issubdtype(a.dtype, jnp.floating):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    program = str(jax.make_jaxpr(lambda m: chunked.loss(m, batch, jax.random.key(1))[0])(model))
+    program = str(jax.make_jaxpr(lambda m: chunked.loss(m, batch, jax.random.key(1)).loss)(model))
     assert "f32[4,4,12]" in program and "f32[4,6,12]" not in program
 
 
@@ -230,13 +230,13 @@ def test_guidance_is_normalised_and_nothing_at_one():
 
 @cache
 def gradients(config):
-    return jax.jit(jax.value_and_grad(config.loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(with_aux(config.loss), has_aux=True))
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_loss_is_finite_and_moves_every_parameter(config):
-    (loss, (metrics, _)), slopes = gradients(config)(model_for(config), batch_for(config), jax.random.key(1))
-    assert np.isfinite(loss) and metrics["bits_per_token"] > 0
+    (loss, output), slopes = gradients(config)(model_for(config), batch_for(config), jax.random.key(1))
+    assert np.isfinite(loss) and output.metrics["bits_per_token"] > 0
     flat, _ = jax.tree_util.tree_flatten_with_path(slopes)
     unmoved = {jax.tree_util.keystr(p) for p, g in flat if not np.asarray(g).any()}
     assert all("history" in name or "count" in name for name in unmoved), unmoved
@@ -266,10 +266,10 @@ def test_history_is_a_running_mean_of_squares_whatever_the_order_of_rows():
 
 def test_a_resumed_run_is_the_straight_one_with_its_history():
     optimizers = {"model": optax.adam(1e-3)}
-    players = players_of(TINY)
+    objectives = TINY.objectives()
     abstract = jax.eval_shape(TINY.init, jax.random.key(0))
-    step = jax.jit(make_step(abstract, players, optimizers))
-    start = create(TINY.init, optimizers, lambda name, p: owned(players[name], p), False, jax.random.key(0))
+    step = jax.jit(make_step(abstract, objectives, optimizers))
+    start = create(TINY.init, optimizers, lambda name, p: owned(objectives[name], p), False, jax.random.key(0))
     batch = batch_for(TINY)
     middle = step(step(start, None, batch)[0], None, batch)[0]
     straight = step(middle, None, batch)[0]

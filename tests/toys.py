@@ -9,9 +9,9 @@ from einops import reduce, repeat
 from flax import nnx
 
 from t2i_jax.core.specs import CodeSpec, FieldSpec
+from t2i_jax.core.types import LossOutput, Objective, single_objective
 from t2i_jax.nn.draw import choose
 from t2i_jax.nn.layers import Carried, Embedding, Linear
-from t2i_jax.nn.players import Player
 from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, shard
 from t2i_jax.training.experiment import Experiment, Train
@@ -109,12 +109,15 @@ class Identity:
     def batch_spec(self):
         return {"x": FieldSpec((self.width,), "float32")}
 
+    def objectives(self):
+        return single_objective(self.loss)
+
     def loss(self, model, batch, key, train=True):
         x = batch["x"] + self.noise * jax.random.normal(key, batch["x"].shape)
         loss = jnp.mean((model(x) - batch["x"]) ** 2)
         counted = jax.tree.map(lambda v: v, model)
         counted.seen = Carried(model.seen[...] + 1)
-        return loss, ({"rms": jnp.sqrt(loss)}, counted)
+        return LossOutput(loss, {"rms": jnp.sqrt(loss)}, counted)
 
 
 class Pair(nnx.Module):
@@ -125,7 +128,7 @@ class Pair(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Game:
-    """Two players on one model."""
+    """Two objectives on one model."""
 
     width: int = 8
 
@@ -135,10 +138,11 @@ class Game:
     def batch_spec(self):
         return {"x": FieldSpec((self.width,), "float32")}
 
-    def players(self):
-        artist = lambda m, b, key, step, train: (-jnp.mean(m.critic(m.artist(b["x"]))), {})
-        critic = lambda m, b, key, step, train: (jnp.mean(m.critic(m.artist(b["x"]))) - jnp.mean(m.critic(b["x"])), {})
-        return {"artist": Player(artist, ("artist",)), "critic": Player(critic, ("critic",))}
+    def objectives(self):
+        fake = lambda m, b: jnp.mean(m.critic(m.artist(b["x"])))
+        artist = lambda m, b, key, step, train: LossOutput(-fake(m, b), {})
+        critic = lambda m, b, key, step, train: LossOutput(fake(m, b) - jnp.mean(m.critic(b["x"])), {})
+        return {"artist": Objective(artist, ("artist",)), "critic": Objective(critic, ("critic",))}
 
 
 @dataclasses.dataclass(frozen=True)

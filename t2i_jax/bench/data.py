@@ -136,7 +136,7 @@ def need(size: str, chip: str) -> float:
     model = abstract(config)
     batch = {"codes": jax.ShapeDtypeStruct((1, 16, 16), np.int32), "label": jax.ShapeDtypeStruct((1,), np.int32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    work = 3 * flops.count(lambda m, b, k: config.loss(m, b, k)[0], model, batch, key)
+    work = 3 * flops.count(lambda m, b, k: config.loss(m, b, k).loss, model, batch, key)
     return MFU * CHIPS[chip].flops / work
 
 

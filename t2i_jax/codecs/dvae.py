@@ -22,8 +22,8 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
-from t2i_jax.nn.players import Player
 from t2i_jax.parallel import shard
 
 
@@ -163,11 +163,13 @@ class DVAE(Checked):
         """What a batch has to hold: images of any size that the codec divides."""
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
-    def players(self) -> dict[str, Player]:
-        return {"codec": Player(self.loss)}
+    def objectives(self) -> dict[str, Objective]:
+        return {"codec": Objective(self.loss)}
 
-    def loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array | int = 0, train: bool = True):
-        """-ELBO with a relaxed sample (eq. 1): -> (loss, metrics). batch: `image` float (b, i, j, 3) in [-1, 1]."""
+    def loss(
+        self, model: Model, batch: dict[str, Array], key: Array, step: Array | int = 0, train: bool = True
+    ) -> LossOutput:
+        """-ELBO with a relaxed sample (eq. 1). batch: `image` float (b, i, j, 3) in [-1, 1]."""
         logits = self.logits(model, batch["image"])
         gumbel = jax.random.gumbel(key, logits.shape)
         y = self.relaxed(model, logits, gumbel, self.temperature_at(step))
@@ -175,7 +177,7 @@ class DVAE(Checked):
         weight = self.kl * (jnp.clip(step / self.kl_warmup, 0, 1) if self.kl_warmup else 1.0)
         image = jnp.clip(self.seen(y), -1, 1)
         metrics = {self.pixels: distance, "kl": divergence, "psnr": losses.psnr(batch["image"], image)}
-        return distance + weight * divergence, metrics | usage(jnp.argmax(logits, -1), self.codes)
+        return LossOutput(distance + weight * divergence, metrics | usage(jnp.argmax(logits, -1), self.codes))
 
     def temperature_at(self, step: Array | int) -> Array:
         """The temperature of the relaxation at a step."""

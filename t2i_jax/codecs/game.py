@@ -19,9 +19,9 @@ from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import at_least_fp32, replace
-from t2i_jax.nn.players import Player
 from t2i_jax.nn.vgg import Trunk
 
 
@@ -72,7 +72,9 @@ class Game(Checked):
         """The images that the autoencoder makes of images in a training step; every codec has its own."""
         raise TypeError(f"{type(self).__name__} does not say what it paints")
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True) -> Any:
+    def generator_loss(
+        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> LossOutput:
         """What the autoencoder lowers; every codec has its own."""
         raise TypeError(f"{type(self).__name__} does not say what its autoencoder lowers")
 
@@ -82,12 +84,12 @@ class Game(Checked):
             return None
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
-    def players(self) -> dict[str, Player]:
+    def objectives(self) -> dict[str, Objective]:
         """The autoencoder, and against it the discriminator where there is one."""
-        generator = Player(self.generator_loss, ("autoencoder",))
+        generator = Objective(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
             return {"generator": generator}
-        discriminator = Player(self.discriminator_loss, ("discriminator",), self.start)
+        discriminator = Objective(self.discriminator_loss, ("discriminator",), self.start)
         return {"generator": generator, "discriminator": discriminator}
 
     def picture_loss(self, model: Model, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
@@ -126,16 +128,18 @@ class Game(Checked):
             metrics |= {"adversarial": adversarial, "adversarial_weight": weight}
         return loss, metrics
 
-    def discriminator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
+    def discriminator_loss(
+        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> LossOutput:
         """The adversary's loss on real images and on those that the generator painted in this step, with the same draws
-        of codes: -> (loss, (metrics, model with moved statistics))."""
+        of codes; its state are the running statistics."""
         y = jax.lax.stop_gradient(self.painted(model, batch["image"], key, step))
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(y.astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
         told = losses.hinge_discriminator if self.adversary == "hinge" else losses.vanilla_discriminator
         loss = (step >= self.start) * told(real, fake)
-        return loss, ({"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
+        return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 
 def fits(images: Array, factor: int) -> Array:

@@ -19,6 +19,7 @@ from jax import Array
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
+from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32
 from t2i_jax.parallel import shard
 
@@ -143,13 +144,16 @@ class KL(Game):
         z = q.sample(jax.random.normal(key, q.mean.shape))
         return q, z, model.autoencoder.decoder.features(self._enter(model, z))
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
-        """Reconstruction + perceptual + KL + adversarial: -> (loss, metrics); batch as for `Game.picture_loss`."""
+    def generator_loss(
+        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> LossOutput:
+        """Reconstruction + perceptual + KL + adversarial; batch as for `Game.picture_loss`."""
         images = batch["image"]
         q, z, h = self._through(model, images, key)
         distance, metrics = self.picture_loss(model, model.autoencoder.decoder, h, batch, step)
         kl = q.kl().mean()
-        return distance + self.kl * kl * len(images) / images.size, metrics | {"kl": kl, "std": jnp.std(z)}
+        loss = distance + self.kl * kl * len(images) / images.size
+        return LossOutput(loss, metrics | {"kl": kl, "std": jnp.std(z)})
 
     def _enter(self, model: Model, z: Array) -> Array:
         part, z = model.autoencoder, z.astype(self.dtype)

@@ -16,6 +16,7 @@ from jax import Array
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32, replace
 from t2i_jax.parallel import shard
 
@@ -73,8 +74,10 @@ class VQGAN(Game):
         vectors = part.quantizer(self.latents(model, images), jax.random.split(key)[0], step)[0]
         return at_least_fp32(part.decoder(part.from_code(vectors.astype(self.dtype))))
 
-    def generator_loss(self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True):
-        """Reconstruction + perceptual + quantisation + adversarial: -> (loss, (metrics, model with moved codebook)).
+    def generator_loss(
+        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> LossOutput:
+        """Reconstruction + perceptual + quantisation + adversarial; its state is the codebook.
 
         batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from `frozen()` where there is a perceptual loss.
         """
@@ -85,7 +88,7 @@ class VQGAN(Game):
         h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
         distance, terms = self.picture_loss(model, part.decoder, h, batch, step)
         moved = replace(part, quantizer=part.quantizer.moved(z, codes, move))
-        return loss + distance, (metrics | terms, replace(model, autoencoder=moved))
+        return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 
 
 class Autoencoder(nnx.Module):

@@ -51,7 +51,13 @@ class Objective:
     params: tuple[str, ...] = ()
     """names of the model's top-level attributes whose parameters are trained; () is all of them"""
     start: int = 0
-    """step at which training begins; the learning-rate schedule counts from there"""
+    """step at which training begins: before it neither the parameters nor the optimiser's state change, and the
+    learning-rate schedule counts from there"""
+
+
+def single_objective(loss: Callable[[Any, dict[str, Array], Array, bool], LossOutput]) -> dict[str, Objective]:
+    """The objectives of a model with one loss (model, batch, key, train) that all its parameters follow."""
+    return {"model": Objective(lambda model, batch, key, step, train: loss(model, batch, key, train))}
 
 
 @dataclasses.dataclass(frozen=True)

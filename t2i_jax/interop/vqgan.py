@@ -14,7 +14,7 @@ from t2i_jax.nn.trees import named
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
 
-# Buffers, training losses, and other players that lie in published files beside the codec.
+# Buffers, training losses, and other parts that lie in published files beside the codec.
 IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$|quantize\.embedding_avg$"
 
 # From our dotted names to theirs, in this order. LEVEL stands for the number of a level in their order of levels.

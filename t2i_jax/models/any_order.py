@@ -21,7 +21,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.decode import layers_for_decoding
@@ -139,9 +139,10 @@ class AnyOrder(Checked):
 
     # -- training
 
-    def loss(
-        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -155,7 +156,7 @@ class AnyOrder(Checked):
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         each = self.head.loss(model.head, z, x, keys[3], train).mean(1)
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
-        return loss, {"loss": loss}
+        return LossOutput(loss, {"loss": loss})
 
     def log_likelihood(self, model: Network, batch: dict[str, Array], orders: Array | None = None) -> Array:
         """log p(codes | condition) of each image in nats along the orders (b, L) (raster unless given): (b,) fp32.

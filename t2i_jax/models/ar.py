@@ -19,7 +19,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad
@@ -212,9 +212,10 @@ class AR(Checked):
 
     # -- training
 
-    def loss(
-        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
 
         batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
@@ -229,7 +230,7 @@ class AR(Checked):
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
         loss = mean(loss)
-        return loss, {"loss": loss, "bits_per_token": mean(nll) / math.log(2), "accuracy": mean(correct)}
+        return LossOutput(loss, {"loss": loss, "bits_per_token": mean(nll) / math.log(2), "accuracy": mean(correct)})
 
     def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""

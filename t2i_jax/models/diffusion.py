@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
@@ -250,7 +250,10 @@ class Diffusion(Checked):
 
     # -- training
 
-    def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean error of the prediction, and the bound that teaches the variance (Nichol & Dhariwal 2021, eq. 16).
 
         batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
@@ -276,7 +279,7 @@ class Diffusion(Checked):
         if not train and b >= 4:  # a grid of fewer leaves a quarter empty
             quarter = jnp.floor(4 * u)
             means |= {f"mse_q{q + 1}": mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
-        return means["loss"], means
+        return LossOutput(means["loss"], means)
 
     def losses(
         self,

@@ -24,7 +24,7 @@ from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, FREE, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
 from t2i_jax.nn.draw import guidance_at
@@ -199,9 +199,10 @@ class Masked(Checked):
 
     # -- training
 
-    def loss(
-        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -219,7 +220,7 @@ class Masked(Checked):
         each = self.head.loss(model.head, z, x, keys[4], train)
         weight = hidden * batch.get("weight", jnp.ones(b)).astype(jnp.float32)[:, None]
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
-        return loss, {"loss": loss, "hidden": hidden.mean()}
+        return LossOutput(loss, {"loss": loss, "hidden": hidden.mean()})
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
@@ -62,9 +62,10 @@ class NoisedClassifier(Checked):
         label = FieldSpec((), "int32", 0, self.classes - 1)
         return {"codes": whole, "image": whole, "label": label, "weight": WEIGHT}
 
-    def loss(
-        self, model: Classifying, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Classifying, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too.
 
         train: False leaves out dropout, and takes times evenly; static.
@@ -79,7 +80,7 @@ class NoisedClassifier(Checked):
         _, nll, correct = cross_entropy(logits, batch["label"])
         weight = batch.get("weight", jnp.ones(len(x0))).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        return mean(nll), {"loss": mean(nll), "accuracy": mean(correct)}
+        return LossOutput(mean(nll), {"loss": mean(nll), "accuracy": mean(correct)})
 
     def log_p(self, model: Classifying, x: Array, t: Array, condition: dict[str, Array]) -> Array:
         """log p(label | x) (b,): with `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards

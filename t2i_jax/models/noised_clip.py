@@ -13,7 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
@@ -84,9 +84,10 @@ class NoisedCLIP(Checked):
         image = FieldSpec((self.size, self.size, 3), "float32")
         return {"image": image, **text_spec(self.vocabulary, self.length)}
 
-    def loss(
-        self, model: CLIPNetwork, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: CLIPNetwork, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """Cross-entropy of which caption belongs to which noised picture, both ways (Radford et al. 2021, figure 3).
 
         batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s). train: False takes times evenly; static.
@@ -100,7 +101,7 @@ class NoisedCLIP(Checked):
         logits = self.scale * images @ texts.T
         diagonal = lambda logits: -jnp.diagonal(jax.nn.log_softmax(logits)).mean()
         loss = (diagonal(logits) + diagonal(logits.T)) / 2
-        return loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()}
+        return LossOutput(loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()})
 
     def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: dict[str, Any]) -> Array:
         """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.

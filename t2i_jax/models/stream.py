@@ -21,7 +21,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec
@@ -221,9 +221,10 @@ class Stream(Checked):
 
     # -- training
 
-    def loss(
-        self, model: Network, batch: dict[str, Array], key: Array, train: bool = True
-    ) -> tuple[Array, dict[str, Array]]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
 
         batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
@@ -242,7 +243,7 @@ class Stream(Checked):
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
         loss = (mean(text_nll) + self.image_weight * mean(image_nll)) / (1 + self.image_weight)
         bits = {"bits_per_token": mean(image_nll) / math.log(2), "bits_per_text_token": mean(text_nll) / math.log(2)}
-        return loss, {"loss": loss, **bits, "accuracy": mean(correct)}
+        return LossOutput(loss, {"loss": loss, **bits, "accuracy": mean(correct)})
 
     def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
         """log p(codes | text) of each image in nats: (b,) fp32."""

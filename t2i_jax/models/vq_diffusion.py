@@ -22,7 +22,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate
@@ -200,7 +200,10 @@ class VQDiffusion(Checked):
 
     # -- training
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> tuple[Array, Any]:
+    def objectives(self) -> dict[str, Objective]:
+        return single_objective(self.loss)
+
+    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
         """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
         history of losses has moved on.
 
@@ -223,7 +226,7 @@ class VQDiffusion(Checked):
                 model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
         loss = mean(terms.loss) / self.length
         bits = mean(terms.bits) / self.length
-        return loss, ({"loss": loss, "bits_per_token": bits, "accuracy": mean(terms.correct)}, model)
+        return LossOutput(loss, {"loss": loss, "bits_per_token": bits, "accuracy": mean(terms.correct)}, model)
 
     def bound(
         self,

@@ -16,6 +16,7 @@ from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import (
+    Objective,
     Tokenizer,
     as_tokenizer,
     gives_features,
@@ -24,7 +25,6 @@ from t2i_jax.core.types import (
     text_encoder,
 )
 from t2i_jax.data.pipeline import Data
-from t2i_jax.nn.players import Player
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.artifacts import Artifact, load_artifact, on_host
 from t2i_jax.training.checkpoints import Best
@@ -39,7 +39,7 @@ class Train(Checked):
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     optimizer: Optimizer = Optimizer()
     players: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
-    """optimisers of single players (`discriminator`, say) where they differ from `optimizer`"""
+    """optimisers of single objectives (`discriminator`, say) where they differ from `optimizer`"""
     ema: Rate = 0.0
     """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
     accumulate: Size = 1
@@ -80,12 +80,12 @@ class Train(Checked):
         if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 
-    def optimizer_of(self, player: str) -> Optimizer:
-        return self.players.get(player, self.optimizer)
+    def optimizer_of(self, objective: str) -> Optimizer:
+        return self.players.get(objective, self.optimizer)
 
-    def steps_of(self, player: Player) -> int:
-        """How many of the steps a player learns in, by which its schedules go."""
-        return max(self.steps - player.start, 1)
+    def steps_of(self, objective: Objective) -> int:
+        """In how many of the steps an objective is trained, by which its schedules go."""
+        return max(self.steps - objective.start, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Experiment(Checked):
     """What a config file builds: `t2i train FILE` trains `model` on `data`."""
 
     model: Any
-    """a family or a codec: a dataclass with `init` and `loss` (or `players`)"""
+    """a family or a codec: a dataclass with `init` and `objectives`"""
     data: Data
     train: Train = Train()
     mesh: Annotated[MeshConfig, FREE] = MeshConfig()

@@ -126,7 +126,7 @@ def first_operation(trainer: Any, state: TrainState, step: int, position: int) -
     def forward(state, frozen, batch):
         model = rebuild(trainer.abstract, {**state.params, **state.carried})
         batch = trainer.prepare(frozen, batch, draw) | held(frozen)
-        return [player.loss(model, batch, key, state.step, True)[0] for player in trainer.players.values()]
+        return [o.loss(model, batch, key, state.step, True).loss for o in trainer.objectives.values()]
 
     try:
         checked = checkify.checkify(forward, errors=checkify.nan_checks)

@@ -14,7 +14,6 @@ from t2i_jax.config import ConfigError, changes, differences, read_stored, to_js
 from t2i_jax.core.fields import free_fields
 from t2i_jax.core.migration import VERSION
 from t2i_jax.core.outputs import write_text
-from t2i_jax.nn.players import players_of
 from t2i_jax.training.artifacts import bundled
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.records import read
@@ -84,9 +83,9 @@ class History:
 
 
 def learning_rates(experiment: Any, step: int) -> dict[str, float]:
-    """The learning rate of the update that follows `step`, by player."""
+    """The learning rate of the update that follows `step`, by objective."""
     train, rates = experiment.train, {}
-    for name, player in players_of(experiment.model).items():
-        schedule = train.optimizer_of(name).learning_rates(train.steps_of(player))
-        rates[name] = float(schedule(max(step - player.start, 0)))
+    for name, objective in experiment.model.objectives().items():
+        schedule = train.optimizer_of(name).learning_rates(train.steps_of(objective))
+        rates[name] = float(schedule(max(step - objective.start, 0)))
     return rates

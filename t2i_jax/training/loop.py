@@ -30,7 +30,6 @@ from t2i_jax.core.specs import check_batch
 from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
-from t2i_jax.nn.players import players_of
 from t2i_jax.nn.trees import abstract, rebuild
 from t2i_jax.parallel import assembled, placed, rows_of, shardings
 from t2i_jax.platform import shared_cache
@@ -67,11 +66,11 @@ class Trainer:
         self.experiment, self.folder = experiment, Path(folder)
         train = experiment.train
         self.mesh: Mesh = experiment.mesh.build() if mesh is None else mesh
-        self.players = players_of(experiment.model)
+        self.objectives = experiment.model.objectives()
         for name in train.players:
-            if name not in self.players:
-                raise ConfigError(f"train.players: there is no player '{name}', only {', '.join(self.players)}")
-        self.optimizers = {n: train.optimizer_of(n).build(train.steps_of(p)) for n, p in self.players.items()}
+            if name not in self.objectives:
+                raise ConfigError(f"train.players: there is no objective '{name}', only {', '.join(self.objectives)}")
+        self.optimizers = {n: train.optimizer_of(n).build(train.steps_of(o)) for n, o in self.objectives.items()}
         with refused("model"):
             self.abstract = abstract(experiment.model)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
@@ -92,7 +91,7 @@ class Trainer:
             self.prepare = make_prepare(codec, experiment.text)
             step = make_step(
                 self.abstract,
-                self.players,
+                self.objectives,
                 self.optimizers,
                 self.prepare,
                 seed=train.seed,
@@ -103,7 +102,7 @@ class Trainer:
             self.init = lambda key: create(
                 experiment.model.init,
                 self.optimizers,
-                lambda name, params: owned(self.players[name], params),
+                lambda name, params: owned(self.objectives[name], params),
                 train.ema > 0,
                 key,
                 train.spike > 0,
@@ -166,10 +165,10 @@ class Trainer:
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key, draw = step_keys(0, 0)  # the same for every batch and every time that losses are taken
         model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | held(frozen), {}
-        for name, player in self.players.items():
-            loss, aux = player.loss(model, batch, key, state.step, False)
-            numbers = {"loss": loss} | (aux[0] if isinstance(aux, tuple) else aux)
-            metrics |= {f"{name}/{k}" if len(self.players) > 1 else k: v for k, v in numbers.items()}
+        for name, objective in self.objectives.items():
+            loss, numbers, _ = objective.loss(model, batch, key, state.step, False)
+            numbers = {"loss": loss, **numbers}
+            metrics |= {f"{name}/{k}" if len(self.objectives) > 1 else k: v for k, v in numbers.items()}
         return metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -182,15 +181,15 @@ class Trainer:
         return {f"val/{k}": float(np.mean([m[k] for m in seen])) for k in seen[0]} if seen else {}
 
     def flops(self, batch: dict[str, jax.Array], frozen_too: bool = True) -> float:
-        """Model FLOPs of a step: three times the forward pass of each player, recomputation not counted; and once that
-        of the frozen parts, unless only what learns is asked for."""
+        """Model FLOPs of a step: three times the forward pass of each objective, recomputation not counted; and once
+        that of the frozen parts, unless only what learns is asked for."""
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
         key = jax.eval_shape(lambda: jax.random.key(0))
         ready = jax.eval_shape(self.prepare, frozen, batch, key) | held(frozen)
         once = flops.count(self.prepare, frozen, batch, key) if frozen_too else 0.0
-        loss = lambda p: lambda m, b, k: p.loss(m, b, k, jnp.zeros((), jnp.int32), True)[0]
-        return once + 3 * sum(flops.count(loss(p), self.abstract, ready, key) for p in self.players.values())
+        loss = lambda o: lambda m, b, k: o.loss(m, b, k, jnp.zeros((), jnp.int32), True).loss
+        return once + 3 * sum(flops.count(loss(o), self.abstract, ready, key) for o in self.objectives.values())
 
 
 def laid_out(tree: Any, layout: Any) -> Any:

@@ -15,8 +15,8 @@ RunningNorms = dict[str, dict[str, Array]]
 """By player the mean of its gradient's norm, and how many steps that is of, `WINDOW` at most."""
 
 
-def start_norms(players: Iterable[str]) -> RunningNorms:
-    return {name: {"mean": jnp.zeros((), jnp.float32), "seen": jnp.zeros((), jnp.int32)} for name in players}
+def start_norms(objectives: Iterable[str]) -> RunningNorms:
+    return {name: {"mean": jnp.zeros((), jnp.float32), "seen": jnp.zeros((), jnp.int32)} for name in objectives}
 
 
 def find_spike(

@@ -39,7 +39,7 @@ class TrainState:
     params: Named
     carried: Named
     ema: Named | None
-    optimizer: dict[str, Any]  # one state per player
+    optimizer: dict[str, Any]  # one state per objective
     gradient_norms: RunningNorms | None = None  # where spikes are skipped
 
     def flat(self) -> dict[str, Array]:

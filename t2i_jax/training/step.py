@@ -1,4 +1,4 @@
-"""The one train step of the project: every player's gradient at the same model, then every player's update."""
+"""The one train step of the project: the gradient of every objective at the same model, then all updates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.keys import apart, seed_key
-from t2i_jax.nn.players import Player
+from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.nn.trees import Named, rebuild
 from t2i_jax.training.spikes import find_spike
 from t2i_jax.training.state import TrainState, carried_of
@@ -22,16 +22,16 @@ from t2i_jax.training.state import TrainState, carried_of
 Metrics = dict[str, Array]
 
 
-def owned(player: Player, variables: Named) -> Named:
-    """The variables under the attributes that a player owns."""
-    if not player.owns:
+def owned(objective: Objective, variables: Named) -> Named:
+    """The variables under the attributes that an objective trains."""
+    if not objective.params:
         return variables
-    return {k: v for k, v in variables.items() if k.split(".")[0] in player.owns}
+    return {k: v for k, v in variables.items() if k.split(".")[0] in objective.params}
 
 
 def make_step(
     abstract: Any,
-    players: Mapping[str, Player],
+    objectives: Mapping[str, Objective],
     optimizers: Mapping[str, optax.GradientTransformation],
     prepare: Callable[[Any, dict[str, Array], Array], dict[str, Array]] = lambda frozen, batch, key: batch,
     *,
@@ -54,26 +54,22 @@ def make_step(
     """
 
     def gradients(state: TrainState, carried: Named, frozen, batch, key):
-        """Per player: gradients by name, metrics; and the carried values after this batch."""
+        """Per objective: gradients by name, metrics; and the carried values after this batch."""
         batch = batch | held(frozen)
         grads, metrics, after = {}, {}, dict(carried)
-        for name, player in players.items():
+        for name, objective in objectives.items():
 
-            def objective(mine: Named, player=player):
+            def loss(mine: Named, objective=objective) -> tuple[Array, LossOutput]:
                 model = rebuild(abstract, {**state.params, **mine, **carried})
-                loss, aux = player.loss(model, batch, key, state.step, True)
-                if isinstance(aux, tuple):
-                    return loss, aux
-                return loss, (aux, None)
+                output = objective.loss(model, batch, key, state.step, True)
+                return output.loss, output
 
-            (loss, (numbers, model)), grads[name] = jax.value_and_grad(objective, has_aux=True)(
-                owned(player, state.params)
-            )
-            prefix = f"{name}/" if len(players) > 1 else ""
-            metrics |= {f"{prefix}loss": loss} | {f"{prefix}{k}": v for k, v in numbers.items()}
-            if model is not None:
-                fresh = carried_of(model)
-                after |= {k: fresh[k] for k in owned(player, carried)}
+            (_, output), grads[name] = jax.value_and_grad(loss, has_aux=True)(owned(objective, state.params))
+            prefix = f"{name}/" if len(objectives) > 1 else ""
+            metrics |= {f"{prefix}loss": output.loss} | {f"{prefix}{k}": v for k, v in output.metrics.items()}
+            if output.state is not None:
+                fresh = carried_of(output.state)
+                after |= {k: fresh[k] for k in owned(objective, carried)}
         return grads, metrics, jax.lax.stop_gradient(after)
 
     def accumulated(state: TrainState, frozen, batch, key):
@@ -87,7 +83,7 @@ def make_step(
             grads, metrics, carried = gradients(state, carried, frozen, *xs)
             return (carried, jax.tree.map(jnp.add, total, grads)), metrics
 
-        zeros = {name: jax.tree.map(jnp.zeros_like, owned(p, state.params)) for name, p in players.items()}
+        zeros = {name: jax.tree.map(jnp.zeros_like, owned(o, state.params)) for name, o in objectives.items()}
         (carried, grads), metrics = jax.lax.scan(
             part, (state.carried, zeros), (parts, jax.random.split(key, accumulate))
         )
@@ -99,20 +95,20 @@ def make_step(
         grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch, draw), key)
 
         params, optimizer, norms, running, spikes = dict(state.params), {}, {}, {}, [jnp.zeros((), bool)]
-        for name in players:
+        for name, objective in objectives.items():
             squares = {k: squared_norm(g) for k, g in grads[name].items()}
-            before = owned(players[name], state.params), state.optimizer[name]
+            before = owned(objective, state.params), state.optimizer[name]
             updates, after = optimizers[name].update(grads[name], before[1], before[0])
             moved = optax.apply_updates(before[0], updates), after
-            if players[name].start:
-                started = state.step >= players[name].start
+            if objective.start:
+                started = state.step >= objective.start
                 moved = jax.tree.map(lambda new, old, started=started: jnp.where(started, new, old), moved, before)
             params |= cast(Named, moved[0])
             optimizer[name] = moved[1]
-            prefix = f"{name}/" if len(players) > 1 else ""
+            prefix = f"{name}/" if len(objectives) > 1 else ""
             metrics[f"{prefix}gradient_norm"] = norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
             if state.gradient_norms is not None:
-                learns = state.step >= players[name].start
+                learns = state.step >= objective.start
                 found, running[name] = find_spike(state.gradient_norms[name], norm, spike, learns)
                 spikes.append(found)
             norms |= squares

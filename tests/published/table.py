@@ -97,7 +97,7 @@ def row(oracle: Oracle, lines: list[Line], seen: list[tuple[str, Any]]) -> dict[
         some(bool(seen)),
         has("log_likelihood"),
         has("sample"),
-        has("loss", "players"),
+        has("objectives"),
         some(*(kind.__name__ in SHARDED for kind in kinds)),
         f"{sum(line.passed for line in lines)} of {len(lines)}",
         f"{max((line.error for line in lines), default=0.0):.1e}",

@@ -107,8 +107,7 @@ def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def run(model):
-        slopes, _ = jax.grad(config.loss, has_aux=True)(model, batch, jax.random.key(0))
-        loss, _ = config.loss(model, batch, jax.random.key(0))
+        loss, slopes = jax.value_and_grad(lambda m: config.loss(m, batch, jax.random.key(0)).loss)(model)
         logits = (config.joint(*config.forward(model, batch, jnp.full(b, dropped))) for dropped in (False, True))
         return slopes, loss, *logits
 
