@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,24 @@ from jax import Array
 from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.casts import cast_first
+from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
 from t2i_jax.core.keys import apart
-from t2i_jax.core.types import Tokenizer, gives_features, text_encoder
+from t2i_jax.core.types import (
+    Family,
+    GaussianFamily,
+    Tokenizer,
+    Trainable,
+    as_classifier,
+    as_family,
+    autoguided,
+    classifier_guided,
+    gives_features,
+    image_to_image,
+    inpainting,
+    int8_sampling,
+    super_resolution,
+    text_encoder,
+)
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
@@ -53,23 +68,17 @@ Watch = Callable[[float, Any], None]
 """Called while a batch is drawn with the share that is done and the codes, or pictures, so far."""
 
 
-def draws_pixels(family: Any) -> bool:
-    """Whether what a family draws may be images as they are: three numbers of a position, not codes or latents."""
-    drawn = family.batch_spec()["codes"]
-    return drawn.dtype == "float32" and drawn.shape[-1] == 3
-
-
-def unguided(options: Any) -> dict[str, bool]:
+def unguided(family: Family, options: Any) -> dict[str, bool]:
     """How to tell `sample` that both branches would say the same, where options ask for no guidance: half the work."""
-    scale = getattr(options, "guidance", None)
-    return {"guided": False} if scale is not None and bool(np.all(np.asarray(scale) == 1)) else {}
+    if not family.capabilities.guidance:
+        return {}
+    return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
 
 
-def settled(family: Any, options: Any) -> Any:
+def settled(family: Family, options: Any) -> Any:
     """Sampling options as arrays. Errors: `ConfigError` for values with which the family cannot draw."""
     with refused("sampling options"):
-        if hasattr(family, "check"):
-            family.check(options)
+        family.check(options)
         return options.arrays()
 
 
@@ -87,13 +96,14 @@ def noise_of(process: Any) -> tuple[str, dict[str, Any]]:
     return type(process).__name__, {k: v for k, v in config.to_json(process).items() if k not in PATHS}
 
 
-def narrow(family: Any) -> dict[str, Any]:
+def narrow(model_config: Trainable) -> dict[str, Any]:
     """The dtype of weights that the sampler of a family casts to bfloat16 before it computes with them: they are cast
     once when they are loaded, which changes no image."""
-    if not hasattr(family, "sample") or "bfloat16" not in json.dumps(config.to_json(family)):
+    if not model_config.capabilities.family or model_config.compute.dtype != "bfloat16":
         return {}
+    family = as_family(model_config)
     model = abstract(family)
-    spec = {k: f for k, f in family.condition.batch_spec().items() if not f.optional}
+    spec = {k: f for k, f in family.condition_spec().items() if not f.optional}
     condition = {k: jax.ShapeDtypeStruct((1, *(n or 1 for n in f.shape)), f.dtype) for k, f in spec.items()}
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     draw = lambda model, condition, keys: family.sample(model, condition, keys, family.options())
@@ -113,7 +123,7 @@ class Pipeline:
 
     def __init__(
         self,
-        family: Any,
+        family: Family,
         model: Any,
         codec: Artifact | None,
         text: Tokenizer | None,
@@ -154,15 +164,12 @@ class Pipeline:
         with refused():
             devices = mesh.build()
         artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else narrow)
-        if not hasattr(artifact.config, "sample"):
-            raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which cannot sample from prompts")
+        with refused(str(folder)):
+            family = int8_sampling(artifact.config) if int8 else as_family(artifact.config)
         codec = load_artifact(artifact.codec, mesh=devices) if artifact.codec else None
-        if int8 and not hasattr(artifact.config, "prefill"):
-            kind = type(artifact.config).__name__
-            raise ConfigError(f"{folder} holds a {kind}: int8 weights are for models that draw token by token")
         if int8:  # the floats are not kept
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
-        pipeline = cls(artifact.config, artifact.model, codec, artifact.text, mesh, artifact)
+        pipeline = cls(family, artifact.model, codec, artifact.text, mesh, artifact)
         pipeline.folder = folder
         pipeline.about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         return pipeline
@@ -177,14 +184,12 @@ class Pipeline:
 
         Errors: `ConfigError` for prompts that are no class numbers of a model that is asked by them.
         """
-        if "label" in self.family.condition.batch_spec():
+        if (label := self.family.condition_spec().get("label")) is not None:
             with refused("this model takes class numbers as prompts"):
                 labels = [int(p) for p in prompts]
-                # A start token is of the table of codes; without a count it is that which bounds it.
-                count = getattr(self.family.condition, "count", getattr(self.family, "vocabulary", 0))
-                odd = [label for label in labels if not 0 <= label < count]
-                if odd:
-                    raise ValueError(f"{odd[0]} is not one of 0 to {count - 1}")
+                least, most = label.low or 0, label.high or 0
+                if odd := [n for n in labels if not least <= n <= most]:
+                    raise ValueError(f"{odd[0]} is not one of {least} to {most}")
             return {"label": np.asarray(labels, np.int32)}
         if self.text is None:
             return {}
@@ -211,10 +216,7 @@ class Pipeline:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
-        if self.codec is None and not draws_pixels(self.family):
-            raise ConfigError(
-                "the model draws codes and has no codec that makes images of them: convert it with --codec"
-            )
+        self.check_codec()
         self.notice(prompts)
         options = self.options if options is None else options
         size = max(self.mesh.shape["data"] * self.mesh.shape["fsdp"], min(batch_size, len(prompts)))
@@ -240,6 +242,13 @@ class Pipeline:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
 
+    def check_codec(self) -> None:
+        """Errors: `ConfigError` where nothing makes images of what the family samples."""
+        if self.codec is None and self.family.sample_spec().kind != "pixels":
+            raise ConfigError(
+                "the model draws codes and has no codec that makes images of them: convert it with --codec"
+            )
+
     def notice(self, prompts: Sequence[str]) -> None:
         """Logs which prompts, of those not asked about before, have a part that the model does not read."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noticed]
@@ -255,10 +264,8 @@ class Pipeline:
         The second reads the same prompts, samples by its own options, and has the same seeds with other noise. name: of
         the second, for what pictures tell of themselves. Errors: `ConfigError` where it reads no small picture.
         """
-        if not getattr(second.family, "reads_small", False):
-            raise ConfigError(
-                f"{name or 'the second model'}: its network reads no 'low_res', so it cannot make pictures larger"
-            )
+        with refused(name):
+            super_resolution(second.family)
         same = copy.copy(self)
         same.second = second
         same.about = self.about | {"enlarged by": f"{second.about.get('model', name)}, {second.options}"}
@@ -273,18 +280,16 @@ class Pipeline:
         `strength` of a diffusion leaves. Errors: `ConfigError` for a family that goes by one order only, for a picture
         of another size than it draws, and without a mask for a family that forgets it.
         """
-        family, name = self.family, type(self.family).__name__
-        if not getattr(family, "edits", False) or (self.codec is None and not draws_pixels(family)):
-            raise ConfigError(f"a {name} cannot fill holes; diffusion, masked and any-order models can")
-        if mask is None and not hasattr(self.options, "strength"):
-            raise ConfigError(f"a {name} keeps nothing of a picture without a mask; a Gaussian diffusion can")
-        factor = getattr(family, "patch", 1) * (self.codec.config.factor if self.codec else 1)
-        size = tuple(n * factor for n in family.grid)
+        family = inpainting(self.family) if mask is not None else image_to_image(inpainting(self.family))
+        self.check_codec()
+        spec, factor = family.sample_spec(), self.codec.config.factor if self.codec else 1
+        size = tuple(n * factor for n in spec.grid)
         drawn = np.ones(size, bool) if mask is None else mask
         for what, given, wanted in (("image", picture.shape, (*size, 3)), ("mask", drawn.shape, size)):
             if given != wanted:
                 raise ConfigError(f"the {what} has the shape {given}; this model draws images of {wanted}")
-        squares = drawn.reshape(family.grid[0], size[0] // family.grid[0], family.grid[1], -1)
+        rows, columns = spec.tokens
+        squares = drawn.reshape(rows, size[0] // rows, columns, size[1] // columns)
         codes = jnp.asarray(picture[None].astype(np.float32) / 127.5 - 1)
         if self.codec:
             with jax.set_mesh(self.mesh):
@@ -300,23 +305,23 @@ class Pipeline:
         Errors: `ConfigError` unless `by` is one that was trained for such pictures, as noisy at the same times, and
         knows what prompts are about.
         """
-        kind = type(by.config).__name__
-        if not hasattr(by.config, "log_p") or not hasattr(self.options, "pull"):
-            raise ConfigError(f"{name or kind}: a {kind} cannot pull a {type(self.family).__name__}")
-        if noise_of(by.config.process) != noise_of(self.family.process):
+        name = name or type(by.config).__name__
+        family = classifier_guided(self.family)
+        with refused(name):
+            classifier = as_classifier(by.config)
+        if noise_of(classifier.process) != noise_of(family.process):
             raise ConfigError(
-                f"{name or kind}: it learned the noise of {by.config.process}, and this model draws by that of "
-                f"{self.family.process}"
+                f"{name}: it learned the noise of {classifier.process}, and this model draws by that of "
+                f"{family.process}"
             )
-        if hasattr(by.config, "classes") and "label" not in self.family.condition.batch_spec():
-            raise ConfigError(f"{name or kind}: it knows classes, and this model is asked in words")
-        if not hasattr(by.config, "classes") and "label" in self.family.condition.batch_spec():
-            raise ConfigError(f"{name or kind}: it knows captions, and this model is asked by class numbers")
-        channels = by.config.trunk.channels if hasattr(by.config, "trunk") else 3
-        if channels != self.family.shape[-1]:
-            raise ConfigError(
-                f"{name or kind}: it looks at {channels} channels, and this model draws {self.family.shape[-1]}"
-            )
+        reads, asked = classifier.batch_spec(), family.condition_spec()
+        if "label" in reads and "label" not in asked:
+            raise ConfigError(f"{name}: it knows classes, and this model is asked in words")
+        if "label" not in reads and "label" in asked:
+            raise ConfigError(f"{name}: it knows captions, and this model is asked by class numbers")
+        channels, drawn = reads["image"].shape[-1], family.sample_spec().shape[-1]
+        if channels != drawn:
+            raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
         same = self._with({"puller": by.model})
         same.puller, same.about = by, same.about | {"pulled by": name}
         return same
@@ -328,10 +333,8 @@ class Pipeline:
         Errors: `ConfigError` where noise, prediction, shape or what is read of prompts differ.
         """
         name = name or "the worse model"
-        if not hasattr(weak.config, "predicts") or not hasattr(self.family, "predicts"):
-            kinds = type(weak.config).__name__, type(self.family).__name__
-            raise ConfigError(f"{name}: a {kinds[0]} cannot guide a {kinds[1]}; Gaussian diffusions guide each other")
-        theirs, ours = (spoken(f) for f in (weak.config, self.family))
+        with refused(name):
+            theirs, ours = (spoken(autoguided(f)) for f in (weak.config, self.family))
         for what in ours:
             if theirs[what] != ours[what]:
                 raise ConfigError(
@@ -342,16 +345,21 @@ class Pipeline:
         return same
 
     def altered(self, **fields: Any) -> Pipeline:
-        """The same pipeline with other fields of its family, of those that no training depends on, as `solver`.
+        """The same pipeline with other fields of its family, of those that no training depends on (`FREE`), as
+        `solver`, or with which a trained model may be sampled all the same (`SAMPLED`).
 
-        Errors: `ConfigError` for a field that the family has not, and for a value that it refuses.
+        Errors: `ConfigError` for a field that the family has not or that training depends on, and for a value that it
+        refuses.
         """
-        known = [f.name for f in dataclasses.fields(self.family)]
+        old, kind = self.family, type(self.family).__name__
+        known = [f.name for f in dataclasses.fields(old)]  # pyright: ignore[reportArgumentType]
         for field in fields:
             if field not in known:
-                raise ConfigError(f"a {type(self.family).__name__} has no '{field}'")
+                raise ConfigError(f"a {kind} has no '{field}'")
         with refused():
-            family = dataclasses.replace(self.family, **fields)
+            family = dataclasses.replace(old, **fields)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if odd := changed_fields(old, family, free_fields(old, (FREE, SAMPLED))):
+            raise ConfigError(f"a {kind} is trained with its '{odd[0]}': it cannot be sampled with another")
         if family == self.family:
             return self
         same = self._with({})
@@ -377,7 +385,7 @@ class Pipeline:
         small: np.ndarray | None = None,
     ) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices; `small` uint8 (b, i', j', 3) are pictures to make larger."""
-        if small is None and getattr(self.family, "reads_small", False):
+        if small is None and self.family.capabilities.super_resolution:
             raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
         self._watch = watch
         condition, keys = self.condition(prompts), image_keys(seeds)
@@ -389,7 +397,7 @@ class Pipeline:
             data = np.asarray(jax.random.key_data(keys))
             condition, data = placed((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(settled(self.family, options))
-            static = {"watched": watch is not None, **unguided(options)}
+            static = {"watched": watch is not None, **unguided(self.family, options)}
             images = self._compiled(self.parts, condition, keys, arrays, **static)
         if watch:
             jax.effects_barrier()
@@ -424,7 +432,7 @@ class Pipeline:
         """The other models that `sample` is given for guidance."""
         found = {"weak": parts["weak"]} if "weak" in parts else {}
         if self.puller:
-            found["log_p"] = jax.tree_util.Partial(self.puller.config.log_p, parts["puller"])
+            found["log_p"] = jax.tree_util.Partial(as_classifier(self.puller.config).log_p, parts["puller"])
         return found
 
     def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
@@ -446,7 +454,7 @@ class Pipeline:
 def card(artifact: Artifact, name: str) -> str:
     """The model card of a released family or codec."""
     kind = type(artifact.config).__name__
-    if not hasattr(artifact.config, "sample"):
+    if not artifact.config.capabilities.family:
         return f"# {name}\n\n{kind}, step {artifact.step}.\n"
     count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
     values = {f.name: getattr(artifact.config, f.name) for f in dataclasses.fields(artifact.config)}
@@ -457,16 +465,13 @@ def card(artifact: Artifact, name: str) -> str:
     )
 
 
-def spoken(family: Any) -> dict[str, Any]:
+def spoken(family: GaussianFamily) -> dict[str, Any]:
     """In what two Gaussian diffusions must agree for one to guide the other."""
-    condition = family.condition
-    sizes = {k: getattr(condition, k, None) for k in ("count", "vocabulary", "length", "dim")}
     return {
         "process": noise_of(family.process),
         "predicts": family.predicts,
-        "shape": family.shape,
-        "condition": (tuple(condition.batch_spec()), sizes),
-        "extra_inputs": family.network.extra_inputs,
+        "shape": family.sample_spec().shape,
+        "condition": dict(family.condition_spec()),
     }
 
 

@@ -44,7 +44,8 @@ class Previews:
     def _begin(self, trainer: Any) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
         experiment, family = trainer.experiment, trainer.experiment.model
-        if not hasattr(family, "encode") and not hasattr(family, "sample"):
+        can = family.capabilities
+        if not can.codec and not can.family:
             return  # a classifier draws nothing
         records = list(islice(experiment.data.examples("val"), experiment.train.previews))
         if not records:
@@ -57,7 +58,7 @@ class Previews:
             codes = [r["codes"] if "codes" in r else np.split(r["latents"], 2, -1)[0] for r in records]
             decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
             real = gathered(decode(trainer.frozen["codec"], np.stack(codes)))
-        if hasattr(family, "encode"):
+        if can.codec:
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:
@@ -67,12 +68,12 @@ class Previews:
             condition = {k: np.stack(v if k == "label" else [x[0] for x in v]) for k, v in stored.items()}
             if experiment.text is not None and "features" not in condition:
                 condition["text"], condition["text_mask"] = experiment.text(captions)
-            if getattr(family, "reads_small", False):
+            if can.super_resolution:
                 condition["image"] = real  # of which the small one is made
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition, jax.random.key(0))
-                codes = family.sample(model, condition, keys, family.options(), **unguided(family.options()))
+                codes = family.sample(model, condition, keys, family.options(), **unguided(family, family.options()))
                 return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
 
             self.draw, arguments = jax.jit(sample), (condition, image_keys(range(len(records))))

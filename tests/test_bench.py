@@ -228,7 +228,7 @@ def test_what_is_of_a_shape_is_not_of_a_config(tmp_path):
     with pytest.raises(ConfigError, match="--top-p is for --shape alone"):
         bench.main(["sample", str(tmp_path / "config.py"), "--top-p", "0.5"])
     (tmp_path / "config.py").write_text(CONFIG.format(MODELS["codec"]))
-    with pytest.raises(ConfigError, match="VQGAN, which draws no pictures"):
+    with pytest.raises(ConfigError, match="a VQGAN does not sample images"):
         bench.main(["sample", str(tmp_path / "config.py")])
 
 

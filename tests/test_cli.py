@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 from PIL import Image
 
 from t2i_jax.cli import main
@@ -179,13 +180,13 @@ def test_mistakes_in_a_config_are_one_line(capsys, tmp_path, fields, flags, says
 
 def test_options_of_sets_that_are_not_there_are_named():
     with pytest.raises(ConfigError, match="shape 7: 0 cosine, 1 linear"):
-        settled(None, Generation(shape=7))
+        settled(FAMILIES["masked"], Generation(shape=7))
     with pytest.raises(ConfigError, match="1 to 1024"):
         Generation(iterations=2000)
 
 
 def test_what_draws_nothing_has_no_previews():
-    trainer: Any = SimpleNamespace(experiment=SimpleNamespace(model=SimpleNamespace()))
+    trainer: Any = SimpleNamespace(experiment=SimpleNamespace(model=FAMILIES["classifier"]))
     assert Previews()(trainer, None, 5) is None
 
 
@@ -197,6 +198,9 @@ def test_other_fields_of_a_family(folder):
     assert pipeline.family == FAMILY and "solver" not in pipeline.about
     with pytest.raises(ConfigError, match="has no 'order'"):
         pipeline.altered(order=3)
+    for field in ({"network": dataclasses.replace(NETWORK, width=16)}, {"process": Discrete()}, {"predicts": "v"}):
+        with pytest.raises(ConfigError, match=f"a Diffusion is trained with its '{min(field)}"):
+            pipeline.altered(**field)
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ def test_work_of_a_sampler_follows_its_steps_and_branches():
     steps = count(steps=8) - count(steps=4)
     assert steps > 0 and count(steps=12) - count(steps=8) == steps
     assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
-    assert unguided(Solving(guidance=1.0)) == {"guided": False} and unguided(Solving(guidance=1.5)) == {}
+    assert unguided(MODEL, Solving(guidance=1.0)) == {"guided": False}
+    assert unguided(MODEL, Solving(guidance=1.5)) == {}
     sets = Masked(grid=(2, 2), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3))
     pipeline = Pipeline(sets, sets.init(jax.random.key(0)), None, None)
     count = lambda n: work(pipeline, Generation(iterations=n), ["0"])

@@ -18,7 +18,7 @@ from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.trees import abstract
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.pipeline import Pipeline, draws_pixels
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.experiment import Experiment, record_spec
 
 ALL = CODECS | FAMILIES
@@ -146,10 +146,10 @@ def test_any_width_of_integers_and_floats_is_taken():
 
 
 def models_that_draw(of):
-    return [name for name, config in FAMILIES.items() if hasattr(config, "sample") and of(config)]
+    return [name for name, config in FAMILIES.items() if config.capabilities.family and of(config)]
 
 
-@pytest.mark.parametrize("name", models_that_draw(lambda c: not draws_pixels(c)))
+@pytest.mark.parametrize("name", models_that_draw(lambda c: c.sample_spec().kind != "pixels"))
 def test_codes_are_no_images(name):
     config = FAMILIES[name]
     pipeline = Pipeline(config, config.init(jax.random.key(0)), None, None)
@@ -163,14 +163,12 @@ def test_latents_are_no_images():
         Pipeline(config, config.init(jax.random.key(0)), None, None).sample(["0"])
 
 
-@pytest.mark.parametrize(
-    "name", models_that_draw(lambda c: not c.network.extra_inputs if hasattr(c, "network") else True)
-)
+@pytest.mark.parametrize("name", models_that_draw(lambda c: not c.capabilities.super_resolution))
 def test_no_guidance_by_a_branch_that_was_never_learned(name):
     """Without dropped conditions in training, a sampler leaves the unconditional branch out unless it is asked for."""
     config = dataclasses.replace(FAMILIES[name], condition_dropout=0.0)
     batch = batch_for(config, 2)
-    condition = {k: v for k, v in batch.items() if k in config.condition.batch_spec()}
+    condition = {k: v for k, v in batch.items() if k in config.condition_spec()}
     keys = jax.random.split(jax.random.key(1), 2)
 
     def program(**more):

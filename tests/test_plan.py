@@ -34,7 +34,7 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import held, resolved
 from t2i_jax.plan.hlo_text import parse
-from t2i_jax.plan.ready import depths, remat_of, twin, wanted
+from t2i_jax.plan.ready import depths, twin, wanted
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
 from t2i_jax.platform import ALONE
 from t2i_jax.training.experiment import Experiment, Train
@@ -586,7 +586,7 @@ def test_a_remat_policy_is_found_and_changed_wherever_it_lies(model):
     assert {"none", "full", "dots"} <= set(found)
     for policy in found:
         new = changed(experiment(model), policy, 32).model
-        assert remat_of(new) == policy and changed(experiment(new), remat_of(model), 32).model == model
+        assert new.compute.remat == policy and changed(experiment(new), model.compute.remat, 32).model == model
 
 
 def test_a_sweep_of_a_diffusion_transformer_tries_its_policies():

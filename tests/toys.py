@@ -9,7 +9,7 @@ from einops import reduce, repeat
 from flax import nnx
 
 from t2i_jax.core.specs import CodeSpec, FieldSpec
-from t2i_jax.core.types import LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.draw import choose
 from t2i_jax.nn.layers import Carried, Embedding, Linear
 from t2i_jax.noise.guidance import guide
@@ -86,6 +86,15 @@ class Factors:
         return jnp.stack(drawn, -1), sum(map(self.log_p, each, drawn))
 
 
+class Plain:
+    """What a trainable declares that is nothing but trained, in fp32."""
+
+    capabilities, compute = Capabilities(), Compute()
+
+    def with_compute(self, compute):
+        return self
+
+
 class Net(nnx.Module):
     def __init__(self, width, depth, key):
         self.layers = jax.vmap(lambda k: Linear(width, width, k, std=None))(jax.random.split(key, depth))
@@ -96,7 +105,7 @@ class Net(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Identity(Plain):
     """Learns to reproduce its input; counts batches in a carried value."""
 
     width: int = 8
@@ -127,7 +136,7 @@ class Pair(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Game:
+class Game(Plain):
     """Two objectives on one model."""
 
     width: int = 8
@@ -146,11 +155,13 @@ class Game:
 
 
 @dataclasses.dataclass(frozen=True)
-class Squares:
+class Squares(Plain):
     """A codec without weights: the code of a 4x4 square is its brightness."""
 
     vocabulary: int = 8
     factor: int = 4
+
+    capabilities = Capabilities(codec=True)
 
     def init(self, key):
         return {}
@@ -170,10 +181,11 @@ class Squares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pixels:
+class Pixels(Plain):
     """A codec whose codes are the pixels themselves."""
 
     factor = 1
+    capabilities = Capabilities(codec=True)
 
     def encode(self, model, images, key=None):
         return images

@@ -15,30 +15,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
 from t2i_jax.config import ConfigError, refused
-from t2i_jax.core.fields import values
 from t2i_jax.core.memory import check_memory
+from t2i_jax.core.specs import CodeSpec
+from t2i_jax.core.types import Family, as_family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.heads import Draws, TokenHead
 from t2i_jax.pipeline import image_keys, unguided
 from t2i_jax.plan.ready import wanted
 from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment
-
-
-def turns(family: Any, options: Any) -> flops.Trips:
-    """How often the loop of a family's sampler runs with these options, for `flops.count`; where its steps choose among
-    sizes, as those of masked models do, the sizes that each of them takes."""
-    if hasattr(family, "loop_trips"):
-        return family.loop_trips(options)
-    count: Any = getattr(options, "steps", 0) or getattr(options, "iterations", 0)
-    return int(count) or getattr(getattr(family, "chain", None), "steps", 1)
 
 
 def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -50,42 +44,68 @@ def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         experiment = Experiment(load_artifact(path).config, Data(Folder("")))
     else:
         experiment = config.load(path, overrides)
-    if not hasattr(getattr(experiment, "model", None), "sample"):
-        raise ConfigError(f"{path}: it holds a {type(experiment.model).__name__}, which draws no pictures")
+    with refused(str(path)):
+        as_family(experiment.model)
     return experiment
 
 
 def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray]:
     """What the family is asked for in `batch` pictures, at random; features of text as if computed before."""
-    family = experiment.model
+    family = as_family(experiment.model)
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
     shapes = wanted(experiment)
     if jax.default_backend() == "cpu":
         check_memory(f"a batch of {batch}", sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()))
-    reads = family.condition.batch_spec()
+    reads = family.condition_spec()
     condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
-    if getattr(family, "reads_small", False):
-        i, j, c = family.shape
-        by = family.enlarges or 4
-        condition["low_res"] = np.zeros((batch, i // by, j // by, c), np.float32)
+    if family.capabilities.super_resolution:
+        i, j, c = family.sample_spec().shape
+        condition["low_res"] = np.zeros((batch, -(-i // 4), -(-j // 4), c), np.float32)
     return condition
 
 
-def without_head(family: Any) -> Any:
-    """The family with a head that has the same weights and draws for nothing, from all of what it is told."""
-    head = family.head
+@dataclasses.dataclass(frozen=True)
+class FreeHead:
+    """A head with the parameters of another one that samples for nothing, from all of what it is told."""
+
+    head: TokenHead
+
+    @property
+    def code(self) -> CodeSpec:
+        """That of the other head."""
+        return self.head.code
+
+    @property
+    def knows_probability(self) -> bool:
+        """Its score is as long as one that does."""
+        return self.head.knows_probability
+
+    def init(self, key: Array, width: int) -> nnx.Module:
+        return self.head.init(key, width)
+
+    def entrance(self, key: Array, width: int) -> nnx.Module:
+        return self.head.entrance(key, width)
+
+    def empty(self, b: int, t: int) -> Array:
+        return self.head.empty(b, t)
+
+    def loss(self, module: nnx.Module, z: Array, x: Array, key: Array, train: bool = True) -> Array:
+        return self.head.loss(module, z, x, key, train)
 
     def sample(
-        self: Any, module: Any, z: Array, null: Array | None, draws: Any, guidance: Array, options: Sampling
+        self, module: nnx.Module, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
     ) -> tuple[Array, Array | None]:
+        """Codes that depend on the whole of z, and a score where the other head has one."""
         told = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
-        shape = head.code.shape
+        shape = self.code.shape
         drawn = jnp.broadcast_to(told.reshape(*told.shape, *(1 for _ in shape)), (*told.shape, *shape))
-        drawn = (drawn > 0).astype(jnp.int32) if head.code.is_discrete else drawn
-        return drawn, told if head.knows_probability else None
+        drawn = (drawn > 0).astype(jnp.int32) if self.code.is_discrete else drawn
+        return drawn, told if self.knows_probability else None
 
-    kind = type(type(head).__name__, (type(head),), {"sample": sample})
-    return dataclasses.replace(family, head=kind(**values(head)))
+
+def without_head(family: Any) -> Family:
+    """A family that has a head, with one that samples for nothing."""
+    return dataclasses.replace(family, head=FreeHead(family.head))
 
 
 def bench_drawing(
@@ -99,26 +119,25 @@ def bench_drawing(
     with `eager` also the seconds of the same network and steps in eager PyTorch on a CPU. Errors: `ConfigError` for
     `eager` of a model that is not among those of `bench.eager`.
     """
-    family, condition = experiment.model, random_condition(experiment, batch)
+    family, condition = as_family(experiment.model), random_condition(experiment, batch)
     keys = image_keys(range(batch))
     model, options = weights(family.init), family.options()
-    static = unguided(options) if guided else {"guided": False}
-    families = {"seconds": family} | ({"cut": without_head(family)} if hasattr(family, "head") else {})
+    static = unguided(family, options) if guided else {"guided": False}
+    families = {"seconds": family} | ({"cut": without_head(family)} if family.capabilities.token_head else {})
 
     def program(family: Any) -> Callable[..., Any]:
         return lambda *arguments: family.sample(*arguments, **static)
 
     arguments = (model, condition, keys, options.arrays())
-    work = {k: flops.count(program(f), *arguments, trips=turns(f, options)) for k, f in families.items()}
+    work = {k: flops.count(program(f), *arguments, trips=f.loop_trips(options)) for k, f in families.items()}
     compiled = {k: jax.jit(program(f)) for k, f in families.items()}
     first = {k: seconds(lambda run=run: run(*arguments)) for k, run in compiled.items()}
     measures: dict[str, Measure] = {k: lambda run=run: seconds(lambda: run(*arguments)) for k, run in compiled.items()}
     if eager:
-        both = guided and not static and family.condition_dropout > 0
+        both = guided and not static and family.capabilities.unconditional
         measures["eager"] = _in_pytorch(family, model, condition, options, both, batch)
         measures["eager"]()  # its memory is at hand too
-    dtype = getattr(getattr(family, "network", family), "dtype", "float32")
-    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
+    found, spread = in_turns({**measures, **limits(family.compute.dtype)}, repeats)
     result = {
         "name": f"batch {batch}",
         "batch": batch,
@@ -146,7 +165,7 @@ def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], optio
         theirs = Denoiser(family, model)
     told, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
     untold = null if both else None
-    noise = jax.random.normal(jax.random.key(0), (b, *family.shape))
+    noise = jax.random.normal(jax.random.key(0), (b, *family.sample_spec().shape))
     return lambda: seconds(lambda: theirs.sample(told, untold, options, noise))
 
 

@@ -30,8 +30,8 @@ from t2i_jax.training.optimizer import Optimizer
 def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]:
     """Arrays of these shapes such as data might give: codes and bytes at random, all text present."""
     rng = np.random.default_rng(0)
-    model = experiment.model
-    most = {"codes": getattr(model, "vocabulary", 2), "label": 2, "image": 256}
+    codes = experiment.model.batch_spec().get("codes")
+    most = {"codes": (codes.high or 1) + 1 if codes else 2, "label": 2, "image": 256}
 
     def one(name: str, x: jax.ShapeDtypeStruct) -> np.ndarray:
         if x.dtype == bool:
@@ -88,8 +88,7 @@ def bench_train(
     if eager:
         measures["eager"] = _in_pytorch(experiment, batch)
         measures["eager"]()  # its memory is at hand too
-    dtype = getattr(experiment.model, "dtype", "float32")
-    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
+    found, spread = in_turns({**measures, **limits(experiment.model.compute.dtype)}, repeats)
     work, devices = trainer.flops(batch), trainer.mesh.size
     peak = flops.peak(jax.devices()[0])
     result = {

@@ -11,6 +11,7 @@ import tyro
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
+from t2i_jax.core.types import as_family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,5 +56,6 @@ def run(arguments: list[str]) -> None:
     text = folders.text_side(args.text) if args.text else None
     codec = str(args.codec) if args.codec else ""
     artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
-    needs = hasattr(artifact.config, "sample") and hasattr(artifact.config, "vocabulary") and not codec
+    needs = artifact.config.capabilities.family and not codec
+    needs = needs and as_family(artifact.config).sample_spec().kind != "pixels"
     console.print(f"{args.out}: converted" + ("; give --codec to draw pictures with it" * needs), soft_wrap=True)

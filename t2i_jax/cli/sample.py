@@ -15,10 +15,11 @@ from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.core.text import mend, read_lines
+from t2i_jax.core.types import as_family
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.pipeline import Pipeline, settled
+from t2i_jax.pipeline import Pipeline, settled, unguided
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
 from t2i_jax.text.clip import ClipEmbedding
@@ -76,7 +77,7 @@ class SampleArguments(Checked):
 
 def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
-        family = config_of(arguments[0])
+        family = as_family(config_of(arguments[0]))
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
     args, rest = parse_some(SampleArguments, arguments, "t2i sample")
@@ -95,13 +96,13 @@ def run(arguments: list[str]) -> None:
     pipeline = pipeline.altered(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     settled(pipeline.family, options)
-    if not args.pull_by and any(word.partition("=")[0] == "--pull" for word in rest):
+    if not args.pull_by and _names(rest, "--pull"):
         raise config.ConfigError("--pull without --pull-by: which model is to pull?")
     if jax.process_count() > 1 and (args.watch or args.rerank):
         raise config.ConfigError("--watch and --rerank work in one process alone")
-    if args.weak and np.all(np.asarray(options.guidance) == 1):
+    if args.weak and unguided(pipeline.family, options):
         raise config.ConfigError("--weak with guidance 1: nothing guides; add --guidance 2")
-    if not args.image and getattr(options, "strength", 1) != 1:
+    if not args.image and _names(rest, "--strength"):
         raise config.ConfigError("--strength without --image: of which picture?")
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
@@ -128,3 +129,8 @@ def run(arguments: list[str]) -> None:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
+
+
+def _names(words: list[str], flag: str) -> bool:
+    """Whether a command line has a flag."""
+    return any(word.partition("=")[0] == flag for word in words)

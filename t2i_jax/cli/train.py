@@ -10,6 +10,7 @@ import tyro
 
 from t2i_jax import config
 from t2i_jax.cli.shared import console, parse_some
+from t2i_jax.core.types import as_family
 from t2i_jax.pipeline import settled
 from t2i_jax.previews import Previews
 from t2i_jax.training.experiment import Experiment
@@ -40,8 +41,8 @@ def run(arguments: list[str]) -> None:
         raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
     with config.refused():
         experiment.mesh.build()
-    if hasattr(experiment.model, "sample"):
-        settled(experiment.model, experiment.model.options())
+    if experiment.model.capabilities.family:
+        settled(as_family(experiment.model), as_family(experiment.model).options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train_run(experiment, run, Previews(), args.accept_changes)
     if jax.process_index() == 0:

@@ -22,7 +22,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import LossOutput, Objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 from t2i_jax.parallel import shard
 
@@ -158,6 +158,20 @@ class DVAE(Checked):
         return jnp.clip((jax.nn.sigmoid(y[..., :3]) - 0.5) / 0.4, -1, 1)
 
     # -- training
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(codec=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype)
+
+    def with_compute(self, compute: Compute) -> DVAE:
+        """The same codec, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
 
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold: images of any size that the codec divides."""

@@ -7,7 +7,7 @@ it alike; they differ in what stands between encoder and decoder.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import LossOutput, Objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import at_least_fp32, replace
 from t2i_jax.nn.vgg import Trunk
@@ -63,6 +63,20 @@ class Game(Checked):
     def factor(self) -> int:
         """Pixels per code along a side; every codec has its own."""
         raise TypeError(f"{type(self).__name__} does not say how many pixels a code has")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return Capabilities(codec=True)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return Compute(self.dtype)
+
+    def with_compute(self, compute: Compute) -> Self:
+        """The same codec, computed in another way."""
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
 
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold: images of any size that the codec divides."""

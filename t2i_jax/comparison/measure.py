@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from t2i_jax import flops
-from t2i_jax.bench.drawing import turns
 from t2i_jax.bench.measure import limits
 from t2i_jax.comparison.plan import Comparison
 from t2i_jax.config import ConfigError
@@ -71,9 +70,9 @@ class Ruler:
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
     """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
-    trips = turns(pipeline.family, options)
+    trips = pipeline.family.loop_trips(options)
     condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
-    family, text, static = pipeline.family, pipeline.text, unguided(options)
+    family, text, static = pipeline.family, pipeline.text, unguided(pipeline.family, options)
 
     def drawn(parts: Any, condition: Any, keys: Any, options: Any) -> Any:
         condition = with_features(text, parts, condition)
@@ -85,8 +84,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
 
 def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
     """All numbers of one way to draw, speed beside the limit measured at the same time, and the pictures."""
-    dtype = getattr(getattr(pipeline.family, "network", pipeline.family), "dtype", "float32")
-    product = limits(dtype)["flops"]
+    product = limits(pipeline.family.compute.dtype)["flops"]
     before = max(product() for _ in range(3))
     made, seconds = ruler.draw(pipeline, options, title)
     limit = max(before, *(product() for _ in range(3)))

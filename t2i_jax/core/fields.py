@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import numbers
+from collections.abc import Container
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -80,13 +81,17 @@ Workers = Annotated[int, Range(0, 1024)]
 """Processes or threads."""
 
 
-class Free:
-    """The mark of fields that change neither the batches nor the mathematics of a run, nor its rounding on purpose: it
-    may go on with other values of them."""
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A word on a field, in its type: log_every: Annotated[Size, FREE] = 20."""
+
+    name: str
 
 
-FREE = Free()
-"""log_every: Annotated[Size, FREE] = 20"""
+FREE = Mark("free")
+"""Changes neither the batches nor the mathematics of a run, nor its rounding on purpose: it may go on with others."""
+SAMPLED = Mark("sampled")
+"""Training depends on it and no parameter does: a trained model may be sampled with other values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +138,17 @@ def _checks(cls: type) -> dict[str, Any]:
     return {name: check for name in fields if (check := _check_of(hints[name]))}
 
 
-def free_fields(config: Any, at: str = "") -> set[str]:
-    """Dotted names of the fields of a config that are marked `FREE`, those of the configs within it included."""
+def free_fields(config: Any, marks: tuple[Mark, ...] = (FREE,), at: str = "") -> set[str]:
+    """Dotted names of the fields of a config that have one of the marks, those of the configs within it included."""
     if isinstance(config, dict):
         within = {f"{at}{k}": v for k, v in config.items()}
         marked = set()
     elif dataclasses.is_dataclass(config):
         within = {f"{at}{name}": value for name, value in values(config).items()}
-        marked = {f"{at}{name}" for name, marks in _marks(type(config)).items() if FREE in marks}
+        marked = {f"{at}{name}" for name, own in _marks(type(config)).items() if any(mark in marks for mark in own)}
     else:
         return set()
-    return marked.union(*(free_fields(v, f"{k}.") for k, v in within.items() if k not in marked))
+    return marked.union(*(free_fields(v, marks, f"{k}.") for k, v in within.items() if k not in marked))
 
 
 def files(cls: type) -> dict[str, File]:
@@ -156,6 +161,19 @@ def _marks(cls: type) -> dict[str, tuple[object, ...]]:
     """What the types of the fields of a dataclass are annotated with."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: get_args(h)[1:] for f in dataclasses.fields(cls) if get_origin(h := hints[f.name]) is Annotated}
+
+
+def changed_fields(old: Any, new: Any, but: Container[str] = (), at: str = "") -> list[str]:
+    """Dotted names of the fields in which two configs of one class differ, but for some and what is within them."""
+    found = []
+    after = values(new)
+    for field, a in values(old).items():
+        name, b = f"{at}{field}", after[field]
+        if name in but or a == b:
+            continue
+        nested = type(a) is type(b) and dataclasses.is_dataclass(a)
+        found += changed_fields(a, b, but, f"{name}.") if nested else [name]
+    return found
 
 
 def _check_of(hint: Any) -> Any:

@@ -73,6 +73,8 @@ class Capabilities:
     frozen_networks: bool = False
     """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
 
+    unconditional: bool = False
+    """learned an unconditional branch: `sample` guides by it unless it is told not to"""
     guidance: bool = False
     """the options have a scale `guidance`, and `sample` takes `guided`: False leaves the unconditional branch out"""
     token_by_token: bool = False
@@ -89,37 +91,37 @@ class Capabilities:
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
     """`GaussianFamily`, whose `sample` takes a weaker model in the place of the unconditional branch"""
+    token_head: bool = False
+    """its field `head` samples each token, a `nn.heads.TokenHead` that another one may replace"""
     int8: bool = False
     """samples with matrices of 8-bit integers"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a model is computed, whatever it computes; None where a config leaves no choice."""
+    """How a model is computed, whatever it computes."""
 
-    dtype: str | None = "float32"
+    dtype: str = "float32"
     """of products and activations"""
-    remat: str | None = None
-    """what a layer keeps for its backward pass: a key of `nn.transformer.REMAT`"""
-    attention: str | None = None
-    """what computes attention: a `nn.kernels.Kind`"""
-    loss_chunk: int | None = None
+    remat: str = ""
+    """what a layer keeps for its backward pass, one of `remats`; empty where there is no choice"""
+    attention: str = ""
+    """what computes attention, a `nn.kernels.Kind`; empty where there is no choice"""
+    loss_chunk: int = 0
     """tokens of an image whose logits are held at a time; 0: as many as memory is kept for"""
+    remats: tuple[str, ...] = ("none", "full", "dots", "branches")
 
-    def changes(self, new: Compute, **fields: str) -> dict[str, Any]:
+    def changes(self, new: Compute, *same: str, **others: str) -> dict[str, Any]:
         """What to replace in a config to compute as `new` says: values by the names of its fields.
 
-        fields: names of the config's fields where they are not those here. Errors: `ConfigError` for a change of what
-        the config leaves no choice of.
+        same: fields that the config has under their names here; others: under other names. Errors: `ConfigError` for a
+        change of what has no field.
         """
-        found = {}
-        for name, value in dataclasses.asdict(new).items():
-            old = dataclasses.asdict(self)[name]
-            if value != old and old is None:
+        mine, theirs, fields = dataclasses.asdict(self), dataclasses.asdict(new), {name: name for name in same} | others
+        for name, value in theirs.items():
+            if value != mine[name] and name not in fields:
                 raise ConfigError(f"{name} {value!r}: this model leaves no choice of it")
-            if value != old:
-                found[fields.get(name, name)] = value
-        return found
+        return {field: theirs[name] for name, field in fields.items()}
 
 
 class Trainable(Protocol):
@@ -205,6 +207,21 @@ class TokenByToken(Family, Protocol):
     def decode(self, *arguments: Any, **options: Any) -> Any: ...
 
 
+class GaussianFamily(Family, Protocol):
+    """A family that removes Gaussian noise, whose prediction other models may guide."""
+
+    @property
+    def process(self) -> NoiseProcess: ...
+
+    @property
+    def predicts(self) -> str:
+        """What the network predicts: a `noise.gaussian.Predicts`."""
+        ...
+
+    @property
+    def solver(self) -> str: ...
+
+
 class Likelihood(Family, Protocol):
     """A family that knows the probability of an image's codes."""
 
@@ -280,6 +297,39 @@ def token_by_token(config: Trainable) -> TokenByToken:
 def likelihood(config: Trainable) -> Likelihood:
     """Errors: `ConfigError` for a config that gives no probabilities."""
     return cast(Likelihood, _narrow(config, "likelihood", "does not give the likelihood of an image"))
+
+
+def inpainting(config: Trainable) -> Family:
+    """Errors: `ConfigError` for a config that cannot keep a part of an image."""
+    return cast(Family, _narrow(config, "inpaint", "cannot fill holes; diffusion, masked and any-order models can"))
+
+
+def image_to_image(config: Trainable) -> Family:
+    """Errors: `ConfigError` for a config that cannot start from an image."""
+    what = "keeps nothing of an image without a mask; a Gaussian diffusion can"
+    return cast(Family, _narrow(config, "init_image", what))
+
+
+def super_resolution(config: Trainable) -> Family:
+    """Errors: `ConfigError` for a config that enlarges no image."""
+    return cast(Family, _narrow(config, "super_resolution", "reads no 'low_res', so it cannot make images larger"))
+
+
+def classifier_guided(config: Trainable) -> GaussianFamily:
+    """Errors: `ConfigError` for a config that no classifier guides."""
+    what = "is not guided by a classifier; a Gaussian diffusion is"
+    return cast(GaussianFamily, _narrow(config, "classifier_guidance", what))
+
+
+def autoguided(config: Trainable) -> GaussianFamily:
+    """Errors: `ConfigError` for a config that neither is guided by a weaker model nor guides as one."""
+    what = "cannot guide, nor be guided by, a weaker model; a Gaussian diffusion can"
+    return cast(GaussianFamily, _narrow(config, "autoguidance", what))
+
+
+def int8_sampling(config: Trainable) -> Family:
+    """Errors: `ConfigError` for a config that does not sample with 8-bit weights."""
+    return cast(Family, _narrow(config, "int8", "has no int8 weights: they are for models that sample token by token"))
 
 
 # -- text

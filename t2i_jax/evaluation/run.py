@@ -17,6 +17,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.outputs import check_free
+from t2i_jax.core.types import Family, classifier_guided, likelihood
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
@@ -59,7 +60,7 @@ def evaluate_folder(
             )
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
-    if hasattr(kind, "encode"):
+    if kind.capabilities.codec:
         report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
@@ -99,8 +100,8 @@ def records_of(experiment: Experiment, split: str, most: int, captions: bool = F
     return records
 
 
-def reads_classes(family: Any) -> bool:
-    return "label" in family.batch_spec()
+def reads_classes(family: Family) -> bool:
+    return "label" in family.condition_spec()
 
 
 def images_of(records: Sequence[Record]) -> np.ndarray:
@@ -150,7 +151,7 @@ def evaluate_codec(
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"pictures": len(real), "step": artifact.step})
 
 
-def prompts_of(records: Sequence[Record], family: Any) -> list[str]:
+def prompts_of(records: Sequence[Record], family: Family) -> list[str]:
     """What to ask a model for: the class number where it reads those, else a wording that no training caption has,
     where the data set keeps one, else the first caption. Errors: `ConfigError` for classes that no record tells."""
     if reads_classes(family):
@@ -174,7 +175,7 @@ def evaluate_family(
 ) -> Report:
     """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
     for the classes of training pictures."""
-    captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition.batch_spec())
+    captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition_spec())
     train = records_of(reference, "train", 2000, judge)
     known = records_of(reference, "train", count, captions or judge)
     every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or judge)}
@@ -206,34 +207,38 @@ def evaluate_family(
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
         said = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
-        found |= likelihood(pipeline, records, said, size)
+        found |= bits_per_token(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
     pictures.save_png(stacked(sheets), out / "samples.png")
+    family = pipeline.family
     facts = {
         "step": artifact.step,
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
         "pictures": {name: len(records) for name, records in sets.items()},
         "options": plain(options),
-        **({"solver": pipeline.family.solver} if hasattr(pipeline.family, "solver") else {}),
+        **({"solver": classifier_guided(family).solver} if family.capabilities.classifier_guidance else {}),
         "pictures per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,
     }
     return Report(f"{type(pipeline.family).__name__}: pictures for captions", numbers, facts)
 
 
-def likelihood(pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[str], size: int) -> dict[str, Number]:
+def bits_per_token(
+    pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[str], size: int
+) -> dict[str, Number]:
     """Bits per token of the real pictures' codes for their prompts, where the family can tell them."""
-    family, codec = pipeline.family, pipeline.codec
-    if not hasattr(family, "log_likelihood") or not hasattr(getattr(codec, "config", None), "vocabulary"):
+    codec, code = pipeline.codec, pipeline.family.sample_spec().code
+    if codec is None or not code.is_discrete or not pipeline.family.capabilities.likelihood:
         return {}
+    family = likelihood(pipeline.family)
 
     @jax.jit
     def score(parts, images, condition):
         codes = codec.config.encode(parts["codec"], images.astype(np.float32) / 127.5 - 1)
         condition = with_features(pipeline.text, parts, condition)
         nats = family.log_likelihood(parts["model"], condition | {"codes": codes})
-        return -nats / (math.log(2) * math.prod(codes.shape[1:]))
+        return -nats / (math.log(2) * math.prod(codes.shape[1:3]))
 
     total = 0.0
     images = images_of(records)
@@ -242,7 +247,7 @@ def likelihood(pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[
         with jax.set_mesh(pipeline.mesh):
             bits = score(pipeline.parts, images[places], pipeline.condition([prompts[int(i)] for i in places]))
         total += float(gathered(bits)[: len(records) - at].sum())
-    uniform = math.log2(codec.config.vocabulary)
+    uniform = sum(math.log2(n) for n in code.sizes)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
 
 

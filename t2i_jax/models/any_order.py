@@ -99,7 +99,14 @@ class AnyOrder(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, likelihood=self.head.knows_probability, inpaint=True)
+        return Capabilities(
+            family=True,
+            unconditional=self.condition_dropout > 0,
+            guidance=True,
+            likelihood=self.head.knows_probability,
+            inpaint=True,
+            token_head=True,
+        )
 
     @property
     def compute(self) -> Compute:
@@ -108,7 +115,7 @@ class AnyOrder(Checked):
 
     def with_compute(self, compute: Compute) -> AnyOrder:
         """The same model, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
         """What it samples."""

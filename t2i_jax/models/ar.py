@@ -169,7 +169,14 @@ class AR(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, token_by_token=True, likelihood=True, int8=True)
+        return Capabilities(
+            family=True,
+            unconditional=self.condition_dropout > 0,
+            guidance=True,
+            token_by_token=True,
+            likelihood=True,
+            int8=True,
+        )
 
     @property
     def compute(self) -> Compute:
@@ -178,7 +185,10 @@ class AR(Checked):
 
     def with_compute(self, compute: Compute) -> AR:
         """The same model, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+        return dataclasses.replace(
+            self,
+            **self.compute.changes(compute, "dtype", "remat", "loss_chunk", attention="kernel"),
+        )
 
     def sample_spec(self) -> SampleSpec:
         """What it samples."""

@@ -134,7 +134,7 @@ class Diffusion(Checked):
     network: DiT | UNet = DiT()
     process: Process = Discrete()
     predicts: Predicts = "eps"
-    variance: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    variance: Annotated[Literal["fixed_large", "fixed_small"], FREE] = "fixed_large"
     """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
     spare_half: bool = False
     """What the network says in the later half of its channels is not used, as in released SiT."""
@@ -146,7 +146,7 @@ class Diffusion(Checked):
     """Where min_snr cuts."""
     condition_dropout: Share = 0.1
     """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
-    guided_channels: Count = 0
+    guided_channels: Annotated[Count, FREE] = 0
     """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
     enlarges: Count = 0
     """By how much a small picture is made larger, where batches have none of their own (`low_res`): it is then made of
@@ -192,6 +192,7 @@ class Diffusion(Checked):
         """What it offers besides being trained."""
         return Capabilities(
             family=True,
+            unconditional=self.condition_dropout > 0,
             guidance=True,
             inpaint=True,
             init_image=True,

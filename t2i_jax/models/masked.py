@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import DEEPEST, FREE, Checked, Count, Grid, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Padding
@@ -66,7 +66,7 @@ class Masked(Checked):
     patch: Size = 1
     """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
     head: Head = Diffusion()
-    order: Order = Sets()
+    order: Annotated[Order, SAMPLED] = Sets()
     rate: MaskRate = MaskRate()
     """What is hidden in training."""
     width: Size = 768
@@ -84,7 +84,7 @@ class Masked(Checked):
     """Slots that a condition of one token fills; longer ones take a slot a token."""
     condition: Condition = Classes(1000)
     """What stands before the image: classes, captions or features."""
-    buckets: Size = 4
+    buckets: Annotated[Size, FREE] = 4
     """Sizes that the encoder may have in a step of the sampler, for how many tokens are known: each is compiled. With 1
     it always takes all."""
     dropout: Rate = 0.1
@@ -163,7 +163,9 @@ class Masked(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, inpaint=True)
+        return Capabilities(
+            family=True, unconditional=self.condition_dropout > 0, guidance=True, inpaint=True, token_head=True
+        )
 
     @property
     def compute(self) -> Compute:
@@ -172,7 +174,7 @@ class Masked(Checked):
 
     def with_compute(self, compute: Compute) -> Masked:
         """The same model, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
         """What it samples."""

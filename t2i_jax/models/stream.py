@@ -181,7 +181,14 @@ class Stream(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, token_by_token=True, likelihood=True, int8=True)
+        return Capabilities(
+            family=True,
+            unconditional=self.condition_dropout > 0,
+            guidance=True,
+            token_by_token=True,
+            likelihood=True,
+            int8=True,
+        )
 
     @property
     def compute(self) -> Compute:
@@ -190,7 +197,7 @@ class Stream(Checked):
 
     def with_compute(self, compute: Compute) -> Stream:
         """The same model, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
         """What it samples."""

@@ -132,7 +132,9 @@ class VQDiffusion(Checked):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(family=True, guidance=True, likelihood=True, inpaint=True)
+        return Capabilities(
+            family=True, unconditional=self.condition_dropout > 0, guidance=True, likelihood=True, inpaint=True
+        )
 
     @property
     def compute(self) -> Compute:
@@ -141,7 +143,7 @@ class VQDiffusion(Checked):
 
     def with_compute(self, compute: Compute) -> VQDiffusion:
         """The same model, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
         """What it samples."""

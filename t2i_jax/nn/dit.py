@@ -105,7 +105,7 @@ class DiT(Checked):
 
     def with_compute(self, compute: Compute) -> DiT:
         """The same network, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute, attention="kernel"))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def init(self, key: Array) -> DiTNetwork:
         return DiTNetwork(self, key)

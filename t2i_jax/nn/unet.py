@@ -110,11 +110,11 @@ class UNet(Checked):
     @property
     def compute(self) -> Compute:
         """How it is computed."""
-        return Compute(self.dtype, self.remat)
+        return Compute(self.dtype, self.remat, remats=("none", "full", "dots"))
 
     def with_compute(self, compute: Compute) -> UNet:
         """The same network, computed in another way."""
-        return dataclasses.replace(self, **self.compute.changes(compute))
+        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat"))
 
     def init(self, key: Array) -> UNetNetwork:
         return UNetNetwork(self, key)

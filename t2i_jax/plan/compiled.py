@@ -15,7 +15,7 @@ from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import estimate, held, trace
-from t2i_jax.plan.ready import Batch, depths, devices_of, ready, remat_of, twin
+from t2i_jax.plan.ready import Batch, depths, devices_of, ready, twin
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -101,7 +101,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         topology=str(topology),
         mesh=sizes,
         batch=experiment.data.batch_size,
-        remat=remat_of(experiment.model),
+        remat=experiment.model.compute.remat,
         what="sampler" if sample else "train step",
         method=f"compiled for {kind}",
         capacity=chip.memory,

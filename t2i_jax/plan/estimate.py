@@ -18,10 +18,11 @@ from jax.sharding import AbstractMesh, AxisType
 from t2i_jax import flops
 from t2i_jax.config import ConfigError
 from t2i_jax.core import jaxprs
+from t2i_jax.core.types import Trainable
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
-from t2i_jax.plan.ready import Batch, depths, ready, remat_of
+from t2i_jax.plan.ready import Batch, depths, ready, size_of, tokens_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -56,9 +57,9 @@ def with_kernel(experiment: Experiment) -> Experiment:
 
     Splash attention stands in for all of them: the products are the same, and none writes the weights down.
     """
-    model: Any = experiment.model
-    if getattr(model, "kernel", "") == "auto" and getattr(model, "length", 0) >= kernels.LONG:
-        model = dataclasses.replace(model, kernel="splash")
+    model = experiment.model
+    if model.compute.attention == "auto" and tokens_of(model) >= kernels.LONG:
+        model = model.with_compute(dataclasses.replace(model.compute, attention="splash"))
     return dataclasses.replace(experiment, model=model)
 
 
@@ -151,7 +152,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
     params = held(target.params, sizes)
     state = held(target, sizes)
     rows = d * f
-    itemsize = 2 if "bfloat16" in str(getattr(experiment.model, "dtype", "")) else 4
+    itemsize = 2 if experiment.model.compute.dtype == "bfloat16" else 4
     accumulate = experiment.train.accumulate
     # What loops keep is split with the batch, not over `tensor`: the residual stream is whole on every chip of it.
     activations = (traced.kept + 3 * traced.largest / t) / rows / accumulate
@@ -190,7 +191,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         topology=str(topology),
         mesh=sizes,
         batch=experiment.data.batch_size,
-        remat=remat_of(experiment.model),
+        remat=experiment.model.compute.remat,
         what="train step",
         method="estimated by arithmetic, nothing was compiled",
         capacity=chip.memory,
@@ -227,13 +228,12 @@ def wire(topology: Topology, sizes: dict[str, int], axis: str) -> float:
     return chip.link if inner <= chip.node else chip.network * min(chip.node, sizes[axis])
 
 
-def layers(model: Any) -> int:
+def layers(model: Trainable) -> int:
     """Layers of a model, all its stacks together; at least 1."""
     return max(sum(depths(model).values()), 1)
 
 
 def activations_of(experiment: Experiment, itemsize: int) -> float:
     """Bytes of the residual stream of a whole batch, where the model says its width and length."""
-    model = getattr(experiment.model, "network", experiment.model)
-    width, length = getattr(model, "width", 0), getattr(experiment.model, "length", 0)
-    return float(experiment.data.batch_size * width * length * itemsize)
+    model = experiment.model
+    return float(experiment.data.batch_size * size_of(model, "width") * tokens_of(model) * itemsize)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.config import ConfigError
-from t2i_jax.core.types import learns_from_images
+from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.types import Trainable, as_family, learns_from_images, token_by_token
 from t2i_jax.data.records import DataError
 from t2i_jax.parallel import RULES, batch_sharding, fit
 from t2i_jax.pipeline import narrow
@@ -122,10 +121,10 @@ class Ready:
 
     def condition(self) -> Batch:
         """What the sampler is asked for, a row for each image of a batch."""
-        family, trainer, sharding = self.trainer.experiment.model, self.trainer, batch_sharding(self.mesh)
+        trainer, sharding = self.trainer, batch_sharding(self.mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
         ready = jax.eval_shape(trainer.prepare, trainer.frozen, self.batch, key)
-        reads = family.condition.batch_spec().keys() & ready.keys()
+        reads = as_family(trainer.experiment.model).condition_spec().keys() & ready.keys()
         return {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
 
     def sampled(self) -> Any:
@@ -139,9 +138,9 @@ class Ready:
 
     def lower_sample(self) -> Any:
         """The sampler with its own options, on the state's parameters, lowered for the mesh."""
-        family, trainer = self.trainer.experiment.model, self.trainer
-        if not hasattr(family, "sample"):
-            raise ConfigError(f"--sample: a {type(family).__name__} has no sampler")
+        trainer = self.trainer
+        with refused("--sample"):
+            family = as_family(trainer.experiment.model)
         size, state = self.trainer.experiment.data.batch_size, self.sampled()
         with jax.set_mesh(self.mesh):
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
@@ -155,15 +154,17 @@ class Ready:
 
     def cache(self) -> float:
         """Bytes of keys and values that a chip holds at the last token; 0 for families that keep none for `decode`."""
-        family, sizes = self.trainer.experiment.model, dict(self.mesh.shape)
-        if not hasattr(family, "prefill"):
+        model, sizes = self.trainer.experiment.model, dict(self.mesh.shape)
+        if not model.capabilities.token_by_token:
             return 0.0
-        branches, state = 2 if family.condition_dropout else 1, self.sampled()
+        family, state = token_by_token(model), self.sampled()
+        branches = 2 if family.capabilities.unconditional else 1
 
-        def read(state: Any, condition: Batch) -> Any:
+        def read(state: Any, condition: dict[str, jax.Array]) -> Any:
             condition = jax.tree.map(lambda x: jnp.repeat(x, branches, 0), condition)
             dropped = jnp.zeros(branches * self.trainer.experiment.data.batch_size, bool)
-            return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(family.length).caches
+            length = math.prod(family.sample_spec().tokens)
+            return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(length).caches
 
         with jax.set_mesh(self.mesh):
             caches = jax.eval_shape(read, state, self.condition())
@@ -178,41 +179,48 @@ def ready(experiment: Experiment, batch: Batch, mesh: Mesh) -> Ready:
     return Ready(trainer, laid_out(batch, dict.fromkeys(batch, batch_sharding(mesh))), mesh)
 
 
-def depths(model: Any) -> dict[str, int]:
+def sizes_of(model: Trainable, name: str) -> dict[str, int]:
+    """The fields of a model and of its network that hold a size, `depth` or `decoder_depth` for `depth`: their paths
+    and values, without zeros.
+
+    A plan takes any model and reads the sizes of its stacks by the names that such fields have in this library: what
+    is called otherwise is left out of the arithmetic, which says so.
+    """
+    fields = dataclasses.asdict(model)  # pyright: ignore[reportArgumentType]
+    parts = {part: fields[part] for part in ("network", "trunk") if isinstance(fields.get(part), dict)}
+    fields |= {f"{part}.{k}": v for part, within in parts.items() for k, v in within.items()}
+    named = lambda path: path.split(".")[-1] == name or path.endswith(f"_{name}")
+    return {k: v for k, v in fields.items() if named(k) and isinstance(v, int) and v}
+
+
+def size_of(model: Trainable, name: str) -> int:
+    """That size of a model's network, or of the model; 0 where it has none."""
+    found = sizes_of(model, name)
+    return found.get(f"network.{name}", found.get(name, 0))
+
+
+def tokens_of(model: Trainable) -> int:
+    """Tokens of an image in a family's network; 0 for what is no family."""
+    if not model.capabilities.family:
+        return 0
+    rows, columns = as_family(model).sample_spec().tokens
+    return rows * columns // (sizes_of(model, "patch").get("network.patch", 1) ** 2)
+
+
+def depths(model: Trainable) -> dict[str, int]:
     """The fields of a model, and of its parts, that count layers: name -> layers."""
-    found = {}
-    for field in dataclasses.fields(model):
-        value = getattr(model, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type) and field.name in ("network", "trunk"):
-            found |= {f"{field.name}.{k}": n for k, n in depths(value).items()}
-        elif (field.name == "depth" or field.name.endswith("_depth")) and isinstance(value, int) and value:
-            found[field.name] = value
-    return found
+    return sizes_of(model, "depth")
 
 
-def twin(model: Any, layers: int) -> Any:
+def twin(model: Trainable, layers: int) -> Trainable:
     """The same model with every depth that is larger than `layers` set to it."""
     for path, n in depths(model).items():
         model = replaced(model, path, min(n, layers))
     return model
 
 
-def where(model: Any, name: str) -> str:
-    """The path of the field `name` in a configuration or a part of it, as `network.remat`; "" where none has it."""
-    if hasattr(model, name):
-        return name
-    parts = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
-    below = {k: where(v, name) for k, v in parts.items() if dataclasses.is_dataclass(v) and not isinstance(v, type)}
-    return next((f"{k}.{path}" for k, path in below.items() if path), "")
-
-
-def replaced(model: Any, path: str, value: Any) -> Any:
-    """The configuration with another value at a path of `where`."""
+def replaced(model: Any, path: str, value: int) -> Any:
+    """The configuration with another value at a path of `sizes_of`."""
     head, _, rest = path.partition(".")
-    return dataclasses.replace(model, **{head: replaced(getattr(model, head), rest, value) if rest else value})
-
-
-def remat_of(model: Any) -> str:
-    """The remat policy of a configuration; "" where it takes none."""
-    path = where(model, "remat")
-    return str(operator.attrgetter(path)(model)) if path else ""
+    part = getattr(model, head)  # a path is a name: reflection
+    return dataclasses.replace(model, **{head: replaced(part, rest, value) if rest else value})

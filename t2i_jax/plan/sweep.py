@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args, get_type_hints
 
 import jax
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.types import Trainable
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Topology
 from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
 from t2i_jax.plan.estimate import estimate, trace
-from t2i_jax.plan.ready import Batch, remat_of, replaced, where
+from t2i_jax.plan.ready import Batch, size_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -23,10 +22,10 @@ TENSOR = (1, 2, 4, 8)
 Told = Callable[[str], None]
 
 
-def meshes(chips: int, model: Any, slices: int = 1) -> Iterator[MeshConfig]:
+def meshes(chips: int, model: Trainable, slices: int = 1) -> Iterator[MeshConfig]:
     """Meshes worth a look: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest, which
     alone lies between slices."""
-    heads = getattr(getattr(model, "network", model), "heads", 0)
+    heads = size_of(model, "heads")
     for tensor in TENSOR:
         if chips % tensor or (tensor > 1 and (not heads or heads % tensor)):
             continue
@@ -37,11 +36,9 @@ def meshes(chips: int, model: Any, slices: int = 1) -> Iterator[MeshConfig]:
             fsdp *= 2
 
 
-def policies(model: Any) -> tuple[str, ...]:
-    """The remat policies that a model's configuration takes, or its network's."""
-    path = where(model, "remat")
-    part = operator.attrgetter(path.removesuffix(".remat"))(model) if "." in path else model
-    return tuple(map(str, get_args(get_type_hints(type(part)).get("remat")))) or (remat_of(model),)
+def policies(model: Trainable) -> tuple[str, ...]:
+    """The remat policies that a model has to choose from, or an empty one."""
+    return model.compute.remats if model.compute.remat else ("",)
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -49,7 +46,7 @@ def resized(batch: Batch, size: int) -> Batch:
 
 
 def changed(experiment: Experiment, remat: str, size: int, mesh: MeshConfig | None = None) -> Experiment:
-    model = replaced(experiment.model, where(experiment.model, "remat"), remat) if remat else experiment.model
+    model = experiment.model.with_compute(dataclasses.replace(experiment.model.compute, remat=remat))
     data = dataclasses.replace(experiment.data, batch_size=size)
     return dataclasses.replace(experiment, model=model, data=data, mesh=mesh or experiment.mesh)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Layers, Size
+from t2i_jax.core.fields import FREE, Checked, Layers, Size
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
@@ -44,7 +44,7 @@ class Diffusion(Checked):
     steps: Size = 1000
     """of the process it is trained on"""
     schedule: str = "cosine"
-    respacing: str = "100"
+    respacing: Annotated[str, FREE] = "100"
     """steps of the sampler, as `noise.schedule.respacing` reads them"""
     repeat: Size = 4
     """times at which each z is trained, since a head costs less than its network"""

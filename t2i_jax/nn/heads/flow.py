@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Layers, Size
+from t2i_jax.core.fields import FREE, Checked, Layers, Size
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.heads.denoiser import Denoiser
@@ -28,7 +29,7 @@ class Flow(Checked):
     """numbers k of a code"""
     width: Size = 1024
     depth: Layers = 3
-    steps: Size = 20
+    steps: Annotated[Size, FREE] = 20
     """of the sampler, of two evaluations each; they get shorter towards the clean end"""
     repeat: Size = 4
     """times at which each z is trained"""
