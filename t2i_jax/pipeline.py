@@ -18,7 +18,7 @@ from jax import Array
 from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.casts import cast_first
-from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
+from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields, values
 from t2i_jax.core.keys import apart
 from t2i_jax.core.types import (
     Family,
@@ -84,16 +84,7 @@ def settled(family: Family, options: Any) -> Any:
 
 def plain(options: Any) -> dict[str, float | str | None]:
     """Sampling options for a file: numbers as floats, names and None as they are."""
-    return {k: v if v is None or isinstance(v, str) else float(v) for k, v in vars(options).items()}
-
-
-PATHS = ("times", "mean", "std", "shift", "low", "high", "rho", "bound")
-"""Fields of processes that say which times are drawn in training and where samplers stop."""
-
-
-def noise_of(process: Any) -> tuple[str, dict[str, Any]]:
-    """What networks see of a process: those of equal ones read the same noise at the same time."""
-    return type(process).__name__, {k: v for k, v in config.to_json(process).items() if k not in PATHS}
+    return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}
 
 
 def narrow(model_config: Trainable) -> dict[str, Any]:
@@ -309,7 +300,7 @@ class Pipeline:
         family = classifier_guided(self.family)
         with refused(name):
             classifier = as_classifier(by.config)
-        if noise_of(classifier.process) != noise_of(family.process):
+        if not family.process.same_noise(classifier.process):
             raise ConfigError(
                 f"{name}: it learned the noise of {classifier.process}, and this model draws by that of "
                 f"{family.process}"
@@ -334,7 +325,12 @@ class Pipeline:
         """
         name = name or "the worse model"
         with refused(name):
-            theirs, ours = (spoken(autoguided(f)) for f in (weak.config, self.family))
+            guide, family = autoguided(weak.config), autoguided(self.family)
+        if not family.process.same_noise(guide.process):
+            raise ConfigError(
+                f"{name}: process is {guide.process}, and {family.process} that of the model which it is to guide"
+            )
+        theirs, ours = spoken(guide), spoken(family)
         for what in ours:
             if theirs[what] != ours[what]:
                 raise ConfigError(
@@ -457,8 +453,7 @@ def card(artifact: Artifact, name: str) -> str:
     if not artifact.config.capabilities.family:
         return f"# {name}\n\n{kind}, step {artifact.step}.\n"
     count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
-    values = {f.name: getattr(artifact.config, f.name) for f in dataclasses.fields(artifact.config)}
-    fields = "\n".join(f"| {k} | {v} |" for k, v in values.items())
+    fields = "\n".join(f"| {k} | {v} |" for k, v in values(artifact.config).items())
     return (
         f"# {name}\n\nA text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
         f'```\nt2i sample {name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n'
@@ -468,7 +463,6 @@ def card(artifact: Artifact, name: str) -> str:
 def spoken(family: GaussianFamily) -> dict[str, Any]:
     """In what two Gaussian diffusions must agree for one to guide the other."""
     return {
-        "process": noise_of(family.process),
         "predicts": family.predicts,
         "shape": family.sample_spec().shape,
         "condition": dict(family.condition_spec()),

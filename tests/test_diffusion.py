@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toys
 from families import with_aux
 
 from t2i_jax.config import ConfigError, from_json, override, to_json
@@ -337,3 +338,26 @@ def test_sit_is_dit_on_a_flow():
     found, _ = convert("sit", theirs, heads=2)
     assert dataclasses.replace(found, network=dataclasses.replace(found.network, hidden=0)) == family
     assert restore("dit", family, model).keys() == theirs.keys()
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+def test_a_process_needs_what_the_contract_says_alone(solver):
+    network = DiT((2, 2), 3, patch=1, width=8, depth=1, heads=2, learn_variance=False, condition=Classes(3))
+    config = Diffusion(network, toys.Toward(), "v", solver=solver)  # pyright: ignore[reportArgumentType]
+    model, keys = config.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)
+    batch = {"codes": jnp.ones((2, 2, 2, 3)), "label": jnp.arange(2)}
+    assert np.isfinite(config.loss(model, batch, keys[0])[0])
+    # A new network says v = 0, so that x_0 = alpha x: what is drawn is finite and of the shape asked for.
+    drawn = config.sample(model, {"label": batch["label"]}, keys, Solving(steps=4))
+    assert drawn.shape == (2, 2, 2, 3) and np.isfinite(drawn).all()
+    with pytest.raises(ConfigError, match="one of own, ddpm"):
+        dataclasses.replace(config, solver="dppm")
+
+
+@pytest.mark.parametrize("process", [Discrete(), Flow(), EDM(), toys.Toward()], ids=lambda p: type(p).__name__)
+def test_noise_is_the_same_where_times_and_stops_alone_differ(process):
+    fields = {"Flow": {"times": "uniform", "shift": 3.0, "bound": 7}, "EDM": {"mean": 0.0, "high": 70.0, "rho": 3.0}}
+    assert process.same_noise(dataclasses.replace(process, **fields.get(type(process).__name__, {})))
+    odd = {"Discrete": {"steps": 10}, "Flow": {"toward": True}, "EDM": {"data": 0.7}}.get(type(process).__name__)
+    assert odd is None or not process.same_noise(dataclasses.replace(process, **odd))
+    assert not any(process.same_noise(p) for p in (Discrete(), Flow(), EDM()) if type(p) is not type(process))

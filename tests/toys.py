@@ -13,6 +13,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, sin
 from t2i_jax.nn.draw import choose
 from t2i_jax.nn.layers import Carried, Embedding, Linear
 from t2i_jax.noise.guidance import guide
+from t2i_jax.noise.processes import along
 from t2i_jax.parallel import MeshConfig, shard
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -93,6 +94,35 @@ class Plain:
 
     def with_compute(self, compute):
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Toward:
+    """alpha = cos, sigma = sin of an angle from 0 to 1.5: a noise process that offers what the contract says alone."""
+
+    bound: int = 8
+    scale = 2.0
+    solver = "ddim"
+    starts_from_pure_noise = False
+    time_levels = None
+    variance_bound = None
+
+    def same_noise(self, other):
+        return isinstance(other, Toward)
+
+    def quantile(self, u):
+        return 1.5 * u
+
+    def at(self, t, like):
+        t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
+        return jnp.cos(t), jnp.sin(t)
+
+    def told(self, t):
+        return 100 * t
+
+    def path(self, steps, stride=False, spacing="default"):
+        t = jnp.maximum(1.5 * (1 - jnp.arange(self.bound + 1) / steps), 0)
+        return along(self.told(t), jnp.cos(t), jnp.sin(t), steps)
 
 
 class Net(nnx.Module):

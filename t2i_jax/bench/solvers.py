@@ -18,7 +18,8 @@ from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
-from t2i_jax.noise.processes import EDM, Discrete, Flow, Path, Process, Spacing
+from t2i_jax.core.types import Path, Spacing
+from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
 PROCESSES: dict[str, Process] = {

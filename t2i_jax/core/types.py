@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import numpy as np
 from flax import nnx
@@ -424,14 +424,91 @@ def _named(text: Tokenizer | None) -> str:
 # -- noise
 
 
+Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
+"""What a network predicts of x_t; see `noise.gaussian.split`."""
+
+
+Spacing = Literal["default", "even", "karras", "log_snr"]
+"""Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
+(sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), or evenly in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
+
+`karras` and `log_snr` end in the least noise that the process has: that of the first step of Discrete, of `low` of EDM,
+of the last of `bound` steps of Flow. Where a path begins in pure noise, or nearly (alpha below `processes.NOISE`),
+log(alpha / sigma) is -inf: they keep the first two stops of the default path and space the others from the second on.
+"""
+
+
+class Path(NamedTuple):
+    """The stops of a sampler, from noise to the picture, in tables of one bound; what is behind the last is idle."""
+
+    t: Array
+    """(n + 1,): the time that the network is told"""
+    alpha: Array
+    """(n + 1,)"""
+    sigma: Array
+    """(n + 1,), 0 where nothing is left to do"""
+    low: Array
+    """(n,): log-variance of a step back, given the picture"""
+    high: Array
+    """(n,): log-variance of the step forth between the same stops"""
+    steps: Array
+    """how many steps there are, 1 to n"""
+
+
+VarianceBound = Callable[[Array, Array, Array, Array, Array, Predicts], Array]
+"""(x0, x, t, prediction, v, predicts) -> (b,)"""
+
+
 class NoiseProcess(Protocol):
-    """x_t = alpha_t x_0 + sigma_t eps."""
+    """x_t = alpha_t x_0 + sigma_t eps: a frozen config of what a model is trained on and solvers go back along."""
+
+    @property
+    def bound(self) -> int:
+        """Most steps of a sampler."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """What images are multiplied by before they are noised."""
+        ...
+
+    @property
+    def solver(self) -> str:
+        """The key of `noise.solvers.SOLVERS` that models of it sample with by default."""
+        ...
 
     @property
     def starts_from_pure_noise(self) -> bool:
         """alpha is 0 where a sampler begins."""
         ...
 
+    @property
+    def time_levels(self) -> int | None:
+        """Network times are numbers of noise levels from 0 on, below this; None: other numbers."""
+        ...
+
+    @property
+    def variance_bound(self) -> VarianceBound | None:
+        """The term of the variational bound in bits per dimension, which teaches the variance v of a step back; None
+        where steps have no variance to learn."""
+        ...
+
     def same_noise(self, other: NoiseProcess) -> bool:
         """Whether networks trained on both read the same noise at the same time."""
+        ...
+
+    def quantile(self, u: Array) -> Array:
+        """Training times (b,) below which a share u (b,) in (0, 1) of them lies."""
+        ...
+
+    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
+        """alpha and sigma at times t (b,), shaped to multiply `like`."""
+        ...
+
+    def told(self, t: Array) -> Array:
+        """The time that the network is told."""
+        ...
+
+    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+        """The stops of so many steps back, 1 to `bound`, which are traced; stride: of discrete steps, every k-th."""
         ...

@@ -287,7 +287,7 @@ def _sample(
     own = jax.vmap(jax.random.split)(keys)
     orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
     draws = ImageKeys(own[:, 1]) if draws is None else draws
-    orders = orders if isinstance(config.order, Raster) else with_known_last(orders, keep)
+    orders = orders if config.order.fixed else with_known_last(orders, keep)
     places = jnp.flip(orders, 1)
 
     prefix, valid = model.condition(jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b), config.dtype)

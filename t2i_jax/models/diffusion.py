@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,23 @@ from einops import rearrange, repeat
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share, values
+from t2i_jax.core.options import Options
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Predicts, Spacing, single_objective
 from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import guidance, solvers
 from t2i_jax.noise.gaussian import (
-    Predicts,
     clipped,
     join,
     loss_weight,
-    p_mean_variance,
     split,
-    vb_terms,
 )
-from t2i_jax.noise.processes import Discrete, Flow, Process, Spacing
+from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import beside, spread
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
@@ -46,7 +45,7 @@ Batch = dict[str, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Solving(Checked):
+class Solving(Options):
     """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
     traced."""
 
@@ -88,9 +87,9 @@ class Solving(Checked):
 
         most: steps of the process.
         """
-        ranges = {"steps": (1, most), "strength": (0, 1), "augmentation": (0, 1)}
+        fields, ranges = values(self), {"steps": (1, most), "strength": (0, 1), "augmentation": (0, 1)}
         for name, (low, high) in ranges.items():
-            given = getattr(self, name)
+            given = fields[name]
             if isinstance(given, Tracer):
                 continue
             least, largest = float(np.min(given)), float(np.max(given))
@@ -114,17 +113,12 @@ class Solving(Checked):
         scale = guidance.within(self.guidance, share, self.guidance_start, self.guidance_stop)
         return guidance.within(scale, log_snr, -math.inf if low is None else low, math.inf if high is None else high)
 
-    def arrays(self) -> Solving:
-        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation; an `eta` of
-        None is NaN, and bounds that are None are infinite."""
-        kinds = {"steps": jnp.int32, "resample": jnp.int32, "clip": jnp.bool_, "stride": jnp.bool_}
+    def arrays(self) -> Self:
+        """The same options as arrays: an `eta` of None is NaN, and bounds that are None are infinite."""
         none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
-        given = {k: none[k] if v is None else v for k, v in vars(self).items() if k != "spacing"}
-        traced = {k: jnp.asarray(v, kinds.get(k, jnp.float32)) for k, v in given.items()}
-        return Solving(spacing=self.spacing, **traced)
-
-
-Solver = Literal["own", "ddpm", "ddim", "euler", "ancestral", "heun", "dpm++", "dpm++sde", "unipc"]
+        given = values(self)
+        missing = {k: jnp.float32(v) for k, v in none.items() if given[k] is None}
+        return super(Solving, dataclasses.replace(self, **missing)).arrays()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,22 +148,24 @@ class Diffusion(Checked):
     augmentation: Share = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
-    solver: Annotated[Solver, FREE] = "own"
-    """`own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for EDM."""
+    solver: Annotated[str, FREE] = "own"
+    """A key of `noise.solvers.SOLVERS`; `own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for
+    EDM."""
     sampling: Annotated[Solving, FREE] = Solving()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.network.learn_variance and not (isinstance(self.process, Discrete) or self.spare_half):
+        if self.network.learn_variance and self.process.variance_bound is None and not self.spare_half:
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
         if self.solver == "own":
             object.__setattr__(self, "solver", self.process.solver)
-        if self.predicts in ("eps", "score") and from_noise_alone(self.process):
-            right = "velocity" if isinstance(self.process, Flow) else "v"
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"Diffusion.solver {self.solver!r}: one of own, {', '.join(SOLVERS)}")
+        if self.predicts in ("eps", "score") and self.process.starts_from_pure_noise:
             raise ValueError(
                 f"predicts {self.predicts!r}: samplers of this {type(self.process).__name__} begin in noise alone, "
-                f"where it says nothing of the picture; predict {right!r}"
+                "where it says nothing of the picture; predict 'v' or 'velocity'"
             )
 
     @property
@@ -301,13 +297,11 @@ class Diffusion(Checked):
         weight = loss_weight(self.weight, self.predicts, alpha, sigma, self.gamma)
         mse = error.mean((1, 2, 3))
         loss = (weight * error).mean((1, 2, 3))
-        if v is None or not isinstance(self.process, Discrete):
+        if v is None or self.process.variance_bound is None:
             return {"mse": mse, "loss": loss}
         # The bound teaches the variance alone: it would teach the mean to care for other times than are seen.
         frozen = jax.lax.stop_gradient(prediction)
-        schedule = self.process.tables
-        vb = vb_terms(schedule, x0, x, t, p_mean_variance(schedule, frozen, x, t, v=v, predicts=self.predicts))
-        vb = self.bound_weight * vb
+        vb = self.bound_weight * self.process.variance_bound(x0, x, t, frozen, v, self.predicts)
         return {"mse": mse, "vb": vb, "loss": loss + vb}
 
     @property
@@ -391,11 +385,6 @@ class Diffusion(Checked):
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
         return Denoised(near, eps, v)
-
-
-def from_noise_alone(process: Process) -> bool:
-    """Whether nothing is left of the picture where a sampler begins: alpha = 0."""
-    return isinstance(process, Flow) or (isinstance(process, Discrete) and float(process.tables.alpha[-1]) == 0)
 
 
 def noised_small(small: Array, share: Array, noise: Array) -> Batch:

@@ -18,7 +18,7 @@ from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.noise.processes import EDM, Discrete, Process
+from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
 
@@ -56,11 +56,10 @@ class NoisedCLIP(Checked):
         process, name = self.process, type(self.process).__name__
         if not self.times:
             return
-        if isinstance(process, EDM) or getattr(process, "toward", False):
+        if process.time_levels is None:
             raise ValueError(f"process {process}: the times that it tells are no numbers of noise levels, 0 to 999")
-        told = 1000 if not isinstance(process, Discrete) or process.rescale_times else process.steps
-        if told > self.times:
-            raise ValueError(f"times {self.times}: this {name} tells {told} of them")
+        if process.time_levels > self.times:
+            raise ValueError(f"times {self.times}: this {name} tells {process.time_levels} of them")
 
     @property
     def capabilities(self) -> Capabilities:

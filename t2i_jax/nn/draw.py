@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import LARGEST, Checked, Range
+from t2i_jax.core.fields import LARGEST, Range
+from t2i_jax.core.options import Options
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import beside
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling(Checked):
+class Sampling(Options):
     """How tokens are drawn; every field is a number, or one per image (b,), and is traced."""
 
     guidance: Annotated[float | Array, Range()] = 3.0
@@ -45,12 +46,6 @@ class Sampling(Checked):
     """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""
     greedy: bool | Array = False
     """Take the largest logit instead of drawing."""
-
-    def arrays(self) -> Sampling:
-        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
-        kinds = {"top_k": jnp.int32, "guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
-        fields = (f.name for f in dataclasses.fields(self))
-        return Sampling(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
 
 
 def guidance_at(options: Sampling, position: Array | int, length: int) -> Array:

@@ -8,21 +8,22 @@ image says where a sampler stands; what is known from the start stands at the en
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Finite, Positive, Range
+from t2i_jax.core.fields import Checked, Finite, Positive, Range, values
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.noise.schedule import spread
 
 Shape = Literal["cosine", "linear", "square"]
 
-SHAPES: dict[Shape, Any] = {
+SHAPES: dict[Shape, Callable[[np.ndarray, int], np.ndarray]] = {
     "cosine": lambda i, n: np.cos(np.pi / 2.0 * i / n),  # operations in the order of published samplers
     "linear": lambda i, n: 1 - i / n,
     "square": lambda i, n: 1 - (i / n) ** 2,
@@ -54,10 +55,6 @@ class Generation(Sampling):
         The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
         bits that fp32 does not have.
         """
-        kinds = {"top_k": jnp.int32, "iterations": jnp.int32, "shape": jnp.int32}
-        kinds |= {"guidance_cosine": jnp.bool_, "greedy": jnp.bool_}
-        fields = (f.name for f in dataclasses.fields(self))
-        arrays = {name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields}
         steps, shape = int(self.iterations), int(self.shape)
         if not 1 <= steps <= BOUND:
             raise ValueError(f"iterations {steps}: 1 to {BOUND}")
@@ -65,7 +62,7 @@ class Generation(Sampling):
             raise ValueError(f"shape {shape}: {', '.join(f'{n} {name}' for n, name in enumerate(SHAPES))}")
         share = np.append(list(SHAPES.values())[shape](np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
         high = np.round(share * 2**12) / 2**12
-        return Scheduled(**arrays, hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32))
+        return Scheduled(**values(super().arrays()), hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32))
 
 
 @jax.tree_util.register_dataclass
@@ -73,7 +70,7 @@ class Generation(Sampling):
 class Scheduled(Generation):
     """Options as arrays, and the schedule that belongs to their iterations and shape."""
 
-    hidden: Any = None
+    hidden: Array = dataclasses.field(kw_only=True)
     """(2, steps): share of tokens hidden after each step, as a number of 12 bits and what is missing from it"""
 
     def arrays(self) -> Scheduled:
@@ -106,12 +103,28 @@ def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarra
 # -- orders
 
 
+class TokenOrder(Protocol):
+    """A frozen config of an order, or of orders that are drawn."""
+
+    single: ClassVar[bool]
+    """token by token, not in sets"""
+    confident: ClassVar[bool]
+    """a set takes the tokens of which the model is surest, which needs a head that knows probabilities"""
+    fixed: ClassVar[bool]
+    """the same for all images, known tokens too: they cannot be read first"""
+
+    def draw(self, key: Array, length: int) -> Array:
+        """A permutation int (L,), read from its end."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Raster:
     """Rows from the top, each from the left, token by token."""
 
     single: ClassVar[bool] = True
     confident: ClassVar[bool] = False
+    fixed: ClassVar[bool] = True
 
     def draw(self, key: Array, length: int) -> Array:
         """A permutation int (L,), read from its end."""
@@ -124,6 +137,7 @@ class Permutation:
 
     single: ClassVar[bool] = True
     confident: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
         return jnp.argsort(jax.random.uniform(key, (length,)))
@@ -135,6 +149,7 @@ class Sets:
 
     single: ClassVar[bool] = False
     confident: ClassVar[bool] = False
+    fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
         return jnp.argsort(jax.random.uniform(key, (length,)))
@@ -149,6 +164,7 @@ class Confidence:
 
     single: ClassVar[bool] = False
     confident: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
         return jnp.argsort(jax.random.uniform(key, (length,)))
@@ -212,6 +228,6 @@ class MaskRate(Checked):
         return jnp.clip(count, length - self.visible(length), length).astype(jnp.int32)
 
 
-def orders_of(order: Order, keys: Array, length: int) -> Array:
+def orders_of(order: TokenOrder, keys: Array, length: int) -> Array:
     """An order for each key: int (b, L)."""
     return jax.vmap(partial(order.draw, length=length))(keys)

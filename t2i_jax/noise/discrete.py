@@ -113,15 +113,15 @@ class Chain(Checked):
     @cached_property
     def schedule(self) -> Schedule:
         """The probabilities of every step."""
-        kept, masked = self._course("kept"), self._course("masked")
+        kept, masked = self._course("kept", self.kept), self._course("masked", self.masked)
         if self.kind == "mask":
             kept = 1 - masked
         elif self.kind == "replace":
             masked = np.zeros_like(kept)
         return Schedule.of(kept, masked, self.codes)
 
-    def _course(self, field: str) -> np.ndarray:
-        values = np.asarray(getattr(self, field), np.float64)
+    def _course(self, field: str, given: tuple[float, ...]) -> np.ndarray:
+        values = np.asarray(given, np.float64)
         if len(values) not in (2, self.steps):
             raise ValueError(
                 f"{field}: {len(values)} values; there must be 2, the ends, or one for each of {self.steps}"

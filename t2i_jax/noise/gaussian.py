@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.schedule import Schedule, beside
+from t2i_jax.core.types import Predicts
+from t2i_jax.noise.schedule import Schedule, beside, rows
 
-Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 
 # -- what a network predicts, and what that says of x_0 and eps
@@ -111,13 +111,13 @@ def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
 
 def posterior(schedule: Schedule, x0: Array, x: Array, t: Array) -> Normal:
     """q(x_{t-1} | x_t = x, x_0) (Ho et al. 2020, eqs. 6 and 7); its log-variance at t = 0 is that of t = 1."""
-    mean = schedule.rows("posterior_x0", t, x) * x0 + schedule.rows("posterior_x_t", t, x) * x
-    return Normal(mean, jnp.broadcast_to(schedule.rows("posterior_log_variance", t, x), x.shape), x0)
+    mean = rows(schedule.posterior_x0, t, x) * x0 + rows(schedule.posterior_x_t, t, x) * x
+    return Normal(mean, jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape), x0)
 
 
 def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
     """Log-variance between those of the posterior, v = -1, and of beta_t, v = 1 (Nichol & Dhariwal 2021, eq. 15)."""
-    low, high = schedule.rows("posterior_log_variance", t, v), schedule.rows("log_betas", t, v)
+    low, high = rows(schedule.posterior_log_variance, t, v), rows(schedule.log_betas, t, v)
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 
@@ -125,10 +125,10 @@ def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
 def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, t: Array) -> Array:
     """Log-variance of the step back: learned, of `v` like x, or fixed to beta~_t (small) or beta_t (large)."""
     if kind == "fixed_small":
-        return jnp.broadcast_to(schedule.rows("posterior_log_variance", t, x), x.shape)
+        return jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape)
     if kind == "fixed_large":  # the first step would destroy what is there: it takes the posterior's variance
-        first = schedule.rows("posterior_log_variance", jnp.zeros_like(t), x)
-        large = schedule.rows("log_betas", t, x)
+        first = rows(schedule.posterior_log_variance, jnp.zeros_like(t), x)
+        large = rows(schedule.log_betas, t, x)
         return jnp.broadcast_to(jnp.where(beside(t, x) == 0, first, large), x.shape)
     if v is None:
         raise ValueError(f"variance {kind!r} is one that the network predicts, and this one predicts none")
@@ -171,9 +171,9 @@ def ddim_step(
 ) -> Array:
     """x_{t-1} from x_t = x and the picture in mind (Song et al. 2021, eq. 12); eta 0 adds no noise, 1 is ancestral."""
     alpha, sigma = schedule.at(t, x)
-    abar_prev = schedule.rows("alphas_cumprod_prev", t, x)
+    abar_prev = rows(schedule.alphas_cumprod_prev, t, x)
     eps = (x - alpha * x0) / sigma
-    spread = beside(eta, x) * jnp.sqrt(schedule.rows("posterior_variance", t, x))
+    spread = beside(eta, x) * jnp.sqrt(rows(schedule.posterior_variance, t, x))
     mean = x0 * jnp.sqrt(abar_prev) + jnp.sqrt(jnp.maximum(1 - abar_prev - spread**2, 0)) * eps
     return mean + jnp.where(beside(t, x) == 0, 0.0, spread) * noise
 
@@ -181,7 +181,7 @@ def ddim_step(
 def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Array:
     """x_{t+1} from x_t = x: the way of `ddim_step` at eta 0 backwards, from a picture to its noise."""
     alpha, sigma = schedule.at(t, x)
-    abar = schedule.rows("alphas_cumprod_next", t, x)
+    abar = rows(schedule.alphas_cumprod_next, t, x)
     return x0 * jnp.sqrt(abar) + jnp.sqrt(1 - abar) * (x - alpha * x0) / sigma
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +18,13 @@ from jax import Array
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
+from t2i_jax.core.types import NoiseProcess, Path, Predicts, Spacing, VarianceBound
+from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
 from t2i_jax.noise.schedule import NAMES, Schedule, beside, stratified
-
-Spacing = Literal["default", "even", "karras", "log_snr"]
-"""Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
-(sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), or evenly in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
-
-`karras` and `log_snr` end in the least noise that the process has: that of the first step of Discrete, of `low` of EDM,
-of the last of `bound` steps of Flow. Where a path begins in pure noise, or nearly (alpha below `NOISE`),
-log(alpha / sigma) is -inf: they keep the first two stops of the default path and space the others from the second on.
-"""
 
 NOISE = 1e-3
 
-
-class Path(NamedTuple):
-    """The stops of a sampler, from noise to the picture, in tables of one bound; what is behind the last is idle."""
-
-    t: Array
-    """(n + 1,): the time that the network is told"""
-    alpha: Array
-    """(n + 1,)"""
-    sigma: Array
-    """(n + 1,), 0 where nothing is left to do"""
-    low: Array
-    """(n,): log-variance of a step back, given the picture"""
-    high: Array
-    """(n,): log-variance of the step forth between the same stops"""
-    steps: Array
-    """how many steps there are, 1 to n"""
+T = TypeVar("T", float, Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +39,7 @@ class Discrete(Checked):
     rescale_times: bool = False
     """Tell the network times of 1000 steps, however many there are."""
 
-    scale = 1.0
+    scale: ClassVar[float] = 1.0
     solver: ClassVar[str] = "ddpm"
     """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
 
@@ -77,6 +55,25 @@ class Discrete(Checked):
     @property
     def bound(self) -> int:
         return self.steps
+
+    @property
+    def starts_from_pure_noise(self) -> bool:
+        return float(self.tables.alpha[-1]) == 0
+
+    @property
+    def time_levels(self) -> int:
+        return 1000 if self.rescale_times else self.steps
+
+    @property
+    def variance_bound(self) -> VarianceBound:
+        return self._variance_bound
+
+    def _variance_bound(self, x0: Array, x: Array, t: Array, prediction: Array, v: Array, predicts: Predicts) -> Array:
+        p = p_mean_variance(self.tables, prediction, x, t, v=v, predicts=predicts)
+        return vb_terms(self.tables, x0, x, t, p)
+
+    def same_noise(self, other: NoiseProcess) -> bool:
+        return self == other
 
     def quantile(self, u: Array) -> Array:
         """Training times int (b,) below which a share u (b,) in (0, 1) of them lies; all steps are equally likely."""
@@ -114,7 +111,7 @@ class Discrete(Checked):
         index, end = jnp.maximum(place, 0), place < 0
         at = lambda table: jnp.asarray(table, jnp.float32)[index]
         path = Path(
-            at(self.told(schedule.timestep_map)),
+            at(self.told(jnp.asarray(schedule.timestep_map))),
             jnp.where(end, 1.0, at(schedule.alpha)),
             jnp.where(end, 0.0, at(schedule.sigma)),
             at(schedule.posterior_log_variance)[:-1],
@@ -148,12 +145,22 @@ class Flow(Checked):
     bound: Size = 1000
     """Most steps of a sampler."""
 
-    scale = 1.0
+    scale: ClassVar[float] = 1.0
     solver: ClassVar[str] = "euler"
     """One evaluation a step, along the nearly straight paths of a flow, as published models sample (Esser et al. 2024).
     """
 
-    def shifted(self, t: Any) -> Any:
+    starts_from_pure_noise: ClassVar[bool] = True
+    variance_bound: ClassVar[None] = None
+
+    @property
+    def time_levels(self) -> int | None:
+        return None if self.toward else 1000
+
+    def same_noise(self, other: NoiseProcess) -> bool:
+        return isinstance(other, Flow) and self.toward == other.toward
+
+    def shifted(self, t: T) -> T:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def quantile(self, u: Array) -> Array:
@@ -209,6 +216,9 @@ class EDM(Checked):
 
     solver: ClassVar[str] = "heun"
     """That of Karras et al. (2022, algorithm 1)."""
+    starts_from_pure_noise: ClassVar[bool] = False
+    time_levels: ClassVar[None] = None
+    variance_bound: ClassVar[None] = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,6 +229,9 @@ class EDM(Checked):
     def scale(self) -> float:
         """What pictures are multiplied by."""
         return 1 / self.data
+
+    def same_noise(self, other: NoiseProcess) -> bool:
+        return isinstance(other, EDM) and self.data == other.data
 
     def quantile(self, u: Array) -> Array:
         """log s (b,) in training below which a share u (b,) in (0, 1) lies."""
@@ -275,7 +288,7 @@ def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Path |
     return Path(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
 
 
-def respaced(path: Path, least: float, spacing: Spacing) -> Array:
+def respaced(path: Path, least: float | Array, spacing: Spacing) -> Array:
     """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
     `path.steps` - 1; at stop 0 it does not count where `path` begins in pure noise.
 

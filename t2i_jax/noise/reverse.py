@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import LARGEST, Checked, Range
+from t2i_jax.core.fields import LARGEST, Range
+from t2i_jax.core.options import Options
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reverse(Checked):
+class Reverse(Options):
     """How codes are drawn; every field is a number and is traced, the first four may also be one per image (b,)."""
 
     guidance: Annotated[float | Array, Range()] = 3.0
@@ -41,12 +42,6 @@ class Reverse(Checked):
     chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
     purity: Annotated[float | Array, Range(low=0)] = 0.0
     """With rule 2: p(x_0) is sharpened to p^(1 + r score), score the purity (eq. 11 there)."""
-
-    def arrays(self) -> Reverse:
-        """The same options as arrays of one dtype per field, so that `2` and `2.0` are one compilation."""
-        kinds: dict[str, Any] = dict.fromkeys(("top_k", "steps", "stride", "rule"), jnp.int32)
-        fields = (f.name for f in dataclasses.fields(self))
-        return Reverse(**{name: jnp.asarray(getattr(self, name), kinds.get(name, jnp.float32)) for name in fields})
 
 
 def reverse(

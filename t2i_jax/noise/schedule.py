@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+Table = np.ndarray | Array
+
 CAP = 0.999
 """No step adds more noise than this (Nichol & Dhariwal 2021, section 3.2)."""
 
@@ -27,9 +29,9 @@ class Schedule:
     Arrays are NumPy float64 (T,), those of `strided` traced fp32. alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
     """
 
-    log_abar: Any
+    log_abar: Table
     """log of abar_t: the signal's share of the power after step t"""
-    timestep_map: Any
+    timestep_map: Table
     """int (T,): the step of the process the network was trained on that each step here is"""
     original: int
     """steps of that process"""
@@ -100,75 +102,76 @@ class Schedule:
         return np if isinstance(self.log_abar, np.ndarray) else jnp
 
     @cached_property
-    def alphas_cumprod(self) -> Any:
+    def alphas_cumprod(self) -> Table:
         return self._xp.exp(self.log_abar)
 
     @cached_property
-    def alphas_cumprod_prev(self) -> Any:
+    def alphas_cumprod_prev(self) -> Table:
         """abar_{t-1}, 1 before the first step."""
         return self._xp.exp(self._log_prev)
 
     @cached_property
-    def alphas_cumprod_next(self) -> Any:
+    def alphas_cumprod_next(self) -> Table:
         """abar_{t+1}, 0 after the last step."""
         return self._xp.append(self.alphas_cumprod[1:], 0.0)
 
     @cached_property
-    def _log_prev(self) -> Any:
+    def _log_prev(self) -> Table:
         return self._xp.append(self._xp.zeros(1, self.log_abar.dtype), self.log_abar[:-1])
 
     @cached_property
-    def betas(self) -> Any:
+    def betas(self) -> Table:
         """Variance of the noise that step t adds, 1 - abar_t / abar_{t-1}."""
         return -self._xp.expm1(self.log_abar - self._log_prev)
 
     @cached_property
-    def log_betas(self) -> Any:
+    def log_betas(self) -> Table:
         return self._xp.log(self.betas)
 
     @cached_property
-    def alpha(self) -> Any:
+    def alpha(self) -> Table:
         return self._xp.exp(self.log_abar / 2)
 
     @cached_property
-    def sigma(self) -> Any:
+    def sigma(self) -> Table:
         return self._xp.sqrt(-self._xp.expm1(self.log_abar))
 
     @cached_property
-    def snr(self) -> Any:
+    def snr(self) -> Table:
         """abar_t / (1 - abar_t)."""
         return self.alphas_cumprod / -self._xp.expm1(self.log_abar)
 
     @cached_property
-    def posterior_variance(self) -> Any:
+    def posterior_variance(self) -> Table:
         """beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t) (Ho et al. 2020, eq. 7)."""
         return self.betas * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
 
     @cached_property
-    def posterior_log_variance(self) -> Any:
+    def posterior_log_variance(self) -> Table:
         """Its log; at t = 0, where it is minus infinity, that of t = 1, or of beta_0 where there is no other step."""
         v = self.posterior_variance
         first = self._xp.where(v[1:2] > 0, v[1:2], self.betas[:1]) if len(self) > 1 else self.betas
         return self._xp.log(self._xp.append(first, v[1:]))
 
     @cached_property
-    def posterior_x0(self) -> Any:
+    def posterior_x0(self) -> Table:
         """Coefficient of x_0 in the posterior mean."""
         return self.betas * self._xp.exp(self._log_prev / 2) / -self._xp.expm1(self.log_abar)
 
     @cached_property
-    def posterior_x_t(self) -> Any:
+    def posterior_x_t(self) -> Table:
         """Coefficient of x_t in the posterior mean."""
         step = self._xp.sqrt(1 - self.betas)
         return step * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
 
-    def rows(self, name: str, t: Array, like: Array) -> Array:
-        """The table `name` at times t in fp32, with trailing dimensions to stand beside `like`."""
-        return beside(jnp.asarray(getattr(self, name), jnp.float32)[t], like)
-
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
         """alpha_t and sigma_t beside `like`."""
-        return self.rows("alpha", t, like), self.rows("sigma", t, like)
+        return rows(self.alpha, t, like), rows(self.sigma, t, like)
+
+
+def rows(table: Table, t: Array, like: Array) -> Array:
+    """A table at times t in fp32, with trailing dimensions to stand beside `like`."""
+    return beside(jnp.asarray(table, jnp.float32)[t], like)
 
 
 def stratified(key: Array, b: int) -> Array:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.processes import Path
+from t2i_jax.core.types import Path
 from t2i_jax.noise.schedule import beside
 
 
