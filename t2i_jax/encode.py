@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from t2i_jax.config import ConfigError, differences, read_json, read_migrated, stored_form
 from t2i_jax.core.console import bar, console
+from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.core.types import gives_features, learns_from_images
@@ -108,8 +109,9 @@ def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: 
     """Make the folder of unfinished work, or go on in it. Errors: `ConfigError` where it is that of another config."""
     data = experiment.data
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
-    work |= {k: getattr(data, k) for k in ("source", "held_out", "image_size", "fields")}
-    work |= {k: getattr(data, k) for k in ("smallest_side", "empty_captions") if getattr(data, k)}
+    fields = values(data)
+    work |= {k: fields[k] for k in ("source", "held_out", "image_size", "fields")}
+    work |= {k: fields[k] for k in ("smallest_side", "empty_captions") if fields[k]}
     new = stored_form(work)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK

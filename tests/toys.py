@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from einops import reduce, repeat
 from flax import nnx
 
-from t2i_jax.core.specs import CodeSpec, FieldSpec
+from t2i_jax.core.specs import CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.draw import choose
 from t2i_jax.nn.layers import Carried, Embedding, Linear
@@ -222,6 +223,69 @@ class Pixels(Plain):
 
     def decode(self, model, codes):
         return codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels(Numbers):
+    """Batches of classes, and codes of them that are all the same."""
+
+    def batches(self, text=None, position=0, rows=None, split="train", spec=None):
+        for batch in super().batches(text, position, rows, split, spec):
+            label = (batch["x"][:, 0] > 0).astype(np.int32)
+            yield {"label": label, "codes": np.tile(7 * label[:, None, None], (1, 2, 2))}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Heat:
+    """Sampling options of the user's own."""
+
+    temperature: float = 1.0
+
+    def arrays(self):
+        return Heat(jnp.asarray(self.temperature, jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram(Plain):
+    """A family that offers what every family has to and no more: each code by itself, from logits of its class."""
+
+    capabilities = Capabilities(family=True)
+
+    def sample_spec(self):
+        return SampleSpec((2, 2), CodeSpec("int32", sizes=(8,)))
+
+    def condition_spec(self):
+        return {"label": FieldSpec((), "int32", 0, 1)}
+
+    def batch_spec(self):
+        return {"codes": self.sample_spec().field, **self.condition_spec()}
+
+    def init(self, key):
+        return Embedding(2, 2 * 2 * 8, key)
+
+    def objectives(self):
+        return single_objective(self.loss)
+
+    def logits(self, model, label):
+        return model(label).reshape(-1, 2, 2, 8)
+
+    def loss(self, model, batch, key, train=True):
+        nll = optax.softmax_cross_entropy_with_integer_labels(self.logits(model, batch["label"]), batch["codes"])
+        return LossOutput(nll.mean(), {})
+
+    def options(self):
+        return Heat()
+
+    def check(self, options):
+        pass
+
+    def loop_trips(self, options):
+        return 1
+
+    def sample(self, model, condition, keys, options=None, *, guided=None, progress=None):
+        logits = self.logits(model, condition["label"]) / (options or Heat()).temperature
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
 def experiment(model=Identity(), data=Numbers(), mesh=None, **train):

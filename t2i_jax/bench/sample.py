@@ -22,7 +22,7 @@ from jax import Array
 from t2i_jax.bench import drawing
 from t2i_jax.bench.measure import EAGER, LIMITS, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import ConfigError, refused
-from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes
+from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.nn.condition import Classes
@@ -192,8 +192,8 @@ def main(arguments: list[str]) -> None:
 
 def _any_family(args: SampleBench, overrides: list[str]) -> None:
     path: Any = args.model
-    default = SampleBench()
-    odd = [n for n in (*OF_SHAPE, "shape") if getattr(args, n) != getattr(default, n)]
+    given, default = values(args), values(SampleBench())
+    odd = [n for n in (*OF_SHAPE, "shape") if given[n] != default[n]]
     if odd:
         raise ConfigError(
             f"{path}: --{odd[0].replace('_', '-')} is for --shape alone; set fields of the config instead"

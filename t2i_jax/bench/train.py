@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
 from t2i_jax.config import refused
-from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.fields import Checked, Size, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.parallel import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
@@ -112,7 +112,8 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
     family: Any = experiment.model
     train, published = experiment.train, Optimizer()
     with refused("--eager"):
-        odd = [f for f in ("name", "b1", "b2", "clip") if getattr(train.optimizer, f) != getattr(published, f)]
+        given, wanted = values(train.optimizer), values(published)
+        odd = [f for f in ("name", "b1", "b2", "clip") if given[f] != wanted[f]]
         odd = [f"optimizer.{f}" for f in odd] + ["accumulate"] * (train.accumulate != 1)
         if odd:
             raise ValueError(f"the comparison in PyTorch is of AdamW on whole batches: not train.{odd[0]}")

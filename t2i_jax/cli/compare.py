@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> None:
     wanted = config.load(args.config)
     if not isinstance(wanted, comparison.Comparison):
         raise config.ConfigError(f"{args.config}: `experiment` must be a Comparison, not a {type(wanted).__name__}")
-    given = {k: v for k in ("count", "flops") if (v := getattr(args, k)) is not None}
+    given = {k: v for k, v in {"count": args.count, "flops": args.flops}.items() if v is not None}
     command = f"t2i compare {' '.join(arguments)}"
     runs = args.runs or Path("runs") / args.config.stem
     comparison.run(dataclasses.replace(wanted, **given), runs, args.out, command)

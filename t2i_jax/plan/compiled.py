@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import values
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
@@ -163,8 +164,9 @@ def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: 
     shallow = [dataclasses.replace(experiment, model=twin(experiment.model, n)) for n in (2, 4)]
     two, four = (compile_plan(e, batch, topology, sample) for e in shallow)
     line = lambda a, b: a + (b - a) * (depth - 2) / 2
+    numbers = values(two), values(four)
     fields: dict[str, Any] = {
-        f.name: line(getattr(two, f.name), getattr(four, f.name))
+        f.name: line(*(n[f.name] for n in numbers))
         for f in dataclasses.fields(Plan)
         if f.type == "float" and f.name not in ("capacity", "peak_flops", "mfu")
     }

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from t2i_jax import flops
 from t2i_jax.config import ConfigError
 from t2i_jax.core import jaxprs
+from t2i_jax.core.fields import values
 from t2i_jax.core.types import Trainable
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
@@ -123,7 +124,7 @@ def _moved(jaxpr: core.Jaxpr) -> float:
 
 def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
     """Sizes of the mesh axes over a whole topology. Errors: `ConfigError` where they do not fit it."""
-    sizes = {a: getattr(mesh, a) for a in MESH_AXES}
+    sizes = {a: values(mesh)[a] for a in MESH_AXES}
     free = [a for a, n in sizes.items() if n == -1]
     rest = math.prod(n for n in sizes.values() if n != -1)
     if len(free) == 1 and rest > 0 and topology.size % rest == 0:
