@@ -15,7 +15,7 @@ import math
 import numbers
 from collections.abc import Container
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from jax.core import Tracer
 
@@ -202,9 +202,10 @@ def _takes_none(hint: Any) -> bool:
 
 
 def _configs(hint: Any) -> tuple[type, ...]:
-    """The dataclasses that a type allows, where it allows nothing else but None."""
+    """The dataclasses, or Protocols of such, that a type allows, where it allows nothing else but None."""
     kinds = [k for k in (get_args(hint) if _is_union(hint) else (hint,)) if k is not NoneType]
-    return tuple(kinds) if all(isinstance(k, type) and dataclasses.is_dataclass(k) for k in kinds) else ()
+    config = lambda k: isinstance(k, type) and (dataclasses.is_dataclass(k) or Protocol in k.__bases__)
+    return tuple(kinds) if all(map(config, kinds)) else ()
 
 
 def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:

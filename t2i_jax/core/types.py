@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
@@ -419,6 +420,66 @@ def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
 
 def _named(text: Tokenizer | None) -> str:
     return "no text" if text is None else f"text: a {type(text).__name__}"
+
+
+# -- conditions
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionSpec:
+    """What a condition offers besides tokens."""
+
+    has_null: bool = True
+    """the unconditional tokens need nothing of a batch; else it brings `null_features`"""
+    has_padding: bool = False
+    """some tokens may be padding, which nothing looks at"""
+    gives_ids: bool = False
+    """tokens are ids (b, s) of the image's own vocabulary, which the network embeds itself"""
+    gives_summary: bool = False
+    """`SummarizedTokens`: a vector stands for all tokens"""
+    classes: int | None = None
+    """number of classes, of which `label` is one; 0 where there is no condition; None for what is no class"""
+
+
+class ConditionTokens(Protocol):
+    """The module of a condition."""
+
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Tokens (b, s, d) of the dtype, and a mask (b, s) of those that a network may look at.
+
+        drop: bool (b,) marks rows that get the unconditional tokens instead of their own.
+        """
+        ...
+
+
+class SummarizedTokens(ConditionTokens, Protocol):
+    """The module of a condition with a vector for the whole."""
+
+    def whole(self, batch: Batch, drop: Array) -> Array:
+        """(b, d)."""
+        ...
+
+
+class Condition(Protocol):
+    """The config of what an image is made for, as tokens of a network."""
+
+    @property
+    def spec(self) -> ConditionSpec: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+    def batch_spec(self) -> BatchSpec:
+        """What it reads of a batch."""
+        ...
+
+    def token_width(self, width: int) -> int:
+        """Numbers of a token, for a network of a width."""
+        ...
+
+    def init(self, key: Array, width: int) -> ConditionTokens: ...
 
 
 # -- noise

@@ -21,9 +21,9 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
+from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
 from t2i_jax.nn.decode import layers_for_decoding
 from t2i_jax.nn.draw import Sampling, guidance_at
 from t2i_jax.nn.heads import Head, ImageKeys, Softmax, sample_spec
@@ -76,8 +76,7 @@ class AnyOrder(Checked):
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
         _ = self.sample_spec()  # which refuses a patch that no token can be made of
-        if isinstance(self.condition, Given):
-            raise ValueError("condition Given has no vectors of its own; take Classes, Captions or Features")
+        check_vectors(self.condition, self.width)
 
     @property
     def length(self) -> int:
@@ -195,7 +194,7 @@ class AnyOrder(Checked):
         y = jnp.concatenate([prefix, self._enter(model, x, places)[:, :-1]], 1)
         y = shard(self._aim(model, y, places), "batch", "length", None)
         real = jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True)
-        mask = Causal(real, valid.shape[1]) if may_pad(self.condition) else Causal()
+        mask = Causal(real, valid.shape[1]) if self.condition.spec.has_padding else Causal()
         y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 
@@ -252,7 +251,7 @@ class Network(nnx.Module):
 
     def __init__(self, config: AnyOrder, key: Array):
         keys = jax.random.split(key, 6)
-        self.condition: Any = config.condition.init(keys[0], config.width)
+        self.condition = config.condition.init(keys[0], config.width)
         self.entrance = config.head.entrance(keys[1], config.width)
         self.position = param(normal(keys[2], (config.length, config.width)), None, "embed")
         self.target = param(normal(keys[3], (config.length, config.width)), None, "embed")

@@ -19,10 +19,10 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, Condition, Encoded, Given, GivenIds, dropped_rows, may_pad
+from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
 from t2i_jax.nn.decode import FewRows, layers_for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.kernels import Kind
@@ -72,7 +72,7 @@ class AR(Checked):
     """Add learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition | Given | Encoded = Classes(1000)
+    condition: Condition = Classes(1000)
     """What comes before the image: classes, captions or features; ids of its own vocabulary (`Given`); or vectors of
     this model's width as they are (`Encoded`)."""
     reads: Literal["prefix", "memory"] = "prefix"
@@ -118,11 +118,10 @@ class AR(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.condition, Encoded):
-            if self.condition.dim != self.width:
-                raise ValueError(f"condition: vectors of {self.condition.dim} numbers; width={self.width} is needed")
-            if self.condition_dropout and not self.condition.has_null:
-                raise ValueError("condition_dropout > 0 needs unconditional vectors: trained_null or kept_null")
+        if self.reads == "memory" or not self.condition.spec.gives_ids:
+            check_vectors(self.condition, self.width)
+        if self.condition_dropout and not self.condition.spec.has_null:
+            raise ValueError("condition_dropout > 0 needs unconditional vectors: trained_null or kept_null")
         places = self.places + self.length - 1
         if self.positions == "learned" and 0 < self.position_rows < places:
             raise ValueError(
@@ -197,7 +196,7 @@ class AR(Checked):
     def condition_spec(self) -> BatchSpec:
         """What `sample` reads; given tokens are codes."""
         spec, last = self.condition.batch_spec(), self.vocabulary - 1
-        if not isinstance(self.condition, Given):
+        if not self.condition.spec.gives_ids:
             return spec
         return {name: dataclasses.replace(field, high=last) for name, field in spec.items()}
 
@@ -289,10 +288,9 @@ class AR(Checked):
 
     def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
         """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
-        if isinstance(model.condition, GivenIds):  # which are read as the image's own are
-            given = model.condition(batch, dropped)
-            return self._embed(model.tokens, given), jnp.ones(given.shape, bool), {}
         tokens, valid = model.condition(batch, dropped, self.dtype)
+        if self.condition.spec.gives_ids:  # which are read as the image's own are
+            return self._embed(model.tokens, tokens), valid, {}
         if model.start is None:
             return tokens, valid, {}
         start = jnp.broadcast_to(model.start[...].astype(self.dtype), (len(tokens), 1, self.width))
@@ -319,7 +317,7 @@ class AR(Checked):
 
     def _causal(self, valid: Array, s: int) -> Causal:
         """That mask in words, behind s tokens of the condition."""
-        padded = self.reads == "prefix" and may_pad(self.condition)
+        padded = self.reads == "prefix" and self.condition.spec.has_padding
         return Causal(valid if padded else None, s, self.unmasked)
 
     # -- sampling

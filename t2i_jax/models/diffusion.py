@@ -23,10 +23,18 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share, values
 from t2i_jax.core.options import Options
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Predicts, Spacing, single_objective
-from t2i_jax.nn.condition import Classes, Condition, Encoded, Paired, dropped_rows
+from t2i_jax.core.types import (
+    Capabilities,
+    Compute,
+    Condition,
+    LossOutput,
+    Objective,
+    Predicts,
+    Spacing,
+    single_objective,
+)
+from t2i_jax.nn.condition import Classes, dropped_rows
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import guidance, solvers
 from t2i_jax.noise.gaussian import (
@@ -169,7 +177,7 @@ class Diffusion(Checked):
             )
 
     @property
-    def condition(self) -> Condition | PaddedCaptions | Encoded | Paired:
+    def condition(self) -> Condition:
         """What a picture is made for."""
         return self.network.condition or Classes(0)
 
@@ -369,7 +377,7 @@ class Diffusion(Checked):
         progress: called after each step with its number, how many there are, and the pictures so far; static.
         """
         guided = (self.condition_dropout > 0 or weak is not None) if guided is None else guided
-        untold = not getattr(self.condition, "has_null", True) and "null_features" not in condition
+        untold = not self.condition.spec.has_null and "null_features" not in condition
         if guided and weak is None and untold:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = options or self.options()

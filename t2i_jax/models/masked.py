@@ -24,9 +24,9 @@ from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.condition import Classes, Condition, Given, dropped_rows, may_pad
+from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
 from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, sample_spec
 from t2i_jax.nn.kernels import Kind
@@ -110,8 +110,7 @@ class Masked(Checked):
                 f"a {type(self.head).__name__} gives none"
             )
         _ = self.sample_spec()  # which refuses a patch that no token can be made of
-        if isinstance(self.condition, Given):
-            raise ValueError("condition Given belongs to causal models; take Classes, Captions or Features")
+        check_vectors(self.condition, self.width)
         if not (self.depth or self.decoder_depth):
             raise ValueError(
                 "depth 0 is a model without encoder, and decoder_depth 0 is as deep as it: set one of them"
@@ -294,7 +293,7 @@ class Masked(Checked):
     def decode(self, model: Network, valid: Array, y: Array, key: Array | None = None) -> Array:
         """z of every position: (b, s + L, d') -> (b, L, d')."""
         real = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)
-        mask = Padding(real) if may_pad(self.condition) else None
+        mask = Padding(real) if self.condition.spec.has_padding else None
         y = y + model.decoder_position[...].astype(y.dtype)
         y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
         return model.decoder_norm(y)[:, self.slots :] + model.head_position[...].astype(y.dtype)
@@ -361,7 +360,7 @@ class Network(nnx.Module):
     def __init__(self, config: Masked, key: Array):
         keys = jax.random.split(key, 10)
         d, f, total = config.width, config.decoder.width, config.slots + config.length
-        self.condition: Any = config.condition.init(keys[0], d)
+        self.condition = config.condition.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
         self.encoder_position = param(normal(keys[2], (total, d)), None, "embed")
         self.entrance_norm = LayerNorm(d, config.eps)

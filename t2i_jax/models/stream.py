@@ -21,10 +21,10 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
-from t2i_jax.nn.condition import Batch, dropped_rows, ids, same_length, text_spec
+from t2i_jax.nn.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.decode import FewRows, layers_for_decoding
 from t2i_jax.nn.draw import Sampling
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
-from t2i_jax.nn.condition import Captions, Classes, Encoded, dropped_rows, ids
+from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate
 from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
@@ -54,7 +54,7 @@ class VQDiffusion(Checked):
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     conv_mlp: bool = False
     """3x3 convolutions over the grid in place of the MLP's matrices."""
-    condition: Captions | Encoded | Classes = Classes(1000)
+    condition: Condition = Classes(1000)
     """Captions and features are read by cross-attention; classes by the norm before the MLP; `Classes(0)` is none."""
     mean_null: bool = False
     """The unconditional class is the mean of all, in place of a row of its own: for models that never learned one."""
@@ -89,6 +89,7 @@ class VQDiffusion(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        check_vectors(self.condition)
         if self.objective == "continuous" and self.chain.kind != "mask":
             raise ValueError(f"objective 'continuous' is that of Chain(kind='mask'), not of {self.chain.kind!r}")
 
@@ -105,8 +106,13 @@ class VQDiffusion(Checked):
     @property
     def rows(self) -> int:
         """Rows of the table of classes."""
-        count = self.condition.count if isinstance(self.condition, Classes) else 0
+        count = self.condition.spec.classes or 0
         return count + (not self.mean_null) if count else 0
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether blocks look at tokens of the condition; of a class their norms are told."""
+        return self.condition.spec.classes is None
 
     @property
     def block(self) -> Told:
@@ -123,7 +129,7 @@ class VQDiffusion(Checked):
             ),
             1 if self.times == "none" else self.chain.steps,
             waves=self.times == "waves",
-            memory={Captions: self.width, Encoded: getattr(self.condition, "dim", 0)}.get(type(self.condition), 0),
+            memory=self.condition.token_width(self.width) if self.by_tokens else 0,
             classes=self.rows,
             class_norm=self.class_norm,
             grid=self.grid if self.conv_mlp else None,
@@ -175,20 +181,19 @@ class VQDiffusion(Checked):
 
     # -- the network
 
-    def tell(self, model: Network, batch: dict[str, Array], dropped: Array) -> Condition:
+    def tell(self, model: Network, batch: dict[str, Array], dropped: Array) -> Conditioning:
         """What the blocks are told of each row; `dropped` bool (b,) marks unconditional ones."""
-        if isinstance(self.condition, Classes):
-            count = self.condition.count
+        if (count := self.condition.spec.classes) is not None:
             label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
-            return Condition(None, None, label)
+            return Conditioning(None, None, label)
         memory, mask = model.condition(batch, dropped, self.dtype)
-        return Condition(memory, mask[:, None, None], None)
+        return Conditioning(memory, mask[:, None, None], None)
 
-    def logits(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+    def logits(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
         """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
         return model.logits(self.features(model, x_t, t, told, key))
 
-    def features(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+    def features(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
         """What the logits are made of (b, l, d)."""
         rows, columns = model.rows[...], model.columns[...]
         places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
@@ -196,7 +201,7 @@ class VQDiffusion(Checked):
         t = jnp.zeros_like(t) if self.times == "none" else t
         return apply_told(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
 
-    def log_x0(self, model: Network, x_t: Array, t: Array, told: Condition, key: Array | None = None) -> Array:
+    def log_x0(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
         return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, told, key)))
 
@@ -233,7 +238,7 @@ class VQDiffusion(Checked):
     def bound(
         self,
         model: Network,
-        told: Condition,
+        told: Conditioning,
         x0: Array,
         x_t: Array,
         t: Array,
@@ -260,7 +265,7 @@ class VQDiffusion(Checked):
     def continuous(
         self,
         model: Network,
-        told: Condition,
+        told: Conditioning,
         x0: Array,
         key: Array,
         drop: Array | None = None,
@@ -338,7 +343,7 @@ class VQDiffusion(Checked):
             and the codes x_s (b, h, w), MASK being K; static.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
-        untold = not getattr(self.condition, "has_null", True)
+        untold = not self.condition.spec.has_null
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
         shape = (keys.shape[0], *self.grid)
@@ -348,7 +353,7 @@ class VQDiffusion(Checked):
         return _sample(self, model, condition, keys, options, known, keep, guided, progress)
 
 
-class Condition(NamedTuple):
+class Conditioning(NamedTuple):
     """What the blocks are told: vectors (b, s, k) and where of them to look (b, 1, 1, s); classes (b,)."""
 
     memory: Array | None
@@ -370,8 +375,7 @@ class Network(nnx.Module):
 
     def __init__(self, config: VQDiffusion, key: Array):
         keys = jax.random.split(key, 6)
-        told = not isinstance(config.condition, Classes)
-        self.condition: Any = config.condition.init(keys[0], config.width) if told else None
+        self.condition = config.condition.init(keys[0], config.width) if config.by_tokens else None
         self.tokens = Embedding(config.chain.codes + 1, config.width, keys[1])
         rows, columns = config.position_grid or config.grid
         self.rows = param(normal(keys[2], (rows, config.width)), None, "embed")

@@ -1,17 +1,14 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-A config (`Classes`, `Captions`, `Features`, `Vector`, ...) has `length`, the number of tokens; `batch_spec()`, what it
-reads of a batch; and `init(key, width)`. The module it makes maps (batch, drop, dtype) to tokens (b, s, d) of that
-dtype and a mask (b, s) of those that a network may look at. `drop` (b,) marks rows that get the learned unconditional
-tokens instead of their own. `Given` tokens are ids of the image's own vocabulary, which the network embeds itself.
+Each config (`Classes`, `Captions`, `Features`, `Vector`, ...) is a `core.types.Condition`, and the module that it makes
+maps (batch, drop, dtype) to tokens and a mask. `Given` tokens are ids of the image's own vocabulary, which the network
+embeds itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +16,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
+from t2i_jax.core.types import Batch, Condition, ConditionSpec
 from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
-
-Batch = Mapping[str, Array]
 
 
 def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
@@ -54,9 +51,16 @@ class Classes(Checked):
 
     length = 1
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(classes=self.count)
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return {"label": FieldSpec((), "int32", 0, self.count - 1)} if self.count else {}
+
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> ClassTokens:
         return ClassTokens(self, key, width)
@@ -68,7 +72,7 @@ class ClassTokens(nnx.Module):
     def __init__(self, config: Classes, key: Array, width: int):
         self.config, self.table = config, Embedding(config.count + config.null, width, key)
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         count = self.config.count
         label = ids(batch, "label", count) if count else jnp.zeros(drop.shape, jnp.int32)
         tokens = self.table(jnp.where(drop, count, label) if self.config.null else label)[:, None]
@@ -86,9 +90,16 @@ class Captions(Checked):
     depth: Layers = 4
     heads: Size = 4
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec()
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
+
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> CaptionTokens:
         return CaptionTokens(self, key, width)
@@ -111,7 +122,7 @@ class CaptionTokens(nnx.Module):
         self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
         self.padding = param(normal(keys[4], (config.length, width)), None, "embed")
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
         same_length("text", text.shape[1], self.config.length)
         mask = mask & ~drop[:, None]
@@ -138,9 +149,16 @@ class Features(Checked):
     bias: bool = False
     """of the projection"""
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(has_padding=True)
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return features_spec(self.length, self.dim)
+
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> FeatureTokens:
         return FeatureTokens(self, key, width)
@@ -161,7 +179,7 @@ class FeatureTokens(nnx.Module):
         self.into = Linear(config.dim, width, keys[1], bias=config.bias, axes=(None, "mlp"))
         self.out = Linear(width, width, keys[2], bias=config.bias, axes=("mlp", "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
         mask = jnp.asarray(batch.get("text_mask", jnp.ones(x.shape[:2], bool)))
@@ -188,9 +206,16 @@ class Vector(Checked):
 
     length = 1
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec()
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return features_spec(1, self.dim)
+
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> VectorToken:
         return VectorToken(self, key, width)
@@ -203,7 +228,7 @@ class VectorToken(nnx.Module):
         self.config = config
         self.out = Linear(config.dim, width, key, axes=(None, "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features").astype(jnp.float32)
         x = x if x.ndim == 3 else x[:, None]
         same_length("features", x.shape[1], 1)
@@ -229,10 +254,15 @@ class Encoded(Checked):
     kept_null: bool = False
     """hold the features of an empty caption in the model, which nothing trains: those of a loaded checkpoint"""
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(has_null=self.trained_null or self.kept_null)
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch; unconditional features only where the model has none, and of a mask whether it
         marks any text."""
-        null = {} if self.has_null else {"null_features": FieldSpec((self.length, self.dim), "float32", optional=True)}
+        features = FieldSpec((self.length, self.dim), "float32", optional=True)
+        null = {} if self.spec.has_null else {"null_features": features}
         mask = FieldSpec((None,), "bool", optional=True)
         return {**features_spec(self.length, self.dim), "text_mask": mask, **null}
 
@@ -241,10 +271,8 @@ class Encoded(Checked):
         if self.trained_null and self.kept_null:
             raise ValueError("trained_null and kept_null: unconditional features are trained or kept, not both")
 
-    @property
-    def has_null(self) -> bool:
-        """Whether the model knows the unconditional features, so that no batch has to bring them."""
-        return self.trained_null or self.kept_null
+    def token_width(self, width: int) -> int:
+        return self.dim
 
     def init(self, key: Array, width: int) -> EncodedTokens:
         return EncodedTokens(self, key)
@@ -262,7 +290,7 @@ class EncodedTokens(nnx.Module):
         kept = Carried(values, axes=(None, None)) if config.kept_null else None
         self.null = param(values, None, None) if config.trained_null else kept
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
         empty = drop if "text_mask" not in batch else drop | ~value(batch, "text_mask").any(1)
@@ -286,6 +314,10 @@ class Paired(Checked):
     summary: Size = 2048
     """numbers of the first vector that say something"""
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(has_null=self.encoded.spec.has_null, gives_summary=True)
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return self.encoded.batch_spec()
@@ -294,10 +326,8 @@ class Paired(Checked):
     def length(self) -> int:
         return self.encoded.length - 1
 
-    @property
-    def has_null(self) -> bool:
-        """Whether the model knows the unconditional features."""
-        return self.encoded.has_null
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> PairedTokens:
         return PairedTokens(self, key, width)
@@ -313,7 +343,7 @@ class PairedTokens(nnx.Module):
         self.into = Linear(config.summary, width, keys[2], axes=(None, "mlp"))
         self.out = Linear(width, width, keys[3], axes=("mlp", "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         x, mask = self.encoded(batch, drop, dtype)
         return self.tokens(x[:, 1:]), mask[:, 1:]
 
@@ -329,18 +359,26 @@ class Given(Checked):
 
     length: Size = 1
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(gives_ids=True)
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch; the model that embeds these ids knows how many there are."""
         prefix = FieldSpec((self.length,), "int32", 0, optional=self.length == 1)
         label = FieldSpec((), "int32", 0, optional=True)
         return {"prefix": prefix, "label": label} if self.length == 1 else {"prefix": prefix}
 
+    def token_width(self, width: int) -> int:
+        return width
+
     def init(self, key: Array, width: int) -> GivenIds:
         return GivenIds(self)
 
 
 class GivenIds(nnx.Module):
-    """`prefix` int (b, s), or `label` int (b,) where there is one token -> ids (b, s) that the network embeds itself.
+    """`prefix` int (b, s), or `label` int (b,) where there is one token -> ids (b, s) that the network embeds itself,
+    all visible.
 
     Dropped rows get id 0, the start token.
     """
@@ -348,14 +386,20 @@ class GivenIds(nnx.Module):
     def __init__(self, config: Given):
         self.config = config
 
-    def __call__(self, batch: Batch, drop: Array) -> Array:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.int32) -> tuple[Array, Array]:
         alone = self.config.length == 1 and "prefix" not in batch
         given = value(batch, "label")[:, None] if alone else value(batch, "prefix")
         same_length("prefix", given.shape[1], self.config.length)
-        return jnp.where(drop[:, None], 0, given)
+        return jnp.where(drop[:, None], 0, given), jnp.ones(given.shape, bool)
 
 
-Condition = Classes | Captions | Features | Vector
+def check_vectors(condition: Condition, width: int = 0) -> None:
+    """Errors: `ConfigError` where a condition gives no vectors, or none of the width that a model takes; 0 is any."""
+    if condition.spec.gives_ids:
+        name = type(condition).__name__
+        raise ConfigError(f"condition {name} has no vectors of its own; take Classes, Captions or Features")
+    if width and (given := condition.token_width(width)) != width:
+        raise ConfigError(f"condition: vectors of {given} numbers; width={width} is needed")
 
 
 def dropped_rows(key: Array, share: float, b: int, train: bool) -> Array:
@@ -383,8 +427,3 @@ def ids(batch: Batch, name: str, count: int) -> Array:
 def same_length(name: str, found: int, length: int) -> None:
     if found != length:
         raise ConfigError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")
-
-
-def may_pad(condition: Any) -> bool:
-    """Whether some of the condition's tokens may be padding, which nothing looks at."""
-    return not isinstance(condition, (Classes, Vector, Given, Encoded))

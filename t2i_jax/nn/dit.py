@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
-from t2i_jax.core.types import Compute
+from t2i_jax.core.types import Batch, Compute, Condition, SummarizedTokens
 from t2i_jax.nn.attention import Padding, attend
-from t2i_jax.nn.condition import Batch, Classes, Condition, Paired, PairedTokens
+from t2i_jax.nn.condition import Classes, check_vectors
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Carried, LayerNorm, Linear, normal, param
@@ -49,7 +49,7 @@ class DiT(Checked):
     waves: Annotated[int, Range(low=2)] = 256
     """Sines and cosines of the time."""
     eps: Positive = 1e-6
-    condition: Condition | Paired = Classes(1000)
+    condition: Condition = Classes(1000)
     text: Literal["modulate", "context", "cross", "joint"] = "modulate"
     """What stands for the whole condition modulates every block; and its tokens are read as further tokens of the
     sequence, by cross-attention, or in a stream of their own."""
@@ -74,6 +74,7 @@ class DiT(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        check_vectors(self.condition, self.width)
         if any(side % self.patch for side in self.size):
             raise ValueError(f"size {self.size} cannot be cut into patches of {self.patch}")
         if self.text == "modulate" and not self.whole:
@@ -266,8 +267,8 @@ class DiTNetwork(nnx.Module):
         tokens, mask = self.condition(batch, drop, self.config.dtype)
         if not self.config.whole:
             return Context(jnp.zeros((len(drop), self.config.width)), tokens, mask)
-        if isinstance(self.condition, PairedTokens):
-            return Context(self.condition.whole(batch, drop), tokens, mask)
+        if self.config.condition.spec.gives_summary:
+            return Context(cast(SummarizedTokens, self.condition).whole(batch, drop), tokens, mask)
         return Context(pooled(tokens, mask), tokens, mask)
 
     def tokens(self, x: Array) -> Array:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from t2i_jax.core.fields import Checked, Layers, Size
 from t2i_jax.core.specs import BatchSpec
-from t2i_jax.nn.condition import Batch, ids, same_length, text_spec, value
+from t2i_jax.core.types import Batch, ConditionSpec
+from t2i_jax.nn.condition import ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
@@ -30,9 +31,16 @@ class PaddedCaptions(Checked):
     """Slots without text hold learned vectors; else whatever ids stand there."""
     final_norm: bool = True
 
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec()
+
     def batch_spec(self) -> BatchSpec:
         """What it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
+
+    def token_width(self, width: int) -> int:
+        return width
 
     def init(self, key: Array, width: int) -> PaddedTokens:
         if width != self.width:
@@ -53,7 +61,7 @@ class PaddedTokens(nnx.Module):
         self.norm = LayerNorm(config.width) if config.final_norm else None
         self.padding = param(normal(keys[3], (config.length, config.width)), None, "embed") if config.padding else None
 
-    def __call__(self, batch: Batch, drop: Array, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
         text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
         same_length("text", text.shape[1], self.config.length)
         mask = mask & ~drop[:, None]

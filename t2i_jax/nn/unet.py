@@ -15,14 +15,13 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
-from t2i_jax.core.types import Compute
+from t2i_jax.core.types import Batch, Compute, Condition
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import Batch, Classes, Condition, Encoded, value
+from t2i_jax.nn.condition import Classes, check_vectors, value
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.dit import Context, pooled
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding
-from t2i_jax.nn.padded import PaddedCaptions
 from t2i_jax.nn.transformer import REMAT, Layer, apply_stack, drop, stack
 from t2i_jax.parallel import shard
 
@@ -56,7 +55,7 @@ class UNet(Checked):
     resample: Literal["block", "conv", "mean"] = "block"
     """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
     dropout: Rate = 0.0
-    condition: Condition | PaddedCaptions | Encoded | None = Classes(1000)
+    condition: Condition | None = Classes(1000)
     context: Count = 0
     """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
     pool: Literal["mean", "last", "none"] = "mean"
@@ -74,10 +73,10 @@ class UNet(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.condition, Encoded) and self.condition.dim != self.context:
-            raise ValueError(
-                f"context {self.context}: the condition's features are read as they are, {self.condition.dim}"
-            )
+        if self.condition is not None:
+            check_vectors(self.condition)
+            if (given := self.condition.token_width(self.context)) != self.context:
+                raise ValueError(f"context {self.context}: the condition's features are read as they are, {given}")
         if self.transformers and not self.context:
             raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
         if self.pool == "none" and not self.context:
