@@ -28,11 +28,13 @@ from t2i_jax.core.types import (
     as_classifier,
     as_family,
     autoguided,
+    check_codes,
     classifier_guided,
     gives_features,
     image_to_image,
     inpainting,
     int8_sampling,
+    measures_scale,
     super_resolution,
     text_encoder,
 )
@@ -41,8 +43,16 @@ from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import check_vocabulary, limited, unread
-from t2i_jax.training.artifacts import Artifact, check_new, copy_artifact, load_artifact, on_host, save_artifact
-from t2i_jax.training.experiment import with_features
+from t2i_jax.training.artifacts import (
+    Artifact,
+    check_new,
+    copy_artifact,
+    load_artifact,
+    load_codec,
+    on_host,
+    save_artifact,
+)
+from t2i_jax.training.experiment import Experiment, with_features
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +167,9 @@ class Pipeline:
         artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else narrow)
         with refused(str(folder)):
             family = int8_sampling(artifact.config) if int8 else as_family(artifact.config)
-        codec = load_artifact(artifact.codec, mesh=devices) if artifact.codec else None
+        codec = load_codec(artifact.codec, mesh=devices) if artifact.codec else None
+        if codec:
+            check_codes(family, codec.config, artifact.codec)
         if int8:  # the floats are not kept
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         pipeline = cls(family, artifact.model, codec, artifact.text, mesh, artifact)
@@ -273,7 +285,7 @@ class Pipeline:
         """
         family = inpainting(self.family) if mask is not None else image_to_image(inpainting(self.family))
         self.check_codec()
-        spec, factor = family.sample_spec(), self.codec.config.factor if self.codec else 1
+        spec, factor = family.sample_spec(), self.codec.config.spec.factor if self.codec else 1
         size = tuple(n * factor for n in spec.grid)
         drawn = np.ones(size, bool) if mask is None else mask
         for what, given, wanted in (("image", picture.shape, (*size, 3)), ("mask", drawn.shape, size)):
@@ -487,7 +499,7 @@ def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
 def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
     """The codec of a run with the scale and shift that `count` of its pictures ask for."""
     experiment = config.load(run)
-    if not hasattr(artifact.config, "measure") or not hasattr(experiment, "data"):
+    if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
         raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
     examples = experiment.data.examples("train")
     found = [record["image"] for record in examples.spaced(count) if "image" in record]
@@ -495,5 +507,6 @@ def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 
         raise ConfigError(f"{run}: a scale is measured on images, and the data has none that can be read")
     whole = len(found) - len(found) % batch if len(found) > batch else len(found)
     images = (np.stack(found[at : at + batch]) for at in range(0, whole, batch))
-    scale, shift = artifact.config.measure(artifact.model, (x.astype(np.float32) / 127.5 - 1 for x in images))
+    signed = (x.astype(np.float32) / 127.5 - 1 for x in images)
+    scale, shift = measures_scale(artifact.config).measure(artifact.model, signed)
     return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=scale, shift=shift))

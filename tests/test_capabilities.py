@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from families import FAMILIES, batch_for
+from families import CODECS, FAMILIES, batch_for
 from PIL import Image
 
 from t2i_jax import plan as plans
@@ -33,14 +33,16 @@ NARROW = {
     "classifier_guidance": types.classifier_guided,
     "autoguidance": types.autoguided,
     "int8": types.int8_sampling,
+    "frozen_networks": types.uses_frozen_networks,
+    "measures_scale": types.measures_scale,
 }
 ALL = FAMILIES | {"histogram": toys.Histogram()}
 DRAW = [name for name, config in ALL.items() if config.capabilities.family]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ALL | CODECS)
 def test_types_are_narrowed_by_what_is_declared(name):
-    config = ALL[name]
+    config = (ALL | CODECS)[name]
     for flag, narrow in NARROW.items():
         if dataclasses.asdict(config.capabilities)[flag]:
             assert narrow(config) is config

@@ -10,9 +10,11 @@ import pytest
 from curves import FILE, curve
 from families import CODECS, FAMILIES, batch_for
 
+from t2i_jax.core import types
 from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.specs import FieldSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
+from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
@@ -143,6 +145,37 @@ def test_any_width_of_integers_and_floats_is_taken():
     assert "multiples of 2" in vectors.fault(np.zeros((3, 3)))
     assert "one number" in FieldSpec((), "int32").fault(np.zeros(2, int))
     assert "holds 301" in ids.fault(np.asarray([0, 301]))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_does_what_it_declares(name):
+    config, images = CODECS[name], jax.ShapeDtypeStruct((2, 8, 12, 3), np.float32)
+    model, grid = abstract(config), (8 // config.spec.factor, 12 // config.spec.factor)
+    codes = jax.eval_shape(config.encode, model, images)
+    check_batch({"codes": config.spec.code.field(grid)}, {"codes": codes})
+    made = jax.eval_shape(config.decode, model, codes)
+    assert (made.shape, made.dtype) == (images.shape, images.dtype)
+    assert jax.eval_shape(config.to_store, model, images).keys() <= {"codes", "latents"}
+    half = config.with_compute(dataclasses.replace(config.compute, dtype="bfloat16"))
+    assert half.compute.dtype == "bfloat16" and half.spec == config.spec
+
+
+def test_a_perceptual_loss_is_declared():
+    for name in ("vqgan", "kl"):
+        assert not CODECS[name].capabilities.frozen_networks
+        assert dataclasses.replace(CODECS[name], perceptual=1.0).capabilities.frozen_networks
+
+
+def test_the_scale_of_codes_is_measured():
+    config = types.measures_scale(CODECS["kl"])
+    scale, shift = config.measure(config.init(jax.random.key(0)), [np.zeros((2, 8, 8, 3), np.float32)])
+    assert np.isfinite(scale) and np.isfinite(shift) and scale > 0
+
+
+def test_what_declares_nothing_is_no_model():
+    for value in (AR, Classes(3), None, 3):
+        with pytest.raises(ConfigError, match=r"Experiment.model.*a family or a codec"):
+            Experiment(value, Data(ArrayRecord("nowhere")))  # pyright: ignore[reportArgumentType]
 
 
 def models_that_draw(of):

@@ -11,6 +11,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
 from t2i_jax.convert.folders import picture_side
+from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
@@ -23,6 +24,7 @@ from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.training.experiment import Experiment, frozen_parts
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4}
 PLAIN = {"adversarial": 0.0, "perceptual": 0.0}
@@ -81,6 +83,8 @@ def test_the_side_is_that_of_what_is_drawn_and_other_codecs_are_refused(folders,
         else:
             with pytest.raises(ConfigError, match="this is not its codec"):
                 picture_side(family, str(folders / codec))
+            with pytest.raises(ConfigError, match="this is not its codec"):
+                frozen_parts(Experiment(family, Data(ArrayRecord("nowhere")), codec=str(folders / codec)))
     assert picture_side(family, "") == 0
 
 

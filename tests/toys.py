@@ -9,7 +9,7 @@ import optax
 from einops import reduce, repeat
 from flax import nnx
 
-from t2i_jax.core.specs import CodeSpec, FieldSpec, SampleSpec
+from t2i_jax.core.specs import CodecSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.draw import choose
 from t2i_jax.nn.layers import Carried, Embedding, Linear
@@ -191,8 +191,11 @@ class Squares(Plain):
 
     vocabulary: int = 8
     factor: int = 4
-
     capabilities = Capabilities(codec=True)
+
+    @property
+    def spec(self):
+        return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def init(self, key):
         return {}
@@ -215,8 +218,8 @@ class Squares(Plain):
 class Pixels(Plain):
     """A codec whose codes are the pixels themselves."""
 
-    factor = 1
     capabilities = Capabilities(codec=True)
+    spec = CodecSpec(1, CodeSpec("float32", (3,)))
 
     def encode(self, model, images, key=None):
         return images

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import tyro
 
 from t2i_jax import config, flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
-from t2i_jax.config import ConfigError, refused
+from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.types import Codec, as_codec
 
 
-def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
+def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
     """Pictures of `size` a second through `codec.encode` and `codec.decode`, random weights; limits in turns.
 
     Returns a result for each way: images/s, seconds, FLOPs of a picture, FLOP/s, and `of_limit`, their share of those
@@ -33,14 +33,14 @@ def bench_codec(codec: Any, size: int, batch: int, repeats: int = 5, eager: bool
     work = {"encode": flops.count(codec.encode, model, images), "decode": flops.count(codec.decode, model, codes)}
     measures: dict[str, Measure] = {name: lambda run=run: seconds(run) for name, run in runs.items()}
     if eager:
-        from t2i_jax.bench.eager.codec import Codec
+        from t2i_jax.bench.eager.codec import Codec as EagerCodec
 
         with refused("--eager"):
-            theirs = Codec(codec, model)
+            theirs = EagerCodec(codec, model)
         for name, run in {"encode": lambda: theirs.encode(images), "decode": lambda: theirs.decode(codes)}.items():
             measures[f"{name}, eager"] = lambda run=run: seconds(run)
             run()  # its memory is at hand too
-    dtype = getattr(codec, "dtype", "float32")
+    dtype = codec.compute.dtype or "float32"
     found, spread = in_turns({**measures, **limits(dtype)}, repeats)
     rates = {name: found[name] for name in ("flops", "read", "copy")}
     return [
@@ -95,9 +95,8 @@ def main(arguments: list[str]) -> None:
     """`t2i bench codec CONFIG ...`"""
     args, rest = asked(CodecBench, arguments, "t2i bench codec", some=True)
     experiment = config.load(args.config, rest)
-    codec = experiment.model
-    if not (hasattr(codec, "encode") and hasattr(codec, "decode")):
-        raise ConfigError(f"{args.config}: it trains a {type(codec).__name__}, which is no codec; take the codec's own")
+    with refused(f"{args.config}, the model"):
+        codec = as_codec(experiment.model)
     results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats, args.eager)
     title = f"{args.config}: {type(codec).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     size = experiment.data.image_size

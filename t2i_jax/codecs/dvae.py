@@ -21,7 +21,7 @@ from jax import Array
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
-from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 from t2i_jax.parallel import shard
@@ -106,6 +106,12 @@ class DVAE(Checked):
     def outputs(self) -> int:
         """Channels that the decoder gives."""
         return 6 if self.pixels == "laplace" else 3
+
+    @property
+    def spec(self) -> CodecSpec:
+        """What it makes of images."""
+        code = CodeSpec("int32", sizes=(self.codes,))
+        return CodecSpec(self.factor, code, encodes=self.half != "decoder", decodes=self.half != "encoder")
 
     def init(self, key: Array) -> Model:
         return Model(self, key)

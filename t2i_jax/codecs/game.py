@@ -6,6 +6,7 @@ it alike; they differ in what stands between encoder and decoder.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Annotated, Any, Literal, Self
 
@@ -34,7 +35,7 @@ class Model(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Game(Checked):
+class Game(Checked, abc.ABC):
     """How an autoencoder is trained; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
@@ -60,14 +61,14 @@ class Game(Checked):
     """what convolutions compute in; latents and losses are fp32, with float64 (to check gradients by) float64"""
 
     @property
+    @abc.abstractmethod
     def factor(self) -> int:
-        """Pixels per code along a side; every codec has its own."""
-        raise TypeError(f"{type(self).__name__} does not say how many pixels a code has")
+        """Pixels per code along a side."""
 
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(codec=True)
+        return Capabilities(codec=True, frozen_networks=self.perceptual > 0)
 
     @property
     def compute(self) -> Compute:
@@ -82,20 +83,18 @@ class Game(Checked):
         """What a batch has to hold: images of any size that the codec divides."""
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
+    @abc.abstractmethod
     def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
-        """The images that the autoencoder makes of images in a training step; every codec has its own."""
-        raise TypeError(f"{type(self).__name__} does not say what it paints")
+        """The images that the autoencoder makes of images in a training step."""
 
+    @abc.abstractmethod
     def generator_loss(
         self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """What the autoencoder lowers; every codec has its own."""
-        raise TypeError(f"{type(self).__name__} does not say what its autoencoder lowers")
+        """What the autoencoder lowers."""
 
-    def frozen(self) -> Trunk | None:
+    def frozen(self) -> Trunk:
         """What the losses read as `batch["frozen"]` and nothing trains: the perceptual network."""
-        if not self.perceptual:
-            return None
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
     def objectives(self) -> dict[str, Objective]:

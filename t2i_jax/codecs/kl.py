@@ -19,7 +19,8 @@ from jax import Array
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
-from t2i_jax.core.types import LossOutput
+from t2i_jax.core.specs import CodecSpec, CodeSpec
+from t2i_jax.core.types import Capabilities, LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32
 from t2i_jax.parallel import shard
 
@@ -74,6 +75,11 @@ class KL(Game):
             raise ValueError(f"channels {self.channels} without convolutions: they are autoencoder.latent, or 0")
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What it offers besides being trained."""
+        return dataclasses.replace(super().capabilities, measures_scale=True)
+
+    @property
     def dim(self) -> int:
         """Numbers k of a code."""
         return self.channels or self.autoencoder.latent
@@ -82,6 +88,11 @@ class KL(Game):
     def factor(self) -> int:
         """Pixels per code along a side."""
         return self.autoencoder.factor
+
+    @property
+    def spec(self) -> CodecSpec:
+        """What it makes of images."""
+        return CodecSpec(self.factor, CodeSpec("float32", (self.dim,)))
 
     def init(self, key: Array) -> Model:
         first, second = jax.random.split(key)

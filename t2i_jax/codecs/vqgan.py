@@ -16,6 +16,7 @@ from jax import Array
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import Game, Model, fits
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32, replace
 from t2i_jax.parallel import shard
@@ -37,6 +38,11 @@ class VQGAN(Game):
     def factor(self) -> int:
         """Pixels per code along a side."""
         return self.autoencoder.factor
+
+    @property
+    def spec(self) -> CodecSpec:
+        """What it makes of images."""
+        return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def init(self, key: Array) -> Model:
         first, second = jax.random.split(key)

@@ -15,19 +15,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
-from t2i_jax.codecs.dvae import DVAE
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
+from t2i_jax.core.types import Codec, Trainable, as_codec, as_family, check_codes
 from t2i_jax.interop.wrapping import holds
-from t2i_jax.models.any_order import AnyOrder
-from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.models.masked import Masked
-from t2i_jax.models.stream import Stream
-from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.trees import named
-from t2i_jax.training.artifacts import Artifact, load_artifact, save_artifact
+from t2i_jax.training.artifacts import Artifact, load_artifact, load_codec, save_artifact
 
 FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """What may be raised over a foreign file, or over hints that do not suit it."""
@@ -186,38 +180,21 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def picture_side(config: Any, codec: str) -> int:
+def picture_side(config: Trainable, codec: str) -> int:
     """Side of the images, as far as configuration and codec tell. Errors: `ConfigError` where they do not fit."""
     if not codec:
         return 0
-    decoder = codec_in(codec)
-    kind, rows, vocabulary, channels = type(config).__name__, 0, 0, 0
-    match config:
-        case Masked() | AnyOrder():  # tokens are squares of codes, of which the head knows the kind
-            rows, code = config.grid[0] * config.patch, config.sample_spec().code
-            vocabulary, channels = math.prod(code.sizes) if code.is_discrete else 0, sum(code.shape)
-        case Diffusion():
-            rows, _, channels = config.shape
-        case AR() | Stream() | VQDiffusion():
-            rows, vocabulary = config.grid[0], config.vocabulary
-        case _:
-            raise ConfigError(f"--codec {codec}: a {kind} draws no images, so it takes no codec")
-    held, numbers = getattr(decoder, "vocabulary", 0), getattr(decoder, "dim", 0)
-    numbers = 0 if held else numbers
-    if (held, numbers) != (vocabulary, channels):
-        theirs, ours = (
-            f"{n} codes" if n else f"codes of {k} numbers" for n, k in ((held, numbers), (vocabulary, channels))
-        )
-        raise ConfigError(f"{codec} has {theirs}, the model {ours}: this is not its codec")
-    return rows * decoder.factor
+    if not config.capabilities.family:
+        raise ConfigError(f"--codec {codec}: a {type(config).__name__} draws no images, so it takes no codec")
+    family, decoder = as_family(config), codec_in(codec)
+    check_codes(family, decoder, codec)
+    return family.sample_spec().grid[0] * decoder.spec.factor
 
 
-def codec_in(folder: str) -> Any:
+def codec_in(folder: str) -> Codec:
     """The configuration of the codec in a folder. Errors: `ConfigError` where it holds none that makes images."""
-    config = load_artifact(folder).config
-    if not hasattr(config, "factor"):
-        raise ConfigError(f"{folder} holds a {type(config).__name__}, which is no codec")
-    if isinstance(config, DVAE) and config.half == "encoder":
+    config = as_codec(load_codec(folder).config)
+    if not config.spec.decodes:
         raise ConfigError(f"{folder} holds the encoder of a codec alone, which makes no images")
     return config
 
@@ -227,7 +204,7 @@ def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:
     fields = dataclasses.fields(artifact.config)
     rows = "\n".join(f"| {f.name} | {getattr(artifact.config, f.name)} |" for f in fields)
     prompt = "7" if "label" in artifact.config.batch_spec() else '"a prompt"'
-    sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if hasattr(artifact.config, "sample") else ""
+    sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if artifact.config.capabilities.family else ""
     return (
         f"# {out.name}\n\n{type(artifact.config).__name__}, {count / 1e6:.1f} M parameters, converted from "
         f"`{weights.name}` ({find(name).title or name}). The licence is that of the published weights.\n\n{sample}"

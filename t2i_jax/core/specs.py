@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -132,6 +133,14 @@ class CodeSpec:
     def is_discrete(self) -> bool:
         return self.dtype == "int32"
 
+    @property
+    def values(self) -> int:
+        """How many values a discrete code takes."""
+        return math.prod(self.sizes)
+
+    def __str__(self) -> str:
+        return f"{self.values} codes" if self.is_discrete else f"codes of {_by(self.shape)} numbers"
+
     def of_position(self, patch: int) -> CodeSpec:
         """The code of one position, where this is that of a token of `patch` x `patch` positions (`nn.tokens`).
 
@@ -190,3 +199,6 @@ class CodecSpec:
     factor: int
     """pixels of a side for each code"""
     code: CodeSpec
+    encodes: bool = True
+    decodes: bool = True
+    """False for one half of a codec, as some published files hold"""

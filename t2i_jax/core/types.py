@@ -8,7 +8,7 @@ what it can do (`Capabilities`, `TextSpec`), and the function named after a capa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
 
 import numpy as np
@@ -73,6 +73,8 @@ class Capabilities:
     """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
     frozen_networks: bool = False
     """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
+    measures_scale: bool = False
+    """`MeasuresScale`: a codec whose codes are shifted and scaled"""
 
     unconditional: bool = False
     """learned an unconditional branch: `sample` guides by it unless it is told not to"""
@@ -246,7 +248,7 @@ class UsesFrozenNetworks(Trainable, Protocol):
     """A model whose loss reads networks that nothing trains, as `batch["frozen"]`."""
 
     def frozen(self) -> Any:
-        """The networks, or None where the config needs none."""
+        """The networks: a pytree of arrays."""
         ...
 
 
@@ -269,6 +271,22 @@ class Codec(Trainable, Protocol):
         ...
 
 
+class MeasuresScale(Codec, Protocol):
+    """A codec whose codes are (latent - shift) scale, by its fields `scale` and `shift`."""
+
+    def measure(self, model: Any, batches: Iterable[Any]) -> tuple[float, float]:
+        """(scale, shift) with which codes of these images, batches of (b, i, j, 3), have mean 0 and variance 1."""
+        ...
+
+
+def as_trainable(value: object) -> Trainable:
+    """A value of a config file as what is trained. Errors: `ConfigError` for one that declares no `Capabilities`."""
+    # The one place where a model of unknown type is looked at; after it the type is known.
+    if not isinstance(getattr(value, "capabilities", None), Capabilities):
+        raise ConfigError(f"{value!r}: a family or a codec")
+    return cast(Trainable, value)
+
+
 def _narrow(config: Trainable, flag: str, what: str) -> Any:
     if not dataclasses.asdict(config.capabilities)[flag]:
         raise ConfigError(f"a {type(config).__name__} {what}")
@@ -283,6 +301,23 @@ def as_family(config: Trainable) -> Family:
 def as_codec(config: Trainable) -> Codec:
     """Errors: `ConfigError` for a config that is no codec."""
     return cast(Codec, _narrow(config, "codec", "is no codec"))
+
+
+def check_codes(family: Family, codec: Codec, name: str) -> None:
+    """Errors: `ConfigError` where the codec of this name is not one of the codes that a family samples."""
+    ours, theirs = family.sample_spec().code, codec.spec.code
+    if ours != theirs:
+        raise ConfigError(f"{name} has {theirs}, the model {ours}: this is not its codec")
+
+
+def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
+    """Errors: `ConfigError` for a config whose losses read the model and the batch alone."""
+    return cast(UsesFrozenNetworks, _narrow(config, "frozen_networks", "has no frozen networks"))
+
+
+def measures_scale(config: Trainable) -> MeasuresScale:
+    """Errors: `ConfigError` for a config without codes that have a scale."""
+    return cast(MeasuresScale, _narrow(config, "measures_scale", "has no scale of its codes"))
 
 
 def as_classifier(config: Trainable) -> Classifier:

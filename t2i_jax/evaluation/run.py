@@ -17,7 +17,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.outputs import check_free
-from t2i_jax.core.types import Family, classifier_guided, likelihood
+from t2i_jax.core.types import Family, as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Features, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
@@ -125,7 +125,7 @@ def evaluate_codec(
     artifact: Artifact, reference: Experiment, out: Path, spaces: Sequence[Features | Space], count: int, size: int
 ) -> Report:
     """Reconstruction of held-out pictures, and how much of the codebook they use."""
-    codec, model = artifact.config, jax.device_put(artifact.model, jax.local_devices()[0])
+    codec, model = as_codec(artifact.config), jax.device_put(artifact.model, jax.local_devices()[0])
     records = records_of(reference, "test", count) or records_of(reference, "val", count)
     if not records:
         raise ConfigError("the data has neither a 'test' nor a 'val' split to reconstruct: see held_out of the data")
@@ -135,16 +135,17 @@ def evaluate_codec(
     codes = in_batches(lambda x: encode(model, signed(x)), real, size, "encoding")
     made = in_batches(lambda c: decode(model, c), codes, size, "decoding")
     perceptual = None
-    if getattr(codec, "perceptual", 0):
-        trunk = codec.frozen()
+    if codec.capabilities.frozen_networks:
+        trunk = uses_frozen_networks(codec).frozen()
         step = jax.jit(losses.perceptual)
         perceptual = lambda a, b: step(trunk, a, b)
     numbers = evaluate_reconstruction(real, made, perceptual, spaces)
-    if codes.dtype.kind in "iu":
-        share = np.bincount(codes.reshape(-1), minlength=codec.vocabulary) / codes.size
+    if codec.spec.code.is_discrete:
+        rows = codec.spec.code.values
+        share = np.bincount(codes.reshape(-1), minlength=rows) / codes.size
         entropy = -sum(p * math.log(p) for p in share[share > 0])
-        numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(codec.vocabulary)})}
-        numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(codec.vocabulary)})}
+        numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(rows)})}
+        numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(rows)})}
     captions = [title(r) for r in records]
     sheet = pictures.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
     pictures.save_png(sheet, out / "samples.png")

@@ -90,6 +90,14 @@ def load_artifact(
         return dataclasses.replace(there.artifact, model=model, step=step)
 
 
+def load_codec(folder: str | Path, host: bool = False, mesh: Mesh | None = None) -> Artifact:
+    """The codec in a folder, as `load_artifact` reads it. Errors: also `ConfigError` where it holds no codec."""
+    artifact = load_artifact(folder, host, mesh)
+    if not artifact.config.capabilities.codec:
+        raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no codec")
+    return artifact
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A model in a folder whose weights are not read yet: `artifact.model` holds shapes."""

@@ -16,17 +16,22 @@ from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import (
+    Codec,
     Objective,
     Tokenizer,
+    as_family,
     as_tokenizer,
+    as_trainable,
+    check_codes,
     gives_features,
     image_text_encoder,
     learns_from_images,
     text_encoder,
+    uses_frozen_networks,
 )
 from t2i_jax.data.pipeline import Data
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.training.artifacts import Artifact, load_artifact, on_host
+from t2i_jax.training.artifacts import Artifact, load_codec, on_host
 from t2i_jax.training.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
 
@@ -106,8 +111,8 @@ class Experiment(Checked):
         if isinstance(self.codec, os.PathLike):
             object.__setattr__(self, "codec", os.fspath(self.codec))
         super().__post_init__()
-        if self.model is None or isinstance(self.model, bool | int | float | str | dict | tuple):
-            raise ConfigError(f"Experiment.model {self.model!r}: a family or a codec")
+        with refused("Experiment.model"):
+            as_trainable(self.model)
         if self.text is not None:
             with refused("Experiment.text"):
                 as_tokenizer(self.text)
@@ -118,22 +123,20 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
     looks through (the model's `frozen()`); and the codec as it was loaded."""
     parts, codec = {}, None
     if experiment.codec:
-        codec = load_artifact(experiment.codec, host=True)
-        if not hasattr(codec.config, "encode"):
-            raise ConfigError(f"codec: {experiment.codec} holds a {type(codec.config).__name__}, which is no codec")
+        codec = load_codec(experiment.codec, host=True)
+        if experiment.model.capabilities.family:
+            check_codes(as_family(experiment.model), codec.config, experiment.codec)
         parts["codec"] = codec.model
     if gives_features(experiment.text):
         with refused("text"), on_host():
             parts["text"] = text_encoder(experiment.text).load()
-    if hasattr(experiment.model, "frozen"):
+    if experiment.model.capabilities.frozen_networks:
         with on_host():
-            network = experiment.model.frozen()
-        if network is not None:
-            parts["loss"] = network
+            parts["loss"] = uses_frozen_networks(experiment.model).frozen()
     return parts, codec
 
 
-def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
+def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
     """What examples of the data have to hold, before `prepare`: the fields of the model's `batch_spec`, of which those
     that frozen parts compute may be absent. codec: the configuration of the frozen codec, or None."""
     spec = dict(experiment.model.batch_spec())
@@ -162,7 +165,7 @@ def record_spec(experiment: Experiment, codec: Any) -> BatchSpec:
 Prepare = Callable[[Mapping[str, Any], dict[str, Array], Array], dict[str, Array]]
 
 
-def make_prepare(codec: Any, text: Tokenizer | None) -> Prepare:
+def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
     """The part of a step before any gradient: (frozen, batch, key) -> batch with images as floats, codes and text
     features.
 
@@ -183,7 +186,9 @@ def make_prepare(codec: Any, text: Tokenizer | None) -> Prepare:
     return prepare
 
 
-def make_store(codec: Any, text: Tokenizer | None) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
+def make_store(
+    codec: Codec | None, text: Tokenizer | None
+) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
     """What `t2i encode` keeps of a batch: (frozen, batch) -> codes or latents, features and their mask."""
 
     def store(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.bench.eager import pytorch, tensor
+from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 
@@ -18,7 +19,7 @@ Layer = Callable[[Any], Any]
 class Codec:
     """Encoder, codebook and decoder with the weights of `model`. Errors: those of this package."""
 
-    def __init__(self, config: VQGAN, model: Any):
+    def __init__(self, config: object, model: Any):
         torch = pytorch()
         if not isinstance(config, VQGAN) or not isinstance(config.quantizer, QuantizerConfig):
             raise ValueError("the comparison in PyTorch is of a VQGAN whose codes are the nearest rows")
@@ -62,7 +63,7 @@ class Codec:
             for n, block in enumerate(level.blocks):
                 levels += [self._block(block), *self._attentions(list(level.attention)[n : n + 1])]
             levels += self._resample(level.resample)
-        parts = [*middle, *levels] if hasattr(m, "paint") else [*levels, *middle]
+        parts = [*middle, *levels] if isinstance(m, Decoder) else [*levels, *middle]
         return [self._conv(m.stem), *parts, self._act(m.norm), self._conv(m.out)]
 
     def _conv(self, m: Any, padding: int | None = None) -> Layer:
