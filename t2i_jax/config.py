@@ -28,6 +28,7 @@ import tyro
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError as ConfigError
+from t2i_jax.core.fields import values
 from t2i_jax.core.migration import VERSION, Object, migrated
 from t2i_jax.core.outputs import write_text
 from t2i_jax.core.sniff import sniff_file
@@ -248,7 +249,7 @@ def to_json(value: Any) -> Any:
     """Plain JSON of a config; a dataclass becomes an object with its class under "type"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = {name: to_json(content) for name, content in values(value).items()}
         return {"type": f"{cls.__module__}:{cls.__qualname__}", **fields}
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
@@ -276,6 +277,7 @@ def from_json(value: Any) -> Any:
     module, _, name = str(value["type"]).partition(":")
     if not (module.startswith("t2i_jax.") or module in sys.modules):
         raise ConfigError(f'config names the class "{value["type"]}": import its module before you load this config')
+    # A stored class is known by its name alone.
     cls = getattr(importlib.import_module(module), name, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ConfigError(f'config names the class "{value["type"]}", which is no dataclass of that module')
