@@ -21,7 +21,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
 from t2i_jax.nn.decode import layers_for_decoding
@@ -148,7 +148,7 @@ class AnyOrder(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -164,7 +164,7 @@ class AnyOrder(Checked):
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
         return LossOutput(loss, {"loss": loss})
 
-    def log_likelihood(self, model: Network, batch: dict[str, Array], orders: Array | None = None) -> Array:
+    def log_likelihood(self, model: Network, batch: Batch, orders: Array | None = None) -> Array:
         """log p(codes | condition) of each image in nats along the orders (b, L) (raster unless given): (b,) fp32.
 
         Errors: ValueError for a head that does not know the probability of a code.
@@ -179,7 +179,7 @@ class AnyOrder(Checked):
     def forward(
         self,
         model: Network,
-        batch: dict[str, Array],
+        batch: Batch,
         orders: Array,
         dropped: Array | None = None,
         key: Array | None = None,
@@ -213,7 +213,7 @@ class AnyOrder(Checked):
     def sample(
         self,
         model: Network,
-        condition: dict[str, Array],
+        condition: Batch,
         keys: Array,
         options: Sampling | None = None,
         *,
@@ -268,7 +268,7 @@ def _pick(x: Array, places: Array) -> Array:
 def _sample(
     config: AnyOrder,
     model: Network,
-    condition: dict[str, Array],
+    condition: Batch,
     keys: Array,
     x: Array,
     keep: Array,

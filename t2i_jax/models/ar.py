@@ -19,7 +19,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
@@ -224,7 +224,7 @@ class AR(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
 
         batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
@@ -241,17 +241,17 @@ class AR(Checked):
         loss = mean(loss)
         return LossOutput(loss, {"loss": loss, "bits_per_token": mean(nll) / math.log(2), "accuracy": mean(correct)})
 
-    def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
+    def log_likelihood(self, model: Network, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
         z = self._features(model, batch, jnp.zeros(batch["codes"].shape[0], bool))
         return -self._score(model, z, batch)[1].sum(-1)
 
-    def forward(self, model: Network, batch: dict[str, Array], dropped: Array | None = None) -> Array:
+    def forward(self, model: Network, batch: Batch, dropped: Array | None = None) -> Array:
         """Logits (b, L, v) fp32 of every code given those before it; `dropped` bool (b,) marks unconditional rows."""
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
         return model.logits(self._features(model, batch, dropped))
 
-    def _features(self, model: Network, batch: dict[str, Array], dropped: Array, key: Array | None = None) -> Array:
+    def _features(self, model: Network, batch: Batch, dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         prefix, valid, memory = self._prefix(model, batch, dropped)
@@ -279,14 +279,14 @@ class AR(Checked):
         replaced = jax.random.uniform(where, codes.shape) < rate
         return jnp.where(replaced, jax.random.randint(what, codes.shape, 0, self.vocabulary), codes)
 
-    def _score(self, model: Network, z: Array, batch: dict[str, Array], **options: float) -> tuple[Array, ...]:
+    def _score(self, model: Network, z: Array, batch: Batch, **options: float) -> tuple[Array, ...]:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
 
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
-    def _prefix(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
+    def _prefix(self, model: Network, batch: Batch, dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
         """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
         if self.condition.spec.gives_ids:  # which are read as the image's own are
@@ -325,7 +325,7 @@ class AR(Checked):
     def sample(
         self,
         model: Network,
-        condition: dict[str, Array],
+        condition: Batch,
         keys: Array,
         options: Sampling | None = None,
         *,
@@ -350,11 +350,11 @@ class AR(Checked):
         guided = self.condition_dropout > 0 if guided is None else guided
         return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
-    def prefix_logits(self, model: Network, condition: dict[str, Array], dropped: Array) -> Array:
+    def prefix_logits(self, model: Network, condition: Batch, dropped: Array) -> Array:
         """Logits (b, s, v) at every token of the condition; the last are those of token 0."""
         return model.logits(self._read(model, condition, dropped)[0])
 
-    def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
+    def prefill(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Decoding]:
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
         x, caches, blocks, valid, memory_mask = self._read(model, condition, dropped)
         s = valid.shape[1]
@@ -372,7 +372,7 @@ class AR(Checked):
         )
         return model.logits(x[:, -1]), state
 
-    def _read(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
+    def _read(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
         """What stands before the image through the Transformer: vectors (b, s, d), caches, the layers that decode, real
         tokens (b, s), and where to look at the memory, if there is one."""
         prefix, valid, memory = self._prefix(model, condition, dropped)

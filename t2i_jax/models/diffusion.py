@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -347,7 +348,7 @@ class Diffusion(Checked):
     def sample(
         self,
         model: Any,
-        condition: Batch,
+        condition: Mapping[str, Array],
         keys: Array,
         options: Solving | None = None,
         *,
@@ -383,7 +384,9 @@ class Diffusion(Checked):
         options = options or self.options()
         self.check(options)
         config = dataclasses.replace(self, solver=solver or self.solver)
-        return _sample(config, model, condition, keys, options.arrays(), known, keep, guided, log_p, weak, progress)
+        return _sample(
+            config, model, dict(condition), keys, options.arrays(), known, keep, guided, log_p, weak, progress
+        )
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
         """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""

@@ -24,7 +24,7 @@ from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
 from t2i_jax.nn.draw import guidance_at
@@ -203,7 +203,7 @@ class Masked(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -226,7 +226,7 @@ class Masked(Checked):
     def forward(
         self,
         model: Network,
-        batch: dict[str, Array],
+        batch: Batch,
         hidden: Array,
         dropped: Array | None = None,
         *,
@@ -245,7 +245,7 @@ class Masked(Checked):
         y = self.encode(model, condition, to_tokens(batch["codes"], self.patch), hidden, size, keys[0])
         return self.decode(model, condition[1], self.restore(model, y, hidden), keys[1])
 
-    def read(self, model: Network, batch: dict[str, Array], dropped: Array) -> tuple[Array, Array]:
+    def read(self, model: Network, batch: Batch, dropped: Array) -> tuple[Array, Array]:
         """The slots of the condition (b, s, d), and which of them may be seen (b, s)."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
         if self.condition.length == 1:
@@ -320,7 +320,7 @@ class Masked(Checked):
     def sample(
         self,
         model: Network,
-        condition: dict[str, Array],
+        condition: Batch,
         keys: Array,
         options: Generation | None = None,
         *,
@@ -379,7 +379,7 @@ class Network(nnx.Module):
 def _sample(
     config: Masked,
     model: Network,
-    condition: dict[str, Array],
+    condition: Batch,
     keys: Array,
     x: Array,
     keep: Array,

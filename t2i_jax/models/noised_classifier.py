@@ -13,7 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
@@ -65,7 +65,7 @@ class NoisedClassifier(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Classifying, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Classifying, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too.
 
         train: False leaves out dropout, and takes times evenly; static.
@@ -82,7 +82,7 @@ class NoisedClassifier(Checked):
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
         return LossOutput(mean(nll), {"loss": mean(nll), "accuracy": mean(correct)})
 
-    def log_p(self, model: Classifying, x: Array, t: Array, condition: dict[str, Array]) -> Array:
+    def log_p(self, model: Classifying, x: Array, t: Array, condition: Batch) -> Array:
         """log p(label | x) (b,): with `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards
         `label`."""
         return of_class(model(x, t), ids(condition, "label", self.classes))

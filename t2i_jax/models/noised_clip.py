@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
@@ -86,7 +85,7 @@ class NoisedCLIP(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: CLIPNetwork, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: CLIPNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Cross-entropy of which caption belongs to which noised picture, both ways (Radford et al. 2021, figure 3).
 
         batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s). train: False takes times evenly; static.
@@ -102,7 +101,7 @@ class NoisedCLIP(Checked):
         loss = (diagonal(logits) + diagonal(logits.T)) / 2
         return LossOutput(loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()})
 
-    def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: dict[str, Any]) -> Array:
+    def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: Batch) -> Array:
         """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.
 
         With `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards captions: ids `clip_text` and

@@ -231,7 +231,7 @@ class Stream(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
 
         batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
@@ -252,13 +252,13 @@ class Stream(Checked):
         bits = {"bits_per_token": mean(image_nll) / math.log(2), "bits_per_text_token": mean(text_nll) / math.log(2)}
         return LossOutput(loss, {"loss": loss, **bits, "accuracy": mean(correct)})
 
-    def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
+    def log_likelihood(self, model: Network, batch: Batch) -> Array:
         """log p(codes | text) of each image in nats: (b,) fp32."""
         text = self.condition(batch, jnp.zeros(batch["codes"].shape[0], bool))
         _, x = self._features(model, text, batch["codes"])
         return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
 
-    def forward(self, model: Network, batch: dict[str, Array], dropped: Array | None = None) -> tuple[Array, Array]:
+    def forward(self, model: Network, batch: Batch, dropped: Array | None = None) -> tuple[Array, Array]:
         """Logits fp32 of every text token but a first one without start, (b, s or s - 1, rows), and of every code
         (b, L, v), given all before; `dropped` bool (b,) marks rows without their text."""
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
@@ -341,7 +341,7 @@ class Stream(Checked):
     def sample(
         self,
         model: Network,
-        condition: dict[str, Array],
+        condition: Batch,
         keys: Array,
         options: Sampling | None = None,
         *,
@@ -358,7 +358,7 @@ class Stream(Checked):
         guided = self.condition_dropout > 0 if guided is None else guided
         return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
-    def prefill(self, model: Network, condition: dict[str, Array], dropped: Array) -> tuple[Array, Decoding]:
+    def prefill(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Decoding]:
         """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
         x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.places)
         first, following = layers_for_decoding(model.blocks, self.dtype)

@@ -22,7 +22,7 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows, ids
 from t2i_jax.nn.conditional import Told, apply_told, told_stack
 from t2i_jax.nn.draw import truncate
@@ -181,7 +181,7 @@ class VQDiffusion(Checked):
 
     # -- the network
 
-    def tell(self, model: Network, batch: dict[str, Array], dropped: Array) -> Conditioning:
+    def tell(self, model: Network, batch: Batch, dropped: Array) -> Conditioning:
         """What the blocks are told of each row; `dropped` bool (b,) marks unconditional ones."""
         if (count := self.condition.spec.classes) is not None:
             label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
@@ -210,7 +210,7 @@ class VQDiffusion(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: dict[str, Array], key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
         history of losses has moved on.
 
@@ -283,7 +283,7 @@ class VQDiffusion(Checked):
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
         return Terms(weight * size, size, weight * size / math.log(2), correct)
 
-    def log_likelihood(self, model: Network, batch: dict[str, Array]) -> Array:
+    def log_likelihood(self, model: Network, batch: Batch) -> Array:
         """A lower bound of log p(codes | condition) of each image in nats, (b,) fp32: minus L_t at one draw of x_t for
         each of the T times. What the last step leaves to be known, next to nothing, is left out."""
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
@@ -322,7 +322,7 @@ class VQDiffusion(Checked):
     def sample(
         self,
         model: Network,
-        condition: dict[str, Array],
+        condition: Batch,
         keys: Array,
         options: Reverse | None = None,
         *,
@@ -414,7 +414,7 @@ def _with_mask(log_p: Array) -> Array:
 def _sample(
     config: VQDiffusion,
     model: Network,
-    condition: dict[str, Array],
+    condition: Batch,
     keys: Array,
     options: Reverse,
     known: Array,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
+from t2i_jax.core.types import Batch
 from t2i_jax.nn.draw import Sampling, choose, guidance_at, uniforms
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.nn.watch import Progress, now_and_then
@@ -29,7 +30,7 @@ from t2i_jax.parallel import shard
 def sample(
     config: Any,
     model: Any,
-    condition: dict[str, Array],
+    condition: Batch,
     keys: Array,
     options: Sampling | None,
     known: Array | None,
@@ -59,7 +60,7 @@ def sample(
 def _sample(
     config: Any,
     model: Any,
-    condition: dict[str, Array],
+    condition: Batch,
     keys: Array,
     options: Sampling,
     known: Array,

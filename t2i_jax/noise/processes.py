@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,14 @@ class Discrete(Checked):
     rescale_times: bool = False
     """Tell the network times of 1000 steps, however many there are."""
 
-    scale: ClassVar[float] = 1.0
-    solver: ClassVar[str] = "ddpm"
-    """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def solver(self) -> str:
+        """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
+        return "ddpm"
 
     def __post_init__(self):
         super().__post_init__()
@@ -145,13 +150,22 @@ class Flow(Checked):
     bound: Size = 1000
     """Most steps of a sampler."""
 
-    scale: ClassVar[float] = 1.0
-    solver: ClassVar[str] = "euler"
-    """One evaluation a step, along the nearly straight paths of a flow, as published models sample (Esser et al. 2024).
-    """
+    @property
+    def scale(self) -> float:
+        return 1.0
 
-    starts_from_pure_noise: ClassVar[bool] = True
-    variance_bound: ClassVar[None] = None
+    @property
+    def solver(self) -> str:
+        """One evaluation a step, along nearly straight paths, as published models sample (Esser et al. 2024)."""
+        return "euler"
+
+    @property
+    def starts_from_pure_noise(self) -> bool:
+        return True
+
+    @property
+    def variance_bound(self) -> None:
+        return None
 
     @property
     def time_levels(self) -> int | None:
@@ -214,11 +228,22 @@ class EDM(Checked):
     bound: Size = 1000
     """Most steps of a sampler."""
 
-    solver: ClassVar[str] = "heun"
-    """That of Karras et al. (2022, algorithm 1)."""
-    starts_from_pure_noise: ClassVar[bool] = False
-    time_levels: ClassVar[None] = None
-    variance_bound: ClassVar[None] = None
+    @property
+    def solver(self) -> str:
+        """That of Karras et al. (2022, algorithm 1)."""
+        return "heun"
+
+    @property
+    def starts_from_pure_noise(self) -> bool:
+        return False
+
+    @property
+    def time_levels(self) -> None:
+        return None
+
+    @property
+    def variance_bound(self) -> None:
+        return None
 
     def __post_init__(self):
         super().__post_init__()
