@@ -73,7 +73,7 @@ class MeshConfig(Checked):
         """The devices in the shape of the mesh: its axes lie along those of the chips' torus where they fit, and split
         them where not (which jax.make_mesh refuses on most TPUs); between slices, which a slower network joins, lies
         nothing but `data`."""
-        slices = len({getattr(d, "slice_index", 0) for d in devices})
+        slices = len({getattr(d, "slice_index", 0) for d in devices})  # which devices but TPUs lack
         if slices == 1 or devices[0].platform != "tpu":
             return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         if sizes[0] % slices:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from t2i_jax.core.console import console
 from t2i_jax.core.outputs import MAKER, check_free, is_ours
@@ -102,7 +102,7 @@ def read_png_text(path: str | os.PathLike) -> dict[str, str]:
     """The text chunks of a PNG file."""
     with Image.open(path) as image:
         image.load()
-        return {k: str(v) for k, v in getattr(image, "text", {}).items()}
+        return {k: str(v) for k, v in image.text.items()} if isinstance(image, PngImageFile) else {}
 
 
 def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Sequence[str]) -> list[bool]:

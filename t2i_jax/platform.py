@@ -90,7 +90,7 @@ def shared_cache(folder: str) -> Iterator[None]:
     JAX writes them from the first process, and all processes read them. Nothing changes where the environment or the
     program has set another folder.
     """
-    before = {name: getattr(jax.config, name) for name in (CACHE, XLA_CACHES)}
+    before: dict[str, str | None] = dict(zip((CACHE, XLA_CACHES), _cache(), strict=True))
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or before[CACHE] not in (None, "", local_cache()):
         yield
         return
@@ -101,6 +101,11 @@ def shared_cache(folder: str) -> Iterator[None]:
         yield
     finally:
         _set_cache(before)
+
+
+def _cache() -> tuple[str | None, str]:
+    """The settings CACHE and XLA_CACHES."""
+    return jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches  # pyright: ignore
 
 
 def _set_cache(settings: Mapping[str, Any]) -> None:
@@ -118,7 +123,7 @@ def prepare(join: bool = True) -> None:
     has_gpu = any(importlib.util.find_spec(name) for name in PLUGINS)
     if found := flags(os.environ.get("JAX_PLATFORMS", ""), has_gpu, os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = found
-    if not getattr(jax.config, CACHE, None):
+    if not _cache()[0]:
         jax.config.update(CACHE, local_cache())
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms == "cpu" or not (platforms or has_gpu or has_tpu()):

@@ -16,7 +16,7 @@ from jax import Array
 from t2i_jax.bench.measure import asked
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
-from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.fields import Checked, Range, values
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.core.types import Path, Spacing
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
@@ -197,10 +197,11 @@ def main(arguments: list[str]) -> None:
     args, _ = asked(SolverBench, arguments, "t2i bench solvers")
     if args.out and not is_ours(args.out):  # else the plot beside it is ours too
         check_free(args.out.with_suffix(".png"))
+    given = values(args)
     options = "".join(
-        f" --{f.name} {' '.join(f'{v:g}' for v in np.atleast_1d(getattr(args, f.name)))}"
+        f" --{f.name} {' '.join(f'{v:g}' for v in np.atleast_1d(given[f.name]))}"
         for f in dataclasses.fields(args)
-        if f.name != "out" and getattr(args, f.name) != f.default
+        if f.name != "out" and given[f.name] != f.default
     )
     lines = [
         "# Solvers on Gaussian pictures",

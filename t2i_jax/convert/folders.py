@@ -18,6 +18,7 @@ from t2i_jax import convert
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
+from t2i_jax.core.fields import values
 from t2i_jax.core.types import Codec, Trainable, as_codec, as_family, check_codes
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.nn.trees import named
@@ -201,8 +202,7 @@ def codec_in(folder: str) -> Codec:
 
 def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(artifact.model))
-    fields = dataclasses.fields(artifact.config)
-    rows = "\n".join(f"| {f.name} | {getattr(artifact.config, f.name)} |" for f in fields)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values(artifact.config).items())
     prompt = "7" if "label" in artifact.config.batch_spec() else '"a prompt"'
     sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if artifact.config.capabilities.family else ""
     return (

@@ -10,11 +10,12 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import Format
+from t2i_jax.core.fields import values
 
 FLAGS = ("codec", "text", "back", "out", "help")
 """Of the command, which hints may be mistaken for."""
@@ -66,12 +67,11 @@ def unknown(name: str, format: Format, key: str) -> str:
     return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
 
 
-def check_fields(config: Any, given: Iterable[str]) -> None:
+def check_fields(config: Any, given: Collection[str]) -> None:
     """Errors: `ConfigError` where a field that was given as a hint has a value of a wrong kind."""
-    for part in (config, *(getattr(config, f.name) for f in dataclasses.fields(config))):
+    for part in (config, *values(config).values()):
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            fields = {f.name for f in dataclasses.fields(part)} & set(given)
-            check_values(type(part), {name: getattr(part, name) for name in fields})
+            check_values(type(part), {k: v for k, v in values(part).items() if k in given})
 
 
 def check_values(kind: type, values: Mapping[str, Any]) -> None:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from t2i_jax.core.errors import DataError as DataError
@@ -120,7 +119,7 @@ def decode(data: bytes) -> Record:
 
 
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(getattr(ml_dtypes, name, name))
+    return np.dtype(name)  # NumPy knows those of ml_dtypes once that is imported
 
 
 def may_become(path: Path) -> None:

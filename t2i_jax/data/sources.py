@@ -256,7 +256,8 @@ class Tfds:
                 )
         if self.captions is None and self.label is None:
             raise DataError(f"{self.name}: Tfds needs `captions` or `label` to say what a picture shows")
-        names = getattr(features[self.label], "names", None) if self.label else None
+        label = features[self.label] if self.label else None
+        names = label.names if isinstance(label, tfds.features.ClassLabel) else None
         # The pipeline decodes pictures itself, so they stay bytes here.
         decoders = {self.image: tfds.decode.SkipDecoding()}
         reader = builder.as_data_source(split=self.split, decoders=decoders)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
+from t2i_jax.core.fields import values
 from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.evaluation.alignment import Retrieval, retrieve
 from t2i_jax.evaluation.features import Features, Space, check_images
@@ -147,9 +148,9 @@ def compare(
         "frechet": Number(fd(generated), "lower", {"real": fd(stand_in)}),
         "kernel_distance": Number(kernel_distance(generated, real), "lower", {"real": kernel_distance(stand_in, real)}),
     }
-    ours, theirs = overlap(real, generated, neighbours), overlap(real, stand_in, neighbours)
-    for field in dataclasses.fields(ours):
-        numbers[field.name] = Number(getattr(ours, field.name), "higher", {"real": getattr(theirs, field.name)})
+    theirs = values(overlap(real, stand_in, neighbours))
+    for name, value in values(overlap(real, generated, neighbours)).items():
+        numbers[name] = Number(value, "higher", {"real": theirs[name]})
     return numbers
 
 

@@ -129,10 +129,15 @@ def tensors_below(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         lasting = {k: v for k, v in content.get("_buffers", {}).items() if k not in passing}
         content = {**content["_parameters"], **lasting, **content["_modules"]}
     for name, value in content.items():
-        if hasattr(value, "shape"):
+        if is_tensor(value):
             yield f"{prefix}{name}", value
         else:
             yield from tensors_below(value, f"{prefix}{name}.")
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a value of a file, of which anything may be saved, is a tensor, read or lazy."""
+    return hasattr(value, "shape")
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:

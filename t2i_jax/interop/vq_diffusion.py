@@ -150,10 +150,11 @@ def buffers(config: Any) -> dict[str, np.ndarray]:
     """What the published program keeps beside the weights: logs of its schedule, a mask that nothing reads, and, where
     the model has none, an empty history of losses."""
     chain = config.chain
-    s, far = chain.schedule, ("kept", "replaced", "masked")
+    s = chain.schedule
     with np.errstate(divide="ignore"):
-        found = {f"log_{x}t": np.log(getattr(s, x)) for x in "abc"}
-        found |= {f"log_cumprod_{x}t": np.log(getattr(s, name)) for x, name in zip("abc", far, strict=True)}
+        found = {f"log_{x}t": np.log(y) for x, y in zip("abc", (s.a, s.b, s.c), strict=True)}
+        far = (s.kept, s.replaced, s.masked)
+        found |= {f"log_cumprod_{x}t": np.log(y) for x, y in zip("abc", far, strict=True)}
         found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.masked)}
     found |= {} if config.importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
     if config.block.memory:

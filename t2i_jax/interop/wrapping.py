@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from t2i_jax.interop.tensorfile import Lazy
-from t2i_jax.interop.torchfile import StandIn, tensors_below
+from t2i_jax.interop.torchfile import StandIn, is_tensor, tensors_below
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _nodes(content: Any, keys: tuple[str, ...] = ()) -> Iterator[Node]:
     readers = defaultdict(list)
     for name in content:
         lazy = isinstance(content, Lazy)
-        if isinstance(name, str) and (lazy or hasattr(content[name], "shape")) and not BOOKKEEPING.search(name):
+        if isinstance(name, str) and (lazy or is_tensor(content[name])) and not BOOKKEEPING.search(name):
             plain = ".".join(word for word in name.split(".") if word not in WRAPPERS)
             readers[plain].append(partial(content.__getitem__, name))
         elif not lazy:

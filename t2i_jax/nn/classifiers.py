@@ -190,7 +190,7 @@ class Mixed(nnx.Module):
         for branch, steps in MIXED[self.name].items():
             y = POOLS[steps[0]](x) if isinstance(steps[0], str) else x
             for fork in forks(branch, steps):
-                y = jnp.concatenate([getattr(self, name)(y) for name, *_ in fork], -1)
+                y = jnp.concatenate([getattr(self, name)(y) for name, *_ in fork], -1)  # names of the table
             joined.append(y)
         return jnp.concatenate(joined, -1)
 
@@ -245,7 +245,7 @@ class InceptionV3(nnx.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x)))
         x = max_pool(x)
         for name in MIXED:
-            x = getattr(self, name)(x)
+            x = getattr(self, name)(x)  # names of the table
         return x.mean((1, 2))
 
     def logits(self, features: Array) -> Array:

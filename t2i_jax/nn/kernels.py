@@ -33,8 +33,9 @@ KEPT = "attention"
 
 def platform() -> str:
     """Of the devices of the mesh that is set (which a plan sets to chips that are not there), or of this process."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
+    mesh = jax.sharding.get_abstract_mesh()
+    # That of a process has no abstract device, and JAX has no public type for the device of one.
+    return getattr(mesh.abstract_device, "platform", None) or jax.default_backend()
 
 
 def choose(kind: Kind, q: Array, k: Array) -> Callable[..., Array] | None:

@@ -36,7 +36,7 @@ def replace(module: M, **values: Any) -> M:
     """A copy of `module` in which the named attributes hold `values`: arrays for variables, modules for modules."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for name, value in values.items():
-        old = getattr(copy, name)
+        old = getattr(copy, name)  # the names of parameters are attributes, as Flax has them
         setattr(copy, name, old.replace(value) if isinstance(old, nnx.Variable) else value)
     return copy
 

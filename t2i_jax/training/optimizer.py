@@ -88,7 +88,7 @@ class Optimizer(Checked):
 
     def _find(self) -> Callable[..., optax.GradientTransformation]:
         for room in (optax, contrib):
-            make = getattr(room, self.name, None)
+            make = getattr(room, self.name, None)  # the user names any optimiser of optax
             if callable(make) and "learning_rate" in inspect.signature(make).parameters:
                 return make  # pyright: ignore[reportReturnType]
         names = [n for room in (optax, contrib) for n in dir(room) if n.islower() and not n.startswith("_")]

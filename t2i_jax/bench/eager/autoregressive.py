@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.bench.eager import pytorch, tensor
+from t2i_jax.core.fields import values
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import Classes
 from t2i_jax.nn.draw import Sampling
@@ -30,7 +31,8 @@ class Decoder:
         kind = ("activation", "norm", "bias", "qk_norm", "reads", "tied", "output_bias", "unmasked", "positions")
         kind += ("corruption", "label_smoothing", "z_loss", "dtype", "remat")
         classes = isinstance(config.condition, Classes) and config.condition.null
-        odd = [f for f in kind if getattr(config, f) != getattr(plain, f)] + ["condition"] * (not classes)
+        wanted, given = values(plain), values(config)
+        odd = [f for f in kind if given[f] != wanted[f]] + ["condition"] * (not classes)
         if odd:
             raise ValueError(f"the comparison in PyTorch is of models on class labels as published: not {odd[0]}")
         layer = config.layer

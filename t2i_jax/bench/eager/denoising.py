@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.bench.eager import pytorch, tensor
+from t2i_jax.core.fields import values
 from t2i_jax.models.diffusion import Diffusion, Solving
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
@@ -39,8 +40,8 @@ class Denoiser:
         ]
         if not odd and isinstance(config.network, DiT):
             fields = ("text", "whole", "shared", "qk_norm", "dtype", "learn_variance")
-            wanted = {f: getattr(plain, f) for f in fields} | {"learn_variance": False}
-            odd = [f"network.{f}" for f, value in wanted.items() if getattr(config.network, f) != value]
+            wanted, given = values(plain) | {"learn_variance": False}, values(config.network)
+            odd = [f"network.{f}" for f in fields if given[f] != wanted[f]]
         if odd:
             raise ValueError(f"the comparison in PyTorch is of a DiT's velocities by Euler's steps: not {odd[0]}")
         network: Any = config.network
