@@ -128,7 +128,7 @@ def test_the_train_step_of_several_processes_is_measured_together(tmp_path):
 
 def test_rows_of_a_batch_on_the_mesh_repeat():
     shapes = {"codes": jax.ShapeDtypeStruct((2 * FEW + 2, 4), jnp.int32)}
-    experiment = SimpleNamespace(model=SimpleNamespace(vocabulary=7))
+    experiment = SimpleNamespace(model=AR(7))
     mesh = MeshConfig(1).build(jax.devices()[:1])
     codes = np.asarray(on_mesh(experiment, shapes, mesh)["codes"])  # pyright: ignore[reportArgumentType]
     assert codes.shape == (2 * FEW + 2, 4) and codes.min() == 0 and codes.max() == 6
