@@ -7,7 +7,7 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import fsspec
 import jax
@@ -19,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.experimental.compilation_cache import compilation_cache
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.fields import ENCODER
 from t2i_jax.platform import CACHE, local_cache, shared_cache
 from t2i_jax.training import artifacts, loop, records
 from t2i_jax.training.checkpoints import Checkpoints
@@ -83,7 +84,7 @@ def test_files_that_grow_are_copied_when_they_changed(store):
 class Encoder:
     """A text encoder that is a folder."""
 
-    folder: str
+    folder: Annotated[str, ENCODER]
 
 
 @dataclasses.dataclass(frozen=True)
