@@ -6,7 +6,7 @@
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -16,7 +16,7 @@ experiment = Experiment(
         "llamagen-b",
         vocabulary=16384,
         grid=(16, 16),
-        condition=Classes(1000),
+        condition=ClassEmbedder(1000),
         dtype="bfloat16",
     ),
     data=Data(ArrayRecord("data/imagenet_codes"), image_size=256, batch_size=256),

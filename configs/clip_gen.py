@@ -9,7 +9,7 @@ Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Vector
+from t2i_jax.nn.condition import PooledFeatures
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -21,7 +21,7 @@ experiment = Experiment(
         width=192,
         depth=4,
         heads=4,
-        condition=Vector(512),  # of ViT-B/32; 768 of ViT-L/14
+        condition=PooledFeatures(512),  # of ViT-B/32; 768 of ViT-L/14
         dropout=0.0,
         token_dropout=0.0,
         corruption=1.0,

@@ -6,15 +6,15 @@ used, so that minutes of training are many passes over them.
 
 from typing import Any
 
-from t2i_jax.comparison import Comparison, Line, Sweep
+from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import Encoded, Features
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import CrossAttnFeatures, TextFeatures
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.noise.reverse import Reverse
+from t2i_jax.noise.reverse import DiscreteSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -41,8 +41,8 @@ def diffusion(**chain: Any) -> Experiment:
             width=144,
             depth=4,
             heads=4,
-            condition=Encoded(MiniLM.dim, 1),
-            sampling=Reverse(guidance=2.0, truncation=0.9, steps=50),
+            condition=CrossAttnFeatures(MiniLM.dim, 1),
+            sampling=DiscreteSampler(guidance=2.0, truncation=0.9, steps=50),
         )
     )
 
@@ -54,11 +54,11 @@ ar = AR(
     depth=4,
     heads=4,
     mlp=544,
-    condition=Features(MiniLM.dim, 1),
+    condition=TextFeatures(MiniLM.dim, 1),
     dropout=0.0,
     token_dropout=0.0,
     qk_norm=True,
-    sampling=Sampling(guidance=1.0, temperature=0.25),
+    sampling=ARSampler(guidance=1.0, temperature=0.25),
 )
 
 MAIN = "mask and replace"
@@ -81,26 +81,32 @@ help. Here each is tried with about 2.2 M parameters on 32x32 pictures of 64 cod
     flops=5e12,
     sweeps={
         "steps": Sweep(
-            "Steps of the sampler, and kinds of noise", "steps", (100, 50, 25, 10), {kind: Line(kind) for kind in KINDS}
+            "Steps of the sampler, and kinds of noise",
+            "steps",
+            (100, 50, 25, 10),
+            {kind: Variant(kind) for kind in KINDS},
         ),
-        "truncation": Sweep("Truncation", "truncation", (1.0, 0.9, 0.75, 0.5), {MAIN: Line(MAIN, {"steps": 25})}),
+        "truncation": Sweep("Truncation", "truncation", (1.0, 0.9, 0.75, 0.5), {MAIN: Variant(MAIN, {"steps": 25})}),
         "guidance": Sweep(
             "Guidance",
             "guidance",
             (1.0, 2.0, 4.0, 6.0),
-            {MAIN: Line(MAIN, {"steps": 25}), "next token": Line("next token")},
+            {MAIN: Variant(MAIN, {"steps": 25}), "next token": Variant("next token")},
         ),
         "temperature": Sweep(
             "Temperature",
             "temperature",
             (1.0, 0.5, 0.25),
-            {MAIN: Line(MAIN, {"steps": 25}), "next token": Line("next token")},
+            {MAIN: Variant(MAIN, {"steps": 25}), "next token": Variant("next token")},
         ),
         "purity": Sweep(
             "Purity: tokens chosen by how sure they are",
             "purity",
             (0.0, 1.0, 2.0),
-            {MAIN: Line(MAIN, {"steps": 10, "rule": 2}), "mask only": Line("mask only", {"steps": 10, "rule": 2})},
+            {
+                MAIN: Variant(MAIN, {"steps": 10, "rule": 2}),
+                "mask only": Variant("mask only", {"steps": 10, "rule": 2}),
+            },
         ),
     },
 )

@@ -7,13 +7,13 @@ of training are many passes over them. `t2i compare` runs it.
 import dataclasses
 from typing import Any
 
-from t2i_jax.comparison import Comparison, Line, Sweep
+from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import Classes, Features
+from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
@@ -23,7 +23,7 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
-CONDITION = Features(MiniLM.dim, 1)
+CONDITION = TextFeatures(MiniLM.dim, 1)
 CONCEPTS = 1900
 """Classes at most; each picture shows another."""
 PICTURES = Data(ArrayRecord("data/glyphs", every=12), image_size=32, batch_size=16)
@@ -34,7 +34,7 @@ LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
 
 def dit(shape: dict[str, Any], condition: Any = CONDITION, **fields: Any) -> Diffusion:
     network = DiT(width=144, depth=5, heads=4, condition=condition, learn_variance=False, **shape)
-    return Diffusion(network, solver="dpm++", sampling=Solving(steps=20, guidance=2.0), **fields)
+    return Diffusion(network, solver="dpm++", sampling=DiffusionSampler(steps=20, guidance=2.0), **fields)
 
 
 def trained(model: Diffusion, latent: bool) -> Experiment:
@@ -46,7 +46,7 @@ def trained(model: Diffusion, latent: bool) -> Experiment:
             ema=0.98,
         ),
         codec="runs/glyphs/kl_scaled" if latent else "",
-        text=None if isinstance(model.condition, Classes) else TEXT,
+        text=None if isinstance(model.condition, ClassEmbedder) else TEXT,
     )
 
 
@@ -68,8 +68,10 @@ runs = {
     "latent DiT, eps": trained(dit(LATENTS, process=Discrete("scaled_linear"), predicts="eps"), True),
     "latent DiT, flow": trained(dit(LATENTS, **FLOW), True),
     "pixel DiT, flow": trained(dit(PIXELS, **FLOW), False),
-    "pixel UNet, v": trained(Diffusion(unet, solver="dpm++", sampling=Solving(steps=20, guidance=2.0), **NOISE), False),
-    "pixel DiT, flow, classes": trained(dit(PIXELS, Classes(CONCEPTS), **FLOW), False),
+    "pixel UNet, v": trained(
+        Diffusion(unet, solver="dpm++", sampling=DiffusionSampler(steps=20, guidance=2.0), **NOISE), False
+    ),
+    "pixel DiT, flow, classes": trained(dit(PIXELS, ClassEmbedder(CONCEPTS), **FLOW), False),
 }
 MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow", "pixel DiT, flow, classes"
 
@@ -116,7 +118,7 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "steps",
             (4, 8, 16),
             {
-                solver: Line(MAIN, family={"solver": solver})
+                solver: Variant(MAIN, family={"solver": solver})
                 for solver in ("euler", "heun", "dpm++", "unipc", "dpm++sde")
             },
         ),
@@ -125,25 +127,25 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "steps",
             (8, 16, 32),
             {
-                "DDPM": Line(EPS, family={"solver": "ddpm"}),
-                "DDIM": Line(EPS, family={"solver": "ddim"}),
-                "DPM-Solver++": Line(EPS),
+                "DDPM": Variant(EPS, family={"solver": "ddpm"}),
+                "DDIM": Variant(EPS, family={"solver": "ddim"}),
+                "DPM-Solver++": Variant(EPS),
             },
         ),
         "guidance": Sweep(
             "Classifier-free guidance",
             "guidance",
             (1.0, 2.0, 4.0),
-            {name: Line(name) for name in (MAIN, EPS, PIXEL, CLASSES)},
+            {name: Variant(name) for name in (MAIN, EPS, PIXEL, CLASSES)},
         ),
         "classifier": Sweep(
             "Guidance by a classifier of noised pictures",
             "pull",
             (0.0, 1.0, 3.0, 10.0),
             {
-                "without classifier-free guidance": Line(CLASSES, {"guidance": 1.0}, pulled_by="classifier"),
-                "with guidance 2": Line(CLASSES, pulled_by="classifier"),
-                "of a model that is told no class": Line(CLASSES, {"guidance": 0.0}, pulled_by="classifier"),
+                "without classifier-free guidance": Variant(CLASSES, {"guidance": 1.0}, classifier="classifier"),
+                "with guidance 2": Variant(CLASSES, classifier="classifier"),
+                "of a model that is told no class": Variant(CLASSES, {"guidance": 0.0}, classifier="classifier"),
             },
             about="Guidance 0 leaves the model without its condition, so that the classifier alone says what to draw.",
         ),
@@ -152,8 +154,8 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             "pull",
             (0.0, 1.0, 3.0),
             {
-                "without classifier-free guidance": Line(PIXEL, {"guidance": 1.0}, pulled_by="image-text model"),
-                "of a model that is told no caption": Line(PIXEL, {"guidance": 0.0}, pulled_by="image-text model"),
+                "without classifier-free guidance": Variant(PIXEL, {"guidance": 1.0}, classifier="image-text model"),
+                "of a model that is told no caption": Variant(PIXEL, {"guidance": 0.0}, classifier="image-text model"),
             },
         ),
     },

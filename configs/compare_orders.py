@@ -7,42 +7,42 @@ twelfth picture is used, so that minutes of training are many passes over them. 
 import dataclasses
 from typing import Any
 
-from t2i_jax.comparison import Comparison, Line, Sweep
+from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Features
-from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.heads import Diffusion, Flow, Softmax
-from t2i_jax.nn.orders import Confidence, Generation, Permutation, Raster, Sets
+from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.nn.draw import ARSampler
+from t2i_jax.nn.heads import DiffusionHead, FlowHead, SoftmaxHead
+from t2i_jax.nn.orders import Confidence, MaskedSampler, Permutation, Raster, Sets
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
 OPTIMIZER = Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=20, final=0.05, weight_decay=0.01)
-SHAPE: dict[str, Any] = dict(grid=(8, 8), width=192, heads=4, condition=Features(MiniLM.dim, 1), dropout=0.0)
+SHAPE: dict[str, Any] = dict(grid=(8, 8), width=192, heads=4, condition=TextFeatures(MiniLM.dim, 1), dropout=0.0)
 
 HEADS = {
-    "softmax": (Softmax(512), "data/glyphs_codes", "runs/quickstart/codec", 0.25),
+    "softmax": (SoftmaxHead(512), "data/glyphs_codes", "runs/quickstart/codec", 0.25),
     # The published cosine schedule ends in noise alone, where a head must know eps to 1e-5: hours away.
     "diffusion": (
-        Diffusion(dim=8, width=128, depth=3, schedule="linear", respacing="25"),
+        DiffusionHead(dim=8, width=128, depth=3, schedule="linear", respacing="25"),
         "data/glyphs_latents",
         "runs/glyphs/kl_scaled",
         0.7,
     ),
-    "flow": (Flow(dim=8, width=128, depth=3, steps=8), "data/glyphs_latents", "runs/glyphs/kl_scaled", 0.7),
+    "flow": (FlowHead(dim=8, width=128, depth=3, steps=8), "data/glyphs_latents", "runs/glyphs/kl_scaled", 0.7),
 }
 
 
 def cell(family: Any, order: Any, head: str) -> Experiment:
     kind, data, codec, temperature = HEADS[head]
     if family is AnyOrder:
-        model = AnyOrder(head=kind, order=order, depth=4, sampling=Sampling(1.0, temperature=temperature), **SHAPE)
+        model = AnyOrder(head=kind, order=order, depth=4, sampling=ARSampler(1.0, temperature=temperature), **SHAPE)
     else:
-        drawn = Generation(1.0, temperature=temperature, iterations=16)
+        drawn = MaskedSampler(1.0, temperature=temperature, iterations=16)
         model = Masked(head=kind, order=order, depth=2, buffer=4, sampling=drawn, **SHAPE)
     return Experiment(
         model,
@@ -85,10 +85,10 @@ tokens.
             "iterations",
             (4, 8, 16, 64),
             {
-                "softmax": Line(SOFTMAX),
-                "softmax, by confidence": Line(SOFTMAX, family={"order": Confidence()}),
-                "diffusion": Line(DIFFUSION),
-                "flow": Line(FLOW),
+                "softmax": Variant(SOFTMAX),
+                "softmax, by confidence": Variant(SOFTMAX, family={"order": Confidence()}),
+                "diffusion": Variant(DIFFUSION),
+                "flow": Variant(FLOW),
             },
         ),
         "saved": Sweep(
@@ -96,13 +96,13 @@ tokens.
             "iterations",
             (16, 64),
             {
-                "encoder of four sizes": Line(DIFFUSION),
-                "encoder of eight sizes": Line(DIFFUSION, family={"buckets": 8}),
-                "encoder of all tokens": Line(DIFFUSION, family={"buckets": 1}),
-                "head of 50 steps": Line(
+                "encoder of four sizes": Variant(DIFFUSION),
+                "encoder of eight sizes": Variant(DIFFUSION, family={"size_buckets": 8}),
+                "encoder of all tokens": Variant(DIFFUSION, family={"size_buckets": 1}),
+                "head of 50 steps": Variant(
                     DIFFUSION, family={"head": dataclasses.replace(HEADS["diffusion"][0], respacing="50")}
                 ),
-                "head of 5 steps": Line(
+                "head of 5 steps": Variant(
                     DIFFUSION, family={"head": dataclasses.replace(HEADS["diffusion"][0], respacing="5")}
                 ),
             },
@@ -113,10 +113,10 @@ tokens.
             "Temperature",
             "temperature",
             (1.0, 0.7, 0.4),
-            {"softmax": Line(SOFTMAX), "diffusion": Line(DIFFUSION)},
+            {"softmax": Variant(SOFTMAX), "diffusion": Variant(DIFFUSION)},
         ),
         "guidance": Sweep(
-            "Guidance", "guidance", (1.0, 2.0, 4.0), {"softmax": Line(SOFTMAX), "diffusion": Line(DIFFUSION)}
+            "Guidance", "guidance", (1.0, 2.0, 4.0), {"softmax": Variant(SOFTMAX), "diffusion": Variant(DIFFUSION)}
         ),
     },
 )

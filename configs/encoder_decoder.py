@@ -9,7 +9,7 @@ The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -23,8 +23,8 @@ experiment = Experiment(
         width=192,
         depth=4,
         heads=4,
-        condition=Captions(vocabulary=1000, length=TOKENS, width=192, depth=2, heads=4),
-        reads="memory",
+        condition=CaptionEncoder(vocabulary=1000, length=TOKENS, width=192, depth=2, heads=4),
+        conditioning="cross_attention",
         dropout=0.0,
         token_dropout=0.0,
         corruption=1.0,

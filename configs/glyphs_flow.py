@@ -7,8 +7,8 @@ size (32, 32) with 3 channels (`nn.unet.UNet` or a DiT of larger patches) and no
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Features
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import TextFeatures
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.text.minilm import MiniLM
@@ -24,13 +24,13 @@ experiment = Experiment(
             width=192,
             depth=4,
             heads=4,
-            condition=Features(MiniLM.dim, 1),
+            condition=TextFeatures(MiniLM.dim, 1),
             learn_variance=False,
         ),
         process=Flow(),
         predicts="velocity",
         solver="dpm++",
-        sampling=Solving(steps=25, guidance=2.0),
+        sampling=DiffusionSampler(steps=25, guidance=2.0),
     ),
     data=Data(ArrayRecord("data/glyphs_latents"), image_size=32, batch_size=32),
     train=Train(

@@ -1,16 +1,17 @@
 """Captions to 32x32 glyphs by MAR: random sets of latents, a diffusion head, over the codes of `glyphs_kl.py`.
 
-Other cells of the table are other values of two fields: `head=Softmax(512)` over `quickstart_codec.py`, `Flow(8)` or
-`Mixture(8)`; `order=Raster()`, `Permutation()` or, with softmax, `Confidence()`; `models.any_order.AnyOrder` is causal.
+Other cells of the table are other values of two fields: `head=SoftmaxHead(512)` over `quickstart_codec.py`,
+`FlowHead(8)` or `MixtureHead(8)`; `order=Raster()`, `Permutation()` or, with softmax,
+`Confidence()`; `models.any_order.AnyOrder` is causal.
 `t2i encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents` makes the data.
 """
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Features
-from t2i_jax.nn.heads import Diffusion
-from t2i_jax.nn.orders import Generation, Sets
+from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.nn.heads import DiffusionHead
+from t2i_jax.nn.orders import MaskedSampler, Sets
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -18,15 +19,15 @@ from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(
     model=Masked(
         grid=(8, 8),
-        head=Diffusion(dim=8, width=192, depth=3, respacing="50"),
+        head=DiffusionHead(dim=8, width=192, depth=3, respacing="50"),
         order=Sets(),
         width=192,
         depth=2,
         heads=4,
         buffer=4,
-        condition=Features(MiniLM.dim, 1),
+        condition=TextFeatures(MiniLM.dim, 1),
         dropout=0.0,
-        sampling=Generation(iterations=16, temperature=0.8),
+        sampling=MaskedSampler(iterations=16, temperature=0.8),
     ),
     data=Data(ArrayRecord("data/glyphs_latents"), image_size=32, batch_size=32),
     train=Train(

@@ -10,8 +10,8 @@ wrong is forgiven. Any model of 32x32 pictures may be the first:
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Features
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import TextFeatures
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.text.minilm import MiniLM
@@ -26,17 +26,17 @@ experiment = Experiment(
             multipliers=(1, 2, 3),
             blocks=1,
             attention=(4,),
-            condition=Features(MiniLM.dim, 1),
+            condition=TextFeatures(MiniLM.dim, 1),
             extra_inputs=("low_res",),
-            told_noise=True,
+            noise_aug_conditioning=True,
             learn_variance=False,
         ),
         process=Discrete("cosine"),
         predicts="v",
-        enlarges=2,
-        augmentation=0.5,
+        upscale=2,
+        noise_aug=0.5,
         solver="dpm++",
-        sampling=Solving(steps=20, guidance=1.5, augmentation=0.1),
+        sampling=DiffusionSampler(steps=20, guidance=1.5, noise_aug=0.1),
     ),
     data=Data(ArrayRecord("data/glyphs64"), image_size=64, batch_size=32),
     train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.99),

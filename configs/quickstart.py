@@ -6,8 +6,8 @@ A frozen sentence encoder reads the captions, so that new words for a known thin
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Features
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -19,11 +19,11 @@ experiment = Experiment(
         width=192,
         depth=4,
         heads=4,
-        condition=Features(MiniLM.dim, 1),
+        condition=TextFeatures(MiniLM.dim, 1),
         dropout=0.0,
         token_dropout=0.0,
         qk_norm=True,
-        sampling=Sampling(guidance=1.0, temperature=0.25),
+        sampling=ARSampler(guidance=1.0, temperature=0.25),
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=32),
     train=Train(

@@ -7,7 +7,7 @@ Larger ones are the same with other shapes; docs/scaling.md plans them. The data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Features
+from t2i_jax.nn.condition import TextFeatures
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -17,7 +17,7 @@ experiment = Experiment(
         "llamagen-b",
         vocabulary=16384,
         grid=(16, 16),
-        condition=Features(2048, 120, left=True),
+        condition=TextFeatures(2048, 120, left=True),
         dtype="bfloat16",
         dropout=0.0,
         token_dropout=0.0,

@@ -6,9 +6,9 @@ The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.noise.reverse import Reverse
+from t2i_jax.noise.reverse import DiscreteSampler
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -22,8 +22,8 @@ experiment = Experiment(
         width=128,
         depth=4,
         heads=4,
-        condition=Captions(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
-        sampling=Reverse(guidance=2.0, truncation=0.9, steps=25),
+        condition=CaptionEncoder(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
+        sampling=DiscreteSampler(guidance=2.0, truncation=0.9, steps=25),
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),
     train=Train(

@@ -34,9 +34,9 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
-from t2i_jax.parallel import MeshConfig, batch_sharding, placed, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
-from t2i_jax.training.watch import together
+from t2i_jax.training.watch import raise_peer_lost
 
 log = logging.getLogger(__name__)
 WORK = "work.json"
@@ -70,10 +70,10 @@ def encode_splits(
         raise ConfigError("--splits: name one at least")
     counts = {split: -(-len(e) // block) for split, e in examples.items()}
     folder, main = out.with_name(out.name + ".partial"), jax.process_index() == 0
-    with together():
+    with raise_peer_lost():
         encoded = encoder(experiment, batch_size, max(map(len, examples.values())))
         if main:
-            claim(folder, experiment, {split: len(e) for split, e in examples.items()}, block)
+            check_unfinished_work(folder, experiment, {split: len(e) for split, e in examples.items()}, block)
         multihost_utils.sync_global_devices("encode: begun")
         files = [(folder / shard_name(split, k, n), split, k) for split, n in counts.items() for k in range(n)]
         missing = [file for file in files if not file[0].exists()]
@@ -105,7 +105,7 @@ def encode_splits(
     return json.loads((out / INDEX).read_text())
 
 
-def claim(folder: Path, experiment: Experiment, records: dict[str, int], block: int) -> None:
+def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[str, int], block: int) -> None:
     """Make the folder of unfinished work, or go on in it. Errors: `ConfigError` where it is that of another config."""
     data = experiment.data
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
@@ -145,7 +145,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     frozen.pop("loss", None)  # nothing is trained here
     if not frozen:
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
-    frozen = placed(frozen, shardings(frozen, mesh))
+    frozen = put_on_mesh(frozen, shardings(frozen, mesh))
     store = jax.jit(make_store(codec.config if codec else None, experiment.text))
     seen = codec or learns_from_images(experiment.text)
 
@@ -154,7 +154,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         rows = len(next(iter(arrays.values())))
         filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
         with jax.set_mesh(mesh):
-            made = jax.device_get(store(frozen, placed(filled, batch_sharding(mesh))))
+            made = jax.device_get(store(frozen, put_on_mesh(filled, batch_sharding(mesh))))
         return {k: small(v[:rows]) for k, v in made.items()}
 
     def batch(records: list[Record]) -> Iterator[Record]:

@@ -138,24 +138,26 @@ def rows_of(mesh: Mesh, size: int, process: int | None = None) -> list[int]:
     return [row for part in sorted(parts) for row in range(*part)]
 
 
-def assembled(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, Array]:
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, Array]:
     """A global batch of `size` rows, of which this process gives those of `rows_of`: each device gets its own."""
     rows, sharding = rows_of(mesh, size), batch_sharding(mesh)
 
     def one(x: np.ndarray) -> Array:
-        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, lambda index: x[within(rows, index, size)])
+        return jax.make_array_from_callback(
+            (size, *x.shape[1:]), sharding, lambda index: x[in_memory_of(rows, index, size)]
+        )
 
     return {k: one(v) for k, v in batch.items()}
 
 
-def within(rows: list[int], index: Any, size: int) -> slice:
+def in_memory_of(rows: list[int], index: Any, size: int) -> slice:
     """Where, among the rows of a process, those are that one of its devices holds; index: of the global array."""
     start, stop, _ = index[0].indices(size)
     first = bisect.bisect_left(rows, start)
     return slice(first, first + stop - start)
 
 
-def placed(tree: Any, layout: Any) -> Any:
+def put_on_mesh(tree: Any, layout: Any) -> Any:
     """Arrays of the host as arrays of the devices; layout: a sharding for each, or one for all.
 
     Each process gives its own devices their parts and has to hold the same values as the others: unlike
@@ -174,12 +176,12 @@ def placed(tree: Any, layout: Any) -> Any:
     return jax.tree.map((lambda x: put(x, layout)) if one else put, tree, *(() if one else (layout,)))
 
 
-def agreed(yes: bool) -> bool:
+def all_processes_agree(yes: bool) -> bool:
     """Whether all processes say yes: a call of all of them, each gets the same answer."""
     return yes if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
 
 
-def gathered(x: Array) -> np.ndarray:
+def to_host(x: Array) -> np.ndarray:
     """An array of the mesh on the host of every process: a call of all of them."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

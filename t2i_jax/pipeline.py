@@ -40,7 +40,7 @@ from t2i_jax.core.types import (
 )
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.nn.trees import abstract, named
-from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
+from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.pictures import to_uint8
 from t2i_jax.text.cut import check_vocabulary, limited, unread
 from t2i_jax.training.artifacts import (
@@ -78,26 +78,26 @@ Watch = Callable[[float, Any], None]
 """Called while a batch is drawn with the share that is done and the codes, or pictures, so far."""
 
 
-def unguided(family: Family, options: Any) -> dict[str, bool]:
+def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
     """How to tell `sample` that both branches would say the same, where options ask for no guidance: half the work."""
     if not family.capabilities.guidance:
         return {}
     return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
 
 
-def settled(family: Family, options: Any) -> Any:
+def validate_options(family: Family, options: Any) -> Any:
     """Sampling options as arrays. Errors: `ConfigError` for values with which the family cannot draw."""
     with refused("sampling options"):
         family.check(options)
         return options.arrays()
 
 
-def plain(options: Any) -> dict[str, float | str | None]:
+def plain_options(options: Any) -> dict[str, float | str | None]:
     """Sampling options for a file: numbers as floats, names and None as they are."""
     return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}
 
 
-def narrow(model_config: Trainable) -> dict[str, Any]:
+def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
     """The dtype of weights that the sampler of a family casts to bfloat16 before it computes with them: they are cast
     once when they are loaded, which changes no image."""
     if not model_config.capabilities.family or model_config.compute.dtype != "bfloat16":
@@ -138,14 +138,14 @@ class Pipeline:
             with on_host():
                 loaded = text_encoder(text).load() if gives_features(text) else None
         parts = {"model": model, "codec": codec.model if codec else None, "text": loaded}
-        self.parts = placed(parts, shardings(parts, self.mesh))
+        self.parts = put_on_mesh(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
         """What pictures depend on besides prompt, seed and options."""
         self.folder: str | Path | None = None
         """Where the model was loaded from."""
-        self.puller: Artifact | None = None
+        self.classifier: Artifact | None = None
         self._watch: Watch | None = None
-        self.second: Pipeline | None = None
+        self.upsampler: Pipeline | None = None
         """What makes the pictures larger; see `enlarged`."""
         self.noticed: set[str] = set()
         """Prompts that were looked at for parts that are not read."""
@@ -164,7 +164,7 @@ class Pipeline:
         """
         with refused():
             devices = mesh.build()
-        artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else narrow)
+        artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else cast_dtypes)
         with refused(str(folder)):
             family = int8_sampling(artifact.config) if int8 else as_family(artifact.config)
         codec = load_codec(artifact.codec, mesh=devices) if artifact.codec else None
@@ -198,8 +198,8 @@ class Pipeline:
             return {}
         ids, mask = self.text(list(prompts))
         condition = {"text": ids, "text_mask": mask}
-        if self.puller and self.puller.text is not None:
-            condition["clip_text"], condition["clip_mask"] = self.puller.text(list(prompts))
+        if self.classifier and self.classifier.text is not None:
+            condition["clip_text"], condition["clip_mask"] = self.classifier.text(list(prompts))
         return condition
 
     def sample(
@@ -238,9 +238,9 @@ class Pipeline:
             told = heard if watch else None
             whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
             images = self.generate(*whole, options, told)
-            if self.second is not None:
-                images = self.second.generate(*whole, self.second.options, small=gathered(images))
-            pictures.append(gathered(images)[: len(some)])
+            if self.upsampler is not None:
+                images = self.upsampler.generate(*whole, self.upsampler.options, small=to_host(images))
+            pictures.append(to_host(images)[: len(some)])
             if progress:
                 progress(at + len(some), len(prompts))
         return np.concatenate(pictures)
@@ -256,12 +256,12 @@ class Pipeline:
         """Logs which prompts, of those not asked about before, have a part that the model does not read."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noticed]
         self.noticed.update(new)
-        texts = (self.text, self.puller and self.puller.text, self.second and self.second.text)
+        texts = (self.text, self.classifier and self.classifier.text, self.upsampler and self.upsampler.text)
         for text in dict.fromkeys(filter(None, map(limited, texts))):
             if said := unread(text, new):
                 log.warning(f"prompts are cut: {said}; what is not read changes no image")
 
-    def enlarged(self, second: Pipeline, name: str = "") -> Pipeline:
+    def with_upsampler(self, second: Pipeline, name: str = "") -> Pipeline:
         """The same pipeline, whose pictures a second one makes larger: the two stages of a cascade (Ho et al. 2022).
 
         The second reads the same prompts, samples by its own options, and has the same seeds with other noise. name: of
@@ -270,12 +270,12 @@ class Pipeline:
         with refused(name):
             super_resolution(second.family)
         same = copy.copy(self)
-        same.second = second
+        same.upsampler = second
         same.about = self.about | {"enlarged by": f"{second.about.get('model', name)}, {second.options}"}
         same._compiled = same._compile()
         return same
 
-    def holding(self, picture: np.ndarray, mask: np.ndarray | None = None) -> Pipeline:
+    def inpaint(self, picture: np.ndarray, mask: np.ndarray | None = None) -> Pipeline:
         """The same pipeline, which draws anew only what a mask marks of a picture: holes, or all beyond an edge.
 
         picture: uint8 (i, j, 3); mask: bool (i, j), True where to draw; a token is drawn where any of its pixels is.
@@ -301,7 +301,7 @@ class Pipeline:
         same.about |= {"held": hashlib.sha256(picture.tobytes() + drawn.tobytes()).hexdigest()[:16]}
         return same
 
-    def pulled(self, by: Artifact, name: str = "") -> Pipeline:
+    def with_classifier_guidance(self, by: Artifact, name: str = "") -> Pipeline:
         """The same pipeline, whose pictures a classifier or an image-text model of noised pictures pulls to what was
         asked for, as strongly as the option `pull` says (Dhariwal & Nichol 2021; Nichol et al. 2022).
 
@@ -325,11 +325,11 @@ class Pipeline:
         channels, drawn = reads["image"].shape[-1], family.sample_spec().shape[-1]
         if channels != drawn:
             raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
-        same = self._with({"puller": by.model})
-        same.puller, same.about = by, same.about | {"pulled by": name}
+        same = self._with({"classifier": by.model})
+        same.classifier, same.about = by, same.about | {"pulled by": name}
         return same
 
-    def beside(self, weak: Artifact, name: str = "") -> Pipeline:
+    def with_autoguidance(self, weak: Artifact, name: str = "") -> Pipeline:
         """The same pipeline, guided away from what a worse model of the same kind draws: autoguidance (Karras et al.
         2024). It may be smaller, of another network, or less trained.
 
@@ -342,17 +342,17 @@ class Pipeline:
             raise ConfigError(
                 f"{name}: process is {guide.process}, and {family.process} that of the model which it is to guide"
             )
-        theirs, ours = spoken(guide), spoken(family)
+        theirs, ours = guidance_signature(guide), guidance_signature(family)
         for what in ours:
             if theirs[what] != ours[what]:
                 raise ConfigError(
                     f"{name}: {what} is {theirs[what]}, and {ours[what]} that of the model which it is to guide"
                 )
-        same = self._with({"weak": weak.model})
+        same = self._with({"guide_model": weak.model})
         same.about |= {"guided by": name}
         return same
 
-    def altered(self, **fields: Any) -> Pipeline:
+    def replace(self, **fields: Any) -> Pipeline:
         """The same pipeline with other fields of its family, of those that no training depends on (`FREE`), as
         `solver`, or with which a trained model may be sampled all the same (`SAMPLED`).
 
@@ -379,7 +379,7 @@ class Pipeline:
     def _with(self, parts: dict[str, Any]) -> Pipeline:
         """The same pipeline with more parts."""
         same = copy.copy(self)
-        same.parts = self.parts | placed(parts, shardings(parts, self.mesh))
+        same.parts = self.parts | put_on_mesh(parts, shardings(parts, self.mesh))
         same.about = dict(self.about)
         same._compiled = same._compile()
         return same
@@ -403,9 +403,9 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             # All from the host: what several processes put on one mesh has to be there, the same on each of them.
             data = np.asarray(jax.random.key_data(keys))
-            condition, data = placed((condition, data), batch_sharding(self.mesh))
-            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(settled(self.family, options))
-            static = {"watched": watch is not None, **unguided(self.family, options)}
+            condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
+            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(self.family, options))
+            static = {"watched": watch is not None, **guidance_flags(self.family, options)}
             images = self._compiled(self.parts, condition, keys, arrays, **static)
         if watch:
             jax.effects_barrier()
@@ -414,7 +414,7 @@ class Pipeline:
     def pictures(self, codes: Any) -> np.ndarray:
         """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
         with jax.set_mesh(self.mesh):
-            return gathered(jax.jit(self._finish)(self.parts, np.asarray(codes)))
+            return to_host(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
     def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
         if self._watch:
@@ -438,9 +438,11 @@ class Pipeline:
 
     def helpers(self, parts: dict[str, Any]) -> dict[str, Any]:
         """The other models that `sample` is given for guidance."""
-        found = {"weak": parts["weak"]} if "weak" in parts else {}
-        if self.puller:
-            found["log_p"] = jax.tree_util.Partial(as_classifier(self.puller.config).log_p, parts["puller"])
+        found = {"guide_model": parts["guide_model"]} if "guide_model" in parts else {}
+        if self.classifier:
+            found["classifier"] = jax.tree_util.Partial(
+                as_classifier(self.classifier.config).log_p, parts["classifier"]
+            )
         return found
 
     def _finish(self, parts: dict[str, Any], codes: Array) -> Array:
@@ -472,7 +474,7 @@ def card(artifact: Artifact, name: str) -> str:
     )
 
 
-def spoken(family: GaussianFamily) -> dict[str, Any]:
+def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
     """In what two Gaussian diffusions must agree for one to guide the other."""
     return {
         "predicts": family.predicts,
@@ -490,13 +492,13 @@ def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
     check_new(out)
     about = lambda artifact: card(artifact, Path(out).name)
     if scale:
-        artifact = scaled(load_artifact(run), run)
+        artifact = with_measured_scale(load_artifact(run), run)
         save_artifact(artifact, out, about(artifact))
     else:
         copy_artifact(run, out, about)
 
 
-def scaled(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
+def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
     """The codec of a run with the scale and shift that `count` of its pictures ask for."""
     experiment = config.load(run)
     if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:

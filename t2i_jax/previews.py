@@ -17,9 +17,9 @@ from t2i_jax import pictures
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.data.records import title
-from t2i_jax.parallel import agreed, gathered
+from t2i_jax.parallel import all_processes_agree, to_host
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline, image_keys, plain, unguided
+from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys, plain_options
 
 
 class Previews:
@@ -35,7 +35,7 @@ class Previews:
         if self.draw is None:
             return None
         real, captions, arguments = self.inputs
-        made = gathered(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
+        made = to_host(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
         sheet = pictures.side_by_side(real, made, captions)
         if jax.process_index() == 0:
             pictures.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
@@ -57,7 +57,7 @@ class Previews:
         else:  # an encoded data set: what the codec makes of the codes is as near as one gets
             codes = [r["codes"] if "codes" in r else np.split(r["latents"], 2, -1)[0] for r in records]
             decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
-            real = gathered(decode(trainer.frozen["codec"], np.stack(codes)))
+            real = to_host(decode(trainer.frozen["codec"], np.stack(codes)))
         if can.codec:
             reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
@@ -73,7 +73,9 @@ class Previews:
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition, jax.random.key(0))
-                codes = family.sample(model, condition, keys, family.options(), **unguided(family, family.options()))
+                codes = family.sample(
+                    model, condition, keys, family.options(), **guidance_flags(family, family.options())
+                )
                 return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
 
             self.draw, arguments = jax.jit(sample), (condition, image_keys(range(len(records))))
@@ -98,7 +100,7 @@ def sample_to_folder(
     file is in the way that this command did not make.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = plain(options)
+    settings = plain_options(options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
@@ -108,7 +110,7 @@ def sample_to_folder(
         made = pictures.claim(files, about, ("grid.png", "growing.png")) if main else made
     except ConfigError as error:
         refusal = error
-    if not agreed(refusal is None):
+    if not all_processes_agree(refusal is None):
         raise refusal or ConfigError(f"{out}: the first process cannot write here")
     todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
     moments: dict[float, Any] = {}

@@ -14,7 +14,7 @@ from families import CODECS, FAMILIES, batch_for
 from t2i_jax.nn.trees import abstract
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
-from t2i_jax.training.step import make_step, owned
+from t2i_jax.training.step import make_step, params_under
 
 FILE = Path(__file__).parent / "assets" / "curves.json"
 STEPS = 20
@@ -25,7 +25,7 @@ def curve(config):
     """The losses of a configuration at each step, by name: of four batches in turn, with gradients clipped and EMA."""
     objectives = config.objectives()
     optimizers = {name: OPTIMIZER.build(STEPS) for name in objectives}
-    pick = lambda name, params: owned(objectives[name], params)
+    pick = lambda name, params: params_under(objectives[name], params)
     state = jax.jit(lambda key: create(config.init, optimizers, pick, True, key))(jax.random.key(0))
     step = jax.jit(make_step(abstract(config), objectives, optimizers, ema=0.9), donate_argnums=0)
     losses = {}

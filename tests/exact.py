@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.gaussian import join
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
@@ -29,7 +29,7 @@ class Exact:
         return None
 
     def __call__(self, x: Array, told: Array, context, key=None) -> Array:
-        alpha, sigma = self.process.at(time_of(self.process, told), x)
+        alpha, sigma = self.process.alpha_sigma(time_of(self.process, told), x)
         mean, covariance = self.mean * self.process.scale, self.covariance * self.process.scale**2
         a, s = alpha.reshape(-1)[0], sigma.reshape(-1)[0]
         gain = a * covariance @ jnp.linalg.inv(a**2 * covariance + s**2 * jnp.eye(len(mean)))
@@ -52,7 +52,7 @@ def family_of(process: Process, count: int, **fields) -> Diffusion:
     """A `Diffusion` along `process` for pictures of `count` numbers in a row."""
     noisy = isinstance(process, Flow) or (isinstance(process, Discrete) and process.zero_terminal_snr)
     predicts = "velocity" if isinstance(process, Flow) else "v" if noisy or isinstance(process, EDM) else "eps"
-    network = DiT((1, count), channels=1, patch=1, learn_variance=False, condition=Classes(0))
+    network = DiT((1, count), channels=1, patch=1, learn_variance=False, condition=ClassEmbedder(0))
     return Diffusion(network, process, predicts, condition_dropout=0.0, **fields)
 
 

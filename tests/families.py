@@ -4,7 +4,7 @@ import numpy as np
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.dvae import DVAE, Strided
+from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -14,23 +14,31 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.models.stream import Stream, Text
+from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn import heads
-from t2i_jax.nn.condition import Captions, Classes, Encoded, Features, Given, Paired, Vector
+from t2i_jax.nn.condition import (
+    CaptionEncoder,
+    ClassEmbedder,
+    CrossAttnFeatures,
+    PooledAndTokenFeatures,
+    PooledFeatures,
+    PrefixTokens,
+    TextFeatures,
+)
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.orders import Confidence, Permutation
-from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 
-CAPTIONS = Captions(20, 6, width=16, depth=1, heads=2)
+CAPTIONS = CaptionEncoder(20, 6, width=16, depth=1, heads=2)
 CONV = dict(channels=8, multipliers=(1, 2), blocks=1, groups=4)
 GAME = dict(perceptual=0.0, start=0, discriminator=DiscriminatorConfig(width=8, layers=1))
 SMALL = dict(grid=(2, 2), width=16, depth=1, heads=2)
 HEAD = dict(dim=3, width=16, depth=1)
-DENOISER = dict(patch=2, width=16, depth=1, heads=2, waves=16)
+DENOISER = dict(patch=2, width=16, depth=1, heads=2, frequency_dim=16)
 UNET = dict(size=(4, 4), width=8, multipliers=(1, 2), blocks=1, attention=(1, 2), groups=4, heads=2)
 
 CODECS = {
@@ -38,35 +46,44 @@ CODECS = {
     "vqgan-gradient": VQGAN(AutoencoderConfig(**CONV, latent=8), QuantizerConfig(16, 4, decay=0.0), **GAME),
     "vqgan-gumbel": VQGAN(AutoencoderConfig(**CONV, latent=8), GumbelConfig(16, 4), **GAME),
     "kl": KL(AutoencoderConfig(**CONV, latent=4, moments=True), channels=3, **GAME),
-    "dvae": DVAE(16, Strided(channels=8, layers=1, blocks=1, code=4), pixels="l2", kl=0.1),
+    "dvae": DVAE(16, DALLEPytorchVAE(channels=8, layers=1, blocks=1, code=4), pixels="l2", kl=0.1),
 }
 FAMILIES = {
-    "ar": AR(16, **SMALL, condition=Classes(3)),
-    "ar-captions": AR(16, **SMALL, condition=CAPTIONS, reads="memory", positions="learned"),
-    "ar-features": AR(16, **SMALL, condition=Features(5, 6)),
-    "ar-vector": AR(16, **SMALL, condition=Vector(5)),
-    "ar-given": AR(16, **SMALL, condition=Given(1), tied=True),
-    "stream": Stream(16, (2, 2), Text(20, 6), 16, 1, 2),
-    "masked": Masked(**SMALL, head=heads.Softmax(16), order=Confidence(), condition=CAPTIONS, buffer=4),
-    "masked-diffusion": Masked(**SMALL, head=heads.Diffusion(**HEAD), condition=Classes(3), buffer=4),
-    "masked-flow": Masked(**SMALL, head=heads.Flow(**HEAD), condition=Features(5, 6), buffer=4),
-    "masked-mixture": Masked(**SMALL, head=heads.Mixture(3, 2), condition=Classes(3), buffer=4),
-    "any-order": AnyOrder(**SMALL, head=heads.Softmax(16), order=Permutation(), condition=CAPTIONS),
-    "any-order-flow": AnyOrder(**SMALL, head=heads.Flow(**HEAD), order=Permutation(), condition=Classes(3)),
-    "vq-diffusion": VQDiffusion(Chain(16, 10), **SMALL, condition=Encoded(5, 6)),
+    "ar": AR(16, **SMALL, condition=ClassEmbedder(3)),
+    "ar-captions": AR(16, **SMALL, condition=CAPTIONS, conditioning="cross_attention", positions="learned"),
+    "ar-features": AR(16, **SMALL, condition=TextFeatures(5, 6)),
+    "ar-vector": AR(16, **SMALL, condition=PooledFeatures(5)),
+    "ar-given": AR(16, **SMALL, condition=PrefixTokens(1), tied=True),
+    "stream": Stream(16, (2, 2), StreamText(20, 6), 16, 1, 2),
+    "masked": Masked(**SMALL, head=heads.SoftmaxHead(16), order=Confidence(), condition=CAPTIONS, buffer=4),
+    "masked-diffusion": Masked(**SMALL, head=heads.DiffusionHead(**HEAD), condition=ClassEmbedder(3), buffer=4),
+    "masked-flow": Masked(**SMALL, head=heads.FlowHead(**HEAD), condition=TextFeatures(5, 6), buffer=4),
+    "masked-mixture": Masked(**SMALL, head=heads.MixtureHead(3, 2), condition=ClassEmbedder(3), buffer=4),
+    "any-order": AnyOrder(**SMALL, head=heads.SoftmaxHead(16), order=Permutation(), condition=CAPTIONS),
+    "any-order-flow": AnyOrder(**SMALL, head=heads.FlowHead(**HEAD), order=Permutation(), condition=ClassEmbedder(3)),
+    "vq-diffusion": VQDiffusion(Chain(16, 10), **SMALL, condition=CrossAttnFeatures(5, 6)),
     "vq-diffusion-mask": VQDiffusion(
-        Chain(16, 10, kind="mask"), **SMALL, condition=Classes(3), objective="continuous", times="none"
+        Chain(16, 10, kind="mask"), **SMALL, condition=ClassEmbedder(3), objective="continuous", times="none"
     ),
-    "dit": Diffusion(DiT((4, 4), 3, **DENOISER, condition=Classes(3))),
+    "dit": Diffusion(DiT((4, 4), 3, **DENOISER, condition=ClassEmbedder(3))),
     "flow": Diffusion(DiT((4, 4), 3, **DENOISER, condition=CAPTIONS, text="joint", learn_variance=False), Flow(), "v"),
     "edm": Diffusion(
-        DiT((4, 4), 3, **DENOISER, condition=Paired(Encoded(5, 6), 4), text="joint", learn_variance=False), EDM(), "v"
+        DiT(
+            (4, 4),
+            3,
+            **DENOISER,
+            condition=PooledAndTokenFeatures(CrossAttnFeatures(5, 6), 4),
+            text="joint",
+            learn_variance=False,
+        ),
+        EDM(),
+        "v",
     ),
     "unet": Diffusion(
-        UNet(**UNET, channels=3, context=16, condition=PaddedCaptions(20, 6, 16, 1, 2), learn_variance=True)
+        UNet(**UNET, channels=3, context=16, condition=GlideCaptions(20, 6, 16, 1, 2), learn_variance=True)
     ),
     "upsampler": Diffusion(
-        UNet(**UNET, channels=3, condition=None, learn_variance=False, extra_inputs=("low_res",)), enlarges=2
+        UNet(**UNET, channels=3, condition=None, learn_variance=False, extra_inputs=("low_res",)), upscale=2
     ),
     "classifier": NoisedClassifier(UNet(**UNET, channels=3, condition=None), classes=3),
     "noised-clip": NoisedCLIP(20, 6, 16, 1, 2, 4, 2, 16, 1, 2, 8, process=Discrete("cosine")),

@@ -46,12 +46,12 @@ HEAD = """
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.comparison import Comparison, Line
+from t2i_jax.comparison import Comparison, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.parallel import MeshConfig
@@ -64,24 +64,26 @@ data = Data(ArrayRecord("{0}/records"), image_size=8, batch_size=4, threads=1, p
 one = MeshConfig(1, 1, 1)
 diffusion = lambda condition: Diffusion(
     DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=condition, learn_variance=False),
-    Flow(), predicts="velocity", solver="euler", sampling=Solving(steps=2, guidance=2.0))
+    Flow(), predicts="velocity", solver="euler", sampling=DiffusionSampler(steps=2, guidance=2.0))
 """
 CONFIGS = {
-    "classes": "experiment = Experiment(diffusion(Classes(3)), data, train, one)",
+    "classes": "experiment = Experiment(diffusion(ClassEmbedder(3)), data, train, one)",
     "words": 'text = SentencePiece("{0}/words.model", 8)\n'
-    "experiment = Experiment(diffusion(Captions(300, 8, width=16, depth=1, heads=2)), data, train, one, text=text)",
+    "experiment = Experiment(diffusion(CaptionEncoder(300, 8, width=16, depth=1, heads=2)), data, train, one, "
+    "text=text)",
     "codec": "experiment = Experiment(VQGAN(AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), "
     "middle_attention=False, groups=4), QuantizerConfig(codes=16, dim=4), perceptual=0.0, adversarial=0.0), data, "
     "train, one)",
-    "codes": "experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(3), dropout=0.0), "
-    'data, train, one, codec="{0}/codec")',
+    "codes": "experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(3), "
+    'dropout=0.0), data, train, one, codec="{0}/codec")',
     "pictures": 'text = SentencePiece("{0}/words.model", 8)\nfolder = Data(Folder("odd"), image_size=8, batch_size=4, '
     "threads=1, prefetch=1)\n"
-    "experiment = Experiment(diffusion(Captions(300, 8, width=16, depth=1, heads=2)), folder, train, one, text=text)",
+    "experiment = Experiment(diffusion(CaptionEncoder(300, 8, width=16, depth=1, heads=2)), folder, train, one, "
+    "text=text)",
     "picture_codes": 'folder = Data(Folder("odd"), image_size=8, batch_size=4, threads=1)\n'
     'experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2), folder, train, one, codec="{0}/codec")',
-    "comparison": "experiment = Comparison('Title', 'About.', {{'a': Experiment(diffusion(Classes(3)), data, train, "
-    "one)}}, Experiment(diffusion(Classes(3)), data, train, one), flops=3e6, count=4, batch_size=2)",
+    "comparison": "experiment = Comparison('Title', 'About.', {{'a': Experiment(diffusion(ClassEmbedder(3)), data, "
+    "train, one)}}, Experiment(diffusion(ClassEmbedder(3)), data, train, one), flops=3e6, count=4, batch_size=2)",
 }
 
 
@@ -385,7 +387,7 @@ class World:
         changes += [(importlib.import_module("t2i_jax.comparison.measure"), "SPACES", ("pixels",))]
         data = importlib.import_module("t2i_jax.cli.data")
         changes += [(data, "build_glyphs", functools.partial(build_glyphs, limit=6))]
-        load, hold, generate, drawn = Pipeline.load, Pipeline.holding, Pipeline.generate, itertools.count()
+        load, hold, generate, drawn = Pipeline.load, Pipeline.inpaint, Pipeline.generate, itertools.count()
 
         def loaded(folder: Any, mesh: Any = None, int8: bool = False) -> Any:
             args = (folder,) if mesh is None else (folder, mesh, int8)
@@ -416,11 +418,11 @@ class World:
         check = importlib.import_module("t2i_jax.bench.check")
         changes += [(check, "kernel_error", lambda *_: 0.0), (check, "FULL", check.TINY)]
         changes += [(importlib.import_module("t2i_jax.core.memory"), "memory", lambda: 2**30)]
-        turns = measure.in_turns
+        turns = measure.interleaved
         for name in ("drawing", "train", "codec", "sample", "data"):
             module = importlib.import_module(f"t2i_jax.bench.{name}")
-            changes += [(module, "in_turns", lambda measures, repeats: turns(measures, min(repeats, 1)))]
-        changes += [(Pipeline, "load", staticmethod(loaded)), (Pipeline, "holding", holding)]
+            changes += [(module, "interleaved", lambda measures, repeats: turns(measures, min(repeats, 1)))]
+        changes += [(Pipeline, "load", staticmethod(loaded)), (Pipeline, "inpaint", holding)]
         old = [(owner, name, owner.__dict__[name]) for owner, name, _ in changes]
         for owner, name, new in changes:
             setattr(owner, name, new)

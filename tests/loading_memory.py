@@ -18,19 +18,19 @@ from t2i_jax import config
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, start_cluster
 from t2i_jax.pipeline import Pipeline, release
 from t2i_jax.training import checkpoints
-from t2i_jax.training.artifacts import load_artifact, opened
+from t2i_jax.training.artifacts import load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.state import TrainState
 
 
 def family(mib: int, **fields: Any) -> AR:
     """A model of about so many MiB of fp32 weights in equal layers."""
-    return AR(64, (2, 2), width=512, mlp=1536, heads=8, depth=max(mib // 13, 1), condition=Classes(8), **fields)
+    return AR(64, (2, 2), width=512, mlp=1536, heads=8, depth=max(mib // 13, 1), condition=ClassEmbedder(8), **fields)
 
 
 def fill(name: str, v: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -73,7 +73,7 @@ def main() -> None:
     share, model = 0, None
     if action == "release":
         release(folder, folder.parent / "released")
-        share = 4 * max(x.size for x in jax.tree.leaves(opened(folder).artifact.model))  # the largest array
+        share = 4 * max(x.size for x in jax.tree.leaves(open_artifact(folder).artifact.model))  # the largest array
     elif action == "sample":
         pipeline = Pipeline.load(folder, mesh)
         share = sum(s.data.nbytes for x in jax.tree.leaves(pipeline.parts) for s in x.addressable_shards)

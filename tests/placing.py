@@ -26,11 +26,11 @@ def measure(way: str) -> None:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from t2i_jax.parallel import MeshConfig, placed, start_cluster
+    from t2i_jax.parallel import MeshConfig, put_on_mesh, start_cluster
 
     start_cluster()
     sharding = NamedSharding(MeshConfig(1, -1).build(), PartitionSpec("fsdp"))
-    put = {"device_put": jax.device_put, "placed": placed}[way]
+    put = {"device_put": jax.device_put, "placed": put_on_mesh}[way]
     jax.block_until_ready(put(np.zeros(8 * jax.device_count(), np.float32), sharding))
     x = np.arange(SIZE * 2**18, dtype=np.float32).reshape(-1, 1024)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

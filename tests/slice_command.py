@@ -16,9 +16,9 @@ from tpu_layouts import layouts
 
 from t2i_jax.cli import main
 from t2i_jax.nn.trees import rebuild
-from t2i_jax.parallel import MeshConfig, gathered
+from t2i_jax.parallel import MeshConfig, to_host
 from t2i_jax.training.loop import Trainer
-from t2i_jax.training.step import held, step_keys
+from t2i_jax.training.step import loss_inputs, step_keys
 
 start, plain = Trainer.start, MeshConfig._placed
 
@@ -45,11 +45,11 @@ def started(self):
     @jax.jit
     def gradients(state, frozen, batch):
         key, draw = step_keys(self.experiment.train.seed, state.step)
-        ready = self.prepare(frozen, batch, draw) | held(frozen)
+        ready = self.prepare(frozen, batch, draw) | loss_inputs(frozen)
         model = lambda params: rebuild(self.abstract, {**params, **state.carried})
         return jax.grad(lambda params: objective.loss(model(params), ready, key, state.step, True).loss)(state.params)
 
-    found = {name: gathered(v[...]) for name, v in gradients(state, self.frozen, batch).items()}
+    found = {name: to_host(v[...]) for name, v in gradients(state, self.frozen, batch).items()}
     if jax.process_index() == 0:
         np.savez(Path(self.folder) / "gradients.npz", **found)
     return state

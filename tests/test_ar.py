@@ -10,26 +10,41 @@ import pytest
 from families import with_aux
 
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import Captions, Classes, Encoded, Features, Given, Vector
+from t2i_jax.nn.condition import (
+    CaptionEncoder,
+    ClassEmbedder,
+    CrossAttnFeatures,
+    PooledFeatures,
+    PrefixTokens,
+    TextFeatures,
+)
 from t2i_jax.nn.layers import replace
 
 TINY = AR(
-    vocabulary=13, grid=(2, 3), width=16, depth=2, heads=4, kv_heads=2, condition=Classes(5), token_dropout=0, dropout=0
+    vocabulary=13,
+    grid=(2, 3),
+    width=16,
+    depth=2,
+    heads=4,
+    kv_heads=2,
+    condition=ClassEmbedder(5),
+    token_dropout=0,
+    dropout=0,
 )
-TEXT = dataclasses.replace(TINY, condition=Captions(11, length=4, width=8, depth=1, heads=2), qk_norm=True)
-FEATURES = dataclasses.replace(TINY, condition=Features(6, length=4), prefix_rotary="zero", tied=True)
+TEXT = dataclasses.replace(TINY, condition=CaptionEncoder(11, length=4, width=8, depth=1, heads=2), qk_norm=True)
+FEATURES = dataclasses.replace(TINY, condition=TextFeatures(6, length=4), prefix_rotary="zero", tied=True)
 GPT = dataclasses.replace(
     TINY,
     kv_heads=0,
-    condition=Given(4),
-    unmasked=3,
+    condition=PrefixTokens(4),
+    bidirectional_prefix=3,
     positions="learned",
     norm="layer",
     activation="gelu",
     bias=True,
     output_bias=True,
 )
-VECTOR = dataclasses.replace(GPT, condition=Vector(6), unmasked=0)
+VECTOR = dataclasses.replace(GPT, condition=PooledFeatures(6), bidirectional_prefix=0)
 ALL = {"classes": TINY, "captions": TEXT, "features": FEATURES, "given": GPT, "vector": VECTOR}
 
 
@@ -41,7 +56,7 @@ def batch_for(config, b=3, key=0):
         "label": jax.random.randint(keys[1], (b,), 0, 5),
         "text": jax.random.randint(keys[2], (b, 4), 0, 11),
         "text_mask": mask,
-        "features": jax.random.normal(keys[3], (b, 1 if isinstance(config.condition, Vector) else 4, 6)),
+        "features": jax.random.normal(keys[3], (b, 1 if isinstance(config.condition, PooledFeatures) else 4, 6)),
         "prefix": jax.random.randint(keys[4], (b, 4), 1, config.vocabulary),
     }
 
@@ -179,7 +194,7 @@ def test_sizes_are_what_their_names_say(size):
 
 def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are():
     given = dataclasses.replace(GPT, condition_dropout=0.0)
-    config = dataclasses.replace(given, condition=Encoded(16, 4, trained_null=False))
+    config = dataclasses.replace(given, condition=CrossAttnFeatures(16, 4, trained_null=False))
     model, batch = model_for(given), batch_for(given)
     vectors = {"features": model.tokens(batch["prefix"]), "codes": batch["codes"]}
     other = replace(model, condition=config.condition.init(jax.random.key(0), 16))
@@ -196,9 +211,9 @@ def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are(
 
 def test_vectors_of_another_width_and_without_a_null_are_refused():
     with pytest.raises(ValueError, match="width=16"):
-        dataclasses.replace(TINY, condition=Encoded(8, 4))
+        dataclasses.replace(TINY, condition=CrossAttnFeatures(8, 4))
     with pytest.raises(ValueError, match="trained_null"):
-        dataclasses.replace(TINY, condition=Encoded(16, 4, trained_null=False))
+        dataclasses.replace(TINY, condition=CrossAttnFeatures(16, 4, trained_null=False))
 
 
 def test_an_unknown_size_names_the_known_ones():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
-from t2i_jax.nn.draw import Sampling, guidance_at, truncate, uniforms
+from t2i_jax.nn.draw import ARSampler, filter_logits, guidance_at, uniforms
 from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
@@ -35,7 +35,7 @@ def uncached(config, model, condition, keys, options):
         batch = condition | {"codes": codes.reshape(b, *config.grid)}
         logits, null = (config.forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
         logits = guide(logits, null, guidance_at(options, i, length))
-        weights = truncate(logits, options.temperature, options.top_k, options.top_p)
+        weights = filter_logits(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
         drawn = jnp.argmax(cdf > uniforms(keys, i[None])[0][:, None], -1)
         return codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
@@ -48,9 +48,9 @@ def uncached(config, model, condition, keys, options):
 def test_cached_sampling_is_the_uncached_forward(config):
     model, condition, keys = model_for(config), condition_for(config), keys_for()
     for options in (
-        Sampling(guidance=2.5, greedy=True),
-        Sampling(guidance=3.0, guidance_start=0.3, guidance_stop=0.8, guidance_power=1.0, temperature=0.8, top_k=6),
-        Sampling(guidance=1.5, top_p=0.7),
+        ARSampler(guidance=2.5, greedy=True),
+        ARSampler(guidance=3.0, guidance_start=0.3, guidance_stop=0.8, guidance_power=1.0, temperature=0.8, top_k=6),
+        ARSampler(guidance=1.5, top_p=0.7),
     ):
         got = config.sample(model, condition, keys, options, segments=2)
         np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options.arrays()))
@@ -75,7 +75,7 @@ def test_decoding_gives_the_logits_of_the_forward(config):
 
 def test_the_same_seed_gives_the_same_picture_in_any_batch():
     model, condition, keys = model_for(TINY), condition_for(TINY, 5), keys_for(5)
-    options = Sampling(guidance=2.0, top_k=9)
+    options = ARSampler(guidance=2.0, top_k=9)
     all_five = TINY.sample(model, condition, keys, options, segments=1)
     assert len({row.tobytes() for row in np.asarray(all_five)}) == 5
     some = jnp.array([3, 1])
@@ -87,7 +87,7 @@ def test_one_compilation_for_all_settings(caplog):
     model, condition = model_for(TINY), condition_for(TINY)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for n in range(10):
-            options = Sampling(
+            options = ARSampler(
                 guidance=n,
                 guidance_start=n / 40,
                 guidance_stop=1 - n / 20,
@@ -106,7 +106,7 @@ def test_one_compilation_for_all_settings(caplog):
 def test_options_and_kept_tokens_may_differ_from_image_to_image():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     known = batch_for(TINY, key=9)["codes"]
-    options = Sampling(guidance=jnp.array([1.0, 4.0, 2.0]), greedy=jnp.array([True, False, False]))
+    options = ARSampler(guidance=jnp.array([1.0, 4.0, 2.0]), greedy=jnp.array([True, False, False]))
     got = TINY.sample(model, condition, keys, options, known=known, keep=jnp.array([0, 4, 6]), segments=1)
     for i in range(3):
         row = lambda x: jax.tree.map(lambda a: a[i : i + 1] if jnp.ndim(a) else a, x)  # noqa: B023
@@ -121,7 +121,7 @@ def test_options_and_kept_tokens_may_differ_from_image_to_image():
 
 def test_without_guidance_half_the_rows_give_the_same_codes():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
-    both = TINY.sample(model, condition, keys, Sampling(guidance=1), segments=1)
+    both = TINY.sample(model, condition, keys, ARSampler(guidance=1), segments=1)
     np.testing.assert_array_equal(TINY.sample(model, condition, keys, guided=False, segments=1), both)
 
 
@@ -151,7 +151,7 @@ def test_progress_shows_growing_codes():
 def test_sampling_on_a_mesh_is_that_on_one_device(sizes):
     config = dataclasses.replace(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
     model, condition, keys = model_for(config), condition_for(config, 8), keys_for(8)
-    options = Sampling(guidance=2.0, top_k=9, top_p=0.9)
+    options = ARSampler(guidance=2.0, top_k=9, top_p=0.9)
     want = config.sample(model, condition, keys, options, segments=2)
     mesh = MeshConfig(*sizes).build()
     with jax.set_mesh(mesh):

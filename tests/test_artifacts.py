@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from t2i_jax.text.sentencepiece import SentencePiece
-from t2i_jax.training.artifacts import found, relocated
+from t2i_jax.training.artifacts import find_artifact, resolve_files
 
 
 @pytest.fixture
@@ -22,17 +22,17 @@ def test_paths_of_a_run_are_found_from_any_folder(run, tmp_path, monkeypatch):
     elsewhere.mkdir()
     for folder, name in ((project, "runs/model"), (elsewhere, "../project/runs/model"), (elsewhere, str(run))):
         monkeypatch.chdir(folder)
-        assert Path(found("runs/codec", Path(name))).resolve() == project / "runs" / "codec"
+        assert Path(find_artifact("runs/codec", Path(name))).resolve() == project / "runs" / "codec"
     monkeypatch.chdir(project)
-    assert found("runs/codec", Path("runs/model")) == "runs/codec"
+    assert find_artifact("runs/codec", Path("runs/model")) == "runs/codec"
     for path in ("runs/none", str(tmp_path / "gone"), "gs://bucket/codec", ""):
-        assert found(path, run) == path
+        assert find_artifact(path, run) == path
 
 
 def test_a_vocabulary_is_found_from_any_folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "project" / "words.model").touch()
-    assert relocated(SentencePiece("words.model"), run).path == str(tmp_path / "project" / "words.model")
+    assert resolve_files(SentencePiece("words.model"), run).path == str(tmp_path / "project" / "words.model")
     (run / "vocabulary.model").touch()
-    assert relocated(SentencePiece("words.model"), run).path == str(run / "vocabulary.model")
-    assert relocated(SentencePiece("none.model"), tmp_path).path == "none.model"
+    assert resolve_files(SentencePiece("words.model"), run).path == str(run / "vocabulary.model")
+    assert resolve_files(SentencePiece("none.model"), tmp_path).path == "none.model"

@@ -21,8 +21,8 @@ from t2i_jax.config import ConfigError
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import Classes
-from t2i_jax.nn.heads import Diffusion, Softmax
+from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.nn.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import CHIPS, chip_of
 
@@ -43,12 +43,12 @@ def test_limits_are_work_over_time():
 
 def test_turns_give_medians_and_spreads():
     taken = {"a": iter([1.0, 5.0, 2.0]), "b": iter([3.0, 3.0, 3.0])}
-    found, spread = measure.in_turns({k: lambda v=v: next(v) for k, v in taken.items()}, 3)
+    found, spread = measure.interleaved({k: lambda v=v: next(v) for k, v in taken.items()}, 3)
     assert found == {"a": 2.0, "b": 3.0} and spread == {"a": 2.0, "b": 0.0}
 
 
 def test_the_bound_of_decoding_by_hand():
-    config = AR(vocabulary=10, grid=(1, 2), width=8, depth=3, heads=2, kv_heads=1, mlp=16, condition=Classes(5))
+    config = AR(vocabulary=10, grid=(1, 2), width=8, depth=3, heads=2, kv_heads=1, mlp=16, condition=ClassEmbedder(5))
     matrices = 3 * (8 * 4 * (2 + 1 + 1 + 2) + 3 * 8 * 16) + 8 * 10
     cache = 4 * 3 * 2 * 4 * 4 * (2 + 3)  # rows, layers, keys and values, width of a head, bytes, places seen
     by_memory = decode_bound(config, 4, flops=1e30, bandwidth=1.0)
@@ -62,11 +62,11 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.heads import SoftmaxHead
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
 
 data = Data(Folder("nowhere"), image_size=8, batch_size=8)
@@ -74,8 +74,9 @@ network = AutoencoderConfig(8, (1, 1), blocks=1, latent=8, attention=(), middle_
 experiment = Experiment({}, data)
 """
 MODELS = {
-    "model": "AR(13, (2, 3), 16, 2, 4, condition=Classes(5))",
-    "masked": "Masked((2, 2), 1, Softmax(5), width=8, depth=1, heads=2, buffer=1, buckets=1, condition=Classes(5))",
+    "model": "AR(13, (2, 3), 16, 2, 4, condition=ClassEmbedder(5))",
+    "masked": "Masked((2, 2), 1, SoftmaxHead(5), width=8, depth=1, heads=2, buffer=1, size_buckets=1, "
+    "condition=ClassEmbedder(5))",
     "codec": "VQGAN(network, QuantizerConfig(codes=16, dim=4), perceptual=0.0, adversarial=0.0)",
 }
 
@@ -136,14 +137,14 @@ def test_rows_of_a_batch_on_the_mesh_repeat():
     assert len(np.unique(codes[:FEW], axis=0)) > 1
 
 
-@pytest.mark.parametrize("head", [Softmax(7), Diffusion(3, width=16, depth=1, steps=20, respacing="5")])
+@pytest.mark.parametrize("head", [SoftmaxHead(7), DiffusionHead(3, width=16, depth=1, steps=20, respacing="5")])
 def test_what_is_cut_is_the_head_and_nothing_of_the_network(head):
-    family = AnyOrder((2, 3), head=head, width=8, depth=1, heads=2, condition=Classes(5))
+    family = AnyOrder((2, 3), head=head, width=8, depth=1, heads=2, condition=ClassEmbedder(5))
     model = jax.eval_shape(family.init, jax.random.key(0))
     condition, keys = {"label": jnp.arange(2)}, jax.random.split(jax.random.key(1), 2)
     count = lambda family: flops.count(lambda m: family.sample(m, condition, keys), model)
     rows, tokens = 2 * 2, 6
-    if isinstance(head, Softmax):
+    if isinstance(head, SoftmaxHead):
         products = 8 * 7
     else:
         stacked = {id(x) for x in jax.tree.leaves(model.head.blocks)}  # vectors of theirs have two axes

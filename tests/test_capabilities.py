@@ -96,9 +96,9 @@ def test_what_is_declared_works(name):
         assert 0 < float(options.strength) <= 1
         drawn(known=known)
     if can.classifier_guidance:
-        drawn(log_p=jax.tree_util.Partial(lambda x, t, condition: x.sum((1, 2, 3))))
+        drawn(classifier=jax.tree_util.Partial(lambda x, t, condition: x.sum((1, 2, 3))))
     if can.autoguidance:
-        sample = lambda m, w: config.sample(m, condition, keys, options, weak=w, guided=True)
+        sample = lambda m, w: config.sample(m, condition, keys, options, guide_model=w, guided=True)
         assert jax.eval_shape(sample, model, model).shape == (2, *spec.shape)
     if can.int8:
         drawn(jax.eval_shape(int8_weights, model))
@@ -116,17 +116,20 @@ def test_a_pipeline_refuses_what_is_not_declared(name):
     config, can = ALL[name], ALL[name].capabilities
     pipeline, image = Pipeline(config, {}, None, None), np.zeros((4, 4, 3), np.uint8)
     asked = {
-        "inpaint": lambda: pipeline.holding(image, np.ones((4, 4), bool)),
-        "init_image": lambda: pipeline.holding(image),
-        "classifier_guidance": lambda: pipeline.pulled(Artifact(FAMILIES["classifier"], {})),
-        "autoguidance": lambda: pipeline.beside(Artifact(config, {})),
-        "super_resolution": lambda: pipeline.enlarged(pipeline),
+        "inpaint": lambda: pipeline.inpaint(image, np.ones((4, 4), bool)),
+        "init_image": lambda: pipeline.inpaint(image),
+        "classifier_guidance": lambda: pipeline.with_classifier_guidance(Artifact(FAMILIES["classifier"], {})),
+        "autoguidance": lambda: pipeline.with_autoguidance(Artifact(config, {})),
+        "super_resolution": lambda: pipeline.with_upsampler(pipeline),
     }
     for flag, ask in asked.items():
         if not dataclasses.asdict(can)[flag]:
             with pytest.raises(ConfigError, match=f"a {type(config).__name__} "):
                 ask()
-    for what in (lambda: pipeline.pulled(Artifact(config, {})), lambda: pipeline.beside(Artifact(CLASSIFIER, {}))):
+    for what in (
+        lambda: pipeline.with_classifier_guidance(Artifact(config, {})),
+        lambda: pipeline.with_autoguidance(Artifact(CLASSIFIER, {})),
+    ):
         with pytest.raises(ConfigError, match="a (Noised|)[A-Z]"):
             what()
 
@@ -161,7 +164,7 @@ def test_a_family_of_the_protocol_alone_is_planned(histogram):
     assert plan.fits and plan.parameters == 4 * 2 * 2 * 2 * 8
 
 
-@pytest.mark.parametrize("flags", ["--int8", "--image", "--image --mask", "--pull-by", "--weak", "--upsample"])
+@pytest.mark.parametrize("flags", ["--int8", "--image", "--image --mask", "--classifier", "--autoguide", "--upsample"])
 def test_the_command_refuses_what_is_not_declared(histogram, capsys, tmp_path, flags):
     _, folder = histogram
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("RGB").save(tmp_path / "image.png")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.config import ConfigError
-from t2i_jax.models.diffusion import Diffusion, Solving, noised_small
-from t2i_jax.nn.condition import Classes
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler, noise_low_res
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.parallel import MeshConfig
@@ -19,16 +19,16 @@ from t2i_jax.pipeline import Pipeline, image_keys
 from t2i_jax.training.artifacts import Artifact, save_artifact
 
 BASE = Diffusion(
-    UNet((4, 4), width=8, multipliers=(1,), blocks=1, attention=(), groups=4, heads=1, condition=Classes(3)),
+    UNet((4, 4), width=8, multipliers=(1,), blocks=1, attention=(), groups=4, heads=1, condition=ClassEmbedder(3)),
     Discrete("cosine", 20),
-    sampling=Solving(3, 2.0),
+    sampling=DiffusionSampler(3, 2.0),
 )
 LARGE = dataclasses.replace(
     BASE,
-    network=dataclasses.replace(BASE.network, size=(8, 8), extra_inputs=("low_res",), told_noise=True),
-    enlarges=2,
-    augmentation=0.6,
-    sampling=Solving(3, 1.0, augmentation=0.2),
+    network=dataclasses.replace(BASE.network, size=(8, 8), extra_inputs=("low_res",), noise_aug_conditioning=True),
+    upscale=2,
+    noise_aug=0.6,
+    sampling=DiffusionSampler(3, 1.0, noise_aug=0.2),
 )
 
 
@@ -44,21 +44,21 @@ def test_noise_keeps_the_power_of_the_small_picture():
     keys = jax.random.split(jax.random.key(0))
     small, noise = (jax.random.normal(k, (64, 8, 8, 3)) for k in keys)
     for share in (0.0, 0.5, 1.0):
-        found = noised_small(small, jnp.full(64, share), noise)
+        found = noise_low_res(small, jnp.full(64, share), noise)
         assert abs(float(found["low_res"].std()) - 1) < 0.02
         np.testing.assert_allclose(jnp.mean(found["low_res"] * noise), share, atol=0.02)
-    np.testing.assert_array_equal(noised_small(small, jnp.zeros(64), noise)["low_res"], small)
+    np.testing.assert_array_equal(noise_low_res(small, jnp.zeros(64), noise)["low_res"], small)
 
 
 def test_the_small_picture_is_made_of_the_large_one():
     image = jnp.repeat(jnp.repeat(jnp.arange(16.0).reshape(1, 4, 4, 1), 4, 1), 4, 2)
-    small = dataclasses.replace(LARGE, enlarges=4).small({"image": image})
+    small = dataclasses.replace(LARGE, upscale=4).low_res_of({"image": image})
     assert small.shape == (1, 4, 4, 1)
     np.testing.assert_allclose(small[0, 1:3, 1:3, 0], jnp.arange(16.0).reshape(4, 4)[1:3, 1:3], atol=0.5)
     given = jnp.ones((1, 2, 2, 1))
-    np.testing.assert_array_equal(LARGE.small({"image": image, "low_res": given}), given)
+    np.testing.assert_array_equal(LARGE.low_res_of({"image": image, "low_res": given}), given)
     with pytest.raises(ValueError, match="low_res"):
-        LARGE.small({"label": jnp.zeros(1)})
+        LARGE.low_res_of({"label": jnp.zeros(1)})
 
 
 def test_the_second_model_learns_from_pictures_and_reads_the_small_one(model):
@@ -67,10 +67,14 @@ def test_the_second_model_learns_from_pictures_and_reads_the_small_one(model):
     loss = jax.jit(LARGE.loss)(model, batch, jax.random.key(3)).loss
     assert np.isfinite(loss)
     draw = lambda small, **options: LARGE.sample(
-        model, {"label": batch["label"], "low_res": small}, image_keys([0, 1]), Solving(3, 1.0, **options), guided=False
+        model,
+        {"label": batch["label"], "low_res": small},
+        image_keys([0, 1]),
+        DiffusionSampler(3, 1.0, **options),
+        guided=False,
     )
-    small = LARGE.small(batch)
-    plain, other, noisy = draw(small), draw(-small), draw(small, augmentation=jnp.asarray([0.0, 0.9]))
+    small = LARGE.low_res_of(batch)
+    plain, other, noisy = draw(small), draw(-small), draw(small, noise_aug=jnp.asarray([0.0, 0.9]))
     assert float(jnp.abs(plain - other).max()) > 1e-3
     np.testing.assert_allclose(noisy[0], plain[0], atol=1e-5)
     assert float(jnp.abs(noisy[1] - plain[1]).max()) > 1e-3
@@ -90,9 +94,9 @@ def test_the_command_draws_in_two_stages(model, tmp_path):
     again = second.generate(["1", "2"], [0, 0], second.options, small=small)
     np.testing.assert_allclose(np.asarray(again).astype(int), made.astype(int), atol=1)
     with pytest.raises(ConfigError, match="low_res"):
-        first.enlarged(first, "base")
+        first.with_upsampler(first, "base")
 
 
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="told_noise"):
+    with pytest.raises(ValueError, match="noise_aug_conditioning"):
         dataclasses.replace(LARGE.network, extra_inputs=())

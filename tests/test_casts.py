@@ -10,9 +10,9 @@ import pytest
 
 from t2i_jax.core.casts import cast_first
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.trees import named, rebuild
-from t2i_jax.pipeline import narrow
+from t2i_jax.pipeline import cast_dtypes
 
 
 def program(a, b, c, d, e, f, x):
@@ -35,7 +35,7 @@ def test_codes_of_narrow_weights_are_those_of_the_wide(name):
     """Stream adds tables to each other before it casts them: these stay."""
     family = dataclasses.replace(families.FAMILIES[name], dtype="bfloat16")
     model = jax.jit(family.init)(jax.random.key(0))
-    dtypes = narrow(family)
+    dtypes = cast_dtypes(family)
     assert "blocks.mlp.out.w" in dtypes and "image_tokens.w" not in dtypes
     cast = rebuild(model, {k: v.replace(v[...].astype(dtypes.get(k, v[...].dtype))) for k, v in named(model).items()})
     batch = {k: np.ones((4, *f.shape), f.dtype) for k, f in family.condition.batch_spec().items()}
@@ -44,8 +44,11 @@ def test_codes_of_narrow_weights_are_those_of_the_wide(name):
 
 
 def test_nothing_is_cast_for_a_family_that_computes_in_fp32():
-    assert not narrow(families.FAMILIES["ar"])
-    wide, deep = narrow(AR(16, (2, 2), 16, 1, 2, condition=Classes(3), dtype="bfloat16")), families.FAMILIES["dit"]
+    assert not cast_dtypes(families.FAMILIES["ar"])
+    wide, deep = (
+        cast_dtypes(AR(16, (2, 2), 16, 1, 2, condition=ClassEmbedder(3), dtype="bfloat16")),
+        families.FAMILIES["dit"],
+    )
     network = dataclasses.replace(deep.network, dtype="bfloat16")
     assert "blocks.mlp.into.w" in wide and "tokens.w" in wide
-    assert not any(name.startswith("network.time") for name in narrow(dataclasses.replace(deep, network=network)))
+    assert not any(name.startswith("network.time") for name in cast_dtypes(dataclasses.replace(deep, network=network)))

@@ -14,24 +14,24 @@ from PIL import Image
 from t2i_jax.cli import main
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import may_become
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Classes
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.orders import Generation
+from t2i_jax.nn.orders import MaskedSampler
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.pipeline import Pipeline, settled
+from t2i_jax.pipeline import Pipeline, validate_options
 from t2i_jax.previews import Previews
 from t2i_jax.training.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
 
-NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=Classes(3), learn_variance=False)
-FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=Solving(4, 2.0))
+NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
+FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=DiffusionSampler(4, 2.0))
 
 FILE = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.nn.dit import DiT
 from t2i_jax.training.experiment import Experiment
 model = Diffusion(DiT((4, 4), 3, patch=2, width=16, depth=1, heads=2), {fields})
@@ -86,7 +86,7 @@ def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path,
         (["3"], "3 is not one of 0 to 2"),
         (["-1"], ""),
         (["cat"], "class numbers"),
-        (["1", "--pull", "1"], "--pull-by"),
+        (["1", "--classifier-scale", "1"], "--classifier"),
         (["1", "--candidates", "3"], "--rerank"),
         (["1", "--out", "gs://bucket/pictures"], "this machine alone"),
         (["1", "--mesh", "data=3,fsdp=5"], "needs 15 devices"),
@@ -166,7 +166,7 @@ def test_images_to_fill_are_what_a_viewer_shows(folder, tmp_path, capsys):
     ("fields", "flags", "says"),
     [
         ("solver='rk4'", [], "solver 'rk4': one of"),
-        ("sampling=Solving(2000)", [], "steps 2000: 1 to 1000"),
+        ("sampling=DiffusionSampler(2000)", [], "steps 2000: 1 to 1000"),
         ("", ["--mesh.data=3", "--mesh.fsdp=5"], "needs 15 devices"),
         ("", ["--model.solver=heun", "--model.predicts=y"], "model.predicts"),
     ],
@@ -180,9 +180,9 @@ def test_mistakes_in_a_config_are_one_line(capsys, tmp_path, fields, flags, says
 
 def test_options_of_sets_that_are_not_there_are_named():
     with pytest.raises(ConfigError, match="shape 7: 0 cosine, 1 linear"):
-        settled(FAMILIES["masked"], Generation(shape=7))
+        validate_options(FAMILIES["masked"], MaskedSampler(shape=7))
     with pytest.raises(ConfigError, match="1 to 1024"):
-        Generation(iterations=2000)
+        MaskedSampler(iterations=2000)
 
 
 def test_what_draws_nothing_has_no_previews():
@@ -192,15 +192,15 @@ def test_what_draws_nothing_has_no_previews():
 
 def test_other_fields_of_a_family(folder):
     pipeline = Pipeline.load(folder, MeshConfig(1))
-    assert pipeline.altered(solver="ddpm") is pipeline
-    other = pipeline.altered(solver="heun")
+    assert pipeline.replace(solver="ddpm") is pipeline
+    other = pipeline.replace(solver="heun")
     assert other.family == dataclasses.replace(FAMILY, solver="heun") and other.about["solver"] == "heun"
     assert pipeline.family == FAMILY and "solver" not in pipeline.about
     with pytest.raises(ConfigError, match="has no 'order'"):
-        pipeline.altered(order=3)
+        pipeline.replace(order=3)
     for field in ({"network": dataclasses.replace(NETWORK, width=16)}, {"process": Discrete()}, {"predicts": "v"}):
         with pytest.raises(ConfigError, match=f"a Diffusion is trained with its '{min(field)}"):
-            pipeline.altered(**field)
+            pipeline.replace(**field)
 
 
 @pytest.mark.slow
@@ -209,8 +209,8 @@ def test_a_mesh_draws_what_one_device_draws_by_any_solver(folder):
     spread = [x for x in jax.tree.leaves(many.parts["model"]) if not x.is_fully_replicated]
     assert spread and all(x.addressable_shards[0].data.size < x.size for x in spread)
     draw = lambda pipeline: pipeline.sample(["0", "1"], [5, 6], batch_size=2).astype(int)
-    plain, heun = draw(one), draw(one.altered(solver="heun"))
-    np.testing.assert_allclose(draw(many.altered(solver="heun")), heun, atol=1)
+    plain, heun = draw(one), draw(one.replace(solver="heun"))
+    np.testing.assert_allclose(draw(many.replace(solver="heun")), heun, atol=1)
     assert jnp.abs(plain - heun).max() > 1
 
 

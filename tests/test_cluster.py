@@ -16,7 +16,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.parallel import start_cluster
 from t2i_jax.training.artifacts import Artifact, save_artifact
 
@@ -72,7 +72,7 @@ def released(tmp_path_factory):
     parts = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
     codec = VQGAN(parts, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
     save_artifact(Artifact(codec, codec.init(jax.random.key(0))), path / "codec", "# A codec\n")
-    family = AR(16, (4, 4), width=32, depth=1, heads=2, condition=Classes(4))
+    family = AR(16, (4, 4), width=32, depth=1, heads=2, condition=ClassEmbedder(4))
     model = family.init(jax.random.key(1))
     save_artifact(Artifact(family, model, codec=str(path / "codec"), image_size=8), path / "model", "# A model\n")
     return path / "model"

@@ -14,7 +14,7 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, Quantizer, QuantizerConfig, nearest, usage
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.nn.conv import Upsample, patchify, unpatchify
-from t2i_jax.nn.layers import Carried, replace
+from t2i_jax.nn.layers import ModelState, replace
 from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, batch_sharding
 
@@ -115,7 +115,7 @@ def test_moving_averages_by_hand():
     after = q.moved(z, q.codes(z), KEY)
     np.testing.assert_allclose(after.sizes[...], [0.75 * 4 + 0.25 * 3, 0.75 * 2])
     np.testing.assert_allclose(after.codebook[...], [[0.25 * 6 / 3.75], [10.0]])
-    assert isinstance(q.codebook, Carried) and isinstance(after.codebook, Carried)
+    assert isinstance(q.codebook, ModelState) and isinstance(after.codebook, ModelState)
     assert not jnp.any(jax.grad(lambda q: q(z)[2])(q).codebook[...])  # with a decay it follows no gradient
 
 

@@ -10,28 +10,30 @@ import numpy as np
 import pytest
 
 from t2i_jax import comparison, flops
-from t2i_jax.comparison import Comparison, Line, Sweep
-from t2i_jax.comparison.measure import Ruler, work
+from t2i_jax.comparison import Comparison, Sweep, Variant
+from t2i_jax.comparison.measure import ReferenceSet, work
 from t2i_jax.comparison.report import table, write
 from t2i_jax.comparison.run import check_length
 from t2i_jax.config import ConfigError, to_json
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.heads import Softmax
-from t2i_jax.nn.orders import Generation
+from t2i_jax.nn.heads import SoftmaxHead
+from t2i_jax.nn.orders import MaskedSampler
 from t2i_jax.noise.processes import Flow
-from t2i_jax.pipeline import Pipeline, unguided
+from t2i_jax.pipeline import Pipeline, guidance_flags
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
-NETWORK = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Classes(3), learn_variance=False)
-MODEL = Diffusion(NETWORK, Flow(), predicts="velocity", solver="euler", sampling=Solving(steps=4, guidance=2.0))
+NETWORK = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
+MODEL = Diffusion(
+    NETWORK, Flow(), predicts="velocity", solver="euler", sampling=DiffusionSampler(steps=4, guidance=2.0)
+)
 NAMES = ("efficientnet_lite0/top1", "efficientnet_lite0/frechet", "pixels/top1", "seconds_per_image")
 
 
@@ -60,11 +62,11 @@ def test_work_of_a_sampler_follows_its_steps_and_branches():
     steps = count(steps=8) - count(steps=4)
     assert steps > 0 and count(steps=12) - count(steps=8) == steps
     assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
-    assert unguided(MODEL, Solving(guidance=1.0)) == {"guided": False}
-    assert unguided(MODEL, Solving(guidance=1.5)) == {}
-    sets = Masked(grid=(2, 2), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3))
+    assert guidance_flags(MODEL, DiffusionSampler(guidance=1.0)) == {"guided": False}
+    assert guidance_flags(MODEL, DiffusionSampler(guidance=1.5)) == {}
+    sets = Masked(grid=(2, 2), head=SoftmaxHead(8), width=8, depth=1, heads=2, buffer=1, condition=ClassEmbedder(3))
     pipeline = Pipeline(sets, sets.init(jax.random.key(0)), None, None)
-    count = lambda n: work(pipeline, Generation(iterations=n), ["0"])
+    count = lambda n: work(pipeline, MaskedSampler(iterations=n), ["0"])
     assert count(2) < count(4) == count(64)  # there are four tokens
 
 
@@ -77,16 +79,16 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
     assert flops.count(looped, x, trips=[(0, 0), (0, 1), (1, 0)]) == (2 + 3 + 3) * 128
     assert flops.count(looped, x, trips=2) == 2 * 4 * 128
     shape: dict[str, Any] = dict(
-        grid=(4, 4), head=Softmax(8), width=8, depth=1, heads=2, buffer=1, condition=Classes(3)
+        grid=(4, 4), head=SoftmaxHead(8), width=8, depth=1, heads=2, buffer=1, condition=ClassEmbedder(3)
     )
-    model = Masked(buckets=4, **shape)
+    model = Masked(size_buckets=4, **shape)
     assert model.sizes == ([4, 8, 12, 16], [1, 4, 16])
     # Hidden after each of four steps: 14, 11, 6, 0; so 0, 2, 5, 10 are visible and 2, 3, 5, 6 are asked for.
-    assert model.loop_trips(Generation(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
-    one = dataclasses.replace(model, buckets=1)
-    assert one.loop_trips(Generation(iterations=4)) == [(1,), (1,), (2,), (2,)]
+    assert model.loop_trips(MaskedSampler(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
+    one = dataclasses.replace(model, size_buckets=1)
+    assert one.loop_trips(MaskedSampler(iterations=4)) == [(1,), (1,), (2,), (2,)]
     network = model.init(jax.random.key(0))
-    count = lambda family: work(Pipeline(family, network, None, None), Generation(iterations=4), ["0"])
+    count = lambda family: work(Pipeline(family, network, None, None), MaskedSampler(iterations=4), ["0"])
     rows = 2 * (16 - 4 + 16 - 4 + 16 - 8 + 16 - 12)  # of the encoder and of `widen`, two branches, that are not there
     matrices = sum(x.size for x in jax.tree.leaves((network.encoder, network.widen)) if x.ndim > 1)
     assert count(one) - count(model) > 2 * rows * matrices  # and attention
@@ -97,7 +99,7 @@ def test_a_report_tells_every_number(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
     ruler = SimpleNamespace(prompts=[f"thing {i}" for i in range(6)], real=pictures)
     numbers = [dict.fromkeys(NAMES, 0.25 + i) for i in range(2)]
-    sweep = Sweep("Steps", "steps", (2, 40), {"ours": Line("a")})
+    sweep = Sweep("Steps", "steps", (2, 40), {"ours": Variant("a")})
     experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
     wanted = Comparison("Title", "What is asked.", {"a": experiment}, experiment, 1e9, {"steps": sweep})
     found = {"runs": {"a": numbers[0] | {"parameters": 1234}}, "sweeps": {"steps": {"ours": numbers}}}
@@ -112,10 +114,10 @@ def test_a_report_tells_every_number(tmp_path):
 
 def test_a_sweep_of_a_run_that_is_not_there_says_which_are():
     experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
-    sweep = Sweep("Steps", "steps", (2,), {"ours": Line("b")})
+    sweep = Sweep("Steps", "steps", (2,), {"ours": Variant("b")})
     with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'b'; there are a"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
-    sweep = Sweep("Pull", "pull", (2,), {"ours": Line("a", pulled_by="c")})
+    sweep = Sweep("Pull", "pull", (2,), {"ours": Variant("a", classifier="c")})
     with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'c'; there are none"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
     with pytest.raises(ConfigError, match="two batches"):
@@ -130,13 +132,13 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
     captions = [c for record in data.examples() for c in record["captions"]]
     train_vocabulary(captions, tmp_path / "words.model", size=300)
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
-    condition = Captions(words.vocabulary, 8, width=16, depth=1, heads=2)
+    condition = CaptionEncoder(words.vocabulary, 8, width=16, depth=1, heads=2)
     network = dataclasses.replace(NETWORK, size=(16, 16), condition=condition)
     model = dataclasses.replace(MODEL, network=network)
     experiment = Experiment(model, data, Train(evaluate_batches=1), text=words)
-    sweeps = {"steps": Sweep("Steps", "steps", (1, 2), {"heun": Line("a", family={"solver": "heun"})})}
+    sweeps = {"steps": Sweep("Steps", "steps", (1, 2), {"heun": Variant("a", family={"solver": "heun"})})}
     wanted = Comparison("T", "A", {"a": experiment}, experiment, 5e8, sweeps, count=8, batch_size=4)
     first = comparison.run(wanted, tmp_path / "runs", tmp_path / "out")
     assert first["runs"]["a"]["steps"] > 2 and 0 < first["runs"]["a"]["share_of_limit"] < 1
-    monkeypatch.setattr(Ruler, "draw", None)
+    monkeypatch.setattr(ReferenceSet, "draw", None)
     assert comparison.run(wanted, tmp_path / "runs", tmp_path / "out")["sweeps"] == first["sweeps"]

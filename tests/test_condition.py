@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.nn.condition import Captions, Classes, Features
-from t2i_jax.nn.layers import Carried
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
+from t2i_jax.nn.layers import ModelState
 
 KEY = jax.random.key(0)
 S, WIDTH = 6, 16
@@ -19,10 +19,10 @@ BATCH = {
     "features": jax.random.normal(KEY, (4, S, 5)),
 }
 CONFIGS = {
-    "classes": Classes(4),
-    "captions": Captions(50, S, 8, 2, 2),
-    "features": Features(5, S),
-    "llamagen": Features(5, S, trained_null=False, left=True, null_keeps_mask=True),
+    "classes": ClassEmbedder(4),
+    "captions": CaptionEncoder(50, S, 8, 2, 2),
+    "features": TextFeatures(5, S),
+    "llamagen": TextFeatures(5, S, trained_null=False, left=True, null_keeps_mask=True),
 }
 NO = jnp.zeros(4, bool)
 
@@ -82,28 +82,28 @@ def test_the_order_of_words_matters():
 
 
 def test_without_classes_a_model_is_unconditional():
-    config = Classes(0)
+    config = ClassEmbedder(0)
     assert config.batch_spec() == {}
     tokens, _ = config.init(KEY, WIDTH)({}, DROP)
     assert (tokens == tokens[0]).all()
 
 
 def test_left_layout_moves_text_to_the_end():
-    right, left = (made(Features(5, S, left=side))(BATCH, NO) for side in (False, True))
+    right, left = (made(TextFeatures(5, S, left=side))(BATCH, NO) for side in (False, True))
     np.testing.assert_array_equal(left[1], right[1][:, ::-1])
     np.testing.assert_allclose(left[0][1, -3:], right[0][1, :3], atol=1e-6)
     assert not left[0][1, :-3].any()
 
 
 def test_null_features_stand_before_the_projection_and_may_be_frozen():
-    trained, frozen = (Features(5, S, trained_null=b).init(KEY, WIDTH) for b in (True, False))
-    assert not isinstance(trained.null, Carried) and isinstance(frozen.null, Carried)
+    trained, frozen = (TextFeatures(5, S, trained_null=b).init(KEY, WIDTH) for b in (True, False))
+    assert not isinstance(trained.null, ModelState) and isinstance(frozen.null, ModelState)
     given = frozen({"features": jnp.broadcast_to(frozen.null[...], (4, S, 5))}, NO)[0]
     np.testing.assert_allclose(frozen(BATCH, ~NO)[0], given, atol=1e-6)
 
 
 def test_llamagen_masks_the_null_condition_to_the_length_of_the_caption():
-    module = made(Features(5, S, null_keeps_mask=True))
+    module = made(TextFeatures(5, S, null_keeps_mask=True))
     np.testing.assert_array_equal(module(BATCH, ~NO)[1], MASK | ~MASK.any(1)[:, None])
 
 

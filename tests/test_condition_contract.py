@@ -18,11 +18,18 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn import heads
-from t2i_jax.nn.condition import Classes, Encoded, Features, Given, Paired, Vector
+from t2i_jax.nn.condition import (
+    ClassEmbedder,
+    CrossAttnFeatures,
+    PooledAndTokenFeatures,
+    PooledFeatures,
+    PrefixTokens,
+    TextFeatures,
+)
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.layers import Linear
 from t2i_jax.nn.orders import Permutation
-from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 
@@ -56,22 +63,22 @@ class SizeTokens(nnx.Module):
 
 
 CONDITIONS = {
-    "classes": Classes(3),
-    "classes without null": Classes(3, null=False),
-    "unconditional": Classes(0),
+    "classes": ClassEmbedder(3),
+    "classes without null": ClassEmbedder(3, null=False),
+    "unconditional": ClassEmbedder(0),
     "captions": CAPTIONS,
-    "features": Features(5, 6),
-    "features to the right": Features(5, 6, left=True, null_keeps_mask=True, trained_null=False),
-    "vector": Vector(5),
-    "encoded": Encoded(5, 6),
-    "encoded, null kept": Encoded(5, 6, trained_null=False, kept_null=True),
-    "encoded, null of the batch": Encoded(5, 6, trained_null=False),
-    "paired": Paired(Encoded(5, 6), 4),
-    "paired, null of the batch": Paired(Encoded(5, 6, trained_null=False), 4),
-    "padded captions": PaddedCaptions(20, 6, 16, 1, 2),
-    "padding read as it is": PaddedCaptions(20, 6, 16, 1, 2, padding=False),
-    "a start token": Given(1),
-    "a prefix": Given(3),
+    "features": TextFeatures(5, 6),
+    "features to the right": TextFeatures(5, 6, left=True, null_keeps_mask=True, trained_null=False),
+    "vector": PooledFeatures(5),
+    "encoded": CrossAttnFeatures(5, 6),
+    "encoded, null kept": CrossAttnFeatures(5, 6, trained_null=False, kept_null=True),
+    "encoded, null of the batch": CrossAttnFeatures(5, 6, trained_null=False),
+    "paired": PooledAndTokenFeatures(CrossAttnFeatures(5, 6), 4),
+    "paired, null of the batch": PooledAndTokenFeatures(CrossAttnFeatures(5, 6, trained_null=False), 4),
+    "padded captions": GlideCaptions(20, 6, 16, 1, 2),
+    "padding read as it is": GlideCaptions(20, 6, 16, 1, 2, padding=False),
+    "a start token": PrefixTokens(1),
+    "a prefix": PrefixTokens(3),
     "a user's": Sizes(),
 }
 
@@ -92,7 +99,7 @@ def test_a_condition_gives_what_it_declares(name):
     assert tokens.shape == (4, condition.length, *width) and mask.shape == (4, condition.length)
     assert jnp.issubdtype(tokens.dtype, jnp.integer if spec.gives_ids else jnp.float32) and mask.dtype == bool
     assert bool(mask.all()) != spec.has_padding
-    assert spec.classes == (condition.count if isinstance(condition, Classes) else None)
+    assert spec.classes == (condition.count if isinstance(condition, ClassEmbedder) else None)
     if not spec.gives_ids:
         assert model(batch, none, jnp.bfloat16)[0].dtype == jnp.bfloat16
 
@@ -112,9 +119,9 @@ def test_a_condition_gives_what_it_declares(name):
 
 FAMILIES = {
     "ar": lambda c: AR(16, **SMALL, condition=c),
-    "ar by cross-attention": lambda c: AR(16, **SMALL, condition=c, reads="memory"),
-    "masked": lambda c: Masked(**SMALL, head=heads.Softmax(16), condition=c, buffer=4),
-    "any-order": lambda c: AnyOrder(**SMALL, head=heads.Softmax(16), order=Permutation(), condition=c),
+    "ar by cross-attention": lambda c: AR(16, **SMALL, condition=c, conditioning="cross_attention"),
+    "masked": lambda c: Masked(**SMALL, head=heads.SoftmaxHead(16), condition=c, buffer=4),
+    "any-order": lambda c: AnyOrder(**SMALL, head=heads.SoftmaxHead(16), order=Permutation(), condition=c),
     "vq-diffusion": lambda c: VQDiffusion(Chain(16, 10), **SMALL, condition=c),
     "unet": lambda c: Diffusion(UNet(**UNET, channels=3, context=WIDTH, condition=c)),
     "dit": lambda c: Diffusion(DiT((4, 4), 3, **DENOISER, condition=c)),
@@ -147,6 +154,6 @@ def test_any_condition_goes_into_any_family_or_is_refused(family, name):
 
 @pytest.mark.parametrize("family", ["masked", "any-order"])
 def test_ids_and_vectors_of_another_width_are_refused_where_none_can_be_read(family):
-    for condition in (Given(1), Encoded(5, 6)):
+    for condition in (PrefixTokens(1), CrossAttnFeatures(5, 6)):
         with pytest.raises(ConfigError, match="condition"):
             FAMILIES[family](condition)

@@ -9,7 +9,7 @@ import toys
 
 from t2i_jax import config
 from t2i_jax.config import ConfigError
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.optimizer import Optimizer
 
@@ -60,8 +60,8 @@ def test_unknown_field_in_a_file_names_the_nearest(file):
     [
         ("from t2i_jax.models.diffusion import Diffusion; Diffusion(solvr=1)", "solver"),
         ("from t2i_jax.models.diffusion import Diffusion as D; x = [D(None, *[], solvr=1)]", "solver"),
-        ("from t2i_jax.nn import heads; heads.Diffusion(1, wdth=1)", "width"),
-        ("from t2i_jax.nn.heads import Flow; Flow(tims=1)", "dim"),
+        ("from t2i_jax.nn import heads; heads.DiffusionHead(1, wdth=1)", "width"),
+        ("from t2i_jax.nn.heads import FlowHead; FlowHead(tims=1)", "dim"),
         ("from t2i_jax.noise.processes import Flow; Flow(tims=1)", "times"),
         ("import dataclasses; from t2i_jax.models.ar import AR; dataclasses.replace(AR(), wdth=1)", "width"),
         ("from t2i_jax.models.ar import AR; (lambda kind: kind(\n  dpth=3))(AR)", "depth"),
@@ -116,6 +116,6 @@ def test_json_names_only_classes_of_the_library():
 
 
 def test_options_that_may_be_arrays_are_numbers_on_the_command_line():
-    options = config.override(Sampling(), ["--guidance=2", "--top-k", "5", "--greedy"])
-    assert options == Sampling(guidance=2.0, top_k=5, greedy=True)
-    assert config.override(Sampling(greedy=True), ["--greedy", "false"]) == Sampling()
+    options = config.override(ARSampler(), ["--guidance=2", "--top-k", "5", "--greedy"])
+    assert options == ARSampler(guidance=2.0, top_k=5, greedy=True)
+    assert config.override(ARSampler(greedy=True), ["--greedy", "false"]) == ARSampler()

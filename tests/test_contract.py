@@ -16,7 +16,7 @@ from t2i_jax.core.specs import FieldSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.trees import abstract
 from t2i_jax.noise.processes import Discrete
@@ -31,7 +31,7 @@ REGULAR = {
     "corruption": 0.9,
     "label_smoothing": 0.5,
     "z_loss": 1.0,
-    "augmentation": 0.9,
+    "noise_aug": 0.9,
 }
 """Fields that regularise, and values that are felt."""
 
@@ -95,7 +95,7 @@ def test_what_it_does_not_take_is_named(name):
 
 
 def test_one_of_a_group_is_needed_and_the_first_is_read():
-    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and not f.reads_small)
+    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and not f.is_super_resolution)
     batch = {k: v for k, v in batch_for(family).items() if k not in ("codes", "image")}
     with pytest.raises(DataError, match="none of 'codes', 'image'"):
         check_batch(family.batch_spec(), batch)
@@ -106,18 +106,18 @@ def test_one_of_a_group_is_needed_and_the_first_is_read():
 
 
 def test_a_small_image_is_needed_where_none_can_be_made():
-    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and f.enlarges)
+    family = next(f for f in FAMILIES.values() if isinstance(f, Diffusion) and f.upscale)
     batch = {k: v for k, v in batch_for(family).items() if k != "low_res"}
     check_batch(family.batch_spec(), batch)
     with pytest.raises(DataError, match="'low_res'"):
-        check_batch(dataclasses.replace(family, enlarges=0).batch_spec(), batch)
+        check_batch(dataclasses.replace(family, upscale=0).batch_spec(), batch)
 
 
 @pytest.mark.parametrize("codec", [None, CODECS["kl"]])
 @pytest.mark.parametrize("names", [("codes",), ("latents",), ("latents", "image"), ("image",), ()])
 def test_records_hold_latents_or_what_they_are_made_of(names, codec):
     family = Diffusion(
-        DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=Classes(3)), Discrete("cosine", 20)
+        DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)), Discrete("cosine", 20)
     )
     spec = record_spec(Experiment(family, Data(ArrayRecord("nowhere"))), codec)
     record = {"codes": np.zeros((4, 4, 4), np.float16), "latents": np.zeros((4, 4, 8), np.float32)}
@@ -173,7 +173,7 @@ def test_the_scale_of_codes_is_measured():
 
 
 def test_what_declares_nothing_is_no_model():
-    for value in (AR, Classes(3), None, 3):
+    for value in (AR, ClassEmbedder(3), None, 3):
         with pytest.raises(ConfigError, match=r"Experiment.model.*a family or a codec"):
             Experiment(value, Data(ArrayRecord("nowhere")))  # pyright: ignore[reportArgumentType]
 
@@ -191,7 +191,7 @@ def test_codes_are_no_images(name):
 
 
 def test_latents_are_no_images():
-    config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=Classes(3)))
+    config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)))
     with pytest.raises(ConfigError, match="no codec"):
         Pipeline(config, config.init(jax.random.key(0)), None, None).sample(["0"])
 

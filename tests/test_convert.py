@@ -13,14 +13,14 @@ from t2i_jax import convert
 from t2i_jax.cli import main
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.dvae import DVAE, Pooled
+from t2i_jax.codecs.dvae import DVAE, OpenAIdVAE
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes, Features, Given, Vector
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import ClassEmbedder, PooledFeatures, PrefixTokens, TextFeatures
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.trees import named
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import load_artifact
@@ -35,13 +35,22 @@ CODEC = VQGAN(
 )
 GPT = dict(activation="gelu", norm="layer", bias=True, positions="learned", condition_dropout=0.0)
 LLAMA = AR(
-    20, (2, 2), 16, 2, 2, mlp=32, condition=Classes(5), zero_output=True, prefix_rotary="zero", condition_dropout=0.1
+    20,
+    (2, 2),
+    16,
+    2,
+    2,
+    mlp=32,
+    condition=ClassEmbedder(5),
+    zero_output=True,
+    prefix_rotary="zero",
+    condition_dropout=0.1,
 )
 MODELS = {
     "llamagen": (dataclasses.replace(LLAMA, kv_heads=1, depth=1), {"head_dim": 8, "grid": (2, 2)}),
     "llamagen captions": (
         dataclasses.replace(
-            LLAMA, condition=Features(6, 3, trained_null=False, left=True, null_keeps_mask=True), depth=1
+            LLAMA, condition=TextFeatures(6, 3, trained_null=False, left=True, null_keeps_mask=True), depth=1
         ),
         {"head_dim": 8, "grid": (2, 2)},
     ),
@@ -53,13 +62,13 @@ MODELS = {
             1,
             2,
             mlp=64,
-            condition=Given(2),
-            unmasked=2,
-            position_rows=9,
-            sampling=Sampling(guidance=1.0),
+            condition=PrefixTokens(2),
+            bidirectional_prefix=2,
+            num_positions=9,
+            sampling=ARSampler(guidance=1.0),
             **GPT,
         ),
-        {"heads": 2, "grid": (2, 2), "prefix": 2, "unmasked": 2},
+        {"heads": 2, "grid": (2, 2), "prefix": 2, "bidirectional_prefix": 2},
     ),
     "clipgen": (
         AR(
@@ -69,10 +78,10 @@ MODELS = {
             1,
             2,
             mlp=64,
-            condition=Vector(6),
+            condition=PooledFeatures(6),
             output_bias=True,
-            position_rows=4,
-            sampling=Sampling(guidance=1.0, top_k=500, top_p=0.95),
+            num_positions=4,
+            sampling=ARSampler(guidance=1.0, top_k=500, top_p=0.95),
             **GPT,
         ),
         {"heads": 2, "grid": (2, 2)},
@@ -207,7 +216,7 @@ def whole(torch, tensors):
 
 def test_both_halves_of_a_codec_saved_as_modules_become_one(tmp_path, capfd):
     torch = pytest.importorskip("torch")
-    config = DVAE(12, Pooled(channels=8, groups=2, blocks=1, code=4))
+    config = DVAE(12, OpenAIdVAE(channels=8, groups=2, blocks=1, code=4))
     model = random(config)
     tensors = convert.restore("openai_dvae", config, model)
     file = tmp_path / "files"
@@ -234,7 +243,7 @@ def test_captions_become_pictures_as_the_original_makes_them(models, tmp_path):
     encoder = folder_of(tmp_path / "t5", {"d_model": 24, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 40,
                                           "vocab_size": 300, "feed_forward_proj": "gated-gelu"})  # fmt: skip
     vocabulary(tmp_path / "t5")
-    features = Features(24, 6, trained_null=False, left=True, null_keeps_mask=True)
+    features = TextFeatures(24, 6, trained_null=False, left=True, null_keeps_mask=True)
     family = dataclasses.replace(LLAMA, condition=features)
     tensors = convert.restore("llamagen", family, jax.tree.map(lambda x: x / 4, random(family)))
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, tmp_path / "t2i.pt")

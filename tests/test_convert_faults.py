@@ -92,7 +92,7 @@ FAULTS = {
     f"{DIT}--heads=1 --grid 4 4": "dit takes no hint --grid",
     f"{DIT}--heads=1 --solver eulr": "Diffusion.solver 'eulr': one of own, ddpm, ddim",
     f"{DIT}--heads=1 --predicts noise": "Diffusion.predicts 'noise': one of eps, x0,",
-    f"{DIT}--heads=1 --sampling 3": "Diffusion.sampling 3: a Solving",
+    f"{DIT}--heads=1 --sampling 3": "Diffusion.sampling 3: a DiffusionSampler",
     f"{DIT}--heads=1 --guided-channels x": "Diffusion.guided_channels 'x': a number, 0 to 2147483647",
     f"{DIT}--heads=1 --network 3": "the hints --heads=1 --network=3 do not suit it",
     f"{DIT}--heads=1 stray": "what is 'stray'? Hints are --name value",

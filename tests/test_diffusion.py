@@ -14,21 +14,21 @@ from families import with_aux
 from t2i_jax.config import ConfigError, from_json, override, to_json
 from t2i_jax.convert import convert, restore
 from t2i_jax.models import diffusion
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import solvers
 from t2i_jax.noise.processes import EDM, Discrete, Flow
-from t2i_jax.pipeline import Pipeline, plain
+from t2i_jax.pipeline import Pipeline, plain_options
 from t2i_jax.training.artifacts import Artifact
 
-SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, waves=32, condition=Classes(3))
-FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=Solving(steps=4, guidance=2.0))
-TEXT = Captions(20, 5, width=16, depth=1, heads=2)
-LITTLE = UNet((8, 8), width=32, multipliers=(1, 2), blocks=1, attention=(2,), head_dim=16, condition=Classes(3))
+SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
+FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=DiffusionSampler(steps=4, guidance=2.0))
+TEXT = CaptionEncoder(20, 5, width=16, depth=1, heads=2)
+LITTLE = UNet((8, 8), width=32, multipliers=(1, 2), blocks=1, attention=(2,), head_dim=16, condition=ClassEmbedder(3))
 
 
 def keys_of(*seeds):
@@ -53,8 +53,8 @@ def test_options_are_traced_and_pictures_depend_on_their_own_key_only(model):
     assert whole.shape == (3, 4, 4, 3) and np.isfinite(whole).all()
     before = diffusion._sample._cache_size()
     for options in (
-        Solving(steps=9, guidance=1.0, guidance_rescale=0.7, clip=True),
-        Solving(steps=50, guidance=7.5, guidance_start=0.2, guidance_stop=0.8, stride=True, eta=0.3),
+        DiffusionSampler(steps=9, guidance=1.0, guidance_rescale=0.7, clip=True),
+        DiffusionSampler(steps=50, guidance=7.5, guidance_start=0.2, guidance_stop=0.8, stride=True, eta=0.3),
     ):
         assert np.isfinite(FAMILY.sample(model, {"label": label}, keys_of(5, 6, 7), options)).all()
     assert diffusion._sample._cache_size() == before
@@ -64,10 +64,10 @@ def test_options_are_traced_and_pictures_depend_on_their_own_key_only(model):
 
 def test_solvers_do_what_their_names_say_unless_told_otherwise(model):
     draw = lambda **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(5, 1.0), **options
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, 1.0), **options
     )
     told = lambda eta, solver: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(5, 1.0, eta=eta), solver=solver
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, 1.0, eta=eta), solver=solver
     )
     for solver, eta in {"ddim": 0.0, "dpm++": 0.0, "ddpm": 1.0}.items():
         np.testing.assert_array_equal(draw(solver=solver), told(eta, solver))
@@ -81,30 +81,30 @@ def test_solvers_do_what_their_names_say_unless_told_otherwise(model):
 
 def test_stored_configs_of_before_mean_what_they_meant():
     """They name solver and eta, and lack options that are newer."""
-    stored = to_json(dataclasses.replace(FAMILY, solver="ddim", sampling=Solving(eta=1.0)))
+    stored = to_json(dataclasses.replace(FAMILY, solver="ddim", sampling=DiffusionSampler(eta=1.0)))
     newer = ("spacing", "guidance_low_snr", "guidance_high_snr", "resample")
     stored["sampling"] = {k: v for k, v in stored["sampling"].items() if k not in newer}
     found = from_json(stored)
     assert found.solver == "ddim" and float(found.options().eta_of("ddim")) == 1.0
-    assert found == dataclasses.replace(FAMILY, solver="ddim", sampling=Solving(eta=1.0))
+    assert found == dataclasses.replace(FAMILY, solver="ddim", sampling=DiffusionSampler(eta=1.0))
     assert from_json(json.loads(json.dumps(to_json(FAMILY), allow_nan=False))) == FAMILY
 
 
 def test_sampling_options_are_flags():
     given = {"eta": "none", "spacing": "karras", "guidance-low-snr": "-2.5", "guidance-high-snr": "4", "resample": "5"}
-    found = override(Solving(eta=0.5), [word for k, v in given.items() for word in (f"--{k}", v)])
-    assert found == Solving(spacing="karras", guidance_low_snr=-2.5, guidance_high_snr=4.0, resample=5)
-    assert override(Solving(), ["--eta", "0.5"]).eta == 0.5
-    assert plain(found) | {"eta": None, "spacing": "karras", "resample": 5.0} == plain(found)
+    found = override(DiffusionSampler(eta=0.5), [word for k, v in given.items() for word in (f"--{k}", v)])
+    assert found == DiffusionSampler(spacing="karras", guidance_low_snr=-2.5, guidance_high_snr=4.0, resample=5)
+    assert override(DiffusionSampler(), ["--eta", "0.5"]).eta == 0.5
+    assert plain_options(found) | {"eta": None, "spacing": "karras", "resample": 5.0} == plain_options(found)
     again = found.arrays().arrays()
     assert again.spacing == "karras" and np.isnan(again.eta) and float(again.eta_of("ddpm")) == 1.0
-    assert np.isinf(Solving().arrays().guidance_high_snr) and float(again.guidance_low_snr) == -2.5
+    assert np.isinf(DiffusionSampler().arrays().guidance_high_snr) and float(again.guidance_low_snr) == -2.5
 
 
 @pytest.mark.parametrize("spacing", ["even", "karras", "log_snr"])
 def test_stops_may_be_spaced_anew(model, spacing):
     run = lambda **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(12, 1.0, **options), solver="heun"
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(12, 1.0, **options), solver="heun"
     )
     default, other = run(), run(spacing=spacing)
     assert np.isfinite(other).all() and 0 < float(jnp.abs(other - default).mean()) < 0.2 * float(default.std())
@@ -117,13 +117,15 @@ def test_an_interval_of_log_snr_is_one_of_noise_levels(process):
     """Whatever the number of steps and their spacing; shares of steps narrow it further."""
     low, high = -1.0, 3.0
     for steps, spacing in ((10, "default"), (50, "default"), (20, "even"), (30, "karras"), (30, "log_snr")):
-        path = process.path(steps, spacing=spacing)
+        path = process.timesteps(steps, spacing=spacing)
         alpha, sigma = (np.asarray(x, np.float64)[:steps] for x in (path.alpha, path.sigma))
         with np.errstate(divide="ignore"):
             level = np.log(alpha**2 / sigma**2)
         places = jnp.arange(steps)
         at = places / steps, 2 * solvers.log_ratio(path, places)
-        scales = lambda at=at, **options: np.asarray(Solving(guidance=5.0, **options).arrays().guidance_at(*at))
+        scales = lambda at=at, **options: np.asarray(
+            DiffusionSampler(guidance=5.0, **options).arrays().guidance_at(*at)
+        )
         inside = (level >= low) & (level < high)
         assert 0 < inside.sum() < steps
         np.testing.assert_array_equal(scales(guidance_low_snr=low, guidance_high_snr=high), np.where(inside, 5, 1))
@@ -135,7 +137,7 @@ def test_an_interval_of_log_snr_is_one_of_noise_levels(process):
 
 def test_guidance_keeps_to_its_interval_of_log_snr(model):
     draw = lambda guidance=4.0, **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6, guidance, **options)
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6, guidance, **options)
     )
     none, whole = draw(1.0), draw()
     np.testing.assert_array_equal(draw(guidance_low_snr=-100.0, guidance_high_snr=100.0), whole)
@@ -146,7 +148,9 @@ def test_guidance_keeps_to_its_interval_of_log_snr(model):
 
 @pytest.mark.parametrize("solver", ["heun", "unipc"])
 def test_more_steps_of_a_deterministic_solver_change_little(model, solver):
-    run = lambda n: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(n, 1.0), solver=solver)
+    run = lambda n: FAMILY.sample(
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(n, 1.0), solver=solver
+    )
     fine, coarse = run(50), run(25)
     assert float(jnp.abs(fine - coarse).mean()) < 0.1 * float(fine.std())
 
@@ -156,10 +160,10 @@ def test_known_pixels_are_kept_and_given_pictures_are_remembered(model):
     keep = (jnp.arange(4) < 2)[None, :, None] & jnp.ones((2, 4, 4), bool)
     near = dict(known=given, keep=jnp.zeros_like(keep))
     run = lambda options, **given: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), options, **given)
-    filled = run(Solving(10, 1.0), known=given, keep=keep)
+    filled = run(DiffusionSampler(10, 1.0), known=given, keep=keep)
     np.testing.assert_allclose(filled[:, :2], given[:, :2], atol=1e-5)
     assert float(jnp.abs(filled[:, 2:] - given[:, 2:]).max()) > 0.1
-    gaps = [float(jnp.abs(run(Solving(50, 1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)]
+    gaps = [float(jnp.abs(run(DiffusionSampler(50, 1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)]
     assert gaps[0] < 0.5 * gaps[1]
 
 
@@ -229,8 +233,8 @@ def test_a_classifier_and_an_image_text_model_pull(model):
         weights = shaken(jax.jit(config.init)(jax.random.key(1)))
         assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2)).loss)
         puller = jax.tree_util.Partial(config.log_p, weights)
-        options = [Solving(8, 1.0, pull=s, clip=True) for s in (0.0, 30.0)]
-        free, held = (FAMILY.sample(model, batch, keys_of(1, 2), o, log_p=puller, guided=False) for o in options)
+        options = [DiffusionSampler(8, 1.0, classifier_scale=s, clip=True) for s in (0.0, 30.0)]
+        free, held = (FAMILY.sample(model, batch, keys_of(1, 2), o, classifier=puller, guided=False) for o in options)
         score = jax.jit(lambda x, p=puller: p(x, jnp.zeros(2), batch))
         assert score(held).mean() > score(free).mean()
 
@@ -239,51 +243,57 @@ def test_a_classifier_and_an_image_text_model_pull(model):
 def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
     pipeline = Pipeline(FAMILY, model, None, None)
     picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
-    draw = lambda pipeline, **options: pipeline.sample(["0"], [5], Solving(6, **options))[0].astype(int)
+    draw = lambda pipeline, **options: pipeline.sample(["0"], [5], DiffusionSampler(6, **options))[0].astype(int)
     mask = np.arange(16).reshape(4, 4) < 5
-    filled = draw(pipeline.holding(picture, mask), guidance=1.0)
+    filled = draw(pipeline.inpaint(picture, mask), guidance=1.0)
     assert np.abs(filled - picture)[~mask].max() <= 1 and (filled != picture)[mask].any()
-    gap = lambda s: np.abs(draw(pipeline.holding(picture), guidance=1.0, strength=s) - picture).mean()
+    gap = lambda s: np.abs(draw(pipeline.inpaint(picture), guidance=1.0, strength=s) - picture).mean()
     assert gap(0.2) < gap(1.0)
     trunk = dataclasses.replace(LITTLE, size=(4, 4), condition=None)
     classifier = NoisedClassifier(trunk, 3, process=FAMILY.process)
     judge = Artifact(classifier, shaken(jax.jit(classifier.init)(jax.random.key(1))))
-    free, pulled = (draw(pipeline.pulled(judge), guidance=1.0, pull=s, clip=True) for s in (0.0, 30.0))
+    free, pulled = (
+        draw(pipeline.with_classifier_guidance(judge), guidance=1.0, classifier_scale=s, clip=True) for s in (0.0, 30.0)
+    )
     assert (free != pulled).any()
-    assert (draw(pipeline.beside(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
+    assert (draw(pipeline.with_autoguidance(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
     with pytest.raises(ConfigError, match="does not classify"):
-        pipeline.pulled(Artifact(FAMILY, model))
+        pipeline.with_classifier_guidance(Artifact(FAMILY, model))
     with pytest.raises(ConfigError, match="it learned the noise of Discrete"):
-        pipeline.pulled(Artifact(NoisedClassifier(trunk, 3), judge.model))
+        pipeline.with_classifier_guidance(Artifact(NoisedClassifier(trunk, 3), judge.model))
     with pytest.raises(ConfigError, match="a NoisedClassifier cannot guide"):
-        pipeline.beside(judge)
+        pipeline.with_autoguidance(judge)
     smaller = dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, depth=1, width=16, learn_variance=False))
     weak = Artifact(smaller, shaken(jax.jit(smaller.init)(jax.random.key(2))))
-    assert (draw(pipeline.beside(weak), guidance=3.0) != free).any()
+    assert (draw(pipeline.with_autoguidance(weak), guidance=3.0) != free).any()
 
 
 def test_a_worse_model_guides(model):
     plain, guided = (
-        FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6, s), weak=shaken(model, 0.02))
+        FAMILY.sample(
+            model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6, s), guide_model=shaken(model, 0.02)
+        )
         for s in (1.0, 3.0)
     )
-    alone = FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), Solving(6), guided=False)
+    alone = FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6), guided=False)
     np.testing.assert_allclose(plain, alone, rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(guided - plain).max()) > 1e-3
 
 
 def test_a_worse_model_need_agree_in_what_is_said_alone(model):
     pipeline = Pipeline(FAMILY, model, None, None)
-    weak = dataclasses.replace(FAMILY, solver="heun", sampling=Solving(7), network=dataclasses.replace(SMALL, depth=1))
-    assert pipeline.beside(Artifact(weak, {})).helpers({"weak": 0}) == {"weak": 0}
-    other = dataclasses.replace(SMALL, condition=Classes(5))
+    weak = dataclasses.replace(
+        FAMILY, solver="heun", sampling=DiffusionSampler(7), network=dataclasses.replace(SMALL, depth=1)
+    )
+    assert pipeline.with_autoguidance(Artifact(weak, {})).helpers({"guide_model": 0}) == {"guide_model": 0}
+    other = dataclasses.replace(SMALL, condition=ClassEmbedder(5))
     for odd, what in (
         ({"predicts": "v"}, "predicts"),
         ({"process": Discrete()}, "process"),
         ({"network": other}, "cond"),
     ):
         with pytest.raises(ConfigError, match=what):
-            pipeline.beside(Artifact(dataclasses.replace(FAMILY, **odd), {}))
+            pipeline.with_autoguidance(Artifact(dataclasses.replace(FAMILY, **odd), {}))
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -303,10 +313,10 @@ def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="times 50: this Discrete tells 1000"):
         NoisedCLIP(times=50)
     NoisedCLIP(process=Flow())
-    for name, value in (("steps", 0), ("steps", 51), ("strength", 0.0), ("strength", 1.5), ("augmentation", 2.0)):
+    for name, value in (("steps", 0), ("steps", 51), ("strength", 0.0), ("strength", 1.5), ("noise_aug", 2.0)):
         with pytest.raises(ValueError, match=name):
-            FAMILY.check(dataclasses.replace(Solving(), **{name: value}))
-    FAMILY.check(Solving(50, strength=0.5))
+            FAMILY.check(dataclasses.replace(DiffusionSampler(), **{name: value}))
+    FAMILY.check(DiffusionSampler(50, strength=0.5))
     with pytest.raises(ValueError, match="low_res"):
         diffusion.join_inputs(jnp.zeros((1, 4, 4, 3)), {}, ("low_res",))
 
@@ -315,7 +325,7 @@ def test_settings_that_cannot_be_are_refused():
 @pytest.mark.parametrize("form", ["adm", "adm_classifier"])
 def test_published_names_there_and_back(form, resample):
     shape = dataclasses.replace(LITTLE, multipliers=(1, 2, 2), blocks=2, resample=resample, scale_shift=False)
-    family = Diffusion(dataclasses.replace(shape, condition=Classes(3, null=False)), condition_dropout=0.0)
+    family = Diffusion(dataclasses.replace(shape, condition=ClassEmbedder(3, null=False)), condition_dropout=0.0)
     pools = ("attention",) if resample != "mean" else ("adaptive", "spatial", "spatial_v2")
     trunk = dataclasses.replace(shape, condition=None)
     for config in [family] if form == "adm" else [NoisedClassifier(trunk, 5, pool) for pool in pools]:
@@ -331,8 +341,13 @@ def test_published_names_there_and_back(form, resample):
 
 def test_sit_is_dit_on_a_flow():
     network = dataclasses.replace(SMALL, size=(8, 8), channels=4)
-    flow = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun", "spare_half": True}
-    family = Diffusion(network, **flow, guided_channels=3, sampling=Solving(guidance=4.0, eta=0.0))
+    flow = {
+        "process": Flow("uniform", toward=True),
+        "predicts": "drift",
+        "solver": "heun",
+        "discard_variance_output": True,
+    }
+    family = Diffusion(network, **flow, guided_channels=3, sampling=DiffusionSampler(guidance=4.0, eta=0.0))
     model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(family.init, jax.random.key(0)))
     theirs = restore("sit", family, model)
     found, _ = convert("sit", theirs, heads=2)
@@ -342,13 +357,13 @@ def test_sit_is_dit_on_a_flow():
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
 def test_a_process_needs_what_the_contract_says_alone(solver):
-    network = DiT((2, 2), 3, patch=1, width=8, depth=1, heads=2, learn_variance=False, condition=Classes(3))
+    network = DiT((2, 2), 3, patch=1, width=8, depth=1, heads=2, learn_variance=False, condition=ClassEmbedder(3))
     config = Diffusion(network, toys.Toward(), "v", solver=solver)  # pyright: ignore[reportArgumentType]
     model, keys = config.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)
     batch = {"codes": jnp.ones((2, 2, 2, 3)), "label": jnp.arange(2)}
     assert np.isfinite(config.loss(model, batch, keys[0])[0])
     # A new network says v = 0, so that x_0 = alpha x: what is drawn is finite and of the shape asked for.
-    drawn = config.sample(model, {"label": batch["label"]}, keys, Solving(steps=4))
+    drawn = config.sample(model, {"label": batch["label"]}, keys, DiffusionSampler(steps=4))
     assert drawn.shape == (2, 2, 2, 3) and np.isfinite(drawn).all()
     with pytest.raises(ConfigError, match="one of own, ddpm"):
         dataclasses.replace(config, solver="dppm")
@@ -356,7 +371,8 @@ def test_a_process_needs_what_the_contract_says_alone(solver):
 
 @pytest.mark.parametrize("process", [Discrete(), Flow(), EDM(), toys.Toward()], ids=lambda p: type(p).__name__)
 def test_noise_is_the_same_where_times_and_stops_alone_differ(process):
-    fields = {"Flow": {"times": "uniform", "shift": 3.0, "bound": 7}, "EDM": {"mean": 0.0, "high": 70.0, "rho": 3.0}}
+    flow = {"times": "uniform", "shift": 3.0, "max_steps": 7}
+    fields = {"Flow": flow, "EDM": {"mean": 0.0, "high": 70.0, "rho": 3.0}}
     assert process.same_noise(dataclasses.replace(process, **fields.get(type(process).__name__, {})))
     odd = {"Discrete": {"steps": 10}, "Flow": {"toward": True}, "EDM": {"data": 0.7}}.get(type(process).__name__)
     assert odd is None or not process.same_noise(dataclasses.replace(process, **odd))

@@ -9,12 +9,12 @@ import pytest
 
 from t2i_jax.convert import convert
 from t2i_jax.interop import pixart, stable_diffusion_3
-from t2i_jax.models.diffusion import Solving
+from t2i_jax.models.diffusion import DiffusionSampler
 from t2i_jax.pipeline import image_keys
 from t2i_jax.text.clip import ClipText
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
-from t2i_jax.training.artifacts import bundled, relocated
+from t2i_jax.training.artifacts import bundle_files, resolve_files
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers")
@@ -76,7 +76,7 @@ def test_stable_diffusion_3(qk_norm):
     features = np.concatenate([np.pad(pooled, ((0, 0), (0, 2)))[:, None], text], 1)
     close(said(model, x, t, {"features": features}), wanted)
     if qk_norm is None:
-        options = dataclasses.replace(Solving(), steps=3, guidance=3.0)
+        options = dataclasses.replace(DiffusionSampler(), steps=3, guidance=3.0)
         drawn = config.sample(model, {"features": features}, image_keys([0, 1]), options)
         assert drawn.shape == (2, 4, 4, 4) and np.isfinite(drawn).all()
 
@@ -99,13 +99,13 @@ def test_three_encoders_are_one_text(tmp_path):
     )
     away = tmp_path / "released"
     away.mkdir()
-    moved = bundled(text, away, whole=True)
+    moved = bundle_files(text, away, whole=True)
     assert (
         moved.first.folder == "first_text" and moved.t5.folder == "t5_text" and (away / moved.first.vocabulary).exists()
     )
     for name in ("first", "second", "t5"):
         (tmp_path / name).rename(tmp_path / f"old {name}")
-    text = relocated(moved, away)
+    text = resolve_files(moved, away)
     ids = np.concatenate([text.first(["cat"])[0], text.second(["cat"])[0], [[7, 8, 1, 0, 0]]], 1)
     found = jax.jit(text.features)(text.load(), ids, np.ones(ids.shape, bool))
     assert found.shape == (1, text.length, text.dim)

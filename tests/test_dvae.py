@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from t2i_jax.codecs import losses
-from t2i_jax.codecs.dvae import DVAE, Pooled, Strided
+from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.data.glyphs import build_glyphs
-from t2i_jax.models.stream import Stream, Text
+from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training import records
@@ -21,8 +21,8 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer
 
-POOLED = DVAE(12, Pooled(channels=8, groups=2, blocks=1, code=4), kl=0.1)
-STRIDED = DVAE(12, Strided(channels=8, layers=2, blocks=1, code=4), pixels="l2", temperature=0.9, anneal=0)
+POOLED = DVAE(12, OpenAIdVAE(channels=8, groups=2, blocks=1, code=4), kl=0.1)
+STRIDED = DVAE(12, DALLEPytorchVAE(channels=8, layers=2, blocks=1, code=4), pixels="l2", temperature=0.9, anneal=0)
 BOTH = {"pooled": POOLED, "strided": STRIDED}
 encode = jax.jit(DVAE.encode, static_argnums=0)
 decode = jax.jit(DVAE.decode, static_argnums=0)
@@ -55,8 +55,8 @@ def test_a_cold_sample_is_the_code_and_a_hard_one_keeps_the_gradient(config):
     @jax.jit
     def run(logits):
         cold = config.relaxed(model, logits, 0 * gumbel, 1e-5)
-        whole = config.paint(model, config.embed(model, jnp.argmax(logits, -1)))
-        drawn = config.paint(model, config.embed(model, jnp.argmax(logits + gumbel, -1)))
+        whole = config.decode_head(model, config.embed(model, jnp.argmax(logits, -1)))
+        drawn = config.decode_head(model, config.embed(model, jnp.argmax(logits + gumbel, -1)))
         slope = jax.grad(lambda x: hard.relaxed(model, x, gumbel, 0.5).sum())(logits)
         return cold, whole, hard.relaxed(model, logits, gumbel, 0.5), drawn, slope
 
@@ -116,8 +116,8 @@ def test_codec_and_stream_train_on_captions_and_draw(tmp_path):
     codec = dataclasses.replace(STRIDED, kl=0.01)
     train(Experiment(codec, data, Train(steps=2, **settings)), tmp_path / "codec")
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
-    text = Text(words.vocabulary, 8, start=True, unique_padding=True)
-    stream = Stream(12, (4, 4), text, width=32, depth=2, heads=2, sandwich=True, relax=True)
+    text = StreamText(words.vocabulary, 8, start=True, unique_padding=True)
+    stream = Stream(12, (4, 4), text, width=32, depth=2, heads=2, sandwich_norm=True, pb_relax=True)
     experiment = Experiment(stream, data, Train(steps=4, **settings), codec=str(tmp_path / "codec"), text=words)
     train(experiment, tmp_path / "run")
     losses = [line["loss"] for line in records.read(tmp_path / "run" / "metrics.jsonl")]

@@ -20,10 +20,10 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.processes import Flow
 
 pytest.importorskip("torch")
@@ -37,20 +37,20 @@ def shaken(model, by=0.2):
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_loop_in_pytorch_draws_the_same(guided):
     model, labels = model_for(TINY), jnp.array([1, 4, 2])
-    options, keys = Sampling(guidance=2.0, greedy=True), jax.random.split(jax.random.key(1), 3)
+    options, keys = ARSampler(guidance=2.0, greedy=True), jax.random.split(jax.random.key(1), 3)
     ours = TINY.sample(model, {"label": labels}, keys, options, segments=1, guided=guided)
     eager = Decoder(TINY, model)
     np.testing.assert_array_equal(np.asarray(ours).reshape(3, -1), eager.sample(labels, options, guided))
 
 
 def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
-    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=Classes(10))
+    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=ClassEmbedder(10))
     network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
     # Fresh output matrices are zero: every token would be the first.
     network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
     eager, options, keys = (
         Decoder(model, network),
-        Sampling(guidance=3.0, greedy=True),
+        ARSampler(guidance=3.0, greedy=True),
         jax.random.split(jax.random.key(1), 2),
     )
     ours = np.asarray(model.sample(network, {"label": labels}, keys, options)).reshape(2, 256)
@@ -65,15 +65,15 @@ def test_the_loop_in_pytorch_filters_as_ours_does():
     eager = Decoder(TINY, model_for(TINY))
     logits = eager.torch.tensor([[0.0, 3.0, 1.0, 2.0, -5.0]]).repeat(300, 1)
     # Of the three most likely codes only, and of those only the first half of the probability.
-    assert set(eager._draw(logits, Sampling(top_k=3)).tolist()) == {1, 2, 3}
-    assert set(eager._draw(logits, Sampling(top_k=3, top_p=0.5)).tolist()) == {1}
+    assert set(eager._draw(logits, ARSampler(top_k=3)).tolist()) == {1, 2, 3}
+    assert set(eager._draw(logits, ARSampler(top_k=3, top_p=0.5)).tolist()) == {1}
 
 
 def test_the_loop_in_pytorch_is_of_class_models_only():
     with pytest.raises(ValueError, match="not qk_norm"):
         Decoder(dataclasses.replace(TINY, qk_norm=True), None)
     with pytest.raises(ValueError, match="not condition"):
-        Decoder(dataclasses.replace(TINY, condition=Captions(11, length=4)), None)
+        Decoder(dataclasses.replace(TINY, condition=CaptionEncoder(11, length=4)), None)
 
 
 def test_a_train_step_has_the_same_loss_and_gradients():
@@ -111,7 +111,7 @@ def test_a_vqgan_gives_the_same_codes_and_pictures(patch):
 
 
 DENOISER = Diffusion(
-    DiT((6, 4), channels=3, patch=2, width=16, depth=2, heads=2, condition=Classes(5), learn_variance=False),
+    DiT((6, 4), channels=3, patch=2, width=16, depth=2, heads=2, condition=ClassEmbedder(5), learn_variance=False),
     Flow(),
     predicts="velocity",
     solver="euler",
@@ -124,7 +124,7 @@ def test_a_diffusion_transformer_paints_the_same():
         jnp.array([3, 1]),
         jax.random.split(jax.random.key(1), 2),
     )
-    options = Solving(steps=3, guidance=2.0)
+    options = DiffusionSampler(steps=3, guidance=2.0)
     ours = DENOISER.sample(model, {"label": labels}, keys, options)
     start = lambda key: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), DENOISER.shape)
     told, untold = (model.read({"label": labels}, jnp.full(2, none)).pooled for none in (False, True))
@@ -136,15 +136,18 @@ def test_without_guidance_one_branch_is_painted():
     model, labels = shaken(DENOISER.init(jax.random.key(0))), jnp.array([3, 1])
     told = model.read({"label": labels}, jnp.zeros(2, bool)).pooled
     noise, denoiser = jax.random.normal(jax.random.key(1), (2, *DENOISER.shape)), Denoiser(DENOISER, model)
-    one, both = (denoiser.sample(told, u, Solving(steps=2, guidance=1.0), noise) for u in (None, jnp.zeros_like(told)))
+    one, both = (
+        denoiser.sample(told, u, DiffusionSampler(steps=2, guidance=1.0), noise) for u in (None, jnp.zeros_like(told))
+    )
     np.testing.assert_allclose(one, both, rtol=1e-4, atol=1e-4)
 
 
 MODELS = {
-    "train": "AR(16, (2, 2), 16, 1, 2, condition=Classes(5), dropout=0.0)",
+    "train": "AR(16, (2, 2), 16, 1, 2, condition=ClassEmbedder(5), dropout=0.0)",
     "codec": "VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=6, groups=4), QuantizerConfig(11, 3))",
-    "sample": "Diffusion(DiT((4, 4), 3, 2, width=16, depth=1, heads=2, condition=Classes(5), learn_variance=False),"
-    " Flow(), predicts='velocity', solver='euler', sampling=Solving(steps=2, guidance=2.0))",
+    "sample": "Diffusion(DiT((4, 4), 3, 2, width=16, depth=1, heads=2, condition=ClassEmbedder(5), "
+    "learn_variance=False), Flow(), predicts='velocity', solver='euler', "
+    "sampling=DiffusionSampler(steps=2, guidance=2.0))",
 }
 CONFIG = """
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -153,8 +156,8 @@ from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Classes
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.training.experiment import Experiment

@@ -18,8 +18,8 @@ from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
-from t2i_jax.parallel import MeshConfig, placed
+from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.parallel import MeshConfig, put_on_mesh
 from t2i_jax.training import loop
 from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
@@ -27,15 +27,15 @@ from t2i_jax.training.loop import Trainer
 
 PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
 CODEC = VQGAN(PARTS, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
-FAMILY = AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(4), dropout=0.0)
+FAMILY = AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4), dropout=0.0)
 
 CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
-experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=Classes(4)),
+experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4)),
                         Data(ArrayRecord("{0}/data"), image_size=8, batch_size=8), codec="{0}/codec")
 """
 
@@ -110,7 +110,7 @@ def test_a_trainer_loads_a_codec_on_the_host(experiment, tmp_path, monkeypatch):
     """Not onto every device of its mesh, before it is given its shardings there."""
     loaded = []
     monkeypatch.setattr(
-        loop, "placed", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or placed(tree, layout)
+        loop, "placed", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
     )
     trainer = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path)
     assert loaded and all(len(x.devices()) == 1 for x in loaded)

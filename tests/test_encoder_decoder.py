@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Captions, Features
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import CaptionEncoder, TextFeatures
+from t2i_jax.nn.draw import ARSampler
 
 CONFIG = AR(
     13,
@@ -16,12 +16,14 @@ CONFIG = AR(
     width=16,
     depth=2,
     heads=2,
-    condition=Captions(11, length=4, width=8, depth=1, heads=2),
-    reads="memory",
+    condition=CaptionEncoder(11, length=4, width=8, depth=1, heads=2),
+    conditioning="cross_attention",
     dropout=0.0,
     token_dropout=0.0,
 )
-FEATURES = dataclasses.replace(CONFIG, condition=Features(6, length=4), positions="learned", norm="layer", bias=True)
+FEATURES = dataclasses.replace(
+    CONFIG, condition=TextFeatures(6, length=4), positions="learned", norm="layer", bias=True
+)
 forward = jax.jit(AR.forward, static_argnums=0)
 
 
@@ -73,7 +75,7 @@ def test_decoding_gives_the_logits_of_the_forward_and_guides():
 
     np.testing.assert_allclose(decoded(), forward(FEATURES, model, batch, dropped), atol=1e-5)
     keys = jax.random.split(jax.random.key(2), 3)
-    greedy = FEATURES.sample(model, batch, keys, Sampling(guidance=3.0, greedy=True), segments=1)
+    greedy = FEATURES.sample(model, batch, keys, ARSampler(guidance=3.0, greedy=True), segments=1)
     logits, null = (forward(FEATURES, model, batch | {"codes": greedy}, jnp.full(3, d)) for d in (False, True))
     np.testing.assert_array_equal(jnp.argmax(null + 3 * (logits - null), -1), greedy.reshape(3, 6))
 

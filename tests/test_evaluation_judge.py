@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from t2i_jax.evaluation.judge import Judge, JudgeConfig
+from t2i_jax.evaluation.judge import JudgeConfig, RetrievalJudge
 
 CONFIG = JudgeConfig(width=16, hidden=64, epochs=25, batch=100)
 rng = np.random.default_rng(0)
@@ -17,15 +17,15 @@ TRAIN, TEST = np.arange(600), np.arange(600, 700)
 
 
 def test_learns_and_is_fair():
-    judge = Judge.train(see, read, TRAIN, CAPTIONS[:600], CONFIG)
+    judge = RetrievalJudge.train(see, read, TRAIN, CAPTIONS[:600], CONFIG)
     numbers = judge.evaluate(rng.permutation(TEST), CAPTIONS[600:], TEST)
-    assert numbers["judge/top1"].beside["real"] > 0.5 and numbers["judge/top1"].beside["chance"] == 0.01
+    assert numbers["judge/top1"].baselines["real"] > 0.5 and numbers["judge/top1"].baselines["chance"] == 0.01
     assert numbers["judge/top5"].value < 0.2  # right pictures under wrong captions
-    assert numbers["judge/cosine"].value < 0.3 < numbers["judge/cosine"].beside["real"]
-    again = Judge.train(see, read, TRAIN, CAPTIONS[:600], CONFIG)
+    assert numbers["judge/cosine"].value < 0.3 < numbers["judge/cosine"].baselines["real"]
+    again = RetrievalJudge.train(see, read, TRAIN, CAPTIONS[:600], CONFIG)
     np.testing.assert_array_equal(judge.similarity(TEST[:3], CAPTIONS[:5]), again.similarity(TEST[:3], CAPTIONS[:5]))
 
 
 def test_pairs_that_do_not_pair_are_refused():
     with pytest.raises(ValueError, match="600 pictures with 3 captions"):
-        Judge.train(see, read, TRAIN, CAPTIONS[:3], CONFIG)
+        RetrievalJudge.train(see, read, TRAIN, CAPTIONS[:3], CONFIG)

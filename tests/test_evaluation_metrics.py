@@ -7,7 +7,7 @@ import pytest
 
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.metrics import (
-    Gaussian,
+    GaussianFit,
     bits_per_token,
     blocks,
     frechet,
@@ -23,13 +23,13 @@ IMAGES = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")["image
 rng = np.random.default_rng(0)
 
 
-def gaussian(mean, covariance) -> Gaussian:
-    return Gaussian(np.asarray(mean, float), np.asarray(covariance, float), 100)
+def gaussian(mean, covariance) -> GaussianFit:
+    return GaussianFit(np.asarray(mean, float), np.asarray(covariance, float), 100)
 
 
 def test_frechet_of_a_set_with_itself_is_zero():
     for n in (20, 200):  # fewer pictures than features, and more
-        g = Gaussian.of(rng.normal(size=(n, 50)).astype(np.float32))
+        g = GaussianFit.of(rng.normal(size=(n, 50)).astype(np.float32))
         assert frechet(g, g) < 1e-9 * np.trace(g.covariance)
 
 
@@ -39,14 +39,14 @@ def test_frechet_of_known_gaussians():
     np.testing.assert_allclose(frechet(a, b), 25 + (1 - 3) ** 2 + (2 - 1) ** 2)
     # Of full covariances a trace of a root: by eigenvalues of the (not symmetric) product.
     x, y = rng.normal(size=(2, 60, 8))
-    a, b = Gaussian.of(x @ rng.normal(size=(8, 8))), Gaussian.of(y)
+    a, b = GaussianFit.of(x @ rng.normal(size=(8, 8))), GaussianFit.of(y)
     root = np.sqrt(np.linalg.eigvals(a.covariance @ b.covariance).real).sum()
     want = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * root
     np.testing.assert_allclose(frechet(a, b), want, rtol=1e-9)
     np.testing.assert_allclose(frechet(a, b), frechet(b, a), rtol=1e-9)
     # A shift of every picture moves the means and nothing else, also where covariances are singular.
     x = rng.normal(size=(10, 30))
-    np.testing.assert_allclose(frechet(Gaussian.of(x), Gaussian.of(x + 2)), 30 * 4, rtol=1e-9)
+    np.testing.assert_allclose(frechet(GaussianFit.of(x), GaussianFit.of(x + 2)), 30 * 4, rtol=1e-9)
 
 
 @pytest.mark.parametrize("n", [30, 300])
@@ -148,7 +148,7 @@ def test_wrong_sets_are_named():
     with pytest.raises(ValueError, match="at least 4"):
         overlap(np.zeros((3, 2)), np.zeros((9, 2)))
     with pytest.raises(ValueError, match="not finite"):
-        Gaussian.of(np.full((3, 2), np.nan))
+        GaussianFit.of(np.full((3, 2), np.nan))
     with pytest.raises(ValueError, match="11x11"):
         ssim(IMAGES[:1, :8, :8], IMAGES[:1, :8, :8])
     with pytest.raises(ValueError, match="two sets"):

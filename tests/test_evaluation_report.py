@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 
 DATA = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")
 ORDER = np.random.default_rng(0).permutation(256)
 TEST, TRAIN = ORDER[:60], ORDER[60:]
 IMAGES, CAPTIONS = DATA["images"], DATA["captions"]
-PIXELS = Features("pixels", batch=32).load()
+PIXELS = FeatureNetwork("pixels", batch=32).load()
 
 
 def measure(generated):
@@ -30,13 +30,13 @@ def test_generation_orders_sets_as_the_eye_does():
     assert value(same, "top1") == 1 and value(others, "top1") < 0.1 and value(noise, "top1") < 0.1
     assert value(same, "recall") == 1 and value(noise, "recall") == 0
     # Other real pictures are about as far as the training pictures that stand beside them.
-    beside = others["pixels@16/frechet"].beside["real"]
+    beside = others["pixels@16/frechet"].baselines["real"]
     assert 0.5 * beside < value(others, "frechet") < 2 * beside
-    assert same["pixels@16/top1"].beside == {"chance": 1 / 60}
+    assert same["pixels@16/top1"].baselines == {"chance": 1 / 60}
 
 
 def test_features_do_not_depend_on_the_batch():
-    few, many = Features("pixels", batch=7).load(), PIXELS
+    few, many = FeatureNetwork("pixels", batch=7).load(), PIXELS
     np.testing.assert_allclose(few(IMAGES[:20], False), many(IMAGES[:20], False), rtol=1e-6)
     assert many(IMAGES[:20], False).shape == (20, 16 * 16 * 3) and many(IMAGES[:20], False).dtype == np.float32
 
@@ -46,8 +46,8 @@ def test_reconstruction():
     noisy = lambda s: np.clip(original + np.random.default_rng(0).normal(0, s, original.shape), 0, 255).astype(np.uint8)
     distance = lambda a, b: np.abs(a - b).mean((1, 2, 3))
     a, b = (evaluate_reconstruction(original, noisy(s), distance, [PIXELS], batch=8, progress=False) for s in (5, 30))
-    assert a["psnr"].value > b["psnr"].value > b["psnr"].beside["flat colour"]
-    assert a["ssim"].value > b["ssim"].value > b["ssim"].beside["flat colour"]
+    assert a["psnr"].value > b["psnr"].value > b["psnr"].baselines["flat colour"]
+    assert a["ssim"].value > b["ssim"].value > b["ssim"].baselines["flat colour"]
     assert a["perceptual"].value < b["perceptual"].value
     assert a["pixels@16/frechet"].value < b["pixels@16/frechet"].value
     want = np.abs(original / 127.5 - noisy(5) / 127.5).mean()
@@ -73,6 +73,6 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="train_real: uint8"):
         evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 60, IMAGES[TRAIN] / 255, [PIXELS])
     with pytest.raises(ValueError, match=r"features\.weights"):
-        Features("inception").load()
+        FeatureNetwork("inception").load()
     with pytest.raises(ValueError, match=r"features\.name='vgg'"):
-        Features("vgg").load()  # pyright: ignore
+        FeatureNetwork("vgg").load()  # pyright: ignore

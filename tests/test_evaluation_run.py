@@ -11,10 +11,10 @@ from PIL import Image
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, write_records
-from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.run import evaluate_family
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import Artifact
@@ -58,17 +58,17 @@ def data(folder, captions=True, broken=(4,)):
 
 @pytest.mark.parametrize(
     "condition",
-    [Classes(3), Captions(20, 5, width=16, depth=1, heads=2), Classes(0)],
+    [ClassEmbedder(3), CaptionEncoder(20, 5, width=16, depth=1, heads=2), ClassEmbedder(0)],
     ids=["class", "caption", "nothing"],
 )
 def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_path):
     family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
     model = jax.jit(family.init)(jax.random.key(0))
-    text = None if isinstance(condition, Classes) else Letters()
+    text = None if isinstance(condition, ClassEmbedder) else Letters()
     asked = "label" in condition.batch_spec()
     pipeline = Pipeline(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
     reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
-    spaces = [Features("pixels")]
+    spaces = [FeatureNetwork("pixels")]
     report = evaluate_family(
         pipeline, Artifact(family, model), reference, tmp_path, spaces, 8, 8, 0, family.options(), False
     )
@@ -82,7 +82,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
 
 @pytest.mark.parametrize(("count", "broken"), [(3, ()), (9, range(6))])
 def test_too_few_images_are_said_before_any_is_drawn(count, broken, tmp_path):
-    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=Classes(0))
+    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
     reference = Experiment(family, data(tmp_path / "records", broken=broken))
     pipeline = Pipeline(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
     with pytest.raises(ConfigError, match=r"(new words|training images): 3 can be used.* at least 4"):

@@ -23,12 +23,12 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(
-    AR(16, (4, 4), width=32, depth=2, heads=2, condition=Classes(4)),
+    AR(16, (4, 4), width=32, depth=2, heads=2, condition=ClassEmbedder(4)),
     Data(ArrayRecord("{data}"), batch_size=16),
     Train(steps=24, optimizer=Optimizer(learning_rate=1e-3, warmup=4), ema=0.9, log_every=1, save_every=3,
           evaluate_every=0, preview_every=0),

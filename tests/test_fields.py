@@ -81,7 +81,7 @@ def test_a_config_is_no_plain_value(value):
 @pytest.mark.parametrize("wrong", [{"model": 3}, {"data": 4}, {"train": {}}, {"mesh": 8}, {"text": "words.model"}])
 def test_an_experiment_names_what_is_none_of_its_parts(wrong):
     right = toys.experiment()
-    with pytest.raises(ConfigError, match=rf"Experiment\.{next(iter(wrong))} "):
+    with pytest.raises(ConfigError, match=rf"Experiment\.{next(iter(wrong))}\b"):
         dataclasses.replace(right, **wrong)
     assert dataclasses.replace(right, codec=Path("runs/codec")).codec == "runs/codec"
 

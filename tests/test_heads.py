@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from t2i_jax.nn import losses
-from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.heads import Diffusion, Flow, ImageKeys, Mixture, Softmax
-from t2i_jax.nn.heads.mixture import Law, guided
+from t2i_jax.nn.draw import ARSampler
+from t2i_jax.nn.heads import DiffusionHead, FlowHead, ImageKeys, MixtureHead, SoftmaxHead
+from t2i_jax.nn.heads.mixture import MixtureParams, guided
 
 CENTRES, SPREAD = np.asarray([-1.5, 0.5]), 0.3
 WEIGHTS = np.asarray([0.3, 0.7])
@@ -36,7 +36,7 @@ class Exact:
         return jnp.sum(share * (CENTRES + alpha * SPREAD**2 / variance * gap), -1, keepdims=True)
 
     def __call__(self, x, t, embedded):
-        if isinstance(self.head, Flow):
+        if isinstance(self.head, FlowHead):
             t = t[:, None] / 1000
             x0 = self.expectation(x, 1 - t, t)
             return (x - x0) / jnp.maximum(t, 1e-4)  # eps - x0, from x = (1 - t) x0 + t eps
@@ -52,7 +52,7 @@ def draws(b, m, seed=0):
 
 def sampled(head, module, temperature=1.0):
     z = jnp.zeros((COUNT, 1, 1))
-    options = Sampling(temperature=temperature).arrays()
+    options = ARSampler(temperature=temperature).arrays()
     draw = jax.jit(lambda draws, options: head.sample(module, z, None, draws, jnp.ones(COUNT), options)[0])
     return np.sort(np.asarray(draw(draws(COUNT, 1), options)).reshape(-1))
 
@@ -64,7 +64,9 @@ def distance(x):
     return np.abs(cdf - np.arange(len(x)) / len(x)).max()
 
 
-@pytest.mark.parametrize("head", [Diffusion(dim=1, respacing="250"), Flow(dim=1, steps=20)], ids=["diffusion", "flow"])
+@pytest.mark.parametrize(
+    "head", [DiffusionHead(dim=1, respacing="250"), FlowHead(dim=1, steps=20)], ids=["diffusion", "flow"]
+)
 def test_a_network_that_knows_the_law_draws_from_it(head):
     drawn = sampled(head, Exact(head))
     assert distance(drawn) < 1.95 / math.sqrt(COUNT), "a chance below one in a thousand"
@@ -85,9 +87,9 @@ def test_the_flow_head_draws_narrow_and_wide_gaussians(std, steps, tolerance):
             gap = (x - (1 - t) * 0.5) / ((1 - t) ** 2 * std**2 + t**2)
             return t * gap - (0.5 + (1 - t) * std**2 * gap)
 
-    head, z, places = Flow(dim=1, steps=steps), jnp.zeros((64, 1, 1)), draws(64, 1)
+    head, z, places = FlowHead(dim=1, steps=steps), jnp.zeros((64, 1, 1)), draws(64, 1)
     sample = lambda temperature: head.sample(
-        Exact(), z, None, places, jnp.ones(64), Sampling(temperature=temperature).arrays()
+        Exact(), z, None, places, jnp.ones(64), ARSampler(temperature=temperature).arrays()
     )[0]
     assert f"length={steps}" in str(jax.make_jaxpr(sample)(1.0)) and len(calls) == 2
     noise = np.asarray(places.normal(0, 1))
@@ -108,7 +110,7 @@ def narrows(draw):
 
 
 def test_colder_draws_are_narrower():
-    head = Diffusion(dim=1, respacing="25")
+    head = DiffusionHead(dim=1, respacing="25")
     narrows(lambda t: sampled(head, Exact(head), t))
 
 
@@ -120,7 +122,7 @@ def from_the_law(key, count):
 
 def test_a_fitted_diffusion_head_recovers_the_law_and_narrows_it():
     """By a two-sample test, from a network that knows nothing but draws."""
-    head = Diffusion(dim=1, width=64, depth=2, schedule="linear", respacing="100", repeat=2)
+    head = DiffusionHead(dim=1, width=64, depth=2, schedule="linear", respacing="100", repeat=2)
     steps, z = 500, jnp.zeros((512, 1, 1))
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
@@ -143,7 +145,7 @@ def test_a_fitted_diffusion_head_recovers_the_law_and_narrows_it():
 
 
 def test_diffusion_loss_is_lowest_at_the_law():
-    head = Diffusion(dim=1, repeat=8)
+    head = DiffusionHead(dim=1, repeat=8)
     which = np.random.default_rng(0).uniform(size=512) < WEIGHTS[0]
     x = np.where(which, *CENTRES)[:, None, None] + SPREAD * np.random.default_rng(1).normal(size=(512, 1, 1))
 
@@ -162,7 +164,7 @@ def test_diffusion_loss_is_lowest_at_the_law():
 
 
 def test_mixture_is_a_density_and_draws_from_it():
-    head = Mixture(dim=1, components=2)
+    head = MixtureHead(dim=1, components=2)
     raw = math.log(math.expm1(SPREAD - head.smallest))
     module = lambda z: jnp.broadcast_to(
         jnp.asarray([math.log(0.3), -1.5 + 1, raw, math.log(0.7), 0.5 - 1, raw], jnp.float32), (*z.shape[:-1], 6)
@@ -171,18 +173,18 @@ def test_mixture_is_a_density_and_draws_from_it():
     density = jnp.exp(-head.loss(module, jnp.zeros((1, 4001, 1)), x[None], jax.random.key(0)))
     np.testing.assert_allclose(np.trapezoid(np.asarray(density)[0], dx=0.002), 1, rtol=1e-3)
     assert distance(sampled(head, module)) < 1.95 / math.sqrt(COUNT)
-    law = Law(jnp.zeros(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+    law = MixtureParams(jnp.zeros(1), jnp.zeros((1, 3)), jnp.zeros((1, 3)))
     np.testing.assert_allclose(law.log_density(jnp.zeros(3)), -1.5 * math.log(2 * math.pi), rtol=1e-6)
 
 
 def law_of(weights, mean, std):
     """Of one row: weights (a,), means and standard deviations (a, k)."""
     arrays = (np.log(weights), np.reshape(mean, (len(weights), -1)), np.log(np.reshape(std, (len(weights), -1))))
-    return Law(*(jnp.asarray(x, jnp.float32)[None, None] for x in arrays))
+    return MixtureParams(*(jnp.asarray(x, jnp.float32)[None, None] for x in arrays))
 
 
 def turned(law):
-    return Law(law.logits[..., ::-1], law.mean[..., ::-1, :], law.log_std[..., ::-1, :])
+    return MixtureParams(law.logits[..., ::-1], law.mean[..., ::-1, :], law.log_std[..., ::-1, :])
 
 
 guide = jax.jit(guided)
@@ -201,7 +203,7 @@ def difference(law, null, scale):
 @pytest.mark.parametrize("null", [([0.0, 0.0, 0.0], [1.0, 0.5, 0.6]), ([0.8, -0.4, 0.3], [0.29, 0.47, 0.39])])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5, 3.0, 7.5])
 def test_guidance_of_one_component_is_the_quotient_of_gaussians(scale, null):
-    count, head = 4 * COUNT, Mixture(dim=3, components=1)
+    count, head = 4 * COUNT, MixtureHead(dim=3, components=1)
     (mean, std), (null_mean, null_std) = np.asarray([[1.0, -0.5, 0.2], [0.3, 0.5, 0.4]]), np.asarray(null)
     precision = scale * std**-2.0 - (scale - 1) * null_std**-2.0
     want = (scale * std**-2.0 * mean - (scale - 1) * null_std**-2.0 * null_mean) / precision
@@ -211,7 +213,7 @@ def test_guidance_of_one_component_is_the_quotient_of_gaussians(scale, null):
 
     raw = lambda mean, std: jnp.asarray(np.concatenate([[0.0], mean, np.log(np.expm1(std - head.smallest))]))
     z, other = (jnp.broadcast_to(raw(*x), (count, 1, 7)) for x in ((mean, std), (null_mean, null_std)))
-    scales, options = jnp.full(count, scale), Sampling().arrays()
+    scales, options = jnp.full(count, scale), ARSampler().arrays()
     sample = jax.jit(lambda z, other, draws: head.sample(lambda z: z, z, other, draws, scales, options)[0])
     drawn = np.asarray(sample(z, other, draws(count, 1)))[:, 0]
     np.testing.assert_allclose(drawn.std(0), precision**-0.5, rtol=0.03)
@@ -263,11 +265,11 @@ def test_a_null_too_narrow_to_divide_by_moves_the_mean_alone():
 
 
 def test_softmax_scores_are_log_probabilities_of_the_guided_law():
-    head = Softmax(3)
+    head = SoftmaxHead(3)
     logits, null = jnp.asarray([0.0, 1.0, -1.0]), jnp.asarray([0.5, 0.0, 0.0])
     z = jnp.broadcast_to(logits, (COUNT, 1, 3))
     x, score = head.sample(
-        lambda z: z, z, jnp.broadcast_to(null, z.shape), draws(COUNT, 1), jnp.full(COUNT, 2.0), Sampling().arrays()
+        lambda z: z, z, jnp.broadcast_to(null, z.shape), draws(COUNT, 1), jnp.full(COUNT, 2.0), ARSampler().arrays()
     )
     law = np.asarray(jax.nn.softmax(2 * logits - null))
     np.testing.assert_allclose(np.bincount(np.asarray(x).reshape(-1), minlength=3) / COUNT, law, atol=0.04)
@@ -275,12 +277,12 @@ def test_softmax_scores_are_log_probabilities_of_the_guided_law():
 
 
 def test_guidance_of_one_and_no_guidance_are_the_same():
-    head = Diffusion(dim=2, width=8, depth=1, respacing="3")
+    head = DiffusionHead(dim=2, width=8, depth=1, respacing="3")
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: head.init(key, 4), jax.random.key(0))
     module = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.3, size=x.shape), x.dtype), shapes)
     z, null = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
-    options = dataclasses.replace(Sampling(), temperature=0.9).arrays()
+    options = dataclasses.replace(ARSampler(), temperature=0.9).arrays()
     draw = lambda null, scale: head.sample(module, z, null, draws(2, 3), jnp.full(2, scale), options)[0]
     alone, one, two = jax.jit(lambda: (draw(None, 1.0), draw(null, 1.0), draw(null, 2.0)))()
     np.testing.assert_allclose(alone, one, rtol=1e-4, atol=1e-5)
@@ -300,7 +302,7 @@ def test_logits_are_held_in_parts_where_there_are_many(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 3)
     z, x = jax.random.normal(keys[0], (3, 7, 4)), jax.random.randint(keys[1], (3, 7), 0, 50)
     w = jax.random.normal(keys[2], (4, 50))
-    loss = lambda chunk: lambda z, w: Softmax(50, 0.1, chunk).loss(lambda z: z @ w, z, x, keys[0]).sum()
+    loss = lambda chunk: lambda z, w: SoftmaxHead(50, 0.1, chunk).loss(lambda z: z @ w, z, x, keys[0]).sum()
     both = lambda chunk: jax.value_and_grad(loss(chunk), (0, 1))
     whole, *parts = jax.jit(lambda z, w: [both(chunk)(z, w) for chunk in (-1, 0, 3)])(z, w)
     for part in parts:

@@ -15,7 +15,7 @@ from t2i_jax.cli import main
 from t2i_jax.data import TarShards, tar_index
 from t2i_jax.data.files import reporting
 from t2i_jax.training import loop
-from t2i_jax.training.watch import STATUS, watched
+from t2i_jax.training.watch import STATUS, watchdog
 
 
 def words(capsys):
@@ -94,12 +94,12 @@ def test_indexing_is_work_for_the_watchdog(tmp_path, monkeypatch):
         write(tmp_path / f"{k}.tar", plain())
     slowly(monkeypatch, 0.3)
     ended = []
-    with watched(1.5, ended.append) as beat, reporting(beat):
+    with watchdog(1.5, ended.append) as beat, reporting(beat):
         assert len(TarShards(str(tmp_path)).open()) == 32
     assert not ended
     slowly(monkeypatch, 2.5)
     write(tmp_path / "9.tar", plain())
-    with watched(1.5, ended.append) as beat, reporting(beat):
+    with watchdog(1.5, ended.append) as beat, reporting(beat):
         TarShards(str(tmp_path)).open()
     assert ended == [STATUS]
 
@@ -121,7 +121,7 @@ def test_a_run_tells_its_watchdog_of_indexing(tmp_path, monkeypatch):
 
     @contextlib.contextmanager
     def watching(limit):
-        with watched(limit) as beat:
+        with watchdog(limit) as beat:
             yield lambda what: beats.append(what) or beat(what)
 
     monkeypatch.setattr(loop, "watched", watching)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from exact import Exact, exact, family_of
 
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 
 PROCESSES = {"discrete": Discrete("linear"), "flow": Flow(), "edm": EDM()}
@@ -42,7 +42,7 @@ def errors(process, options, correlation=0.9, solver=None):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_errors_fall_with_rounds_and_the_default_halves_them(name, solver):
     """Of replacement alone at resample=1, as before there were rounds; 10 % and less at resample=10."""
-    found = [errors(PROCESSES[name], Solving(24, resample=k), solver=solver) for k in (1, 2, 4, 10)]
+    found = [errors(PROCESSES[name], DiffusionSampler(24, resample=k), solver=solver) for k in (1, 2, 4, 10)]
     means, spreads = np.abs(np.asarray(found)).T
     assert (np.diff(means) < 0.01).all() and (np.diff(spreads) < 0.01).all(), found
     assert means[1] < 0.5 * means[0] and spreads[1] < 0.5 * spreads[0], found
@@ -57,13 +57,13 @@ def test_errors_fall_with_rounds_and_the_default_halves_them(name, solver):
 @pytest.mark.parametrize("process", [*PROCESSES.values(), Discrete("cosine"), Flow(shift=3.0), EDM(data=1.0)], ids=str)
 def test_ten_rounds_are_near_whatever_draws(process, solver, correlation):
     for steps in (24, 50):
-        found = np.abs(errors(process, Solving(steps, resample=10), correlation, solver))
+        found = np.abs(errors(process, DiffusionSampler(steps, resample=10), correlation, solver))
         assert (found < 0.1).all(), (steps, found)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_errors_fall_with_steps_too(name):
-    few, more = (np.abs(errors(PROCESSES[name], Solving(steps), solver="ddim")) for steps in (16, 128))
+    few, more = (np.abs(errors(PROCESSES[name], DiffusionSampler(steps), solver="ddim")) for steps in (16, 128))
     assert (more < 0.5 * few + 0.01).all() and (more < 0.1).all(), (few, more)
 
 
@@ -74,7 +74,7 @@ def test_rounds_leave_a_law_as_it_is_where_nothing_is_known(process):
     model, nothing = exact(family, [0.3], [[0.25]]), jnp.zeros((COUNT, 1, 1), bool)
     for k in (1, 6):
         more = {"known": jnp.zeros((COUNT, 1, 1, 1)), "keep": nothing}
-        drawn = family.sample(model, {}, keys(), Solving(32, resample=k), solver="heun", **more)
+        drawn = family.sample(model, {}, keys(), DiffusionSampler(32, resample=k), solver="heun", **more)
         assert abs(drawn.mean() - 0.3) < 0.03 and abs(drawn.std() / 0.5 - 1) < 0.06, (k, drawn.mean(), drawn.std())
 
 
@@ -109,19 +109,19 @@ def calls_of(family, options, **more):
 def test_evaluations_are_at_most_the_rounds_times_the_steps(name):
     family, steps = family_of(PROCESSES[name], 2), 6
     for k in (1, 2, 5):
-        count = calls_of(family, Solving(steps, resample=k), **given(2))
+        count = calls_of(family, DiffusionSampler(steps, resample=k), **given(2))
         assert count == k * steps - (k - 1) * (name == "flow")  # pure noise has nothing to bring to agree
 
 
 def test_rounds_cost_nothing_where_nothing_is_known():
-    assert calls_of(family_of(Flow(), 2), Solving(6, resample=5)) == 6
+    assert calls_of(family_of(Flow(), 2), DiffusionSampler(6, resample=5)) == 6
 
 
 def test_strength_and_progress_go_with_rounds():
     family, seen = family_of(Flow(), 2), []
     model = exact(family, [0, 0], pair(0.9))
     told = lambda i, total, x: seen.append((int(i), int(total), x.shape))
-    options = Solving(10, strength=0.5, resample=4)
+    options = DiffusionSampler(10, strength=0.5, resample=4)
     drawn = family.sample(model, {}, keys(8), options, progress=told, **given(8))
     jax.effects_barrier()
     assert sorted(seen) == [(i, 10, (8, 1, 2, 1)) for i in range(5, 11)]
@@ -132,7 +132,7 @@ def test_strength_and_progress_go_with_rounds():
 
 def test_pictures_with_a_known_part_depend_on_their_own_key_only():
     family = family_of(Discrete("cosine", 50), 2)
-    model, options = exact(family, [0, 0], pair(0.9)), Solving(5, resample=3)
+    model, options = exact(family, [0, 0], pair(0.9)), DiffusionSampler(5, resample=3)
     whole = family.sample(model, {}, keys(4), options, **given(4))
     turned = family.sample(model, {}, keys(4)[::-1], options, **given(4))
     np.testing.assert_allclose(turned[::-1], whole, rtol=1e-5, atol=1e-6)
@@ -141,6 +141,6 @@ def test_pictures_with_a_known_part_depend_on_their_own_key_only():
 def test_resample_is_traced_and_at_least_one():
     family = family_of(Flow(), 2)
     assert isinstance(family, Diffusion)
-    family.check(Solving(resample=1))
+    family.check(DiffusionSampler(resample=1))
     with pytest.raises(ValueError, match="resample 0: 1 to 1000"):
-        family.check(Solving(resample=0))
+        family.check(DiffusionSampler(resample=0))

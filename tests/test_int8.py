@@ -12,9 +12,9 @@ from test_ar import GPT, TINY, batch_for, model_for
 
 from t2i_jax.config import ConfigError
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Classes
-from t2i_jax.nn.decode import FewRows, int8_weights
-from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.nn.decode import DecodeLinear, int8_weights
+from t2i_jax.nn.heads import SoftmaxHead
 from t2i_jax.nn.layers import Int8, Linear, matmul, param
 from t2i_jax.parallel import MeshConfig, shardings
 from t2i_jax.pipeline import Pipeline
@@ -43,7 +43,7 @@ def test_products_are_off_by_half_a_scale_at_most():
 def test_the_form_for_decoding_gives_the_same_product(dtype):
     linear = int8_weights(Linear(32, 24, KEY, std=1.0))
     x = jax.random.normal(KEY, (4, 1, 32)).astype(dtype)
-    few = FewRows(linear.w, linear.b, dtype)(x)
+    few = DecodeLinear(linear.w, linear.b, dtype)(x)
     assert few.dtype == linear(x).dtype == dtype
     np.testing.assert_allclose(
         few.astype(jnp.float32), linear(x).astype(jnp.float32), rtol=1e-2 if few.itemsize == 2 else 1e-5
@@ -84,7 +84,7 @@ def test_matrices_shrink_and_keep_their_places_on_a_mesh():
 
 
 def test_only_models_that_draw_token_by_token_are_loaded_in_whole_numbers(tmp_path):
-    for config in (TINY, Masked((2, 3), head=Softmax(13), width=16, depth=1, heads=2, condition=Classes(5))):
+    for config in (TINY, Masked((2, 3), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5))):
         folder = tmp_path / type(config).__name__
         save_artifact(Artifact(config, config.init(KEY)), folder, "")
         if config is not TINY:

@@ -14,9 +14,9 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, Padding, attend, plain
-from t2i_jax.nn.condition import Captions, Classes, Features
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.heads import SoftmaxHead
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
 from t2i_jax.parallel import MeshConfig, shardings
 
@@ -146,9 +146,13 @@ def test_a_mesh_of_other_devices_chooses():
 @pytest.mark.parametrize(
     "family",
     [
-        Masked((16, 16), head=Softmax(13), width=16, depth=1, heads=2, condition=Classes(5), kernel="splash"),
-        AnyOrder((8, 16), head=Softmax(13), width=16, depth=1, heads=2, condition=Classes(5), kernel="splash"),
-        AnyOrder((8, 16), head=Softmax(13), width=16, depth=1, heads=2, condition=Features(3, 6), kernel="splash"),
+        Masked((16, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5), kernel="splash"),
+        AnyOrder(
+            (8, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5), kernel="splash"
+        ),
+        AnyOrder(
+            (8, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=TextFeatures(3, 6), kernel="splash"
+        ),
     ],
 )
 def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):
@@ -165,7 +169,7 @@ def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):
 
 @pytest.mark.parametrize("text", ["context", "joint"])
 def test_a_diffusion_transformer_reads_text_by_the_kernel_it_is_told(text):
-    features = Features(6, 5)
+    features = TextFeatures(6, 5)
     network = DiT((16, 16), 3, 2, width=16, depth=1, heads=2, condition=features, text=text, kernel="splash")
     batch = {"features": jnp.ones((2, 5, 6)), "text_mask": jnp.arange(5)[None] < jnp.array([[2], [5]])}
 
@@ -178,7 +182,7 @@ def test_a_diffusion_transformer_reads_text_by_the_kernel_it_is_told(text):
     np.testing.assert_allclose(paint(weights(network)), paint(weights(plainly)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("condition", [Classes(5), Captions(11, length=4, width=8, depth=1, heads=2)])
+@pytest.mark.parametrize("condition", [ClassEmbedder(5), CaptionEncoder(11, length=4, width=8, depth=1, heads=2)])
 def test_the_next_token_model_learns_by_the_kernel_it_is_told(condition):
     config = AR(13, (8, 16), 32, 1, 2, condition=condition, kernel="splash")
     batch = {"codes": jnp.zeros((2, 8, 16), int), "label": jnp.arange(2), "text": jnp.ones((2, 4), int)}

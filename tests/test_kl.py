@@ -12,14 +12,14 @@ from safetensors.numpy import save_file
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.kl import KL, Gaussian, draw_codes
+from t2i_jax.codecs.kl import KL, DiagonalGaussian, draw_codes
 from t2i_jax.config import to_json
 from t2i_jax.convert import convert, find, restore
 from t2i_jax.convert.folders import to_folder
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.pipeline import scaled
+from t2i_jax.pipeline import with_measured_scale
 from t2i_jax.training.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 
@@ -39,14 +39,14 @@ def images():
 
 
 def test_divergence_is_that_of_the_integral():
-    q = Gaussian(jnp.full((1, 1, 1, 1), 0.7), jnp.full((1, 1, 1, 1), -1.3))
+    q = DiagonalGaussian(jnp.full((1, 1, 1, 1), 0.7), jnp.full((1, 1, 1, 1), -1.3))
     z = np.linspace(-12, 12, 200_001)
     density = lambda m, s: np.exp(-((z - m) ** 2) / (2 * s**2)) / (s * np.sqrt(2 * np.pi))
     p, r = density(0.7, np.exp(-0.65)), density(0, 1)
     integral = np.trapezoid(p * np.log(np.maximum(p, 1e-300) / r), z)
     np.testing.assert_allclose(q.kl(), [integral], rtol=1e-4)
     zero = jnp.zeros((2, 3, 3, 4))
-    np.testing.assert_allclose(Gaussian(zero, zero).kl(), 0)
+    np.testing.assert_allclose(DiagonalGaussian(zero, zero).kl(), 0)
 
 
 def test_codes_are_shifted_and_scaled_means_or_draws(model, images):
@@ -86,7 +86,7 @@ def test_a_release_has_the_scale_of_its_runs_pictures(model, tmp_path):
     experiment = Experiment(CODEC, Data(ArrayRecord(str(tmp_path / "data")), image_size=8))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(experiment)))
-    released = scaled(Artifact(CODEC, model), tmp_path / "run").config
+    released = with_measured_scale(Artifact(CODEC, model), tmp_path / "run").config
     wanted = CODEC.measure(model, [pictures.astype(np.float32) / 127.5 - 1])
     np.testing.assert_allclose((released.scale, released.shift), wanted, rtol=1e-6)
 

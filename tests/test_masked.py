@@ -19,18 +19,18 @@ from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Captions, Classes
-from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.heads import Diffusion, Flow, Mixture, Softmax
-from t2i_jax.nn.orders import Confidence, Generation, MaskRate, Permutation, Raster, Sets
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.nn.draw import ARSampler
+from t2i_jax.nn.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
+from t2i_jax.nn.orders import Confidence, MaskedSampler, MaskRate, Permutation, Raster, Sets
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.artifacts import Artifact
 
-CODES = Softmax(7)
-VECTORS = Diffusion(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
-TINY = dict(grid=(2, 3), width=8, depth=1, heads=2, condition=Classes(3), dropout=0.0)
-BIDIRECTIONAL = TINY | dict(buffer=2, decoder_depth=1, buckets=2)
+CODES = SoftmaxHead(7)
+VECTORS = DiffusionHead(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
+TINY = dict(grid=(2, 3), width=8, depth=1, heads=2, condition=ClassEmbedder(3), dropout=0.0)
+BIDIRECTIONAL = TINY | dict(buffer=2, decoder_depth=1, size_buckets=2)
 
 CELLS = {
     f"{name} {type(head).__name__}": family(**shape, order=order, head=head, **rest)
@@ -45,10 +45,10 @@ CELLS = {
 MORE = {
     "MaskGIT": Masked(**BIDIRECTIONAL | {"depth": 0}, order=Confidence(), head=CODES, rate=MaskRate("cosine")),
     "masked raster": Masked(**BIDIRECTIONAL, order=Raster(), head=CODES),
-    "masked flow": Masked(**BIDIRECTIONAL, order=Sets(), head=Flow(2, 8, 1, steps=2, repeat=1)),
-    "masked mixture": Masked(**BIDIRECTIONAL, order=Sets(), head=Mixture(2, 3)),
+    "masked flow": Masked(**BIDIRECTIONAL, order=Sets(), head=FlowHead(2, 8, 1, steps=2, repeat=1)),
+    "masked mixture": Masked(**BIDIRECTIONAL, order=Sets(), head=MixtureHead(2, 3)),
     "Fluid": Masked(
-        **BIDIRECTIONAL | {"condition": Captions(11, 4, 8, 1, 2), "patch": 2, "grid": (1, 2)},
+        **BIDIRECTIONAL | {"condition": CaptionEncoder(11, 4, 8, 1, 2), "patch": 2, "grid": (1, 2)},
         rate=MaskRate("uniform"),
         head=dataclasses.replace(VECTORS, dim=8),
     ),
@@ -114,7 +114,7 @@ def test_every_cell_trains_and_draws(name):
     assert len(np.unique(np.asarray(three).reshape(3, -1), axis=0)) == 3
 
 
-@pytest.mark.parametrize("name", ["masked sets Softmax", "AR random Diffusion"])
+@pytest.mark.parametrize("name", ["masked sets SoftmaxHead", "AR random DiffusionHead"])
 def test_what_is_kept_stays_and_is_read(name):
     config, model = CELLS[name], filled(CELLS[name])
     known = batch_of(config)["codes"]
@@ -129,19 +129,19 @@ def test_what_is_kept_stays_and_is_read(name):
 
 
 def test_options_do_not_compile_anew():
-    for name, sample in {"masked sets Softmax": masked._sample, "AR raster Softmax": any_order._sample}.items():
+    for name, sample in {"masked sets SoftmaxHead": masked._sample, "AR raster SoftmaxHead": any_order._sample}.items():
         config, model = CELLS[name], filled(CELLS[name])
         drawn(config, model, np.arange(3), few(config))
         before = sample._cache_size()
         drawn(config, model, np.arange(3), dataclasses.replace(few(config), guidance=2, temperature=0.5, top_k=3))
         if isinstance(config, Masked):
             for iterations in (1, 2, 40):
-                drawn(config, model, np.arange(3), Generation(iterations=iterations, shape=1))
+                drawn(config, model, np.arange(3), MaskedSampler(iterations=iterations, shape=1))
         assert sample._cache_size() == before
 
 
 def test_hidden_tokens_are_not_seen_and_visible_ones_are():
-    config, model = CELLS["masked sets Diffusion"], filled(CELLS["masked sets Diffusion"])
+    config, model = CELLS["masked sets DiffusionHead"], filled(CELLS["masked sets DiffusionHead"])
     batch = batch_of(config)
     hidden = jnp.asarray([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]], bool)
     of = lambda codes: config.forward(model, batch | {"codes": codes}, hidden)
@@ -158,7 +158,7 @@ def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
     model, batch = filled(config), batch_of(config)
     orders = jax.vmap(lambda key: Permutation().draw(key, 6))(jax.random.split(jax.random.key(5), 3))
     keys = jax.random.split(jax.random.key(2), 3)
-    greedy = Sampling(guidance=2.5, greedy=True)
+    greedy = ARSampler(guidance=2.5, greedy=True)
     codes = config.sample(model, condition_of(config, batch), keys, greedy, orders=orders)
 
     def logits(dropped):
@@ -170,7 +170,7 @@ def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
 
 
 def test_a_causal_model_gives_probabilities_in_every_order():
-    config = AnyOrder(**TINY | {"grid": (1, 3)}, head=Softmax(3), order=Permutation())
+    config = AnyOrder(**TINY | {"grid": (1, 3)}, head=SoftmaxHead(3), order=Permutation())
     model = filled(config)
     codes = jnp.asarray(list(itertools.product(range(3), repeat=3))).reshape(-1, 1, 3)
     batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
@@ -181,15 +181,15 @@ def test_a_causal_model_gives_probabilities_in_every_order():
     codes = jnp.asarray(list(itertools.product(itertools.product(range(3), range(2)), repeat=2)))[:, None]
     batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
     np.testing.assert_allclose(jnp.exp(factors.log_likelihood(filled(factors), batch)).sum(), 1, rtol=1e-5)
-    with pytest.raises(ValueError, match="does not know the probability"):
+    with pytest.raises(ValueError, match="gives no probability"):
         dataclasses.replace(config, head=VECTORS).log_likelihood(model, batch)
 
 
 def test_a_causal_model_that_learned_a_joint_law_knows_it_in_every_order():
     """Four bits that hang on each other: what each order says of them costs their entropy, and no order more."""
     config = AnyOrder(
-        **TINY | {"grid": (2, 2), "width": 32, "depth": 2, "condition": Classes(1), "condition_dropout": 0.0},
-        head=Softmax(2),
+        **TINY | {"grid": (2, 2), "width": 32, "depth": 2, "condition": ClassEmbedder(1), "condition_dropout": 0.0},
+        head=SoftmaxHead(2),
         order=Permutation(),
     )
     codes = jnp.asarray(list(itertools.product(range(2), repeat=4))).reshape(16, 2, 2)
@@ -219,12 +219,12 @@ def test_a_causal_model_that_learned_a_joint_law_knows_it_in_every_order():
 
 
 def test_steps_ask_for_what_the_schedule_says():
-    config, model = CELLS["masked sets Softmax"], filled(CELLS["masked sets Softmax"])
+    config, model = CELLS["masked sets SoftmaxHead"], filled(CELLS["masked sets SoftmaxHead"])
     batch, counts = batch_of(config), []
     keys = jax.random.split(jax.random.key(2), 3)
     progress = lambda count, total, codes: counts.append(float(count))
     for iterations in (2, 9):  # the second is more than there are tokens
-        config.sample(model, condition_of(config, batch), keys, Generation(iterations=iterations), progress=progress)
+        config.sample(model, condition_of(config, batch), keys, MaskedSampler(iterations=iterations), progress=progress)
         jax.effects_barrier()
     assert sorted(counts[:2]) == [2, 6] and sorted(counts[2:]) == [1, 2, 3, 4, 5, 6]
 
@@ -239,7 +239,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="mar-b"):
         Masked.sized("mar-x")
     with pytest.raises(ValueError, match="iterations 0"):
-        Generation(iterations=0).arrays()
+        MaskedSampler(iterations=0).arrays()
 
 
 def test_a_pipeline_draws_only_where_the_mask_says():
@@ -247,12 +247,12 @@ def test_a_pipeline_draws_only_where_the_mask_says():
     pipeline = Pipeline(config, filled(config), Artifact(toys.Pixels(), {}), None)
     picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
     mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
-    made = pipeline.holding(picture, mask).sample(["0"], [5], few(config))[0]
+    made = pipeline.inpaint(picture, mask).sample(["0"], [5], few(config))[0]
     assert np.abs(made.astype(int) - picture)[~mask].max() <= 1 and (made != picture)[mask].any()
     with pytest.raises(ConfigError, match=r"image has the shape \(1, 3, 3\); this model draws images of \(2, 3, 3\)"):
-        pipeline.holding(picture[:1], mask[:1])
+        pipeline.inpaint(picture[:1], mask[:1])
     with pytest.raises(ConfigError, match="cannot fill holes"):
-        Pipeline(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {}), None).holding(picture, mask)
+        Pipeline(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {}), None).inpaint(picture, mask)
 
 
 def test_a_pipeline_tells_how_its_pictures_grow():
@@ -276,4 +276,4 @@ def test_released_files_are_taken_whole(file):
         "mar", {k: jax.ShapeDtypeStruct(tuple(s), jnp.float32) for k, s in released["tensors"].items()}
     )
     assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_params"]
-    assert config.grid == (16, 16) and config.buffer == 64 and config.condition == Classes(1000)
+    assert config.grid == (16, 16) and config.buffer == 64 and config.condition == ClassEmbedder(1000)

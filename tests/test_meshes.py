@@ -10,7 +10,7 @@ from families import with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
-from t2i_jax.codecs.dvae import DVAE, Strided
+from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -19,9 +19,9 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import Captions
+from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.heads import Softmax
+from t2i_jax.nn.heads import SoftmaxHead
 from t2i_jax.nn.orders import Permutation
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
@@ -42,7 +42,7 @@ LATENT = KL(
     start=0,
     discriminator=DiscriminatorConfig(width=8, layers=1),
 )
-RELAXED = DVAE(32, Strided(channels=16, layers=2, blocks=1, code=8), pixels="l2", kl=0.1)
+RELAXED = DVAE(32, DALLEPytorchVAE(channels=16, layers=2, blocks=1, code=8), pixels="l2", kl=0.1)
 MODEL = AR(
     32,
     (4, 4),
@@ -50,7 +50,7 @@ MODEL = AR(
     depth=3,
     heads=4,
     kv_heads=2,
-    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    condition=CaptionEncoder(20, 6, width=32, depth=2, heads=4),
     remat="dots",
 )
 DISCRETE = VQDiffusion(
@@ -59,13 +59,13 @@ DISCRETE = VQDiffusion(
     width=32,
     depth=3,
     heads=4,
-    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    condition=CaptionEncoder(20, 6, width=32, depth=2, heads=4),
     remat="dots",
 )
 
-SHAPE = dict(grid=(4, 4), head=Softmax(32), width=32, depth=2, heads=4, remat="dots")
-MASKED = Masked(**SHAPE, decoder_depth=3, condition=Captions(20, 6, width=32, depth=2, heads=4))
-ANY_ORDER = AnyOrder(**SHAPE, order=Permutation(), condition=Captions(20, 6, width=32, depth=2, heads=4))
+SHAPE = dict(grid=(4, 4), head=SoftmaxHead(32), width=32, depth=2, heads=4, remat="dots")
+MASKED = Masked(**SHAPE, decoder_depth=3, condition=CaptionEncoder(20, 6, width=32, depth=2, heads=4))
+ANY_ORDER = AnyOrder(**SHAPE, order=Permutation(), condition=CaptionEncoder(20, 6, width=32, depth=2, heads=4))
 DENOISER = DiT(
     (4, 4),
     channels=3,
@@ -73,8 +73,8 @@ DENOISER = DiT(
     width=32,
     depth=3,
     heads=4,
-    waves=32,
-    condition=Captions(20, 6, width=32, depth=2, heads=4),
+    frequency_dim=32,
+    condition=CaptionEncoder(20, 6, width=32, depth=2, heads=4),
     text="joint",
     learn_variance=False,
     remat="dots",
@@ -137,7 +137,7 @@ def outcome(trainable, mesh):
 
 TRAINABLES = {
     "ar": MODEL,
-    "encoder-decoder": dataclasses.replace(MODEL, reads="memory"),
+    "encoder-decoder": dataclasses.replace(MODEL, conditioning="cross_attention"),
     "vq-diffusion": DISCRETE,
     "masked": MASKED,
     "flow": FLOW,

@@ -64,7 +64,7 @@ def test_masked_tokens_are_unmasked_at_the_rate_of_the_chain(codes, kind):
     posterior = jax.jit(lambda chain, t: chain.posterior(log_x0, x_t, t * rows), static_argnums=0)
     for steps in (100, 256, 1000):
         chain = Chain(codes, steps, **CHAINS[kind])
-        masked = chain.schedule.masked
+        masked = chain.schedule.gamma_bar
         times = (steps - 1, steps - 2, steps // 2)
         for t in times:
             true = (masked[t] - masked[t - 1]) / masked[t]
@@ -81,9 +81,12 @@ def test_seen_tokens_jump_at_the_rate_of_the_chain(codes, kind):
     s, here = chain.schedule, np.arange(codes) == seen
     back = jax.jit(lambda t: chain.posterior(log_x0, jnp.full((len(SHAPES), 1), seen), jnp.full(len(SHAPES), t)))
     for t in (900, 500, 100):
-        far, near = s.kept[t] * here + s.replaced[t], s.a[t] * here + s.b[t]  # q(seen | x_0 = k), q(seen | x_s = k)
+        far, near = (
+            s.alpha_bar[t] * here + s.beta_bar[t],
+            s.a[t] * here + s.b[t],
+        )  # q(seen | x_0 = k), q(seen | x_s = k)
         quotient = p / far
-        law = near * (s.kept[t - 1] * quotient + s.replaced[t - 1] * quotient.sum(-1, keepdims=True))
+        law = near * (s.alpha_bar[t - 1] * quotient + s.beta_bar[t - 1] * quotient.sum(-1, keepdims=True))
         jump = 1 - law[:, seen] / law.sum(-1)
         likely = jump < 0.5  # else the most probable state may be another one
         assert likely.any()
@@ -93,7 +96,7 @@ def test_seen_tokens_jump_at_the_rate_of_the_chain(codes, kind):
 @pytest.mark.parametrize("codes", [16, 1024, 16384, 65536])
 def test_the_code_that_a_mask_becomes_follows_p_x0(codes):
     """Edges between codes on the axis of the second number are those of the cumulative distribution."""
-    chain = Chain(codes, 1000, "mask", masked=(1e-6, 1 - 1e-6))
+    chain = Chain(codes, 1000, "mask", gamma_bar=(1e-6, 1 - 1e-6))
     log_x0, p = log_law(codes)
     chosen = np.unique(np.concatenate([np.linspace(1, codes - 1, 12), [codes // 3, codes // 3 + 1]]).astype(int))
     back = chain.posterior(log_x0, jnp.full((len(p), 1), codes), jnp.full(len(p), 600))

@@ -13,11 +13,11 @@ from t2i_jax.noise.discrete import LOWEST, Chain, clipped, draw, importance, mas
 K, T = 5, 7
 CHAINS = {
     "published": Chain(K, T),
-    "mask and replace": Chain(K, T, kept=(0.9, 0.01), masked=(0.02, 0.9)),
-    "cosine": Chain(K, T, shape="cosine", kept=(0.9, 0.02), masked=(0.05, 0.8)),
-    "mask": Chain(K, T, "mask", masked=(0.1, 0.98)),
-    "replace": Chain(K, T, "replace", kept=(0.95, 0.02)),
-    "any": Chain(K, T, kept=(0.9, 0.7, 0.6, 0.3, 0.2, 0.1, 0.01), masked=(0.0, 0.1, 0.1, 0.3, 0.5, 0.6, 0.9)),
+    "mask and replace": Chain(K, T, alpha_bar=(0.9, 0.01), gamma_bar=(0.02, 0.9)),
+    "cosine": Chain(K, T, shape="cosine", alpha_bar=(0.9, 0.02), gamma_bar=(0.05, 0.8)),
+    "mask": Chain(K, T, "mask", gamma_bar=(0.1, 0.98)),
+    "replace": Chain(K, T, "replace", alpha_bar=(0.95, 0.02)),
+    "any": Chain(K, T, alpha_bar=(0.9, 0.7, 0.6, 0.3, 0.2, 0.1, 0.01), gamma_bar=(0.0, 0.1, 0.1, 0.3, 0.5, 0.6, 0.9)),
 }
 chains = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 
@@ -122,7 +122,7 @@ def test_draws_follow_their_law(chain):
     def draws():
         log_q = chain.q_start(one_hot(x0[:, :1], K + 1), t)
         uniform = jax.random.uniform(jax.random.key(1), (6, 20000, K + 1))
-        return log_q, chain.noised(x0, t, jax.random.key(0)), draw(log_q, uniform)
+        return log_q, chain.q_sample(x0, t, jax.random.key(0)), draw(log_q, uniform)
 
     log_q, got, slow = draws()
     for drawn in (got, slow):
@@ -153,7 +153,7 @@ def test_the_published_schedule_of_many_codes_is_precise_in_fp32():
 def test_the_bound_is_nothing_for_a_perfect_model_and_finite_for_a_wrong_one(chain):
     x0 = jnp.tile(jnp.arange(K)[None], (T, 1))
     t = jnp.arange(T)
-    x_t = chain.noised(x0, t, jax.random.key(0))
+    x_t = chain.q_sample(x0, t, jax.random.key(0))
     bound = jax.jit(jax.value_and_grad(lambda p: chain.variational(clipped(p), x0, x_t, t)[0].sum()))
     for guess, perfect in ((x0, True), ((x0 + 1) % K, False)):
         log_x0 = jnp.concatenate([one_hot(guess, K), jnp.full((*x0.shape, 1), LOWEST)], -1)
@@ -217,11 +217,11 @@ def test_the_bound_of_many_steps_is_the_continuous_one():
     """L_t of the chain for a model that costs a masked token -log p: summed over t, the integral."""
     rng, steps = np.random.default_rng(1), 400
     p = rng.dirichlet(np.ones(VOCABULARY))
-    chain = Chain(VOCABULARY, steps, "mask", masked=tuple((np.arange(steps) + 1) / (steps + 1)))
+    chain = Chain(VOCABULARY, steps, "mask", gamma_bar=tuple((np.arange(steps) + 1) / (steps + 1)))
     log_x0 = jnp.full((steps, 1, VOCABULARY + 1), LOWEST).at[..., :VOCABULARY].set(jnp.log(jnp.asarray(p)))
     x0, t = jnp.full((steps, 1), 2), jnp.arange(steps)
     bound = jax.jit(lambda x_t: chain.variational(log_x0, x0, x_t, t)[0][:, 0])
     masked, seen = bound(jnp.full((steps, 1), VOCABULARY)), bound(x0)
-    m = chain.schedule.masked[:-1]
+    m = chain.schedule.gamma_bar[:-1]
     # One token, masked with probability m: E[L_t] summed is -log p(x) whatever the schedule, and so is the integral.
     np.testing.assert_allclose(np.sum(m * masked + (1 - m) * seen), -np.log(p[2]), rtol=5e-3)

@@ -111,7 +111,7 @@ def test_learned_variance_lies_between_its_ends_and_a_perfect_network_has_no_gap
 def test_pixels_have_probabilities_that_sum_to_one():
     pixels = jnp.linspace(-1, 1, 256)
     for mean, std in ((0.1, 0.02), (-0.99, 0.3), (0.0, 2.0)):
-        p = gaussian.Normal(jnp.full(256, mean), jnp.full(256, 2 * np.log(std)), pixels)
+        p = gaussian.GaussianParams(jnp.full(256, mean), jnp.full(256, 2 * np.log(std)), pixels)
         total = jnp.exp(gaussian.discretised_log_likelihood(pixels, p)).sum()
         np.testing.assert_allclose(total, 1, rtol=1e-4)
 
@@ -134,13 +134,13 @@ def test_going_up_and_down_by_ddim_returns():
 
 @pytest.mark.parametrize("process", [Discrete("cosine", 200), Flow(), Flow("uniform", shift=3.0), EDM()], ids=str)
 def test_processes_agree_with_their_paths(process):
-    path = jax.jit(lambda n: process.path(n))(12)
+    path = jax.jit(lambda n: process.timesteps(n))(12)
     assert path.sigma[12] == 0 and path.alpha[12] == 1 and int(path.steps) == 12
     assert (np.diff(path.sigma[:13]) < 0).all() and (np.diff(path.alpha[:13]) > 0).all()
-    t = process.draw(jax.random.key(0), 4000)
-    alpha, sigma = process.at(t, jnp.zeros((4000, 1)))
+    t = process.sample_time(jax.random.key(0), 4000)
+    alpha, sigma = process.alpha_sigma(t, jnp.zeros((4000, 1)))
     assert alpha.shape == (4000, 1) and (sigma >= 0).all() and (sigma <= 1.00001).all()
-    assert np.isfinite(process.told(t)).all() and float(sigma.std()) > 0.1
+    assert np.isfinite(process.network_time(t)).all() and float(sigma.std()) > 0.1
 
 
 TRAINED = {
@@ -156,7 +156,9 @@ TRAINED = {
 def test_times_of_a_batch_are_stratified_and_each_alone_has_its_law(name):
     process, cdf = TRAINED[name]
     b, draw = 25, jax.jit(process.draw, static_argnums=1)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda k: process.draw(k, b)))(jax.random.split(jax.random.key(0), 2000)))
+    drawn = np.asarray(
+        jax.jit(jax.vmap(lambda k: process.sample_time(k, b)))(jax.random.split(jax.random.key(0), 2000))
+    )
     assert (draw(jax.random.key(3), b) != draw(jax.random.key(4), b)).any()
     if name == "discrete":  # 50 times in 25 strata of two
         assert (np.sort(drawn // 2, 1) == np.arange(b)).all()
@@ -195,6 +197,6 @@ def test_edm_predicts_v_of_the_scaled_picture():
     edm, s, x0, n = EDM(), 1.7, 0.4, -0.6
     noised, d = x0 + s * n, edm.data
     c_skip, c_out = d**2 / (s**2 + d**2), s * d / np.sqrt(s**2 + d**2)
-    alpha, sigma = edm.at(jnp.log(jnp.asarray([s])), jnp.zeros(1))
+    alpha, sigma = edm.alpha_sigma(jnp.log(jnp.asarray([s])), jnp.zeros(1))
     np.testing.assert_allclose(alpha * x0 * edm.scale + sigma * n, noised / np.sqrt(s**2 + d**2), rtol=1e-5)
     np.testing.assert_allclose(join("v", x0 * edm.scale, n, alpha, sigma), -(x0 - c_skip * noised) / c_out, rtol=1e-5)

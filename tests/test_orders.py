@@ -9,7 +9,7 @@ import pytest
 
 from t2i_jax.nn.orders import (
     Confidence,
-    Generation,
+    MaskedSampler,
     MaskRate,
     Permutation,
     Raster,
@@ -57,7 +57,7 @@ def test_counts_are_those_of_float64(total):
         return jax.lax.scan(step, jnp.asarray(total), jnp.arange(64))[1]
 
     for steps in (3, 12, 39, 51, 63, 64):  # of some, two thirds of the way is a hair short of a half in float64
-        assert ours(Generation(iterations=steps).arrays())[:steps].tolist() == published(steps)
+        assert ours(MaskedSampler(iterations=steps).arrays())[:steps].tolist() == published(steps)
 
 
 def test_hidden_positions_are_read_from_the_front_and_known_ones_stand_last():
@@ -89,8 +89,8 @@ def test_what_training_hides(kind):
 
 
 def test_options_become_arrays_once_and_name_what_is_wrong():
-    options = Generation(guidance=2, iterations=8).arrays()
+    options = MaskedSampler(guidance=2, iterations=8).arrays()
     assert options.arrays() is options and options.guidance.dtype == jnp.float32
     for wrong in (0, 5000):
         with pytest.raises(ValueError, match=f"iterations {wrong}"):
-            Generation(iterations=wrong).arrays()
+            MaskedSampler(iterations=wrong).arrays()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
-from t2i_jax.codecs.dvae import DVAE, Pooled, Strided
+from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -17,10 +17,10 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.models.stream import Stream, Text
+from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn import heads
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.training.artifacts import Artifact, save_artifact
@@ -31,22 +31,22 @@ PLAIN = {"adversarial": 0.0, "perceptual": 0.0}
 CODECS = {
     "vqgan": VQGAN(AutoencoderConfig(**SMALL, latent=4), QuantizerConfig(20, 4), **PLAIN),
     "vqgan of 30": VQGAN(AutoencoderConfig(**SMALL, latent=4), QuantizerConfig(30, 4), **PLAIN),
-    "dvae": DVAE(20, Pooled(channels=8, groups=3, blocks=1, code=4)),
-    "strided": DVAE(30, Strided(channels=8, layers=2, blocks=1, code=4), pixels="l2"),
+    "dvae": DVAE(20, OpenAIdVAE(channels=8, groups=3, blocks=1, code=4)),
+    "strided": DVAE(30, DALLEPytorchVAE(channels=8, layers=2, blocks=1, code=4), pixels="l2"),
     "kl": KL(AutoencoderConfig(**SMALL, latent=4, moments=True), **PLAIN),
     "kl of 16": KL(AutoencoderConfig(**SMALL, latent=16, moments=True), **PLAIN),
 }
-SIZES = {"width": 16, "depth": 1, "heads": 2, "condition": Classes(3)}
+SIZES = {"width": 16, "depth": 1, "heads": 2, "condition": ClassEmbedder(3)}
 FAMILIES = {
     "ar": (AR(20, (2, 3), **SIZES), {"vqgan", "dvae"}),
-    "stream": (Stream(30, (3, 2), condition=Text(10, 4), width=16, depth=1, heads=2), {"vqgan of 30", "strided"}),
+    "stream": (Stream(30, (3, 2), condition=StreamText(10, 4), width=16, depth=1, heads=2), {"vqgan of 30", "strided"}),
     "vq_diffusion": (VQDiffusion(Chain(20), (2, 2), **SIZES), {"vqgan", "dvae"}),
-    "masked": (Masked((2, 2), head=heads.Softmax(30), buffer=1, **SIZES), {"vqgan of 30", "strided"}),
-    "any_order": (AnyOrder((2, 2), head=heads.Softmax(20), **SIZES), {"vqgan", "dvae"}),
-    "diffusion": (Diffusion(DiT((4, 6), 4, width=16, depth=1, heads=2, condition=Classes(3))), {"kl"}),
+    "masked": (Masked((2, 2), head=heads.SoftmaxHead(30), buffer=1, **SIZES), {"vqgan of 30", "strided"}),
+    "any_order": (AnyOrder((2, 2), head=heads.SoftmaxHead(20), **SIZES), {"vqgan", "dvae"}),
+    "diffusion": (Diffusion(DiT((4, 6), 4, width=16, depth=1, heads=2, condition=ClassEmbedder(3))), {"kl"}),
 }
 for patch, dim, codec in ((1, 4, "kl"), (1, 16, "kl of 16"), (2, 16, "kl"), (2, 64, "kl of 16")):
-    for head in (heads.Diffusion(dim, 8, 1), heads.Flow(dim, 8, 1), heads.Mixture(dim, 2)):
+    for head in (heads.DiffusionHead(dim, 8, 1), heads.FlowHead(dim, 8, 1), heads.MixtureHead(dim, 2)):
         name = f"{type(head).__name__} {patch} {dim}"
         FAMILIES[f"masked {name}"] = Masked((2, 2), patch, head, buffer=1, **SIZES), {codec}
         FAMILIES[f"any_order {name}"] = AnyOrder((2, 2), patch, head, **SIZES), {codec}

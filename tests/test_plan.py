@@ -24,9 +24,9 @@ from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
-from t2i_jax.models.stream import Stream, Text
+from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import Captions, Classes, Features
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
@@ -34,12 +34,12 @@ from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import held, resolved
 from t2i_jax.plan.hlo_text import parse
-from t2i_jax.plan.ready import depths, twin, wanted
+from t2i_jax.plan.ready import batch_shapes, depths, shallow_copy_of_model
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
 from t2i_jax.platform import ALONE
 from t2i_jax.training.experiment import Experiment, Train
 
-SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=Classes(10), dtype="bfloat16")
+SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=ClassEmbedder(10), dtype="bfloat16")
 EXPERIMENT = Experiment(SMALL, Data(ArrayRecord("not/there"), image_size=32, batch_size=16))
 
 
@@ -377,11 +377,11 @@ def test_every_peak_is_in_the_one_table():
 VAE = AutoencoderConfig(32, (2, 2), blocks=1, latent=8, attention=(), middle_attention=False, groups=8)
 FAMILIES = [
     SMALL,
-    dataclasses.replace(SMALL, condition=Features(16, 5)),
-    dataclasses.replace(SMALL, condition=Captions(50, 6, 16, 1, 2)),
+    dataclasses.replace(SMALL, condition=TextFeatures(16, 5)),
+    dataclasses.replace(SMALL, condition=CaptionEncoder(50, 6, 16, 1, 2)),
     Masked(grid=(4, 4), patch=2, width=32, depth=1, heads=2),
     AnyOrder(grid=(4, 4), width=32, depth=1, heads=2),
-    Stream(vocabulary=64, grid=(4, 4), condition=Text(50, 6), width=32, depth=1, heads=2),
+    Stream(vocabulary=64, grid=(4, 4), condition=StreamText(50, 6), width=32, depth=1, heads=2),
     VQDiffusion(Chain(64), grid=(4, 4), width=32, depth=1, heads=2),
     Diffusion(DiT(size=(8, 8), width=32, depth=1, heads=2)),
     VQGAN(VAE, QuantizerConfig(codes=64, dim=8), perceptual=0.0),
@@ -404,7 +404,7 @@ def test_the_assumed_batch_is_one_that_the_loss_takes(model):
 
 def test_inputs_can_be_told():
     batch, _ = plans.batch_of(EXPERIMENT, ("codes:int32:4x4", "label:int32:"))
-    assert batch == wanted(EXPERIMENT)
+    assert batch == batch_shapes(EXPERIMENT)
     with pytest.raises(ConfigError, match="codes:int32:16x16"):
         plans.batch_of(EXPERIMENT, ("codes",))
 
@@ -529,9 +529,9 @@ def test_accumulation_must_divide_the_batch():
 
 
 def test_twins_are_shallow_and_otherwise_the_same():
-    assert twin(SMALL, 2) == dataclasses.replace(SMALL, depth=2)
+    assert shallow_copy_of_model(SMALL, 2) == dataclasses.replace(SMALL, depth=2)
     deep = Diffusion(DiT(size=(8, 8), width=32, depth=9, heads=2))
-    assert depths(deep) == {"network.depth": 9} and twin(deep, 4).network.depth == 4
+    assert depths(deep) == {"network.depth": 9} and shallow_copy_of_model(deep, 4).network.depth == 4
 
 
 def linear(e, batch, topology, sample=False):
@@ -548,13 +548,13 @@ def test_twins_lie_on_the_line_of_the_whole(monkeypatch):
 
     monkeypatch.setattr(compiled, "compile_plan", linear)
     batch, _ = plans.batch_of(EXPERIMENT, encoded=True)
-    made = plans.twin_plan(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"))
+    made = plans.plan_by_shallow_copies(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"))
     assert made.flops == 31 and made.collectives == {"all-gather": {"count": 6, "bytes": 63}}
     assert "twins of 2 and 4 layers" in made.method
-    sampler = plans.twin_plan(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"), sample=True)
+    sampler = plans.plan_by_shallow_copies(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"), sample=True)
     assert set(sampler.notes) - set(made.notes) and "on-chip memory between tokens" in sampler.notes[-1]
     with pytest.raises(ConfigError, match="above 4"):
-        plans.twin_plan(experiment(twin(SMALL, 3)), batch, plans.Topology.read("v5e:2x2"))
+        plans.plan_by_shallow_copies(experiment(shallow_copy_of_model(SMALL, 3)), batch, plans.Topology.read("v5e:2x2"))
 
 
 def test_a_sweep_asks_the_compiler_for_the_best_and_believes_it(monkeypatch):
@@ -611,16 +611,16 @@ def test_a_sweep_compiles_twins_where_asked(monkeypatch):
 def test_the_sampler_is_planned_from_the_same_state():
     batch, _ = plans.batch_of(EXPERIMENT, encoded=True)
     mesh = MeshConfig(1).build(jax.devices()[:1])
-    text = plans.ready(EXPERIMENT, batch, mesh).lower_sample().as_text()
+    text = plans.abstract_setup(EXPERIMENT, batch, mesh).lower_sample().as_text()
     assert "16x4x4xi32" in text.split("return")[0] or "tensor<16x4x4xi32>" in text
 
 
 @pytest.mark.parametrize("depth", [2, pytest.param(52, marks=pytest.mark.slow)])
 def test_a_model_larger_than_a_chip_is_sampled_abstractly(depth):
     """The 20B on eight chips: each holds an eighth of the weights, of keys and values, and no copy of the whole."""
-    model = AR.sized("20B", vocabulary=16384, grid=(2, 3), depth=depth, condition=Classes(8))
+    model = AR.sized("20B", vocabulary=16384, grid=(2, 3), depth=depth, condition=ClassEmbedder(8))
     e, mesh = experiment(model, mesh=MeshConfig(1, 8, 1)), MeshConfig(1, 8, 1).build()
-    made = plans.ready(e, plans.batch_of(e, encoded=True)[0], mesh)
+    made = plans.abstract_setup(e, plans.batch_of(e, encoded=True)[0], mesh)
     places, rows = model.length + 1, 2 * 16 // 8
     assert made.cache() == depth * (2 * rows * 8 * places * 128 + 1) * 4  # fp32, and where each cache ends
     share = held(made.trainer.target.params, dict(mesh.shape))
@@ -651,9 +651,9 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
-experiment = Experiment(AR(vocabulary=64, grid=(4, 4), width=32, depth=2, heads=2, condition=Classes(10)),
+experiment = Experiment(AR(vocabulary=64, grid=(4, 4), width=32, depth=2, heads=2, condition=ClassEmbedder(10)),
                         Data(ArrayRecord("not/there"), batch_size=16))
 """
 

@@ -24,7 +24,7 @@ from t2i_jax.platform import CACHE, local_cache, shared_cache
 from t2i_jax.training import artifacts, loop, records
 from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.optimizer import Optimizer
-from t2i_jax.training.remote import fetched, place, worked_in
+from t2i_jax.training.remote import download, resolve_path, staged_dir
 
 
 class Store(MemoryFileSystem):
@@ -47,14 +47,14 @@ def store(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", there)
     Store.store.clear()
     Store.clear_instance_cache()
-    return place("s3://bucket/run")
+    return resolve_path("s3://bucket/run")
 
 
 def test_places(store, tmp_path):
-    assert place(tmp_path) == tmp_path and isinstance(place("a/b"), Path)
-    assert isinstance(store, epath.Path) and str(place(Path("s3://bucket/run"))) == "s3://bucket/run"
+    assert resolve_path(tmp_path) == tmp_path and isinstance(resolve_path("a/b"), Path)
+    assert isinstance(store, epath.Path) and str(resolve_path(Path("s3://bucket/run"))) == "s3://bucket/run"
     with pytest.raises(ConfigError, match="ftp://(.|\\n)*gs:// or s3://"):
-        place("ftp://host/run")
+        resolve_path("ftp://host/run")
 
 
 def test_a_missing_package_is_named():
@@ -65,7 +65,7 @@ def test_a_missing_package_is_named():
 def test_files_that_grow_are_copied_when_they_changed(store):
     (store / "config.json").parent.mkdir(parents=True)
     (store / "config.json").write_text("{}")
-    with worked_in(store, every=0.02) as folder:
+    with staged_dir(store, every=0.02) as folder:
         assert (folder / "config.json").read_text() == "{}"
         (folder / "samples").mkdir()
         for text in ("one", "one and two"):
@@ -77,7 +77,7 @@ def test_files_that_grow_are_copied_when_they_changed(store):
             assert (store / "samples" / "a").read_text() == text
         (folder / "last").write_text("3")
     assert (store / "last").read_text() == "3" and not folder.exists()
-    assert sorted(p.name for p in fetched(store).iterdir()) == ["config.json", "last"]
+    assert sorted(p.name for p in download(store).iterdir()) == ["config.json", "last"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch,
         assert getattr(jax.config, CACHE) == local
         first = sorted(p.name for p in (store / "xla").iterdir())
         assert "jit_step" in {name.partition("-")[0] for name in first}
-        assert not (fetched(store) / "xla").exists()
+        assert not (download(store) / "xla").exists()
         jax.clear_caches()
         shutil.rmtree(tmp_path / "beside")
         compiles.clear()

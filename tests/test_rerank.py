@@ -16,7 +16,7 @@ from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.interop.clip import huggingface_table
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Vector
+from t2i_jax.nn.condition import PooledFeatures
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pictures import read_png_text, save_png
@@ -116,7 +116,7 @@ def store(tmp_path_factory):
 
 
 def experiment(store, text, **more):
-    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=Vector(12), dropout=0.0)
+    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=PooledFeatures(12), dropout=0.0)
     data = Data(ArrayRecord(str(store / "data")), image_size=8, batch_size=8)
     made = toys.experiment(family, data, MeshConfig(1, 1, 1), steps=3)
     return dataclasses.replace(made, codec=str(store / "codec"), text=text, **more)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from t2i_jax.nn import draw as module
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.guidance import guide
 
-truncate, draw, choose, uniforms = map(jax.jit, (module.truncate, module.draw, module.choose, module.uniforms))
+truncate, draw, choose, uniforms = map(
+    jax.jit, (module.filter_logits, module.draw, module.sample_token, module.uniforms)
+)
 guidance_at = jax.jit(module.guidance_at, static_argnums=2)
 
 
@@ -28,7 +30,7 @@ def brute_force(row, temperature, k, p):
 @pytest.mark.parametrize("v, ties", [(1, False), (7, True), (300, False), (300, True)])
 def test_truncation_is_that_of_sorting(v, ties, platform, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda **branches: branches[platform]())
-    cut = jax.jit(lambda *x: module.truncate(*x))
+    cut = jax.jit(lambda *x: module.filter_logits(*x))
     logits = np.asarray(jax.random.normal(jax.random.key(v), (6, v)) * 3)
     logits = np.round(logits) if ties else logits
     cases = [(1, 0, 1), (1, 5, 1), (1, 0, 0.83), (0.7, 50, 0.61), (2, 1, 0.5), (1, 999, 0.0), (0, 3, 1)]
@@ -74,7 +76,7 @@ def test_what_weighs_nothing_is_never_drawn():
 def test_greedy_and_cold_take_the_largest():
     logits = jax.random.normal(jax.random.key(2), (5, 40))
     u = jax.random.uniform(jax.random.key(3), (5,))
-    for options in (Sampling(greedy=True), Sampling(temperature=0), Sampling(top_k=1), Sampling(top_p=0.0)):
+    for options in (ARSampler(greedy=True), ARSampler(temperature=0), ARSampler(top_k=1), ARSampler(top_p=0.0)):
         np.testing.assert_array_equal(choose(logits, options.arrays(), u), logits.argmax(-1))
     assert choose._cache_size() == 1
 
@@ -84,7 +86,7 @@ def test_guidance_is_the_formula_within_its_interval():
     np.testing.assert_allclose(guide(l, null, 2.5), 2.5 * (l - null) + null, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(guide(l, null, 1.0), l)
     scales = lambda **options: np.array(
-        [guidance_at(Sampling(guidance=5, **options).arrays(), i, 16) for i in range(16)]
+        [guidance_at(ARSampler(guidance=5, **options).arrays(), i, 16) for i in range(16)]
     )
     np.testing.assert_array_equal(scales(), 5)
     np.testing.assert_array_equal(scales(guidance_start=3 / 16, guidance_stop=7 / 16), [1] * 3 + [5] * 4 + [1] * 9)

@@ -11,26 +11,26 @@ from flax import nnx
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
-from t2i_jax.models.stream import Stream, Text
-from t2i_jax.nn.condition import Captions, Classes
+from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.nn.heads import Flow, Softmax
+from t2i_jax.nn.heads import FlowHead, SoftmaxHead
 from t2i_jax.nn.orders import Permutation
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.plan.hlo_text import parse
-from t2i_jax.training.loop import laid_out
+from t2i_jax.training.loop import with_shardings
 
 ROWS = 16
-CAPTIONS = Captions(208, 5, width=72, depth=2, heads=4)
+CAPTIONS = CaptionEncoder(208, 5, width=72, depth=2, heads=4)
 SHAPE = dict(width=320, depth=2, heads=8, mlp=896)
 FAMILIES = {
-    "ar": AR(608, (2, 3), **SHAPE, kv_heads=4, condition=Classes(8)),
+    "ar": AR(608, (2, 3), **SHAPE, kv_heads=4, condition=ClassEmbedder(8)),
     "ar tied": AR(608, (2, 3), **SHAPE, positions="learned", tied=True, bias=True, output_bias=True),
-    "encoder-decoder": AR(608, (2, 3), **SHAPE, reads="memory", condition=CAPTIONS),
-    "stream": Stream(608, (2, 3), Text(208, 5), **SHAPE),
-    "any-order": AnyOrder((2, 3), head=Softmax(608), order=Permutation(), **SHAPE, condition=CAPTIONS),
-    "any-order flow": AnyOrder((2, 3), head=Flow(16, 96, 2, 2), order=Permutation(), **SHAPE, condition=CAPTIONS),
+    "encoder-decoder": AR(608, (2, 3), **SHAPE, conditioning="cross_attention", condition=CAPTIONS),
+    "stream": Stream(608, (2, 3), StreamText(208, 5), **SHAPE),
+    "any-order": AnyOrder((2, 3), head=SoftmaxHead(608), order=Permutation(), **SHAPE, condition=CAPTIONS),
+    "any-order flow": AnyOrder((2, 3), head=FlowHead(16, 96, 2, 2), order=Permutation(), **SHAPE, condition=CAPTIONS),
 }
 SHORT = ("ar", "any-order")
 
@@ -55,16 +55,18 @@ def compiled(family, mesh, rows=ROWS, int8=False, **options):
     model = jax.eval_shape(init, jax.random.key(0))
     given = jax.eval_shape(lambda: inputs(family, rows)[1]), inputs(family, rows)[0]
     layout = batch_sharding(mesh) if rows % mesh.size == 0 else None  # as previews give them
-    keys, condition = laid_out(given, jax.tree.map(lambda _: layout, given))
+    keys, condition = with_shardings(given, jax.tree.map(lambda _: layout, given))
     with jax.set_mesh(mesh):
-        return sampler(family, **options).lower(laid_out(model, shardings(model, mesh)), condition, keys).compile()
+        return (
+            sampler(family, **options).lower(with_shardings(model, shardings(model, mesh)), condition, keys).compile()
+        )
 
 
 def matrices(family, mesh):
     """Sizes (d, f), in rising order, of the matrices that the mesh splits, all that are not small; and bytes of a share
     of all weights."""
     model = jax.eval_shape(family.init, jax.random.key(0))
-    model = laid_out(model, shardings(model, mesh))
+    model = with_shardings(model, shardings(model, mesh))
     found, share = set(), 0
     for v in jax.tree.leaves(model, is_leaf=lambda v: isinstance(v, nnx.Variable)):
         part = v.get_value().sharding.shard_shape(v.shape)
@@ -87,14 +89,14 @@ def whole(text, sizes):
 def activations(family, rows=ROWS):
     """Bytes of what one layer makes of all rows at most: of the branches that guidance draws, and the whole prefix."""
     tokens = 2 * rows * family.condition.length
-    inner = family.layer.inner * (2 if family.layer.activation == "swiglu" else 1)
+    inner = family.layer.mlp_dim * (2 if family.layer.activation == "swiglu" else 1)
     return tokens * (inner + 4 * family.width) * np.dtype(family.dtype).itemsize
 
 
 def cache(family, mesh, rows=ROWS):
     """Bytes of keys and values of a share of the rows."""
     b = 2 * rows // (mesh.shape["data"] * mesh.shape["fsdp"])
-    heads = max(family.layer.groups // mesh.shape["tensor"], 1)
+    heads = max(family.layer.num_kv_heads // mesh.shape["tensor"], 1)
     places = family.condition.length + family.length
     return 2 * family.depth * b * heads * places * family.layer.head * np.dtype(family.dtype).itemsize
 
@@ -138,7 +140,16 @@ def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
 
 @pytest.mark.slow
 def test_a_model_that_reads_all_tokens_gathers_a_layer_at_a_time():
-    family = Masked((3, 3), head=Softmax(1536), width=1024, depth=8, heads=8, condition=Classes(8), buckets=2, buffer=3)
+    family = Masked(
+        (3, 3),
+        head=SoftmaxHead(1536),
+        width=1024,
+        depth=8,
+        heads=8,
+        condition=ClassEmbedder(8),
+        size_buckets=2,
+        buffer=3,
+    )
     mesh = MeshConfig(1, 8, 1).build()
     share = matrices(family, mesh)[1]
     assert share >= 2**26 and compiled(family, mesh).memory_analysis().temp_size_in_bytes < share

@@ -9,7 +9,7 @@ import pytest
 
 from t2i_jax.noise.gaussian import split
 from t2i_jax.noise.processes import Discrete, along
-from t2i_jax.noise.solvers import SOLVERS, Denoised, Past
+from t2i_jax.noise.solvers import SOLVERS, Denoised, SolverState
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -55,7 +55,7 @@ def our_way(solver, path, x, predicts="eps", eta=0.0, v=None):
         return carry, carry[0]
 
     yes, zeros = jnp.bool_(True), jnp.zeros_like(x)
-    past = Past(jnp.asarray(x), zeros, zeros, yes, yes)
+    past = SolverState(jnp.asarray(x), zeros, zeros, yes, yes)
     return np.asarray(jax.jit(lambda x: jax.lax.scan(step, (x, past), jnp.arange(STEPS))[1])(x))
 
 
@@ -81,14 +81,14 @@ def made(kind, **fields):
 @pytest.mark.parametrize(("variance", "v"), [("fixed_large", None), ("fixed_small", -1.0)])
 def test_ddpm(monkeypatch, variance, v):
     scheduler = made("DDPMScheduler", **EVEN, variance_type=variance, clip_sample=False)
-    path = PROCESS.path(STEPS)
+    path = PROCESS.timesteps(STEPS)
     np.testing.assert_array_equal(path.t[:STEPS], scheduler.timesteps)
     close(our_way("ddpm", path, NOISE[0], eta=1.0, v=v), their_way(scheduler, monkeypatch, NOISE[0]))
 
 
 def test_ddim(monkeypatch):
     scheduler = made("DDIMScheduler", **BETAS, timestep_spacing="leading", clip_sample=False)
-    path = PROCESS.path(STEPS, stride=True)
+    path = PROCESS.timesteps(STEPS, stride=True)
     np.testing.assert_array_equal(path.t[:STEPS], scheduler.timesteps)
     close(our_way("ddim", path, NOISE[0], eta=0.7), their_way(scheduler, monkeypatch, NOISE[0], eta=0.7))
 
@@ -98,7 +98,7 @@ def test_ddim(monkeypatch):
 )
 def test_euler(monkeypatch, solver, kind):
     scheduler = made(kind, **EVEN)
-    path = PROCESS.path(STEPS)
+    path = PROCESS.timesteps(STEPS)
     np.testing.assert_allclose(path.t[:STEPS], scheduler.timesteps)
     np.testing.assert_allclose(path.sigma[: STEPS + 1] / path.alpha[: STEPS + 1], scheduler.sigmas, rtol=1e-4)
     theirs = their_way(scheduler, monkeypatch, NOISE[0] / float(path.alpha[0]))

@@ -19,7 +19,7 @@ from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.parallel import MESH_AXES, MeshConfig, rows_of, within
+from t2i_jax.parallel import MESH_AXES, MeshConfig, in_memory_of, rows_of
 from t2i_jax.previews import Previews
 from t2i_jax.training import records
 from t2i_jax.training.artifacts import Artifact, save_artifact
@@ -54,7 +54,7 @@ def test_each_process_loads_what_its_devices_hold(name, rows=3):
         np.testing.assert_array_equal(loaded, np.sort(wanted))  # all of it, and nothing twice
         for d, f in where:
             part = slice(parts[d, f, 0], parts[d, f, -1] + 1)
-            np.testing.assert_array_equal(loaded[within(loaded.tolist(), (part,), size)], parts[d, f])
+            np.testing.assert_array_equal(loaded[in_memory_of(loaded.tolist(), (part,), size)], parts[d, f])
 
 
 def test_layouts_are_those_of_the_topologies():
@@ -86,12 +86,12 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(
-    AR(16, (4, 4), width=32, depth={depth}, heads=2, condition=Classes(4)),
+    AR(16, (4, 4), width=32, depth={depth}, heads=2, condition=ClassEmbedder(4)),
     Data(ArrayRecord("{folder}/data"), image_size=8, batch_size=32, fields=("label", "{reads}")),
     Train(steps={steps}, optimizer=Optimizer(learning_rate=1e-3, warmup=4, schedule="constant"), ema=0.9, log_every=1,
           save_every=20, evaluate_every={often}, evaluate_batches=2, preview_every={often}, previews=4),

@@ -46,10 +46,10 @@ FEW = ("Discrete, linear", "Discrete, cosine", "Discrete, jsd, 50 steps", "Flow"
 def test_paths_end_clean_for_every_number_of_steps_compiled_and_not(name):
     process = KINDS[name]
     compiled = jax.jit(process.path)
-    for steps in (*range(1, min(process.bound, 200) + 1), process.bound - 1, process.bound):
+    for steps in (*range(1, min(process.max_steps, 200) + 1), process.max_steps - 1, process.max_steps):
         fine(process, compiled(jnp.int32(steps)), steps)
     for steps in (1, 2, 3, 25, 41, 47, 50):
-        fine(process, process.path(steps), steps)
+        fine(process, process.timesteps(steps), steps)
     for spacing in SPACINGS[1:]:
         compiled = jax.jit(partial(process.path, spacing=spacing))
         for steps in (1, 2, 3, 7, 25, 49, 50):
@@ -62,10 +62,10 @@ def test_paths_end_clean_up_to_their_bound(name):
     process = KINDS[name]
     for spacing in SPACINGS:
         compiled = jax.jit(partial(process.path, spacing=spacing))
-        for steps in range(1, process.bound + 1):
+        for steps in range(1, process.max_steps + 1):
             fine(process, compiled(jnp.int32(steps)), steps)
-    for steps in range(1, 201 if process.bound > 200 else process.bound + 1):
-        fine(process, process.path(steps), steps)
+    for steps in range(1, 201 if process.max_steps > 200 else process.max_steps + 1):
+        fine(process, process.timesteps(steps), steps)
 
 
 @pytest.mark.parametrize("process", [Discrete("linear"), Discrete("cosine", 60, zero_terminal_snr=True)], ids=str)
@@ -85,8 +85,8 @@ def test_strided_steps_begin_in_noise_or_where_published_ones_do(process):
 def test_one_step_begins_in_noise_and_gives_the_mean(name, stride):
     """Of whatever the network says of the variance: nothing of it is used in the last step."""
     process = bench.PROCESSES[name]
-    path = jax.jit(process.path)(jnp.int32(1), stride)
-    two = process.path(2, False)
+    path = jax.jit(process.timesteps)(jnp.int32(1), stride)
+    two = process.timesteps(2, False)
     np.testing.assert_allclose(path.sigma[0], two.sigma[0], rtol=1e-6)
     np.testing.assert_allclose(path.alpha[0], two.alpha[0], rtol=1e-5)
     x = jax.random.normal(jax.random.key(0), (5, 1))
@@ -109,9 +109,9 @@ def test_one_step_of_a_process_is_the_noisiest():
 @pytest.mark.parametrize("name", [*FEW, "Discrete, linear, zero terminal SNR", "Flow, shift 0.3", "EDM, rho 1"])
 def test_stops_are_spaced_as_named_and_networks_are_told_their_times(name, spacing):
     process, steps = KINDS[name], 12
-    path, default = process.path(steps, spacing=spacing), process.path(steps)
+    path, default = process.timesteps(steps, spacing=spacing), process.timesteps(steps)
     np.testing.assert_allclose(path.sigma[0] / path.alpha[0], default.sigma[0] / default.alpha[0], rtol=1e-4)
-    found = process.at(time_of(process, path.t[:steps]), jnp.zeros(steps))
+    found = process.alpha_sigma(time_of(process, path.t[:steps]), jnp.zeros(steps))
     np.testing.assert_allclose(path.alpha[:steps], found[0], rtol=2e-3, atol=1e-6)
     np.testing.assert_allclose(path.sigma[:steps], found[1], rtol=2e-3)
     first = int(path.alpha[0] < 1e-3)
@@ -128,15 +128,15 @@ def test_stops_are_spaced_as_named_and_networks_are_told_their_times(name, spaci
         gaps = np.diff(np.log(ratio) if spacing == "log_snr" else ratio ** (1 / rho))
     np.testing.assert_allclose(gaps, gaps.mean(), rtol=1e-2)
     if spacing != "even":
-        least = process.path(process.bound)
-        last = least.sigma[process.bound - 1] / least.alpha[process.bound - 1]
+        least = process.timesteps(process.max_steps)
+        last = least.sigma[process.max_steps - 1] / least.alpha[process.max_steps - 1]
         np.testing.assert_allclose(ratio[-1], last, rtol=1e-3)
 
 
 def test_an_unknown_spacing_is_refused():
     for process in (Discrete(), Flow(), EDM()):
         with pytest.raises(ValueError, match="spacing 'odd' is not one of default, even"):
-            process.path(4, spacing="odd")  # pyright: ignore[reportArgumentType]
+            process.timesteps(4, spacing="odd")  # pyright: ignore[reportArgumentType]
 
 
 # -- laws
@@ -163,7 +163,7 @@ def test_compiled_solvers_agree_with_recursions_from_the_papers(name, kind):
 
 def run(process, solver, eta, steps):
     """Path and solver in one, as a sampler has them."""
-    path, x = process.path(steps), jax.nn.one_hot(1, SIZE)
+    path, x = process.timesteps(steps), jax.nn.one_hot(1, SIZE)
     return bench.coefficients(solver, path, MEAN, STD, SIZE, eta, jnp.int32(0), x), path
 
 
@@ -206,7 +206,7 @@ def test_errors_at_the_end_vanish_with_steps(name):
 @pytest.mark.parametrize("solver", ["dpm++", "dpm++sde", "unipc"])
 def test_the_last_step_of_a_multistep_solver_is_of_first_order_however_long_it_is(solver):
     """Also where a path of one's own ends a little above the clean end."""
-    path = Flow().path(20)
+    path = Flow().timesteps(20)
     sigma = path.sigma.at[20].set(1e-7)
     near = path._replace(sigma=sigma, alpha=path.alpha.at[20].set(1 - 1e-7))
     ends = [law(np.asarray(bench.drawn(solver, p, MEAN, 0.1, SIZE, 0.0), np.float64)) for p in (path, near)]

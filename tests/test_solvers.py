@@ -15,7 +15,7 @@ from t2i_jax.noise.solvers import SOLVERS, Denoised, solve
 
 MEAN, STD = 0.6, 0.5  # of the pictures, which are single numbers
 
-PROCESSES = [Discrete("cosine", 1000), Flow(bound=1024), EDM(data=1.0, bound=1024)]
+PROCESSES = [Discrete("cosine", 1000), Flow(max_steps=1024), EDM(data=1.0, max_steps=1024)]
 
 
 def exact(path, x, i):
@@ -27,7 +27,7 @@ def exact(path, x, i):
 
 @partial(jax.jit, static_argnames=("process", "solver"))
 def ran(process, solver, x, steps, key, eta=0.0):
-    path = process.path(steps)
+    path = process.timesteps(steps)
     noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape)
     return solve(SOLVERS[solver], lambda x, i: exact(path, x, i), x, path, noise, eta)
 
@@ -38,7 +38,7 @@ def error(process, solver, steps):
 
     The first step may come from a lambda of minus infinity and the last always goes to infinity: no order holds there.
     """
-    path, start, stop = process.path(steps), steps // 8, 7 * steps // 8
+    path, start, stop = process.timesteps(steps), steps // 8, 7 * steps // 8
     law = lambda i: (path.alpha[i] * MEAN, jnp.sqrt((path.alpha[i] * STD) ** 2 + path.sigma[i] ** 2))
     z = jnp.linspace(-2, 2, 9)[:, None]
     (mean, std), (end_mean, end_std) = law(start), law(stop)
@@ -58,7 +58,7 @@ def test_deterministic_solvers_converge_at_their_order(process, solver, order):
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpm++", "unipc"])
 def test_deterministic_solvers_keep_quantiles_to_the_end(process, solver):
     z = jnp.linspace(-2, 2, 9)[:, None]
-    path = process.path(100)
+    path = process.timesteps(100)
     a, s = path.alpha[0], path.sigma[0]
     x = a * MEAN + jnp.sqrt((a * STD) ** 2 + s**2) * z
     out = ran(process, solver, x, 100, jax.random.key(0))
@@ -82,7 +82,7 @@ def test_ddpm_along_a_path_is_that_of_the_tables():
     process, few = Discrete("linear", 100), Schedule.named("linear", 100).respaced("10")
     rng = np.random.default_rng(0)
     eps, v, noise = (jnp.asarray(rng.normal(size=(10, 2, 3)), jnp.float32) for _ in range(3))
-    path, x = process.path(10), jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    path, x = process.timesteps(10), jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
     v = jnp.tanh(v)
     said = lambda x, i: Denoised((x - path.sigma[i] * eps[i]) / path.alpha[i], eps[i], v[i])
     ours = solve(SOLVERS["ddpm"], said, x, path, lambda i: noise[i], 1.0)
@@ -95,13 +95,13 @@ def test_ddpm_along_a_path_is_that_of_the_tables():
 def test_a_gradient_moves_samples_to_the_posterior():
     """Pictures N(MEAN, STD^2) seen through y = x_0 + noise: the noised likelihood's gradient gives p(x_0 | y)."""
     process, y, noise_std = Discrete("linear", 1000), 1.5, 0.4
-    path = jax.jit(process.path)(200)
+    path = jax.jit(process.timesteps)(200)
 
     def denoise(x, i):
         d, a, s = exact(path, x, i), path.alpha[i], path.sigma[i]
         spread = STD**2 * s**2 / (a**2 * STD**2 + s**2) + noise_std**2
         log_p = lambda x: -0.5 * (y - exact(path, x, i).x0[:, 0]) ** 2 / spread
-        return d._replace(pull=guidance.pull(log_p, x, 1.0))
+        return d._replace(classifier_gradient=guidance.classifier_gradient(log_p, x, 1.0))
 
     precision = 1 / STD**2 + 1 / noise_std**2
     mean = (MEAN / STD**2 + y / noise_std**2) / precision
@@ -115,7 +115,7 @@ def test_a_gradient_moves_samples_to_the_posterior():
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(
     "process",
-    [Flow(bound=8), Discrete("linear", 50), Discrete("linear", 50, zero_terminal_snr=True)],
+    [Flow(max_steps=8), Discrete("linear", 50), Discrete("linear", 50, zero_terminal_snr=True)],
     ids=["flow", "discrete", "zero terminal snr"],
 )
 def test_gradients_leave_what_is_drawn_finite_and_of_scale_0_as_it_was(process, solver):
@@ -128,8 +128,8 @@ def test_gradients_leave_what_is_drawn_finite_and_of_scale_0_as_it_was(process, 
 
     @jax.jit
     def drawn(scale):
-        pull = lambda x: None if scale is None else guidance.pull(log_p, x, scale)
-        denoise = lambda x, i: exact(path, x, i)._replace(pull=pull(x))
+        pull = lambda x: None if scale is None else guidance.classifier_gradient(log_p, x, scale)
+        denoise = lambda x, i: exact(path, x, i)._replace(classifier_gradient=pull(x))
         return solve(SOLVERS[solver], denoise, noise(99), path, noise, 0.5)
 
     without, off, on = drawn(None), drawn(0.0), drawn(1.0)

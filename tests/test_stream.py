@@ -10,28 +10,28 @@ import numpy as np
 import pytest
 from families import with_aux
 
-from t2i_jax.models.stream import SIZES, Stream, Text
-from t2i_jax.nn.draw import Sampling, truncate, uniforms
+from t2i_jax.models.stream import SIZES, Stream, StreamText
+from t2i_jax.nn.draw import ARSampler, filter_logits, uniforms
 from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 
 S, L, B = 4, 6, 3
-PLAIN = Stream(13, (2, 3), Text(11, S), width=16, depth=2, heads=2)
+PLAIN = Stream(13, (2, 3), StreamText(11, S), width=16, depth=2, heads=2)
 DALLE = dataclasses.replace(
     PLAIN,
-    condition=Text(11, S, start=True, unique_padding=True),
+    condition=StreamText(11, S, start=True, unique_padding=True),
     head_dim=12,
     activation="geglu_exact",
     qkv_bias=False,
-    branch_scale=True,
-    shift=True,
+    layer_scale=True,
+    token_shift=True,
     attention=("row", "column", "full", "window"),
     positions="axial",
     depth=4,
     output_bias=True,
 )
-COGVIEW = dataclasses.replace(PLAIN, sandwich=True, relax=True, embedding_gradient=0.1, image_weight=L / S)
-TURNED = dataclasses.replace(DALLE, positions="rotary", tied=True, depth=2, attention=("full",), sandwich=True)
+COGVIEW = dataclasses.replace(PLAIN, sandwich_norm=True, pb_relax=True, embedding_gradient=0.1, image_weight=L / S)
+TURNED = dataclasses.replace(DALLE, positions="rotary", tied=True, depth=2, attention=("full",), sandwich_norm=True)
 ALL = {"plain": PLAIN, "dalle": DALLE, "cogview": COGVIEW, "turned": TURNED}
 forward = jax.jit(Stream.forward, static_argnums=0)
 loss = jax.jit(Stream.loss, static_argnums=0)
@@ -68,7 +68,7 @@ def test_logits_depend_on_what_stands_before_alone(config):
     model, batch = model_for(config), batch_for() | {"text_mask": jnp.ones((B, S), bool)}
     text, image = forward(config, model, batch)
     first = 0 if config.condition.start else 1  # the text token that the first logits are of
-    assert text.shape == (B, S - first, config.condition.rows) and image.shape == (B, L, 13)
+    assert text.shape == (B, S - first, config.condition.num_embeddings) and image.shape == (B, L, 13)
     for i in range(L):
         codes = batch["codes"].reshape(B, L).at[:, i].add(1).reshape(B, 2, 3) % 13
         other_text, other = forward(config, model, batch | {"codes": codes})
@@ -148,7 +148,7 @@ def test_no_place_predicts_what_belongs_to_the_other_part(config):
     model, batch = model_for(config), batch_for()
     text, image = forward(config, model, batch)
     joint = config.joint(text, image)
-    rows = config.condition.rows
+    rows = config.condition.num_embeddings
     assert joint.shape == (B, text.shape[1] + L, rows + 13)
     p = jax.nn.softmax(joint)
     assert (p[:, : text.shape[1], rows:] == 0).all() and (p[:, text.shape[1] :, :rows] == 0).all()
@@ -193,13 +193,13 @@ def test_relaxed_precision_and_smaller_embedding_gradients_leave_the_loss():
         config = dataclasses.replace(COGVIEW, **fields)
         return jax.jit(jax.value_and_grad(lambda m: config.loss(m, batch, key).loss))(model_for(config))
 
-    plain, slopes = run(relax=False, embedding_gradient=1.0)
+    plain, slopes = run(pb_relax=False, embedding_gradient=1.0)
     relaxed, relaxed_slopes = run(embedding_gradient=1.0)
     np.testing.assert_allclose(relaxed, plain, rtol=1e-4)
     # The epsilon of a norm weighs less once its input is enlarged: equal but for that.
     a, b = relaxed_slopes.image_tokens.w[...], slopes.image_tokens.w[...]
     assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
-    small, small_slopes = run(relax=False)
+    small, small_slopes = run(pb_relax=False)
     np.testing.assert_allclose(small, plain, rtol=1e-6)
     np.testing.assert_allclose(small_slopes.image_tokens.w[...], 0.1 * slopes.image_tokens.w[...], rtol=1e-4, atol=1e-7)
 
@@ -233,7 +233,7 @@ def uncached(config, model, condition, keys, options):
         batch = condition | {"codes": codes.reshape(B, 2, 3)}
         logits, null = (config.forward(model, batch, jnp.full(B, dropped))[1][:, i] for dropped in (False, True))
         logits = guide(logits, null, options.guidance)
-        weights = truncate(logits, options.temperature, options.top_k, options.top_p)
+        weights = filter_logits(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
         drawn = jnp.argmax(cdf > uniforms(keys, i[None])[0][:, None], -1)
         return codes.at[:, i].set(jnp.where(options.greedy, logits.argmax(-1), drawn))
@@ -245,9 +245,9 @@ def uncached(config, model, condition, keys, options):
 def test_cached_sampling_is_the_uncached_forward(config):
     model, condition, keys = model_for(config), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
     for options in (
-        Sampling(guidance=2.5, greedy=True),
-        Sampling(guidance=3.0, temperature=0.8, top_k=6),
-        Sampling(guidance=1.0, top_p=0.7),
+        ARSampler(guidance=2.5, greedy=True),
+        ARSampler(guidance=3.0, temperature=0.8, top_k=6),
+        ARSampler(guidance=1.0, top_p=0.7),
     ):
         got = config.sample(model, condition, keys, options, segments=2)
         np.testing.assert_array_equal(got, uncached(config, model, condition, keys, options.arrays()))
@@ -256,7 +256,7 @@ def test_cached_sampling_is_the_uncached_forward(config):
 def test_guidance_is_off_at_one_and_its_other_branch_reads_no_text(caplog):
     model, condition, keys = model_for(PLAIN), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
     draw = lambda condition=condition, guided=None, **options: PLAIN.sample(
-        model, condition, keys, Sampling(**options), segments=1, guided=guided
+        model, condition, keys, ARSampler(**options), segments=1, guided=guided
     )
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         plain = draw(guidance=1.0)
@@ -271,7 +271,7 @@ def test_guidance_is_off_at_one_and_its_other_branch_reads_no_text(caplog):
 
 def test_a_picture_depends_on_its_own_key_and_text_only():
     model, condition, keys = model_for(DALLE), condition_of(batch_for()), jax.random.split(jax.random.key(5), B)
-    options = Sampling(guidance=2.0, top_k=9)
+    options = ARSampler(guidance=2.0, top_k=9)
     three = DALLE.sample(model, condition, keys, options, segments=1)
     some = jnp.array([2, 0])
     two = DALLE.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options, segments=1)
@@ -294,10 +294,10 @@ def test_meshes_agree(mesh):
 
 def test_sizes_are_what_their_papers_say():
     count = lambda config: sum(x.size for x in jax.tree.leaves(jax.eval_shape(config.init, jax.random.key(0)))) / 1e9
-    text = Text(16384, 64)
+    text = StreamText(16384, 64)
     assert round(count(Stream.sized("mindalle", vocabulary=16384, grid=(16, 16), condition=text)), 3) == 1.291
-    assert 3.8 < count(Stream.sized("cogview", vocabulary=8192, grid=(32, 32), condition=Text(50000, 64))) < 4.2
-    assert 12 < count(Stream.sized("dalle", vocabulary=8192, grid=(32, 32), condition=Text(16384, 256))) < 12.6
+    assert 3.8 < count(Stream.sized("cogview", vocabulary=8192, grid=(32, 32), condition=StreamText(50000, 64))) < 4.2
+    assert 12 < count(Stream.sized("dalle", vocabulary=8192, grid=(32, 32), condition=StreamText(16384, 256))) < 12.6
     with pytest.raises(ValueError, match="size 'parti' is not one of " + ", ".join(SIZES)):
         Stream.sized("parti")
 
@@ -306,4 +306,4 @@ def test_what_cannot_be_says_why():
     with pytest.raises(ValueError, match="some of full, row, column, window"):
         dataclasses.replace(PLAIN, attention=("axial_row",))
     with pytest.raises(ValueError, match="width=18 is no multiple of 4"):
-        dataclasses.replace(PLAIN, shift=True, width=18)
+        dataclasses.replace(PLAIN, token_shift=True, width=18)

@@ -16,8 +16,8 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import TextSpec, gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Captions
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, release
@@ -181,8 +181,8 @@ def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
     records = [{"image": np.full((8, 8, 3), 9 * n, np.uint8), "captions": ["a red cat"]} for n in range(8)]
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8)
-    network = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Captions(20, 3, 16, 1, 2))
-    family = Diffusion(network, sampling=Solving(1, 2.0, 0.0))
+    network = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=CaptionEncoder(20, 3, 16, 1, 2))
+    family = Diffusion(network, sampling=DiffusionSampler(1, 2.0, 0.0))
     settings = Train(2, evaluate_every=0, preview_every=0, save_every=2)
     train(Experiment(family, data, settings, text=Plain()), tmp_path / "run")
     release(tmp_path / "run", tmp_path / "out")
@@ -192,7 +192,7 @@ def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
     assert config.override(Experiment(family, data, text=Plain()), ["--text.length=4"]).text == Plain(4)
 
 
-@pytest.mark.parametrize("text", [5, "words.model", len, SentencePiece, Captions()])
+@pytest.mark.parametrize("text", [5, "words.model", len, SentencePiece, CaptionEncoder()])
 def test_what_is_no_tokenizer_is_one_clear_error(text):
     with pytest.raises(ConfigError, match=r"^Experiment\.text: .* is no tokenizer"):
         Experiment(AR(), Data(ArrayRecord("nowhere")), text=text)
@@ -242,9 +242,16 @@ def test_sampling_says_it_once_a_prompt(texts, caplog):
     caplog.set_level(logging.WARNING, "t2i_jax")
     text = texts["SentencePiece"]
     network = DiT(
-        (8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=Captions(300, 12, 16, 1, 2), learn_variance=False
+        (8, 8),
+        3,
+        patch=4,
+        width=16,
+        depth=1,
+        heads=2,
+        condition=CaptionEncoder(300, 12, 16, 1, 2),
+        learn_variance=False,
     )
-    family = Diffusion(network, Flow(), predicts="velocity", solver="euler", sampling=Solving(1, 2.0, 0.0))
+    family = Diffusion(network, Flow(), predicts="velocity", solver="euler", sampling=DiffusionSampler(1, 2.0, 0.0))
 
     pipeline = Pipeline(family, family.init(jax.random.key(0)), None, text)
     head = "a red apple on the table and two dogs and words "

@@ -8,7 +8,7 @@ import pytest
 
 from t2i_jax.interop.decoder_lm import table
 from t2i_jax.interop.names import to_theirs
-from t2i_jax.text.decoder_lm import DecoderLM, Shape
+from t2i_jax.text.decoder_lm import DecoderLM, DecoderLMShape
 
 TINY = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -42,7 +42,7 @@ def test_hidden_states_are_those_of_transformers(kind, tmp_path):
     assert text.dim == 32
     layer = text.shape.layer
     kinds = dict(zip(("bias", "out_bias"), layer.biases, strict=True)) | {"qk_norm": layer.qk_norm, "last": False}
-    back = to_theirs(decoder, table(layer.heads, layer.groups, layer.head, **kinds))
+    back = to_theirs(decoder, table(layer.heads, layer.num_kv_heads, layer.head, **kinds))
     assert all(np.array_equal(v, model.state_dict()[k].numpy()) for k, v in back.items())
 
 
@@ -62,11 +62,11 @@ def test_what_cannot_be_read_is_told(tmp_path):
     config = TINY | {"model_type": "llama"}
     for field, value in {"model_type": "mamba", "mlp_bias": True, "rope_scaling": {"rope_type": "yarn"}}.items():
         with pytest.raises(ValueError, match={"rope_scaling": "yarn"}.get(field, field)):
-            Shape.read(config | {field: value})
+            DecoderLMShape.read(config | {field: value})
     with pytest.raises(ValueError, match="hidden states 0 to 3"):
-        Shape.read(config, 4)
+        DecoderLMShape.read(config, 4)
     with pytest.raises(ValueError, match="no vocab_size"):
-        Shape.read({k: v for k, v in config.items() if k != "vocab_size"})
+        DecoderLMShape.read({k: v for k, v in config.items() if k != "vocab_size"})
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         DecoderLM(str(tmp_path))(["a cat"])
     pytest.importorskip("tokenizers")

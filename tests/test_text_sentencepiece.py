@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
-from t2i_jax.training.artifacts import relocated
+from t2i_jax.training.artifacts import resolve_files
 
 THINGS = ("apple on a table", "dog runs", "house with a roof", "cat 🐈", "りんご", "дом", "face with tears of joy 😂")
 CAPTIONS = [
@@ -93,7 +93,7 @@ def test_a_missing_vocabulary_says_how_to_get_one(tmp_path):
 
 
 def test_a_vocabulary_that_is_gone_is_named_in_its_folder(tmp_path):
-    path = lambda name: relocated(SentencePiece(name), tmp_path).path
+    path = lambda name: resolve_files(SentencePiece(name), tmp_path).path
     assert path("vocabulary.model") == str(tmp_path / "vocabulary.model")
     assert path("else/where.model") == "else/where.model"
 

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceTrainer
 
 from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, shardings
-from t2i_jax.text.t5 import T5, Encoder, Shape, buckets
+from t2i_jax.text.t5 import T5, T5Encoder, T5Shape, buckets
 
 SIZES = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_kv": 6, "d_ff": 40, "vocab_size": 300}
 CONFIGS = {
@@ -81,8 +81,8 @@ def test_buckets_are_those_of_the_original(count, distance):
 
 def test_the_encoder_of_flan_t5_xl_has_its_size():
     sizes = {"d_model": 2048, "num_layers": 24, "num_heads": 32, "d_kv": 64, "d_ff": 5120, "vocab_size": 32128}
-    shape = Shape.read(sizes | {"feed_forward_proj": "gated-gelu"})
-    abstract = jax.eval_shape(lambda key: Encoder(shape, key), jax.random.key(0))
+    shape = T5Shape.read(sizes | {"feed_forward_proj": "gated-gelu"})
+    abstract = jax.eval_shape(lambda key: T5Encoder(shape, key), jax.random.key(0))
     assert sum(a.size for a in jax.tree.leaves(abstract)) == 1_223_527_424
 
 
@@ -125,9 +125,9 @@ def test_what_is_wrong_with_a_folder_is_told(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"no spiece\.model"):
         T5(str(tmp_path))(["a"])
     with pytest.raises(ValueError, match="feed_forward_proj 'tanh' is not one of relu"):
-        Shape.read(SIZES | {"feed_forward_proj": "tanh"})
+        T5Shape.read(SIZES | {"feed_forward_proj": "tanh"})
     with pytest.raises(ValueError, match="no d_ff"):
-        Shape.read({k: v for k, v in SIZES.items() if k != "d_ff"})
+        T5Shape.read({k: v for k, v in SIZES.items() if k != "d_ff"})
     with pytest.raises(ValueError, match=r"T5\.dtype 'float16'"):
         T5("x", dtype="float16")
 

@@ -65,10 +65,10 @@ def test_importance_leaves_held_out_times_even():
     model = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), abstract(config))
     history = jnp.arange(1.0, 11)
     model.history, model.count = model.history.replace(history), model.count.replace(jnp.full(10, 11.0))
-    t, p = config.draw_times(model, 40, jax.random.key(0), train=False)
+    t, p = config.sample_times(model, 40, jax.random.key(0), train=False)
     np.testing.assert_array_equal(np.bincount(t, minlength=10), 4)
     np.testing.assert_allclose(p, 0.1)
-    t, p = config.draw_times(model, 5000, jax.random.key(0), train=True)
+    t, p = config.sample_times(model, 5000, jax.random.key(0), train=True)
     share = np.sqrt(np.arange(1.0, 11)) + 1e-4
     share[0] = share[1]
     np.testing.assert_allclose(np.bincount(t, minlength=10) / 5000, share / share.sum(), atol=4e-4)

@@ -19,19 +19,21 @@ from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.convert.discrete import FORMATS
 from t2i_jax.interop.vq_diffusion import codec_tensors, used_codes
-from t2i_jax.models.vq_diffusion import VQDiffusion, cut, guided_log
-from t2i_jax.nn.condition import Captions, Classes, Encoded
+from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
+from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeatures
 from t2i_jax.nn.conditional import AdaNorm
 from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
-from t2i_jax.noise.reverse import Reverse, reverse, visits
+from t2i_jax.noise.reverse import DiscreteSampler, reverse, timesteps
 from t2i_jax.training.state import create
-from t2i_jax.training.step import make_step, owned
+from t2i_jax.training.step import make_step, params_under
 
-TINY = VQDiffusion(Chain(12, 8), (2, 3), width=16, depth=2, heads=2, condition=Encoded(5, 4), condition_dropout=0.5)
-TEXT = dataclasses.replace(TINY, condition=Captions(20, 4, width=16, depth=1, heads=2), times="waves")
-CLASS = dataclasses.replace(TINY, condition=Classes(3), conv_mlp=True, position_grid=(4, 4))
-NOTHING = dataclasses.replace(TINY, condition=Classes(0), condition_dropout=0.0, times="none")
+TINY = VQDiffusion(
+    Chain(12, 8), (2, 3), width=16, depth=2, heads=2, condition=CrossAttnFeatures(5, 4), condition_dropout=0.5
+)
+TEXT = dataclasses.replace(TINY, condition=CaptionEncoder(20, 4, width=16, depth=1, heads=2), times="sinusoidal")
+CLASS = dataclasses.replace(TINY, condition=ClassEmbedder(3), conv_mlp=True, position_grid=(4, 4))
+NOTHING = dataclasses.replace(TINY, condition=ClassEmbedder(0), condition_dropout=0.0, times="none")
 ALL = {"features": TINY, "captions": TEXT, "classes": CLASS, "nothing": NOTHING}
 
 
@@ -80,7 +82,7 @@ COUNT = 20000
 @cache
 def toy(kind):
     """Draws with the true p(x_0 | x_t) of one token: any jumps of the chain must give back P."""
-    chain = Chain(4, 12, kind, kept=(0.95, 0.001), masked=(0.02, 0.9 if kind == "mask and replace" else 0.999))
+    chain = Chain(4, 12, kind, alpha_bar=(0.95, 0.001), gamma_bar=(0.02, 0.9 if kind == "mask and replace" else 0.999))
 
     @jax.jit
     def run(options):
@@ -102,13 +104,13 @@ def toy(kind):
 @pytest.mark.parametrize("kind", ["mask and replace", "mask", "replace"])
 @pytest.mark.parametrize("steps", [0, 1, 5, 20])
 def test_any_number_of_steps_draws_the_law_of_the_data(kind, steps):
-    x = np.asarray(toy(kind)(Reverse(steps=steps).arrays()))[:, 0]
+    x = np.asarray(toy(kind)(DiscreteSampler(steps=steps).arrays()))[:, 0]
     np.testing.assert_allclose(np.bincount(x, minlength=4) / COUNT, P, atol=0.012)
 
 
 def test_visited_times_are_the_published_ones():
     def times(total, **options):
-        count, moment = visits(total, Reverse(**options).arrays())
+        count, moment = timesteps(total, DiscreteSampler(**options).arrays())
         count = int(count)
         rows = moment(jnp.arange(count))
         return [tuple(int(x) for x in row) for row in zip(*map(np.asarray, rows), strict=True)]
@@ -133,7 +135,12 @@ def guided_draw(config):
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_every_rule_and_number_of_steps_leaves_clean_codes(config):
     seen = set()
-    for options in (Reverse(), Reverse(steps=1), Reverse(steps=20, rule=1), Reverse(steps=3, rule=2, purity=2.0)):
+    for options in (
+        DiscreteSampler(),
+        DiscreteSampler(steps=1),
+        DiscreteSampler(steps=20, rule=1),
+        DiscreteSampler(steps=3, rule=2, purity=2.0),
+    ):
         codes = np.asarray(guided_draw(config)(keys_for(), options))
         assert codes.shape == (4, 2, 3) and codes.dtype == np.int32
         assert codes.min() >= 0 and codes.max() < 12
@@ -152,7 +159,7 @@ def test_the_same_seed_gives_the_same_picture_in_any_batch():
 def test_one_compilation_for_all_settings(caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for n in range(10):
-            options = Reverse(
+            options = DiscreteSampler(
                 guidance=n / 2,
                 truncation=1 - n / 20,
                 top_k=n,
@@ -170,7 +177,7 @@ def test_one_compilation_for_all_settings(caplog):
 
 def test_the_sampler_takes_three_random_numbers_a_token_and_step_however_many_codes():
     model, batch = model_for(TINY), batch_for(TINY)
-    draw = lambda keys: TINY.sample(model, batch, keys, Reverse())
+    draw = lambda keys: TINY.sample(model, batch, keys, DiscreteSampler())
     found = re.findall(r"random_bits\[.*?shape=\((.*?)\)", str(jax.make_jaxpr(draw)(keys_for())), re.DOTALL)
     sizes = [math.prod(int(n) for n in shape.replace(" ", "").strip(",").split(",")) for shape in found if shape]
     assert sizes and max(sizes) == 2 * TINY.length  # what a token becomes; one more decides which tokens, by a rule
@@ -179,21 +186,21 @@ def test_the_sampler_takes_three_random_numbers_a_token_and_step_however_many_co
 def test_kept_codes_stay_and_the_others_are_drawn_around_them():
     known = batch_for(TINY)["codes"][::-1]
     keep = jnp.asarray(np.random.default_rng(1).uniform(size=known.shape) < 0.5)
-    for options in (Reverse(), Reverse(rule=2)):
+    for options in (DiscreteSampler(), DiscreteSampler(rule=2)):
         codes = guided_draw(TINY)(keys_for(), options, known=known, keep=keep)
         np.testing.assert_array_equal(np.where(keep, codes, 0), np.where(keep, known, 0))
         assert (np.asarray(codes) != np.asarray(known))[~np.asarray(keep)].any()
 
 
 def test_without_guidance_half_the_rows_give_the_same_codes():
-    plain = guided_draw(TINY)(keys_for(), Reverse(guidance=1.0))
+    plain = guided_draw(TINY)(keys_for(), DiscreteSampler(guidance=1.0))
     np.testing.assert_array_equal(guided_draw(TINY)(keys_for(), guided=False), plain)
 
 
 def test_previews_come_after_every_step():
     seen = {}
     note = lambda i, total, guess, x: seen.setdefault(int(i), (np.asarray(x), np.asarray(guess)))
-    codes = guided_draw(TINY)(keys_for(), Reverse(steps=4, rule=1), progress=note)
+    codes = guided_draw(TINY)(keys_for(), DiscreteSampler(steps=4, rule=1), progress=note)
     jax.effects_barrier()
     assert sorted(seen) == [1, 2, 3, 4]
     masks = [(seen[i][0] == 12).sum(axis=(1, 2)).tolist() for i in sorted(seen)]
@@ -205,12 +212,12 @@ def test_previews_come_after_every_step():
 def test_cuts_keep_the_first_code_past_the_rate_and_k_of_them():
     log_p = jnp.log(jnp.array([[[0.4, 0.3, 0.2, 0.1]]]))
     log_p = jnp.concatenate([log_p, jnp.full((1, 1, 1), LOWEST)], -1)
-    kept = lambda **options: (np.asarray(cut(log_p, Reverse(**options)))[0, 0] > LOWEST).tolist()
+    kept = lambda **options: (np.asarray(truncate_log_probs(log_p, DiscreteSampler(**options)))[0, 0] > LOWEST).tolist()
     assert kept(truncation=0.5) == [True, True, False, False, False]
     assert kept(truncation=0.0) == [True, False, False, False, False]
     assert kept(top_k=3) == [True, True, True, False, False]
     assert kept()[:4] == [True] * 4
-    cooled = np.exp(np.asarray(cut(log_p, Reverse(temperature=0.5))))[0, 0, :4]
+    cooled = np.exp(np.asarray(truncate_log_probs(log_p, DiscreteSampler(temperature=0.5))))[0, 0, :4]
     np.testing.assert_allclose(cooled, np.array([16, 9, 4, 1]) / 30, rtol=1e-5)
 
 
@@ -245,7 +252,7 @@ def test_loss_is_finite_and_moves_every_parameter(config):
 def test_times_are_drawn_by_their_loss_once_all_were_seen():
     model = model_for(TINY)
     history = jnp.array([1.0, 400.0, 100.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    draws = jax.jit(lambda model: TINY.draw_times(model, 40000, jax.random.key(0)))
+    draws = jax.jit(lambda model: TINY.sample_times(model, 40000, jax.random.key(0)))
     for count, law in ((11.0, importance(history)), (10.0, jnp.full(8, 1 / 8))):
         t, p = draws(replace(model, history=history, count=jnp.full(8, 20.0).at[3].set(count)))
         np.testing.assert_allclose(np.bincount(t, minlength=8) / 40000, law, atol=0.01)
@@ -269,7 +276,7 @@ def test_a_resumed_run_is_the_straight_one_with_its_history():
     objectives = TINY.objectives()
     abstract = jax.eval_shape(TINY.init, jax.random.key(0))
     step = jax.jit(make_step(abstract, objectives, optimizers))
-    start = create(TINY.init, optimizers, lambda name, p: owned(objectives[name], p), False, jax.random.key(0))
+    start = create(TINY.init, optimizers, lambda name, p: params_under(objectives[name], p), False, jax.random.key(0))
     batch = batch_for(TINY)
     middle = step(step(start, None, batch)[0], None, batch)[0]
     straight = step(middle, None, batch)[0]
@@ -285,14 +292,14 @@ def test_dropped_rows_see_the_null_alone():
 
     @jax.jit
     def logits(features, dropped):
-        return TINY.logits(model, x, t, TINY.tell(model, batch | {"features": features}, dropped))
+        return TINY.logits(model, x, t, TINY.embed_condition(model, batch | {"features": features}, dropped))
 
     dropped = jnp.array([True, False, True, False])
     one, two = logits(batch["features"], dropped), logits(batch["features"] + 1, dropped)
     same = np.isclose(one, two, atol=1e-6).all((1, 2))
     np.testing.assert_array_equal(same, dropped)
-    told = TINY.tell(model, batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
-    np.testing.assert_array_equal(told.memory, np.broadcast_to(model.condition.null[...], (4, 4, 5)))
+    told = TINY.embed_condition(model, batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
+    np.testing.assert_array_equal(told.context, np.broadcast_to(model.condition.null[...], (4, 4, 5)))
 
 
 def test_the_mean_of_classes_stands_for_none():
@@ -306,7 +313,7 @@ def test_the_mean_of_classes_stands_for_none():
 
 
 def test_guidance_without_a_learned_null_asks_for_the_empty_caption():
-    config = dataclasses.replace(TINY, condition=Encoded(5, 4, trained_null=False))
+    config = dataclasses.replace(TINY, condition=CrossAttnFeatures(5, 4, trained_null=False))
     with pytest.raises(ValueError, match="null_features"):
         config.sample(model_for(TINY), batch_for(config), keys_for())
 
@@ -319,7 +326,7 @@ CONTINUOUS = dataclasses.replace(TINY, chain=Chain(12, 8, "mask"), objective="co
 def test_the_continuous_bound_of_a_model_that_knows_nothing_is_the_entropy_of_codes():
     model, x0 = model_for(CONTINUOUS), jnp.zeros((4000, 6), jnp.int32)
     blank = jax.tree.map(jnp.zeros_like, model)
-    told = CONTINUOUS.tell(blank, batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
+    told = CONTINUOUS.embed_condition(blank, batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
     terms = jax.jit(CONTINUOUS.continuous)(blank, told, x0, jax.random.key(0))
     np.testing.assert_allclose(terms.loss.mean() / 6, np.log(12), rtol=0.05)
 
@@ -334,7 +341,7 @@ def test_the_continuous_objective_trains_and_samples():
     (loss, (_, model)), slopes = gradients(CONTINUOUS)(model_for(CONTINUOUS), batch_for(CONTINUOUS), jax.random.key(1))
     assert np.isfinite(loss) and model.history is None
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
-    codes = np.asarray(guided_draw(CONTINUOUS)(keys_for(), Reverse(steps=3)))
+    codes = np.asarray(guided_draw(CONTINUOUS)(keys_for(), DiscreteSampler(steps=3)))
     assert codes.max() < 12
     with pytest.raises(ValueError, match="continuous"):
         dataclasses.replace(CONTINUOUS, chain=Chain(12, 8))

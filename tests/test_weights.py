@@ -26,7 +26,7 @@ from t2i_jax.interop.inception import load_inception
 from t2i_jax.interop.tensorfile import SafeTensors
 from t2i_jax.interop.vgg import load as load_vgg
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.trees import named
 from t2i_jax.noise.processes import Discrete
@@ -34,7 +34,7 @@ from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.t5 import T5
 from t2i_jax.training.artifacts import load_artifact
 
-NETWORK = DiT((8, 8), 4, patch=2, width=64, depth=1, heads=1, condition=Classes(3), hidden=256, eps=1e-6)
+NETWORK = DiT((8, 8), 4, patch=2, width=64, depth=1, heads=1, condition=ClassEmbedder(3), hidden=256, eps=1e-6)
 MODEL = Diffusion(NETWORK, Discrete("linear"), guided_channels=3)
 CODEC = KL(
     AutoencoderConfig(8, (1, 2), blocks=1, latent=4, groups=4, moments=True), scale=0.2, perceptual=0.0, adversarial=0.0

@@ -11,8 +11,8 @@ from flax import nnx
 
 from t2i_jax.core.specs import CodecSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
-from t2i_jax.nn.draw import choose
-from t2i_jax.nn.layers import Carried, Embedding, Linear
+from t2i_jax.nn.draw import sample_token
+from t2i_jax.nn.layers import Embedding, Linear, ModelState
 from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.processes import along
 from t2i_jax.parallel import MeshConfig, shard
@@ -84,7 +84,7 @@ class Factors:
         each = self.logits(module, z)
         if null is not None:
             each = [guide(a, b, guidance) for a, b in zip(each, self.logits(module, null), strict=True)]
-        drawn = [choose(logits, options, draws.uniform(i)) for i, logits in enumerate(each)]
+        drawn = [sample_token(logits, options, draws.uniform(i)) for i, logits in enumerate(each)]
         return jnp.stack(drawn, -1), sum(map(self.log_p, each, drawn))
 
 
@@ -101,7 +101,7 @@ class Plain:
 class Toward:
     """alpha = cos, sigma = sin of an angle from 0 to 1.5: a noise process that offers what the contract says alone."""
 
-    bound: int = 8
+    max_steps: int = 8
     scale = 2.0
     solver = "ddim"
     starts_from_pure_noise = False
@@ -114,22 +114,22 @@ class Toward:
     def quantile(self, u):
         return 1.5 * u
 
-    def at(self, t, like):
+    def alpha_sigma(self, t, like):
         t = t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
         return jnp.cos(t), jnp.sin(t)
 
-    def told(self, t):
+    def network_time(self, t):
         return 100 * t
 
-    def path(self, steps, stride=False, spacing="default"):
-        t = jnp.maximum(1.5 * (1 - jnp.arange(self.bound + 1) / steps), 0)
-        return along(self.told(t), jnp.cos(t), jnp.sin(t), steps)
+    def timesteps(self, steps, stride=False, spacing="default"):
+        t = jnp.maximum(1.5 * (1 - jnp.arange(self.max_steps + 1) / steps), 0)
+        return along(self.network_time(t), jnp.cos(t), jnp.sin(t), steps)
 
 
 class Net(nnx.Module):
     def __init__(self, width, depth, key):
         self.layers = jax.vmap(lambda k: Linear(width, width, k, std=None))(jax.random.split(key, depth))
-        self.seen = Carried(jnp.zeros(()))
+        self.seen = ModelState(jnp.zeros(()))
 
     def __call__(self, x):
         return jax.lax.scan(lambda x, layer: (shard(jnp.tanh(layer(x)), "batch", "embed"), None), x, self.layers)[0]
@@ -156,7 +156,7 @@ class Identity(Plain):
         x = batch["x"] + self.noise * jax.random.normal(key, batch["x"].shape)
         loss = jnp.mean((model(x) - batch["x"]) ** 2)
         counted = jax.tree.map(lambda v: v, model)
-        counted.seen = Carried(model.seen[...] + 1)
+        counted.seen = ModelState(model.seen[...] + 1)
         return LossOutput(loss, {"rms": jnp.sqrt(loss)}, counted)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from rich.table import Table
 
-from t2i_jax.bench.measure import Result, asked, tell, write
+from t2i_jax.bench.measure import Result, print_results, read_arguments, write
 from t2i_jax.bench.sample import bench_sample, decode_bound
 from t2i_jax.bench.train import bench_train
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
@@ -25,12 +25,12 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.nn import kernels
-from t2i_jax.nn.attention import Causal, Padding, Told, attend, plain
-from t2i_jax.nn.condition import Classes, Features
+from t2i_jax.nn.attention import Causal, MaskSpec, Padding, attend, plain
+from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Chip, chip_of
-from t2i_jax.plan.ready import wanted
+from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
@@ -59,7 +59,7 @@ FULL = Sizing("llamagen-xl", (16, 16), 16384, (2048, 120), ((20, 20, 64), (8, 2,
 TINY = Sizing("1M", (2, 2), 16, (8, 3), ((2, 1, 16),), 130, "float32")
 
 
-def rules(places: int) -> dict[str, Told | None]:
+def rules(places: int) -> dict[str, MaskSpec | None]:
     """Every mask that kernels are told in words, of two rows, the second of which begins with padding."""
     valid = jnp.arange(places) >= jnp.array([[0], [5]])
     return {
@@ -71,7 +71,7 @@ def rules(places: int) -> dict[str, Told | None]:
     }
 
 
-def kernel_error(kind: Kind, rule: Told | None, heads: tuple[int, int, int], places: int) -> float:
+def kernel_error(kind: Kind, rule: MaskSpec | None, heads: tuple[int, int, int], places: int) -> float:
     """The largest difference of a kernel in bfloat16 from attention written out in fp32, in its outputs and in the
     gradients of their squares, over the largest number of each. Places that are padding do not count."""
     n, m, h = heads
@@ -105,7 +105,7 @@ def kernel_checks(sizing: Sizing) -> Iterator[tuple[str, Callable[[], Result]]]:
     for heads in sizing.heads:
         for name, rule in rules(sizing.places).items():
 
-            def check(rule: Told | None = rule, heads: tuple[int, int, int] = heads) -> Result:
+            def check(rule: MaskSpec | None = rule, heads: tuple[int, int, int] = heads) -> Result:
                 error = kernel_error(kind, rule, heads, sizing.places)
                 return {"figure": error, "of": "the largest number", "passed": error <= GOALS["kernel"]}
 
@@ -118,7 +118,7 @@ def train_check(sizing: Sizing, batch: int, repeats: int) -> Result:
         sizing.model,
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
-        condition=Features(*sizing.features, left=True),
+        condition=TextFeatures(*sizing.features, left=True),
         dtype=sizing.dtype,
         dropout=0.0,
         token_dropout=0.0,
@@ -129,7 +129,7 @@ def train_check(sizing: Sizing, batch: int, repeats: int) -> Result:
         data = Data(ArrayRecord("not read"), batch_size=batch)
         experiment = Experiment(model, data, train=Train(optimizer=Optimizer("adamw"), ema=0.0), mesh=MeshConfig(1))
         try:
-            found = bench_train(experiment, wanted(experiment), repeats)
+            found = bench_train(experiment, batch_shapes(experiment), repeats)
             break
         except jax.errors.JaxRuntimeError as error:
             if not str(error).startswith("RESOURCE_EXHAUSTED") or batch == 1:
@@ -148,7 +148,7 @@ def decode_check(sizing: Sizing, batch: int, repeats: int, chip: Chip | None) ->
         sizing.model,
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
-        condition=Classes(1000),
+        condition=ClassEmbedder(1000),
         dtype=sizing.dtype,
     )
     found = bench_sample(model, batch, repeats=repeats)
@@ -191,7 +191,7 @@ class CheckBench(Checked):
 
 def main(arguments: list[str]) -> None:
     """`t2i bench check ...`: a line a check."""
-    args, _ = asked(CheckBench, arguments, "t2i bench check")
+    args, _ = read_arguments(CheckBench, arguments, "t2i bench check")
     sizing, began = TINY if args.tiny else FULL, time.perf_counter()
     chip = chip_of(jax.devices()[0].device_kind)
     checks = [
@@ -217,7 +217,7 @@ def main(arguments: list[str]) -> None:
         if args.out:
             write("check", results, args.out)
     title = f"{jax.devices()[0].device_kind}, {time.perf_counter() - began:.0f} s"
-    tell("check", results, shown(results, title), args.out)
+    print_results("check", results, shown(results, title), args.out)
 
 
 def shown(results: list[Result], title: str) -> Table:

@@ -10,7 +10,19 @@ import jax
 import tyro
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import (
+    EAGER,
+    LIMITS,
+    Measure,
+    Result,
+    interleaved,
+    limits,
+    print_results,
+    read_arguments,
+    seconds,
+    table,
+    weights,
+)
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.types import Codec, as_codec
@@ -41,7 +53,7 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
             measures[f"{name}, eager"] = lambda run=run: seconds(run)
             run()  # its memory is at hand too
     dtype = codec.compute.dtype or "float32"
-    found, spread = in_turns({**measures, **limits(dtype)}, repeats)
+    found, spread = interleaved({**measures, **limits(dtype)}, repeats)
     rates = {name: found[name] for name in ("flops", "read", "copy")}
     return [
         {
@@ -93,7 +105,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench codec CONFIG ...`"""
-    args, rest = asked(CodecBench, arguments, "t2i bench codec", some=True)
+    args, rest = read_arguments(CodecBench, arguments, "t2i bench codec", some=True)
     experiment = config.load(args.config, rest)
     with refused(f"{args.config}, the model"):
         codec = as_codec(experiment.model)
@@ -101,4 +113,4 @@ def main(arguments: list[str]) -> None:
     title = f"{args.config}: {type(codec).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     size = experiment.data.image_size
     shown = table(f"{title}, {args.batch} pictures of {size} x {size}, {jax.devices()[0].device_kind}", results, ROWS)
-    tell("codec", [{"config": str(args.config)} | r for r in results], shown, args.out)
+    print_results("codec", [{"config": str(args.config)} | r for r in results], shown, args.out)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from t2i_jax import flops
-from t2i_jax.bench.measure import Result, asked, in_turns, table, tell
+from t2i_jax.bench.measure import Result, interleaved, print_results, read_arguments, table
 from t2i_jax.config import ConfigError
 from t2i_jax.core.fields import Checked, Range, Size, Workers
 from t2i_jax.data.images import draft_side
@@ -117,7 +117,7 @@ def _measured(
     stream: Any = data.batches()
     with closing(stream):
         made = lambda: rate(stream, data.batch_size, count)
-        found, spread = in_turns({"per_second": made, "limit": alone}, repeats)
+        found, spread = interleaved({"per_second": made, "limit": alone}, repeats)
     cores = max(workers, 1)
     return {
         "name": name,
@@ -173,7 +173,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench data ...`"""
-    a, _ = asked(DataBench, arguments, "t2i bench data")
+    a, _ = read_arguments(DataBench, arguments, "t2i bench data")
     for flag, given, known in (("--chips", a.chips, CHIPS), ("--shapes", a.shapes, SIZES)):
         if odd := [name for name in given if name not in known]:
             raise ConfigError(f"{flag} {odd[0]!r}: one of {', '.join(known)}")
@@ -188,4 +188,4 @@ def main(arguments: list[str]) -> None:
             about = f"cores a chip: {shape} on {chip}, {takes:.0f} / s"
             rows[about] = lambda r, at=f"{shape} on {chip}": f"{r['cores_a_chip'][at]:.2f}"
     title = f"making batches, {a.workers or 'one thread, no'} worker processes"
-    tell("data", results, table(title, results, rows), a.out)
+    print_results("data", results, table(title, results, rows), a.out)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, in_turns, limits, seconds, weights
+from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.memory import check_memory
@@ -27,10 +27,10 @@ from t2i_jax.core.specs import CodeSpec
 from t2i_jax.core.types import Family, as_family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
-from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.heads import Draws, TokenHead
-from t2i_jax.pipeline import image_keys, unguided
-from t2i_jax.plan.ready import wanted
+from t2i_jax.nn.draw import ARSampler
+from t2i_jax.nn.heads import PositionKeys, TokenHead
+from t2i_jax.pipeline import guidance_flags, image_keys
+from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment
 
@@ -53,7 +53,7 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
     """What the family is asked for in `batch` pictures, at random; features of text as if computed before."""
     family = as_family(experiment.model)
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
-    shapes = wanted(experiment)
+    shapes = batch_shapes(experiment)
     if jax.default_backend() == "cpu":
         check_memory(f"a batch of {batch}", sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()))
     reads = family.condition_spec()
@@ -93,7 +93,7 @@ class FreeHead:
         return self.head.loss(module, z, x, key, train)
 
     def sample(
-        self, module: nnx.Module, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: nnx.Module, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
         """Codes that depend on the whole of z, and a score where the other head has one."""
         told = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
@@ -122,7 +122,7 @@ def bench_drawing(
     family, condition = as_family(experiment.model), random_condition(experiment, batch)
     keys = image_keys(range(batch))
     model, options = weights(family.init), family.options()
-    static = unguided(family, options) if guided else {"guided": False}
+    static = guidance_flags(family, options) if guided else {"guided": False}
     families = {"seconds": family} | ({"cut": without_head(family)} if family.capabilities.token_head else {})
 
     def program(family: Any) -> Callable[..., Any]:
@@ -137,7 +137,7 @@ def bench_drawing(
         both = guided and not static and family.capabilities.unconditional
         measures["eager"] = _in_pytorch(family, model, condition, options, both, batch)
         measures["eager"]()  # its memory is at hand too
-    found, spread = in_turns({**measures, **limits(family.compute.dtype)}, repeats)
+    found, spread = interleaved({**measures, **limits(family.compute.dtype)}, repeats)
     result = {
         "name": f"batch {batch}",
         "batch": batch,

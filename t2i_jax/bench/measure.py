@@ -58,7 +58,7 @@ def limits(dtype: str = "float32", size: int = 0) -> dict[str, Measure]:
     }
 
 
-def in_turns(measures: Mapping[str, Measure], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+def interleaved(measures: Mapping[str, Measure], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of `repeats` calls of each measure, taken in turns, and their spreads (largest - smallest) / median."""
     taken: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(repeats):
@@ -100,7 +100,7 @@ def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Re
     return shown
 
 
-def asked(kind: type, arguments: list[str], prog: str, some: bool = False) -> tuple[Any, list[str]]:
+def read_arguments(kind: type, arguments: list[str], prog: str, some: bool = False) -> tuple[Any, list[str]]:
     """The arguments of a benchmark; and the rest, fields of a config, if it takes `some`.
 
     Errors: `ConfigError`, also where a file that no command has made is in the place of the results.
@@ -113,7 +113,7 @@ def asked(kind: type, arguments: list[str], prog: str, some: bool = False) -> tu
     return args, rest
 
 
-def tell(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:
+def print_results(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:
     """Print the table; write the results as JSON with what machine they are from. The first process alone does."""
     if jax.process_index():
         return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from t2i_jax.bench.measure import LIMITS, Result, seconds, table, tell
+from t2i_jax.bench.measure import LIMITS, Result, print_results, seconds, table
 from t2i_jax.bench.train import TrainBench, bench_train, prepared
 from t2i_jax.plan.chips import REACHED
 from t2i_jax.plan.estimate import trace
@@ -61,4 +61,4 @@ def main(arguments: list[str]) -> None:
     args, experiment, shapes = prepared(PlanBench, arguments, "t2i bench plan")
     result = bench_plan(experiment, shapes, args.repeats)
     title = f"{args.config}: {type(experiment.model).__name__}, {jax.devices()[0].device_kind}"
-    tell("plan", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)
+    print_results("plan", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)

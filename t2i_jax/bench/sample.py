@@ -20,12 +20,23 @@ import tyro
 from jax import Array
 
 from t2i_jax.bench import drawing
-from t2i_jax.bench.measure import EAGER, LIMITS, Result, asked, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import (
+    EAGER,
+    LIMITS,
+    Result,
+    interleaved,
+    limits,
+    print_results,
+    read_arguments,
+    seconds,
+    table,
+    weights,
+)
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
 
 
@@ -35,10 +46,10 @@ def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bo
     Weights are read once a token, in the dtype of the computation or as int8, and so is the cache.
     """
     layer, size = config.layer, jnp.dtype(config.dtype).itemsize
-    attention = layer.width * layer.head * 2 * (layer.heads + layer.groups)
-    weights = config.depth * (attention + 3 * layer.width * layer.inner) + layer.width * config.vocabulary
+    attention = layer.width * layer.head * 2 * (layer.heads + layer.num_kv_heads)
+    weights = config.depth * (attention + 3 * layer.width * layer.mlp_dim) + layer.width * config.vocabulary
     step = max(2 * weights * rows / flops, weights * (1 if int8 else size) / bandwidth)
-    per_token = rows * config.depth * 2 * layer.groups * layer.head * size
+    per_token = rows * config.depth * 2 * layer.num_kv_heads * layer.head * size
     seen = sum(config.condition.length + i for i in range(1, config.length + 1))
     return config.length * step + seen * per_token / bandwidth
 
@@ -50,7 +61,7 @@ def cache_bytes(config: AR, rows: int) -> int:
         rows
         * config.depth
         * 2
-        * config.layer.groups
+        * config.layer.num_kv_heads
         * config.layer.head
         * size
         * (config.condition.length + config.length)
@@ -96,7 +107,7 @@ def bench_sample(
 
     first = seconds(decode)
     measures = {"seconds": lambda: seconds(decode), **others, **limits(config.dtype)}
-    found, spread = in_turns(measures, repeats)
+    found, spread = interleaved(measures, repeats)
     bound = decode_bound(config, batch * (1 + guided), found["flops"], found["read"], int8)
     return {
         "name": f"batch {batch}" + ", int8" * int8,
@@ -163,7 +174,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 
 def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
-    args, rest = asked(SampleBench, arguments, "t2i bench sample", some=True)
+    args, rest = read_arguments(SampleBench, arguments, "t2i bench sample", some=True)
     if args.model is not None:
         return _any_family(args, rest)
     if rest:
@@ -175,7 +186,7 @@ def main(arguments: list[str]) -> None:
             args.shape,
             vocabulary=args.vocabulary or (16384 if published else 1024),
             grid=(side, side),
-            condition=Classes(1000),
+            condition=ClassEmbedder(1000),
             dtype=args.dtype,
         )
     kinds = [(b, int8) for b in args.batch for int8 in (False, True)[: 1 + args.int8]]
@@ -187,7 +198,7 @@ def main(arguments: list[str]) -> None:
     title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(family.grid)} tokens, {family.dtype}"
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, ROWS)
     about = {"shape": args.shape, "grid": side, "vocabulary": family.vocabulary, "dtype": family.dtype}
-    tell("sample", [about | r for r in results], shown, args.out)
+    print_results("sample", [about | r for r in results], shown, args.out)
 
 
 def _any_family(args: SampleBench, overrides: list[str]) -> None:
@@ -202,4 +213,4 @@ def _any_family(args: SampleBench, overrides: list[str]) -> None:
     results = [drawing.bench_drawing(experiment, b, args.guided, args.repeats, args.eager) for b in args.batch]
     title = f"{path}: {type(experiment.model).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, drawing.ROWS)
-    tell("sample", [{"model": str(path)} | r for r in results], shown, args.out)
+    print_results("sample", [{"model": str(path)} | r for r in results], shown, args.out)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.measure import asked
+from t2i_jax.bench.measure import read_arguments
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range, values
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
-from t2i_jax.core.types import Path, Spacing
+from t2i_jax.core.types import SamplingGrid, Spacing
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
@@ -48,7 +48,7 @@ STEPS = (1, 4, 8, 20, 25, 50, 100, 200)
 
 def coefficients(
     solver: str,
-    path: Path,
+    path: SamplingGrid,
     mean: Array | float,
     std: Array | float,
     size: int,
@@ -70,13 +70,13 @@ def coefficients(
 
 
 @partial(jax.jit, static_argnames=("solver", "size"))
-def drawn(solver: str, path: Path, mean: Array, std: Array, size: int, eta: Array) -> Array:
+def drawn(solver: str, path: SamplingGrid, mean: Array, std: Array, size: int, eta: Array) -> Array:
     """`coefficients` of the clean end, from N(0, 1) at the first stop."""
     return coefficients(solver, path, mean, std, size, eta, jnp.int32(0), jax.nn.one_hot(1, size))
 
 
 @partial(jax.jit, static_argnames=("solver", "size"))
-def error_within(solver: str, path: Path, mean: Array, std: Array, size: int, eta: Array) -> Array:
+def error_within(solver: str, path: SamplingGrid, mean: Array, std: Array, size: int, eta: Array) -> Array:
     """The error of mean and standard deviation, in units of the true one, over the middle three quarters of the stops,
     from the true law: the orders of solvers hold where steps in log(alpha / sigma) are finite."""
     start, stop = path.steps // 8, path.steps - path.steps // 8
@@ -86,14 +86,14 @@ def error_within(solver: str, path: Path, mean: Array, std: Array, size: int, et
     return (jnp.abs(x[0] - path.alpha[stop] * mean) + jnp.abs(jnp.linalg.norm(x[1:]) - spread(stop))) / spread(stop)
 
 
-def path_of(process: Process, steps: int, spacing: Spacing = "default") -> Path:
+def path_of(process: Process, steps: int, spacing: Spacing = "default") -> SamplingGrid:
     """The stops as a sampler has them, compiled for every number of steps at once."""
     return _path(process, jnp.int32(steps), spacing)
 
 
 @partial(jax.jit, static_argnames=("process", "spacing"))
-def _path(process: Process, steps: Array, spacing: Spacing) -> Path:
-    return process.path(steps, spacing=spacing)
+def _path(process: Process, steps: Array, spacing: Spacing) -> SamplingGrid:
+    return process.timesteps(steps, spacing=spacing)
 
 
 def compared(
@@ -128,7 +128,7 @@ def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> t
 
     From `COUNT` draws of two numbers of variance 1, in units of the process, and `CORRELATION`; one is kept at `KNOWN`.
     """
-    path, key, shape = process.path(steps), jax.random.key(0), (COUNT, 2)
+    path, key, shape = process.timesteps(steps), jax.random.key(0), (COUNT, 2)
     covariance = jnp.asarray([[1.0, CORRELATION], [CORRELATION, 1.0]])
 
     def normal(*at: Array | int) -> Array:
@@ -169,7 +169,7 @@ class SolverBench(Checked):
     Example: t2i bench solvers --steps 10 20 50 --std 0.3
     """
 
-    steps: Annotated[tuple[int, ...], Range(1, min(p.bound for p in PROCESSES.values()))] = STEPS
+    steps: Annotated[tuple[int, ...], Range(1, min(p.max_steps for p in PROCESSES.values()))] = STEPS
     std: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = (0.5, 0.1)
     """standard deviations of the pictures; what solvers get wrong is the narrow ones"""
     mean: Annotated[float, Range(-1e6, 1e6)] = 0.6
@@ -194,7 +194,7 @@ DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
 
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
-    args, _ = asked(SolverBench, arguments, "t2i bench solvers")
+    args, _ = read_arguments(SolverBench, arguments, "t2i bench solvers")
     if args.out and not is_ours(args.out):  # else the plot beside it is ours too
         check_free(args.out.with_suffix(".png"))
     given = values(args)

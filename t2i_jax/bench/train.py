@@ -16,7 +16,19 @@ import tyro
 from jax.sharding import Mesh
 
 from t2i_jax import config, flops
-from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, asked, in_turns, limits, seconds, table, tell, weights
+from t2i_jax.bench.measure import (
+    EAGER,
+    LIMITS,
+    Measure,
+    Result,
+    interleaved,
+    limits,
+    print_results,
+    read_arguments,
+    seconds,
+    table,
+    weights,
+)
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size, values
 from t2i_jax.core.memory import check_memory
@@ -88,7 +100,7 @@ def bench_train(
     if eager:
         measures["eager"] = _in_pytorch(experiment, batch)
         measures["eager"]()  # its memory is at hand too
-    found, spread = in_turns({**measures, **limits(experiment.model.compute.dtype)}, repeats)
+    found, spread = interleaved({**measures, **limits(experiment.model.compute.dtype)}, repeats)
     work, devices = trainer.flops(batch), trainer.mesh.size
     peak = flops.peak(jax.devices()[0])
     result = {
@@ -145,7 +157,7 @@ class TrainBench(Checked):
 
 def prepared(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
-    args, rest = asked(kind, arguments, prog, some=True)
+    args, rest = read_arguments(kind, arguments, prog, some=True)
     experiment = config.load(args.config, rest)
     return args, experiment, batch_of(experiment, args.inputs, args.encoded)[0]
 
@@ -170,4 +182,4 @@ def main(arguments: list[str]) -> None:
     kind, millions = type(experiment.model).__name__, result["parameters"] / 1e6
     devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} devices"
     title = f"{args.config}: {kind}, {millions:.1f} M parameters, {devices}"
-    tell("train", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)
+    print_results("train", [{"config": str(args.config)} | result], table(title, [result], ROWS), args.out)

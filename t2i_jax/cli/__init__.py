@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from t2i_jax.training.checkpoints import CheckpointError, NotWritten
     from t2i_jax.training.guard import NotFinite
     from t2i_jax.training.loop import Interrupted
-    from t2i_jax.training.watch import STATUS, Lost
+    from t2i_jax.training.watch import STATUS, PeerLost
 
     # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NotWritten as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
-    except Lost as error:
+    except PeerLost as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         os._exit(STATUS)  # an orderly exit waits for the others
     except (ConfigError, DataError, CheckpointError, NotFinite, ImportError, OSError) as error:

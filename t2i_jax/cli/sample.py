@@ -19,7 +19,7 @@ from t2i_jax.core.types import as_family
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.pipeline import Pipeline, settled, unguided
+from t2i_jax.pipeline import Pipeline, guidance_flags, validate_options
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
 from t2i_jax.text.clip import ClipEmbedding
@@ -65,9 +65,9 @@ class SampleArguments(Checked):
     start that remembers it: --strength 0.6"""
     mask: Path | None = None
     """a picture of that size, white where to draw"""
-    pull_by: Path | None = None
-    """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --pull 3"""
-    weak: Path | None = None
+    classifier: Path | None = None
+    """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --classifier-scale 3"""
+    autoguide: Path | None = None
     """run of a worse model, smaller or less trained, to guide away from in the place of the unconditional one"""
     upsample: Path | None = None
     """run folder or released model that makes the pictures larger, by its own sampling options"""
@@ -93,15 +93,15 @@ def run(arguments: list[str]) -> None:
         raise config.ConfigError("--candidates without --rerank: nothing chooses among them; --count draws several")
     mesh = read_mesh(args.mesh, MeshConfig())
     pipeline = Pipeline.load(args.model, mesh, args.int8)
-    pipeline = pipeline.altered(solver=args.solver) if args.solver else pipeline
+    pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
-    settled(pipeline.family, options)
-    if not args.pull_by and _names(rest, "--pull"):
-        raise config.ConfigError("--pull without --pull-by: which model is to pull?")
+    validate_options(pipeline.family, options)
+    if not args.classifier and _names(rest, "--classifier-scale"):
+        raise config.ConfigError("--classifier-scale without --classifier: which model is to pull?")
     if jax.process_count() > 1 and (args.watch or args.rerank):
         raise config.ConfigError("--watch and --rerank work in one process alone")
-    if args.weak and unguided(pipeline.family, options):
-        raise config.ConfigError("--weak with guidance 1: nothing guides; add --guidance 2")
+    if args.autoguide and guidance_flags(pipeline.family, options):
+        raise config.ConfigError("--autoguide with guidance 1: nothing guides; add --guidance 2")
     if not args.image and _names(rest, "--strength"):
         raise config.ConfigError("--strength without --image: of which picture?")
     if args.mask and not args.image:
@@ -109,13 +109,15 @@ def run(arguments: list[str]) -> None:
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
-            pipeline = pipeline.holding(image, mask)
-    if args.pull_by:
-        pipeline = pipeline.pulled(load_artifact(args.pull_by, mesh=pipeline.mesh), str(args.pull_by))
-    if args.weak:
-        pipeline = pipeline.beside(load_artifact(args.weak, mesh=pipeline.mesh), str(args.weak))
+            pipeline = pipeline.inpaint(image, mask)
+    if args.classifier:
+        pipeline = pipeline.with_classifier_guidance(
+            load_artifact(args.classifier, mesh=pipeline.mesh), str(args.classifier)
+        )
+    if args.autoguide:
+        pipeline = pipeline.with_autoguidance(load_artifact(args.autoguide, mesh=pipeline.mesh), str(args.autoguide))
     if args.upsample:
-        pipeline = pipeline.enlarged(Pipeline.load(args.upsample, mesh), args.upsample.name)
+        pipeline = pipeline.with_upsampler(Pipeline.load(args.upsample, mesh), args.upsample.name)
     judge = None
     if args.rerank:
         with config.refused(f"--rerank {args.rerank}"):

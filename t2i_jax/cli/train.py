@@ -11,7 +11,7 @@ import tyro
 from t2i_jax import config
 from t2i_jax.cli.shared import console, parse_some
 from t2i_jax.core.types import as_family
-from t2i_jax.pipeline import settled
+from t2i_jax.pipeline import validate_options
 from t2i_jax.previews import Previews
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import train as train_run
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
     with config.refused():
         experiment.mesh.build()
     if experiment.model.capabilities.family:
-        settled(as_family(experiment.model), as_family(experiment.model).options())
+        validate_options(as_family(experiment.model), as_family(experiment.model).options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train_run(experiment, run, Previews(), args.accept_changes)
     if jax.process_index() == 0:

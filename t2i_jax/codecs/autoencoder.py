@@ -57,7 +57,7 @@ class AutoencoderConfig(Checked):
         return tuple(level in levels or level - count in levels for level in range(count))
 
 
-class Level(nnx.Module):
+class AutoencoderLevel(nnx.Module):
     """Blocks at one resolution, each followed by attention where wanted, then the way to the next resolution."""
 
     def __init__(self, c: int, f: int, blocks: int, attend: bool, resample: type | None, config, key: Array):
@@ -77,7 +77,7 @@ class Level(nnx.Module):
         return x if self.resample is None else self.resample(x)
 
 
-class Middle(nnx.Module):
+class AutoencoderMiddle(nnx.Module):
     """Block, attention, block at the coarsest resolution."""
 
     def __init__(self, c: int, config: AutoencoderConfig, key: Array):
@@ -103,11 +103,11 @@ class Encoder(nnx.Module):
         self.stem = Conv(3 * config.patch**2, config.channels, keys[0])
         self.levels = nnx.List(
             [
-                Level(c, f, config.blocks, attends[n], Downsample if n < last else None, config, keys[3 + n])
+                AutoencoderLevel(c, f, config.blocks, attends[n], Downsample if n < last else None, config, keys[3 + n])
                 for n, (c, f) in enumerate(zip((config.channels, *widths[:-1]), widths, strict=True))
             ]
         )
-        self.middle = Middle(widths[-1], config, keys[1])
+        self.middle = AutoencoderMiddle(widths[-1], config, keys[1])
         self.norm = GroupNorm(widths[-1], config.groups, config.eps)
         self.out = Conv(widths[-1], config.latent * (2 if config.moments else 1), keys[2])
 
@@ -130,10 +130,10 @@ class Decoder(nnx.Module):
         blocks = config.blocks + 1 if config.decoder_blocks is None else config.decoder_blocks
         self.patch = config.patch
         self.stem = Conv(config.latent, widths[0], keys[0])
-        self.middle = Middle(widths[0], config, keys[1])
+        self.middle = AutoencoderMiddle(widths[0], config, keys[1])
         self.levels = nnx.List(
             [
-                Level(c, f, blocks, attends[n], Upsample if n < last else None, config, keys[3 + n])
+                AutoencoderLevel(c, f, blocks, attends[n], Upsample if n < last else None, config, keys[3 + n])
                 for n, (c, f) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True))
             ]
         )
@@ -147,9 +147,9 @@ class Decoder(nnx.Module):
             x = level(x)
         return jax.nn.silu(self.norm(x))
 
-    def paint(self, features: Array) -> Array:
+    def decode_head(self, features: Array) -> Array:
         """The last convolution."""
         return unpatchify(self.out(features), self.patch)
 
     def __call__(self, z: Array) -> Array:
-        return self.paint(self.features(z))
+        return self.decode_head(self.features(z))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, Checked, Range, Size
-from t2i_jax.nn.layers import Carried, Conv, GroupNorm, normal, param, replace
+from t2i_jax.nn.layers import Conv, GroupNorm, ModelState, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class BatchNorm(nnx.Module):
     def __init__(self, c: int, key: Array, eps: float = 1e-5, decay: float = 0.9):
         self.w = param(1 + normal(key, (c,)), None)
         self.b = param(jnp.zeros(c), None)
-        self.mean = Carried(jnp.zeros(c))
-        self.var = Carried(jnp.ones(c))
+        self.mean = ModelState(jnp.zeros(c))
+        self.var = ModelState(jnp.ones(c))
         self.eps, self.decay = eps, decay
 
     def __call__(self, x: Array, train: bool) -> tuple[Array, "BatchNorm"]:

@@ -28,7 +28,7 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class Pooled(Checked):
+class OpenAIdVAE(Checked):
     """DALL-E's network: groups of bottleneck blocks, with max-pooling and nearest-neighbour doubling in between."""
 
     channels: Size = 256
@@ -53,7 +53,7 @@ class Pooled(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Strided(Checked):
+class DALLEPytorchVAE(Checked):
     """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder is its mirror image."""
 
     channels: Size = 64
@@ -73,7 +73,7 @@ class DVAE(Checked):
     """The codec and how it is trained. The defaults are DALL-E's."""
 
     codes: Size = 8192
-    network: Pooled | Strided = Pooled()
+    network: OpenAIdVAE | DALLEPytorchVAE = OpenAIdVAE()
     pixels: Literal["laplace", "l2", "l1", "smooth_l1"] = "laplace"
     """the logit-Laplace density of A.3, whose decoder gives places and scales, or a mean difference"""
     kl: NotNegative = 0.0
@@ -113,29 +113,29 @@ class DVAE(Checked):
         code = CodeSpec("int32", sizes=(self.codes,))
         return CodecSpec(self.factor, code, encodes=self.half != "decoder", decodes=self.half != "encoder")
 
-    def init(self, key: Array) -> Model:
-        return Model(self, key)
+    def init(self, key: Array) -> DVAEModel:
+        return DVAEModel(self, key)
 
-    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: DVAEModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
 
         Nothing is drawn, whatever the key.
         """
         return jnp.argmax(self.logits(model, images), -1).astype(jnp.int32)
 
-    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+    def to_store(self, model: DVAEModel, images: Array) -> dict[str, Array]:
         """`codes`, which are all that a model of them reads."""
         return {"codes": self.encode(model, images)}
 
-    def decode(self, model: Model, codes: Array) -> Array:
+    def decode(self, model: DVAEModel, codes: Array) -> Array:
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
-        return self.seen(self.paint(model, self.embed(model, codes)))
+        return self.seen(self.decode_head(model, self.embed(model, codes)))
 
-    def embed(self, model: Model, codes: Array) -> Array:
+    def embed(self, model: DVAEModel, codes: Array) -> Array:
         """Codes int (...) -> their vectors (..., k)."""
         return model.codebook(codes)
 
-    def logits(self, model: Model, images: Array) -> Array:
+    def logits(self, model: DVAEModel, images: Array) -> Array:
         """log q(code | image) up to a constant: images (b, i, j, 3) -> (b, h, w, v) fp32.
 
         Errors: `ValueError` for an unfit size, and where there is no encoder.
@@ -147,7 +147,7 @@ class DVAE(Checked):
         x = shard(self.mapped(images).astype(self.dtype), "batch", None, None, None)
         return model.encoder(x)
 
-    def paint(self, model: Model, vectors: Array) -> Array:
+    def decode_head(self, model: DVAEModel, vectors: Array) -> Array:
         """What the decoder gives for vectors (b, h, w, k): (b, i, j, `outputs`) fp32."""
         if model.decoder is None:
             raise ValueError(f"half={self.half!r}: this model has no decoder")
@@ -187,7 +187,7 @@ class DVAE(Checked):
         return {"codec": Objective(self.loss)}
 
     def loss(
-        self, model: Model, batch: dict[str, Array], key: Array, step: Array | int = 0, train: bool = True
+        self, model: DVAEModel, batch: dict[str, Array], key: Array, step: Array | int = 0, train: bool = True
     ) -> LossOutput:
         """-ELBO with a relaxed sample (eq. 1). batch: `image` float (b, i, j, 3) in [-1, 1]."""
         logits = self.logits(model, batch["image"])
@@ -206,13 +206,13 @@ class DVAE(Checked):
         fall = (1 + jnp.cos(math.pi * jnp.clip(step / self.anneal, 0, 1))) / 2
         return self.last_temperature + (self.temperature - self.last_temperature) * fall
 
-    def relaxed(self, model: Model, logits: Array, gumbel: Array, temperature: Array | float) -> Array:
+    def relaxed(self, model: DVAEModel, logits: Array, gumbel: Array, temperature: Array | float) -> Array:
         """What the decoder gives for softmax((logits + gumbel) / temperature), both (b, h, w, v), as a mix of rows."""
         weights = jax.nn.softmax((logits + gumbel) / temperature)
         if self.straight_through:
             hard = jax.nn.one_hot(jnp.argmax(weights, -1), self.codes)
             weights = weights + jax.lax.stop_gradient(hard - weights)
-        return self.paint(model, weights @ model.codebook.w[...])
+        return self.decode_head(model, weights @ model.codebook.w[...])
 
     def terms(self, images: Array, y: Array, logits: Array) -> tuple[Array, Array]:
         """How far images (b, i, j, 3) are from what the decoder gave, and KL(q || uniform) per image."""
@@ -223,12 +223,12 @@ class DVAE(Checked):
         return losses.reconstruction(images, y, self.pixels), divergence
 
 
-class Model(nnx.Module):
+class DVAEModel(nnx.Module):
     """Encoder, codebook and decoder."""
 
     def __init__(self, config: DVAE, key: Array):
         keys = jax.random.split(key, 3)
-        sides: Any = (Encoder, Decoder) if isinstance(config.network, Pooled) else (Down, Up)
+        sides: Any = (DVAEEncoder, DVAEDecoder) if isinstance(config.network, OpenAIdVAE) else (Down, Up)
         encoder, decoder = sides
         self.encoder = None if config.half == "decoder" else encoder(config.network, config.codes, keys[0])
         self.codebook = (
@@ -257,7 +257,7 @@ class Bottleneck(nnx.Module):
         return (x if self.shortcut is None else self.shortcut(x)) + self.gain * y
 
 
-def groups(config: Pooled, widths: tuple[int, ...], kernels: tuple[int, ...], key: Array) -> nnx.List:
+def groups(config: OpenAIdVAE, widths: tuple[int, ...], kernels: tuple[int, ...], key: Array) -> nnx.List:
     """Groups of blocks; `widths` has what enters the first group before what each group gives."""
     keys = jax.random.split(key, (config.groups, config.blocks))
     block = lambda c, f, key: Bottleneck(c, f, kernels, config.gain, key)
@@ -269,10 +269,10 @@ def groups(config: Pooled, widths: tuple[int, ...], kernels: tuple[int, ...], ke
     )
 
 
-class Encoder(nnx.Module):
+class DVAEEncoder(nnx.Module):
     """(b, i, j, 3) -> logits (b, i/factor, j/factor, v) fp32."""
 
-    def __init__(self, config: Pooled, codes: int, key: Array):
+    def __init__(self, config: OpenAIdVAE, codes: int, key: Array):
         keys, widths = jax.random.split(key, 3), config.widths()
         self.stem = Conv(3, widths[0], keys[0], kernel=7)
         self.groups = groups(config, (widths[0], *widths), (3, 3, 3, 1), keys[1])
@@ -288,10 +288,10 @@ class Encoder(nnx.Module):
         return self.out(jax.nn.relu(x).astype(jnp.float32))
 
 
-class Decoder(nnx.Module):
+class DVAEDecoder(nnx.Module):
     """Rows of the codebook (b, h, w, k) -> (b, h*factor, w*factor, outputs)."""
 
-    def __init__(self, config: Pooled, outputs: int, key: Array):
+    def __init__(self, config: OpenAIdVAE, outputs: int, key: Array):
         keys, widths = jax.random.split(key), config.widths()[::-1]
         self.bias = param(jnp.zeros(config.code), None)
         self.groups = groups(config, (config.code, *widths), (1, 3, 3, 3), keys[0])
@@ -344,7 +344,7 @@ class Doubling(nnx.Module):
 class Down(nnx.Module):
     """(b, i, j, 3) -> logits (b, i/factor, j/factor, v) fp32."""
 
-    def __init__(self, config: Strided, codes: int, key: Array):
+    def __init__(self, config: DALLEPytorchVAE, codes: int, key: Array):
         keys, c = jax.random.split(key, config.layers + config.blocks + 1), config.channels
         self.layers = nnx.List(
             [
@@ -366,7 +366,7 @@ class Down(nnx.Module):
 class Up(nnx.Module):
     """Rows of the codebook (b, h, w, k) -> (b, h*factor, w*factor, outputs)."""
 
-    def __init__(self, config: Strided, outputs: int, key: Array):
+    def __init__(self, config: DALLEPytorchVAE, outputs: int, key: Array):
         keys, c = jax.random.split(key, config.layers + config.blocks + 2), config.channels
         self.stem = Conv(config.code, c, keys[-2], kernel=1) if config.blocks else None
         first = c if config.blocks else config.code

@@ -26,16 +26,16 @@ from t2i_jax.nn.layers import at_least_fp32, replace
 from t2i_jax.nn.vgg import Trunk
 
 
-class Model(nnx.Module):
+class AutoencoderModel(nnx.Module):
     """What is trained: the autoencoder, and the discriminator (None where there is no adversarial loss)."""
 
-    def __init__(self, autoencoder: nnx.Module, config: Game, key: Array):
+    def __init__(self, autoencoder: nnx.Module, config: AutoencoderTraining, key: Array):
         self.autoencoder: Any = autoencoder
         self.discriminator = Discriminator(config.discriminator, key) if config.adversarial else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Game(Checked, abc.ABC):
+class AutoencoderTraining(Checked, abc.ABC):
     """How an autoencoder is trained; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
@@ -84,12 +84,12 @@ class Game(Checked, abc.ABC):
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     @abc.abstractmethod
-    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
         """The images that the autoencoder makes of images in a training step."""
 
     @abc.abstractmethod
     def generator_loss(
-        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """What the autoencoder lowers."""
 
@@ -105,7 +105,7 @@ class Game(Checked, abc.ABC):
         discriminator = Objective(self.discriminator_loss, ("discriminator",), self.start)
         return {"generator": generator, "discriminator": discriminator}
 
-    def picture_loss(self, model: Model, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
+    def picture_loss(self, model: AutoencoderModel, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
         """Reconstruction + perceptual + adversarial: -> (loss, metrics).
 
         h: what enters the last convolution of `decoder`. batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from
@@ -127,13 +127,13 @@ class Game(Checked, abc.ABC):
             return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
 
         fool = lambda y: losses.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
-        y = at_least_fp32(decoder.paint(h))
+        y = at_least_fp32(decoder.decode_head(h))
         loss, metrics = faithful(y)
         metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
         if self.adversarial:
             weight = self.adversarial * (step >= self.start)
             if self.adaptive:
-                paint = lambda w: replace(decoder, out=replace(decoder.out, w=w)).paint(jax.lax.stop_gradient(h))
+                paint = lambda w: replace(decoder, out=replace(decoder.out, w=w)).decode_head(jax.lax.stop_gradient(h))
                 last = decoder.out.w[...]
                 weight *= losses.adaptive_weight(lambda w: faithful(paint(w))[0], lambda w: fool(paint(w)), last)
             adversarial = fool(y)
@@ -142,7 +142,7 @@ class Game(Checked, abc.ABC):
         return loss, metrics
 
     def discriminator_loss(
-        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """The adversary's loss on real images and on those that the generator painted in this step, with the same draws
         of codes; its state are the running statistics."""
@@ -155,7 +155,7 @@ class Game(Checked, abc.ABC):
         return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 
-def fits(images: Array, factor: int) -> Array:
+def check_size(images: Array, factor: int) -> Array:
     """`images` (b, i, j, 3) themselves. Errors: `ValueError` where a side is no multiple of `factor`."""
     if images.shape[1] % factor or images.shape[2] % factor:
         raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {factor}")

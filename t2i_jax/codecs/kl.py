@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import Game, Model, fits
+from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, check_size
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import Capabilities, LossOutput
@@ -25,7 +25,7 @@ from t2i_jax.nn.layers import Conv, at_least_fp32
 from t2i_jax.parallel import shard
 
 
-class Gaussian(NamedTuple):
+class DiagonalGaussian(NamedTuple):
     """A diagonal normal distribution: mean and log-variance, each (b, h, w, k) fp32."""
 
     mean: Array
@@ -52,7 +52,7 @@ def draw_codes(latents: Array, key: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class KL(Game):
+class KL(AutoencoderTraining):
     """The codec and how it is trained. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
@@ -94,11 +94,11 @@ class KL(Game):
         """What it makes of images."""
         return CodecSpec(self.factor, CodeSpec("float32", (self.dim,)))
 
-    def init(self, key: Array) -> Model:
+    def init(self, key: Array) -> AutoencoderModel:
         first, second = jax.random.split(key)
-        return Model(Autoencoder(self, first), self, second)
+        return AutoencoderModel(KLAutoencoder(self, first), self, second)
 
-    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
 
         They are the means of the posterior, or with a `key` a draw from it, which is what models of codes are trained
@@ -108,29 +108,29 @@ class KL(Game):
         z = q.mean if key is None else q.sample(jax.random.normal(key, q.mean.shape))
         return (z - self.shift) * self.scale
 
-    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+    def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
         """`latents` (b, i/factor, j/factor, 2 k) fp32: mean and standard deviation of the codes of images, as `encode`
         scales them, of which `draw_codes` draws."""
         q = self.posterior(model, images)
         return {"latents": jnp.concatenate([(q.mean - self.shift) * self.scale, q.std * abs(self.scale)], -1)}
 
-    def decode(self, model: Model, codes: Array) -> Array:
+    def decode(self, model: AutoencoderModel, codes: Array) -> Array:
         """Codes float (b, h, w, k) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         z = codes.astype(jnp.float32) / self.scale + self.shift
         return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
 
-    def moments(self, model: Model, images: Array) -> Array:
+    def moments(self, model: AutoencoderModel, images: Array) -> Array:
         """Mean and log-variance, before shift and scale, beside each other: (b, h, w, 2 k) fp32."""
         part = model.autoencoder
-        x = part.encoder(shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None))
+        x = part.encoder(shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None))
         return (x if part.to_code is None else part.to_code(x)).astype(jnp.float32)
 
-    def posterior(self, model: Model, images: Array) -> Gaussian:
+    def posterior(self, model: AutoencoderModel, images: Array) -> DiagonalGaussian:
         """q(z | image), before shift and scale; the log-variance is clipped to [-30, 20]."""
         mean, logvar = jnp.split(self.moments(model, images), 2, -1)
-        return Gaussian(mean, jnp.clip(logvar, -30, 20))
+        return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
-    def measure(self, model: Model, batches: Iterable[Any]) -> tuple[float, float]:
+    def measure(self, model: AutoencoderModel, batches: Iterable[Any]) -> tuple[float, float]:
         """(scale, shift) with which codes of these images, batches of (b, i, j, 3), have mean 0 and variance 1."""
 
         @jax.jit
@@ -144,21 +144,21 @@ class KL(Game):
         mean, square = found.mean(0)
         return float((square - mean**2) ** -0.5), float(mean)
 
-    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
         """Images (b, i, j, 3) through a draw of their posterior and back, as in a training step."""
         decoder = model.autoencoder.decoder
-        return at_least_fp32(decoder.paint(self._through(model, images, key)[2]))
+        return at_least_fp32(decoder.decode_head(self._through(model, images, key)[2]))
 
-    def _through(self, model: Model, images: Array, key: Array) -> tuple[Gaussian, Array, Array]:
+    def _through(self, model: AutoencoderModel, images: Array, key: Array) -> tuple[DiagonalGaussian, Array, Array]:
         """The posterior, a draw from it, and what enters the last convolution of the decoder."""
         q = self.posterior(model, images)
         z = q.sample(jax.random.normal(key, q.mean.shape))
         return q, z, model.autoencoder.decoder.features(self._enter(model, z))
 
     def generator_loss(
-        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """Reconstruction + perceptual + KL + adversarial; batch as for `Game.picture_loss`."""
+        """Reconstruction + perceptual + KL + adversarial; batch as for `AutoencoderTraining.picture_loss`."""
         images = batch["image"]
         q, z, h = self._through(model, images, key)
         distance, metrics = self.picture_loss(model, model.autoencoder.decoder, h, batch, step)
@@ -166,12 +166,12 @@ class KL(Game):
         loss = distance + self.kl * kl * len(images) / images.size
         return LossOutput(loss, metrics | {"kl": kl, "std": jnp.std(z)})
 
-    def _enter(self, model: Model, z: Array) -> Array:
+    def _enter(self, model: AutoencoderModel, z: Array) -> Array:
         part, z = model.autoencoder, z.astype(self.dtype)
         return z if part.from_code is None else part.from_code(z)
 
 
-class Autoencoder(nnx.Module):
+class KLAutoencoder(nnx.Module):
     """Encoder to moments, and decoder, with 1x1 convolutions to and from the width of the codes."""
 
     def __init__(self, config: KL, key: Array):

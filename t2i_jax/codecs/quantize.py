@@ -13,7 +13,7 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, NotNegative, Positive, Rate, Size
 from t2i_jax.core.keys import apart
-from t2i_jax.nn.layers import Carried, Linear, at_least_fp32, normal, param, replace
+from t2i_jax.nn.layers import Linear, ModelState, at_least_fp32, normal, param, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Quantizer(nnx.Module):
     def __init__(self, config: QuantizerConfig, key: Array):
         rows = normal(key, (config.codes, config.dim), config.dim**-0.5)
         self.config = config
-        self.codebook = Carried(rows) if config.decay else param(rows, None, None)
-        self.sizes = Carried(jnp.zeros(config.codes)) if config.decay else None
+        self.codebook = ModelState(rows) if config.decay else param(rows, None, None)
+        self.sizes = ModelState(jnp.zeros(config.codes)) if config.decay else None
 
     def rows(self) -> Array:
         """The codebook as it is compared and looked up: (v, k)."""

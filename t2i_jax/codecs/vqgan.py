@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import Game, Model, fits
+from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, check_size
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
@@ -23,7 +23,7 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class VQGAN(Game):
+class VQGAN(AutoencoderTraining):
     """The codec and how it is trained. The defaults are the VQ-16 of LlamaGen."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -44,44 +44,44 @@ class VQGAN(Game):
         """What it makes of images."""
         return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
 
-    def init(self, key: Array) -> Model:
+    def init(self, key: Array) -> AutoencoderModel:
         first, second = jax.random.split(key)
-        return Model(Autoencoder(self, first), self, second)
+        return AutoencoderModel(VQAutoencoder(self, first), self, second)
 
-    def encode(self, model: Model, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
 
         Nothing is drawn, whatever the key.
         """
         return model.autoencoder.quantizer.codes(self.latents(model, images))
 
-    def to_store(self, model: Model, images: Array) -> dict[str, Array]:
+    def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
         """`codes`, which are all that a model of them reads."""
         return {"codes": self.encode(model, images)}
 
-    def decode(self, model: Model, codes: Array) -> Array:
+    def decode(self, model: AutoencoderModel, codes: Array) -> Array:
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         part = model.autoencoder
         features = part.decoder(part.from_code(self.embed(model, codes).astype(self.dtype)))
         return at_least_fp32(features)
 
-    def embed(self, model: Model, codes: Array) -> Array:
+    def embed(self, model: AutoencoderModel, codes: Array) -> Array:
         """Codes int (...) -> their vectors (..., k)."""
         return model.autoencoder.quantizer.vectors(codes)
 
-    def latents(self, model: Model, images: Array) -> Array:
+    def latents(self, model: AutoencoderModel, images: Array) -> Array:
         """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation. Errors: `ValueError` for an unfit size."""
-        x = shard(fits(images, self.factor).astype(self.dtype), "batch", None, None, None)
+        x = shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None)
         return model.autoencoder.to_code(model.autoencoder.encoder(x))
 
-    def painted(self, model: Model, images: Array, key: Array, step: Array) -> Array:
+    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
         """Images (b, i, j, 3) through their codes and back, as in a training step."""
         part = model.autoencoder
         vectors = part.quantizer(self.latents(model, images), jax.random.split(key)[0], step)[0]
         return at_least_fp32(part.decoder(part.from_code(vectors.astype(self.dtype))))
 
     def generator_loss(
-        self, model: Model, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Reconstruction + perceptual + quantisation + adversarial; its state is the codebook.
 
@@ -97,7 +97,7 @@ class VQGAN(Game):
         return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 
 
-class Autoencoder(nnx.Module):
+class VQAutoencoder(nnx.Module):
     """Encoder, quantiser and decoder, with 1x1 convolutions to and from the width of the codes."""
 
     def __init__(self, config: VQGAN, key: Array):

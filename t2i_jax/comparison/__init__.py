@@ -4,7 +4,7 @@ A config builds a `Comparison`; `run` trains what is not trained yet, draws and 
 writes tables, plots and a sheet of pictures. Interrupted, it goes on where it stopped.
 """
 
-from t2i_jax.comparison.plan import Comparison, Line, Sweep
+from t2i_jax.comparison.plan import Comparison, Sweep, Variant
 from t2i_jax.comparison.run import run
 
-__all__ = ["Comparison", "Line", "Sweep", "run"]
+__all__ = ["Comparison", "Sweep", "Variant", "run"]

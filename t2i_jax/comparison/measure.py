@@ -16,16 +16,16 @@ from t2i_jax.comparison.plan import Comparison
 from t2i_jax.config import ConfigError
 from t2i_jax.core.console import bar
 from t2i_jax.evaluation.alignment import retrieve
-from t2i_jax.evaluation.features import Features
+from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import images_of, prompts_of, records_of
-from t2i_jax.pipeline import Pipeline, image_keys, unguided
+from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys
 from t2i_jax.training.experiment import with_features
 
 SPACES = ("efficientnet_lite0", "pixels")
 
 
-class Ruler:
+class ReferenceSet:
     """Prompts, the real pictures that belong to them, and feature spaces in which drawn ones are measured."""
 
     def __init__(self, comparison: Comparison):
@@ -36,7 +36,7 @@ class Ruler:
             raise ConfigError(f"reference: it has {len(records)} training pictures, and count is {comparison.count}")
         self.records, self.real = records, images_of(records)
         self.prompts = prompts_of(records, comparison.reference.model)
-        self.spaces = {name: Features(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
+        self.spaces = {name: FeatureNetwork(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
         self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
 
     def judge(self, made: np.ndarray) -> dict[str, float]:
@@ -72,7 +72,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
     """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
     trips = pipeline.family.loop_trips(options)
     condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
-    family, text, static = pipeline.family, pipeline.text, unguided(pipeline.family, options)
+    family, text, static = pipeline.family, pipeline.text, guidance_flags(pipeline.family, options)
 
     def drawn(parts: Any, condition: Any, keys: Any, options: Any) -> Any:
         condition = with_features(text, parts, condition)
@@ -82,7 +82,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
         return flops.count(drawn, pipeline.parts, condition, keys, options.arrays(), trips=trips)
 
 
-def measure(ruler: Ruler, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
+def measure(ruler: ReferenceSet, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
     """All numbers of one way to draw, speed beside the limit measured at the same time, and the pictures."""
     product = limits(pipeline.family.compute.dtype)["flops"]
     before = max(product() for _ in range(3))

@@ -13,7 +13,7 @@ from t2i_jax.training.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Variant:
     """A trained model drawn from in one way."""
 
     run: str
@@ -22,7 +22,7 @@ class Line:
     """sampling options that differ from the model's own"""
     family: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """fields of the model's configuration that no training depends on, as `solver`"""
-    pulled_by: str = ""
+    classifier: str = ""
     """name of one of the comparison's guides, whose gradient pulls to the prompt"""
 
 
@@ -34,7 +34,7 @@ class Sweep:
     field: str
     """the option that takes the values"""
     values: tuple[float, ...]
-    lines: Mapping[str, Line]
+    lines: Mapping[str, Variant]
     about: str = ""
     """what to look for, said under the plot"""
 
@@ -65,7 +65,7 @@ class Comparison(Checked):
         super().__post_init__()
         for name, sweep in self.sweeps.items():
             for label, line in sweep.lines.items():
-                for wanted, there in ((line.run, self.runs), (line.pulled_by, self.guides)):
+                for wanted, there in ((line.run, self.runs), (line.classifier, self.guides)):
                     if wanted and wanted not in there:
                         known = ", ".join(there) or "none"
                         raise ConfigError(f"sweeps.{name}.{label}: there is no run '{wanted}'; there are {known}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax import pictures
-from t2i_jax.comparison.measure import Ruler
+from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
 from t2i_jax.core.outputs import MAKER, write_json, write_markdown
 
@@ -45,7 +45,7 @@ def plot_of(out: Path, sweep: str) -> Path:
 def write(
     comparison: Comparison,
     found: dict[str, Any],
-    ruler: Ruler,
+    ruler: ReferenceSet,
     sheets: Mapping[str, np.ndarray],
     out: Path,
     command: str,
@@ -91,7 +91,7 @@ def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[s
     return lines
 
 
-def sheet(ruler: Ruler, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Any:
+def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Any:
     """A row a prompt: the real picture, then that of each run."""
     chosen = np.linspace(0, len(ruler.prompts) - 1, rows).round().astype(int)
     columns = {"real": ruler.real, **sheets}

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax.comparison.measure import Ruler, measure
-from t2i_jax.comparison.plan import Comparison, Line
+from t2i_jax.comparison.measure import ReferenceSet, measure
+from t2i_jax.comparison.plan import Comparison, Variant
 from t2i_jax.comparison.report import files_of, write
 from t2i_jax.config import ConfigError, to_json
 from t2i_jax.core.console import console
@@ -35,7 +35,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     Returns what OUT.json holds.
     """
     check_free(*files_of(comparison, out))
-    ruler = Ruler(comparison)
+    ruler = ReferenceSet(comparison)
     every = {**comparison.runs, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
     for name, experiment in trained.items():
@@ -53,9 +53,9 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
         found["runs" if name in comparison.runs else "guides"][name] = facts(experiment, folder / name)
         gc.collect()
     sheets: dict[str, np.ndarray] = {}
-    with_memory = Memory(folder / "measured", comparison, trained, ruler)
+    with_memory = ResultCache(folder / "measured", comparison, trained, ruler)
     for name in comparison.runs:
-        numbers, sheets[name] = with_memory(Line(name), {}, name)
+        numbers, sheets[name] = with_memory(Variant(name), {}, name)
         found["runs"][name] |= numbers
     for name, sweep in comparison.sweeps.items():
         found["sweeps"][name] = {}
@@ -109,17 +109,17 @@ def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
     }
 
 
-class Memory:
+class ResultCache:
     """Numbers and pictures by what they depend on: nothing is drawn twice, and nothing old is taken for new."""
 
-    def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: Ruler):
+    def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: ReferenceSet):
         self.folder, self.comparison, self.runs, self.ruler = folder, comparison, runs, ruler
         self.pipelines: dict[Any, Pipeline] = {}
 
-    def __call__(self, line: Line, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
+    def __call__(self, line: Variant, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
         settings = {**line.options, **more}
         drawn = (self.comparison.count, self.comparison.batch_size, self.comparison.seed)
-        models = [to_json(self.runs[name]) for name in (line.run, line.pulled_by) if name]
+        models = [to_json(self.runs[name]) for name in (line.run, line.classifier) if name]
         depends = [models, to_json(dict(line.family)), settings, drawn, self.ruler.prompts]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         numbers, sheet = self.folder / f"{key}.json", self.folder / f"{key}.png"
@@ -136,13 +136,15 @@ class Memory:
         console.print(title, {k: round(v, 4) for k, v in brief.items() if k.endswith(("top1", "frechet", "image"))})
         return values, made
 
-    def pipeline(self, line: Line) -> Pipeline:
+    def pipeline(self, line: Variant) -> Pipeline:
         """Loaded once, and compiled once for all values of a sweep."""
-        folder, key = self.folder.parent, (line.run, json.dumps(to_json(dict(line.family))), line.pulled_by)
+        folder, key = self.folder.parent, (line.run, json.dumps(to_json(dict(line.family))), line.classifier)
         if key not in self.pipelines:
             base = (line.run, "{}", "")
             if base not in self.pipelines:
                 self.pipelines[base] = Pipeline.load(folder / line.run)
-            made = self.pipelines[base].altered(**line.family)
-            self.pipelines[key] = made.pulled(load_artifact(folder / line.pulled_by)) if line.pulled_by else made
+            made = self.pipelines[base].replace(**line.family)
+            self.pipelines[key] = (
+                made.with_classifier_guidance(load_artifact(folder / line.classifier)) if line.classifier else made
+            )
         return self.pipelines[key]

@@ -6,8 +6,8 @@ from t2i_jax.convert import Format
 from t2i_jax.interop import clipgen, llamagen, mingpt
 from t2i_jax.interop.names import Tensors
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Given
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import PrefixTokens
+from t2i_jax.nn.draw import ARSampler
 
 
 def _llamagen(
@@ -23,15 +23,21 @@ def _llamagen(
 def _mingpt(
     tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, prefix: int = 1, **fields: Any
 ) -> AR:
-    """prefix: tokens before the codes of the image: a start token, a class, codes of another picture. For explicit
-    vectors instead (`embeddings` of the published program) give `condition=Encoded(width, count, trained_null=False)`.
+    """prefix: tokens before the codes of the image: a start token, a class, codes of another image. For explicit
+    vectors instead (`embeddings` of the published program):
+    `condition=CrossAttnFeatures(width, count, trained_null=False)`.
     """
-    published = {"condition_dropout": 0.0, "sampling": Sampling(guidance=1.0), "grid": grid, "condition": Given(prefix)}
+    published = {
+        "condition_dropout": 0.0,
+        "sampling": ARSampler(guidance=1.0),
+        "grid": grid,
+        "condition": PrefixTokens(prefix),
+    }
     return AR(**(published | mingpt.describe(tensors, heads) | fields))
 
 
 def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, **fields: Any) -> AR:
-    published = {"condition_dropout": 0.0, "sampling": Sampling(guidance=1.0, top_k=500, top_p=0.95), "grid": grid}
+    published = {"condition_dropout": 0.0, "sampling": ARSampler(guidance=1.0, top_k=500, top_p=0.95), "grid": grid}
     return AR(**(published | clipgen.describe(tensors, heads) | fields))
 
 

@@ -19,8 +19,8 @@ from t2i_jax.interop import huggingface, pixart
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.interop import stable_diffusion_3 as third
 from t2i_jax.interop.names import Table, Tensors
-from t2i_jax.models.diffusion import Diffusion, Solving
-from t2i_jax.nn.condition import Encoded, Features, Paired
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.nn.condition import CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
 from t2i_jax.nn.dit import DiT, sincos_2d
 from t2i_jax.nn.trees import abstract
 from t2i_jax.nn.unet import UNet
@@ -60,13 +60,13 @@ def _stable_diffusion(
         groups=groups,
         eps=eps,
         dtype=dtype,
-        condition=Encoded(found["context"], length, trained_null=False, kept_null=kept),
+        condition=CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept),
     )
     family: dict[str, Any] = {
         "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
         "predicts": predicts or ("v" if second else "eps"),
         "solver": "dpm++",
-        "sampling": Solving(steps=min(30, steps), guidance=7.5, eta=0.0),
+        "sampling": DiffusionSampler(steps=min(30, steps), guidance=7.5, eta=0.0),
     }
     return Diffusion(network, **(family | fields))
 
@@ -114,12 +114,12 @@ def _pixart(
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
-    condition = Features(dim, length, trained_null=False, bias=True)
+    condition = TextFeatures(dim, length, trained_null=False, bias=True)
     kind: dict[str, Any] = {"text": "cross", "whole": False, "shared": True, "cross_norm": False}
     kind |= {"stretch": stretch or max(side[0] // 64, 1), "eps": eps, "dtype": dtype}
     network = DiT(size=side, condition=condition, heads=heads, **kind, **found)
     family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++"}
-    family["sampling"] = Solving(steps=20, guidance=4.5, eta=0.0)
+    family["sampling"] = DiffusionSampler(steps=20, guidance=4.5, eta=0.0)
     return Diffusion(network, **(family | fields))
 
 
@@ -174,18 +174,18 @@ def _third(
     dtype: of the arithmetic."""
     found = third.describe(tensors)
     summary, dim = found.pop("summary"), found.pop("dim")
-    encoded = Encoded(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
+    encoded = CrossAttnFeatures(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
     network = DiT(
         size=_side(size),
         heads=heads or found["width"] // 64,
-        condition=Paired(encoded, summary),
+        condition=PooledAndTokenFeatures(encoded, summary),
         text="joint",
         learn_variance=False,
         dtype=dtype,
         **found,
     )
     family: dict[str, Any] = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
-    family["sampling"] = Solving(steps=28, guidance=7.0, eta=0.0)
+    family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
     return Diffusion(network, **(family | fields))
 
 

@@ -5,12 +5,12 @@ from typing import Any
 from t2i_jax.convert import Format
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import Classes
+from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.padded import PaddedCaptions
+from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.trees import abstract
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
@@ -19,7 +19,7 @@ from t2i_jax.noise.processes import Discrete, Flow
 def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
     """null: the last row of the table of classes stands for none; models trained without dropping have no such row."""
     found = dit.describe(tensors, heads)
-    network = DiT(condition=Classes(found.pop("classes") - null, null), eps=eps, **found)
+    network = DiT(condition=ClassEmbedder(found.pop("classes") - null, null), eps=eps, **found)
     published = {"process": Discrete("linear"), "guided_channels": 3, "condition_dropout": 0.1 if null else 0.0}
     return Diffusion(network, **(published | fields))
 
@@ -28,7 +28,10 @@ def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) 
     """The networks and the names of DiT, trained on a flow (Ma et al. 2024)."""
     published = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun"}
     network = _dit(tensors, heads=heads, null=null).network
-    published |= {"spare_half": network.learn_variance, "sampling": Solving(guidance=4.0, eta=0.0)}
+    published |= {
+        "discard_variance_output": network.learn_variance,
+        "sampling": DiffusionSampler(guidance=4.0, eta=0.0),
+    }
     return Diffusion(
         network, **(published | {"guided_channels": 3, "condition_dropout": 0.1 if null else 0.0} | fields)
     )
@@ -62,14 +65,14 @@ def _unet(
 def _adm(tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any) -> Diffusion:
     """hints: `size`, `blocks`, `heads` or `head_dim`, `up_heads`, `qkv_first` of `_unet`, and fields of the network."""
     table = tensors.get("label_emb.weight")
-    condition = None if table is None else Classes(table.shape[0], null=False)
+    condition = None if table is None else ClassEmbedder(table.shape[0], null=False)
     network = _unet(tensors, condition=condition, **hints)
     schedule = schedule or ("cosine" if network.multipliers == (1, 2, 3, 4) and network.width == 192 else "linear")
     return Diffusion(
         network,
         process=process or Discrete(schedule, steps),
         condition_dropout=0.0,
-        sampling=Solving(steps=min(250, steps), guidance=1.0, clip=True),
+        sampling=DiffusionSampler(steps=min(250, steps), guidance=1.0, clip=True),
     )
 
 
@@ -89,7 +92,7 @@ def _glide(
 ) -> Diffusion:
     """text_heads: of the reader of captions; else as `_adm`."""
     text = adm.describe_text(tensors)
-    captions = PaddedCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
+    captions = GlideCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
     hints = {"condition": captions, "context": text["width"], "pool": "last", "qkv_first": False} | hints
     network = _unet(tensors, **hints)
     schedule = schedule or ("linear" if "low_res" in network.extra_inputs else "cosine")
@@ -98,7 +101,7 @@ def _glide(
         process=process or Discrete(schedule, steps),
         guided_channels=3,
         condition_dropout=0.2,
-        sampling=Solving(steps=min(100, steps), clip=True),
+        sampling=DiffusionSampler(steps=min(100, steps), clip=True),
     )
 
 
@@ -141,7 +144,7 @@ FORMATS = {
         _network_table,
         needed=(adm.NEEDED,),
         part="classifier.",
-        title="the classifiers of noised pictures of guided-diffusion, for `t2i sample --pull-by`",
+        title="the classifiers of noised pictures of guided-diffusion, for `t2i sample --classifier`",
         example="256x256_classifier.pt",
     ),
     "glide": Format(

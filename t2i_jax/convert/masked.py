@@ -13,8 +13,8 @@ from t2i_jax.convert import Folder, Format
 from t2i_jax.interop import huggingface, kl, mar, vqgan
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import Classes
-from t2i_jax.nn.heads import Diffusion
+from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.nn.heads import DiffusionHead
 from t2i_jax.nn.trees import abstract
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def _mar(
     sampler; repeat: times at which it trains each z."""
     found = mar.describe(tensors, grid)
     found["heads"], found["decoder_heads"] = heads or found["heads"], decoder_heads or heads or found["decoder_heads"]
-    found["head"] = Diffusion(**found["head"], respacing=respacing, repeat=repeat)
-    return Masked(condition=Classes(found.pop("classes")), **(found | fields))
+    found["head"] = DiffusionHead(**found["head"], respacing=respacing, repeat=repeat)
+    return Masked(condition=ClassEmbedder(found.pop("classes")), **(found | fields))
 
 
 def _kl_format(style: vqgan.Style, **fields: Any) -> Format:

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-from t2i_jax.codecs.dvae import DVAE, Pooled, Strided
+from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.convert import Format
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
-from t2i_jax.models.stream import Stream, Text
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.trees import abstract
 
 
 def _openai_dvae(tensors: Tensors, **fields: Any) -> DVAE:
     found = openai_dvae.describe(tensors)
     network = {k: found[k] for k in ("channels", "groups", "blocks", "code") if k in found}
-    return DVAE(**({"codes": found["codes"], "half": found["half"], "network": Pooled(**network)} | fields))
+    return DVAE(**({"codes": found["codes"], "half": found["half"], "network": OpenAIdVAE(**network)} | fields))
 
 
 def _openai_dvae_table(config: DVAE) -> Table:
@@ -24,8 +24,8 @@ def _openai_dvae_table(config: DVAE) -> Table:
 
 def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: Any) -> Stream:
     found = mindalle.describe(tensors, heads)
-    text = Text(**found.pop("text"))
-    sampling = Sampling(guidance=1.0, top_k=256)
+    text = StreamText(**found.pop("text"))
+    sampling = ARSampler(guidance=1.0, top_k=256)
     return Stream(**(found | {"condition": text, "condition_dropout": 0.0, "sampling": sampling} | fields))
 
 
@@ -49,15 +49,15 @@ def _dalle_pytorch(
     if wrong := [kind for kind in attn_types if kind not in ATTENTION]:
         raise ValueError(f"attn_types={wrong[0]!r}: known are {', '.join(ATTENTION)}")
     found = dalle_pytorch.describe(tensors, heads, grid, text_length, codes)
-    text = Text(**found.pop("text"))
+    text = StreamText(**found.pop("text"))
     attention = tuple(ATTENTION[kind] for kind in attn_types)
-    found |= {"relax": True, "embedding_gradient": 0.1} if stable else {}
+    found |= {"pb_relax": True, "embedding_gradient": 0.1} if stable else {}
     return Stream(**(found | {"condition": text, "attention": attention} | fields))
 
 
 def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:
     found = dalle_pytorch.describe_vae(tensors)
-    network = Strided(**{k: found[k] for k in ("channels", "layers", "blocks", "code")})
+    network = DALLEPytorchVAE(**{k: found[k] for k in ("channels", "layers", "blocks", "code")})
     trained: dict[str, Any] = dict(pixels="l2", temperature=0.9, anneal=0)
     return DVAE(**({"codes": found["codes"], "network": network} | trained | fields))
 

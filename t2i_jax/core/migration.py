@@ -87,7 +87,69 @@ def _respelled(value: Json, words: Mapping[str, str]) -> Json:
 
 
 STEPS: tuple[Step, ...] = (
-    Step(),  # 1 -> 2
+    Step(  # 1 -> 2: standard terms
+        classes={
+            "t2i_jax.nn.condition:Classes": "t2i_jax.nn.condition:ClassEmbedder",
+            "t2i_jax.nn.condition:Captions": "t2i_jax.nn.condition:CaptionEncoder",
+            "t2i_jax.nn.condition:Features": "t2i_jax.nn.condition:TextFeatures",
+            "t2i_jax.nn.condition:Vector": "t2i_jax.nn.condition:PooledFeatures",
+            "t2i_jax.nn.condition:Encoded": "t2i_jax.nn.condition:CrossAttnFeatures",
+            "t2i_jax.nn.condition:Paired": "t2i_jax.nn.condition:PooledAndTokenFeatures",
+            "t2i_jax.nn.condition:Given": "t2i_jax.nn.condition:PrefixTokens",
+            "t2i_jax.nn.padded:PaddedCaptions": "t2i_jax.nn.padded:GlideCaptions",
+            "t2i_jax.nn.heads.softmax:Softmax": "t2i_jax.nn.heads.softmax:SoftmaxHead",
+            "t2i_jax.nn.heads.diffusion:Diffusion": "t2i_jax.nn.heads.diffusion:DiffusionHead",
+            "t2i_jax.nn.heads.flow:Flow": "t2i_jax.nn.heads.flow:FlowHead",
+            "t2i_jax.nn.heads.mixture:Mixture": "t2i_jax.nn.heads.mixture:MixtureHead",
+            "t2i_jax.nn.draw:Sampling": "t2i_jax.nn.draw:ARSampler",
+            "t2i_jax.nn.orders:Generation": "t2i_jax.nn.orders:MaskedSampler",
+            "t2i_jax.models.diffusion:Solving": "t2i_jax.models.diffusion:DiffusionSampler",
+            "t2i_jax.noise.reverse:Reverse": "t2i_jax.noise.reverse:DiscreteSampler",
+            "t2i_jax.models.stream:Text": "t2i_jax.models.stream:StreamText",
+            "t2i_jax.codecs.dvae:Pooled": "t2i_jax.codecs.dvae:OpenAIdVAE",
+            "t2i_jax.codecs.dvae:Strided": "t2i_jax.codecs.dvae:DALLEPytorchVAE",
+            "t2i_jax.comparison.plan:Line": "t2i_jax.comparison.plan:Variant",
+        },
+        fields={
+            "t2i_jax.models.ar:AR": {
+                "reads": "conditioning",
+                "unmasked": "bidirectional_prefix",
+                "position_rows": "num_positions",
+            },
+            "t2i_jax.models.stream:Stream": {
+                "sandwich": "sandwich_norm",
+                "relax": "pb_relax",
+                "branch_scale": "layer_scale",
+                "shift": "token_shift",
+            },
+            "t2i_jax.models.masked:Masked": {"buckets": "size_buckets"},
+            "t2i_jax.models.diffusion:Diffusion": {
+                "spare_half": "discard_variance_output",
+                "bound_weight": "vlb_weight",
+                "enlarges": "upscale",
+                "augmentation": "noise_aug",
+            },
+            "t2i_jax.models.diffusion:Solving": {"pull": "classifier_scale", "augmentation": "noise_aug"},
+            "t2i_jax.models.vq_diffusion:VQDiffusion": {"auxiliary": "aux_loss_weight"},
+            "t2i_jax.nn.dit:DiT": {"waves": "frequency_dim"},
+            "t2i_jax.nn.unet:UNet": {"told_noise": "noise_aug_conditioning"},
+            "t2i_jax.noise.discrete:Chain": {"kept": "alpha_bar", "masked": "gamma_bar"},
+            "t2i_jax.noise.processes:Flow": {"bound": "max_steps"},
+            "t2i_jax.noise.processes:EDM": {"bound": "max_steps"},
+            "t2i_jax.comparison.plan:Line": {"pulled_by": "classifier"},
+            "t2i_jax.nn.transformer:Layer": {
+                "turn_values": "rope_values",
+                "memory": "context",
+                "sandwich": "sandwich_norm",
+                "branch_scale": "layer_scale",
+                "relax": "pb_relax",
+            },
+        },
+        values={
+            "t2i_jax.models.ar:AR": {"reads": {"memory": "cross_attention"}},
+            "t2i_jax.models.vq_diffusion:VQDiffusion": {"times": {"waves": "sinusoidal"}},
+        },
+    ),
 )
 """From version n to n + 1, the first from 1."""
 

@@ -534,7 +534,7 @@ log(alpha / sigma) is -inf: they keep the first two stops of the default path an
 """
 
 
-class Path(NamedTuple):
+class SamplingGrid(NamedTuple):
     """The stops of a sampler, from noise to the picture, in tables of one bound; what is behind the last is idle."""
 
     t: Array
@@ -559,7 +559,7 @@ class NoiseProcess(Protocol):
     """x_t = alpha_t x_0 + sigma_t eps: a frozen config of what a model is trained on and solvers go back along."""
 
     @property
-    def bound(self) -> int:
+    def max_steps(self) -> int:
         """Most steps of a sampler."""
         ...
 
@@ -597,14 +597,14 @@ class NoiseProcess(Protocol):
         """Training times (b,) below which a share u (b,) in (0, 1) of them lies."""
         ...
 
-    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
         """alpha and sigma at times t (b,), shaped to multiply `like`."""
         ...
 
-    def told(self, t: Array) -> Array:
+    def network_time(self, t: Array) -> Array:
         """The time that the network is told."""
         ...
 
-    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+    def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
         """The stops of so many steps back, 1 to `bound`, which are traced; stride: of discrete steps, every k-th."""
         ...

@@ -35,7 +35,7 @@ from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
 from t2i_jax.data.order import Order, Rows
 from t2i_jax.data.records import DataError, Record
-from t2i_jax.data.sources import Joined, Mixture, Reader, Source
+from t2i_jax.data.sources import Concat, Mixture, Reader, Source
 from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,21 @@ Batch = dict[str, np.ndarray]
 Field = Literal["image", "label", "codes", "latents", "features", "text_mask"]
 PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
 ARRAYS: tuple[Field, ...] = ("label", "codes", "latents", *PER_CAPTION)
-SIDED = ("left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo")
-SIDED += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
+DIRECTIONAL_WORDS = (
+    "left",
+    "right",
+    "flag",
+    "text",
+    "letter",
+    "letters",
+    "word",
+    "words",
+    "sign",
+    "button",
+    "symbol",
+    "logo",
+)
+DIRECTIONAL_WORDS += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
 TRIES = 100
 """Broken records in a row that end a run."""
 TRIES_SMALL = 10_000
@@ -71,7 +84,7 @@ class Data(Checked):
     """The smallest random crop, as a share of the short side."""
     flip: bool = False
     """Mirror every second picture when training, unless a caption has a word of `flip_except`."""
-    flip_except: tuple[str, ...] = SIDED
+    flip_except: tuple[str, ...] = DIRECTIONAL_WORDS
     """Words of captions that a mirrored picture would belie."""
     caption: Literal["random", "first"] = "random"
     """Which of several captions an example gets when training."""
@@ -126,7 +139,7 @@ class Data(Checked):
         reader = self._open(split, text is not None)
         source = self.split(split)
         sizes, weights = [len(reader)], None
-        if isinstance(source, Mixture) and isinstance(reader, Joined):
+        if isinstance(source, Mixture) and isinstance(reader, Concat):
             sizes, weights = [len(r) for r in reader.readers], source.weights
         order = Order(sizes, weights, self.seed)
         examples = _Examples(self, reader, order, np.cumsum([0, *sizes]), text, split == "train", spec)

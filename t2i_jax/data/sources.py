@@ -68,7 +68,7 @@ class ArrayRecord:
         if self.every < 1:
             raise DataError(f"ArrayRecord.every is {self.every}; 1 takes all records")
         reader = self._whole()
-        return reader if self.every == 1 else Thinned(reader, self.every)
+        return reader if self.every == 1 else Strided(reader, self.every)
 
     def _whole(self) -> Reader:
         mounted(self.path)
@@ -94,8 +94,8 @@ class ArrayRecord:
                 counts = list(pool.map(_count, files))
             records = ArrayRecords([(str(f), 0, n) for f, n in zip(files, counts, strict=True)])
             # Files of blocks follow each other; else records were dealt to them in turn.
-            readers.append(_Dealt(records, 1 if order == "blocks" else count))
-        return readers[0] if len(readers) == 1 else Joined(readers)
+            readers.append(_Interleaved(records, 1 if order == "blocks" else count))
+        return readers[0] if len(readers) == 1 else Concat(readers)
 
 
 def _open_records(path: str) -> Any:
@@ -139,7 +139,7 @@ class ArrayRecords:
 
 
 @dataclass
-class _Dealt:
+class _Interleaved:
     """Records that were dealt to shards in turn, in the order in which they were written."""
 
     reader: ArrayRecords
@@ -312,20 +312,20 @@ class Mixture:
     weights: tuple[float, ...] | None = None
     """Their shares of the examples, in any unit; `None` is in proportion to their sizes."""
 
-    def open(self) -> Joined:
+    def open(self) -> Concat:
         if not self.sources:
             raise DataError("Mixture.sources is empty")
         if self.weights is not None and len(self.weights) != len(self.sources):
             raise DataError(f"Mixture has {len(self.sources)} sources and {len(self.weights)} weights")
         if self.weights is not None and not all(w > 0 for w in self.weights):
             raise DataError(f"Mixture.weights are {self.weights}; they must be positive")
-        return Joined([source.open() for source in self.sources])
+        return Concat([source.open() for source in self.sources])
 
 
 Source = Single | Mixture
 
 
-class Thinned:
+class Strided:
     """Every n-th record of a reader, from the first."""
 
     def __init__(self, reader: Reader, every: int):
@@ -344,7 +344,7 @@ class Thinned:
         return self.reader[i * self.every]
 
 
-class Joined:
+class Concat:
     """Readers in turn, one after the other."""
 
     def __init__(self, readers: Sequence[Reader]):

@@ -49,7 +49,7 @@ class Space:
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class FeatureNetwork:
     """What to measure in; `load()` reads the weights.
 
     `efficientnet_lite0`: 1280 pooled features (ImageNet-1k); weights come as a pip package. `inception`: the 2048 of

@@ -96,7 +96,7 @@ def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: 
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class RetrievalJudge:
     """How well a picture goes with a caption, as learned from the training pairs."""
 
     images: Callable[[np.ndarray], np.ndarray]
@@ -116,7 +116,7 @@ class Judge:
         captions: Sequence[str],
         config: JudgeConfig = JudgeConfig(),
         seed: int = 0,
-    ) -> Judge:
+    ) -> RetrievalJudge:
         """The judge that learned from the training pictures uint8 (n, i, j, 3) and their n captions."""
         if len(pictures) != len(captions) or len(captions) < 2:
             raise ValueError(f"a judge learns from pairs: {len(pictures)} pictures with {len(captions)} captions")

@@ -10,7 +10,7 @@ from scipy.ndimage import correlate1d
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
+class GaussianFit:
     """Mean (d,) and covariance (d, d) of n feature vectors, float64."""
 
     mean: np.ndarray
@@ -18,7 +18,7 @@ class Gaussian:
     n: int
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Gaussian":
+    def of(cls, features: np.ndarray) -> "GaussianFit":
         """The Gaussian of features (n, d). Errors: `ValueError` for fewer than two."""
         check_features(features, 2)
         x = features.astype(np.float64)
@@ -30,7 +30,7 @@ class Gaussian:
         return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
-def frechet(a: Gaussian, b: Gaussian) -> float:
+def frechet(a: GaussianFit, b: GaussianFit) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): Frechet distance (Dowson & Landau 1982; Heusel et al. 2017).
 
     The trace of the root of C_a C_b is the sum of the singular values of C_a^(1/2) C_b^(1/2): real, never negative, and

@@ -12,10 +12,10 @@ from rich.table import Table
 from t2i_jax.core.fields import values
 from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.evaluation.alignment import Retrieval, retrieve
-from t2i_jax.evaluation.features import Features, Space, check_images
+from t2i_jax.evaluation.features import FeatureNetwork, Space, check_images
 from t2i_jax.evaluation.metrics import (
     NEIGHBOURS,
-    Gaussian,
+    GaussianFit,
     frechet,
     inception_score,
     kernel_distance,
@@ -25,7 +25,7 @@ from t2i_jax.evaluation.metrics import (
     ssim,
 )
 
-SPACES = (Features("efficientnet_lite0"), Features("pixels"))
+SPACES = (FeatureNetwork("efficientnet_lite0"), FeatureNetwork("pixels"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Number:
 
     value: float
     better: Literal["higher", "lower"] = "higher"
-    beside: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Report:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict:
-        numbers = {k: {"value": n.value, "better": n.better, **n.beside} for k, n in self.numbers.items()}
+        numbers = {k: {"value": n.value, "better": n.better, **n.baselines} for k, n in self.numbers.items()}
         return {"title": self.title, "facts": dict(self.facts), "numbers": numbers}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -56,7 +56,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str, str]]:
         sign = {"higher": "↑", "lower": "↓"}
-        beside = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.beside.items())
+        beside = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.baselines.items())
         return [(f"{name} {sign[n.better]}", digits(n.value), beside(n)) for name, n in self.numbers.items()]
 
     def table(self) -> Table:
@@ -85,7 +85,7 @@ def evaluate_pictures(
     real: np.ndarray,
     captions: Sequence[str],
     train_real: np.ndarray,
-    spaces: Sequence[Features | Space] = SPACES,
+    spaces: Sequence[FeatureNetwork | Space] = SPACES,
     *,
     real_captions: Sequence[str] | None = None,
     components: int = 128,
@@ -122,7 +122,7 @@ def evaluate_pictures(
     train_real = train_real[np.random.default_rng(0).permutation(len(train_real))[:needed]]
     numbers: dict[str, Number] = {}
     for space in spaces:
-        space = space.load() if isinstance(space, Features) else space
+        space = space.load() if isinstance(space, FeatureNetwork) else space
         g, r, t = (space(x, progress) for x in (generated, real, train_real))
         found = {**compare(g, r, t, components, neighbours), **aligned(retrieve(g, r, captions, real_captions))}
         if space.classify is not None:
@@ -142,8 +142,8 @@ def compare(
     if min(len(generated), len(real)) <= real.shape[1]:
         mean, directions = principal(train, components)
         project = lambda x: (x - mean) @ directions
-    target = Gaussian.of(project(real))
-    fd = lambda x: frechet(Gaussian.of(project(x)), target)
+    target = GaussianFit.of(project(real))
+    fd = lambda x: frechet(GaussianFit.of(project(x)), target)
     numbers = {
         "frechet": Number(fd(generated), "lower", {"real": fd(stand_in)}),
         "kernel_distance": Number(kernel_distance(generated, real), "lower", {"real": kernel_distance(stand_in, real)}),
@@ -169,7 +169,7 @@ def evaluate_reconstruction(
     real: np.ndarray,
     reconstructed: np.ndarray,
     perceptual: Callable[[np.ndarray, np.ndarray], Any] | None = None,
-    spaces: Sequence[Features | Space] = (),
+    spaces: Sequence[FeatureNetwork | Space] = (),
     *,
     components: int = 128,
     batch: int = 64,
@@ -206,14 +206,14 @@ def evaluate_reconstruction(
         value, beside = both(measure)
         numbers["perceptual"] = Number(value, "lower", beside)
     for space in spaces:
-        space = space.load() if isinstance(space, Features) else space
+        space = space.load() if isinstance(space, FeatureNetwork) else space
         r, o, f = (space(x, progress) for x in (real, reconstructed, flat))
         if len(r) <= r.shape[1]:
             mean, directions = principal(r, components)
             r, o, f = ((x - mean) @ directions for x in (r, o, f))
-        target = Gaussian.of(r)
-        beside = {"flat colour": frechet(Gaussian.of(f), target)}
-        numbers[f"{space.name}/frechet"] = Number(frechet(Gaussian.of(o), target), "lower", beside)
+        target = GaussianFit.of(r)
+        beside = {"flat colour": frechet(GaussianFit.of(f), target)}
+        numbers[f"{space.name}/frechet"] = Number(frechet(GaussianFit.of(o), target), "lower", beside)
     return numbers
 
 

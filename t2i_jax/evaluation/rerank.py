@@ -12,8 +12,8 @@ from jax import Array
 
 from t2i_jax import pictures as files
 from t2i_jax.data.images import open_image
-from t2i_jax.parallel import MeshConfig, batch_sharding, gathered, placed, shardings
-from t2i_jax.text.clip import ClipEmbedding, Towers
+from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
+from t2i_jax.text.clip import CLIP, ClipEmbedding
 
 
 class Reranker:
@@ -25,13 +25,13 @@ class Reranker:
     def __init__(self, text: ClipEmbedding, mesh: MeshConfig = MeshConfig(), batch_size: int = 32):
         self.text, self.mesh = text, mesh.build()
         model = text.load()
-        self.model = placed(model, shardings(model, self.mesh))
+        self.model = put_on_mesh(model, shardings(model, self.mesh))
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // split) * split
         self._read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
         self._look = jax.jit(self._embed)
 
-    def _embed(self, model: Towers, images: Array) -> Array:
+    def _embed(self, model: CLIP, images: Array) -> Array:
         return self.text.image_features(model, images.astype(jnp.float32) / 127.5 - 1)[:, 0]
 
     def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ class Reranker:
                 some = [a[at : at + self.batch_size] for a in arrays]
                 count = len(some[0])
                 some = [np.concatenate([a, a[-1:].repeat(self.batch_size - count, 0)]) for a in some]
-                found.append(gathered(function(self.model, *placed(some, batch_sharding(self.mesh))))[:count])
+                found.append(to_host(function(self.model, *put_on_mesh(some, batch_sharding(self.mesh))))[:count])
         return np.concatenate(found)
 
 

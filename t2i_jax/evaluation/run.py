@@ -19,13 +19,13 @@ from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.types import Family, as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.data.records import DataError, Record, title
-from t2i_jax.evaluation.features import Features, Space
+from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
-from t2i_jax.parallel import MeshConfig, gathered
+from t2i_jax.parallel import MeshConfig, to_host
 from t2i_jax.pictures import to_uint8
-from t2i_jax.pipeline import Pipeline, plain
-from t2i_jax.training.artifacts import Artifact, load_artifact, opened
+from t2i_jax.pipeline import Pipeline, plain_options
+from t2i_jax.training.artifacts import Artifact, load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, with_features
 
 
@@ -50,7 +50,7 @@ def evaluate_folder(
     Errors: `ConfigError` where there are no pictures to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
-    kind = opened(folder).artifact.config
+    kind = open_artifact(folder).artifact.config
     batch_size = min(batch_size, count)
     if reference is None:
         reference = config.load(folder)
@@ -64,7 +64,7 @@ def evaluate_folder(
         report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
-        pipeline = pipeline.altered(solver=solver) if solver else pipeline
+        pipeline = pipeline.replace(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
         assert pipeline.source
         report = evaluate_family(
@@ -76,10 +76,10 @@ def evaluate_folder(
     return report
 
 
-def space_of(name: str) -> Features:
+def space_of(name: str) -> FeatureNetwork:
     """A feature space by name; `inception:FILE` brings its weights."""
     kind, _, weights = name.partition(":")
-    return Features(kind, weights=weights)  # pyright: ignore[reportArgumentType]
+    return FeatureNetwork(kind, weights=weights)  # pyright: ignore[reportArgumentType]
 
 
 def records_of(experiment: Experiment, split: str, most: int, captions: bool = False) -> list[Record]:
@@ -122,7 +122,12 @@ def in_batches(function: Callable[[np.ndarray], Any], images: np.ndarray, size: 
 
 
 def evaluate_codec(
-    artifact: Artifact, reference: Experiment, out: Path, spaces: Sequence[Features | Space], count: int, size: int
+    artifact: Artifact,
+    reference: Experiment,
+    out: Path,
+    spaces: Sequence[FeatureNetwork | Space],
+    count: int,
+    size: int,
 ) -> Report:
     """Reconstruction of held-out pictures, and how much of the codebook they use."""
     codec, model = as_codec(artifact.config), jax.device_put(artifact.model, jax.local_devices()[0])
@@ -167,7 +172,7 @@ def evaluate_family(
     artifact: Artifact,
     reference: Experiment,
     out: Path,
-    spaces: Sequence[Features | Space],
+    spaces: Sequence[FeatureNetwork | Space],
     count: int,
     size: int,
     seed: int,
@@ -188,14 +193,14 @@ def evaluate_family(
                 f"{name}: {len(records)} can be used, and what is measured needs at least {NEIGHBOURS + 1}; "
                 "see --count and the data"
             )
-    space = [s.load() if isinstance(s, Features) else s for s in spaces]
+    space = [s.load() if isinstance(s, FeatureNetwork) else s for s in spaces]
     numbers: dict[str, Number] = {}
     sheets, drawn, seconds = [], 0, 0.0
     critic = None
     if judge:
-        from t2i_jax.evaluation.judge import Judge, minilm_texts
+        from t2i_jax.evaluation.judge import RetrievalJudge, minilm_texts
 
-        critic = Judge.train(space[-1], minilm_texts(), images_of(train), [r["captions"][0] for r in train])
+        critic = RetrievalJudge.train(space[-1], minilm_texts(), images_of(train), [r["captions"][0] for r in train])
     for name, records in sets.items():
         prompts, real = prompts_of(records, pipeline.family), images_of(records)
         seeds = range(seed, seed + len(prompts))
@@ -217,7 +222,7 @@ def evaluate_family(
         "step": artifact.step,
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
         "pictures": {name: len(records) for name, records in sets.items()},
-        "options": plain(options),
+        "options": plain_options(options),
         **({"solver": classifier_guided(family).solver} if family.capabilities.classifier_guidance else {}),
         "pictures per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,
@@ -247,7 +252,7 @@ def bits_per_token(
         places = np.minimum(np.arange(at, at + size), len(records) - 1)
         with jax.set_mesh(pipeline.mesh):
             bits = score(pipeline.parts, images[places], pipeline.condition([prompts[int(i)] for i in places]))
-        total += float(gathered(bits)[: len(records) - at].sum())
+        total += float(to_host(bits)[: len(records) - at].sum())
     uniform = sum(math.log2(n) for n in code.sizes)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from t2i_jax.interop import mingpt
 from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
-from t2i_jax.nn.condition import Vector
+from t2i_jax.nn.condition import PooledFeatures
 
 NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_proj_weight")
 """Names that every such file has."""
@@ -22,7 +22,7 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """
     require(tensors, NEEDED, "no CLIP-GEN model")
     found = mingpt.sizes(tensors, "self_attn.in_proj_weight", "encoder.linear1.weight", heads)
-    return found | {"condition": Vector(tensors["cond_proj.weight"].shape[1])}
+    return found | {"condition": PooledFeatures(tensors["cond_proj.weight"].shape[1])}
 
 
 def table(config: Any) -> Table:
@@ -42,5 +42,5 @@ def table(config: Any) -> Table:
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
     """The masks that CLIP-GEN keeps beside its weights, one a layer; True hides."""
-    mask = ~np.tril(np.ones((config.position_rows, config.position_rows), bool))
+    mask = ~np.tril(np.ones((config.num_positions, config.num_positions), bool))
     return {f"blocks.{n}.mask": mask for n in range(config.depth)}

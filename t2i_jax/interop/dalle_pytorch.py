@@ -40,7 +40,7 @@ def describe_vae(tensors: Tensors) -> dict[str, Any]:
 
 
 def vae_table(model: Any) -> Table:
-    """Where each variable of a `codecs.dvae.DVAE` with a `Strided` network lies."""
+    """Where each variable of a `codecs.dvae.DVAE` with a `DALLEPytorchVAE` network lies."""
     names = named(model)
     layers = len({n for n in names if re.fullmatch(r"encoder\.layers\.\d+\.w", n)})
     blocks = len({n for n in names if re.fullmatch(r"encoder\.blocks\.\d+\.convs\.0\.w", n)})
@@ -110,9 +110,9 @@ def describe(
         "mlp": tensors[f"{mlp}net.3.weight"].shape[1],
         "activation": "geglu_exact",
         "qkv_bias": False,
-        "sandwich": f"{LAYER.format(0)}0.fn.norm_out.weight" in tensors,
-        "branch_scale": True,
-        "shift": shift,
+        "sandwich_norm": f"{LAYER.format(0)}0.fn.norm_out.weight" in tensors,
+        "layer_scale": True,
+        "token_shift": shift,
         "positions": "axial" if learned else "rotary",
         "tied": tied,
         "output_bias": True,
@@ -127,9 +127,13 @@ def branches(shift: bool) -> tuple[str, str]:
 
 def table(config: Any) -> Table:
     """Where each variable of a `models.stream.Stream` lies."""
-    rows, total, f = config.condition.rows, config.condition.rows + config.vocabulary, config.layer.inner
+    rows, total, f = (
+        config.condition.num_embeddings,
+        config.condition.num_embeddings + config.vocabulary,
+        config.layer.mlp_dim,
+    )
     text, image = {"rows": np.arange(rows), "height": total}, {"rows": np.arange(rows, total), "height": total}
-    attention, mlp = (LAYER + name for name in branches(config.shift))
+    attention, mlp = (LAYER + name for name in branches(config.token_shift))
     linear = lambda name, **place: source(f"{name}.weight", layout=LINEAR, **place)
     lines = {
         "text_bias": source("to_logits.1.bias", **text),
@@ -151,7 +155,7 @@ def table(config: Any) -> Table:
     norms = {"norm": "to_logits.0"}
     for n, branch in enumerate(("attention", "mlp")):
         norms[f"blocks.{branch}_norm"] = f"{LAYER}{n}.fn.norm"
-        if config.sandwich:
+        if config.sandwich_norm:
             norms[f"blocks.{branch}_out_norm"] = f"{LAYER}{n}.fn.norm_out"
     for ours, theirs in norms.items():
         lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}

@@ -32,7 +32,7 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
         "depth": sum(name.endswith(".attn.proj.weight") for name in tensors),
         "heads": heads or (16 if width == 1152 else width // 64),
         "hidden": shape("blocks.0.mlp.fc1.weight")[0],
-        "waves": shape("t_embedder.mlp.0.weight")[1],
+        "frequency_dim": shape("t_embedder.mlp.0.weight")[1],
         "classes": shape("y_embedder.embedding_table.weight")[0],
         "learn_variance": shape("final_layer.linear.weight")[0] == 2 * channels * patch**2,
     }

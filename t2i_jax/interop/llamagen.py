@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Table, require, source
-from t2i_jax.nn.condition import Classes, Features
+from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 
 NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
 """Names that every such file has."""
@@ -25,10 +25,10 @@ def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -
     require(tensors, NEEDED, "no next-token model of LlamaGen")
     vocabulary, width = tensors["tok_embeddings.weight"].shape
     if "cls_embedding.embedding_table.weight" in tensors:
-        condition = Classes(tensors["cls_embedding.embedding_table.weight"].shape[0] - null, null)
+        condition = ClassEmbedder(tensors["cls_embedding.embedding_table.weight"].shape[0] - null, null)
     else:
         length, dim = tensors["cls_embedding.uncond_embedding"].shape
-        condition = Features(dim, length, trained_null=False, left=True, null_keeps_mask=True)
+        condition = TextFeatures(dim, length, trained_null=False, left=True, null_keeps_mask=True)
     head_dim = head_dim or HEAD_DIM.get(width, 64)
     heads, rows = width // head_dim, tensors["layers.0.attention.wqkv.weight"].shape[0]
     if heads * head_dim != width:
@@ -50,7 +50,7 @@ def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -
 def table(config: Any) -> Table:
     """LlamaGen's names for a `models.ar.AR`."""
     layer = "layers.{}."
-    n, m, h = config.layer.heads, config.layer.groups, config.layer.head
+    n, m, h = config.layer.heads, config.layer.num_kv_heads, config.layer.head
     # Their rows are all queries, then all keys, then all values; ours go by key-value head.
     blocks = np.arange((n + 2 * m) * h).reshape(-1, h)
     parts = np.split(blocks, [n, n + m])
@@ -66,7 +66,7 @@ def table(config: Any) -> Table:
     }
     for ours, theirs in {"gate": "w1", "into": "w3", "out": "w2"}.items():
         lines[f"blocks.mlp.{ours}.w"] = source(f"{layer}feed_forward.{theirs}.weight", layout=LINEAR)
-    if isinstance(config.condition, Classes):
+    if isinstance(config.condition, ClassEmbedder):
         return lines | {"condition.table.w": source("cls_embedding.embedding_table.weight")}
     return lines | {
         "condition.null": source("cls_embedding.uncond_embedding"),

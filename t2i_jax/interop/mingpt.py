@@ -40,7 +40,7 @@ def sizes(tensors: Tensors, once: str, into: str, heads: int) -> dict[str, Any]:
         "bias": True,
         "output_bias": "head.bias" in tensors,
         "positions": "learned",
-        "position_rows": tensors["pos_emb"].shape[1],
+        "num_positions": tensors["pos_emb"].shape[1],
     }
 
 
@@ -74,6 +74,6 @@ def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[s
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
     """The masks that minGPT keeps beside its weights, one a layer."""
-    mask = np.tril(np.ones((config.position_rows, config.position_rows), np.float32))
-    mask[: config.unmasked, : config.unmasked] = 1
+    mask = np.tril(np.ones((config.num_positions, config.num_positions), np.float32))
+    mask[: config.bidirectional_prefix, : config.bidirectional_prefix] = 1
     return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.depth)}

@@ -47,7 +47,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
         "width": width,
         "depth": sum(name.endswith(".attn2.to_q.weight") for name in tensors),
         "hidden": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
-        "waves": shape("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
+        "frequency_dim": shape("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         "learn_variance": shape("proj_out.weight")[0] == 2 * channels * patch**2,
         "dim": shape("caption_projection.linear_1.weight")[1],
     }

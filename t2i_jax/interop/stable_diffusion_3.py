@@ -45,7 +45,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
         "width": width,
         "depth": sum(name.endswith(".attn.to_q.weight") for name in tensors),
         "hidden": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
-        "waves": shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        "frequency_dim": shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         "qk_norm": "transformer_blocks.0.attn.norm_q.weight" in tensors,
         "dim": shape("context_embedder.weight")[1],
         "summary": shape("time_text_embed.text_embedder.linear_1.weight")[1],

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, require, source
-from t2i_jax.nn.condition import Classes, Encoded
+from t2i_jax.nn.condition import ClassEmbedder, CrossAttnFeatures
 from t2i_jax.noise.discrete import Chain
 
 PART = "transformer."
@@ -75,25 +75,25 @@ def describe(
         "mlp": shape(f"{first}mlp.conv1.weight" if conv else f"{first}mlp.0.weight")[0],
         "activation": "quick_gelu" if activation == "GELU2" else "gelu",
         "conv_mlp": conv,
-        "times": "learned" if learned else "waves",
+        "times": "learned" if learned else "sinusoidal",
         "position_grid": tuple(shape(f"transformer.content_emb.{side}_emb.weight")[0] for side in ("height", "width")),
         "importance": "Lt_history" in tensors,
     }
     if f"{first}attn2.key.weight" in tensors:
         null = "empty_text_embed" in tensors
         length = shape("empty_text_embed")[0] if null else length
-        condition = Encoded(shape(f"{first}attn2.key.weight")[1], length, trained_null=null)
+        condition = CrossAttnFeatures(shape(f"{first}attn2.key.weight")[1], length, trained_null=null)
         return fields | {"condition": condition, "condition_dropout": 0.1 if null else 0.0}
     if f"{first}ln2.linear.weight" not in tensors:
-        return fields | {"condition": Classes(0), "condition_dropout": 0.0, "auxiliary": 1e-3}
+        return fields | {"condition": ClassEmbedder(0), "condition_dropout": 0.0, "aux_loss_weight": 1e-3}
     rows = shape(f"{first}ln2.emb.weight")[0]
     null = rows == NULL_CLASS if null_class is None else null_class
     return fields | {
-        "condition": Classes(rows - null),
+        "condition": ClassEmbedder(rows - null),
         "mean_null": not null,
         "class_norm": "layer" if class_type == "adalayernorm" else "instance",
         "condition_dropout": 0.1 if null else 0.0,
-        "auxiliary": 1e-3,
+        "aux_loss_weight": 1e-3,
     }
 
 
@@ -117,7 +117,7 @@ def table(config: Any) -> Table:
         lines = linear(f"{ours}.out", f"{theirs}.linear")
         return {**lines, f"{ours}.table.w": source(f"{theirs}.emb.weight")} if learned else lines
 
-    crossed = config.block.memory > 0
+    crossed = config.block.context > 0
     mine = f"{BLOCK}attn1" if crossed else f"{BLOCK}attn"
     lines: dict[str, Any] = {"tokens.w": source("transformer.content_emb.emb.weight")}
     for ours, theirs in {"rows": "height", "columns": "width"}.items():
@@ -139,7 +139,7 @@ def table(config: Any) -> Table:
             lines |= linear(f"blocks.mlp.{ours}", f"{BLOCK}mlp.{fc}")
     lines |= norm("norm", "transformer.to_logits.0")
     lines |= linear("output", "transformer.to_logits.1")
-    if isinstance(config.condition, Encoded) and config.condition.trained_null:
+    if isinstance(config.condition, CrossAttnFeatures) and config.condition.trained_null:
         lines["condition.null"] = source("empty_text_embed")
     if config.importance:
         lines |= {"history": source("Lt_history"), "count": source("Lt_count")}
@@ -153,11 +153,11 @@ def buffers(config: Any) -> dict[str, np.ndarray]:
     s = chain.schedule
     with np.errstate(divide="ignore"):
         found = {f"log_{x}t": np.log(y) for x, y in zip("abc", (s.a, s.b, s.c), strict=True)}
-        far = (s.kept, s.replaced, s.masked)
+        far = (s.alpha_bar, s.beta_bar, s.gamma_bar)
         found |= {f"log_cumprod_{x}t": np.log(y) for x, y in zip("abc", far, strict=True)}
-        found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.masked)}
+        found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.gamma_bar)}
     found |= {} if config.importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
-    if config.block.memory:
+    if config.block.context:
         seen = np.tril(np.ones((1, 1, config.length, config.length)))
         found |= {f"{BLOCK.format(n)}attn2.mask": seen for n in range(config.depth)}
     return {name: np.asarray(x, np.float32) for name, x in found.items()}

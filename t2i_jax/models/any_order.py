@@ -23,10 +23,10 @@ from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share,
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
-from t2i_jax.nn.decode import layers_for_decoding
-from t2i_jax.nn.draw import Sampling, guidance_at
-from t2i_jax.nn.heads import Head, ImageKeys, Softmax, sample_spec
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
+from t2i_jax.nn.decode import prepare_layers_for_decode
+from t2i_jax.nn.draw import ARSampler, guidance_at
+from t2i_jax.nn.heads import Head, ImageKeys, SoftmaxHead, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
@@ -45,7 +45,7 @@ class AnyOrder(Checked):
     """Rows and columns of tokens."""
     patch: Size = 1
     """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
-    head: Head = Softmax()
+    head: Head = SoftmaxHead()
     order: Raster | Permutation = Raster()
     width: Size = 256
     depth: Layers = 6
@@ -54,7 +54,7 @@ class AnyOrder(Checked):
     """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
     qk_norm: bool = True
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition = Classes(1000)
+    condition: Condition = ClassEmbedder(1000)
     """What stands before the image: classes, captions or features."""
     dropout: Rate = 0.1
     """Of what each attention and MLP adds, in training."""
@@ -66,12 +66,12 @@ class AnyOrder(Checked):
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Annotated[Sampling, FREE] = Sampling()
+    sampling: Annotated[ARSampler, FREE] = ARSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.order.single:
+        if not self.order.one_at_a_time:
             raise ValueError(
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
@@ -128,27 +128,27 @@ class AnyOrder(Checked):
         """What a batch has to hold."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
-    def options(self) -> Sampling:
+    def options(self) -> ARSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Sampling) -> None:
+    def check(self, options: ARSampler) -> None:
         """Errors: none; what options may be, each of them says itself."""
 
-    def loop_trips(self, options: Sampling) -> int:
+    def loop_trips(self, options: ARSampler) -> int:
         """1: every loop of the sampler is of a known length."""
         return 1
 
-    def init(self, key: Array) -> Network:
+    def init(self, key: Array) -> AnyOrderNetwork:
         """A model with fresh parameters."""
-        return Network(self, key)
+        return AnyOrderNetwork(self, key)
 
     # -- training
 
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: AnyOrderNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -164,13 +164,13 @@ class AnyOrder(Checked):
         loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
         return LossOutput(loss, {"loss": loss})
 
-    def log_likelihood(self, model: Network, batch: Batch, orders: Array | None = None) -> Array:
+    def log_likelihood(self, model: AnyOrderNetwork, batch: Batch, orders: Array | None = None) -> Array:
         """log p(codes | condition) of each image in nats along the orders (b, L) (raster unless given): (b,) fp32.
 
         Errors: ValueError for a head that does not know the probability of a code.
         """
         if not self.head.knows_probability:
-            raise ValueError(f"head {type(self.head).__name__} does not know the probability of a code; Softmax does")
+            raise ValueError(f"a {type(self.head).__name__} gives no probability of a code; SoftmaxHead does")
         b = len(batch["codes"])
         orders = orders_of(Raster(), jax.random.split(jax.random.key(0), b), self.length) if orders is None else orders
         z, x = self.forward(model, batch, orders)
@@ -178,7 +178,7 @@ class AnyOrder(Checked):
 
     def forward(
         self,
-        model: Network,
+        model: AnyOrderNetwork,
         batch: Batch,
         orders: Array,
         dropped: Array | None = None,
@@ -191,19 +191,19 @@ class AnyOrder(Checked):
         b, places = len(orders), jnp.flip(orders, 1)
         x = _pick(to_tokens(batch["codes"], self.patch), places)
         prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.dtype)
-        y = jnp.concatenate([prefix, self._enter(model, x, places)[:, :-1]], 1)
-        y = shard(self._aim(model, y, places), "batch", "length", None)
+        y = jnp.concatenate([prefix, self._embed_tokens(model, x, places)[:, :-1]], 1)
+        y = shard(self._add_targets(model, y, places), "batch", "length", None)
         real = jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True)
         mask = Causal(real, valid.shape[1]) if self.condition.spec.has_padding else Causal()
         y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 
-    def _enter(self, model: Network, x: Array, places: Array) -> Array:
+    def _embed_tokens(self, model: AnyOrderNetwork, x: Array, places: Array) -> Array:
         """What a token says of itself: its code and its position."""
         entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype))
         return (entered + lookup(model.position, places)).astype(self.dtype)
 
-    def _aim(self, model: Network, y: Array, places: Array) -> Array:
+    def _add_targets(self, model: AnyOrderNetwork, y: Array, places: Array) -> Array:
         """Tell the last tokens of y (b, t, d) which positions (b, m) they are to predict."""
         target = jnp.pad(lookup(model.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
         return y + target.astype(y.dtype)
@@ -212,10 +212,10 @@ class AnyOrder(Checked):
 
     def sample(
         self,
-        model: Network,
+        model: AnyOrderNetwork,
         condition: Batch,
         keys: Array,
-        options: Sampling | None = None,
+        options: ARSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | None = None,
@@ -246,7 +246,7 @@ class AnyOrder(Checked):
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
-class Network(nnx.Module):
+class AnyOrderNetwork(nnx.Module):
     """The parameters of an `AnyOrder`."""
 
     def __init__(self, config: AnyOrder, key: Array):
@@ -267,14 +267,14 @@ def _pick(x: Array, places: Array) -> Array:
 @partial(jax.jit, static_argnames=("config", "guided", "progress"))
 def _sample(
     config: AnyOrder,
-    model: Network,
+    model: AnyOrderNetwork,
     condition: Batch,
     keys: Array,
     x: Array,
     keep: Array,
     orders: Array | None,
     draws: Any,
-    options: Sampling,
+    options: ARSampler,
     guided: bool,
     progress: Progress | None,
 ) -> Array:
@@ -291,11 +291,11 @@ def _sample(
 
     prefix, valid = model.condition(jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b), config.dtype)
     s, capacity = valid.shape[1], valid.shape[1] + length - 1
-    reading, decoding = layers_for_decoding(model.blocks, config.dtype)
+    reading, decoding = prepare_layers_for_decode(model.blocks, config.dtype)
     caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in reading)
     seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
     first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
-    y, caches = apply_stack(reading, config._aim(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
+    y, caches = apply_stack(reading, config._add_targets(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
 
     def draw(x: Array, y: Array, k: Array | int) -> Array:
         """The codes with the k-th token of the order, from what came out where it is asked for: y (b n, d)."""
@@ -312,7 +312,7 @@ def _sample(
     def step(carry: tuple[Array, Any], k: Array) -> tuple[tuple[Array, Any], None]:
         x, caches = carry
         own, following = (jax.lax.dynamic_slice_in_dim(places, k + n, 1, 1) for n in (0, 1))
-        y = config._aim(model, config._enter(model, rows(_pick(x, own)), rows(own)), rows(following))
+        y = config._add_targets(model, config._embed_tokens(model, rows(_pick(x, own)), rows(own)), rows(following))
         mask = (seen & (jnp.arange(capacity) <= s + k))[:, None, None]
         y, caches = apply_stack(decoding, y, mask=mask, caches=caches)
         x = draw(x, y[:, 0], k + 1)

@@ -22,9 +22,9 @@ from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
-from t2i_jax.nn.decode import FewRows, layers_for_decoding
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
+from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
@@ -72,10 +72,10 @@ class AR(Checked):
     """Add learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition = Classes(1000)
-    """What comes before the image: classes, captions or features; ids of its own vocabulary (`Given`); or vectors of
-    this model's width as they are (`Encoded`)."""
-    reads: Literal["prefix", "memory"] = "prefix"
+    condition: Condition = ClassEmbedder(1000)
+    """What comes before the image: classes, captions or features; ids of its own vocabulary (`PrefixTokens`); or
+    vectors of this model's width as they are (`CrossAttnFeatures`)."""
+    conditioning: Literal["prefix", "cross_attention"] = "prefix"
     """The tokens of the condition stand before the image, or every layer looks at them by cross-attention and the image
     has a start token before it: an encoder and a decoder, as dalle-mini and Parti are (Yu et al. 2022, 2.1)."""
     tied: bool = False
@@ -83,11 +83,11 @@ class AR(Checked):
     zero_output: bool = False
     """Start with an output matrix of zeros, that is with equal probabilities."""
     output_bias: bool = False
-    unmasked: Count = 0
+    bidirectional_prefix: Count = 0
     """So many positions at the start see each other both ways (`n_unmasked` of Esser et al. 2021)."""
     positions: Literal["rotary", "learned"] = "rotary"
     """Queries and keys turn with the place on the grid, or a learned vector is added at each place of the sequence."""
-    position_rows: Count = 0
+    num_positions: Count = 0
     """Rows of the learned table; 0 is as many as the sequence has."""
     rotary_base: Positive = 10000.0
     prefix_rotary: Literal["identity", "zero"] = "identity"
@@ -113,19 +113,19 @@ class AR(Checked):
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Annotated[Sampling, FREE] = Sampling()
+    sampling: Annotated[ARSampler, FREE] = ARSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.reads == "memory" or not self.condition.spec.gives_ids:
+        if self.conditioning == "cross_attention" or not self.condition.spec.gives_ids:
             check_vectors(self.condition, self.width)
         if self.condition_dropout and not self.condition.spec.has_null:
             raise ValueError("condition_dropout > 0 needs unconditional vectors: trained_null or kept_null")
-        places = self.places + self.length - 1
-        if self.positions == "learned" and 0 < self.position_rows < places:
+        places = self.prefix_length + self.length - 1
+        if self.positions == "learned" and 0 < self.num_positions < places:
             raise ValueError(
-                f"position_rows={self.position_rows} places for {self.places} tokens before the image and "
+                f"num_positions={self.num_positions} places for {self.prefix_length} tokens before the image and "
                 f"{self.length} codes of grid={self.grid}: {places} are needed"
             )
 
@@ -155,15 +155,15 @@ class AR(Checked):
             activation=self.activation,
             bias=self.bias,
             qk_norm=self.qk_norm,
-            memory=self.width if self.reads == "memory" else 0,
+            context=self.width if self.conditioning == "cross_attention" else 0,
             dropout=self.dropout,
             kernel=self.kernel,
         )
 
     @property
-    def places(self) -> int:
+    def prefix_length(self) -> int:
         """Tokens before the image."""
-        return 1 if self.reads == "memory" else self.condition.length
+        return 1 if self.conditioning == "cross_attention" else self.condition.length
 
     @property
     def capabilities(self) -> Capabilities:
@@ -204,27 +204,27 @@ class AR(Checked):
         """What a batch has to hold."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
-    def options(self) -> Sampling:
+    def options(self) -> ARSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Sampling) -> None:
+    def check(self, options: ARSampler) -> None:
         """Errors: none; what options may be, each of them says itself."""
 
-    def loop_trips(self, options: Sampling) -> int:
+    def loop_trips(self, options: ARSampler) -> int:
         """1: every loop of the sampler is of a known length."""
         return 1
 
-    def init(self, key: Array) -> Network:
+    def init(self, key: Array) -> ARNetwork:
         """A model with fresh parameters."""
-        return Network(self, key)
+        return ARNetwork(self, key)
 
     # -- training
 
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: ARNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
 
         batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
@@ -241,30 +241,30 @@ class AR(Checked):
         loss = mean(loss)
         return LossOutput(loss, {"loss": loss, "bits_per_token": mean(nll) / math.log(2), "accuracy": mean(correct)})
 
-    def log_likelihood(self, model: Network, batch: Batch) -> Array:
+    def log_likelihood(self, model: ARNetwork, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
         z = self._features(model, batch, jnp.zeros(batch["codes"].shape[0], bool))
         return -self._score(model, z, batch)[1].sum(-1)
 
-    def forward(self, model: Network, batch: Batch, dropped: Array | None = None) -> Array:
+    def forward(self, model: ARNetwork, batch: Batch, dropped: Array | None = None) -> Array:
         """Logits (b, L, v) fp32 of every code given those before it; `dropped` bool (b,) marks unconditional rows."""
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
         return model.logits(self._features(model, batch, dropped))
 
-    def _features(self, model: Network, batch: Batch, dropped: Array, key: Array | None = None) -> Array:
+    def _features(self, model: ARNetwork, batch: Batch, dropped: Array, key: Array | None = None) -> Array:
         """What comes out of the Transformer where logits are read: (b, L, d)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        prefix, valid, memory = self._prefix(model, batch, dropped)
+        prefix, valid, context = self._prefix(model, batch, dropped)
         codes = self._corrupted(rearrange(batch["codes"], "b h w -> b (h w)"), keys[2])
         x = jnp.concatenate([prefix, self._embed(model.tokens, codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.shape[1], x.shape[1]
-        x = drop(self._placed(model.positions, x, 0), self.token_dropout, keys[0])
+        x = drop(self._add_positions(model.positions, x, 0), self.token_dropout, keys[0])
         x, _ = apply_stack(
             model.blocks,
             shard(x, "batch", "length", None),
             rotary=self._rotary(s, 0, t),
             mask=self._causal(_pad(valid, t), s),
-            **memory,
+            **context,
             key=keys[1],
             remat=self.remat,
         )
@@ -279,14 +279,14 @@ class AR(Checked):
         replaced = jax.random.uniform(where, codes.shape) < rate
         return jnp.where(replaced, jax.random.randint(what, codes.shape, 0, self.vocabulary), codes)
 
-    def _score(self, model: Network, z: Array, batch: Batch, **options: float) -> tuple[Array, ...]:
+    def _score(self, model: ARNetwork, z: Array, batch: Batch, **options: float) -> tuple[Array, ...]:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
         return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
 
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
-    def _prefix(self, model: Network, batch: Batch, dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
+    def _prefix(self, model: ARNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
         """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
         if self.condition.spec.gives_ids:  # which are read as the image's own are
@@ -294,9 +294,9 @@ class AR(Checked):
         if model.start is None:
             return tokens, valid, {}
         start = jnp.broadcast_to(model.start[...].astype(self.dtype), (len(tokens), 1, self.width))
-        return start, jnp.ones((len(tokens), 1), bool), {"memory": tokens, "memory_mask": valid[:, None, None]}
+        return start, jnp.ones((len(tokens), 1), bool), {"context": tokens, "context_mask": valid[:, None, None]}
 
-    def _placed(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
+    def _add_positions(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
         """x (b, t, d) with the learned vectors of the places from `start` on added, where there are such."""
         if positions is None:
             return x
@@ -317,17 +317,17 @@ class AR(Checked):
 
     def _causal(self, valid: Array, s: int) -> Causal:
         """That mask in words, behind s tokens of the condition."""
-        padded = self.reads == "prefix" and self.condition.spec.has_padding
-        return Causal(valid if padded else None, s, self.unmasked)
+        padded = self.conditioning == "prefix" and self.condition.spec.has_padding
+        return Causal(valid if padded else None, s, self.bidirectional_prefix)
 
     # -- sampling
 
     def sample(
         self,
-        model: Network,
+        model: ARNetwork,
         condition: Batch,
         keys: Array,
-        options: Sampling | None = None,
+        options: ARSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | int = 0,
@@ -350,52 +350,52 @@ class AR(Checked):
         guided = self.condition_dropout > 0 if guided is None else guided
         return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
-    def prefix_logits(self, model: Network, condition: Batch, dropped: Array) -> Array:
+    def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:
         """Logits (b, s, v) at every token of the condition; the last are those of token 0."""
-        return model.logits(self._read(model, condition, dropped)[0])
+        return model.logits(self._embed_prefix(model, condition, dropped)[0])
 
-    def prefill(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Decoding]:
+    def prefill(self, model: ARNetwork, condition: Batch, dropped: Array) -> tuple[Array, ARDecodeState]:
         """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
-        x, caches, blocks, valid, memory_mask = self._read(model, condition, dropped)
+        x, caches, blocks, valid, context_mask = self._embed_prefix(model, condition, dropped)
         s = valid.shape[1]
         output = transposed(model.tokens.w) if model.output is None else model.output
-        state = Decoding(
+        state = ARDecodeState(
             caches=caches,
             tokens=model.tokens,
             blocks=blocks,
             norm=model.norm,
-            output=FewRows(output, model.output_bias, self.dtype, jnp.float32),
+            output=DecodeLinear(output, model.output_bias, self.dtype, jnp.float32),
             valid=valid,
-            memory_mask=memory_mask,
+            context_mask=context_mask,
             rotary=self._rotary(s, s, s + self.length),
             positions=model.positions,
         )
         return model.logits(x[:, -1]), state
 
-    def _read(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
+    def _embed_prefix(self, model: ARNetwork, condition: Batch, dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
         """What stands before the image through the Transformer: vectors (b, s, d), caches, the layers that decode, real
-        tokens (b, s), and where to look at the memory, if there is one."""
-        prefix, valid, memory = self._prefix(model, condition, dropped)
+        tokens (b, s), and where to look at the context, if there is one."""
+        prefix, valid, context = self._prefix(model, condition, dropped)
         b, s = valid.shape
-        if self.unmasked > s:
-            raise ValueError(f"unmasked={self.unmasked} places see what comes after them; the condition has {s} only")
-        first, following = layers_for_decoding(model.blocks, self.dtype)
+        if self.bidirectional_prefix > s:
+            raise ValueError(f"bidirectional_prefix {self.bidirectional_prefix}: the condition has {s} tokens only")
+        first, following = prepare_layers_for_decode(model.blocks, self.dtype)
         caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
-        x, rotary = self._placed(model.positions, prefix, 0), self._rotary(s, 0, s)
-        x, caches = apply_stack(first, x, rotary=rotary, mask=self.visible(valid), caches=caches, **memory)
-        return x, caches, following, valid, memory.get("memory_mask")
+        x, rotary = self._add_positions(model.positions, prefix, 0), self._rotary(s, 0, s)
+        x, caches = apply_stack(first, x, rotary=rotary, mask=self.visible(valid), caches=caches, **context)
+        return x, caches, following, valid, context.get("context_mask")
 
-    def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
+    def decode(self, state: ARDecodeState, codes: Array, i: Array | int) -> tuple[Array, ARDecodeState]:
         """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
         row = lambda table: jax.lax.dynamic_slice_in_dim(table, i, 1)
         x, caches = apply_stack(
             state.blocks,
-            self._placed(state.positions, self._embed(state.tokens, codes[:, None]), s + i),
+            self._add_positions(state.positions, self._embed(state.tokens, codes[:, None]), s + i),
             rotary=None if state.rotary is None else (row(state.rotary[0]), row(state.rotary[1])),
             mask=seen[:, None, None],
-            memory_mask=state.memory_mask,
+            context_mask=state.context_mask,
             caches=state.caches,
         )
         return state.output(state.norm(x[:, 0])), dataclasses.replace(state, caches=caches)
@@ -403,7 +403,7 @@ class AR(Checked):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class ARDecodeState:
     """An image under way."""
 
     caches: tuple[Cache, ...]
@@ -411,22 +411,22 @@ class Decoding:
     blocks: tuple[Block, ...]
     """One by one, in the form that decodes fastest."""
     norm: RMSNorm | LayerNorm
-    output: FewRows
+    output: DecodeLinear
     valid: Array
     """Which tokens before the image are real (b, s)."""
-    memory_mask: Array | None
+    context_mask: Array | None
     """Where cross-attention looks (b, 1, 1, s')."""
     rotary: Rotary | None
     """Of the image's tokens (L, h / 2)."""
     positions: nnx.Param | None
     """Of the whole sequence, where they are learned."""
 
-    def grow(self, count: int) -> Decoding:
+    def grow(self, count: int) -> ARDecodeState:
         """Room for `count` tokens of the image."""
         return dataclasses.replace(self, caches=tuple(c.grow(self.valid.shape[1] + count) for c in self.caches))
 
 
-class Network(nnx.Module):
+class ARNetwork(nnx.Module):
     """The parameters of an `AR`."""
 
     def __init__(self, config: AR, key: Array):
@@ -434,9 +434,11 @@ class Network(nnx.Module):
         self.condition = config.condition.init(keys[0], config.width)
         self.tokens = Embedding(config.vocabulary, config.width, keys[1])
         self.start = (
-            param(normal(jax.random.fold_in(key, 4), (config.width,)), "embed") if config.reads == "memory" else None
+            param(normal(jax.random.fold_in(key, 4), (config.width,)), "embed")
+            if config.conditioning == "cross_attention"
+            else None
         )
-        rows = config.position_rows or config.places + config.length - 1
+        rows = config.num_positions or config.prefix_length + config.length - 1
         learned = config.positions == "learned"
         self.positions = param(jnp.zeros((rows, config.width)), None, "embed") if learned else None
         self.blocks = stack(config.layer, config.depth, keys[2])

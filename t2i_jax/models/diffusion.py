@@ -34,7 +34,7 @@ from t2i_jax.core.types import (
     Spacing,
     single_objective,
 )
-from t2i_jax.nn.condition import Classes, dropped_rows
+from t2i_jax.nn.condition import ClassEmbedder, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise import guidance, solvers
@@ -45,7 +45,7 @@ from t2i_jax.noise.gaussian import (
     split,
 )
 from t2i_jax.noise.processes import Discrete, Process
-from t2i_jax.noise.schedule import beside, spread
+from t2i_jax.noise.schedule import expand_like, spread
 from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
 
@@ -54,7 +54,7 @@ Batch = dict[str, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Solving(Options):
+class DiffusionSampler(Options):
     """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
     traced."""
 
@@ -68,7 +68,7 @@ class Solving(Options):
     """Guidance ends after this share of the steps."""
     guidance_rescale: Annotated[float | Array, Range(0, 1)] = 0.0
     """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
-    pull: Annotated[float | Array, Range()] = 1.0
+    classifier_scale: Annotated[float | Array, Range()] = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
     eta: Annotated[float | Array | None, Range(low=0)] = None
     """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
@@ -76,7 +76,7 @@ class Solving(Options):
     """Keep the picture that the network has in mind within [-1, 1]."""
     stride: bool | Array = False
     """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
-    augmentation: Annotated[float | Array, Range(0, 1)] = 0.0
+    noise_aug: Annotated[float | Array, Range(0, 1)] = 0.0
     """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
     strength: Annotated[float | Array, Range(above=0, high=1)] = 1.0
     """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
@@ -96,7 +96,7 @@ class Solving(Options):
 
         most: steps of the process.
         """
-        fields, ranges = values(self), {"steps": (1, most), "strength": (0, 1), "augmentation": (0, 1)}
+        fields, ranges = values(self), {"steps": (1, most), "strength": (0, 1), "noise_aug": (0, 1)}
         for name, (low, high) in ranges.items():
             given = fields[name]
             if isinstance(given, Tracer):
@@ -127,7 +127,7 @@ class Solving(Options):
         none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
         given = values(self)
         missing = {k: jnp.float32(v) for k, v in none.items() if given[k] is None}
-        return super(Solving, dataclasses.replace(self, **missing)).arrays()
+        return super(DiffusionSampler, dataclasses.replace(self, **missing)).arrays()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,9 @@ class Diffusion(Checked):
     predicts: Predicts = "eps"
     variance: Annotated[Literal["fixed_large", "fixed_small"], FREE] = "fixed_large"
     """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
-    spare_half: bool = False
+    discard_variance_output: bool = False
     """What the network says in the later half of its channels is not used, as in released SiT."""
-    bound_weight: NotNegative = 1.0
+    vlb_weight: NotNegative = 1.0
     """Of the variational bound, which teaches the variance; ADM has the number of steps over 1000."""
     weight: Literal["uniform", "snr", "truncated_snr", "min_snr"] = "uniform"
     """Of the squared error at each time; see `loss_weight`."""
@@ -151,21 +151,21 @@ class Diffusion(Checked):
     """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
     guided_channels: Annotated[Count, FREE] = 0
     """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
-    enlarges: Count = 0
+    upscale: Count = 0
     """By how much a small picture is made larger, where batches have none of their own (`low_res`): it is then made of
     the `image`."""
-    augmentation: Share = 0.0
+    noise_aug: Share = 0.0
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
     solver: Annotated[str, FREE] = "own"
     """A key of `noise.solvers.SOLVERS`; `own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for
     EDM."""
-    sampling: Annotated[Solving, FREE] = Solving()
+    sampling: Annotated[DiffusionSampler, FREE] = DiffusionSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.network.learn_variance and self.process.variance_bound is None and not self.spare_half:
+        if self.network.learn_variance and self.process.variance_bound is None and not self.discard_variance_output:
             raise ValueError("learn_variance of the network: only steps of a Discrete process have a variance to learn")
         if self.solver == "own":
             object.__setattr__(self, "solver", self.process.solver)
@@ -180,7 +180,7 @@ class Diffusion(Checked):
     @property
     def condition(self) -> Condition:
         """What a picture is made for."""
-        return self.network.condition or Classes(0)
+        return self.network.condition or ClassEmbedder(0)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -201,7 +201,7 @@ class Diffusion(Checked):
             guidance=True,
             inpaint=True,
             init_image=True,
-            super_resolution=self.reads_small,
+            super_resolution=self.is_super_resolution,
             classifier_guidance=True,
             autoguidance=True,
         )
@@ -233,20 +233,20 @@ class Diffusion(Checked):
         """What a batch has to hold: `codes` (latents) or `image`, what `sample` reads, and how noisy that is."""
         drawn = dataclasses.replace(self.sample_spec().field, optional=True, one_of="drawn")
         spec = {"codes": drawn, "image": drawn, **self.condition_spec(), "weight": WEIGHT}
-        if self.reads_small:
-            spec["low_res"] = dataclasses.replace(spec["low_res"], optional=self.enlarges > 0)
+        if self.is_super_resolution:
+            spec["low_res"] = dataclasses.replace(spec["low_res"], optional=self.upscale > 0)
             spec["low_res_noise"] = FieldSpec((), "float32", optional=True)
         return spec
 
-    def options(self) -> Solving:
+    def options(self) -> DiffusionSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Solving) -> None:
+    def check(self, options: DiffusionSampler) -> None:
         """Errors: ValueError for options with which nothing can be drawn."""
-        options.check(self.process.bound)
+        options.check(self.process.max_steps)
 
-    def loop_trips(self, options: Solving) -> int:
+    def loop_trips(self, options: DiffusionSampler) -> int:
         """Steps of the solver."""
         return int(options.steps)
 
@@ -273,10 +273,10 @@ class Diffusion(Checked):
         u = spread(keys[0], b, train)
         t = self.process.quantile(u)
         eps = jax.random.normal(keys[1], x0.shape)
-        if self.reads_small:
-            small, draw = self.small(batch), jax.random.split(keys[2])
-            share = self.augmentation * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
-            batch = batch | noised_small(small, share, jax.random.normal(draw[1], small.shape))
+        if self.is_super_resolution:
+            small, draw = self.low_res_of(batch), jax.random.split(keys[2])
+            share = self.noise_aug * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
+            batch = batch | noise_low_res(small, share, jax.random.normal(draw[1], small.shape))
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
@@ -299,9 +299,11 @@ class Diffusion(Checked):
     ) -> dict[str, Array]:
         """`mse`, with a learned variance `vb` in bits per dimension, and their weighted sum `loss`: each (b,)."""
         x0 = x0.astype(jnp.float32) * self.process.scale
-        alpha, sigma = self.process.at(t, x0)
+        alpha, sigma = self.process.alpha_sigma(t, x0)
         x = shard(alpha * x0 + sigma * eps, "batch", None, None, None)
-        prediction, v = self._parts(self._apply(model, x, self.process.told(t), model.read(batch, dropped), batch, key))
+        prediction, v = self._parts(
+            self._apply(model, x, self.process.network_time(t), model.read(batch, dropped), batch, key)
+        )
         error = (join(self.predicts, x0, eps, alpha, sigma) - prediction) ** 2
         weight = loss_weight(self.weight, self.predicts, alpha, sigma, self.gamma)
         mse = error.mean((1, 2, 3))
@@ -310,26 +312,26 @@ class Diffusion(Checked):
             return {"mse": mse, "loss": loss}
         # The bound teaches the variance alone: it would teach the mean to care for other times than are seen.
         frozen = jax.lax.stop_gradient(prediction)
-        vb = self.bound_weight * self.process.variance_bound(x0, x, t, frozen, v, self.predicts)
+        vb = self.vlb_weight * self.process.variance_bound(x0, x, t, frozen, v, self.predicts)
         return {"mse": mse, "vb": vb, "loss": loss + vb}
 
     @property
-    def reads_small(self) -> bool:
+    def is_super_resolution(self) -> bool:
         """Whether the network enlarges a small picture."""
         return "low_res" in self.network.extra_inputs
 
-    def small(self, batch: Batch) -> Array:
+    def low_res_of(self, batch: Batch) -> Array:
         """The small picture (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) made smaller.
 
         Errors: ValueError where there is neither.
         """
         if "low_res" in batch:
             return batch["low_res"]
-        if not self.enlarges or "image" not in batch:
+        if not self.upscale or "image" not in batch:
             there = ", ".join(sorted(batch))
             raise ValueError(f"the batch has no 'low_res', the small picture to enlarge. It has: {there}")
         b, i, j, c = batch["image"].shape
-        small = (b, i // self.enlarges, j // self.enlarges, c)
+        small = (b, i // self.upscale, j // self.upscale, c)
         return jax.image.resize(batch["image"], small, "linear", antialias=True)
 
     def _apply(self, model: Any, x: Array, told: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
@@ -341,7 +343,7 @@ class Diffusion(Checked):
         if not self.network.learn_variance:
             return out, None
         prediction, v = jnp.split(out, 2, -1)
-        return prediction, None if self.spare_half else v
+        return prediction, None if self.discard_variance_output else v
 
     # -- sampling
 
@@ -350,14 +352,14 @@ class Diffusion(Checked):
         model: Any,
         condition: Mapping[str, Array],
         keys: Array,
-        options: Solving | None = None,
+        options: DiffusionSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | None = None,
         guided: bool | None = None,
         solver: str | None = None,
-        log_p: Any = None,
-        weak: Any = None,
+        classifier: Any = None,
+        guide_model: Any = None,
         progress: Any = None,
     ) -> Array:
         """Pictures or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
@@ -371,36 +373,46 @@ class Diffusion(Checked):
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         solver: another than the configured one; static.
-        log_p: a pytree that maps (x, time told (b,), condition) to log p(condition | x) (b,), as a classifier or an
-            image-text model does; its gradient pulls.
-        weak: a worse model, which takes the place of the unconditional branch (Karras et al. 2024). Its network may be
-            another; process, prediction, shape and what it reads of the condition are those of this one.
+        classifier: a pytree that maps (x, network times (b,), condition) to log p(condition | x) (b,), as a classifier
+            or an image-text model does; samples follow its gradient.
+        guide_model: a weaker model in the place of the unconditional branch (Karras et al. 2024). Its network may be
+            another; process, prediction, shape and condition are those of this one.
         progress: called after each step with its number, how many there are, and the pictures so far; static.
         """
-        guided = (self.condition_dropout > 0 or weak is not None) if guided is None else guided
+        guided = (self.condition_dropout > 0 or guide_model is not None) if guided is None else guided
         untold = not self.condition.spec.has_null and "null_features" not in condition
-        if guided and weak is None and untold:
+        if guided and guide_model is None and untold:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         options = options or self.options()
         self.check(options)
         config = dataclasses.replace(self, solver=solver or self.solver)
         return _sample(
-            config, model, dict(condition), keys, options.arrays(), known, keep, guided, log_p, weak, progress
+            config,
+            model,
+            dict(condition),
+            keys,
+            options.arrays(),
+            known,
+            keep,
+            guided,
+            classifier,
+            guide_model,
+            progress,
         )
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
         """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""
         x0, eps = split(self.predicts, prediction, x, alpha, sigma)
         near = clipped(x0 / self.process.scale, clip) * self.process.scale
-        eps = jnp.where(beside(clip, x), (x - alpha * near) / sigma, eps)
+        eps = jnp.where(expand_like(clip, x), (x - alpha * near) / sigma, eps)
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
         return Denoised(near, eps, v)
 
 
-def noised_small(small: Array, share: Array, noise: Array) -> Batch:
+def noise_low_res(small: Array, share: Array, noise: Array) -> Batch:
     """What a network reads of a small picture (b, i', j', c) of which a share (b,) of the power's root is noise."""
-    weight = beside(share, small)
+    weight = expand_like(share, small)
     return {"low_res": jnp.sqrt(1 - weight**2) * small + weight * noise, "low_res_noise": share}
 
 
@@ -426,28 +438,28 @@ def _sample(
     model: Any,
     condition: Batch,
     keys: Array,
-    options: Solving,
+    options: DiffusionSampler,
     known: Array | None,
     keep: Array | None,
     guided: bool,
-    log_p: Any,
-    weak: Any,
+    classifier: Any,
+    guide_model: Any,
     progress: Any,
 ) -> Array:
-    b, branches = len(keys), 2 if guided and weak is None else 1
+    b, branches = len(keys), 2 if guided and guide_model is None else 1
     folded = jax.vmap(jax.random.fold_in, (0, None))
     # The two rows of a picture stand beside each other, so that both live on the same device.
     rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    path = config.process.path(options.steps, options.stride, options.spacing)
-    if config.reads_small:
-        small, hidden = config.small(condition), folded(keys, 3)
+    path = config.process.timesteps(options.steps, options.stride, options.spacing)
+    if config.is_super_resolution:
+        small, hidden = config.low_res_of(condition), folded(keys, 3)
         noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
-        share = jnp.broadcast_to(options.augmentation, (b,))
-        condition = {k: v for k, v in condition.items() if k != "image"} | noised_small(small, share, noise)
+        share = jnp.broadcast_to(options.noise_aug, (b,))
+        condition = {k: v for k, v in condition.items() if k != "image"} | noise_low_res(small, share, noise)
     everything = jax.tree.map(rows, condition)
     nothing = jnp.zeros(b * branches, bool)
     context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
-    weak_context = None if weak is None else weak.read(condition, nothing)
+    guide_context = None if guide_model is None else guide_model.read(condition, nothing)
     first, later, kept, _, renewed, kept_again = (folded(keys, n) for n in range(6))
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
@@ -457,18 +469,20 @@ def _sample(
         out, *null = rearrange(out, "(b n) i j c -> n b i j c", n=branches)
         prediction, v = config._parts(out)
         if guided:
-            if weak is not None:
-                null = [config._apply(weak, x, jnp.full(b, told), weak_context, condition)]
+            if guide_model is not None:
+                null = [config._apply(guide_model, x, jnp.full(b, told), guide_context, condition)]
             scale = options.guidance_at(i / path.steps, 2 * solvers.log_ratio(path, i))
             # A worse model may say something of the variance where this one does not, or the other way round.
             other = null[0][..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
             prediction = guidance.rescale(moved, prediction, options.guidance_rescale)
         denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)
-        if log_p is None:
+        if classifier is None:
             return denoised
-        pull = guidance.pull(lambda x: log_p(x, jnp.full(b, told), condition), x, options.pull)
-        return denoised._replace(pull=pull)
+        pull = guidance.classifier_gradient(
+            lambda x: classifier(x, jnp.full(b, told), condition), x, options.classifier_scale
+        )
+        return denoised._replace(classifier_gradient=pull)
 
     x, start = normal(first, 0), jnp.int32(0)
     clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale

@@ -26,17 +26,17 @@ from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Po
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.draw import guidance_at
-from t2i_jax.nn.heads import Diffusion, Head, ImageKeys, sample_spec
+from t2i_jax.nn.heads import DiffusionHead, Head, ImageKeys, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.orders import (
     SHAPES,
-    Generation,
+    MaskedSampler,
+    MaskedSchedule,
     MaskRate,
     Order,
-    Scheduled,
     Sets,
     by_confidence,
     hidden_by,
@@ -50,9 +50,9 @@ from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
 SIZES: dict[str, dict[str, Any]] = {
-    "mar-b": dict(width=768, depth=12, heads=12, head=Diffusion(width=1024, depth=6)),  # 208 M
-    "mar-l": dict(width=1024, depth=16, heads=16, head=Diffusion(width=1280, depth=8)),  # 478 M
-    "mar-h": dict(width=1280, depth=20, heads=16, head=Diffusion(width=1536, depth=12)),  # 942 M
+    "mar-b": dict(width=768, depth=12, heads=12, head=DiffusionHead(width=1024, depth=6)),  # 208 M
+    "mar-l": dict(width=1024, depth=16, heads=16, head=DiffusionHead(width=1280, depth=8)),  # 478 M
+    "mar-h": dict(width=1280, depth=20, heads=16, head=DiffusionHead(width=1536, depth=12)),  # 942 M
 }
 """Published shapes, by name."""
 
@@ -65,7 +65,7 @@ class Masked(Checked):
     """Rows and columns of tokens."""
     patch: Size = 1
     """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
-    head: Head = Diffusion()
+    head: Head = DiffusionHead()
     order: Annotated[Order, SAMPLED] = Sets()
     rate: MaskRate = MaskRate()
     """What is hidden in training."""
@@ -82,9 +82,9 @@ class Masked(Checked):
     decoder_mlp: Count = 0
     buffer: Size = 64
     """Slots that a condition of one token fills; longer ones take a slot a token."""
-    condition: Condition = Classes(1000)
+    condition: Condition = ClassEmbedder(1000)
     """What stands before the image: classes, captions or features."""
-    buckets: Annotated[Size, FREE] = 4
+    size_buckets: Annotated[Size, FREE] = 4
     """Sizes that the encoder may have in a step of the sampler, for how many tokens are known: each is compiled. With 1
     it always takes all."""
     dropout: Rate = 0.1
@@ -99,14 +99,14 @@ class Masked(Checked):
     """What each layer keeps for its backward pass."""
     kernel: Kind = "auto"
     """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
-    sampling: Annotated[Generation, FREE] = Generation()
+    sampling: Annotated[MaskedSampler, FREE] = MaskedSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.order.confident and not self.head.knows_probability:
+        if self.order.by_confidence and not self.head.knows_probability:
             raise ValueError(
-                f"order {type(self.order).__name__} needs a head that knows probabilities, as Softmax; "
+                f"order {type(self.order).__name__} needs a head that knows probabilities, as SoftmaxHead; "
                 f"a {type(self.head).__name__} gives none"
             )
         _ = self.sample_spec()  # which refuses a patch that no token can be made of
@@ -130,7 +130,7 @@ class Masked(Checked):
         return math.prod(self.grid)
 
     @property
-    def slots(self) -> int:
+    def condition_tokens(self) -> int:
         """Places of the condition before the image."""
         return self.buffer if self.condition.length == 1 else self.condition.length
 
@@ -187,23 +187,23 @@ class Masked(Checked):
         """What a batch has to hold."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
-    def options(self) -> Generation:
+    def options(self) -> MaskedSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Generation) -> None:
+    def check(self, options: MaskedSampler) -> None:
         """Errors: none; what options may be, each of them says itself."""
 
-    def init(self, key: Array) -> Network:
+    def init(self, key: Array) -> MaskedNetwork:
         """A model with fresh parameters."""
-        return Network(self, key)
+        return MaskedNetwork(self, key)
 
     # -- training
 
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: MaskedNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
 
         batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
@@ -225,7 +225,7 @@ class Masked(Checked):
 
     def forward(
         self,
-        model: Network,
+        model: MaskedNetwork,
         batch: Batch,
         hidden: Array,
         dropped: Array | None = None,
@@ -245,16 +245,19 @@ class Masked(Checked):
         y = self.encode(model, condition, to_tokens(batch["codes"], self.patch), hidden, size, keys[0])
         return self.decode(model, condition[1], self.restore(model, y, hidden), keys[1])
 
-    def read(self, model: Network, batch: Batch, dropped: Array) -> tuple[Array, Array]:
+    def read(self, model: MaskedNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array]:
         """The slots of the condition (b, s, d), and which of them may be seen (b, s)."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
         if self.condition.length == 1:
-            tokens, valid = repeat(tokens, "b 1 d -> b s d", s=self.slots), repeat(valid, "b 1 -> b s", s=self.slots)
+            tokens, valid = (
+                repeat(tokens, "b 1 d -> b s d", s=self.condition_tokens),
+                repeat(valid, "b 1 -> b s", s=self.condition_tokens),
+            )
         return tokens, valid
 
     def encode(
         self,
-        model: Network,
+        model: MaskedNetwork,
         condition: tuple[Array, Array],
         x: Array,
         hidden: Array,
@@ -271,32 +274,34 @@ class Masked(Checked):
         x = jax.vmap(lambda x, p: x[p])(x, places)
         entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype)).astype(self.dtype)
         position = model.encoder_position[...].astype(self.dtype)
-        y = jnp.concatenate([slots + position[: self.slots], entered + position[self.slots :][places]], 1)
+        y = jnp.concatenate(
+            [slots + position[: self.condition_tokens], entered + position[self.condition_tokens :][places]], 1
+        )
         y = shard(model.entrance_norm(y), "batch", "length", None)
         if model.encoder is not None:
             mask = Padding(jnp.concatenate([valid, seen], 1))
             y, _ = apply_stack(model.encoder, y, mask=mask, key=key, remat=self.remat)
         return model.encoder_norm(y)
 
-    def restore(self, model: Network, y: Array, hidden: Array) -> Array:
+    def restore(self, model: MaskedNetwork, y: Array, hidden: Array) -> Array:
         """What the encoder gave, at its places among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
         y = model.widen(y)
         places = jnp.cumsum(~hidden, 1) - 1  # of each visible position among the visible
-        places = jnp.clip(places, 0, max(y.shape[1] - self.slots - 1, 0))
-        if y.shape[1] == self.slots:  # nothing is visible
+        places = jnp.clip(places, 0, max(y.shape[1] - self.condition_tokens - 1, 0))
+        if y.shape[1] == self.condition_tokens:  # nothing is visible
             tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
         else:
-            tokens = jax.vmap(lambda y, p: y[p])(y[:, self.slots :], places)
+            tokens = jax.vmap(lambda y, p: y[p])(y[:, self.condition_tokens :], places)
         tokens = jnp.where(hidden[..., None], model.mask_token[...].astype(y.dtype), tokens)
-        return shard(jnp.concatenate([y[:, : self.slots], tokens], 1), "batch", "length", None)
+        return shard(jnp.concatenate([y[:, : self.condition_tokens], tokens], 1), "batch", "length", None)
 
-    def decode(self, model: Network, valid: Array, y: Array, key: Array | None = None) -> Array:
+    def decode(self, model: MaskedNetwork, valid: Array, y: Array, key: Array | None = None) -> Array:
         """z of every position: (b, s + L, d') -> (b, L, d')."""
         real = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)
         mask = Padding(real) if self.condition.spec.has_padding else None
         y = y + model.decoder_position[...].astype(y.dtype)
         y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
-        return model.decoder_norm(y)[:, self.slots :] + model.head_position[...].astype(y.dtype)
+        return model.decoder_norm(y)[:, self.condition_tokens :] + model.head_position[...].astype(y.dtype)
 
     # -- sampling
 
@@ -305,24 +310,26 @@ class Masked(Checked):
         """Compiled numbers of visible tokens, and of tokens that are asked for: shapes are fixed when a program is
         compiled, counts are not, so each step takes the smallest of these few that holds its count."""
         n = self.length
-        visible = sorted({-(-n * (k + 1) // self.buckets) for k in range(self.buckets)})
-        asked = [1] if self.order.single else sorted({min(4**k, n) for k in range(1 + math.ceil(math.log(n, 4)))})
+        visible = sorted({-(-n * (k + 1) // self.size_buckets) for k in range(self.size_buckets)})
+        asked = (
+            [1] if self.order.one_at_a_time else sorted({min(4**k, n) for k in range(1 + math.ceil(math.log(n, 4)))})
+        )
         return visible, asked
 
-    def loop_trips(self, options: Generation) -> list[tuple[int, ...]]:
+    def loop_trips(self, options: MaskedSampler) -> list[tuple[int, ...]]:
         """Which of the sizes each step takes when all tokens are drawn, where there is more than one."""
         left = [self.length, *remaining(self.length, int(options.iterations), list(SHAPES)[int(options.shape)])]
-        left = list(range(self.length, -1, -1)) if self.order.single else [int(n) for n in left]
-        steps = [(self.length - now, now if self.order.confident else now - then) for now, then in pairwise(left)]
+        left = list(range(self.length, -1, -1)) if self.order.one_at_a_time else [int(n) for n in left]
+        steps = [(self.length - now, now if self.order.by_confidence else now - then) for now, then in pairwise(left)]
         find = lambda counts: zip(self.sizes, counts, strict=True)
         return [tuple(bisect_left(s, n) for s, n in find(step) if len(s) > 1) for step in steps]
 
     def sample(
         self,
-        model: Network,
+        model: MaskedNetwork,
         condition: Batch,
         keys: Array,
-        options: Generation | None = None,
+        options: MaskedSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | None = None,
@@ -354,12 +361,12 @@ class Masked(Checked):
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
-class Network(nnx.Module):
+class MaskedNetwork(nnx.Module):
     """The parameters of a `Masked`."""
 
     def __init__(self, config: Masked, key: Array):
         keys = jax.random.split(key, 10)
-        d, f, total = config.width, config.decoder.width, config.slots + config.length
+        d, f, total = config.width, config.decoder.width, config.condition_tokens + config.length
         self.condition = config.condition.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
         self.encoder_position = param(normal(keys[2], (total, d)), None, "embed")
@@ -378,14 +385,14 @@ class Network(nnx.Module):
 @partial(jax.jit, static_argnames=("config", "guided", "progress"))
 def _sample(
     config: Masked,
-    model: Network,
+    model: MaskedNetwork,
     condition: Batch,
     keys: Array,
     x: Array,
     keep: Array,
     orders: Array | None,
     draws: Any,
-    options: Scheduled,
+    options: MaskedSchedule,
     guided: bool,
     progress: Progress | None,
 ) -> Array:
@@ -422,7 +429,7 @@ def _sample(
 
     def after(i: Array, now: Array) -> Array:
         """How many tokens are hidden after step i."""
-        return jnp.maximum(now - 1, 0) if order.single else options.remaining(i, total, now)
+        return jnp.maximum(now - 1, 0) if order.one_at_a_time else options.remaining(i, total, now)
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         x, orders, now, i = state
@@ -430,9 +437,9 @@ def _sample(
         y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
         z = config.decode(model, slots[1], y)
         then = after(i, now)
-        first = jnp.zeros_like(then) if order.confident else then
+        first = jnp.zeros_like(then) if order.by_confidence else then
         x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)
-        if order.confident:
+        if order.by_confidence:
             fading = options.choice_temperature * (1 - (i + 1) / options.iterations)
             uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
             gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))

@@ -18,7 +18,7 @@ from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
 from t2i_jax.nn.losses import cross_entropy
-from t2i_jax.nn.unet import Encoder, UNet
+from t2i_jax.nn.unet import UNet, UNetEncoder
 from t2i_jax.noise.guidance import of_class
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import spread
@@ -53,8 +53,8 @@ class NoisedClassifier(Checked):
         """The same model, computed in another way."""
         return dataclasses.replace(self, trunk=self.trunk.with_compute(compute))
 
-    def init(self, key: Array) -> Classifying:
-        return Classifying(self, key)
+    def init(self, key: Array) -> NoisyClassifierNet:
+        return NoisyClassifierNet(self, key)
 
     def batch_spec(self) -> BatchSpec:
         """What a batch has to hold: `codes` (latents) or `image`, and the class."""
@@ -65,7 +65,7 @@ class NoisedClassifier(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Classifying, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: NoisyClassifierNet, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too.
 
         train: False leaves out dropout, and takes times evenly; static.
@@ -73,22 +73,24 @@ class NoisedClassifier(Checked):
         x0 = (batch["codes"] if "codes" in batch else batch["image"]).astype(jnp.float32) * self.process.scale
         keys = jax.random.split(key, 3)
         t = self.process.quantile(spread(keys[0], len(x0), train))
-        alpha, sigma = self.process.at(t, x0)
+        alpha, sigma = self.process.alpha_sigma(t, x0)
         logits = model(
-            alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape), self.process.told(t), keys[2] if train else None
+            alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape),
+            self.process.network_time(t),
+            keys[2] if train else None,
         )
         _, nll, correct = cross_entropy(logits, batch["label"])
         weight = batch.get("weight", jnp.ones(len(x0))).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
         return LossOutput(mean(nll), {"loss": mean(nll), "accuracy": mean(correct)})
 
-    def log_p(self, model: Classifying, x: Array, t: Array, condition: Batch) -> Array:
+    def log_p(self, model: NoisyClassifierNet, x: Array, t: Array, condition: Batch) -> Array:
         """log p(label | x) (b,): with `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards
         `label`."""
         return of_class(model(x, t), ids(condition, "label", self.classes))
 
 
-class Classifying(Encoder):
+class NoisyClassifierNet(UNetEncoder):
     """The parameters of a `NoisedClassifier`."""
 
     def __init__(self, config: NoisedClassifier, key: Array):

@@ -93,9 +93,9 @@ class NoisedCLIP(Checked):
         keys = jax.random.split(key)
         x0 = batch["image"].astype(jnp.float32)
         t = self.process.quantile(spread(keys[0], len(x0), train))
-        alpha, sigma = self.process.at(t, x0)
+        alpha, sigma = self.process.alpha_sigma(t, x0)
         x = alpha * x0 + sigma * jax.random.normal(keys[1], x0.shape)
-        images, texts = model.images(x, self.process.told(t)), model.texts(batch["text"], batch["text_mask"])
+        images, texts = model.images(x, self.process.network_time(t)), model.texts(batch["text"], batch["text_mask"])
         logits = self.scale * images @ texts.T
         diagonal = lambda logits: -jnp.diagonal(jax.nn.log_softmax(logits)).mean()
         loss = (diagonal(logits) + diagonal(logits.T)) / 2

@@ -25,18 +25,20 @@ from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objecti
 from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import dropped_rows, ids, same_length, text_spec
-from t2i_jax.nn.decode import FewRows, layers_for_decoding
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Block, Cache, Layer, Shift, apply_stack, drop, stack
+from t2i_jax.nn.transformer import Block, Cache, Layer, TokenShift, apply_stack, drop, stack
 from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
 
 SIZES: dict[str, dict[str, Any]] = {
     "5M": dict(width=256, depth=6, heads=4),
     "mindalle": dict(width=1536, depth=42, heads=24),  # 1.3 B
-    "cogview": dict(width=2560, depth=48, heads=40, sandwich=True, relax=True, tied=True, one_softmax=True),  # 4 B
+    "cogview": dict(
+        width=2560, depth=48, heads=40, sandwich_norm=True, pb_relax=True, tied=True, one_softmax=True
+    ),  # 4 B
     "dalle": dict(width=3968, depth=64, heads=62, positions="axial", attention=("row", "column", "row", "row")),  # 12 B
 }
 """Published and own shapes, by name."""
@@ -46,7 +48,7 @@ WINDOW = 5  # rows and columns of a window, its last cell the query's own
 
 
 @dataclasses.dataclass(frozen=True)
-class Text(Checked):
+class StreamText(Checked):
     """The first part of the stream: ids of a caption, padded to a length."""
 
     vocabulary: Size = 16384
@@ -63,12 +65,12 @@ class Text(Checked):
         return text_spec(self.vocabulary, self.length, mask=False)
 
     @property
-    def rows(self) -> int:
+    def num_embeddings(self) -> int:
         """Ids that there are."""
         return self.vocabulary + (self.length if self.unique_padding else 0)
 
     @property
-    def places(self) -> int:
+    def prefix_length(self) -> int:
         """Tokens before the image."""
         return self.length + self.start
 
@@ -89,7 +91,7 @@ class Stream(Checked):
     """Codes of the codec."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
-    condition: Text = Text()
+    condition: StreamText = StreamText()
     width: Size = 256
     depth: Layers = 6
     heads: Size = 4
@@ -102,13 +104,13 @@ class Stream(Checked):
     """Add learned biases in the MLPs, and in attention unless the next two say else."""
     qkv_bias: bool | None = None
     out_bias: bool | None = None
-    sandwich: bool = False
+    sandwich_norm: bool = False
     """Normalise what each branch adds too (Ding et al. 2021, 2.3)."""
-    relax: bool = False
+    pb_relax: bool = False
     """Keep low-precision numbers small in attention and normalisation (Ding et al. 2021, 2.3, PB-Relax)."""
-    branch_scale: bool = False
+    layer_scale: bool = False
     """A learned vector times what each branch adds (Touvron et al. 2021)."""
-    shift: bool = False
+    token_shift: bool = False
     """Each branch reads some channels of the neighbours before."""
     attention: tuple[Attention, ...] = ("full",)
     """What image tokens see of the image, in turns over the layers (Child et al. 2019); text they see whole."""
@@ -136,14 +138,14 @@ class Stream(Checked):
     """Of the computation; parameters, logits and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
-    sampling: Annotated[Sampling, FREE] = Sampling()
+    sampling: Annotated[ARSampler, FREE] = ARSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.attention:
             raise ValueError("attention=(): at least one kind")
-        if self.shift and self.width % 4:
+        if self.token_shift and self.width % 4:
             raise ValueError(f"shift=True moves quarters of the width; width={self.width} is no multiple of 4")
 
     @classmethod
@@ -171,10 +173,10 @@ class Stream(Checked):
             bias=self.bias,
             qkv_bias=self.qkv_bias,
             out_bias=self.out_bias,
-            turn_values=self.positions == "rotary",
-            sandwich=self.sandwich,
-            branch_scale=self.branch_scale,
-            relax=self.relax,
+            rope_values=self.positions == "rotary",
+            sandwich_norm=self.sandwich_norm,
+            layer_scale=self.layer_scale,
+            pb_relax=self.pb_relax,
             dropout=self.dropout,
         )
 
@@ -211,27 +213,27 @@ class Stream(Checked):
         """What a batch has to hold."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
-    def options(self) -> Sampling:
+    def options(self) -> ARSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Sampling) -> None:
+    def check(self, options: ARSampler) -> None:
         """Errors: none; what options may be, each of them says itself."""
 
-    def loop_trips(self, options: Sampling) -> int:
+    def loop_trips(self, options: ARSampler) -> int:
         """1: every loop of the sampler is of a known length."""
         return 1
 
-    def init(self, key: Array) -> Network:
+    def init(self, key: Array) -> StreamNetwork:
         """A model with fresh parameters."""
-        return Network(self, key)
+        return StreamNetwork(self, key)
 
     # -- training
 
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: StreamNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
 
         batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
@@ -252,13 +254,13 @@ class Stream(Checked):
         bits = {"bits_per_token": mean(image_nll) / math.log(2), "bits_per_text_token": mean(text_nll) / math.log(2)}
         return LossOutput(loss, {"loss": loss, **bits, "accuracy": mean(correct)})
 
-    def log_likelihood(self, model: Network, batch: Batch) -> Array:
+    def log_likelihood(self, model: StreamNetwork, batch: Batch) -> Array:
         """log p(codes | text) of each image in nats: (b,) fp32."""
         text = self.condition(batch, jnp.zeros(batch["codes"].shape[0], bool))
         _, x = self._features(model, text, batch["codes"])
         return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
 
-    def forward(self, model: Network, batch: Batch, dropped: Array | None = None) -> tuple[Array, Array]:
+    def forward(self, model: StreamNetwork, batch: Batch, dropped: Array | None = None) -> tuple[Array, Array]:
         """Logits fp32 of every text token but a first one without start, (b, s or s - 1, rows), and of every code
         (b, L, v), given all before; `dropped` bool (b,) marks rows without their text."""
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
@@ -275,7 +277,9 @@ class Stream(Checked):
     def _image_score(self, score: Callable[[Array], Array], x: Array, codes: Array) -> tuple[Array, ...]:
         return chunked_cross_entropy(score, x, rearrange(codes, "b h w -> b (h w)"), self.loss_chunk)
 
-    def _features(self, model: Network, text: Array, codes: Array, key: Array | None = None) -> tuple[Array, Array]:
+    def _features(
+        self, model: StreamNetwork, text: Array, codes: Array, key: Array | None = None
+    ) -> tuple[Array, Array]:
         """What comes out of the Transformer where logits of text and of codes are read: (b, s', d), (b, L, d)."""
         keys = (None, None) if key is None else jax.random.split(key)
         codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
@@ -291,11 +295,11 @@ class Stream(Checked):
             key=keys[1],
             remat=self.remat,
         )
-        return x[:, : self.condition.places - 1], x[:, self.condition.places - 1 :]
+        return x[:, : self.condition.prefix_length - 1], x[:, self.condition.prefix_length - 1 :]
 
     # -- what is where
 
-    def _text(self, model: Network, text: Array) -> Array:
+    def _text(self, model: StreamNetwork, text: Array) -> Array:
         """Text ids (b, s) as the first tokens of the stream."""
         if self.condition.start:
             text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.condition.padding)
@@ -311,14 +315,14 @@ class Stream(Checked):
         return shard(x.astype(self.dtype), "batch", "length", None)
 
     @property
-    def _shift(self) -> Shift | None:
-        return Shift(self.condition.places, self.grid[1]) if self.shift else None
+    def _shift(self) -> TokenShift | None:
+        return TokenShift(self.condition.prefix_length, self.grid[1]) if self.token_shift else None
 
     def _visible(self, q: Array, k: Array) -> Array:
         """What places q (t,) see of places k (s,): (1, 1, t, s), or (n, 1, 1, t, s) where n masks take turns."""
         q, k = q[:, None], k[None]
         past, columns = k <= q, self.grid[1]
-        (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.condition.places, columns) for p in (q, k))
+        (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.condition.prefix_length, columns) for p in (q, k))
         down, right = q_row - k_row, q_column - k_column
         near = {
             "full": True,
@@ -326,24 +330,24 @@ class Stream(Checked):
             "column": right == 0,
             "window": (down < WINDOW) & (right >= 0) & (right < WINDOW),
         }
-        masks = jnp.stack([past & (near[kind] | (k < self.condition.places)) for kind in self.attention])
+        masks = jnp.stack([past & (near[kind] | (k < self.condition.prefix_length)) for kind in self.attention])
         return masks[:, None, None] if len(masks) > 1 else masks[:, None]
 
     def _rotary(self, place: Array) -> Rotary | None:
         """cos and sin of places."""
         if self.positions != "rotary":
             return None
-        angles = rotary_text_grid(self.condition.places, self.grid, self.layer.head)
+        angles = rotary_text_grid(self.condition.prefix_length, self.grid, self.layer.head)
         return jnp.cos(angles)[place], jnp.sin(angles)[place]
 
     # -- sampling
 
     def sample(
         self,
-        model: Network,
+        model: StreamNetwork,
         condition: Batch,
         keys: Array,
-        options: Sampling | None = None,
+        options: ARSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | int = 0,
@@ -358,13 +362,13 @@ class Stream(Checked):
         guided = self.condition_dropout > 0 if guided is None else guided
         return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
-    def prefill(self, model: Network, condition: Batch, dropped: Array) -> tuple[Array, Decoding]:
+    def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
         """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
-        x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.places)
-        first, following = layers_for_decoding(model.blocks, self.dtype)
+        x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.prefix_length)
+        first, following = prepare_layers_for_decode(model.blocks, self.dtype)
         b, s = x.shape[:2]
         caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
-        if self.shift:
+        if self.token_shift:
             past = jnp.zeros((b, 2, s, self.width // 4 * 2), self.dtype)
             caches = tuple(c._replace(past=past) for c in caches)
         x, caches = apply_stack(
@@ -376,20 +380,20 @@ class Stream(Checked):
             caches=caches,
         )
         w = transposed(model.image_tokens.w) if model.image_head is None else model.image_head
-        state = Decoding(
+        state = StreamDecodeState(
             caches=caches,
             blocks=following,
             tokens=model.image_tokens,
             places=model.cells(),
             norm=model.norm,
-            output=FewRows(w, model.image_bias, self.dtype, jnp.float32),
+            output=DecodeLinear(w, model.image_bias, self.dtype, jnp.float32),
             text=s,
         )
         return model.image_logits(x[:, -1]), state
 
-    def decode(self, state: Decoding, codes: Array, i: Array | int) -> tuple[Array, Decoding]:
+    def decode(self, state: StreamDecodeState, codes: Array, i: Array | int) -> tuple[Array, StreamDecodeState]:
         """Put in code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
-        place = jnp.reshape(self.condition.places + i, (1,))
+        place = jnp.reshape(self.condition.prefix_length + i, (1,))
         x, caches = apply_stack(
             state.blocks,
             self._image(state.tokens, state.places, codes[:, None], i),
@@ -403,7 +407,7 @@ class Stream(Checked):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class StreamDecodeState:
     """An image under way."""
 
     caches: tuple[Cache, ...]
@@ -413,25 +417,25 @@ class Decoding:
     places: Array | None
     """What is added to codes by where they stand (L, d)."""
     norm: RMSNorm | LayerNorm
-    output: FewRows
+    output: DecodeLinear
     text: int = dataclasses.field(metadata={"static": True})
     """Tokens before the image."""
 
-    def grow(self, count: int) -> Decoding:
+    def grow(self, count: int) -> StreamDecodeState:
         """Room for `count` tokens of the image."""
         return dataclasses.replace(self, caches=tuple(c.grow(self.text + count) for c in self.caches))
 
 
-class Network(nnx.Module):
+class StreamNetwork(nnx.Module):
     """The parameters of a `Stream`."""
 
     def __init__(self, config: Stream, key: Array):
         keys = jax.random.split(key, 7)
-        self.text_tokens = Embedding(config.condition.rows, config.width, keys[0])
+        self.text_tokens = Embedding(config.condition.num_embeddings, config.width, keys[0])
         self.image_tokens = Embedding(config.vocabulary, config.width, keys[1])
         places = lambda key, *shape: param(normal(key, (*shape, config.width)), *(None,) * len(shape), "embed")
         learned = config.positions != "rotary"
-        self.text_places = places(keys[2], config.condition.places) if learned else None
+        self.text_places = places(keys[2], config.condition.prefix_length) if learned else None
         self.image_places = places(keys[3], config.length) if config.positions == "learned" else None
         axial = config.positions == "axial"
         self.row_places, self.column_places = (
@@ -441,7 +445,7 @@ class Network(nnx.Module):
         # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
             branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
-        if config.branch_scale:  # the first layers may say more (Touvron et al. 2021, 3.2)
+        if config.layer_scale:  # the first layers may say more (Touvron et al. 2021, 3.2)
             layer = jnp.arange(1, config.depth + 1)
             scale = jnp.where(layer <= 18, 0.1, jnp.where(layer <= 24, 1e-5, 1e-6))[:, None]
             for name in ("attention_scale", "mlp_scale"):
@@ -449,7 +453,10 @@ class Network(nnx.Module):
         self.norm = config.layer.normalise()
         matrix = lambda key, v: None if config.tied else param(normal(key, (config.width, v)), "embed", "vocab")
         bias = lambda v: param(jnp.zeros(v), "vocab") if config.output_bias else None
-        self.text_head, self.text_bias = matrix(keys[5], config.condition.rows), bias(config.condition.rows)
+        self.text_head, self.text_bias = (
+            matrix(keys[5], config.condition.num_embeddings),
+            bias(config.condition.num_embeddings),
+        )
         self.image_head, self.image_bias = matrix(keys[6], config.vocabulary), bias(config.vocabulary)
 
     def cells(self) -> Array | None:

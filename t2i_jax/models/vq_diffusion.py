@@ -23,17 +23,17 @@ from jax import Array
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
-from t2i_jax.nn.condition import Classes, check_vectors, dropped_rows, ids
-from t2i_jax.nn.conditional import Told, apply_told, told_stack
-from t2i_jax.nn.draw import truncate
-from t2i_jax.nn.layers import Carried, Embedding, LayerNorm, Linear, normal, param, replace
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows, ids
+from t2i_jax.nn.conditional import AdaLN, apply_blocks, stack_blocks
+from t2i_jax.nn.draw import filter_logits
+from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.nn.watch import Progress
 from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.guidance import guide
-from t2i_jax.noise.reverse import Reverse, reverse
+from t2i_jax.noise.reverse import DiscreteSampler, reverse
 from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
 
@@ -54,12 +54,13 @@ class VQDiffusion(Checked):
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     conv_mlp: bool = False
     """3x3 convolutions over the grid in place of the MLP's matrices."""
-    condition: Condition = Classes(1000)
-    """Captions and features are read by cross-attention; classes by the norm before the MLP; `Classes(0)` is none."""
+    condition: Condition = ClassEmbedder(1000)
+    """Captions and features are read by cross-attention, classes by the norm before the MLP; `ClassEmbedder(0)` is no
+    condition."""
     mean_null: bool = False
     """The unconditional class is the mean of all, in place of a row of its own: for models that never learned one."""
     class_norm: Literal["layer", "instance"] = "layer"
-    times: Literal["learned", "waves", "none"] = "learned"
+    times: Literal["learned", "sinusoidal", "none"] = "learned"
     """How the norms are told the time: by a table, by waves of it, or not at all."""
     position_grid: tuple[int, int] | None = None
     """Rows and columns of the tables of positions; None is the grid. A larger one is read in raster order, as if the
@@ -69,7 +70,7 @@ class VQDiffusion(Checked):
     """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
     objective: Literal["bound", "continuous"] = "bound"
     """The bound of the chain with its auxiliary loss, or the absorbing chain's in continuous time."""
-    auxiliary: NotNegative = 5e-4
+    aux_loss_weight: NotNegative = 5e-4
     """Weight of -log p(x_0 | x_t) beside the bound (eq. 12)."""
     adaptive: bool = True
     """It falls from twice that to once that over time."""
@@ -84,7 +85,7 @@ class VQDiffusion(Checked):
     """Of the computation; parameters, logits, distributions and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
     """What each layer keeps for its backward pass."""
-    sampling: Annotated[Reverse, FREE] = Reverse()
+    sampling: Annotated[DiscreteSampler, FREE] = DiscreteSampler()
     """How `sample` draws unless told otherwise."""
 
     def __post_init__(self):
@@ -115,9 +116,9 @@ class VQDiffusion(Checked):
         return self.condition.spec.classes is None
 
     @property
-    def block(self) -> Told:
+    def block(self) -> AdaLN:
         """One block of the Transformer."""
-        return Told(
+        return AdaLN(
             Layer(
                 self.width,
                 self.heads,
@@ -128,8 +129,8 @@ class VQDiffusion(Checked):
                 dropout=self.dropout,
             ),
             1 if self.times == "none" else self.chain.steps,
-            waves=self.times == "waves",
-            memory=self.condition.token_width(self.width) if self.by_tokens else 0,
+            sinusoidal=self.times == "sinusoidal",
+            context=self.condition.token_width(self.width) if self.by_tokens else 0,
             classes=self.rows,
             class_norm=self.class_norm,
             grid=self.grid if self.conv_mlp else None,
@@ -163,45 +164,51 @@ class VQDiffusion(Checked):
         """What a batch has to hold."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
-    def options(self) -> Reverse:
+    def options(self) -> DiscreteSampler:
         """How `sample` draws unless told otherwise."""
         return self.sampling
 
-    def check(self, options: Reverse) -> None:
+    def check(self, options: DiscreteSampler) -> None:
         """Errors: none; what options may be, each of them says itself."""
 
-    def loop_trips(self, options: Reverse) -> int:
+    def loop_trips(self, options: DiscreteSampler) -> int:
         """How often the network is asked."""
         stride = int(options.stride)
         return -(-(self.chain.steps - 1) // stride) + 1 if stride else int(options.steps) or self.chain.steps
 
-    def init(self, key: Array) -> Network:
+    def init(self, key: Array) -> VQDiffusionNetwork:
         """A model with fresh parameters."""
-        return Network(self, key)
+        return VQDiffusionNetwork(self, key)
 
     # -- the network
 
-    def tell(self, model: Network, batch: Batch, dropped: Array) -> Conditioning:
+    def embed_condition(self, model: VQDiffusionNetwork, batch: Batch, dropped: Array) -> Conditioning:
         """What the blocks are told of each row; `dropped` bool (b,) marks unconditional ones."""
         if (count := self.condition.spec.classes) is not None:
             label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
             return Conditioning(None, None, label)
-        memory, mask = model.condition(batch, dropped, self.dtype)
-        return Conditioning(memory, mask[:, None, None], None)
+        context, mask = model.condition(batch, dropped, self.dtype)
+        return Conditioning(context, mask[:, None, None], None)
 
-    def logits(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
+    def logits(
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+    ) -> Array:
         """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
         return model.logits(self.features(model, x_t, t, told, key))
 
-    def features(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
+    def features(
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+    ) -> Array:
         """What the logits are made of (b, l, d)."""
         rows, columns = model.rows[...], model.columns[...]
         places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
         x = (model.tokens(x_t) + places).astype(self.dtype)
         t = jnp.zeros_like(t) if self.times == "none" else t
-        return apply_told(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
+        return apply_blocks(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
 
-    def log_x0(self, model: Network, x_t: Array, t: Array, told: Conditioning, key: Array | None = None) -> Array:
+    def log_x0(
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+    ) -> Array:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
         return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, told, key)))
 
@@ -210,7 +217,7 @@ class VQDiffusion(Checked):
     def objectives(self) -> dict[str, Objective]:
         return single_objective(self.loss)
 
-    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: VQDiffusionNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
         history of losses has moved on.
 
@@ -221,13 +228,13 @@ class VQDiffusion(Checked):
         b, keys = x0.shape[0], jax.random.split(key, 4)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        told = self.tell(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
+        told = self.embed_condition(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
         drop = keys[3] if train else None
         if self.objective == "continuous":
             terms = self.continuous(model, told, x0, keys[1], drop, train)
         else:
-            t, p = self.draw_times(model, b, keys[1], train)
-            x_t = self.chain.noised(x0, t, keys[2])
+            t, p = self.sample_times(model, b, keys[1], train)
+            x_t = self.chain.q_sample(x0, t, keys[2])
             terms = self.bound(model, told, x0, x_t, t, p, drop)
             if self.importance and train:
                 model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
@@ -237,14 +244,14 @@ class VQDiffusion(Checked):
 
     def bound(
         self,
-        model: Network,
+        model: VQDiffusionNetwork,
         told: Conditioning,
         x0: Array,
         x_t: Array,
         t: Array,
         p: Array,
         key: Array | None = None,
-    ) -> Terms:
+    ) -> DiscreteLossTerms:
         """The loss of codes x0, noised to x_t (b, l), at times t (b,) that were drawn with probability p (b,)."""
 
         @jax.checkpoint  # several distributions (b, l, K + 1) would be kept otherwise
@@ -259,18 +266,18 @@ class VQDiffusion(Checked):
         weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
         weight = jnp.where((t == 0)[:, None], 1.0, weight)
         size, guess = jnp.sum(size * weight, -1), jnp.sum(guess * weight, -1)
-        auxiliary = self.auxiliary * (2 - t / self.chain.steps if self.adaptive else 1.0)
-        return Terms((size + auxiliary * guess) / p, size, size / p / math.log(2), correct.mean(-1))
+        auxiliary = self.aux_loss_weight * (2 - t / self.chain.steps if self.adaptive else 1.0)
+        return DiscreteLossTerms((size + auxiliary * guess) / p, size, size / p / math.log(2), correct.mean(-1))
 
     def continuous(
         self,
-        model: Network,
+        model: VQDiffusionNetwork,
         told: Conditioning,
         x0: Array,
         key: Array,
         drop: Array | None = None,
         train: bool = True,
-    ) -> Terms:
+    ) -> DiscreteLossTerms:
         """E over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10)."""
         when, where = jax.random.split(key)
         tau = jnp.maximum(spread(when, x0.shape[0], train), 1e-4)
@@ -281,22 +288,22 @@ class VQDiffusion(Checked):
         _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.loss_chunk)
         size = jnp.sum(nll * masked, -1)
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
-        return Terms(weight * size, size, weight * size / math.log(2), correct)
+        return DiscreteLossTerms(weight * size, size, weight * size / math.log(2), correct)
 
-    def log_likelihood(self, model: Network, batch: Batch) -> Array:
+    def log_likelihood(self, model: VQDiffusionNetwork, batch: Batch) -> Array:
         """A lower bound of log p(codes | condition) of each image in nats, (b,) fp32: minus L_t at one draw of x_t for
         each of the T times. What the last step leaves to be known, next to nothing, is left out."""
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
-        told = self.tell(model, batch, jnp.zeros(x0.shape[0], bool))
+        told = self.embed_condition(model, batch, jnp.zeros(x0.shape[0], bool))
 
         def term(total: Array, i: Array) -> tuple[Array, None]:
             t = jnp.broadcast_to(i, x0.shape[:1])
-            x_t = self.chain.noised(x0, t, jax.random.fold_in(jax.random.key(0), i))
+            x_t = self.chain.q_sample(x0, t, jax.random.fold_in(jax.random.key(0), i))
             return total - self.chain.variational(self.log_x0(model, x_t, t, told), x0, x_t, t)[0].sum(-1), None
 
         return jax.lax.scan(term, jnp.zeros(x0.shape[0]), jnp.arange(self.chain.steps))[0]
 
-    def draw_times(self, model: Network, b: int, key: Array, train: bool = True) -> tuple[Array, Array]:
+    def sample_times(self, model: VQDiffusionNetwork, b: int, key: Array, train: bool = True) -> tuple[Array, Array]:
         """Times int (b,) and the probabilities (b,) with which they were drawn; even ones where not in training."""
         even = jnp.full(self.chain.steps, 1 / self.chain.steps)
         p = even
@@ -306,7 +313,7 @@ class VQDiffusion(Checked):
         t = inverse_cdf(jnp.broadcast_to(p, (b, len(p))), spread(key, b, train))
         return t, p[t]
 
-    def remembered(self, model: Network, t: Array, size: Array, seen: Array) -> Network:
+    def remembered(self, model: VQDiffusionNetwork, t: Array, size: Array, seen: Array) -> VQDiffusionNetwork:
         """The model after a batch with losses L_t (b,): history <- 0.9 history + 0.1 L_t^2 at the times it saw, L_t^2
         the mean over the whole batch where several rows have one time, so that no order of rows matters."""
         if model.history is None or model.count is None:
@@ -321,10 +328,10 @@ class VQDiffusion(Checked):
 
     def sample(
         self,
-        model: Network,
+        model: VQDiffusionNetwork,
         condition: Batch,
         keys: Array,
-        options: Reverse | None = None,
+        options: DiscreteSampler | None = None,
         *,
         known: Array | None = None,
         keep: Array | None = None,
@@ -356,12 +363,12 @@ class VQDiffusion(Checked):
 class Conditioning(NamedTuple):
     """What the blocks are told: vectors (b, s, k) and where of them to look (b, 1, 1, s); classes (b,)."""
 
-    memory: Array | None
+    context: Array | None
     mask: Array | None
     label: Array | None
 
 
-class Terms(NamedTuple):
+class DiscreteLossTerms(NamedTuple):
     """Per image, (b,): what is minimised, L_t, the bound it estimates in bits, and the share of codes guessed right."""
 
     loss: Array
@@ -370,7 +377,7 @@ class Terms(NamedTuple):
     correct: Array
 
 
-class Network(nnx.Module):
+class VQDiffusionNetwork(nnx.Module):
     """The parameters of a `VQDiffusion`."""
 
     def __init__(self, config: VQDiffusion, key: Array):
@@ -380,12 +387,12 @@ class Network(nnx.Module):
         rows, columns = config.position_grid or config.grid
         self.rows = param(normal(keys[2], (rows, config.width)), None, "embed")
         self.columns = param(normal(keys[3], (columns, config.width)), None, "embed")
-        self.blocks = told_stack(config.block, config.depth, keys[4])
+        self.blocks = stack_blocks(config.block, config.depth, keys[4])
         self.norm = LayerNorm(config.width)
         self.output = Linear(config.width, config.chain.codes, keys[5], axes=("embed", "vocab"))
         history = config.importance and config.objective == "bound"
-        self.history = Carried(jnp.zeros(config.chain.steps)) if history else None
-        self.count = Carried(jnp.zeros(config.chain.steps)) if history else None
+        self.history = ModelState(jnp.zeros(config.chain.steps)) if history else None
+        self.count = ModelState(jnp.zeros(config.chain.steps)) if history else None
 
     def logits(self, z: Array) -> Array:
         """(..., d) -> (..., K) fp32."""
@@ -397,12 +404,12 @@ def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:
     return _with_mask(jax.nn.log_softmax(guide(log_p[..., :-1], log_null[..., :-1], scale)))
 
 
-def cut(log_p: Array, options: Reverse) -> Array:
+def truncate_log_probs(log_p: Array, options: DiscreteSampler) -> Array:
     """log p(x_0) after temperature, top-k and truncation; what is cut is LOWEST, the rest is not normalised again."""
     temperature = jnp.asarray(options.temperature)[..., None, None]
     cooled = _with_mask(jax.nn.log_softmax(log_p[..., :-1] / jnp.maximum(temperature, 1e-5)))
     log_p = jnp.where(temperature == 1, log_p, cooled)
-    return jnp.where(truncate(log_p, 1.0, options.top_k, options.truncation) > 0, log_p, LOWEST)
+    return jnp.where(filter_logits(log_p, 1.0, options.top_k, options.truncation) > 0, log_p, LOWEST)
 
 
 def _with_mask(log_p: Array) -> Array:
@@ -413,10 +420,10 @@ def _with_mask(log_p: Array) -> Array:
 @partial(jax.jit, static_argnames=("config", "guided", "progress"))
 def _sample(
     config: VQDiffusion,
-    model: Network,
+    model: VQDiffusionNetwork,
     condition: Batch,
     keys: Array,
-    options: Reverse,
+    options: DiscreteSampler,
     known: Array,
     keep: Array,
     guided: bool,
@@ -426,11 +433,11 @@ def _sample(
     branches = 2 if guided else 1
     # The two rows of an image stand beside each other, so that both live on the same device.
     rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    told = config.tell(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    told = config.embed_condition(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
 
     def guess(x: Array, t: Array) -> Array:
         log_p = rearrange(config.log_x0(model, rows(x), rows(t), told), "(b n) l k -> n b l k", n=branches)
-        return cut(guided_log(log_p[0], log_p[1], options.guidance) if guided else log_p[0], options)
+        return truncate_log_probs(guided_log(log_p[0], log_p[1], options.guidance) if guided else log_p[0], options)
 
     def noise(i: Array) -> tuple[Array, Array]:
         def one(key: Array) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from jax import Array
 
 from t2i_jax.nn import kernels
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import at_least_fp32, lean
+from t2i_jax.nn.layers import at_least_fp32, remat_elementwise
 
 Rotary = tuple[Array, Array]
 """cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
@@ -32,13 +32,13 @@ class Causal:
     """bool (b, t), False for padding, which nothing but itself sees; None: there is none"""
     prefix: int = dataclasses.field(default=0, metadata={"static": True})
     """padding, and places that see each other both ways, are among the first so many"""
-    both_ways: int = dataclasses.field(default=0, metadata={"static": True})
+    bidirectional_prefix: int = dataclasses.field(default=0, metadata={"static": True})
     """so many places at the start see each other"""
 
     def dense(self, t: int) -> Array:
         """The mask (b or 1, 1, t, t) of the first t places."""
-        mask, early = causal(t), jnp.arange(t) < self.both_ways
-        mask = mask | early & early[:, None] if self.both_ways else mask
+        mask, early = causal(t), jnp.arange(t) < self.bidirectional_prefix
+        mask = mask | early & early[:, None] if self.bidirectional_prefix else mask
         return mask if self.valid is None else mask & self.valid[:, None, None, :t] | jnp.eye(t, dtype=bool)
 
 
@@ -55,7 +55,7 @@ class Padding:
         return self.valid[:, None, None]
 
 
-Told = Causal | Padding
+MaskSpec = Causal | Padding
 """Masks told in words."""
 
 
@@ -63,7 +63,7 @@ def attend(
     q: Array,
     k: Array,
     v: Array,
-    mask: Array | Told | None = None,
+    mask: Array | MaskSpec | None = None,
     scale: float | None = None,
     bias: Array | None = None,
     kind: Kind = "auto",
@@ -75,20 +75,22 @@ def attend(
     Errors: ValueError if m does not divide n, or for a kernel that cannot do this dtype or head dimension.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    in_words = bias is None and (mask is None or isinstance(mask, Told))
+    in_words = bias is None and (mask is None or isinstance(mask, MaskSpec))
     kernel = kernels.choose(kind, q, k) if in_words else None
     if kernel is None:
-        return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Told) else mask, scale, bias)
+        return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, MaskSpec) else mask, scale, bias)
     if isinstance(mask, Padding):  # kernels do not say what comes of a row that is all padding
         y = kernel(q, k, v, scale, valid=mask.valid)
         return jnp.where(mask.valid.any(1)[:, None, None, None], y, 0)
     if not isinstance(mask, Causal):
         return kernel(q, k, v, scale)
     y = kernel(q, k, v, scale, causal=True, valid=mask.valid)
-    if mask.valid is None and not mask.both_ways:
+    if mask.valid is None and not mask.bidirectional_prefix:
         return y
-    p = max(mask.prefix, mask.both_ways)  # where the rule is more than kernels know; nothing behind it stands in sight
-    first = lean(partial(plain, scale=scale))(q[:, :p], k[:, :p], v[:, :p], mask.dense(p))
+    p = max(
+        mask.prefix, mask.bidirectional_prefix
+    )  # where the rule is more than kernels know; nothing behind it stands in sight
+    first = remat_elementwise(partial(plain, scale=scale))(q[:, :p], k[:, :p], v[:, :p], mask.dense(p))
     return jnp.concatenate([first, y[:, p:]], 1)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.layers import Carried, Linear, fan_in
+from t2i_jax.nn.layers import Linear, ModelState, fan_in
 
 # EfficientNet-Lite0 (Tan & Le 2019; Lite: ReLU6, no squeeze-and-excitation): (repeat, kernel, stride, expand, width).
 
@@ -96,8 +96,8 @@ class Unit(nnx.Module):
         ceiling: float | None = None,
     ):
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.w = Carried(fan_in(key, (*size, c, f), 2**0.5))
-        self.b = Carried(jnp.zeros(f))
+        self.w = ModelState(fan_in(key, (*size, c, f), 2**0.5))
+        self.b = ModelState(jnp.zeros(f))
         self.stride, self.padding, self.ceiling = stride, padding, ceiling
 
     def __call__(self, x: Array) -> Array:
@@ -113,8 +113,8 @@ class Depthwise(nnx.Module):
     """A kernel of its own for each channel, folded batch norm, ReLU6: (b, i, j, c) -> (b, i', j', c)."""
 
     def __init__(self, c: int, kernel: int, stride: int, key: Array):
-        self.w = Carried(fan_in(key, (kernel, kernel, c), 2**0.5))
-        self.b = Carried(jnp.zeros(c))
+        self.w = ModelState(fan_in(key, (kernel, kernel, c), 2**0.5))
+        self.b = ModelState(jnp.zeros(c))
         self.stride = stride
 
     def __call__(self, x: Array) -> Array:

@@ -1,9 +1,9 @@
 """What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
 of a frozen one.
 
-Each config (`Classes`, `Captions`, `Features`, `Vector`, ...) is a `core.types.Condition`, and the module that it makes
-maps (batch, drop, dtype) to tokens and a mask. `Given` tokens are ids of the image's own vocabulary, which the network
-embeds itself.
+Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.types.Condition`, and
+its module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which
+the network embeds itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
 from t2i_jax.core.types import Batch, Condition, ConditionSpec
-from t2i_jax.nn.layers import Carried, Embedding, Linear, RMSNorm, normal, param
+from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
 
@@ -41,7 +41,7 @@ def features_spec(length: int, dim: int) -> BatchSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classes(Checked):
+class ClassEmbedder(Checked):
     """One token, a row of a table of classes; the last row is the unconditional one."""
 
     count: Count = 1000
@@ -69,7 +69,7 @@ class Classes(Checked):
 class ClassTokens(nnx.Module):
     """`label` int (b,) -> one token (b, 1, d), always visible."""
 
-    def __init__(self, config: Classes, key: Array, width: int):
+    def __init__(self, config: ClassEmbedder, key: Array, width: int):
         self.config, self.table = config, Embedding(config.count + config.null, width, key)
 
     def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
@@ -80,7 +80,7 @@ class ClassTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Captions(Checked):
+class CaptionEncoder(Checked):
     """Token ids read by a bidirectional Transformer that is trained with the model."""
 
     vocabulary: Size = 2000
@@ -112,7 +112,7 @@ class CaptionTokens(nnx.Module):
     hold padding, and so is an empty one.
     """
 
-    def __init__(self, config: Captions, key: Array, width: int):
+    def __init__(self, config: CaptionEncoder, key: Array, width: int):
         keys = jax.random.split(key, 5)
         self.config = config
         self.table = Embedding(config.vocabulary, config.width, keys[0])
@@ -133,7 +133,7 @@ class CaptionTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Features(Checked):
+class TextFeatures(Checked):
     """Features of a frozen text encoder, projected by a small MLP (Sun et al. 2024, LlamaGen)."""
 
     dim: Size = 384
@@ -171,11 +171,11 @@ class FeatureTokens(nnx.Module):
     features (s, k) stand in before the projection, for dropped rows and for rows without any text.
     """
 
-    def __init__(self, config: Features, key: Array, width: int):
+    def __init__(self, config: TextFeatures, key: Array, width: int):
         keys = jax.random.split(key, 3)
         self.config = config
         null = normal(keys[0], (config.length, config.dim), config.dim**-0.5)
-        self.null = param(null, None, None) if config.trained_null else Carried(null, axes=(None, None))
+        self.null = param(null, None, None) if config.trained_null else ModelState(null, axes=(None, None))
         self.into = Linear(config.dim, width, keys[1], bias=config.bias, axes=(None, "mlp"))
         self.out = Linear(width, width, keys[2], bias=config.bias, axes=("mlp", "embed"))
 
@@ -196,7 +196,7 @@ class FeatureTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vector(Checked):
+class PooledFeatures(Checked):
     """One vector that stands for picture or caption, as CLIP gives, scaled to length 1 and projected to one token.
 
     A model learns from embeddings of pictures and draws for embeddings of captions (Wang et al. 2022, CLIP-GEN).
@@ -217,14 +217,14 @@ class Vector(Checked):
     def token_width(self, width: int) -> int:
         return width
 
-    def init(self, key: Array, width: int) -> VectorToken:
-        return VectorToken(self, key, width)
+    def init(self, key: Array, width: int) -> PooledFeatureToken:
+        return PooledFeatureToken(self, key, width)
 
 
-class VectorToken(nnx.Module):
+class PooledFeatureToken(nnx.Module):
     """`features` float (b, k) or (b, 1, k) -> one token (b, 1, d), always visible; zeros stand for no condition."""
 
-    def __init__(self, config: Vector, key: Array, width: int):
+    def __init__(self, config: PooledFeatures, key: Array, width: int):
         self.config = config
         self.out = Linear(config.dim, width, key, axes=(None, "embed"))
 
@@ -238,7 +238,7 @@ class VectorToken(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded(Checked):
+class CrossAttnFeatures(Checked):
     """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention; or vectors
     that come before the tokens of an image, as the `embeddings` of taming-transformers' GPT do.
 
@@ -274,20 +274,20 @@ class Encoded(Checked):
     def token_width(self, width: int) -> int:
         return self.dim
 
-    def init(self, key: Array, width: int) -> EncodedTokens:
-        return EncodedTokens(self, key)
+    def init(self, key: Array, width: int) -> CrossAttnFeatureTokens:
+        return CrossAttnFeatureTokens(self, key)
 
 
-class EncodedTokens(nnx.Module):
+class CrossAttnFeatureTokens(nnx.Module):
     """`features` float (b, s, k) -> the same, all visible, whatever the width of the network.
 
     The unconditional features stand in for dropped rows, and for rows whose `text_mask`, if given, marks no text.
     """
 
-    def __init__(self, config: Encoded, key: Array):
+    def __init__(self, config: CrossAttnFeatures, key: Array):
         self.config = config
         values = normal(key, (config.length, config.dim), 1.0)
-        kept = Carried(values, axes=(None, None)) if config.kept_null else None
+        kept = ModelState(values, axes=(None, None)) if config.kept_null else None
         self.null = param(values, None, None) if config.trained_null else kept
 
     def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
@@ -302,14 +302,14 @@ class EncodedTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Paired(Checked):
+class PooledAndTokenFeatures(Checked):
     """Features of a frozen text encoder, projected, whose first vector stands for the whole caption.
 
     Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the embeddings of both CLIPs
     beside each other.
     """
 
-    encoded: Encoded = Encoded(4096, 334, trained_null=False, kept_null=True)
+    encoded: CrossAttnFeatures = CrossAttnFeatures(4096, 334, trained_null=False, kept_null=True)
     """all vectors, the first included"""
     summary: Size = 2048
     """numbers of the first vector that say something"""
@@ -329,14 +329,14 @@ class Paired(Checked):
     def token_width(self, width: int) -> int:
         return width
 
-    def init(self, key: Array, width: int) -> PairedTokens:
-        return PairedTokens(self, key, width)
+    def init(self, key: Array, width: int) -> PooledAndFeatureTokens:
+        return PooledAndFeatureTokens(self, key, width)
 
 
-class PairedTokens(nnx.Module):
+class PooledAndFeatureTokens(nnx.Module):
     """`features` float (b, 1 + s, k) -> tokens (b, s, d), all visible; `whole` gives (b, d) of the first vector."""
 
-    def __init__(self, config: Paired, key: Array, width: int):
+    def __init__(self, config: PooledAndTokenFeatures, key: Array, width: int):
         keys = jax.random.split(key, 4)
         self.config, self.encoded = config, config.encoded.init(keys[0], width)
         self.tokens = Linear(config.encoded.dim, width, keys[1], axes=(None, "embed"))
@@ -353,7 +353,7 @@ class PairedTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Given(Checked):
+class PrefixTokens(Checked):
     """First tokens of the same vocabulary and table as those of the image: a start token, a class, codes of a sketch
     (Esser et al. 2021)."""
 
@@ -372,18 +372,18 @@ class Given(Checked):
     def token_width(self, width: int) -> int:
         return width
 
-    def init(self, key: Array, width: int) -> GivenIds:
-        return GivenIds(self)
+    def init(self, key: Array, width: int) -> PrefixIds:
+        return PrefixIds(self)
 
 
-class GivenIds(nnx.Module):
+class PrefixIds(nnx.Module):
     """`prefix` int (b, s), or `label` int (b,) where there is one token -> ids (b, s) that the network embeds itself,
     all visible.
 
     Dropped rows get id 0, the start token.
     """
 
-    def __init__(self, config: Given):
+    def __init__(self, config: PrefixTokens):
         self.config = config
 
     def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.int32) -> tuple[Array, Array]:
@@ -397,7 +397,7 @@ def check_vectors(condition: Condition, width: int = 0) -> None:
     """Errors: `ConfigError` where a condition gives no vectors, or none of the width that a model takes; 0 is any."""
     if condition.spec.gives_ids:
         name = type(condition).__name__
-        raise ConfigError(f"condition {name} has no vectors of its own; take Classes, Captions or Features")
+        raise ConfigError(f"condition {name} gives no vectors; ClassEmbedder, CaptionEncoder and TextFeatures do")
     if width and (given := condition.token_width(width)) != width:
         raise ConfigError(f"condition: vectors of {given} numbers; width={width} is needed")
 

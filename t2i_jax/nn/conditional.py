@@ -20,15 +20,15 @@ from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class AdaLN:
     """Shape and kind of a block; what it is told, and how."""
 
     layer: Layer
     steps: int
     """times 0 .. steps - 1"""
-    waves: bool = False
+    sinusoidal: bool = False
     """times are told by waves instead of a learned table"""
-    memory: int = 0
+    context: int = 0
     """width of the vectors that cross-attention reads; 0: there is none"""
     classes: int = 0
     """rows of the table of classes, which the norm before the MLP is told; 0: there is none"""
@@ -55,7 +55,7 @@ class AdaNorm(nnx.Module):
     def __call__(self, x: Array, number: Array) -> Array:
         """x (b, t, d), number (b,) -> (b, t, d)."""
         if self.table is None:
-            e = waves(number / self.count, self.width)
+            e = sinusoidal_embedding(number / self.count, self.width)
         else:
             rows = self.table.w[...]
             e = jnp.where((number >= self.count)[:, None], rows.mean(0), rows[jnp.minimum(number, self.count - 1)])
@@ -64,7 +64,7 @@ class AdaNorm(nnx.Module):
         return modulate(y, shift, scale)
 
 
-def waves(u: Array, d: int) -> Array:
+def sinusoidal_embedding(u: Array, d: int) -> Array:
     """sin, then cos of 4000 u / 10000^(j / (d/2 - 1)), j < d/2, for times u (b,) from 0 to 1: (b, d) fp32."""
     half = d // 2
     angles = 4000 * u.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
@@ -76,8 +76,8 @@ class ConvMLP(nnx.Module):
 
     def __init__(self, config: Layer, grid: tuple[int, int], key: Array):
         keys = jax.random.split(key)
-        self.into = Conv(config.width, config.inner, keys[0], std=0.02)
-        self.out = Conv(config.inner, config.width, keys[1], std=0.02)
+        self.into = Conv(config.width, config.mlp_dim, keys[0], std=0.02)
+        self.out = Conv(config.mlp_dim, config.width, keys[1], std=0.02)
         self.grid, self.activation = grid, config.activation
 
     def __call__(self, x: Array) -> Array:
@@ -85,15 +85,15 @@ class ConvMLP(nnx.Module):
         return rearrange(self.out(ACTIVATIONS[self.activation](self.into(y))), "b i j d -> b (i j) d")
 
 
-class ToldBlock(nnx.Module):
-    """x + attention(norm(x, t)), x + cross-attention(norm(x, t), memory), x + mlp(norm(x), or norm(x, class))."""
+class AdaLNBlock(nnx.Module):
+    """x + attention(norm(x, t)), x + cross-attention(norm(x, t), context), x + mlp(norm(x), or norm(x, class))."""
 
-    def __init__(self, config: Told, key: Array):
+    def __init__(self, config: AdaLN, key: Array):
         layer, keys = config.layer, jax.random.split(key, 6)
-        timed = lambda key: AdaNorm(layer.width, config.steps, key, waves=config.waves)
+        timed = lambda key: AdaNorm(layer.width, config.steps, key, waves=config.sinusoidal)
         self.attention_norm, self.attention = timed(keys[0]), Attention(layer, keys[1])
-        self.cross_norm = timed(keys[2]) if config.memory else None
-        self.cross = CrossAttention(layer, config.memory, keys[3]) if config.memory else None
+        self.cross_norm = timed(keys[2]) if config.context else None
+        self.cross = CrossAttention(layer, config.context, keys[3]) if config.context else None
         self.mlp_norm = (
             AdaNorm(layer.width, config.classes, keys[4], over=config.class_norm)
             if config.classes
@@ -103,15 +103,15 @@ class ToldBlock(nnx.Module):
         self.dropout = layer.dropout
 
     def __call__(
-        self, x: Array, t: Array, memory: Array | None, mask: Array | None, label: Array | None, key: Array | None
+        self, x: Array, t: Array, context: Array | None, mask: Array | None, label: Array | None, key: Array | None
     ) -> Array:
-        """x (b, t, d) at times (b,), memory (b, s, k) and where of it to look, classes (b,) -> (b, t, d)."""
+        """x (b, t, d) at times (b,), context (b, s, k) and where of it to look, classes (b,) -> (b, t, d)."""
         keys = iter((None,) * 3 if key is None else jax.random.split(key, 3))
         branch = lambda y: checkpoint_name(drop(y, self.dropout, next(keys)), "branch")
         x = x + branch(self.attention(self.attention_norm(x, t))[0])
         if self.cross is not None and self.cross_norm is not None:
-            assert memory is not None, "a block with cross-attention looks at a memory"
-            x = x + branch(self.cross(self.cross_norm(x, t), memory, mask))
+            assert context is not None, "a block with cross-attention looks at a context"
+            x = x + branch(self.cross(self.cross_norm(x, t), context, mask))
         if isinstance(self.mlp_norm, AdaNorm):
             assert label is not None, "a block that is told a class needs one"
             y = self.mlp_norm(x, label)
@@ -120,16 +120,16 @@ class ToldBlock(nnx.Module):
         return shard(x + branch(self.mlp(y)), "batch", "length", None)
 
 
-def told_stack(config: Told, depth: int, key: Array) -> ToldBlock:
+def stack_blocks(config: AdaLN, depth: int, key: Array) -> AdaLNBlock:
     """`depth` blocks as one whose arrays have a leading layer axis."""
-    return jax.vmap(lambda k: ToldBlock(config, k))(jax.random.split(key, depth))
+    return jax.vmap(lambda k: AdaLNBlock(config, k))(jax.random.split(key, depth))
 
 
-def apply_told(
-    blocks: ToldBlock,
+def apply_blocks(
+    blocks: AdaLNBlock,
     x: Array,
     t: Array,
-    memory: Array | None = None,
+    context: Array | None = None,
     mask: Array | None = None,
     label: Array | None = None,
     key: Array | None = None,
@@ -137,7 +137,7 @@ def apply_told(
 ) -> Array:
     """Apply a stack (scanned) to x (b, t, d); without a key nothing is dropped; `remat` is a key of REMAT."""
     depth = jax.tree.leaves(blocks)[0].shape[0]
-    run = lambda block, x, key: block(x, t, memory, mask, label, key)
+    run = lambda block, x, key: block(x, t, context, mask, label, key)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
     keys: Any = None if key is None else jax.random.split(key, depth)

@@ -36,7 +36,7 @@ def int8_weights(model: M) -> M:
     return jax.tree.map(one, model, is_leaf=lambda m: linear(m) or isinstance(m, nnx.Variable))
 
 
-def few_rows(x: Array, w: Array, dtype: Any = None) -> Array:
+def matvec(x: Array, w: Array, dtype: Any = None) -> Array:
     """x w^T for x (..., d) and w (f, d): (..., f) in `dtype`, or in that of x.
 
     Such a product only reads the weights, and a CPU reads them fastest row by row with the few columns of x^T at hand:
@@ -60,7 +60,7 @@ def few_rows(x: Array, w: Array, dtype: Any = None) -> Array:
     return y.reshape(*x.shape[:-1], f)
 
 
-class FewRows(nnx.Module):
+class DecodeLinear(nnx.Module):
     """x W + b as `Linear` has it, its weights turned and cast for `few_rows`; the result in `out`, or as x is.
 
     Weights that `weight_stationary` has marked are cast and laid for its `product`, and not turned."""
@@ -85,24 +85,24 @@ class FewRows(nnx.Module):
 
     def _product(self, x: Array, dtype: Any) -> Array:
         if self.axes is None:
-            return few_rows(x, self.w[...], dtype)
+            return matvec(x, self.w[...], dtype)
         multiply = lambda x, w: jnp.matmul(x, w.astype(x.dtype), preferred_element_type=dtype)
         return product(multiply, x, self.w[...], self.axes)
 
 
-def for_decoding(module: Any, dtype: Any) -> Any:
-    """`module` with every `Linear` as `FewRows` and every other array in `dtype`: done once, before the first token."""
+def prepare_for_decode(module: Any, dtype: Any) -> Any:
+    """`module` with every `Linear` as `DecodeLinear` and other arrays in `dtype`; done before the first token."""
     linear = lambda m: isinstance(m, Linear)
     cast = lambda x: x.astype(dtype)
-    return jax.tree.map(lambda m: FewRows(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
+    return jax.tree.map(lambda m: DecodeLinear(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
 
 
-def layers_for_decoding(blocks: Block, dtype: Any) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+def prepare_layers_for_decode(blocks: Block, dtype: Any) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
     """The layers of a stack one by one: for the tokens before the first step, which are many, and for the steps.
 
     Weights leave the stack, turn and take the dtype of the computation once, not at every token. Where the mesh splits
     them over `fsdp` the same copy serves for both.
     """
     whole = unstack(blocks)
-    decoding = for_decoding(whole, dtype)
+    decoding = prepare_for_decode(whole, dtype)
     return decoding if stays(blocks) else whole, decoding

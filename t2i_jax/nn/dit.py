@@ -24,10 +24,10 @@ from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Ra
 from t2i_jax.core.keys import apart
 from t2i_jax.core.types import Batch, Compute, Condition, SummarizedTokens
 from t2i_jax.nn.attention import Padding, attend
-from t2i_jax.nn.condition import Classes, check_vectors
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import Carried, LayerNorm, Linear, normal, param
+from t2i_jax.nn.layers import LayerNorm, Linear, ModelState, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 from t2i_jax.nn.transformer import MLP, REMAT, Attention, Layer
 from t2i_jax.parallel import shard
@@ -46,10 +46,10 @@ class DiT(Checked):
     heads: Size = 6
     hidden: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""
-    waves: Annotated[int, Range(low=2)] = 256
+    frequency_dim: Annotated[int, Range(low=2)] = 256
     """Sines and cosines of the time."""
     eps: Positive = 1e-6
-    condition: Condition = Classes(1000)
+    condition: Condition = ClassEmbedder(1000)
     text: Literal["modulate", "context", "cross", "joint"] = "modulate"
     """What stands for the whole condition modulates every block; and its tokens are read as further tokens of the
     sequence, by cross-attention, or in a stream of their own."""
@@ -142,7 +142,7 @@ def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray
     return np.concatenate(waves, -1).astype(np.float32)
 
 
-class Stream(nnx.Module):
+class DiTStream(nnx.Module):
     """Attention and MLP of one kind of tokens, and what the condition does to them."""
 
     def __init__(self, config: DiT, key: Array):
@@ -184,7 +184,7 @@ def _branch(y: Array, gate: Array) -> Array:
     return checkpoint_name(y * gate[:, None].astype(y.dtype), "branch")
 
 
-class CrossAttention(nnx.Module):
+class DiTCrossAttention(nnx.Module):
     """x + attention from x (b, t, d) to tokens y (b, s, d); adds nothing before training."""
 
     def __init__(self, config: Layer, key: Array, norm: bool = True):
@@ -210,9 +210,9 @@ class DiTBlock(nnx.Module):
 
     def __init__(self, config: DiT, key: Array):
         keys = jax.random.split(key, 3)
-        self.image = Stream(config, keys[0])
-        self.text = Stream(config, keys[1]) if config.text == "joint" else None
-        self.cross = CrossAttention(config.layer, keys[2], config.cross_norm) if config.text == "cross" else None
+        self.image = DiTStream(config, keys[0])
+        self.text = DiTStream(config, keys[1]) if config.text == "joint" else None
+        self.cross = DiTCrossAttention(config.layer, keys[2], config.cross_norm) if config.text == "cross" else None
 
     def __call__(self, x: Array, y: Array, c: Array, mask: Array, own: Array | None = None) -> tuple[Array, Array]:
         """x (b, t, d), of which `own` (b, t) may be read, tokens y (b, s, d), of which `mask` (b, s), and c (b, d).
@@ -252,8 +252,8 @@ class DiTNetwork(nnx.Module):
         # As the matrix of a Transformer layer, though it stands for a convolution (Xavier & Bengio 2010).
         self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
         grid = (config.size[0] // config.patch, config.size[1] // config.patch)
-        self.positions = Carried(jnp.asarray(sincos_2d(grid, d, config.stretch)), axes=(None, "embed"))
-        self.time = TimeEmbedding(d, keys[1], waves=config.waves)
+        self.positions = ModelState(jnp.asarray(sincos_2d(grid, d, config.stretch)), axes=(None, "embed"))
+        self.time = TimeEmbedding(d, keys[1], waves=config.frequency_dim)
         self.condition = config.condition.init(keys[2], d)
         self.blocks = jax.vmap(lambda k: DiTBlock(config, k))(jax.random.split(keys[3], config.depth))
         self.norm = LayerNorm(d, config.eps, affine=False)

@@ -20,12 +20,12 @@ from jax import Array
 from t2i_jax.core.fields import LARGEST, Range
 from t2i_jax.core.options import Options
 from t2i_jax.noise.categorical import inverse_cdf as draw
-from t2i_jax.noise.schedule import beside
+from t2i_jax.noise.schedule import expand_like
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampling(Options):
+class ARSampler(Options):
     """How tokens are drawn; every field is a number, or one per image (b,), and is traced."""
 
     guidance: Annotated[float | Array, Range()] = 3.0
@@ -48,7 +48,7 @@ class Sampling(Options):
     """Take the largest logit instead of drawing."""
 
 
-def guidance_at(options: Sampling, position: Array | int, length: int) -> Array:
+def guidance_at(options: ARSampler, position: Array | int, length: int) -> Array:
     """The guidance scale for token `position` of `length`: a scalar, or (b,) if the options are per image."""
     u = ((position + 1) / length) ** jnp.asarray(options.guidance_power, jnp.float32)
     u = jnp.where(options.guidance_cosine, (1 - jnp.cos(math.pi * u)) / 2, u)
@@ -58,13 +58,13 @@ def guidance_at(options: Sampling, position: Array | int, length: int) -> Array:
     return jnp.where((position >= first) & (position < last), 1 + (options.guidance - 1) * u, 1.0)
 
 
-def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
+def filter_logits(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
     """Weights (..., v) fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
 
     Top-p sums the probabilities that are left after top-k, and keeps a token while the ones above it sum to p at most
     (Holtzman et al. 2020); equal logits are kept or dropped together.
     """
-    temperature, top_k, top_p = (beside(x, logits) for x in (temperature, top_k, top_p))
+    temperature, top_k, top_p = (expand_like(x, logits) for x in (temperature, top_k, top_p))
     x = logits.astype(jnp.float32)
     gap = (x.max(-1, keepdims=True) - x) / jnp.maximum(temperature, 1e-5)
     weights = jnp.exp(-gap)
@@ -78,10 +78,10 @@ def truncate(logits: Array, temperature: Array | float, top_k: Array | int, top_
     return jnp.where(gap <= _last(lambda t: above(t) <= p, top_p < 1, gap), weights, 0.0)
 
 
-def choose(logits: Array, options: Sampling, uniform: Array) -> Array:
+def sample_token(logits: Array, options: ARSampler, uniform: Array) -> Array:
     """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
-    drawn = draw(truncate(logits, options.temperature, options.top_k, options.top_p), uniform)
-    greedy = beside(options.greedy, uniform)
+    drawn = draw(filter_logits(logits, options.temperature, options.top_k, options.top_p), uniform)
+    greedy = expand_like(options.greedy, uniform)
     best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
     return jax.lax.cond(greedy.any(), best, lambda: drawn)  # a CPU takes its time for an argmax
 

@@ -19,11 +19,11 @@ from t2i_jax.nn.stationary import lookup, product, stationary_axes
 M = TypeVar("M", bound=nnx.Module)
 
 
-class Carried(nnx.Variable):
+class ModelState(nnx.Variable):
     """An array of a model that no gradient moves: codebook averages, running statistics, a table read from a file.
 
     A loss that changes one returns `(loss, (metrics, model))` with the new values in `model`; the trainer takes over
-    its `Carried` leaves and nothing else of it.
+    its `ModelState` leaves and nothing else of it.
     """
 
 
@@ -55,7 +55,7 @@ def at_least_fp32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def lean(f: Callable[..., Array]) -> Callable[..., Array]:
+def remat_elementwise(f: Callable[..., Array]) -> Callable[..., Array]:
     """f, of which a backward pass keeps the arguments alone, and computes again what else it needs.
 
     For norms and what is done to numbers one by one: they would keep several times what they read, and reading that
@@ -136,7 +136,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return lean(self._normalised)(x, self.w[...])
+        return remat_elementwise(self._normalised)(x, self.w[...])
 
     def _normalised(self, x: Array, w: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -157,7 +157,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         affine = () if self.w is None or self.b is None else (self.w[...], self.b[...])
-        return lean(self._normalised)(x, *affine)
+        return remat_elementwise(self._normalised)(x, *affine)
 
     def _normalised(self, x: Array, *affine: Array) -> Array:
         y = x.astype(jnp.float32)

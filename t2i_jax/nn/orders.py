@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Finite, Positive, Range, values
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.schedule import spread
 
 Shape = Literal["cosine", "linear", "square"]
@@ -36,7 +36,7 @@ BOUND = 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Generation(Sampling):
+class MaskedSampler(ARSampler):
     """How sets of tokens are drawn; every field is a number, or one per image (b,), and is traced."""
 
     guidance_power: Annotated[float | Array, Range(low=0)] = 1.0
@@ -48,7 +48,7 @@ class Generation(Sampling):
     choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
     """Of the noise on confidence, which falls to 0 at the last step."""
 
-    def arrays(self) -> Scheduled:
+    def arrays(self) -> MaskedSchedule:
         """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none, and for a
         shape that is not there.
 
@@ -62,18 +62,20 @@ class Generation(Sampling):
             raise ValueError(f"shape {shape}: {', '.join(f'{n} {name}' for n, name in enumerate(SHAPES))}")
         share = np.append(list(SHAPES.values())[shape](np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
         high = np.round(share * 2**12) / 2**12
-        return Scheduled(**values(super().arrays()), hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32))
+        return MaskedSchedule(
+            **values(super().arrays()), hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32)
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scheduled(Generation):
+class MaskedSchedule(MaskedSampler):
     """Options as arrays, and the schedule that belongs to their iterations and shape."""
 
     hidden: Array = dataclasses.field(kw_only=True)
     """(2, steps): share of tokens hidden after each step, as a number of 12 bits and what is missing from it"""
 
-    def arrays(self) -> Scheduled:
+    def arrays(self) -> MaskedSchedule:
         return self
 
     def remaining(self, step: Array, total: Array, now: Array) -> Array:
@@ -91,7 +93,7 @@ class Scheduled(Generation):
 
 def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarray:
     """Tokens hidden after each of the steps of a schedule, down to 0: int (n,)."""
-    options = Generation(iterations=iterations, shape=list(SHAPES).index(shape)).arrays()
+    options = MaskedSampler(iterations=iterations, shape=list(SHAPES).index(shape)).arrays()
     step = jax.jit(lambda i, now: options.remaining(i, jnp.asarray(total), now))
     now, found = jnp.asarray(total), []
     while now > 0:
@@ -106,9 +108,9 @@ def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarra
 class TokenOrder(Protocol):
     """A frozen config of an order, or of orders that are drawn."""
 
-    single: ClassVar[bool]
+    one_at_a_time: ClassVar[bool]
     """token by token, not in sets"""
-    confident: ClassVar[bool]
+    by_confidence: ClassVar[bool]
     """a set takes the tokens of which the model is surest, which needs a head that knows probabilities"""
     fixed: ClassVar[bool]
     """the same for all images, known tokens too: they cannot be read first"""
@@ -122,8 +124,8 @@ class TokenOrder(Protocol):
 class Raster:
     """Rows from the top, each from the left, token by token."""
 
-    single: ClassVar[bool] = True
-    confident: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = True
+    by_confidence: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
 
     def draw(self, key: Array, length: int) -> Array:
@@ -135,8 +137,8 @@ class Raster:
 class Permutation:
     """Another permutation for each image, token by token."""
 
-    single: ClassVar[bool] = True
-    confident: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = True
+    by_confidence: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
@@ -147,8 +149,8 @@ class Permutation:
 class Sets:
     """Another permutation for each image, in sets that grow (Li et al. 2024)."""
 
-    single: ClassVar[bool] = False
-    confident: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = False
+    by_confidence: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:
@@ -162,8 +164,8 @@ class Confidence:
     Needs a head that knows the probability of what it draws.
     """
 
-    single: ClassVar[bool] = False
-    confident: ClassVar[bool] = True
+    one_at_a_time: ClassVar[bool] = False
+    by_confidence: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
 
     def draw(self, key: Array, length: int) -> Array:

@@ -19,7 +19,7 @@ from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
-class PaddedCaptions(Checked):
+class GlideCaptions(Checked):
     """Token ids read by a bidirectional Transformer that sees padding too and is trained with the model."""
 
     vocabulary: Size = 50257
@@ -42,16 +42,16 @@ class PaddedCaptions(Checked):
     def token_width(self, width: int) -> int:
         return width
 
-    def init(self, key: Array, width: int) -> PaddedTokens:
+    def init(self, key: Array, width: int) -> GlideCaptionTokens:
         if width != self.width:
             raise ValueError(f"captions of width {self.width} where the network reads {width}")
-        return PaddedTokens(self, key)
+        return GlideCaptionTokens(self, key)
 
 
-class PaddedTokens(nnx.Module):
+class GlideCaptionTokens(nnx.Module):
     """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible; a dropped one is empty."""
 
-    def __init__(self, config: PaddedCaptions, key: Array):
+    def __init__(self, config: GlideCaptions, key: Array):
         keys = jax.random.split(key, 4)
         self.config = config
         self.table = Embedding(config.vocabulary, config.width, keys[0])

@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.core.types import Batch
-from t2i_jax.nn.draw import Sampling, choose, guidance_at, uniforms
+from t2i_jax.nn.draw import ARSampler, guidance_at, sample_token, uniforms
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.noise.guidance import guide
@@ -32,7 +32,7 @@ def sample(
     model: Any,
     condition: Batch,
     keys: Array,
-    options: Sampling | None,
+    options: ARSampler | None,
     known: Array | None,
     keep: Array | int,
     guided: bool,
@@ -62,7 +62,7 @@ def _sample(
     model: Any,
     condition: Batch,
     keys: Array,
-    options: Sampling,
+    options: ARSampler,
     known: Array,
     keep: Array,
     guided: bool,
@@ -81,7 +81,7 @@ def _sample(
         logits = rearrange(shard(logits, "batch", None), "(b n) v -> n b v", n=branches)
         guidance = guidance_at(options, i, length)
         guided_logits = guide(logits[0], logits[1], guidance) if guided else logits[0]
-        return jnp.where(i < keep, known[:, i], choose(guided_logits, options, uniform[i]))
+        return jnp.where(i < keep, known[:, i], sample_token(guided_logits, options, uniform[i]))
 
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         codes, caches = carry

@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Rate, Size
 from t2i_jax.nn import kernels
-from t2i_jax.nn.attention import Rotary, Told, attend, rotate
+from t2i_jax.nn.attention import MaskSpec, Rotary, attend, rotate
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, lean, param
+from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, remat_elementwise
 from t2i_jax.nn.stationary import stays
 from t2i_jax.parallel import shard
 
@@ -77,15 +77,15 @@ class Layer(Checked):
     """RMS-normalise queries and keys per head"""
     scale: NotNegative = 0.0
     """what attention logits are multiplied by; 0: head_dim^-1/2"""
-    turn_values: bool = False
+    rope_values: bool = False
     """rotary positions turn values too"""
-    memory: Count = 0
+    context: Count = 0
     """width of other vectors that positions look at between attention and MLP (cross-attention); 0: there are none"""
-    sandwich: bool = False
+    sandwich_norm: bool = False
     """normalise what each branch adds too (Ding et al. 2021, CogView, Sandwich-LN)"""
-    branch_scale: bool = False
+    layer_scale: bool = False
     """a learned vector times what each branch adds (Touvron et al. 2021, LayerScale)"""
-    relax: bool = False
+    pb_relax: bool = False
     """keep low-precision numbers small (Ding et al. 2021, CogView, PB-Relax): queries enter their products divided by
     32, which is made good in fp32; LayerNorm first divides by max |x| / 8"""
     dropout: Rate = 0.0
@@ -97,11 +97,11 @@ class Layer(Checked):
         super().__post_init__()
         if not self.head_dim and self.width % self.heads:
             raise ValueError(f"width {self.width} cannot be split into heads {self.heads}; set head_dim")
-        if self.heads % self.groups:
+        if self.heads % self.num_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
 
     @property
-    def groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Key-value heads m."""
         return self.kv_heads or self.heads
 
@@ -111,7 +111,7 @@ class Layer(Checked):
         return self.head_dim or self.width // self.heads
 
     @property
-    def inner(self) -> int:
+    def mlp_dim(self) -> int:
         """MLP width f."""
         wide = -(-8 * self.width // 3 // 64) * 64 if self.activation in GATED else 4 * self.width
         return self.hidden or wide
@@ -125,7 +125,7 @@ class Layer(Checked):
     def normalise(self) -> RMSNorm | LayerNorm:
         if self.norm == "rms":
             return RMSNorm(self.width, self.eps)
-        return LayerNorm(self.width, self.eps, relax=8.0 if self.relax else 0.0)
+        return LayerNorm(self.width, self.eps, relax=8.0 if self.pb_relax else 0.0)
 
 
 class Cache(NamedTuple):
@@ -141,13 +141,13 @@ class Cache(NamedTuple):
     layer: Array | None = None
     past: Array | None = None
     """(b, 2, s, d / 2): what both branches read at each position, where a `Shift` looks back"""
-    memory: tuple[Array, Array] | None = None
-    """keys and values (b, s', n, h) of the memory, of a layer that stands alone"""
+    context: tuple[Array, Array] | None = None
+    """keys and values (b, s', n, h) of the context, of a layer that stands alone"""
 
     @classmethod
     def empty(cls, layer: Layer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
         """Room for s positions of one layer, or of a stack of `depth`."""
-        shape = (*(() if depth is None else (depth,)), b, layer.groups, s, layer.head)
+        shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
     def grow(self, s: int) -> Cache:
@@ -172,7 +172,7 @@ class Cache(NamedTuple):
         return new, read(new.k), read(new.v)
 
 
-class Shift(NamedTuple):
+class TokenShift(NamedTuple):
     """Token shift: what a branch reads has channels of neighbours before it, as DALLE-pytorch has it (after Peng 2021).
 
     In the prefix half of the channels come from the position before; behind it stands a raster grid, where a quarter
@@ -209,7 +209,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: Layer, key: Array):
-        n, m, h = config.heads, config.groups, config.head
+        n, m, h = config.heads, config.num_kv_heads, config.head
         keys = jax.random.split(key)
         qkv_bias, out_bias = config.biases
         self.qkv = Linear(config.width, (n + 2 * m) * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
@@ -217,7 +217,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
-        self.turn_values, self.relax = config.turn_values, 32 if config.relax else 1
+        self.turn_values, self.relax = config.rope_values, 32 if config.pb_relax else 1
         self.kernel: Kind = config.kernel
 
     def read(self, x: Array) -> tuple[Array, Array, Array]:
@@ -239,7 +239,7 @@ class Attention(nnx.Module):
         self,
         x: Array,
         rotary: Rotary | None = None,
-        mask: Array | Told | None = None,
+        mask: Array | MaskSpec | None = None,
         cache: Cache | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, Cache | None]:
@@ -260,27 +260,27 @@ class Attention(nnx.Module):
 class CrossAttention(nnx.Module):
     """Positions (b, t, d) look at other vectors (b, s, k): (b, t, d). Keys and values are one matrix, head by head."""
 
-    def __init__(self, config: Layer, memory: int, key: Array):
+    def __init__(self, config: Layer, context: int, key: Array):
         n, h = config.heads, config.head
         keys = jax.random.split(key, 3)
         qkv_bias, out_bias = config.biases
         self.q = Linear(config.width, n * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
-        self.kv = Linear(memory, 2 * n * h, keys[1], bias=qkv_bias, axes=("embed", "heads"))
+        self.kv = Linear(context, 2 * n * h, keys[1], bias=qkv_bias, axes=("embed", "heads"))
         self.out = Linear(n * h, config.width, keys[2], bias=out_bias, axes=("heads", "embed"))
         self.heads = n
 
-    def read(self, memory: Array) -> tuple[Array, Array]:
+    def read(self, context: Array) -> tuple[Array, Array]:
         """Keys and values (b, s, n, h) of vectors (b, s, k); they serve every position."""
-        kv = rearrange(self.kv(memory), "b s (n a h) -> a b s n h", n=self.heads, a=2)
+        kv = rearrange(self.kv(context), "b s (n a h) -> a b s n h", n=self.heads, a=2)
         return shard(kv[0], "batch", None, "heads", None), shard(kv[1], "batch", None, "heads", None)
 
-    def look(self, x: Array, kv: tuple[Array, Array], mask: Array | None = None) -> Array:
+    def attend(self, x: Array, kv: tuple[Array, Array], mask: Array | None = None) -> Array:
         """mask: bool (b, 1, 1 or t, s), True where a position may look."""
         q = shard(rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads), "batch", None, "heads", None)
         return self.out(rearrange(attend(q, *kv, mask), "b t n h -> b t (n h)"))
 
-    def __call__(self, x: Array, memory: Array, mask: Array | None = None) -> Array:
-        return self.look(x, self.read(memory), mask)
+    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+        return self.attend(x, self.read(context), mask)
 
 
 class MLP(nnx.Module):
@@ -288,7 +288,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Layer, key: Array):
         keys = jax.random.split(key, 3)
-        d, f, bias = config.width, config.inner, config.bias
+        d, f, bias = config.width, config.mlp_dim, config.bias
         self.gate = Linear(d, f, keys[0], bias=bias) if config.activation in GATED else None
         self.into = Linear(d, f, keys[1], bias=bias)
         self.out = Linear(f, d, keys[2], bias=bias, axes=("mlp", "embed"))
@@ -296,8 +296,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         act = ACTIVATIONS[self.activation]
-        gated = lean(lambda gate, y: act(gate) * y)
-        y = lean(act)(self.into(x)) if self.gate is None else gated(self.gate(x), self.into(x))
+        gated = remat_elementwise(lambda gate, y: act(gate) * y)
+        y = remat_elementwise(act)(self.into(x)) if self.gate is None else gated(self.gate(x), self.into(x))
         return self.out(shard(y, "batch", None, "mlp"))
 
 
@@ -308,12 +308,12 @@ class Block(nnx.Module):
         keys = jax.random.split(key)
         self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0])
         self.mlp_norm, self.mlp = config.normalise(), MLP(config, keys[1])
-        self.cross_norm = config.normalise() if config.memory else None
-        self.cross = CrossAttention(config, config.memory, jax.random.fold_in(key, 2)) if config.memory else None
-        self.attention_out_norm = config.normalise() if config.sandwich else None
-        self.mlp_out_norm = config.normalise() if config.sandwich else None
-        self.attention_scale = param(jnp.ones(config.width), None) if config.branch_scale else None
-        self.mlp_scale = param(jnp.ones(config.width), None) if config.branch_scale else None
+        self.cross_norm = config.normalise() if config.context else None
+        self.cross = CrossAttention(config, config.context, jax.random.fold_in(key, 2)) if config.context else None
+        self.attention_out_norm = config.normalise() if config.sandwich_norm else None
+        self.mlp_out_norm = config.normalise() if config.sandwich_norm else None
+        self.attention_scale = param(jnp.ones(config.width), None) if config.layer_scale else None
+        self.mlp_scale = param(jnp.ones(config.width), None) if config.layer_scale else None
         self.post_norm, self.dropout = config.post_norm, config.dropout
 
     def __call__(
@@ -321,19 +321,19 @@ class Block(nnx.Module):
         x: Array,
         *,
         rotary: Rotary | None = None,
-        mask: Array | Told | None = None,
+        mask: Array | MaskSpec | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
         bias: Array | None = None,
-        shift: Shift | None = None,
-        memory: Array | None = None,
-        memory_mask: Array | None = None,
+        shift: TokenShift | None = None,
+        context: Array | None = None,
+        context_mask: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         """x (b, t, d) at the positions of `rotary`, looking where `mask` (b or 1, 1 or n, t, s) says.
 
         `bias` (b or 1, n, t, s) is added to the attention logits; `shift` mixes what each branch reads.
-        `memory` (b, s', k) is what cross-attention looks at, where `memory_mask` (b, 1, 1, s') says; a cache keeps its
-        keys and values, and then serves without it.
+        `context` (b, s', k) is read by cross-attention where `context_mask` (b, 1, 1, s') says; a cache keeps its keys
+        and values, and then serves without it.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
         to hide what is not yet written. Without a key nothing is dropped. Returns x (b, t, d) and the new cache, whose
@@ -353,14 +353,14 @@ class Block(nnx.Module):
         y, cache = self.attention(y, rotary, mask, cache, bias)
         x = after(self.attention_norm, x + branch(y, self.attention_out_norm, self.attention_scale, keys[0]))
         if self.cross is not None:
-            if memory is not None:
-                kv = self.cross.read(memory)
-                cache = None if cache is None else cache._replace(memory=kv)
-            elif cache is not None and cache.memory is not None:
-                kv = cache.memory
+            if context is not None:
+                kv = self.cross.read(context)
+                cache = None if cache is None else cache._replace(context=kv)
+            elif cache is not None and cache.context is not None:
+                kv = cache.context
             else:
-                raise ValueError("cross-attention has nothing to look at: no memory, and none in the cache")
-            y = self.cross.look(before(self.cross_norm, x), kv, memory_mask)
+                raise ValueError("cross-attention has nothing to look at: no context, and none in the cache")
+            y = self.cross.attend(before(self.cross_norm, x), kv, context_mask)
             last = None if key is None else jax.random.fold_in(key, 2)
             x = after(self.cross_norm, x + branch(y, None, None, last))
         y, cache = mixed(before(self.mlp_norm, x), cache, 1)
@@ -394,13 +394,13 @@ def apply_stack(
     x: Array,
     *,
     rotary: Rotary | None = None,
-    mask: Array | Told | None = None,
+    mask: Array | MaskSpec | None = None,
     caches: Any = None,
     key: Array | None = None,
     bias: Array | None = None,
-    shift: Shift | None = None,
-    memory: Array | None = None,
-    memory_mask: Array | None = None,
+    shift: TokenShift | None = None,
+    context: Array | None = None,
+    context_mask: Array | None = None,
     remat: str = "none",
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
@@ -413,7 +413,7 @@ def apply_stack(
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
     t = x.shape[1]
-    rules = dict(rotary=rotary, bias=bias, shift=shift, memory=memory, memory_mask=memory_mask)
+    rules = dict(rotary=rotary, bias=bias, shift=shift, context=context, context_mask=context_mask)
     masks = mask if isinstance(mask, Array) and mask.ndim == 5 else None
     seen = lambda i: mask if masks is None else masks[i % masks.shape[0]]
     run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)

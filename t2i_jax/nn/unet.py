@@ -17,7 +17,7 @@ from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Ra
 from t2i_jax.core.keys import apart
 from t2i_jax.core.types import Batch, Compute, Condition
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import Classes, check_vectors, value
+from t2i_jax.nn.condition import ClassEmbedder, check_vectors, value
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.dit import Context, pooled
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
@@ -55,13 +55,13 @@ class UNet(Checked):
     resample: Literal["block", "conv", "mean"] = "block"
     """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
     dropout: Rate = 0.0
-    condition: Condition | None = Classes(1000)
+    condition: Condition | None = ClassEmbedder(1000)
     context: Count = 0
     """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
     pool: Literal["mean", "last", "none"] = "mean"
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
     """Pictures of the batch that are read beside the noised one: one with a mask of what is known, a small one."""
-    told_noise: bool = False
+    noise_aug_conditioning: bool = False
     """The network is told how much noise the small picture of `low_res` got, `low_res_noise` of the batch."""
     learn_variance: bool = True
     """Predict the variance of the step back too, in a second half of the channels."""
@@ -81,7 +81,7 @@ class UNet(Checked):
             raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
         if self.pool == "none" and not self.context:
             raise ValueError("pool 'none' without a context: the condition would be read nowhere")
-        if self.told_noise and "low_res" not in self.extra_inputs:
+        if self.noise_aug_conditioning and "low_res" not in self.extra_inputs:
             raise ValueError("told_noise: of a small picture, and extra_inputs have no 'low_res'")
 
     @property
@@ -196,7 +196,7 @@ class SpatialTransformer(nnx.Module):
             activation="geglu_exact",
             bias=True,
             qkv_bias=False,
-            memory=config.context,
+            context=config.context,
         )
         self.norm = GroupNorm(c, config.groups, 1e-6)
         self.into = Linear(c, c, keys[0], std=None, axes=(None, "embed"))
@@ -207,7 +207,7 @@ class SpatialTransformer(nnx.Module):
         assert context is not None, "cross-attention reads the context"
         y = self.into(rearrange(self.norm(x), "b i j c -> b (i j) c"))
         memory, mask = context.tokens.astype(x.dtype), context.mask[:, None, None]
-        y, _ = apply_stack(self.blocks, y, memory=memory, memory_mask=mask)
+        y, _ = apply_stack(self.blocks, y, context=memory, context_mask=mask)
         return x + self.out(y).reshape(x.shape)
 
 
@@ -216,7 +216,7 @@ def attention_of(config: UNet, c: int, key: Array, up: bool = False) -> ContextA
     return (SpatialTransformer if config.transformers else ContextAttention)(config, c, key, up)
 
 
-class Half(nnx.Module):
+class Resample(nnx.Module):
     """Halve or double the sides by a convolution, or without any parameters."""
 
     def __init__(self, c: int, key: Array, up: bool, convolve: bool):
@@ -230,7 +230,7 @@ class Half(nnx.Module):
         return halve(x) if self.halved is None else self.halved(x)
 
 
-class Stage(nnx.Module):
+class UNetStage(nnx.Module):
     """What happens between two skips: a residual block, attention, a change of size, or some of them."""
 
     def __init__(
@@ -244,7 +244,7 @@ class Stage(nnx.Module):
         if change and config.resample == "block":
             resample = TimedResBlock(config, f, f, keys[2], "up" if up else "down")
         elif change:
-            resample = Half(f, keys[2], up, config.resample == "conv")
+            resample = Resample(f, keys[2], up, config.resample == "conv")
         self.resample = resample
 
     def __call__(self, x: Array, e: Array, context: Context | None, key: Array | None = None) -> Array:
@@ -258,7 +258,7 @@ class Stage(nnx.Module):
         return shard(x, "batch", None, None, None)
 
 
-class Encoder(nnx.Module):
+class UNetEncoder(nnx.Module):
     """The way down and the middle, which a classifier of noised pictures has too."""
 
     def __init__(self, config: UNet, key: Array):
@@ -271,11 +271,11 @@ class Encoder(nnx.Module):
         for level in range(len(config.multipliers)):
             attends = 2**level in config.attention
             for _ in range(config.blocks):
-                down.append(Stage(config, c, config.at(level), next(keys), attends=attends))
+                down.append(UNetStage(config, c, config.at(level), next(keys), attends=attends))
                 c = config.at(level)
                 kept.append(c)
             if level < len(config.multipliers) - 1:
-                down.append(Stage(config, c, c, next(keys), attends=False, change=True))
+                down.append(UNetStage(config, c, c, next(keys), attends=False, change=True))
                 kept.append(c)
         self.down = nnx.List(down)
         self.before = TimedResBlock(config, c, c, next(keys))
@@ -300,7 +300,7 @@ class Encoder(nnx.Module):
         return shard(self.after(x, e, keys[-1]), "batch", None, None, None), skips
 
 
-class UNetNetwork(Encoder):
+class UNetNetwork(UNetEncoder):
     """The parameters of a `UNet`."""
 
     def __init__(self, config: UNet, key: Array):
@@ -311,13 +311,13 @@ class UNetNetwork(Encoder):
         pools = config.context and config.pool != "none"
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
         noise = lambda: TimeEmbedding(config.embedding, apart(key), waves=config.width)
-        self.noise = noise() if config.told_noise else None
+        self.noise = noise() if config.noise_aug_conditioning else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):
             for n in range(config.blocks + 1):
                 change = level > 0 and n == config.blocks
                 attends, f = 2**level in config.attention, config.at(level)
-                up.append(Stage(config, c + kept.pop(), f, next(keys), attends=attends, change=change, up=True))
+                up.append(UNetStage(config, c + kept.pop(), f, next(keys), attends=attends, change=change, up=True))
                 c = f
         self.up = nnx.List(up)
         self.norm = GroupNorm(c, config.groups, config.eps)

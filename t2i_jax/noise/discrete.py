@@ -31,19 +31,19 @@ LOWEST = -70.0
 """Log-probabilities end here, so that what nearly cannot be costs no infinite loss."""
 
 
-class Schedule(NamedTuple):
+class ChainSchedule(NamedTuple):
     """Probabilities of a chain in float64: of one step (T,), and of all steps up to t (T + 1,), the last entry of which
     is t = -1, the clean tokens."""
 
     a: np.ndarray
     b: np.ndarray
     c: np.ndarray
-    kept: np.ndarray
-    replaced: np.ndarray
-    masked: np.ndarray
+    alpha_bar: np.ndarray
+    beta_bar: np.ndarray
+    gamma_bar: np.ndarray
 
     @classmethod
-    def of(cls, kept: np.ndarray, masked: np.ndarray, codes: int) -> Schedule:
+    def of(cls, kept: np.ndarray, masked: np.ndarray, codes: int) -> ChainSchedule:
         """The schedule whose tokens after step t are still the clean ones with probability kept[t], beside chance, and
         masked with probability masked[t]: any two sequences (T,) that fall and rise.
 
@@ -67,9 +67,9 @@ class Schedule(NamedTuple):
 class Tables(NamedTuple):
     """Cumulative logs (T + 1,) fp32, the last of them t = -1, in the form that jumps between any two times need."""
 
-    kept: Array
-    replaced: Array
-    masked: Array
+    log_alpha_bar: Array
+    log_beta_bar: Array
+    log_gamma_bar: Array
     unmasked: Array
     """1 - masked"""
     rise: Array
@@ -100,10 +100,10 @@ class Chain(Checked):
     shape: Literal["linear", "cosine"] = "linear"
     """How the probabilities go from their first values to their last: evenly, or as sin, fast at first (Chang et al.
     2022, MaskGIT: the share left to predict falls as a cosine)."""
-    kept: Annotated[tuple[float, ...], Range(0, 1)] = (0.99999, 0.000009)
+    alpha_bar: Annotated[tuple[float, ...], Range(0, 1)] = (0.99999, 0.000009)
     """Probability to be still the clean code after the first and the last step, or after each of the T; not read with
     `mask`, where it is what is not masked."""
-    masked: Annotated[tuple[float, ...], Range(0, 1)] = (0.000009, 0.99999)
+    gamma_bar: Annotated[tuple[float, ...], Range(0, 1)] = (0.000009, 0.99999)
     """The same of being MASK; not read with `replace`, where it is 0."""
 
     def __post_init__(self):
@@ -111,14 +111,14 @@ class Chain(Checked):
         _ = self.schedule  # which refuses probabilities that cannot be
 
     @cached_property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> ChainSchedule:
         """The probabilities of every step."""
-        kept, masked = self._course("kept", self.kept), self._course("masked", self.masked)
+        kept, masked = self._course("alpha_bar", self.alpha_bar), self._course("gamma_bar", self.gamma_bar)
         if self.kind == "mask":
             kept = 1 - masked
         elif self.kind == "replace":
             masked = np.zeros_like(kept)
-        return Schedule.of(kept, masked, self.codes)
+        return ChainSchedule.of(kept, masked, self.codes)
 
     def _course(self, field: str, given: tuple[float, ...]) -> np.ndarray:
         values = np.asarray(given, np.float64)
@@ -138,33 +138,35 @@ class Chain(Checked):
         """The schedule for the device."""
         s = self.schedule
         with np.errstate(divide="ignore"):
-            kept, replaced, masked = np.log(s.kept), np.log(s.replaced), np.log(s.masked)
-            rise = s.replaced / s.kept
+            kept, replaced, masked = np.log(s.alpha_bar), np.log(s.beta_bar), np.log(s.gamma_bar)
+            rise = s.beta_bar / s.alpha_bar
             height = np.log(rise[-2])
         rise = rise / rise[-2] if rise[-2] else rise
         return Tables(
-            *(jnp.asarray(x, jnp.float32) for x in (kept, replaced, masked, np.log1p(-s.masked), rise, height))
+            *(jnp.asarray(x, jnp.float32) for x in (kept, replaced, masked, np.log1p(-s.gamma_bar), rise, height))
         )
 
     # -- the forward process; times are int (b,), -1 for the clean tokens
 
-    def since_start(self, t: Array) -> Rates:
+    def cumulative_transition(self, t: Array) -> Rates:
         """The rates of q(x_t | x_0)."""
         x = self.tables()
-        return Rates(*(table[t][:, None, None] for table in (x.kept, x.replaced, x.masked, x.unmasked)))
+        return Rates(
+            *(table[t][:, None, None] for table in (x.log_alpha_bar, x.log_beta_bar, x.log_gamma_bar, x.unmasked))
+        )
 
     def between(self, s: Array, t: Array) -> Rates:
         """The rates of q(x_t | x_s), s <= t: with x the cumulative ones, a = a_t / a_s, 1 - c = (1 - c_t) / (1 - c_s)
         and b = a_t (b_t / a_t - b_s / a_s) / (1 - c_s), of which no term cancels badly in fp32."""
         x = self.tables()
         rest = x.unmasked[t] - x.unmasked[s]
-        b = x.kept[t] + x.height + jnp.log(jnp.maximum(x.rise[t] - x.rise[s], 0)) - x.unmasked[s]
-        rates = (x.kept[t] - x.kept[s], b, jnp.log(-jnp.expm1(rest)), rest)
+        b = x.log_alpha_bar[t] + x.height + jnp.log(jnp.maximum(x.rise[t] - x.rise[s], 0)) - x.unmasked[s]
+        rates = (x.log_alpha_bar[t] - x.log_alpha_bar[s], b, jnp.log(-jnp.expm1(rest)), rest)
         return Rates(*(r[:, None, None] for r in rates))
 
     def q_start(self, log_x0: Array, t: Array) -> Array:
         """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1), none of it on MASK (eq. 8)."""
-        return _moved(log_x0, self.since_start(t))
+        return _moved(log_x0, self.cumulative_transition(t))
 
     def q_step(self, log_x: Array, t: Array, published: bool = False) -> Array:
         """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7).
@@ -175,20 +177,20 @@ class Chain(Checked):
         coded = jnp.zeros(()) if published else jax.nn.logsumexp(log_x[..., :-1], -1, keepdims=True)
         return _moved(log_x, self.between(t - 1, t), coded)
 
-    def noised(self, x0: Array, t: Array, key: Array) -> Array:
+    def q_sample(self, x0: Array, t: Array, key: Array) -> Array:
         """A draw x_t of q(x_t | x_0): int (b, l), from codes int (b, l)."""
         x, where, what = self.tables(), *jax.random.split(key)
         u = uniform(where, x0.shape)
         at = lambda table: jnp.exp(table[t])[:, None]
         other = jax.random.randint(what, x0.shape, 0, self.codes)
-        changed = jnp.where(u < at(x.masked), self.codes, other)
+        changed = jnp.where(u < at(x.log_gamma_bar), self.codes, other)
         # One number decides: masked, replaced or kept, in that order.
-        return jnp.where(u < at(x.masked) + self.codes * at(x.replaced), changed, x0)
+        return jnp.where(u < at(x.log_gamma_bar) + self.codes * at(x.log_beta_bar), changed, x0)
 
     def start(self, key: Array, shape: tuple[int, ...]) -> Array:
         """A draw of what the last step leaves of anything, p(x_T): MASK, random codes, or some of each."""
         x, where, what = self.tables(), *jax.random.split(key)
-        masked = jnp.exp(x.masked[self.steps - 1]) / -jnp.expm1(x.kept[self.steps - 1])
+        masked = jnp.exp(x.log_gamma_bar[self.steps - 1]) / -jnp.expm1(x.log_alpha_bar[self.steps - 1])
         random = jax.random.randint(what, shape, 0, self.codes)
         # The chain without replacement leaves nothing but MASK: rounding must not.
         mask = (uniform(where, shape) < masked) | (self.kind == "mask")
@@ -206,7 +208,7 @@ class Chain(Checked):
         s = t - 1 if s is None else s
         masked = (x_t == self.codes)[..., None]
         here = one_hot(x_t, self.codes + 1)
-        far, near = self.since_start(t), self.between(s, t)
+        far, near = self.cumulative_transition(t), self.between(s, t)
         given_start = jnp.where(masked, far.c, jnp.logaddexp(here[..., :-1] + far.a, far.b))
         given_s = jnp.where(masked, near.c, jnp.logaddexp(here[..., :-1] + near.a, near.b))
         given_s = jnp.concatenate([given_s, jnp.where(masked, 0.0, LOG_ZERO)], -1)

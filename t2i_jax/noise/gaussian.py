@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.types import Predicts
-from t2i_jax.noise.schedule import Schedule, beside, rows
+from t2i_jax.noise.schedule import Schedule, expand_like, rows
 
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 
@@ -91,7 +91,7 @@ def loss_weight(
 # -- one step forward, one step back
 
 
-class Normal(NamedTuple):
+class GaussianParams(NamedTuple):
     """A diagonal Gaussian; `x0` is the picture it was made of, where there is one."""
 
     mean: Array
@@ -109,10 +109,10 @@ def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
     return alpha * x0 + sigma * eps
 
 
-def posterior(schedule: Schedule, x0: Array, x: Array, t: Array) -> Normal:
+def posterior(schedule: Schedule, x0: Array, x: Array, t: Array) -> GaussianParams:
     """q(x_{t-1} | x_t = x, x_0) (Ho et al. 2020, eqs. 6 and 7); its log-variance at t = 0 is that of t = 1."""
     mean = rows(schedule.posterior_x0, t, x) * x0 + rows(schedule.posterior_x_t, t, x) * x
-    return Normal(mean, jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape), x0)
+    return GaussianParams(mean, jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape), x0)
 
 
 def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
@@ -129,7 +129,7 @@ def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, 
     if kind == "fixed_large":  # the first step would destroy what is there: it takes the posterior's variance
         first = rows(schedule.posterior_log_variance, jnp.zeros_like(t), x)
         large = rows(schedule.log_betas, t, x)
-        return jnp.broadcast_to(jnp.where(beside(t, x) == 0, first, large), x.shape)
+        return jnp.broadcast_to(jnp.where(expand_like(t, x) == 0, first, large), x.shape)
     if v is None:
         raise ValueError(f"variance {kind!r} is one that the network predicts, and this one predicts none")
     return v if kind == "learned" else learned_range(schedule, v, t)
@@ -145,7 +145,7 @@ def p_mean_variance(
     predicts: Predicts = "eps",
     variance: Variance = "learned_range",
     clip: bool | Array = False,
-) -> Normal:
+) -> GaussianParams:
     """p(x_{t-1} | x_t = x) as the network has it (Ho et al. 2020, eq. 11); `x0` is the picture it has in mind.
 
     prediction, v: like x, what the network says of x and of the variance. clip: bring that picture into [-1, 1].
@@ -157,13 +157,13 @@ def p_mean_variance(
 
 def clipped(x0: Array, clip: bool | Array) -> Array:
     """x0 in [-1, 1] where `clip` (a scalar or (b,)) says so."""
-    return jnp.where(beside(clip, x0), jnp.clip(x0, -1, 1), x0)
+    return jnp.where(expand_like(clip, x0), jnp.clip(x0, -1, 1), x0)
 
 
-def ddpm_step(p: Normal, t: Array, noise: Array, temperature: Array | float = 1.0) -> Array:
+def ddpm_step(p: GaussianParams, t: Array, noise: Array, temperature: Array | float = 1.0) -> Array:
     """A draw from p(x_{t-1} | x_t); its mean at t = 0 (Ho et al. 2020, algorithm 2)."""
     scale = jnp.where(t == 0, 0.0, jnp.asarray(temperature))
-    return p.mean + beside(scale, p.mean) * jnp.exp(p.log_variance / 2) * noise
+    return p.mean + expand_like(scale, p.mean) * jnp.exp(p.log_variance / 2) * noise
 
 
 def ddim_step(
@@ -173,9 +173,9 @@ def ddim_step(
     alpha, sigma = schedule.at(t, x)
     abar_prev = rows(schedule.alphas_cumprod_prev, t, x)
     eps = (x - alpha * x0) / sigma
-    spread = beside(eta, x) * jnp.sqrt(rows(schedule.posterior_variance, t, x))
+    spread = expand_like(eta, x) * jnp.sqrt(rows(schedule.posterior_variance, t, x))
     mean = x0 * jnp.sqrt(abar_prev) + jnp.sqrt(jnp.maximum(1 - abar_prev - spread**2, 0)) * eps
-    return mean + jnp.where(beside(t, x) == 0, 0.0, spread) * noise
+    return mean + jnp.where(expand_like(t, x) == 0, 0.0, spread) * noise
 
 
 def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Array:
@@ -188,7 +188,7 @@ def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Arra
 # -- the variational bound
 
 
-def normal_kl(p: Normal, q: Normal) -> Array:
+def normal_kl(p: GaussianParams, q: GaussianParams) -> Array:
     """KL(p || q) of every number, in nats."""
     ratio = jnp.exp(p.log_variance - q.log_variance)
     gap = (p.mean - q.mean) ** 2 * jnp.exp(-q.log_variance)
@@ -208,7 +208,7 @@ def _exact_tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
     return y, (1 - y * y) * tangents[0]
 
 
-def discretised_log_likelihood(x: Array, p: Normal) -> Array:
+def discretised_log_likelihood(x: Array, p: GaussianParams) -> Array:
     """log p of pixels x in [-1, 1] that stand for intervals of width 2/255 (Ho et al. 2020, eq. 13), in nats."""
     inverse = jnp.exp(-p.log_variance / 2)
     # The tanh stands for the error function in every published network, and so it does here.
@@ -218,7 +218,7 @@ def discretised_log_likelihood(x: Array, p: Normal) -> Array:
     return jnp.where(x < -0.999, log(above), jnp.where(x > 0.999, log(1 - below), log(above - below)))
 
 
-def vb_terms(schedule: Schedule, x0: Array, x: Array, t: Array, p: Normal) -> Array:
+def vb_terms(schedule: Schedule, x0: Array, x: Array, t: Array, p: GaussianParams) -> Array:
     """The term of the variational bound at t, in bits per dimension: (b,) (Nichol & Dhariwal 2021, eqs. 4 to 6)."""
     kl = normal_kl(posterior(schedule, x0, x, t), p)
     mean = lambda y: y.reshape(y.shape[0], -1).mean(-1) / math.log(2)

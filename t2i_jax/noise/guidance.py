@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.noise.schedule import beside
+from t2i_jax.noise.schedule import expand_like
 
 
 def guide(value: Array, null: Array, scale: Array | float, channels: int = 0) -> Array:
@@ -18,7 +18,7 @@ def guide(value: Array, null: Array, scale: Array | float, channels: int = 0) ->
     scalar or (b,). channels: leave those behind the first so many as they are; released samplers of DiT and GLIDE move
     three only.
     """
-    moved = value + (beside(scale, value) - 1) * (value - null)
+    moved = value + (expand_like(scale, value) - 1) * (value - null)
     return moved if not channels else jnp.where(jnp.arange(value.shape[-1]) < channels, moved, value)
 
 
@@ -26,7 +26,7 @@ def rescale(guided: Array, value: Array, share: Array | float) -> Array:
     """`guided` with a share of the standard deviation of `value` per picture (Lin et al. 2024, eqs. 15 and 16)."""
     axes = tuple(range(1, value.ndim))
     factor = value.std(axes, keepdims=True) / jnp.maximum(guided.std(axes, keepdims=True), 1e-8)
-    share = beside(share, value)
+    share = expand_like(share, value)
     return guided * (share * factor + 1 - share)
 
 
@@ -35,13 +35,13 @@ def within(scale: Array | float, at: Array, start: Array | float, stop: Array | 
     return jnp.where((at >= jnp.asarray(start) - 1e-6) & (at < jnp.asarray(stop) - 1e-6), scale, 1.0)
 
 
-def pull(log_p: Callable[[Array], Array], x: Array, scale: Array | float) -> Array:
+def classifier_gradient(log_p: Callable[[Array], Array], x: Array, scale: Array | float) -> Array:
     """scale times the gradient of log p(condition | x) by x, for log_p: (b, ...) -> (b,).
 
     With a classifier of noised pictures it is classifier guidance (Dhariwal & Nichol 2021), with the similarity of
     noised picture and caption that of GLIDE (Nichol et al. 2022, section 2.3).
     """
-    return beside(scale, x) * jax.grad(lambda x: log_p(x).sum())(x)
+    return expand_like(scale, x) * jax.grad(lambda x: log_p(x).sum())(x)
 
 
 def of_class(logits: Array, label: Array) -> Array:

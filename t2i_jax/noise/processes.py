@@ -18,9 +18,9 @@ from jax import Array
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
-from t2i_jax.core.types import NoiseProcess, Path, Predicts, Spacing, VarianceBound
+from t2i_jax.core.types import NoiseProcess, Predicts, SamplingGrid, Spacing, VarianceBound
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
-from t2i_jax.noise.schedule import NAMES, Schedule, beside, stratified
+from t2i_jax.noise.schedule import NAMES, Schedule, expand_like, stratified
 
 NOISE = 1e-3
 
@@ -58,7 +58,7 @@ class Discrete(Checked):
         return Schedule.named(self.schedule, self.steps, zero_terminal_snr=self.zero_terminal_snr)
 
     @property
-    def bound(self) -> int:
+    def max_steps(self) -> int:
         return self.steps
 
     @property
@@ -84,16 +84,16 @@ class Discrete(Checked):
         """Training times int (b,) below which a share u (b,) in (0, 1) of them lies; all steps are equally likely."""
         return jnp.clip(jnp.floor(u * self.steps).astype(jnp.int32), 0, self.steps - 1)
 
-    def draw(self, key: Array, b: int) -> Array:
+    def sample_time(self, key: Array, b: int) -> Array:
         """Training times int (b,), stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
+    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
         """alpha and sigma at times t (b,), shaped to multiply `like`; fractional times lie between two steps."""
         if jnp.issubdtype(t.dtype, jnp.integer):
             return self.tables.at(t, like)
         alpha, sigma = self._between(t)
-        return beside(alpha, like), beside(sigma, like)
+        return expand_like(alpha, like), expand_like(sigma, like)
 
     def _between(self, t: Array) -> tuple[Array, Array]:
         """alpha and sigma at fractional times, interpolated and scaled to alpha^2 + sigma^2 = 1."""
@@ -101,22 +101,22 @@ class Discrete(Checked):
         alpha, sigma = table(self.tables.alpha), table(self.tables.sigma)
         return alpha / jnp.hypot(alpha, sigma), sigma / jnp.hypot(alpha, sigma)
 
-    def told(self, t: Array) -> Array:
+    def network_time(self, t: Array) -> Array:
         """The time that the network is told."""
         return t * (1000 / self.steps) if self.rescale_times else t
 
-    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+    def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
         """Back through `steps` of the steps: the first and the last and those evenly between, or every k-th from the
         first (as published samplers of DDIM have it) where `stride` says so and some k gives that many.
 
         Other spacings stop between steps, at fractional times.
         """
-        schedule = self.tables.strided(steps, self.bound, stride if spacing == "default" else False)
-        place = steps - 1 - jnp.arange(self.bound + 1)
+        schedule = self.tables.strided(steps, self.max_steps, stride if spacing == "default" else False)
+        place = steps - 1 - jnp.arange(self.max_steps + 1)
         index, end = jnp.maximum(place, 0), place < 0
         at = lambda table: jnp.asarray(table, jnp.float32)[index]
-        path = Path(
-            at(self.told(jnp.asarray(schedule.timestep_map))),
+        path = SamplingGrid(
+            at(self.network_time(jnp.asarray(schedule.timestep_map))),
             jnp.where(end, 1.0, at(schedule.alpha)),
             jnp.where(end, 0.0, at(schedule.sigma)),
             at(schedule.posterior_log_variance)[:-1],
@@ -127,12 +127,12 @@ class Discrete(Checked):
             return path
         if spacing == "even":
             t = jnp.maximum(place, 0) * ((self.steps - 1) / jnp.maximum(steps - 1, 1))
-            return along(self.told(t), *self._between(t), path.steps, path)
+            return along(self.network_time(t), *self._between(t), path.steps, path)
         ratio = respaced(path, self.tables.sigma[0] / self.tables.alpha[0], spacing)
         angles = jnp.asarray(np.arctan2(self.tables.sigma, self.tables.alpha), jnp.float32)
         t = jnp.interp(jnp.arctan(ratio), angles, jnp.arange(self.steps))
         alpha = 1 / jnp.hypot(1.0, ratio)
-        return along(self.told(t), alpha, ratio * alpha, path.steps, path)
+        return along(self.network_time(t), alpha, ratio * alpha, path.steps, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Flow(Checked):
     """t becomes s t / (1 + (s - 1) t): more noise for more pixels (Esser et al. 2024, eq. 23)."""
     toward: bool = False
     """Tell the network the picture's share 1 - t instead of 1000 t, as SiT does."""
-    bound: Size = 1000
+    max_steps: Size = 1000
     """Most steps of a sampler."""
 
     @property
@@ -183,29 +183,29 @@ class Flow(Checked):
             return self.shifted(1e-5 + (1 - 1e-5) * u)
         return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u)))
 
-    def draw(self, key: Array, b: int) -> Array:
+    def sample_time(self, key: Array, b: int) -> Array:
         """Training times (b,) in (0, 1), stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
-        t = beside(t, like)
+    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
+        t = expand_like(t, like)
         return 1 - t, t
 
-    def told(self, t: Array) -> Array:
+    def network_time(self, t: Array) -> Array:
         return 1 - t if self.toward else 1000 * t
 
-    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+    def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
         """Even steps of t from 1 to 0, then shifted; `stride` is for Discrete."""
-        n = jnp.arange(self.bound + 1)
+        n = jnp.arange(self.max_steps + 1)
         # The ends are chosen by integers: n / steps may miss 0 and 1 by a rounding.
         u = jnp.where(n < steps, 1 - n / steps, 0.0)
         t = jnp.where(n == 0, 1.0, self.shifted(u))
-        path = along(self.told(t), 1 - t, t, steps)
-        if spacing in ("default", "even") or self.bound == 1:
+        path = along(self.network_time(t), 1 - t, t, steps)
+        if spacing in ("default", "even") or self.max_steps == 1:
             return path
-        least = self.shifted(1 / self.bound)
+        least = self.shifted(1 / self.max_steps)
         ratio = respaced(path, least / (1 - least), spacing)
-        return along(self.told(ratio / (1 + ratio)), 1 / (1 + ratio), ratio / (1 + ratio), steps, path)
+        return along(self.network_time(ratio / (1 + ratio)), 1 / (1 + ratio), ratio / (1 + ratio), steps, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ class EDM(Checked):
     high: Positive = 80.0
     """s at the ends of a sampler's way."""
     rho: Positive = 7.0
-    bound: Size = 1000
+    max_steps: Size = 1000
     """Most steps of a sampler."""
 
     @property
@@ -262,24 +262,24 @@ class EDM(Checked):
         """log s (b,) in training below which a share u (b,) in (0, 1) lies."""
         return self.mean + self.std * jax.scipy.special.ndtri(u)
 
-    def draw(self, key: Array, b: int) -> Array:
+    def sample_time(self, key: Array, b: int) -> Array:
         """log s (b,) in training, stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
-        angle = jnp.arctan(jnp.exp(beside(t, like)) / self.data)
+    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
+        angle = jnp.arctan(jnp.exp(expand_like(t, like)) / self.data)
         return jnp.cos(angle), jnp.sin(angle)
 
-    def told(self, t: Array) -> Array:
+    def network_time(self, t: Array) -> Array:
         """A quarter of log s, in thousandths, which is how waves of times are spaced."""
         return 250 * t
 
-    def path(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> Path:
+    def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
         """s from high to low as eq. 5 has it, then 0; `stride` is for Discrete.
 
         Even stops are even in arctan(s / data), from that of `high` to 0 (Lu & Song 2024, TrigFlow).
         """
-        n = jnp.arange(self.bound + 1)
+        n = jnp.arange(self.max_steps + 1)
         share = jnp.where(n < steps - 1, n / jnp.maximum(steps - 1, 1), 1.0)
         ends = [end ** (1 / self.rho) for end in (self.high, self.low)]
         ratio = (ends[0] + jnp.where(n > 0, share, 0.0) * (ends[1] - ends[0])) ** self.rho / self.data
@@ -291,15 +291,15 @@ class EDM(Checked):
             return self._along(jnp.where(n < steps, ratio, self.low / self.data), steps, path)
         return self._along(respaced(path, self.low / self.data, spacing), steps, path)
 
-    def _along(self, ratio: Array, steps: Array | int, ends: Path | None = None) -> Path:
+    def _along(self, ratio: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:
         angle = jnp.arctan(ratio)
-        return along(self.told(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
+        return along(self.network_time(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
 
 
 Process = Discrete | Flow | EDM
 
 
-def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Path | None = None) -> Path:
+def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:
     """The path through these stops (n + 1,), with the variances that follow from them; from stop `steps` on it is at
     the clean end, alpha = 1 and sigma = 0. ends: a path whose first stop and clean end are taken instead."""
     n = jnp.arange(len(t))
@@ -310,10 +310,10 @@ def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Path |
     kept = alpha[:-1] / jnp.maximum(alpha[1:], 1e-12)
     high = jnp.maximum(sigma[:-1] ** 2 - (kept * sigma[1:]) ** 2, 1e-20)
     low = high * (sigma[1:] / jnp.maximum(sigma[:-1], 1e-12)) ** 2
-    return Path(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
+    return SamplingGrid(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
 
 
-def respaced(path: Path, least: float | Array, spacing: Spacing) -> Array:
+def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Array:
     """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
     `path.steps` - 1; at stop 0 it does not count where `path` begins in pure noise.
 

@@ -21,7 +21,7 @@ from t2i_jax.noise.discrete import Chain, gumbel
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Reverse(Options):
+class DiscreteSampler(Options):
     """How codes are drawn; every field is a number and is traced, the first four may also be one per image (b,)."""
 
     guidance: Annotated[float | Array, Range()] = 3.0
@@ -49,7 +49,7 @@ def reverse(
     guess: Callable[[Array, Array], Array],
     x: Array,
     noise: Callable[[Array], tuple[Array, Array]],
-    options: Reverse,
+    options: DiscreteSampler,
     stay: Callable[[Array], Array] = lambda x: x,
     report: Callable[..., None] = lambda *_: None,
     draw_code: Callable[[Array, Array], Array] = draw,
@@ -64,7 +64,7 @@ def reverse(
     draw_code: draws int (b, l) from logs of distributions (b, l, K + 1) and the first numbers that `noise` gives.
     """
     options, b = options.arrays(), x.shape[0]
-    count, moment = visits(chain.steps, options)
+    count, moment = timesteps(chain.steps, options)
     row = lambda number: jnp.broadcast_to(number, (b,))
 
     def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -77,7 +77,7 @@ def reverse(
             back = draw_code(chain.posterior(log_x0, x, row(late), row(s)), codes)
             return jnp.where(s < late, back, x)  # of more evaluations than times, some stand still
 
-        by_number = lambda: revealed(chain, log_x0, x, (i + 1) / count, codes, places, options)
+        by_number = lambda: unmask_step(chain, log_x0, x, (i + 1) / count, codes, places, options)
         new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_number, by_posterior))
         report(i + 1, count, new, log_x0)
         return i + 1, new
@@ -86,12 +86,14 @@ def reverse(
     return jnp.minimum(x, chain.codes - 1)
 
 
-def revealed(chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, places: Array, options: Reverse) -> Array:
+def unmask_step(
+    chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, places: Array, options: DiscreteSampler
+) -> Array:
     """x (b, l) with as many of its masked positions drawn from p(x_0) as are unmasked after a share u of the steps.
 
     The authors' tables of how many, for four T and 1024 tokens, are this for their schedule.
     """
-    shares = jnp.exp(chain.tables().masked)
+    shares = jnp.exp(chain.tables().log_gamma_bar)
     place = chain.steps * (1 - u) - 1
     low = jnp.floor(place).astype(jnp.int32)  # -1 is the clean entry at the end
     share = shares[low] + (place - low) * (shares[low + 1] - shares[low])
@@ -108,7 +110,7 @@ def revealed(chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, plac
     return jnp.where(masked & (rank < number[:, None]), drawn, x)
 
 
-def visits(total: int, options: Reverse) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
+def timesteps(total: int, options: DiscreteSampler) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
     """How many steps there are, and for each the time that the network sees, and the two between which x goes back."""
     steps = jnp.where(options.steps > 0, options.steps, total)
     n = jnp.maximum(options.stride, 1)

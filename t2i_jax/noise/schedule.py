@@ -171,7 +171,7 @@ class Schedule:
 
 def rows(table: Table, t: Array, like: Array) -> Array:
     """A table at times t in fp32, with trailing dimensions to stand beside `like`."""
-    return beside(jnp.asarray(table, jnp.float32)[t], like)
+    return expand_like(jnp.asarray(table, jnp.float32)[t], like)
 
 
 def stratified(key: Array, b: int) -> Array:
@@ -207,7 +207,7 @@ def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Array:
     return (jnp.arange(repeat)[:, None] + inside) / repeat
 
 
-def beside(x: Array | float, like: Array) -> Array:
+def expand_like(x: Array | float, like: Array) -> Array:
     """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
     x = jnp.asarray(x)
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim else x

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.types import Path
-from t2i_jax.noise.schedule import beside
+from t2i_jax.core.types import SamplingGrid
+from t2i_jax.noise.schedule import expand_like
 
 
 class Denoised(NamedTuple):
@@ -25,11 +25,11 @@ class Denoised(NamedTuple):
     eps: Array
     v: Array | None = None
     """what is said of the variance of the step back, -1 to 1 between the two of the path; None: the larger"""
-    pull: Array | None = None
+    classifier_gradient: Array | None = None
     """gradient of log p(condition | x), scaled; not yet in x0 and eps"""
 
 
-class Past(NamedTuple):
+class SolverState(NamedTuple):
     """What a solver of several steps remembers of the stop before."""
 
     x: Array
@@ -45,7 +45,7 @@ class Past(NamedTuple):
 Denoise = Callable[[Array, Array], Denoised]
 Noise = Callable[[Array], Array]
 """i -> normal numbers like x"""
-Step = Callable[[Path, Array, Array, Denoise, Past, Noise, Array], tuple[Array, Past]]
+Step = Callable[[SamplingGrid, Array, Array, Denoise, SolverState, Noise, Array], tuple[Array, SolverState]]
 """(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and what to remember"""
 
 
@@ -80,11 +80,11 @@ def solve(
     step: Step,
     denoise: Denoise,
     x: Array,
-    path: Path,
+    path: SamplingGrid,
     noise: Noise,
     eta: Array | float = 0.0,
     start: Array | int = 0,
-    between: Callable[[Array, Array], Array] = lambda x, i: x,
+    on_step: Callable[[Array, Array], Array] = lambda x, i: x,
     rounds: Rounds | None = None,
 ) -> Array:
     """x (b, ...) at stop `start` to the last stop, by `path.steps - start` steps.
@@ -93,9 +93,9 @@ def solve(
     rounds: made at each stop before its step; multistep solvers then take steps of first order.
     """
     eta = jnp.asarray(eta, jnp.float32)
-    past = Past(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
+    past = SolverState(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
 
-    def body(i: Array, carry: tuple[Array, Past, Any]) -> tuple[Array, Past, Any]:
+    def body(i: Array, carry: tuple[Array, SolverState, Any]) -> tuple[Array, SolverState, Any]:
         x, past, shared = carry
         if rounds is not None:
             x, shared = _renewed(rounds, denoise, path, i, x, shared)
@@ -108,42 +108,46 @@ def solve(
             # what the old noise still says of x is kept, and the rest of n_old is new.
             ratio = jnp.exp(log_ratio(path, i) - log_ratio(path, i + 1))
             shared = ratio * shared + jnp.sqrt(jnp.maximum(1 - ratio**2, 0)) * rounds.noise(i, rounds.count)
-        return between(x, i + 1), past, shared
+        return on_step(x, i + 1), past, shared
 
     carry = x, past, None if rounds is None else rounds.first
     return jax.lax.fori_loop(jnp.asarray(start, jnp.int32), path.steps, body, carry)[0]
 
 
-def _renewed(rounds: Rounds, denoise: Denoise, path: Path, i: Array, x: Array, old: Array) -> tuple[Array, Array]:
+def _renewed(
+    rounds: Rounds, denoise: Denoise, path: SamplingGrid, i: Array, x: Array, old: Array
+) -> tuple[Array, Array]:
     """The x of stop i after its rounds, and the noise that the last one added."""
     alpha, sigma = path.alpha[i], path.sigma[i]
 
     def body(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         x, old = carry
-        x0, new = pulled(denoise, path)(x, i).x0, rounds.noise(i, j)
+        x0, new = with_classifier_gradient(denoise, path)(x, i).x0, rounds.noise(i, j)
         return rounds.hold(alpha * x0 + sigma * math.sqrt(0.5) * (old + new), i, j), new
 
     return jax.lax.fori_loop(0, jnp.where(alpha > 0, rounds.count, 0), body, (x, old))
 
 
-def pulled(denoise: Denoise, path: Path) -> Denoise:
+def with_classifier_gradient(denoise: Denoise, path: SamplingGrid) -> Denoise:
     """`denoise` with its gradients taken into the score (Dhariwal & Nichol 2021, algorithm 2)."""
 
     def shifted(x: Array, i: Array) -> Denoised:
         d = denoise(x, i)
-        if d.pull is None:
+        if d.classifier_gradient is None:
             return d
         # Noise alone says nothing of the picture: there the gradient is the classifier's own error, and x0 would be it
         # times infinity.
         alpha, sigma = path.alpha[i], path.sigma[i]
         ratio = jnp.where(alpha > 0, sigma / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-        eps = d.eps - jnp.where(alpha > 0, sigma, 0.0) * d.pull
-        return d._replace(eps=eps, x0=d.x0 + ratio * sigma * d.pull, pull=None)
+        eps = d.eps - jnp.where(alpha > 0, sigma, 0.0) * d.classifier_gradient
+        return d._replace(eps=eps, x0=d.x0 + ratio * sigma * d.classifier_gradient, classifier_gradient=None)
 
     return shifted
 
 
-def ddpm(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+def ddpm(
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """A draw from the reverse of the chain (Ho et al. 2020, algorithm 2), with the variance that the network says.
 
     A gradient moves the mean by the variance (Dhariwal & Nichol 2021, algorithm 1). eta scales the noise; 1 is the law.
@@ -156,20 +160,24 @@ def ddpm(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: No
         log_variance = jnp.where(last, path.low[i], path.high[i])
     else:
         log_variance = path.low[i] + (d.v + 1) / 2 * (path.high[i] - path.low[i])
-    if d.pull is not None:
-        mean = mean + jnp.exp(log_variance) * d.pull
-    return mean + beside(jnp.where(last, 0.0, eta), x) * jnp.exp(log_variance / 2) * noise(i), past
+    if d.classifier_gradient is not None:
+        mean = mean + jnp.exp(log_variance) * d.classifier_gradient
+    return mean + expand_like(jnp.where(last, 0.0, eta), x) * jnp.exp(log_variance / 2) * noise(i), past
 
 
-def ddim(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+def ddim(
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """x' = alpha' x0 + sigma' eps, with eta^2 of the posterior's variance as new noise (Song et al. 2021, eq. 12)."""
-    d = pulled(denoise, path)(x, i)
+    d = with_classifier_gradient(denoise, path)(x, i)
     a1, s1 = path.alpha[i + 1], path.sigma[i + 1]
-    new = jnp.where(s1 > 0, beside(eta, x) * s1 / path.sigma[i] * jnp.exp(path.high[i] / 2), 0.0)
+    new = jnp.where(s1 > 0, expand_like(eta, x) * s1 / path.sigma[i] * jnp.exp(path.high[i] / 2), 0.0)
     return a1 * d.x0 + jnp.sqrt(jnp.maximum(s1**2 - new**2, 0)) * d.eps + new * noise(i), past
 
 
-def euler(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+def euler(
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """Along x0 d alpha + eps d sigma: `ddim` without noise.
 
     That is along the velocity of a flow, and along (x - x0) / sigma where the variance explodes.
@@ -178,19 +186,21 @@ def euler(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: N
 
 
 def ancestral(
-    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
-) -> tuple[Array, Past]:
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """`ddim` with all the noise of the posterior."""
     return ddim(path, i, x, denoise, past, noise, jnp.ones_like(eta))
 
 
-def heun(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+def heun(
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """Euler's step with the mean of the slopes at both ends, along x0 d alpha + eps d sigma; two evaluations.
 
     The rule of Karras et al. (2022, algorithm 1), here in x = alpha x0 + sigma eps and not in x / alpha: the same to
     second order. The step to sigma = 0 is Euler's.
     """
-    denoise = pulled(denoise, path)
+    denoise = with_classifier_gradient(denoise, path)
     d = denoise(x, i)
     a, s, a1, s1 = path.alpha[i], path.sigma[i], path.alpha[i + 1], path.sigma[i + 1]
     guess = a1 * d.x0 + s1 * d.eps
@@ -202,12 +212,12 @@ def heun(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: No
     return jax.lax.cond(s1 > 0, mean, lambda: guess), past
 
 
-def log_ratio(path: Path, i: Array) -> Array:
+def log_ratio(path: SamplingGrid, i: Array) -> Array:
     """lambda = log(alpha / sigma): minus infinity in noise alone, infinity at the picture."""
     return jnp.log(path.alpha[i]) - jnp.log(path.sigma[i])
 
 
-def _slope(path: Path, i: Array, x0: Array, past: Past) -> tuple[Array, Array]:
+def _slope(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> tuple[Array, Array]:
     """h = the step in lambda from stop i, and the slope of x0 over it; 0 where nothing is known of it, and in the last
     step, which is of first order (Lu et al. 2022, DPM-Solver++; Zhao et al. 2023)."""
     h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
@@ -217,40 +227,42 @@ def _slope(path: Path, i: Array, x0: Array, past: Past) -> tuple[Array, Array]:
 
 
 def dpm_solver(
-    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
-) -> tuple[Array, Past]:
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); eta adds noise, and with 1 solves the SDE (eq. 18)."""
-    d = pulled(denoise, path)(x, i)
+    d = with_classifier_gradient(denoise, path)(x, i)
     h, slope = _slope(path, i, d.x0, past)
-    a1, s1, eta = path.alpha[i + 1], path.sigma[i + 1], beside(eta, x)
+    a1, s1, eta = path.alpha[i + 1], path.sigma[i + 1], expand_like(eta, x)
     lost = jnp.where(eta > 0, h * jnp.where(eta > 0, eta, 1.0), 0.0)
     kept = jnp.where(s1 > 0, s1 / path.sigma[i] * jnp.exp(-lost), 0.0)
     new = jnp.where(s1 > 0, s1 * jnp.sqrt(-jnp.expm1(-2 * lost)), 0.0)
     x1 = kept * x - a1 * jnp.expm1(-h - lost) * (d.x0 + slope / 2) + new * noise(i)
-    return x1, Past(x, d.x0, slope, jnp.bool_(False), past.first)
+    return x1, SolverState(x, d.x0, slope, jnp.bool_(False), past.first)
 
 
 def dpm_solver_sde(
-    path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array
-) -> tuple[Array, Past]:
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """`dpm_solver` with all its noise."""
     return dpm_solver(path, i, x, denoise, past, noise, jnp.ones_like(eta))
 
 
-def unipc(path: Path, i: Array, x: Array, denoise: Denoise, past: Past, noise: Noise, eta: Array) -> tuple[Array, Past]:
+def unipc(
+    path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
+) -> tuple[Array, SolverState]:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2), on x0; one evaluation a step.
 
     x was guessed at the stop before. What is made of it corrects it, and from the corrected x the next is guessed.
     """
-    d = pulled(denoise, path)(x, i)
+    d = with_classifier_gradient(denoise, path)(x, i)
     x = jnp.where(past.first, x, _corrected(path, jnp.maximum(i - 1, 0), d.x0, past))
     h, slope = _slope(path, i, d.x0, past)
     kept = jnp.where(path.sigma[i + 1] > 0, path.sigma[i + 1] / path.sigma[i], 0.0)
     guess = kept * x - path.alpha[i + 1] * jnp.expm1(-h) * (d.x0 + slope / 2)
-    return guess, Past(x, d.x0, slope, jnp.bool_(False), past.first)
+    return guess, SolverState(x, d.x0, slope, jnp.bool_(False), past.first)
 
 
-def _corrected(path: Path, i: Array, x0: Array, past: Past) -> Array:
+def _corrected(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> Array:
     """x at stop i + 1 from the x at stop i, what was made of that, and what is made of the guess at stop i + 1."""
     h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
     whole = jnp.expm1(-h)

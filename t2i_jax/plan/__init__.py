@@ -5,9 +5,9 @@ to choose what a sweep compiles, the same step is counted (`estimate`). The repo
 """
 
 from t2i_jax.plan.chips import CHIPS, Topology
-from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
+from t2i_jax.plan.compiled import DoesNotFit, compile_plan, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, trace
-from t2i_jax.plan.ready import batch_of, devices_of, ready
+from t2i_jax.plan.ready import abstract_setup, batch_of, devices_of
 from t2i_jax.plan.report import Plan, markdown, ranking, table
 from t2i_jax.plan.run import read_mesh, run, write
 from t2i_jax.plan.sweep import sweep
@@ -17,18 +17,18 @@ __all__ = [
     "DoesNotFit",
     "Plan",
     "Topology",
+    "abstract_setup",
     "batch_of",
     "compile_plan",
     "devices_of",
     "estimate",
     "markdown",
+    "plan_by_shallow_copies",
     "ranking",
     "read_mesh",
-    "ready",
     "run",
     "sweep",
     "table",
     "trace",
-    "twin_plan",
     "write",
 ]

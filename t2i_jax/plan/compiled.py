@@ -16,7 +16,7 @@ from t2i_jax.parallel import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import estimate, held, trace
-from t2i_jax.plan.ready import Batch, depths, devices_of, ready, twin
+from t2i_jax.plan.ready import Batch, abstract_setup, depths, devices_of, shallow_copy_of_model
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -37,7 +37,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     if mesh.size != len(devices):
         raise ConfigError(f"the mesh {dict(mesh.shape)} has {mesh.size} chips, {topology} has {len(devices)}")
     began = time.perf_counter()
-    made = ready(experiment, batch, mesh)
+    made = abstract_setup(experiment, batch, mesh)
     lowered = made.lower_sample() if sample else made.lower()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # Of a program for chips that are not there the cache gives nothing back.
@@ -155,13 +155,13 @@ def depth_of(model: Any) -> int:
     return deep.pop()
 
 
-def twin_plan(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
+def plan_by_shallow_copies(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
     """The plan of a deep model from two shallow twins of it, of 2 and 4 layers, on the line through both.
 
     Errors: `ConfigError` for a model whose depths differ or that has none, and those of `compile_plan`.
     """
     depth = depth_of(experiment.model)
-    shallow = [dataclasses.replace(experiment, model=twin(experiment.model, n)) for n in (2, 4)]
+    shallow = [dataclasses.replace(experiment, model=shallow_copy_of_model(experiment.model, n)) for n in (2, 4)]
     two, four = (compile_plan(e, batch, topology, sample) for e in shallow)
     line = lambda a, b: a + (b - a) * (depth - 2) / 2
     numbers = values(two), values(four)

@@ -23,7 +23,7 @@ from t2i_jax.core.types import Trainable
 from t2i_jax.nn import kernels
 from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
-from t2i_jax.plan.ready import Batch, depths, ready, size_of, tokens_of
+from t2i_jax.plan.ready import Batch, abstract_setup, depths, size_of, tokens_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
@@ -67,7 +67,7 @@ def with_kernel(experiment: Experiment) -> Experiment:
 def trace(experiment: Experiment, batch: Batch) -> Traced:
     """Trace the train step of an experiment."""
     experiment = with_kernel(experiment)
-    made = ready(experiment, batch, MeshConfig(1).build(jax.devices()[:1]))
+    made = abstract_setup(experiment, batch, MeshConfig(1).build(jax.devices()[:1]))
     with jax.set_mesh(made.mesh):
         arguments = (made.trainer.target, made.trainer.frozen, made.batch)
         jaxpr = jax.make_jaxpr(made.trainer.step)(*arguments).jaxpr

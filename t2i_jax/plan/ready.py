@@ -19,11 +19,11 @@ from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.types import Trainable, as_family, learns_from_images, token_by_token
 from t2i_jax.data.records import DataError
 from t2i_jax.parallel import RULES, batch_sharding, fit
-from t2i_jax.pipeline import narrow
+from t2i_jax.pipeline import cast_dtypes
 from t2i_jax.plan.chips import Topology
 from t2i_jax.platform import tpu_compiler_alone
 from t2i_jax.training.experiment import Experiment
-from t2i_jax.training.loop import Trainer, laid_out
+from t2i_jax.training.loop import Trainer, with_shardings
 
 Batch = dict[str, jax.ShapeDtypeStruct]
 
@@ -88,10 +88,10 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
             return {
                 k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in example.items()
             }, "as the data are"
-    return wanted(experiment), "assumed: data are encoded (codes and text features computed before training)"
+    return batch_shapes(experiment), "assumed: data are encoded (codes and text features computed before training)"
 
 
-def wanted(experiment: Experiment) -> Batch:
+def batch_shapes(experiment: Experiment) -> Batch:
     """What the loss of a model reads, from its configuration: codes, where it may have codes or images, unless it draws
     the pixels of images of the data's size."""
     model, side = experiment.model, experiment.data.image_size
@@ -107,7 +107,7 @@ def wanted(experiment: Experiment) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
+class AbstractSetup:
     """What a step is compiled from."""
 
     trainer: Trainer
@@ -130,7 +130,7 @@ class Ready:
     def sampled(self) -> Any:
         """The state whose model the sampler draws with: weights in the dtypes in which they are loaded. To be called
         outside of a mesh of chips that are not there."""
-        target, dtypes = self.trainer.target, narrow(self.trainer.experiment.model)
+        target, dtypes = self.trainer.target, cast_dtypes(self.trainer.experiment.model)
         one = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
         cast = lambda k, v: v.replace(one(v.get_value(), dtypes[k])) if k in dtypes else v
         each = lambda weights: weights and {k: cast(k, v) for k, v in weights.items()}
@@ -173,10 +173,10 @@ class Ready:
         return float(sum(map(part, jax.tree.leaves(caches))))
 
 
-def ready(experiment: Experiment, batch: Batch, mesh: Mesh) -> Ready:
+def abstract_setup(experiment: Experiment, batch: Batch, mesh: Mesh) -> AbstractSetup:
     """Errors: `ConfigError` where the batch does not fit the mesh, and what a trainer says."""
     trainer = Trainer(without_parts(experiment, batch), Path("plan"), mesh)
-    return Ready(trainer, laid_out(batch, dict.fromkeys(batch, batch_sharding(mesh))), mesh)
+    return AbstractSetup(trainer, with_shardings(batch, dict.fromkeys(batch, batch_sharding(mesh))), mesh)
 
 
 def sizes_of(model: Trainable, name: str) -> dict[str, int]:
@@ -212,7 +212,7 @@ def depths(model: Trainable) -> dict[str, int]:
     return sizes_of(model, "depth")
 
 
-def twin(model: Trainable, layers: int) -> Trainable:
+def shallow_copy_of_model(model: Trainable, layers: int) -> Trainable:
     """The same model with every depth that is larger than `layers` set to it."""
     for path, n in depths(model).items():
         model = replaced(model, path, min(n, layers))

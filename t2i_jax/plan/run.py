@@ -10,7 +10,7 @@ from t2i_jax.config import ConfigError
 from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.parallel import MESH_AXES, MeshConfig
 from t2i_jax.plan.chips import Topology
-from t2i_jax.plan.compiled import compile_plan, depth_of, twin_plan
+from t2i_jax.plan.compiled import compile_plan, depth_of, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, resolved, trace
 from t2i_jax.plan.ready import batch_of
 from t2i_jax.plan.report import Plan, markdown
@@ -63,7 +63,7 @@ def run(
         told("counting the train step")
         plans = [estimate(experiment, trace(experiment, batch), topology, resolved(experiment.mesh, topology))]
     else:
-        make = twin_plan if shallow else compile_plan
+        make = plan_by_shallow_copies if shallow else compile_plan
         told("compiling the train step")
         plans = [make(experiment, batch, topology)]
         if sample:

@@ -12,14 +12,14 @@ from t2i_jax.config import ConfigError
 from t2i_jax.core.types import Trainable
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Topology
-from t2i_jax.plan.compiled import DoesNotFit, compile_plan, twin_plan
+from t2i_jax.plan.compiled import DoesNotFit, compile_plan, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, trace
 from t2i_jax.plan.ready import Batch, size_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
 TENSOR = (1, 2, 4, 8)
-Told = Callable[[str], None]
+OnResult = Callable[[str], None]
 
 
 def meshes(chips: int, model: Trainable, slices: int = 1) -> Iterator[MeshConfig]:
@@ -57,7 +57,7 @@ def sweep(
     topology: Topology,
     sizes: Sequence[int] = (),
     compiles: int = 3,
-    told: Told = lambda _: None,
+    told: OnResult = lambda _: None,
     shallow: bool = False,
 ) -> list[Plan]:
     """Plans that fit, by images per second, those of the compiler first. `compiles`: how many it is asked for.
@@ -81,7 +81,7 @@ def sweep(
                 seen.append((plan, changed(experiment, remat, size, mesh), now))
     seen.sort(key=lambda x: (not x[0].fits, -x[0].batch * x[0].steps_per_second, x[0].network_seconds))
     best: list[Plan] = []
-    make = twin_plan if shallow else compile_plan
+    make = plan_by_shallow_copies if shallow else compile_plan
     if topology.compiled:
         # Arithmetic is rough: what it puts a little above the memory is tried too.
         near = turns([x for x in seen if x[0].peak < 1.3 * x[0].capacity])

@@ -66,8 +66,8 @@ class Clip:
     patch: int = 32
     channels: int = 3
 
-    def init(self, key: Array) -> Towers:
-        return Towers(self, key)
+    def init(self, key: Array) -> CLIP:
+        return CLIP(self, key)
 
     @classmethod
     def of_huggingface(cls, config: Mapping[str, Any]) -> Clip:
@@ -208,7 +208,7 @@ class ImageTower(nnx.Module):
         return self.out(self.norm(self(x)[:, 0]))
 
 
-class Towers(nnx.Module):
+class CLIP(nnx.Module):
     """Both towers, and the logarithm of what cosines are multiplied by."""
 
     def __init__(self, config: Clip, key: Array):
@@ -266,7 +266,7 @@ def sizes(path: str, activation: str = "") -> Clip:
     return Clip.of_huggingface(huggingface.config(path)) if whole else read(path, activation=activation)[0]
 
 
-def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Towers]:
+def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, CLIP]:
     """Both towers with their weights in fp32, on the host; arguments as for `read`.
 
     Errors: FileNotFoundError, ValueError that lists every missing, unused or wrongly shaped tensor.
@@ -389,15 +389,15 @@ class ClipEmbedding(_Captions):
         """Size k of an embedding."""
         return sizes(self.folder, self.activation).dim
 
-    def load(self) -> Towers:
+    def load(self) -> CLIP:
         """Both towers in fp32, on the host. Errors: those of `load`."""
         return load(self.folder, activation=self.activation)[1]
 
-    def features(self, model: Towers, ids: Array, mask: Array) -> Array:
+    def features(self, model: CLIP, ids: Array, mask: Array) -> Array:
         """The embedding of each caption: (b, s) ids -> (b, 1, k) fp32."""
         return unit(model.text.embed(ids))[:, None]
 
-    def image_features(self, model: Towers, images: Array) -> Array:
+    def image_features(self, model: CLIP, images: Array) -> Array:
         """The embedding of each picture: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
         return unit(model.image.embed(as_seen(images, sizes(self.folder, self.activation).size)))[:, None]
 

@@ -87,38 +87,38 @@ class DecoderLM(Limited):
         return [one.ids if caption.strip() else [] for one, caption in zip(found, captions, strict=True)]
 
     @functools.cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> DecoderLMShape:
         """The sizes of what is loaded. Errors: FileNotFoundError, ValueError naming a field of config.json."""
-        return Shape.read(huggingface.config(self.folder), self.layer)
+        return DecoderLMShape.read(huggingface.config(self.folder), self.layer)
 
     @property
     def dim(self) -> int:
         """Size k of a feature vector."""
         return self.shape.layer.width
 
-    def load(self) -> Decoder:
+    def load(self) -> DecoderLMNetwork:
         """The layers that are asked for, on the host: `parallel.placed` with the shardings of a mesh places them.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
         shape, layer = self.shape, self.shape.layer
-        abstract = jax.eval_shape(functools.partial(Decoder, shape), jax.random.key(0))
+        abstract = jax.eval_shape(functools.partial(DecoderLMNetwork, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
         bias, out_bias = layer.biases
         kinds = {"bias": bias, "out_bias": out_bias, "qk_norm": layer.qk_norm, "last": shape.last}
-        lines = published.table(layer.heads, layer.groups, layer.head, **kinds)
+        lines = published.table(layer.heads, layer.num_kv_heads, layer.head, **kinds)
         if not shape.depth:
             lines = {k: v for k, v in lines.items() if not k.startswith("blocks.")}
         aside = published.ignored(shape.depth, shape.last)
         return to_ours(abstract, huggingface.Weights(self.folder, published.NEEDED), lines, aside, self.folder)
 
-    def features(self, model: Decoder, ids: Array, mask: Array) -> Array:
+    def features(self, model: DecoderLMNetwork, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
         return model(ids)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class DecoderLMShape:
     """Sizes of a decoder, up to the layer that is asked for."""
 
     layer: Layer
@@ -133,7 +133,7 @@ class Shape:
     length / high are not (Llama 3.1)"""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], layer: int = -1) -> Shape:
+    def read(cls, config: Mapping[str, Any], layer: int = -1) -> DecoderLMShape:
         """From the fields of config.json. Errors: ValueError naming the field."""
         kind = config.get("model_type")
         if kind not in KINDS:
@@ -206,10 +206,10 @@ def _tokenizer(folder: str) -> Any:
     return tokenizer
 
 
-class Decoder(nnx.Module):
+class DecoderLMNetwork(nnx.Module):
     """Pre-norm blocks that see what stands before them."""
 
-    def __init__(self, shape: Shape, key: Array):
+    def __init__(self, shape: DecoderLMShape, key: Array):
         keys = jax.random.split(key)
         self.words = Embedding(shape.vocabulary, shape.layer.width, keys[0])
         self.blocks = stack(shape.layer, shape.depth, keys[1]) if shape.depth else None

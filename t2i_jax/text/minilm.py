@@ -73,25 +73,25 @@ class MiniLM(Limited):
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         return [_wordpiece()(caption) for caption in captions]
 
-    def load(self) -> Encoder:
+    def load(self) -> MiniLMEncoder:
         """The encoder with its published weights, in fp32. Errors: ImportError where the package is missing."""
-        abstract = jax.eval_shape(Encoder, jax.random.key(0))
+        abstract = jax.eval_shape(MiniLMEncoder, jax.random.key(0))
         return jax.tree.map(jnp.asarray, published.load(abstract, LAYER.head))
 
-    def features(self, model: Encoder, ids: Array, mask: Array) -> Array:
+    def features(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.
 
         With `pooled` (b, 1, 384): `sentence`, scaled so that its numbers are of order 1.
         """
         return math.sqrt(self.dim) * self.sentence(model, ids, mask)[:, None] if self.pooled else model(ids, mask)
 
-    def sentence(self, model: Encoder, ids: Array, mask: Array) -> Array:
+    def sentence(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
         """One vector a caption, the mean over its tokens at length 1: (b, 384); zeros for an empty caption."""
         mean = jnp.einsum("bsd,bs->bd", model(ids, mask), mask.astype(jnp.float32))
         return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
 
 
-class Encoder(nnx.Module):
+class MiniLMEncoder(nnx.Module):
     """BERT (Devlin et al. 2019) without its pooler."""
 
     def __init__(self, key: Array):

@@ -85,33 +85,33 @@ class T5(Limited):
         return SentencePiece(str(vocabulary), self.length)
 
     @functools.cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> T5Shape:
         """The sizes of the encoder. Errors: FileNotFoundError, ValueError naming a field of config.json."""
-        return Shape.read(huggingface.config(self.folder))
+        return T5Shape.read(huggingface.config(self.folder))
 
     @property
     def dim(self) -> int:
         """Size k of a feature vector."""
         return self.shape.layer.width
 
-    def load(self) -> Encoder:
+    def load(self) -> T5Encoder:
         """The encoder with its weights, on the host: `parallel.placed` with the shardings of a mesh places them.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
         shape, tensors = self.shape, huggingface.Weights(self.folder, published.NEEDED)
-        abstract = jax.eval_shape(functools.partial(Encoder, shape), jax.random.key(0))
+        abstract = jax.eval_shape(functools.partial(T5Encoder, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
         lines = published.table(tensors, shape.layer.head, shape.layer.activation in GATED)
         return to_ours(abstract, tensors, lines, published.IGNORED, self.folder)
 
-    def features(self, model: Encoder, ids: Array, mask: Array) -> Array:
+    def features(self, model: T5Encoder, ids: Array, mask: Array) -> Array:
         """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
         return model(ids, mask)
 
 
 @dataclass(frozen=True)
-class Shape:
+class T5Shape:
     """Sizes of a T5 encoder."""
 
     layer: Layer
@@ -123,7 +123,7 @@ class Shape:
     """from which on all positions fall into the last bucket"""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Shape:
+    def read(cls, config: Mapping[str, Any]) -> T5Shape:
         """From the fields of config.json. Errors: ValueError naming the field."""
         missing = [k for k in ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size") if k not in config]
         if missing:
@@ -146,10 +146,10 @@ class Shape:
         return cls(layer, config["num_layers"], config["vocab_size"], buckets, distance)
 
 
-class Encoder(nnx.Module):
+class T5Encoder(nnx.Module):
     """Pre-norm blocks without positions, whose attention logits get a bias by relative position that all share."""
 
-    def __init__(self, shape: Shape, key: Array):
+    def __init__(self, shape: T5Shape, key: Array):
         keys = jax.random.split(key, 3)
         layer = shape.layer
         self.words = Embedding(shape.vocabulary, layer.width, keys[0], std=1.0)

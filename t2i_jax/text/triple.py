@@ -13,7 +13,7 @@ from jax import Array
 from t2i_jax.core.types import TextSpec
 from t2i_jax.text.clip import ClipText, TextTower
 from t2i_jax.text.cut import Limited
-from t2i_jax.text.t5 import T5, Encoder
+from t2i_jax.text.t5 import T5, T5Encoder
 
 END = 1
 """T5's id of the end of a text."""
@@ -73,11 +73,11 @@ class Triple(Limited):
         """Vectors of a caption, the first included."""
         return 1 + self.first.length + self.t5.length
 
-    def load(self) -> Encoders:
+    def load(self) -> TripleEncoders:
         """All three with their weights, on the host. Errors: those of the three."""
-        return Encoders(self.first.load(), self.second.load(), self.t5.load())
+        return TripleEncoders(self.first.load(), self.second.load(), self.t5.load())
 
-    def features(self, model: Encoders, ids: Array, mask: Array) -> Array:
+    def features(self, model: TripleEncoders, ids: Array, mask: Array) -> Array:
         """(b, s) ids -> (b, 1 + t + u, k) fp32: the embeddings of both CLIPs beside each other, their last states but
         one likewise (t of them), T5's features (u); zeros fill up what is narrower than T5."""
         n, m = self.first.length, self.second.length
@@ -89,8 +89,8 @@ class Triple(Limited):
         return jnp.concatenate([wide(whole), wide(tokens), last], 1)
 
 
-class Encoders(nnx.Module):
+class TripleEncoders(nnx.Module):
     """The parameters of a `Triple`."""
 
-    def __init__(self, first: TextTower, second: TextTower, t5: Encoder):
+    def __init__(self, first: TextTower, second: TextTower, t5: T5Encoder):
         self.first, self.second, self.t5 = first, second, t5

@@ -29,7 +29,7 @@ from t2i_jax.interop import tensorfile
 from t2i_jax.nn.trees import abstract, assemble, check_fits, named, rebuild
 from t2i_jax.parallel import shardings
 from t2i_jax.training.checkpoints import CheckpointError, Checkpoints, on_cpu
-from t2i_jax.training.remote import fetched, place
+from t2i_jax.training.remote import download, resolve_path
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def load_artifact(
     cannot be read or belong to another model.
     """
     with on_host() if host else contextlib.nullcontext():
-        there = opened(folder)
+        there = open_artifact(folder)
         layout: dict[str, Any] = dict.fromkeys(named(there.artifact.model), on_cpu())
         use: Callable[[str, Array], Any] = lambda _, x: np.asarray(x)
         if mesh is not None:
@@ -99,7 +99,7 @@ def load_codec(folder: str | Path, host: bool = False, mesh: Mesh | None = None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class OpenArtifact:
     """A model in a folder whose weights are not read yet: `artifact.model` holds shapes."""
 
     artifact: Artifact
@@ -109,10 +109,10 @@ class Opened:
     """From the shardings of all weights by name, and what is to become of each, to the step and what became of them."""
 
 
-def opened(path: str | Path) -> Opened:
+def open_artifact(path: str | Path) -> OpenArtifact:
     """What `load_artifact` reads. Errors: as there."""
-    where: Any = place(path)
-    folder = fetched(where)
+    where: Any = resolve_path(path)
+    folder = download(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
         there = there if where.is_dir() or not where.exists() else "it is a file; name the folder that holds it"
@@ -125,14 +125,14 @@ def opened(path: str | Path) -> Opened:
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         codec = str(folder / content["codec"]) if content.get("codec") else ""
-        text, model = relocated(content.get("text"), folder), abstract(content["model"])
+        text, model = resolve_files(content.get("text"), folder), abstract(content["model"])
         made = Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
-        return Opened(made, weights, lambda lay, use: (made.step, from_file(arrays, weights, model, lay, use)))
+        return OpenArtifact(made, weights, lambda lay, use: (made.step, from_file(arrays, weights, model, lay, use)))
     experiment = stored(folder)
-    text, model = relocated(experiment.text, folder), abstract(experiment.model)
-    codec = found(experiment.codec, folder)
+    text, model = resolve_files(experiment.text, folder), abstract(experiment.model)
+    codec = find_artifact(experiment.codec, folder)
     made = Artifact(experiment.model, model, text, codec, 0, experiment.data.image_size)
-    return Opened(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
+    return OpenArtifact(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
 
 
 def from_run(
@@ -231,7 +231,7 @@ def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifa
 
     Errors: as `load_artifact` and `save_artifact`.
     """
-    there = opened(source)
+    there = open_artifact(source)
     layout = dict.fromkeys(named(there.artifact.model), on_cpu())
     artifact = dataclasses.replace(there.artifact, config=config or there.artifact.config)
     _save(artifact, lambda put: there.read(layout, put)[0], folder, card)
@@ -250,7 +250,7 @@ def _save(
         shapes = {k: v.get_value() for k, v in named(artifact.model).items()}
         step = tensorfile.write(temporary / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
-        text = bundled(artifact.text, temporary, whole=True)
+        text = bundle_files(artifact.text, temporary, whole=True)
         config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
         write_stored(temporary / "config.json", config)
@@ -269,7 +269,7 @@ def check_new(folder: str | Path) -> None:
     check_parent(Path(folder))
 
 
-def bundled(text: T, folder: Path, whole: bool = False) -> T:
+def bundle_files(text: T, folder: Path, whole: bool = False) -> T:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
     can travel."""
 
@@ -278,24 +278,24 @@ def bundled(text: T, folder: Path, whole: bool = False) -> T:
             return value
         name = part + file.name + ("" if Path(value).is_dir() else Path(value).suffix)
         if not (folder / name).exists():
-            copied(Path(value), folder / name)
+            copy_files(Path(value), folder / name)
         return name
 
     return with_files(text, copy)
 
 
-def relocated(text: T, folder: Path) -> T:
+def resolve_files(text: T, folder: Path) -> T:
     """`text` with what of it lies in `folder`, or should, named by its full path."""
 
     def find(file: File, part: str, value: str) -> str:
         names = (part + file.name, part + file.name + Path(value).suffix)
-        gone = str(folder / value) if value in names and not Path(value).exists() else found(value, folder)
+        gone = str(folder / value) if value in names and not Path(value).exists() else find_artifact(value, folder)
         return next((str(folder / name) for name in names if (folder / name).exists()), gone)
 
     return with_files(text, find)
 
 
-def found(path: str, run: Path) -> str:
+def find_artifact(path: str, run: Path) -> str:
     """A path of a run's config, which may be relative to where training ran: from here, or else from the nearest of the
     folders that hold the run; as it is where it is nowhere."""
     if not path or "://" in path or os.path.exists(path):
@@ -316,7 +316,7 @@ def with_files(text: T, change: Callable[[File, str, str], str], part: str = "")
     return dataclasses.replace(text, **inner, **named)
 
 
-def copied(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
     """Copy a file or a folder, by hard links where the file system has them: encoders are large."""
 
     def one(source: Any, target: Any) -> None:

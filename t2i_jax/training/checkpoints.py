@@ -26,9 +26,9 @@ from rich.markup import escape
 from t2i_jax.config import ConfigError
 from t2i_jax.core.console import console
 from t2i_jax.core.memory import return_freed
-from t2i_jax.parallel import agreed
+from t2i_jax.parallel import all_processes_agree
 from t2i_jax.training.checksums import checksums
-from t2i_jax.training.remote import place
+from t2i_jax.training.remote import resolve_path
 from t2i_jax.training.state import TrainState
 
 HELD = 2**27
@@ -72,7 +72,7 @@ class Checkpoints:
         every: int = 0,
         best: str = "",
     ):
-        where: Any = place(folder)
+        where: Any = resolve_path(folder)
         self.folder: Any = where.absolute() if isinstance(where, Path) else where
         self.folder.mkdir(parents=True, exist_ok=True)
         self.best = Best.parse(best) if best else None
@@ -107,7 +107,9 @@ class Checkpoints:
             raise ConfigError(f"train.keep_best: evaluation gives no '{self.best.metric}', only {', '.join(metrics)}")
         value, there = metrics[self.best.metric], set(self.steps())
         others = [v for step, v in self.best.values.items() if step in there]
-        return agreed(math.isfinite(value) and all(self.best.sign * (value - other) > 0 for other in others))
+        return all_processes_agree(
+            math.isfinite(value) and all(self.best.sign * (value - other) > 0 for other in others)
+        )
 
     def _measure(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note the value of the metric that the checkpoint of a step has, if any."""
@@ -144,10 +146,10 @@ class Checkpoints:
         if (self.begun is None and not self.failures) or (jax.process_count() > 1 and since & (since - 1)):
             return False
         if self.begun is not None:
-            if not agreed(self.error is not None or not self.manager.is_saving_in_progress()):
+            if not all_processes_agree(self.error is not None or not self.manager.is_saving_in_progress()):
                 return False
             self._settle()
-        return self.failures > 0 and agreed(time.monotonic() >= self.until)
+        return self.failures > 0 and all_processes_agree(time.monotonic() >= self.until)
 
     def finish(self, state: TrainState, position: int, step: int) -> None:
         """Until the checkpoint of this step, begun already or not, is on disk.
@@ -178,7 +180,7 @@ class Checkpoints:
                 self.manager.wait_until_finished()
         except Exception as failure:
             error = failure
-        if agreed(error is None):
+        if all_processes_agree(error is None):
             self.failures = 0
             return
         self.failures += 1
@@ -219,7 +221,7 @@ class Checkpoints:
             except Exception as failure:  # whatever a damaged file makes of the reader
                 error = failure
             # One process may have met a hole that the others did not read; what was read is verified by all together.
-            if agreed(error is None):
+            if all_processes_agree(error is None):
                 try:
                     self._verify(meta, found)
                 except Damaged as failure:
@@ -287,7 +289,7 @@ class Checkpoints:
                         found = self._arrays(step, {chosen[k]: wanted[k] for k in group}, part=True)
                 except Exception as failure:
                     error = failure
-                if not (agreed(error is None) if together else error is None):
+                if not (all_processes_agree(error is None) if together else error is None):
                     break
                 try:
                     self._verify(meta, found)

@@ -38,7 +38,7 @@ def one(x: Array) -> Array:
 
 
 @functools.partial(jax.jit, out_shardings=P())
-def together(arrays: list[Array]) -> Array:
+def combine_checksums(arrays: list[Array]) -> Array:
     return jnp.stack(list(map(checksum, arrays)))
 
 
@@ -47,7 +47,7 @@ def checksums(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, int]:
     values = list(arrays.values())
     if jax.sharding.get_abstract_mesh().size > 1 and values:
         # One program: of many small ones that are under way at once, each may wait for devices that another holds.
-        numbers = np.asarray(together(values))
+        numbers = np.asarray(combine_checksums(values))
     else:  # a small program for each shape, which moments and averages share with their parameters
         numbers = jax.device_get([one(x) for x in values])
     return {name: int(n) for name, n in zip(arrays, numbers, strict=True)}

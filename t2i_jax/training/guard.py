@@ -17,7 +17,7 @@ from t2i_jax.core.console import console
 from t2i_jax.nn.trees import rebuild
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
-from t2i_jax.training.step import held, step_keys
+from t2i_jax.training.step import loss_inputs, step_keys
 
 NAMED = 8
 """Arrays that a message names."""
@@ -46,7 +46,7 @@ class Guard:
         broken = [] if finite else not_finite(self.trainer, state)
         if broken or self.row > train.tolerate or self.row == step == train.steps:
             norms = jax.device_get(metrics["norms"])
-            raise NotFinite(explain(self.trainer, state, step, position, norms, self.row, broken))
+            raise NotFinite(nan_report(self.trainer, state, step, position, norms, self.row, broken))
         if finite and not spike:
             return False
         self.skipped += 1
@@ -61,7 +61,7 @@ class Guard:
         return True
 
 
-def explain(
+def nan_report(
     trainer: Any,
     state: TrainState,
     step: int,
@@ -125,7 +125,7 @@ def first_operation(trainer: Any, state: TrainState, step: int, position: int) -
 
     def forward(state, frozen, batch):
         model = rebuild(trainer.abstract, {**state.params, **state.carried})
-        batch = trainer.prepare(frozen, batch, draw) | held(frozen)
+        batch = trainer.prepare(frozen, batch, draw) | loss_inputs(frozen)
         return [o.loss(model, batch, key, state.step, True).loss for o in trainer.objectives.values()]
 
     try:

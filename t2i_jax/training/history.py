@@ -14,7 +14,7 @@ from t2i_jax.config import ConfigError, changes, differences, read_stored, to_js
 from t2i_jax.core.fields import free_fields
 from t2i_jax.core.migration import VERSION
 from t2i_jax.core.outputs import write_text
-from t2i_jax.training.artifacts import bundled
+from t2i_jax.training.artifacts import bundle_files
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.records import read
 
@@ -67,7 +67,7 @@ class History:
             lines = [*read(self.folder / FILE), line]
             write_text(self.folder / FILE, "".join(json.dumps(line) + "\n" for line in lines))
         write_stored(self.folder / "config.json", self.experiment)
-        bundled(self.experiment.text, self.folder)
+        bundle_files(self.experiment.text, self.folder)
 
     def _rates(self, step: int) -> list[str]:
         """What becomes of the learning rates after `step`, where they are others or depend on a changed length."""

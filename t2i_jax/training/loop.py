@@ -31,7 +31,7 @@ from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.trees import abstract, rebuild
-from t2i_jax.parallel import assembled, placed, rows_of, shardings
+from t2i_jax.parallel import global_batch, put_on_mesh, rows_of, shardings
 from t2i_jax.platform import shared_cache
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.artifacts import stored
@@ -40,10 +40,10 @@ from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, 
 from t2i_jax.training.guard import Guard
 from t2i_jax.training.history import History
 from t2i_jax.training.records import Records
-from t2i_jax.training.remote import CACHE_FOLDER, place, worked_in
+from t2i_jax.training.remote import CACHE_FOLDER, resolve_path, staged_dir
 from t2i_jax.training.state import TrainState, create
-from t2i_jax.training.step import held, make_step, owned, step_keys
-from t2i_jax.training.watch import together, watched
+from t2i_jax.training.step import loss_inputs, make_step, params_under, step_keys
+from t2i_jax.training.watch import raise_peer_lost, watchdog
 
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
 
@@ -83,7 +83,7 @@ class Trainer:
             check_vocabulary(experiment.text, experiment.model.batch_spec())
         frozen, self.codec = frozen_parts(experiment)
         with jax.set_mesh(self.mesh):
-            put = placed if mesh is None else laid_out
+            put = put_on_mesh if mesh is None else with_shardings
             self.frozen = put(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
             self.spec = record_spec(experiment, codec)
@@ -102,7 +102,7 @@ class Trainer:
             self.init = lambda key: create(
                 experiment.model.init,
                 self.optimizers,
-                lambda name, params: owned(self.objectives[name], params),
+                lambda name, params: params_under(self.objectives[name], params),
                 train.ema > 0,
                 key,
                 train.spike > 0,
@@ -111,7 +111,7 @@ class Trainer:
             target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
             # Without out_shardings an Auto mesh would replicate the moments, and eval_shape forgets shardings.
             self.layout = shardings(target, self.mesh)
-            self.target = laid_out(target, self.layout)
+            self.target = with_shardings(target, self.layout)
             whole = NamedSharding(self.mesh, P())
             self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, whole))
             self.evaluate_step = jax.jit(self._losses, out_shardings=whole)
@@ -145,7 +145,7 @@ class Trainer:
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The rows of a batch that this process holds as part of the global one."""
-        return assembled(batch, self.mesh, self.experiment.data.batch_size)
+        return global_batch(batch, self.mesh, self.experiment.data.batch_size)
 
     def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
         """Global batches from a data position on, the next one always on its way to the devices."""
@@ -164,7 +164,7 @@ class Trainer:
 
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key, draw = step_keys(0, 0)  # the same for every batch and every time that losses are taken
-        model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | held(frozen), {}
+        model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
         for name, objective in self.objectives.items():
             loss, numbers, _ = objective.loss(model, batch, key, state.step, False)
             numbers = {"loss": loss, **numbers}
@@ -186,13 +186,13 @@ class Trainer:
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        ready = jax.eval_shape(self.prepare, frozen, batch, key) | held(frozen)
+        ready = jax.eval_shape(self.prepare, frozen, batch, key) | loss_inputs(frozen)
         once = flops.count(self.prepare, frozen, batch, key) if frozen_too else 0.0
         loss = lambda o: lambda m, b, k: o.loss(m, b, k, jnp.zeros((), jnp.int32), True).loss
         return once + 3 * sum(flops.count(loss(o), self.abstract, ready, key) for o in self.objectives.values())
 
 
-def laid_out(tree: Any, layout: Any) -> Any:
+def with_shardings(tree: Any, layout: Any) -> Any:
     """The shapes and dtypes of `tree` with the shardings of `layout`: what a step can be compiled for."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layout)
 
@@ -236,12 +236,12 @@ def train(
 
     accept_changes: go on with another config than the run had, whatever has changed in it.
     Errors: `ConfigError` (what cannot be run, or is not this run), `guard.NotFinite` (the step and the layer at which
-    numbers ceased to be finite), `CheckpointError`, `Lost` where another process is gone, `Interrupted` after a
+    numbers ceased to be finite), `CheckpointError`, `PeerLost` where another process is gone, `Interrupted` after a
     signal, with everything saved.
     """
-    where = place(folder)
+    where = resolve_path(folder)
     cache = contextlib.nullcontext() if isinstance(where, Path) else shared_cache(str(where / CACHE_FOLDER))
-    with cache, worked_in(where) as local:
+    with cache, staged_dir(where) as local:
         return _train(experiment, local, where, preview, accept_changes)
 
 
@@ -252,9 +252,9 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
     trainer = Trainer(experiment, folder)
     checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
     history = History(experiment, folder, bool(checkpoints.steps()), accept)
-    with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, together(stack):
+    with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, raise_peer_lost(stack):
         stack.callback(checkpoints.manager.close)
-        beat = stack.enter_context(watched(t.stuck_after))
+        beat = stack.enter_context(watchdog(t.stuck_after))
         stack.enter_context(reporting(beat))
         restored = checkpoints.restore(trainer.target)
         state, position = restored if restored else (trainer.start(), 0)

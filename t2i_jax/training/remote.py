@@ -32,7 +32,7 @@ PRODUCTS += ("report.*", "*.png")
 """What a run leaves in its folder that is no part of its model."""
 
 
-def place(path: str | Path) -> Any:
+def resolve_path(path: str | Path) -> Any:
     """A local path as it is, or one of an object store as an `epath.Path`, which has the same methods.
 
     Errors: `ConfigError` for another scheme, or where the package for it is missing, naming its extra.
@@ -49,7 +49,7 @@ def place(path: str | Path) -> Any:
     return epath.Path(f"{scheme}://{rest}")
 
 
-def fetched(where: Any, names: Sequence[str] = ()) -> Path:
+def download(where: Any, names: Sequence[str] = ()) -> Path:
     """A local folder with what is in `where`: itself where it is local, else a copy of the files and folders of these
     names, or without names of all that belong to a model: its weights, vocabularies, codec and text encoders."""
     if isinstance(where, Path):
@@ -72,7 +72,7 @@ def fetched(where: Any, names: Sequence[str] = ()) -> Path:
 
 
 @contextlib.contextmanager
-def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
+def staged_dir(where: Any, every: float = 30.0) -> Iterator[Path]:
     """A local folder to work in: `where` itself, or one that holds its config and metrics and is copied to it.
 
     The first process copies what has changed, each `every` seconds and at the end. A copy that fails is told and tried
@@ -82,7 +82,7 @@ def worked_in(where: Any, every: float = 30.0) -> Iterator[Path]:
         yield where
         return
     folder, over, seen = (
-        fetched(where, ("config.json", "history.jsonl", "data.json", "metrics.jsonl")),
+        download(where, ("config.json", "history.jsonl", "data.json", "metrics.jsonl")),
         threading.Event(),
         {},
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.nn.layers import Carried
+from t2i_jax.nn.layers import ModelState
 from t2i_jax.nn.trees import Named, named
 from t2i_jax.training.spikes import RunningNorms, start_norms
 
@@ -23,7 +23,7 @@ def params_of(model: Any) -> Named:
 
 def carried_of(model: Any) -> Named:
     """What a loss returns anew instead."""
-    return {k: v for k, v in named(model).items() if isinstance(v, Carried)}
+    return {k: v for k, v in named(model).items() if isinstance(v, ModelState)}
 
 
 @jax.tree_util.register_dataclass

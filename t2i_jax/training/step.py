@@ -22,7 +22,7 @@ from t2i_jax.training.state import TrainState, carried_of
 Metrics = dict[str, Array]
 
 
-def owned(objective: Objective, variables: Named) -> Named:
+def params_under(objective: Objective, variables: Named) -> Named:
     """The variables under the attributes that an objective trains."""
     if not objective.params:
         return variables
@@ -55,7 +55,7 @@ def make_step(
 
     def gradients(state: TrainState, carried: Named, frozen, batch, key):
         """Per objective: gradients by name, metrics; and the carried values after this batch."""
-        batch = batch | held(frozen)
+        batch = batch | loss_inputs(frozen)
         grads, metrics, after = {}, {}, dict(carried)
         for name, objective in objectives.items():
 
@@ -64,12 +64,12 @@ def make_step(
                 output = objective.loss(model, batch, key, state.step, True)
                 return output.loss, output
 
-            (_, output), grads[name] = jax.value_and_grad(loss, has_aux=True)(owned(objective, state.params))
+            (_, output), grads[name] = jax.value_and_grad(loss, has_aux=True)(params_under(objective, state.params))
             prefix = f"{name}/" if len(objectives) > 1 else ""
             metrics |= {f"{prefix}loss": output.loss} | {f"{prefix}{k}": v for k, v in output.metrics.items()}
             if output.state is not None:
                 fresh = carried_of(output.state)
-                after |= {k: fresh[k] for k in owned(objective, carried)}
+                after |= {k: fresh[k] for k in params_under(objective, carried)}
         return grads, metrics, jax.lax.stop_gradient(after)
 
     def accumulated(state: TrainState, frozen, batch, key):
@@ -83,7 +83,7 @@ def make_step(
             grads, metrics, carried = gradients(state, carried, frozen, *xs)
             return (carried, jax.tree.map(jnp.add, total, grads)), metrics
 
-        zeros = {name: jax.tree.map(jnp.zeros_like, owned(o, state.params)) for name, o in objectives.items()}
+        zeros = {name: jax.tree.map(jnp.zeros_like, params_under(o, state.params)) for name, o in objectives.items()}
         (carried, grads), metrics = jax.lax.scan(
             part, (state.carried, zeros), (parts, jax.random.split(key, accumulate))
         )
@@ -97,7 +97,7 @@ def make_step(
         params, optimizer, norms, running, spikes = dict(state.params), {}, {}, {}, [jnp.zeros((), bool)]
         for name, objective in objectives.items():
             squares = {k: squared_norm(g) for k, g in grads[name].items()}
-            before = owned(objective, state.params), state.optimizer[name]
+            before = params_under(objective, state.params), state.optimizer[name]
             updates, after = optimizers[name].update(grads[name], before[1], before[0])
             moved = optax.apply_updates(before[0], updates), after
             if objective.start:
@@ -136,7 +136,7 @@ def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
     return key, apart(key)
 
 
-def held(frozen: Any) -> dict[str, Any]:
+def loss_inputs(frozen: Any) -> dict[str, Any]:
     """What a loss itself reads and nothing trains (a perceptual network), as it finds it in the batch."""
     return {"frozen": frozen["loss"]} if frozen and frozen.get("loss") is not None else {}
 

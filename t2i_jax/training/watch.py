@@ -16,12 +16,12 @@ STATUS = 75
 """Exit status of a run that stopped for want of another process: what launchers start again."""
 
 
-class Lost(RuntimeError):
+class PeerLost(RuntimeError):
     """What several processes do together failed, as it does when one of them is gone."""
 
 
 @contextlib.contextmanager
-def watched(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Callable[[str], None]]:
+def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Callable[[str], None]]:
     """Gives a function to call with what was done last; where no call comes for `limit` seconds, the process ends.
 
     A thread waits for that, for the main thread stands in a collective which never ends. It says what was done last and
@@ -57,8 +57,8 @@ def watched(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Cal
 
 
 @contextlib.contextmanager
-def together(stack: contextlib.ExitStack | None = None) -> Iterator[None]:
-    """Errors of the runtime among several processes become `Lost`, and what `stack` would close is left as it is:
+def raise_peer_lost(stack: contextlib.ExitStack | None = None) -> Iterator[None]:
+    """Errors of the runtime among several processes become `PeerLost`, and what `stack` would close is left as it is:
     closing waits for the others, and they may be gone."""
     try:
         yield
@@ -68,7 +68,7 @@ def together(stack: contextlib.ExitStack | None = None) -> Iterator[None]:
         if stack:
             stack.pop_all()
         who, reason = f"process {jax.process_index()} of {jax.process_count()}", " ".join(str(error).split())[:300]
-        raise Lost(
+        raise PeerLost(
             f"{who}: what it does with others failed, as it does when one of them is gone; the same command goes on "
             f"where it was saved last. {reason}"
         ) from error

@@ -13,8 +13,8 @@ from jax import Array
 from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.core.fields import values
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import Classes
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.nn.draw import ARSampler
 
 
 class Decoder:
@@ -28,15 +28,25 @@ class Decoder:
         if not isinstance(config, AR):
             raise ValueError(f"the comparison in PyTorch is of an AR, not of a {type(config).__name__}")
         plain = AR(condition=config.condition)
-        kind = ("activation", "norm", "bias", "qk_norm", "reads", "tied", "output_bias", "unmasked", "positions")
+        kind = (
+            "activation",
+            "norm",
+            "bias",
+            "qk_norm",
+            "conditioning",
+            "tied",
+            "output_bias",
+            "bidirectional_prefix",
+            "positions",
+        )
         kind += ("corruption", "label_smoothing", "z_loss", "dtype", "remat")
-        classes = isinstance(config.condition, Classes) and config.condition.null
+        classes = isinstance(config.condition, ClassEmbedder) and config.condition.null
         wanted, given = values(plain), values(config)
         odd = [f for f in kind if given[f] != wanted[f]] + ["condition"] * (not classes)
         if odd:
             raise ValueError(f"the comparison in PyTorch is of models on class labels as published: not {odd[0]}")
         layer = config.layer
-        n, m, h = layer.heads, layer.groups, layer.head
+        n, m, h = layer.heads, layer.num_kv_heads, layer.head
         self.torch, self.config = torch, config
         # Their matrices are (out, in), and columns of queries, keys and values stand apart.
         turned = lambda w: tensor(np.asarray(w[...]).T)
@@ -65,13 +75,13 @@ class Decoder:
         self.classes = tensor(model.condition.table.w[...])
         """a vector a class, the last one for none"""
 
-    def sample(self, labels: Array, options: Sampling, guided: bool = True) -> Any:
+    def sample(self, labels: Array, options: ARSampler, guided: bool = True) -> Any:
         """Codes (b, L) of classes (b,), as a tensor; guidance, temperature, top_k, top_p and greedy of the options."""
         torch, c = self.torch, self.config
         with torch.inference_mode():
             ids = torch.from_numpy(np.array(labels)).long()
             both = torch.cat([ids, torch.full_like(ids, len(self.classes) - 1)]) if guided else ids
-            shape = (len(both), c.layer.groups, 1 + c.length, c.layer.head)
+            shape = (len(both), c.layer.num_kv_heads, 1 + c.length, c.layer.head)
             caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.blocks]
             mask = torch.tril(torch.ones(1 + c.length, 1 + c.length, dtype=torch.bool))
             x, codes = self.classes[both][:, None], torch.zeros(len(ids), c.length, dtype=torch.long)
@@ -101,7 +111,7 @@ class Decoder:
         """
         torch, layer = self.torch, self.config.layer
         f = torch.nn.functional
-        n, m, h = layer.heads, layer.groups, layer.head
+        n, m, h = layer.heads, layer.num_kv_heads, layer.head
         stop = start + x.shape[1]
 
         def norm(x, w):
@@ -128,7 +138,7 @@ class Decoder:
             x = x + f.dropout(y, dropout)
         return f.linear(norm(x, self.norm), self.output)
 
-    def _draw(self, logits: Any, options: Sampling) -> Any:
+    def _draw(self, logits: Any, options: ARSampler) -> Any:
         torch = self.torch
         if options.greedy:
             return logits.argmax(-1)

@@ -12,7 +12,7 @@ from jax import Array
 
 from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.core.fields import values
-from t2i_jax.models.diffusion import Diffusion, Solving
+from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 
@@ -63,11 +63,11 @@ class Denoiser:
 
         self.blocks = [block(i) for i in range(network.depth)]
 
-    def sample(self, told: Array, untold: Array | None, options: Solving, noise: Array) -> Any:
+    def sample(self, told: Array, untold: Array | None, options: DiffusionSampler, noise: Array) -> Any:
         """Pictures (b, c, i, j) from noise (b, i, j, c), a tensor; what the network knows of the condition (b, d), and
         what it knows of none, or None without guidance."""
         torch = self.torch
-        path = self.config.process.path(options.steps, options.stride, options.spacing)
+        path = self.config.process.timesteps(options.steps, options.stride, options.spacing)
         times, sigma = (np.asarray(x).tolist() for x in (path.t, path.sigma))
         with torch.inference_mode():
             x = tensor(noise).permute(0, 3, 1, 2).contiguous()
@@ -89,7 +89,7 @@ class Denoiser:
         def modulate(x, shift, scale):
             return f.layer_norm(x, (c.width,), eps=c.eps) * (1 + scale[:, None]) + shift[:, None]
 
-        half = c.waves // 2
+        half = c.frequency_dim // 2
         angles = t[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
         told = f.silu(f.linear(f.silu(f.linear(waves, *self.time[0])), *self.time[1]) + known)

@@ -1,17 +1,27 @@
 """Heads: from what a network says of a position, z, to a distribution of its code, p(x | z); see `TokenHead`."""
 
 from t2i_jax.core.specs import SampleSpec
-from t2i_jax.nn.heads.diffusion import Diffusion
-from t2i_jax.nn.heads.draws import Draws, ImageKeys
-from t2i_jax.nn.heads.flow import Flow
+from t2i_jax.nn.heads.diffusion import DiffusionHead
+from t2i_jax.nn.heads.draws import ImageKeys, PositionKeys
+from t2i_jax.nn.heads.flow import FlowHead
 from t2i_jax.nn.heads.head import TokenHead
-from t2i_jax.nn.heads.mixture import Mixture
-from t2i_jax.nn.heads.softmax import Softmax
+from t2i_jax.nn.heads.mixture import MixtureHead
+from t2i_jax.nn.heads.softmax import SoftmaxHead
 
-Head = Softmax | Diffusion | Flow | Mixture
+Head = SoftmaxHead | DiffusionHead | FlowHead | MixtureHead
 """What a config may hold; `TokenHead` is what models ask of it."""
 
-__all__ = ["Diffusion", "Draws", "Flow", "Head", "ImageKeys", "Mixture", "Softmax", "TokenHead", "sample_spec"]
+__all__ = [
+    "DiffusionHead",
+    "FlowHead",
+    "Head",
+    "ImageKeys",
+    "MixtureHead",
+    "PositionKeys",
+    "SoftmaxHead",
+    "TokenHead",
+    "sample_spec",
+]
 
 
 def sample_spec(head: TokenHead, grid: tuple[int, int], patch: int) -> SampleSpec:

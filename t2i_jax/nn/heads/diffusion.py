@@ -12,16 +12,16 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Layers, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.heads.denoiser import Denoiser
-from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
 from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.schedule import Schedule, spread_of_each
 
 
-class Terms(NamedTuple):
+class LossTerms(NamedTuple):
     """The loss of noised codes and what it is made of, a row each."""
 
     x_t: Array
@@ -34,7 +34,7 @@ class Terms(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion(Checked):
+class DiffusionHead(Checked):
     """p(x | z) by denoising in `steps` steps: noise and variance are predicted by a small MLP."""
 
     dim: Size = 16
@@ -86,7 +86,7 @@ class Diffusion(Checked):
         terms = self.terms(module, rows(z), rows(x), times, noise)
         return rearrange(terms.mse + terms.vb, "(r b t) -> r b t", r=self.repeat, b=b).mean(0)
 
-    def terms(self, module: Denoiser, z: Array, x: Array, t: Array, noise: Array) -> Terms:
+    def terms(self, module: Denoiser, z: Array, x: Array, t: Array, noise: Array) -> LossTerms:
         """The loss of codes x (n, k) noised to times t (n,); z (n, d) (Nichol & Dhariwal 2021, eq. 16 with lambda 1).
 
         The bound moves the variance only: its mean carries no gradient.
@@ -96,10 +96,10 @@ class Diffusion(Checked):
         out = module(x_t, t, module.embed(z))
         eps, v = jnp.split(out, 2, -1)
         p = p_mean_variance(process, jax.lax.stop_gradient(eps), x_t, t, v=v)
-        return Terms(x_t, out, jnp.mean((noise - eps) ** 2, -1), vb_terms(process, x, x_t, t, p))
+        return LossTerms(x_t, out, jnp.mean((noise - eps) ** 2, -1), vb_terms(process, x, x_t, t, p))
 
     def sample(
-        self, module: Denoiser, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, None]:
         """Codes (b, m, k) fp32 by ancestral sampling; the noise of each step, not the first, is times the temperature.
 

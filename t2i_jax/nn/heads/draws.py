@@ -10,7 +10,7 @@ from jax import Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class PositionKeys:
     """Numbers for m positions of each image; `i` tells the draws of one position apart."""
 
     keys: Array
@@ -34,7 +34,7 @@ class ImageKeys:
     keys: Array
     """(b,)"""
 
-    def at(self, step: Array | int, positions: Array) -> Draws:
+    def at(self, step: Array | int, positions: Array) -> PositionKeys:
         """The draws of positions int (b, m) at a step."""
         one = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, step), position)
-        return Draws(jax.vmap(lambda key, row: jax.vmap(lambda p: one(key, p))(row))(self.keys, positions))
+        return PositionKeys(jax.vmap(lambda key, row: jax.vmap(lambda p: one(key, p))(row))(self.keys, positions))

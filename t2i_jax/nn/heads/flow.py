@@ -13,16 +13,16 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Layers, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import Sampling
+from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.heads.denoiser import Denoiser
-from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.schedule import spread_of_each
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow(Checked):
+class FlowHead(Checked):
     """p(x | z) by the velocity eps - x of x_t = (1 - t) x + t eps, which a small MLP predicts."""
 
     dim: Size = 16
@@ -71,7 +71,7 @@ class Flow(Checked):
         return module(x, 1000 * t, embedded)  # the waves of the embedding are made for steps of a thousand
 
     def sample(
-        self, module: Denoiser, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, None]:
         """Codes (b, m, k) fp32 by midpoint steps, of second order; the temperature scales the noise they begin with.
 

@@ -8,8 +8,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import Sampling
-from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.draw import ARSampler
+from t2i_jax.nn.heads.draws import PositionKeys
 
 
 class TokenHead(Protocol):
@@ -42,7 +42,7 @@ class TokenHead(Protocol):
         ...
 
     def sample(
-        self, module: Any, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: Any, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
         """Codes (b, m, *code.shape), and a score (b, m): log p(x | z) where the head knows it, else None.
 

@@ -13,13 +13,13 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Positive, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import Sampling, draw
-from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.draw import ARSampler, draw
+from t2i_jax.nn.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
-from t2i_jax.noise.schedule import beside
+from t2i_jax.noise.schedule import expand_like
 
 
-class Law(NamedTuple):
+class MixtureParams(NamedTuple):
     """Parameters of a mixture, fp32: log-weights (..., a), means and log standard deviations (..., a, k)."""
 
     logits: Array
@@ -32,13 +32,13 @@ class Law(NamedTuple):
         each = -0.5 * gap**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + each.sum(-1), -1)
 
-    def near(self, other: Law) -> tuple[Array, Array, Array]:
+    def near(self, other: MixtureParams) -> tuple[Array, Array, Array]:
         """The law as seen from each component N of another one: its log density at the mean of N (..., a), and mean and
         precision (..., a, k) of the Gaussian that approximates it there.
 
         The Gaussian has the moments of the components, each weighted by its responsibility exp E_N[log w_b N_b(x)].
         """
-        law = Law(self.logits[..., None, :], self.mean[..., None, :, :], self.log_std[..., None, :, :])
+        law = MixtureParams(self.logits[..., None, :], self.mean[..., None, :, :], self.log_std[..., None, :, :])
         variance, mean = jnp.exp(2 * law.log_std), other.mean[..., None, :]
         gap = (mean - law.mean) ** 2 + jnp.exp(2 * other.log_std[..., None, :])
         expected = jnp.sum(-0.5 * gap / variance - law.log_std, -1)
@@ -48,18 +48,18 @@ class Law(NamedTuple):
         return law.log_density(other.mean), centre[..., 0, :], 1 / spread
 
 
-def guided(law: Law, null: Law, scale: Array) -> Law:
+def guided(law: MixtureParams, null: MixtureParams, scale: Array) -> MixtureParams:
     """The mixture that stands for p^s p'^(1 - s), normalised, of two mixtures p and p'; scale s: a scalar or (b,).
 
     It is p (p / p')^(s - 1): each component of p is multiplied by the ratio, which is taken to be one of Gaussians near
-    the component (`Law.near`). That is exact where this holds: for one component each; for components that do not
-    overlap, whichever component of p' lies where; for laws that are equal, which guidance leaves as they are. For
+    the component (`MixtureParams.near`). That is exact where this holds: for one component each; for components that do
+    not overlap, whichever component of p' lies where; for laws that are equal, which guidance leaves as they are. For
     components that overlap it is an approximation, off by a few per cent of the mass where p' is the wider law.
 
     Where p' is so narrow that a precision would fall below 1/100 of the conditional one (at 0 the product has no
     integral), guidance moves the mean in that dimension and keeps the deviation.
     """
-    more = beside(scale - 1, law.mean)
+    more = expand_like(scale - 1, law.mean)
     precision = jnp.exp(-2 * law.log_std)
     (here, mean, sharp), (there, null_mean, null_sharp) = law.near(law), null.near(law)
     proper = precision + more * (sharp - null_sharp) > 0.01 * precision
@@ -67,12 +67,12 @@ def guided(law: Law, null: Law, scale: Array) -> Law:
     total = precision + more * (sharp - null_sharp)
     pull = more * (sharp * (mean - law.mean) - null_sharp * (null_mean - law.mean))
     mass = 0.5 * jnp.sum(pull**2 / total + jnp.log(precision / total), -1)  # the integral of the moved component
-    logits = jax.nn.log_softmax(law.logits) + beside(scale - 1, here) * (here - there) + mass
-    return Law(logits, law.mean + pull / total, -0.5 * jnp.log(total))
+    logits = jax.nn.log_softmax(law.logits) + expand_like(scale - 1, here) * (here - there) + mass
+    return MixtureParams(logits, law.mean + pull / total, -0.5 * jnp.log(total))
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture(Checked):
+class MixtureHead(Checked):
     """p(x | z) = sum_a w_a N(mu_a, sigma_a), with diagonal sigma; all of it a linear function of z."""
 
     dim: Size = 16
@@ -98,19 +98,19 @@ class Mixture(Checked):
     def empty(self, b: int, t: int) -> Array:
         return jnp.zeros((b, t, self.dim))
 
-    def law(self, module: Linear, z: Array) -> Law:
+    def law(self, module: Linear, z: Array) -> MixtureParams:
         y = rearrange(module(z).astype(jnp.float32), "... (a k) -> ... a k", a=self.components)
         mean, raw = jnp.split(y[..., 1:], 2, -1)
         # Components begin a standard deviation apart from each other, or they would stay alike.
         apart = jnp.linspace(-1, 1, self.components)[:, None] if self.components > 1 else 0.0
-        return Law(y[..., 0], mean + apart, jnp.log(jax.nn.softplus(raw) + self.smallest))
+        return MixtureParams(y[..., 0], mean + apart, jnp.log(jax.nn.softplus(raw) + self.smallest))
 
     def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """-log p(x | z) in nats per number of a code: (b, t)."""
         return -self.law(module, z).log_density(x.astype(jnp.float32)) / self.dim
 
     def sample(
-        self, module: Linear, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: Linear, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array]:
         """Codes (b, m, k) fp32 and their log-density; the temperature scales standard deviations.
 

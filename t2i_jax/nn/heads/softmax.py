@@ -11,15 +11,15 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Range, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import Sampling, choose
-from t2i_jax.nn.heads.draws import Draws
+from t2i_jax.nn.draw import ARSampler, sample_token
+from t2i_jax.nn.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Embedding, Linear
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.noise.guidance import guide
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax(Checked):
+class SoftmaxHead(Checked):
     """p(x | z) = softmax(W z + b)."""
 
     vocabulary: Size = 1024
@@ -52,13 +52,13 @@ class Softmax(Checked):
         return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=smoothing)[0]
 
     def sample(
-        self, module: Linear, z: Array, null: Array | None, draws: Draws, guidance: Array, options: Sampling
+        self, module: Linear, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array]:
         """Codes int32 (b, m) and their log-probability before any cut or temperature."""
         logits = self.logits(module, z)
         if null is not None:
             logits = guide(logits, self.logits(module, null), guidance)
-        x = choose(logits, options, draws.uniform(0))
+        x = sample_token(logits, options, draws.uniform(0))
         return x, jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
 
     def logits(self, module: Linear, z: Array) -> Array:

@@ -10,8 +10,8 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.nn.condition import Encoded, Given
-from t2i_jax.nn.draw import Sampling, truncate
+from t2i_jax.nn.condition import CrossAttnFeatures, PrefixTokens
+from t2i_jax.nn.draw import ARSampler, filter_logits
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.noise.guidance import guide
 
@@ -52,9 +52,9 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
     scale, interval = max(meta["cfg_scale"], 1.0), meta["cfg_interval"]
     stop = (interval + 2) / config.length if interval >= 0 else 1.0
     for name, options in {
-        "nocfg": Sampling(guidance=1.0, greedy=True),
-        "cfg": Sampling(guidance=scale, greedy=True),
-        "cfg_interval": Sampling(guidance=scale, guidance_stop=stop, greedy=True),
+        "nocfg": ARSampler(guidance=1.0, greedy=True),
+        "cfg": ARSampler(guidance=scale, greedy=True),
+        "cfg_interval": ARSampler(guidance=scale, guidance_stop=stop, greedy=True),
     }.items():
         if f"greedy_tokens_{name}" in outputs:
             codes = config.sample(model, condition, keys, options, segments=2)
@@ -101,7 +101,7 @@ def filtered(oracle: Oracle) -> dict[str, Any]:
     for name in oracle.outputs:
         if name.startswith("filtered_probs"):
             k, p, t = number(name, "k", 0), number(name, "p", 1.0), number(name, "t", 1.0)
-            weights = truncate(jnp.asarray(oracle.inputs["filter_logits"]), t, int(k), p)
+            weights = filter_logits(jnp.asarray(oracle.inputs["filter_logits"]), t, int(k), p)
             ours[name] = weights / weights.sum(-1, keepdims=True)
     return ours
 
@@ -117,7 +117,7 @@ def taming_gpt(oracle: Oracle) -> dict[str, Any]:
 
     def objective(model):
         logits = config.forward(model, condition(model) | {"codes": codes})
-        if config.places > 1:
+        if config.prefix_length > 1:
             before = config.prefix_logits(model, condition(model), jnp.zeros(len(ids), bool))
             logits = jnp.concatenate([before[:, :-1], logits], 1)
         targets = jnp.asarray(inputs["targets"])  # of all places, or of the last ones
@@ -156,8 +156,8 @@ def gpt(oracle: Oracle, vectors: np.ndarray | None, known: jax.Array, count: int
     parameters; and what it is conditioned on, as a function of them."""
     before = known.shape[1] + (0 if vectors is None else vectors.shape[1])
     width = oracle.config["n_embd"]
-    condition = Given(before) if vectors is None else Encoded(width, before, trained_null=False)
-    hints = {"heads": oracle.config["n_head"], "unmasked": unmasked, "condition": condition}
+    condition = PrefixTokens(before) if vectors is None else CrossAttnFeatures(width, before, trained_null=False)
+    hints = {"heads": oracle.config["n_head"], "bidirectional_prefix": unmasked, "condition": condition}
     config, model = convert("taming-gpt", oracle.tensors, grid=(1, count), **hints)
     if vectors is None:
         return config, model, lambda model: {"prefix": known}

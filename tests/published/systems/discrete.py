@@ -11,9 +11,9 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.models.vq_diffusion import VQDiffusion, cut, guided_log
-from t2i_jax.noise.discrete import Chain, Schedule, gumbel, importance, one_hot
-from t2i_jax.noise.reverse import Reverse, reverse
+from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
+from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one_hot
+from t2i_jax.noise.reverse import DiscreteSampler, reverse
 
 NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "kept", "btt": "replaced", "ctt": "masked"}
 
@@ -27,9 +27,9 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
     ours = schedules(chain, outputs)
 
     batch, null = conditions(config, inputs, b)
-    told = lambda model, batch, dropped: config.tell(model, batch, jnp.full(b, dropped))
+    told = lambda model, batch, dropped: config.embed_condition(model, batch, jnp.full(b, dropped))
     classes_first = lambda x: jnp.moveaxis(x, -1, 1)
-    options = Reverse(guidance=meta["guidance"], truncation=meta["truncation"])
+    options = DiscreteSampler(guidance=meta["guidance"], truncation=meta["truncation"])
 
     @jax.jit
     def distributions(model):
@@ -46,11 +46,11 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
             "q_posterior_true": chain.posterior(start, x_t, t),
             "q_posterior_model": chain.posterior(log_x0, x_t, t),
             "log_x0_guided": guided_log(log_x0, log_null, meta["guidance"]),
-            "log_x0_truncated": cut(log_x0, Reverse(truncation=meta["truncation"])),
+            "log_x0_truncated": truncate_log_probs(log_x0, DiscreteSampler(truncation=meta["truncation"])),
         }
         for name in outputs:
             if found := re.fullmatch(r"log_x0_top(\d+)p", name):
-                arrays[name] = cut(log_x0, Reverse(top_k=int(found[1])))
+                arrays[name] = truncate_log_probs(log_x0, DiscreteSampler(top_k=int(found[1])))
         arrays = {k: classes_first(v) for k, v in arrays.items()}
         uniform = jnp.moveaxis(inputs["q_sample_uniform"], 1, -1)
         return arrays | {"q_sample": gumbel_max(chain.q_start(start, t), uniform)}
@@ -61,8 +61,8 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
 
     draw_all = sampler(config, batch, null, inputs["sample_uniform"]) if "sample_uniform" in inputs else None
     for name, wanted in {
-        "plain": Reverse(guidance=1.0),
-        "truncated": Reverse(guidance=1.0, truncation=meta["truncation"]),
+        "plain": DiscreteSampler(guidance=1.0),
+        "truncated": DiscreteSampler(guidance=1.0, truncation=meta["truncation"]),
         "guided_truncated": options,
         f"fast_skip{meta['skip_step']}": dataclasses.replace(options, stride=meta["skip_step"] + 1),
     }.items():
@@ -87,7 +87,7 @@ def described(oracle: Oracle) -> tuple[VQDiffusion, Any]:
     if meta.get("class_number"):
         hints["null_class"] = bool((oracle.inputs["null_cond"] < meta["class_number"]).all())
     config, model = convert("vq_diffusion", oracle.tensors, **hints)
-    weights = {"auxiliary": meta["aux_weight"], "adaptive": meta["adaptive_aux"]}
+    weights = {"aux_loss_weight": meta["aux_weight"], "adaptive": meta["adaptive_aux"]}
     weights["mask_weight"] = tuple(meta.get("mask_weight") or (1, 1))
     return dataclasses.replace(config, **weights), model
 
@@ -99,7 +99,7 @@ def schedules(chain: Chain, outputs: dict[str, np.ndarray]) -> dict[str, Any]:
         if match := re.fullmatch(r"schedule_(?:T(\d+)_K(\d+)_)?(\w+)", name):
             of = Chain(int(match[2]), int(match[1])) if match[1] else chain
             found[name] = getattr(of.schedule, NAMES[match[3]])
-    s: Schedule = chain.schedule
+    s: ChainSchedule = chain.schedule
     with np.errstate(divide="ignore"):
         for ours, theirs in (("a", "at"), ("b", "bt"), ("c", "ct")):
             found[f"buf_log_{theirs}"] = np.log(getattr(s, ours)).astype(np.float32)
@@ -126,7 +126,7 @@ def losses(oracle: Oracle, config: VQDiffusion, model: Any, batch: dict[str, jax
     x0, x_t, t = (jnp.asarray(inputs[name]) for name in ("x0", "x_t", "t"))
 
     def objective(model, p):
-        told = config.tell(model, batch, jnp.zeros(len(x0), bool))
+        told = config.embed_condition(model, batch, jnp.zeros(len(x0), bool))
         terms = config.bound(model, told, x0, x_t, t, p)
         return terms.loss.sum() / x0.size, terms
 
@@ -156,20 +156,20 @@ def gumbel_max(log_p: jax.Array, uniform: jax.Array) -> jax.Array:
 
 def sampler(
     config: VQDiffusion, batch: dict[str, jax.Array], null: dict[str, jax.Array], uniform: jax.Array
-) -> Callable[[Any, Reverse], tuple[np.ndarray, np.ndarray]]:
+) -> Callable[[Any, DiscreteSampler], tuple[np.ndarray, np.ndarray]]:
     """The library's loop fed with given uniform numbers, all masked at first: the codes, and those after every step."""
     b = uniform.shape[1]
     seen: dict[int, np.ndarray] = {}
 
     @jax.jit
     def run(model, options):
-        cond = config.tell(model, batch, jnp.zeros(b, bool))
-        uncond = config.tell(model, null, jnp.ones(b, bool))
+        cond = config.embed_condition(model, batch, jnp.zeros(b, bool))
+        uncond = config.embed_condition(model, null, jnp.ones(b, bool))
 
         def guess(x, t):
             log_p = config.log_x0(model, x, t, cond)
             guided = guided_log(log_p, config.log_x0(model, x, t, uncond), options.guidance)
-            return cut(jnp.where(options.guidance == 1, log_p, guided), options)
+            return truncate_log_probs(jnp.where(options.guidance == 1, log_p, guided), options)
 
         noise = lambda i: (jnp.moveaxis(uniform[i], 1, -1), jnp.zeros((b, config.length)))
         start = jnp.full((b, config.length), config.chain.codes)
@@ -177,7 +177,7 @@ def sampler(
         report = lambda i, count, x, _: jax.debug.callback(note, i, x)
         return reverse(config.chain, guess, start, noise, options, report=report, draw_code=gumbel_max)
 
-    def draw_all(model: Any, options: Reverse) -> tuple[np.ndarray, np.ndarray]:
+    def draw_all(model: Any, options: DiscreteSampler) -> tuple[np.ndarray, np.ndarray]:
         seen.clear()
         codes = np.asarray(run(model, options.arrays()))
         jax.effects_barrier()

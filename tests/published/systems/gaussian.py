@@ -193,7 +193,7 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         _, classify = convert("adm_classifier", part(oracle, "classifier"), **grid, **hints)
 
     def forward(model, x, t):
-        return model(x, process.told(t), model.read({"label": y}, nobody))
+        return model(x, process.network_time(t), model.read({"label": y}, nobody))
 
     def p(schedule, x, t, told):
         prediction, v = config._parts(forward(model, x, told))
@@ -202,8 +202,8 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         )
 
     def gradient(x, told):
-        log_p = lambda x: guidance.of_class(classify(x, process.told(told)), labels)
-        return guidance.pull(log_p, x, meta["classifier_scale"])
+        log_p = lambda x: guidance.of_class(classify(x, process.network_time(told)), labels)
+        return guidance.classifier_gradient(log_p, x, meta["classifier_scale"])
 
     def shifted(normal, x, t, told):
         return normal._replace(mean=normal.mean + normal.variance * gradient(x, told))
@@ -220,7 +220,7 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         normal = p(schedule, x, t, t)
         out |= {"p_mean": normal.mean, "p_log_variance": normal.log_variance, "p_pred_xstart": normal.x0}
         if classify is not None:
-            out["classifier_logits"] = classify(x, process.told(t))
+            out["classifier_logits"] = classify(x, process.network_time(t))
             out["cond_grad"] = gradient(x, t)
             out["condition_mean"] = shifted(normal, x, t, t).mean
             out["condition_score_xstart"] = scored(schedule, x, t, t)
@@ -228,7 +228,7 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         return {k: theirs_layout(v) if v.ndim == 4 and k != "unet_out" else v for k, v in out.items()}
 
     def objective(model, weight):
-        losses = dataclasses.replace(config, bound_weight=weight).losses(model, x0, t_loss, noise, {"label": y}, nobody)
+        losses = dataclasses.replace(config, vlb_weight=weight).losses(model, x0, t_loss, noise, {"label": y}, nobody)
         return losses["loss"].mean(), losses
 
     ours = dict(parts())
@@ -270,7 +270,7 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         @jax.jit
         def enlarged():
             read = join_inputs(x, beside, enlarge.network.extra_inputs)
-            return larger(read, process.told(t), larger.read(beside, nobody))
+            return larger(read, process.network_time(t), larger.read(beside, nobody))
 
         ours["superres_out"] = theirs_layout(enlarged())
     return {k: np.asarray(v) for k, v in ours.items()}
@@ -304,7 +304,7 @@ def glide(oracle: Oracle) -> dict[str, Any]:
         captions = {"clip_text": tokens, "clip_mask": jnp.arange(tokens.shape[1]) < lengths}
 
     def gradient(x, t):
-        return guidance.pull(lambda x: judge.log_p(encode, x, t, captions), x, of["grad_scale"])
+        return guidance.classifier_gradient(lambda x: judge.log_p(encode, x, t, captions), x, of["grad_scale"])
 
     @jax.jit
     def run():

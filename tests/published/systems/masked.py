@@ -13,7 +13,7 @@ from parity import Oracle
 from t2i_jax.convert import convert, restore
 from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.layers import replace
-from t2i_jax.nn.orders import Generation, hidden_by, remaining
+from t2i_jax.nn.orders import MaskedSampler, hidden_by, remaining
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -159,7 +159,7 @@ def mar(oracle: Oracle) -> dict[str, Any]:
 
     @partial(jax.jit, static_argnums=0)
     def drawn(head, z, null, steps, guidance, temperature):
-        options = Generation(temperature=temperature).arrays()
+        options = MaskedSampler(temperature=temperature).arrays()
         return head.sample(model.head, z, null, Noise(first, steps[:, :, None]), guidance, options)[0][:, 0]
 
     ours["diffloss_sample_cfg1"] = drawn(head, z, None, several, 1.0, meta["temperature"])
@@ -175,7 +175,7 @@ def mar(oracle: Oracle) -> dict[str, Any]:
         scale = float(said("cfg", "1.0"))
         power = 0.0 if said("schedule", "linear") == "constant" else 1.0
         temperature, condition = float(said("temperature", "1.0")), nobody if said("labels", "") == "None" else batch
-        options = Generation(guidance=scale, guidance_power=power, temperature=temperature, iterations=steps)
+        options = MaskedSampler(guidance=scale, guidance_power=power, temperature=temperature, iterations=steps)
         codes = config.sample(
             model, {"label": condition["label"]}, keys, options, guided=scale != 1.0, orders=orders, draws=draws
         )

@@ -8,7 +8,7 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.nn.draw import Sampling, truncate
+from t2i_jax.nn.draw import ARSampler, filter_logits
 
 
 def nchw(x: Any) -> np.ndarray:
@@ -26,7 +26,7 @@ def openai_dvae(oracle: Oracle) -> dict[str, Any]:
     def run(images):
         logits = config.logits(model, images)
         codes = config.encode(model, images)
-        painted = config.paint(model, config.embed(model, codes))
+        painted = config.decode_head(model, config.embed(model, codes))
         return config.mapped(images), logits, codes, painted, config.decode(model, codes)
 
     mapped, logits, codes, painted, seen = run(nhwc(oracle.inputs["image01"]) * 2 - 1)
@@ -62,7 +62,7 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
     ours |= {name: slopes[name.removeprefix("grad_img.")] for name in outputs if name.startswith("grad_img.")}
 
     keys = jax.random.split(jax.random.key(0), len(text))
-    greedy = config.sample(model, {"text": text}, keys, Sampling(guidance=1.0, greedy=True), segments=1)
+    greedy = config.sample(model, {"text": text}, keys, ARSampler(guidance=1.0, greedy=True), segments=1)
     ours["greedy_tokens"] = np.asarray(greedy).reshape(len(text), -1)
 
     for name in outputs:
@@ -70,7 +70,7 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
             k, p = (part[1:] for part in name.split("_")[2:])
             # They stop at a sum of p, where we go on until it is above: the next smaller number says the same.
             p = 1.0 if p == "None" else np.nextafter(np.float32(p), np.float32(0))
-            weights = truncate(jnp.asarray(inputs["filter_logits"]), 1.0, 0 if k == "None" else int(k), p)
+            weights = filter_logits(jnp.asarray(inputs["filter_logits"]), 1.0, 0 if k == "None" else int(k), p)
             ours[name] = weights / weights.sum(-1, keepdims=True)
     return ours
 
@@ -117,7 +117,7 @@ def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
 
     keys = jax.random.split(jax.random.key(0), b)
     for name, scale in (("nocfg", 1.0), ("cfg", meta["cond_scale"])):
-        options = Sampling(guidance=scale, greedy=True)
+        options = ARSampler(guidance=scale, greedy=True)
         greedy = config.sample(model, {"text": text}, keys, options, guided=True, segments=1)
         ours[f"greedy_tokens_{name}"] = np.asarray(greedy).reshape(b, -1)
     return ours
