@@ -1,0 +1,110 @@
+"""Text-to-image generation in JAX: codecs, autoregression, masked generation, diffusion; from a laptop to a pod.
+
+    import t2i_jax as t2i
+
+    pipe = t2i.load("runs/quickstart/model")
+    images = pipe(["an emoji of pizza"] * 4, seeds=range(4))
+
+Names are imported when they are used first: `import t2i_jax` itself imports no JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from t2i_jax.api import load as load
+    from t2i_jax.api import train as train
+    from t2i_jax.codecs.dvae import DVAE as DVAE
+    from t2i_jax.codecs.kl import KL as KL
+    from t2i_jax.codecs.vqgan import VQGAN as VQGAN
+    from t2i_jax.core.errors import ConfigError as ConfigError
+    from t2i_jax.core.errors import DataError as DataError
+    from t2i_jax.data.pipeline import Data as Data
+    from t2i_jax.data.sources import ArrayRecord as ArrayRecord
+    from t2i_jax.data.sources import Folder as Folder
+    from t2i_jax.data.sources import Mixture as Mixture
+    from t2i_jax.data.sources import Parquet as Parquet
+    from t2i_jax.data.sources import TarShards as TarShards
+    from t2i_jax.data.sources import Tfds as Tfds
+    from t2i_jax.models.any_order import AnyOrder as AnyOrder
+    from t2i_jax.models.ar import AR as AR
+    from t2i_jax.models.diffusion import Diffusion as Diffusion
+    from t2i_jax.models.masked import Masked as Masked
+    from t2i_jax.models.stream import Stream as Stream
+    from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
+    from t2i_jax.nn.condition import CaptionEncoder as CaptionEncoder
+    from t2i_jax.nn.condition import ClassEmbedder as ClassEmbedder
+    from t2i_jax.nn.condition import CrossAttnFeatures as CrossAttnFeatures
+    from t2i_jax.nn.condition import PooledFeatures as PooledFeatures
+    from t2i_jax.nn.condition import TextFeatures as TextFeatures
+    from t2i_jax.nn.dit import DiT as DiT
+    from t2i_jax.nn.heads import DiffusionHead as DiffusionHead
+    from t2i_jax.nn.heads import FlowHead as FlowHead
+    from t2i_jax.nn.heads import MixtureHead as MixtureHead
+    from t2i_jax.nn.heads import SoftmaxHead as SoftmaxHead
+    from t2i_jax.nn.unet import UNet as UNet
+    from t2i_jax.noise.processes import EDM as EDM
+    from t2i_jax.noise.processes import Discrete as Discrete
+    from t2i_jax.noise.processes import Flow as Flow
+    from t2i_jax.parallel import MeshConfig as Mesh  # noqa: F401
+    from t2i_jax.pipeline import Pipeline as Pipeline
+    from t2i_jax.text.clip import ClipText as ClipText
+    from t2i_jax.text.minilm import MiniLM as MiniLM
+    from t2i_jax.text.sentencepiece import SentencePiece as SentencePiece
+    from t2i_jax.text.t5 import T5 as T5
+    from t2i_jax.training.experiment import Experiment as Experiment
+    from t2i_jax.training.experiment import Train as Train
+    from t2i_jax.training.optimizer import Optimizer as Optimizer
+
+_PUBLIC = {
+    "api": "load train",
+    "codecs.dvae": "DVAE",
+    "codecs.kl": "KL",
+    "codecs.vqgan": "VQGAN",
+    "core.errors": "ConfigError DataError",
+    "data.pipeline": "Data",
+    "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
+    "models.any_order": "AnyOrder",
+    "models.ar": "AR",
+    "models.diffusion": "Diffusion",
+    "models.masked": "Masked",
+    "models.stream": "Stream",
+    "models.vq_diffusion": "VQDiffusion",
+    "nn.condition": "CaptionEncoder ClassEmbedder CrossAttnFeatures PooledFeatures TextFeatures",
+    "nn.dit": "DiT",
+    "nn.heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
+    "nn.unet": "UNet",
+    "noise.processes": "Discrete EDM Flow",
+    "parallel": "Mesh=MeshConfig",
+    "pipeline": "Pipeline",
+    "text.clip": "ClipText",
+    "text.minilm": "MiniLM",
+    "text.sentencepiece": "SentencePiece",
+    "text.t5": "T5",
+    "training.experiment": "Experiment Train",
+    "training.optimizer": "Optimizer",
+}
+"""Public names by module; `public=name` where it has another name there."""
+
+_WHERE = {
+    public: (f"t2i_jax.{module}", name or public)
+    for module, names in _PUBLIC.items()
+    for public, _, name in (word.partition("=") for word in names.split())
+}
+
+__version__ = "0.1.0"
+__all__ = ["__version__", *sorted(_WHERE)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:  # of this module: names are imported when they are used (PEP 562)
+    if name not in _WHERE:
+        raise AttributeError(f"module 't2i_jax' has no attribute '{name}'")
+    module, there = _WHERE[name]
+    value = globals()[name] = getattr(importlib.import_module(module), there)  # by a name of the table above
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

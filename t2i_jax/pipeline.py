@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -201,6 +202,31 @@ class Pipeline:
         if self.classifier and self.classifier.text is not None:
             condition["clip_text"], condition["clip_mask"] = self.classifier.text(list(prompts))
         return condition
+
+    def __call__(
+        self,
+        prompts: str | int | Sequence[str | int],
+        *,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: Callable[[float, int], None] | None = None,
+        **options: object,
+    ) -> np.ndarray:
+        """Images uint8 (n, i, j, 3), one for each prompt, or for each seed where there is one prompt.
+
+        prompts: captions, or class numbers of a model of classes. options: fields of `options`, as `guidance=3.0`.
+        Errors: `ConfigError` for an option that the family does not have.
+        """
+        asked = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if isinstance(prompts, str | int) and seeds is not None:
+            asked *= len(seeds)
+        names = [field.name for field in dataclasses.fields(self.options)]
+        if unknown := [name for name in options if name not in names]:
+            near = difflib.get_close_matches(unknown[0], names, 1, 0.3)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+            raise ConfigError(f"a {type(self.family).__name__} has no sampling option '{unknown[0]}'; {hint}")
+        chosen = dataclasses.replace(self.options, **options)
+        return self.sample([str(p) for p in asked], seeds, chosen, batch_size, progress)
 
     def sample(
         self,

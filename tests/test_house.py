@@ -22,7 +22,7 @@ FLOORS = [
     ("pipeline", "convert"),
     ("evaluation", "previews", "encode", "plan"),
     ("bench",),
-    ("comparison",),
+    ("comparison", "api"),
     ("cli",),
 ]
 EXTRAS = ("torch", "tensorflow", "transformers", "diffusers", "libtpu")

@@ -9,12 +9,9 @@ import jax
 import tyro
 
 from t2i_jax import config
+from t2i_jax.api import train
 from t2i_jax.cli.shared import console, parse_some
-from t2i_jax.core.types import as_family
-from t2i_jax.pipeline import validate_options
-from t2i_jax.previews import Previews
 from t2i_jax.training.experiment import Experiment
-from t2i_jax.training.loop import train as train_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +36,7 @@ def run(arguments: list[str]) -> None:
     experiment = config.load(args.config, rest)
     if not isinstance(experiment, Experiment):
         raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
-    with config.refused():
-        experiment.mesh.build()
-    if experiment.model.capabilities.family:
-        validate_options(as_family(experiment.model), as_family(experiment.model).options())
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
-    train_run(experiment, run, Previews(), args.accept_changes)
+    train(experiment, run, args.accept_changes)
     if jax.process_index() == 0:
         console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)

@@ -188,7 +188,7 @@ def picture_side(config: Trainable, codec: str) -> int:
     if not config.capabilities.family:
         raise ConfigError(f"--codec {codec}: a {type(config).__name__} draws no images, so it takes no codec")
     family, decoder = as_family(config), codec_in(codec)
-    check_codes(family, decoder, codec)
+    check_codes(family, decoder, codec, exact=True)
     return family.sample_spec().grid[0] * decoder.spec.factor
 
 

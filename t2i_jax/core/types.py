@@ -303,10 +303,16 @@ def as_codec(config: Trainable) -> Codec:
     return cast(Codec, _narrow(config, "codec", "is no codec"))
 
 
-def check_codes(family: Family, codec: Codec, name: str) -> None:
-    """Errors: `ConfigError` where the codec of this name is not one of the codes that a family samples."""
+def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) -> None:
+    """Errors: `ConfigError` where the codec of this name cannot be that of the codes that a family samples.
+
+    A family may have more code numbers than its codec, such as a start token or a padded table; exact: it may not.
+    """
     ours, theirs = family.sample_spec().code, codec.spec.code
-    if ours != theirs:
+    fits = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
+        a >= b for a, b in zip(ours.sizes, theirs.sizes, strict=True)
+    )
+    if ours != theirs if exact else not fits:
         raise ConfigError(f"{name} has {theirs}, the model {ours}: this is not its codec")
 
 

@@ -1,0 +1,35 @@
+"""The two functions of the public face that are no class: `load` a model, `train` an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from t2i_jax.config import refused
+from t2i_jax.core.types import as_family
+from t2i_jax.parallel import MeshConfig
+from t2i_jax.pipeline import Pipeline, validate_options
+from t2i_jax.previews import Previews
+from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.loop import train as train_run
+
+
+def load(model: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
+    """The pipeline of a run folder or a released model, local or in an object store.
+
+    int8: matrices of 8-bit integers, for models that sample token by token. Errors: `ConfigError`.
+    """
+    return Pipeline.load(model, mesh, int8)
+
+
+def train(experiment: Experiment, run: str | Path, accept_changes: bool = False) -> None:
+    """Train an experiment in the folder `run`, or go on where it stopped; preview images are saved in its `samples/`.
+
+    accept_changes: go on although the config is not that of the run so far. Errors: `ConfigError`, `DataError`,
+    `CheckpointError`, `NotFinite`.
+    """
+    with refused():
+        experiment.mesh.build()
+    if experiment.model.capabilities.family:
+        family = as_family(experiment.model)
+        validate_options(family, family.options())
+    train_run(experiment, run, Previews(), accept_changes)
