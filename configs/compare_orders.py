@@ -10,12 +10,12 @@ from typing import Any
 from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.heads import DiffusionHead, FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads import DiffusionHead, FlowHead, SoftmaxHead
-from t2i_jax.nn.orders import Confidence, MaskedSampler, Permutation, Raster, Sets
+from t2i_jax.sampling.orders import Confidence, MaskedSampler, Permutation, Raster, Sets
+from t2i_jax.sampling.tokens import ARSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from t2i_jax.data.sources import Parquet as Parquet
     from t2i_jax.data.sources import TarShards as TarShards
     from t2i_jax.data.sources import Tfds as Tfds
+    from t2i_jax.heads import DiffusionHead as DiffusionHead
+    from t2i_jax.heads import FlowHead as FlowHead
+    from t2i_jax.heads import MixtureHead as MixtureHead
+    from t2i_jax.heads import SoftmaxHead as SoftmaxHead
     from t2i_jax.models.any_order import AnyOrder as AnyOrder
     from t2i_jax.models.ar import AR as AR
     from t2i_jax.models.diffusion import Diffusion as Diffusion
@@ -40,10 +44,6 @@ if TYPE_CHECKING:
     from t2i_jax.nn.condition import PooledFeatures as PooledFeatures
     from t2i_jax.nn.condition import TextFeatures as TextFeatures
     from t2i_jax.nn.dit import DiT as DiT
-    from t2i_jax.nn.heads import DiffusionHead as DiffusionHead
-    from t2i_jax.nn.heads import FlowHead as FlowHead
-    from t2i_jax.nn.heads import MixtureHead as MixtureHead
-    from t2i_jax.nn.heads import SoftmaxHead as SoftmaxHead
     from t2i_jax.nn.unet import UNet as UNet
     from t2i_jax.noise.processes import EDM as EDM
     from t2i_jax.noise.processes import Discrete as Discrete
@@ -66,6 +66,7 @@ _PUBLIC = {
     "core.errors": "ConfigError DataError",
     "data.pipeline": "Data",
     "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
+    "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",
     "models.diffusion": "Diffusion",
@@ -74,7 +75,6 @@ _PUBLIC = {
     "models.vq_diffusion": "VQDiffusion",
     "nn.condition": "CaptionEncoder ClassEmbedder CrossAttnFeatures PooledFeatures TextFeatures",
     "nn.dit": "DiT",
-    "nn.heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "nn.unet": "UNet",
     "noise.processes": "Discrete EDM Flow",
     "parallel": "Mesh=MeshConfig",

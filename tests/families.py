@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from t2i_jax import heads
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE
@@ -16,7 +17,6 @@ from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn import heads
 from t2i_jax.nn.condition import (
     CaptionEncoder,
     ClassEmbedder,
@@ -27,11 +27,11 @@ from t2i_jax.nn.condition import (
     TextFeatures,
 )
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.orders import Confidence, Permutation
 from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
+from t2i_jax.sampling.orders import Confidence, Permutation
 
 CAPTIONS = CaptionEncoder(20, 6, width=16, depth=1, heads=2)
 CONV = dict(channels=8, multipliers=(1, 2), blocks=1, groups=4)

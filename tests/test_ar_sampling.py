@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
-from t2i_jax.nn.draw import ARSampler, filter_logits, guidance_at, uniforms
-from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.tokens import ARSampler, filter_logits, guidance_at, uniforms
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")
 

@@ -18,11 +18,11 @@ from t2i_jax.bench import check, data, drawing, measure
 from t2i_jax.bench.sample import decode_bound
 from t2i_jax.bench.train import FEW, on_mesh
 from t2i_jax.config import ConfigError
+from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import CHIPS, chip_of
 
@@ -62,7 +62,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.heads import SoftmaxHead
+from t2i_jax.heads import SoftmaxHead
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR

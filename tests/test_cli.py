@@ -17,11 +17,11 @@ from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.orders import MaskedSampler
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, validate_options
 from t2i_jax.previews import Previews
+from t2i_jax.sampling.orders import MaskedSampler
 from t2i_jax.training.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
 

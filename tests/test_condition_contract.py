@@ -9,6 +9,7 @@ import pytest
 from families import CAPTIONS, DENOISER, SMALL, UNET, batch_for
 from flax import nnx
 
+from t2i_jax import heads
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import FieldSpec
 from t2i_jax.core.types import ConditionSpec
@@ -17,7 +18,6 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn import heads
 from t2i_jax.nn.condition import (
     ClassEmbedder,
     CrossAttnFeatures,
@@ -28,10 +28,10 @@ from t2i_jax.nn.condition import (
 )
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.layers import Linear
-from t2i_jax.nn.orders import Permutation
 from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
+from t2i_jax.sampling.orders import Permutation
 
 WIDTH = 16
 

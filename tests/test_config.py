@@ -9,8 +9,8 @@ import toys
 
 from t2i_jax import config
 from t2i_jax.config import ConfigError
-from t2i_jax.nn.draw import ARSampler
 from t2i_jax.parallel import MeshConfig
+from t2i_jax.sampling.tokens import ARSampler
 from t2i_jax.training.optimizer import Optimizer
 
 FILE = """
@@ -60,8 +60,8 @@ def test_unknown_field_in_a_file_names_the_nearest(file):
     [
         ("from t2i_jax.models.diffusion import Diffusion; Diffusion(solvr=1)", "solver"),
         ("from t2i_jax.models.diffusion import Diffusion as D; x = [D(None, *[], solvr=1)]", "solver"),
-        ("from t2i_jax.nn import heads; heads.DiffusionHead(1, wdth=1)", "width"),
-        ("from t2i_jax.nn.heads import FlowHead; FlowHead(tims=1)", "dim"),
+        ("from t2i_jax import heads; heads.DiffusionHead(1, wdth=1)", "width"),
+        ("from t2i_jax.heads import FlowHead; FlowHead(tims=1)", "dim"),
         ("from t2i_jax.noise.processes import Flow; Flow(tims=1)", "times"),
         ("import dataclasses; from t2i_jax.models.ar import AR; dataclasses.replace(AR(), wdth=1)", "width"),
         ("from t2i_jax.models.ar import AR; (lambda kind: kind(\n  dpth=3))(AR)", "depth"),
@@ -73,7 +73,7 @@ def test_unknown_field_in_a_file_names_the_nearest(file):
 def test_a_wrong_field_is_one_of_the_class_that_was_called(tmp_path, line, near):
     """Whatever its name is there, and whichever others have that name."""
     path = tmp_path / "experiment.py"
-    path.write_text("import t2i_jax.models.diffusion, t2i_jax.nn.heads\n" + line)
+    path.write_text("import t2i_jax.models.diffusion, t2i_jax.heads\n" + line)
     with pytest.raises(ConfigError, match=r"experiment\.py, line ") as error:
         config.load(path)
     assert (f"did you mean '{near}'?" in str(error.value)) if near else "did you mean" not in str(error.value)

@@ -20,9 +20,9 @@ from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
-from t2i_jax.noise import solvers
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.pipeline import Pipeline, plain_options
+from t2i_jax.sampling import solvers
 from t2i_jax.training.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))

@@ -23,8 +23,8 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.processes import Flow
+from t2i_jax.sampling.tokens import ARSampler
 
 pytest.importorskip("torch")
 

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from t2i_jax.heads import DiffusionHead, FlowHead, ImageKeys, MixtureHead, SoftmaxHead
+from t2i_jax.heads.mixture import MixtureParams, guided
 from t2i_jax.nn import losses
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads import DiffusionHead, FlowHead, ImageKeys, MixtureHead, SoftmaxHead
-from t2i_jax.nn.heads.mixture import MixtureParams, guided
+from t2i_jax.sampling.tokens import ARSampler
 
 CENTRES, SPREAD = np.asarray([-1.5, 0.5]), 0.3
 WEIGHTS = np.asarray([0.3, 0.7])

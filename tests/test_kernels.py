@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from t2i_jax import flops
+from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
@@ -16,7 +17,6 @@ from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, Padding, attend, plain
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
 from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.heads import SoftmaxHead
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
 from t2i_jax.parallel import MeshConfig, shardings
 

@@ -15,16 +15,16 @@ from families import with_aux
 
 from t2i_jax.config import ConfigError
 from t2i_jax.convert import convert
+from t2i_jax.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
 from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
-from t2i_jax.nn.orders import Confidence, MaskedSampler, MaskRate, Permutation, Raster, Sets
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.orders import Confidence, MaskedSampler, MaskRate, Permutation, Raster, Sets
+from t2i_jax.sampling.tokens import ARSampler
 from t2i_jax.training.artifacts import Artifact
 
 CODES = SoftmaxHead(7)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.nn.orders import (
+from t2i_jax.sampling.orders import (
     Confidence,
     MaskedSampler,
     MaskRate,

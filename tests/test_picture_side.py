@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from t2i_jax import heads
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.codecs.kl import KL
@@ -21,7 +22,6 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn import heads
 from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.discrete import Chain

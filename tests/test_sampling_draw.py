@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.nn import draw as module
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.noise.guidance import guide
+from t2i_jax.sampling import tokens as module
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.tokens import ARSampler
 
 truncate, draw, choose, uniforms = map(
     jax.jit, (module.filter_logits, module.draw, module.sample_token, module.uniforms)

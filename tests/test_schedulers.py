@@ -9,7 +9,7 @@ import pytest
 
 from t2i_jax.noise.gaussian import split
 from t2i_jax.noise.processes import Discrete, along
-from t2i_jax.noise.solvers import SOLVERS, Denoised, SolverState
+from t2i_jax.sampling.solvers import SOLVERS, Denoised, SolverState
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -13,7 +13,7 @@ from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.cli import main
 from t2i_jax.noise.processes import EDM, Discrete, Flow, along
 from t2i_jax.noise.schedule import NAMES, Schedule
-from t2i_jax.noise.solvers import SOLVERS, Denoised, solve
+from t2i_jax.sampling.solvers import SOLVERS, Denoised, solve
 
 SPACINGS = ("default", "even", "karras", "log_snr")
 KINDS = {

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.noise import guidance
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
-from t2i_jax.noise.solvers import SOLVERS, Denoised, solve
+from t2i_jax.sampling import guidance
+from t2i_jax.sampling.solvers import SOLVERS, Denoised, solve
 
 MEAN, STD = 0.6, 0.5  # of the pictures, which are single numbers
 

@@ -7,9 +7,9 @@ import pytest
 from families import FAMILIES, batch_for
 from scipy import stats
 
-from t2i_jax.nn.orders import MaskRate
 from t2i_jax.nn.trees import abstract
 from t2i_jax.noise.schedule import midpoints, spread, spread_of_each
+from t2i_jax.sampling.orders import MaskRate
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 4096])

@@ -24,7 +24,7 @@ from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeature
 from t2i_jax.nn.conditional import AdaNorm
 from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
-from t2i_jax.noise.reverse import DiscreteSampler, reverse, timesteps
+from t2i_jax.sampling.discrete import DiscreteSampler, reverse, timesteps
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step, params_under
 

@@ -27,10 +27,10 @@ from t2i_jax.core.specs import CodeSpec
 from t2i_jax.core.types import Family, as_family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads import PositionKeys, TokenHead
+from t2i_jax.heads import PositionKeys, TokenHead
 from t2i_jax.pipeline import guidance_flags, image_keys
 from t2i_jax.plan.ready import batch_shapes
+from t2i_jax.sampling.tokens import ARSampler
 from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment
 

@@ -1,4 +1,4 @@
-"""What solvers make of Gaussian pictures, in float64 NumPy: the papers' formulas with nothing of `noise.solvers`.
+"""What solvers make of Gaussian pictures, in float64 NumPy: the papers' formulas with nothing of `sampling.solvers`.
 
 The best denoiser of pictures N(mean, std^2) is linear in x, so the x of every stop is linear in the normal numbers it
 was made of. It is kept as its coefficients: of 1, of the noise that the sampler starts from, and of the noise of each
@@ -37,7 +37,7 @@ def recursion(solver: str, eta: float, alpha: Array, sigma: Array, mean: float, 
     """Mean and standard deviation that a solver draws of pictures N(mean, std^2), from N(0, 1) at the first stop.
 
     alpha, sigma: float64 (n + 1,) of the stops, the last 1 and 0. eta: where the solver has one. Solvers are those of
-    `noise.solvers.SOLVERS`, fixed_large for ddpm. Errors: KeyError for another.
+    `sampling.solvers.SOLVERS`, fixed_large for ddpm. Errors: KeyError for another.
     """
     steps = len(alpha) - 1
     x, noise = np.eye(steps + 2)[1], np.eye(steps + 2)[2:]

@@ -20,7 +20,7 @@ from t2i_jax.core.fields import Checked, Range, values
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.core.types import SamplingGrid, Spacing
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
-from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised, Rounds, solve
+from t2i_jax.sampling.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 
 PROCESSES: dict[str, Process] = {
     "Discrete, linear": Discrete("linear"),

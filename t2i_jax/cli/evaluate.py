@@ -36,7 +36,7 @@ class EvaluateArguments(Checked):
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
     """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
     solver: str = ""
-    """of a Gaussian diffusion, another than its own: a key of `noise.solvers.SOLVERS`, as heun"""
+    """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: what the model is spread over; the run's own, or that of
     `data`, unless given"""

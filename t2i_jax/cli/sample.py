@@ -48,8 +48,8 @@ class SampleArguments(Checked):
     scale: Annotated[int, Range(1, 64)] = 4
     """enlargement of the pictures in the grid"""
     solver: str = ""
-    """of a Gaussian diffusion, another than its own: a key of `noise.solvers.SOLVERS`, as heun; ddim and dpm++ add no
-    noise unless --eta says so"""
+    """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun; ddim and dpm++ add
+    no noise unless --eta says so"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: fsdp or tensor for models larger than a device; each
     device draws its own pictures unless given"""

@@ -10,7 +10,7 @@ from t2i_jax.interop import vq_diffusion
 from t2i_jax.interop.names import Tensors
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.noise.reverse import DiscreteSampler
+from t2i_jax.sampling.discrete import DiscreteSampler
 
 
 def _vq_diffusion(

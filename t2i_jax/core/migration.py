@@ -88,6 +88,10 @@ def _respelled(value: Json, words: Mapping[str, str]) -> Json:
 
 STEPS: tuple[Step, ...] = (
     Step(  # 1 -> 2: standard terms
+        modules={
+            "t2i_jax.nn.heads": "t2i_jax.heads",
+            "t2i_jax.nn.orders": "t2i_jax.sampling.orders",
+        },
         classes={
             "t2i_jax.nn.condition:Classes": "t2i_jax.nn.condition:ClassEmbedder",
             "t2i_jax.nn.condition:Captions": "t2i_jax.nn.condition:CaptionEncoder",
@@ -97,14 +101,14 @@ STEPS: tuple[Step, ...] = (
             "t2i_jax.nn.condition:Paired": "t2i_jax.nn.condition:PooledAndTokenFeatures",
             "t2i_jax.nn.condition:Given": "t2i_jax.nn.condition:PrefixTokens",
             "t2i_jax.nn.padded:PaddedCaptions": "t2i_jax.nn.padded:GlideCaptions",
-            "t2i_jax.nn.heads.softmax:Softmax": "t2i_jax.nn.heads.softmax:SoftmaxHead",
-            "t2i_jax.nn.heads.diffusion:Diffusion": "t2i_jax.nn.heads.diffusion:DiffusionHead",
-            "t2i_jax.nn.heads.flow:Flow": "t2i_jax.nn.heads.flow:FlowHead",
-            "t2i_jax.nn.heads.mixture:Mixture": "t2i_jax.nn.heads.mixture:MixtureHead",
-            "t2i_jax.nn.draw:Sampling": "t2i_jax.nn.draw:ARSampler",
-            "t2i_jax.nn.orders:Generation": "t2i_jax.nn.orders:MaskedSampler",
+            "t2i_jax.nn.heads.softmax:Softmax": "t2i_jax.heads.softmax:SoftmaxHead",
+            "t2i_jax.nn.heads.diffusion:Diffusion": "t2i_jax.heads.diffusion:DiffusionHead",
+            "t2i_jax.nn.heads.flow:Flow": "t2i_jax.heads.flow:FlowHead",
+            "t2i_jax.nn.heads.mixture:Mixture": "t2i_jax.heads.mixture:MixtureHead",
+            "t2i_jax.nn.draw:Sampling": "t2i_jax.sampling.tokens:ARSampler",
+            "t2i_jax.nn.orders:Generation": "t2i_jax.sampling.orders:MaskedSampler",
             "t2i_jax.models.diffusion:Solving": "t2i_jax.models.diffusion:DiffusionSampler",
-            "t2i_jax.noise.reverse:Reverse": "t2i_jax.noise.reverse:DiscreteSampler",
+            "t2i_jax.noise.reverse:Reverse": "t2i_jax.sampling.discrete:DiscreteSampler",
             "t2i_jax.models.stream:Text": "t2i_jax.models.stream:StreamText",
             "t2i_jax.codecs.dvae:Pooled": "t2i_jax.codecs.dvae:OpenAIdVAE",
             "t2i_jax.codecs.dvae:Strided": "t2i_jax.codecs.dvae:DALLEPytorchVAE",

@@ -95,7 +95,7 @@ class Capabilities:
     autoguidance: bool = False
     """`GaussianFamily`, whose `sample` takes a weaker model in the place of the unconditional branch"""
     token_head: bool = False
-    """its field `head` samples each token, a `nn.heads.TokenHead` that another one may replace"""
+    """its field `head` samples each token, a `heads.TokenHead` that another one may replace"""
     int8: bool = False
     """samples with matrices of 8-bit integers"""
 
@@ -576,7 +576,7 @@ class NoiseProcess(Protocol):
 
     @property
     def solver(self) -> str:
-        """The key of `noise.solvers.SOLVERS` that models of it sample with by default."""
+        """The key of `sampling.solvers.SOLVERS` that models of it sample with by default."""
         ...
 
     @property

@@ -22,19 +22,19 @@ from jax import Array
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.heads import Head, ImageKeys, SoftmaxHead, sample_spec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.decode import prepare_layers_for_decode
-from t2i_jax.nn.draw import ARSampler, guidance_at
-from t2i_jax.nn.heads import Head, ImageKeys, SoftmaxHead, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
-from t2i_jax.nn.orders import Permutation, Raster, orders_of, with_known_last
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
-from t2i_jax.nn.watch import Progress, now_and_then
 from t2i_jax.parallel import shard
+from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
+from t2i_jax.sampling.progress import Progress, now_and_then
+from t2i_jax.sampling.tokens import ARSampler, guidance_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ class AnyOrder(Checked):
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
-        draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
+        draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
         progress: called now and then with the count of known tokens, that of all, and the codes; static.
         """
         b = len(keys)

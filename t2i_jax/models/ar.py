@@ -20,17 +20,17 @@ from jax import Array
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
-from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack
-from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
+from t2i_jax.sampling import autoregressive
+from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.tokens import ARSampler
 
 SIZES: dict[str, dict[str, int]] = {
     "1M": dict(width=128, depth=4, heads=4, mlp=384),
@@ -348,7 +348,7 @@ class AR(Checked):
         progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
-        return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
+        return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:
         """Logits (b, s, v) at every token of the condition; the last are those of token 0."""

@@ -22,7 +22,6 @@ from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share, values
-from t2i_jax.core.options import Options
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import (
     Capabilities,
@@ -37,7 +36,6 @@ from t2i_jax.core.types import (
 from t2i_jax.nn.condition import ClassEmbedder, dropped_rows
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
-from t2i_jax.noise import guidance, solvers
 from t2i_jax.noise.gaussian import (
     clipped,
     join,
@@ -46,8 +44,10 @@ from t2i_jax.noise.gaussian import (
 )
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import expand_like, spread
-from t2i_jax.noise.solvers import ETA, SOLVERS, Denoised
 from t2i_jax.parallel import shard
+from t2i_jax.sampling import guidance, solvers
+from t2i_jax.sampling.options import Options
+from t2i_jax.sampling.solvers import ETA, SOLVERS, Denoised
 
 Batch = dict[str, Array]
 
@@ -88,8 +88,9 @@ class DiffusionSampler(Options):
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
     resample: Annotated[int | Array, Range(1, 1000)] = 2
     """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
-    to agree (Lugmayr et al. 2022; `noise.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is known,
-    however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures it."""
+    to agree (Lugmayr et al. 2022; `sampling.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is
+    known, however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures
+    it."""
 
     def check(self, most: int) -> None:
         """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
@@ -158,8 +159,8 @@ class Diffusion(Checked):
     """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
     that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
     solver: Annotated[str, FREE] = "own"
-    """A key of `noise.solvers.SOLVERS`; `own` becomes that of the process: ddpm for Discrete, euler for Flow, heun for
-    EDM."""
+    """A key of `sampling.solvers.SOLVERS`; `own` becomes that of the process: ddpm for Discrete, euler for Flow, heun
+    for EDM."""
     sampling: Annotated[DiffusionSampler, FREE] = DiffusionSampler()
     """How `sample` draws unless told otherwise."""
 

@@ -25,13 +25,15 @@ from jax import Array
 from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
-from t2i_jax.nn.draw import guidance_at
-from t2i_jax.nn.heads import DiffusionHead, Head, ImageKeys, sample_spec
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
-from t2i_jax.nn.orders import (
+from t2i_jax.nn.tokens import from_tokens, to_tokens
+from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.parallel import shard
+from t2i_jax.sampling.orders import (
     SHAPES,
     MaskedSampler,
     MaskedSchedule,
@@ -44,10 +46,8 @@ from t2i_jax.nn.orders import (
     remaining,
     with_known_last,
 )
-from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
-from t2i_jax.nn.watch import Progress
-from t2i_jax.parallel import shard
+from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.tokens import guidance_at
 
 SIZES: dict[str, dict[str, Any]] = {
     "mar-b": dict(width=768, depth=12, heads=12, head=DiffusionHead(width=1024, depth=6)),  # 208 M
@@ -348,7 +348,7 @@ class Masked(Checked):
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
-        draws: what gives a head its random numbers, in the place of `nn.heads.ImageKeys`.
+        draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
         progress: called after each step with the mean count of known tokens, that of all, and the codes; static.
         """
         b = len(keys)

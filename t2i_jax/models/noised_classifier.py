@@ -19,9 +19,9 @@ from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.nn.unet import UNet, UNetEncoder
-from t2i_jax.noise.guidance import of_class
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import spread
+from t2i_jax.sampling.guidance import of_class
 
 HIDDEN = 2048
 """Inner width of the heads that pool every stage."""

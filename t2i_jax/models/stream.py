@@ -22,16 +22,16 @@ from jax import Array
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
-from t2i_jax.nn import raster
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.draw import ARSampler
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, TokenShift, apply_stack, drop, stack
-from t2i_jax.nn.watch import Progress
 from t2i_jax.parallel import shard
+from t2i_jax.sampling import autoregressive
+from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.tokens import ARSampler
 
 SIZES: dict[str, dict[str, Any]] = {
     "5M": dict(width=256, depth=6, heads=4),
@@ -355,12 +355,13 @@ class Stream(Checked):
         segments: int = 0,
         progress: Progress | None = None,
     ) -> Array:
-        """Codes int32 (b, h, w), one image per row of `text` and per key of `keys` (b,); see `nn.raster.sample`.
+        """Codes int32 (b, h, w), one image per row of `text` and per key of `keys` (b,); see
+        `sampling.autoregressive.sample`.
 
         guided: None leaves the unconditional branch out where `condition_dropout` is 0.
         """
         guided = self.condition_dropout > 0 if guided is None else guided
-        return raster.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
+        return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
         """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""

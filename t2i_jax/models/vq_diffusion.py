@@ -25,17 +25,17 @@ from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows, ids
 from t2i_jax.nn.conditional import AdaLN, apply_blocks, stack_blocks
-from t2i_jax.nn.draw import filter_logits
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
-from t2i_jax.nn.watch import Progress
 from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
-from t2i_jax.noise.guidance import guide
-from t2i_jax.noise.reverse import DiscreteSampler, reverse
 from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
+from t2i_jax.sampling.discrete import DiscreteSampler, reverse
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.tokens import filter_logits
 
 
 @dataclasses.dataclass(frozen=True)

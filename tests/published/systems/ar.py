@@ -11,9 +11,9 @@ from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.nn.condition import CrossAttnFeatures, PrefixTokens
-from t2i_jax.nn.draw import ARSampler, filter_logits
 from t2i_jax.nn.losses import cross_entropy
-from t2i_jax.noise.guidance import guide
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.tokens import ARSampler, filter_logits
 
 
 def llamagen(oracle: Oracle) -> dict[str, Any]:

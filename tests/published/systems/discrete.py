@@ -13,7 +13,7 @@ from parity import Oracle
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
 from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one_hot
-from t2i_jax.noise.reverse import DiscreteSampler, reverse
+from t2i_jax.sampling.discrete import DiscreteSampler, reverse
 
 NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "kept", "btt": "replaced", "ctt": "masked"}
 

@@ -14,9 +14,10 @@ from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.nn.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.nn.transformer import unstack
-from t2i_jax.noise import gaussian, guidance
+from t2i_jax.noise import gaussian
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import Schedule
+from t2i_jax.sampling import guidance
 
 
 def ours_layout(x: Any) -> jax.Array:

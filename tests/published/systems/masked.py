@@ -11,10 +11,10 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.nn.draw import guidance_at
 from t2i_jax.nn.layers import replace
-from t2i_jax.nn.orders import MaskedSampler, hidden_by, remaining
 from t2i_jax.nn.tokens import from_tokens, to_tokens
+from t2i_jax.sampling.orders import MaskedSampler, hidden_by, remaining
+from t2i_jax.sampling.tokens import guidance_at
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 

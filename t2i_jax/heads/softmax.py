@@ -11,11 +11,11 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Range, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import ARSampler, sample_token
-from t2i_jax.nn.heads.draws import PositionKeys
+from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Embedding, Linear
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.noise.guidance import guide
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.tokens import ARSampler, sample_token
 
 
 @dataclasses.dataclass(frozen=True)

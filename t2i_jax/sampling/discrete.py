@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.fields import LARGEST, Range
-from t2i_jax.core.options import Options
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
+from t2i_jax.sampling.options import Options
 
 
 @jax.tree_util.register_dataclass

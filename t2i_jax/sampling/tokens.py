@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.fields import LARGEST, Range
-from t2i_jax.core.options import Options
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import expand_like
+from t2i_jax.sampling.options import Options
 
 
 @jax.tree_util.register_dataclass

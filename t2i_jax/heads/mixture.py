@@ -13,10 +13,10 @@ from jax import Array
 
 from t2i_jax.core.fields import Checked, Positive, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import ARSampler, draw
-from t2i_jax.nn.heads.draws import PositionKeys
+from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.schedule import expand_like
+from t2i_jax.sampling.tokens import ARSampler, draw
 
 
 class MixtureParams(NamedTuple):

@@ -13,12 +13,12 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Layers, Size
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads.denoiser import Denoiser
-from t2i_jax.nn.heads.draws import PositionKeys
+from t2i_jax.heads.denoiser import Denoiser
+from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
-from t2i_jax.noise.guidance import guide
 from t2i_jax.noise.schedule import spread_of_each
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.tokens import ARSampler
 
 
 @dataclasses.dataclass(frozen=True)

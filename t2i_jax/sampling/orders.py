@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Finite, Positive, Range, values
-from t2i_jax.nn.draw import ARSampler
 from t2i_jax.noise.schedule import spread
+from t2i_jax.sampling.tokens import ARSampler
 
 Shape = Literal["cosine", "linear", "square"]
 

@@ -1,12 +1,12 @@
 """Heads: from what a network says of a position, z, to a distribution of its code, p(x | z); see `TokenHead`."""
 
 from t2i_jax.core.specs import SampleSpec
-from t2i_jax.nn.heads.diffusion import DiffusionHead
-from t2i_jax.nn.heads.draws import ImageKeys, PositionKeys
-from t2i_jax.nn.heads.flow import FlowHead
-from t2i_jax.nn.heads.head import TokenHead
-from t2i_jax.nn.heads.mixture import MixtureHead
-from t2i_jax.nn.heads.softmax import SoftmaxHead
+from t2i_jax.heads.diffusion import DiffusionHead
+from t2i_jax.heads.draws import ImageKeys, PositionKeys
+from t2i_jax.heads.flow import FlowHead
+from t2i_jax.heads.head import TokenHead
+from t2i_jax.heads.mixture import MixtureHead
+from t2i_jax.heads.softmax import SoftmaxHead
 
 Head = SoftmaxHead | DiffusionHead | FlowHead | MixtureHead
 """What a config may hold; `TokenHead` is what models ask of it."""

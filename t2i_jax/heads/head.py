@@ -8,8 +8,8 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.nn.draw import ARSampler
-from t2i_jax.nn.heads.draws import PositionKeys
+from t2i_jax.heads.draws import PositionKeys
+from t2i_jax.sampling.tokens import ARSampler
 
 
 class TokenHead(Protocol):

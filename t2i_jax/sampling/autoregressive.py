@@ -20,11 +20,11 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.core.types import Batch
-from t2i_jax.nn.draw import ARSampler, guidance_at, sample_token, uniforms
 from t2i_jax.nn.stationary import weight_stationary
-from t2i_jax.nn.watch import Progress, now_and_then
-from t2i_jax.noise.guidance import guide
 from t2i_jax.parallel import shard
+from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.progress import Progress, now_and_then
+from t2i_jax.sampling.tokens import ARSampler, guidance_at, sample_token, uniforms
 
 
 def sample(
