@@ -12,9 +12,10 @@ import numpy as np
 from families import CODECS, FAMILIES, batch_for
 
 from t2i_jax.nn.trees import abstract
+from t2i_jax.training.objectives import forward_of
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
-from t2i_jax.training.step import make_step, params_under
+from t2i_jax.training.step import make_step
 
 FILE = Path(__file__).parent / "assets" / "curves.json"
 STEPS = 20
@@ -25,9 +26,9 @@ def curve(config):
     """The losses of a configuration at each step, by name: of four batches in turn, with gradients clipped and EMA."""
     objectives = config.objectives()
     optimizers = {name: OPTIMIZER.build(STEPS) for name in objectives}
-    pick = lambda name, params: params_under(objectives[name], params)
-    state = jax.jit(lambda key: create(config.init, optimizers, pick, True, key))(jax.random.key(0))
-    step = jax.jit(make_step(abstract(config), objectives, optimizers, ema=0.9), donate_argnums=0)
+    state = jax.jit(lambda key: create(config.init, objectives, optimizers, key, ema=()))(jax.random.key(0))
+    step = make_step(abstract(config), objectives, optimizers, forward=forward_of(config), ema=0.9)
+    step = jax.jit(step, donate_argnums=0)
     losses = {}
     for n in range(STEPS):
         state, metrics = step(state, {}, batch_for(config, seed=n % 4))

@@ -39,7 +39,7 @@ def test_overrides_replace_single_fields(file):
 
 
 def test_json_round_trip_is_the_same_value():
-    experiment = toys.experiment(toys.Game(), players={"critic": Optimizer("sgd", options={"momentum": 0.9})})
+    experiment = toys.experiment(toys.Game(), optimizers={"critic": Optimizer("sgd", options={"momentum": 0.9})})
     again = config.from_json(config.to_json(experiment))
     assert again == experiment and config.differences(config.to_json(experiment), config.to_json(again)) == []
 

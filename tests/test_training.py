@@ -120,7 +120,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_objectives_move_only_their_parameters(tmp_path):
-    experiment = toys.experiment(toys.Game(), steps=1, players={"critic": Optimizer("sgd", learning_rate=0.0)})
+    experiment = toys.experiment(toys.Game(), steps=1, optimizers={"critic": Optimizer("sgd", learning_rate=0.0)})
     trainer = Trainer(experiment, tmp_path)
     before = jax.device_get({k: v[...] for k, v in trainer.start().params.items()})
     after = train(experiment, tmp_path)

@@ -26,7 +26,7 @@ from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
 from t2i_jax.sampling.discrete import DiscreteSampler, reverse, timesteps
 from t2i_jax.training.state import create
-from t2i_jax.training.step import make_step, params_under
+from t2i_jax.training.step import make_step
 
 TINY = VQDiffusion(
     Chain(12, 8), (2, 3), width=16, depth=2, heads=2, condition=CrossAttnFeatures(5, 4), condition_dropout=0.5
@@ -276,7 +276,7 @@ def test_a_resumed_run_is_the_straight_one_with_its_history():
     objectives = TINY.objectives()
     abstract = jax.eval_shape(TINY.init, jax.random.key(0))
     step = jax.jit(make_step(abstract, objectives, optimizers))
-    start = create(TINY.init, optimizers, lambda name, p: params_under(objectives[name], p), False, jax.random.key(0))
+    start = create(TINY.init, objectives, optimizers, jax.random.key(0))
     batch = batch_for(TINY)
     middle = step(step(start, None, batch)[0], None, batch)[0]
     straight = step(middle, None, batch)[0]

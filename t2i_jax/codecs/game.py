@@ -102,7 +102,7 @@ class AutoencoderTraining(Checked, abc.ABC):
         generator = Objective(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
             return {"generator": generator}
-        discriminator = Objective(self.discriminator_loss, ("discriminator",), self.start)
+        discriminator = Objective(self.discriminator_loss, ("discriminator",), start=self.start)
         return {"generator": generator, "discriminator": discriminator}
 
     def picture_loss(self, model: AutoencoderModel, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):

@@ -87,7 +87,7 @@ def check_length(experiment: Experiment, folder: Path) -> None:
     if not any(folder.glob("checkpoints/[0-9]*")):
         return
     before, steps = stored(folder).train.steps, experiment.train.steps
-    if before != steps and any(o.ends for o in (experiment.train.optimizer, *experiment.train.players.values())):
+    if before != steps and any(o.ends for o in (experiment.train.optimizer, *experiment.train.optimizers.values())):
         raise ConfigError(
             f"{folder}: its {before} steps are not the {steps} that the FLOPs pay for, and its schedule ends there; "
             "remove it, or choose another folder for the runs"

@@ -119,6 +119,15 @@ def read(equation: Any) -> Form:
     return None
 
 
+def used_inputs(jaxpr: core.Jaxpr) -> list[bool]:
+    """Which inputs of a program its outputs depend on; an equation depends on all of its inputs."""
+    needed = {id(v) for v in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(v) in needed for v in equation.outvars):
+            needed |= {id(v) for v in equation.invars}
+    return [id(v) in needed for v in jaxpr.invars]
+
+
 def _unknown(equation: Any, why: str) -> UnknownForm:
     return UnknownForm(f"'{equation.primitive.name}' in a traced program", why)
 

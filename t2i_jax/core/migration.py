@@ -141,6 +141,7 @@ STEPS: tuple[Step, ...] = (
             "t2i_jax.noise.processes:Flow": {"bound": "max_steps"},
             "t2i_jax.noise.processes:EDM": {"bound": "max_steps"},
             "t2i_jax.comparison.plan:Line": {"pulled_by": "classifier"},
+            "t2i_jax.training.experiment:Train": {"players": "optimizers"},
             "t2i_jax.nn.transformer:Layer": {
                 "turn_values": "rope_values",
                 "memory": "context",

@@ -36,21 +36,32 @@ class LossOutput(NamedTuple):
     metrics: Mapping[str, Array]
     """scalars by name"""
     state: nnx.Module | None = None
-    """the model with new non-trainable state (codebook averages, running statistics); None where there is none"""
+    """the model with new non-trainable state (codebook averages, running statistics); None where there is none. An
+    array that is the model's own is not written; no two objectives may write the same one"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A loss and the parameters that follow its gradient; an ordinary model has one objective.
 
-    All objectives of a model see the same model, batch and key in a step, and are updated at once.
+    All objectives of a model get the same batch and key in a step. Their gradients are taken at the same model and
+    their updates made at once, but for those that are `after` others.
     """
 
-    loss: Callable[[Any, dict[str, Array], Array, Array, bool], LossOutput]
+    loss: Callable[[Any, Any, Array, Array, bool], LossOutput]
     """(model, batch, key, step, train) -> `LossOutput`; train is False for held-out data, where nothing is dropped or
-    corrupted to regularise; static"""
+    corrupted to regularise; static. The batch has `outputs` where the model has a shared forward pass"""
     params: tuple[str, ...] = ()
-    """names of the model's top-level attributes whose parameters are trained; () is all of them"""
+    """dotted names of the parameters that are trained, or what they begin with: `decoder.out`; () is all of them"""
+    optimizer: str = ""
+    """name of the optimiser and of its state, by default that of the objective; objectives with the same parameters may
+    share one, which then makes an update for each of them"""
+    every: int = 1
+    """updates are made in steps 1, 2, ... that this divides; in others the gradient is not computed and the optimiser,
+    whose schedule counts its own updates, stays as it is"""
+    after: tuple[str, ...] = ()
+    """objectives whose updates of the same step the loss sees: it is computed in a later stage than they, at the model
+    with all updates of the stages before"""
     start: int = 0
     """step at which training begins: before it neither the parameters nor the optimiser's state change, and the
     learning-rate schedule counts from there"""
@@ -73,6 +84,8 @@ class Capabilities:
     """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
     frozen_networks: bool = False
     """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
+    shared_forward: bool = False
+    """`SharesForward`: all objectives read the outputs of one forward pass"""
     measures_scale: bool = False
     """`MeasuresScale`: a codec whose codes are shifted and scaled"""
 
@@ -252,6 +265,15 @@ class UsesFrozenNetworks(Trainable, Protocol):
         ...
 
 
+class SharesForward(Trainable, Protocol):
+    """A model whose objectives read the outputs of one forward pass, as `batch["outputs"]`; gradients go through it to
+    the parameters of an objective that it depends on."""
+
+    def forward(self, model: Any, batch: Any, key: Array, step: Array, train: bool) -> Any:
+        """The outputs: a pytree of arrays; arguments as for `Objective.loss`."""
+        ...
+
+
 class Codec(Trainable, Protocol):
     """Images to codes and back."""
 
@@ -319,6 +341,11 @@ def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) ->
 def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
     """Errors: `ConfigError` for a config whose losses read the model and the batch alone."""
     return cast(UsesFrozenNetworks, _narrow(config, "frozen_networks", "has no frozen networks"))
+
+
+def shares_forward(config: Trainable) -> SharesForward:
+    """Errors: `ConfigError` for a config whose objectives share no forward pass."""
+    return cast(SharesForward, _narrow(config, "shared_forward", "has no forward pass that its objectives share"))
 
 
 def measures_scale(config: Trainable) -> MeasuresScale:

@@ -17,7 +17,6 @@ from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, 
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import (
     Codec,
-    Objective,
     Tokenizer,
     as_family,
     as_tokenizer,
@@ -43,10 +42,12 @@ class Train(Checked):
     steps: Annotated[Size, FREE] = 1000
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     optimizer: Optimizer = Optimizer()
-    players: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
-    """optimisers of single objectives (`discriminator`, say) where they differ from `optimizer`"""
+    optimizers: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
+    """those of objectives (`discriminator`, say), by name, where they differ from `optimizer`"""
     ema: Rate = 0.0
     """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
+    ema_params: tuple[str, ...] = ()
+    """dotted names of the parameters that are averaged, or what they begin with (`autoencoder`, say); () is all"""
     accumulate: Size = 1
     """parts a batch is cut into, one update after all of them"""
     tolerate: Annotated[Count, FREE] = 5
@@ -85,12 +86,9 @@ class Train(Checked):
         if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 
-    def optimizer_of(self, objective: str) -> Optimizer:
-        return self.players.get(objective, self.optimizer)
-
-    def steps_of(self, objective: Objective) -> int:
-        """In how many of the steps an objective is trained, by which its schedules go."""
-        return max(self.steps - objective.start, 1)
+    def optimizer_of(self, name: str) -> Optimizer:
+        """The optimiser of this name."""
+        return self.optimizers.get(name, self.optimizer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.console import console
 from t2i_jax.nn.trees import rebuild
+from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import loss_inputs, step_keys
@@ -126,7 +127,8 @@ def first_operation(trainer: Any, state: TrainState, step: int, position: int) -
     def forward(state, frozen, batch):
         model = rebuild(trainer.abstract, {**state.params, **state.carried})
         batch = trainer.prepare(frozen, batch, draw) | loss_inputs(frozen)
-        return [o.loss(model, batch, key, state.step, True).loss for o in trainer.objectives.values()]
+        found = losses(trainer.objectives, trainer.forward, model, batch, key, state.step, True)
+        return [output.loss for output in found.values()]
 
     try:
         checked = checkify.checkify(forward, errors=checkify.nan_checks)

@@ -16,6 +16,7 @@ from t2i_jax.core.migration import VERSION
 from t2i_jax.core.outputs import write_text
 from t2i_jax.training.artifacts import bundle_files
 from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.objectives import by_optimizer, updates
 from t2i_jax.training.records import read
 
 FILE = "history.jsonl"
@@ -83,9 +84,9 @@ class History:
 
 
 def learning_rates(experiment: Any, step: int) -> dict[str, float]:
-    """The learning rate of the update that follows `step`, by objective."""
+    """The learning rate of the update that follows `step`, by optimiser."""
     train, rates = experiment.train, {}
-    for name, objective in experiment.model.objectives().items():
-        schedule = train.optimizer_of(name).learning_rates(train.steps_of(objective))
-        rates[name] = float(schedule(max(step - objective.start, 0)))
+    for name, objectives in by_optimizer(experiment.model.objectives()).items():
+        schedule = train.optimizer_of(name).learning_rates(max(updates(objectives, train.steps), 1))
+        rates[name] = float(schedule(updates(objectives, step)))
     return rates

@@ -39,10 +39,20 @@ from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import Guard
 from t2i_jax.training.history import History
+from t2i_jax.training.objectives import (
+    by_optimizer,
+    check_objectives,
+    check_paths,
+    forward_of,
+    losses,
+    prefix,
+    stages,
+    updates,
+)
 from t2i_jax.training.records import Records
 from t2i_jax.training.remote import CACHE_FOLDER, resolve_path, staged_dir
-from t2i_jax.training.state import TrainState, create
-from t2i_jax.training.step import loss_inputs, make_step, params_under, step_keys
+from t2i_jax.training.state import TrainState, create, params_of
+from t2i_jax.training.step import loss_inputs, make_step, step_keys
 from t2i_jax.training.watch import raise_peer_lost, watchdog
 
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
@@ -67,12 +77,18 @@ class Trainer:
         train = experiment.train
         self.mesh: Mesh = experiment.mesh.build() if mesh is None else mesh
         self.objectives = experiment.model.objectives()
-        for name in train.players:
-            if name not in self.objectives:
-                raise ConfigError(f"train.players: there is no objective '{name}', only {', '.join(self.objectives)}")
-        self.optimizers = {n: train.optimizer_of(n).build(train.steps_of(o)) for n, o in self.objectives.items()}
+        shared = by_optimizer(self.objectives)
+        for name in train.optimizers:
+            if name not in shared:
+                raise ConfigError(f"train.optimizers: there is no optimizer '{name}', only {', '.join(shared)}")
+        lengths = {name: max(updates(several, train.steps), 1) for name, several in shared.items()}
+        self.optimizers = {name: train.optimizer_of(name).build(n) for name, n in lengths.items()}
+        self.forward = forward_of(experiment.model)
         with refused("model"):
             self.abstract = abstract(experiment.model)
+        params = params_of(self.abstract)
+        check_objectives(self.objectives, params)
+        check_paths("train.ema_params", train.ema_params, params)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         if parts:
             raise ConfigError(
@@ -94,6 +110,7 @@ class Trainer:
                 self.objectives,
                 self.optimizers,
                 self.prepare,
+                self.forward,
                 seed=train.seed,
                 accumulate=train.accumulate,
                 ema=train.ema,
@@ -101,11 +118,11 @@ class Trainer:
             )
             self.init = lambda key: create(
                 experiment.model.init,
+                self.objectives,
                 self.optimizers,
-                lambda name, params: params_under(self.objectives[name], params),
-                train.ema > 0,
                 key,
-                train.spike > 0,
+                ema=train.ema_params if train.ema else None,
+                spikes=train.spike > 0,
             )
             # A key made by eval_shape too: the devices of a plan cannot make one.
             target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
@@ -129,7 +146,7 @@ class Trainer:
 
     def model(self, state: TrainState) -> Any:
         """The model to look at: averaged parameters where the run keeps them."""
-        return rebuild(self.abstract, {**(state.ema or state.params), **state.carried})
+        return rebuild(self.abstract, {**state.params, **(state.ema or {}), **state.carried})
 
     def check(self, batch: dict[str, np.ndarray]) -> None:
         """Look once at what becomes of a batch before the loss reads it: shapes and dtypes.
@@ -165,10 +182,10 @@ class Trainer:
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key, draw = step_keys(0, 0)  # the same for every batch and every time that losses are taken
         model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
-        for name, objective in self.objectives.items():
-            loss, numbers, _ = objective.loss(model, batch, key, state.step, False)
-            numbers = {"loss": loss, **numbers}
-            metrics |= {f"{name}/{k}" if len(self.objectives) > 1 else k: v for k, v in numbers.items()}
+        found = losses(self.objectives, self.forward, model, batch, key, state.step, False)
+        for name, output in found.items():
+            numbers = {"loss": output.loss, **output.metrics}
+            metrics |= {f"{prefix(self.objectives, name)}{k}": v for k, v in numbers.items()}
         return metrics
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -181,15 +198,23 @@ class Trainer:
         return {f"val/{k}": float(np.mean([m[k] for m in seen])) for k in seen[0]} if seen else {}
 
     def flops(self, batch: dict[str, jax.Array], frozen_too: bool = True) -> float:
-        """Model FLOPs of a step: three times the forward pass of each objective, recomputation not counted; and once
-        that of the frozen parts, unless only what learns is asked for."""
+        """Model FLOPs of a step: three times the forward pass, shared and of each objective that is trained in it,
+        recomputation not counted; and once that of the frozen parts, unless only what learns is asked for."""
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key, step = jax.eval_shape(lambda: jax.random.key(0)), jnp.zeros((), jnp.int32)
         ready = jax.eval_shape(self.prepare, frozen, batch, key) | loss_inputs(frozen)
         once = flops.count(self.prepare, frozen, batch, key) if frozen_too else 0.0
-        loss = lambda o: lambda m, b, k: o.loss(m, b, k, jnp.zeros((), jnp.int32), True).loss
-        return once + 3 * sum(flops.count(loss(o), self.abstract, ready, key) for o in self.objectives.values())
+        learned = 0.0
+        if self.forward is not None:
+            forward: Any = self.forward
+            run = lambda m, b, k: forward(m, b, k, step, True)
+            learned += len(stages(self.objectives)) * flops.count(run, self.abstract, ready, key)
+            ready |= {"outputs": jax.eval_shape(run, self.abstract, ready, key)}
+        for objective in self.objectives.values():
+            loss = lambda m, b, k, o=objective: o.loss(m, b, k, step, True).loss
+            learned += flops.count(loss, self.abstract, ready, key) / objective.every
+        return once + 3 * learned
 
 
 def with_shardings(tree: Any, layout: Any) -> Any:
@@ -250,6 +275,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
     t = experiment.train
     check_run(folder)
     trainer = Trainer(experiment, folder)
+    objectives = trainer.objectives
     checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
     history = History(experiment, folder, bool(checkpoints.steps()), accept)
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, raise_peer_lost(stack):
@@ -288,7 +314,9 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                 begins = position - (len(pending) + 1) * experiment.data.batch_size
                 skipped = guard.look(step, metrics, state, begins)
                 if skipped or step % t.log_every == 0 or step == t.steps:
-                    numbers = {k: float(v) for k, v in metrics.items() if k not in ("norms", "finite", "spike")}
+                    idle = tuple(prefix(objectives, n) for n, o in objectives.items() if step % o.every)
+                    own = {k: v for k, v in metrics.items() if k not in ("norms", "finite", "spike")}
+                    numbers = {k: float(v) for k, v in own.items() if not k.startswith(idle)}
                     numbers |= {"skipped": guard.skipped}
                     now = time.perf_counter()
                     rate = (step - since) / max(now - clock, 1e-9)

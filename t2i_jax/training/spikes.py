@@ -12,7 +12,7 @@ WINDOW = 100
 """Steps that the running mean looks back; none is a spike before so many were seen."""
 
 RunningNorms = dict[str, dict[str, Array]]
-"""By player the mean of its gradient's norm, and how many steps that is of, `WINDOW` at most."""
+"""By objective the mean of its gradient's norm, and how many steps that is of, `WINDOW` at most."""
 
 
 def start_norms(objectives: Iterable[str]) -> RunningNorms:
@@ -25,7 +25,7 @@ def find_spike(
     """Whether the norm of a gradient is more than `limit` times the running mean, and the mean with it.
 
     A spike counts as `limit` times the mean, so that norms which are larger for good are soon no spikes any more.
-    learns: whether the player has begun to; before that nothing is counted.
+    learns: whether the objective is trained in this step; else nothing is counted.
     """
     mean, seen = before["mean"], before["seen"]
     judged = learns & (seen >= WINDOW) & (mean > 0)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
 from t2i_jax.nn.layers import ModelState
 from t2i_jax.nn.trees import Named, named
+from t2i_jax.training.objectives import Objectives, by_optimizer, under
 from t2i_jax.training.spikes import RunningNorms, start_norms
 
 
@@ -39,7 +41,7 @@ class TrainState:
     params: Named
     carried: Named
     ema: Named | None
-    optimizer: dict[str, Any]  # one state per objective
+    optimizer: dict[str, Any]  # one state per optimiser, by its name
     gradient_norms: RunningNorms | None = None  # where spikes are skipped
 
     def flat(self) -> dict[str, Array]:
@@ -55,20 +57,26 @@ class TrainState:
 
 def create(
     init: Callable[[Array], Any],
-    optimizers: dict[str, Any],
-    owned: Callable,
-    ema: bool,
+    objectives: Objectives,
+    optimizers: Mapping[str, optax.GradientTransformation],
     key: Array,
+    *,
+    ema: tuple[str, ...] | None = None,
     spikes: bool = False,
 ) -> TrainState:
-    """A fresh state; meant to be jitted with `out_shardings`."""
+    """A fresh state; meant to be jitted with `out_shardings`.
+
+    optimizers: by the names that objectives give them. ema: paths of the parameters that are averaged, () for all, None
+    for none. spikes: whether the running mean of gradient norms is kept.
+    """
     model = init(key)
     params = params_of(model)
+    moved = {name: under(several[0].params, params) for name, several in by_optimizer(objectives).items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         carried=carried_of(model),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
-        optimizer={name: tx.init(owned(name, params)) for name, tx in optimizers.items()},
-        gradient_norms=start_norms(optimizers) if spikes else None,
+        ema=None if ema is None else jax.tree.map(jnp.copy, under(ema, params)),
+        optimizer={name: optimizers[name].init(mine) for name, mine in moved.items()},
+        gradient_norms=start_norms(objectives) if spikes else None,
     )

@@ -1,9 +1,9 @@
-"""The one train step of the project: the gradient of every objective at the same model, then all updates."""
+"""The one train step of the project: in each stage the gradients of its objectives at one model, then their updates."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -13,27 +13,31 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.config import ConfigError
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.nn.trees import Named, rebuild
+from t2i_jax.training.objectives import (
+    Forward,
+    Objectives,
+    optimizer_name,
+    prefix,
+    read_params,
+    stages,
+    under,
+)
 from t2i_jax.training.spikes import find_spike
 from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
 
 
-def params_under(objective: Objective, variables: Named) -> Named:
-    """The variables under the attributes that an objective trains."""
-    if not objective.params:
-        return variables
-    return {k: v for k, v in variables.items() if k.split(".")[0] in objective.params}
-
-
 def make_step(
     abstract: Any,
-    objectives: Mapping[str, Objective],
+    objectives: Objectives,
     optimizers: Mapping[str, optax.GradientTransformation],
     prepare: Callable[[Any, dict[str, Array], Array], dict[str, Array]] = lambda frozen, batch, key: batch,
+    forward: Forward | None = None,
     *,
     seed: int = 0,
     accumulate: int = 1,
@@ -43,91 +47,141 @@ def make_step(
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     abstract: the model with abstract leaves, which lends its structure.
+    optimizers: by the names that objectives give them.
     prepare: (frozen models, batch, key) -> batch, what is computed without gradient first: codes, text features.
+    forward: what the objectives share (`core.types.SharesForward`), computed once for those of a stage.
     accumulate: the batch is cut into so many parts, seen one after the other, before one update.
     ema: decay of the parameters' average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
     spike: a gradient norm more than so many times its running mean is a spike; 0: none is.
 
     A step whose loss or gradients are not finite changes nothing but the step count, nor does a spike but for that and
     the running mean; metrics say so (`finite`, `spike`) and hold the squared gradient norm per parameter and layer
-    under `norms`.
+    under `norms`. Metrics of an objective that a step leaves out are 0. Errors, when the step is traced: `ConfigError`
+    where two objectives write one array of the model's state.
     """
+    order = stages(objectives)
 
-    def gradients(state: TrainState, carried: Named, frozen, batch, key):
-        """Per objective: gradients by name, metrics; and the carried values after this batch."""
+    def due(objective: Objective, step: Array) -> Array | bool:
+        return (step + 1) % objective.every == 0 if objective.every > 1 else True
+
+    def gradients(stage: Sequence[str], params: Named, carried: Named, step: Array, frozen, batch, key):
+        """Per objective of a stage: gradients by name, metrics; and the carried values after this batch."""
         batch = batch | loss_inputs(frozen)
+        model = lambda mine: rebuild(abstract, {**params, **mine, **carried})
         grads, metrics, after = {}, {}, dict(carried)
-        for name, objective in objectives.items():
+        shared: Named = {}
+        outputs, back = None, None
+        if forward is not None:
+            run = lambda mine: forward(model(mine), batch, key, step, True)
+            trained = {k: v for name in stage for k, v in under(objectives[name].params, params).items()}
+            shared = read_params(run, trained)
+            outputs, back = jax.vjp(run, shared)
 
-            def loss(mine: Named, objective=objective) -> tuple[Array, LossOutput]:
-                model = rebuild(abstract, {**state.params, **mine, **carried})
-                output = objective.loss(model, batch, key, state.step, True)
-                return output.loss, output
+        for name in stage:
+            objective = objectives[name]
+            mine = under(objective.params, params)
 
-            (_, output), grads[name] = jax.value_and_grad(loss, has_aux=True)(params_under(objective, state.params))
-            prefix = f"{name}/" if len(objectives) > 1 else ""
-            metrics |= {f"{prefix}loss": output.loss} | {f"{prefix}{k}": v for k, v in output.metrics.items()}
-            if output.state is not None:
-                fresh = carried_of(output.state)
-                after |= {k: fresh[k] for k in params_under(objective, carried)}
+            def loss(mine: Named, outputs: Any, objective=objective) -> tuple[Array, tuple[Metrics, Named]]:
+                seen = batch if forward is None else batch | {"outputs": outputs}
+                output = objective.loss(model(mine), seen, key, step, True)
+                return output.loss, ({"loss": output.loss, **output.metrics}, written(output, carried))
+
+            def gradient(mine=mine, loss=loss) -> tuple[Named, Metrics, Named]:
+                if back is None or not mine.keys() & shared.keys():
+                    value, pull, (found, fresh) = jax.vjp(lambda p: loss(p, outputs), mine, has_aux=True)
+                    return pull(jnp.ones_like(value))[0], found, fresh
+                value, pull, (found, fresh) = jax.vjp(loss, mine, outputs, has_aux=True)
+                own, through = pull(jnp.ones_like(value))
+                (through,) = back(through)
+                own |= {k: jax.tree.map(jnp.add, own[k], through[k]) for k in mine.keys() & through.keys()}
+                return own, found, fresh
+
+            if objective.every > 1:
+                shapes = jax.eval_shape(gradient)
+
+                def nothing(shapes=shapes) -> tuple[Named, Metrics, Named]:
+                    none, found = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:2])
+                    return none, found, {k: carried[k] for k in shapes[2]}
+
+                grads[name], found, fresh = jax.lax.cond(due(objective, step), gradient, nothing)
+            else:
+                grads[name], found, fresh = gradient()
+            metrics |= {f"{prefix(objectives, name)}{k}": v for k, v in found.items()}
+            after |= fresh
+            for k in fresh:
+                if writers.setdefault(k, name) != name:
+                    raise ConfigError(f"objectives '{writers[k]}' and '{name}' both write '{k}': only one of them may")
         return grads, metrics, jax.lax.stop_gradient(after)
 
-    def accumulated(state: TrainState, frozen, batch, key):
+    writers: dict[str, str] = {}
+
+    def accumulated(stage: Sequence[str], params: Named, carried: Named, step: Array, frozen, batch, key):
         if accumulate == 1:
-            return gradients(state, state.carried, frozen, batch, key)
+            return gradients(stage, params, carried, step, frozen, batch, key)
         # Strided parts: each holds examples of every device, so cutting moves nothing between them.
         parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), batch)
 
         def part(carry, xs):
             carried, total = carry
-            grads, metrics, carried = gradients(state, carried, frozen, *xs)
+            grads, metrics, carried = gradients(stage, params, carried, step, frozen, *xs)
             return (carried, jax.tree.map(jnp.add, total, grads)), metrics
 
-        zeros = {name: jax.tree.map(jnp.zeros_like, params_under(o, state.params)) for name, o in objectives.items()}
-        (carried, grads), metrics = jax.lax.scan(
-            part, (state.carried, zeros), (parts, jax.random.split(key, accumulate))
-        )
+        zeros = {name: jax.tree.map(jnp.zeros_like, under(objectives[name].params, params)) for name in stage}
+        (carried, grads), metrics = jax.lax.scan(part, (carried, zeros), (parts, jax.random.split(key, accumulate)))
         mean = lambda tree: jax.tree.map(lambda x: x / accumulate, tree)
         return mean(grads), jax.tree.map(lambda m: m.mean(0), metrics), carried
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, draw = step_keys(seed, state.step)
-        grads, metrics, carried = accumulated(state, frozen, prepare(frozen, batch, draw), key)
+        batch = prepare(frozen, batch, draw)
 
-        params, optimizer, norms, running, spikes = dict(state.params), {}, {}, {}, [jnp.zeros((), bool)]
-        for name, objective in objectives.items():
-            squares = {k: squared_norm(g) for k, g in grads[name].items()}
-            before = params_under(objective, state.params), state.optimizer[name]
-            updates, after = optimizers[name].update(grads[name], before[1], before[0])
-            moved = optax.apply_updates(before[0], updates), after
-            if objective.start:
-                started = state.step >= objective.start
-                moved = jax.tree.map(lambda new, old, started=started: jnp.where(started, new, old), moved, before)
-            params |= cast(Named, moved[0])
-            optimizer[name] = moved[1]
-            prefix = f"{name}/" if len(objectives) > 1 else ""
-            metrics[f"{prefix}gradient_norm"] = norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
-            if state.gradient_norms is not None:
-                learns = state.step >= objective.start
-                found, running[name] = find_spike(state.gradient_norms[name], norm, spike, learns)
-                spikes.append(found)
-            norms |= squares
+        params, carried, optimizer = dict(state.params), state.carried, dict(state.optimizer)
+        metrics: Metrics = {}
+        norms, running, spikes, finite = {}, {}, jnp.zeros((), bool), jnp.ones((), bool)
+        for stage in order:
+            grads, found, carried = accumulated(stage, params, carried, state.step, frozen, batch, key)
+            metrics |= found
+            for name in stage:
+                objective, whose, at = objectives[name], optimizer_name(objectives, name), prefix(objectives, name)
+                squares = {k: squared_norm(g) for k, g in grads[name].items()}
+                before = under(objective.params, params), optimizer[whose]
+                updated, memory = optimizers[whose].update(grads[name], before[1], before[0])
+                moved = optax.apply_updates(before[0], updated), memory
+                learns = due(objective, state.step)
+                if objective.start:
+                    learns = learns & (state.step >= objective.start)
+                if learns is not True:
+                    moved = jax.tree.map(lambda new, old, learns=learns: jnp.where(learns, new, old), moved, before)
+                params |= cast(Named, moved[0])
+                optimizer[whose] = moved[1]
+                metrics[f"{at}gradient_norm"] = norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
+                finite &= jnp.isfinite(metrics[f"{at}loss"]) & jnp.isfinite(norm)
+                if state.gradient_norms is not None:
+                    spiked, running[name] = find_spike(state.gradient_norms[name], norm, spike, learns)
+                    spikes |= spiked
+                norms |= {k: s + norms[k] if k in norms else s for k, s in squares.items()}
 
-        losses = [v for k, v in metrics.items() if k.split("/")[-1] in ("loss", "gradient_norm")]
-        finite = jnp.all(jnp.isfinite(jnp.stack([jnp.asarray(v, jnp.float32) for v in losses])))
         average = state.ema
         if average is not None:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
-        skipped = jnp.any(jnp.stack(spikes))
+            move = lambda a, p: a + (1 - decay) * (p - a)
+            average = jax.tree.map(move, average, {k: params[k] for k in average})
         keep = lambda yes, new, old: jax.tree.map(lambda a, b: jnp.where(yes, a, b), new, old)
         moved = TrainState(state.step, params, carried, average, optimizer, state.gradient_norms)
-        kept = dataclasses.replace(keep(finite & ~skipped, moved, state), step=state.step + 1)
+        kept = dataclasses.replace(keep(finite & ~spikes, moved, state), step=state.step + 1)
         if state.gradient_norms is not None:
             kept = dataclasses.replace(kept, gradient_norms=keep(finite, running, state.gradient_norms))
-        return kept, metrics | {"finite": finite, "spike": finite & skipped, "norms": norms}
+        return kept, metrics | {"finite": finite, "spike": finite & spikes, "norms": norms}
 
     return step
+
+
+def written(output: LossOutput, carried: Named) -> Named:
+    """The arrays of the model's state that a loss has given anew, where it was given `carried`."""
+    if output.state is None:
+        return {}
+    after = carried_of(output.state)
+    return {k: v.replace(after[k].get_value()) for k, v in carried.items() if after[k].get_value() is not v.get_value()}
 
 
 def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:

@@ -1,0 +1,109 @@
+"""The objectives of a model in a run: the parameters, optimiser and steps of each, and their order within a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+
+from t2i_jax.config import ConfigError
+from t2i_jax.core.jaxprs import used_inputs
+from t2i_jax.core.types import LossOutput, Objective, Trainable, shares_forward
+from t2i_jax.nn.trees import Named
+
+Objectives = Mapping[str, Objective]
+Forward = Callable[[Any, Any, Array, Array, bool], Any]
+"""`core.types.SharesForward.forward`"""
+
+
+def under(paths: tuple[str, ...], variables: Named) -> Named:
+    """The variables whose dotted names begin with one of the paths; () is all of them."""
+    if not paths:
+        return dict(variables)
+    return {k: v for k, v in variables.items() if any(k == p or k.startswith(f"{p}.") for p in paths)}
+
+
+def check_paths(what: str, paths: tuple[str, ...], params: Named) -> None:
+    """Errors: `ConfigError` for a path under which there are no parameters."""
+    for path in paths:
+        if not under((path,), params):
+            known = ", ".join(sorted({k.split(".")[0] for k in params}))
+            raise ConfigError(f"{what}: the model has no parameters under '{path}', only under {known}")
+
+
+def optimizer_name(objectives: Objectives, name: str) -> str:
+    """The name of the optimiser that an objective updates its parameters with."""
+    return objectives[name].optimizer or name
+
+
+def by_optimizer(objectives: Objectives) -> dict[str, list[Objective]]:
+    """The objectives of each optimiser, by its name."""
+    found: dict[str, list[Objective]] = {}
+    for name, objective in objectives.items():
+        found.setdefault(optimizer_name(objectives, name), []).append(objective)
+    return found
+
+
+def check_objectives(objectives: Objectives, params: Named) -> None:
+    """Errors: `ConfigError` for an objective with unknown parameters, or with others than its optimiser has, and for an
+    order that there is not."""
+    for name, objective in objectives.items():
+        if objective.every < 1:
+            raise ConfigError(f"objective '{name}': every {objective.every}, it is 1 or more")
+        check_paths(f"objective '{name}'", objective.params, params)
+    for name, several in by_optimizer(objectives).items():
+        if len({tuple(under(o.params, params)) for o in several}) > 1:
+            raise ConfigError(f"objectives that share the optimizer '{name}' must have the same params")
+    stages(objectives)
+
+
+def stages(objectives: Objectives) -> list[list[str]]:
+    """Names of objectives by stage: the gradients of a stage are taken at one model, `after` names earlier stages.
+
+    Errors: `ConfigError` where `after` names no objective, or leads back to where it began.
+    """
+    for name, objective in objectives.items():
+        for other in objective.after:
+            if other not in objectives:
+                raise ConfigError(f"objective '{name}': after '{other}', which is none of {', '.join(objectives)}")
+    found: list[list[str]] = []
+    rest = list(objectives)
+    while rest:
+        ready = [name for name in rest if not set(rest) & set(objectives[name].after)]
+        if not ready:
+            raise ConfigError(f"objectives {', '.join(rest)}: each is `after` another of them, so none can be first")
+        found.append(ready)
+        rest = [name for name in rest if name not in ready]
+    return found
+
+
+def updates(objectives: Iterable[Objective], steps: int) -> int:
+    """How many updates the optimiser that these objectives share has made after so many steps."""
+    return sum(max(steps // o.every - o.start // o.every, 0) for o in objectives)
+
+
+def prefix(objectives: Objectives, name: str) -> str:
+    """What the names of an objective's metrics begin with."""
+    return f"{name}/" if len(objectives) > 1 else ""
+
+
+def forward_of(config: Trainable) -> Forward | None:
+    """The forward pass that the objectives of a model share, or None."""
+    return shares_forward(config).forward if config.capabilities.shared_forward else None
+
+
+def read_params(forward: Callable[[Named], Any], params: Named) -> Named:
+    """Those of the parameters that the outputs of a function depend on."""
+    used = used_inputs(jax.make_jaxpr(forward)(params).jaxpr)
+    return {k: params[k] for k, use in zip(sorted(params), used, strict=True) if use}
+
+
+def losses(
+    objectives: Objectives, forward: Forward | None, model: Any, batch: Any, key: Array, step: Array, train: bool
+) -> dict[str, LossOutput]:
+    """What the loss of each objective gives at one model."""
+    if forward is not None:
+        batch = batch | {"outputs": forward(model, batch, key, step, train)}
+    return {name: o.loss(model, batch, key, step, train) for name, o in objectives.items()}
