@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed_is_replaced(data, caplog):
     got += itertools.islice(stream, 5)
     stream.close()
     assert_same(got, take(data, 6))
-    assert "died and is started again" in caplog.text and "exit code -9" in caplog.text
+    assert "died and is restarted" in caplog.text and "exit code -9" in caplog.text
     assert not workers()
 
 

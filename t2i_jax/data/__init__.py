@@ -1,4 +1,4 @@
-"""Pictures and captions: sources, the pipeline that makes batches of them, and data sets that come as packages."""
+"""Images and captions: sources, the pipeline that makes batches of them, and data sets built from packages."""
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import DataError, write_records

@@ -22,14 +22,14 @@ Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 @dataclass
 class Tally:
-    """How many were broken of what was seen; too many stop the work."""
+    """Counts of broken examples among those seen; too many stop the work."""
 
     what: str
-    """of what there are too many, in words"""
+    """their plural noun, for messages"""
     share: float
     count: int
     notes: Callable[[], Sequence[str]]
-    """what is known of missing captions"""
+    """a sentence on missing captions"""
     seen: int = 0
     broken: int = 0
     small: int = 0
@@ -52,7 +52,7 @@ class Tally:
 
 
 def name_of(reader: Reader, i: int, record: Record) -> str:
-    """What names record i in a message: its key, where it is known, and its file."""
+    """The name of record i in messages: its key, where it is known, and its file."""
     place, key = reader.key(i), str(record.get("key", ""))
     return place if place.endswith(key) else f"{key} in {place}"
 
@@ -102,7 +102,7 @@ class Examples:
         try:
             record = self.reader[i]
             return self._made(record), "", False
-        except Exception as error:  # whatever a library finds in a damaged file
+        except Exception as error:  # any error of a library over a damaged file
             return {}, f"{name_of(self.reader, i, record)} ({fault_of(error)})", isinstance(error, TooSmall)
 
     def _made(self, record: Record) -> Record:
@@ -123,7 +123,7 @@ class Examples:
         return self.block(0, len(self))
 
     def block(self, start: int, stop: int, threads: int = 0) -> Iterator[Record]:
-        """The records start ... stop - 1 that can be used, made by so many threads ahead of their use."""
+        """The usable records of start ... stop - 1, read ahead by `threads` threads."""
         rows = grain.MapDataset.range(start, stop).map(self.read)
         said = self.captions
         for record, fault, small in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
@@ -137,7 +137,7 @@ class Examples:
             yield record
 
     def spaced(self, count: int) -> list[Record]:
-        """Evenly spaced records, at most `count`; in place of one that cannot be used the next that can."""
+        """Evenly spaced records, at most `count`; the next usable one replaces one that is not."""
         found, following = [], 0
         for place in np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int).tolist():
             for i in range(max(place, following), len(self)):

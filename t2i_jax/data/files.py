@@ -20,15 +20,15 @@ from t2i_jax.core.text import mend
 
 log = logging.getLogger(__name__)
 NOT_DATA = frozenset(("__MACOSX", "@eaDir"))
-"""Folders that programs leave among data, beside those whose names begin with a dot."""
+"""Folders that programs leave among data; those whose names begin with a dot are skipped too."""
 
 T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """What `make(key)` gives, of which the last `most` are kept; safe in threads, empty after pickling.
+    """A cache of the last `most` results of `make(key)`; thread-safe, empty after pickling.
 
-    What falls out is gone when the last thread that uses it lets go of it: `make` gives things that close themselves.
+    An evicted result lives until the last thread drops it, so `make` returns objects that close themselves.
     """
 
     def __init__(self, make: Callable[[Any], T], most: int):
@@ -97,7 +97,7 @@ _REPORTS: list[Callable[[str], None]] = []
 
 @contextlib.contextmanager
 def reporting(call: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, long work on files calls `call` with what was done last, from any thread."""
+    """Within the block, long work on files calls `call` with the last thing done, from any thread."""
     _REPORTS.append(call)
     try:
         yield
@@ -106,7 +106,7 @@ def reporting(call: Callable[[str], None]) -> Iterator[None]:
 
 
 def report(what: str) -> None:
-    """Tell those who wait for long work on files what was done last."""
+    """Report the last thing done to every callback of `reporting`."""
     for call in _REPORTS:
         call(what)
 
@@ -119,7 +119,7 @@ class Descriptor:
         self.number = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
-        """There is no file position, so threads do not meet. Errors: `DataError` where the file ends before."""
+        """Has no file position, so threads do not interfere. Errors: `DataError` where the file ends before."""
         data = os.pread(self.number, size, offset)
         if len(data) < size:
             raise DataError(f"the file ends {size - len(data)} bytes too early: has it changed?")
@@ -160,7 +160,7 @@ def files_of(path: str, suffix: str) -> list[Path]:
 
 
 def contents(folder: str) -> str:
-    """What lies in a folder, in words: kinds of files with their counts and some names, and folders."""
+    """A sentence on the contents of a folder: kinds of files with their counts and some names, and folders."""
     with os.scandir(folder) as entries:
         found = sorted((e.name, e.is_dir()) for e in islice(entries, 100_000) if not e.name.startswith("."))
     parts = kinds([name for name, is_folder in found if not is_folder])
@@ -207,7 +207,7 @@ def walk(root: str) -> Iterator[str]:
             with os.scandir(os.path.join(root, at)) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            say_once(f"{mend(str(error))}: what lies there is left out")
+            say_once(f"{mend(str(error))}: its files are left out")
             continue
         for entry in found:
             path = os.path.join(at, entry.name)

@@ -1,4 +1,4 @@
-"""Reading a folder of images with their captions in text files beside them."""
+"""Reads a folder of images whose captions are in text files of the same names."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def open_folder(path: str) -> FolderReader:
 
 
 def _missing(path: str, stems: Mapping[str, str], captions: Mapping[str, str], others: Sequence[str]) -> str:
-    """How many images have no caption file, where such files are looked for, and what lies there instead."""
+    """How many images have no caption file, where such files are looked for, and which files are there instead."""
     missing = [name for name, stem in stems.items() if stem not in captions]
     if not missing:
         return ""

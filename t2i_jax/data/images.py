@@ -88,7 +88,7 @@ def draft_side(size: int, smallest: float = 1.0) -> int:
 
 
 def open_mask(mask: ImageSource) -> np.ndarray:
-    """Where to draw: bool (i, j), True where a mask is white (luminance times alpha above one half).
+    """The region to inpaint: bool (i, j), True where a mask is white (luminance times alpha above one half).
 
     mask: bytes, a path or an array as `open_image` takes them; a boolean array is taken as it is. White is the largest
     value of 8 or 16 bits that the numbers need, or 1 where there are no others than 0 and 1.
@@ -154,7 +154,7 @@ def _planes(
 ) -> tuple[Image.Image, Image.Image | None, bytes | None, Box]:
     """An upright image as its colour (L, RGB, CMYK or LAB), its alpha (L), its colour profile, and its edges in pixels.
 
-    by_values: numbers of more than 8 bits are scaled by the values that there are, not by those that there may be.
+    by_values: numbers of more than 8 bits are scaled by the largest value present, not by the largest possible.
     """
     if isinstance(image, np.ndarray):
         wide = by_values and image.dtype == np.uint16
@@ -164,8 +164,8 @@ def _planes(
         hint = f" ({image[:60]!r}: a path is none)" if isinstance(image, str) else ""
         raise DataError(f"an image is the bytes of a file or an array, not {type(image).__name__}{hint}")
     try:
-        picture, (w, h) = _decoded(image, draft, smallest_side)
-        colour, alpha = _split(picture, 0 if by_values else _peak(picture))
+        opened, (w, h) = _decoded(image, draft, smallest_side)
+        colour, alpha = _split(opened, 0 if by_values else _peak(opened))
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -174,21 +174,21 @@ def _planes(
         raise DataError(f"no image: it is {known or 'of no known kind'}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{error} (the limit is PIL.Image.MAX_IMAGE_PIXELS)") from error
-    except Exception as error:  # whatever pillow finds in a damaged file
+    except Exception as error:  # any error of pillow over a damaged file
         raise DataError(f"the image is cut short or damaged: {type(error).__name__}: {error}") from error
     try:
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))  # pyright: ignore[reportArgumentType]
+        turn = TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))  # pyright: ignore[reportArgumentType]
     except Exception:  # a broken EXIF is none
         turn = None
     box = (0, 0, w, h)
     if turn is not None:
         box = _turned_box(turn, w, h, *colour.size)
         colour, alpha = colour.transpose(turn), alpha.transpose(turn) if alpha else None
-    return colour, alpha, picture.info.get("icc_profile"), box
+    return colour, alpha, opened.info.get("icc_profile"), box
 
 
 def _turned_box(turn: Image.Transpose, w: float, h: float, width: int, height: int) -> Box:
-    """Where the edges (0, 0, w, h) of an image width x height come to lie when it is turned."""
+    """The edges (0, 0, w, h) of an image width x height after it is turned."""
     name = turn.name
     x = width - w if name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "ROTATE_90", "TRANSVERSE") else 0
     y = height - h if name in ("FLIP_TOP_BOTTOM", "ROTATE_180", "ROTATE_270", "TRANSVERSE") else 0
@@ -222,22 +222,22 @@ def _formats() -> list[str]:
 def _decoded(data: bytes, draft: int, smallest_side: int) -> tuple[Image.Image, tuple[float, float]]:
     """The first frame, decoded, and the width and height of the image in its pixels.
 
-    Of a PNG only those chunks have to be right that the image needs.
+    Of a PNG only the chunks that the image needs have to be valid.
     """
     fault = None
     for keep in ((), (b"tRNS", b"eXIf", b"iCCP"), (b"tRNS",)):
         if keep and not data.startswith(PNG):
             break
         try:
-            picture = Image.open(io.BytesIO(_chunks(data, keep) if keep else data), formats=_formats())
-            _check_side(picture.size, smallest_side)
-            reduced = picture.draft(None, (draft, draft)) if draft else None
-            _check_planes(picture)
-            picture.load()
-            clear = picture.info.get("transparency")
-            if picture.format == "PNG" and isinstance(clear, int | tuple) and picture.mode in ("L", "RGB"):
-                picture.info["transparency"] = _clear(clear, data[PNG_DEPTH])
-            return picture, reduced[1][2:] if reduced else picture.size
+            opened = Image.open(io.BytesIO(_chunks(data, keep) if keep else data), formats=_formats())
+            _check_side(opened.size, smallest_side)
+            reduced = opened.draft(None, (draft, draft)) if draft else None
+            _check_planes(opened)
+            opened.load()
+            clear = opened.info.get("transparency")
+            if opened.format == "PNG" and isinstance(clear, int | tuple) and opened.mode in ("L", "RGB"):
+                opened.info["transparency"] = _clear(clear, data[PNG_DEPTH])
+            return opened, reduced[1][2:] if reduced else opened.size
         except (DataError, Image.DecompressionBombError):
             raise
         except Exception as error:
@@ -246,14 +246,14 @@ def _decoded(data: bytes, draft: int, smallest_side: int) -> tuple[Image.Image, 
     raise fault
 
 
-def _check_planes(picture: Image.Image) -> None:
+def _check_planes(opened: Image.Image) -> None:
     """Errors: `DataError` for a TIFF of which pillow would take other bytes for pixels."""
-    if _tag(picture, 284, 1) == 2 and _tag(picture, 277, 1) > 1 and _tag(picture, 258, 8) > 8:
+    if _tag(opened, 284, 1) == 2 and _tag(opened, 277, 1) > 1 and _tag(opened, 258, 8) > 8:
         raise DataError("a TIFF with colours of more than 8 bits in separate planes is not read")
 
 
 def _clear(clear: int | tuple[int, ...], bits: int) -> int | tuple[int, ...]:
-    """The transparent colour of a PNG in the 8 bits to which pillow brings pixels, but not this colour."""
+    """The transparent colour of a PNG in 8 bits; pillow converts the pixels but not this colour."""
     if isinstance(clear, tuple):
         return tuple(c >> 8 for c in clear) if bits == 16 else clear
     return clear * (255 // ((1 << bits) - 1)) if bits < 8 else clear
@@ -270,41 +270,41 @@ def _chunks(data: bytes, keep: tuple[bytes, ...]) -> bytes:
     return b"".join(parts)
 
 
-def _tag(picture: Image.Image, number: int, default: int) -> int:
+def _tag(opened: Image.Image, number: int, default: int) -> int:
     """The first value of a tag of a TIFF."""
-    value: Any = picture.tag_v2.get(number, default) if picture.format == "TIFF" else default  # pyright: ignore
+    value: Any = opened.tag_v2.get(number, default) if opened.format == "TIFF" else default  # pyright: ignore
     return int(value[0] if isinstance(value, tuple) else value)
 
 
-def _peak(picture: Image.Image) -> int:
+def _peak(opened: Image.Image) -> int:
     """White of numbers with more than 8 bits, where the format says it; else 0."""
-    bits, signed = _tag(picture, 258, 16), _tag(picture, 339, 1) == 2
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
+    bits, signed = _tag(opened, 258, 16), _tag(opened, 339, 1) == 2
+    if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM"):
         return (1 << min(bits, 16)) - 1
-    return (1 << bits - 1) - 1 if picture.mode == "I" and picture.format == "TIFF" and signed and bits < 32 else 0
+    return (1 << bits - 1) - 1 if opened.mode == "I" and opened.format == "TIFF" and signed and bits < 32 else 0
 
 
-def _split(picture: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | None]:
+def _split(opened: Image.Image, peak: int) -> tuple[Image.Image, Image.Image | None]:
     """Colour (L, RGB, CMYK or LAB) and alpha (L) of a decoded image."""
-    clear = picture.info.get("transparency")
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-        x = np.asarray(picture)
-        if picture.mode == "I" and _tag(picture, 258, 0) == 32 and _tag(picture, 339, 1) == 1:
+    clear = opened.info.get("transparency")
+    if opened.mode in ("I", "F") or opened.mode.startswith("I;16"):
+        x = np.asarray(opened)
+        if opened.mode == "I" and _tag(opened, 258, 0) == 32 and _tag(opened, 339, 1) == 1:
             x = x.view(np.uint32)  # which pillow reads as signed
         if peak and x.min() < 0:
             peak = 0
         grey = levels(x.astype(np.int64) if x.dtype == np.uint16 and not peak else x, peak)
-        if _tag(picture, 262, 1) == 0:  # white is zero
+        if _tag(opened, 262, 1) == 0:  # white is zero
             grey = 255 - grey
         alpha = Image.fromarray(np.where(x == clear, 0, 255).astype(np.uint8)) if isinstance(clear, int) else None
         return Image.fromarray(grey), alpha
-    if picture.has_transparency_data or picture.mode in ("La", "RGBa"):
-        grey = picture.mode in ("1", "L", "LA", "La")
-        picture = picture.convert("LA" if grey else "RGBA")
-        return picture.convert("L" if grey else "RGB"), picture.getchannel("A")
-    if picture.mode == "1":
-        return picture.convert("L"), None
-    return picture if picture.mode in ("L", "RGB", "CMYK", "LAB") else picture.convert("RGB"), None
+    if opened.has_transparency_data or opened.mode in ("La", "RGBa"):
+        grey = opened.mode in ("1", "L", "LA", "La")
+        opened = opened.convert("LA" if grey else "RGBA")
+        return opened.convert("L" if grey else "RGB"), opened.getchannel("A")
+    if opened.mode == "1":
+        return opened.convert("L"), None
+    return opened if opened.mode in ("L", "RGB", "CMYK", "LAB") else opened.convert("RGB"), None
 
 
 @lru_cache(32)

@@ -1,4 +1,4 @@
-"""Which record is example g of an endless shuffled stream: arithmetic alone, so any place is reached at once."""
+"""Which record is example g of an endless shuffled stream: arithmetic alone, so any position is reached at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def _keys(*seed: int) -> tuple[int, ...]:
 
 
 def shuffled(i: int, n: int, *seed: int) -> int:
-    """Where i goes in the permutation of range(n) that `seed` names, in constant time and memory.
+    """The image of i under the permutation of range(n) that `seed` names, in constant time and memory.
 
     A Feistel network on the next even power of two, walked until it lands below n (Black & Rogaway 2002, "Ciphers
-    with arbitrary finite domains"). Written out here so that no library's update moves a run's data.
+    with arbitrary finite domains"). Written out here so that no library update changes the data order of a run.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -40,7 +40,7 @@ def shuffled(i: int, n: int, *seed: int) -> int:
 
 
 class Order:
-    """The record number of example g, for one source or for several that lie one behind the other.
+    """The record number of example g, for one source or for several in a row.
 
     Every epoch is a new permutation. With `weights` every source has epochs of its own, and the sources are interleaved
     as evenly as their weights allow, by a pattern of PERIOD examples that repeats.
@@ -57,7 +57,7 @@ class Order:
         self.counts = np.diff(np.round(np.cumsum(shares) * PERIOD).astype(int), prepend=0)
         if not self.counts.all():
             raise DataError(f"Mixture.weights has a share below 1/{PERIOD}: {tuple(weights)}")
-        # Occurrence r of a source in the period stands at the time (r + 1/2) / count.
+        # Occurrence r of a source in the period is at time (r + 1/2) / count.
         source = np.repeat(np.arange(len(shares)), self.counts)
         rank = np.concatenate([np.arange(n) for n in self.counts])
         pattern = np.lexsort((source, (rank + 0.5) / self.counts[source]))
@@ -73,7 +73,7 @@ class Order:
 
 @dataclass
 class Rows:
-    """The examples that hold some rows of each batch: number in their stream -> place g in the global one."""
+    """The examples that hold some rows of each batch: number in their stream -> number g in the global one."""
 
     position: int
     batch: int

@@ -39,7 +39,7 @@ class ParquetReader:
         self.tables: Recent[Any] = Recent(self._read, config.cache)
 
     def _check(self, path: Path) -> list[int]:
-        """Rows of each row group. Errors: `DataError` for what is no such file, or lacks what is asked of it."""
+        """Rows of each row group. Errors: `DataError` for other files, and for a missing or unsuitable column."""
         from pyarrow import ArrowException, parquet
 
         try:
@@ -111,7 +111,7 @@ def parquet_files(path: str) -> list[Path]:
 
 
 def _no_images(kind: Any) -> str:
-    """What a column of this type holds, where that cannot be images."""
+    """What a column of this type holds if not images; empty if it may hold images."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

@@ -1,4 +1,4 @@
-"""From a source to batches: an endless, shuffled stream of examples in which a place is one integer.
+"""From a source to batches: an endless, shuffled stream of examples whose position is one integer.
 
 The stream. Example g (g = 0, 1, 2, ...) is a pure function of the config and g: which record it is follows from the
 shuffle of its epoch, and its crop, flip and caption from a generator seeded by (seed, g). Batch n of a run that starts
@@ -7,9 +7,9 @@ rows of its own devices, whatever rows they are, so a batch is row by row the sa
 `position` has to be saved: a run goes on exactly, on any number of hosts and workers.
 
 Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
-its source that can be used, and so is one whose image is smaller than asked for. So batches stay full, `position` stays
+its source that can be used, and so is one whose image is too small. So batches stay full, `position` stays
 a plain count of examples, and the stream stays a pure function of g. Each broken record is counted and logged with its
-key and file; too small images are counted. A worker process that dies (no memory, a kill) is logged and started again,
+key and file; too small images are counted. A worker process that dies (OOM, SIGKILL) is logged and restarted,
 and the stream goes on where it was.
 """
 
@@ -62,7 +62,7 @@ DIRECTIONAL_WORDS += ("number", "digit", "keycap", "clock", "o'clock", "map", "w
 TRIES = 100
 """Broken records in a row that end a run."""
 TRIES_SMALL = 10_000
-"""Images in a row that are too small."""
+"""Images in a row that are too small, which end a run."""
 DEATHS = 3
 
 
@@ -71,11 +71,11 @@ class Data(Checked):
     """A source and how its records become batches."""
 
     source: Source
-    """Where the training examples come from."""
+    """The source of training examples."""
     held_out: Source | None = None
-    """Where every split but "train" comes from; `None` is the source's own split of that name."""
+    """The source of every split but "train"; `None` is the source's own split of that name."""
     image_size: Size = 64
-    """Side of the square pictures in a batch."""
+    """Side of the square images in a batch."""
     batch_size: Size = 64
     """Examples in a batch over all processes."""
     crop: Literal["center", "random"] = "center"
@@ -83,18 +83,18 @@ class Data(Checked):
     smallest_crop: Annotated[float, Range(above=0, high=1)] = 0.8
     """The smallest random crop, as a share of the short side."""
     flip: bool = False
-    """Mirror every second picture when training, unless a caption has a word of `flip_except`."""
+    """Mirror every second image when training, unless a caption has a word of `flip_except`."""
     flip_except: tuple[str, ...] = DIRECTIONAL_WORDS
-    """Words of captions that a mirrored picture would belie."""
+    """Words of captions that a mirrored image would contradict."""
     caption: Literal["random", "first"] = "random"
     """Which of several captions an example gets when training."""
     empty_captions: bool = False
     """Take a record without a caption, with the caption "" (the unconditional one of many models); else it is broken
     where captions are needed."""
     smallest_side: Count = 0
-    """Images with a shorter side are left out: pixels that they lack would be made up."""
+    """Images with a shorter side are left out: enlarging them would invent pixels."""
     fields: tuple[Field, ...] = ("image", *ARRAYS)
-    """What goes into a batch, of what the records have; without "image" no picture is decoded."""
+    """The fields of records that go into a batch; without "image" no image is decoded."""
     seed: Seed = 0
     """Seed of the shuffle, crops, flips and captions."""
     workers: Annotated[Workers, FREE] = 0
@@ -175,8 +175,8 @@ class Data(Checked):
         return self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
 
     def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, dict[str, Any]]:
-        """How many `records` each split has, and a digest of the `names` of some: what a run remembers of its data.
-        Errors: `DataError`."""
+        """How many `records` each split has, and a digest of the `names` of some; stored with a run to recognise
+        its data. Errors: `DataError`."""
         return {split: _description(self.split(split).open()) for split in splits}
 
     def _open(self, split: str, captions: bool) -> Reader:
@@ -210,7 +210,7 @@ class Data(Checked):
 
 
 def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
-    """What `stream(done)` gives, begun anew behind what was given already when one of its worker processes has died.
+    """The items of `stream(done)`; when a worker process dies, it is called again with the number of items so far.
 
     Errors: `DataError` where workers died DEATHS times and nothing came in between.
     """
@@ -223,7 +223,7 @@ def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
                 done, deaths = done + 1, 0
             return
         except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):  # what grain says of a worker that is gone
+            if "terminated unexpectedly" not in str(error):  # grain's message for a dead worker
                 raise
             deaths += 1
             if deaths == DEATHS:
@@ -232,7 +232,7 @@ def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
                     f"one so: {error} Too little memory (see the kernel's log) and a record that crashes a library are "
                     "usual reasons; Data.workers=0 makes batches in this process"
                 ) from error
-            log.warning("a worker process of the input pipeline died and is started again: %s", error)
+            log.warning("a worker process of the input pipeline died and is restarted: %s", error)
         finally:
             if close := getattr(iterator, "close", None):
                 close()
@@ -263,7 +263,7 @@ def _parse_flags() -> None:
 
 
 class _Made(NamedTuple):
-    """An example or a batch, and what is wrong with the records that it replaces."""
+    """An example or a batch, and the faults of the records that it replaces."""
 
     arrays: Batch
     faults: list[Any]
@@ -300,7 +300,7 @@ class _Examples:
                 return _Made(self.example(record, np.random.default_rng((self.data.seed, g))), faults, small)
             except _Unusable as stop:
                 raise (stop.__cause__ or stop) from None
-            except Exception as error:  # whatever a library finds in a damaged file
+            except Exception as error:  # any error of a library over a damaged file
                 fault = f"{name_of(self.reader, i, record)} ({fault_of(error)})"
                 (small if isinstance(error, TooSmall) else faults).append(fault)
             if len(faults) == TRIES or len(small) == TRIES_SMALL:
@@ -313,7 +313,7 @@ class _Examples:
         data, random = self.data, rng if self.augment else None
         fields = [name for name in data.fields if self.spec is None or name in self.spec]
         arrays: Batch = {}
-        # All draws are taken in this order whatever the record is like.
+        # The order of random draws does not depend on the record.
         x = rng.uniform()
         caption, row, chooser = None, 0, random if data.caption == "random" else None
         if "features" in fields and "features" in record:

@@ -1,7 +1,7 @@
 """The data sets that this library writes: a folder of ArrayRecord files and an `index.json`.
 
 A record is a flat dictionary of JSON values, byte strings and arrays. On disk it is self-describing: four bytes of
-header length, a JSON header, then the bytes and arrays one behind the other, which the header points at.
+header length, a JSON header, then the bytes and arrays in a row, at offsets that the header gives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Captions(list[str]):
     """The captions of a record, and why they cannot be used, for where captions are needed."""
 
     fault: str = ""
-    """what is no text in them; there are none then"""
+    """the fault where one is no text; there are no captions then"""
     missing: str = "the record has no caption"
     """why there are none"""
 
@@ -68,7 +68,7 @@ def _caption(value: Any) -> str:
 
 
 def title(record: Record) -> str:
-    """What stands under an image: its first caption, or its key where it has none."""
+    """The title of an image: its first caption, or its key where it has none."""
     return next(iter(record.get("captions") or ()), str(record.get("key", "")))
 
 

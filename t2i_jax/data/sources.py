@@ -33,12 +33,12 @@ class Reader(Protocol):
     def __getitem__(self, i: int) -> Record: ...
 
     def key(self, i: int) -> str:
-        """What names a record where it cannot be read: its file, and its place there."""
+        """The name of an unreadable record: its file, and its position there."""
         ...
 
     def notes(self, captions: bool) -> list[str]:
-        """What is to be said of the source: which files are not read; or, of captions, how many are missing, and where
-        they are looked for."""
+        """Remarks on the source: which files are not read; or, on captions, how many are missing and where they are
+        looked for."""
         ...
 
 
@@ -47,7 +47,7 @@ class Folder:
     """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line."""
 
     path: str
-    """The folder; its subfolders are searched too, those behind links as well. Names that begin with a dot are not."""
+    """The folder; its subfolders are searched too, linked ones included. Names that begin with a dot are not."""
 
     def open(self) -> Reader:
         return open_folder(self.path)
@@ -174,9 +174,9 @@ class TarShards:
     """webdataset tar files as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` of each sample.
 
     A key ends at the first dot of a name, or at the last where what follows the first is no ending that is known.
-    Where the members lie is scanned once for each tar file, by several processes, and kept: in the folder `.t2i-index`
-    of the shards, in the user's cache if that folder cannot be written, else in memory. `t2i data index` does it
-    beforehand.
+    Each tar file is scanned once, by several processes, and the offsets of its members are kept: in the folder
+    `.t2i-index` of the shards, in the user's cache if that folder cannot be written, else in memory. `t2i data index`
+    does it beforehand.
     """
 
     path: str
@@ -228,11 +228,11 @@ class Tfds:
     name: str
     """Name of the data set ("coco_captions/2014"), or the folder of a prepared version."""
     split: str = "train"
-    """tfds's own language of splits: "train", "train[:90%]", "train+validation"."""
+    """A split as tfds writes it: "train", "train[:90%]", "train+validation"."""
     data_dir: str | None = None
-    """Where the prepared data sets lie; `None` is tfds's default."""
+    """Folder of the prepared data sets; `None` is tfds's default."""
     image: str = "image"
-    """The feature with the picture."""
+    """The feature with the image."""
     captions: str | None = "caption"
     """The feature with the captions, inner ones after a slash ("captions/text"); `None` names the label instead."""
     template: str = "a photo of a {}"
@@ -255,10 +255,10 @@ class Tfds:
                     f"{self.name}: Tfds.{field} is '{feature}'; the features are {', '.join(sorted(features))}"
                 )
         if self.captions is None and self.label is None:
-            raise DataError(f"{self.name}: Tfds needs `captions` or `label` to say what a picture shows")
+            raise DataError(f"{self.name}: Tfds needs `captions` or `label` to say what an image shows")
         label = features[self.label] if self.label else None
         names = label.names if isinstance(label, tfds.features.ClassLabel) else None
-        # The pipeline decodes pictures itself, so they stay bytes here.
+        # The pipeline decodes images itself, so they stay bytes here.
         decoders = {self.image: tfds.decode.SkipDecoding()}
         reader = builder.as_data_source(split=self.split, decoders=decoders)
         parts = builder.info.splits[self.split].file_instructions

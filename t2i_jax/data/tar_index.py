@@ -44,14 +44,14 @@ from t2i_jax.data.records import umask
 
 log = logging.getLogger(__name__)
 VERSION = 1
-"""Of the meaning of the columns; one more column is no new version."""
+"""Version of the meaning of the columns; an added column does not change it."""
 FOLDER = ".t2i-index"
 NEW = ".new-"
-"""What the names of files begin with that are being written."""
+"""Prefix of the names of files that are being written."""
 FORMAT = "t2i-tar-index"
 DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<i8")
 SMALL = 1 << 26
-"""Bytes of tar files that are scanned before another process has started."""
+"""Bytes of tar files scanned in the time that another process takes to start."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Entry:
     whole: bool
     """the tar can be read to its end"""
     file: str
-    """where the index lies; empty where no folder can be written"""
+    """path of the index; empty where no folder can be written"""
     data: bytes = b""
     """then the index itself"""
 
@@ -115,7 +115,7 @@ Seen = Callable[[Path, Entry | Exception], None]
 
 
 def raise_error(_tar: Path, found: Entry | Exception) -> None:
-    """Raise what kept a tar file from being scanned."""
+    """Raise the error of a tar file that could not be scanned."""
     if isinstance(found, Exception):
         raise found
 
@@ -128,8 +128,8 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
 
     Args:
         workers: processes that scan; 0 is one for each core, at most 16, or none where the files are small.
-        seen: is called with each tar file and its entry, or with what kept it from being scanned; what it raises ends
-            the work.
+        seen: called with each tar file and its entry, or with the error of its scan; an exception from it ends the
+            work.
 
     Errors: what `seen` raises.
     """
@@ -215,7 +215,7 @@ class _Folder:
             try:
                 with contextlib.suppress(FileExistsError):
                     place.mkdir(parents=True)
-                    if place.parent == self.path:  # who may add a tar may add its index
+                    if place.parent == self.path:  # users who may add a tar may add its index
                         place.chmod(stat.S_IMODE(self.path.stat().st_mode))
                 write_whole(place / name, data, (0o666 & ~self.mask) | (state.st_mode & 0o444))  # for all readers
             except OSError as error:
@@ -225,7 +225,7 @@ class _Folder:
             with self.lock:
                 others = self.kept.pop(_name(tar), {})
             for other, (file, _) in others.items():
-                if not other.startswith(_state(state)):  # of what the tar was before
+                if not other.startswith(_state(state)):  # of an earlier state of the tar
                     with contextlib.suppress(OSError):
                         os.unlink(file)
             return Entry(tar, samples, whole, str(place / name))
@@ -255,7 +255,7 @@ def write_whole(path: Path, data: bytes, mode: int) -> None:
 
 
 def _name(tar: Path) -> str:
-    """What the name of an index begins with: that of the tar file, or a digest where it is long."""
+    """The start of an index's name: the tar file's name, or a digest of a long one."""
     name = os.path.basename(tar)
     encoded = os.fsencode(name)
     return name if len(encoded) <= 180 else hashlib.sha256(encoded).hexdigest()[:32]
@@ -316,7 +316,7 @@ def _scans(
 
 
 class _Process:
-    """A process that scans: of its own, not of `multiprocessing`, which would import the caller's program anew."""
+    """A process that scans; not by `multiprocessing`, which would import the caller's program again."""
 
     def __init__(self):
         self.program: subprocess.Popen[bytes] | None = None
@@ -333,7 +333,7 @@ class _Process:
         )
 
     def scan(self, tar: Path, endings: Collection[str]) -> Scan | Exception:
-        """What a scan of the tar file found, or what kept it from being scanned."""
+        """The result of scanning a tar file, or its error."""
         program = self.program = self.program or self._start()
         tasks, results = program.stdin, program.stdout
         assert tasks and results
@@ -363,7 +363,7 @@ def _cores() -> int:
 
 
 def encode_table(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of an index. about: what else its first line says. columns: whole numbers (samples,)."""
+    """The bytes of an index. about: further entries of its first line. columns: integers (samples,)."""
     samples = len(next(iter(columns.values())))
     stored: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}

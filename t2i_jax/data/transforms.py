@@ -15,21 +15,21 @@ from t2i_jax.data.images import open_image as open_image
 from t2i_jax.data.records import DataError, as_captions
 
 
-def to_square(picture: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
+def to_square(image: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
     """A square crop at `size` of an RGB image: uint8 (size, size, 3).
 
     Without `rng` the centre at full short side. With it a random place, its side drawn from [smallest, 1] of the short
     side; the image's own aspect is kept either way.
     """
-    start_x, start_y, end_x, end_y = picture.info.get("box", (0, 0, *picture.size))
+    start_x, start_y, end_x, end_y = image.info.get("box", (0, 0, *image.size))
     w, h = end_x - start_x, end_y - start_y
     side = min(w, h) * (rng.uniform(smallest, 1.0) if rng is not None and smallest < 1 else 1.0)
     x, y = rng.uniform(0, 1, 2) if rng is not None else (0.5, 0.5)
     left, top = start_x + x * (w - side), start_y + y * (h - side)
     if (w, h) != (size, size) or side != size:
         box = (left, top, left + side, top + side)
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(picture)
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(image)
 
 
 @lru_cache
@@ -38,7 +38,7 @@ def _words(words: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def may_flip(captions: Sequence[str], exceptions: tuple[str, ...]) -> bool:
-    """Whether a mirrored picture still is what its captions say: none of them has one of the words."""
+    """Whether an image may be mirrored: none of its captions has one of the words."""
     return not exceptions or not any(_words(exceptions).search(c) for c in captions)
 
 
