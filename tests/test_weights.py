@@ -366,7 +366,7 @@ BROKEN = {
     "index is cut": (lambda f, t: (f / "model.safetensors.index.json").write_text('{"weight'), "no JSON"),
     "index leads elsewhere": (
         lambda f, t: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
-        "does not lie beside it",
+        "is not in the same folder",
     ),
     "shard missing": (
         lambda f, t: (shards(t, f), (f / "model-00002-of-00002.safetensors").unlink()),

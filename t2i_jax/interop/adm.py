@@ -48,7 +48,7 @@ POOLS = {
 def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, Any]:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
-    blocks: residual blocks a level, where the shapes allow several numbers. channels: of a picture.
+    blocks: residual blocks a level, where the shapes allow several numbers. channels: of an image.
     Errors: ValueError where the names are not those of such a model.
     """
     require(tensors, NEEDED, "no UNet of guided-diffusion")
@@ -65,7 +65,7 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, 
     extra = shape("input_blocks.0.0.weight")[1] - channels
     known = {0: (), channels: ("low_res",), channels + 1: ("inpaint",), 2 * channels + 1: ("inpaint", "low_res")}
     if extra not in known:
-        raise ValueError(f"input_blocks.0.0.weight reads {channels + extra} channels where a picture has {channels}")
+        raise ValueError(f"input_blocks.0.0.weight reads {channels + extra} channels where an image has {channels}")
     return {
         "size": (SIDES.get(levels, 64),) * 2,
         "channels": channels,
@@ -81,7 +81,7 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, 
 
 
 def _blocks(tensors: Tensors, count: int) -> int:
-    """Residual blocks a level: the number that the places of attention, channels and changes of size allow."""
+    """Residual blocks a level: the number that fits the levels' attention, channels and resampling."""
     has = lambda prefix: any(name.startswith(prefix) for name in tensors)
     width = lambda i: tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0]
     plain = lambda i: f"input_blocks.{i}.0.in_layers.2.weight" in tensors
@@ -108,7 +108,7 @@ def _blocks(tensors: Tensors, count: int) -> int:
 
 
 def describe_text(tensors: Tensors) -> dict[str, Any]:
-    """The sizes of GLIDE's reader of captions."""
+    """The sizes of GLIDE's caption encoder."""
     length, width = tensors["positional_embedding"].shape
     return {
         "vocabulary": tensors["token_embedding.weight"].shape[0],
@@ -133,7 +133,7 @@ def describe_pool(tensors: Tensors) -> dict[str, Any]:
 
 
 def table(model: Any) -> Table:
-    """Where each variable of a UNet, or of a classifier of noised pictures, lies in a published file."""
+    """The published name and layout of each variable of a UNet, or of a classifier of noised images."""
     variables = named(model)
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
     pool = next((p for p, lines in POOLS.items() if _is(p, variables)), "") if "head.out.w" in variables else ""

@@ -88,7 +88,7 @@ def openai_tensors(path: str | Path) -> Mapping[str, Any]:
 
 
 def open_clip(folder: str | Path) -> dict[str, Any]:
-    """What the shapes cannot tell, from `open_clip_config.json`: head, text_head, activation.
+    """Fields that do not follow from shapes, from `open_clip_config.json`: head, text_head, activation.
 
     Errors: ValueError for settings that make another network than OpenAI's.
     """

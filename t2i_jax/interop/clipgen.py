@@ -18,7 +18,7 @@ UNUSED = r"^blocks\.\d+\.mask$"
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
-    They do not tell the number of heads: 0 makes heads of 64, as released models have.
+    The number of heads does not follow: 0 makes heads of 64, as in released models.
     """
     require(tensors, NEEDED, "no CLIP-GEN model")
     found = mingpt.sizes(tensors, "self_attn.in_proj_weight", "encoder.linear1.weight", heads)
@@ -41,6 +41,6 @@ def table(config: Any) -> Table:
 
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
-    """The masks that CLIP-GEN keeps beside its weights, one a layer; True hides."""
+    """The masks that CLIP-GEN saves with its weights, one a layer; True hides."""
     mask = ~np.tril(np.ones((config.num_positions, config.num_positions), bool))
     return {f"blocks.{n}.mask": mask for n in range(config.depth)}

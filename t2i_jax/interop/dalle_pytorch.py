@@ -16,7 +16,7 @@ RENAMES = (
     (r"^(text|image)_emb\.linear\.", "to_logits.1."),
     (r"^image_pos_emb\.weights_(?=\d)", "image_pos_emb.weights."),
 )
-"""Where input and output share their matrix, files hold it under each of its names; and the older names of places."""
+"""Files hold a matrix that input and output share under both names; and the older names of positions."""
 NEEDED = (("to_logits.1.weight",), ("image_emb.linear.weight",), ("text_emb.linear.weight",))
 """Names of which every file of the Transformer has one."""
 VAE_NEEDED = ("codebook.weight", "encoder.0.0.weight")
@@ -40,7 +40,7 @@ def describe_vae(tensors: Tensors) -> dict[str, Any]:
 
 
 def vae_table(model: Any) -> Table:
-    """Where each variable of a `codecs.dvae.DVAE` with a `DALLEPytorchVAE` network lies."""
+    """The published name and layout of each variable of a `codecs.dvae.DVAE` with a `DALLEPytorchVAE` network."""
     names = named(model)
     layers = len({n for n in names if re.fullmatch(r"encoder\.layers\.\d+\.w", n)})
     blocks = len({n for n in names if re.fullmatch(r"encoder\.blocks\.\d+\.convs\.0\.w", n)})
@@ -120,13 +120,13 @@ def describe(
 
 
 def branches(shift: bool) -> tuple[str, str]:
-    """What stands before the names of attention and MLP within a layer; token shift wraps both."""
+    """Prefix of the names of attention and MLP within a layer; token shift wraps both."""
     wrapped = "fn.fn." if shift else ""
     return f"0.fn.fn.fn.{wrapped}", f"1.fn.fn.{wrapped}"
 
 
 def table(config: Any) -> Table:
-    """Where each variable of a `models.stream.Stream` lies."""
+    """The published name and layout of each variable of a `models.stream.Stream`."""
     rows, total, f = (
         config.condition.num_embeddings,
         config.condition.num_embeddings + config.vocabulary,
@@ -148,7 +148,7 @@ def table(config: Any) -> Table:
         "blocks.attention_scale": source(f"{LAYER}0.scale", layout="1 1 d -> d"),
         "blocks.mlp_scale": source(f"{LAYER}1.scale", layout="1 1 d -> d"),
     }
-    for ours, half in {"into": np.arange(f), "gate": np.arange(f, 2 * f)}.items():  # what is gated stands first
+    for ours, half in {"into": np.arange(f), "gate": np.arange(f, 2 * f)}.items():  # the gated half is first
         place = {"rows": half, "height": 2 * f}
         lines[f"blocks.mlp.{ours}.w"] = linear(f"{mlp}net.0", **place)
         lines[f"blocks.mlp.{ours}.b"] = source(f"{mlp}net.0.bias", **place)

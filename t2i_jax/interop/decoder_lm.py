@@ -11,16 +11,16 @@ IGNORED = r"^lm_head\.|inv_freq$"
 
 
 def ignored(depth: int, last: bool) -> str:
-    """What a model of `depth` layers leaves aside: head, layers behind them, and the last norm unless it is used."""
+    """Names that a model of `depth` layers does not use: head, further layers, and the last norm unless it is used."""
     used = "|".join(map(str, range(depth))) or "none"
     return IGNORED + rf"|^model\.layers\.(?!({used})\.)" + ("" if last else r"|^model\.norm\.")
 
 
 def table(heads: int, kv_heads: int, head: int, *, bias: bool, out_bias: bool, qk_norm: bool, last: bool) -> Table:
-    """Where the variables of a `t2i_jax.text.decoder_lm.Decoder` lie.
+    """The published names and layouts of the variables of a `t2i_jax.text.decoder_lm.Decoder`.
 
     Theirs turn dimension j of a head with j + h/2, ours neighbours; ours go by key-value head, each with its queries.
-    last: the model has the norm behind the last layer.
+    last: the model has the norm after the last layer.
     """
     layer, n, m = "model.layers.{}.", heads, kv_heads
     turned = np.arange(head).reshape(2, -1).T.reshape(-1)

@@ -16,7 +16,7 @@ NEEDED = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.wei
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
-    They do not tell the number of heads: `heads`, 0 for that of the released model of this width.
+    The number of heads does not follow: `heads`, 0 for that of the released model of this width.
     Errors: ValueError where a name that every such file has is not there.
     """
     require(tensors, NEEDED, "no model of DiT")

@@ -13,7 +13,7 @@ NEEDED = (WHOLE, ("blocks.input.w_voc",), ("blocks.input.patch_proj",))
 
 
 def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say; they do not tell the width of a head.
+    """The sizes that follow from the shapes of `tensors` (arrays or abstract); the width of a head does not.
 
     Errors: ValueError where a name that every such file has is not there.
     """

@@ -26,7 +26,7 @@ STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 VARIANTS = ("", "fp32", "ema", "bf16", "fp16", "fp8", "non_ema")
 """Best first."""
 OTHERS = r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)"
-"""Beginnings of files that lie beside weights and hold none."""
+"""Beginnings of the names of files that accompany weights and hold none."""
 
 
 class Settings(dict[str, Any]):
@@ -41,7 +41,7 @@ class Settings(dict[str, Any]):
 
 
 def settings(path: str | Path) -> Settings:
-    """What a JSON file of settings says. Errors: FileNotFoundError; ValueError naming the file where it is no JSON."""
+    """The contents of a JSON file. Errors: FileNotFoundError; ValueError naming the file where it is no JSON."""
     path = Path(path)
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else ""
@@ -52,7 +52,7 @@ def settings(path: str | Path) -> Settings:
 
 
 def config(folder: str | Path) -> Settings:
-    """What `config.json` says. Errors: FileNotFoundError without it, ValueError where it cannot be read."""
+    """The contents of `config.json`. Errors: FileNotFoundError without it, ValueError where it cannot be read."""
     return settings(Path(folder) / "config.json")
 
 
@@ -68,11 +68,11 @@ class Found(NamedTuple):
     shards: int
     """how many belong to it where there is no index, else 0"""
     pointer: bool
-    """it was not fetched"""
+    """it was not downloaded"""
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """The less the better."""
+        """Sort key, best first."""
         variant = VARIANTS.index(self.variant) if self.variant in VARIANTS else len(VARIANTS)
         stem = STEMS.index(self.stem) if self.stem in STEMS else len(STEMS)
         return self.pointer, variant, stem, self.kind != "safetensors", self.shards > 0, self.index, self.file.name
@@ -81,7 +81,7 @@ class Found(NamedTuple):
 class Weights(Lazy):
     """The tensors of a folder, a file, or an index of shards, by published name; each is read when it is asked for.
 
-    needed, part: as for `wrapping.located`. Of several variants in a folder the widest is taken, with a word: fp32
+    needed, part: as for `wrapping.located`. Of several variants in a folder the widest is taken and logged: fp32
     before bf16 before fp16, averaged weights before others.
     Errors: FileNotFoundError for a folder without weights, or with shards missing; ValueError for a file that holds
     none or is damaged.
@@ -150,7 +150,7 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index}: has no weight_map from names to files: it is no index of weights")
     files = sorted(set(names.values()))
     if odd := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{index}: names {odd[0]}, which does not lie beside it")
+        raise ValueError(f"{index}: names {odd[0]}, which is not in the same folder")
     return _there(index.parent, files, f"{index.name} names")
 
 

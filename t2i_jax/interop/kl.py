@@ -7,7 +7,7 @@ from typing import Any
 from t2i_jax.interop import vqgan
 from t2i_jax.interop.names import Tensors
 
-# Training losses, and the averages that latent diffusion keeps beside the weights, with dots taken out of their names.
+# Training losses, and the averages that latent diffusion saves with the weights, with dots taken out of their names.
 UNUSED = vqgan.IGNORED + r"|^model_ema\."
 
 

@@ -19,8 +19,8 @@ HEAD_DIM = {3200: 100, 4096: 128}  # by width; 64 elsewhere
 def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -> dict[str, Any]:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
-    They do not tell the size of a head: `head_dim`, 0 for that of the released model of this width; nor `null`, whether
-    the last row of the table of classes stands for none, as it does unless no class was dropped in training.
+    Two do not follow: `head_dim`, 0 for that of the released model of this width; and `null`, whether the last row of
+    the table of classes is the null class, as it is unless no class was dropped in training.
     """
     require(tensors, NEEDED, "no next-token model of LlamaGen")
     vocabulary, width = tensors["tok_embeddings.weight"].shape

@@ -33,7 +33,7 @@ def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
 
 
 def table(config: Any) -> Table:
-    """Where each variable of a `models.stream.Stream` lies."""
+    """The published name and layout of each variable of a `models.stream.Stream`."""
     block, n = "blocks.{}.", config.heads
     qkv = [f"{block}attn.{name}." for name in ("query", "key", "value")]
     lines = {

@@ -13,11 +13,11 @@ NEEDED = ("tok_emb.weight", "blocks.0.attn.key.weight")
 """Names that every such file has."""
 UNUSED = r"attn\.mask$"
 PART = "transformer."
-"""where it lies in a checkpoint that also holds the codecs"""
+"""its prefix in a checkpoint that also holds the codecs"""
 HEADS = {1664: 16}
 """by width, of released models; heads of 64 elsewhere"""
 KINDS = {"weight": " d", "bias": ""}
-"""what stands behind a name, and the dimension that it has beside that of what comes out"""
+"""suffix of a name, and its dimensions besides the output's"""
 
 
 def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def table(config: Any) -> Table:
 
 
 def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, Source]:
-    """What GPTs of that kind have beside the matrix of queries, keys and values: their names are given by ours."""
+    """Lines of such GPTs for all but queries, keys and values; linears, norms: their names by ours."""
     lines = {
         "tokens.w": source("tok_emb.weight"),
         "positions": source("pos_emb", layout="1 t d -> t d"),
@@ -73,7 +73,7 @@ def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[s
 
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
-    """The masks that minGPT keeps beside its weights, one a layer."""
+    """The masks that minGPT saves with its weights, one a layer."""
     mask = np.tril(np.ones((config.num_positions, config.num_positions), np.float32))
     mask[: config.bidirectional_prefix, : config.bidirectional_prefix] = 1
     return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.depth)}

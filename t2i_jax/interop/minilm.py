@@ -1,4 +1,4 @@
-"""Names of MiniLM, or of any BERT that PyTorch saved, and where the weights lie."""
+"""Names of MiniLM, or of any BERT that PyTorch saved, and the path of the weights."""
 
 import importlib.util
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Tensors under other people's names into our models, and back, by one table a format.
+"""Tensors under published names into our models, and back, by one table a format.
 
-A table has a line for each variable of a model: where it lies in a published file, and how its dimensions stand there.
+A table has a line for each variable of a model: its name in a published file, and the layout of its dimensions there.
 
     {"blocks.mlp.gate.w": source("layers.{}.feed_forward.w1.weight", layout=LINEAR)}
 
-`{}` counts layers, which are one stacked array with us. Several names are joined along a new first dimension, which the
+`{}` counts layers, which are one stacked array here. Several names are joined along a new first dimension, which the
 layout then places. A layout is a pattern of einops from theirs to ours; read backwards it leads from ours to theirs.
 Where one tensor of theirs holds several variables, or holds rows in another order, a line names its `rows`.
 """
@@ -33,7 +33,7 @@ POINTWISE = "f c 1 1 -> c f"
 
 
 class Source(NamedTuple):
-    """Where a variable lies in a published file."""
+    """The name and layout of a variable in a published file."""
 
     names: tuple[str, ...]
     layout: str
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     height: int = 0
     """rows that the whole tensor has, where `rows` says"""
     parts: tuple[int, ...] = ()
-    """rows of each of several matrices that stand one behind another in this variable; else they are a new dimension"""
+    """rows of each of several matrices that this variable concatenates; else they are a new dimension"""
 
     @property
     def stacked(self) -> bool:
@@ -79,7 +79,7 @@ class Source(NamedTuple):
 
 Table = Mapping[str, Source]
 Tensors = Mapping[str, Any]
-"""Names to arrays, or to abstract ones that have a shape."""
+"""Arrays, or abstract ones, by name."""
 
 KINDS = (
     (r"lora_|\.lora\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, without the model"),
@@ -91,7 +91,7 @@ KINDS = (
     (r"^(emb_params|string_to_param)", "a textual inversion: an embedding, without the model"),
     (r"(^|\.)exp_avg(_sq)?$|^momentum_buffer$", "the state of an optimiser, without the model"),
 )
-"""Regular expressions of names in files that are mistaken for models, and what such a file is."""
+"""Regular expressions of names in files that are mistaken for models, and the kind of such a file."""
 
 
 def require(tensors: Tensors, needed: Sequence[str], what: str, file: str = "") -> None:
@@ -109,10 +109,10 @@ def require(tensors: Tensors, needed: Sequence[str], what: str, file: str = "") 
 def source(
     *names: str, layout: str = "", rows: Any = None, height: int = 0, parts: tuple[int, ...] = (), **sizes: int
 ) -> Source:
-    """A line of a table: their name or names, the einops pattern to ours, and what it cannot know of its sizes.
+    """A line of a table: their name or names, the einops pattern to ours, and sizes that the pattern needs.
 
     rows, height: the rows that the variable is of a tensor with `height` rows. All variables of a tensor together make
-    it whole again. parts: rows of several matrices that are one behind another with us.
+    it whole again. parts: rows of several matrices that our variable concatenates.
     """
     return Source(names, layout, sizes, rows, height, parts)
 

@@ -42,7 +42,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
 
 
 def table(model: Any) -> Table:
-    """Where each variable of a `codecs.dvae.DVAE` with a `OpenAIdVAE` network lies."""
+    """The published name and layout of each variable of a `codecs.dvae.DVAE` with a `OpenAIdVAE` network."""
     alone = model.encoder is None or model.decoder is None
 
     def line(name: str, variable: Any) -> Source:

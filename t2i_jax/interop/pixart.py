@@ -36,7 +36,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     require(tensors, NEEDED, "no Transformer of PixArt in diffusers")
     if "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors:
         raise ValueError(
-            "adaln_single.emb.resolution_embedder: models that are told the size of the picture "
+            "adaln_single.emb.resolution_embedder: models conditioned on the size of the image "
             "(use_additional_conditions) cannot be read"
         )
     shape = lambda name: tuple(tensors[name].shape)
@@ -54,9 +54,9 @@ def describe(tensors: Tensors) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `transformer/config.json` says beside the shapes: `heads`, `size`, `stretch`, `eps`.
+    """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`, `stretch`, `eps`.
 
-    Errors: ValueError naming a field whose value we have no network for.
+    Errors: ValueError naming a field with an unsupported value.
     """
     only = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "attention_bias": True}
     only |= {"norm_elementwise_affine": False, "attention_type": "default"}

@@ -38,7 +38,7 @@ TRANSFORMER = {
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
-# What config.json may say of a UNet and we have no other way of doing: the only values that are read.
+# Fields of config.json for which only these values are supported.
 ONLY = {
     "center_input_sample": (False, None),
     "flip_sin_to_cos": (True,),
@@ -73,8 +73,8 @@ ONLY = {
 def describe(tensors: Tensors) -> dict[str, Any]:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
-    They tell neither the heads of attention nor the side of the latents. Errors: ValueError where the names are not
-    those of such a model.
+    Neither the attention heads nor the side of the latents follow.
+    Errors: ValueError where the names are not those of such a model.
     """
     require(tensors, NEEDED, "no UNet of Stable Diffusion in diffusers")
     shape = lambda name: tuple(tensors[name].shape)
@@ -83,7 +83,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     if channels_in != channels:
         raise ValueError(
             f"conv_in.weight reads {channels_in} channels and conv_out.weight gives {channels}: "
-            "UNets that read a picture or a mask beside the noised latents are not known"
+            "UNets with an image or a mask as further input channels are not supported"
         )
     count = lambda pattern: len({m[1] for m in (re.match(pattern, name) for name in tensors) if m})
     levels = count(r"down_blocks\.(\d+)\.")
@@ -109,9 +109,9 @@ def describe(tensors: Tensors) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `unet/config.json` says beside the shapes, as fields of the network.
+    """Fields of the network that `unet/config.json` has and the shapes have not.
 
-    Errors: ValueError naming a field whose value we have no network for.
+    Errors: ValueError naming a field with an unsupported value.
     """
     for field, known in ONLY.items():
         if field in config and config[field] not in known:
@@ -144,7 +144,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `scheduler/scheduler_config.json` says: `schedule`, `steps`, `zero_terminal_snr`, `predicts`.
 
-    Errors: ValueError naming a field whose value is another than those known.
+    Errors: ValueError naming a field with an unknown value.
     """
     name, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": None}
@@ -178,7 +178,7 @@ def linear(config: Any) -> bool:
 
 
 def table(model: Any, config: Any) -> Table:
-    """Where each variable of a UNet with Transformer blocks lies in a file of diffusers. config: of the network."""
+    """The name and layout in diffusers of each variable of a UNet with Transformer blocks. config: of the network."""
     lines, period = {}, config.blocks + 1
     for name, variable in named(model).items():
         if name == "condition.null":

@@ -53,7 +53,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `transformer/config.json` says beside the shapes: `heads`, `size`."""
+    """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`."""
     side = config.get("sample_size", 128)
     return {"heads": config["num_attention_heads"], "size": (side, side)}
 
@@ -61,11 +61,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def completed(tensors: Tensors, grid: tuple[int, int]) -> dict[str, Any]:
     """The tensors with positions of this grid alone, cut out of the middle, and a last block like the others.
 
-    What text becomes in the last block nobody reads, so files leave it out, and say its scale before its shift.
+    The text output of the last block is unused, so files leave it out, and have its scale before its shift.
     """
     side = math.isqrt(tensors[PLACES].shape[1])
     if max(grid) > side:
-        raise ValueError(f"a grid of {grid} tokens, where {PLACES} has places for {side} x {side}")
+        raise ValueError(f"a grid of {grid} tokens, where {PLACES} has positions for {side} x {side}")
     whole = dict(tensors)
     depth = sum(name.endswith(".attn.to_q.weight") for name in tensors)
     last, first = BLOCK.format(depth - 1), BLOCK.format(0)

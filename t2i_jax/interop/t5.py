@@ -14,7 +14,10 @@ MLP = BLOCK + "1.DenseReluDense."
 
 
 def table(names: Container[str], head_dim: int, gated: bool) -> Table:
-    """Where the variables of `t2i_jax.text.t5.Encoder` lie. `names`: of the file, which has the words once or twice."""
+    """The published names and layouts of the variables of `t2i_jax.text.t5.Encoder`.
+
+    names: of the file, which has the word embeddings once or twice.
+    """
     shared = "shared.weight"
     lines = {
         "words.w": source(shared if shared in names else "encoder.embed_tokens.weight"),

@@ -1,7 +1,7 @@
 """Reads the tensors of a PyTorch file (.pth, .pt, .ckpt) as NumPy arrays, without PyTorch and without running its code.
 
 A PyTorch file is a pickle in which every tensor is a call `_rebuild_tensor_v2(storage, offset, size, stride, ...)`,
-with the raw storages beside it: as members of a zip archive (PyTorch 1.6 and later) or behind the pickle (before). Only
+with the raw storages apart: as members of a zip archive (PyTorch 1.6 and later) or after the pickle (before). Only
 that call, its relatives and ordered dictionaries are admitted; no name in a file ever reaches an import.
 """
 
@@ -47,7 +47,7 @@ PICKLE_ERRORS = (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeErr
 
 
 class TorchFileError(ValueError):
-    """The file is not one of PyTorch's, is damaged, or holds what this reader does not admit."""
+    """The file is not one of PyTorch's, is damaged, or holds objects that this reader does not admit."""
 
 
 def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> Any:
@@ -55,8 +55,8 @@ def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> Any:
 
     Args:
         path: a file written by `torch.save`, in the zip or the older format.
-        unknown: what becomes of classes that are not tensors: "refuse" raises, "stand-in" puts an inert `StandIn` in
-            their place (training checkpoints hold callbacks and configs beside the weights). Neither runs their code.
+        unknown: how to treat classes that are not tensors: "refuse" raises, "stand-in" puts an inert `StandIn` in
+            their place (training checkpoints hold callbacks and configs too). Neither runs their code.
 
     Returns:
         What was saved, usually a dict from name to array; parameters become arrays, bfloat16 is `ml_dtypes.bfloat16`.
@@ -88,7 +88,7 @@ class _StorageType:
 
 
 class StandIn:
-    """An object whose class was not admitted: it has a name, and the state that was saved with it, and does nothing."""
+    """An object whose class was not admitted: it has a name, and its saved state, and no behaviour."""
 
     name = ""
     state: Any = None
@@ -144,7 +144,7 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise TorchFileError(f"a tensor has offset {offset}, size {size}, strides {stride}")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    # The file chooses the strides: without this it could make us read beyond the storage.
+    # The file chooses the strides: without this check they could reach beyond the storage.
     if 0 not in size and last >= len(storage):
         raise TorchFileError(f"a tensor of size {size} and strides {stride} reaches beyond its storage")
     strides = tuple(s * storage.itemsize for s in stride)

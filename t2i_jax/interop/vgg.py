@@ -75,7 +75,7 @@ def _torchvision(path: Path, blocks: int):
         for _ in range(count):
             w, b = (_tensor(tensors, path, f"features.{index}.{name}") for name in ("weight", "bias"))
             block.append((w.transpose(2, 3, 1, 0), b))
-            index += 2  # an activation stands between
+            index += 2  # an activation comes between
         convs.append(tuple(block))
         index += 1  # and the pooling
     (w, b), *rest = convs[0]

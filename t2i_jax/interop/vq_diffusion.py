@@ -1,6 +1,6 @@
-"""Names of VQ-Diffusion's models (Gu et al. 2022; Tang et al. 2022), their configuration, and the codec beside them.
+"""Names of VQ-Diffusion's models (Gu et al. 2022; Tang et al. 2022), their configuration, and their codec.
 
-A released file holds `ema`, the denoiser's tensors alone, and `model`, where they stand behind `transformer.` beside a
+A released file holds `ema`, the denoiser's tensors alone, and `model`, with the prefix `transformer.`, and the codec as
 `content_codec.`; both hold CLIP's text tower as `condition_emb.`, which is CLIP's own file.
 """
 
@@ -25,7 +25,7 @@ CODEC_NEEDED = ("content_codec.enc.encoder.conv_in.weight", "content_codec.dec.d
 UNUSED = r"^condition_emb\.|^log_|attn2\.mask$|^zero_vector$"
 BLOCK = "transformer.blocks.{}."
 NULL_CLASS = 1001
-"""Classes of the released file that learned one for nothing; the other has 1000."""
+"""Classes of the released file with a learned null class; the other has 1000."""
 
 
 def describe(
@@ -42,9 +42,9 @@ def describe(
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
     grid: rows and columns of codes, square unless given: 16 x 16, or as many as a stored attention mask has. heads: 16
-    in all released files. steps: T where no table of times or schedule tells. length: vectors of a caption. activation,
-    class_type: by their published names. null_class: the last class is the unconditional one; unless given, it is so in
-    the file of 1001 classes, and the others take the mean of all.
+    in all released files. steps: T where neither a table of times nor a schedule has it. length: vectors of a caption.
+    activation, class_type: by their published names. null_class: the last class is the unconditional one; unless given,
+    it is so in the file of 1001 classes, and the others take the mean of all.
     """
     require(tensors, NEEDED, "no VQ-Diffusion model")
     if "transformer.content_emb.height_emb.weight" not in tensors:
@@ -113,7 +113,7 @@ def table(config: Any) -> Table:
             f"{ours}.b": source(*biases, layout="a (n h) -> (n a h)", **sizes),
         }
 
-    def told(ours: str, theirs: str, learned: bool) -> Table:
+    def timed(ours: str, theirs: str, learned: bool) -> Table:
         lines = linear(f"{ours}.out", f"{theirs}.linear")
         return {**lines, f"{ours}.table.w": source(f"{theirs}.emb.weight")} if learned else lines
 
@@ -122,15 +122,15 @@ def table(config: Any) -> Table:
     lines: dict[str, Any] = {"tokens.w": source("transformer.content_emb.emb.weight")}
     for ours, theirs in {"rows": "height", "columns": "width"}.items():
         lines[ours] = source(f"transformer.content_emb.{theirs}_emb.weight")
-    lines |= told("blocks.attention_norm", f"{BLOCK}ln1", config.times == "learned")
+    lines |= timed("blocks.attention_norm", f"{BLOCK}ln1", config.times == "learned")
     lines |= several("blocks.attention.qkv", *(f"{mine}.{name}" for name in ("query", "key", "value")))
     lines |= linear("blocks.attention.out", f"{mine}.proj")
     if crossed:
-        lines |= told("blocks.cross_norm", f"{BLOCK}ln1_1", config.times == "learned")
+        lines |= timed("blocks.cross_norm", f"{BLOCK}ln1_1", config.times == "learned")
         lines |= linear("blocks.cross.q", f"{BLOCK}attn2.query")
         lines |= several("blocks.cross.kv", f"{BLOCK}attn2.key", f"{BLOCK}attn2.value")
         lines |= linear("blocks.cross.out", f"{BLOCK}attn2.proj")
-    lines |= told("blocks.mlp_norm", f"{BLOCK}ln2", True) if config.rows else norm("blocks.mlp_norm", f"{BLOCK}ln2")
+    lines |= timed("blocks.mlp_norm", f"{BLOCK}ln2", True) if config.rows else norm("blocks.mlp_norm", f"{BLOCK}ln2")
     for ours, conv, fc in (("into", "conv1", "0"), ("out", "conv2", "2")):
         if config.conv_mlp:
             lines[f"blocks.mlp.{ours}.w"] = source(f"{BLOCK}mlp.{conv}.weight", layout=CONV)
@@ -147,8 +147,8 @@ def table(config: Any) -> Table:
 
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
-    """What the published program keeps beside the weights: logs of its schedule, a mask that nothing reads, and, where
-    the model has none, an empty history of losses."""
+    """Buffers of the published program: logs of its schedule, an unused mask, and, where the model has none, an empty
+    history of losses."""
     chain = config.chain
     s = chain.schedule
     with np.errstate(divide="ignore"):
@@ -180,7 +180,7 @@ def used_codes(full_to_used: np.ndarray) -> np.ndarray:
 
 def codec_tensors(tensors: Mapping[str, Any], full_to_used: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The codec inside a released file (its `model`), or taming-transformers' own file, under the names of that, and
-    with the codebook of the used codes alone: what the model's codes are then decoded with as they are.
+    with the codebook of the used codes alone, so that the model's codes are decoded without a map.
 
     Encoding with it gives each vector the nearest USED code, where the authors map an unused nearest one.
     """

@@ -14,10 +14,10 @@ from t2i_jax.nn.trees import named
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
 
-# Buffers, training losses, and other parts that lie in published files beside the codec.
+# Buffers, training losses, and other parts that published files hold besides the codec.
 IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$|quantize\.embedding_avg$"
 
-# From our dotted names to theirs, in this order. LEVEL stands for the number of a level in their order of levels.
+# From our dotted names to theirs, in this order. LEVEL is the number of a level in their order.
 COMMON = (
     (r"^autoencoder\.", ""),
     (r"^to_code\.", "quant_conv."),
@@ -78,7 +78,7 @@ STYLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# CLIP-GEN numbers all layers of an encoder or decoder in one row, so that only what is inside of a layer is here.
+# CLIP-GEN numbers all layers of an encoder or decoder in one sequence, so only names within a layer are here.
 CLIPGEN = (
     (r"^autoencoder\.", ""),
     (r"^to_code\.", "encoder.final.3."),
@@ -100,11 +100,11 @@ CLIPGEN = (
     (r"(?<=[._])b$", "bias"),
 )
 JUDGES = {"taming": ("loss.discriminator.main.", ""), "clipgen": ("discriminator.features.", "discriminator.head.")}
-"""Where files keep the discriminator: its layers, and the last of them where it stands apart."""
+"""Prefixes of the discriminator: of its layers, and of the last one where it has its own."""
 
 
 def table(model: Any, style: Style) -> Table:
-    """Where each variable of a VQGAN or KL autoencoder lies in a published file."""
+    """The published name and layout of each variable of a VQGAN or KL autoencoder."""
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
     judge = {k: v for k, v in named(model).items() if k not in names}
@@ -112,12 +112,12 @@ def table(model: Any, style: Style) -> Table:
 
 
 def discriminator(model: Any) -> Table:
-    """Where each variable of a PatchGAN with BatchNorm lies in taming-transformers' file of nothing else."""
+    """The same of a PatchGAN with BatchNorm, in a file of taming-transformers that holds it alone."""
     return _judge(named(model), "main.")
 
 
 class Shapes(NamedTuple):
-    """Where a style of names has what tells the sizes of an autoencoder."""
+    """The names by which a style of files shows the sizes of an autoencoder."""
 
     down: str
     up: str
@@ -200,13 +200,13 @@ def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
         found["quantizer"] |= {"decay": 0.99}
     layers, head = JUDGES.get(style, ("", ""))
     kernels = [n for n in tensors if layers and n.startswith((layers, head or layers)) and len(shape(n)) == 4]
-    if kernels:  # first and last beside those that the configuration counts
+    if kernels:  # the configuration counts neither the first nor the last
         found["discriminator"] = {"width": shape(f"{layers}0.weight")[0], "layers": len(kernels) - 2}
     return found
 
 
 def _nested(names: dict[str, Any], style: Style) -> Table:
-    """Names that tell level, block and layer."""
+    """Names that contain level, block and layer."""
     last = max(int(n.split(".levels.")[1].split(".")[0]) for n in names if ".decoder.levels." in n)
     gumbel, averaged = (any(n.endswith(f"quantizer.{part}") for n in names) for part in ("project.w", "sizes"))
 
@@ -253,7 +253,7 @@ def _clipgen(names: dict[str, Any]) -> Table:
 
 
 def _unrolled(tensors: Tensors) -> Iterator[tuple[str, Any]]:
-    """CLIP-GEN's names with the count of layers told as level and number in it, to read the sizes from."""
+    """CLIP-GEN's names with the running number of a layer split into level and number in it, to read sizes from."""
     layers: dict[str, dict[int, str]] = {"encoder.down": {}, "decoder.up": {}}
     for name in tensors:
         if found := re.match(r"(encoder\.down|decoder\.up)\.(\d+)\.(block|attn|conv)\.", name):

@@ -1,7 +1,7 @@
-"""Where a model lies in a file of weights.
+"""Finds a model's tensors in a file of weights.
 
 Training programs save weights in dictionaries, {"model": ..., "ema": ...}, and with prefixes before names, "module."
-or "_orig_mod.". Names that every file of a kind has tell where they begin.
+or "_orig_mod.". Names that every file of a format has show where they begin.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names that parallel and compiled modules add at any depth; published names have none of them."""
 BOOKKEEPING = re.compile(r"(^|\.)(n_averaged|num_updates|decay|initted|step|global_step|epoch|iteration)$")
-"""Names of what training programs and averages of weights keep about themselves."""
+"""Names of bookkeeping entries of training programs and weight averages."""
 AVERAGE = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)")
-"""Parts of names under which averaged weights lie."""
+"""Parts of names of averaged weights."""
 KEYS = ("model", "module", "state_dict")
-"""Keys under which weights lie, best first."""
+"""Keys of weights, best first."""
 DEEPEST = 8
-"""Dictionaries in dictionaries that are looked into."""
+"""How many levels of nested dictionaries are searched."""
 
 
 class Node(NamedTuple):
@@ -36,7 +36,7 @@ class Node(NamedTuple):
     keys: tuple[str, ...]
     """of the dictionaries around it"""
     readers: dict[str, list[Callable[[], Any]]]
-    """what reads the tensors of each name without WRAPPERS: one, or several whose names differ in these alone"""
+    """readers of the tensors, by name without WRAPPERS: one, or several whose names differ in these alone"""
 
 
 class Place(NamedTuple):
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     prefix: str
 
     def rank(self, part: str) -> tuple[bool, bool, int]:
-        """The less the better: averages, names under `part`, dictionaries of KEYS."""
+        """Sort key, best first: averages, names under `part`, dictionaries of KEYS."""
         words = (*self.node.keys, *self.prefix.split("."))
         known = min((KEYS.index(key) for key in self.node.keys if key in KEYS), default=len(KEYS))
         return not any(map(AVERAGE.search, words)), not self.prefix.endswith(part), known
@@ -61,9 +61,9 @@ def located(content: Any, *needed: tuple[str, ...], part: str = "", file: str = 
     """The tensors of a model in the content of a file, their names as published.
 
     needed: names that every file of the kind has; further ones are tried where the first are not there. part: prefix
-    of the model's names in files that hold other models too. Averaged weights are taken before others, with a word.
-    Where no place has the needed names it is the largest dictionary, for an error that names what is there.
-    Errors: ValueError where there are no tensors, or where it is not clear which are meant.
+    of the model's names in files that hold other models too. Averaged weights are taken before others, and logged.
+    Where the needed names are nowhere it is the largest dictionary, for an error that names its keys.
+    Errors: ValueError where there are no tensors, or where several sets of them fit.
     """
     nodes = list(_nodes(content))
     if not nodes:
