@@ -63,7 +63,7 @@ FAULTS = {
     "mar dit.safetensors --out out": "its names are those of dit, sit",
     # weights
     "dit nowhere.pt --out out": "nowhere.pt: there is no such file or folder",
-    "dit someone/model --out out": "what lies on a hub is fetched first",
+    "dit someone/model --out out": "files on a hub have to be downloaded first",
     "dit https://some.where/model.pt --out out": "there is no such file or folder",
     "dit empty --out out": "empty: no weights in it",
     "dit hf --out out": "it holds config.json",
@@ -132,7 +132,7 @@ FAULTS = {
     "dit dit.safetensors --heads=1": "--out",
     "dit": "Missing",
     # back
-    "dit model --back --out out.pt": "what is written is safetensors; end its name so",
+    "dit model --back --out out.pt": "safetensors is written; the name has to end in .safetensors",
     "dit model --back --out kl.safetensors": "kl.safetensors: exists already",
     "dit codec --back --out out.safetensors": "codec holds a KL, which is no dit",
     "llamagen model --back --out out.safetensors": "model holds a Diffusion, which is no llamagen",

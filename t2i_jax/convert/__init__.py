@@ -1,6 +1,6 @@
 """Published checkpoints to models of this library, and back.
 
-`t2i_jax.interop` knows other people's names and layouts; here each published format is bound to the configuration that
+`t2i_jax.interop` knows published names and layouts; here each published format is bound to the configuration that
 its tensors belong to. `convert("llamagen", read(path))` gives the configuration and the model, the released size
 recognised from the shapes; `restore` gives the published names back.
 """
@@ -27,19 +27,19 @@ from t2i_jax.interop.wrapping import holds, located
 from t2i_jax.nn.trees import abstract
 
 MODULES = ("ar", "codecs", "diffusers", "discrete", "gaussian", "masked", "stream")
-"""Files of this room that hold FORMATS."""
+"""Modules of this package that define FORMATS."""
 
 
 class Folder(NamedTuple):
-    """What lies in a folder of a format that is one."""
+    """The contents of a published folder."""
 
     tensors: Tensors
     hints: dict[str, Any]
-    """what its settings say of the configuration"""
+    """hints from its settings"""
     codec: tuple[Any, Any] | None = None
-    """configuration and model of the codec beside the model"""
+    """configuration and model of its codec"""
     text: Any = None
-    """its text side"""
+    """its tokenizer or text encoder"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,29 +50,28 @@ class Format:
     """(tensors, **hints) -> the configuration whose model they fill; tensors may be abstract. Hints are keyword-only,
     say what shapes cannot, and default to the released values."""
     table: Callable[[Any], Table]
-    """configuration -> where each variable lies in the file"""
+    """configuration -> the name and layout of each variable in the file"""
     unused: str = ""
-    """regular expression of names in the file that need no place"""
+    """regular expression of names in the file that are ignored"""
     needed: tuple[tuple[str, ...], ...] = ()
-    """names that tell the model in a file; further ones are for files that lack the first"""
+    """names that identify the model in a file; further ones are for files that lack the first"""
     renames: tuple[tuple[str, str], ...] = ()
     """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
     """prefix of its names in a file that holds other models too"""
     buffers: Callable[[Any], Mapping[str, np.ndarray]] | None = None
-    """configuration -> what the published program wants in a file beside the weights, and counts itself"""
+    """configuration -> tensors that the published program expects besides the weights, and computes itself"""
     title: str = ""
-    """what it is, for people"""
+    """a description for help texts"""
     example: str = ""
     """file and hints of a command that converts one"""
     adapt: Callable[..., tuple[Tensors, dict[str, Any]]] | None = None
-    """(tensors, **hints) -> the tensors that the table speaks of, and the other hints: for a file that is read with
-    another beside it"""
+    """(tensors, **hints) -> the tensors that the table names, and the other hints: for a file that needs another one"""
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """stems of several published files that make one model, and what stands before the names of each: a folder that
+    """stems of several published files that make one model, and the prefix of the names of each: a folder that
     holds them is read as one file"""
     folder: Callable[[Path], Folder] | None = None
-    """what lies in a folder with settings, where the format may be one"""
+    """reads a folder with settings, where the format has such folders"""
 
 
 def formats() -> dict[str, Format]:
@@ -115,7 +114,7 @@ def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
 
 
 def unwrapped(content: Any, format: Format, file: str = "the file") -> dict[str, Any]:
-    """The tensors of a model in the content of a file, without what training programs put around their names."""
+    """The tensors of a model in the content of a file, without the wrappers of training programs."""
     return dict(located(content, *format.needed, part=format.part, file=file))
 
 

@@ -27,7 +27,7 @@ def _codec(
 ) -> VQGAN:
     found = vqgan.describe(tensors, style)
     autoencoder = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
-    # What trained with an adversary goes on without one where the file does not hold it.
+    # A codec trained with an adversary is trained on without one where the file lacks it.
     judge = DiscriminatorConfig(**found["discriminator"]) if "discriminator" in found else None
     training = {**training, "discriminator": judge} if judge else {**training, "adversarial": 0.0}
     return VQGAN(autoencoder, quantizer(**found["quantizer"]), **training)
@@ -96,12 +96,12 @@ def _format(describe: Any, style: vqgan.Style, **fields: Any) -> Format:
 
 
 def _usage(config: VQGAN) -> dict[str, np.ndarray]:
-    """Which codes were seen last, as LlamaGen keeps beside its weights for its log."""
+    """The last codes seen, which LlamaGen saves with its weights for its log."""
     return {"quantize.codebook_used": np.zeros(65536, np.float32)}
 
 
 STAGE = "first_stage_model."
-"""Where a checkpoint of a next-token model of taming-transformers holds its codec."""
+"""Prefix of the codec in a checkpoint of a next-token model of taming-transformers."""
 
 FORMATS = {
     "llamagen-vq": _format(

@@ -1,7 +1,7 @@
-"""Folders of diffusers: Stable Diffusion 1.x, 2.x and 3, and PixArt, with what lies beside the network.
+"""Folders of diffusers: Stable Diffusion 1.x, 2.x and 3, and PixArt, with codec and text encoders.
 
-A folder may be that of the network alone, or the one in which the network's, the autoencoder's, the tokeniser's and
-the text encoder's stand.
+A folder is that of the network alone, or the one that contains those of network, autoencoder, tokeniser and text
+encoder.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _stable_diffusion(
     dtype: Any = "float32",
     **fields: Any,
 ) -> Diffusion:
-    """What a folder's settings do not say is that of versions 1 where the text is of CLIP ViT-L (width 768), else that
-    of versions 2. size: side of the latents; length: tokens of a caption; dtype: of the arithmetic."""
+    """Values that a folder's settings lack are those of versions 1 where the text is of CLIP ViT-L (width 768), else
+    those of versions 2. size: side of the latents; length: tokens of a caption; dtype: of the arithmetic."""
     found = published.describe(tensors)
     second = found["context"] != 768
     head_dim = (64 if second else 0) if head_dim is None else head_dim
@@ -109,7 +109,7 @@ def _pixart(
     dtype: Any = "float32",
     **fields: Any,
 ) -> Diffusion:
-    """size: side of the latents; stretch: how much larger than 64 it is, unless told; dtype: of the arithmetic.
+    """size: side of the latents; stretch: how much larger than 64 it is, unless given; dtype: of the arithmetic.
     Captions are as long as the unconditional features."""
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
@@ -149,7 +149,7 @@ def _pixart_folder(path: Path) -> Folder:
     if (path / "text_encoder").is_dir():
         spiece = str(path / "tokenizer" / "spiece.model")
         text = T5(str(path / "text_encoder"), hints["length"], clean=True, vocabulary=spiece)
-        # The end alone is what their sampler shows of an empty caption; the same vector in all places says as much.
+        # Their sampler shows only the end token of an empty caption; the same vector at all positions is equivalent.
         ids, mask = np.zeros((1, text.length), np.int32), np.zeros((1, text.length), bool)
         ids[0, 0], mask[0, 0] = 1, True
         end = np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0, 0]

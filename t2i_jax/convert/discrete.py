@@ -25,7 +25,7 @@ def _vq_diffusion(
     null_class: bool | None = None,
     **fields: Any,
 ) -> VQDiffusion:
-    """Hints as for `interop.vq_diffusion.describe`; unless told otherwise it draws as the authors do."""
+    """Hints as for `interop.vq_diffusion.describe`; by default it samples as the authors do."""
     found = vq_diffusion.describe(
         tensors,
         grid=grid,

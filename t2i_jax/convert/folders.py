@@ -25,23 +25,23 @@ from t2i_jax.nn.trees import named
 from t2i_jax.training.artifacts import Artifact, load_artifact, load_codec, save_artifact
 
 FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-"""What may be raised over a foreign file, or over hints that do not suit it."""
+"""Errors that a published file, or hints that do not fit it, may cause."""
 
 
 def to_folder(
     name: str, weights: str | Path, out: str | Path, hints: Mapping[str, Any], codec: str = "", text: Any = None
 ) -> Artifact:
-    """Convert the file `weights` of format `name` and write it as a released model, with its codec and its text side.
+    """Convert the file `weights` of format `name` and write it as a released model, with codec and text encoder.
 
-    hints: what the file cannot tell, and fields of the configuration. codec: a folder with a run or a released codec.
+    hints: values that the file lacks, and fields of the configuration. codec: a folder with a run or a released codec.
     Where `weights` is a folder that holds all three, its own codec and text are taken unless others are given.
     Errors: `ConfigError` for an unknown format or hint, and for a file that lacks names, has others, or other shapes.
     """
     format = find(name)
-    if Path(out).exists():  # said before the work, not after it
+    if Path(out).exists():  # before the work, not after it
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
-        raise ConfigError(f"{weights}: there is no such file or folder; what lies on a hub is fetched first")
+        raise ConfigError(f"{weights}: there is no such file or folder; files on a hub have to be downloaded first")
     if (settings := Path(weights, "config.json")).is_file() and "t2i_jax." in settings.read_text("utf-8", "replace"):
         raise ConfigError(f"{weights}: is a run or a released model already; --back makes a published file of it")
     if codec:
@@ -71,7 +71,7 @@ def _fault(
     said = str(error)
     if isinstance(error, TypeError) and (m := re.search(r"unexpected keyword argument '(\w+)'", said)):
         return unknown(name, format, m[1])
-    if not isinstance(error, ValueError | OSError):  # words of the code that met it
+    if not isinstance(error, ValueError | OSError):  # wrapped in the message of the code that raised it
         said = f"its tensors are not as they should be ({type(error).__name__}: {error})"
         said += f", or the hints {text_of(hints)} do not suit it" if hints else ""
     if found and not holds(found.tensors, *format.needed) and (others := convert.alike(found.tensors)):
@@ -80,7 +80,7 @@ def _fault(
 
 
 def _check_text(config: Any, text: Any) -> None:
-    """Errors: ValueError where a model does not read what a text side gives; those of the text side's files."""
+    """Errors: ValueError where a text encoder does not fit a model; those of the encoder's files."""
     spec = config.batch_spec()
     if not {"features", "text"} & spec.keys():
         raise ValueError(f"a {type(config).__name__} without captions takes no --text")
@@ -92,7 +92,7 @@ def _check_text(config: Any, text: Any) -> None:
 
 
 def _opened(name: str, path: Path) -> convert.Folder:
-    """The tensors of a published file, or what lies in a folder of a format that is one."""
+    """The tensors of a published file, or the contents of a published folder."""
     folder = convert.find(name).folder
     return folder(path) if folder and path.is_dir() else convert.Folder(convert.read(path, name), {})
 
@@ -104,7 +104,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     """
     out, format = Path(out), find(name)
     if out.suffix != ".safetensors":
-        raise ConfigError(f"{out}: what is written is safetensors; end its name so")
+        raise ConfigError(f"{out}: safetensors is written; the name has to end in .safetensors")
     if out.exists():
         raise ConfigError(f"{out}: exists already; choose another file")
     artifact = load_artifact(folder)
@@ -113,9 +113,9 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     except FAULTS as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no {name}{why}") from error
-    homeless = sorted(named(artifact.model).keys() ^ table.keys())
-    if homeless:
-        raise ConfigError(f"{folder} has parts that {name} has no place for, or lacks some: {', '.join(homeless[:8])}")
+    unmapped = sorted(named(artifact.model).keys() ^ table.keys())
+    if unmapped:
+        raise ConfigError(f"{folder} cannot be exported as {name}: unmapped variables: {', '.join(unmapped[:8])}")
     tensors = convert.restore(name, artifact.config, artifact.model)
     tensors |= format.buffers(artifact.config) if format.buffers else {}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
 
 
 def find(name: str) -> convert.Format:
-    """`convert.find` whose error is one that the command line tells."""
+    """`convert.find` with a `ConfigError`, which the command line prints."""
     try:
         return convert.find(name)
     except ValueError as error:
@@ -157,9 +157,9 @@ def text_side(words: str) -> Any:
 
 
 def encoder(kind: Any, words: str, said: str, **fields: Any) -> Any:
-    """A text encoder of a class, from its path and fields of it behind commas: `vit_b_32.pt,activation=gelu`.
+    """A text encoder of a class, from its path and comma-separated fields: `vit_b_32.pt,activation=gelu`.
 
-    said: what errors begin with. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
+    said: prefix of errors. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
     """
     path, *settings = words.split(",")
     if not path or not Path(path).exists():
@@ -182,7 +182,7 @@ def help_text() -> str:
 
 
 def picture_side(config: Trainable, codec: str) -> int:
-    """Side of the images, as far as configuration and codec tell. Errors: `ConfigError` where they do not fit."""
+    """Side of the images, 0 without a codec. Errors: `ConfigError` where configuration and codec do not fit."""
     if not codec:
         return 0
     if not config.capabilities.family:

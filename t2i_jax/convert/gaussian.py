@@ -17,7 +17,7 @@ from t2i_jax.noise.processes import Discrete, Flow
 
 
 def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
-    """null: the last row of the table of classes stands for none; models trained without dropping have no such row."""
+    """null: the last row of the table of classes is the null class; models trained without dropout have none."""
     found = dit.describe(tensors, heads)
     network = DiT(condition=ClassEmbedder(found.pop("classes") - null, null), eps=eps, **found)
     published = {"process": Discrete("linear"), "guided_channels": 3, "condition_dropout": 0.1 if null else 0.0}
@@ -47,7 +47,7 @@ def _unet(
     qkv_first: bool | None = None,
     **fields: Any,
 ) -> UNet:
-    """What shapes do not say is that of the released model of these levels and widths."""
+    """Values that do not follow from shapes are those of the released model of these levels and widths."""
     found = adm.describe(tensors, blocks)
     of_128 = found["multipliers"] == (1, 1, 2, 3, 4)
     to_256 = found["width"] == 192 and found["extra_inputs"] and len(found["multipliers"]) == 6
@@ -90,7 +90,7 @@ def _adm_classifier(tensors: Tensors, *, size: int = 0, schedule: str = "", step
 def _glide(
     tensors: Tensors, *, text_heads: int = 0, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any
 ) -> Diffusion:
-    """text_heads: of the reader of captions; else as `_adm`."""
+    """text_heads: of the caption encoder; else as `_adm`."""
     text = adm.describe_text(tensors)
     captions = GlideCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
     hints = {"condition": captions, "context": text["width"], "pool": "last", "qkv_first": False} | hints
@@ -136,7 +136,7 @@ FORMATS = {
         _network_table,
         needed=(adm.NEEDED,),
         part="unet.",
-        title="the UNets of guided-diffusion (ADM), also those that enlarge",
+        title="the UNets of guided-diffusion (ADM), upsamplers included",
         example="256x256_diffusion.pt",
     ),
     "adm_classifier": Format(
@@ -144,7 +144,7 @@ FORMATS = {
         _network_table,
         needed=(adm.NEEDED,),
         part="classifier.",
-        title="the classifiers of noised pictures of guided-diffusion, for `t2i sample --classifier`",
+        title="the classifiers of noised images of guided-diffusion, for `t2i sample --classifier`",
         example="256x256_classifier.pt",
     ),
     "glide": Format(
@@ -152,7 +152,7 @@ FORMATS = {
         _network_table,
         needed=(adm.NEEDED,),
         part="unet.",
-        title="GLIDE: its base model and the one that enlarges",
+        title="GLIDE: its base model and its upsampler",
         example="base.pt",
     ),
     "glide_clip": Format(
@@ -161,7 +161,7 @@ FORMATS = {
         unused=r"^(?!clip_)",
         needed=glide.NEEDED,
         files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},
-        title="GLIDE's CLIP of noised pictures: a folder with clip_text_enc.pt and clip_image_enc.pt",
+        title="GLIDE's CLIP of noised images: a folder with clip_text_enc.pt and clip_image_enc.pt",
         example="FOLDER",
     ),
 }

@@ -1,4 +1,4 @@
-"""Hints of `t2i convert`, `--grid 24 24`: what a published file cannot tell of a configuration."""
+"""Hints of `t2i convert`, `--grid 24 24`: values of a configuration that a published file lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from t2i_jax.convert import Format
 from t2i_jax.core.fields import values
 
 FLAGS = ("codec", "text", "back", "out", "help")
-"""Of the command, which hints may be mistaken for."""
+"""Flags of the command, for which hints may be mistaken."""
 
 
 def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def takes(format: Format) -> dict[str, Any]:
 
 
 def unknown(name: str, format: Format, key: str) -> str:
-    """That a format takes no such hint, and the nearest that it takes."""
+    """The error of a hint that a format does not take, with the nearest that it takes."""
     made = inspect.signature(format.describe, eval_str=True).return_annotation
     fields = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(made) else []
     near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.6)
@@ -109,7 +109,7 @@ def suits(value: Any, kind: Any) -> bool:
 
 
 def value(words: Sequence[str]) -> Any:
-    """No word is True, one is a value, more are a tuple of them."""
+    """No word gives True, one a value, more a tuple."""
 
     def one(word: str) -> Any:
         try:
@@ -123,5 +123,5 @@ def value(words: Sequence[str]) -> Any:
 
 
 def text_of(hints: Mapping[str, Any]) -> str:
-    """The hints as they are typed."""
+    """The hints as command-line flags."""
     return " ".join(f"--{key.replace('_', '-')}={value}" for key, value in hints.items())

@@ -1,4 +1,4 @@
-"""Formats of masked and any-order models, and of the KL autoencoders whose latents they draw."""
+"""Formats of masked and any-order models, and of the KL autoencoders of their latents."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SCALES = {
     (16, True): {"MAR": (0.2325, 0.0)},
     (16, False): {"Stable Diffusion 3": (1.5305, 0.0609), "FLUX.1": (0.3611, 0.1159)},
 }
-"""(channels, with convolutions) -> whose codecs have these shapes, and the scale and shift of their codes, which shapes
-cannot say. The first is taken."""
+"""(channels, with convolutions) -> those whose codecs have these shapes, with the scale and shift of their codes, which
+do not follow from shapes. The first is the default."""
 
 
 def _kl(
@@ -47,8 +47,8 @@ def _kl(
         (whose, _), *others = known.items()
         also = "".join(f"; {name} has --scale {one} --shift {other}" for name, (one, other) in others)
         log.warning(
-            f"the file does not tell the scale of its codes; taken: scale {taken} and shift {shift}, of {whose}{also}. "
-            "Give others by --scale and --shift, or the folder of diffusers whose config.json tells them"
+            f"the file lacks the scale of its codes; taken: scale {taken} and shift {shift}, of {whose}{also}. "
+            "Give others by --scale and --shift, or the folder of diffusers whose config.json has them"
         )
     found |= {"scale": taken, "shift": shift}
     found["autoencoder"] = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
@@ -79,8 +79,8 @@ def _mar(
     repeat: int = 4,
     **fields: Any,
 ) -> Masked:
-    """grid: where it is no square; heads: where a released width does not say them; respacing: steps of the head's
-    sampler; repeat: times at which it trains each z."""
+    """grid: where it is no square; heads: for widths that no released model has; respacing: steps of the head's
+    sampler; repeat: noise times per z in training."""
     found = mar.describe(tensors, grid)
     found["heads"], found["decoder_heads"] = heads or found["heads"], decoder_heads or heads or found["decoder_heads"]
     found["head"] = DiffusionHead(**found["head"], respacing=respacing, repeat=repeat)
@@ -93,7 +93,7 @@ def _kl_format(style: vqgan.Style, **fields: Any) -> Format:
 
 
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Names of 2022 for the matrices of attention, and those of today."""
+"""Names of 2022 for the matrices of attention, and today's."""
 
 FORMATS = {
     "mar": Format(
@@ -109,7 +109,7 @@ FORMATS = {
         "diffusers",
         folder=_kl_folder,
         renames=tuple((rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.") for old, new in OLDER.items()),
-        title="KL autoencoders of diffusers: a folder, which tells the scale of the codes, or its file alone",
+        title="KL autoencoders of diffusers: a folder, which has the scale of the codes, or its file alone",
         example="sd-vae-ft-mse/",
     ),
     "kl_diffusers_2022": _kl_format(

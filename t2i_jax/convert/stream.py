@@ -43,8 +43,8 @@ def _dalle_pytorch(
     stable: bool = False,
     **fields: Any,
 ) -> Stream:
-    """attn_types: the kinds of attention that take turns over the layers, by their published names. stable: numbers
-    are kept small, and the embedded tokens learn at a tenth; layers that the original shares become layers alike."""
+    """attn_types: the kinds of attention, cycled over the layers, by their published names. stable: numbers are kept
+    small, and embedded tokens get a tenth of the gradient; shared layers of the original become equal layers."""
     attn_types = (attn_types,) if isinstance(attn_types, str) else attn_types
     if wrong := [kind for kind in attn_types if kind not in ATTENTION]:
         raise ValueError(f"attn_types={wrong[0]!r}: known are {', '.join(ATTENTION)}")
