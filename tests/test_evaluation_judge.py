@@ -27,5 +27,5 @@ def test_learns_and_is_fair():
 
 
 def test_pairs_that_do_not_pair_are_refused():
-    with pytest.raises(ValueError, match="600 pictures with 3 captions"):
+    with pytest.raises(ValueError, match="600 images with 3 captions"):
         RetrievalJudge.train(see, read, TRAIN, CAPTIONS[:3], CONFIG)

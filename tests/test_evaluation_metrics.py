@@ -153,5 +153,5 @@ def test_wrong_sets_are_named():
         ssim(IMAGES[:1, :8, :8], IMAGES[:1, :8, :8])
     with pytest.raises(ValueError, match="two sets"):
         psnr(IMAGES[:1], IMAGES[:2])
-    with pytest.raises(ValueError, match="no real picture of 'fish' and 1 more"):
+    with pytest.raises(ValueError, match="no real image of 'fish' and 1 more"):
         retrieve(np.ones((2, 3)), np.ones((1, 3)), ["fish", "bird"], ["cat"])

@@ -56,11 +56,11 @@ def test_reconstruction():
 
 def test_report_on_disk(tmp_path):
     numbers = {"psnr": Number(23.456789, "higher", {"flat colour": 12.0}), "frechet": Number(12345.678, "lower")}
-    report = Report("Codec", numbers, {"pictures": 20})
+    report = Report("Codec", numbers, {"images": 20})
     report.save(tmp_path / "new" / "report.json")
     written = json.loads((tmp_path / "new" / "report.json").read_text())
     assert written["numbers"]["psnr"] == {"value": 23.456789, "better": "higher", "flat colour": 12.0}
-    assert written["facts"] == {"pictures": 20}
+    assert written["facts"] == {"images": 20}
     markdown = (tmp_path / "new" / "report.md").read_text()
     assert "| psnr ↑ | 23.46 | flat colour 12 |" in markdown and "| frechet ↓ | 12,346 |  |" in markdown
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
@@ -68,7 +68,7 @@ def test_report_on_disk(tmp_path):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="generated: 60 pictures with 59 captions"):
+    with pytest.raises(ValueError, match="generated: 60 images with 59 captions"):
         evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 59, IMAGES[TRAIN], [PIXELS])
     with pytest.raises(ValueError, match="train_real: uint8"):
         evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 60, IMAGES[TRAIN] / 255, [PIXELS])

@@ -76,7 +76,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     assert {k.split("/")[0] for k in report.numbers} == names
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
     assert len(bits) == len(names) and all(0 < b < 10 for b in bits)
-    assert report.facts["pictures"] == dict.fromkeys(names, 8)
+    assert report.facts["images"] == dict.fromkeys(names, 8)
     assert (tmp_path / "samples.png").exists()
 
 

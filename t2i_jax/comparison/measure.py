@@ -1,4 +1,4 @@
-"""Pictures of one model with one set of options, and their numbers."""
+"""Images of one model with one set of options, and their numbers."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ SPACES = ("efficientnet_lite0", "pixels")
 
 
 class ReferenceSet:
-    """Prompts, the real pictures that belong to them, and feature spaces in which drawn ones are measured."""
+    """Prompts, the real images that belong to them, and feature spaces in which drawn ones are measured."""
 
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
         train = records_of(comparison.reference, "train", 1000)
         records = records_of(comparison.reference, "train", comparison.count)
         if len(records) < comparison.count:
-            raise ConfigError(f"reference: it has {len(records)} training pictures, and count is {comparison.count}")
+            raise ConfigError(f"reference: it has {len(records)} training images, and count is {comparison.count}")
         self.records, self.real = records, images_of(records)
         self.prompts = prompts_of(records, comparison.reference.model)
         self.spaces = {name: FeatureNetwork(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
         self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
 
     def judge(self, made: np.ndarray) -> dict[str, float]:
-        """Numbers of pictures uint8 (n, i, j, 3), one a prompt: distances, precision and recall, retrieval."""
+        """Numbers of images uint8 (n, i, j, 3), one a prompt: distances, precision and recall, retrieval."""
         numbers = {}
         for name, space in self.spaces.items():
             features, (real, train) = space(made), self.known[name]
@@ -50,7 +50,7 @@ class ReferenceSet:
         return numbers
 
     def draw(self, pipeline: Pipeline, options: Any, title: str) -> tuple[np.ndarray, float]:
-        """Pictures for all prompts (or their classes), and the median seconds of a batch, the first left out.
+        """Images for all prompts (or their classes), and the median seconds of a batch, the first left out.
 
         Text features and decoding are part of it, as they are for a user.
         """
@@ -69,7 +69,7 @@ class ReferenceSet:
 
 
 def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
-    """FLOPs of a batch of pictures' codes: products of the compiled loop, as often as it runs."""
+    """FLOPs of a batch of images' codes: products of the compiled loop, as often as it runs."""
     trips = pipeline.family.loop_trips(options)
     condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
     family, text, static = pipeline.family, pipeline.text, guidance_flags(pipeline.family, options)
@@ -83,7 +83,7 @@ def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
 
 
 def measure(ruler: ReferenceSet, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
-    """All numbers of one way to draw, speed beside the limit measured at the same time, and the pictures."""
+    """All numbers of one variant, its speed and the limit measured at the same time, and the images."""
     product = limits(pipeline.family.compute.dtype)["flops"]
     before = max(product() for _ in range(3))
     made, seconds = ruler.draw(pipeline, options, title)

@@ -1,4 +1,4 @@
-"""What is compared, as values."""
+"""The configuration of a comparison."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Variant:
     family: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """fields of the model's configuration that no training depends on, as `solver`"""
     classifier: str = ""
-    """name of one of the comparison's guides, whose gradient pulls to the prompt"""
+    """name of one of the comparison's guides, whose gradient guides towards the prompt"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,29 +36,29 @@ class Sweep:
     values: tuple[float, ...]
     lines: Mapping[str, Variant]
     about: str = ""
-    """what to look for, said under the plot"""
+    """remark under the plot"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Checked):
-    """Runs of equal training compute, what is drawn from them, and what the pictures are compared with."""
+    """Runs of equal training compute, what is drawn from them, and what the images are compared with."""
 
     title: str
     about: str
-    """what is asked, and how; the head of the report"""
+    """question and method; the head of the report"""
     runs: Mapping[str, Experiment]
     """`train.steps` of each follows from `flops`"""
     reference: Experiment
-    """its data holds the pictures and captions that are compared with"""
+    """its data holds the images and captions that are compared with"""
     flops: Positive
     """of the training of each run: three times the forward passes"""
     sweeps: Mapping[str, Sweep] = dataclasses.field(default_factory=dict)
     guides: Mapping[str, Experiment] = dataclasses.field(default_factory=dict)
-    """trained with the same compute, to guide others: classifiers and image-text models of noised pictures"""
+    """trained with the same compute, to guide others: classifiers and image-text models of noised images"""
     count: Size = 100
-    """pictures drawn for each number: known concepts in words that were not trained on"""
+    """images drawn for each number: known concepts in words that were not trained on"""
     batch_size: Size = 25
-    """pictures drawn at once; the speed is that of such a batch"""
+    """images drawn at once; the speed is that of such a batch"""
     seed: Seed = 0
 
     def __post_init__(self):
@@ -80,4 +80,4 @@ class Comparison(Checked):
                 "not timed"
             )
         if self.count <= NEIGHBOURS:
-            raise ConfigError(f"count {self.count}: what is measured needs at least {NEIGHBOURS + 1} pictures")
+            raise ConfigError(f"count {self.count}: what is measured needs at least {NEIGHBOURS + 1} images")

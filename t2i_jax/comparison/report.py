@@ -1,4 +1,4 @@
-"""Tables, plots and a sheet of pictures of a comparison."""
+"""Tables, plots and a sheet of images of a comparison."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RUN_COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def files_of(comparison: Comparison, out: Path) -> list[Path]:
-    """What `write` writes."""
+    """The files of `write`."""
     plots = [plot_of(out, name) for name in comparison.sweeps]
     return [*(out.with_suffix(suffix) for suffix in (".json", ".md", ".png")), *plots]
 
@@ -50,7 +50,7 @@ def write(
     out: Path,
     command: str,
 ) -> None:
-    """OUT.md, OUT.json, OUT.png (pictures) and OUT_SWEEP.png (plots)."""
+    """OUT.md, OUT.json, OUT.png (images) and OUT_SWEEP.png (plots)."""
     write_json(out.with_suffix(".json"), found)
     pictures.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
     lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
@@ -58,12 +58,12 @@ def write(
     lines += [
         f"Each model was trained with {comparison.flops:.3g} FLOPs: three times its forward passes, frozen parts not "
         "counted. "
-        f"{len(ruler.prompts)} pictures each, of known concepts in words that were not trained on; retrieval finds the "
-        f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few pictures "
+        f"{len(ruler.prompts)} images each, of known concepts in words that were not trained on; retrieval finds the "
+        f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few images "
         "compare within this page only. Speed is that of a batch of "
-        f"{comparison.batch_size}, text and decoding included, beside the best matrix product before and after.",
+        f"{comparison.batch_size}, text and decoding included, against the best matrix product before and after.",
         "",
-        *table({**found["runs"], "real pictures": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
+        *table({**found["runs"], "real images": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
         *(["", "To guide others:", "", *table(found["guides"], RUN_COLUMNS)] if found.get("guides") else []),
         "",
         f"![pictures]({out.with_suffix('.png').name})",
@@ -92,7 +92,7 @@ def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[s
 
 
 def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Any:
-    """A row a prompt: the real picture, then that of each run."""
+    """A row a prompt: the real image, then that of each run."""
     chosen = np.linspace(0, len(ruler.prompts) - 1, rows).round().astype(int)
     columns = {"real": ruler.real, **sheets}
     images = np.stack([images[chosen] for images in columns.values()], 1)
@@ -118,7 +118,7 @@ def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mappi
             x = sweep.values if across == sweep.field else [n["seconds_per_image"] for n in numbers]
             axis.plot(x, [n[name] for n in numbers], marker="o", label=label)
         if real.get(name):
-            axis.axhline(real[name], color="grey", linestyle=":", label="real pictures")
+            axis.axhline(real[name], color="grey", linestyle=":", label="real images")
         wide = min(sweep.values) > 0 and max(sweep.values) / min(sweep.values) >= 8
         if wide or across != sweep.field:
             axis.set_xscale("log")

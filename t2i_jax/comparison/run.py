@@ -29,10 +29,10 @@ from t2i_jax.training.loop import Trainer, train
 
 
 def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> dict[str, Any]:
-    """Do what is left of a comparison, and write OUT.md, OUT.json and pictures beside them.
+    """Do the remaining work of a comparison, and write OUT.md, OUT.json and images.
 
     folder: where the runs are trained, and where each measured number is kept until its configuration changes.
-    Returns what OUT.json holds.
+    Returns the contents of OUT.json.
     """
     check_free(*files_of(comparison, out))
     ruler = ReferenceSet(comparison)
@@ -82,8 +82,8 @@ def equal(experiment: Experiment, budget: float, folder: Path) -> Experiment:
 
 
 def check_length(experiment: Experiment, folder: Path) -> None:
-    """Errors: `ConfigError` where the run in a folder has another length and its schedule ends with it: longer, it
-    would not be what so many steps at once make of it."""
+    """Errors: `ConfigError` where the run in a folder has another length and its schedule ends with it: trained
+    longer, it would differ from a run of that many steps."""
     if not any(folder.glob("checkpoints/[0-9]*")):
         return
     before, steps = stored(folder).train.steps, experiment.train.steps
@@ -110,7 +110,7 @@ def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
 
 
 class ResultCache:
-    """Numbers and pictures by what they depend on: nothing is drawn twice, and nothing old is taken for new."""
+    """Results by all that they depend on: nothing is sampled twice, and no outdated result is used."""
 
     def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: ReferenceSet):
         self.folder, self.comparison, self.runs, self.ruler = folder, comparison, runs, ruler

@@ -1,4 +1,4 @@
-"""Does a picture show what was asked for? Retrieval of the true concept among all that were asked for."""
+"""Does an image show its prompt? Retrieval of the true concept among those of all prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Retrieval:
         return float(np.median(self.ranks))
 
     def chance(self, k: int) -> float:
-        """What `top(k)` would be for queries that say nothing."""
+        """`top(k)` of uninformative queries."""
         return min(k / self.choices, 1.0)
 
     @property
@@ -40,23 +40,23 @@ def retrieve(
 ) -> Retrieval:
     """Rank of each query's concept by cosine of centred features.
 
-    Queries (n, d) are generated pictures, the gallery (m, d) real ones, with a concept each (a caption, or the place
-    in the list where none is given). A concept scores as its most similar picture; ties count against the query, so
-    that pictures without content do not find everything. Both are centred by the gallery's mean alone: the rank of one
-    generated picture does not depend on the others.
+    Queries (n, d) are generated images, the gallery (m, d) real ones, with a concept each (a caption, or the index
+    in the list where none is given). A concept scores as its most similar image; ties count against the query, so
+    that images without content do not find everything. Both are centred by the gallery's mean alone: the rank of one
+    generated image does not depend on the others.
 
-    Errors: `ValueError` for a query whose concept has no picture in the gallery.
+    Errors: `ValueError` for a query whose concept has no image in the gallery.
     """
     wanted = list(range(len(queries)) if query_concepts is None else query_concepts)
     shown = list(range(len(gallery)) if gallery_concepts is None else gallery_concepts)
     if len(wanted) != len(queries) or len(shown) != len(gallery):
         raise ValueError(
-            f"{len(queries)} queries with {len(wanted)} concepts, {len(gallery)} pictures with {len(shown)} concepts"
+            f"{len(queries)} queries with {len(wanted)} concepts, {len(gallery)} images with {len(shown)} concepts"
         )
     place = {concept: i for i, concept in enumerate(dict.fromkeys(shown))}
     missing = [concept for concept in wanted if concept not in place]
     if missing:
-        raise ValueError(f"no real picture of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+        raise ValueError(f"no real image of {missing[0]!r}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
     for features in (queries, gallery):
         check_features(features, 1)
     mean = gallery.mean(0, keepdims=True)

@@ -1,4 +1,4 @@
-"""Named feature spaces: pictures to vectors, the same way for every model that is measured."""
+"""Named feature spaces: images to vectors, the same way for every model that is measured."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Space:
         silent = not progress or not rich.get_console().is_terminal
         for start in track(starts, f"features: {self.name}", transient=True, disable=silent):
             chunk = images[start : start + self.batch]
-            # The last batch is filled up rather than compiled for; features of a picture do not know its neighbours.
+            # The last batch is padded, not compiled for; features of an image do not depend on the others.
             fill = np.zeros((self.batch - len(chunk), *chunk.shape[1:]), np.uint8)
             chunks.append(self.apply(np.concatenate([chunk, fill])))
         return np.concatenate([np.asarray(c) for c in chunks])[:n]
@@ -50,20 +50,20 @@ class Space:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """What to measure in; `load()` reads the weights.
+    """A feature space; `load()` reads the weights.
 
     `efficientnet_lite0`: 1280 pooled features (ImageNet-1k); weights come as a pip package. `inception`: the 2048 of
     the FID, comparable with published numbers; needs `weights`, the file of pytorch-fid. `pixels`: no network, the
-    picture averaged down; the baseline that says how much of a number is mere likeness of colours.
+    image averaged down; the baseline that shows how much of a number is similarity of colours.
     """
 
     name: Literal["efficientnet_lite0", "inception", "pixels"] = "efficientnet_lite0"
     size: int = 0
-    """side that pictures are resized to; 0: 128 for efficientnet_lite0, 299 for inception, 16 for pixels"""
+    """side that images are resized to; 0: 128 for efficientnet_lite0, 299 for inception, 16 for pixels"""
     weights: str = ""
     """weights file; empty: the installed package (efficientnet_lite0)"""
     batch: int = 64
-    """pictures at once"""
+    """images of a batch"""
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class FeatureNetwork:
 
 
 def pixels(images: Array, size: int) -> Array:
-    """uint8 (b, i, j, 3) -> the pictures averaged down to `size`, as vectors in [0, 1] (b, size * size * 3)."""
+    """uint8 (b, i, j, 3) -> the images averaged down to `size`, as vectors in [0, 1] (b, size * size * 3)."""
     x = jax.image.resize(images.astype(jnp.float32), (len(images), size, size, 3), "linear", antialias=True)
     return x.reshape(len(images), -1) / 255
 

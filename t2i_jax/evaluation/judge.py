@@ -1,4 +1,4 @@
-"""A small judge of picture and caption: two heads on frozen encoders, trained like CLIP on the training pairs alone."""
+"""A small judge of image and caption: two heads on frozen encoders, trained like CLIP on the training pairs alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class JudgeConfig:
     epochs: int = 40
     """passes over the training pairs"""
     batch: int = 512
-    """pairs that are told apart at once"""
+    """pairs of a batch"""
     rate: float = 1e-3
     """learning rate of AdamW"""
     decay: float = 0.05
@@ -41,7 +41,7 @@ class JudgeConfig:
 
 
 class Heads(nnx.Module):
-    """Picture features (b, d) and caption features (b, k) to unit vectors (b, width) of one space."""
+    """Image features (b, d) and caption features (b, k) to unit vectors (b, width) of one space."""
 
     def __init__(self, config: JudgeConfig, d: int, k: int, key: Array):
         keys = jax.random.split(key, 4)
@@ -97,10 +97,10 @@ def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalJudge:
-    """How well a picture goes with a caption, as learned from the training pairs."""
+    """How well an image goes with a caption, as learned from the training pairs."""
 
     images: Callable[[np.ndarray], np.ndarray]
-    """pictures uint8 (n, i, j, 3) -> features (n, d): a loaded `Space`"""
+    """images uint8 (n, i, j, 3) -> features (n, d): a loaded `Space`"""
     texts: Callable[[Sequence[str]], np.ndarray]
     """captions -> features (n, k), of MiniLM say"""
     heads: Heads
@@ -117,25 +117,25 @@ class RetrievalJudge:
         config: JudgeConfig = JudgeConfig(),
         seed: int = 0,
     ) -> RetrievalJudge:
-        """The judge that learned from the training pictures uint8 (n, i, j, 3) and their n captions."""
+        """The judge that learned from the training images uint8 (n, i, j, 3) and their n captions."""
         if len(pictures) != len(captions) or len(captions) < 2:
-            raise ValueError(f"a judge learns from pairs: {len(pictures)} pictures with {len(captions)} captions")
+            raise ValueError(f"a judge learns from pairs: {len(pictures)} images with {len(captions)} captions")
         features, concepts = images(pictures), np.unique(np.asarray(captions), return_inverse=True)[1]
         mean, std = features.mean(0), np.maximum(features.std(0), 1e-3)
         heads = fit((features - mean) / std, texts(captions), concepts, config, seed_key(seed))
         return cls(images, texts, heads, mean, std)
 
     def similarity(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Cosine (n, m) of pictures uint8 (n, i, j, 3) and m captions."""
+        """Cosine (n, m) of images uint8 (n, i, j, 3) and m captions."""
         features = (self.images(pictures) - self.mean) / self.std
         a, b = self.heads(jnp.asarray(features), jnp.asarray(self.texts(captions)))
         return np.asarray(a @ b.T)
 
     def evaluate(self, generated: np.ndarray, captions: Sequence[str], real: np.ndarray) -> dict[str, Number]:
-        """Rank of a picture's own caption among all that were asked for; beside it that of the real pictures.
+        """Rank of an image's own caption among all prompts, with that of the real images as baseline.
 
         `generated` and `real` are uint8 (n, i, j, 3), one per caption, and none of them was trained on. Keys:
-        `judge/top1`, `judge/top5`, `judge/median_rank`, `judge/cosine` (that of pictures with their own captions).
+        `judge/top1`, `judge/top5`, `judge/median_rank`, `judge/cosine` (that of images with their own captions).
         """
         choices, truth = np.unique(np.asarray(captions), return_inverse=True)
         ours, theirs = (self.similarity(x, choices.tolist()) for x in (generated, real))

@@ -1,4 +1,4 @@
-"""Measures of sets of pictures and of pairs of pictures, in float64 on the host."""
+"""Measures of sets of images and of pairs of images, in float64 on the host."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 from scipy.ndimage import correlate1d
 
-# --- Sets: features (n, d) of generated and of real pictures
+# --- Sets: features (n, d) of generated and of real images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def frechet(a: GaussianFit, b: GaussianFit) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): Frechet distance (Dowson & Landau 1982; Heusel et al. 2017).
 
     The trace of the root of C_a C_b is the sum of the singular values of C_a^(1/2) C_b^(1/2): real, never negative, and
-    as exact for singular covariances (fewer pictures than features) as for others.
+    as exact for singular covariances (fewer images than features) as for others.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Frechet distance of features of {len(a.mean)} and {len(b.mean)} dimensions")
@@ -44,9 +44,9 @@ def frechet(a: GaussianFit, b: GaussianFit) -> float:
 
 
 def principal(real: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,) and principal directions (d, k) of real features (n, d); k is `dimensions`, or what n pictures span.
+    """Mean (d,) and principal directions (d, k) of real features (n, d); k is `dimensions`, or what n images span.
 
-    With fewer pictures than features a covariance is mostly unseen; its leading directions are not.
+    With fewer images than features a covariance is mostly unseen; its leading directions are not.
     """
     check_features(real, 2)
     mean = real.mean(0, dtype=np.float64)
@@ -60,7 +60,7 @@ def principal(real: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared maximum mean discrepancy with kernel (x.y / d + 1)^3, unbiased: 0 on average for equal laws at any n.
 
-    KID, Binkowski et al. 2018, eq. 4, over all pictures rather than blocks of them; may come out slightly negative.
+    KID, Binkowski et al. 2018, eq. 4, over all images rather than blocks of them; may come out slightly negative.
     """
     for features in (a, b):
         check_features(features, 2)
@@ -73,7 +73,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Where two sets meet: precision and density say it of the generated pictures, recall and coverage of the real."""
+    """Overlap of two sets: precision and density of the generated images, recall and coverage of the real ones."""
 
     precision: float
     recall: float
@@ -82,20 +82,20 @@ class Overlap:
 
 
 NEIGHBOURS = 3
-"""k of precision and recall; sets of fewer than k + 1 pictures have none."""
+"""k of precision and recall; sets of fewer than k + 1 images have none."""
 
 
 def overlap(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOURS) -> Overlap:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Around each picture lies the ball that reaches its k-th nearest neighbour of its own set. Precision: generated
-    pictures inside some real ball. Recall: real ones inside some generated ball. Density: real balls around a generated
-    picture, over k. Coverage: real balls with a generated picture in them.
+    Each image has a ball that reaches its k-th nearest neighbour in its own set. Precision: generated
+    images inside some real ball. Recall: real ones inside some generated ball. Density: real balls around a generated
+    image, over k. Coverage: real balls with a generated image in them.
     """
     k = neighbours
     for features in (real, generated):
         check_features(features, k + 1)
-    # Place 0 of a sorted row is the picture itself.
+    # The first of a sorted row is the image itself.
     radius = lambda x: np.concatenate([np.partition(distances(rows, x), k, axis=1)[:, k] for rows in blocks(x)])
     around_real, around_generated = radius(real), radius(generated)
     balls, recall, coverage = np.zeros(len(generated)), [], []
@@ -116,12 +116,12 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def blocks(x: np.ndarray, size: int = 1024) -> list[np.ndarray]:
-    """The rows of x in portions, so that what is quadratic in pictures fits in memory."""
+    """The rows of x in portions, so that matrices quadratic in images fit in memory."""
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """exp E KL(p(y|x) || p(y)) from class logits (n, v) (Salimans et al. 2016), over all pictures at once."""
+    """exp E KL(p(y|x) || p(y)) from class logits (n, v) (Salimans et al. 2016), over all images at once."""
     logits = logits.astype(np.float64)
     logp = logits - logits.max(1, keepdims=True)
     logp -= np.log(np.exp(logp).sum(1, keepdims=True))
@@ -133,29 +133,29 @@ def inception_score(logits: np.ndarray) -> float:
 def check_features(features: np.ndarray, least: int) -> None:
     """Errors: `ValueError` unless `features` is finite (n, d) with n >= `least`."""
     if features.ndim != 2 or len(features) < least:
-        raise ValueError(f"features of at least {least} pictures are wanted, (n, d), not {features.shape}")
+        raise ValueError(f"features of at least {least} images are wanted, (n, d), not {features.shape}")
     if not np.isfinite(features).all():
         raise ValueError("features are not finite")
 
 
-# --- Pairs: pictures uint8 (n, i, j, 3) beside their reconstructions
+# --- Pairs: images uint8 (n, i, j, 3) and their reconstructions
 
 
 def psnr(real: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio per picture (n,) in dB; 100 dB at most, which equal pictures get."""
+    """Peak signal-to-noise ratio per image (n,) in dB; 100 dB at most, which equal images get."""
     check_pairs(real, other)
     error = ((real.astype(np.float64) - other) ** 2).mean((1, 2, 3)) / 255**2
     return -10 * np.log10(np.maximum(error, 1e-10))
 
 
 def ssim(real: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Structural similarity per picture (n,), at most 1 (Wang et al. 2004): per channel, where the window fits.
+    """Structural similarity per image (n,), at most 1 (Wang et al. 2004): per channel, where the window fits.
 
     Gaussian window of 11x11 and sigma 1.5, K1 = 0.01, K2 = 0.03. Errors: `ValueError` for sides below 11.
     """
     check_pairs(real, other)
     if min(real.shape[1:3]) < 11:
-        raise ValueError(f"ssim: pictures are at least 11x11, not {real.shape[1]}x{real.shape[2]}")
+        raise ValueError(f"ssim: images are at least 11x11, not {real.shape[1]}x{real.shape[2]}")
     taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     taps /= taps.sum()
 

@@ -1,4 +1,4 @@
-"""What is measured of generated and of reconstructed pictures, each number with what it has to be compared to."""
+"""Measures of generated and of reconstructed images, each with its baselines."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ SPACES = (FeatureNetwork("efficientnet_lite0"), FeatureNetwork("pixels"))
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A measured value and the same measure of something known: real pictures, chance, a picture of one colour."""
+    """A measured value and the same measure of something known: real images, chance, an image of one colour."""
 
     value: float
     better: Literal["higher", "lower"] = "higher"
@@ -39,7 +39,7 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Named numbers, and the facts without which they say nothing (counts, settings, model)."""
+    """Named numbers, and the facts needed to interpret them (counts, settings, model)."""
 
     title: str
     numbers: Mapping[str, Number]
@@ -50,32 +50,32 @@ class Report:
         return {"title": self.title, "facts": dict(self.facts), "numbers": numbers}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the report as JSON to `path` and as markdown beside it, each whole or not at all."""
+        """Write the report as JSON to `path` and as markdown of the same name, each whole or not at all."""
         write_json(path, self.to_json())
         write_markdown(Path(path).with_suffix(".md"), self.markdown())
 
     def rows(self) -> list[tuple[str, str, str]]:
         sign = {"higher": "↑", "lower": "↓"}
-        beside = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.baselines.items())
-        return [(f"{name} {sign[n.better]}", digits(n.value), beside(n)) for name, n in self.numbers.items()]
+        baselines = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.baselines.items())
+        return [(f"{name} {sign[n.better]}", digits(n.value), baselines(n)) for name, n in self.numbers.items()]
 
     def table(self) -> Table:
         """For a rich console."""
         table = Table(title=self.title, caption="; ".join(f"{k}: {v}" for k, v in self.facts.items()))
         table.add_column("measure")
         table.add_column("value", justify="right", style="bold")
-        table.add_column("beside it", style="dim")
+        table.add_column("baselines", style="dim")
         group = ""
-        for name, value, beside in self.rows():
+        for name, value, baselines in self.rows():
             if name.rpartition("/")[0] != group:
                 table.add_section()
             group = name.rpartition("/")[0]
-            table.add_row(name, value, beside)
+            table.add_row(name, value, baselines)
         return table
 
     def markdown(self) -> str:
-        lines = [f"# {self.title}", "", "| measure | value | beside it |", "|---|---:|---|"]
-        lines += [f"| {name} | {value} | {beside} |" for name, value, beside in self.rows()]
+        lines = [f"# {self.title}", "", "| measure | value | baselines |", "|---|---:|---|"]
+        lines += [f"| {name} | {value} | {baselines} |" for name, value, baselines in self.rows()]
         lines += ["", *(f"- {k}: {v}" for k, v in self.facts.items())]
         return "\n".join(lines) + "\n"
 
@@ -92,22 +92,22 @@ def evaluate_pictures(
     neighbours: int = NEIGHBOURS,
     progress: bool = True,
 ) -> dict[str, Number]:
-    """Generated pictures beside real ones, in every space.
+    """Measures of generated images against real ones, in every space.
 
     Args:
-        generated: uint8 (n, i, j, 3), one picture per caption.
-        real: uint8 (m, i, j, 3), real pictures that were not trained on; one or more of every caption.
+        generated: uint8 (n, i, j, 3), one image per caption.
+        real: uint8 (m, i, j, 3), real images that were not trained on; one or more of every caption.
         captions: n prompts; those of `real` too, in order, unless `real_captions` are given.
-        train_real: uint8 (p, i, j, 3), pictures that were trained on: beside every distance stands what as many of
-            these get in the place of the generated ones. No more than that needs are looked at.
+        train_real: uint8 (p, i, j, 3), training images: the baseline of every distance is that of as many of these in
+            place of the generated ones. No more than needed are used.
         spaces: feature spaces, loaded or to be loaded.
-        components: the Frechet distance is taken along so many principal directions of the training pictures where
-            there are fewer pictures than features.
+        components: the Frechet distance is taken along so many principal directions of the training images where
+            there are fewer images than features.
         neighbours: k of precision and recall.
 
     Returns:
         `SPACE/frechet`, `/kernel_distance`, `/precision`, `/recall`, `/density`, `/coverage`, `/inception_score` (where
-        the space has a classifier), and how often the picture of the prompt is found among those of all prompts:
+        the space has a classifier), and how often the image of the prompt is found among those of all prompts:
         `/top1`, `/top5`, `/median_rank`.
 
     Errors: `ValueError` names the argument that does not fit.
@@ -117,7 +117,7 @@ def evaluate_pictures(
     real_captions = captions if real_captions is None else real_captions
     for name, images, texts in (("generated", generated, captions), ("real", real, real_captions)):
         if len(images) != len(texts):
-            raise ValueError(f"{name}: {len(images)} pictures with {len(texts)} captions")
+            raise ValueError(f"{name}: {len(images)} images with {len(texts)} captions")
     needed = max(len(generated), 4 * components)
     train_real = train_real[np.random.default_rng(0).permutation(len(train_real))[:needed]]
     numbers: dict[str, Number] = {}
@@ -135,8 +135,8 @@ def evaluate_pictures(
 def compare(
     generated: np.ndarray, real: np.ndarray, train: np.ndarray, components: int = 128, neighbours: int = NEIGHBOURS
 ) -> dict[str, Number]:
-    """Distances of features generated (n, d) and real (m, d); beside them those of `train` (p, d) and real."""
-    # Distances grow when pictures get few, so the training pictures stand in with the same count.
+    """Distances of features generated (n, d) and real (m, d), with those of `train` (p, d) and real as baselines."""
+    # Distances depend on the number of images, so the baseline has as many.
     stand_in = train[np.random.default_rng(0).permutation(len(train))[: len(generated)]]
     project = lambda x: x
     if min(len(generated), len(real)) <= real.shape[1]:
@@ -155,7 +155,7 @@ def compare(
 
 
 def aligned(found: Retrieval, **real: Retrieval) -> dict[str, Number]:
-    """Retrieval as numbers beside chance, and beside the retrieval of real pictures where it is given."""
+    """Retrieval as numbers, with chance as baseline, and the retrieval of real images where it is given."""
     top = lambda k: {name: r.top(k) for name, r in real.items()} | {"chance": found.chance(k)}
     median = {name: r.median for name, r in real.items()} | {"chance": found.median_by_chance}
     return {
@@ -175,26 +175,26 @@ def evaluate_reconstruction(
     batch: int = 64,
     progress: bool = True,
 ) -> dict[str, Number]:
-    """Reconstructed pictures beside their originals, and what one flat colour per picture would get.
+    """Measures of reconstructed images against their originals, with one flat colour per image as baseline.
 
     Args:
         real, reconstructed: uint8 (n, i, j, 3) in the same order.
-        perceptual: two float arrays (b, i, j, 3) in [-1, 1] -> distance per picture (b,) or their mean.
-        spaces: where to take the Frechet distance of the two sets (`SPACE/frechet`), of sets with more pictures than
+        perceptual: two float arrays (b, i, j, 3) in [-1, 1] -> distance per image (b,) or their mean.
+        spaces: feature spaces of the Frechet distance of the two sets (`SPACE/frechet`), of sets with more images than
             `components` directions.
 
     Returns:
-        `psnr` in dB, `ssim`, `perceptual` where it is given, means over pictures.
+        `psnr` in dB, `ssim`, `perceptual` where it is given, means over images.
     """
     flat = np.broadcast_to(np.round(real.mean((1, 2), keepdims=True)).astype(np.uint8), real.shape)
     both = lambda measure: (
         float(measure(real, reconstructed).mean()),
         {"flat colour": float(measure(real, flat).mean())},
     )
-    value, beside = both(psnr)
-    numbers = {"psnr": Number(value, "higher", beside)}
-    value, beside = both(ssim)
-    numbers["ssim"] = Number(value, "higher", beside)
+    value, baseline = both(psnr)
+    numbers = {"psnr": Number(value, "higher", baseline)}
+    value, baseline = both(ssim)
+    numbers["ssim"] = Number(value, "higher", baseline)
     if perceptual is not None:
         signed = lambda x: x.astype(np.float32) / 127.5 - 1
 
@@ -203,8 +203,8 @@ def evaluate_reconstruction(
             values = [np.asarray(perceptual(signed(a[p]), signed(b[p]))).mean() * len(a[p]) for p in parts]
             return np.sum(values) / len(a)
 
-        value, beside = both(measure)
-        numbers["perceptual"] = Number(value, "lower", beside)
+        value, baseline = both(measure)
+        numbers["perceptual"] = Number(value, "lower", baseline)
     for space in spaces:
         space = space.load() if isinstance(space, FeatureNetwork) else space
         r, o, f = (space(x, progress) for x in (real, reconstructed, flat))
@@ -212,8 +212,8 @@ def evaluate_reconstruction(
             mean, directions = principal(r, components)
             r, o, f = ((x - mean) @ directions for x in (r, o, f))
         target = GaussianFit.of(r)
-        beside = {"flat colour": frechet(GaussianFit.of(f), target)}
-        numbers[f"{space.name}/frechet"] = Number(frechet(GaussianFit.of(o), target), "lower", beside)
+        baseline = {"flat colour": frechet(GaussianFit.of(f), target)}
+        numbers[f"{space.name}/frechet"] = Number(frechet(GaussianFit.of(o), target), "lower", baseline)
     return numbers
 
 

@@ -17,9 +17,9 @@ from t2i_jax.text.clip import CLIP, ClipEmbedding
 
 
 class Reranker:
-    """CLIP's view of how well pictures show what was asked for.
+    """CLIP's similarity of images and prompts.
 
-    text: a CLIP with both towers; batch_size: pictures looked at together. Errors: those of `ClipEmbedding.load`.
+    text: a CLIP with both towers; batch_size: images of a batch. Errors: those of `ClipEmbedding.load`.
     """
 
     def __init__(self, text: ClipEmbedding, mesh: MeshConfig = MeshConfig(), batch_size: int = 32):
@@ -35,15 +35,15 @@ class Reranker:
         return self.text.image_features(model, images.astype(jnp.float32) / 127.5 - 1)[:, 0]
 
     def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 (n, m, i, j, 3), m for each of n prompts -> their order int (n, m), best first, and scores
-        float (n, m), the cosines of picture and prompt. Ties keep their order.
+        """Images uint8 (n, m, i, j, 3), m for each of n prompts -> their order int (n, m), best first, and scores
+        float (n, m), the cosines of image and prompt. Ties keep their order.
 
         Errors: ValueError for another shape or dtype.
         """
         n = len(prompts)
         if pictures.dtype != np.uint8 or pictures.ndim != 5 or len(pictures) != n:
             raise ValueError(
-                f"pictures are uint8 (n, m, i, j, 3) for n = {n} prompts, not {pictures.dtype} {pictures.shape}"
+                f"images are uint8 (n, m, i, j, 3) for n = {n} prompts, not {pictures.dtype} {pictures.shape}"
             )
         read = self._batched(self._read, *self.text(list(prompts)))
         seen = self._batched(self._look, pictures.reshape(-1, *pictures.shape[2:])).reshape(n, -1, read.shape[-1])
@@ -67,9 +67,9 @@ def keep_best(
 ) -> None:
     """Of the PNG files at `paths`, as many for each prompt and prompt by prompt, the best `count` into `out`.
 
-    They are numbered prompt by prompt, best first; each PNG says its score and what it said before. grid.png shows the
-    first 64. Images of an earlier call move to a folder of their own. Errors: `ConfigError` where a file is in the way
-    that this command did not make.
+    They are numbered prompt by prompt, best first; each PNG stores its score and its earlier metadata. grid.png shows
+    the first 64. Images of an earlier call move to a folder of their own. Errors: `ConfigError` where a file is in the
+    way that this command did not make.
     """
     each = len(paths) // len(prompts)
     best, captions, notes = [], [], []

@@ -43,11 +43,11 @@ def evaluate_folder(
     mesh: MeshConfig | None = None,
     options: Sequence[str] = (),
 ) -> Report:
-    """Measure the codec or the model in `folder` against real pictures; write a report and a grid to `out`.
+    """Measure the codec or the model in `folder` against real images; write a report and a grid to `out`.
 
-    reference: an experiment whose `data` has pictures; the run's own unless given. solver: another than that of the
-    family. mesh: what the model is spread over; that of the reference unless given.
-    Errors: `ConfigError` where there are no pictures to compare with.
+    reference: an experiment whose `data` has images; the run's own unless given. solver: another than that of the
+    family. mesh: for the model; that of the reference unless given.
+    Errors: `ConfigError` where there are no images to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
     kind = open_artifact(folder).artifact.config
@@ -55,9 +55,7 @@ def evaluate_folder(
     if reference is None:
         reference = config.load(folder)
         if not isinstance(reference, Experiment):
-            raise ConfigError(
-                f"{folder} is a released model: name a config with pictures to compare with: --data CONFIG"
-            )
+            raise ConfigError(f"{folder} is a released model: name a config with images to compare with: --data CONFIG")
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
     if kind.capabilities.codec:
@@ -85,7 +83,7 @@ def space_of(name: str) -> FeatureNetwork:
 def records_of(experiment: Experiment, split: str, most: int, captions: bool = False) -> list[Record]:
     """Evenly spaced records of a split, with images; none where there is no such split. captions: with captions too.
 
-    Records that cannot be used are replaced by the next that can, named and counted. Errors: `ConfigError` for data
+    Unusable records are replaced by the next usable ones, named and counted. Errors: `ConfigError` for data
     without images, `DataError` where too many records are broken.
     """
     try:
@@ -129,7 +127,7 @@ def evaluate_codec(
     count: int,
     size: int,
 ) -> Report:
-    """Reconstruction of held-out pictures, and how much of the codebook they use."""
+    """Reconstruction of held-out images, and how much of the codebook they use."""
     codec, model = as_codec(artifact.config), jax.device_put(artifact.model, jax.local_devices()[0])
     records = records_of(reference, "test", count) or records_of(reference, "val", count)
     if not records:
@@ -154,15 +152,15 @@ def evaluate_codec(
     captions = [title(r) for r in records]
     sheet = pictures.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
     pictures.save_png(sheet, out / "samples.png")
-    return Report(f"{type(codec).__name__}: reconstruction", numbers, {"pictures": len(real), "step": artifact.step})
+    return Report(f"{type(codec).__name__}: reconstruction", numbers, {"images": len(real), "step": artifact.step})
 
 
 def prompts_of(records: Sequence[Record], family: Family) -> list[str]:
-    """What to ask a model for: the class number where it reads those, else a wording that no training caption has,
-    where the data set keeps one, else the first caption. Errors: `ConfigError` for classes that no record tells."""
+    """The prompt of a record: the class number where it reads those, else a wording that no training caption has,
+    where the data set keeps one, else the first caption. Errors: `ConfigError` for classes without labels."""
     if reads_classes(family):
         if any("label" not in r for r in records):
-            raise ConfigError("this model is asked by class numbers, and the data has none: no record has a 'label'")
+            raise ConfigError("prompts of this model are class numbers, and the data has none: no record has a 'label'")
         return [str(int(r["label"])) for r in records]
     return [r.get("unseen_caption") or title(r) for r in records]
 
@@ -179,8 +177,8 @@ def evaluate_family(
     options: Any,
     judge: bool,
 ) -> Report:
-    """Pictures for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
-    for the classes of training pictures."""
+    """Images for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
+    for the classes of training images."""
     captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition_spec())
     train = records_of(reference, "train", 2000, judge)
     known = records_of(reference, "train", count, captions or judge)
@@ -207,8 +205,8 @@ def evaluate_family(
         with bar() as progress:
             task = progress.add_task(f"sampling: {name}", total=len(prompts))
             began = time.perf_counter()
-            told = lambda done, _, task=task, progress=progress: progress.update(task, completed=done)
-            made = pipeline.sample(prompts, seeds, options, size, told)
+            on_progress = lambda done, _, task=task, progress=progress: progress.update(task, completed=done)
+            made = pipeline.sample(prompts, seeds, options, size, on_progress)
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
@@ -221,19 +219,19 @@ def evaluate_family(
     facts = {
         "step": artifact.step,
         "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
-        "pictures": {name: len(records) for name, records in sets.items()},
+        "images": {name: len(records) for name, records in sets.items()},
         "options": plain_options(options),
         **({"solver": classifier_guided(family).solver} if family.capabilities.classifier_guidance else {}),
-        "pictures per second": round(drawn / seconds, 2),
+        "images per second": round(drawn / seconds, 2),
         "device": jax.devices()[0].device_kind,
     }
-    return Report(f"{type(pipeline.family).__name__}: pictures for captions", numbers, facts)
+    return Report(f"{type(pipeline.family).__name__}: images for captions", numbers, facts)
 
 
 def bits_per_token(
     pipeline: Pipeline, records: Sequence[Record], prompts: Sequence[str], size: int
 ) -> dict[str, Number]:
-    """Bits per token of the real pictures' codes for their prompts, where the family can tell them."""
+    """Bits per token of the real images' codes for their prompts, where the family has a likelihood."""
     codec, code = pipeline.codec, pipeline.family.sample_spec().code
     if codec is None or not code.is_discrete or not pipeline.family.capabilities.likelihood:
         return {}
