@@ -1,8 +1,8 @@
-"""`t2i bench sample|train|codec|data|plan`: speeds beside the limits of this machine, measured in the same run;
-`t2i bench check`: speeds of an accelerator beside goals; `t2i bench solvers`: how near solvers come to a known law.
+"""`t2i bench sample|train|codec|data|plan`: speeds and the limits of this machine, measured in the same run;
+`t2i bench check`: speeds of an accelerator against goals; `t2i bench solvers`: errors of solvers on a known law.
 
-Speeds and limits are measured in turns, so that whatever else the machine does slows down both, and a share of a limit
-means the same on a busy machine. Everything but `data` runs on random weights.
+Speeds and limits are measured alternately, so that other load slows down both, and a share of a limit means the same on
+a busy machine. Everything but `data` runs on random weights.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import importlib
 KINDS = {
     "sample": "drawing by the sampler of a config or run, or decoding a shape token by token",
     "train": "the train step of a config",
-    "codec": "encoding and decoding pictures by the codec of a config",
-    "data": "making batches from picture files and from codes, beside what chips take",
-    "check": "kernels, a train step and decoding on this accelerator, each beside its goal",
-    "plan": "what a plan counts for a step, beside the step",
+    "codec": "encoding and decoding images by the codec of a config",
+    "data": "making batches from image files and from codes, against what chips consume",
+    "check": "kernels, a train step and decoding on this accelerator, each against its goal",
+    "plan": "what a plan counts for a step, against the measured step",
     "solvers": "errors of the solvers of Gaussian diffusion, where the best network is known",
 }
 

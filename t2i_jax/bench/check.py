@@ -1,7 +1,7 @@
-"""Whether an accelerator does what it should: kernels beside attention written out, a train step, decoding, with goals.
+"""Checks of an accelerator: kernels against reference attention, a train step and decoding, with goals.
 
 The limits are those of data sheets (`flops.PEAKS`, `plan.chips`). Decoding is bound by memory (weights once a token,
-and the cache of all that was seen) or by products, whichever takes longer: the result says which, and both in seconds.
+and the cache of all tokens so far) or by products, whichever takes longer: the result says which, and both in seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from t2i_jax.training.optimizer import Optimizer
 
 GOALS = {"kernel": 0.01, "train": 0.55, "decode": 0.50, "decode alone": 0.60}
 """The largest error of a kernel, of the largest number; the MFU of a train step; shares of the limit that binds in
-decoding, and of the bandwidth where one picture is drawn alone."""
+decoding, and of the bandwidth where one image is drawn alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +60,19 @@ TINY = Sizing("1M", (2, 2), 16, (8, 3), ((2, 1, 16),), 130, "float32")
 
 
 def rules(places: int) -> dict[str, MaskSpec | None]:
-    """Every mask that kernels are told in words, of two rows, the second of which begins with padding."""
+    """Every structured mask that kernels take, of two rows, the second of which begins with padding."""
     valid = jnp.arange(places) >= jnp.array([[0], [5]])
     return {
         "all": None,
         "causal": Causal(),
         "causal, padding before": Causal(valid, 8),
-        "causal, both ways at first": Causal(None, 3, 3),
+        "causal, bidirectional prefix": Causal(None, 3, 3),
         "padding": Padding(valid),
     }
 
 
 def kernel_error(kind: Kind, rule: MaskSpec | None, heads: tuple[int, int, int], places: int) -> float:
-    """The largest difference of a kernel in bfloat16 from attention written out in fp32, in its outputs and in the
+    """The largest difference of a kernel in bfloat16 from reference attention in fp32, in its outputs and in the
     gradients of their squares, over the largest number of each. Places that are padding do not count."""
     n, m, h = heads
     drawn = lambda i, heads: jax.random.normal(jax.random.key(i), (2, places, heads, h)).astype(jnp.bfloat16)
@@ -143,7 +143,7 @@ def of_decode(batch: int) -> str:
 
 
 def decode_check(sizing: Sizing, batch: int, repeats: int, chip: Chip | None) -> Result:
-    """The share that decoding reaches of the limit that binds; of one picture alone the share of the bandwidth."""
+    """The share that decoding reaches of the limit that binds; of one image alone the share of the bandwidth."""
     model = AR.sized(
         sizing.model,
         vocabulary=sizing.vocabulary,
@@ -170,8 +170,8 @@ def share(figure: float | None, goal: float, of: str) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class CheckBench(Checked):
-    """Whether this accelerator does what it should: every kernel beside attention written out, the train step of a
-    next-token model of 0.8B, and its decoding, each with its goal.
+    """Check this accelerator: every kernel against reference attention, the train step of a next-token model of 0.8B,
+    and its decoding, each with its goal.
 
     Example: t2i bench check --out check.json
     """
@@ -179,11 +179,11 @@ class CheckBench(Checked):
     tiny: bool = False
     """a small model and few places, to try the command itself; of a chip without a data sheet nothing is claimed"""
     batches: Sizes = (1, 8, 64, 256)
-    """pictures that are drawn at once"""
+    """images that are drawn at once"""
     train_batch: Size = 128
     """of the train step; halved where the memory is too small"""
     seconds: Positive = 420.0
-    """after so many nothing new is begun; what is left over is told and not passed"""
+    """after so many no check is started; those left over are reported and not passed"""
     repeats: Size = 3
     out: Path | None = None
     """write the results as JSON, anew after each of them"""
@@ -211,7 +211,7 @@ def main(arguments: list[str]) -> None:
             break
         try:
             found = check()
-        except Exception as error:  # the other checks are of use, whatever this one met
+        except Exception as error:  # an error of one check does not stop the others
             found = failed(" ".join(str(error).split())[:300])
         results[i] = found | about[i] | {"took": time.perf_counter() - start}
         if args.out:

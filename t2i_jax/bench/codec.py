@@ -1,4 +1,4 @@
-"""Encoding and decoding pictures by the codec of a config, beside the FLOP/s of a matrix product."""
+"""Encoding and decoding images by the codec of a config, against the FLOP/s of a matrix product."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from t2i_jax.core.types import Codec, as_codec
 
 
 def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
-    """Pictures of `size` a second through `codec.encode` and `codec.decode`, random weights; limits in turns.
+    """Images of `size` a second through `codec.encode` and `codec.decode`, random weights; limits measured alternately.
 
-    Returns a result for each way: images/s, seconds, FLOPs of a picture, FLOP/s, and `of_limit`, their share of those
+    Returns a result for each way: images/s, seconds, FLOPs of an image, FLOP/s, and `of_limit`, their share of those
     of a matrix product; with `eager` also the seconds of the same network in eager PyTorch on a CPU. Errors:
     `ConfigError` for `eager` of a codec that is not among those of `bench.eager`.
     """
@@ -77,7 +77,7 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
 
 @dataclasses.dataclass(frozen=True)
 class CodecBench(Checked):
-    """Pictures a second through the codec that a config trains, or that it reads its codes from.
+    """Images a second through the codec that a config trains, or that it reads its codes from.
 
     Fields of the config can be set as for `train`. Example: t2i bench codec configs/quickstart_codec.py --batch 8
     """
@@ -112,5 +112,5 @@ def main(arguments: list[str]) -> None:
     results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats, args.eager)
     title = f"{args.config}: {type(codec).__name__}, {results[0]['parameters'] / 1e6:.1f} M parameters"
     size = experiment.data.image_size
-    shown = table(f"{title}, {args.batch} pictures of {size} x {size}, {jax.devices()[0].device_kind}", results, ROWS)
+    shown = table(f"{title}, {args.batch} images of {size} x {size}, {jax.devices()[0].device_kind}", results, ROWS)
     print_results("codec", [{"config": str(args.config)} | r for r in results], shown, args.out)

@@ -1,7 +1,7 @@
-"""Making batches: pictures decoded and cropped, and records of codes read, beside what does that at best here.
+"""Making batches: images decoded and cropped, and records of codes read, against the limits here.
 
-The limits are of one thread: a picture's file decoded by pillow and nothing else, and a record's bytes read by
-ArrayRecord and nothing else. The need is what chips take that train at half of their peak.
+The limits are of one thread: an image's file decoded by pillow and nothing else, and a record's bytes read by
+ArrayRecord and nothing else. The demand is that of chips that train at half of their peak.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MFU = 0.5
 
 
 def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
-    """Pictures size x size of soft shapes with some grain, each with a caption; returns their bytes a picture.
+    """Images size x size of soft shapes with some grain, each with a caption; returns their bytes an image.
 
     They compress about as photographs do: neither flat colour nor noise.
     """
@@ -49,7 +49,7 @@ def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
         picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
         file = folder / f"{i:05d}.{suffix}"
         picture.save(file, quality=90) if suffix == "jpg" else picture.save(file)
-        file.with_suffix(".txt").write_text(f"picture {i}\n")
+        file.with_suffix(".txt").write_text(f"image {i}\n")
         total += file.stat().st_size
     return total // count
 
@@ -66,7 +66,7 @@ def rate(batches: Iterator[Any], size: int, wanted: int) -> float:
 
 
 def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers: int, repeats: int) -> Result:
-    """Pictures of `side` from files to crops of `image_size`: examples/s, and decodes/s of pillow alone."""
+    """Images of `side` from files to crops of `image_size`: examples/s, and decodes/s of pillow alone."""
     with tempfile.TemporaryDirectory() as name:
         size = draw_pictures(Path(name), suffix, count, side)
         files = [f.read_bytes() for f in sorted(Path(name).glob(f"*.{suffix}"))]
@@ -95,7 +95,7 @@ def bench_codes(grid: int, features: tuple[int, int], count: int, workers: int, 
         fields["features"] = rng.standard_normal((1, *features), np.float32).astype(np.float16)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "codes")
-        write_records(folder, ({**fields, "captions": [f"picture {i}"], "key": str(i)} for i in range(count)))
+        write_records(folder, ({**fields, "captions": [f"image {i}"], "key": str(i)} for i in range(count)))
         files = [str(f) for f in folder.glob("*.arrayrecord")]
         size = sum(Path(f).stat().st_size for f in files) // count
         raw = ArrayRecordDataSource(files)
@@ -142,13 +142,13 @@ def need(size: str, chip: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class DataBench(Checked):
-    """Examples a second from picture files and from codes, beside what chips take. Everything is made for the run.
+    """Examples a second from image files and from codes, against what chips consume. All data are made for the run.
 
     Example: t2i bench data --workers 2 --out data.json
     """
 
     side: Annotated[int, Range(1, 8192)] = 512
-    """of the pictures in the files"""
+    """of the images in the files"""
     image_size: Annotated[int, Range(1, 8192)] = 256
     """of the crops"""
     pictures: Size = 128

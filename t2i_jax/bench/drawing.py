@@ -1,7 +1,7 @@
-"""Drawing codes by any family, random weights, beside the FLOP/s of a matrix product; and what of it is the head's.
+"""Sampling codes by any family, random weights, against the FLOP/s of a matrix product; and the head's share.
 
-A head's share is what is missing when the same loop, with the same steps and network, is run with a head that draws for
-nothing: a difference of two programs that run in turns. Its FLOPs are counted in the same way.
+A head's share is the time saved when the same loop, with the same steps and network, runs with a head that samples at
+no cost: a difference of two programs that run alternately. Its FLOPs are counted in the same way.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray]:
-    """What the family is asked for in `batch` pictures, at random; features of text as if computed before."""
+    """What the family is asked for in `batch` images, at random; features of text as if computed before."""
     family = as_family(experiment.model)
     experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, batch_size=batch))
     shapes = batch_shapes(experiment)
@@ -66,7 +66,7 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class FreeHead:
-    """A head with the parameters of another one that samples for nothing, from all of what it is told."""
+    """A head with the parameters of another one that samples at no cost, from all of its inputs."""
 
     head: TokenHead
 
@@ -96,24 +96,24 @@ class FreeHead:
         self, module: nnx.Module, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
         """Codes that depend on the whole of z, and a score where the other head has one."""
-        told = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
+        mean = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
         shape = self.code.shape
-        drawn = jnp.broadcast_to(told.reshape(*told.shape, *(1 for _ in shape)), (*told.shape, *shape))
+        drawn = jnp.broadcast_to(mean.reshape(*mean.shape, *(1 for _ in shape)), (*mean.shape, *shape))
         drawn = (drawn > 0).astype(jnp.int32) if self.code.is_discrete else drawn
-        return drawn, told if self.knows_probability else None
+        return drawn, mean if self.knows_probability else None
 
 
 def without_head(family: Any) -> Family:
-    """A family that has a head, with one that samples for nothing."""
+    """A family with its head replaced by a `FreeHead`."""
     return dataclasses.replace(family, head=FreeHead(family.head))
 
 
 def bench_drawing(
     experiment: Experiment, batch: int, guided: bool = True, repeats: int = 3, eager: bool = False
 ) -> Result:
-    """Speed of a family's sampler with its own options and random weights; limits and drawing measured in turns.
+    """Speed of a family's sampler with its own options and random weights; limits and sampling measured alternately.
 
-    Codes, latents or pictures come out; text encoders and codecs are not part of it. Returns seconds and their spread,
+    Codes, latents or images come out; text encoders and codecs are not part of it. Returns seconds and their spread,
     images/s, FLOPs of an image and FLOP/s, `of_limit`, their share of those of a matrix product in the model's dtype;
     for a family with a head `head_time` and `head_flops`, its shares of time and FLOPs, the network having the others;
     with `eager` also the seconds of the same network and steps in eager PyTorch on a CPU. Errors: `ConfigError` for
@@ -163,10 +163,10 @@ def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], optio
 
     with refused("--eager"):
         theirs = Denoiser(family, model)
-    told, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
-    untold = null if both else None
+    known, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
+    unconditional = null if both else None
     noise = jax.random.normal(jax.random.key(0), (b, *family.sample_spec().shape))
-    return lambda: seconds(lambda: theirs.sample(told, untold, options, noise))
+    return lambda: seconds(lambda: theirs.sample(known, unconditional, options, noise))
 
 
 ROWS: dict[str, Callable[[Result], str]] = {

@@ -1,4 +1,4 @@
-"""Times, limits, and how results are told."""
+"""Times, limits, and tables of results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Measure = Callable[[], float]
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call, until its arrays are there."""
+    """Wall time of one call, until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -59,7 +59,7 @@ def limits(dtype: str = "float32", size: int = 0) -> dict[str, Measure]:
 
 
 def interleaved(measures: Mapping[str, Measure], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians of `repeats` calls of each measure, taken in turns, and their spreads (largest - smallest) / median."""
+    """Medians of `repeats` alternating calls of each measure, and their spreads (largest - smallest) / median."""
     taken: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(repeats):
         for name, measure in measures.items():
@@ -103,7 +103,7 @@ def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Re
 def read_arguments(kind: type, arguments: list[str], prog: str, some: bool = False) -> tuple[Any, list[str]]:
     """The arguments of a benchmark; and the rest, fields of a config, if it takes `some`.
 
-    Errors: `ConfigError`, also where a file that no command has made is in the place of the results.
+    Errors: `ConfigError`, also for a results file that no command has written.
     """
     args, rest = config.parse(kind, arguments, prog, return_unknown_args=True)
     if rest and not some:
@@ -114,7 +114,7 @@ def read_arguments(kind: type, arguments: list[str], prog: str, some: bool = Fal
 
 
 def print_results(what: str, results: Sequence[Result], shown: Table, out: Path | None) -> None:
-    """Print the table; write the results as JSON with what machine they are from. The first process alone does."""
+    """Print the table; write the results as JSON with a description of the machine. Only the first process does."""
     if jax.process_index():
         return
     stdout().print(shown)
@@ -124,7 +124,7 @@ def print_results(what: str, results: Sequence[Result], shown: Table, out: Path 
 
 
 def write(what: str, results: Sequence[Result], out: Path) -> None:
-    """The results as JSON, with what machine they are from."""
+    """The results as JSON, with a description of the machine."""
     device = jax.devices()[0]
     machine = {"device": device.device_kind, "devices": jax.device_count(), "host": platform.machine()}
     write_json(out, {"what": what, "machine": machine, "jax": jax.__version__, "results": list(results)})

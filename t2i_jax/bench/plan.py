@@ -1,4 +1,4 @@
-"""What a plan counts for the train step of a config, at the limits measured here, beside the step itself."""
+"""What a plan counts for the train step of a config, at the limits measured here, against the step itself."""
 
 from __future__ import annotations
 

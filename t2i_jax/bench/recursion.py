@@ -1,6 +1,6 @@
-"""What solvers make of Gaussian pictures, in float64 NumPy: the papers' formulas with nothing of `sampling.solvers`.
+"""Results of solvers on Gaussian images, in float64 NumPy: the papers' formulas, without `sampling.solvers`.
 
-The best denoiser of pictures N(mean, std^2) is linear in x, so the x of every stop is linear in the normal numbers it
+The best denoiser of images N(mean, std^2) is linear in x, so the x of every stop is linear in the normal numbers it
 was made of. It is kept as its coefficients: of 1, of the noise that the sampler starts from, and of the noise of each
 step. Mean and standard deviation follow without drawing anything.
 """
@@ -34,7 +34,7 @@ def gaussian(alpha: Array, sigma: Array, mean: float, std: float) -> Callable[[A
 
 
 def recursion(solver: str, eta: float, alpha: Array, sigma: Array, mean: float, std: float) -> tuple[float, float]:
-    """Mean and standard deviation that a solver draws of pictures N(mean, std^2), from N(0, 1) at the first stop.
+    """Mean and standard deviation that a solver draws of images N(mean, std^2), from N(0, 1) at the first stop.
 
     alpha, sigma: float64 (n + 1,) of the stops, the last 1 and 0. eta: where the solver has one. Solvers are those of
     `sampling.solvers.SOLVERS`, fixed_large for ddpm. Errors: KeyError for another.
@@ -49,7 +49,7 @@ def recursion(solver: str, eta: float, alpha: Array, sigma: Array, mean: float, 
     return law(x)
 
 
-# -- one step: coefficients of the next x, with that of the step's own noise behind them
+# -- one step: coefficients of the next x, that of the step's own noise last
 
 
 def _ddpm(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:

@@ -1,9 +1,9 @@
-"""Decoding images from random weights beside the bound of a memory-bound decoder,
+"""Decoding images from random weights, against the bound of a memory-bound decoder,
 
     T = sum over tokens of max(2 N R / F, W / B) + cache bytes / B,
 
 N the matrix parameters, R the rows (2 an image with guidance), W the bytes of the weights, F FLOP/s, B bytes/s. Of a
-config or a run, of whatever family, the sampler is measured beside the FLOP limit instead: see `bench.drawing`.
+config or a run, of whatever family, the sampler is measured against the FLOP limit instead: see `bench.drawing`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def bench_sample(
     top_p: float = 1.0,
     eager: bool = False,
 ) -> Result:
-    """Decoding speed of `config` with random weights beside its bound; limits and decoding measured in turns.
+    """Decoding speed of `config` with random weights, and its bound; limits and decoding measured alternately.
 
     Returns seconds and their spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
     `of_bound`, the share of the bound that is reached, from the medians; with `eager` also the seconds of the same
@@ -99,7 +99,7 @@ def bench_sample(
         with refused("--eager"):
             theirs = Decoder(config, model)
         others["eager"] = lambda: seconds(lambda: theirs.sample(labels, options, guided))
-        others["eager"]()  # its caches are warm too
+        others["eager"]()  # with warm caches, as the others
     model = jax.jit(int8_weights)(model) if int8 else model
 
     def decode() -> Array:
@@ -127,7 +127,7 @@ def bench_sample(
 
 @dataclasses.dataclass(frozen=True)
 class SampleBench(Checked):
-    """Draw images with random weights, beside what this machine could do.
+    """Draw images with random weights, against the limits of this machine.
 
     Of a config, a run or a released model the sampler runs with its own options; fields of the config can be set as for
     `train`. Examples: t2i bench sample configs/glyphs_mar.py --batch 4 --model.sampling.iterations 32, and

@@ -1,4 +1,4 @@
-"""Solvers on Gaussian pictures, whose best denoiser is known: agreement with an independent recursion in float64, error
+"""Solvers on Gaussian images, whose best denoiser is known: agreement with an independent recursion in float64, error
 against the true law, order of convergence, what the spacing of the stops changes, and inpainting."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, float]] = {
     "dpm++sde": ("dpm++sde", 0.0),
     "unipc": ("unipc", 0.0),
 }
-"""Solvers with the eta they are asked for."""
+"""Solvers, each with its eta."""
 STEPS = (1, 4, 8, 20, 25, 50, 100, 200)
 
 
@@ -56,7 +56,7 @@ def coefficients(
     start: Array,
     x: Array,
 ) -> Array:
-    """What a solver makes of x (size,) at stop `start`, for pictures N(mean, std^2): coefficients (size,) of 1, of the
+    """What a solver makes of x (size,) at stop `start`, for images N(mean, std^2): coefficients (size,) of 1, of the
     noise at the start, and of that of each step. The solver sees them as a batch, on which it is linear."""
     one = jax.nn.one_hot(0, size)[:, None]
 
@@ -164,21 +164,21 @@ def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> t
 
 @dataclasses.dataclass(frozen=True)
 class SolverBench(Checked):
-    """What every solver makes of pictures N(mean, std^2), along every process, with the best possible network.
+    """What every solver makes of images N(mean, std^2), along every process, with the best possible network.
 
     Example: t2i bench solvers --steps 10 20 50 --std 0.3
     """
 
     steps: Annotated[tuple[int, ...], Range(1, min(p.max_steps for p in PROCESSES.values()))] = STEPS
     std: Annotated[tuple[float, ...], Range(1e-6, 1e6)] = (0.5, 0.1)
-    """standard deviations of the pictures; what solvers get wrong is the narrow ones"""
+    """standard deviations of the images; what solvers get wrong is the narrow ones"""
     mean: Annotated[float, Range(-1e6, 1e6)] = 0.6
     out: File | None = None
-    """write the page as Markdown, and a plot beside it"""
+    """write the page as Markdown, and a plot of the same name"""
 
 
 ABOUT = """
-For pictures N(mean, std^2) the best network is known and every solver is linear, so mean and standard deviation of what
+For images N(mean, std^2) the best network is known and every solver is linear, so mean and standard deviation of what
 it draws are computed and not estimated. (EDM's are in units of its `data`.) Cells are the standard deviation over the
 true one, and the error of the mean in units of it. *off* is the largest difference, in these units, of any cell of the
 row from a recursion in float64 NumPy, written from the papers, over the same stops: the errors shown are those of the
@@ -195,7 +195,7 @@ DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
     args, _ = read_arguments(SolverBench, arguments, "t2i bench solvers")
-    if args.out and not is_ours(args.out):  # else the plot beside it is ours too
+    if args.out and not is_ours(args.out):  # else the plot is ours too
         check_free(args.out.with_suffix(".png"))
     given = values(args)
     options = "".join(
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
         if f.name != "out" and given[f.name] != f.default
     )
     lines = [
-        "# Solvers on Gaussian pictures",
+        "# Solvers on Gaussian images",
         "",
         f"Made by `t2i bench solvers{options} --out {args.out or 'FILE.md'}`.",
     ]

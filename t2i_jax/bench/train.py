@@ -1,4 +1,4 @@
-"""The train step of a config on random batches, beside the FLOP/s of a matrix product and the peak of the chip."""
+"""The train step of a config on random batches, against the FLOP/s of a matrix product and the peak of the chip."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def on_mesh(experiment: Experiment, shapes: Batch, mesh: Mesh) -> dict[str, jax.
 def bench_train(
     experiment: Experiment, shapes: Batch, repeats: int = 5, name: str = "step", eager: bool = False
 ) -> Result:
-    """Seconds of a step beside the limits; the step donates its state, so every call is the next step.
+    """Seconds of a step, and the limits; the step donates its state, so every call is the next step.
 
     Returns images/s, the step's model FLOPs and FLOP/s (three times the forward pass, no recomputation), `of_limit`,
     their share of the FLOP/s of a matrix product in the model's dtype on all devices, `mfu` where the chip's peak is
@@ -139,7 +139,7 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
 class TrainBench(Checked):
     """The train step of a config, on random batches of the shapes that it reads: how fast it is without its data.
 
-    Of several processes (launchers start it as they start `train`) the first one tells what they did together.
+    Of several processes (launchers start it as they start `train`) the first one reports the result of all.
     Fields of the config can be set as for `train`. Example: t2i bench train configs/quickstart.py --encoded
     """
 

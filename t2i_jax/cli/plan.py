@@ -18,7 +18,7 @@ from t2i_jax.core.outputs import check_free
 
 @dataclasses.dataclass(frozen=True)
 class PlanArguments(Checked):
-    """What a run will need, before it is paid for: memory, FLOPs, traffic, collectives, time and MFU of every chip.
+    """The needs of a run, before it is started: memory, FLOPs, traffic, collectives, time and MFU of every chip.
 
     For TPUs (v5e, v5p, v6e, tpu7x) the real train step is compiled by the real compiler, on any Linux machine; for GPUs
     (h100, h200, b200, gb200) it is counted. Fields of the config can be set as for `train`.
@@ -33,7 +33,7 @@ class PlanArguments(Checked):
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest; the config's own unless given"""
     sample: bool = False
-    """plan the sampler too, for a batch of `data.batch_size` pictures (TPUs)"""
+    """plan the sampler too, for a batch of `data.batch_size` images (TPUs)"""
     sweep: bool = False
     """try meshes, remat policies and batch sizes, and rank what fits"""
     batch_sizes: Sizes = ()
@@ -46,7 +46,7 @@ class PlanArguments(Checked):
     estimate: bool = False
     """count for TPUs too and compile nothing: seconds in place of minutes"""
     images: Positive = 1e9
-    """pictures to be seen in training"""
+    """images to be seen in training"""
     inputs: tuple[str, ...] = ()
     """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""
     encoded: bool = False
@@ -56,7 +56,7 @@ class PlanArguments(Checked):
 
 
 def run(arguments: list[str]) -> None:
-    # The compiler is asked for chips that are not here; what is here stays free for others.
+    # The compiler needs no chips; those of this machine stay free for others.
     jax.config.update("jax_platforms", "cpu")
 
     args, rest = parse_some(PlanArguments, arguments, "t2i plan")
@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> None:
         images=args.images,
         inputs=args.inputs,
         encoded=args.encoded,
-        told=lambda message: console.print(message, style="dim", soft_wrap=True),
+        on_progress=lambda message: console.print(message, style="dim", soft_wrap=True),
     )
     shown = stdout(140)
     if args.sweep:

@@ -1,7 +1,7 @@
-"""What a run will need before it is paid for: `t2i plan CONFIG --topology v5p:4x4x4`.
+"""The needs of a run, before it is started: `t2i plan CONFIG --topology v5p:4x4x4`.
 
-For TPUs the real train step is compiled by the real compiler for chips that are not there (`compiled`); for GPUs, and
-to choose what a sweep compiles, the same step is counted (`estimate`). The report says which figure is whose.
+For TPUs the real train step is compiled by the real compiler, without chips (`compiled`); for GPUs, and to choose what
+a sweep compiles, the same step is counted (`estimate`). The report says which figure comes from which.
 """
 
 from t2i_jax.plan.chips import CHIPS, Topology

@@ -1,4 +1,4 @@
-"""What chips can do, from their makers' data sheets, and how they are joined."""
+"""Chips, from their makers' data sheets, and topologies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Chip:
 
     name: str
     kind: str
-    """how JAX calls it; the bf16 peak stands under this name in `flops.PEAKS`"""
+    """JAX's name for it, the key of its bf16 peak in `flops.PEAKS`"""
     memory: float
     bandwidth: float
     """of the memory"""
@@ -54,32 +54,32 @@ CHIPS = {
         Chip("h100", "NVIDIA H100", 80e9, 3.35e12, 450e9, network=50e9),
         Chip("h200", "NVIDIA H200", 141e9, 4.8e12, 450e9, network=50e9),
         Chip("b200", "NVIDIA B200", 180e9, 7.7e12, 900e9, network=50e9),
-        # GB200 NVL72: 13.4 TB, 576 TB/s and 130 TB/s of NVLink, both ways, of 72 that reach each other by it.
+        # GB200 NVL72: 13.4 TB, 576 TB/s and 130 TB/s of NVLink, both ways, of 72 chips that it joins.
         Chip("gb200", "NVIDIA GB200", 186e9, 8e12, 900e9, network=50e9, node=72),
     )
 }
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip that JAX calls so, or None for one that is not in the table."""
+    """The chip of JAX's name, or None for one that is not in the table."""
     return next((chip for chip in CHIPS.values() if kind.startswith(chip.kind)), None)
 
 
-# What a well written program reaches of a peak; the plan's one set of guesses.
+# The share of a peak that a well written program reaches; the only guesses of a plan.
 REACHED = {"flops": 0.80, "memory": 0.85, "network": 0.80}
 BACKWARD = 2 / 3
-"""Of a step's work the part behind which sums of gradients over slices can hide: the backward pass."""
+"""The share of a step's work that can overlap gradient sums over slices: the backward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind: `v5p:4x4x4` is a torus, `v5e:16x16*2` are two slices, `h100:64` are nodes of eight."""
+    """Chips of one kind: `v5p:4x4x4` is a torus, `v5e:16x16*2` are two slices, `h100:64` are nodes of eight."""
 
     chip: Chip
     shape: tuple[int, ...]
     """of one slice"""
     slices: int = 1
-    """that a network joins which is slower than that of their torus"""
+    """joined by a network slower than the torus"""
 
     @classmethod
     def read(cls, text: str) -> Topology:
@@ -106,7 +106,7 @@ class Topology:
         return cls(chip, shape).repeated(int(slices))
 
     def repeated(self, slices: int) -> Topology:
-        """So many slices of this one. Errors: `ConfigError` for GPUs, and where there are several already."""
+        """`slices` slices like this one. Errors: `ConfigError` for GPUs, and where there are several already."""
         if slices > 1 and not self.compiled:
             raise ConfigError(f"{self}: GPUs are in no slices; ask for {self.chip.name}:{slices * self.size}")
         if slices > 1 and self.slices > 1:
@@ -125,13 +125,13 @@ class Topology:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of a plan for it has to know."""
+        """Notes for the reader of a plan."""
         n = self.chip.devices
         return (f"a chip is {n} devices to JAX, and figures are those of one device",) if n > 1 else ()
 
     @property
     def slice_name(self) -> str:
-        """One slice, as the compiler calls it."""
+        """The compiler's name for one slice."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def __str__(self) -> str:

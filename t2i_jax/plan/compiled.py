@@ -1,4 +1,4 @@
-"""What a step needs by the word of the TPU compiler, for a topology that is not there."""
+"""What a step needs according to the TPU compiler, for a topology without its hardware."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     made = abstract_setup(experiment, batch, mesh)
     lowered = made.lower_sample() if sample else made.lower()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # Of a program for chips that are not there the cache gives nothing back.
+        # The compilation cache cannot return programs for absent chips.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         try:
             compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -78,11 +78,11 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         seconds = c.times * WIRE[c.kind](c.size, max(c.group, 1)) / topology.wire(coordinates, c.group)
         network += seconds
         exposed += 0.0 if c.asynchronous else seconds
-    # Each instruction takes as long as the slower of its products and its traffic. Copies and collectives that the
-    # compiler made asynchronous hide behind all of them, as far as memory and network allow; others stand in the way.
+    # Each instruction takes as long as the slower of its products and its traffic. Asynchronous copies and collectives
+    # overlap all of them, as far as memory and network allow; others add their time.
     flops, bandwidth = chip.flops * REACHED["flops"], chip.bandwidth * REACHED["memory"]
     work = max(sum(max(f / flops, b / bandwidth) for f, b in costs.operations), costs.bytes / bandwidth)
-    behind = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
+    overlapped = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.sampled() if sample else made.trainer.target
     notes = []
@@ -118,7 +118,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         memory_seconds=costs.bytes / chip.bandwidth,
         network_seconds=network,
         between_seconds=between,
-        step_seconds=work + exposed / REACHED["network"] + max(0.0, behind - work),
+        step_seconds=work + exposed / REACHED["network"] + max(0.0, overlapped - work),
         mfu=0.0,
         chips=mesh.size // chip.devices,
         peak_flops=chip.flops,

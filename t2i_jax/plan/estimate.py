@@ -1,4 +1,4 @@
-"""What a step needs on a mesh by arithmetic alone, without compiling: for GPUs, and to rank what a sweep compiles.
+"""What a step needs on a mesh by arithmetic alone, without compiling: for GPUs, and to rank the candidates of a sweep.
 
 Counted exactly: products of the traced step (`flops.count`, recomputation included) and the bytes of the state on a
 chip (from the shardings that training uses). Estimated: activations, from what the traced loops keep for the backward
@@ -28,7 +28,7 @@ from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
 
 BETWEEN = "all-reduce between slices"
-HIDDEN = "the network is taken to hide whole behind the products: MFU is an upper bound"
+HIDDEN = "the network is assumed to overlap the products completely: MFU is an upper bound"
 UNSCANNED = "its layers are not scanned: what they keep for the backward pass is not in the peak, which is larger"
 
 
@@ -48,7 +48,7 @@ class Traced:
     """bytes that products read and write, loops as often as they run, whole batch"""
 
     def times(self, factor: float) -> Traced:
-        """Of a batch that is `factor` times as large."""
+        """The step for a batch `factor` times as large."""
         scaled = (factor * x for x in (self.flops, self.model_flops, self.kept, self.largest, self.moved))
         return Traced(self.target, *scaled)
 
@@ -56,7 +56,7 @@ class Traced:
 def with_kernel(experiment: Experiment) -> Experiment:
     """The experiment with attention by a kernel where TPUs and GPUs would take one.
 
-    Splash attention stands in for all of them: the products are the same, and none writes the weights down.
+    Splash attention represents all of them: the products are the same, and none stores the attention weights.
     """
     model = experiment.model
     if model.compute.attention == "auto" and tokens_of(model) >= kernels.LONG:
@@ -95,7 +95,7 @@ def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
                 inner = [_kept(condition), _kept(body)]
             case jaxprs.Cond(branches):
                 inner = [max(map(_kept, branches))]
-            case jaxprs.Call(body, _, kernel) if not kernel:  # what is inside of a kernel never leaves the chip
+            case jaxprs.Call(body, _, kernel) if not kernel:  # values inside a kernel never leave the chip
                 inner = [_kept(body)]
         kept += sum(k for k, _ in inner)
         largest = max(largest, *(n for _, n in inner), 0.0)
@@ -103,7 +103,7 @@ def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
 
 
 def _moved(jaxpr: core.Jaxpr) -> float:
-    """Bytes of the operands and results of products; what lies between them is taken to be fused to them."""
+    """Bytes of the operands and results of products; operations between them are assumed to be fused."""
 
     def moved(e: Any) -> float:
         match jaxprs.read(e):
@@ -186,7 +186,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
     # Products with their operands and results, recomputed ones too; parameters on every chip; the state twice.
     traffic = traced.moved / n + 3 * whole * accumulate + 2 * state
     compute, memory = traced.flops / n / chip.flops, traffic / chip.bandwidth
-    # Products wait for no traffic of their own, but between them lies what is bound by it: so both are added.
+    # Products overlap their own traffic, but operations between them are bound by traffic: so both are added.
     apart = compute / REACHED["flops"] + memory / REACHED["memory"]
     return Plan(
         topology=str(topology),

@@ -4,7 +4,7 @@ XLA's own cost analysis counts the body of a loop once, however often it runs (s
 layers gives the same FLOPs). So the text is read here: the trip count of each `while` from its condition, and with it
 the FLOPs of every dot and convolution, the bytes that every top-level instruction moves to and from HBM (buffers in
 on-chip memory, `S(1)` in their layout, are left out; of an operand that is only sliced the slice counts), and every
-collective once per channel, though an asynchronous one stands in several fusions.
+collective once per channel, though an asynchronous one appears in several fusions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FREE = {
 
 
 def convolution_flops(i: Instruction, within: Computation) -> float:
-    """2 for each pair of numbers that a convolution multiplies; what falls on padding or on holes counts nothing.
+    """2 for each pair of numbers that a convolution multiplies; products with padding or holes do not count.
 
     The TPU compiler writes batched products as convolutions with holes, of which most of the window is empty.
     """
@@ -105,7 +105,7 @@ def traffic(i: Instruction, within: Computation, computations: dict[str, Computa
     if i.op in FREE or i.op.endswith("-done") or "AllocateBuffer" in i.text:
         return 0.0
     if i.op in ("async-start", "async-update") and i.attribute("calls") in computations:
-        return 0.0  # what it calls is counted where it stands; its own type names all of what may only be sliced
+        return 0.0  # the called computation is counted itself; the type here includes operands that are only sliced
     operands = [within[n] for n in i.operands if n in within]
     if i.op.removesuffix("-start") in SLICES:
         part = sum(width(t) * math.prod(s) for t, s, _ in i.arrays[1:2]) if i.op.endswith("-start") else i.size()

@@ -33,7 +33,7 @@ class Instruction:
 
     @property
     def arrays(self) -> list[tuple[str, tuple[int, ...], str]]:
-        """(dtype, shape, layout) of what it gives."""
+        """(dtype, shape, layout) of its result, or of each element."""
         return [
             (t, tuple(int(n) for n in s.split(",") if n), layout or "") for t, s, layout in _array.findall(self.type)
         ]
@@ -43,7 +43,7 @@ class Instruction:
         return self.arrays[0][1] if self.arrays else ()
 
     def size(self, hbm: bool = False) -> float:
-        """Bytes of what it gives, or the part of it that lies in HBM."""
+        """Bytes of its result, or of the part in HBM."""
         return sum(width(t) * math.prod(s) for t, s, layout in self.arrays if not (hbm and "S(" in layout))
 
     def attribute(self, name: str) -> str:
@@ -132,7 +132,7 @@ def called(computations: dict[str, Computation], i: Instruction, *attributes: st
 
 
 def _close(text: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)

@@ -1,4 +1,4 @@
-"""An experiment made ready without its devices, its data or its frozen parts: shapes in place of arrays."""
+"""An experiment set up without its devices, data and frozen parts: shapes in place of arrays."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def devices_of(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     tpu_compiler_alone()
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip: any number may run side by side
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip: any number may run at a time
     try:
         name, several = topology.slice_name, {"num_slices": topology.slices} if topology.slices > 1 else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices)
@@ -63,7 +63,7 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
 
 
 def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool = False) -> tuple[Batch, str]:
-    """The shapes of a global batch, and where they are from: as told, as the data are, or as the model wants them.
+    """The shapes of a global batch, and their origin: `inputs`, the data, or the model's spec.
 
     inputs: `NAME:DTYPE:SHAPE` of one example, as `codes:int32:16x16`, `label:int32:`. encoded: do not look at the data.
     """
@@ -129,7 +129,7 @@ class AbstractSetup:
 
     def sampled(self) -> Any:
         """The state whose model the sampler draws with: weights in the dtypes in which they are loaded. To be called
-        outside of a mesh of chips that are not there."""
+        outside of a mesh of absent chips."""
         target, dtypes = self.trainer.target, cast_dtypes(self.trainer.experiment.model)
         one = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
         cast = lambda k, v: v.replace(one(v.get_value(), dtypes[k])) if k in dtypes else v

@@ -19,12 +19,12 @@ class Plan:
     remat: str
     what: str
     method: str
-    """who says so: the compiler, or arithmetic"""
+    """origin of the figures: the compiler, or arithmetic"""
     capacity: float
     parameters: float
     optimizer: float
     state: float
-    """parameters, average, optimiser and what else is kept between steps"""
+    """parameters, average, optimiser and other state kept between steps"""
     temporaries: float
     peak: float
     flops: float
@@ -91,7 +91,7 @@ def span(seconds: float) -> str:
 
 
 def measured(plan: Plan) -> str:
-    """Who says what, in one line."""
+    """The origin of the figures, in one line."""
     if plan.compile_seconds:
         return (
             "From the compiler: memory. Read in the text of its program, loops counted as they run: FLOPs, bytes, "

@@ -44,7 +44,7 @@ def run(
     images: float = 0.0,
     inputs: Sequence[str] = (),
     encoded: bool = False,
-    told: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
     """The plans of an experiment: of its step (and its sampler), or of a sweep, best first.
 
@@ -58,16 +58,16 @@ def run(
         depth_of(experiment.model)
     batch, whence = batch_of(experiment, inputs, encoded)
     if sweeping:
-        plans = sweep(experiment, batch, topology, batch_sizes, 0 if counted else compiles, told, shallow)
+        plans = sweep(experiment, batch, topology, batch_sizes, 0 if counted else compiles, on_progress, shallow)
     elif counted or not topology.compiled:
-        told("counting the train step")
+        on_progress("counting the train step")
         plans = [estimate(experiment, trace(experiment, batch), topology, resolved(experiment.mesh, topology))]
     else:
         make = plan_by_shallow_copies if shallow else compile_plan
-        told("compiling the train step")
+        on_progress("compiling the train step")
         plans = [make(experiment, batch, topology)]
         if sample:
-            told("compiling the sampler")
+            on_progress("compiling the sampler")
             plans.append(make(experiment, batch, topology, sample=True))
     return [dataclasses.replace(p, data=whence).finished(images if p.what == "train step" else 0.0) for p in plans]
 

@@ -23,8 +23,8 @@ OnResult = Callable[[str], None]
 
 
 def meshes(chips: int, model: Trainable, slices: int = 1) -> Iterator[MeshConfig]:
-    """Meshes worth a look: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest, which
-    alone lies between slices."""
+    """Candidate meshes: tensor up to 8 where the heads can be divided, fsdp in powers of two, data the rest, which
+    alone is split over slices."""
     heads = size_of(model, "heads")
     for tensor in TENSOR:
         if chips % tensor or (tensor > 1 and (not heads or heads % tensor)):
@@ -57,10 +57,10 @@ def sweep(
     topology: Topology,
     sizes: Sequence[int] = (),
     compiles: int = 3,
-    told: OnResult = lambda _: None,
+    on_progress: OnResult = lambda _: None,
     shallow: bool = False,
 ) -> list[Plan]:
-    """Plans that fit, by images per second, those of the compiler first. `compiles`: how many it is asked for.
+    """Plans that fit, by images per second, compiled ones first. `compiles`: how many are compiled.
 
     sizes: batch sizes; the experiment's own, twice and four times it unless given. shallow: compile twins of the model.
     Errors: `ConfigError` if none fits.
@@ -68,7 +68,7 @@ def sweep(
     own = experiment.data.batch_size
     seen: list[tuple[Plan, Experiment, Batch]] = []
     for remat in policies(experiment.model):
-        told(f"counting the train step, remat '{remat}'")
+        on_progress(f"counting the train step, remat '{remat}'")
         first = trace(changed(experiment, remat, own), batch)  # all that is counted grows with the batch
         for size in sizes or (own, 2 * own, 4 * own):
             here, now = changed(experiment, remat, size), resized(batch, size)
@@ -83,16 +83,16 @@ def sweep(
     best: list[Plan] = []
     make = plan_by_shallow_copies if shallow else compile_plan
     if topology.compiled:
-        # Arithmetic is rough: what it puts a little above the memory is tried too.
+        # Arithmetic is rough: plans a little above the memory are tried too.
         near = turns([x for x in seen if x[0].peak < 1.3 * x[0].capacity])
         for plan, here, now in near[: 3 * compiles]:
             if len(best) == compiles:
                 break
-            told(f"compiling {plan.mesh}, remat '{plan.remat}', batch {plan.batch}")
+            on_progress(f"compiling {plan.mesh}, remat '{plan.remat}', batch {plan.batch}")
             try:
                 made = make(here, now, topology)
             except DoesNotFit:
-                told("it does not fit")
+                on_progress("it does not fit")
                 continue
             if made.fits:
                 best.append(made)

@@ -24,5 +24,5 @@ def pytorch() -> Any:
 
 
 def tensor(x: Any) -> Any:
-    """An array as a tensor of its own in fp32, its rows one behind the other."""
+    """An array as a contiguous fp32 tensor that owns its memory."""
     return pytorch().from_numpy(np.array(x, np.float32, order="C"))

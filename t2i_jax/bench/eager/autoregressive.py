@@ -105,7 +105,7 @@ class Decoder:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def _forward(self, x: Any, start: int = 0, caches: Any = None, mask: Any = None, dropout: float = 0.0) -> Any:
-        """Logits (r, t, v) behind the tokens x (r, t, d) from place `start` on, of which the caches hold those before.
+        """Logits (r, t, v) that follow the tokens x (r, t, d), from position `start` on; the caches hold earlier ones.
 
         Without caches x is the whole sequence, each of which sees those before it.
         """

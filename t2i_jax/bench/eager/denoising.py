@@ -63,19 +63,19 @@ class Denoiser:
 
         self.blocks = [block(i) for i in range(network.depth)]
 
-    def sample(self, told: Array, untold: Array | None, options: DiffusionSampler, noise: Array) -> Any:
-        """Pictures (b, c, i, j) from noise (b, i, j, c), a tensor; what the network knows of the condition (b, d), and
-        what it knows of none, or None without guidance."""
+    def sample(self, condition: Array, null: Array | None, options: DiffusionSampler, noise: Array) -> Any:
+        """Images (b, c, i, j) from noise (b, i, j, c), a tensor; the network's summary of the
+        condition (b, d), and of the null one, None without guidance."""
         torch = self.torch
         path = self.config.process.timesteps(options.steps, options.stride, options.spacing)
         times, sigma = (np.asarray(x).tolist() for x in (path.t, path.sigma))
         with torch.inference_mode():
             x = tensor(noise).permute(0, 3, 1, 2).contiguous()
-            known = tensor(told) if untold is None else torch.cat([tensor(told), tensor(untold)])
+            known = tensor(condition) if null is None else torch.cat([tensor(condition), tensor(null)])
             for i in range(int(options.steps)):
                 t = torch.full((len(known),), times[i])
-                v = self._velocity(x if untold is None else torch.cat([x, x]), t, known)
-                if untold is not None:
+                v = self._velocity(x if null is None else torch.cat([x, x]), t, known)
+                if null is not None:
                     real, null = v.chunk(2)
                     v = null + float(options.guidance) * (real - null)
                 x = x + (sigma[i + 1] - sigma[i]) * v
@@ -92,16 +92,16 @@ class Denoiser:
         half = c.frequency_dim // 2
         angles = t[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
-        told = f.silu(f.linear(f.silu(f.linear(waves, *self.time[0])), *self.time[1]) + known)
+        c = f.silu(f.linear(f.silu(f.linear(waves, *self.time[0])), *self.time[1]) + known)
         patches = x.view(len(x), c.channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         x = f.linear(patches, *self.embed) + self.positions
         for block in self.blocks:
-            parts = f.linear(told, *block["modulation"]).chunk(6, 1)
+            parts = f.linear(c, *block["modulation"]).chunk(6, 1)
             q, k, v = f.linear(modulate(x, *parts[:2]), *block["qkv"]).unflatten(-1, (3, c.heads, -1)).unbind(2)
             y = f.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
             x = x + parts[2][:, None] * f.linear(y.transpose(1, 2).flatten(-2), *block["out"])
             y = f.gelu(f.linear(modulate(x, *parts[3:5]), *block["into"]), approximate="tanh")
             x = x + parts[5][:, None] * f.linear(y, *block["down"])
-        y = f.linear(modulate(x, *f.linear(told, *self.last).chunk(2, 1)), *self.out)
+        y = f.linear(modulate(x, *f.linear(c, *self.last).chunk(2, 1)), *self.out)
         y = y.view(len(x), rows, columns, p, p, c.channels).permute(0, 5, 1, 3, 2, 4)
         return y.reshape(len(x), c.channels, *c.size)
