@@ -1,5 +1,4 @@
-"""The `t2i` command: each of its words is a module, which reads its arguments and hands them to the room that does the
-work."""
+"""The `t2i` command: each subcommand is a module that reads its arguments and calls the package that does the work."""
 
 from __future__ import annotations
 
@@ -16,24 +15,24 @@ COMMANDS = {
     "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files",
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
-    "sample": "prompts to pictures",
+    "sample": "prompts to images",
     "evaluate": "the metrics of a run or a released model",
     "compare": "several models with equal compute, in one report",
     "convert": "a published checkpoint to a released model, and back",
-    "release": "a run to a released model: one folder that can travel",
-    "plan": "memory, time and collectives of a run, for chips that need not be there",
-    "bench": "speeds beside the limits of this machine",
+    "release": "a run to a released model: one folder that can be moved",
+    "plan": "memory, time and collectives of a run, without its chips",
+    "bench": "speeds against the limits of this machine",
 }
 
 TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
-USAGE += "\n\n`t2i COMMAND --help` tells the rest; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
+USAGE += "\n\n`t2i COMMAND --help` lists all arguments; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. What a user can mend is one clear line and exit status 2; Ctrl-C is 130."""
+    """Entry point. An error that the user can correct is one line and exit status 2; Ctrl-C is 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
         )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[Lines()])
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors reach us as exceptions, and are told as one line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised as well, and printed as one line
 
     import jax
 
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from t2i_jax.training.loop import Interrupted
     from t2i_jax.training.watch import STATUS, PeerLost
 
-    # A write that failed reaches its event loop when that is closed already; what failed is raised elsewhere.
+    # A failed write reaches its event loop after it is closed; the error itself is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
     sys.unraisablehook = late
     try:

@@ -17,7 +17,7 @@ from t2i_jax.core.fields import LARGEST, Checked, Range
 class CompareArguments(Checked):
     """Train several models with equal compute, draw from each, sweep sampling options, and write one report.
 
-    What was trained or measured before is taken over: the same command goes on.
+    Earlier training and measurements are kept: the same command continues.
     Example: t2i compare configs/compare_discrete.py --out docs/results/discrete --count 100
     """
 
@@ -26,7 +26,7 @@ class CompareArguments(Checked):
     out: Path
     """OUT.md, OUT.json, OUT.png and a plot for each sweep"""
     runs: Path | None = None
-    """where the runs lie; runs/NAME of the config file unless given"""
+    """folder of the runs; runs/NAME of the config file unless given"""
     count: Annotated[int | None, Range(1, LARGEST)] = None
     flops: Annotated[float | None, Range(above=0)] = None
     """training compute of each run; the config's own unless given"""
@@ -42,4 +42,4 @@ def run(arguments: list[str]) -> None:
     command = f"t2i compare {' '.join(arguments)}"
     runs = args.runs or Path("runs") / args.config.stem
     comparison.run(dataclasses.replace(wanted, **given), runs, args.out, command)
-    console.print(f"{args.out}.md, with its pictures beside it", soft_wrap=True)
+    console.print(f"{args.out}.md and its images", soft_wrap=True)

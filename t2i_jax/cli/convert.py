@@ -18,12 +18,12 @@ from t2i_jax.core.types import as_family
 class ConvertArguments:
     """A published checkpoint (.pt, .pth, .ckpt, .safetensors) to a released model that `t2i sample` takes, and back.
 
-    What the file cannot tell are further flags, as --grid 24 24, and so are fields of the configuration.
+    Further flags are values that the file lacks, as --grid 24 24, and fields of the configuration.
 
     --text names the frozen encoder of captions: t5:FOLDER, lm:FOLDER (hidden states of a Llama- or Qwen-shaped language
     model), clip:PATH (one vector) or clip-tokens:PATH. It is a folder as Hugging Face or open_clip lay it out or, for
-    CLIP, a file with OpenAI's names. Such a file does not tell its activation: those that open_clip trained with plain
-    GELU, as most on LAION-2B and DataComp, want clip:FILE,activation=gelu.
+    CLIP, a file with OpenAI's names. Such a file lacks its activation: those that open_clip trained with plain GELU,
+    as most on LAION-2B and DataComp, need clip:FILE,activation=gelu.
     """
 
     format: tyro.conf.Positional[str]
@@ -32,9 +32,9 @@ class ConvertArguments:
     out: Path
     """folder to write; with --back a .safetensors file"""
     codec: Path | None = None
-    """run or released codec that makes pictures of the model's codes; it is copied into the folder"""
+    """run or released codec that makes images of the model's codes; it is copied into the folder"""
     text: str = ""
-    """frozen text encoder of the model: t5:FOLDER, lm:FOLDER, clip:PATH, clip-tokens:PATH, its fields behind commas"""
+    """frozen text encoder of the model: t5:FOLDER, lm:FOLDER, clip:PATH, clip-tokens:PATH, its fields after commas"""
     back: bool = False
     """write a run or a released model as a published file"""
 
@@ -58,4 +58,4 @@ def run(arguments: list[str]) -> None:
     artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
     needs = artifact.config.capabilities.family and not codec
     needs = needs and as_family(artifact.config).sample_spec().kind != "pixels"
-    console.print(f"{args.out}: converted" + ("; give --codec to draw pictures with it" * needs), soft_wrap=True)
+    console.print(f"{args.out}: converted" + ("; give --codec to draw images with it" * needs), soft_wrap=True)

@@ -39,10 +39,10 @@ class BuildArguments(Checked):
     """
 
     name: tyro.conf.Positional[str]
-    """the data set; `glyphs` is what there is"""
+    """the data set; only `glyphs` is known"""
     out: Path = Path("data/glyphs")
     size: Annotated[int, Range(1, 4096)] = 64
-    """side of the pictures in pixels"""
+    """side of the images in pixels"""
     styles: str = "twemoji"
     """`twemoji` (from two Python packages), `all` (ten styles, needs npm), or names joined by commas"""
     skin_tones: bool = False
@@ -95,11 +95,11 @@ def build(arguments: list[str]) -> None:
         raise ConfigError(f"there is no data set '{args.name}'; 'glyphs' is what can be built")
     with bar() as progress:
         task = progress.add_task("drawing")
-        told = lambda done, total: progress.update(task, completed=done, total=total)
+        on_progress = lambda done, total: progress.update(task, completed=done, total=total)
         settings = {"styles": args.styles, "size": args.size, "skin_tones": args.skin_tones, "strict": args.strict}
-        index = build_glyphs(local(args.out), **settings, progress=told)
+        index = build_glyphs(local(args.out), **settings, progress=on_progress)
     counts = ", ".join(f"{v['count']} {k}" for k, v in index["splits"].items())
-    console.print(f"{args.out}: {counts}; who drew them is in CREDITS.md")
+    console.print(f"{args.out}: {counts}; their authors are in CREDITS.md")
 
 
 def vocab(arguments: list[str]) -> None:

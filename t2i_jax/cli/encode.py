@@ -25,7 +25,7 @@ class EncodeArguments(Checked):
     splits: tuple[str, ...] = ("train", "val", "test")
     batch_size: Size = 128
     block: Size = 8192
-    """records of a file; work that was cut off goes on behind the last whole one"""
+    """records of a file; interrupted work continues after the last complete file"""
 
 
 def run(arguments: list[str]) -> None:

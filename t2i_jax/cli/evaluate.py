@@ -18,9 +18,9 @@ from t2i_jax.plan import read_mesh
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArguments(Checked):
-    """The metrics table of a run or a released model, with pictures; written to report.json, report.md, samples.png.
+    """The metrics table of a run or a released model, with images; written to report.json, report.md, samples.png.
 
-    A codec is judged by its reconstructions, a model by its pictures for captions and by the likelihood of real ones.
+    A codec is judged by its reconstructions, a model by its images for captions and by the likelihood of real ones.
     Example: t2i evaluate runs/quickstart/model --out runs/quickstart --count 200
     """
 
@@ -30,7 +30,7 @@ class EvaluateArguments(Checked):
     data: str = ""
     """config whose data is the reference; the run's own unless given"""
     count: Annotated[int, Range(low=2)] = 100
-    """pictures per set of prompts: captions of the training concepts in new words, and concepts held out"""
+    """images per set of prompts: captions of the training concepts in new words, and concepts held out"""
     batch_size: Size = 50
     seed: Seed = 0
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
@@ -38,10 +38,10 @@ class EvaluateArguments(Checked):
     solver: str = ""
     """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun"""
     mesh: str = ""
-    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: what the model is spread over; the run's own, or that of
+    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: the mesh of the model; the run's own, or that of
     `data`, unless given"""
     judge: bool = False
-    """also train a small judge of picture and caption on the training pairs, and rank by it"""
+    """also train a small judge of image and caption on the training pairs, and rank by it"""
 
 
 def run(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`t2i release`: a run to one folder that can travel."""
+"""`t2i release`: a run to one folder that can be moved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReleaseArguments:
     run: tyro.conf.Positional[Path]
     out: Path
     scale: bool = False
-    """of a KL autoencoder: measure the scale and shift of its codes on the run's pictures, and release it with them"""
+    """of a KL autoencoder: measure the scale and shift of its codes on the run's images, and release it with them"""
 
 
 def run(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`t2i sample`: prompts to pictures."""
+"""`t2i sample`: prompts to images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from t2i_jax.training.artifacts import config_of, load_artifact
 
 @dataclasses.dataclass(frozen=True)
 class SampleArguments(Checked):
-    """Draw pictures for prompts with a run or a released model. Pictures that are there already are not drawn again.
+    """Draw images for prompts with a run or a released model. Images that are there already are not drawn again.
 
     The model's sampling options are further flags (--guidance, --temperature, --top-k, ...): t2i sample MODEL --help.
     Example: t2i sample runs/quickstart/model "a red heart" "a smiling cat" --count 4 --guidance 4
@@ -42,37 +42,37 @@ class SampleArguments(Checked):
     """text file with one prompt a line, for bulk; blank lines are left out"""
     out: Path = Path("samples")
     count: Annotated[int, Range(1, 1_000_000)] = 1
-    """pictures per prompt, with seeds seed, seed + 1, ..."""
+    """images per prompt, with seeds seed, seed + 1, ..."""
     seed: Seed = 0
     batch_size: Size = 16
     scale: Annotated[int, Range(1, 64)] = 4
-    """enlargement of the pictures in the grid"""
+    """enlargement of the images in the grid"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun; ddim and dpm++ add
     no noise unless --eta says so"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: fsdp or tensor for models larger than a device; each
-    device draws its own pictures unless given"""
+    device draws its own images unless given"""
     int8: bool = False
-    """matrices as whole numbers and scales: a quarter of the memory, nearly the same pictures; not for every family"""
+    """int8 weights: a quarter of the memory, nearly the same images; not for every family"""
     rerank: str = ""
-    """a CLIP (folder or file) that chooses the `count` best of `candidates` pictures per prompt, with fields of it set
-    behind commas: vit_b_32.pt,activation=gelu"""
+    """a CLIP (folder or file) that chooses the `count` best of `candidates` images per prompt, with fields of it set
+    after commas: vit_b_32.pt,activation=gelu"""
     candidates: Annotated[int | None, Range(1, 1_000_000)] = None
-    """pictures drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
+    """images drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
     image: Path | None = None
-    """a picture of which only what `mask` marks is drawn anew; by a Gaussian diffusion without a mask all of it, from a
-    start that remembers it: --strength 0.6"""
+    """an image of which the part that `mask` marks is drawn anew; without a mask a Gaussian diffusion redraws all of
+    it, from its noised version: --strength 0.6"""
     mask: Path | None = None
-    """a picture of that size, white where to draw"""
+    """an image of that size, white where to draw"""
     classifier: Path | None = None
-    """run of a classifier or an image-text model of noised pictures, that pulls to the prompt: --classifier-scale 3"""
+    """run of a classifier or an image-text model of noised images, for classifier guidance: --classifier-scale 3"""
     autoguide: Path | None = None
-    """run of a worse model, smaller or less trained, to guide away from in the place of the unconditional one"""
+    """run of a worse model, smaller or less trained, for autoguidance: it replaces the unconditional branch"""
     upsample: Path | None = None
-    """run folder or released model that makes the pictures larger, by its own sampling options"""
+    """run folder or released model of an upsampler, with its own sampling options"""
     watch: bool = False
-    """let the bar move within a batch, and show in growing.png how pictures came about; is compiled at each start"""
+    """show progress within a batch, and intermediate images in growing.png; compiled at each start"""
 
 
 def run(arguments: list[str]) -> None:
@@ -97,15 +97,15 @@ def run(arguments: list[str]) -> None:
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)
     if not args.classifier and _names(rest, "--classifier-scale"):
-        raise config.ConfigError("--classifier-scale without --classifier: which model is to pull?")
+        raise config.ConfigError("--classifier-scale without --classifier: which model is to guide?")
     if jax.process_count() > 1 and (args.watch or args.rerank):
         raise config.ConfigError("--watch and --rerank work in one process alone")
     if args.autoguide and guidance_flags(pipeline.family, options):
         raise config.ConfigError("--autoguide with guidance 1: nothing guides; add --guidance 2")
     if not args.image and _names(rest, "--strength"):
-        raise config.ConfigError("--strength without --image: of which picture?")
+        raise config.ConfigError("--strength without --image: of which image?")
     if args.mask and not args.image:
-        raise config.ConfigError("--mask without --image: where to draw anew, but of which picture?")
+        raise config.ConfigError("--mask without --image: where to draw anew, but of which image?")
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):

@@ -1,4 +1,4 @@
-"""What every command needs: a console, its arguments, and one clear line for what a user can mend."""
+"""Shared by all commands: a console, arguments, and one line for errors that the user can correct."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Lines(logging.Handler):
 
 
 def fail(message: str, status: int = 2) -> None:
-    # What was typed may be of any length; what is wrong with it is not to be looked for.
+    # Arguments may be of any length; the error has to stay visible.
     message = re.sub(r"\S{300,}", lambda found: f"{found[0][:120]}...{found[0][-40:]}", message)
     console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
-    from t2i_jax import config  # which imports JAX, that `t2i --help` does not wait for
+    from t2i_jax import config  # imports JAX, which `t2i --help` does not need
 
     return config.parse(kind, arguments, prog)
 
 
 def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
-    """The command's own arguments, and the rest: overrides of fields that only a config or a model knows."""
+    """The command's own arguments, and the rest: overrides of fields of a config or a model."""
     from t2i_jax import config
 
     return config.parse(kind, arguments, prog, return_unknown_args=True)
