@@ -1,7 +1,7 @@
 """Experiments as values: a config file is Python that builds one frozen dataclass named `experiment`.
 
 Loading a file, overriding fields from the command line (`--train.steps=100`), writing the resolved value as JSON and
-reading it back, and telling two of them apart.
+reading it back, and comparing two of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from t2i_jax.core.sniff import sniff_file
 
 @contextlib.contextmanager
 def refused(what: str = "") -> Iterator[None]:
-    """What the library refuses within by a `ValueError` is a `ConfigError`, whose message begins with `what`.
+    """Within the block a `ValueError` becomes a `ConfigError`, whose message begins with `what`.
 
-    For where configs, options and what they name are built: there it is a user who can mend it.
+    For code that builds configs and options: their errors are the user's to correct.
     """
     try:
         yield
@@ -77,8 +77,8 @@ def stored_form(value: Any) -> Object:
 
 
 def read_stored(path: Path) -> Any:
-    """What `write_stored` of this version or an earlier one wrote. Errors: `ConfigError` that names the file where it
-    is cut short, edited so that it cannot be read, or of a later version."""
+    """A config written by `write_stored` of this version or an earlier one. Errors: `ConfigError` that names the file
+    where it is cut short, edited so that it cannot be read, or of a later version."""
     content = read_migrated(path)
     with refused(str(path)):
         return from_json(content)
@@ -108,7 +108,7 @@ def _run_file(path: Path) -> Any:
     """The `experiment` of a Python file. Errors: `ConfigError` with the line of the file that failed."""
     try:
         return runpy.run_path(str(path)).get("experiment")
-    except (Exception, SystemExit) as error:  # whatever the code of a user raises
+    except (Exception, SystemExit) as error:  # any error of the user's code
         if isinstance(error, SyntaxError):
             raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -127,9 +127,9 @@ def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> Any:
-    """What tyro makes of command-line arguments for a dataclass; `--help` prints and exits.
+    """A dataclass parsed from command-line arguments by tyro; `--help` prints and exits.
 
-    Errors: `ConfigError`, one line with what is wrong and what was perhaps meant.
+    Errors: `ConfigError`, one line with the fault and a suggestion.
     """
     said = io.StringIO()
     try:
@@ -141,12 +141,12 @@ def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> A
     except ValueError as error:
         raise ConfigError(str(error)) from error
     message = _one_line(said.getvalue())
-    # What a dataclass says of its own field is said of the argument.
+    # A dataclass's message about its field becomes one about the argument.
     refused = re.fullmatch(r"Error parsing (\S+): \w+\.(\w+) (.*)", message)
     if refused:
         name = refused[2] if refused[1] == kind.__name__ else f"{refused[1]}.{refused[2]}"
         message = f"--{name.replace('_', '-')} {refused[3]}"
-    # Of a short word every flag may have been meant.
+    # A short word is close to every flag.
     raise ConfigError(message if len(message) <= MOST else f"{message[:MOST].rpartition(' ')[0] or message[:MOST]} ...")
 
 
@@ -185,7 +185,7 @@ def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> Any:
 
 @_registry.primitive_rule
 def _traced(info: Any) -> Any:
-    """Options that are a number, or an array with one for each picture, take a number from the command line."""
+    """Options that are a number, or an array with one for each image, take a number from the command line."""
     optional = NoneType in get_args(info.type)
     plain = [t for t in get_args(info.type) if t not in (Array, NoneType)]
     if Array not in get_args(info.type) or len(plain) != 1 or plain[0] not in (bool, int, float):
@@ -212,7 +212,7 @@ def _traced(info: Any) -> Any:
 
 
 def _nearest_field(error: TypeError) -> str:
-    """What may have been meant by a keyword argument that a dataclass does not take; empty for other errors."""
+    """A suggestion for a keyword argument that a dataclass does not take; empty for other errors."""
     words = str(error).split("'")
     kind = _called(error)
     if "unexpected keyword argument" not in str(error) or kind is None:
@@ -225,8 +225,8 @@ def _nearest_field(error: TypeError) -> str:
 def _called(error: TypeError) -> type | None:
     """The dataclass whose call raised an error before any code of its own ran; None where something else did.
 
-    It is what the innermost frame calls at the place where it stopped: a name alone does not tell, as several classes
-    have the same one.
+    It is the callee at the position of the innermost frame: a name alone is ambiguous, as several classes have the same
+    one.
     """
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
@@ -239,7 +239,7 @@ def _called(error: TypeError) -> type | None:
     for node in ast.walk(ast.parse("".join(linecache.getlines(code.co_filename)))):
         if isinstance(node, ast.Call) and place == (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset):
             path, found = ast.unparse(node.func), None
-            with contextlib.suppress(Exception):  # what is called has no name
+            with contextlib.suppress(Exception):  # the callee has no name
                 found = eval(path, names) if re.fullmatch(r"[\w.]+", path) else None
             return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
     return None

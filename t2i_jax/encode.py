@@ -1,8 +1,8 @@
-"""Codes and text features computed once and stored, so that training reads them instead of pictures.
+"""Codes and text features computed once and stored, so that training reads them instead of images.
 
-The records of a split are cut into blocks, and each block becomes a file. Processes share out the blocks and compute
-each by themselves, on their own devices; a file appears whole or not at all, so work that was cut off goes on with the
-blocks that are missing, on any number of processes.
+The records of a split are cut into blocks, and each block becomes a file. Processes divide the blocks among
+themselves and compute on their own devices; a file appears whole or not at all, so interrupted work goes on with the
+missing blocks, on any number of processes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def encode_splits(
     those without a caption where features are computed (`Data.empty_captions` takes them) and too small images are left
     out, logged and counted; too many broken ones stop the work, as in training. A file holds up to `block` records.
     Batches are split over `data` and `fsdp` of the experiment's mesh, with several processes over the devices of each
-    one. Until all is done it lies in `OUT.partial`. Returns the index.
+    one. Unfinished work is in `OUT.partial`. Returns the index.
 
     Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
     begun with another config; `DataError` where something else is at `out`, where too many records are broken, or where
@@ -124,7 +124,7 @@ def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[st
             f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
             + "\n  ".join(changed)
         )
-    for left in folder.glob(".*"):  # what a kill left half written
+    for left in folder.glob(".*"):  # half written when killed
         left.unlink()
     if not path.exists():
         (folder / f".{WORK}").write_text(json.dumps(new, indent=1))
@@ -132,14 +132,14 @@ def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[st
 
 
 def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
-    """A function that gives records with what the frozen parts make of them, on the devices of this process.
+    """A function that adds the outputs of the frozen parts to records, on the devices of this process.
 
-    most: records that there are at once; batches are not larger.
+    most: records in a call; batches are not larger.
     """
     many = jax.process_count() > 1
     mesh = MeshConfig(1, -1).build(jax.local_devices()) if many else experiment.mesh.build()
     if batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that share it out")
+        raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that it is split over")
     batch_size = min(batch_size, most + -most % rows)
     frozen, codec = frozen_parts(experiment)
     frozen.pop("loss", None)  # nothing is trained here
@@ -150,7 +150,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     seen = codec or learns_from_images(experiment.text)
 
     def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
-        """What the frozen parts make of up to a batch of rows, filled up so that one program serves all."""
+        """The outputs of the frozen parts for up to a batch of rows, padded so that one program serves all."""
         rows = len(next(iter(arrays.values())))
         filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}
         with jax.set_mesh(mesh):

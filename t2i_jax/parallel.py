@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules from axis names to mesh axes, and the start of a cluster.
+"""Sharding: the mesh, the rules from axis names to mesh axes, and the start of a cluster.
 
 A model names the axes of its parameters (`nnx.Param(value, axes=("embed", "mlp"))`); the table RULES maps those names
 to mesh axes; `shardings` turns a whole tree of such parameters, or of anything shaped like them (moments, EMA), into
@@ -70,10 +70,10 @@ class MeshConfig(Checked):
         return Mesh(self._placed(sizes, chosen), MESH_AXES, (AxisType.Auto,) * 3)
 
     def _placed(self, sizes: list[int], devices: list[Any]) -> np.ndarray:
-        """The devices in the shape of the mesh: its axes lie along those of the chips' torus where they fit, and split
-        them where not (which jax.make_mesh refuses on most TPUs); between slices, which a slower network joins, lies
-        nothing but `data`."""
-        slices = len({getattr(d, "slice_index", 0) for d in devices})  # which devices but TPUs lack
+        """The devices in the shape of the mesh: its axes follow those of the chips' torus where they fit, and split
+        them where not (which jax.make_mesh refuses on most TPUs); only `data` spans slices, which a slower network
+        joins."""
+        slices = len({getattr(d, "slice_index", 0) for d in devices})  # only TPUs have it: reflection
         if slices == 1 or devices[0].platform != "tpu":
             return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         if sizes[0] % slices:
@@ -87,7 +87,7 @@ def shard(x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    # A mesh axis serves one dimension: what the batch is split over is no longer there for the width.
+    # A mesh axis splits one dimension: axes of the batch are not available for the width.
     used: set[str] = set()
     entries = []
     for name in axes:
@@ -129,7 +129,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def rows_of(mesh: Mesh, size: int, process: int | None = None) -> list[int]:
     """The rows of a batch of `size` that the devices of a process (this one) hold, ascending, each once.
 
-    They need not lie beside each other: a host of a TPU is a square of its torus, along which the mesh is laid.
+    They need not be contiguous: a host of a TPU is a square of its torus, which the mesh follows.
     Errors: ValueError for a size that the mesh does not divide.
     """
     process = jax.process_index() if process is None else process
@@ -177,7 +177,7 @@ def put_on_mesh(tree: Any, layout: Any) -> Any:
 
 
 def all_processes_agree(yes: bool) -> bool:
-    """Whether all processes say yes: a call of all of them, each gets the same answer."""
+    """Whether `yes` is true in all processes: a call of all of them, each gets the same result."""
     return yes if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
 
 
@@ -197,7 +197,7 @@ def start_cluster() -> None:
     Slurm step of several tasks, the host names of a TPU slice, or T2I_CLUSTER=1.
 
     T2I_CLUSTER=1 is for TPU VMs, whose environment has no sign of the other hosts: JAX asks the metadata server.
-    A process that gives no sign of life for T2I_HEARTBEAT seconds (of the environment; 100) counts as dead, and all
+    A process without a heartbeat for T2I_HEARTBEAT seconds (of the environment; 100) counts as dead, and all
     others end with a message that says so. Errors: `NoCluster`.
     """
     if jax.distributed.is_initialized():
@@ -210,7 +210,7 @@ def start_cluster() -> None:
             raise NoCluster("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
         jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(count), int(index), **patience)
         return
-    # SLURM_NTASKS is that of the whole job in the shell of an allocation too, where one process stands alone.
+    # SLURM_NTASKS is that of the whole job, also in the shell of an allocation, where one process runs alone.
     asked, tasks = env.get("T2I_CLUSTER") == "1", int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if asked or tasks > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         try:

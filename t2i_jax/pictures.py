@@ -1,4 +1,4 @@
-"""Pictures for people: arrays to 8 bits, grids with captions, PNG files that remember how they were made."""
+"""Image files: arrays to 8 bits, grids with captions, PNG files with metadata."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225,
 
 
 def to_uint8(images: Array | np.ndarray) -> Array:
-    """Float pictures (..., 3) in [-1, 1] as uint8: (x + 1) * 127.5, clipped, rounded half to even.
+    """Float images (..., 3) in [-1, 1] as uint8: (x + 1) * 127.5, clipped, rounded half to even.
 
-    Rounding (and not cutting off) is the inverse of `x / 127.5 - 1` to the bit.
+    Rounding (not truncation) is the inverse of `x / 127.5 - 1` to the bit.
     """
     return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
@@ -39,16 +39,16 @@ def grid(
     scale: int = 0,
     title: str = "",
 ) -> Image.Image:
-    """Pictures in rows, each with its caption below.
+    """Images in rows, each with its caption below.
 
     Args:
         images: uint8 (n, i, j, 3).
         captions: n lines of any length; wrapped, and cut with an ellipsis after three lines.
-        columns: pictures in a row; 0 chooses a grid a little wider than high.
-        scale: every pixel becomes scale x scale; 0 chooses one that makes pictures about 128 wide.
+        columns: images in a row; 0 chooses a grid a little wider than high.
+        scale: every pixel becomes scale x scale; 0 chooses one that makes images about 128 wide.
         title: a line above all.
 
-    Errors: `ValueError` where captions and pictures differ in number.
+    Errors: `ValueError` where captions and images differ in number.
     """
     captions = [""] * len(images) if captions is None else list(captions)
     return _sheet([images], captions, columns, scale, title, ())
@@ -63,9 +63,9 @@ def side_by_side(
     title: str = "",
     names: tuple[str, str] = ("real", "generated"),
 ) -> Image.Image:
-    """Pairs: the real picture left, the generated one right, their caption below both; otherwise as `grid`."""
+    """Pairs: the real image left, the generated one right, their caption below both; otherwise as `grid`."""
     if real.shape != generated.shape:
-        raise ValueError(f"real pictures {real.shape} and generated ones {generated.shape} do not pair")
+        raise ValueError(f"real images {real.shape} and generated ones {generated.shape} do not pair")
     return _sheet([real, generated], list(captions), columns, scale, title, names)
 
 
@@ -75,7 +75,7 @@ def save_png(
     captions: Sequence[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a picture whole or not at all, with its captions and metadata in text chunks of the PNG.
+    """Write an image whole or not at all, with its captions and metadata in text chunks of the PNG.
 
     `image` is a PIL image or uint8 (i, j, 3). One caption is stored as `Description`, more as a JSON list; values of
     `metadata` that are not strings as JSON. `read_png_text` gives them back.
@@ -106,13 +106,13 @@ def read_png_text(path: str | os.PathLike) -> dict[str, str]:
 
 
 def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Sequence[str]) -> list[bool]:
-    """Which of the numbered images that a call is to write are there already, made for the same.
+    """Which of the numbered images of a call exist already, with the same metadata.
 
-    What else an earlier call has left in their folder moves to a folder `earlier-N` in it: its images, and its sheets.
-    Nothing is lost, and none passes for an image of this call.
+    Other images and sheets of an earlier call move to a folder `earlier-N` in theirs: nothing is lost, and none is
+    mistaken for an image of this call.
 
-    files: all in one folder. about: what each image says of itself. sheets: names of what shows several images.
-    Errors: `ConfigError` for a file in the place of one of them that no command of this library made.
+    files: all in one folder. about: metadata of each image. sheets: names of files that show several images.
+    Errors: `ConfigError` where a file of one of these names was not written by this library.
     """
     folder = files[0].parent
     check_free(*files, *(folder / name for name in sheets))
@@ -138,12 +138,12 @@ def _about(path: Path) -> dict[str, str]:
 def _sheet(
     sets: list[np.ndarray], captions: list[str], columns: int, scale: int, title: str, names: Sequence[str]
 ) -> Image.Image:
-    """Cells in rows; a cell is one picture of each set side by side over their caption."""
+    """Cells in rows; a cell is one image of each set side by side over their caption."""
     n, i, j, _ = sets[0].shape
     if any(x.dtype != np.uint8 for x in sets):
-        raise ValueError(f"pictures are uint8 (n, i, j, 3), not {sets[0].dtype}; see to_uint8")
+        raise ValueError(f"images are uint8 (n, i, j, 3), not {sets[0].dtype}; see to_uint8")
     if len(captions) != n:
-        raise ValueError(f"{n} pictures with {len(captions)} captions")
+        raise ValueError(f"{n} images with {len(captions)} captions")
     scale = scale or max(1, round(128 / j))
     width, height = j * scale, i * scale
     size = max(11, min(16, width // 9))
@@ -173,7 +173,7 @@ def _sheet(
         for column, k in enumerate(row):
             x = gap + column * (cell + gap)
             for s, images in enumerate(sets):
-                # Pixels stay squares: smoothing would flatter the pictures.
+                # Pixels stay squares: smoothing would flatter the images.
                 picture = Image.fromarray(images[k]).resize((width, height), Image.Resampling.NEAREST)
                 left = x + s * (width + joint)
                 draw.rectangle((left - 1, y - 1, left + width, y + height), outline=FRAME)
@@ -211,7 +211,7 @@ def _fitting(text: str, font: Any, width: int, end: str = "") -> int:
 
 
 def load_font(size: int, text: str = "") -> Any:
-    """Pillow's own font, which knows little beyond ASCII; for other `text` DejaVu Sans, which matplotlib carries."""
+    """Pillow's own font, which has little beyond ASCII; for other `text` DejaVu Sans, which matplotlib ships."""
     spec = None if text.isascii() else importlib.util.find_spec("matplotlib")
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "mpl-data/fonts/ttf/DejaVuSans.ttf"

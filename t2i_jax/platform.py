@@ -39,10 +39,10 @@ KEPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 
 
 
 def keep_memory() -> bool:
-    """Keep memory that is freed for whoever asks next; whether the C library can be told to.
+    """Keep freed memory for later allocations; returns whether the C library supports it.
 
-    It would give large blocks back to the system, which then clears every page of new ones: on a CPU each step begins
-    with hundreds of MB of those. Where the environment says something of malloc it is left as it is.
+    By default it returns large blocks to the system, which then clears every page of new ones: on a CPU each step
+    begins with hundreds of MB of those. Settings of malloc in the environment take precedence.
     """
     if libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False

@@ -1,4 +1,4 @@
-"""Pictures while training, and pictures for people afterwards."""
+"""Images during training, and images of `t2i sample`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys, plain_options
 
 
 class Previews:
-    """Draws `samples/STEP.png` of a run: reconstructions of a codec, pictures for held-out captions of a family."""
+    """Draws `samples/STEP.png` of a run: reconstructions of a codec, images for held-out captions of a family."""
 
     def __init__(self):
         self.draw: Any = None
@@ -54,7 +54,7 @@ class Previews:
         codec = trainer.codec.config if trainer.codec else None
         if "image" in records[0]:
             real = np.stack([r["image"] for r in records])
-        else:  # an encoded data set: what the codec makes of the codes is as near as one gets
+        else:  # an encoded data set: the decoded codes are the best reference
             codes = [r["codes"] if "codes" in r else np.split(r["latents"], 2, -1)[0] for r in records]
             decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
             real = to_host(decode(trainer.frozen["codec"], np.stack(codes)))
@@ -64,7 +64,7 @@ class Previews:
         else:
             wanted = {"label", "features", "text_mask"} & set(experiment.data.fields) & records[0].keys()
             stored = {k: [r[k] for r in records] for k in sorted(wanted)}
-            # Of features there is a row for each caption, and the picture is drawn for the first.
+            # Of features there is a row for each caption, and the image is drawn for the first.
             condition = {k: np.stack(v if k == "label" else [x[0] for x in v]) for k, v in stored.items()}
             if experiment.text is not None and "features" not in condition:
                 condition["text"], condition["text_mask"] = experiment.text(captions)
@@ -94,17 +94,17 @@ def sample_to_folder(
 ) -> None:
     """One PNG per (prompt, seed) and a captioned grid of the first ones.
 
-    Each PNG says what it was made for; a job whose PNG is there already, for the same prompt, seed and options, is not
-    drawn again: a run that was interrupted goes on. Images of an earlier call move to a folder of their own. watch: the
-    bar moves within a batch, and `growing.png` shows how the first images came about. Errors: `ConfigError` where a
-    file is in the way that this command did not make.
+    Each PNG stores its prompt, seed and options; a job whose PNG exists already with the same ones is skipped: an
+    interrupted run goes on. Images of an earlier call move to a folder of their own. watch: show progress within a
+    batch, and intermediate images in `growing.png`. Errors: `ConfigError` where a file would be replaced that this
+    command did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
     settings = plain_options(options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
-    # The first process alone writes, and may alone see what is there.
+    # Only the first process writes, and may be the only one that sees the files.
     made, refusal = [False] * len(jobs), None
     try:
         made = pictures.claim(files, about, ("grid.png", "growing.png")) if main else made
@@ -120,13 +120,13 @@ def sample_to_folder(
         for at in range(0, len(todo), batch_size):
             some = todo[at : at + batch_size]
             before = len(jobs) - len(todo) + at
-            told = lambda done, _, before=before: progress.update(task, completed=before + done)
-            seen = (lambda share, codes, at=at: moments.update({} if at else {share: codes[:8]})) if watch else None
-            asked = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
-            images = pipeline.sample(*asked, options, batch_size, told, seen)
+            on_progress = lambda done, _, before=before: progress.update(task, completed=before + done)
+            keep = lambda share, codes, at=at: moments.update({} if at else {share: codes[:8]})
+            prompts, seeds = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
+            images = pipeline.sample(prompts, seeds, options, batch_size, on_progress, keep if watch else None)
             for i, image in zip(some, images, strict=True) if main else ():
                 pictures.save_png(image, files[i], [jobs[i][0]], about[i])
-    multihost_utils.sync_global_devices("sample: all pictures are written")
+    multihost_utils.sync_global_devices("sample: all images are written")
     if not main:
         return
     if moments:
@@ -135,11 +135,11 @@ def sample_to_folder(
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
     sheet = pictures.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
     pictures.save_png(sheet, out / "grid.png")
-    console.print(f"{out}: {len(todo)} new pictures, {len(jobs)} in all; grid.png shows the first {len(first)}")
+    console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
 
 
 def growing(pipeline: Pipeline, moments: dict[float, Any], prompts: Sequence[str], file: Path, scale: int) -> None:
-    """A sheet of pictures as they came about: a row each, and a column for each of at most eight moments."""
+    """A sheet of intermediate images: a row each, and a column for each of at most eight times."""
     shares = list(moments)
     chosen = [shares[i] for i in np.unique(np.linspace(0, len(shares) - 1, 8).round().astype(int))]
     frames = np.stack([pipeline.pictures(moments[share]) for share in chosen], 1)

@@ -67,7 +67,7 @@ def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path,
     draw = lambda *more: main([str(a) for a in ("sample", folder, "1", "--out", tmp_path / "out", *given, *more)])
     for more, drawn in (((), 1), ((), 0), (("--eta", "0.5"), 1), (("--spacing", "karras", "--eta", "0.5"), 1)):
         draw(*more)
-        assert f"{drawn} new pictures" in " ".join(capsys.readouterr().err.split())
+        assert f"{drawn} new images" in " ".join(capsys.readouterr().err.split())
     found = np.asarray(Image.open(tmp_path / "out" / "00000.png").convert("RGB"))
     assert np.abs(found[~mask].astype(int) - 90).max() <= 1
 

@@ -78,7 +78,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_wrong_sets_are_named():
-    with pytest.raises(ValueError, match="2 pictures with 3 captions"):
+    with pytest.raises(ValueError, match="2 images with 3 captions"):
         grid(IMAGES[:2], CAPTIONS[:3])
     with pytest.raises(ValueError, match="to_uint8"):
         grid(IMAGES[:2] / 255)

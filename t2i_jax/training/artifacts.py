@@ -1,7 +1,7 @@
-"""Models in folders: runs and released models are read by one function and look the same to whoever uses them.
+"""Models in folders: one function reads runs and released models, with the same result for both.
 
 A released model is one folder: `config.json`, `model.safetensors`, `README.md` (the model card), its vocabulary, and
-what it needs of other models: the released codec in `codec/`, the frozen text encoder in `text/`.
+its parts from other models: the released codec in `codec/`, the frozen text encoder in `text/`.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Artifact:
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """Arrays that are made within lie in the memory of this machine, from where each device gets its part alone; where
-    JAX_PLATFORMS leaves the CPU out they lie on the first device."""
+    """Within the block arrays are made in the memory of this machine, so that each device gets its part alone; where
+    JAX_PLATFORMS leaves the CPU out they are made on the first device."""
     with jax.default_device(*on_cpu().device_set):
         yield
 
@@ -64,10 +64,10 @@ def load_artifact(
 ) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
-    `folder` may lie in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for
-    someone who spreads them over devices. mesh: read each part of them onto the devices that hold it there; a call of
-    all its processes, of which none reads more than its own. dtypes: from the configuration to the dtypes of weights
-    that are cast as soon as they lie on the mesh.
+    `folder` may be in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for a
+    caller that distributes them over devices. mesh: read each part of them onto the devices that hold it there; a call
+    of all its processes, of which none reads more than its own. dtypes: from the configuration to the dtypes of weights
+    that are cast as soon as they are on the mesh.
 
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
@@ -84,7 +84,7 @@ def load_artifact(
             step, arrays = there.read(layout, use)
         if mesh is None:
             model = assign(there.artifact.config, arrays, there.source)
-        else:  # which are checked, and lie where they shall
+        else:  # they are checked, and on their devices
             weights = named(there.artifact.model)
             model = rebuild(there.artifact.model, {k: v.replace(arrays[k]) for k, v in weights.items()})
         return dataclasses.replace(there.artifact, model=model, step=step)
@@ -104,13 +104,13 @@ class OpenArtifact:
 
     artifact: Artifact
     source: Any
-    """where the weights lie"""
+    """folder of the weights"""
     read: Callable[[Mapping[str, Sharding], Callable[[str, Array], Any]], tuple[int, dict[str, Any]]]
-    """From the shardings of all weights by name, and what is to become of each, to the step and what became of them."""
+    """(shardings of all weights by name, a function of each weight) -> the step and the results by name"""
 
 
 def open_artifact(path: str | Path) -> OpenArtifact:
-    """What `load_artifact` reads. Errors: as there."""
+    """The artifact that `load_artifact` reads. Errors: as there."""
     where: Any = resolve_path(path)
     folder = download(where)
     if not (folder / "config.json").exists():
@@ -183,7 +183,7 @@ def config_of(folder: str | Path) -> Any:
 
 
 def released(folder: Path) -> dict[str, Any]:
-    """What the config.json of a released model says. Errors: `ConfigError` where it is another program's."""
+    """The contents of a released model's config.json. Errors: `ConfigError` where it is another program's."""
     content = read_stored(folder / "config.json")
     if not isinstance(content, dict) or not dataclasses.is_dataclass(content.get("model")):
         raise ConfigError(f"{folder}: its config.json is not that of a released model of t2i_jax")
@@ -225,8 +225,8 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
 
 
 def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifact], str], config: Any = None) -> None:
-    """Write the model of a run, or a released one, as a released model, one weight after the other: no more of them
-    than the largest is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
+    """Write the model of a run, or a released one, as a released model, one weight after the other: no more than
+    one of them is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
     config: another of its kind, with other fields of those that no training depends on.
 
     Errors: as `load_artifact` and `save_artifact`.
@@ -240,7 +240,7 @@ def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifa
 def _save(
     artifact: Artifact, fill: Callable[[tensorfile.Use], int], folder: str | Path, card: Callable[[Artifact], str]
 ) -> None:
-    """Write a released model whose weights are written by `fill`, which says of what step they are."""
+    """Write a released model whose weights `fill` writes; it returns their step."""
     folder = Path(folder)
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,7 @@ def _save(
 
 
 def check_new(folder: str | Path) -> None:
-    """Errors: `ConfigError` where a released model cannot be written, as something is there already."""
+    """Errors: `ConfigError` where a released model would replace something."""
     if os.path.lexists(folder):
         raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
     check_utf8(Path(folder))
@@ -271,7 +271,7 @@ def check_new(folder: str | Path) -> None:
 
 def bundle_files(text: T, folder: Path, whole: bool = False) -> T:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
-    can travel."""
+    can be moved."""
 
     def copy(file: File, part: str, value: str) -> str:
         if file.large and not whole:
@@ -285,7 +285,7 @@ def bundle_files(text: T, folder: Path, whole: bool = False) -> T:
 
 
 def resolve_files(text: T, folder: Path) -> T:
-    """`text` with what of it lies in `folder`, or should, named by its full path."""
+    """`text` with file fields resolved to full paths inside `folder`, whether the files exist or not."""
 
     def find(file: File, part: str, value: str) -> str:
         names = (part + file.name, part + file.name + Path(value).suffix)
@@ -296,17 +296,17 @@ def resolve_files(text: T, folder: Path) -> T:
 
 
 def find_artifact(path: str, run: Path) -> str:
-    """A path of a run's config, which may be relative to where training ran: from here, or else from the nearest of the
-    folders that hold the run; as it is where it is nowhere."""
+    """A path of a run's config, which may be relative to where training ran: resolved from here, or else from the
+    nearest parent folder of the run that has it; unchanged where none has."""
     if not path or "://" in path or os.path.exists(path):
         return path
     return next((str(p / path) for p in run.resolve().parents if (p / path).exists()), path)
 
 
 def with_files(text: T, change: Callable[[File, str, str], str], part: str = "") -> T:
-    """`text` with `change(file, part, value)` in the place of each field marked `File`, in the texts within it too.
+    """`text` with `change(file, part, value)` in place of each field marked `File`, in nested texts too.
 
-    part: what tells the files of one of several texts from those of the others.
+    part: distinguishes the files of several texts.
     """
     if not dataclasses.is_dataclass(text) or isinstance(text, type):
         return text

@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 class NotWritten(CheckpointError):
-    """A checkpoint that could not be written, whose writers may still be at it."""
+    """A checkpoint that could not be written, whose writers may still be running."""
 
 
 class Damaged(ValueError):
@@ -51,13 +51,12 @@ class Damaged(ValueError):
 class Checkpoints:
     """The checkpoints of one run folder, newest last. Its methods are calls of all processes.
 
-    `save` returns at once: the arrays are copied, the files are written behind the next steps. Beside them lies a
-    checksum of each array, which `restore` compares with what it read; it takes the newest checkpoint that holds what
-    was written, and says which it passed over.
+    `save` returns at once: the arrays are copied, and the files are written during the next steps, with a checksum of
+    each array, which `restore` verifies; it takes the newest checkpoint that passes, and logs those that it skipped.
 
-    A write that failed is told and repeated, up to `retries` times one behind the other, after `backoff` seconds and
-    twice as long each time: where `again` says so with the state at hand, by `finish` with the last one. When no try is
-    left the run stops with the reason. The checkpoints before it stay as they were.
+    Failed writes are logged and retried up to `retries` times in a row, after `backoff` seconds and twice as long each
+    time: with the current state when `again` is true, by `finish` with the last one. After the last retry the run
+    stops with the reason. The checkpoints before it stay as they were.
 
     The last `keep` stay on disk; with `every` also those whose step is a multiple of it; with `best` (as `Best.parse`
     reads it) also the one with the best value of a metric among those that were saved with one.
@@ -86,7 +85,7 @@ class Checkpoints:
         self.retries, self.backoff = retries, backoff
         self.begun: int | None = None  # step of the write that is under way
         self.last, self.failures, self.until = 0, 0, 0.0
-        self.error: Exception | None = None  # what stopped a write before it was under way
+        self.error: Exception | None = None  # the error of a write that did not start
         for step in self.steps() if self.best else ():
             with contextlib.suppress(Exception):  # a damaged one has no value, and `restore` will say so
                 self._measure(step, self._meta(step).get("metrics", {}))
@@ -112,7 +111,7 @@ class Checkpoints:
         )
 
     def _measure(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note the value of the metric that the checkpoint of a step has, if any."""
+        """Record the metric of the checkpoint of a step, if it has one."""
         assert self.best
         self.best.values.pop(step, None)
         if math.isfinite(value := metrics.get(self.best.metric, math.nan)):
@@ -134,7 +133,7 @@ class Checkpoints:
         self.begun = self.last = step
         try:
             self.manager.save(step, args=args, force=True)
-        except Exception as error:  # whatever storage makes of the writer
+        except Exception as error:  # any error of the storage
             self.error = error
 
     def again(self, step: int) -> bool:
@@ -171,7 +170,7 @@ class Checkpoints:
             self.manager.close()
 
     def _settle(self) -> None:
-        """Wait for the write that is under way; count and tell its failure, or raise it when no try is left."""
+        """Wait for the write in progress; count and log its failure, or raise it after the last retry."""
         if self.begun is None:
             return
         step, self.begun, error, self.error = self.begun, None, self.error, None
@@ -186,7 +185,7 @@ class Checkpoints:
         self.failures += 1
         if self.best:
             self.best.values.pop(step, None)
-        self.manager.reload()  # what it meant to replace is still there
+        self.manager.reload()  # the checkpoint to be replaced is still there
         good = self.steps()
         kept = f"the last good one is {self.folder / str(good[-1])}" if good else "there is none yet"
         reason = " ".join(str(error or "another process could not write its part").split())[:300]
@@ -203,8 +202,8 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
         """The newest sound state, placed as `target` (abstract arrays with shardings), and its data position.
 
-        Returns None where there is no checkpoint yet. What an optimiser remembers of a parameter that it did not move
-        before starts at zero, an average that was not kept before at the parameters, and a line says so.
+        Returns None where there is no checkpoint yet. Optimiser state of parameters that were not trained before
+        starts at zero, a new average at the parameters, and both are logged.
 
         Errors: `ConfigError` where the arrays are those of another model; `CheckpointError` where checkpoints exist and
         none is sound.
@@ -218,16 +217,16 @@ class Checkpoints:
                 found = self._arrays(step, self._saved(meta["arrays"], target))
             except ConfigError:
                 raise
-            except Exception as failure:  # whatever a damaged file makes of the reader
+            except Exception as failure:  # any error of the reader over a damaged file
                 error = failure
-            # One process may have met a hole that the others did not read; what was read is verified by all together.
+            # One process may have read a damaged part that the others did not read: all verify together.
             if all_processes_agree(error is None):
                 try:
                     self._verify(meta, found)
                 except Damaged as failure:
                     error = failure
                 else:
-                    # Only beside a sound one: where none can be read, the fault may lie with the reader.
+                    # Only where another is sound: if none can be read, the reader may be at fault.
                     for damaged in failures:
                         self._set_aside(damaged)
                     return target.unflat(found | started(fresh, found)), int(meta["position"])
@@ -248,8 +247,8 @@ class Checkpoints:
         """The step of the newest sound checkpoint, and its weights by their names in the model: the average where there
         is one, else the parameters. Nothing else is read.
 
-        lay: from the folder and the shapes of all weights to their shardings, before any is read. use: what becomes of
-        each weight once it is read and found sound; no more than `HELD` bytes, or one weight, are held until then.
+        lay: from the folder and the shapes of all weights to their shardings, before any is read. use: called
+        with each weight once it is read and verified; at most `HELD` bytes, or one weight, are held until then.
         together: the shardings are of devices of several processes, which all call this.
         """
         part = lambda saved, prefix: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
@@ -264,7 +263,7 @@ class Checkpoints:
         together: bool = False,
         only: int | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """The newest sound checkpoint and what `use` makes of its arrays; choose: from all names to those wanted."""
+        """The newest sound checkpoint and the results of `use` for its arrays; choose: all names -> those wanted."""
         failures = []
         for step in [only] if only is not None else reversed(self.steps()):
             made: dict[str, Any] = {}
@@ -280,7 +279,7 @@ class Checkpoints:
                 }
             except CheckpointError:
                 raise
-            except Exception as failure:  # whatever a damaged file makes of the reader
+            except Exception as failure:  # any error of the reader over a damaged file
                 error = failure
             for group in groups(wanted):
                 found = {}
@@ -305,7 +304,7 @@ class Checkpoints:
         raise CheckpointError("\n  ".join([f"{self.folder}: there is no checkpoint that can be read", *failures]))
 
     def _meta(self, step: int) -> dict[str, Any]:
-        """What lies beside the arrays. Errors: `Damaged` where its own checksum says so."""
+        """The description of a checkpoint. Errors: `Damaged` where its own checksum does not match."""
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         own = meta.pop("crc32", None)  # none: made before there were checksums
         if own is not None and own != crc32(meta):
@@ -324,7 +323,7 @@ class Checkpoints:
             if (x.shape, x.dtype) != (wanted.shape, wanted.dtype):
                 raise Damaged(f"{name} is {x.dtype} {x.shape}, not {wanted.dtype} {wanted.shape}")
             if not x.sharding.is_equivalent_to(wanted.sharding, x.ndim):
-                raise Damaged(f"{name} lies as {x.sharding}, not as {wanted.sharding}")
+                raise Damaged(f"{name} is sharded as {x.sharding}, not as {wanted.sharding}")
         return arrays
 
     def _verify(self, meta: dict[str, Any], arrays: Mapping[str, Any]) -> None:
@@ -346,7 +345,7 @@ class Checkpoints:
             return reader.restore(self.folder / str(step), args=ocp.args.Composite(**{item: args}))[item]
 
     def _passed_over(self, step: int, error: Exception | None) -> str:
-        """Tell that a checkpoint is not used; what is told."""
+        """Log that a checkpoint is not used; returns the message."""
         lines = str(error).strip().splitlines() if error else ["another process could not read its part"]
         reason = f"{type(error).__name__}: {''.join(lines[:1])[:200]}" if error else lines[0]
         text = f"{self.folder / str(step)} ({reason})"
@@ -354,7 +353,7 @@ class Checkpoints:
         return text
 
     def _set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that its step can be written anew and nothing is lost."""
+        """Rename a damaged checkpoint, so that its step can be written again and nothing is lost."""
         if jax.process_index() == 0:
             at = self.folder / str(step)
             at.rename(next(p for n in itertools.count(1) if not (p := self.folder / f"damaged-{step}-{n}").exists()))
@@ -379,8 +378,8 @@ class Checkpoints:
         fresh = {k: v for k, v in target.flat().items() if k not in saved}
         if fresh:
             some = ", ".join(list(fresh)[:3])
-            told = f"{self.folder / str(step)}: {len(fresh)} arrays that it lacks start anew: {some}"
-            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            message = f"{self.folder / str(step)}: {len(fresh)} arrays that it lacks start anew: {some}"
+            console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return fresh
 
     @staticmethod
@@ -461,7 +460,7 @@ def crc32(meta: dict[str, Any]) -> int:
 
 
 def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a checkpoint lacks, placed as `arrays` say: an average begins at its parameter, all else at zero."""
+    """Arrays that a checkpoint lacks, placed as `arrays`: an average begins at its parameter, all else at zero."""
     begun = {k: found[k.replace("ema/", "params/", 1)] for k in arrays if k.startswith("ema/")}
     copied = {k: jax.jit(jnp.copy, out_shardings=arrays[k].sharding)(x) for k, x in begun.items()}
     return zeros({k: x for k, x in arrays.items() if k not in begun}) | copied

@@ -1,4 +1,4 @@
-"""A number per array that changes when a bit of it does: computed where the array lies, and the same on any mesh."""
+"""A number per array that changes when a bit of it does: computed on its devices, and the same on any mesh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def checksum(x: Array) -> Array:
 
     `mix` is the finaliser of MurmurHash3, which gives different words different numbers. So any single word that was
     changed is found, and of all other damage all but one case in 2^32. A sum of integers does not depend on its order:
-    shards are summed where they are.
+    each device sums its shards.
     """
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     words = jax.lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
@@ -46,7 +46,7 @@ def checksums(arrays: Mapping[str, Array | np.ndarray]) -> dict[str, int]:
     """The checksum of each array, by name. A call of all processes; it waits for the arrays, and reads them once."""
     values = list(arrays.values())
     if jax.sharding.get_abstract_mesh().size > 1 and values:
-        # One program: of many small ones that are under way at once, each may wait for devices that another holds.
+        # One program: several small ones at once could each wait for devices that another occupies.
         numbers = np.asarray(combine_checksums(values))
     else:  # a small program for each shape, which moments and averages share with their parameters
         numbers = jax.device_get([one(x) for x in values])

@@ -1,4 +1,4 @@
-"""When numbers cease to be finite: which step, which layer, which line."""
+"""Reports of NaN and infinity: the step, the layer, the line."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class NotFinite(ArithmeticError):
 
 
 class Guard:
-    """Looks at each step's metrics, in order, for what changed nothing: it is counted and said, and too much of it ends
-    the run. skipped: such steps before."""
+    """Looks at each step's metrics, in order, for steps that changed nothing: they are counted and logged, and too many
+    end the run. skipped: such steps before."""
 
     def __init__(self, trainer: Any, skipped: int = 0):
         self.trainer, self.skipped, self.row = trainer, skipped, 0
@@ -39,8 +39,8 @@ class Guard:
         """Whether a step changed nothing: a call of all processes.
 
         state: the newest one. position: where the step's batch begins in the data. Errors: `NotFinite` where it is one
-        more in a row than `train.tolerate`, where the state itself is not finite, so that none after it will be, and
-        where the run ends and none was.
+        more in a row than `train.tolerate`, where the state itself is not finite, and so all later steps, and where
+        the run ends without a finite one.
         """
         train, finite, spike = self.trainer.experiment.train, bool(metrics["finite"]), bool(metrics["spike"])
         self.row = 0 if finite else self.row + 1
@@ -57,8 +57,8 @@ class Guard:
         )
         in_row = "" if spike else f", {self.row} in a row of at most {train.tolerate}"
         if jax.process_index() == 0:
-            told = f"step {step}: {why}; it changes nothing ({self.skipped} such steps in all{in_row})"
-            console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            message = f"step {step}: {why}; it changes nothing ({self.skipped} such steps in all{in_row})"
+            console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
         return True
 
 
@@ -96,7 +96,7 @@ def nan_report(
 def not_finite(trainer: Any, state: TrainState) -> list[str]:
     """The arrays of a state that are not finite, parameters first and by layer: a call of all processes.
 
-    Each device looks at its own part; what reaches a host is a bit for each array and layer.
+    Each device looks at its own part; only a bit for each array and layer reaches a host.
     """
     rest = {k: v for k, v in state.flat().items() if not k.startswith("params/")}
 
@@ -132,8 +132,8 @@ def first_operation(trainer: Any, state: TrainState, step: int, position: int) -
 
     try:
         checked = checkify.checkify(forward, errors=checkify.nan_checks)
-        # Replicated: of what lies with other processes nothing could be read.
+        # Replicated: parts on other processes could not be read.
         error, _ = jax.jit(checked, out_shardings=NamedSharding(trainer.mesh, P()))(state, trainer.frozen, batch)
         return " ".join((error.get() or "none in the forward pass: it overflowed, or arose in the gradient").split())
-    except Exception as failure:  # a diagnosis must not hide what it was asked about
+    except Exception as failure:  # a failed diagnosis must not hide the error
         return f"not found ({type(failure).__name__})"

@@ -1,4 +1,4 @@
-"""The config of a run, and what of it has changed since the run began: `config.json` and `history.jsonl`."""
+"""The config of a run and its changes since the run began: `config.json` and `history.jsonl`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ NAMED = 12
 
 
 class History:
-    """What a run that begins or goes on is about to change of its config.
+    """The change of config with which a run begins or goes on.
 
     resumed: whether the run has a checkpoint; else it begins, with any config. accept: take changes of any field, not
-    only of those that change no mathematics (`core.fields.FREE`). Errors: `ConfigError` that names the changed fields.
+    only of those that do not change the mathematics (`core.fields.FREE`). Errors: `ConfigError` that names the changed
+    fields.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, resumed: bool, accept: bool = False):
@@ -39,7 +40,7 @@ class History:
         path = folder / "config.json"
         if not resumed or not path.exists():
             return
-        # A field that the library has since the run began had the value that is its default now.
+        # A field that is newer than the run had the value that is its default now.
         self.old = read_stored(path)
         old, new = to_json(self.old), to_json(experiment)
         self.changes = changes(old, new)
@@ -54,8 +55,7 @@ class History:
             )
 
     def note(self, step: int, say: Callable[[str], None]) -> None:
-        """Write the config of a run that goes on from `step`, and what has changed; say it, and what becomes of the
-        learning rate."""
+        """Write the config of a run that goes on from `step`, and its changes; log them, and the new learning rates."""
         if self.changes:
             for line in self._rates(step):
                 say(line)
@@ -71,7 +71,7 @@ class History:
         bundle_files(self.experiment.text, self.folder)
 
     def _rates(self, step: int) -> list[str]:
-        """What becomes of the learning rates after `step`, where they are others or depend on a changed length."""
+        """Messages on the learning rates after `step`, where they differ or depend on a changed length."""
         said, old, new = [], learning_rates(self.old, step), learning_rates(self.experiment, step)
         train = self.experiment.train
         for name, rate in new.items():

@@ -1,4 +1,4 @@
-"""What a run writes for people: metrics as JSON lines and TensorBoard events, and on request to wandb."""
+"""Logs of a run: metrics as JSON lines and TensorBoard events, and on request to wandb."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t2i_jax.config import ConfigError
 
 
 class Records:
-    """The metric files of a run folder. A run that goes on from step n first drops what was written after n."""
+    """The metric files of a run folder. A run that goes on from step n first drops later lines."""
 
     def __init__(self, folder: Path, step: int, config: Any = None, wandb: bool = False):
         self.path = folder / "metrics.jsonl"
@@ -23,7 +23,7 @@ class Records:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
-        from tensorboardX import SummaryWriter  # imports torch where it finds it, so it waits until a run begins
+        from tensorboardX import SummaryWriter  # imports torch if installed, so only when a run begins
 
         self.skipped = int(next((line["skipped"] for line in reversed(kept) if "skipped" in line), 0))
         """steps so far that changed nothing"""
@@ -50,7 +50,7 @@ class Records:
             self.wandb.log(dict(metrics), step=step)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """A picture, uint8 (i, j, 3), beside the curves."""
+        """Log an image, uint8 (i, j, 3)."""
         self.board.add_image(name, image, step, dataformats="HWC")
         if self.wandb:
             import wandb as library  # pyright: ignore[reportMissingImports]

@@ -1,7 +1,7 @@
 """Run folders in object stores: `gs://bucket/run` and `s3://bucket/run`.
 
-Checkpoints are written there directly. All else that a run writes (config, metrics, events, pictures) wants files that
-grow, which object stores have not: it is written to a folder of this machine, and a thread copies what has changed.
+Checkpoints are written there directly. Other files of a run (config, metrics, events, images) are appended to,
+which object stores do not allow: they are written to a folder of this machine, and a thread copies changed ones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from t2i_jax.core.console import console
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme -> the package through which fsspec reads it, and the extra that brings it."""
 CACHE_FOLDER = "xla"
-"""Where a run in a store keeps its compiled programs."""
+"""Folder of the compiled programs of a run in a store."""
 PRODUCTS = ("checkpoints", CACHE_FOLDER, "samples", "profile", "events.out.*", "metrics.jsonl", "history.jsonl")
 PRODUCTS += ("report.*", "*.png")
-"""What a run leaves in its folder that is no part of its model."""
+"""Files of a run that are no part of its model."""
 
 
 def resolve_path(path: str | Path) -> Any:
@@ -75,8 +75,8 @@ def download(where: Any, names: Sequence[str] = ()) -> Path:
 def staged_dir(where: Any, every: float = 30.0) -> Iterator[Path]:
     """A local folder to work in: `where` itself, or one that holds its config and metrics and is copied to it.
 
-    The first process copies what has changed, each `every` seconds and at the end. A copy that fails is told and tried
-    again the next time; at the end its error is raised.
+    The first process copies what has changed, each `every` seconds and at the end. A failed copy is logged and retried
+    the next time; at the end its error is raised.
     """
     if isinstance(where, Path):
         yield where
@@ -101,9 +101,9 @@ def staged_dir(where: Any, every: float = 30.0) -> Iterator[Path]:
         while not over.wait(every):
             try:
                 copy()
-            except Exception as error:  # whatever a store or the way to it makes of it
-                told = f"{where}: a copy failed, it is tried again: {error}"
-                console.print(told, style="yellow", markup=False, soft_wrap=True)
+            except Exception as error:  # any error of a store or of the network
+                message = f"{where}: a copy failed, it is tried again: {error}"
+                console.print(message, style="yellow", markup=False, soft_wrap=True)
 
     def stop() -> None:
         over.set()
@@ -113,13 +113,13 @@ def staged_dir(where: Any, every: float = 30.0) -> Iterator[Path]:
     thread.start()
     try:
         yield folder
-    except BaseException:  # how the work ended is told, whatever becomes of the copy
+    except BaseException:  # the error of the work is raised, even if the copy fails too
         stop()
         try:
             copy()
         except Exception as error:
-            told = f"{where}: the last copy failed: {error}"
-            console.print(told, style="yellow", markup=False, soft_wrap=True)
+            message = f"{where}: the last copy failed: {error}"
+            console.print(message, style="yellow", markup=False, soft_wrap=True)
         raise
     stop()
     copy()

@@ -1,4 +1,4 @@
-"""A process that hangs or dies must not hold the others: each one sees to it that its own steps go on."""
+"""A watchdog in each process: one that hangs or dies must not block the others."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from collections.abc import Callable, Iterator
 import jax
 
 STATUS = 75
-"""Exit status of a run that stopped for want of another process: what launchers start again."""
+"""Exit status of a run that lost another process: launchers restart it."""
 
 
 class PeerLost(RuntimeError):
-    """What several processes do together failed, as it does when one of them is gone."""
+    """A collective failed, as it does when a process is gone."""
 
 
 @contextlib.contextmanager
 def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Callable[[str], None]]:
-    """Gives a function to call with what was done last; where no call comes for `limit` seconds, the process ends.
+    """Yields a function to call with the last thing done; without a call for `limit` seconds the process ends.
 
-    A thread waits for that, for the main thread stands in a collective which never ends. It says what was done last and
-    where all threads stand, and calls `end(STATUS)`. Nothing is watched where `limit` is 0.
+    A thread watches, as the main thread may be blocked in a collective. It prints the last thing done and the stacks of
+    all threads, and calls `end(STATUS)`. A `limit` of 0 disables it.
     """
     done, last, over = "the start", time.monotonic(), threading.Event()
 
@@ -58,8 +58,8 @@ def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Ca
 
 @contextlib.contextmanager
 def raise_peer_lost(stack: contextlib.ExitStack | None = None) -> Iterator[None]:
-    """Errors of the runtime among several processes become `PeerLost`, and what `stack` would close is left as it is:
-    closing waits for the others, and they may be gone."""
+    """Errors of the runtime among several processes become `PeerLost`, and `stack` is not closed: closing waits for the
+    others, and they may be gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
