@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Google Kubernetes Engine: through xpk where it is installed, or by the JobSet that jobset.py beside this file writes.
+# Google Kubernetes Engine: through xpk where it is installed, or by the JobSet that jobset.py of this folder writes.
 #
 #   CLUSTER=c ZONE=us-east5-a IMAGE=registry/t2i_jax launch/gke.sh [--dry-run] xpk NAME v5litepod-256 t2i train ...
 #   IMAGE=registry/t2i_jax launch/gke.sh [--dry-run] jobset NAME v5e:16x16 t2i train configs/big.py --run gs://...
 #
 # SLICES (1) is the number of slices that train together, RETRIES (10) bounds the restarts, each of which starts all
-# hosts anew. Words that begin with -- and stand before the command are xpk's own: --env=A=1, --priority=high, --spot.
+# hosts again. Flags before the command are xpk's own: --env=A=1, --priority=high, --spot.
 # `jobset` writes the manifest to standard output with --dry-run, and gives it to kubectl without; more variables fit it
 # to a cluster, for TPUs and GPUs (h100:64): launch/jobset.py --help lists them.
 # shellcheck source-path=SCRIPTDIR source=common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What this machine's first GPU does beside its goals, in at most 8 minutes: every kernel against the written-out form, a
-# train step of 0.8B, decoding of 1, 8, 64 and 256 pictures.
+# The first GPU of this machine against its goals, in at most 8 minutes: every kernel against reference attention, a
+# train step of 0.8B, decoding of 1, 8, 64 and 256 images.
 #
 #   launch/gpu_check.sh [--dry-run] check.json
 #

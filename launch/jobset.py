@@ -211,8 +211,8 @@ PORT = 8482
 
 
 def started(name: str, hosts: Hosts, slices: int) -> dict[str, Any]:
-    """Variables by which the processes find each other. GKE itself tells the hosts of TPU slices of each other
-    (TPU_WORKER_HOSTNAMES) and slices of slices (MEGASCALE_*), and nothing to those of GPUs."""
+    """Variables by which the processes find each other. GKE itself sets TPU_WORKER_HOSTNAMES within a TPU slice and
+    MEGASCALE_* among slices, and nothing for GPUs."""
     if hosts.machine.tpu:
         return {"T2I_CLUSTER": "1"} if hosts.count * slices > 1 else {}
     index = {

@@ -20,8 +20,8 @@ cpus=$((${CPUS:-$((12 * gpus))} / tasks))
 ((cpus >= 1)) || { echo "$0: CPUS=${CPUS:-}: at least one for each of the $tasks tasks of a node" >&2 && exit 2; }
 printf -v command '%q ' "$@"
 # JAX finds coordinator, count and number of its process in Slurm's own variables, and with one task per GPU it takes
-# the GPU of the task's number on its node; so all GPUs stay visible to all tasks, and a task that is to have them all is
-# told their numbers. Since Slurm 22.05 a step does not have the CPUs of the job's tasks unless it asks for them again.
+# the GPU of the task's number on its node; so all GPUs stay visible to all tasks, and a task that is to have them all
+# gets their numbers. Since Slurm 22.05 a step does not have the CPUs of the job's tasks unless it asks for them again.
 script=$(
   cat <<EOF
 #!/usr/bin/env bash
@@ -43,7 +43,7 @@ srun --kill-on-bad-exit=1 --cpus-per-task=$cpus $command
 status=\$?
 case \$status in
 0 | 2 | 130) ;; # done; a config that cannot work; Ctrl-C
-143) scontrol requeue "\$SLURM_JOB_ID" ;; # it was told to stop and has saved itself
+143) scontrol requeue "\$SLURM_JOB_ID" ;; # stopped by a signal, after a save
 *) if [ "\${SLURM_RESTART_COUNT:-0}" -lt ${RETRIES:-10} ]; then scontrol requeue "\$SLURM_JOB_ID"; fi ;;
 esac
 exit \$status
