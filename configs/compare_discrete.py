@@ -13,8 +13,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import CrossAttnFeatures, TextFeatures
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.sampling.discrete import DiscreteSampler
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler, DiscreteSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -10,13 +10,14 @@ from typing import Any
 from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train

@@ -14,8 +14,8 @@ from t2i_jax.heads import DiffusionHead, FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.sampling.orders import Confidence, MaskedSampler, Permutation, Raster, Sets
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler, MaskedSampler
+from t2i_jax.sampling.orders import Confidence, Permutation, Raster, Sets
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -40,9 +40,11 @@ HEADS = {
 def cell(family: Any, order: Any, head: str) -> Experiment:
     kind, data, codec, temperature = HEADS[head]
     if family is AnyOrder:
-        model = AnyOrder(head=kind, order=order, depth=4, sampling=ARSampler(1.0, temperature=temperature), **SHAPE)
+        model = AnyOrder(
+            head=kind, order=order, depth=4, sampling=ARSampler(guidance=1.0, temperature=temperature), **SHAPE
+        )
     else:
-        drawn = MaskedSampler(1.0, temperature=temperature, iterations=16)
+        drawn = MaskedSampler(guidance=1.0, temperature=temperature, iterations=16)
         model = Masked(head=kind, order=order, depth=2, buffer=4, sampling=drawn, **SHAPE)
     return Experiment(
         model,

@@ -7,10 +7,11 @@ size (32, 32) with 3 channels (`nn.unet.UNet` or a DiT of larger patches) and no
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import TextFeatures
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -11,7 +11,8 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.sampling.orders import MaskedSampler, Sets
+from t2i_jax.sampling.options import MaskedSampler
+from t2i_jax.sampling.orders import Sets
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -7,7 +7,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -8,7 +8,7 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.sampling.discrete import DiscreteSampler
+from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

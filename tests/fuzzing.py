@@ -50,7 +50,8 @@ from t2i_jax.comparison import Comparison, Variant
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow

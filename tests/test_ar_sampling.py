@@ -12,7 +12,8 @@ from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
 from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler, filter_logits, guidance_at, uniforms
+from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.tokens import filter_logits, uniforms
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")
 
@@ -34,7 +35,7 @@ def uncached(config, model, condition, keys, options):
     def token(i, codes):
         batch = condition | {"codes": codes.reshape(b, *config.grid)}
         logits, null = (config.forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
-        logits = guide(logits, null, guidance_at(options, i, length))
+        logits = guide(logits, null, options.guidance_at(i, length))
         weights = filter_logits(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
         drawn = jnp.argmax(cdf > uniforms(keys, i[None])[0][:, None], -1)

@@ -10,25 +10,26 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.config import ConfigError
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler, noise_low_res
+from t2i_jax.models.diffusion import Diffusion, noise_low_res
 from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, image_keys
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.training.artifacts import Artifact, save_artifact
 
 BASE = Diffusion(
     UNet((4, 4), width=8, multipliers=(1,), blocks=1, attention=(), groups=4, heads=1, condition=ClassEmbedder(3)),
     Discrete("cosine", 20),
-    sampling=DiffusionSampler(3, 2.0),
+    sampling=DiffusionSampler(3, guidance=2.0),
 )
 LARGE = dataclasses.replace(
     BASE,
     network=dataclasses.replace(BASE.network, size=(8, 8), extra_inputs=("low_res",), noise_aug_conditioning=True),
     upscale=2,
     noise_aug=0.6,
-    sampling=DiffusionSampler(3, 1.0, noise_aug=0.2),
+    sampling=DiffusionSampler(3, guidance=1.0, noise_aug=0.2),
 )
 
 
@@ -70,7 +71,7 @@ def test_the_second_model_learns_from_pictures_and_reads_the_small_one(model):
         model,
         {"label": batch["label"], "low_res": small},
         image_keys([0, 1]),
-        DiffusionSampler(3, 1.0, **options),
+        DiffusionSampler(3, guidance=1.0, **options),
         guided=False,
     )
     small = LARGE.low_res_of(batch)

@@ -19,13 +19,13 @@ from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import SoftmaxHead
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, guidance_flags
-from t2i_jax.sampling.orders import MaskedSampler
+from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

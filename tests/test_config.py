@@ -10,7 +10,7 @@ import toys
 from t2i_jax import config
 from t2i_jax.config import ConfigError
 from t2i_jax.parallel import MeshConfig
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.optimizer import Optimizer
 
 FILE = """

@@ -22,7 +22,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import ClassEmbedder, PooledFeatures, PrefixTokens, TextFeatures
 from t2i_jax.nn.trees import named
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.artifacts import load_artifact
 
 KEY = jax.random.key(0)

@@ -14,7 +14,7 @@ from families import with_aux
 from t2i_jax.config import ConfigError, from_json, override, to_json
 from t2i_jax.convert import convert, restore
 from t2i_jax.models import diffusion
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
@@ -23,6 +23,7 @@ from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.pipeline import Pipeline, plain_options
 from t2i_jax.sampling import solvers
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.training.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
@@ -64,10 +65,10 @@ def test_options_are_traced_and_pictures_depend_on_their_own_key_only(model):
 
 def test_solvers_do_what_their_names_say_unless_told_otherwise(model):
     draw = lambda **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, 1.0), **options
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, guidance=1.0), **options
     )
     told = lambda eta, solver: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, 1.0, eta=eta), solver=solver
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(5, guidance=1.0, eta=eta), solver=solver
     )
     for solver, eta in {"ddim": 0.0, "dpm++": 0.0, "ddpm": 1.0}.items():
         np.testing.assert_array_equal(draw(solver=solver), told(eta, solver))
@@ -104,7 +105,7 @@ def test_sampling_options_are_flags():
 @pytest.mark.parametrize("spacing", ["even", "karras", "log_snr"])
 def test_stops_may_be_spaced_anew(model, spacing):
     run = lambda **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(12, 1.0, **options), solver="heun"
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(12, guidance=1.0, **options), solver="heun"
     )
     default, other = run(), run(spacing=spacing)
     assert np.isfinite(other).all() and 0 < float(jnp.abs(other - default).mean()) < 0.2 * float(default.std())
@@ -122,7 +123,7 @@ def test_an_interval_of_log_snr_is_one_of_noise_levels(process):
         with np.errstate(divide="ignore"):
             level = np.log(alpha**2 / sigma**2)
         places = jnp.arange(steps)
-        at = places / steps, 2 * solvers.log_ratio(path, places)
+        at = places, steps, 2 * solvers.log_ratio(path, places)
         scales = lambda at=at, **options: np.asarray(
             DiffusionSampler(guidance=5.0, **options).arrays().guidance_at(*at)
         )
@@ -137,7 +138,7 @@ def test_an_interval_of_log_snr_is_one_of_noise_levels(process):
 
 def test_guidance_keeps_to_its_interval_of_log_snr(model):
     draw = lambda guidance=4.0, **options: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6, guidance, **options)
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6, guidance=guidance, **options)
     )
     none, whole = draw(1.0), draw()
     np.testing.assert_array_equal(draw(guidance_low_snr=-100.0, guidance_high_snr=100.0), whole)
@@ -149,7 +150,7 @@ def test_guidance_keeps_to_its_interval_of_log_snr(model):
 @pytest.mark.parametrize("solver", ["heun", "unipc"])
 def test_more_steps_of_a_deterministic_solver_change_little(model, solver):
     run = lambda n: FAMILY.sample(
-        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(n, 1.0), solver=solver
+        model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(n, guidance=1.0), solver=solver
     )
     fine, coarse = run(50), run(25)
     assert float(jnp.abs(fine - coarse).mean()) < 0.1 * float(fine.std())
@@ -160,10 +161,12 @@ def test_known_pixels_are_kept_and_given_pictures_are_remembered(model):
     keep = (jnp.arange(4) < 2)[None, :, None] & jnp.ones((2, 4, 4), bool)
     near = dict(known=given, keep=jnp.zeros_like(keep))
     run = lambda options, **given: FAMILY.sample(model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), options, **given)
-    filled = run(DiffusionSampler(10, 1.0), known=given, keep=keep)
+    filled = run(DiffusionSampler(10, guidance=1.0), known=given, keep=keep)
     np.testing.assert_allclose(filled[:, :2], given[:, :2], atol=1e-5)
     assert float(jnp.abs(filled[:, 2:] - given[:, 2:]).max()) > 0.1
-    gaps = [float(jnp.abs(run(DiffusionSampler(50, 1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)]
+    gaps = [
+        float(jnp.abs(run(DiffusionSampler(50, guidance=1.0, strength=s), **near) - given).mean()) for s in (0.04, 0.9)
+    ]
     assert gaps[0] < 0.5 * gaps[1]
 
 
@@ -233,7 +236,7 @@ def test_a_classifier_and_an_image_text_model_pull(model):
         weights = shaken(jax.jit(config.init)(jax.random.key(1)))
         assert np.isfinite(jax.jit(config.loss)(weights, batch | image, jax.random.key(2)).loss)
         puller = jax.tree_util.Partial(config.log_p, weights)
-        options = [DiffusionSampler(8, 1.0, classifier_scale=s, clip=True) for s in (0.0, 30.0)]
+        options = [DiffusionSampler(8, guidance=1.0, classifier_scale=s, clip=True) for s in (0.0, 30.0)]
         free, held = (FAMILY.sample(model, batch, keys_of(1, 2), o, classifier=puller, guided=False) for o in options)
         score = jax.jit(lambda x, p=puller: p(x, jnp.zeros(2), batch))
         assert score(held).mean() > score(free).mean()
@@ -271,7 +274,11 @@ def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
 def test_a_worse_model_guides(model):
     plain, guided = (
         FAMILY.sample(
-            model, {"label": jnp.zeros(2, int)}, keys_of(1, 2), DiffusionSampler(6, s), guide_model=shaken(model, 0.02)
+            model,
+            {"label": jnp.zeros(2, int)},
+            keys_of(1, 2),
+            DiffusionSampler(6, guidance=s),
+            guide_model=shaken(model, 0.02),
         )
         for s in (1.0, 3.0)
     )

@@ -9,8 +9,8 @@ import pytest
 
 from t2i_jax.convert import convert
 from t2i_jax.interop import pixart, stable_diffusion_3
-from t2i_jax.models.diffusion import DiffusionSampler
 from t2i_jax.pipeline import image_keys
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.clip import ClipText
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple

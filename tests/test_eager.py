@@ -20,11 +20,11 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.config import ConfigError
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler, DiffusionSampler
 
 pytest.importorskip("torch")
 
@@ -156,7 +156,8 @@ from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.nn.condition import ClassEmbedder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow

@@ -8,7 +8,7 @@ import numpy as np
 
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import CaptionEncoder, TextFeatures
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 CONFIG = AR(
     13,

@@ -12,7 +12,7 @@ import pytest
 from t2i_jax.heads import DiffusionHead, FlowHead, ImageKeys, MixtureHead, SoftmaxHead
 from t2i_jax.heads.mixture import MixtureParams, guided
 from t2i_jax.nn import losses
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 CENTRES, SPREAD = np.asarray([-1.5, 0.5]), 0.3
 WEIGHTS = np.asarray([0.3, 0.7])

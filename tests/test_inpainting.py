@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from exact import Exact, exact, family_of
 
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.noise.processes import EDM, Discrete, Flow
+from t2i_jax.sampling.options import DiffusionSampler
 
 PROCESSES = {"discrete": Discrete("linear"), "flow": Flow(), "edm": EDM()}
 COUNT, KNOWN = 4000, 1.5

@@ -23,8 +23,8 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.sampling.orders import Confidence, MaskedSampler, MaskRate, Permutation, Raster, Sets
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler, MaskedSampler
+from t2i_jax.sampling.orders import Confidence, MaskRate, Permutation, Raster, Sets
 from t2i_jax.training.artifacts import Artifact
 
 CODES = SoftmaxHead(7)

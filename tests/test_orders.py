@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax.sampling.options import MaskedSampler
 from t2i_jax.sampling.orders import (
     Confidence,
-    MaskedSampler,
     MaskRate,
     Permutation,
     Raster,

@@ -7,12 +7,12 @@ import pytest
 
 from t2i_jax.sampling import tokens as module
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 truncate, draw, choose, uniforms = map(
     jax.jit, (module.filter_logits, module.draw, module.sample_token, module.uniforms)
 )
-guidance_at = jax.jit(module.guidance_at, static_argnums=2)
+guidance_at = jax.jit(lambda options, i, length: options.guidance_at(i, length), static_argnums=2)
 
 
 def brute_force(row, temperature, k, p):

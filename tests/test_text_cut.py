@@ -16,11 +16,12 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import TextSpec, gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.nn.condition import CaptionEncoder
 from t2i_jax.nn.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, release
+from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.clip import ClipEmbedding, ClipText
 from t2i_jax.text.cut import end, limited, noticing, unread
 from t2i_jax.text.decoder_lm import DecoderLM
@@ -182,7 +183,7 @@ def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8)
     network = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=CaptionEncoder(20, 3, 16, 1, 2))
-    family = Diffusion(network, sampling=DiffusionSampler(1, 2.0, 0.0))
+    family = Diffusion(network, sampling=DiffusionSampler(1, guidance=2.0))
     settings = Train(2, evaluate_every=0, preview_every=0, save_every=2)
     train(Experiment(family, data, settings, text=Plain()), tmp_path / "run")
     release(tmp_path / "run", tmp_path / "out")
@@ -251,7 +252,13 @@ def test_sampling_says_it_once_a_prompt(texts, caplog):
         condition=CaptionEncoder(300, 12, 16, 1, 2),
         learn_variance=False,
     )
-    family = Diffusion(network, Flow(), predicts="velocity", solver="euler", sampling=DiffusionSampler(1, 2.0, 0.0))
+    family = Diffusion(
+        network,
+        Flow(),
+        predicts="velocity",
+        solver="euler",
+        sampling=DiffusionSampler(1, guidance=2.0),
+    )
 
     pipeline = Pipeline(family, family.init(jax.random.key(0)), None, text)
     head = "a red apple on the table and two dogs and words "

@@ -24,7 +24,8 @@ from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeature
 from t2i_jax.nn.conditional import AdaNorm
 from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
-from t2i_jax.sampling.discrete import DiscreteSampler, reverse, timesteps
+from t2i_jax.sampling.discrete import reverse, timesteps
+from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
 
@@ -86,7 +87,7 @@ def toy(kind):
 
     @jax.jit
     def run(options):
-        def guess(x, t):
+        def guess(x, t, share):
             every = one_hot(jnp.arange(4), 5)[None]
             evidence = jnp.take_along_axis(chain.q_start(every, t[:1])[0].T, x, 0)  # q(x_t | x_0 = k), [x_t, k]
             log_p = jax.nn.log_softmax(jnp.log(jnp.asarray(P, jnp.float32)) + evidence)

@@ -30,7 +30,7 @@ from t2i_jax.data.sources import Folder
 from t2i_jax.heads import PositionKeys, TokenHead
 from t2i_jax.pipeline import guidance_flags, image_keys
 from t2i_jax.plan.ready import batch_shapes
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment
 

@@ -10,7 +10,7 @@ from t2i_jax.interop import vq_diffusion
 from t2i_jax.interop.names import Tensors
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.sampling.discrete import DiscreteSampler
+from t2i_jax.sampling.options import DiscreteSampler
 
 
 def _vq_diffusion(
@@ -36,7 +36,8 @@ def _vq_diffusion(
         class_type=class_type,
         null_class=null_class,
     )
-    plain, classes, text = DiscreteSampler(1.0, 0.86), DiscreteSampler(1.5, 0.94), DiscreteSampler(3.0)
+    plain = DiscreteSampler(guidance=1.0, truncation=0.86)
+    classes, text = DiscreteSampler(guidance=1.5, truncation=0.94), DiscreteSampler(guidance=3.0)
     guided = classes if "mean_null" in found else text
     found["sampling"] = guided if found["condition_dropout"] else plain
     return VQDiffusion(**(found | fields))

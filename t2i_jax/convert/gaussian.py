@@ -5,7 +5,7 @@ from typing import Any
 from t2i_jax.convert import Format
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
-from t2i_jax.models.diffusion import Diffusion, DiffusionSampler
+from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.nn.condition import ClassEmbedder
@@ -14,6 +14,7 @@ from t2i_jax.nn.padded import GlideCaptions
 from t2i_jax.nn.trees import abstract
 from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.sampling.options import DiffusionSampler
 
 
 def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:

@@ -9,7 +9,7 @@ from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.nn.trees import abstract
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 
 def _openai_dvae(tensors: Tensors, **fields: Any) -> DVAE:

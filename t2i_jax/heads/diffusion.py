@@ -18,7 +18,7 @@ from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
 from t2i_jax.noise.schedule import Schedule, spread_of_each
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 
 class LossTerms(NamedTuple):

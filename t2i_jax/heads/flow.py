@@ -18,7 +18,7 @@ from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.schedule import spread_of_each
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax import Array
 
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.heads.draws import PositionKeys
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 
 class TokenHead(Protocol):

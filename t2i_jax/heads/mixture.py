@@ -16,7 +16,8 @@ from t2i_jax.core.specs import CodeSpec
 from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.schedule import expand_like
-from t2i_jax.sampling.tokens import ARSampler, draw
+from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.tokens import draw
 
 
 class MixtureParams(NamedTuple):

@@ -15,7 +15,8 @@ from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.nn.layers import Embedding, Linear
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler, sample_token
+from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.tokens import sample_token
 
 
 @dataclasses.dataclass(frozen=True)

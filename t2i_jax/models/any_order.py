@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jax import Array
 
@@ -32,9 +32,10 @@ from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
 from t2i_jax.parallel import shard
+from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
 from t2i_jax.sampling.progress import Progress, now_and_then
-from t2i_jax.sampling.tokens import ARSampler, guidance_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +243,7 @@ class AnyOrder(Checked):
         keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
         x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
         options = (options or self.options()).arrays()
-        guided = self.condition_dropout > 0 if guided is None else guided
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, is_guided(self, guided), progress)
 
 
 class AnyOrderNetwork(nnx.Module):
@@ -279,9 +279,8 @@ def _sample(
     progress: Progress | None,
 ) -> Array:
     b, length, model = len(x), config.length, weight_stationary(model)
-    branches = 2 if guided else 1
-    # The two rows of an image stand beside each other, so that both live on the same device.
-    rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
+    both = Branches(guided)
+    rows = both.rows
     keep = rearrange(keep, "b h w -> b (h w)")
     own = jax.vmap(jax.random.split)(keys)
     orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
@@ -289,21 +288,20 @@ def _sample(
     orders = orders if config.order.fixed else with_known_last(orders, keep)
     places = jnp.flip(orders, 1)
 
-    prefix, valid = model.condition(jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b), config.dtype)
+    prefix, valid = model.condition(rows(condition), both.dropped(b), config.dtype)
     s, capacity = valid.shape[1], valid.shape[1] + length - 1
     reading, decoding = prepare_layers_for_decode(model.blocks, config.dtype)
-    caches = tuple(Cache.empty(config.layer, b * branches, capacity, config.dtype) for _ in reading)
+    caches = tuple(Cache.empty(config.layer, b * both.count, capacity, config.dtype) for _ in reading)
     seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
     first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
     y, caches = apply_stack(reading, config._add_targets(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
 
     def draw(x: Array, y: Array, k: Array | int) -> Array:
         """The codes with the k-th token of the order, from what came out where it is asked for: y (b n, d)."""
-        z = rearrange(model.norm(y), "(b n) d -> n b 1 d", n=branches)
+        z, null = both.split(model.norm(y)[:, None])
         place = jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
-        scale = jnp.broadcast_to(guidance_at(options, k, length), (b,))
-        null = z[1] if guided else None
-        drawn, _ = config.head.sample(model.head, z[0], null, draws.at(0, place), scale, options)
+        scale = jnp.broadcast_to(options.guidance_at(k, length), (b,))
+        drawn, _ = config.head.sample(model.head, z, null, draws.at(0, place), scale, options)
         kept = jnp.take_along_axis(keep, place, 1)
         old = _pick(x, place)
         new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))

@@ -29,8 +29,9 @@ from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack
 from t2i_jax.parallel import shard
 from t2i_jax.sampling import autoregressive
+from t2i_jax.sampling.guidance import is_guided
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress
-from t2i_jax.sampling.tokens import ARSampler
 
 SIZES: dict[str, dict[str, int]] = {
     "1M": dict(width=128, depth=4, heads=4, mlp=384),
@@ -347,7 +348,7 @@ class AR(Checked):
             all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
         progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
         """
-        guided = self.condition_dropout > 0 if guided is None else guided
+        guided = is_guided(self, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:

@@ -11,17 +11,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange, repeat
 from jax import Array
-from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import FREE, LARGEST, Checked, Count, NotNegative, Positive, Range, Share, values
+from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Positive, Share
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import (
     Capabilities,
@@ -30,7 +27,6 @@ from t2i_jax.core.types import (
     LossOutput,
     Objective,
     Predicts,
-    Spacing,
     single_objective,
 )
 from t2i_jax.nn.condition import ClassEmbedder, dropped_rows
@@ -46,89 +42,11 @@ from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import expand_like, spread
 from t2i_jax.parallel import shard
 from t2i_jax.sampling import guidance, solvers
-from t2i_jax.sampling.options import Options
-from t2i_jax.sampling.solvers import ETA, SOLVERS, Denoised
+from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.sampling.solvers import SOLVERS, Denoised
 
 Batch = dict[str, Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DiffusionSampler(Options):
-    """How pictures are sampled; every field but `spacing` is a number, or one per picture (b,) where it says so, and is
-    traced."""
-
-    steps: Annotated[int | Array, Range(1, LARGEST)] = 50
-    """Steps of the solver, up to the bound of the process."""
-    guidance: Annotated[float | Array, Range()] = 3.0
-    """Scale of classifier-free guidance, (b,); 1 is none."""
-    guidance_start: Annotated[float | Array, Range(0, 1)] = 0.0
-    """Guidance begins after this share of the steps."""
-    guidance_stop: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Guidance ends after this share of the steps."""
-    guidance_rescale: Annotated[float | Array, Range(0, 1)] = 0.0
-    """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
-    classifier_scale: Annotated[float | Array, Range()] = 1.0
-    """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
-    eta: Annotated[float | Array | None, Range(low=0)] = None
-    """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
-    clip: bool | Array = False
-    """Keep the picture that the network has in mind within [-1, 1]."""
-    stride: bool | Array = False
-    """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
-    noise_aug: Annotated[float | Array, Range(0, 1)] = 0.0
-    """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
-    strength: Annotated[float | Array, Range(above=0, high=1)] = 1.0
-    """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
-    spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
-    """Where the stops are: as the process has them, even in its time, or spaced for fewer steps; see `Spacing`."""
-    guidance_low_snr: Annotated[float | Array | None, Range()] = None
-    """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
-    guidance_high_snr: Annotated[float | Array | None, Range()] = None
-    """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
-    resample: Annotated[int | Array, Range(1, 1000)] = 2
-    """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
-    to agree (Lugmayr et al. 2022; `sampling.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is
-    known, however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures
-    it."""
-
-    def check(self, most: int) -> None:
-        """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
-
-        most: steps of the process.
-        """
-        fields, ranges = values(self), {"steps": (1, most), "strength": (0, 1), "noise_aug": (0, 1)}
-        for name, (low, high) in ranges.items():
-            given = fields[name]
-            if isinstance(given, Tracer):
-                continue
-            least, largest = float(np.min(given)), float(np.max(given))
-            if not (low <= least and largest <= high) or (name == "strength" and least == 0):
-                odd = f"{least if least < low or largest <= high else largest:g}"
-                about = f"1 to {most}, the bound of the process" if name == "steps" else f"{low} to {high}"
-                raise ValueError(f"{name} {odd}: {about}{', and above 0' * (name == 'strength')}")
-        if not isinstance(self.resample, Tracer) and np.min(self.resample) < 1:
-            raise ValueError(f"resample {np.min(self.resample)}: at least 1, the solver's own evaluation of each step")
-        if self.spacing not in get_args(Spacing):
-            raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
-
-    def eta_of(self, solver: str) -> Array:
-        """The share of new noise in each step of a solver, a scalar or (b,)."""
-        eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
-        return jnp.where(jnp.isnan(eta), ETA[solver], eta)
-
-    def guidance_at(self, share: Array, log_snr: Array) -> Array:
-        """The scale of guidance after a share of the steps, at log(alpha^2 / sigma^2): a scalar or (b,)."""
-        low, high = self.guidance_low_snr, self.guidance_high_snr
-        scale = guidance.within(self.guidance, share, self.guidance_start, self.guidance_stop)
-        return guidance.within(scale, log_snr, -math.inf if low is None else low, math.inf if high is None else high)
-
-    def arrays(self) -> Self:
-        """The same options as arrays: an `eta` of None is NaN, and bounds that are None are infinite."""
-        none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
-        given = values(self)
-        missing = {k: jnp.float32(v) for k, v in none.items() if given[k] is None}
-        return super(DiffusionSampler, dataclasses.replace(self, **missing)).arrays()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,7 +298,7 @@ class Diffusion(Checked):
             another; process, prediction, shape and condition are those of this one.
         progress: called after each step with its number, how many there are, and the pictures so far; static.
         """
-        guided = (self.condition_dropout > 0 or guide_model is not None) if guided is None else guided
+        guided = is_guided(self, True if guided is None and guide_model is not None else guided)
         untold = not self.condition.spec.has_null and "null_features" not in condition
         if guided and guide_model is None and untold:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
@@ -447,34 +365,30 @@ def _sample(
     guide_model: Any,
     progress: Any,
 ) -> Array:
-    b, branches = len(keys), 2 if guided and guide_model is None else 1
+    b, both = len(keys), Branches(guided and guide_model is None)
     folded = jax.vmap(jax.random.fold_in, (0, None))
-    # The two rows of a picture stand beside each other, so that both live on the same device.
-    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
     path = config.process.timesteps(options.steps, options.stride, options.spacing)
     if config.is_super_resolution:
         small, hidden = config.low_res_of(condition), folded(keys, 3)
         noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
         share = jnp.broadcast_to(options.noise_aug, (b,))
         condition = {k: v for k, v in condition.items() if k != "image"} | noise_low_res(small, share, noise)
-    everything = jax.tree.map(rows, condition)
-    nothing = jnp.zeros(b * branches, bool)
-    context = model.read(everything, nothing.at[1::branches].set(True) if branches > 1 else nothing)
-    guide_context = None if guide_model is None else guide_model.read(condition, nothing)
+    everything = both.rows(condition)
+    context = model.read(everything, both.dropped(b))
+    guide_context = None if guide_model is None else guide_model.read(condition, jnp.zeros(b, bool))
     first, later, kept, _, renewed, kept_again = (folded(keys, n) for n in range(6))
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, told = path.alpha[i], path.sigma[i], path.t[i]
-        out = config._apply(model, rows(x), jnp.full(b * branches, told), context, everything)
-        out, *null = rearrange(out, "(b n) i j c -> n b i j c", n=branches)
+        out, null = both(lambda x, t: config._apply(model, x, t, context, everything), x, jnp.full(b, told))
         prediction, v = config._parts(out)
-        if guided:
-            if guide_model is not None:
-                null = [config._apply(guide_model, x, jnp.full(b, told), guide_context, condition)]
-            scale = options.guidance_at(i / path.steps, 2 * solvers.log_ratio(path, i))
+        if guided and guide_model is not None:
+            null = config._apply(guide_model, x, jnp.full(b, told), guide_context, condition)
+        if null is not None:
+            scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
             # A worse model may say something of the variance where this one does not, or the other way round.
-            other = null[0][..., : config.network.channels]
+            other = null[..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
             prediction = guidance.rescale(moved, prediction, options.guidance_rescale)
         denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)

@@ -33,10 +33,9 @@ from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 from t2i_jax.parallel import shard
+from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule
 from t2i_jax.sampling.orders import (
-    SHAPES,
-    MaskedSampler,
-    MaskedSchedule,
     MaskRate,
     Order,
     Sets,
@@ -47,7 +46,6 @@ from t2i_jax.sampling.orders import (
     with_known_last,
 )
 from t2i_jax.sampling.progress import Progress
-from t2i_jax.sampling.tokens import guidance_at
 
 SIZES: dict[str, dict[str, Any]] = {
     "mar-b": dict(width=768, depth=12, heads=12, head=DiffusionHead(width=1024, depth=6)),  # 208 M
@@ -357,8 +355,7 @@ class Masked(Checked):
         keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
         x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
         options = (options or self.options()).arrays()
-        guided = self.condition_dropout > 0 if guided is None else guided
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, is_guided(self, guided), progress)
 
 
 class MaskedNetwork(nnx.Module):
@@ -397,10 +394,8 @@ def _sample(
     progress: Progress | None,
 ) -> Array:
     b, length, order = len(x), config.length, config.order
-    branches = 2 if guided else 1
-    # The two rows of an image stand beside each other, so that both live on the same device.
-    rows = lambda y: repeat(y, "b ... -> (b n) ...", n=branches)
-    slots = config.read(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    both = Branches(guided)
+    slots = config.read(model, both.rows(condition), both.dropped(b))
     keep = rearrange(keep, "b h w -> b (h w)")
     own = jax.vmap(jax.random.split)(keys)
     orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
@@ -412,16 +407,16 @@ def _sample(
     visible_sizes, asked_sizes = config.sizes
 
     def look(size: int, x: Array, hidden: Array) -> Array:
-        return config.restore(model, config.encode(model, slots, rows(x), rows(hidden), size), rows(hidden))
+        x, hidden = both.rows((x, hidden))
+        return config.restore(model, config.encode(model, slots, x, hidden, size), hidden)
 
     def ask(size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array) -> tuple[Array, Array]:
         """Codes with those of positions `first` to `last` of the order drawn anew, and their scores (b, L)."""
         number = first[:, None] + jnp.arange(size)
         places = step_places(orders, jnp.minimum(number, length - 1))
-        asked = rearrange(jax.vmap(lambda z, p: z[p])(z, jnp.repeat(places, branches, 0)), "(b n) m d -> n b m d", b=b)
-        scale = guidance_at(options, length - jnp.maximum(after(i, last), 1) - 1, length)
-        null = asked[1] if guided else None
-        drawn, score = config.head.sample(model.head, asked[0], null, draws.at(i, places), scale, options)
+        asked, null = both.split(step_places(z, both.rows(places)))
+        scale = options.guidance_at(length - jnp.maximum(after(i, last), 1) - 1, length)
+        drawn, score = config.head.sample(model.head, asked, null, draws.at(i, places), scale, options)
         into = jnp.where(number < last[:, None], places, length)  # what is past the end goes nowhere
         write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
         scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)

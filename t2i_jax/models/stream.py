@@ -30,8 +30,9 @@ from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, TokenShift, apply_stack, drop, stack
 from t2i_jax.parallel import shard
 from t2i_jax.sampling import autoregressive
+from t2i_jax.sampling.guidance import is_guided
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress
-from t2i_jax.sampling.tokens import ARSampler
 
 SIZES: dict[str, dict[str, Any]] = {
     "5M": dict(width=256, depth=6, heads=4),
@@ -360,7 +361,7 @@ class Stream(Checked):
 
         guided: None leaves the unconditional branch out where `condition_dropout` is 0.
         """
-        guided = self.condition_dropout > 0 if guided is None else guided
+        guided = is_guided(self, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from flax import nnx
 from jax import Array
 
@@ -32,8 +32,9 @@ from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
-from t2i_jax.sampling.discrete import DiscreteSampler, reverse
-from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.discrete import reverse
+from t2i_jax.sampling.guidance import Branches, guide, is_guided
+from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.sampling.progress import Progress
 from t2i_jax.sampling.tokens import filter_logits
 
@@ -349,7 +350,7 @@ class VQDiffusion(Checked):
         progress: called after each step with its number, how many there are, the most probable clean codes (b, h, w),
             and the codes x_s (b, h, w), MASK being K; static.
         """
-        guided = self.condition_dropout > 0 if guided is None else guided
+        guided = is_guided(self, guided)
         untold = not self.condition.spec.has_null
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
@@ -430,14 +431,14 @@ def _sample(
     progress: Progress | None,
 ) -> Array:
     b, chain = keys.shape[0], config.chain
-    branches = 2 if guided else 1
-    # The two rows of an image stand beside each other, so that both live on the same device.
-    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
-    told = config.embed_condition(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    both = Branches(guided)
+    told = config.embed_condition(model, both.rows(condition), both.dropped(b))
 
-    def guess(x: Array, t: Array) -> Array:
-        log_p = rearrange(config.log_x0(model, rows(x), rows(t), told), "(b n) l k -> n b l k", n=branches)
-        return truncate_log_probs(guided_log(log_p[0], log_p[1], options.guidance) if guided else log_p[0], options)
+    def guess(x: Array, t: Array, share: Array) -> Array:
+        log_p, null = both(lambda x, t: config.log_x0(model, x, t, told), x, t)
+        if null is not None:
+            log_p = guided_log(log_p, null, options.guidance_at(share, 1))
+        return truncate_log_probs(log_p, options)
 
     def noise(i: Array) -> tuple[Array, Array]:
         def one(key: Array) -> tuple[Array, Array]:

@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 from jax import Array
 
 from t2i_jax.core.types import Batch
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.parallel import shard
-from t2i_jax.sampling.guidance import guide
+from t2i_jax.sampling.guidance import Branches, guide
+from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress, now_and_then
-from t2i_jax.sampling.tokens import ARSampler, guidance_at, sample_token, uniforms
+from t2i_jax.sampling.tokens import sample_token, uniforms
 
 
 def sample(
@@ -70,29 +71,25 @@ def _sample(
     progress: Progress | None,
 ) -> Array:
     b, length = keys.shape[0], config.length
-    branches = 2 if guided else 1
-    # The two rows of an image stand beside each other, so that both live on the same device.
-    rows = lambda x: repeat(x, "b ... -> (b n) ...", n=branches)
+    both = Branches(guided)
     known = rearrange(known, "b h w -> b (h w)")
     uniform = uniforms(keys, jnp.arange(length))
 
     def pick(logits: Array, i: Array | int) -> Array:
         """Token i of each image, from logits of all rows."""
-        logits = rearrange(shard(logits, "batch", None), "(b n) v -> n b v", n=branches)
-        guidance = guidance_at(options, i, length)
-        guided_logits = guide(logits[0], logits[1], guidance) if guided else logits[0]
-        return jnp.where(i < keep, known[:, i], sample_token(guided_logits, options, uniform[i]))
+        logits = guide(*both.split(shard(logits, "batch", None)), options.guidance_at(i, length))
+        return jnp.where(i < keep, known[:, i], sample_token(logits, options, uniform[i]))
 
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         codes, caches = carry
-        logits, after = config.decode(dataclasses.replace(state, caches=caches), rows(codes[:, i]), i)
+        logits, after = config.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
         codes = codes.at[:, i + 1].set(pick(logits, i + 1))
         if progress is not None:
             now_and_then(progress, i + 2, length, codes.reshape(b, *config.grid))
         return (codes, after.caches), None
 
     model = weight_stationary(model)
-    logits, state = config.prefill(model, jax.tree.map(rows, condition), jnp.tile(jnp.arange(branches) == 1, b))
+    logits, state = config.prefill(model, both.rows(condition), both.dropped(b))
     codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
     start = 0
     for stop in sorted({max(length * n // segments, 1) for n in range(1, segments + 1)}):

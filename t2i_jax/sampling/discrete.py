@@ -5,48 +5,20 @@ Steps, jumps and rules are traced numbers; where the randomness comes from is th
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import LARGEST, Range
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
-from t2i_jax.sampling.options import Options
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DiscreteSampler(Options):
-    """How codes are drawn; every field is a number and is traced, the first four may also be one per image (b,)."""
-
-    guidance: Annotated[float | Array, Range()] = 3.0
-    """Scale s of log p' + s (log p - log p'), p' without the condition; 1 is none."""
-    truncation: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Keep of each p(x_0) the most probable codes, while those before sum to less than this; 1 keeps all."""
-    top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Keep the k most probable codes; 0 keeps all."""
-    temperature: Annotated[float | Array, Range(low=0)] = 1.0
-    """p(x_0) is p^(1/temperature)."""
-    steps: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Evaluations of the network, evenly over the T times; 0 is T. With a `rule` it may be more than T."""
-    stride: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Not 0: visit every n-th time and then 0, and take one step n - 1 times lower, as the authors' fast sampler does,
-    in place of the exact jumps that `steps` takes."""
-    rule: int | Array = 0
-    """0: each step draws from the posterior. Else it draws from p(x_0), for a fixed number of the masked positions: 1,
-    chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
-    purity: Annotated[float | Array, Range(low=0)] = 0.0
-    """With rule 2: p(x_0) is sharpened to p^(1 + r score), score the purity (eq. 11 there)."""
+from t2i_jax.sampling.options import DiscreteSampler
 
 
 def reverse(
     chain: Chain,
-    guess: Callable[[Array, Array], Array],
+    guess: Callable[[Array, Array, Array], Array],
     x: Array,
     noise: Callable[[Array], tuple[Array, Array]],
     options: DiscreteSampler,
@@ -56,7 +28,7 @@ def reverse(
 ) -> Array:
     """From x (b, l) at the end of the chain to clean codes int (b, l).
 
-    guess: (x_t, t) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
+    guess: (x_t, t, share of the steps that are done) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
     noise: number of the step -> numbers (b, l, 2) from `categorical.uniform` for the codes, and uniform ones (b, l) for
         the choice of positions.
     stay: puts back what is given after each step.
@@ -70,7 +42,7 @@ def reverse(
     def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, x = carry
         t, late, s = moment(i)
-        log_x0 = guess(x, row(jnp.maximum(t, 0)))
+        log_x0 = guess(x, row(jnp.maximum(t, 0)), i / count)
         codes, places = noise(i)
 
         def by_posterior() -> Array:

@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, repeat
 from jax import Array
 
+from t2i_jax.core.types import Family
 from t2i_jax.noise.schedule import expand_like
 
+T = TypeVar("T")
 
-def guide(value: Array, null: Array, scale: Array | float, channels: int = 0) -> Array:
+
+def is_guided(family: Family, guided: bool | None) -> bool:
+    """Whether the unconditional branch is computed: as `guided` says, and for None where the family learned one."""
+    return family.capabilities.unconditional if guided is None else guided
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """The conditional and the unconditional branch of classifier-free guidance, as one batch of 2b rows.
+
+    The two rows of an image are adjacent, so that both are on the same device. Without guidance it is the conditional
+    branch alone, b rows.
+    """
+
+    guided: bool
+
+    @property
+    def count(self) -> int:
+        return 2 if self.guided else 1
+
+    def rows(self, inputs: T) -> T:
+        """Arrays (b, ...) of a pytree with each row as often as there are branches: (b n, ...)."""
+        return jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=self.count), inputs)
+
+    def dropped(self, b: int) -> Array:
+        """Which rows are unconditional: bool (b n)."""
+        return jnp.tile(jnp.arange(self.count) == 1, b)
+
+    def split(self, outputs: Array) -> tuple[Array, Array | None]:
+        """Of outputs (b n, ...) the conditional (b, ...) and, where there are such, the unconditional ones (b, ...)."""
+        value, *null = rearrange(outputs, "(b n) ... -> n b ...", n=self.count)
+        return value, null[0] if null else None
+
+    def __call__(self, network: Callable[..., Array], *inputs: Any) -> tuple[Array, Array | None]:
+        """Outputs of both branches, split, of inputs (b, ...) that are the same for both: one call of the network."""
+        return self.split(network(*self.rows(inputs)))
+
+
+def guide(value: Array, null: Array | None, scale: Array | float, channels: int = 0) -> Array:
     """null + scale (value - null) on predictions (b, i, j, c); exactly `value` at scale 1 (Ho & Salimans 2022, eq. 6).
 
     `null` is what is predicted without the condition, or by a worse model (Karras et al. 2024, autoguidance). scale: a
     scalar or (b,). channels: leave those behind the first so many as they are; released samplers of DiT and GLIDE move
-    three only.
+    three only. Without a null it is `value`.
     """
+    if null is None:
+        return value
     moved = value + (expand_like(scale, value) - 1) * (value - null)
     return moved if not channels else jnp.where(jnp.arange(value.shape[-1]) < channels, moved, value)
 

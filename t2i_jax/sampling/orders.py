@@ -8,7 +8,6 @@ image says where a sampler stands; what is known from the start stands at the en
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, ClassVar, Literal, Protocol
 
@@ -17,78 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Finite, Positive, Range, values
+from t2i_jax.core.fields import Checked, Finite, Positive, Range
 from t2i_jax.noise.schedule import spread
-from t2i_jax.sampling.tokens import ARSampler
-
-Shape = Literal["cosine", "linear", "square"]
-
-SHAPES: dict[Shape, Callable[[np.ndarray, int], np.ndarray]] = {
-    "cosine": lambda i, n: np.cos(np.pi / 2.0 * i / n),  # operations in the order of published samplers
-    "linear": lambda i, n: 1 - i / n,
-    "square": lambda i, n: 1 - (i / n) ** 2,
-}
-"""Share of the tokens that is still hidden after i of n steps (Chang et al. 2022, MaskGIT, 3.3)."""
-
-BOUND = 1024
-"""Steps of a schedule at most."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MaskedSampler(ARSampler):
-    """How sets of tokens are drawn; every field is a number, or one per image (b,), and is traced."""
-
-    guidance_power: Annotated[float | Array, Range(low=0)] = 1.0
-    """The scale grows as 1 + (s - 1) u^power with the share u of tokens known after the step: 0 constant, 1 linear."""
-    iterations: Annotated[int | Array, Range(1, BOUND)] = 64
-    """Steps in which sets of tokens become known; one for all images. More than there are tokens are as many."""
-    shape: int | Array = 0
-    """Which of SHAPES the sets follow: 0 cosine, 1 linear, 2 square."""
-    choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
-    """Of the noise on confidence, which falls to 0 at the last step."""
-
-    def arrays(self) -> MaskedSchedule:
-        """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none, and for a
-        shape that is not there.
-
-        The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
-        bits that fp32 does not have.
-        """
-        steps, shape = int(self.iterations), int(self.shape)
-        if not 1 <= steps <= BOUND:
-            raise ValueError(f"iterations {steps}: 1 to {BOUND}")
-        if not 0 <= shape < len(SHAPES):
-            raise ValueError(f"shape {shape}: {', '.join(f'{n} {name}' for n, name in enumerate(SHAPES))}")
-        share = np.append(list(SHAPES.values())[shape](np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
-        high = np.round(share * 2**12) / 2**12
-        return MaskedSchedule(
-            **values(super().arrays()), hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32)
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class MaskedSchedule(MaskedSampler):
-    """Options as arrays, and the schedule that belongs to their iterations and shape."""
-
-    hidden: Array = dataclasses.field(kw_only=True)
-    """(2, steps): share of tokens hidden after each step, as a number of 12 bits and what is missing from it"""
-
-    def arrays(self) -> MaskedSchedule:
-        return self
-
-    def remaining(self, step: Array, total: Array, now: Array) -> Array:
-        """Tokens hidden after `step` (from 0), of `now` before it and `total` at the start, each int (b,).
-
-        floor of a share of the total, but at least one fewer than before and, until the last step, at least one.
-        """
-        high, low = self.hidden[0, step], self.hidden[1, step]
-        whole = total * high  # exact in fp32 up to 4096 tokens, so that what is added decides
-        floor = jnp.floor(whole)
-        wanted = (floor + jnp.floor(whole - floor + total * low)).astype(jnp.int32)
-        after = jnp.minimum(now - 1, jnp.maximum(wanted, 1))
-        return jnp.maximum(jnp.where(step + 1 >= self.iterations, 0, after), 0)
+from t2i_jax.sampling.options import SHAPES, MaskedSampler, Shape
 
 
 def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarray:

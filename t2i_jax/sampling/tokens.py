@@ -1,4 +1,4 @@
-"""From logits to a choice: guidance, temperature, top-k, top-p, and the draw itself.
+"""From logits to a choice: temperature, top-k, top-p, and the draw itself.
 
 Everything is a function of logits (..., v) in fp32 and of traced options, so no setting recompiles. Nothing is sorted:
 a cut keeps every value from some threshold up, and the bits of that threshold are found exactly, one by one, each from
@@ -7,55 +7,16 @@ a count over the vocabulary. A draw inverts the cumulative distribution at one u
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.fields import LARGEST, Range
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import expand_like
-from t2i_jax.sampling.options import Options
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ARSampler(Options):
-    """How tokens are drawn; every field is a number, or one per image (b,), and is traced."""
-
-    guidance: Annotated[float | Array, Range()] = 3.0
-    """Scale s of l = s (l - l') + l', with l' the logits without the condition; 1 is none."""
-    guidance_start: Annotated[float | Array, Range(0, 1)] = 0.0
-    """Guidance begins after this fraction of the tokens."""
-    guidance_stop: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Guidance ends after this fraction of the tokens."""
-    guidance_power: Annotated[float | Array, Range(low=0)] = 0.0
-    """The scale grows as 1 + (s - 1) u^power over the sequence, u in (0, 1]: 0 is constant, 1 linear."""
-    guidance_cosine: bool | Array = False
-    """Shape the growth by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
-    temperature: Annotated[float | Array, Range(low=0)] = 1.0
-    """Logits are divided by it; never by less than 1e-5."""
-    top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Keep the k largest logits, and what ties with the k-th; 0 keeps all."""
-    top_p: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""
-    greedy: bool | Array = False
-    """Take the largest logit instead of drawing."""
-
-
-def guidance_at(options: ARSampler, position: Array | int, length: int) -> Array:
-    """The guidance scale for token `position` of `length`: a scalar, or (b,) if the options are per image."""
-    u = ((position + 1) / length) ** jnp.asarray(options.guidance_power, jnp.float32)
-    u = jnp.where(options.guidance_cosine, (1 - jnp.cos(math.pi * u)) / 2, u)
-    # Positions are whole numbers: the slack lets a stop of n / length mean n tokens whatever the rounding.
-    first = jnp.asarray(options.guidance_start, jnp.float32) * length - 1e-3
-    last = jnp.asarray(options.guidance_stop, jnp.float32) * length - 1e-3
-    return jnp.where((position >= first) & (position < last), 1 + (options.guidance - 1) * u, 1.0)
+from t2i_jax.sampling.options import ARSampler
 
 
 def filter_logits(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:

@@ -14,7 +14,7 @@ from t2i_jax.bench.eager import pytorch, tensor
 from t2i_jax.core.fields import values
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.sampling.tokens import ARSampler
+from t2i_jax.sampling.options import ARSampler
 
 
 class Decoder:

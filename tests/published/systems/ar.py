@@ -13,7 +13,8 @@ from t2i_jax.convert import convert, restore
 from t2i_jax.nn.condition import CrossAttnFeatures, PrefixTokens
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.sampling.guidance import guide
-from t2i_jax.sampling.tokens import ARSampler, filter_logits
+from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.tokens import filter_logits
 
 
 def llamagen(oracle: Oracle) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from parity import Oracle
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
 from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one_hot
-from t2i_jax.sampling.discrete import DiscreteSampler, reverse
+from t2i_jax.sampling.discrete import reverse
+from t2i_jax.sampling.options import DiscreteSampler
 
 NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "kept", "btt": "replaced", "ctt": "masked"}
 
@@ -166,7 +167,7 @@ def sampler(
         cond = config.embed_condition(model, batch, jnp.zeros(b, bool))
         uncond = config.embed_condition(model, null, jnp.ones(b, bool))
 
-        def guess(x, t):
+        def guess(x, t, share):
             log_p = config.log_x0(model, x, t, cond)
             guided = guided_log(log_p, config.log_x0(model, x, t, uncond), options.guidance)
             return truncate_log_probs(jnp.where(options.guidance == 1, log_p, guided), options)

@@ -13,8 +13,8 @@ from parity import Oracle
 from t2i_jax.convert import convert, restore
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.sampling.orders import MaskedSampler, hidden_by, remaining
-from t2i_jax.sampling.tokens import guidance_at
+from t2i_jax.sampling.options import MaskedSampler
+from t2i_jax.sampling.orders import hidden_by, remaining
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
@@ -181,7 +181,7 @@ def mar(oracle: Oracle) -> dict[str, Any]:
         )
         ours[f"tokens_{name}"] = jnp.transpose(codes, NCHW)
         known = length - lens(length, steps)
-        ours[f"cfg_per_iter_{name}"] = guidance_at(options, known - 1, length)
+        ours[f"cfg_per_iter_{name}"] = options.guidance_at(known - 1, length)
     now = np.asarray([length, *remaining(length, steps)])
     masks = [hidden_by(orders, jnp.full(b, n)) for n in now]
     ours["predicted_mask_per_iter"] = np.asarray([a & ~c for a, c in itertools.pairwise(masks)])

@@ -8,7 +8,8 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.sampling.tokens import ARSampler, filter_logits
+from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.tokens import filter_logits
 
 
 def nchw(x: Any) -> np.ndarray:
