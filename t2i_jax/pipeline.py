@@ -43,6 +43,7 @@ from t2i_jax.nn.decode import int8_weights
 from t2i_jax.nn.trees import abstract, named
 from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.pictures import to_uint8
+from t2i_jax.sampling.inpainting import check_keep
 from t2i_jax.text.cut import check_vocabulary, limited, unread
 from t2i_jax.training.artifacts import (
     Artifact,
@@ -306,8 +307,9 @@ class Pipeline:
 
         picture: uint8 (i, j, 3); mask: bool (i, j), True where to draw; a token is drawn where any of its pixels is.
         Without a mask all of it is drawn anew, from a start that remembers the picture: as much as the option
-        `strength` of a diffusion leaves. Errors: `ConfigError` for a family that goes by one order only, for a picture
-        of another size than it draws, and without a mask for a family that forgets it.
+        `strength` of a diffusion leaves. Errors: `ConfigError` for a mask of which a family in raster order keeps what
+        comes after a hole, for a picture of another size than it draws, and without a mask for a family that forgets
+        it.
         """
         family = inpainting(self.family) if mask is not None else image_to_image(inpainting(self.family))
         self.check_codec()
@@ -318,12 +320,14 @@ class Pipeline:
             if given != wanted:
                 raise ConfigError(f"the {what} has the shape {given}; this model draws images of {wanted}")
         rows, columns = spec.tokens
-        squares = drawn.reshape(rows, size[0] // rows, columns, size[1] // columns)
+        keep = ~drawn.reshape(1, rows, size[0] // rows, columns, size[1] // columns).any((2, 4))
+        with refused():
+            check_keep(family.capabilities, spec, 1, keep)
         codes = jnp.asarray(picture[None].astype(np.float32) / 127.5 - 1)
         if self.codec:
             with jax.set_mesh(self.mesh):
                 codes = jax.jit(self.codec.config.encode)(self.parts["codec"], codes)
-        same = self._with({"held": {"known": codes, "keep": jnp.asarray(~squares.any((1, 3)))[None]}})
+        same = self._with({"held": {"known": codes, "keep": jnp.asarray(keep)}})
         same.about |= {"held": hashlib.sha256(picture.tobytes() + drawn.tobytes()).hexdigest()[:16]}
         return same
 
@@ -442,7 +446,7 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             return to_host(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
-    def _heard(self, done: Any, total: Any, codes: Any, *_: Any) -> None:
+    def _heard(self, done: Any, total: Any, codes: Any) -> None:
         if self._watch:
             self._watch(float(done) / float(total), codes)
 

@@ -99,7 +99,7 @@ def test_one_compilation_for_all_settings(caplog):
                 top_p=1 - n / 20,
                 greedy=n % 3 == 0,
             )
-            TINY.sample(model, condition, keys_for(seed=n), options, keep=n % 4, segments=1)
+            TINY.sample(model, condition, keys_for(seed=n), options, **first(n % 4, n % 4, n % 4), segments=1)
     compiled = [r.getMessage() for r in caplog.records if "Compiling jit(_sample)" in r.getMessage()]
     assert len(compiled) == 1, [r.getMessage() for r in caplog.records]
 
@@ -108,10 +108,10 @@ def test_options_and_kept_tokens_may_differ_from_image_to_image():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     known = batch_for(TINY, key=9)["codes"]
     options = ARSampler(guidance=jnp.array([1.0, 4.0, 2.0]), greedy=jnp.array([True, False, False]))
-    got = TINY.sample(model, condition, keys, options, known=known, keep=jnp.array([0, 4, 6]), segments=1)
+    got = TINY.sample(model, condition, keys, options, known=known, keep=first(0, 4, 6)["keep"], segments=1)
     for i in range(3):
         row = lambda x: jax.tree.map(lambda a: a[i : i + 1] if jnp.ndim(a) else a, x)  # noqa: B023
-        keep = jnp.array([0, 4, 6][i : i + 1])
+        keep = first([0, 4, 6][i])["keep"]
         alone = TINY.sample(
             model, row(condition), keys[i : i + 1], row(options), known=row(known), keep=keep, segments=1
         )
@@ -143,6 +143,13 @@ def test_progress_shows_growing_codes():
     for count, codes in seen:
         np.testing.assert_array_equal(codes.reshape(3, 6)[:, :count], final.reshape(3, 6)[:, :count])
         assert not codes.reshape(3, 6)[:, count:].any()
+
+
+def first(*counts):
+    """Codes 0, and a mask that keeps so many of the first tokens of each image."""
+    shape = (len(counts), *TINY.grid)
+    keep = (np.arange(TINY.length) < np.asarray(counts)[:, None]).reshape(shape)
+    return {"known": jnp.zeros(shape, jnp.int32), "keep": jnp.asarray(keep)}
 
 
 @pytest.mark.parametrize(

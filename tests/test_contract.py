@@ -5,6 +5,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from curves import FILE, curve
@@ -209,3 +210,61 @@ def test_no_guidance_by_a_branch_that_was_never_learned(name):
         return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(sample)(abstract(config), condition, keys)))
 
     assert program() == program(guided=False) != program(guided=True)
+
+
+def sampling(name, steps=3):
+    """Arguments of `sample` of a family, with few steps."""
+    config = FAMILIES[name]
+    condition = {k: v for k, v in batch_for(config, 2).items() if k in config.condition_spec()}
+    if config.capabilities.super_resolution:
+        condition["low_res"] = np.zeros((2, 2, 2, 3), np.float32)
+    options = config.options()
+    few = {f.name: steps for f in dataclasses.fields(options) if f.name in ("steps", "iterations")}
+    return condition, jax.random.split(jax.random.key(1), 2), dataclasses.replace(options, **few)
+
+
+@pytest.mark.parametrize("name", models_that_draw(lambda c: c.capabilities.inpaint))
+def test_known_tokens_stay_and_progress_counts_steps_to_the_end(name):
+    config, spec, seen = FAMILIES[name], FAMILIES[name].sample_spec(), []
+    (rows, columns), rng = spec.tokens, np.random.default_rng(3)
+    shape = (2, *spec.shape)
+    known = jnp.asarray(rng.integers(0, 16, shape) if spec.code.is_discrete else rng.uniform(-1, 1, shape))
+    known = known.astype(spec.code.dtype)
+    keep = (np.arange(rows * columns) < np.asarray([[1], [3]])).reshape(2, rows, columns)
+    progress = lambda done, total, sample: seen.append((int(done), int(total), np.asarray(sample)))
+    made = config.sample(
+        config.init(jax.random.key(0)), *sampling(name), known=known, keep=keep, progress=progress, guided=False
+    )
+    jax.effects_barrier()
+    of_codes = np.repeat(np.repeat(keep, spec.patch, 1), spec.patch, 2)
+    np.testing.assert_allclose(np.asarray(made)[of_codes], np.asarray(known)[of_codes], atol=1e-5)
+    seen = sorted(seen, key=lambda call: call[0])
+    done, totals = [n for n, _, _ in seen], {total for _, total, _ in seen}
+    assert done == sorted(set(done)) and done[0] >= 1 and totals == {done[-1]}
+    assert all(sample.shape == shape and sample.dtype == made.dtype for _, _, sample in seen)
+    np.testing.assert_allclose(seen[-1][2], made, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", models_that_draw(lambda c: c.capabilities.inpaint))
+def test_what_is_known_is_checked_alike(name):
+    config = FAMILIES[name]
+    spec, prefix = config.sample_spec(), config.capabilities.inpaint_prefix
+    known, keep = np.zeros((2, *spec.shape), spec.code.dtype), np.zeros((2, *spec.tokens), bool)
+    last = keep.copy()
+    last[:, -1, -1] = True
+    wrong = [(None, keep, "go together"), (known[:1], keep, "known has"), (known, keep[:, :1], "keep has")]
+    wrong += [(known, keep.astype(int), "keep has")] + [(known, last, "cannot fill holes")] * prefix
+    for known, keep, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            config.sample(abstract(config), *sampling(name), known=known, keep=keep)
+
+
+@pytest.mark.parametrize("name", models_that_draw(lambda c: c.capabilities.unconditional))
+def test_guidance_is_by_the_branch_that_was_learned(name):
+    config = FAMILIES[name]
+
+    def program(**more):
+        sample = lambda *arguments: config.sample(*arguments, **more)
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(sample)(abstract(config), *sampling(name))))
+
+    assert program() == program(guided=True) != program(guided=False)

@@ -125,7 +125,7 @@ def test_strength_and_progress_go_with_rounds():
     options = DiffusionSampler(10, strength=0.5, resample=4)
     drawn = family.sample(model, {}, keys(8), options, progress=told, **given(8))
     jax.effects_barrier()
-    assert sorted(seen) == [(i, 10, (8, 1, 2, 1)) for i in range(5, 11)]
+    assert sorted(seen) == [(i, 10, (8, 1, 2, 1)) for i in range(6, 11)]
     np.testing.assert_allclose(drawn[:, 0, 0, 0], KNOWN, rtol=1e-5)
     kept = family.sample(model, {}, keys(8), dataclasses.replace(options, strength=0.01), **given(8))
     np.testing.assert_allclose(kept, given(8)["known"], atol=1e-6)

@@ -86,9 +86,6 @@ class FreeHead:
     def entrance(self, key: Array, width: int) -> nnx.Module:
         return self.head.entrance(key, width)
 
-    def empty(self, b: int, t: int) -> Array:
-        return self.head.empty(b, t)
-
     def loss(self, module: nnx.Module, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         return self.head.loss(module, z, x, key, train)
 

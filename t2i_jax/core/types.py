@@ -98,7 +98,9 @@ class Capabilities:
     likelihood: bool = False
     """`Likelihood`: log p(codes | condition)"""
     inpaint: bool = False
-    """`sample` takes `known` and `keep`: codes, and a mask of the tokens that stay"""
+    """`sample` takes `known` and `keep`: samples (b, *grid, ...), and a bool (b, rows, columns) of tokens that stay"""
+    inpaint_prefix: bool = False
+    """it keeps the first tokens in raster order only"""
     init_image: bool = False
     """`sample` takes `known` alone, and its options a `strength`"""
     super_resolution: bool = False
@@ -204,9 +206,14 @@ class Family(Trainable, Protocol):
         options: Any = None,
         *,
         guided: bool | None = None,
-        progress: Callable[..., None] | None = None,
+        progress: Callable[[Any, Any, Any], None] | None = None,
     ) -> Array:
-        """Samples as `sample_spec` says, one for each row of the condition and each key of `keys` (b,)."""
+        """Samples as `sample_spec` says, one for each row of the condition and each key of `keys` (b,).
+
+        guided: whether the unconditional branch is computed, without which there is no guidance and half the work;
+            None: where one was learned.
+        progress: called as (done, total, sample) with steps of this sampler and the samples so far; static.
+        """
         ...
 
 
@@ -370,7 +377,7 @@ def likelihood(config: Trainable) -> Likelihood:
 
 def inpainting(config: Trainable) -> Family:
     """Errors: `ConfigError` for a config that cannot keep a part of an image."""
-    return cast(Family, _narrow(config, "inpaint", "cannot fill holes; diffusion, masked and any-order models can"))
+    return cast(Family, _narrow(config, "inpaint", "keeps no part of an image"))
 
 
 def image_to_image(config: Trainable) -> Family:

@@ -67,9 +67,6 @@ class DiffusionHead(Checked):
     def entrance(self, key: Array, width: int) -> Linear:
         return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
-    def empty(self, b: int, t: int) -> Array:
-        return jnp.zeros((b, t, self.dim))
-
     def process(self) -> Schedule:
         return Schedule.named(self.schedule, self.steps)
 

@@ -48,9 +48,6 @@ class FlowHead(Checked):
     def entrance(self, key: Array, width: int) -> Linear:
         return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
-    def empty(self, b: int, t: int) -> Array:
-        return jnp.zeros((b, t, self.dim))
-
     def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """Squared error of the velocity at logit-normal times, mean over `repeat` of them: (b, t).
 

@@ -33,10 +33,6 @@ class TokenHead(Protocol):
         """A module from codes (..., *code.shape) to the network's input (..., width)."""
         ...
 
-    def empty(self, b: int, t: int) -> Array:
-        """Codes (b, t, *code.shape) of tokens that are not known yet."""
-        ...
-
     def loss(self, module: Any, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """What each token costs, fp32 (b, t), of codes x (b, t, *code.shape); train is static."""
         ...

@@ -96,9 +96,6 @@ class MixtureHead(Checked):
     def entrance(self, key: Array, width: int) -> Linear:
         return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
-    def empty(self, b: int, t: int) -> Array:
-        return jnp.zeros((b, t, self.dim))
-
     def law(self, module: Linear, z: Array) -> MixtureParams:
         y = rearrange(module(z).astype(jnp.float32), "... (a k) -> ... a k", a=self.components)
         mean, raw = jnp.split(y[..., 1:], 2, -1)

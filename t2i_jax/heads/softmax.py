@@ -44,9 +44,6 @@ class SoftmaxHead(Checked):
     def entrance(self, key: Array, width: int) -> Embedding:
         return Embedding(self.vocabulary, width, key)
 
-    def empty(self, b: int, t: int) -> Array:
-        return jnp.zeros((b, t), jnp.int32)
-
     def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """Cross-entropy of codes int (b, t) in nats: (b, t). train: False leaves the smoothing of labels out."""
         logits, smoothing = lambda z: self.logits(module, z), self.label_smoothing if train else 0.0

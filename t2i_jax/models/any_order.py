@@ -33,9 +33,10 @@ from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
 from t2i_jax.parallel import shard
 from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
-from t2i_jax.sampling.progress import Progress, now_and_then
+from t2i_jax.sampling.progress import Progress, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,15 +236,12 @@ class AnyOrder(Checked):
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
         draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
-        progress: called now and then with the count of known tokens, that of all, and the codes; static.
+        progress: called as (tokens so far, all tokens, codes); static.
         """
-        b = len(keys)
-        if (known is None) != (keep is None):
-            raise ValueError("known and keep go together: codes, and which tokens of them to keep")
-        keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
-        x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
-        options = (options or self.options()).arrays()
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, is_guided(self, guided), progress)
+        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
+        x = to_tokens(known, self.patch)
+        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
 class AnyOrderNetwork(nnx.Module):
@@ -314,8 +312,7 @@ def _sample(
         mask = (seen & (jnp.arange(capacity) <= s + k))[:, None, None]
         y, caches = apply_stack(decoding, y, mask=mask, caches=caches)
         x = draw(x, y[:, 0], k + 1)
-        if progress is not None:
-            now_and_then(progress, k + 2, length, from_tokens(x, config.grid, config.patch))
+        report(progress, k + 2, length, from_tokens(x, config.grid, config.patch))
         return (x, caches), None
 
     x = draw(x, y[:, -1], 0)

@@ -175,6 +175,8 @@ class AR(Checked):
             guidance=True,
             token_by_token=True,
             likelihood=True,
+            inpaint=True,
+            inpaint_prefix=True,
             int8=True,
         )
 
@@ -331,7 +333,7 @@ class AR(Checked):
         options: ARSampler | None = None,
         *,
         known: Array | None = None,
-        keep: Array | int = 0,
+        keep: Array | None = None,
         guided: bool | None = None,
         segments: int = 0,
         progress: Progress | None = None,
@@ -341,14 +343,15 @@ class AR(Checked):
         An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
         one batch of 2b. All options are traced: new values do not compile anew.
 
-        known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
+        known, keep: codes (b, h, w), and a bool (b, h, w) of those that are taken over from them, to complete an image;
+            they are the first ones in raster order.
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles
             all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
-        progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
+        progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
         """
-        guided = is_guided(self, guided)
+        guided = is_guided(self.capabilities, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:

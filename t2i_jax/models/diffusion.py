@@ -43,7 +43,9 @@ from t2i_jax.noise.schedule import expand_like, spread
 from t2i_jax.parallel import shard
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.solvers import SOLVERS, Denoised
 
 Batch = dict[str, Array]
@@ -279,14 +281,14 @@ class Diffusion(Checked):
         solver: str | None = None,
         classifier: Any = None,
         guide_model: Any = None,
-        progress: Any = None,
+        progress: Progress | None = None,
     ) -> Array:
         """Pictures or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
 
         A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
 
         known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
-            result is to be the known picture; strength is that of the rest. At every stop that part of x is replaced by
+            result is the known picture; strength is that of the rest. At every stop that part of x is replaced by
             the known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample`
             rounds bring the rest to agree (Lugmayr et al. 2022).
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
@@ -296,12 +298,14 @@ class Diffusion(Checked):
             or an image-text model does; samples follow its gradient.
         guide_model: a weaker model in the place of the unconditional branch (Karras et al. 2024). Its network may be
             another; process, prediction, shape and condition are those of this one.
-        progress: called after each step with its number, how many there are, and the pictures so far; static.
+        progress: called as (steps done, all steps, the pictures so far); static.
         """
-        guided = is_guided(self, True if guided is None and guide_model is not None else guided)
+        guided = is_guided(self.capabilities, True if guided is None and guide_model is not None else guided)
         untold = not self.condition.spec.has_null and "null_features" not in condition
         if guided and guide_model is None and untold:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
+        if keep is not None:
+            known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         options = options or self.options()
         self.check(options)
         config = dataclasses.replace(self, solver=solver or self.solver)
@@ -363,7 +367,7 @@ def _sample(
     guided: bool,
     classifier: Any,
     guide_model: Any,
-    progress: Any,
+    progress: Progress | None,
 ) -> Array:
     b, both = len(keys), Branches(guided and guide_model is None)
     folded = jax.vmap(jax.random.fold_in, (0, None))
@@ -418,12 +422,11 @@ def _sample(
 
     def between(x: Array, i: Array) -> Array:
         x = hold(x, i, normal(kept, i))
-        if progress is not None:
-            jax.debug.callback(progress, i, path.steps, x / config.process.scale)
+        report(progress, i, path.steps, x / config.process.scale)
         return pin(x)
 
     eta = options.eta_of(config.solver)
     step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
-    x = between(x, start) if keep is not None else x
+    x = pin(hold(x, start, normal(kept, start))) if keep is not None else x
     x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
     return x / config.process.scale

@@ -34,6 +34,7 @@ from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 from t2i_jax.parallel import shard
 from t2i_jax.sampling.guidance import Branches, is_guided
+from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule
 from t2i_jax.sampling.orders import (
     MaskRate,
@@ -45,7 +46,7 @@ from t2i_jax.sampling.orders import (
     remaining,
     with_known_last,
 )
-from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.progress import Progress, report
 
 SIZES: dict[str, dict[str, Any]] = {
     "mar-b": dict(width=768, depth=12, heads=12, head=DiffusionHead(width=1024, depth=6)),  # 208 M
@@ -347,15 +348,12 @@ class Masked(Checked):
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
         orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
         draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
-        progress: called after each step with the mean count of known tokens, that of all, and the codes; static.
+        progress: called as (steps done, all steps, codes); static.
         """
-        b = len(keys)
-        if (known is None) != (keep is None):
-            raise ValueError("known and keep go together: codes, and which tokens of them to keep")
-        keep = jnp.zeros((b, *self.grid), bool) if keep is None else keep
-        x = self.head.empty(b, self.length) if known is None else to_tokens(known, self.patch)
-        options = (options or self.options()).arrays()
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, is_guided(self, guided), progress)
+        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
+        x = to_tokens(known, self.patch)
+        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
+        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
 class MaskedNetwork(nnx.Module):
@@ -402,6 +400,8 @@ def _sample(
     draws = ImageKeys(own[:, 1]) if draws is None else draws
     orders = with_known_last(orders, keep)
     total = jnp.sum(~keep, 1)
+    most = jnp.max(total)
+    steps = most if order.one_at_a_time else jnp.minimum(most, options.iterations)
     step_places = jax.vmap(lambda row, n: row[n])
 
     visible_sizes, asked_sizes = config.sizes
@@ -439,8 +439,8 @@ def _sample(
             uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
             gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
             orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
-        if progress is not None:
-            jax.debug.callback(progress, length - then.mean(), length, from_tokens(x, config.grid, config.patch))
+        done = jnp.where(jnp.any(then > 0), i + 1, steps)
+        report(progress, done, steps, from_tokens(x, config.grid, config.patch))
         return x, orders, then, i + 1
 
     start = (x, orders, total, jnp.zeros((), jnp.int32))

@@ -190,6 +190,8 @@ class Stream(Checked):
             guidance=True,
             token_by_token=True,
             likelihood=True,
+            inpaint=True,
+            inpaint_prefix=True,
             int8=True,
         )
 
@@ -351,7 +353,7 @@ class Stream(Checked):
         options: ARSampler | None = None,
         *,
         known: Array | None = None,
-        keep: Array | int = 0,
+        keep: Array | None = None,
         guided: bool | None = None,
         segments: int = 0,
         progress: Progress | None = None,
@@ -361,7 +363,7 @@ class Stream(Checked):
 
         guided: None leaves the unconditional branch out where `condition_dropout` is 0.
         """
-        guided = is_guided(self, guided)
+        guided = is_guided(self.capabilities, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:

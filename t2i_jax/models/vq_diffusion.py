@@ -34,8 +34,9 @@ from t2i_jax.noise.schedule import spread
 from t2i_jax.parallel import shard
 from t2i_jax.sampling.discrete import reverse
 from t2i_jax.sampling.guidance import Branches, guide, is_guided
+from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import DiscreteSampler
-from t2i_jax.sampling.progress import Progress
+from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.tokens import filter_logits
 
 
@@ -347,16 +348,14 @@ class VQDiffusion(Checked):
         known, keep: codes (b, h, w) and a mask bool (b, h, w) of those that stay as they are, to complete an image.
         guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
             where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        progress: called after each step with its number, how many there are, the most probable clean codes (b, h, w),
-            and the codes x_s (b, h, w), MASK being K; static.
+        progress: called as (steps done, all steps, the most probable clean codes (b, h, w), in the end those that are
+            sampled); static.
         """
-        guided = is_guided(self, guided)
+        guided = is_guided(self.capabilities, guided)
         untold = not self.condition.spec.has_null
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
-        shape = (keys.shape[0], *self.grid)
-        known = jnp.zeros(shape, jnp.int32) if known is None else known
-        keep = jnp.zeros(shape, bool) if keep is None else keep
+        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         options = (options or self.options()).arrays()
         return _sample(self, model, condition, keys, options, known, keep, guided, progress)
 
@@ -451,9 +450,10 @@ def _sample(
     start = jax.vmap(lambda key: chain.start(jax.random.fold_in(key, 0), (config.length,)))(keys)
     grid = lambda x: x.reshape(b, *config.grid)
 
-    def report(i: Array, count: Array, x: Array, log_x0: Array) -> None:
+    def on_step(i: Array, count: Array, x: Array, log_x0: Array) -> None:
         if progress is not None:
-            jax.debug.callback(progress, i, count, grid(jnp.argmax(log_x0[..., :-1], -1)), grid(x))
+            likely = stay(jnp.argmax(log_x0[..., :-1], -1).astype(x.dtype))
+            report(progress, i, count, grid(jnp.where(i == count, x, likely)))
 
     stay = lambda x: jnp.where(flat(keep), flat(known), x)
-    return grid(reverse(chain, guess, shard(start, "batch", None), noise, options, stay, report))
+    return grid(reverse(chain, guess, shard(start, "batch", None), noise, options, stay, on_step))

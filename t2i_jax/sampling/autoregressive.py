@@ -23,8 +23,9 @@ from t2i_jax.core.types import Batch
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.parallel import shard
 from t2i_jax.sampling.guidance import Branches, guide
+from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
-from t2i_jax.sampling.progress import Progress, now_and_then
+from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.tokens import sample_token, uniforms
 
 
@@ -35,7 +36,7 @@ def sample(
     keys: Array,
     options: ARSampler | None,
     known: Array | None,
-    keep: Array | int,
+    keep: Array | None,
     guided: bool,
     segments: int,
     progress: Progress | None,
@@ -45,16 +46,17 @@ def sample(
     An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as one
     batch of 2b. All options are traced: new values do not compile anew.
 
-    known, keep: codes (b, h, w) whose first `keep` tokens (a number, or (b,)) are taken over, to complete an image.
+    known, keep: codes (b, h, w), and a bool (b, h, w) of those that are taken over from them, to complete an image;
+        they are the first ones in raster order.
     guided: False leaves the unconditional branch out, whatever the options say; half the work.
     segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles all
         layers again, so 0 takes 4 for shallow models and fewer for deep ones.
-    progress: called now and then with the count of tokens so far, that of all, and the codes (b, h, w); static.
+    progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
     """
-    known = jnp.zeros((keys.shape[0], *config.grid), jnp.int32) if known is None else known
+    known, keep = known_and_keep(config.capabilities, config.sample_spec(), len(keys), known, keep)
     segments = segments or max(1, min(4, 48 // config.depth))
     options = (options or config.options()).arrays()
-    return _sample(config, model, condition, keys, options, known, jnp.asarray(keep), guided, segments, progress)
+    return _sample(config, model, condition, keys, options, known, keep, guided, segments, progress)
 
 
 @partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))
@@ -72,20 +74,19 @@ def _sample(
 ) -> Array:
     b, length = keys.shape[0], config.length
     both = Branches(guided)
-    known = rearrange(known, "b h w -> b (h w)")
+    known, keep = (rearrange(x, "b h w -> b (h w)") for x in (known, keep))
     uniform = uniforms(keys, jnp.arange(length))
 
     def pick(logits: Array, i: Array | int) -> Array:
         """Token i of each image, from logits of all rows."""
         logits = guide(*both.split(shard(logits, "batch", None)), options.guidance_at(i, length))
-        return jnp.where(i < keep, known[:, i], sample_token(logits, options, uniform[i]))
+        return jnp.where(keep[:, i], known[:, i], sample_token(logits, options, uniform[i]))
 
     def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
         codes, caches = carry
         logits, after = config.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
         codes = codes.at[:, i + 1].set(pick(logits, i + 1))
-        if progress is not None:
-            now_and_then(progress, i + 2, length, codes.reshape(b, *config.grid))
+        report(progress, i + 2, length, codes.reshape(b, *config.grid))
         return (codes, after.caches), None
 
     model = weight_stationary(model)

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.types import Family
+from t2i_jax.core.types import Capabilities
 from t2i_jax.noise.schedule import expand_like
 
 T = TypeVar("T")
 
 
-def is_guided(family: Family, guided: bool | None) -> bool:
+def is_guided(can: Capabilities, guided: bool | None) -> bool:
     """Whether the unconditional branch is computed: as `guided` says, and for None where the family learned one."""
-    return family.capabilities.unconditional if guided is None else guided
+    return can.unconditional if guided is None else guided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def rescale(guided: Array, value: Array, share: Array | float) -> Array:
     return guided * (share * factor + 1 - share)
 
 
-def within(scale: Array | float, at: Array, start: Array | float, stop: Array | float) -> Array:
+def within(scale: Array | float, at: Array | float, start: Array | float, stop: Array | float) -> Array:
     """`scale` while `start` <= at < `stop`, else 1 (Kynkaanniemi et al. 2024); `at` is 0 in noise, 1 at the end."""
     return jnp.where((at >= jnp.asarray(start) - 1e-6) & (at < jnp.asarray(stop) - 1e-6), scale, 1.0)
 

@@ -1,4 +1,4 @@
-"""What a sampling loop says of itself while it runs, from inside the compiled program."""
+"""Progress of a sampling loop, reported from inside the compiled program."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Progress = Callable[..., None]
-"""Called on the host as (done, total, codes or pictures so far, ...): steps or tokens, whatever the sampler counts.
+Progress = Callable[[Any, Any, Any], None]
+"""Called on the host as (done, total, sample): how many steps of this sampler are done, of how many, and the samples so
+far (b, *grid, ...), as `SampleSpec` says. A step is a token for samplers that go token by token.
 
 Calls may come out of order; `jax.effects_barrier()` waits for the last. A program that calls is in no compile cache.
 """
 
 
-def now_and_then(progress: Progress, done: Array, total: int, *state: Any) -> None:
-    """Call `progress` after each sixteenth of `total` steps of a long loop, and at its end."""
+def report(progress: Progress | None, done: Array, total: Array | int, sample: Array) -> None:
+    """Call `progress`, where there is one, after each sixteenth of the steps, or each of fewer, and after the last."""
+    if progress is None:
+        return
     due = done * 16 // total > (done - 1) * 16 // total
-    jax.lax.cond(due, lambda: jax.debug.callback(progress, done, jnp.int32(total), *state), lambda: None)
+    jax.lax.cond(due, lambda: jax.debug.callback(progress, done, jnp.int32(total), sample), lambda: None)
