@@ -32,6 +32,7 @@ from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.sampling.orders import Confidence, Permutation
+from t2i_jax.training.objectives import forward_of, losses
 
 CAPTIONS = CaptionEncoder(20, 6, width=16, depth=1, heads=2)
 CONV = dict(channels=8, multipliers=(1, 2), blocks=1, groups=4)
@@ -105,6 +106,11 @@ def batch_for(config, b=4, seed=0):
         return rng.uniform(-1, 1, shape).astype(np.float32)
 
     return {k: one(field) for k, field in wanted.items()}
+
+
+def losses_of(config, model, batch, key, step, train=True):
+    """What the loss of each objective of a config gives, by name."""
+    return losses(config.objectives(), forward_of(config), model, batch, key, step, train)
 
 
 def with_aux(loss):

@@ -1,7 +1,9 @@
 """What the families declare they are, for the type checker alone: each line is an error where a signature is not that
 of its Protocol."""
 
-from t2i_jax.core.types import Classifier, Family, GaussianFamily, Likelihood, TokenByToken
+from t2i_jax.codecs.kl import KL
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core.types import Classifier, Family, GaussianFamily, Likelihood, SharesForward, TokenByToken
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
@@ -16,3 +18,4 @@ token_by_token: list[TokenByToken] = [AR(), Stream()]
 likelihoods: list[Likelihood] = [AR(), Stream(), AnyOrder(), VQDiffusion()]
 gaussian: list[GaussianFamily] = [Diffusion()]
 classifiers: list[Classifier] = [NoisedClassifier(), NoisedCLIP()]
+shared_forward: list[SharesForward] = [VQGAN(), KL()]

@@ -35,6 +35,7 @@ NARROW = {
     "int8": types.int8_sampling,
     "frozen_networks": types.uses_frozen_networks,
     "measures_scale": types.measures_scale,
+    "shared_forward": types.shares_forward,
 }
 ALL = FAMILIES | {"histogram": toys.Histogram()}
 DRAW = [name for name, config in ALL.items() if config.capabilities.family]

@@ -6,9 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from einops import repeat
+from families import losses_of
 
+from t2i_jax import flops
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, Quantizer, QuantizerConfig, nearest, usage
@@ -17,6 +20,8 @@ from t2i_jax.nn.conv import Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import ModelState, replace
 from t2i_jax.nn.trees import named
 from t2i_jax.parallel import MeshConfig, batch_sharding
+from t2i_jax.training.state import create
+from t2i_jax.training.step import make_step
 
 KEY = jax.random.key(0)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled to run once
@@ -225,8 +230,7 @@ def test_entropy_term_favours_sure_and_even_choices():
 
 @functools.cache
 def gradient(codec, objective):
-    loss = codec.objectives()[objective].loss
-    return jit(jax.grad(lambda model, step: loss(model, BATCH, KEY, step, True).loss))
+    return jit(jax.grad(lambda model, step: losses_of(codec, model, BATCH, KEY, step)[objective].loss))
 
 
 def gradients(codec, model, objective, step):
@@ -260,7 +264,7 @@ def test_before_its_start_the_adversary_is_not_heard_at_all(model):
 def test_losses_return_what_moved(model):
     codec = dataclasses.replace(CODEC, quantizer=QuantizerConfig(codes=16, dim=4, decay=0.9, revive=0.1))
     model = jit(codec.init)(KEY)
-    losses = jit(lambda m, step: [o.loss(m, BATCH, KEY, step, True) for o in codec.objectives().values()])
+    losses = jit(lambda m, step: list(losses_of(codec, m, BATCH, KEY, step).values()))
     (_, metrics, after), (_, judged, judge) = losses(model, jnp.asarray(4))
     changed = lambda m: {k for k, v in named(m).items() if jnp.any(v[...] != named(model)[k][...])}
     assert changed(after) == {"autoencoder.quantizer.codebook", "autoencoder.quantizer.sizes"}
@@ -270,14 +274,34 @@ def test_losses_return_what_moved(model):
     assert all(v.shape == () for v in (metrics | judged).values())
 
 
+def test_encoder_and_decoder_run_once_in_a_step(model):
+    """A step takes what the generator's alone does, and what the discriminator's gradient does at images given."""
+
+    def step_flops(objectives):
+        optimizers = {name: optax.sgd(1.0) for name in objectives}
+        state = jax.eval_shape(lambda key: create(CODEC.init, objectives, optimizers, key), KEY)
+        return flops.count(make_step(model, objectives, optimizers, forward=CODEC.forward), state, {}, BATCH)
+
+    objectives = CODEC.objectives()
+    forward = lambda m: CODEC.forward(m, BATCH, KEY, 5)
+
+    def judged(judge, outputs):
+        whole = replace(model, discriminator=judge)
+        return objectives["discriminator"].loss(whole, BATCH | {"outputs": outputs}, KEY, 5, True).loss
+
+    alone = flops.count(jax.grad(judged), model.discriminator, jax.eval_shape(forward, model))
+    assert step_flops(objectives) == step_flops({"generator": objectives["generator"]}) + alone
+    assert flops.count(forward, model) > 0 < alone
+
+
 def test_a_perceptual_loss_asks_for_its_network(model):
     with pytest.raises(ValueError, match="frozen"):
-        jax.eval_shape(lambda m: dataclasses.replace(CODEC, perceptual=1.0).generator_loss(m, BATCH, KEY, 0), model)
+        jax.eval_shape(lambda m: losses_of(dataclasses.replace(CODEC, perceptual=1.0), m, BATCH, KEY, 0), model)
 
 
 def test_bfloat16_keeps_losses_in_float32(model):
     codec = dataclasses.replace(CODEC, dtype="bfloat16")
-    numbers = jax.eval_shape(lambda m: codec.generator_loss(m, BATCH, KEY, 5), model)
+    numbers = jax.eval_shape(lambda m: losses_of(codec, m, BATCH, KEY, 5)["generator"], model)
     assert all(v.dtype == jnp.float32 for v in (numbers.loss, *numbers.metrics.values()))
     assert jax.eval_shape(lambda m, x: codec.decode(m, codec.encode(m, x)), model, BATCH["image"]).dtype == jnp.float32
 
@@ -300,5 +324,5 @@ def test_gumbel_chooses_a_row_forwards_and_a_mixture_backwards():
     codec = VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=4, groups=4), config, perceptual=0.0, adversarial=0.0)
     model = jax.eval_shape(codec.init, KEY)
     images = {"image": jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)}
-    loss, metrics, _ = jax.eval_shape(lambda m, b: codec.generator_loss(m, b, KEY, 7), model, images)
+    loss, metrics, _ = jax.eval_shape(lambda m, b: losses_of(codec, m, b, KEY, 7)["generator"], model, images)
     assert loss.shape == () and {"kl", "temperature", "usage"} <= metrics.keys()

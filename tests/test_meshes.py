@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from families import with_aux
+from families import losses_of, with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
@@ -14,6 +14,7 @@ from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core.types import Capabilities
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -86,6 +87,7 @@ class Shaken:
     """A diffusion model away from its zeros, through which no gradient comes."""
 
     family: Diffusion
+    capabilities = Capabilities()
 
     def init(self, key):
         model = self.family.init(key)
@@ -126,11 +128,11 @@ def outcome(trainable, mesh):
 
         @jax.jit
         def run(model, batch):
-            def one(objective):
-                call = lambda m: with_aux(objective.loss)(m, batch, jax.random.key(1), jax.numpy.int32(5), True)
-                return jax.value_and_grad(call, has_aux=True, allow_int=True)(model)
+            def one(name):
+                loss = lambda m: losses_of(trainable, m, batch, jax.random.key(1), jax.numpy.int32(5))[name]
+                return jax.value_and_grad(with_aux(loss), has_aux=True, allow_int=True)(model)
 
-            return [one(o) for o in trainable.objectives().values()]
+            return [one(name) for name in trainable.objectives()]
 
         return jax.device_get(run(model, batch))
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from families import losses_of
 
 from t2i_jax import flops
 from t2i_jax import plan as plans
@@ -395,11 +396,10 @@ def test_the_assumed_batch_is_one_that_the_loss_takes(model):
     assert "assumed" in whence and all(v.shape[0] == 16 for v in batch.values())
     key = jax.eval_shape(lambda: jax.random.key(0))
     built = jax.eval_shape(model.init, key)
-    for objective in model.objectives().values():
-        ready = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) if k == "image" else v for k, v in batch.items()}
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        output = jax.eval_shape(lambda *a, o=objective: o.loss(*a, True), built, ready, key, step)
-        assert output.loss.shape == ()
+    ready = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) if k == "image" else v for k, v in batch.items()}
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    found = jax.eval_shape(lambda *a: losses_of(model, *a), built, ready, key, step)
+    assert found and all(output.loss.shape == () for output in found.values())
 
 
 def test_inputs_can_be_told():

@@ -1,14 +1,14 @@
 """The game that trains a convolutional autoencoder: pixels, features of a frozen network, a discriminator against it.
 
 VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 4-7) and latent diffusion's KL autoencoder (Rombach et al. 2022, G) play
-it alike; they differ in what stands between encoder and decoder.
+it alike; they differ in what is between encoder and decoder.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.interop import vgg
-from t2i_jax.nn.layers import at_least_fp32, replace
+from t2i_jax.nn.layers import replace
 from t2i_jax.nn.vgg import Trunk
 
 
@@ -32,6 +32,17 @@ class AutoencoderModel(nnx.Module):
     def __init__(self, autoencoder: nnx.Module, config: AutoencoderTraining, key: Array):
         self.autoencoder: Any = autoencoder
         self.discriminator = Discriminator(config.discriminator, key) if config.adversarial else None
+
+
+class Reconstruction(NamedTuple):
+    """What encoder and decoder give in a training step, for the losses of both objectives."""
+
+    image: Array
+    """(b, i, j, 3), about [-1, 1], fp32 at least"""
+    features: Array
+    """what the last convolution of the decoder reads"""
+    code: Any
+    """what the codec's own loss reads of the code: a pytree"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,7 @@ class AutoencoderTraining(Checked, abc.ABC):
     @property
     def capabilities(self) -> Capabilities:
         """What it offers besides being trained."""
-        return Capabilities(codec=True, frozen_networks=self.perceptual > 0)
+        return Capabilities(codec=True, frozen_networks=self.perceptual > 0, shared_forward=True)
 
     @property
     def compute(self) -> Compute:
@@ -84,14 +95,16 @@ class AutoencoderTraining(Checked, abc.ABC):
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     @abc.abstractmethod
-    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
-        """The images that the autoencoder makes of images in a training step."""
+    def forward(
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> Reconstruction:
+        """The images of a batch through the autoencoder, as in a training step."""
 
     @abc.abstractmethod
     def generator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """What the autoencoder lowers."""
+        """What the autoencoder lowers; batch: as for `picture_loss`."""
 
     def frozen(self) -> Trunk:
         """What the losses read as `batch["frozen"]` and nothing trains: the perceptual network."""
@@ -105,13 +118,16 @@ class AutoencoderTraining(Checked, abc.ABC):
         discriminator = Objective(self.discriminator_loss, ("discriminator",), start=self.start)
         return {"generator": generator, "discriminator": discriminator}
 
-    def picture_loss(self, model: AutoencoderModel, decoder: Decoder, h: Array, batch: dict[str, Any], step: Array):
+    def picture_loss(
+        self, model: AutoencoderModel, batch: dict[str, Any], step: Array
+    ) -> tuple[Array, dict[str, Array]]:
         """Reconstruction + perceptual + adversarial: -> (loss, metrics).
 
-        h: what enters the last convolution of `decoder`. batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from
-        `frozen()` where there is a perceptual loss.
+        batch: `image` float (b, i, j, 3) in [-1, 1]; `outputs` of `forward`; `frozen` as from `frozen()` where there is
+        a perceptual loss.
         """
-        images = batch["image"]
+        images, (y, h, _) = batch["image"], batch["outputs"]
+        decoder: Decoder = model.autoencoder.decoder
 
         def faithful(y: Array) -> tuple[Array, dict[str, Array]]:
             """How far a picture is from the true one, and in what."""
@@ -127,7 +143,6 @@ class AutoencoderTraining(Checked, abc.ABC):
             return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
 
         fool = lambda y: losses.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
-        y = at_least_fp32(decoder.decode_head(h))
         loss, metrics = faithful(y)
         metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
         if self.adversarial:
@@ -144,11 +159,10 @@ class AutoencoderTraining(Checked, abc.ABC):
     def discriminator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """The adversary's loss on real images and on those that the generator painted in this step, with the same draws
-        of codes; its state are the running statistics."""
-        y = jax.lax.stop_gradient(self.painted(model, batch["image"], key, step))
+        """The discriminator's loss on real images and on the reconstructions of this step; its state are the running
+        statistics."""
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
-        fake, judge = judge(y.astype(self.dtype))
+        fake, judge = judge(jax.lax.stop_gradient(batch["outputs"].image).astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
         told = losses.hinge_discriminator if self.adversary == "hinge" else losses.vanilla_discriminator
         loss = (step >= self.start) * told(real, fake)

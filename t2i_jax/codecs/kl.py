@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, check_size
+from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, Reconstruction, check_size
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import Capabilities, LossOutput
@@ -144,24 +144,22 @@ class KL(AutoencoderTraining):
         mean, square = found.mean(0)
         return float((square - mean**2) ** -0.5), float(mean)
 
-    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
-        """Images (b, i, j, 3) through a draw of their posterior and back, as in a training step."""
+    def forward(
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> Reconstruction:
+        """The images of a batch through a draw of their posterior and back, with the posterior and the draw."""
         decoder = model.autoencoder.decoder
-        return at_least_fp32(decoder.decode_head(self._through(model, images, key)[2]))
-
-    def _through(self, model: AutoencoderModel, images: Array, key: Array) -> tuple[DiagonalGaussian, Array, Array]:
-        """The posterior, a draw from it, and what enters the last convolution of the decoder."""
-        q = self.posterior(model, images)
+        q = self.posterior(model, batch["image"])
         z = q.sample(jax.random.normal(key, q.mean.shape))
-        return q, z, model.autoencoder.decoder.features(self._enter(model, z))
+        h = decoder.features(self._enter(model, z))
+        return Reconstruction(at_least_fp32(decoder.decode_head(h)), h, (q, z))
 
     def generator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """Reconstruction + perceptual + KL + adversarial; batch as for `AutoencoderTraining.picture_loss`."""
-        images = batch["image"]
-        q, z, h = self._through(model, images, key)
-        distance, metrics = self.picture_loss(model, model.autoencoder.decoder, h, batch, step)
+        """Reconstruction + perceptual + KL + adversarial."""
+        images, (q, z) = batch["image"], batch["outputs"].code
+        distance, metrics = self.picture_loss(model, batch, step)
         kl = q.kl().mean()
         loss = distance + self.kl * kl * len(images) / images.size
         return LossOutput(loss, metrics | {"kl": kl, "std": jnp.std(z)})

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, check_size
+from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, Reconstruction, check_size
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
@@ -74,26 +74,25 @@ class VQGAN(AutoencoderTraining):
         x = shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None)
         return model.autoencoder.to_code(model.autoencoder.encoder(x))
 
-    def painted(self, model: AutoencoderModel, images: Array, key: Array, step: Array) -> Array:
-        """Images (b, i, j, 3) through their codes and back, as in a training step."""
+    def forward(
+        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+    ) -> Reconstruction:
+        """The images of a batch through their codes and back, with the vectors before quantisation, their codes, and
+        loss and metrics of the quantiser."""
         part = model.autoencoder
-        vectors = part.quantizer(self.latents(model, images), jax.random.split(key)[0], step)[0]
-        return at_least_fp32(part.decoder(part.from_code(vectors.astype(self.dtype))))
+        z = self.latents(model, batch["image"])
+        vectors, *rest = part.quantizer(z, jax.random.split(key)[0], step)
+        h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
+        return Reconstruction(at_least_fp32(part.decoder.decode_head(h)), h, (z, *rest))
 
     def generator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """Reconstruction + perceptual + quantisation + adversarial; its state is the codebook.
-
-        batch: `image` float (b, i, j, 3) in [-1, 1]; `frozen` as from `frozen()` where there is a perceptual loss.
-        """
+        """Reconstruction + perceptual + quantisation + adversarial; its state is the codebook."""
         part = model.autoencoder
-        z = self.latents(model, batch["image"])
-        choose, move = jax.random.split(key)
-        vectors, codes, loss, metrics = part.quantizer(z, choose, step)
-        h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
-        distance, terms = self.picture_loss(model, part.decoder, h, batch, step)
-        moved = replace(part, quantizer=part.quantizer.moved(z, codes, move))
+        z, codes, loss, metrics = batch["outputs"].code
+        distance, terms = self.picture_loss(model, batch, step)
+        moved = replace(part, quantizer=part.quantizer.moved(z, codes, jax.random.split(key)[1]))
         return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 
 

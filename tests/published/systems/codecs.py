@@ -40,7 +40,8 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
         exact = dataclasses.replace(config, dtype=dtype)
         double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), model)
         batch = {"image": jnp.asarray(np.asarray(images), dtype)}
-        objective = lambda m: exact.generator_loss(m, batch, jax.random.key(0), 0)[:2]
+        at = jax.random.key(0), jnp.int32(0)
+        objective = lambda m: exact.generator_loss(m, batch | {"outputs": exact.forward(m, batch, *at)}, *at)[:2]
         (total, metrics), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(double)
         return *jax.device_get((total, metrics)), restore("llamagen-vq", config, slopes)
 
