@@ -8,11 +8,13 @@ step. Mean and standard deviation follow without drawing anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = NDArray[np.float64]
+Denoiser = Callable[[Array, int], Array]
+"""(x, i) -> E[x_0 | x] at stop i, on coefficients"""
 
 
 def law(x: Array) -> tuple[float, float]:
@@ -20,7 +22,7 @@ def law(x: Array) -> tuple[float, float]:
     return float(x[0]), float(np.linalg.norm(x[1:]))
 
 
-def gaussian(alpha: Array, sigma: Array, mean: float, std: float) -> Callable[[Array, int], Array]:
+def gaussian(alpha: Array, sigma: Array, mean: float, std: float) -> Denoiser:
     """(x, i) -> E[x_0 | x] at stop i, on coefficients."""
 
     def x0(x: Array, i: int) -> Array:
@@ -52,7 +54,7 @@ def recursion(solver: str, eta: float, alpha: Array, sigma: Array, mean: float, 
 # -- one step: coefficients of the next x, that of the step's own noise last
 
 
-def _ddpm(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
+def _ddpm(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     """Ho et al. (2020), algorithm 2 with eqs. 6 and 7 and the variance beta; the last step adds no noise."""
     kept = alpha[i] / alpha[i + 1]
     beta = sigma[i] ** 2 - (kept * sigma[i + 1]) ** 2
@@ -60,7 +62,7 @@ def _ddpm(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> 
     return np.append(mean, eta * beta**0.5 if i < len(alpha) - 2 else 0.0)
 
 
-def _ddim(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
+def _ddim(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     """Song et al. (2021), eq. 12 with the sigma_t(eta) of eq. 16."""
     abar_ratio = (alpha[i] / alpha[i + 1]) ** 2
     beta = sigma[i] ** 2 - abar_ratio * sigma[i + 1] ** 2  # 1 - abar_t / abar_{t - 1} where variance is preserved
@@ -70,11 +72,11 @@ def _ddim(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> 
     return np.append(alpha[i + 1] * found + (sigma[i + 1] ** 2 - new**2) ** 0.5 * eps, new)
 
 
-def _ancestral(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
+def _ancestral(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     return _ddim(x, x0, alpha, sigma, 1.0, i)
 
 
-def _euler(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
+def _euler(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     """dy / ds = (y - x_0) / s with y = x / alpha and s = sigma / alpha (Karras et al. 2022, eq. 3)."""
     found = x0(x, i)
     if alpha[i] == 0:  # y is infinite: the same line, of which y / s is the noise
@@ -83,7 +85,7 @@ def _euler(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) ->
     return np.append(alpha[i + 1] * (y + (s1 - s) * (y - found) / s), 0.0)
 
 
-def _heun(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
+def _heun(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     """Karras et al. (2022), algorithm 1, along alpha' x_0 + sigma' eps; Euler's step to sigma = 0."""
 
     def slope(x: Array, i: int) -> tuple[Array, Array]:
@@ -110,7 +112,7 @@ def _lambdas(alpha: Array, sigma: Array) -> Array:
         return np.log(alpha) - np.log(sigma)
 
 
-def _dpm(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
+def _dpm(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
     """Lu et al. (2022), DPM-Solver++(2M), algorithm 2; with eta 1 SDE-DPM-Solver++(2M), eq. 18 and appendix."""
     lambdas, steps, before = _lambdas(alpha, sigma), len(alpha) - 1, None
     for i in range(steps):
@@ -129,11 +131,11 @@ def _dpm(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, noise: Array
     return x
 
 
-def _dpm_sde(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
+def _dpm_sde(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
     return _dpm(x, x0, alpha, sigma, 1.0, noise)
 
 
-def _unipc(x: Array, x0: Any, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
+def _unipc(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
     """Zhao et al. (2023), algorithms 1 (UniC-2) and 2 (UniP-2) on x_0 (appendix), with B(h) = e^h - 1.
 
     For the prediction of x_0 h enters as -h. The corrector's weights solve R a = phi / B, eq. 5 of the paper.

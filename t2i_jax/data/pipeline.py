@@ -234,7 +234,7 @@ def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
                 ) from error
             log.warning("a worker process of the input pipeline died and is restarted: %s", error)
         finally:
-            if close := getattr(iterator, "close", None):
+            if close := getattr(iterator, "close", None):  # not every iterator of grain has it
                 close()
 
 
@@ -352,7 +352,7 @@ class _Examples:
         return np.asarray(ids, np.int32)[0], np.asarray(mask, bool)[0]
 
 
-def numbers(name: str, value: Any) -> np.ndarray:
+def numbers(name: str, value: object) -> np.ndarray:
     """A field of a record as an array; whole numbers as int32.
 
     Errors: `DataError` for what is no array of numbers, and for a label that is no whole number.

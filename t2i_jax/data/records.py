@@ -35,7 +35,7 @@ class Captions(list[str]):
     """why there are none"""
 
 
-def as_captions(value: Any, missing: str = Captions.missing) -> Captions:
+def as_captions(value: object, missing: str = Captions.missing) -> Captions:
     """One caption, several or none, as a file, JSON or a column has them: the clean strings that are not blank.
 
     None and NaN are no captions; bytes are read by `decode_text`. Of several with one that is no text there are none.
@@ -54,12 +54,12 @@ def as_captions(value: Any, missing: str = Captions.missing) -> Captions:
     return found
 
 
-def clean_captions(stored: Sequence[Any]) -> Captions:
+def clean_captions(stored: Sequence[object]) -> Captions:
     """Stored captions, as many as there are, so that they match rows of features; what is no text is blank."""
     return Captions(clean_text(c) if isinstance(c, str) else "" for c in stored)
 
 
-def _caption(value: Any) -> str:
+def _caption(value: object) -> str:
     if isinstance(value, bytes):
         value = decode_text(value)
     if not isinstance(value, str):
@@ -91,7 +91,7 @@ def encode(record: Record) -> bytes:
     return b"".join([len(head).to_bytes(4, "little"), head, *blobs])
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> object:
     if isinstance(value, np.generic):
         value = value.item()
     try:

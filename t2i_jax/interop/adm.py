@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 NEEDED = ("input_blocks.0.0.weight", "time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight")
@@ -45,7 +45,7 @@ POOLS = {
 }
 
 
-def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> dict[str, Any]:
+def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
     blocks: residual blocks a level, where the shapes allow several numbers. channels: of an image.
@@ -107,7 +107,7 @@ def _blocks(tensors: Tensors, count: int) -> int:
     return found[0]
 
 
-def describe_text(tensors: Tensors) -> dict[str, Any]:
+def describe_text(tensors: Tensors) -> Fields:
     """The sizes of GLIDE's caption encoder."""
     length, width = tensors["positional_embedding"].shape
     return {
@@ -120,7 +120,7 @@ def describe_text(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def describe_pool(tensors: Tensors) -> dict[str, Any]:
+def describe_pool(tensors: Tensors) -> Fields:
     """How a classifier pools, of how many classes, and for which side of the last features (0: any)."""
     if "out.2.positional_embedding" in tensors:
         side = round((tensors["out.2.positional_embedding"].shape[1] - 1) ** 0.5)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_jax.interop.huggingface import Weights, settings
-from t2i_jax.interop.names import LINEAR, Source, Table, source
+from t2i_jax.interop.names import LINEAR, Fields, Source, Table, source
 
 PATCH = "d c i j -> i j c d"
 OPEN_CLIP = "open_clip_config.json"
@@ -87,7 +87,7 @@ def openai_tensors(path: str | Path) -> Mapping[str, Any]:
     return Weights(path, NEEDED)
 
 
-def open_clip(folder: str | Path) -> dict[str, Any]:
+def open_clip(folder: str | Path) -> Fields:
     """Fields that do not follow from shapes, from `open_clip_config.json`: head, text_head, activation.
 
     Errors: ValueError for settings that make another network than OpenAI's.

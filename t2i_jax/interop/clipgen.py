@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop import mingpt
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 from t2i_jax.nn.condition import PooledFeatures
 
 NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_proj_weight")
@@ -15,7 +15,7 @@ NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_p
 UNUSED = r"^blocks\.\d+\.mask$"
 
 
-def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
+def describe(tensors: Tensors, heads: int = 0) -> Fields:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
     The number of heads does not follow: 0 makes heads of 64, as in released models.

@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
-from t2i_jax.interop.names import CONV, LINEAR, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 UNUSED = r"^vae\.|^transformer\.pos_emb$|mask$"
@@ -25,7 +26,7 @@ VAE_RENAMES = ((r"^vae\.", ""),)
 LAYER = "transformer.layers.layers.{}."
 
 
-def describe_vae(tensors: Tensors) -> dict[str, Any]:
+def describe_vae(tensors: Tensors) -> Fields:
     """Sizes that the shapes of `tensors` (arrays or abstract) belong to: codes, channels, layers, blocks, code."""
     require(tensors, VAE_NEEDED, "no dVAE of DALLE-pytorch")
     codes, code = tensors["codebook.weight"].shape
@@ -39,7 +40,7 @@ def describe_vae(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def vae_table(model: Any) -> Table:
+def vae_table(model: nnx.Module) -> Table:
     """The published name and layout of each variable of a `codecs.dvae.DVAE` with a `DALLEPytorchVAE` network."""
     names = named(model)
     layers = len({n for n in names if re.fullmatch(r"encoder\.layers\.\d+\.w", n)})
@@ -67,7 +68,7 @@ def vae_table(model: Any) -> Table:
 
 def describe(
     tensors: Tensors, heads: int = 8, grid: tuple[int, int] | None = None, text_length: int = 0, codes: int = 0
-) -> dict[str, Any]:
+) -> Fields:
     """The fields of the family that the shapes of `tensors` (arrays or abstract) belong to; those of the text under
     `text`. The file does not know the number of heads. With rotary positions it does not know the grid nor the length
     of the text, with a shared matrix and without its dVAE it does not know the number of codes.

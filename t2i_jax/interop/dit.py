@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 NEEDED = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
 """Names that every such file has."""
 
 
-def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
+def describe(tensors: Tensors, heads: int = 0) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
     The number of heads does not follow: `heads`, 0 for that of the released model of this width.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
 WHOLE = f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"
@@ -12,7 +12,7 @@ NEEDED = (WHOLE, ("blocks.input.w_voc",), ("blocks.input.patch_proj",))
 """Names that both files in one have, that of captions, and that of images."""
 
 
-def describe(tensors: Tensors, head_dim: int = 64) -> dict[str, Any]:
+def describe(tensors: Tensors, head_dim: int = 64) -> Fields:
     """The sizes that follow from the shapes of `tensors` (arrays or abstract); the width of a head does not.
 
     Errors: ValueError where a name that every such file has is not there.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from t2i_jax.interop import vqgan
-from t2i_jax.interop.names import Tensors
+from t2i_jax.interop.names import Fields, Tensors
 
 # Training losses, and the averages that latent diffusion saves with the weights, with dots taken out of their names.
 UNUSED = vqgan.IGNORED + r"|^model_ema\."
 
 
-def describe(tensors: Tensors, style: vqgan.Style) -> dict[str, Any]:
+def describe(tensors: Tensors, style: vqgan.Style) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the codec and its autoencoder.
 
     Errors: ValueError where a name that every such file has is not there.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, require, source
 from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 
 NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
@@ -16,7 +16,7 @@ UNUSED = r"freqs_cis|causal_mask|kv_cache"
 HEAD_DIM = {3200: 100, 4096: 128}  # by width; 64 elsewhere
 
 
-def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -> dict[str, Any]:
+def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -> Fields:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
     Two do not follow: `head_dim`, 0 for that of the released model of this width; and `null`, whether the last row of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 HEADS = {1280: 16}  # by width; heads of 64 elsewhere
 NEEDED = (
@@ -18,7 +18,7 @@ NEEDED = (
 UNUSED = r"^diffloss\.(train|gen)_diffusion"
 
 
-def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say; `head` holds those of the diffusion head.
 
     Errors: ValueError where names are missing, or where the number of tokens is no square and no `grid` is given.

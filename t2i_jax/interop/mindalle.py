@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 NEEDED = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_img.weight", "blocks.0.mlp.0.weight")
 """Names that every such file has."""
 
 
-def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
+def describe(tensors: Tensors, heads: int = 0) -> Fields:
     """The fields of the family that the shapes of `tensors` (arrays or abstract) belong to; those of the text under
     `text`. The file does not know the number of heads; 0 gives each of them 64 channels."""
     require(tensors, NEEDED, "no Transformer of minDALL-E")

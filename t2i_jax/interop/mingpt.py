@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Source, Table, Tensors, require, source
 
 NEEDED = ("tok_emb.weight", "blocks.0.attn.key.weight")
 """Names that every such file has."""
@@ -20,13 +20,13 @@ KINDS = {"weight": " d", "bias": ""}
 """suffix of a name, and its dimensions besides the output's"""
 
 
-def describe(tensors: Tensors, heads: int = 0) -> dict[str, Any]:
+def describe(tensors: Tensors, heads: int = 0) -> Fields:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to."""
     require(tensors, NEEDED, "no minGPT")
     return sizes(tensors, "attn.key.weight", "mlp.0.weight", heads)
 
 
-def sizes(tensors: Tensors, once: str, into: str, heads: int) -> dict[str, Any]:
+def sizes(tensors: Tensors, once: str, into: str, heads: int) -> Fields:
     """Fields of a GPT of that kind. once: a name that each block has; into: that of the first matrix of its MLP."""
     vocabulary, width = tensors["tok_emb.weight"].shape
     return {

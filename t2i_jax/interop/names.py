@@ -78,6 +78,8 @@ class Source(NamedTuple):
 
 
 Table = Mapping[str, Source]
+Fields = dict[str, Any]
+"""Fields of a configuration by name."""
 Tensors = Mapping[str, Any]
 """Arrays, or abstract ones, by name."""
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from t2i_jax.interop.names import CONV, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, Fields, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 NEEDED = (("encoder.blocks.input.w", "decoder.blocks.input.w"), ("blocks.input.w",))
@@ -19,7 +19,7 @@ NAMES = (
 )
 
 
-def describe(tensors: Tensors) -> dict[str, Any]:
+def describe(tensors: Tensors) -> Fields:
     """What the shapes of `tensors` (arrays or abstract) say: half, codes, channels, groups, blocks, code."""
     if "encoder.blocks.input.w" in tensors:
         half, encoder, decoder = "both", "encoder.", "decoder."
@@ -32,7 +32,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
         re.fullmatch(re.escape(prefix) + r"blocks\.group_(\d+)\.block_(\d+)\.res_path\.conv_1\.w", n) for n in tensors
     ]
     groups, blocks = (max(int(m[n]) for m in places if m) for n in (1, 2))
-    fields: dict[str, Any] = {"half": half, "groups": groups, "blocks": blocks}
+    fields: Fields = {"half": half, "groups": groups, "blocks": blocks}
     if half == "decoder":
         code, codes = tensors["blocks.input.w"].shape[:2]
         return fields | {"channels": tensors["blocks.output.conv.w"].shape[1], "codes": codes, "code": code}

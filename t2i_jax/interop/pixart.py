@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 PLACES = "pos_embed.pos_embed"
 """Where older files keep the positions; newer ones leave them out."""
@@ -28,7 +28,7 @@ PARTS = {
 }
 
 
-def describe(tensors: Tensors) -> dict[str, Any]:
+def describe(tensors: Tensors) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` of the text.
 
     Errors: ValueError where the names are not those of such a model.
@@ -53,7 +53,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any]) -> Fields:
     """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`, `stretch`, `eps`.
 
     Errors: ValueError naming a field with an unsupported value.

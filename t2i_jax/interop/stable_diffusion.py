@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 NEEDED = (
@@ -70,7 +70,7 @@ ONLY = {
 }
 
 
-def describe(tensors: Tensors) -> dict[str, Any]:
+def describe(tensors: Tensors) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
 
     Neither the attention heads nor the side of the latents follow.
@@ -108,7 +108,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any]) -> Fields:
     """Fields of the network that `unet/config.json` has and the shapes have not.
 
     Errors: ValueError naming a field with an unsupported value.
@@ -127,7 +127,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     counts = config.get("attention_head_dim", 8)  # so it is called, and is the number of heads
     if config.get("num_attention_heads") is not None:
         counts = config["num_attention_heads"]
-    found: dict[str, Any] = {"groups": config.get("norm_num_groups", 32), "eps": config.get("norm_eps", 1e-5)}
+    found: Fields = {"groups": config.get("norm_num_groups", 32), "eps": config.get("norm_eps", 1e-5)}
     if (side := config.get("sample_size")) is not None:
         found["size"] = (side, side) if isinstance(side, int) else tuple(side)
     if isinstance(counts, int) or len(set(counts)) == 1:
@@ -141,7 +141,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"head_dim": int(next(iter(heads)))}
 
 
-def schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+def schedule(config: Mapping[str, Any]) -> Fields:
     """What `scheduler/scheduler_config.json` says: `schedule`, `steps`, `zero_terminal_snr`, `predicts`.
 
     Errors: ValueError naming a field with an unknown value.
@@ -167,6 +167,7 @@ def squared(tensors: Tensors, linear: bool) -> dict[str, Any]:
         if not re.search(r"attentions\.\d+\.proj_(in|out)\.weight$", name):
             return x
         shape = x.shape[:2] if linear else (*x.shape[:2], 1, 1)
+        # An abstract array has a shape, and no method of an array.
         return x.reshape(shape) if hasattr(x, "reshape") else type(x)(shape, x.dtype)
 
     return {name: like(name, x) for name, x in tensors.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 PLACES = "pos_embed.pos_embed"
 NEEDED = (PLACES, "context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight")
@@ -31,7 +31,7 @@ QKV = {"image": "attn.to_{}", "text": "attn.add_{}_proj"}
 NORMS = {"image": "attn.norm_{}", "text": "attn.norm_added_{}"}
 
 
-def describe(tensors: Tensors) -> dict[str, Any]:
+def describe(tensors: Tensors) -> Fields:
     """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` and
     `summary` of the text. Errors: ValueError where the names are not those of such a model."""
     require(tensors, NEEDED, "no Transformer of Stable Diffusion 3")
@@ -52,7 +52,7 @@ def describe(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Mapping[str, Any]) -> Fields:
     """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`."""
     side = config.get("sample_size", 128)
     return {"heads": config["num_attention_heads"], "size": (side, side)}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
 from t2i_jax.nn.condition import ClassEmbedder, CrossAttnFeatures
 from t2i_jax.noise.discrete import Chain
 
@@ -38,7 +38,7 @@ def describe(
     activation: str = "GELU2",
     class_type: str = "adalayernorm",
     null_class: bool | None = None,
-) -> dict[str, Any]:
+) -> Fields:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
     grid: rows and columns of codes, square unless given: 16 x 16, or as many as a stored attention mask has. heads: 16
@@ -66,7 +66,7 @@ def describe(
     else:
         steps = steps or (shape("log_at")[0] if "log_at" in tensors else 100)
     conv = f"{first}mlp.conv1.weight" in tensors
-    fields: dict[str, Any] = {
+    fields: Fields = {
         "chain": Chain(classes - 1, steps),
         "grid": grid,
         "width": width,

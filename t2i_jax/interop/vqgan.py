@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from flax import nnx
 
-from t2i_jax.interop.names import CONV, POINTWISE, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, require, source
 from t2i_jax.nn.trees import named
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
@@ -103,7 +104,7 @@ JUDGES = {"taming": ("loss.discriminator.main.", ""), "clipgen": ("discriminator
 """Prefixes of the discriminator: of its layers, and of the last one where it has its own."""
 
 
-def table(model: Any, style: Style) -> Table:
+def table(model: nnx.Module, style: Style) -> Table:
     """The published name and layout of each variable of a VQGAN or KL autoencoder."""
     names = {k: v for k, v in named(model).items() if not k.startswith("discriminator.")}
     lines = _clipgen(names) if style == "clipgen" else _nested(names, style)
@@ -111,7 +112,7 @@ def table(model: Any, style: Style) -> Table:
     return {**lines, **_judge(judge, *JUDGES[style])} if judge and style in JUDGES else lines
 
 
-def discriminator(model: Any) -> Table:
+def discriminator(model: nnx.Module) -> Table:
     """The same of a PatchGAN with BatchNorm, in a file of taming-transformers that holds it alone."""
     return _judge(named(model), "main.")
 
@@ -154,7 +155,7 @@ def needed(style: Style) -> tuple[str, ...]:
     return "encoder.conv_in.weight", "decoder.conv_in.weight", first
 
 
-def autoencoder(tensors: Tensors, style: Style) -> dict[str, Any]:
+def autoencoder(tensors: Tensors, style: Style) -> Fields:
     """What the shapes of `tensors` (arrays or abstract) say of encoder and decoder, as fields of `AutoencoderConfig`.
 
     Errors: ValueError where a name that every such file has is not there.
@@ -185,12 +186,12 @@ def autoencoder(tensors: Tensors, style: Style) -> dict[str, Any]:
     }
 
 
-def describe(tensors: Tensors, style: Style) -> dict[str, Any]:
+def describe(tensors: Tensors, style: Style) -> Fields:
     """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder, quantiser and discriminator.
 
     Errors: ValueError where a name that every such file has is not there.
     """
-    found: dict[str, Any] = {"autoencoder": autoencoder(tensors, style)}
+    found: Fields = {"autoencoder": autoencoder(tensors, style)}
     shape = lambda name: tuple(tensors[name].shape)
     books = [n for n in tensors if re.fullmatch(r"quantizer?\.(embedding|embed)(\.weight)?", n)]
     if len(books) != 1:

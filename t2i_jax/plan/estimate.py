@@ -77,6 +77,7 @@ def trace(experiment: Experiment, batch: Batch) -> Traced:
 
 
 def _size(aval: Any) -> float:
+    # Abstract values of JAX need have neither a shape (tokens) nor a size of their numbers (keys).
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
 
 
