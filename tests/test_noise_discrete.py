@@ -58,10 +58,10 @@ def test_columns_add_up_and_steps_make_the_cumulative_schedule(chain):
     for q in table.values():
         np.testing.assert_allclose(q.sum(0), 1, rtol=1e-12)
     for t in range(T):
-        np.testing.assert_allclose(table[-1, t][0, 0], s.kept[t] + s.replaced[t], rtol=1e-9)
-        np.testing.assert_allclose(table[-1, t][1, 0], s.replaced[t], rtol=1e-9, atol=1e-15)
-        np.testing.assert_allclose(table[-1, t][K, 0], s.masked[t], rtol=1e-9)
-    assert (s.kept[-1], s.replaced[-1], s.masked[-1]) == (1, 0, 0)
+        np.testing.assert_allclose(table[-1, t][0, 0], s.alpha_bar[t] + s.beta_bar[t], rtol=1e-9)
+        np.testing.assert_allclose(table[-1, t][1, 0], s.beta_bar[t], rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(table[-1, t][K, 0], s.gamma_bar[t], rtol=1e-9)
+    assert (s.alpha_bar[-1], s.beta_bar[-1], s.gamma_bar[-1]) == (1, 0, 0)
 
 
 @chains
@@ -134,7 +134,7 @@ def test_draws_follow_their_law(chain):
 def test_the_chain_starts_where_the_last_step_ends(chain):
     s = chain.schedule
     x = np.asarray(chain.start(jax.random.key(0), (20000,)))
-    want = np.append(np.full(K, s.replaced[-2]), s.masked[-2])
+    want = np.append(np.full(K, s.beta_bar[-2]), s.gamma_bar[-2])
     np.testing.assert_allclose(np.bincount(x, minlength=K + 1) / 20000, want / want.sum(), atol=0.015)
 
 
@@ -164,10 +164,10 @@ def test_the_bound_is_nothing_for_a_perfect_model_and_finite_for_a_wrong_one(cha
 
 def test_impossible_schedules_are_refused():
     for fields, word in (
-        ({"kept": (0.5, 0.9)}, "kept"),
-        ({"masked": (0.5, 0.1)}, "masked"),
-        ({"kept": (0.9, 0.5), "masked": (0.3, 0.4)}, "more than 1"),
-        ({"kept": (0.9, 0.5, 0.1, 0.05)}, "4 values"),
+        ({"alpha_bar": (0.5, 0.9)}, "alpha_bar"),
+        ({"gamma_bar": (0.5, 0.1)}, "gamma_bar"),
+        ({"alpha_bar": (0.9, 0.5), "gamma_bar": (0.3, 0.4)}, "more than 1"),
+        ({"alpha_bar": (0.9, 0.5, 0.1, 0.05)}, "4 values"),
         ({"kind": "roll"}, "roll"),
     ):
         with pytest.raises(ValueError, match=word):

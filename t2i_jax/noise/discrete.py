@@ -43,25 +43,27 @@ class ChainSchedule(NamedTuple):
     gamma_bar: np.ndarray
 
     @classmethod
-    def of(cls, kept: np.ndarray, masked: np.ndarray, codes: int) -> ChainSchedule:
-        """The schedule whose tokens after step t are still the clean ones with probability kept[t], beside chance, and
-        masked with probability masked[t]: any two sequences (T,) that fall and rise.
+    def of(cls, alpha_bar: np.ndarray, gamma_bar: np.ndarray, codes: int) -> ChainSchedule:
+        """The schedule whose tokens after step t are kept with probability alpha_bar[t] (a random one may be the same) and
+        masked with probability gamma_bar[t]: any two sequences (T,) of which one falls and the other rises.
 
         Errors: ValueError where they do not, or add up to more than 1.
         """
-        kept, masked = np.concatenate([[1.0], kept]), np.concatenate([[0.0], masked])
-        if (kept <= 0).any() or (np.diff(kept) > 0).any():
-            raise ValueError("kept: probabilities above 0 that never rise")
-        if (masked >= 1).any() or (np.diff(masked) < 0).any():
-            raise ValueError("masked: probabilities below 1 that never fall")
-        a, c = kept[1:] / kept[:-1], 1 - (1 - masked[1:]) / (1 - masked[:-1])
+        alpha_bar, gamma_bar = np.concatenate([[1.0], alpha_bar]), np.concatenate([[0.0], gamma_bar])
+        if (alpha_bar <= 0).any() or (np.diff(alpha_bar) > 0).any():
+            raise ValueError("alpha_bar: probabilities above 0 that never rise")
+        if (gamma_bar >= 1).any() or (np.diff(gamma_bar) < 0).any():
+            raise ValueError("gamma_bar: probabilities below 1 that never fall")
+        a, c = alpha_bar[1:] / alpha_bar[:-1], 1 - (1 - gamma_bar[1:]) / (1 - gamma_bar[:-1])
         roll = lambda x: np.roll(x, -1)  # the clean entry is the last
-        # What rounding leaves of an exact zero would be a probability to be replaced.
+        # What rounding leaves of an exact zero would be a probability of replacement.
         exact = lambda x: np.where(np.abs(x) < 1e-14, 0.0, x)
-        step, replaced = exact(1 - a - c) / codes, exact(1 - kept - masked) / codes
-        if (step < 0).any() or (replaced < 0).any():
-            raise ValueError("kept and masked add up to more than 1, or a step would have to undo a replacement")
-        return cls(a, step, c, roll(kept), roll(replaced), roll(masked))
+        step, beta_bar = exact(1 - a - c) / codes, exact(1 - alpha_bar - gamma_bar) / codes
+        if (step < 0).any() or (beta_bar < 0).any():
+            raise ValueError(
+                "alpha_bar and gamma_bar add up to more than 1, or a step would have to undo a replacement"
+            )
+        return cls(a, step, c, roll(alpha_bar), roll(beta_bar), roll(gamma_bar))
 
 
 class Tables(NamedTuple):
@@ -113,12 +115,12 @@ class Chain(Checked):
     @cached_property
     def schedule(self) -> ChainSchedule:
         """The probabilities of every step."""
-        kept, masked = self._course("alpha_bar", self.alpha_bar), self._course("gamma_bar", self.gamma_bar)
+        alpha_bar, gamma_bar = self._course("alpha_bar", self.alpha_bar), self._course("gamma_bar", self.gamma_bar)
         if self.kind == "mask":
-            kept = 1 - masked
+            alpha_bar = 1 - gamma_bar
         elif self.kind == "replace":
-            masked = np.zeros_like(kept)
-        return ChainSchedule.of(kept, masked, self.codes)
+            gamma_bar = np.zeros_like(alpha_bar)
+        return ChainSchedule.of(alpha_bar, gamma_bar, self.codes)
 
     def _course(self, field: str, given: tuple[float, ...]) -> np.ndarray:
         values = np.asarray(given, np.float64)
@@ -138,13 +140,11 @@ class Chain(Checked):
         """The schedule for the device."""
         s = self.schedule
         with np.errstate(divide="ignore"):
-            kept, replaced, masked = np.log(s.alpha_bar), np.log(s.beta_bar), np.log(s.gamma_bar)
+            logs = [np.log(x) for x in (s.alpha_bar, s.beta_bar, s.gamma_bar)]
             rise = s.beta_bar / s.alpha_bar
             height = np.log(rise[-2])
         rise = rise / rise[-2] if rise[-2] else rise
-        return Tables(
-            *(jnp.asarray(x, jnp.float32) for x in (kept, replaced, masked, np.log1p(-s.gamma_bar), rise, height))
-        )
+        return Tables(*(jnp.asarray(x, jnp.float32) for x in (*logs, np.log1p(-s.gamma_bar), rise, height)))
 
     # -- the forward process; times are int (b,), -1 for the clean tokens
 

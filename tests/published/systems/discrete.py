@@ -16,7 +16,7 @@ from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one
 from t2i_jax.sampling.discrete import reverse
 from t2i_jax.sampling.options import DiscreteSampler
 
-NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "kept", "btt": "replaced", "ctt": "masked"}
+NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "alpha_bar", "btt": "beta_bar", "ctt": "gamma_bar"}
 
 
 def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def schedules(chain: Chain, outputs: dict[str, np.ndarray]) -> dict[str, Any]:
     with np.errstate(divide="ignore"):
         for ours, theirs in (("a", "at"), ("b", "bt"), ("c", "ct")):
             found[f"buf_log_{theirs}"] = np.log(getattr(s, ours)).astype(np.float32)
-        for ours, theirs in (("kept", "at"), ("replaced", "bt"), ("masked", "ct")):
+        for ours, theirs in (("alpha_bar", "at"), ("beta_bar", "bt"), ("gamma_bar", "ct")):
             found[f"buf_log_cumprod_{theirs}"] = np.log(getattr(s, ours)).astype(np.float32)
     found["buf_log_1_min_ct"] = np.log1p(-s.c).astype(np.float32)
     found["buf_log_1_min_cumprod_ct"] = np.asarray(chain.tables().unmasked)
