@@ -44,8 +44,8 @@ class ChainSchedule(NamedTuple):
 
     @classmethod
     def of(cls, alpha_bar: np.ndarray, gamma_bar: np.ndarray, codes: int) -> ChainSchedule:
-        """The schedule whose tokens after step t are kept with probability alpha_bar[t] (a random one may be the same) and
-        masked with probability gamma_bar[t]: any two sequences (T,) of which one falls and the other rises.
+        """The schedule whose tokens after step t are kept with probability alpha_bar[t] (not counting random ones that
+        are the same) and masked with probability gamma_bar[t]: any two sequences (T,), one falling and one rising.
 
         Errors: ValueError where they do not, or add up to more than 1.
         """
