@@ -82,7 +82,7 @@ class UNet(Checked):
         if self.pool == "none" and not self.context:
             raise ValueError("pool 'none' without a context: the condition would be read nowhere")
         if self.noise_aug_conditioning and "low_res" not in self.extra_inputs:
-            raise ValueError("told_noise: of a small picture, and extra_inputs have no 'low_res'")
+            raise ValueError("noise_aug_conditioning=True requires 'low_res' in extra_inputs")
 
     @property
     def channels_in(self) -> int:
