@@ -1,4 +1,4 @@
-"""The two functions of the public face that are no class: `load` a model, `train` an experiment."""
+"""The two public functions: `load` a model, `train` an experiment."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def load(model: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False)
 
 
 def train(experiment: Experiment, run: str | Path, accept_changes: bool = False) -> None:
-    """Train an experiment in the folder `run`, or go on where it stopped; preview images are saved in its `samples/`.
+    """Train an experiment in the folder `run`, or resume it; preview images are saved in its `samples/`.
 
-    accept_changes: go on although the config is not that of the run so far. Errors: `ConfigError`, `DataError`,
+    accept_changes: resume although the config differs from that of the run so far. Errors: `ConfigError`, `DataError`,
     `CheckpointError`, `NotFinite`.
     """
     with refused():

@@ -1,4 +1,4 @@
-"""Text, model and codec as one thing: prompts in, pictures out."""
+"""Tokenizer, model and codec in one object: prompts in, images out."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from t2i_jax.training.experiment import Experiment, with_features
 log = logging.getLogger(__name__)
 
 SEEDS = 2**64
-"""Seeds are whole numbers from 0 to one less."""
+"""Seeds are integers from 0 to one less."""
 
 
 def image_keys(seeds: Sequence[int]) -> Array:
@@ -70,38 +70,40 @@ def image_keys(seeds: Sequence[int]) -> Array:
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise ConfigError(f"seed {seed}: seeds are whole numbers from 0 to {SEEDS - 1}")
-    # Those of more than 32 bits are two numbers, of which the second is 0 for all others.
+    # Seeds of more than 32 bits are two numbers; the second is 0 for all others.
     low, high = (np.asarray([seed >> shift & 0xFFFFFFFF for seed in seeds], np.uint32) for shift in (0, 32))
     keys = jax.vmap(jax.random.key)(jnp.asarray(low))
     return jax.vmap(lambda k, n: jnp.where(n > 0, jax.random.fold_in(k, n), k))(keys, jnp.asarray(high))
 
 
 Watch = Callable[[float, Any], None]
-"""Called while a batch is drawn with the share that is done and the codes, or pictures, so far."""
+"""Callback while a batch is sampled: (share done, codes or images so far)."""
 
 
 def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
-    """How to tell `sample` that both branches would say the same, where options ask for no guidance: half the work."""
+    """Static kwargs that skip the unconditional branch when guidance is 1, which halves the cost."""
     if not family.capabilities.guidance:
         return {}
     return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
 
 
 def validate_options(family: Family, options: Any) -> Any:
-    """Sampling options as arrays. Errors: `ConfigError` for values with which the family cannot draw."""
+    """Sampling options as arrays. Errors: `ConfigError` for values that the family cannot sample with."""
     with refused("sampling options"):
         family.check(options)
         return options.arrays()
 
 
 def plain_options(options: Any) -> dict[str, float | str | None]:
-    """Sampling options for a file: numbers as floats, names and None as they are."""
+    """Sampling options for a file: numbers as floats, names and None unchanged."""
     return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}
 
 
 def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
-    """The dtype of weights that the sampler of a family casts to bfloat16 before it computes with them: they are cast
-    once when they are loaded, which changes no image."""
+    """Dtypes of the weights that a family's sampler casts to bfloat16 before use.
+
+    They are cast once when loaded, which changes no image.
+    """
     if not model_config.capabilities.family or model_config.compute.dtype != "bfloat16":
         return {}
     family = as_family(model_config)
@@ -112,16 +114,16 @@ def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
     draw = lambda model, condition, keys: family.sample(model, condition, keys, family.options())
     try:
         cast = cast_first(jax.make_jaxpr(draw)(model, condition, keys).jaxpr, jnp.bfloat16)
-    except ConfigError:  # it reads more than captions or classes, or its program has a form that is not known
+    except ConfigError:  # it needs optional condition fields, or its jaxpr has an unknown form
         return {}
     flags = jax.tree.unflatten(jax.tree.structure(model), cast[: len(jax.tree.leaves(model))])
     return {k: jnp.bfloat16 for k, v in named(flags).items() if v.get_value()}
 
 
 class Pipeline:
-    """A family with its weights, its codec and its text side, placed on a mesh.
+    """A family with its weights, codec and tokenizer, placed on a mesh.
 
-    `Pipeline.load(folder)` takes a run or a released model; `sample` gives pictures; `save` writes a released model.
+    `Pipeline.load(folder)` loads a run or a released model; `sample` returns images; `save` writes a released model.
     """
 
     def __init__(
@@ -142,27 +144,28 @@ class Pipeline:
         parts = {"model": model, "codec": codec.model if codec else None, "text": loaded}
         self.parts = put_on_mesh(parts, shardings(parts, self.mesh))
         self.about: dict[str, str] = {}
-        """What pictures depend on besides prompt, seed and options."""
+        """Everything that images depend on besides prompt, seed and options."""
         self.folder: str | Path | None = None
-        """Where the model was loaded from."""
+        """Folder of the loaded model."""
         self.classifier: Artifact | None = None
         self._watch: Watch | None = None
         self.upsampler: Pipeline | None = None
-        """What makes the pictures larger; see `enlarged`."""
+        """Pipeline that upscales the images; see `with_upsampler`."""
         self.noticed: set[str] = set()
-        """Prompts that were looked at for parts that are not read."""
+        """Prompts already checked for parts that are not read."""
         self._compiled = self._compile()
 
     def _compile(self) -> Callable[..., Array]:
-        """Option values are traced: compiled once, and once without guidance."""
+        """The jitted sampler; option values are traced, so it compiles once, and once more without guidance."""
         return jax.jit(self._run, static_argnames=("watched", "guided"))
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
-        """The pipeline of a run folder or a released model: each part of an array is read for the device that holds it.
+        """The pipeline of a run folder or a released model; each shard of an array is read for the device that holds
+        it.
 
-        int8: matrices as whole numbers and scales (`nn.decode.int8_weights`), for models that draw token by token.
-        Errors: `ConfigError` where it holds no family, or one of another kind than `int8` is for.
+        int8: matrices as integers and scales (`nn.decode.int8_weights`), for models that sample token by token. Errors:
+        `ConfigError` if the folder holds no family, or one without support for `int8`.
         """
         with refused():
             devices = mesh.build()
@@ -172,7 +175,7 @@ class Pipeline:
         codec = load_codec(artifact.codec, mesh=devices) if artifact.codec else None
         if codec:
             check_codes(family, codec.config, artifact.codec)
-        if int8:  # the floats are not kept
+        if int8:  # drop the float weights
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         pipeline = cls(family, artifact.model, codec, artifact.text, mesh, artifact)
         pipeline.folder = folder
@@ -181,13 +184,13 @@ class Pipeline:
 
     @property
     def options(self) -> Any:
-        """The family's sampling options at their defaults; replace fields and hand them to `sample`."""
+        """The family's sampling options at their defaults; replace fields and pass them to `sample`."""
         return self.family.options()
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What the model is conditioned on, on the host: text ids and mask, or class labels.
+        """The model's condition, on the host: text ids and mask, or class labels.
 
-        Errors: `ConfigError` for prompts that are no class numbers of a model that is asked by them.
+        Errors: `ConfigError` for prompts that are not valid class numbers of a class-conditional model.
         """
         if (label := self.family.condition_spec().get("label")) is not None:
             with refused("this model takes class numbers as prompts"):
@@ -213,10 +216,10 @@ class Pipeline:
         progress: Callable[[float, int], None] | None = None,
         **options: object,
     ) -> np.ndarray:
-        """Images uint8 (n, i, j, 3), one for each prompt, or for each seed where there is one prompt.
+        """Images uint8 (n, i, j, 3), one for each prompt, or for each seed if there is one prompt.
 
-        prompts: captions, or class numbers of a model of classes. options: fields of `options`, as `guidance=3.0`.
-        Errors: `ConfigError` for an option that the family does not have.
+        prompts: texts, or class numbers for a class-conditional model. options: fields of `options`, such as
+        `guidance=3.0`. Errors: `ConfigError` for an option that the family does not have.
         """
         asked = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if isinstance(prompts, str | int) and seeds is not None:
@@ -238,10 +241,10 @@ class Pipeline:
         progress: Callable[[float, int], None] | None = None,
         watch: Watch | None = None,
     ) -> np.ndarray:
-        """Pictures uint8 (n, i, j, 3), one per prompt; picture m is a function of prompt m and seed m alone.
+        """Images uint8 (n, i, j, 3), one per prompt; image m depends on prompt m and seed m alone.
 
-        progress: called as (pictures finished, pictures in all); within a batch too where `watch` is given.
-        watch: called within a batch as it grows; for that the program calls back, and is compiled anew at each start.
+        progress: called as (images finished, all images); also within a batch if `watch` is given. watch: called within
+        a batch during sampling; this needs a host callback, and the program is recompiled at each start.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
@@ -273,14 +276,14 @@ class Pipeline:
         return np.concatenate(pictures)
 
     def check_codec(self) -> None:
-        """Errors: `ConfigError` where nothing makes images of what the family samples."""
+        """Errors: `ConfigError` if the samples are not pixels and there is no codec to decode them."""
         if self.codec is None and self.family.sample_spec().kind != "pixels":
             raise ConfigError(
                 "the model draws codes and has no codec that makes images of them: convert it with --codec"
             )
 
     def notice(self, prompts: Sequence[str]) -> None:
-        """Logs which prompts, of those not asked about before, have a part that the model does not read."""
+        """Log which of the new prompts have a part that the model does not read."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.noticed]
         self.noticed.update(new)
         texts = (self.text, self.classifier and self.classifier.text, self.upsampler and self.upsampler.text)
@@ -289,10 +292,10 @@ class Pipeline:
                 log.warning(f"prompts are cut: {said}; what is not read changes no image")
 
     def with_upsampler(self, second: Pipeline, name: str = "") -> Pipeline:
-        """The same pipeline, whose pictures a second one makes larger: the two stages of a cascade (Ho et al. 2022).
+        """The same pipeline followed by a super-resolution pipeline: the two stages of a cascade (Ho et al. 2022).
 
-        The second reads the same prompts, samples by its own options, and has the same seeds with other noise. name: of
-        the second, for what pictures tell of themselves. Errors: `ConfigError` where it reads no small picture.
+        The second stage reads the same prompts, samples with its own options, and uses the same seeds with other noise.
+        name: of the second stage, for image metadata. Errors: `ConfigError` if it does not read a low-resolution image.
         """
         with refused(name):
             super_resolution(second.family)
@@ -303,13 +306,13 @@ class Pipeline:
         return same
 
     def inpaint(self, picture: np.ndarray, mask: np.ndarray | None = None) -> Pipeline:
-        """The same pipeline, which draws anew only what a mask marks of a picture: holes, or all beyond an edge.
+        """The same pipeline, which resamples only the masked part of an image (inpainting or outpainting).
 
-        picture: uint8 (i, j, 3); mask: bool (i, j), True where to draw; a token is drawn where any of its pixels is.
-        Without a mask all of it is drawn anew, from a start that remembers the picture: as much as the option
-        `strength` of a diffusion leaves. Errors: `ConfigError` for a mask of which a family in raster order keeps what
-        comes after a hole, for a picture of another size than it draws, and without a mask for a family that forgets
-        it.
+        picture: uint8 (i, j, 3); mask: bool (i, j), True where to sample; a token is sampled if any of its pixels is.
+        Without a mask the whole image is resampled from a noised version of it, with noise according to the option
+        `strength` of a diffusion. Errors: `ConfigError` for a mask that makes a raster-order family keep tokens after a
+        hole, for an image of another size than the model's, and without a mask for a family that cannot start from an
+        image.
         """
         family = inpainting(self.family) if mask is not None else image_to_image(inpainting(self.family))
         self.check_codec()
@@ -332,11 +335,11 @@ class Pipeline:
         return same
 
     def with_classifier_guidance(self, by: Artifact, name: str = "") -> Pipeline:
-        """The same pipeline, whose pictures a classifier or an image-text model of noised pictures pulls to what was
-        asked for, as strongly as the option `pull` says (Dhariwal & Nichol 2021; Nichol et al. 2022).
+        """The same pipeline, guided to the prompt by a classifier or an image-text model of noised images.
 
-        Errors: `ConfigError` unless `by` is one that was trained for such pictures, as noisy at the same times, and
-        knows what prompts are about.
+        The option `classifier_scale` sets the strength (Dhariwal & Nichol 2021; Nichol et al. 2022). Errors:
+        `ConfigError` unless `by` was trained on such images with the same noise at the same times, and reads this
+        model's kind of prompt.
         """
         name = name or type(by.config).__name__
         family = classifier_guided(self.family)
@@ -360,10 +363,10 @@ class Pipeline:
         return same
 
     def with_autoguidance(self, weak: Artifact, name: str = "") -> Pipeline:
-        """The same pipeline, guided away from what a worse model of the same kind draws: autoguidance (Karras et al.
-        2024). It may be smaller, of another network, or less trained.
+        """The same pipeline, guided away from the samples of a worse model: autoguidance (Karras et al. 2024).
 
-        Errors: `ConfigError` where noise, prediction, shape or what is read of prompts differ.
+        The worse model may be smaller, have another network, or be trained less. Errors: `ConfigError` if noise,
+        prediction, shape or condition differ.
         """
         name = name or "the worse model"
         with refused(name):
@@ -383,11 +386,11 @@ class Pipeline:
         return same
 
     def replace(self, **fields: Any) -> Pipeline:
-        """The same pipeline with other fields of its family, of those that no training depends on (`FREE`), as
-        `solver`, or with which a trained model may be sampled all the same (`SAMPLED`).
+        """The same pipeline with other fields of its family.
 
-        Errors: `ConfigError` for a field that the family has not or that training depends on, and for a value that it
-        refuses.
+        Allowed are fields that do not affect training (`FREE`), such as `solver`, and fields that a trained model may
+        be sampled with all the same (`SAMPLED`). Errors: `ConfigError` for a field that the family does not have or
+        that training depends on, and for a value that it rejects.
         """
         old, kind = self.family, type(self.family).__name__
         known = [f.name for f in dataclasses.fields(old)]  # pyright: ignore[reportArgumentType]
@@ -422,7 +425,8 @@ class Pipeline:
         watch: Watch | None = None,
         small: np.ndarray | None = None,
     ) -> Array:
-        """One batch, uint8 (b, i, j, 3) on the devices; `small` uint8 (b, i', j', 3) are pictures to make larger."""
+        """One batch, uint8 (b, i, j, 3) on the devices; `small` uint8 (b, i', j', 3) are low-resolution images to
+        upscale."""
         if small is None and self.family.capabilities.super_resolution:
             raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
         self._watch = watch
@@ -431,7 +435,7 @@ class Pipeline:
             condition["low_res"] = small.astype(np.float32) / 127.5 - 1
             keys = jax.vmap(apart)(keys)
         with jax.set_mesh(self.mesh):
-            # All from the host: what several processes put on one mesh has to be there, the same on each of them.
+            # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
             data = np.asarray(jax.random.key_data(keys))
             condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(self.family, options))
@@ -442,7 +446,7 @@ class Pipeline:
         return images
 
     def pictures(self, codes: Any) -> np.ndarray:
-        """uint8 (b, i, j, 3) of codes, or of pictures as floats."""
+        """uint8 (b, i, j, 3) from codes, or from images as floats."""
         with jax.set_mesh(self.mesh):
             return to_host(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
@@ -467,7 +471,7 @@ class Pipeline:
         return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **more))
 
     def helpers(self, parts: dict[str, Any]) -> dict[str, Any]:
-        """The other models that `sample` is given for guidance."""
+        """The other models that `sample` takes for guidance."""
         found = {"guide_model": parts["guide_model"]} if "guide_model" in parts else {}
         if self.classifier:
             found["classifier"] = jax.tree_util.Partial(
@@ -481,7 +485,7 @@ class Pipeline:
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card.
 
-        The weights of a pipeline that was loaded are read from its folder again.
+        A loaded pipeline's weights are read from its folder again.
         """
         about = lambda artifact: card(artifact, name or Path(folder).name)
         if self.folder is not None:  # the weights here may be of another dtype
@@ -505,7 +509,7 @@ def card(artifact: Artifact, name: str) -> str:
 
 
 def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
-    """In what two Gaussian diffusions must agree for one to guide the other."""
+    """Properties that two Gaussian diffusions must share for one to guide the other."""
     return {
         "predicts": family.predicts,
         "shape": family.sample_spec().shape,
@@ -516,8 +520,8 @@ def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
 def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
     """Write the model or the codec of a run as a released model.
 
-    scale: measure on the run's pictures the scale and shift with which the codes of a KL autoencoder have mean 0 and
-    variance 1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
+    scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder mean 0 and variance
+    1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
     """
     check_new(out)
     about = lambda artifact: card(artifact, Path(out).name)
@@ -529,7 +533,7 @@ def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
 
 
 def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
-    """The codec of a run with the scale and shift that `count` of its pictures ask for."""
+    """The codec of a run with the scale and shift measured on `count` of its images."""
     experiment = config.load(run)
     if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
         raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")

@@ -23,23 +23,23 @@ class AutoencoderConfig(Checked):
     blocks: Layers = 2
     """residual blocks per level of the encoder"""
     decoder_blocks: Annotated[int | None, Range(1, DEEPEST)] = None
-    """residual blocks per level of the decoder; None is one more than in the encoder"""
+    """residual blocks per level of the decoder; None: one more than in the encoder"""
     latent: Size = 256
     """channels between encoder and decoder"""
     moments: bool = False
-    """the encoder gives a mean and a log-variance: twice as many channels as the decoder takes"""
+    """the encoder outputs a mean and a log-variance: twice as many channels as the decoder reads"""
     attention: tuple[int, ...] = (-1,)
     """levels with attention after each block, 0 the finest, -1 the coarsest"""
     decoder_attention: tuple[int, ...] | None = None
-    """the same for the decoder; None is as in the encoder"""
+    """the same for the decoder; None: as in the encoder"""
     middle_attention: bool = True
-    """attention between the two blocks in the middle of encoder and decoder"""
+    """attention between the two middle blocks of encoder and decoder"""
     patch: Size = 1
-    """squares of so many pixels a side enter and leave as channels, so that no convolution sees the full image"""
+    """side of the pixel squares folded into channels, so that no convolution runs at full resolution"""
     groups: Size = 32
     """groups of the normalisation"""
     eps: Positive = 1e-6
-    """what keeps the normalisation from dividing by zero"""
+    """epsilon of the normalisation"""
 
     @property
     def factor(self) -> int:
@@ -58,7 +58,7 @@ class AutoencoderConfig(Checked):
 
 
 class AutoencoderLevel(nnx.Module):
-    """Blocks at one resolution, each followed by attention where wanted, then the way to the next resolution."""
+    """Blocks at one resolution, each optionally followed by attention, then resampling to the next resolution."""
 
     def __init__(self, c: int, f: int, blocks: int, attend: bool, resample: type | None, config, key: Array):
         keys = jax.random.split(key, 2 * blocks + 1)
@@ -141,7 +141,7 @@ class Decoder(nnx.Module):
         self.out = Conv(widths[-1], 3 * config.patch**2, keys[2])
 
     def features(self, z: Array) -> Array:
-        """What enters the last convolution: the adaptive adversarial weight asks for gradients at that layer."""
+        """Input of the last convolution; the adaptive adversarial weight needs gradients at that layer."""
         x = self.middle(self.stem(z))
         for level in self.levels:
             x = level(x)

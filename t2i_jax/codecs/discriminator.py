@@ -1,4 +1,4 @@
-"""PatchGAN: judges overlapping patches of an image, one logit each (Isola et al. 2017, arXiv:1611.07004)."""
+"""PatchGAN: one logit for each of the overlapping patches of an image (Isola et al. 2017, arXiv:1611.07004)."""
 
 import dataclasses
 from itertools import pairwise
@@ -15,12 +15,12 @@ from t2i_jax.nn.layers import Conv, GroupNorm, ModelState, normal, param, replac
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig(Checked):
-    """Sizes of a PatchGAN; a logit sees 70 x 70 pixels by default."""
+    """Sizes of a PatchGAN; by default a logit has a receptive field of 70 x 70 pixels."""
 
     width: Size = 64
     """channels after the first convolution; doubled by each further one, up to eightfold"""
     layers: Annotated[int, Range(0, DEEPEST)] = 3
-    """convolutions that halve the image; two more keep it"""
+    """convolutions of stride 2; two more have stride 1"""
     norm: Literal["batch", "group", "none"] = "batch"
     """normalisation between them"""
 
@@ -31,8 +31,8 @@ class DiscriminatorConfig(Checked):
 class BatchNorm(nnx.Module):
     """Normalises channels over batch and positions (Ioffe & Szegedy 2015): (b, i, j, c) -> (b, i, j, c).
 
-    In training the statistics are the batch's, and the running ones, `decay` old + (1 - decay) new, come back in a new
-    module; else the running ones are used.
+    Training uses the batch statistics and returns a new module whose running statistics are `decay` old + (1 - decay)
+    new; otherwise the running statistics are used.
     """
 
     def __init__(self, c: int, key: Array, eps: float = 1e-5, decay: float = 0.9):
@@ -62,7 +62,7 @@ class Discriminator(nnx.Module):
     def __init__(self, config: DiscriminatorConfig, key: Array):
         widths = [config.width * min(2**n, 8) for n in range(config.layers + 1)]
         keys = jax.random.split(key, 2 * len(widths) + 1)
-        # 4x4, padded by one; a normalisation makes a bias before it useless.
+        # 4x4, padded by one; a bias before a normalisation has no effect.
         conv = lambda c, f, key, stride, bias: Conv(
             c, f, key, kernel=4, stride=stride, padding=((1, 1), (1, 1)), bias=bias, std=0.02
         )
@@ -83,7 +83,7 @@ class Discriminator(nnx.Module):
         return GroupNorm(c, min(32, c), 1e-5) if kind == "group" else None
 
     def __call__(self, images: Array, train: bool = True) -> tuple[Array, "Discriminator"]:
-        """Logits, and the discriminator with its running statistics moved."""
+        """Logits, and the discriminator with updated running statistics."""
         x = jax.nn.leaky_relu(self.stem(images), 0.2)
         norms = []
         for conv, norm in zip(self.convs, self.norms, strict=True):

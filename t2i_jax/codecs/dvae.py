@@ -1,8 +1,8 @@
-"""Discrete VAE: a categorical distribution over codes at each place of a grid, learned through a relaxed sample.
+"""Discrete VAE: a categorical distribution over codes at each grid position, trained through a relaxed sample.
 
 The codec of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, 2.1 and A) and the smaller one of DALLE-pytorch. The encoder
-gives logits; training mixes the rows of the codebook by a Gumbel-softmax sample (Jang et al. 2016; Maddison et al.
-2016), coding takes the largest logit.
+outputs logits; training mixes the rows of the codebook by a Gumbel-softmax sample (Jang et al. 2016; Maddison et al.
+2016), encoding takes the largest logit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from t2i_jax.parallel import shard
 
 @dataclasses.dataclass(frozen=True)
 class OpenAIdVAE(Checked):
-    """DALL-E's network: groups of bottleneck blocks, with max-pooling and nearest-neighbour doubling in between."""
+    """DALL-E's network: groups of bottleneck blocks, with max-pooling and nearest-neighbour upsampling in between."""
 
     channels: Size = 256
     """channels of the finest group; each coarser one has twice as many"""
@@ -45,7 +45,7 @@ class OpenAIdVAE(Checked):
 
     @property
     def gain(self) -> float:
-        """What each block's branch is multiplied by, so that all of them together do not grow."""
+        """Factor of each block's branch; it keeps the sum of all branches bounded."""
         return (self.groups * self.blocks) ** -2
 
     def widths(self) -> tuple[int, ...]:
@@ -54,12 +54,12 @@ class OpenAIdVAE(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class DALLEPytorchVAE(Checked):
-    """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder is its mirror image."""
+    """DALLE-pytorch's network: convolutions of stride 2, then residual blocks; the decoder mirrors it."""
 
     channels: Size = 64
     layers: Layers = 3
     blocks: Annotated[int, Range(0, DEEPEST)] = 0
-    """residual blocks at the coarsest resolution; with any, the decoder opens with a 1x1 convolution"""
+    """residual blocks at the coarsest resolution; if any, the decoder starts with a 1x1 convolution"""
     code: Size = 512
     """size of a row of the codebook"""
 
@@ -70,31 +70,31 @@ class DALLEPytorchVAE(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class DVAE(Checked):
-    """The codec and how it is trained. The defaults are DALL-E's."""
+    """The codec and its training settings. The defaults are DALL-E's."""
 
     codes: Size = 8192
     network: OpenAIdVAE | DALLEPytorchVAE = OpenAIdVAE()
     pixels: Literal["laplace", "l2", "l1", "smooth_l1"] = "laplace"
-    """the logit-Laplace density of A.3, whose decoder gives places and scales, or a mean difference"""
+    """the logit-Laplace density of A.3, for which the decoder outputs locations and scales, or a mean difference"""
     kl: NotNegative = 0.0
     """weight of KL(q || uniform) per image, summed over its codes; the likelihood is a mean over pixels"""
     kl_warmup: Count = 0
-    """steps over which that weight grows from 0"""
+    """steps of a warm-up of that weight from 0"""
     temperature: Positive = 1.0
-    """of the relaxed sample, at the start"""
+    """initial temperature of the relaxed sample"""
     last_temperature: Positive = 1 / 16
     anneal: Count = 150_000
-    """steps over which the temperature falls to the last one, by a cosine; 0 keeps it"""
+    """steps of the cosine decay to `last_temperature`; 0: constant"""
     straight_through: bool = False
-    """decode the one code that was drawn, with the gradient of the relaxed sample"""
+    """decode the single sampled code, with the gradient of the relaxed sample"""
     half: Literal["both", "encoder", "decoder"] = "both"
-    """only one side, as the files of DALL-E hold"""
+    """keep one side only, as in the released files of DALL-E"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """what convolutions compute in; logits and losses are always fp32"""
+    """dtype of the convolutions; logits and losses are always fp32"""
 
     @property
     def vocabulary(self) -> int:
-        """Codes are below this."""
+        """Number of codes; codes are below it."""
         return self.codes
 
     @property
@@ -104,12 +104,12 @@ class DVAE(Checked):
 
     @property
     def outputs(self) -> int:
-        """Channels that the decoder gives."""
+        """Output channels of the decoder."""
         return 6 if self.pixels == "laplace" else 3
 
     @property
     def spec(self) -> CodecSpec:
-        """What it makes of images."""
+        """Shape and dtype of the codes of an image."""
         code = CodeSpec("int32", sizes=(self.codes,))
         return CodecSpec(self.factor, code, encodes=self.half != "decoder", decodes=self.half != "encoder")
 
@@ -119,12 +119,12 @@ class DVAE(Checked):
     def encode(self, model: DVAEModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
 
-        Nothing is drawn, whatever the key.
+        Deterministic; the key is ignored.
         """
         return jnp.argmax(self.logits(model, images), -1).astype(jnp.int32)
 
     def to_store(self, model: DVAEModel, images: Array) -> dict[str, Array]:
-        """`codes`, which are all that a model of them reads."""
+        """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
     def decode(self, model: DVAEModel, codes: Array) -> Array:
@@ -138,7 +138,7 @@ class DVAE(Checked):
     def logits(self, model: DVAEModel, images: Array) -> Array:
         """log q(code | image) up to a constant: images (b, i, j, 3) -> (b, h, w, v) fp32.
 
-        Errors: `ValueError` for an unfit size, and where there is no encoder.
+        Errors: `ValueError` for a size that is no multiple of `factor`, and if there is no encoder.
         """
         if model.encoder is None:
             raise ValueError(f"half={self.half!r}: this model has no encoder")
@@ -148,17 +148,17 @@ class DVAE(Checked):
         return model.encoder(x)
 
     def decode_head(self, model: DVAEModel, vectors: Array) -> Array:
-        """What the decoder gives for vectors (b, h, w, k): (b, i, j, `outputs`) fp32."""
+        """Decoder output for vectors (b, h, w, k): (b, i, j, `outputs`) fp32."""
         if model.decoder is None:
             raise ValueError(f"half={self.half!r}: this model has no decoder")
         return model.decoder(vectors.astype(self.dtype)).astype(jnp.float32)
 
     def mapped(self, images: Array) -> Array:
-        """Images as the encoder takes them: off the ends of (0, 1) where a logit is taken of them (A.3)."""
+        """Encoder input for images: kept away from the ends of (0, 1) for the logit (A.3)."""
         return 0.5 + 0.4 * images if self.pixels == "laplace" else images
 
     def seen(self, y: Array) -> Array:
-        """The image (b, i, j, 3) in what the decoder gives: the inverse of `mapped` at the mode of the density."""
+        """The image (b, i, j, 3) of a decoder output: the inverse of `mapped` at the mode of the density."""
         if self.pixels != "laplace":
             return y
         return jnp.clip((jax.nn.sigmoid(y[..., :3]) - 0.5) / 0.4, -1, 1)
@@ -167,20 +167,20 @@ class DVAE(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(codec=True)
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype)
 
     def with_compute(self, compute: Compute) -> DVAE:
-        """The same codec, computed in another way."""
+        """The same codec with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold: images of any size that the codec divides."""
+        """Fields of a training batch: images whose sides are multiples of `factor`."""
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     def objectives(self) -> dict[str, Objective]:
@@ -200,14 +200,14 @@ class DVAE(Checked):
         return LossOutput(distance + weight * divergence, metrics | usage(jnp.argmax(logits, -1), self.codes))
 
     def temperature_at(self, step: Array | int) -> Array:
-        """The temperature of the relaxation at a step."""
+        """Temperature of the relaxation at a step."""
         if not self.anneal:
             return jnp.float32(self.temperature)
         fall = (1 + jnp.cos(math.pi * jnp.clip(step / self.anneal, 0, 1))) / 2
         return self.last_temperature + (self.temperature - self.last_temperature) * fall
 
     def relaxed(self, model: DVAEModel, logits: Array, gumbel: Array, temperature: Array | float) -> Array:
-        """What the decoder gives for softmax((logits + gumbel) / temperature), both (b, h, w, v), as a mix of rows."""
+        """Decoder output for codebook rows mixed by softmax((logits + gumbel) / temperature), both (b, h, w, v)."""
         weights = jax.nn.softmax((logits + gumbel) / temperature)
         if self.straight_through:
             hard = jax.nn.one_hot(jnp.argmax(weights, -1), self.codes)
@@ -215,7 +215,7 @@ class DVAE(Checked):
         return self.decode_head(model, weights @ model.codebook.w[...])
 
     def terms(self, images: Array, y: Array, logits: Array) -> tuple[Array, Array]:
-        """How far images (b, i, j, 3) are from what the decoder gave, and KL(q || uniform) per image."""
+        """Reconstruction loss of images (b, i, j, 3) given the decoder output, and KL(q || uniform) per image."""
         logq = jax.nn.log_softmax(logits)
         divergence = (jnp.exp(logq) * (logq + math.log(self.codes))).sum((1, 2, 3)).mean()
         if self.pixels == "laplace":
@@ -241,7 +241,7 @@ class DVAEModel(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """x + gain * four convolutions of relu, a quarter of the channels inside: (b, i, j, c) -> (b, i, j, f)."""
+    """x + gain * four convolutions with relu, a quarter of the channels inside: (b, i, j, c) -> (b, i, j, f)."""
 
     def __init__(self, c: int, f: int, kernels: tuple[int, ...], gain: float, key: Array):
         keys = jax.random.split(key, 5)
@@ -258,7 +258,7 @@ class Bottleneck(nnx.Module):
 
 
 def groups(config: OpenAIdVAE, widths: tuple[int, ...], kernels: tuple[int, ...], key: Array) -> nnx.List:
-    """Groups of blocks; `widths` has what enters the first group before what each group gives."""
+    """Groups of blocks; `widths` holds the input width of the first group, then the output width of each."""
     keys = jax.random.split(key, (config.groups, config.blocks))
     block = lambda c, f, key: Bottleneck(c, f, kernels, config.gain, key)
     return nnx.List(
@@ -326,7 +326,7 @@ class Doubling(nnx.Module):
     """Transposed 4x4 convolution of stride 2: (b, i, j, c) -> (b, 2i, 2j, f)."""
 
     def __init__(self, c: int, f: int, key: Array):
-        self.w = param(fan_in(key, (4, 4, c, f), 2.0), None, None, None, "conv")  # 2 x 2 taps meet in an output
+        self.w = param(fan_in(key, (4, 4, c, f), 2.0), None, None, None, "conv")  # 2 x 2 taps contribute to each output
         self.b = param(jnp.zeros(f), "conv")
 
     def __call__(self, x: Array) -> Array:

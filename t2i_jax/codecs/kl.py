@@ -1,7 +1,7 @@
-"""KL autoencoder: a latent of few real numbers per position, kept near a standard normal by a small penalty.
+"""KL autoencoder: a continuous latent of few channels per position, kept near a standard normal by a small penalty.
 
 Rombach et al. 2022 (arXiv:2112.10752, G); the tokens of MAR (Li et al. 2024, arXiv:2406.11838) and the latents of
-diffusion models. What leaves `encode` is shifted and scaled to have about unit variance.
+diffusion models. `encode` shifts and scales its output to about unit variance.
 """
 
 from __future__ import annotations
@@ -40,32 +40,33 @@ class DiagonalGaussian(NamedTuple):
         return self.mean + self.std * noise
 
     def kl(self) -> Array:
-        """KL(q || N(0, 1)) of each image in nats, a sum over all its numbers: (b,) (Kingma & Welling 2013, B)."""
+        """KL(q || N(0, 1)) of each image in nats, summed over positions and channels: (b,) (Kingma & Welling 2013,
+        B)."""
         return 0.5 * jnp.sum(self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar, (1, 2, 3))
 
 
 def draw_codes(latents: Array, key: Array) -> Array:
-    """Codes fp32 (b, h, w, k), drawn from normal distributions whose means and deviations are `latents`
-    (b, h, w, 2 k)."""
+    """Sample codes fp32 (b, h, w, k) from normals whose means and standard deviations are `latents` (b, h, w, 2 k)."""
     mean, std = jnp.split(latents.astype(jnp.float32), 2, -1)
     return mean + std * jax.random.normal(key, mean.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class KL(AutoencoderTraining):
-    """The codec and how it is trained. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
+    """The codec and its training settings. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
     channels: Count = 0
-    """numbers of a position's code; 0 is as many as `autoencoder.latent`"""
+    """channels of a code; 0: `autoencoder.latent`"""
     convolutions: bool = True
     """1x1 convolutions between the code and the autoencoder"""
     scale: Positive = 1.0
-    """codes are (latent - shift) scale; 1 / std over the training data, which `measure` finds"""
+    """codes are (latent - shift) scale; 1 / std over the training data, see `measure`"""
     shift: Finite = 0.0
     _: dataclasses.KW_ONLY
     kl: NotNegative = 1e-6
-    """weight of the divergence from N(0, 1), summed over an image's latent as the differences are over its pixels"""
+    """weight of the divergence from N(0, 1), which is summed over an image's latent as the distances are over its
+    pixels"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,12 +77,12 @@ class KL(AutoencoderTraining):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return dataclasses.replace(super().capabilities, measures_scale=True)
 
     @property
     def dim(self) -> int:
-        """Numbers k of a code."""
+        """Channels k of a code."""
         return self.channels or self.autoencoder.latent
 
     @property
@@ -91,7 +92,7 @@ class KL(AutoencoderTraining):
 
     @property
     def spec(self) -> CodecSpec:
-        """What it makes of images."""
+        """Shape and dtype of the codes of an image."""
         return CodecSpec(self.factor, CodeSpec("float32", (self.dim,)))
 
     def init(self, key: Array) -> AutoencoderModel:
@@ -101,16 +102,18 @@ class KL(AutoencoderTraining):
     def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
 
-        They are the means of the posterior, or with a `key` a draw from it, which is what models of codes are trained
-        on (Rombach et al. 2022). Errors: `ValueError` for an unfit size.
+        They are the means of the posterior, or with a `key` samples from it, on which models of codes are trained
+        (Rombach et al. 2022). Errors: `ValueError` for a size that is no multiple of `factor`.
         """
         q = self.posterior(model, images)
         z = q.mean if key is None else q.sample(jax.random.normal(key, q.mean.shape))
         return (z - self.shift) * self.scale
 
     def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
-        """`latents` (b, i/factor, j/factor, 2 k) fp32: mean and standard deviation of the codes of images, as `encode`
-        scales them, of which `draw_codes` draws."""
+        """`latents` (b, i/factor, j/factor, 2 k) fp32: mean and standard deviation of the codes, scaled as in `encode`.
+
+        `draw_codes` samples from them.
+        """
         q = self.posterior(model, images)
         return {"latents": jnp.concatenate([(q.mean - self.shift) * self.scale, q.std * abs(self.scale)], -1)}
 
@@ -120,7 +123,7 @@ class KL(AutoencoderTraining):
         return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
 
     def moments(self, model: AutoencoderModel, images: Array) -> Array:
-        """Mean and log-variance, before shift and scale, beside each other: (b, h, w, 2 k) fp32."""
+        """Mean and log-variance, before shift and scale, concatenated: (b, h, w, 2 k) fp32."""
         part = model.autoencoder
         x = part.encoder(shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None))
         return (x if part.to_code is None else part.to_code(x)).astype(jnp.float32)
@@ -131,7 +134,7 @@ class KL(AutoencoderTraining):
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
     def measure(self, model: AutoencoderModel, batches: Iterable[Any]) -> tuple[float, float]:
-        """(scale, shift) with which codes of these images, batches of (b, i, j, 3), have mean 0 and variance 1."""
+        """(scale, shift) that give the codes of these images, batches of (b, i, j, 3), mean 0 and variance 1."""
 
         @jax.jit
         def sums(images):
@@ -147,7 +150,7 @@ class KL(AutoencoderTraining):
     def forward(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> Reconstruction:
-        """The images of a batch through a draw of their posterior and back, with the posterior and the draw."""
+        """Encode the images of a batch, sample the posterior and decode; with the posterior and the sample."""
         decoder = model.autoencoder.decoder
         q = self.posterior(model, batch["image"])
         z = q.sample(jax.random.normal(key, q.mean.shape))

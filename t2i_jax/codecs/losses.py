@@ -1,4 +1,4 @@
-"""How far a reconstruction is from its image: pixels, features of a frozen network, a discriminator's opinion."""
+"""Losses of a reconstruction: on pixels, on features of a frozen network, and adversarial."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,7 +20,7 @@ def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2", "smooth_l1"]) -
 
 
 def logit_laplace(x: Array, place: Array, log_scale: Array) -> Array:
-    """-log density of x in (0, 1) whose logit is Laplace, the mean over all (Ramesh et al. 2021, A.3)."""
+    """Mean -log density of x in (0, 1) whose logit is Laplace (Ramesh et al. 2021, A.3)."""
     logit = jnp.log(x) - jnp.log1p(-x)
     nll = jnp.abs(logit - place) * jnp.exp(-log_scale) + log_scale + jnp.log(2 * x * (1 - x))
     return jnp.mean(nll)
@@ -46,22 +46,23 @@ def compare(xs: list[Array], ys: list[Array], heads: tuple[Weights, ...]) -> Arr
 
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:
-    """What the discriminator lowers: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
+    """Hinge loss of the discriminator: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
     return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
 
 
 def vanilla_discriminator(real: Array, fake: Array) -> Array:
-    """What the discriminator lowers: half the cross-entropy of telling real from fake (Goodfellow et al. 2014)."""
+    """Loss of the discriminator: half the binary cross-entropy of real and fake (Goodfellow et al. 2014)."""
     return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
 
 
 def hinge_generator(fake: Array) -> Array:
-    """What the generator lowers: the negated mean logit of its images."""
+    """Loss of the generator: the negated mean logit of its images."""
     return -jnp.mean(fake)
 
 
 def adaptive_weight(faithful: Callable[[Array], Array], adversarial: Callable[[Array], Array], w: Array) -> Array:
-    """The weight that makes two losses pull equally hard at a kernel: |d faithful/dw| / (|d adversarial/dw| + 1e-4).
+    """Weight that equalises the gradient norms of two losses at a kernel: |d faithful/dw| / (|d adversarial/dw| +
+    1e-4).
 
     Both are functions of `w`, the decoder's last kernel. Clipped to 1e4, without gradient (arXiv:2012.09841 eq. 7).
     """

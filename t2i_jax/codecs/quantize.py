@@ -1,7 +1,7 @@
 """Vector quantisation: each vector becomes the index of the nearest row of a codebook (van den Oord et al. 2017).
 
-The codebook follows gradients, or, with a `decay`, moving averages of the vectors that fall on each row. A batch that
-is sharded makes no difference: the statistics are those of the whole batch.
+The codebook follows gradients or, with a `decay`, moving averages of the vectors assigned to each row. Sharding of the
+batch makes no difference: the statistics are those of the whole batch.
 """
 
 import dataclasses
@@ -18,27 +18,28 @@ from t2i_jax.nn.layers import Linear, ModelState, at_least_fp32, normal, param, 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerConfig(Checked):
-    """A codebook and how it is trained. The defaults are those of LlamaGen."""
+    """A codebook and its training settings. The defaults are those of LlamaGen."""
 
     codes: Size = 16384
-    """rows of the codebook: the vocabulary of whoever models the codes"""
+    """rows of the codebook: the vocabulary of models of the codes"""
     dim: Size = 8
     """width of a row"""
     normalize: bool = True
-    """vectors and rows have unit length when they are compared (Yu et al. 2022, arXiv:2110.04627)"""
+    """normalise vectors and rows to unit length before comparing them (Yu et al. 2022, arXiv:2110.04627)"""
     commitment: NotNegative = 0.25
-    """weight of the pull of the encoder's vectors towards their rows"""
+    """weight of the loss that moves the encoder's vectors to their rows"""
     codebook: NotNegative = 1.0
-    """weight of the pull of the rows towards their vectors; has no effect with a decay"""
+    """weight of the loss that moves the rows to their vectors; has no effect with a decay"""
     entropy: NotNegative = 0.0
-    """weight of (mean entropy of a vector's soft choice - entropy of the mean choice), which favours full use"""
+    """weight of (mean entropy of a vector's soft assignment - entropy of the mean assignment), which favours full
+    use"""
     temperature: Positive = 0.01
-    """of that soft choice"""
+    """temperature of the soft assignment"""
     decay: Rate = 0.0
-    """of the moving averages that make the codebook, which starts from vectors of the first batch; 0: it is a parameter
-    and follows gradients"""
+    """decay of the moving averages that form the codebook, which is initialised from vectors of the first batch; 0: it
+    is a parameter and follows gradients"""
     revive: NotNegative = 0.0
-    """with a decay: a row used less often than this share of an even share restarts at a vector of the batch"""
+    """with a decay: rows used less often than this share of the uniform share restart at a vector of the batch"""
 
     def init(self, key: Array) -> "Quantizer":
         return Quantizer(self, key)
@@ -56,28 +57,28 @@ class GumbelConfig(Checked):
     dim: Size = 256
     """width of a row"""
     temperature: Positive = 0.9
-    """of the choice, at the first step"""
+    """initial temperature of the softmax"""
     temperature_end: Positive = 1e-6
-    """of the choice after `temperature_steps`, a cosine later"""
+    """temperature after a cosine decay over `temperature_steps`"""
     temperature_steps: Size = 1_000_000
     hard: bool = True
-    """forward one row, backward the mixture; else the mixture both ways"""
+    """one row in the forward pass and the mixture in the backward pass; else the mixture in both"""
     kl: NotNegative = 1e-8
-    """weight of KL(choice || uniform)"""
+    """weight of KL(q || uniform)"""
 
     def init(self, key: Array) -> "GumbelQuantizer":
         return GumbelQuantizer(self, key)
 
     def temperature_at(self, step: Array | int) -> Array:
-        """Of the choice at a step, a scalar."""
+        """Temperature of the softmax at a step, a scalar."""
         u = jnp.clip(jnp.asarray(step, jnp.float32) / self.temperature_steps, 0, 1)
         return self.temperature_end + (self.temperature - self.temperature_end) * (1 + jnp.cos(jnp.pi * u)) / 2
 
 
 def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
-    """Index of the row nearest to each vector, the lowest of equals: (n, k), (v, k) -> int32 (n,).
+    """Index of the row nearest to each vector, the lowest in ties: (n, k), (v, k) -> int32 (n,).
 
-    Compares with `chunk` rows at a time, so the (n, v) distances never exist.
+    It compares `chunk` rows at a time, so the (n, v) distances are never in memory at once.
     """
     v, chunk = len(rows), min(chunk, len(rows))
     parts = -(-v // chunk)
@@ -99,7 +100,8 @@ def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
 
 
 def usage(codes: Array, v: int) -> dict[str, Array]:
-    """How evenly int codes (...) use v rows: `usage` the share that occurs, `perplexity` exp of the entropy, 1 to v."""
+    """Codebook use of int codes (...): `usage`, the share of v rows that occurs, `perplexity`, exp of the entropy, 1 to
+    v."""
     p = counts(codes, v) / codes.size
     return {"usage": jnp.mean(p > 0), "perplexity": jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-10))))}
 
@@ -122,11 +124,11 @@ class Quantizer(nnx.Module):
         self.sizes = ModelState(jnp.zeros(config.codes)) if config.decay else None
 
     def rows(self) -> Array:
-        """The codebook as it is compared and looked up: (v, k)."""
+        """The codebook as used for comparison and lookup: (v, k)."""
         return unit(self.codebook[...]) if self.config.normalize else self.codebook[...]
 
     def prepare(self, z: Array) -> Array:
-        """Vectors as they are compared."""
+        """Vectors as used for comparison."""
         z = at_least_fp32(z)
         return unit(z) if self.config.normalize else z
 
@@ -144,8 +146,8 @@ class Quantizer(nnx.Module):
     ) -> tuple[Array, Array, Array, dict[str, Array]]:
         """Quantise vectors in training: (..., k) -> vectors (..., k), codes (...), loss, metrics; no key is needed.
 
-        The vectors are rows of the codebook whose gradient goes to z unchanged (the straight-through estimator). The
-        loss is eq. 3 of arXiv:1711.00937 without its first term, plus the entropy term.
+        The vectors are rows of the codebook whose gradient is passed to z unchanged (the straight-through estimator).
+        The loss is eq. 3 of arXiv:1711.00937 without its first term, plus the entropy term.
         """
         config, z = self.config, self.prepare(z)
         fixed = jax.lax.stop_gradient
@@ -162,7 +164,7 @@ class Quantizer(nnx.Module):
         return z + fixed(e - z), codes, loss, metrics
 
     def entropy(self, z: Array) -> Array:
-        """E[H(p)] - H(E[p]) of p = softmax(-|z - e|^2 / temperature); holds (n, v) arrays."""
+        """E[H(p)] - H(E[p]) of p = softmax(-|z - e|^2 / temperature); needs (n, v) arrays."""
         z, rows = z.reshape(-1, z.shape[-1]), self.rows()
         distances = jnp.sum(z**2, -1, keepdims=True) - 2 * z @ rows.T + jnp.sum(rows**2, -1)
         logits = -distances / self.config.temperature
@@ -174,9 +176,9 @@ class Quantizer(nnx.Module):
     def moved(self, z: Array, codes: Array, key: Array) -> "Quantizer":
         """The quantiser after a batch: moving averages of cluster sizes and sums (appendix A.1), dead rows revived.
 
-        z: (..., k) what the encoder gave; codes: int (...), the rows it fell on. The first batch that a fresh codebook
-        sees gives it its rows: distinct vectors, or repeated ones with a little noise where there are fewer than rows.
-        From then on a row on which nothing falls keeps its value, unless `revive` restarts it.
+        z: (..., k), encoder outputs; codes: int (...), their rows. The first batch initialises a fresh codebook with
+        distinct vectors, or repeated ones plus a little noise if there are fewer vectors than rows. After that, a row
+        without vectors keeps its value unless `revive` restarts it.
         """
         decay, v = self.config.decay, self.config.codes
         if not decay:
@@ -186,11 +188,11 @@ class Quantizer(nnx.Module):
         share, hits = len(z) / v, counts(codes, v)
         sizes, rows = self.sizes[...], self.codebook[...]
         fresh = ~jnp.any(sizes > 0)
-        # A row is its cluster's mean, so size times row is the sum that eq. 7 carries along.
+        # A row is its cluster's mean, so size times row is the running sum of eq. 7.
         sums = decay * sizes[:, None] * rows + (1 - decay) * jnp.zeros_like(rows).at[codes].add(z)
         sizes = decay * sizes + (1 - decay) * hits
         rows = jnp.where(hits[:, None] > 0, sums / jnp.where(hits > 0, sizes, 1.0)[:, None], rows)
-        # Vectors far from their row are where the codebook lacks rows, so they are drawn more often.
+        # Vectors far from their row show where the codebook lacks rows, so they are sampled more often.
         far = jnp.cumsum(jnp.where(fresh, 1.0, jnp.sum((z - self.rows()[codes]) ** 2, -1)))
         u = jax.random.uniform(key, (v,))
         drawn = z[jnp.searchsorted(far, far[-1] * jnp.where(fresh, (jnp.arange(v) + u[0]) / v, u))]
@@ -223,7 +225,7 @@ class GumbelQuantizer(nnx.Module):
         return self.project(z.astype(jnp.float32))
 
     def codes(self, z: Array) -> Array:
-        """(..., k) -> int32 (...): the likeliest row, without noise."""
+        """(..., k) -> int32 (...): the most probable row, without noise."""
         return jnp.argmax(self.logits(z), -1).astype(jnp.int32)
 
     def vectors(self, codes: Array) -> Array:
@@ -231,7 +233,7 @@ class GumbelQuantizer(nnx.Module):
         return self.rows()[codes]
 
     def choice(self, logits: Array, noise: Array, temperature: Array | float) -> Array:
-        """Weights of the rows (..., v) from logits and Gumbel noise of that shape (eq. 2 and, where hard, 2.2)."""
+        """Weights of the rows (..., v) from logits and Gumbel noise of that shape (eq. 2 and, if hard, 2.2)."""
         soft = jax.nn.softmax((logits + noise) / temperature)
         if not self.config.hard:
             return soft
@@ -239,7 +241,7 @@ class GumbelQuantizer(nnx.Module):
         return soft + jax.lax.stop_gradient(one - soft)
 
     def divergence(self, logits: Array) -> Array:
-        """KL of the choice from an even one, the mean over positions."""
+        """KL(q || uniform), the mean over positions."""
         q = jax.nn.softmax(logits)
         return jnp.mean(jnp.sum(q * jnp.log(q * q.shape[-1] + 1e-10), -1))
 

@@ -1,7 +1,7 @@
-"""VQGAN: an autoencoder whose latent is a grid of code numbers, trained on pixels, features and a discriminator.
+"""VQGAN: an autoencoder with discrete codes, trained with pixel, perceptual and adversarial losses.
 
-Esser, Rombach & Ommer 2021 (arXiv:2012.09841); low-dimensional codes of unit length as in ViT-VQGAN and LlamaGen
-(Yu et al. 2022, arXiv:2110.04627; Sun et al. 2024, arXiv:2406.06525).
+Esser, Rombach & Ommer 2021 (arXiv:2012.09841); low-dimensional codes of unit length as in ViT-VQGAN and LlamaGen (Yu et
+al. 2022, arXiv:2110.04627; Sun et al. 2024, arXiv:2406.06525).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from t2i_jax.parallel import shard
 
 @dataclasses.dataclass(frozen=True)
 class VQGAN(AutoencoderTraining):
-    """The codec and how it is trained. The defaults are the VQ-16 of LlamaGen."""
+    """The codec and its training settings. The defaults are the VQ-16 of LlamaGen."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     quantizer: QuantizerConfig | GumbelConfig = QuantizerConfig()
 
     @property
     def vocabulary(self) -> int:
-        """Codes are below this."""
+        """Number of codes; codes are below it."""
         return self.quantizer.codes
 
     @property
@@ -41,7 +41,7 @@ class VQGAN(AutoencoderTraining):
 
     @property
     def spec(self) -> CodecSpec:
-        """What it makes of images."""
+        """Shape and dtype of the codes of an image."""
         return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def init(self, key: Array) -> AutoencoderModel:
@@ -51,12 +51,12 @@ class VQGAN(AutoencoderTraining):
     def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
 
-        Nothing is drawn, whatever the key.
+        Deterministic; the key is ignored.
         """
         return model.autoencoder.quantizer.codes(self.latents(model, images))
 
     def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
-        """`codes`, which are all that a model of them reads."""
+        """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
     def decode(self, model: AutoencoderModel, codes: Array) -> Array:
@@ -70,15 +70,20 @@ class VQGAN(AutoencoderTraining):
         return model.autoencoder.quantizer.vectors(codes)
 
     def latents(self, model: AutoencoderModel, images: Array) -> Array:
-        """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation. Errors: `ValueError` for an unfit size."""
+        """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation.
+
+        Errors: `ValueError` for a size that is no multiple of `factor`.
+        """
         x = shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None)
         return model.autoencoder.to_code(model.autoencoder.encoder(x))
 
     def forward(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> Reconstruction:
-        """The images of a batch through their codes and back, with the vectors before quantisation, their codes, and
-        loss and metrics of the quantiser."""
+        """Encode, quantise and decode the images of a batch.
+
+        The result holds the vectors before quantisation, their codes, and the loss and metrics of the quantiser.
+        """
         part = model.autoencoder
         z = self.latents(model, batch["image"])
         vectors, *rest = part.quantizer(z, jax.random.split(key)[0], step)
@@ -88,7 +93,7 @@ class VQGAN(AutoencoderTraining):
     def generator_loss(
         self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """Reconstruction + perceptual + quantisation + adversarial; its state is the codebook."""
+        """Reconstruction + perceptual + quantisation + adversarial; the returned state holds the codebook."""
         part = model.autoencoder
         z, codes, loss, metrics = batch["outputs"].code
         distance, terms = self.picture_loss(model, batch, step)

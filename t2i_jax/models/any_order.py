@@ -1,9 +1,9 @@
-"""Next-token prediction in any order and with any head: p(x | c) = prod_k p(x_o(k) | x_o(<k), c).
+"""Next-token prediction in any order, with any head: p(x | c) = prod_k p(x_o(k) | x_o(<k), c).
 
 A causal Transformer reads the codes of an image in the order o in which they are generated. Each token carries its own
-position and that of the token which it is to predict, so one network serves every permutation (Pang et al. 2024,
-RandAR; Yu et al. 2024, RAR). With the raster order and the softmax head it is plain next-token prediction; with a
-diffusion head the causal rows of MAR's tables (Li et al. 2024, arXiv:2406.11838). Keys and values are kept.
+position and that of the token it predicts, so one network serves every permutation (Pang et al. 2024, RandAR; Yu et al.
+2024, RAR). With raster order and the softmax head this is plain next-token prediction; with a diffusion head, the
+causal rows of MAR's tables (Li et al. 2024, arXiv:2406.11838). Keys and values are cached.
 """
 
 from __future__ import annotations
@@ -41,35 +41,35 @@ from t2i_jax.sampling.progress import Progress, report
 
 @dataclasses.dataclass(frozen=True)
 class AnyOrder(Checked):
-    """A causal Transformer over the codes of an image in some order, a head, and how they are trained."""
+    """A causal Transformer over the codes of an image in a given order, its head and its training settings."""
 
     grid: Grid = (8, 8)
     """Rows and columns of tokens."""
     patch: Size = 1
-    """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
+    """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
     head: Head = SoftmaxHead()
     order: Raster | Permutation = Raster()
     width: Size = 256
     depth: Layers = 6
     heads: Size = 4
     mlp: Count = 0
-    """Inner width of SwiGLU; 0 is 8/3 of the width, rounded up."""
+    """Hidden width of SwiGLU; 0: 8/3 of the width, rounded up."""
     qk_norm: bool = True
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
     condition: Condition = ClassEmbedder(1000)
-    """What stands before the image: classes, captions or features."""
+    """Condition prepended to the image: classes, captions or features."""
     dropout: Rate = 0.1
-    """Of what each attention and MLP adds, in training."""
+    """Dropout on the output of each attention and MLP, in training."""
     condition_dropout: Share = 0.1
-    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    """Share of training examples whose condition is replaced by the unconditional one, for guidance."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, norms and losses are fp32."""
+    """Dtype of the computation; parameters, norms and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each layer keeps for its backward pass."""
+    """Activations that each layer stores for its backward pass."""
     kernel: Kind = "auto"
-    """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
+    """Attention kernel in training: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
     sampling: Annotated[ARSampler, FREE] = ARSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,7 +77,7 @@ class AnyOrder(Checked):
             raise ValueError(
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
-        _ = self.sample_spec()  # which refuses a patch that no token can be made of
+        _ = self.sample_spec()  # rejects a patch that no token can be made of
         check_vectors(self.condition, self.width)
 
     @property
@@ -99,7 +99,7 @@ class AnyOrder(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True,
             unconditional=self.condition_dropout > 0,
@@ -111,34 +111,34 @@ class AnyOrder(Checked):
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype, self.remat, self.kernel)
 
     def with_compute(self, compute: Compute) -> AnyOrder:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return sample_spec(self.head, self.grid, self.patch)
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads."""
+        """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> ARSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: ARSampler) -> None:
-        """Errors: none; what options may be, each of them says itself."""
+        """Raises nothing: the options validate themselves."""
 
     def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler is of a known length."""
+        """1: every loop of the sampler has a static length."""
         return 1
 
     def init(self, key: Array) -> AnyOrderNetwork:
@@ -151,10 +151,10 @@ class AnyOrder(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: AnyOrderNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """Mean of -log p(x_o(k) | x_o(<k), c), or what the head takes for it, over all positions; and metrics.
+        """Mean of -log p(x_o(k) | x_o(<k), c), or of the head's loss, over all positions; and metrics.
 
-        batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
-        for examples to ignore.
+        batch: `codes` int (b, h, w) or float (b, h, w, k), the condition's fields, and optionally `weight` (b,), 0 for
+        examples to ignore.
         """
         keys = jax.random.split(key, 4)
         b = len(batch["codes"])
@@ -167,9 +167,9 @@ class AnyOrder(Checked):
         return LossOutput(loss, {"loss": loss})
 
     def log_likelihood(self, model: AnyOrderNetwork, batch: Batch, orders: Array | None = None) -> Array:
-        """log p(codes | condition) of each image in nats along the orders (b, L) (raster unless given): (b,) fp32.
+        """log p(codes | condition) of each image in nats, in the orders (b, L) (default: raster): (b,) fp32.
 
-        Errors: ValueError for a head that does not know the probability of a code.
+        Errors: ValueError if the head does not know the probability of a code.
         """
         if not self.head.knows_probability:
             raise ValueError(f"a {type(self.head).__name__} gives no probability of a code; SoftmaxHead does")
@@ -186,9 +186,9 @@ class AnyOrder(Checked):
         dropped: Array | None = None,
         key: Array | None = None,
     ) -> tuple[Array, Array]:
-        """z (b, L, d) of every token given those before it, and the tokens, both in the order of generation.
+        """z (b, L, d) of every token given the preceding ones, and the tokens, both in generation order.
 
-        orders: int (b, L), each read from its end. dropped: bool (b,), rows without their condition. key: of dropout.
+        orders: int (b, L), each read from its end. dropped: bool (b,), rows without their condition. key: for dropout.
         """
         b, places = len(orders), jnp.flip(orders, 1)
         x = _pick(to_tokens(batch["codes"], self.patch), places)
@@ -201,12 +201,12 @@ class AnyOrder(Checked):
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 
     def _embed_tokens(self, model: AnyOrderNetwork, x: Array, places: Array) -> Array:
-        """What a token says of itself: its code and its position."""
+        """Embeddings of tokens: code plus position."""
         entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype))
         return (entered + lookup(model.position, places)).astype(self.dtype)
 
     def _add_targets(self, model: AnyOrderNetwork, y: Array, places: Array) -> Array:
-        """Tell the last tokens of y (b, t, d) which positions (b, m) they are to predict."""
+        """Add the target positions (b, m) to the last m tokens of y (b, t, d)."""
         target = jnp.pad(lookup(model.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
         return y + target.astype(y.dtype)
 
@@ -228,14 +228,14 @@ class AnyOrder(Checked):
     ) -> Array:
         """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
 
-        An image depends on its own key and condition only. All options are traced: new values do not compile anew.
+        An image depends only on its own key and condition. All options are traced: new values do not recompile.
 
-        known, keep: codes, and a bool (b, rows, columns) of tokens that are taken over from them. With permutations the
-            model reads them first; in raster order it sees only those that come before.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
-            where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
-        draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
+        known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them. With permutations the model reads
+            them first; in raster order it sees only those that come before.
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            `condition_dropout` is 0, since no unconditional branch was trained.
+        orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
+        draws: source of the head's random numbers; replaces `heads.ImageKeys`.
         progress: called as (tokens so far, all tokens, codes); static.
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
@@ -295,7 +295,7 @@ def _sample(
     y, caches = apply_stack(reading, config._add_targets(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
 
     def draw(x: Array, y: Array, k: Array | int) -> Array:
-        """The codes with the k-th token of the order, from what came out where it is asked for: y (b n, d)."""
+        """Codes after sampling the k-th token of the order, given the output y (b n, d) at its predecessor."""
         z, null = both.split(model.norm(y)[:, None])
         place = jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
         scale = jnp.broadcast_to(options.guidance_at(k, length), (b,))

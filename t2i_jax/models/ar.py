@@ -1,8 +1,8 @@
 """Next-token prediction of image tokens: p(x | c) = prod_i p(x_i | x_<i, c).
 
-Parti (Yu et al. 2022) and LlamaGen (Sun et al. 2024): the codes of an image in raster order, behind the tokens of a
-condition, in one causal Transformer. The sequence is [condition (s tokens)][x_0 .. x_{L-1}]; the logits of x_i come out
-where x_{i-1} goes in, those of x_0 at the last condition token.
+Parti (Yu et al. 2022) and LlamaGen (Sun et al. 2024): one causal Transformer over the tokens of a condition, then the
+codes of an image in raster order. The sequence is [condition (s tokens)][x_0 .. x_{L-1}]; the logits of x_i are the
+output at x_{i-1}, those of x_0 the output at the last condition token.
 """
 
 from __future__ import annotations
@@ -47,75 +47,76 @@ SIZES: dict[str, dict[str, int]] = {
     "llamagen-7b": dict(width=4096, depth=32, heads=32, mlp=11008),
     "20B": dict(width=6144, depth=52, heads=48, kv_heads=8, mlp=16384),  # the size of the largest Parti
 }
-"""Published and own shapes, by name; parameters without the condition's."""
+"""Published and own shapes, by name; parameter counts exclude the condition."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AR(Checked):
-    """A causal Transformer over the codes of an image, and how it is trained."""
+    """A causal Transformer over the codes of an image, and its training settings."""
 
     vocabulary: Size = 1024
-    """Codes of the codec."""
+    """Number of codes of the codec."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     width: Size = 256
     depth: Layers = 6
     heads: Size = 4
     kv_heads: Count = 0
-    """Heads of keys and values, shared by groups of query heads (Ainslie et al. 2023); 0 is as many as heads."""
+    """Key and value heads, shared by groups of query heads (Ainslie et al. 2023); 0: as many as `heads`."""
     mlp: Count = 0
-    """Inner width of the MLP; 0 is 8/3 of the width, rounded up, with SwiGLU, and 4 times the width else."""
+    """Hidden width of the MLP; 0: 8/3 of the width, rounded up, with SwiGLU, else 4 times the width."""
     activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     norm: Literal["rms", "layer"] = "rms"
     eps: Positive = 1e-5
-    """What keeps the normalisation from dividing by zero."""
+    """Epsilon of the normalisation."""
     bias: bool = False
-    """Add learned biases in attention and MLP."""
+    """Use learned biases in attention and MLP."""
     qk_norm: bool = False
     """Normalise queries and keys per head (Dehghani et al. 2023)."""
     condition: Condition = ClassEmbedder(1000)
-    """What comes before the image: classes, captions or features; ids of its own vocabulary (`PrefixTokens`); or
-    vectors of this model's width as they are (`CrossAttnFeatures`)."""
+    """Condition of the image: classes, captions or features; ids of its own vocabulary (`PrefixTokens`); or vectors of
+    this model's width, used unchanged (`CrossAttnFeatures`)."""
     conditioning: Literal["prefix", "cross_attention"] = "prefix"
-    """The tokens of the condition stand before the image, or every layer looks at them by cross-attention and the image
-    has a start token before it: an encoder and a decoder, as dalle-mini and Parti are (Yu et al. 2022, 2.1)."""
+    """Condition tokens precede the image, or every layer cross-attends to them and the image gets a start token: an
+    encoder-decoder as in dalle-mini and Parti (Yu et al. 2022, 2.1)."""
     tied: bool = False
-    """Use the token table as the output matrix too."""
+    """Use the token table also as the output matrix."""
     zero_output: bool = False
-    """Start with an output matrix of zeros, that is with equal probabilities."""
+    """Initialise the output matrix to zeros, so that all codes start equally likely."""
     output_bias: bool = False
     bidirectional_prefix: Count = 0
-    """So many positions at the start see each other both ways (`n_unmasked` of Esser et al. 2021)."""
+    """Number of leading positions that attend to each other in both directions (`n_unmasked` of Esser et al. 2021)."""
     positions: Literal["rotary", "learned"] = "rotary"
-    """Queries and keys turn with the place on the grid, or a learned vector is added at each place of the sequence."""
+    """Rotate queries and keys by grid position, or add a learned vector at each position of the sequence."""
     num_positions: Count = 0
-    """Rows of the learned table; 0 is as many as the sequence has."""
+    """Rows of the learned position table; 0: the sequence length."""
     rotary_base: Positive = 10000.0
     prefix_rotary: Literal["identity", "zero"] = "identity"
-    """Condition tokens are not turned, or (what released LlamaGen weights need) multiplied by zero."""
+    """Leave condition tokens unrotated, or multiply them by zero (as released LlamaGen weights need)."""
     dropout: Rate = 0.1
-    """Of what each attention and MLP adds, in training."""
+    """Dropout on the output of each attention and MLP, in training."""
     token_dropout: Rate = 0.1
-    """Of the embedded sequence, in training."""
+    """Dropout on the embedded sequence, in training."""
     condition_dropout: Share = 0.1
-    """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
+    """Share of training examples whose condition is replaced by the unconditional one, for guidance; 0: none."""
     corruption: Share = 0.0
-    """Each training image gets a share between 0 and this of its input codes replaced by random ones, so that it cannot
-    be told from its first codes alone and the condition has to be read (after `pkeep` of Esser et al. 2021)."""
+    """Maximum share of corrupted input codes. Each training image has a share between 0 and this replaced by random
+    codes, so that its first codes do not suffice and the model must read the condition (after `pkeep` of Esser et al.
+    2021)."""
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     z_loss: NotNegative = 0.0
     """Weight of (log Z)^2."""
     loss_chunk: Annotated[int, FREE] = 0
-    """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
-    (`nn.losses.HELD`); below 0: all."""
+    """Tokens of each image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD`
+    allows; below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, logits and losses are fp32."""
+    """Dtype of the computation; parameters, logits and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each layer keeps for its backward pass."""
+    """Activations that each layer stores for its backward pass."""
     kernel: Kind = "auto"
-    """What computes attention in training: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
+    """Attention kernel in training: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
     sampling: Annotated[ARSampler, FREE] = ARSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +133,7 @@ class AR(Checked):
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> AR:
-        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         shape: dict[str, Any] = SIZES[size] | fields
@@ -168,7 +169,7 @@ class AR(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True,
             unconditional=self.condition_dropout > 0,
@@ -182,40 +183,40 @@ class AR(Checked):
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype, self.remat, self.kernel, self.loss_chunk)
 
     def with_compute(self, compute: Compute) -> AR:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(
             self,
             **self.compute.changes(compute, "dtype", "remat", "loss_chunk", attention="kernel"),
         )
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads; given tokens are codes."""
+        """Batch fields that `sample` reads; given tokens are codes."""
         spec, last = self.condition.batch_spec(), self.vocabulary - 1
         if not self.condition.spec.gives_ids:
             return spec
         return {name: dataclasses.replace(field, high=last) for name, field in spec.items()}
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> ARSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: ARSampler) -> None:
-        """Errors: none; what options may be, each of them says itself."""
+        """Raises nothing: the options validate themselves."""
 
     def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler is of a known length."""
+        """1: every loop of the sampler has a static length."""
         return 1
 
     def init(self, key: Array) -> ARNetwork:
@@ -230,8 +231,8 @@ class AR(Checked):
     def loss(self, model: ARNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.
 
-        batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
-        train: False leaves out dropout, dropped conditions, corruption, smoothing and the z-loss; static.
+        batch: `codes` int (b, h, w), the condition's fields, and optionally `weight` (b,), 0 for examples to ignore.
+        train: False turns off dropout, dropped conditions, corruption, smoothing and the z-loss; static.
         """
         keys = jax.random.split(key)
         b = batch["codes"].shape[0]
@@ -250,12 +251,13 @@ class AR(Checked):
         return -self._score(model, z, batch)[1].sum(-1)
 
     def forward(self, model: ARNetwork, batch: Batch, dropped: Array | None = None) -> Array:
-        """Logits (b, L, v) fp32 of every code given those before it; `dropped` bool (b,) marks unconditional rows."""
+        """Logits (b, L, v) fp32 of every code given the preceding ones; `dropped` bool (b,) marks unconditional
+        rows."""
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
         return model.logits(self._features(model, batch, dropped))
 
     def _features(self, model: ARNetwork, batch: Batch, dropped: Array, key: Array | None = None) -> Array:
-        """What comes out of the Transformer where logits are read: (b, L, d)."""
+        """Outputs of the Transformer at the positions of the logits: (b, L, d)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         prefix, valid, context = self._prefix(model, batch, dropped)
         codes = self._corrupted(rearrange(batch["codes"], "b h w -> b (h w)"), keys[2])
@@ -274,7 +276,7 @@ class AR(Checked):
         return x[:, s - 1 :]
 
     def _corrupted(self, codes: Array, key: Array | None) -> Array:
-        """Codes (b, L) with some of them replaced, as `corruption` says; themselves without a key."""
+        """Codes (b, L) with a share replaced at random, see `corruption`; unchanged without a key."""
         if key is None or self.corruption == 0:
             return codes
         share, where, what = jax.random.split(key, 3)
@@ -290,9 +292,9 @@ class AR(Checked):
         return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
 
     def _prefix(self, model: ARNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
-        """The tokens before the image (b, s, d), which of them are real (b, s), and what cross-attention looks at."""
+        """The tokens before the image (b, s, d), which of them are real (b, s), and the cross-attention inputs."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
-        if self.condition.spec.gives_ids:  # which are read as the image's own are
+        if self.condition.spec.gives_ids:  # embedded like the image's own codes
             return self._embed(model.tokens, tokens), valid, {}
         if model.start is None:
             return tokens, valid, {}
@@ -300,14 +302,14 @@ class AR(Checked):
         return start, jnp.ones((len(tokens), 1), bool), {"context": tokens, "context_mask": valid[:, None, None]}
 
     def _add_positions(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
-        """x (b, t, d) with the learned vectors of the places from `start` on added, where there are such."""
+        """x (b, t, d) plus the learned position vectors from `start` on, if positions are learned."""
         if positions is None:
             return x
         rows = jax.lax.dynamic_slice_in_dim(positions[...], start, x.shape[1])
         return x + shard(rows, None, "embed").astype(x.dtype)
 
     def _rotary(self, s: int, start: int, stop: int) -> Rotary | None:
-        """cos and sin of places `start` to `stop`: a grid behind s condition tokens, which stand nowhere on it."""
+        """cos and sin of positions `start` to `stop`: s condition tokens without a grid position, then the grid."""
         if self.positions != "rotary":
             return None
         angles = rotary_2d(self.grid, self.layer.head, self.rotary_base)
@@ -315,11 +317,11 @@ class AR(Checked):
         return table[0][start:stop], table[1][start:stop]
 
     def visible(self, valid: Array) -> Array:
-        """The mask (b or 1, 1, t, t): places up to one's own that are valid (b, t), and always oneself."""
+        """The mask (b or 1, 1, t, t): each position sees itself and the valid (b, t) positions before it."""
         return self._causal(valid, valid.shape[1]).dense(valid.shape[1])
 
     def _causal(self, valid: Array, s: int) -> Causal:
-        """That mask in words, behind s tokens of the condition."""
+        """The structured causal mask, with s condition tokens first."""
         padded = self.conditioning == "prefix" and self.condition.spec.has_padding
         return Causal(valid if padded else None, s, self.bidirectional_prefix)
 
@@ -340,26 +342,26 @@ class AR(Checked):
     ) -> Array:
         """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
 
-        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
-        one batch of 2b. All options are traced: new values do not compile anew.
+        An image depends only on its own key and condition, not on its batch. Guidance runs both branches as one batch
+        of 2b. All options are traced: new values do not recompile.
 
-        known, keep: codes (b, h, w), and a bool (b, h, w) of those that are taken over from them, to complete an image;
-            they are the first ones in raster order.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
-            where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles
-            all layers again, so 0 takes 4 for shallow models and fewer for deep ones.
+        known, keep: codes (b, h, w), and a bool (b, h, w) of those to copy, to complete an image; they are the first
+            ones in raster order.
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            `condition_dropout` is 0, since no unconditional branch was trained.
+        segments: number of steps in which the cache grows; attention reads no more than the current size; static. Each
+            segment compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
         progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
         """
         guided = is_guided(self.capabilities, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:
-        """Logits (b, s, v) at every token of the condition; the last are those of token 0."""
+        """Logits (b, s, v) at every condition token; the last are those of token 0."""
         return model.logits(self._embed_prefix(model, condition, dropped)[0])
 
     def prefill(self, model: ARNetwork, condition: Batch, dropped: Array) -> tuple[Array, ARDecodeState]:
-        """Read the condition: the logits (b, v) of token 0, and the state from which `decode` goes on."""
+        """Process the condition: the logits (b, v) of token 0, and the initial state for `decode`."""
         x, caches, blocks, valid, context_mask = self._embed_prefix(model, condition, dropped)
         s = valid.shape[1]
         output = transposed(model.tokens.w) if model.output is None else model.output
@@ -377,8 +379,8 @@ class AR(Checked):
         return model.logits(x[:, -1]), state
 
     def _embed_prefix(self, model: ARNetwork, condition: Batch, dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
-        """What stands before the image through the Transformer: vectors (b, s, d), caches, the layers that decode, real
-        tokens (b, s), and where to look at the context, if there is one."""
+        """Run the tokens before the image through the Transformer: outputs (b, s, d), caches, the layers for decoding,
+        real tokens (b, s), and the context mask, if there is a context."""
         prefix, valid, context = self._prefix(model, condition, dropped)
         b, s = valid.shape
         if self.bidirectional_prefix > s:
@@ -390,7 +392,7 @@ class AR(Checked):
         return x, caches, following, valid, context.get("context_mask")
 
     def decode(self, state: ARDecodeState, codes: Array, i: Array | int) -> tuple[Array, ARDecodeState]:
-        """Put in token i, int (b,): the logits (b, v) of token i + 1. The caches must have room for it."""
+        """Feed token i, int (b,), and return the logits (b, v) of token i + 1. The caches must have room for it."""
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
         row = lambda table: jax.lax.dynamic_slice_in_dim(table, i, 1)
@@ -408,25 +410,25 @@ class AR(Checked):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ARDecodeState:
-    """An image under way."""
+    """State of token-by-token decoding."""
 
     caches: tuple[Cache, ...]
     tokens: Embedding
     blocks: tuple[Block, ...]
-    """One by one, in the form that decodes fastest."""
+    """One by one, in the layout that decodes fastest."""
     norm: RMSNorm | LayerNorm
     output: DecodeLinear
     valid: Array
     """Which tokens before the image are real (b, s)."""
     context_mask: Array | None
-    """Where cross-attention looks (b, 1, 1, s')."""
+    """Mask of cross-attention (b, 1, 1, s')."""
     rotary: Rotary | None
-    """Of the image's tokens (L, h / 2)."""
+    """cos and sin of the image's tokens, (L, h / 2) each."""
     positions: nnx.Param | None
-    """Of the whole sequence, where they are learned."""
+    """Learned positions of the whole sequence, if any."""
 
     def grow(self, count: int) -> ARDecodeState:
-        """Room for `count` tokens of the image."""
+        """The state with caches for `count` tokens of the image."""
         return dataclasses.replace(self, caches=tuple(c.grow(self.valid.shape[1] + count) for c in self.caches))
 
 
@@ -446,7 +448,7 @@ class ARNetwork(nnx.Module):
         learned = config.positions == "learned"
         self.positions = param(jnp.zeros((rows, config.width)), None, "embed") if learned else None
         self.blocks = stack(config.layer, config.depth, keys[2])
-        # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
+        # Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
             branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
         self.norm = config.layer.normalise()
@@ -462,5 +464,5 @@ class ARNetwork(nnx.Module):
 
 
 def _pad(valid: Array, length: int) -> Array:
-    """valid (b, s) and then True, up to (b, length): of the condition some tokens are padding, of the image none."""
+    """valid (b, s) extended with True to (b, length): condition tokens may be padding, image tokens never are."""
     return jnp.pad(valid, ((0, 0), (0, length - valid.shape[1])), constant_values=True)

@@ -1,8 +1,8 @@
-"""Gaussian diffusion and flow matching: a picture, or its latents, out of noise.
+"""Gaussian diffusion and flow matching: generate an image, or its latents, from noise.
 
-A network sees x_t = alpha_t x_0 + sigma_t eps and the time, and predicts what was added (Ho et al. 2020), the picture,
-or the velocity between the two (Liu et al. 2023); a solver goes back from noise by what it predicts. The process, the
-network, what is predicted, the solver and the guidance are chosen one by one.
+A network reads x_t = alpha_t x_0 + sigma_t eps and the time, and predicts the noise (Ho et al. 2020), the image, or the
+velocity between the two (Liu et al. 2023); a solver integrates its predictions back from noise. Process, network,
+prediction target, solver and guidance are independent choices.
 """
 
 from __future__ import annotations
@@ -53,36 +53,36 @@ Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(Checked):
-    """A network, the process that it undoes, and how it is trained."""
+    """A network, the noise process it reverses, and its training settings."""
 
     network: DiT | UNet = DiT()
     process: Process = Discrete()
     predicts: Predicts = "eps"
     variance: Annotated[Literal["fixed_large", "fixed_small"], FREE] = "fixed_large"
-    """Of a step back, where the network predicts none: that of the step forth, or of the posterior."""
+    """Variance of a reverse step if the network predicts none: that of the forward step, or of the posterior."""
     discard_variance_output: bool = False
-    """What the network says in the later half of its channels is not used, as in released SiT."""
+    """Discard the second half of the output channels (released SiT predicts but never uses variance)."""
     vlb_weight: NotNegative = 1.0
-    """Of the variational bound, which teaches the variance; ADM has the number of steps over 1000."""
+    """Weight of the variational bound, which trains the variance; ADM uses the number of steps over 1000."""
     weight: Literal["uniform", "snr", "truncated_snr", "min_snr"] = "uniform"
-    """Of the squared error at each time; see `loss_weight`."""
+    """Weight of the squared error at each time; see `loss_weight`."""
     gamma: Positive = 5.0
-    """Where min_snr cuts."""
+    """Clipping threshold of min_snr."""
     condition_dropout: Share = 0.1
-    """Share of training pictures whose condition becomes the unconditional one, for guidance; 0: there is none."""
+    """Share of training images whose condition is replaced by the unconditional one, for guidance; 0: none."""
     guided_channels: Annotated[Count, FREE] = 0
-    """Classifier-free guidance moves so many channels only; 0: all. Released samplers of DiT and GLIDE move 3."""
+    """Leading channels that classifier-free guidance changes; 0: all. Released samplers of DiT and GLIDE use 3."""
     upscale: Count = 0
-    """By how much a small picture is made larger, where batches have none of their own (`low_res`): it is then made of
-    the `image`."""
+    """Upscaling factor of super-resolution if batches have no `low_res`: the low-resolution image is then made from
+    `image`."""
     noise_aug: Share = 0.0
-    """Most noise that training puts on the small picture, where 1 is noise alone; how much is drawn for each row, so
-    that a sampler may choose (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
+    """Maximum noise that training adds to the low-resolution image, 1 being pure noise. The level is sampled per row,
+    so that a sampler may choose it (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
     solver: Annotated[str, FREE] = "own"
-    """A key of `sampling.solvers.SOLVERS`; `own` becomes that of the process: ddpm for Discrete, euler for Flow, heun
-    for EDM."""
+    """A key of `sampling.solvers.SOLVERS`; `own` becomes the default of the process: ddpm for Discrete, euler for Flow,
+    heun for EDM."""
     sampling: Annotated[DiffusionSampler, FREE] = DiffusionSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,22 +100,22 @@ class Diffusion(Checked):
 
     @property
     def condition(self) -> Condition:
-        """What a picture is made for."""
+        """Condition of an image."""
         return self.network.condition or ClassEmbedder(0)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture, or of its latents."""
+        """Rows and columns of an image, or of its latents."""
         return self.network.size
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows, columns and channels of a picture, or of its latents."""
+        """Rows, columns and channels of an image, or of its latents."""
         return (*self.network.size, self.network.channels)
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True,
             unconditional=self.condition_dropout > 0,
@@ -129,19 +129,19 @@ class Diffusion(Checked):
 
     @property
     def compute(self) -> Compute:
-        """How its network is computed."""
+        """Settings of the network's computation."""
         return self.network.compute
 
     def with_compute(self, compute: Compute) -> Diffusion:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, network=self.network.with_compute(compute))
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return SampleSpec(self.grid, CodeSpec("float32", (self.network.channels,)))
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads: what the condition does, and further inputs."""
+        """Batch fields that `sample` reads: those of the condition, and extra inputs."""
         whole, plane = (FieldSpec((*self.grid, n), "float32", optional=True) for n in (self.network.channels, 1))
         further = {
             "inpaint": {"inpaint": whole, "inpaint_mask": plane},
@@ -151,7 +151,8 @@ class Diffusion(Checked):
         return {**self.condition.batch_spec(), **extra}
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold: `codes` (latents) or `image`, what `sample` reads, and how noisy that is."""
+        """Fields of a training batch: `codes` (latents) or `image`, what `sample` reads, and the noise level of
+        `low_res`."""
         drawn = dataclasses.replace(self.sample_spec().field, optional=True, one_of="drawn")
         spec = {"codes": drawn, "image": drawn, **self.condition_spec(), "weight": WEIGHT}
         if self.is_super_resolution:
@@ -160,15 +161,15 @@ class Diffusion(Checked):
         return spec
 
     def options(self) -> DiffusionSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: DiffusionSampler) -> None:
-        """Errors: ValueError for options with which nothing can be drawn."""
+        """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
 
     def loop_trips(self, options: DiffusionSampler) -> int:
-        """Steps of the solver."""
+        """Number of solver steps."""
         return int(options.steps)
 
     def init(self, key: Array) -> Any:
@@ -181,12 +182,13 @@ class Diffusion(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """Mean error of the prediction, and the bound that teaches the variance (Nichol & Dhariwal 2021, eq. 16).
+        """Mean error of the prediction, and the bound that trains the variance (Nichol & Dhariwal 2021, eq. 16).
 
-        batch: `codes` float (b, i, j, c) or `image` in [-1, 1], what the condition reads, and if present `weight` (b,),
-        0 for examples to ignore. Each row has its own time, noise and dropping. train: False leaves out dropout,
-        dropped conditions and noise on the small image, takes times evenly, and gives the mean squared error of each
-        quarter of them, from the least noisy on, as `mse_q1` to `mse_q4`, where there are four rows or more; static.
+        batch: `codes` float (b, i, j, c) or `image` in [-1, 1], the condition's fields, and optionally `weight` (b,), 0
+        for examples to ignore. Each row has its own time, noise and condition dropout. train: False turns off dropout,
+        dropped conditions and noise on the low-resolution image, spaces the times evenly, and adds the mean squared
+        error of each quarter of them, least noisy first, as `mse_q1` to `mse_q4`, if there are at least four rows;
+        static.
         """
         x0 = batch["codes"] if "codes" in batch else batch["image"]
         keys = jax.random.split(key, 5)
@@ -203,7 +205,7 @@ class Diffusion(Checked):
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x, weight: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
         means = {k: mean(v, weight) for k, v in losses.items()}
-        if not train and b >= 4:  # a grid of fewer leaves a quarter empty
+        if not train and b >= 4:  # with fewer rows a quarter is empty
             quarter = jnp.floor(4 * u)
             means |= {f"mse_q{q + 1}": mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
         return LossOutput(means["loss"], means)
@@ -218,7 +220,7 @@ class Diffusion(Checked):
         dropped: Array,
         key: Array | None = None,
     ) -> dict[str, Array]:
-        """`mse`, with a learned variance `vb` in bits per dimension, and their weighted sum `loss`: each (b,)."""
+        """`mse`, with a learned variance also `vb` in bits per dimension, and their weighted sum `loss`: each (b,)."""
         x0 = x0.astype(jnp.float32) * self.process.scale
         alpha, sigma = self.process.alpha_sigma(t, x0)
         x = shard(alpha * x0 + sigma * eps, "batch", None, None, None)
@@ -231,20 +233,20 @@ class Diffusion(Checked):
         loss = (weight * error).mean((1, 2, 3))
         if v is None or self.process.variance_bound is None:
             return {"mse": mse, "loss": loss}
-        # The bound teaches the variance alone: it would teach the mean to care for other times than are seen.
+        # The bound trains the variance only: its gradient would reweight the times for the mean.
         frozen = jax.lax.stop_gradient(prediction)
         vb = self.vlb_weight * self.process.variance_bound(x0, x, t, frozen, v, self.predicts)
         return {"mse": mse, "vb": vb, "loss": loss + vb}
 
     @property
     def is_super_resolution(self) -> bool:
-        """Whether the network enlarges a small picture."""
+        """Whether the network upscales a low-resolution image."""
         return "low_res" in self.network.extra_inputs
 
     def low_res_of(self, batch: Batch) -> Array:
-        """The small picture (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) made smaller.
+        """The low-resolution image (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) downscaled.
 
-        Errors: ValueError where there is neither.
+        Errors: ValueError if the batch has neither.
         """
         if "low_res" in batch:
             return batch["low_res"]
@@ -256,11 +258,11 @@ class Diffusion(Checked):
         return jax.image.resize(batch["image"], small, "linear", antialias=True)
 
     def _apply(self, model: Any, x: Array, told: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
-        """The network's output for x, with the pictures of the batch that it reads beside."""
+        """The network's output for x, with the extra inputs of the batch concatenated."""
         return model(join_inputs(x, batch, self.network.extra_inputs), told, context, key)
 
     def _parts(self, out: Array) -> tuple[Array, Array | None]:
-        """The prediction, and what is said of the variance."""
+        """The prediction, and the output for the variance."""
         if not self.network.learn_variance:
             return out, None
         prediction, v = jnp.split(out, 2, -1)
@@ -283,22 +285,22 @@ class Diffusion(Checked):
         guide_model: Any = None,
         progress: Progress | None = None,
     ) -> Array:
-        """Pictures or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
+        """Images or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
 
-        A picture depends on its own key and condition only. All options are traced: new values do not compile anew.
+        An image depends only on its own key and condition. All options are traced: new values do not recompile.
 
-        known: pictures (b, i, j, c) to start from, noised as far as `strength` says. keep: bool (b, i, j), where the
-            result is the known picture; strength is that of the rest. At every stop that part of x is replaced by
-            the known picture with the noise of the stop (Song et al. 2021, score SDE, appendix I.2), and `resample`
-            rounds bring the rest to agree (Lugmayr et al. 2022).
-        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
-            where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        solver: another than the configured one; static.
-        classifier: a pytree that maps (x, network times (b,), condition) to log p(condition | x) (b,), as a classifier
-            or an image-text model does; samples follow its gradient.
-        guide_model: a weaker model in the place of the unconditional branch (Karras et al. 2024). Its network may be
-            another; process, prediction, shape and condition are those of this one.
-        progress: called as (steps done, all steps, the pictures so far); static.
+        known: images (b, i, j, c) to start from, with noise according to `strength`. keep: bool (b, i, j), where the
+            result is the known image; strength applies to the rest. At every timestep that part of x is replaced by the
+            known image with the noise of the timestep (Song et al. 2021, score SDE, appendix I.2), and `resample`
+            rounds harmonise the rest (Lugmayr et al. 2022).
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            `condition_dropout` is 0, since no unconditional branch was trained.
+        solver: overrides the configured one; static.
+        classifier: a pytree that maps (x, network times (b,), condition) to log p(condition | x) (b,), such as a
+            classifier or an image-text model; samples follow its gradient.
+        guide_model: a weaker model that replaces the unconditional branch (Karras et al. 2024). Its network may differ;
+            process, prediction, shape and condition are those of this one.
+        progress: called as (steps done, all steps, the images so far); static.
         """
         guided = is_guided(self.capabilities, True if guided is None and guide_model is not None else guided)
         untold = not self.condition.spec.has_null and "null_features" not in condition
@@ -324,7 +326,8 @@ class Diffusion(Checked):
         )
 
     def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
-        """x_0 and eps by the network's word for x = alpha x_0 + sigma eps; eps follows x_0 where that is clipped."""
+        """x_0 and eps implied by the network's prediction at x = alpha x_0 + sigma eps; eps is recomputed where x_0 is
+        clipped."""
         x0, eps = split(self.predicts, prediction, x, alpha, sigma)
         near = clipped(x0 / self.process.scale, clip) * self.process.scale
         eps = jnp.where(expand_like(clip, x), (x - alpha * near) / sigma, eps)
@@ -334,14 +337,18 @@ class Diffusion(Checked):
 
 
 def noise_low_res(small: Array, share: Array, noise: Array) -> Batch:
-    """What a network reads of a small picture (b, i', j', c) of which a share (b,) of the power's root is noise."""
+    """Network inputs for a low-resolution image (b, i', j', c) with noise amplitude `share` (b,):
+    variance-preserving."""
     weight = expand_like(share, small)
     return {"low_res": jnp.sqrt(1 - weight**2) * small + weight * noise, "low_res_noise": share}
 
 
 def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
-    """x (b, i, j, c) and, if named: `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1 and that mask, both
-    zero if absent, and `low_res` (b, i', j', c), enlarged bilinearly."""
+    """x (b, i, j, c) concatenated with the extra inputs in `names`.
+
+    `inpaint` adds the batch's `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1, and that mask, both zero
+    if absent; `low_res` adds `low_res` (b, i', j', c), upscaled bilinearly.
+    """
     parts = [x]
     if "inpaint" in names:
         mask = batch.get("inpaint_mask", jnp.zeros_like(x[..., :1])).astype(x.dtype)
@@ -391,7 +398,7 @@ def _sample(
             null = config._apply(guide_model, x, jnp.full(b, told), guide_context, condition)
         if null is not None:
             scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
-            # A worse model may say something of the variance where this one does not, or the other way round.
+            # A guide model may predict the variance where this one does not, or vice versa.
             other = null[..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
             prediction = guidance.rescale(moved, prediction, options.guidance_rescale)

@@ -1,9 +1,9 @@
-"""Masked generation in any order: a bidirectional Transformer says of each hidden position what it may hold.
+"""Masked generation in any order: a bidirectional Transformer predicts the tokens at hidden positions.
 
 One family for MAR (Li et al. 2024, arXiv:2406.11838), Fluid (Fan et al. 2024), MaskGIT (Chang et al. 2022) and Muse
-(Chang et al. 2023): an order says which positions are asked for when, a head turns the network's z into p(x_i | z_i).
-The encoder sees known tokens only, behind slots of the condition; the decoder sees mask tokens in the place of hidden
-ones (He et al. 2022, MAE). With no layers in the encoder it is the plain masked Transformer of MaskGIT.
+(Chang et al. 2023): an order sets when each position is predicted, a head turns the network's z into p(x_i | z_i). The
+encoder sees condition tokens and known tokens only; the decoder sees mask tokens at hidden positions (He et al. 2022,
+MAE). With no encoder layers it is the plain masked Transformer of MaskGIT.
 """
 
 from __future__ import annotations
@@ -58,48 +58,48 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Masked(Checked):
-    """An encoder of known tokens, a decoder of all, a head and an order, and how they are trained."""
+    """An encoder of known tokens, a decoder of all, a head, an order, and their training settings."""
 
     grid: Grid = (16, 16)
     """Rows and columns of tokens."""
     patch: Size = 1
-    """A token is a square of so many codes a side; more than 1 needs a head of vectors."""
+    """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
     head: Head = DiffusionHead()
     order: Annotated[Order, SAMPLED] = Sets()
     rate: MaskRate = MaskRate()
-    """What is hidden in training."""
+    """Distribution of the share of hidden tokens in training."""
     width: Size = 768
-    """Of the encoder, as are depth, heads and mlp."""
+    """Width of the encoder; depth, heads and mlp are also the encoder's."""
     depth: Annotated[int, Range(0, DEEPEST)] = 12
     heads: Size = 12
     mlp: Count = 0
-    """Inner width; 0 is four times the width."""
+    """Hidden width of the MLP; 0: four times the width."""
     decoder_width: Count = 0
-    """0, here and below, is as in the encoder."""
+    """Width of the decoder; here and below, 0: as in the encoder."""
     decoder_depth: Annotated[int, Range(0, DEEPEST)] = 0
     decoder_heads: Count = 0
     decoder_mlp: Count = 0
     buffer: Size = 64
-    """Slots that a condition of one token fills; longer ones take a slot a token."""
+    """Prefix length for a condition of one token, which is repeated; longer conditions take one position per token."""
     condition: Condition = ClassEmbedder(1000)
-    """What stands before the image: classes, captions or features."""
+    """Condition prepended to the image: classes, captions or features."""
     size_buckets: Annotated[Size, FREE] = 4
-    """Sizes that the encoder may have in a step of the sampler, for how many tokens are known: each is compiled. With 1
-    it always takes all."""
+    """Number of sequence lengths compiled for the encoder in the sampler, chosen by the number of known tokens. 1: the
+    encoder always reads the full length."""
     dropout: Rate = 0.1
-    """Of what each attention and MLP adds, in training."""
+    """Dropout on the output of each attention and MLP, in training."""
     condition_dropout: Share = 0.1
-    """Share of training examples whose condition becomes the unconditional one, for guidance."""
+    """Share of training examples whose condition is replaced by the unconditional one, for guidance."""
     eps: Positive = 1e-6
-    """What keeps the normalisation from dividing by zero."""
+    """Epsilon of the normalisation."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, norms and losses are fp32."""
+    """Dtype of the computation; parameters, norms and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each layer keeps for its backward pass."""
+    """Activations that each layer stores for its backward pass."""
     kernel: Kind = "auto"
-    """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
+    """Attention kernel: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
     sampling: Annotated[MaskedSampler, FREE] = MaskedSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,7 +108,7 @@ class Masked(Checked):
                 f"order {type(self.order).__name__} needs a head that knows probabilities, as SoftmaxHead; "
                 f"a {type(self.head).__name__} gives none"
             )
-        _ = self.sample_spec()  # which refuses a patch that no token can be made of
+        _ = self.sample_spec()  # rejects a patch that no token can be made of
         check_vectors(self.condition, self.width)
         if not (self.depth or self.decoder_depth):
             raise ValueError(
@@ -117,7 +117,7 @@ class Masked(Checked):
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> Masked:
-        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         shape: dict[str, Any] = SIZES[size] | fields
@@ -130,7 +130,7 @@ class Masked(Checked):
 
     @property
     def condition_tokens(self) -> int:
-        """Places of the condition before the image."""
+        """Number of condition positions before the image."""
         return self.buffer if self.condition.length == 1 else self.condition.length
 
     @property
@@ -160,38 +160,38 @@ class Masked(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True, unconditional=self.condition_dropout > 0, guidance=True, inpaint=True, token_head=True
         )
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype, self.remat, self.kernel)
 
     def with_compute(self, compute: Compute) -> Masked:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return sample_spec(self.head, self.grid, self.patch)
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads."""
+        """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> MaskedSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: MaskedSampler) -> None:
-        """Errors: none; what options may be, each of them says itself."""
+        """Raises nothing: the options validate themselves."""
 
     def init(self, key: Array) -> MaskedNetwork:
         """A model with fresh parameters."""
@@ -203,10 +203,10 @@ class Masked(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: MaskedNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """Mean of -log p(x_i | known, c), or what the head takes for it, over hidden positions; and metrics.
+        """Mean of -log p(x_i | known, c), or of the head's loss, over hidden positions; and metrics.
 
-        batch: `codes` int (b, h, w) or float (b, h, w, k), what the condition reads, and if present `weight` (b,), 0
-        for examples to ignore.
+        batch: `codes` int (b, h, w) or float (b, h, w, k), the condition's fields, and optionally `weight` (b,), 0 for
+        examples to ignore.
         """
         keys = jax.random.split(key, 5)
         x = to_tokens(batch["codes"], self.patch)
@@ -232,10 +232,10 @@ class Masked(Checked):
         visible: int | None = None,
         key: Array | None = None,
     ) -> Array:
-        """What the head reads of each position: z (b, L, d), from the codes that `hidden` bool (b, L) leaves visible.
+        """Inputs of the head, z (b, L, d), computed from the codes that `hidden` bool (b, L) leaves visible.
 
-        dropped: bool (b,), rows without their condition. visible: no row has more visible tokens than this; the encoder
-        takes no more. key: of dropout.
+        dropped: bool (b,), rows without their condition. visible: upper bound on the visible tokens of a row; the
+        encoder reads no more. key: for dropout.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         dropped = jnp.zeros(len(hidden), bool) if dropped is None else dropped
@@ -245,7 +245,7 @@ class Masked(Checked):
         return self.decode(model, condition[1], self.restore(model, y, hidden), keys[1])
 
     def read(self, model: MaskedNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array]:
-        """The slots of the condition (b, s, d), and which of them may be seen (b, s)."""
+        """The condition tokens (b, s, d), and which of them are valid (b, s)."""
         tokens, valid = model.condition(batch, dropped, self.dtype)
         if self.condition.length == 1:
             tokens, valid = (
@@ -263,9 +263,9 @@ class Masked(Checked):
         size: int,
         key: Array | None = None,
     ) -> Array:
-        """Slots and visible tokens, in rising order of their positions: (b, s + size, d).
+        """Encode the condition and the visible tokens, in ascending position: (b, s + size, d).
 
-        Rows with fewer visible tokens than `size` hold hidden ones behind, which nothing looks at.
+        Rows with fewer visible tokens than `size` are filled with hidden ones, which the mask excludes.
         """
         slots, valid = condition
         places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
@@ -283,9 +283,9 @@ class Masked(Checked):
         return model.encoder_norm(y)
 
     def restore(self, model: MaskedNetwork, y: Array, hidden: Array) -> Array:
-        """What the encoder gave, at its places among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
+        """Scatter the encoder's output among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
         y = model.widen(y)
-        places = jnp.cumsum(~hidden, 1) - 1  # of each visible position among the visible
+        places = jnp.cumsum(~hidden, 1) - 1  # rank of each visible position among the visible ones
         places = jnp.clip(places, 0, max(y.shape[1] - self.condition_tokens - 1, 0))
         if y.shape[1] == self.condition_tokens:  # nothing is visible
             tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
@@ -306,8 +306,10 @@ class Masked(Checked):
 
     @property
     def sizes(self) -> tuple[list[int], list[int]]:
-        """Compiled numbers of visible tokens, and of tokens that are asked for: shapes are fixed when a program is
-        compiled, counts are not, so each step takes the smallest of these few that holds its count."""
+        """Compiled numbers of visible tokens, and of tokens to predict.
+
+        Shapes are static and counts are not, so each step takes the smallest of these that holds its count.
+        """
         n = self.length
         visible = sorted({-(-n * (k + 1) // self.size_buckets) for k in range(self.size_buckets)})
         asked = (
@@ -316,7 +318,8 @@ class Masked(Checked):
         return visible, asked
 
     def loop_trips(self, options: MaskedSampler) -> list[tuple[int, ...]]:
-        """Which of the sizes each step takes when all tokens are drawn, where there is more than one."""
+        """Index of the compiled sizes that each step takes when all tokens are sampled, for those with more than one
+        size."""
         left = [self.length, *remaining(self.length, int(options.iterations), list(SHAPES)[int(options.shape)])]
         left = list(range(self.length, -1, -1)) if self.order.one_at_a_time else [int(n) for n in left]
         steps = [(self.length - now, now if self.order.by_confidence else now - then) for now, then in pairwise(left)]
@@ -339,15 +342,14 @@ class Masked(Checked):
     ) -> Array:
         """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
 
-        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
-        one batch of 2b. All options are traced: new values do not compile anew, nor do other numbers of steps.
+        An image depends only on its own key and condition, not on its batch. Guidance runs both branches as one batch
+        of 2b. All options are traced: new values do not recompile, nor do other numbers of steps.
 
-        known, keep: codes, and a bool (b, rows, columns) of tokens that are taken over from them, to fill holes or to
-            go on beyond an edge.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
-            where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        orders: int (b, L), each a permutation read from its end, instead of those that `order` draws.
-        draws: what gives a head its random numbers, in the place of `heads.ImageKeys`.
+        known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them, for inpainting or outpainting.
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            `condition_dropout` is 0, since no unconditional branch was trained.
+        orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
+        draws: source of the head's random numbers; replaces `heads.ImageKeys`.
         progress: called as (steps done, all steps, codes); static.
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
@@ -411,19 +413,19 @@ def _sample(
         return config.restore(model, config.encode(model, slots, x, hidden, size), hidden)
 
     def ask(size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array) -> tuple[Array, Array]:
-        """Codes with those of positions `first` to `last` of the order drawn anew, and their scores (b, L)."""
+        """Codes with positions `first` to `last` of the order resampled, and their scores (b, L)."""
         number = first[:, None] + jnp.arange(size)
         places = step_places(orders, jnp.minimum(number, length - 1))
         asked, null = both.split(step_places(z, both.rows(places)))
         scale = options.guidance_at(length - jnp.maximum(after(i, last), 1) - 1, length)
         drawn, score = config.head.sample(model.head, asked, null, draws.at(i, places), scale, options)
-        into = jnp.where(number < last[:, None], places, length)  # what is past the end goes nowhere
+        into = jnp.where(number < last[:, None], places, length)  # padding beyond the end is dropped
         write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
         scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)
         return write(x, into, drawn.astype(x.dtype)), scores
 
     def after(i: Array, now: Array) -> Array:
-        """How many tokens are hidden after step i."""
+        """Number of tokens hidden after step i."""
         return jnp.maximum(now - 1, 0) if order.one_at_a_time else options.remaining(i, total, now)
 
     def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -449,6 +451,6 @@ def _sample(
 
 
 def _switch(sizes: list[int], count: Array, branch: Callable[..., Any], *arguments: Any) -> Any:
-    """branch(size, *arguments) with the smallest of `sizes` that holds `count`; only that one runs."""
+    """branch(size, *arguments) with the smallest of `sizes` that holds `count`; only that branch runs."""
     index = jnp.searchsorted(jnp.asarray(sizes), count)
     return jax.lax.switch(index, [partial(branch, size) for size in sizes], *arguments)

@@ -1,4 +1,4 @@
-"""A classifier of noised pictures, whose gradient pulls samples to a class (Dhariwal & Nichol 2021, section 4)."""
+"""A classifier of noised images, whose gradient guides samples to a class (Dhariwal & Nichol 2021, section 4)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.guidance import of_class
 
 HIDDEN = 2048
-"""Inner width of the heads that pool every stage."""
+"""Hidden width of the heads that pool every stage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +32,32 @@ class NoisedClassifier(Checked):
     """The encoder half of a UNet, pooled to logits."""
 
     trunk: UNet = UNet(condition=None, head_dim=64)
-    """Its way down and its middle are used; its condition, and what it predicts, are not."""
+    """UNet whose encoder and middle are used; its condition and prediction target are ignored."""
     classes: Size = 1000
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = "attention"
-    """Mean of the last features; attention of that mean to all of them; means of all stages through an MLP, plain or
-    normalised."""
+    """Mean of the last features; attention from that mean to all of them; means of all stages through an MLP, without
+    or with normalisation."""
     process: Process = Discrete()
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(classifier=True)
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return self.trunk.compute
 
     def with_compute(self, compute: Compute) -> NoisedClassifier:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, trunk=self.trunk.with_compute(compute))
 
     def init(self, key: Array) -> NoisyClassifierNet:
         return NoisyClassifierNet(self, key)
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold: `codes` (latents) or `image`, and the class."""
+        """Fields of a training batch: `codes` (latents) or `image`, and the class."""
         whole = FieldSpec((*self.trunk.size, self.trunk.channels), "float32", optional=True, one_of="read")
         label = FieldSpec((), "int32", 0, self.classes - 1)
         return {"codes": whole, "image": whole, "label": label, "weight": WEIGHT}
@@ -66,9 +66,9 @@ class NoisedClassifier(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: NoisyClassifierNet, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """Mean cross-entropy of `label` int (b,) given noised pictures; batch: `codes` or `image` (b, i, j, c) too.
+        """Mean cross-entropy of `label` int (b,) given noised images; batch: also `codes` or `image` (b, i, j, c).
 
-        train: False leaves out dropout, and takes times evenly; static.
+        train: False turns off dropout and spaces the times evenly; static.
         """
         x0 = (batch["codes"] if "codes" in batch else batch["image"]).astype(jnp.float32) * self.process.scale
         keys = jax.random.split(key, 3)
@@ -85,8 +85,8 @@ class NoisedClassifier(Checked):
         return LossOutput(mean(nll), {"loss": mean(nll), "accuracy": mean(correct)})
 
     def log_p(self, model: NoisyClassifierNet, x: Array, t: Array, condition: Batch) -> Array:
-        """log p(label | x) (b,): with `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards
-        `label`."""
+        """log p(label | x) (b,): a `Diffusion` samples towards `label` with `jax.tree_util.Partial(config.log_p,
+        model)`."""
         return of_class(model(x, t), ids(condition, "label", self.classes))
 
 
@@ -105,12 +105,12 @@ class NoisyClassifierNet(UNetEncoder):
             self.head = MeanPool(trunk, c, config.classes, keys[1])
 
     def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
-        """x (b, i, j, c) at times t (b,), as a network is told them -> logits (b, v) fp32."""
+        """x (b, i, j, c) at network times t (b,) -> logits (b, v) fp32."""
         return self.head(*self.encode(x, self.time(t).astype(self.config.dtype), key=key)).astype(jnp.float32)
 
 
 class MeanPool(nnx.Module):
-    """The mean over places of the last features, and a matrix."""
+    """Spatial mean of the last features, then a linear layer."""
 
     def __init__(self, config: UNet, c: int, classes: int, key: Array):
         self.norm = GroupNorm(c, config.groups, config.eps)
@@ -121,7 +121,7 @@ class MeanPool(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-    """One query, the mean over places, looks at itself and at all places (Radford et al. 2021)."""
+    """One query, the spatial mean, attends to itself and to all positions (Radford et al. 2021)."""
 
     def __init__(self, config: UNet, c: int, classes: int, key: Array):
         keys = jax.random.split(key, 3)
@@ -141,7 +141,7 @@ class AttentionPool(nnx.Module):
 
 
 class StagePool(nnx.Module):
-    """Means over places of what every stage gave, joined, through an MLP."""
+    """Spatial means of the outputs of all stages, concatenated, through an MLP."""
 
     def __init__(self, config: UNet, c: int, classes: int, key: Array, normalised: bool):
         keys = jax.random.split(key)

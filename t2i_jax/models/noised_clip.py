@@ -1,4 +1,4 @@
-"""An image-text model of noised pictures, whose gradient pulls samples to a caption (Nichol et al. 2022, 2.3)."""
+"""An image-text model of noised images, whose gradient guides samples to a caption (Nichol et al. 2022, 2.3)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from t2i_jax.parallel import shard
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
 STD = (68.50053285, 66.63215831, 70.32316309)
-"""Of pictures of 0 .. 255, per channel."""
+"""Mean and standard deviation per channel of images in 0 .. 255."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NoisedCLIP(Checked):
-    """Two Transformers that put captions and noised pictures into one space (Radford et al. 2021)."""
+    """Two Transformers that embed captions and noised images in one space (Radford et al. 2021)."""
 
     vocabulary: Size = 49408
     length: Size = 77
@@ -36,18 +36,17 @@ class NoisedCLIP(Checked):
     text_depth: Layers = 12
     text_heads: Size = 8
     size: Size = 64
-    """Pixels of a side."""
+    """Side of the image in pixels."""
     patch: Size = 4
     image_width: Size = 768
     image_depth: Layers = 12
     image_heads: Size = 12
     dim: Size = 512
-    """Of the common space."""
+    """Width of the common space."""
     times: Count = 1000
-    """Noise levels that the picture's encoder knows, one for each time that `process` tells; 0: it reads clean
-    pictures."""
+    """Noise levels of the image encoder, one for each integer time of `process`; 0: it reads clean images."""
     scale: Finite = 100.0
-    """What similarities are multiplied by."""
+    """Factor of the similarities."""
     process: Process = Discrete("cosine")
 
     def __post_init__(self):
@@ -62,23 +61,23 @@ class NoisedCLIP(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(classifier=True)
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute()
 
     def with_compute(self, compute: Compute) -> NoisedCLIP:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute))
 
     def init(self, key: Array) -> CLIPNetwork:
         return CLIPNetwork(self, key)
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         image = FieldSpec((self.size, self.size, 3), "float32")
         return {"image": image, **text_spec(self.vocabulary, self.length)}
 
@@ -86,9 +85,10 @@ class NoisedCLIP(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: CLIPNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """Cross-entropy of which caption belongs to which noised picture, both ways (Radford et al. 2021, figure 3).
+        """Cross-entropy of matching captions and noised images, in both directions (Radford et al. 2021, figure 3).
 
-        batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s). train: False takes times evenly; static.
+        batch: `image` in [-1, 1] (b, i, j, 3), `text` and `text_mask` (b, s). train: False spaces the times evenly;
+        static.
         """
         keys = jax.random.split(key)
         x0 = batch["image"].astype(jnp.float32)
@@ -102,10 +102,11 @@ class NoisedCLIP(Checked):
         return LossOutput(loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()})
 
     def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: Batch) -> Array:
-        """Similarity (b,) of noised pictures and captions, in the place of log p(caption | x) up to a constant.
+        """Similarity (b,) of noised images and captions, which replaces log p(caption | x) up to a constant.
 
-        With `jax.tree_util.Partial(config.log_p, model)` a `Diffusion` samples towards captions: ids `clip_text` and
-        `clip_mask` of this model's own tokeniser where the condition has them, `text` and `text_mask` else.
+        A `Diffusion` samples towards captions with `jax.tree_util.Partial(config.log_p, model)`. Captions are the ids
+        `clip_text` and `clip_mask` of this model's own tokenizer if the condition has them, else `text` and
+        `text_mask`.
         """
         names = ("clip_text", "clip_mask") if "clip_text" in condition else ("text", "text_mask")
         texts = model.texts(ids(condition, names[0], self.vocabulary), value(condition, names[1]))
@@ -113,7 +114,7 @@ class NoisedCLIP(Checked):
 
 
 class ClipBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); keys have no bias, as a softmax does not see it."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); keys have no bias, since softmax is invariant to it."""
 
     def __init__(self, d: int, heads: int, key: Array):
         keys = jax.random.split(key, 6)
@@ -135,7 +136,7 @@ class ClipBlock(nnx.Module):
 
 
 class Tower(nnx.Module):
-    """Blocks, and one of their outputs in the common space."""
+    """Blocks, and a projection of one output to the common space."""
 
     def __init__(self, d: int, depth: int, heads: int, dim: int, key: Array):
         keys = jax.random.split(key)
@@ -144,7 +145,7 @@ class Tower(nnx.Module):
         self.out = Linear(d, dim, keys[1], std=None, bias=False, axes=("embed", None))
 
     def __call__(self, x: Array, at: Array, mask: Array | None = None) -> Array:
-        """x (b, t, d) and which place of each row is read, (b,): unit vectors (b, k)."""
+        """x (b, t, d) and the position to read in each row, (b,): unit vectors (b, k)."""
         x, _ = jax.lax.scan(lambda x, block: (block(x, mask), None), shard(x, "batch", "length", None), self.blocks)
         z = self.out(self.norm(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]))
         return z / (jnp.linalg.norm(z, axis=-1, keepdims=True) + 1e-12)
@@ -167,12 +168,12 @@ class CLIPNetwork(nnx.Module):
         self.image = Tower(e, config.image_depth, config.image_heads, config.dim, keys[6])
 
     def texts(self, text: Array, mask: Array) -> Array:
-        """Captions, ids and mask (b, s) -> unit vectors (b, k); the last token of a caption has read all of it."""
+        """Captions, ids and mask (b, s) -> unit vectors (b, k), read at the last token of each caption."""
         x = self.table(text) + self.text_position[...]
         return self.text(x, jnp.maximum(mask.sum(1) - 1, 0), causal(x.shape[1]))
 
     def images(self, x: Array, t: Array) -> Array:
-        """Pictures (b, i, j, 3), clean ones in [-1, 1], at times t (b,), 0 .. 999 -> unit vectors (b, k)."""
+        """Images (b, i, j, 3), in [-1, 1] when clean, at times t (b,), 0 .. 999 -> unit vectors (b, k)."""
         x = ((x + 1) * 127.5 - jnp.asarray(MEAN)) / jnp.asarray(STD)
         x = self.patches(rearrange(patchify(x, self.config.patch), "b i j d -> b (i j) d"))
         times = self.start[...]

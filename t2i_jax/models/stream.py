@@ -1,9 +1,9 @@
 """One stream of text and image tokens: p(w, x) = prod_i p(w_i | w_<i) prod_i p(x_i | w, x_<i).
 
-DALL-E (Ramesh et al. 2021, arXiv:2102.12092), CogView (Ding et al. 2021, arXiv:2105.13290), minDALL-E: the sequence
-is [start][text (s tokens)][x_0 .. x_{L-1}] in one causal Transformer, and the loss is on both parts. Text and image
-have their own tables and heads: text places only predict text and image places only codes, as if the other part of a
-joint vocabulary were masked. A table of both is these two, one behind the other; `one_softmax` scores by both.
+DALL-E (Ramesh et al. 2021, arXiv:2102.12092), CogView (Ding et al. 2021, arXiv:2105.13290), minDALL-E: the sequence is
+[start][text (s tokens)][x_0 .. x_{L-1}] in one causal Transformer, and the loss covers both parts. Text and image have
+their own tables and heads: text positions predict text only and image positions codes only, as if the other part of a
+joint vocabulary were masked. A joint table is the concatenation of the two; `one_softmax` normalises over both.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ WINDOW = 5  # rows and columns of a window, its last cell the query's own
 
 @dataclasses.dataclass(frozen=True)
 class StreamText(Checked):
-    """The first part of the stream: ids of a caption, padded to a length."""
+    """The first part of the stream: ids of a caption, padded to a fixed length."""
 
     vocabulary: Size = 16384
     length: Size = 64
     start: bool = False
-    """a start token before the text, so that its first token is predicted too; it has the id of padding"""
+    """add a start token, with the id of padding, before the text, so that the first text token is predicted too"""
     padding: Count = 0
-    """id of padding where no `text_mask` says what is padding"""
+    """id of padding if there is no `text_mask`"""
     unique_padding: bool = False
-    """each place has padding of its own, after the vocabulary (Ramesh et al. 2021, 2.2)"""
+    """give each position a padding id of its own, after the vocabulary (Ramesh et al. 2021, 2.2)"""
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Batch fields that it reads."""
         return text_spec(self.vocabulary, self.length, mask=False)
 
     @property
     def num_embeddings(self) -> int:
-        """Ids that there are."""
+        """Number of ids."""
         return self.vocabulary + (self.length if self.unique_padding else 0)
 
     @property
@@ -76,7 +76,7 @@ class StreamText(Checked):
         return self.length + self.start
 
     def __call__(self, batch: Batch, drop: Array) -> Array:
-        """`text` int (b, s), and `text_mask` bool (b, s) if present -> ids (b, s); dropped rows are all padding."""
+        """`text` int (b, s) and optionally `text_mask` bool (b, s) -> ids (b, s); dropped rows are all padding."""
         text = ids(batch, "text", self.vocabulary)
         same_length("text", text.shape[1], self.length)
         real = jnp.asarray(batch.get("text_mask", text != self.padding))
@@ -86,10 +86,10 @@ class StreamText(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Stream(Checked):
-    """A causal Transformer over a caption and the codes of its image, and how it is trained."""
+    """A causal Transformer over a caption and the codes of its image, and its training settings."""
 
     vocabulary: Size = 1024
-    """Codes of the codec."""
+    """Number of codes of the codec."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     condition: StreamText = StreamText()
@@ -97,50 +97,52 @@ class Stream(Checked):
     depth: Layers = 6
     heads: Size = 4
     head_dim: Count = 0
-    """0 is width / heads."""
+    """0: width / heads."""
     mlp: Count = 0
-    """Inner width of the MLP; 0 is 4 times the width, or 8/3 with a gate."""
+    """Hidden width of the MLP; 0: 4 times the width, or 8/3 if gated."""
     activation: Literal["swiglu", "geglu_exact", "gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     bias: bool = True
-    """Add learned biases in the MLPs, and in attention unless the next two say else."""
+    """Use learned biases in the MLPs, and in attention unless the next two fields override it."""
     qkv_bias: bool | None = None
     out_bias: bool | None = None
     sandwich_norm: bool = False
-    """Normalise what each branch adds too (Ding et al. 2021, 2.3)."""
+    """Also normalise the output of each branch (Ding et al. 2021, 2.3)."""
     pb_relax: bool = False
-    """Keep low-precision numbers small in attention and normalisation (Ding et al. 2021, 2.3, PB-Relax)."""
+    """Keep low-precision values small in attention and normalisation (Ding et al. 2021, 2.3, PB-Relax)."""
     layer_scale: bool = False
-    """A learned vector times what each branch adds (Touvron et al. 2021)."""
+    """Multiply the output of each branch by a learned vector (Touvron et al. 2021)."""
     token_shift: bool = False
-    """Each branch reads some channels of the neighbours before."""
+    """Each branch reads some channels from preceding neighbours."""
     attention: tuple[Attention, ...] = ("full",)
-    """What image tokens see of the image, in turns over the layers (Child et al. 2019); text they see whole."""
+    """Attention pattern of image tokens over the image, cycling over the layers (Child et al. 2019); all text is
+    visible."""
     positions: Literal["learned", "axial", "rotary"] = "learned"
-    """A vector for each place, one for each row and each column, or turned queries, keys and values."""
+    """One vector per position, one per row and one per column, or rotated queries, keys and values."""
     tied: bool = False
-    """Use the token tables as output matrices too."""
+    """Use the token tables also as output matrices."""
     output_bias: bool = False
     one_softmax: bool = False
-    """In training each place tells its token from the codes and the pieces of text alike (Ding et al. 2021, 2.1: one
-    vocabulary, codes first); what is drawn are codes all the same."""
+    """Normalise over codes and text ids jointly in training (Ding et al. 2021, 2.1: one vocabulary, codes first);
+    sampling draws codes only."""
     image_weight: NotNegative = 7.0
-    """w of the loss (text + w image) / (1 + w), both means over tokens (Ramesh et al. 2021, 2.2); as many as codes
-    stand on a text token, weighs all tokens alike, as CogView does."""
+    """w of the loss (text + w image) / (1 + w), both means over tokens (Ramesh et al. 2021, 2.2); the number of codes
+    per text token weights all tokens equally, as CogView does."""
     embedding_gradient: Finite = 1.0
-    """What the gradient of the embedded tokens is multiplied by; CogView takes 0.1."""
+    """Factor of the gradient of the embedded tokens; CogView uses 0.1."""
     dropout: Rate = 0.0
-    """Of what each attention and MLP adds, and of the embedded sequence, in training."""
+    """Dropout on the output of each attention and MLP, and on the embedded sequence, in training."""
     condition_dropout: Share = 0.1
-    """Share of training examples whose text becomes padding, for guidance; 0: there is no unconditional branch."""
+    """Share of training examples whose text is replaced by padding, for guidance; 0: there is no unconditional
+    branch."""
     loss_chunk: Annotated[int, FREE] = 0
-    """Codes of each image, and pieces of its text, whose logits are held at a time; 0: all, or as many as memory is
-    kept for (`nn.losses.HELD`); below 0: all."""
+    """Codes of each image, and tokens of its text, whose logits are in memory at a time; 0: all, or as many as the
+    budget `nn.losses.HELD` allows; below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, logits and losses are fp32."""
+    """Dtype of the computation; parameters, logits and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each layer keeps for its backward pass."""
+    """Activations that each layer stores for its backward pass."""
     sampling: Annotated[ARSampler, FREE] = ARSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +153,7 @@ class Stream(Checked):
 
     @classmethod
     def sized(cls, size: str, **fields: Any) -> Stream:
-        """The configuration of a line of SIZES, with other fields as given. Raises ValueError for an unknown name."""
+        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         return cls(**(SIZES[size] | fields))
@@ -183,7 +185,7 @@ class Stream(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True,
             unconditional=self.condition_dropout > 0,
@@ -197,34 +199,34 @@ class Stream(Checked):
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
 
     def with_compute(self, compute: Compute) -> Stream:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads."""
+        """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> ARSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: ARSampler) -> None:
-        """Errors: none; what options may be, each of them says itself."""
+        """Raises nothing: the options validate themselves."""
 
     def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler is of a known length."""
+        """1: every loop of the sampler has a static length."""
         return 1
 
     def init(self, key: Array) -> StreamNetwork:
@@ -239,8 +241,8 @@ class Stream(Checked):
     def loss(self, model: StreamNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.
 
-        batch: `codes` int (b, h, w), `text` (b, s), and if present `text_mask` (b, s) and `weight` (b,), 0 for examples
-        to ignore. train: False leaves out dropout and dropped texts; static.
+        batch: `codes` int (b, h, w), `text` (b, s), and optionally `text_mask` (b, s) and `weight` (b,), 0 for examples
+        to ignore. train: False turns off dropout and dropped texts; static.
         """
         keys = jax.random.split(key)
         b = batch["codes"].shape[0]
@@ -264,15 +266,20 @@ class Stream(Checked):
         return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
 
     def forward(self, model: StreamNetwork, batch: Batch, dropped: Array | None = None) -> tuple[Array, Array]:
-        """Logits fp32 of every text token but a first one without start, (b, s or s - 1, rows), and of every code
-        (b, L, v), given all before; `dropped` bool (b,) marks rows without their text."""
+        """Logits fp32 of text tokens and of codes, each given all preceding tokens.
+
+        Text: (b, s or s - 1, rows), without the first token if there is no start token; codes: (b, L, v). `dropped`
+        bool (b,) marks rows without their text.
+        """
         dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
         w, x = self._features(model, self.condition(batch, dropped), batch["codes"])
         return model.text_logits(w), model.image_logits(x)
 
     def joint(self, text: Array, image: Array) -> Array:
-        """Both parts of `forward` as logits (b, t, rows + v) over one vocabulary, text first; what a place cannot
-        predict is the lowest number."""
+        """Both parts of `forward` as logits (b, t, rows + v) over one vocabulary, text first.
+
+        Tokens that a position cannot predict get the lowest finite number.
+        """
         lowest = jnp.finfo(jnp.float32).min
         wide = lambda x, *sides: jnp.pad(x, [(0, 0), (0, 0), sides], constant_values=lowest)
         return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
@@ -283,7 +290,7 @@ class Stream(Checked):
     def _features(
         self, model: StreamNetwork, text: Array, codes: Array, key: Array | None = None
     ) -> tuple[Array, Array]:
-        """What comes out of the Transformer where logits of text and of codes are read: (b, s', d), (b, L, d)."""
+        """Outputs of the Transformer at the positions of text logits and of code logits: (b, s', d), (b, L, d)."""
         keys = (None, None) if key is None else jax.random.split(key)
         codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
         x = jnp.concatenate([self._text(model, text), self._image(model.image_tokens, model.cells(), codes, 0)], 1)
@@ -300,7 +307,7 @@ class Stream(Checked):
         )
         return x[:, : self.condition.prefix_length - 1], x[:, self.condition.prefix_length - 1 :]
 
-    # -- what is where
+    # -- embeddings, masks and positions
 
     def _text(self, model: StreamNetwork, text: Array) -> Array:
         """Text ids (b, s) as the first tokens of the stream."""
@@ -311,7 +318,7 @@ class Stream(Checked):
         return shard(x.astype(self.dtype), "batch", "length", None)
 
     def _image(self, tokens: Embedding, places: Array | None, codes: Array, first: Array | int) -> Array:
-        """Codes (b, t) of the cells from `first` on as tokens of the stream."""
+        """Codes (b, t) of the grid positions from `first` on as tokens of the stream."""
         x = tokens(codes)
         here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
         x = x if places is None else x + shard(here(places), None, "embed")
@@ -322,7 +329,8 @@ class Stream(Checked):
         return TokenShift(self.condition.prefix_length, self.grid[1]) if self.token_shift else None
 
     def _visible(self, q: Array, k: Array) -> Array:
-        """What places q (t,) see of places k (s,): (1, 1, t, s), or (n, 1, 1, t, s) where n masks take turns."""
+        """Mask from positions q (t,) to positions k (s,): (1, 1, t, s), or (n, 1, 1, t, s) for n masks that cycle over
+        the layers."""
         q, k = q[:, None], k[None]
         past, columns = k <= q, self.grid[1]
         (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.condition.prefix_length, columns) for p in (q, k))
@@ -337,7 +345,7 @@ class Stream(Checked):
         return masks[:, None, None] if len(masks) > 1 else masks[:, None]
 
     def _rotary(self, place: Array) -> Rotary | None:
-        """cos and sin of places."""
+        """cos and sin at positions `place`."""
         if self.positions != "rotary":
             return None
         angles = rotary_text_grid(self.condition.prefix_length, self.grid, self.layer.head)
@@ -361,13 +369,13 @@ class Stream(Checked):
         """Codes int32 (b, h, w), one image per row of `text` and per key of `keys` (b,); see
         `sampling.autoregressive.sample`.
 
-        guided: None leaves the unconditional branch out where `condition_dropout` is 0.
+        guided: None skips the unconditional branch if `condition_dropout` is 0.
         """
         guided = is_guided(self.capabilities, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
-        """Read the text: the logits (b, v) of code 0, and the state from which `decode` goes on."""
+        """Process the text: the logits (b, v) of code 0, and the initial state for `decode`."""
         x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.prefix_length)
         first, following = prepare_layers_for_decode(model.blocks, self.dtype)
         b, s = x.shape[:2]
@@ -396,7 +404,7 @@ class Stream(Checked):
         return model.image_logits(x[:, -1]), state
 
     def decode(self, state: StreamDecodeState, codes: Array, i: Array | int) -> tuple[Array, StreamDecodeState]:
-        """Put in code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
+        """Feed code i, int (b,), and return the logits (b, v) of code i + 1. The caches must have room for it."""
         place = jnp.reshape(self.condition.prefix_length + i, (1,))
         x, caches = apply_stack(
             state.blocks,
@@ -412,21 +420,21 @@ class Stream(Checked):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StreamDecodeState:
-    """An image under way."""
+    """State of token-by-token decoding."""
 
     caches: tuple[Cache, ...]
     blocks: tuple[Block, ...]
-    """One by one, in the form that decodes fastest."""
+    """One by one, in the layout that decodes fastest."""
     tokens: Embedding
     places: Array | None
-    """What is added to codes by where they stand (L, d)."""
+    """Position embeddings of the codes (L, d)."""
     norm: RMSNorm | LayerNorm
     output: DecodeLinear
     text: int = dataclasses.field(metadata={"static": True})
     """Tokens before the image."""
 
     def grow(self, count: int) -> StreamDecodeState:
-        """Room for `count` tokens of the image."""
+        """The state with caches for `count` tokens of the image."""
         return dataclasses.replace(self, caches=tuple(c.grow(self.text + count) for c in self.caches))
 
 
@@ -446,10 +454,10 @@ class StreamNetwork(nnx.Module):
             places(k, n) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
         )
         self.blocks = stack(config.layer, config.depth, keys[4])
-        # Every layer adds to the same stream: smaller steps keep its variance near 1 (Radford et al. 2019).
+        # Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
             branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
-        if config.layer_scale:  # the first layers may say more (Touvron et al. 2021, 3.2)
+        if config.layer_scale:  # earlier layers start with larger scales (Touvron et al. 2021, 3.2)
             layer = jnp.arange(1, config.depth + 1)
             scale = jnp.where(layer <= 18, 0.1, jnp.where(layer <= 24, 1e-5, 1e-6))[:, None]
             for name in ("attention_scale", "mlp_scale"):
@@ -464,13 +472,13 @@ class StreamNetwork(nnx.Module):
         self.image_head, self.image_bias = matrix(keys[6], config.vocabulary), bias(config.vocabulary)
 
     def cells(self) -> Array | None:
-        """What is added to codes by where they stand: (L, d), or None."""
+        """Position embeddings of the codes: (L, d), or None."""
         if self.row_places is not None and self.column_places is not None:
             return rearrange(self.row_places[...][:, None] + self.column_places[...], "h w d -> (h w) d")
         return None if self.image_places is None else self.image_places[...]
 
     def text_logits(self, z: Array) -> Array:
-        """(..., d) -> (..., rows of the text) fp32."""
+        """(..., d) -> (..., rows of the text table) fp32."""
         return self._logits(z, self.text_tokens, self.text_head, self.text_bias)
 
     def image_logits(self, z: Array) -> Array:

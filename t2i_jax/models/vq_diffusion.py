@@ -1,10 +1,10 @@
 """Discrete diffusion over image codes: p(x_0 | x_t, t, c) by a Transformer that sees all positions at once.
 
 VQ-Diffusion (Gu et al. 2022, arXiv:2111.14822) and its improvements (Tang et al. 2022, arXiv:2205.16007): codes are
-masked and replaced over T steps (`noise/discrete.py`); the network guesses the clean codes, which gives the step back
-(eq. 11); it is trained on the variational bound. With `Chain(kind="mask")` and `objective="continuous"` it is the
+masked and replaced over T steps (`noise/discrete.py`); the network predicts the clean codes, which gives the reverse
+step (eq. 11); it is trained on the variational bound. With `Chain(kind="mask")` and `objective="continuous"` it is the
 absorbing diffusion of MDLM (Sahoo et al. 2024), whose loss is a weighted mean cross-entropy of masked tokens, that is
-masked generation: `noise/discrete.py` says how the two are equal.
+masked generation: `noise/discrete.py` shows the equivalence.
 """
 
 from __future__ import annotations
@@ -42,53 +42,54 @@ from t2i_jax.sampling.tokens import filter_logits
 
 @dataclasses.dataclass(frozen=True)
 class VQDiffusion(Checked):
-    """A denoiser of codes, and how it is trained."""
+    """A denoiser of codes, and its training settings."""
 
     chain: Chain = Chain(1024)
-    """How codes are noised, and how many of them there are."""
+    """Noise process, and the number of codes."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     width: Size = 256
     depth: Layers = 6
     heads: Size = 4
     mlp: Count = 0
-    """Inner width of the MLP; 0 is 4 times the width."""
+    """Hidden width of the MLP; 0: 4 times the width."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     conv_mlp: bool = False
-    """3x3 convolutions over the grid in place of the MLP's matrices."""
+    """Use 3x3 convolutions over the grid in place of the MLP's matrices."""
     condition: Condition = ClassEmbedder(1000)
-    """Captions and features are read by cross-attention, classes by the norm before the MLP; `ClassEmbedder(0)` is no
+    """Captions and features enter by cross-attention, classes by the norm before the MLP; `ClassEmbedder(0)` means no
     condition."""
     mean_null: bool = False
-    """The unconditional class is the mean of all, in place of a row of its own: for models that never learned one."""
+    """Use the mean of all class embeddings as the unconditional one, not a row of its own: for models that never
+    learned one."""
     class_norm: Literal["layer", "instance"] = "layer"
     times: Literal["learned", "sinusoidal", "none"] = "learned"
-    """How the norms are told the time: by a table, by waves of it, or not at all."""
+    """Time input of the norms: a learned table, a sinusoidal embedding, or none."""
     position_grid: tuple[int, int] | None = None
-    """Rows and columns of the tables of positions; None is the grid. A larger one is read in raster order, as if the
-    image's tokens were the first of it: released models of 16 x 16 tokens were trained so with 32 x 32."""
+    """Rows and columns of the position tables; None: those of the grid. A larger one is read in raster order, as if the
+    image's tokens were its first: released models of 16 x 16 tokens were trained so with 32 x 32."""
     dropout: Rate = 0.0
     condition_dropout: Share = 0.1
-    """Share of training examples whose condition becomes the unconditional one, for guidance; 0: there is none."""
+    """Share of training examples whose condition is replaced by the unconditional one, for guidance; 0: none."""
     objective: Literal["bound", "continuous"] = "bound"
-    """The bound of the chain with its auxiliary loss, or the absorbing chain's in continuous time."""
+    """The chain's bound with its auxiliary loss, or the continuous-time bound of the absorbing chain."""
     aux_loss_weight: NotNegative = 5e-4
-    """Weight of -log p(x_0 | x_t) beside the bound (eq. 12)."""
+    """Weight of -log p(x_0 | x_t) added to the bound (eq. 12)."""
     adaptive: bool = True
-    """It falls from twice that to once that over time."""
+    """Let the auxiliary weight fall linearly with t, from twice its value to once."""
     mask_weight: tuple[float, float] = (1.0, 1.0)
-    """Weights of the losses of tokens that are masked, and that are not."""
+    """Loss weights of masked tokens and of the others."""
     importance: bool = True
-    """Draw times by the size of their loss, once every time was seen more than ten times; else evenly."""
+    """Sample times in proportion to their loss, once every time was seen more than ten times; else uniformly."""
     loss_chunk: Annotated[int, FREE] = 0
-    """Tokens of each image whose logits are held at a time; 0: all, or as many as memory is kept for
-    (`nn.losses.HELD`); below 0: all."""
+    """Tokens of each image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD`
+    allows; below 0: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters, logits, distributions and losses are fp32."""
+    """Dtype of the computation; parameters, logits, distributions and losses are fp32."""
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each layer keeps for its backward pass."""
+    """Activations that each layer stores for its backward pass."""
     sampling: Annotated[DiscreteSampler, FREE] = DiscreteSampler()
-    """How `sample` draws unless told otherwise."""
+    """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,7 +99,7 @@ class VQDiffusion(Checked):
 
     @property
     def vocabulary(self) -> int:
-        """Codes of the codec."""
+        """Number of codes of the codec."""
         return self.chain.codes
 
     @property
@@ -108,13 +109,13 @@ class VQDiffusion(Checked):
 
     @property
     def rows(self) -> int:
-        """Rows of the table of classes."""
+        """Rows of the class table."""
         count = self.condition.spec.classes or 0
         return count + (not self.mean_null) if count else 0
 
     @property
     def by_tokens(self) -> bool:
-        """Whether blocks look at tokens of the condition; of a class their norms are told."""
+        """Whether blocks cross-attend to condition tokens; a class enters by their norms."""
         return self.condition.spec.classes is None
 
     @property
@@ -140,41 +141,41 @@ class VQDiffusion(Checked):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it offers besides being trained."""
+        """Supported features beyond training."""
         return Capabilities(
             family=True, unconditional=self.condition_dropout > 0, guidance=True, likelihood=True, inpaint=True
         )
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Settings of the computation."""
         return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
 
     def with_compute(self, compute: Compute) -> VQDiffusion:
-        """The same model, computed in another way."""
+        """The same model with other settings of the computation."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
-        """What it samples."""
+        """Shape and dtype of a sample."""
         return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads."""
+        """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields of a training batch."""
         return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
 
     def options(self) -> DiscreteSampler:
-        """How `sample` draws unless told otherwise."""
+        """Default options of `sample`."""
         return self.sampling
 
     def check(self, options: DiscreteSampler) -> None:
-        """Errors: none; what options may be, each of them says itself."""
+        """Raises nothing: the options validate themselves."""
 
     def loop_trips(self, options: DiscreteSampler) -> int:
-        """How often the network is asked."""
+        """Number of network evaluations."""
         stride = int(options.stride)
         return -(-(self.chain.steps - 1) // stride) + 1 if stride else int(options.steps) or self.chain.steps
 
@@ -185,7 +186,7 @@ class VQDiffusion(Checked):
     # -- the network
 
     def embed_condition(self, model: VQDiffusionNetwork, batch: Batch, dropped: Array) -> Conditioning:
-        """What the blocks are told of each row; `dropped` bool (b,) marks unconditional ones."""
+        """Conditioning of the blocks for each row; `dropped` bool (b,) marks unconditional ones."""
         if (count := self.condition.spec.classes) is not None:
             label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
             return Conditioning(None, None, label)
@@ -201,7 +202,7 @@ class VQDiffusion(Checked):
     def features(
         self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
     ) -> Array:
-        """What the logits are made of (b, l, d)."""
+        """Features before the output layer (b, l, d)."""
         rows, columns = model.rows[...], model.columns[...]
         places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
         x = (model.tokens(x_t) + places).astype(self.dtype)
@@ -220,11 +221,11 @@ class VQDiffusion(Checked):
         return single_objective(self.loss)
 
     def loss(self, model: VQDiffusionNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
-        """The variational bound per token (eq. 6) and the auxiliary loss, over p(t); metrics, and the model whose
-        history of losses has moved on.
+        """The variational bound per token (eq. 6) plus the auxiliary loss, over p(t); metrics, and the model with the
+        updated loss history.
 
-        batch: `codes` int (b, h, w), what the condition reads, and if present `weight` (b,), 0 for examples to ignore.
-        train: False leaves out dropout and dropped conditions, and takes times evenly; static.
+        batch: `codes` int (b, h, w), the condition's fields, and optionally `weight` (b,), 0 for examples to ignore.
+        train: False turns off dropout and dropped conditions, and spaces the times evenly; static.
         """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
         b, keys = x0.shape[0], jax.random.split(key, 4)
@@ -254,9 +255,9 @@ class VQDiffusion(Checked):
         p: Array,
         key: Array | None = None,
     ) -> DiscreteLossTerms:
-        """The loss of codes x0, noised to x_t (b, l), at times t (b,) that were drawn with probability p (b,)."""
+        """The loss of codes x0, noised to x_t (b, l), at times t (b,) that were sampled with probability p (b,)."""
 
-        @jax.checkpoint  # several distributions (b, l, K + 1) would be kept otherwise
+        @jax.checkpoint  # else several distributions (b, l, K + 1) are stored
         def score(logits: Array, x0: Array, x_t: Array) -> tuple[Array, Array, Array]:
             log_x0 = _with_mask(jax.nn.log_softmax(logits))
             size, decoded = self.chain.variational(log_x0, x0, x_t, t)
@@ -280,7 +281,7 @@ class VQDiffusion(Checked):
         drop: Array | None = None,
         train: bool = True,
     ) -> DiscreteLossTerms:
-        """E over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10)."""
+        """Expectation over times of m'/m times the cross-entropy of the masked codes (Sahoo et al. 2024, eq. 10)."""
         when, where = jax.random.split(key)
         tau = jnp.maximum(spread(when, x0.shape[0], train), 1e-4)
         share, weight = masked_share(self.chain.shape, tau)
@@ -293,8 +294,11 @@ class VQDiffusion(Checked):
         return DiscreteLossTerms(weight * size, size, weight * size / math.log(2), correct)
 
     def log_likelihood(self, model: VQDiffusionNetwork, batch: Batch) -> Array:
-        """A lower bound of log p(codes | condition) of each image in nats, (b,) fp32: minus L_t at one draw of x_t for
-        each of the T times. What the last step leaves to be known, next to nothing, is left out."""
+        """A lower bound of log p(codes | condition) of each image in nats, (b,) fp32.
+
+        It sums -L_t at one sample of x_t for each of the T times. The prior term of the last step, almost zero, is
+        omitted.
+        """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
         told = self.embed_condition(model, batch, jnp.zeros(x0.shape[0], bool))
 
@@ -306,7 +310,7 @@ class VQDiffusion(Checked):
         return jax.lax.scan(term, jnp.zeros(x0.shape[0]), jnp.arange(self.chain.steps))[0]
 
     def sample_times(self, model: VQDiffusionNetwork, b: int, key: Array, train: bool = True) -> tuple[Array, Array]:
-        """Times int (b,) and the probabilities (b,) with which they were drawn; even ones where not in training."""
+        """Times int (b,) and their sampling probabilities (b,); uniform if not in training."""
         even = jnp.full(self.chain.steps, 1 / self.chain.steps)
         p = even
         if train and model.history is not None and model.count is not None:
@@ -316,8 +320,10 @@ class VQDiffusion(Checked):
         return t, p[t]
 
     def remembered(self, model: VQDiffusionNetwork, t: Array, size: Array, seen: Array) -> VQDiffusionNetwork:
-        """The model after a batch with losses L_t (b,): history <- 0.9 history + 0.1 L_t^2 at the times it saw, L_t^2
-        the mean over the whole batch where several rows have one time, so that no order of rows matters."""
+        """The model after a batch with losses L_t (b,): history <- 0.9 history + 0.1 L_t^2 at the times in the batch.
+
+        L_t^2 is the mean over all rows of the batch with the same time, so the order of rows does not matter.
+        """
         if model.history is None or model.count is None:
             return model
         rows = (t[:, None] == jnp.arange(self.chain.steps)) & seen[:, None]
@@ -342,14 +348,14 @@ class VQDiffusion(Checked):
     ) -> Array:
         """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
 
-        An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as
-        one batch of 2b. All options are traced: new values, of steps too, do not compile anew.
+        An image depends only on its own key and condition, not on its batch. Guidance runs both branches as one batch
+        of 2b. All options are traced: new values, of steps too, do not recompile.
 
-        known, keep: codes (b, h, w) and a mask bool (b, h, w) of those that stay as they are, to complete an image.
-        guided: False leaves the unconditional branch out, whatever the options say; half the work. None leaves it out
-            where `condition_dropout` is 0, that is where no unconditional branch was learned.
-        progress: called as (steps done, all steps, the most probable clean codes (b, h, w), in the end those that are
-            sampled); static.
+        known, keep: codes (b, h, w) and a mask bool (b, h, w) of those to leave unchanged, to complete an image.
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            `condition_dropout` is 0, since no unconditional branch was trained.
+        progress: called as (steps done, all steps, the most probable clean codes (b, h, w), at the end the sampled
+            ones); static.
         """
         guided = is_guided(self.capabilities, guided)
         untold = not self.condition.spec.has_null
@@ -361,7 +367,7 @@ class VQDiffusion(Checked):
 
 
 class Conditioning(NamedTuple):
-    """What the blocks are told: vectors (b, s, k) and where of them to look (b, 1, 1, s); classes (b,)."""
+    """Conditioning of the blocks: context vectors (b, s, k) and their mask (b, 1, 1, s); classes (b,)."""
 
     context: Array | None
     mask: Array | None
@@ -369,7 +375,7 @@ class Conditioning(NamedTuple):
 
 
 class DiscreteLossTerms(NamedTuple):
-    """Per image, (b,): what is minimised, L_t, the bound it estimates in bits, and the share of codes guessed right."""
+    """Per image, (b,): the loss, L_t, the estimated bound in bits, and the share of codes predicted correctly."""
 
     loss: Array
     size: Array
@@ -400,12 +406,12 @@ class VQDiffusionNetwork(nnx.Module):
 
 
 def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:
-    """Guidance in log space, normalised again: (b, l, K + 1) (Tang et al. 2022, eq. 7)."""
+    """Guidance in log space, renormalised: (b, l, K + 1) (Tang et al. 2022, eq. 7)."""
     return _with_mask(jax.nn.log_softmax(guide(log_p[..., :-1], log_null[..., :-1], scale)))
 
 
 def truncate_log_probs(log_p: Array, options: DiscreteSampler) -> Array:
-    """log p(x_0) after temperature, top-k and truncation; what is cut is LOWEST, the rest is not normalised again."""
+    """log p(x_0) after temperature, top-k and truncation; removed codes are LOWEST, the rest is not renormalised."""
     temperature = jnp.asarray(options.temperature)[..., None, None]
     cooled = _with_mask(jax.nn.log_softmax(log_p[..., :-1] / jnp.maximum(temperature, 1e-5)))
     log_p = jnp.where(temperature == 1, log_p, cooled)

@@ -20,9 +20,9 @@ from t2i_jax.text.clean import tidy
 PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2
-"""How many of the file's merges the vocabulary has; it lists more."""
+"""Number of the file's merges in the vocabulary; the file lists more."""
 
-# Letters and numbers here are what Python calls so; `words` parts the letters from numbers like ² and Ⅷ.
+# Letters and numbers as Python defines them; `words` separates letters from numbers like ² and Ⅷ.
 WORD = re.compile(rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.I)
 
 
@@ -41,8 +41,8 @@ def vocabulary_file() -> Path:
 class BytePairs:
     """Captions to ids by a list of merges: `bpe_simple_vocab_16e6.txt.gz`, or the `merges.txt` of a folder.
 
-    The ids are: 256 bytes, the same at the end of a word, the merges in their order, start, end.
-    Errors: ValueError naming the file where it is no such list.
+    The ids are: 256 bytes, the same at the end of a word, the merges in order, start, end. Errors: ValueError naming
+    the file if it is no such list.
     """
 
     def __init__(self, path: str | Path):
@@ -93,20 +93,20 @@ class BytePairs:
         waiting: list[tuple[int, int]] = []
 
         def wait(i: int) -> None:
-            """Queues the pair that begins at i by its rank and its place."""
+            """Queue the pair that begins at i by its rank and position."""
             if i >= 0 and after[i] >= 0 and (rank := self.ranks.get((pieces[i], pieces[after[i]]))) is not None:
                 heapq.heappush(waiting, (rank, i))
 
         for i in range(len(pieces)):
             wait(i)
         while waiting:
-            # All pairs of the best rank are merged, from the left, before those are looked at that come of it.
+            # Merge all pairs of the best rank, from the left, before the pairs that result from them.
             best, changed = waiting[0][0], []
             while waiting and waiting[0][0] == best:
                 _, i = heapq.heappop(waiting)
                 j = after[i]
                 if j < 0 or not pieces[i] or self.ranks.get((pieces[i], pieces[j])) != best:
-                    continue  # merged with another since
+                    continue  # already merged with another
                 pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], "", after[j]
                 if after[j] >= 0:
                     before[after[j]] = i
@@ -118,7 +118,8 @@ class BytePairs:
 
 
 def words(text: str) -> list[str]:
-    """The words of a tidy text: letters, single numbers, endings like 's, and runs of anything else but blanks."""
+    """The words of a tidy text: letters, single numerals, endings like 's, and runs of any other non-blank
+    characters."""
     parts = []
     for word in WORD.findall(text):
         if word[0].isalnum() and not word.isascii():
@@ -130,7 +131,7 @@ def words(text: str) -> list[str]:
 
 
 def byte_letters() -> dict[int, str]:
-    """A printable character for each byte, itself where it is one; in the order of the ids."""
+    """A printable character for each byte, itself if it is printable; in the order of the ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [n for n in range(256) if n not in printable]
     return {n: chr(n) for n in printable} | {n: chr(256 + i) for i, n in enumerate(rest)}
@@ -138,5 +139,5 @@ def byte_letters() -> dict[int, str]:
 
 @functools.lru_cache(4)
 def read_pairs(path: str) -> BytePairs:
-    """The list of merges at `path`, or with "" that of the package; read once."""
+    """The list of merges at `path`, or that of the package if empty; read once."""
     return BytePairs(path or vocabulary_file())

@@ -1,12 +1,12 @@
-"""Captions put in order before they are cut into tokens.
+"""Normalisation of captions before tokenization.
 
-`fix_text` mends what the way through the web did to a text, `tidy` is what CLIP does to its captions, `clean_caption`
-is the cleaner of DeepFloyd-IF, PixArt and LlamaGen. They do what the originals do by ftfy and BeautifulSoup, but for
-two things: text that was decoded by a wrong codec (mojibake) is mended only where ftfy is installed, and of broken HTML
-it is Python's own parser that says what is text.
+`fix_text` repairs text damaged on the web, `tidy` is CLIP's normalisation, `clean_caption` is the cleaner of
+DeepFloyd-IF, PixArt and LlamaGen. They match the originals, which use ftfy and BeautifulSoup, with two exceptions: text
+decoded with a wrong codec (mojibake) is repaired only if ftfy is installed, and Python's own parser extracts the text
+of broken HTML.
 
-All of it takes time linear in a caption's length, whatever the caption: entities within entities are resolved PASSES
-deep, and where more than OPEN tags are open the tags are found without a parser.
+Everything is linear in the length of any caption: nested entities are resolved PASSES deep, and with more than OPEN
+unclosed tags, tags are found without a parser.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ PASSES = 8
 
 
 def fix_text(text: str) -> str:
-    """A text with one form for what has many: ftfy's defaults (Speer 2019).
+    """A text with one form for equivalent characters: ftfy's defaults (Speer 2019).
 
     HTML entities (up to the first line with a `<`), C1 controls, ligatures, full-width forms, curled quotes, line ends,
-    surrogates, escapes of terminals and control characters; NFC.
+    surrogates, terminal escapes and control characters; NFC.
     """
     lines, escaped = [], True
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
@@ -66,7 +66,7 @@ def _fix_line(text: str, escaped: bool) -> str:
         text = re.sub("&#?[0-9A-Za-z]{1,24};", _entity, text)
     text = fix_encoding(text).translate(C1).translate(LIGATURES).translate(WIDTHS).translate(QUOTES)
     text = text.replace("\r\n", "\n").translate(LINES)
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs of surrogates to characters
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # surrogate pairs to characters
     text = re.sub(r"\x1b\[(?:\d|;)*[a-zA-Z]", "", text).translate(INVISIBLE)
     return unicodedata.normalize("NFC", text)
 
@@ -77,12 +77,12 @@ def _entity(match: re.Match) -> str:
 
 
 def tidy(caption: str) -> str:
-    """A caption as CLIP reads it: mended, without HTML entities, one blank between words, lower case."""
+    """A caption as CLIP reads it: repaired, without HTML entities, one blank between words, lower case."""
     return " ".join(_unescape(_unescape(fix_text(caption))).split()).lower()
 
 
 def _unescape(text: str) -> str:
-    """`html.unescape`, also of numbers with more digits than Python makes an integer of."""
+    """`html.unescape`, also for numbers with more digits than Python converts to an integer."""
     return html.unescape(_with_short_numbers(text))
 
 
@@ -95,21 +95,21 @@ def _with_short_numbers(text: str) -> str:
 DASHES = "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
 DASHES += "\ufe31\ufe32\ufe58\ufe63\uff0d"
 CJK = "\u31c0-\u4dff\u4e00-\u9fff"
-"""Strokes, enclosed and compatible forms, extension A, hexagrams, unified ideographs; kana and hangul stay."""
+"""Strokes, enclosed and compatible forms, extension A, hexagrams, unified ideographs; kana and hangul are kept."""
 DOMAIN = r"[a-z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
 FILES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 
-# Patterns take time linear in the text's length, which those of the authors do not. Where one cannot begin at a place,
-# the places after it in the same run of characters are passed over: group 1, which stays.
+# These patterns are linear in the text's length, unlike the authors'. If one cannot match at a position, group 1
+# consumes the rest of the same run of characters, and is kept.
 
 
 def _address(scheme: str) -> str:
-    """An address that begins with a scheme, or a domain. Where a domain cannot begin, none begins later in its run."""
+    """Pattern of an address with a scheme, or of a domain. If no domain starts here, none starts later in the run."""
     return rf"\b(?:{scheme}:(?:/{{1,3}}|[a-z0-9%])|{DOMAIN}|((?:(?!\b{scheme}:)[a-z0-9.\-])++))"
 
 
 ADDRESSES = (
-    ("<person>", "person"),  # how some data sets write a name that they hide
+    ("<person>", "person"),  # placeholder for hidden names in some data sets
     (_address("https?"), r"\1"),
     (_address("www"), r"\1"),
 )
@@ -122,7 +122,7 @@ MARKS = (
     ("&quot;?", ""),
     ("&amp", ""),
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),  # IP addresses
-    (r"\d:\d\d\s+$", ""),  # the time at which an article came out
+    (r"\d:\d\d\s+$", ""),  # publication time of an article
     (r"\\n", " "),
     (r"#\d{1,3}\b", ""),
     (r"#\d{5,}\b", ""),
@@ -155,11 +155,11 @@ LEFTOVERS = (
 
 
 def clean_caption(caption: str) -> str:
-    """A caption without what the web adds to it, in lower case, as DeepFloyd-IF wrote it.
+    """A caption without web artefacts, in lower case, as DeepFloyd-IF wrote it.
 
-    Addresses, HTML, @names, ideographs, numbers of articles, names of files and words of shops go; dashes and quotes
-    become plain ones; brackets and other marks become blanks; names-joined-by-hyphens come apart where there are more
-    than three hyphens. Words are kept in their order.
+    It removes addresses, HTML, @names, ideographs, article numbers, file names and shop phrases; makes dashes and
+    quotes plain; replaces brackets and other marks with blanks; and splits names-joined-by-hyphens if there are more
+    than three hyphens. The order of words is kept.
     """
     text = _replace(unquote_plus(caption).strip().lower(), ADDRESSES)
     text = _replace(_Text.of(text), MARKS)
@@ -170,7 +170,7 @@ def clean_caption(caption: str) -> str:
 
 
 def clean_twice(caption: str) -> str:
-    """`clean_caption` of itself, which is what LlamaGen's text encoder saw in training."""
+    """`clean_caption` applied twice, as for LlamaGen's text encoder in training."""
     return clean_caption(clean_caption(caption))
 
 
@@ -181,7 +181,7 @@ def _replace(text: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 class _Text(HTMLParser):
-    """Collects the text between the tags, without that of scripts and styles."""
+    """Collects the text between tags, without that of scripts and styles."""
 
     OPEN = 16
 
@@ -192,7 +192,7 @@ class _Text(HTMLParser):
 
     @classmethod
     def of(cls, text: str) -> str:
-        # The parser looks for the end of each tag in all of the rest.
+        # The parser searches all of the rest for the end of each tag.
         if len(re.findall(r"<!--|<!\[|<[a-z/!?](?![^<>]*+>)", text)) > cls.OPEN:
             return _unescape(re.sub(r"<[a-z/!?][^<>]*+>", "", text))
         parser = cls()

@@ -1,8 +1,8 @@
-"""CLIP: a tower for captions and a tower for pictures that meet in one space (Radford et al. 2021).
+"""CLIP: a text tower and an image tower with a common embedding space (Radford et al. 2021).
 
-`ClipText` gives the features of every token, `ClipEmbedding` one vector a caption or a picture. Both read a folder as
-Hugging Face or open_clip lay it out, or a file with the names of OpenAI. Such a file does not tell its activation:
-quick_gelu in OpenAI's own, but gelu in most that open_clip trained (LAION-2B, DataComp), which must be said.
+`ClipText` computes features of every token, `ClipEmbedding` one vector per caption or image. Both read a folder in the
+layout of Hugging Face or open_clip, or a file with OpenAI's names. Such a file does not record its activation:
+quick_gelu in OpenAI's own, but gelu in most that open_clip trained (LAION-2B, DataComp), which must be specified.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """Sizes of both towers; as they are, those of ViT-B/32."""
+    """Sizes of both towers; the defaults are those of ViT-B/32."""
 
     text: Layer = Layer(512, 8, norm="layer", activation="quick_gelu", bias=True)
     image: Layer = Layer(768, 12, norm="layer", activation="quick_gelu", bias=True)
@@ -57,12 +57,12 @@ class Clip:
     """size k of an embedding"""
     vocabulary: int = 49408
     length: int = 77
-    """ids of a caption"""
+    """ids per caption"""
     end: int | None = None
-    """id at whose first place a caption is read off; None: the place of the largest id, which is the end of released
-    vocabularies"""
+    """id whose first position is the output of a caption; None: the position of the largest id, which is the end token
+    of released vocabularies"""
     size: int = 224
-    """side of a picture"""
+    """side of an image"""
     patch: int = 32
     channels: int = 3
 
@@ -71,7 +71,8 @@ class Clip:
 
     @classmethod
     def of_huggingface(cls, config: Mapping[str, Any]) -> Clip:
-        """From the fields of config.json; one of a text tower alone leaves the other as it is, and may have no `dim`.
+        """From the fields of config.json; that of a text tower alone leaves the image tower at its defaults, and may
+        have no `dim`.
 
         Errors: ValueError naming the field.
         """
@@ -92,7 +93,7 @@ class Clip:
             config.get("projection_dim", 512),
             text.get("vocab_size", 49408),
             text.get("max_position_embeddings", 77),
-            None if end == 2 else end,  # 2 stands in folders that were made when the largest id was looked for
+            None if end == 2 else end,  # 2 is found in folders from when the largest id marked the end
             image.get("image_size", 224),
             image.get("patch_size", 32),
             image.get("num_channels", 3),
@@ -102,10 +103,11 @@ class Clip:
     def of_openai(
         cls, tensors: Mapping[str, Any], head: int = 64, activation: str = "quick_gelu", text_head: int = 0
     ) -> Clip:
-        """From the shapes in one of OpenAI's files. head: size of a head, 64 in all that are released; text_head: of
-        the tower for captions, where it is another. activation: as in ACTIVATIONS; shapes do not tell it.
+        """From the tensor shapes of one of OpenAI's files.
 
-        Errors: ValueError for what is no CLIP, or one whose picture tower is a ResNet.
+        head: size of a head, 64 in all released files; text_head: that of the text tower, if it differs. activation: as
+        in ACTIVATIONS; shapes do not determine it. Errors: ValueError for a file that is no CLIP, or has a ResNet image
+        tower.
         """
         wanted = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding", "token_embedding.weight")
         missing = [name for name in (*wanted, "positional_embedding", "text_projection") if name not in tensors]
@@ -151,7 +153,7 @@ def _layer(config: Mapping[str, Any], part: str, width: int, heads: int, hidden:
 
 
 class TextTower(nnx.Module):
-    """A causal Transformer over ids, whose end token gathers the caption."""
+    """A causal Transformer over ids, whose end token represents the caption."""
 
     def __init__(self, config: Clip, key: Array):
         keys = jax.random.split(key, 4)
@@ -164,25 +166,25 @@ class TextTower(nnx.Module):
         self.end = config.end
 
     def __call__(self, ids: Array) -> Array:
-        """ids int (b, s) -> (b, s, d), normalised by the last norm; padding is not hidden, it comes after the text."""
+        """ids int (b, s) -> (b, s, d), after the last norm; padding needs no mask, since it follows the text."""
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
         return self.norm(apply_stack(self.blocks, x, mask=causal(s))[0])
 
     def before(self, ids: Array) -> Array:
-        """ids int (b, s) -> (b, s, d), what enters the last block."""
+        """ids int (b, s) -> (b, s, d), the input of the last block."""
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
         return apply_stack(jax.tree.map(lambda w: w[:-1], self.blocks), x, mask=causal(s))[0]
 
     def embed(self, ids: Array) -> Array:
-        """ids int (b, s) -> embeddings (b, k), of any length."""
+        """ids int (b, s) -> embeddings (b, k), not normalised."""
         at = jnp.argmax(ids if self.end is None else ids == self.end, -1)
         return self.out(jnp.take_along_axis(self(ids), at[:, None, None], 1)[:, 0])
 
 
 class ImageTower(nnx.Module):
-    """A vision Transformer (Dosovitskiy et al. 2021), whose first token gathers the picture."""
+    """A vision Transformer (Dosovitskiy et al. 2021), whose first token represents the image."""
 
     def __init__(self, config: Clip, key: Array):
         keys = jax.random.split(key, 5)
@@ -197,19 +199,19 @@ class ImageTower(nnx.Module):
         self.out = Linear(d, config.dim, keys[4], bias=False, std=d**-0.5, axes=("embed", None))
 
     def __call__(self, x: Array) -> Array:
-        """Pictures (b, i, j, c) as `as_seen` or `preprocess` give them -> (b, 1 + patches, d), not yet normalised."""
+        """Images (b, i, j, c) from `as_seen` or `preprocess` -> (b, 1 + patches, d), before the last norm."""
         x = rearrange(self.patches(x), "b i j d -> b (i j) d")
         first = jnp.broadcast_to(self.first[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
         x = jnp.concatenate([first, x], 1) + self.positions[...]
         return apply_stack(self.blocks, shard(self.before(x), "batch", "length", None))[0]
 
     def embed(self, x: Array) -> Array:
-        """Pictures (b, i, j, c) -> embeddings (b, k), of any length."""
+        """Images (b, i, j, c) -> embeddings (b, k), not normalised."""
         return self.out(self.norm(self(x)[:, 0]))
 
 
 class CLIP(nnx.Module):
-    """Both towers, and the logarithm of what cosines are multiplied by."""
+    """Both towers, and the logarithm of the scale of cosines."""
 
     def __init__(self, config: Clip, key: Array):
         keys = jax.random.split(key)
@@ -217,12 +219,12 @@ class CLIP(nnx.Module):
         self.logit_scale = param(jnp.asarray(math.log(1 / 0.07)))
 
     def logits(self, images: Array, ids: Array) -> Array:
-        """Pictures (b, i, j, c), ids int (n, s) -> scaled cosines (b, n) (Radford et al. 2021, figure 3)."""
+        """Images (b, i, j, c), ids int (n, s) -> scaled cosines (b, n) (Radford et al. 2021, figure 3)."""
         return jnp.exp(self.logit_scale[...]) * unit(self.image.embed(images)) @ unit(self.text.embed(ids)).T
 
 
 def unit(x: Array) -> Array:
-    """x at length 1 over the last dimension; zeros stay."""
+    """x scaled to length 1 over the last dimension; zeros stay zero."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -232,8 +234,9 @@ def unit(x: Array) -> Array:
 def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Mapping[str, Any], Table]:
     """The sizes, the tensors and their table, of a folder (Hugging Face, open_clip) or a file with OpenAI's names.
 
-    head, activation: size of a head, and `hidden_act`, which files do not tell; without, those of OpenAI, quick_gelu.
-    Errors: FileNotFoundError, ValueError for what is no CLIP, and where a folder says another activation.
+    head, activation: size of a head, and `hidden_act`, which files do not record; defaults are OpenAI's, with
+    quick_gelu. Errors: FileNotFoundError, ValueError for a file that is no CLIP, and for a folder with another
+    activation.
     """
     path = Path(path)
     if path.is_dir() and not (path / published.OPEN_CLIP).is_file():
@@ -253,7 +256,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
 
 
 def activation_of(name: str) -> Any:
-    """Our name of a published `hidden_act`. Errors: ValueError with those that are known."""
+    """Our name of a published `hidden_act`. Errors: ValueError listing the known ones."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -279,7 +282,7 @@ def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
 
 
 class _Captions(Limited):
-    """A text side that reads by byte pairs, and cuts before the end token."""
+    """A text side that uses byte pairs, and cuts before the end token."""
 
     folder: str
     vocabulary: str
@@ -303,22 +306,25 @@ class _Captions(Limited):
 
 @dataclasses.dataclass(frozen=True)
 class ClipText(_Captions):
-    """Captions as features of every token, after the last norm: what VQ-Diffusion and its kin look at."""
+    """Captions as features of every token, after the last norm: the context of VQ-Diffusion and similar models."""
 
     folder: Annotated[str, ENCODER]
-    """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
+    """in the layout of Hugging Face or open_clip, or a file with OpenAI's names"""
     normalise: bool = False
     """scale every token's vector to length 1, as VQ-Diffusion does"""
     pad: int = 0
-    """id after the end; released programs use 0 or the end's own, 49407"""
+    """id after the end; released programs use 0 or the end token, 49407"""
     vocabulary: Annotated[str, VOCABULARY] = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
     activation: str = ""
-    """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
+    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and a mask bool (n, s): all True, as published networks look at padding too; all False for
-        an empty caption. Errors: ImportError where the vocabulary is missing."""
+        """Ids int32 (n, s) and a mask bool (n, s).
+
+        The mask is all True, as published networks attend to padding too, but all False for an empty caption. Errors:
+        ImportError if the vocabulary is missing.
+        """
         ids, filled = _encode(self, captions, self.pad)
         return ids, np.broadcast_to(filled[:, None], ids.shape).copy()
 
@@ -350,28 +356,28 @@ class ClipText(_Captions):
         return to_ours(tower, tensors, lines, ignore=".", file=self.folder)
 
     def features(self, model: TextTower, ids: Array, mask: Array) -> Array:
-        """One vector a token: (b, s) ids and mask -> (b, s, k) fp32."""
+        """One vector per token: (b, s) ids and mask -> (b, s, k) fp32."""
         x = model(ids)
         return unit(x) if self.normalise else x
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipEmbedding(_Captions):
-    """One vector of length 1: of the picture in training, of the caption when drawing (Wang et al. 2022, CLIP-GEN)."""
+    """One vector of length 1: of the image in training, of the caption in sampling (Wang et al. 2022, CLIP-GEN)."""
 
     folder: Annotated[str, ENCODER]
-    """as Hugging Face or open_clip lay it out, or a file with the names of OpenAI"""
+    """in the layout of Hugging Face or open_clip, or a file with OpenAI's names"""
     vocabulary: Annotated[str, VOCABULARY] = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
     activation: str = ""
-    """of a file, which does not tell it: quick_gelu (also where nothing is said) or gelu"""
+    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
 
     length = 1
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and the mask bool (n, 1) of captions that say something.
+        """Ids int32 (n, s) and the mask bool (n, 1) of non-empty captions.
 
-        Errors: ImportError where the vocabulary is missing.
+        Errors: ImportError if the vocabulary is missing.
         """
         ids, filled = _encode(self, captions, 0)
         return ids, filled[:, None]
@@ -398,12 +404,12 @@ class ClipEmbedding(_Captions):
         return unit(model.text.embed(ids))[:, None]
 
     def image_features(self, model: CLIP, images: Array) -> Array:
-        """The embedding of each picture: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
+        """The embedding of each image: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
         return unit(model.image.embed(as_seen(images, sizes(self.folder, self.activation).size)))[:, None]
 
 
 def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n, s), and which captions (n,) have any between start and end."""
+    """Ids (n, s), and which captions (n,) have any ids between start and end."""
     pairs, config = text.pairs, sizes(text.folder, text.activation)
     ids = pairs.encode(captions, config.length, pad)
     if ids.size and ids.max() >= config.vocabulary:
@@ -411,13 +417,13 @@ def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -
     return ids, ids[:, 1] != pairs.last
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- images
 
 
 def preprocess(pictures: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
-    """Pictures, or uint8 (i, j, 3), as OpenAI's program hands them to CLIP: float32 (n, size, size, 3).
+    """Images, or uint8 (i, j, 3), preprocessed as in OpenAI's program: float32 (n, size, size, 3).
 
-    The short side becomes `size` by pillow's bicubic filter, the centre is cut out, colours are standardised.
+    The short side is resized to `size` with pillow's bicubic filter, the centre is cropped, colours are standardised.
     """
     rows = []
     for picture in pictures:
@@ -431,9 +437,9 @@ def preprocess(pictures: Sequence[Image.Image | np.ndarray], size: int = 224) ->
 
 
 def as_seen(images: Array, size: int = 224) -> Array:
-    """The same for pictures (b, i, j, 3) in [-1, 1] on the device, their centre cut out first.
+    """The same for images (b, i, j, 3) in [-1, 1] on the device, which are cropped first.
 
-    Like pillow it makes the columns, then the rows, and rounds to bytes after each; no gradient passes.
+    Like pillow it resizes columns, then rows, and rounds to bytes after each; no gradient passes.
     """
     i, j = images.shape[1:3]
     side = min(i, j)

@@ -1,4 +1,4 @@
-"""What of a caption a text side does not read: the tokens after its length."""
+"""The part of a caption that a text side does not read: the tokens beyond its length."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from t2i_jax.core.types import TextSpec, Tokenizer
 log = logging.getLogger(__name__)
 
 NAMED = 3
-"""Captions that a warning names."""
+"""Number of captions in a warning."""
 SHOWN = 40
-"""Characters of each that it shows."""
+"""Characters shown of each."""
 
 
 class Limited(Tokenizer, Protocol):
-    """A tokenizer that reads a number of tokens of a caption and cuts the rest; a base for such."""
+    """Base of tokenizers that read a limited number of tokens of a caption and cut the rest."""
 
     @property
     def spec(self) -> TextSpec:
@@ -34,7 +34,7 @@ class Limited(Tokenizer, Protocol):
     @property
     @abstractmethod
     def room(self) -> int:
-        """Tokens of a caption that are read, special ones not counted."""
+        """Tokens of a caption that are read, without special ones."""
         ...
 
     @abstractmethod
@@ -44,25 +44,25 @@ class Limited(Tokenizer, Protocol):
 
     @property
     def pieces(self) -> int:
-        """How many ids there are, where a model embeds them itself; 0 where the text side has its own encoder."""
+        """Number of ids, if a model embeds them itself; 0 if the text side has its own encoder."""
         return 0
 
     def cut(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens of each caption are not read."""
+        """Number of unread tokens of each caption."""
         return [max(0, len(ids) - self.room) for ids in self.tokens(captions)]
 
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Which rows bool (n,) have no padding: captions that fill their length, and may be longer."""
+        """Which rows bool (n,) have no padding: captions that fill the length, and may be longer."""
         return np.all(mask, axis=-1)
 
 
 def limited(text: Tokenizer | None) -> Limited | None:
-    """A tokenizer that declares that it counts what it does not read; None for others."""
+    """The tokenizer as a `Limited` if it declares that it counts unread tokens; None for others."""
     return cast(Limited, text) if text is not None and text.spec.limited else None
 
 
 def check_vocabulary(text: Tokenizer | None, spec: BatchSpec) -> None:
-    """Errors: `ConfigError` where a text side has ids that the table of the model does not."""
+    """Errors: `ConfigError` if a text side has ids beyond the model's table."""
     pieces = counting.pieces if (counting := limited(text)) else 0
     high = spec["text"].high if "text" in spec else None
     if high is not None and pieces > high + 1:
@@ -73,9 +73,9 @@ def check_vocabulary(text: Tokenizer | None, spec: BatchSpec) -> None:
 
 
 def unread(text: Limited, captions: Sequence[str]) -> str:
-    """One line on the captions that are longer than the text side reads: which, how much is cut, and from where on.
+    """One line on the captions longer than the limit: which, how many tokens are cut, and from where on.
 
-    Empty where all are read whole.
+    Empty if there are none.
     """
     captions = list(dict.fromkeys(captions))
     long = [(caption, count) for caption, count in zip(captions, text.cut(captions), strict=True) if count]
@@ -87,10 +87,10 @@ def unread(text: Limited, captions: Sequence[str]) -> str:
 
 
 def end(text: Limited, caption: str) -> int:
-    """Characters of a caption that are read: up to the end of a word, where there are words."""
+    """Number of characters of a caption that are read: up to the end of a word, if it has words."""
 
     def longest(ends: Sequence[int]) -> int:
-        """The last of these beginnings that is read whole, or 0; of long captions only the beginning is looked at."""
+        """The longest of these prefixes that is read whole, or 0; of long captions only the beginning is tried."""
         lost = lambda n: text.cut([caption[:n]])[0]
         most = 1
         while most < len(ends) and not lost(ends[most - 1]):
@@ -107,7 +107,8 @@ def shown(caption: str) -> str:
 
 
 def noticing(text: Tokenizer | None) -> Tokenizer | None:
-    """`text` as a tokenizer of training data that logs the first caption which it cuts; others as they are."""
+    """A tokenizer of training data that logs the first caption it cuts; tokenizers without a limit are returned
+    unchanged."""
     return _Noticing(counting) if (counting := limited(text)) else text
 
 

@@ -1,7 +1,7 @@
-"""The hidden states of a decoder language model as text: Llama (Touvron et al. 2023; Dubey et al. 2024), Qwen 2 and 3.
+"""Decoder language models as text encoders: Llama (Touvron et al. 2023; Dubey et al. 2024), Qwen 2 and 3.
 
-A language model that was never shown a picture reads captions better than encoders of its size (Xie et al. 2024, SANA;
-Qin et al. 2025, Lumina-Image 2.0): its last or last but one hidden states take the place of T5's features.
+A language model trained without images encodes captions better than encoders of its size (Xie et al. 2024, SANA; Qin et
+al. 2025, Lumina-Image 2.0): its last or second-to-last hidden states replace T5's features.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from t2i_jax.parallel import shard
 from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
-"""`model_type` of a config.json that is known."""
+"""Supported `model_type` of a config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM(Limited):
-    """Captions as hidden states of a language model that lies in a folder as Hugging Face lays it out."""
+    """Captions as hidden states of a language model in a folder in Hugging Face's layout."""
 
     folder: Annotated[str, ENCODER]
     """with config.json, the weights and tokenizer.json"""
     length: int = 128
-    """ids of a caption, those of the template included; longer ones are cut"""
+    """ids per caption, including those of the template; longer captions are cut"""
     layer: int = -1
-    """which hidden states: 0 are the embeddings, n those behind layer n, and negative ones count from the end; the last
-    are normalised. Layers behind are not loaded."""
+    """which hidden states: 0 the embeddings, n those after layer n, negative ones count from the end; the last are
+    normalised. Later layers are not loaded."""
     template: str = "{}"
-    """what captions are set into, `{}` being the caption: an instruction, say"""
+    """template of the captions, such as an instruction, with `{}` for the caption"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the weights and of the arithmetic"""
+    """dtype of the weights and of the computation"""
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -58,7 +58,7 @@ class DecoderLM(Limited):
             raise ValueError(f"DecoderLM.template {self.template!r} has no {{}}, the place of the caption")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+        """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
 
         Errors: FileNotFoundError without tokenizer.json, ImportError without the package that reads it.
         """
@@ -81,14 +81,15 @@ class DecoderLM(Limited):
         return self.length
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
-        """All ids of each caption in its template, those that the tokenizer adds too; none of an empty caption."""
+        """All ids of each caption in its template, including those that the tokenizer adds; none for an empty
+        caption."""
         texts = [self.template.replace("{}", caption) for caption in captions]
         found = _tokenizer(self.folder).encode_batch(texts)
         return [one.ids if caption.strip() else [] for one, caption in zip(found, captions, strict=True)]
 
     @functools.cached_property
     def shape(self) -> DecoderLMShape:
-        """The sizes of what is loaded. Errors: FileNotFoundError, ValueError naming a field of config.json."""
+        """Sizes of the loaded part. Errors: FileNotFoundError, ValueError naming a field of config.json."""
         return DecoderLMShape.read(huggingface.config(self.folder), self.layer)
 
     @property
@@ -97,7 +98,7 @@ class DecoderLM(Limited):
         return self.shape.layer.width
 
     def load(self) -> DecoderLMNetwork:
-        """The layers that are asked for, on the host: `parallel.placed` with the shardings of a mesh places them.
+        """The requested layers with their weights, on the host: `parallel.put_on_mesh` puts them on a mesh.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
@@ -113,24 +114,24 @@ class DecoderLM(Limited):
         return to_ours(abstract, huggingface.Weights(self.folder, published.NEEDED), lines, aside, self.folder)
 
     def features(self, model: DecoderLMNetwork, ids: Array, mask: Array) -> Array:
-        """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
+        """One vector per token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
         return model(ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLMShape:
-    """Sizes of a decoder, up to the layer that is asked for."""
+    """Sizes of a decoder, up to the requested layer."""
 
     layer: Layer
     depth: int
     vocabulary: int
     last: bool
-    """it has the norm behind the last layer"""
+    """it has the norm after the last layer"""
     base: float = 10000.0
-    """of rotary positions"""
+    """base of the rotary positions"""
     stretch: tuple[float, float, float, float] | None = None
-    """factor, low, high and length: waves of over length / low places are slowed by the factor, those of under
-    length / high are not (Llama 3.1)"""
+    """factor, low, high and length: wavelengths above length / low are slowed by the factor, those below length / high
+    are not (Llama 3.1)"""
 
     @classmethod
     def read(cls, config: Mapping[str, Any], layer: int = -1) -> DecoderLMShape:
@@ -173,7 +174,7 @@ class DecoderLMShape:
 
 
 def _rotary(config: Mapping[str, Any]) -> tuple[float, tuple[float, float, float, float] | None]:
-    """The base of rotary positions, and how they are stretched."""
+    """Base and stretch of the rotary positions."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -197,7 +198,7 @@ def _tokenizer(folder: str) -> Any:
         raise ImportError("tokenizer.json is read by the package tokenizers: pip install 'tokenizers>=0.22'") from error
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package has no narrower one
+    except Exception as error:  # the package raises no narrower type
         what = sniff_file(path)
         said = f"is {what}, not a tokenizer" if what != "a JSON file" else f"cannot be read as a tokenizer: {error}"
         raise ValueError(f"{path}: {said}") from error
@@ -207,7 +208,7 @@ def _tokenizer(folder: str) -> Any:
 
 
 class DecoderLMNetwork(nnx.Module):
-    """Pre-norm blocks that see what stands before them."""
+    """Pre-norm blocks with causal attention."""
 
     def __init__(self, shape: DecoderLMShape, key: Array):
         keys = jax.random.split(key)
@@ -217,7 +218,7 @@ class DecoderLMNetwork(nnx.Module):
         self.shape = shape
 
     def __call__(self, ids: Array) -> Array:
-        """ids int (b, t) -> hidden states (b, t, d) in the dtype of the weights; what follows a token is not seen."""
+        """ids int (b, t) -> hidden states (b, t, d) in the dtype of the weights, by causal attention."""
         x, t = shard(self.words(ids), "batch", "length", None), ids.shape[1]
         if self.blocks is not None:
             angles = self.shape.angles(t)

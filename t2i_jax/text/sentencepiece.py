@@ -1,4 +1,4 @@
-"""Captions as SentencePiece ids (Kudo & Richardson 2018): training a vocabulary, using one."""
+"""SentencePiece (Kudo & Richardson 2018): train a vocabulary, tokenize captions with one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from t2i_jax.core.sniff import HEAD, sniff
 from t2i_jax.text.cut import Limited
 
 MOST = 1_000_000
-"""Captions that a vocabulary is trained on; of more, evenly spaced ones are taken."""
+"""Maximum number of captions to train a vocabulary on; of more, evenly spaced ones are used."""
 OWN = 260
-"""Pieces that every vocabulary has: 256 bytes, <unk>, <s>, </s> and <pad>."""
+"""Pieces in every vocabulary: 256 bytes, <unk>, <s>, </s> and <pad>."""
 
 
 def train_vocabulary(
@@ -32,9 +32,9 @@ def train_vocabulary(
     """Train a vocabulary of `size` pieces and write it to `out`, the same file for the same captions; returns its size.
 
     256 of the pieces are bytes, so that no text is unknown; <unk>, <s>, </s> and <pad> are 0 to 3. A vocabulary is
-    smaller than `size` where the captions do not give as many pieces. model_type: `unigram` or `bpe`.
-    Errors: `ConfigError` for another model_type and for a size that is too small for the captions, `DataError` without
-    captions and for one that is no text.
+    smaller than `size` if the captions do not yield as many pieces. model_type: `unigram` or `bpe`. Errors:
+    `ConfigError` for another model_type and for a size that is too small for the captions, `DataError` without captions
+    and for one that is not a string.
     """
     if model_type not in ("unigram", "bpe"):
         raise ConfigError(f"model_type '{model_type}': it is unigram or bpe")
@@ -56,10 +56,10 @@ def train_vocabulary(
             vocab_size=size,
             model_type=model_type,
             byte_fallback=True,
-            normalization_rule_name="nfkc",  # the default rules also delete the joiners inside of emoji
+            normalization_rule_name="nfkc",  # the default rules also delete the joiners inside emoji
             hard_vocab_limit=False,
             pad_id=3,
-            num_threads=1,  # sums in one order
+            num_threads=1,  # fixes the order of sums
             max_sentence_length=1 << 20,
             minloglevel=2,
         )
@@ -79,7 +79,7 @@ def train_vocabulary(
 
 
 def check_vocabulary_file(path: Path) -> None:
-    """Errors: `ConfigError` where something is in the place of a vocabulary that is to be written, and is none."""
+    """Errors: `ConfigError` if the path of a new vocabulary holds anything but a vocabulary."""
     check_parent(path)
     if os.path.lexists(path):
         try:
@@ -90,21 +90,21 @@ def check_vocabulary_file(path: Path) -> None:
 
 @dataclass(frozen=True)
 class SentencePiece(Limited):
-    """Captions as ids of a SentencePiece vocabulary, one trained with `t2i data vocab` or any other."""
+    """Captions as ids of a SentencePiece vocabulary, trained with `t2i data vocab` or any other."""
 
     path: Annotated[str, VOCABULARY]
     """the vocabulary, a .model file"""
     length: int = 32
-    """ids of a caption, beginning and end included; longer captions are cut"""
+    """ids per caption, including beginning and end; longer captions are cut"""
 
     def __post_init__(self):
         if self.length < 3:
             raise ValueError(f"SentencePiece.length {self.length}: it is at least 3")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+        """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
 
-        Errors: FileNotFoundError without the vocabulary, ValueError where it cannot be read.
+        Errors: FileNotFoundError without the vocabulary, ValueError if it cannot be read.
         """
         pieces, room = self._pieces, self.room
         first, last = pieces.bos_id(), pieces.eos_id()
@@ -125,13 +125,13 @@ class SentencePiece(Limited):
         return self._pieces.encode([_tidy(c) for c in captions], out_type=int, num_threads=1)
 
     def decode(self, ids: np.ndarray) -> list[str]:
-        """The text of ids (n, s), without what is no text: n strings."""
+        """The text of ids (n, s), without control ids: n strings."""
         pieces = self._pieces
         return pieces.decode([[n for n in row if not pieces.is_control(n)] for row in np.asarray(ids).tolist()])
 
     @property
     def pieces(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return self._pieces.get_piece_size()
 
     @property
@@ -151,7 +151,7 @@ def _tidy(caption: str) -> str:
 
 @functools.lru_cache(8)
 def _load(path: str, changed: int, size: int) -> SentencePieceProcessor:
-    """The vocabulary of a file; one read serves all, until the file changes."""
+    """The vocabulary of a file; cached until the file changes."""
     try:
         data = Path(path).read_bytes()
         return _load_bytes(data)

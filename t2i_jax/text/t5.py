@@ -1,4 +1,4 @@
-"""T5's encoder, frozen (Raffel et al. 2020; FLAN-T5: Chung et al. 2022): the reader of captions of LlamaGen."""
+"""T5's encoder, frozen (Raffel et al. 2020; FLAN-T5: Chung et al. 2022): the text encoder of LlamaGen."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ ACTIVATIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class T5(Limited):
-    """Captions as features of a T5 encoder that lies in a folder as Hugging Face lays it out."""
+    """Captions as features of a T5 encoder in a folder in Hugging Face's layout."""
 
     folder: Annotated[str, ENCODER]
     """with config.json, the weights and spiece.model"""
     length: int = 120
-    """ids of a caption, the end included; longer ones are cut"""
+    """ids per caption, including the end; longer captions are cut"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the weights and of the arithmetic; the features that released LlamaGen weights saw were bfloat16"""
+    """dtype of the weights and of the computation; released LlamaGen weights were trained on bfloat16 features"""
     clean: bool = False
     """clean captions as DeepFloyd-IF, PixArt and LlamaGen do (`t2i_jax.text.clean`)"""
     vocabulary: Annotated[str, VOCABULARY] = ""
@@ -56,9 +56,9 @@ class T5(Limited):
             raise ValueError(f"T5.dtype '{self.dtype}': it is float32 or bfloat16")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and the mask bool (n, s) of those that are not padding; an empty caption is all padding.
+        """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
 
-        Errors: FileNotFoundError without spiece.model, ValueError where it cannot be read.
+        Errors: FileNotFoundError without spiece.model, ValueError if it cannot be read.
         """
         return self._pieces([clean_twice(c) for c in captions] if self.clean else captions)
 
@@ -95,7 +95,7 @@ class T5(Limited):
         return self.shape.layer.width
 
     def load(self) -> T5Encoder:
-        """The encoder with its weights, on the host: `parallel.placed` with the shardings of a mesh places them.
+        """The encoder with its weights, on the host: `parallel.put_on_mesh` puts it on a mesh.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
@@ -106,7 +106,7 @@ class T5(Limited):
         return to_ours(abstract, tensors, lines, published.IGNORED, self.folder)
 
     def features(self, model: T5Encoder, ids: Array, mask: Array) -> Array:
-        """One vector a token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
+        """One vector per token: (b, s) ids and mask -> (b, s, k) of `dtype`, arbitrary where the mask is False."""
         return model(ids, mask)
 
 
@@ -118,9 +118,9 @@ class T5Shape:
     depth: int
     vocabulary: int
     buckets: int = 32
-    """of relative positions, half of them for positions to the right"""
+    """number of buckets of relative positions, half of them for positions to the right"""
     distance: int = 128
-    """from which on all positions fall into the last bucket"""
+    """distance from which on all positions share the last bucket"""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> T5Shape:
@@ -138,7 +138,7 @@ class T5Shape:
             hidden=config["d_ff"],
             eps=config.get("layer_norm_epsilon", 1e-6),
             activation=ACTIVATIONS[projection],
-            scale=1.0,  # T5 divides the initial weights instead
+            scale=1.0,  # T5 scales down the initial weights instead
         )
         buckets, distance = (
             config.get(f"relative_attention_{k}", v) for k, v in (("num_buckets", 32), ("max_distance", 128))
@@ -147,7 +147,8 @@ class T5Shape:
 
 
 class T5Encoder(nnx.Module):
-    """Pre-norm blocks without positions, whose attention logits get a bias by relative position that all share."""
+    """Pre-norm blocks without position embeddings; a relative-position bias of the attention logits is shared by all
+    blocks."""
 
     def __init__(self, shape: T5Shape, key: Array):
         keys = jax.random.split(key, 3)
@@ -159,7 +160,7 @@ class T5Encoder(nnx.Module):
         self.shape = shape
 
     def __call__(self, ids: Array, mask: Array) -> Array:
-        """ids int (b, t), mask bool (b, t) of those that are text -> (b, t, d) in the dtype of the weights."""
+        """ids int (b, t), mask bool (b, t) of text -> (b, t, d) in the dtype of the weights."""
         x = shard(self.words(ids), "batch", "length", None)
         bias = self.relative[...][buckets(ids.shape[1], self.shape.buckets, self.shape.distance)]
         bias = rearrange(bias, "t s n -> 1 n t s")
@@ -167,10 +168,10 @@ class T5Encoder(nnx.Module):
 
 
 def buckets(t: int, count: int, distance: int) -> np.ndarray:
-    """Bucket int (t, t) of key s as query t sees it (Raffel et al. 2020, section 2.1).
+    """Bucket int (t, t) of key s relative to query t (Raffel et al. 2020, section 2.1).
 
-    The lower half of the buckets is for keys to the left, the upper for keys to the right. In each half the first
-    half are exact distances, the others grow with the logarithm up to `distance`.
+    The lower half of the buckets is for keys to the left, the upper for keys to the right. In each half the first half
+    are exact distances, the others grow with the logarithm up to `distance`.
     """
     offset = np.arange(t)[None] - np.arange(t)[:, None]
     half, exact = count // 2, count // 4

@@ -1,4 +1,4 @@
-"""Two CLIPs and T5 as one text: the reader of captions of Stable Diffusion 3 (Esser et al. 2024, section 4)."""
+"""Two CLIPs and T5 as one text encoder: that of Stable Diffusion 3 (Esser et al. 2024, section 4)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from t2i_jax.text.cut import Limited
 from t2i_jax.text.t5 import T5, T5Encoder
 
 END = 1
-"""T5's id of the end of a text."""
+"""T5's end-of-text id."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Triple(Limited):
-    """Captions as one vector for the whole, then one for each token of the CLIPs, side by side, and each of T5's."""
+    """Captions as a pooled vector, then the concatenated CLIP vectors of each token, then those of T5."""
 
     first: ClipText
     second: ClipText
     t5: T5
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) of all three, one behind another, and a mask bool (n, s): all True, as all three look at
-        padding too; all False for an empty caption. Errors: those of the three."""
+        """Ids int32 (n, s) of all three, concatenated, and a mask bool (n, s).
+
+        The mask is all True, as all three attend to padding too, but all False for an empty caption. Errors: those of
+        the three.
+        """
         parts = [text(captions) for text in self.parts]
         ids = np.concatenate([part[0] for part in parts], 1)
         empty = ~parts[2][1].any(1)
-        ids[empty, self.first.length + self.second.length] = END  # T5's own reading of nothing
+        ids[empty, self.first.length + self.second.length] = END  # T5's encoding of an empty text
         return ids, np.broadcast_to(~empty[:, None], ids.shape).copy()
 
     @property
@@ -53,7 +56,7 @@ class Triple(Limited):
         return self.t5.tokens(captions)
 
     def cut(self, captions: Sequence[str]) -> list[int]:
-        """How many tokens of each caption none of the three reads."""
+        """Number of tokens of each caption that none of the three reads."""
         return [min(counts) for counts in zip(*(text.cut(captions) for text in self.parts), strict=True)]
 
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -70,7 +73,7 @@ class Triple(Limited):
 
     @property
     def length(self) -> int:
-        """Vectors of a caption, the first included."""
+        """Vectors per caption, including the pooled one."""
         return 1 + self.first.length + self.t5.length
 
     def load(self) -> TripleEncoders:
@@ -78,8 +81,11 @@ class Triple(Limited):
         return TripleEncoders(self.first.load(), self.second.load(), self.t5.load())
 
     def features(self, model: TripleEncoders, ids: Array, mask: Array) -> Array:
-        """(b, s) ids -> (b, 1 + t + u, k) fp32: the embeddings of both CLIPs beside each other, their last states but
-        one likewise (t of them), T5's features (u); zeros fill up what is narrower than T5."""
+        """(b, s) ids -> (b, 1 + t + u, k) fp32, zero-padded to the width of T5.
+
+        The embeddings of both CLIPs, concatenated; their second-to-last states, concatenated likewise (t of them); T5's
+        features (u).
+        """
         n, m = self.first.length, self.second.length
         a, b, c = ids[:, :n], ids[:, n : n + m], ids[:, n + m :]
         wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, self.dim - x.shape[-1])))

@@ -1,4 +1,4 @@
-"""BERT's tokeniser: lower case without accents, split at spaces and punctuation, words into known pieces."""
+"""BERT's tokenizer: lower case without accents, split at spaces and punctuation, words into known pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST = 100  # characters of a word; longer ones are unknown
 class WordPiece:
     """The ids of the pieces of a text, greedily the longest first (Devlin et al. 2019; Wu et al. 2016).
 
-    path: a file with one piece a line, those that go on in a word beginning with ##. A text cannot name the special
+    path: a file with one piece per line, those inside a word with the prefix ##. A text cannot contain the special
     pieces: "[SEP]" is four pieces of ordinary text.
     """
 
@@ -46,7 +46,8 @@ class WordPiece:
 
 
 def words(text: str) -> list[str]:
-    """Words, punctuation marks and Chinese characters of a text, lower-case, accents and control characters gone."""
+    """Words, punctuation marks and Chinese characters of a text, in lower case, without accents and control
+    characters."""
     return "".join(map(_spaced, _plain("".join(map(_clean, text))))).split()
 
 
@@ -69,7 +70,7 @@ def _spaced(c: str) -> str:
 
 
 def _chinese(n: int) -> bool:
-    """Ideographs of Chinese, which are words of their own; Japanese syllables and Korean blocks are not."""
+    """Whether a character is a Chinese ideograph, a word of its own; Japanese syllables and Korean blocks are not."""
     return (
         0x4E00 <= n <= 0x9FFF
         or 0x3400 <= n <= 0x4DBF

@@ -1,4 +1,4 @@
-"""One experiment as a value: what is trained, on what, how, and where."""
+"""Configuration of one experiment: model, data, training settings and mesh."""
 
 from __future__ import annotations
 
@@ -37,46 +37,45 @@ from t2i_jax.training.optimizer import Optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Train(Checked):
-    """How long, how fast, and how often the run looks up."""
+    """Length, optimisation, checkpoints and evaluation of a run."""
 
     steps: Annotated[Size, FREE] = 1000
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     optimizer: Optimizer = Optimizer()
     optimizers: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
-    """those of objectives (`discriminator`, say), by name, where they differ from `optimizer`"""
+    """optimizers of single objectives (such as `discriminator`), by name, if they differ from `optimizer`"""
     ema: Rate = 0.0
-    """decay of the parameters' average, which is then sampled and evaluated; 0 keeps none"""
+    """decay of the parameter average, which is then used for sampling and evaluation; 0: no average"""
     ema_params: tuple[str, ...] = ()
-    """dotted names of the parameters that are averaged, or what they begin with (`autoencoder`, say); () is all"""
+    """dotted names, or prefixes of names (such as `autoencoder`), of the averaged parameters; () is all"""
     accumulate: Size = 1
-    """parts a batch is cut into, one update after all of them"""
+    """number of parts that a batch is split into, with one update after all of them"""
     tolerate: Annotated[Count, FREE] = 5
-    """steps in a row whose loss or gradient is not finite: they change nothing, are counted and said; one more ends
-    the run"""
+    """steps in a row with non-finite loss or gradient that are skipped, counted and logged; one more ends the run"""
     spike: NotNegative = 0.0
-    """a step whose gradient norm is more than so many times its running mean changes nothing either; 0: none is such"""
+    """skip steps whose gradient norm is above this multiple of its running mean; 0: none"""
     log_every: Annotated[Size, FREE] = 20
     save_every: Annotated[Size, FREE] = 500
     save_retries: Annotated[Count, FREE] = 3
-    """times in a row that a checkpoint which could not be written is tried again before the run stops ..."""
+    """retries in a row of a checkpoint that could not be written, before the run stops"""
     save_backoff: Annotated[NotNegative, FREE] = 10.0
-    """... so many seconds after the first failure, and twice as long each time"""
+    """seconds before the first retry; doubled for each further one"""
     keep: Annotated[Size, FREE] = 3
-    """newest checkpoints that stay on disk"""
+    """number of newest checkpoints to keep"""
     keep_every: Annotated[Count, FREE] = 0
-    """steps between checkpoints that are saved and stay for good; 0 keeps none"""
+    """steps between checkpoints that are kept permanently; 0: none"""
     keep_best: Annotated[str, FREE] = ""
-    """metric of the held-out split whose best checkpoint is saved and stays, "min val/loss" or "max val/accuracy";
-    it is looked at each `evaluate_every` steps"""
+    """metric of the held-out split whose best checkpoint is kept, "min val/loss" or "max val/accuracy"; it is checked
+    every `evaluate_every` steps"""
     stuck_after: Annotated[NotNegative, FREE] = 1800.0
-    """seconds without a finished step after which a process ends itself, for it hangs or another does; 0: never"""
+    """seconds without a finished step after which a process exits, since it or another one hangs; 0: never"""
     evaluate_every: Annotated[Count, FREE] = 500
     evaluate_batches: Annotated[Count, FREE] = 4
     preview_every: Annotated[Count, FREE] = 500
-    """steps between grids of pictures under `samples/`; 0 draws none"""
+    """steps between grids of images under `samples/`; 0: none"""
     previews: Annotated[Count, FREE] = 16
     profile: Annotated[Count, FREE] = 0
-    """step at which a trace of five steps is written to `profile/`; 0 writes none"""
+    """step at which a trace of five steps is written to `profile/`; 0: none"""
     wandb: Annotated[bool, FREE] = False
 
     def __post_init__(self):
@@ -87,13 +86,13 @@ class Train(Checked):
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 
     def optimizer_of(self, name: str) -> Optimizer:
-        """The optimiser of this name."""
+        """The optimizer of this name."""
         return self.optimizers.get(name, self.optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Checked):
-    """What a config file builds: `t2i train FILE` trains `model` on `data`."""
+    """The content of a config file: `t2i train FILE` trains `model` on `data`."""
 
     model: Any
     """a family or a codec: a dataclass with `init` and `objectives`"""
@@ -101,9 +100,9 @@ class Experiment(Checked):
     train: Train = Train()
     mesh: Annotated[MeshConfig, FREE] = MeshConfig()
     codec: str = ""
-    """run or released folder of the frozen codec that turns images into codes; empty where the model sees pixels"""
+    """run or released folder of the frozen codec that turns images into codes; empty if the model reads pixels"""
     text: Tokenizer | None = None
-    """tokenizer or frozen text encoder; None where the model needs no captions"""
+    """tokenizer or frozen text encoder; None if the model needs no captions"""
 
     def __post_init__(self):
         if isinstance(self.codec, os.PathLike):
@@ -117,8 +116,10 @@ class Experiment(Checked):
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
-    """What is used and not trained, on the host, by name: `codec`, `text`, and `loss` for networks that only the loss
-    looks through (the model's `frozen()`); and the codec as it was loaded."""
+    """The frozen models of an experiment, on the host, by name; and the codec as loaded.
+
+    Names: `codec`, `text`, and `loss` for networks used only by the loss (the model's `frozen()`).
+    """
     parts, codec = {}, None
     if experiment.codec:
         codec = load_codec(experiment.codec, host=True)
@@ -135,8 +136,10 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | Non
 
 
 def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
-    """What examples of the data have to hold, before `prepare`: the fields of the model's `batch_spec`, of which those
-    that frozen parts compute may be absent. codec: the configuration of the frozen codec, or None."""
+    """Required fields of the data's examples, before `prepare`: those of the model's `batch_spec`.
+
+    Fields that frozen models compute are optional. codec: the configuration of the frozen codec, or None.
+    """
     spec = dict(experiment.model.batch_spec())
     optional = lambda field, one_of="": dataclasses.replace(field, optional=True, one_of=one_of)
     codes, images = spec.pop("codes", None), spec.pop("image", None)
@@ -152,7 +155,7 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "features" in spec and experiment.text is not None:
         spec["features"] = optional(spec["features"])
-        if learns_from_images(experiment.text):  # images teach, and captions are not read
+        if learns_from_images(experiment.text):  # images are the training signal, and captions are not read
             spec = {"image": FieldSpec((None, None, 3), "uint8", optional=True)} | spec
         else:
             ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
@@ -164,12 +167,11 @@ Prepare = Callable[[Mapping[str, Any], dict[str, Array], Array], dict[str, Array
 
 
 def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
-    """The part of a step before any gradient: (frozen, batch, key) -> batch with images as floats, codes and text
-    features.
+    """The part of a step before any gradient: (frozen, batch, key) -> batch with float images, codes and text features.
 
-    What the data brings already (codes, latents, features of an encoded data set) is not computed again. Codes of a KL
-    autoencoder are drawn from its posterior, by the key. A text with `image_features` teaches by images: their features
-    stand in for those of captions wherever there is an image.
+    Anything already in the data (codes, latents, features of an encoded data set) is not recomputed. Codes of a KL
+    autoencoder are sampled from its posterior with the key. With a text encoder that has `image_features`, the features
+    of images replace those of captions in all batches with images.
     """
 
     def prepare(frozen: Mapping[str, Any], batch: dict[str, Array], key: Array) -> dict[str, Array]:
@@ -187,7 +189,7 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
 def make_store(
     codec: Codec | None, text: Tokenizer | None
 ) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
-    """What `t2i encode` keeps of a batch: (frozen, batch) -> codes or latents, features and their mask."""
+    """The arrays that `t2i encode` stores for a batch: (frozen, batch) -> codes or latents, features and their mask."""
 
     def store(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
         batch = with_features(text, frozen, as_floats(batch))
@@ -205,7 +207,7 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
 
 
 def with_features(text: Tokenizer | None, frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
-    """A batch with the features of its images or captions, where the text encoder gives such and it has none yet."""
+    """A batch with features of its images or captions, if the text encoder computes them and the batch has none."""
     if "features" in batch or not gives_features(text):
         return batch
     if "image" in batch and learns_from_images(text):

@@ -1,4 +1,4 @@
-"""The one training loop: any trainable, any mesh, from the first step or from where a run stopped."""
+"""The training loop: any trainable, on any mesh, from the first step or from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal, saved itself and can go on with the same command."""
+    """A signal stopped the run; it is saved and can be resumed with the same command."""
 
     def __init__(self, message: str, number: int = signal.SIGINT):
         super().__init__(message)
@@ -67,9 +67,9 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """An experiment made ready: mesh, frozen models, shardings, the compiled step. `train` below drives it.
+    """An experiment ready to train: mesh, frozen models, shardings and the compiled step, for `train` below.
 
-    mesh: one of devices that need not be there, for a plan; then nothing is put on them, and `frozen` is abstract.
+    mesh: may have devices that are not present, for a plan; then nothing is put on them, and `frozen` is abstract.
     """
 
     def __init__(self, experiment: Experiment, folder: str | Path, mesh: Mesh | None = None):
@@ -124,9 +124,9 @@ class Trainer:
                 ema=train.ema_params if train.ema else None,
                 spikes=train.spike > 0,
             )
-            # A key made by eval_shape too: the devices of a plan cannot make one.
+            # The key is made under eval_shape too: the devices of a plan cannot make one.
             target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
-            # Without out_shardings an Auto mesh would replicate the moments, and eval_shape forgets shardings.
+            # Without out_shardings an Auto mesh would replicate the moments, and eval_shape drops shardings.
             self.layout = shardings(target, self.mesh)
             self.target = with_shardings(target, self.layout)
             whole = NamedSharding(self.mesh, P())
@@ -135,7 +135,7 @@ class Trainer:
 
     def start(self) -> TrainState:
         """The state before the first step."""
-        # Hundreds of unrolled random draws that run once: a CPU's compiler would take a minute to make them fast.
+        # Hundreds of independent random draws that run once: the CPU compiler would take a minute to optimise them.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.target))
@@ -145,13 +145,13 @@ class Trainer:
             return init(seed_key(self.experiment.train.seed))
 
     def model(self, state: TrainState) -> Any:
-        """The model to look at: averaged parameters where the run keeps them."""
+        """The model to evaluate and sample: with averaged parameters if the run keeps them."""
         return rebuild(self.abstract, {**state.params, **(state.ema or {}), **state.carried})
 
     def check(self, batch: dict[str, np.ndarray]) -> None:
-        """Look once at what becomes of a batch before the loss reads it: shapes and dtypes.
+        """Check the shapes and dtypes of the prepared batch once, before the first loss.
 
-        Errors: `DataError` that names what the model cannot take.
+        Errors: `DataError` naming what the model cannot read.
         """
         if not self.checked:
             shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -161,15 +161,15 @@ class Trainer:
             self.checked = True
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The rows of a batch that this process holds as part of the global one."""
+        """This process's rows of a batch as part of the global batch."""
         return global_batch(batch, self.mesh, self.experiment.data.batch_size)
 
     def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
-        """Global batches from a data position on, the next one always on its way to the devices."""
+        """Global batches from a data position on; the next one is always in transfer to the devices."""
         e = self.experiment
         rows = rows_of(self.mesh, e.data.batch_size)
         ahead: collections.deque = collections.deque()
-        captions = None if learns_from_images(e.text) else noticing(e.text)  # else images alone teach
+        captions = None if learns_from_images(e.text) else noticing(e.text)  # None: captions are not read
         stream: Any = e.data.batches(captions, position, rows, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
@@ -180,7 +180,7 @@ class Trainer:
             yield from ahead
 
     def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        key, draw = step_keys(0, 0)  # the same for every batch and every time that losses are taken
+        key, draw = step_keys(0, 0)  # the same for all batches and evaluations
         model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
         found = losses(self.objectives, self.forward, model, batch, key, state.step, False)
         for name, output in found.items():
@@ -198,8 +198,11 @@ class Trainer:
         return {f"val/{k}": float(np.mean([m[k] for m in seen])) for k in seen[0]} if seen else {}
 
     def flops(self, batch: dict[str, jax.Array], frozen_too: bool = True) -> float:
-        """Model FLOPs of a step: three times the forward pass, shared and of each objective that is trained in it,
-        recomputation not counted; and once that of the frozen parts, unless only what learns is asked for."""
+        """Model FLOPs of a step.
+
+        Three times the forward passes, the shared one and that of each objective trained in it, without recomputation;
+        plus one forward pass of the frozen parts unless `frozen_too` is False.
+        """
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
         key, step = jax.eval_shape(lambda: jax.random.key(0)), jnp.zeros((), jnp.int32)
@@ -218,12 +221,12 @@ class Trainer:
 
 
 def with_shardings(tree: Any, layout: Any) -> Any:
-    """The shapes and dtypes of `tree` with the shardings of `layout`: what a step can be compiled for."""
+    """The shapes and dtypes of `tree` with the shardings of `layout`: abstract inputs to compile a step for."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layout)
 
 
 def check_run(folder: Path) -> None:
-    """Errors: `ConfigError` where what lies in a folder is not that of a run: nothing of it will be written over."""
+    """Errors: `ConfigError` if a folder holds files that are not those of a run: none of them are overwritten."""
     check_utf8(folder)
     check_parent(folder)
     if (folder / "config.json").exists():
@@ -236,13 +239,13 @@ def check_run(folder: Path) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people, once for all processes."""
+    """Print a line to the console, from one process only."""
     if jax.process_index() == 0:
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def remember_data(data: Data, folder: Path) -> None:
-    """Write what the data of a run are to `data.json`; say so where they are not what they were at its last start."""
+    """Write a description of the run's data to `data.json`; warn if it has changed since the last start."""
     path, now = folder / "data.json", data.describe()
     was = read_json(path).get("train", now["train"]) if path.exists() else now["train"]
     if was != now["train"]:
@@ -257,12 +260,12 @@ def remember_data(data: Data, folder: Path) -> None:
 def train(
     experiment: Experiment, folder: str | Path, preview: Preview | None = None, accept_changes: bool = False
 ) -> TrainState:
-    """Train, or go on with, the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
+    """Train or resume the run in `folder` (which may be `gs://...` or `s3://...`); returns the last state.
 
-    accept_changes: go on with another config than the run had, whatever has changed in it.
-    Errors: `ConfigError` (what cannot be run, or is not this run), `guard.NotFinite` (the step and the layer at which
-    numbers ceased to be finite), `CheckpointError`, `PeerLost` where another process is gone, `Interrupted` after a
-    signal, with everything saved.
+    accept_changes: resume with another config than the run had, whatever has changed in it. Errors: `ConfigError` (a
+    config that cannot run, or is not that of this run), `guard.NotFinite` (with the step and the layer of the first
+    non-finite values), `CheckpointError`, `PeerLost` if another process is gone, `Interrupted` after a signal, with
+    everything saved.
     """
     where = resolve_path(folder)
     cache = contextlib.nullcontext() if isinstance(where, Path) else shared_cache(str(where / CACHE_FOLDER))
@@ -271,7 +274,7 @@ def train(
 
 
 def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None, accept: bool) -> TrainState:
-    """`train`, with its files in a local folder and its checkpoints in `where`, which may be an object store."""
+    """`train`, with its files in a local folder and its checkpoints in `where`, which may be in an object store."""
     t = experiment.train
     check_run(folder)
     trainer = Trainer(experiment, folder)
@@ -306,7 +309,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
         guard = Guard(trainer, records.skipped if records else 0)
 
         def settle(limit: int) -> None:
-            """Read metrics of steps that lie `limit` behind; later ones are still being computed."""
+            """Read metrics of all but the last `limit` steps, which are still being computed."""
             nonlocal clock, since
             while len(pending) > limit:
                 step, metrics = pending.popleft()
@@ -332,7 +335,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
                     bar(step, numbers)
 
         def evaluate(step: int) -> dict[str, float]:
-            """Held-out losses, when their time has come."""
+            """Held-out losses, if due."""
             nonlocal clock
             if not t.evaluate_every or (step % t.evaluate_every and step != t.steps):
                 return {}
@@ -344,7 +347,7 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
             return numbers
 
         def look(step: int) -> None:
-            """Pictures, when their time has come."""
+            """Save preview images, if due."""
             nonlocal clock
             began = time.perf_counter()
             if preview and t.preview_every and (step % t.preview_every == 0 or step == t.steps):
@@ -393,21 +396,21 @@ def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Gives a function (step) -> signal number, or 0 to go on. All processes agree on the step at which they stop."""
+    """Context of a function (step) -> signal number, or 0 to continue. All processes stop at the same step."""
     asked: list[int] = []
 
     def note(number, _frame):
-        if asked:  # the second Ctrl-C is meant
+        if asked:  # a second Ctrl-C stops at once
             raise KeyboardInterrupt
         asked.append(number)
 
     several = jax.process_count() > 1
     signals = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     before = {}
-    with contextlib.suppress(ValueError):  # signals can be set in the main thread alone
+    with contextlib.suppress(ValueError):  # signals can be set in the main thread only
         before = {s: signal.signal(s, note) for s in signals}
     try:
-        # Among several processes JAX's own service passes the preemption notice on and picks a common step.
+        # With several processes JAX's own service broadcasts the preemption notice and chooses a common step.
         common = lambda step: signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
         yield common if several else lambda step: asked[0] if asked else 0
     finally:
@@ -417,7 +420,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def progress(title: str, done: int, total: int):
-    """A bar with rate and time to go on a terminal, a line now and then elsewhere; gives (step, numbers) -> None."""
+    """A bar with rate and remaining time on a terminal, else an occasional line; yields (step, numbers) -> None."""
     main = jax.process_index() == 0
     if not main:
         yield lambda step, numbers: None

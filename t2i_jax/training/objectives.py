@@ -1,4 +1,4 @@
-"""The objectives of a model in a run: the parameters, optimiser and steps of each, and their order within a step."""
+"""The objectives of a model in a run: the parameters, optimizer and steps of each, and their order within a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def under(paths: tuple[str, ...], variables: Named) -> Named:
 
 
 def check_paths(what: str, paths: tuple[str, ...], params: Named) -> None:
-    """Errors: `ConfigError` for a path under which there are no parameters."""
+    """Errors: `ConfigError` for a path without parameters."""
     for path in paths:
         if not under((path,), params):
             known = ", ".join(sorted({k.split(".")[0] for k in params}))
@@ -34,12 +34,12 @@ def check_paths(what: str, paths: tuple[str, ...], params: Named) -> None:
 
 
 def optimizer_name(objectives: Objectives, name: str) -> str:
-    """The name of the optimiser that an objective updates its parameters with."""
+    """Name of the optimizer that updates an objective's parameters."""
     return objectives[name].optimizer or name
 
 
 def by_optimizer(objectives: Objectives) -> dict[str, list[Objective]]:
-    """The objectives of each optimiser, by its name."""
+    """The objectives of each optimizer, by its name."""
     found: dict[str, list[Objective]] = {}
     for name, objective in objectives.items():
         found.setdefault(optimizer_name(objectives, name), []).append(objective)
@@ -47,8 +47,11 @@ def by_optimizer(objectives: Objectives) -> dict[str, list[Objective]]:
 
 
 def check_objectives(objectives: Objectives, params: Named) -> None:
-    """Errors: `ConfigError` for an objective with unknown parameters, or with others than its optimiser has, and for an
-    order that there is not."""
+    """Errors: `ConfigError` for invalid objectives.
+
+    Those are objectives with unknown parameters, with other parameters than their optimizer, or with an impossible
+    order.
+    """
     for name, objective in objectives.items():
         if objective.every < 1:
             raise ConfigError(f"objective '{name}': every {objective.every}, it is 1 or more")
@@ -60,9 +63,9 @@ def check_objectives(objectives: Objectives, params: Named) -> None:
 
 
 def stages(objectives: Objectives) -> list[list[str]]:
-    """Names of objectives by stage: the gradients of a stage are taken at one model, `after` names earlier stages.
+    """Names of objectives by stage: gradients of a stage are taken at the same model, `after` names earlier stages.
 
-    Errors: `ConfigError` where `after` names no objective, or leads back to where it began.
+    Errors: `ConfigError` if `after` names no objective, or forms a cycle.
     """
     for name, objective in objectives.items():
         for other in objective.after:
@@ -80,12 +83,12 @@ def stages(objectives: Objectives) -> list[list[str]]:
 
 
 def updates(objectives: Iterable[Objective], steps: int) -> int:
-    """How many updates the optimiser that these objectives share has made after so many steps."""
+    """Number of updates by the optimizer that these objectives share after `steps` steps."""
     return sum(max(steps // o.every - o.start // o.every, 0) for o in objectives)
 
 
 def prefix(objectives: Objectives, name: str) -> str:
-    """What the names of an objective's metrics begin with."""
+    """Prefix of the names of an objective's metrics."""
     return f"{name}/" if len(objectives) > 1 else ""
 
 
@@ -95,7 +98,7 @@ def forward_of(config: Trainable) -> Forward | None:
 
 
 def read_params(forward: Callable[[Named], Any], params: Named) -> Named:
-    """Those of the parameters that the outputs of a function depend on."""
+    """The parameters that the outputs of a function depend on."""
     used = used_inputs(jax.make_jaxpr(forward)(params).jaxpr)
     return {k: params[k] for k, use in zip(sorted(params), used, strict=True) if use}
 
@@ -103,7 +106,7 @@ def read_params(forward: Callable[[Named], Any], params: Named) -> Named:
 def losses(
     objectives: Objectives, forward: Forward | None, model: Any, batch: Any, key: Array, step: Array, train: bool
 ) -> dict[str, LossOutput]:
-    """What the loss of each objective gives at one model."""
+    """Outputs of all objectives' losses at one model."""
     if forward is not None:
         batch = batch | {"outputs": forward(model, batch, key, step, train)}
     return {name: o.loss(model, batch, key, step, train) for name, o in objectives.items()}

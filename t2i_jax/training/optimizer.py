@@ -1,4 +1,4 @@
-"""Optimisers of optax by name, with the schedule, clipping and weight-decay rules every recipe of the field uses."""
+"""Optax optimizers by name, with the usual schedules, gradient clipping and weight-decay rules."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ from t2i_jax.nn.trees import Named, is_variable
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Checked):
-    """How parameters follow their gradients."""
+    """An optimizer with its learning-rate schedule, weight decay and clipping."""
 
     name: str = "adamw"
-    """an optimiser of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
+    """an optimizer of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
     learning_rate: NotNegative = 3e-4
     adam_learning_rate: NotNegative = 0.0
-    """of what Muon leaves to Adam, on the same schedule; 0 is `learning_rate`, but Muon wants about ten times more"""
+    """learning rate of the parameters that Muon leaves to Adam, on the same schedule; 0: `learning_rate`, although Muon
+    needs about ten times more than Adam"""
     schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
     warmup: Count = 100
-    """steps of linear rise to the peak"""
+    """steps of linear warm-up to the peak"""
     final: Share = 0.1
-    """last learning rate as a share of the peak (cosine and linear)"""
+    """final learning rate as a share of the peak (cosine and linear)"""
     b1: Rate = 0.9
     b2: Rate = 0.95
     weight_decay: NotNegative = 0.05
-    """on matrices, convolutions and embeddings; not on biases, norms, null conditions, positions and codebooks"""
+    """applies to matrices, convolutions and embeddings; not to biases, norms, null conditions, positions and
+    codebooks"""
     no_decay: str = ""
-    """regular expression: parameters with such names are not decayed either"""
+    """regular expression: parameters with matching names are not decayed either"""
     clip: NotNegative = 1.0
-    """bound of the global gradient norm; 0 leaves gradients as they are"""
+    """bound of the global gradient norm; 0: no clipping"""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """further arguments of the optax function"""
 
     @property
     def ends(self) -> bool:
-        """Whether the learning rate of a step depends on how many steps the run has."""
+        """Whether the learning rate of a step depends on the length of the run."""
         return self.schedule in ("cosine", "linear")
 
     def learning_rates(self, steps: int) -> optax.Schedule:
@@ -66,7 +68,8 @@ class Optimizer(Checked):
         )
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest one."""
+        """The optax transformation. Errors: `ConfigError` for an unknown name or argument, with the nearest known
+        one."""
         make = self._find()
         known = inspect.signature(make).parameters
         ours: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "weight_decay": self.weight_decay}
@@ -88,7 +91,7 @@ class Optimizer(Checked):
 
     def _find(self) -> Callable[..., optax.GradientTransformation]:
         for room in (optax, contrib):
-            make = getattr(room, self.name, None)  # the user names any optimiser of optax
+            make = getattr(room, self.name, None)  # the user may name any optimizer of optax
             if callable(make) and "learning_rate" in inspect.signature(make).parameters:
                 return make  # pyright: ignore[reportReturnType]
         names = [n for room in (optax, contrib) for n in dir(room) if n.islower() and not n.startswith("_")]
@@ -96,10 +99,10 @@ class Optimizer(Checked):
         raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")
 
     def decayed(self, params: Named) -> Any:
-        """Which parameters decay: those that a product or a lookup reads, unless their name is excepted.
+        """Which parameters decay: weights of products and lookups, unless their name is excluded.
 
-        Biases, norms, and free vectors (null conditions, positions, padding, tables of modulations) do not, nor do
-        codebooks: they would be pulled to zero, whatever they stand for.
+        Biases, norms and free vectors (null conditions, positions, padding, modulation tables) do not, nor do
+        codebooks: decay would move them to zero, whatever they represent.
         """
 
         def rule(name: str, v: Any) -> bool:
@@ -111,21 +114,21 @@ class Optimizer(Checked):
 
 
 def axes_of(v: Any) -> tuple[str | None, ...]:
-    """The names of a parameter's dimensions, those of stacked layers not counted; empty where it has none."""
+    """Names of a parameter's dimensions without those of stacked layers; empty if it has none."""
     return v.get_metadata().get("axes", ()) if is_variable(v) else ()
 
 
 def rank(v: Any) -> int:
-    """The number of dimensions of a parameter, those of stacked layers not counted."""
+    """Number of a parameter's dimensions without those of stacked layers."""
     return len(axes_of(v)) or len(v.shape)
 
 
 def muon_dimensions(params: Named) -> Any:
-    """The matrices that Muon orthogonalises: those of products with vectors (Jordan et al. 2024).
+    """The matrices that Muon orthogonalises: those multiplied with activations (Jordan et al. 2024).
 
-    Adam moves everything else: tables of which rows are looked up, logits of a vocabulary, null conditions, positions,
-    codebooks, biases, norms and convolutions. The first product of features of a frozen encoder is one of Muon's: its
-    input is dense, as every layer's is.
+    Adam updates everything else: lookup tables, vocabulary logits, null conditions, positions, codebooks, biases, norms
+    and convolutions. The input projection of a frozen encoder's features belongs to Muon: its input is dense, like that
+    of every layer.
     """
 
     def rule(name: str, v: Any) -> Any:

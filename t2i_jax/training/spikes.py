@@ -1,4 +1,4 @@
-"""Steps whose gradient is far larger than that of the steps before them."""
+"""Detection of steps whose gradient is far larger than that of the preceding steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 WINDOW = 100
-"""Steps that the running mean looks back; none is a spike before so many were seen."""
+"""Steps of the running mean; no spike is detected before it is full."""
 
 RunningNorms = dict[str, dict[str, Array]]
-"""By objective the mean of its gradient's norm, and how many steps that is of, `WINDOW` at most."""
+"""By objective: the mean norm of its gradient, and the number of steps in the mean, at most `WINDOW`."""
 
 
 def start_norms(objectives: Iterable[str]) -> RunningNorms:
@@ -22,10 +22,10 @@ def start_norms(objectives: Iterable[str]) -> RunningNorms:
 def find_spike(
     before: dict[str, Array], norm: Array, limit: float, learns: Array | bool
 ) -> tuple[Array, dict[str, Array]]:
-    """Whether the norm of a gradient is more than `limit` times the running mean, and the mean with it.
+    """Whether the norm of a gradient is more than `limit` times the running mean, and the updated mean.
 
-    A spike counts as `limit` times the mean, so that norms which are larger for good are soon no spikes any more.
-    learns: whether the objective is trained in this step; else nothing is counted.
+    A spike enters the mean as `limit` times the mean, so that permanently larger norms soon stop being spikes. learns:
+    whether the objective is trained in this step; else nothing changes.
     """
     mean, seen = before["mean"], before["seen"]
     judged = learns & (seen >= WINDOW) & (mean > 0)

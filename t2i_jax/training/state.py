@@ -1,4 +1,4 @@
-"""Everything a run must remember between two steps, as one pytree of named arrays."""
+"""The state of a run between two steps, as one pytree of named arrays."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from t2i_jax.training.spikes import RunningNorms, start_norms
 
 
 def params_of(model: Any) -> Named:
-    """What gradients move."""
+    """The trainable parameters."""
     return {k: v for k, v in named(model).items() if isinstance(v, nnx.Param)}
 
 
 def carried_of(model: Any) -> Named:
-    """What a loss returns anew instead."""
+    """The non-trainable state, which losses return updated."""
     return {k: v for k, v in named(model).items() if isinstance(v, ModelState)}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, their average, what the optimisers remember, and the step that comes next.
+    """Parameters, their average, the optimizer states, and the number of the next step.
 
-    The randomness of step n is `fold_in(key(seed), n)` and the data position is a count on the host, so neither needs
-    a place here.
+    The randomness of step n is `fold_in(key(seed), n)` and the data position is a count on the host, so neither is part
+    of the state.
     """
 
     step: Array
     params: Named
     carried: Named
     ema: Named | None
-    optimizer: dict[str, Any]  # one state per optimiser, by its name
-    gradient_norms: RunningNorms | None = None  # where spikes are skipped
+    optimizer: dict[str, Any]  # one state per optimizer, by its name
+    gradient_norms: RunningNorms | None = None  # if spikes are skipped
 
     def flat(self) -> dict[str, Array]:
-        """All arrays by plain name: what a checkpoint holds."""
+        """All arrays by plain name: the content of a checkpoint."""
         leaves = jax.tree_util.tree_flatten_with_path(self)[0]
         clean = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         return {clean(path): leaf for path, leaf in leaves}
 
     def unflat(self, arrays: dict[str, Array]) -> TrainState:
-        """The state of this structure that holds `arrays`."""
+        """A state of this structure that holds `arrays`."""
         return jax.tree.unflatten(jax.tree.structure(self), [arrays[name] for name in self.flat()])
 
 
@@ -66,8 +66,8 @@ def create(
 ) -> TrainState:
     """A fresh state; meant to be jitted with `out_shardings`.
 
-    optimizers: by the names that objectives give them. ema: paths of the parameters that are averaged, () for all, None
-    for none. spikes: whether the running mean of gradient norms is kept.
+    optimizers: by the names that objectives give them. ema: paths of the averaged parameters, () for all, None for
+    none. spikes: keep the running mean of gradient norms.
     """
     model = init(key)
     params = params_of(model)

@@ -1,4 +1,4 @@
-"""The one train step of the project: in each stage the gradients of its objectives at one model, then their updates."""
+"""The train step: in each stage, the gradients of its objectives at the same model, then their updates."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def make_step(
 ) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
-    abstract: the model with abstract leaves, which lends its structure.
+    abstract: the model with abstract leaves, for its structure.
     optimizers: by the names that objectives give them.
-    prepare: (frozen models, batch, key) -> batch, what is computed without gradient first: codes, text features.
-    forward: what the objectives share (`core.types.SharesForward`), computed once for those of a stage.
-    accumulate: the batch is cut into so many parts, seen one after the other, before one update.
-    ema: decay of the parameters' average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
-    spike: a gradient norm more than so many times its running mean is a spike; 0: none is.
+    prepare: (frozen models, batch, key) -> batch, computed first and without gradient: codes, text features.
+    forward: the forward pass that objectives share (`core.types.SharesForward`), computed once per stage.
+    accumulate: number of parts that the batch is split into and processed in sequence, before one update.
+    ema: decay of the parameter average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
+    spike: a gradient norm above this multiple of its running mean is a spike; 0: no detection.
 
-    A step whose loss or gradients are not finite changes nothing but the step count, nor does a spike but for that and
-    the running mean; metrics say so (`finite`, `spike`) and hold the squared gradient norm per parameter and layer
-    under `norms`. Metrics of an objective that a step leaves out are 0. Errors, when the step is traced: `ConfigError`
-    where two objectives write one array of the model's state.
+    A step whose loss or gradients are not finite changes only the step count; a spike changes that and the running
+    mean. Metrics report both (`finite`, `spike`) and hold the squared gradient norm per parameter and layer in `norms`.
+    Metrics of an objective that is not due are 0. Errors, at trace time: `ConfigError` if two objectives write the same
+    array of the model's state.
     """
     order = stages(objectives)
 
@@ -65,7 +65,7 @@ def make_step(
         return (step + 1) % objective.every == 0 if objective.every > 1 else True
 
     def gradients(stage: Sequence[str], params: Named, carried: Named, step: Array, frozen, batch, key):
-        """Per objective of a stage: gradients by name, metrics; and the carried values after this batch."""
+        """Per objective of a stage: gradients by name, metrics; and the model state after this batch."""
         batch = batch | loss_inputs(frozen)
         model = lambda mine: rebuild(abstract, {**params, **mine, **carried})
         grads, metrics, after = {}, {}, dict(carried)
@@ -118,7 +118,7 @@ def make_step(
     def accumulated(stage: Sequence[str], params: Named, carried: Named, step: Array, frozen, batch, key):
         if accumulate == 1:
             return gradients(stage, params, carried, step, frozen, batch, key)
-        # Strided parts: each holds examples of every device, so cutting moves nothing between them.
+        # Strided parts: each holds examples of every device, so splitting moves no data between them.
         parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), batch)
 
         def part(carry, xs):
@@ -177,7 +177,7 @@ def make_step(
 
 
 def written(output: LossOutput, carried: Named) -> Named:
-    """The arrays of the model's state that a loss has given anew, where it was given `carried`."""
+    """The arrays of the model's state that a loss has replaced, given the old ones in `carried`."""
     if output.state is None:
         return {}
     after = carried_of(output.state)
@@ -185,18 +185,18 @@ def written(output: LossOutput, carried: Named) -> Named:
 
 
 def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
-    """The key of a step's losses, and that of what `prepare` draws."""
+    """The key of a step's losses, and that of `prepare`."""
     key = jax.random.fold_in(seed_key(seed), step)
     return key, apart(key)
 
 
 def loss_inputs(frozen: Any) -> dict[str, Any]:
-    """What a loss itself reads and nothing trains (a perceptual network), as it finds it in the batch."""
+    """Frozen networks used only by the loss (a perceptual network), as batch entries."""
     return {"frozen": frozen["loss"]} if frozen and frozen.get("loss") is not None else {}
 
 
 def squared_norm(gradient: nnx.Variable) -> Array:
-    """Sum of squares of one parameter's gradient, kept apart for the layers of a stack."""
+    """Sum of squares of one parameter's gradient, separate for the layers of a stack."""
     rank = len(gradient.get_metadata().get("axes", gradient.shape))
     x = gradient[...].astype(jnp.float32)
     return jnp.sum(x * x, axis=tuple(range(x.ndim - rank, x.ndim)))
