@@ -1,4 +1,4 @@
-"""Which inputs of a traced program are cast before anything is computed with them, read from its jaxpr."""
+"""Find the inputs of a traced program that are cast before any computation, by reading its jaxpr."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ MOVES = {
     "broadcast_in_dim", "copy", "dynamic_slice", "expand_dims", "gather", "optimization_barrier", "reshape", "rev",
     "sharding_constraint", "slice", "split", "squeeze", "transpose",
 }  # fmt: skip
-"""Primitives that only choose and move numbers of their first operand: before or after a cast is the same."""
+"""Primitives that only select and move elements of their first operand: they commute with a cast."""
 
 
 def cast_first(jaxpr: core.Jaxpr, dtype: Any) -> list[bool]:
-    """For each input: whether all that the program does with its numbers is to cast them to `dtype`.
+    """For each input: whether the program only casts its elements to `dtype`.
 
-    What is not known counts as computed with. Errors: `UnknownForm` of `core.jaxprs.read`.
+    Unknown operations count as computation. Errors: `UnknownForm` of `core.jaxprs.read`.
     """
     used = _used(jaxpr, dtype, ["else"] * len(jaxpr.outvars))
     return [used.get(v, "unused") == "cast" for v in jaxpr.invars]
 
 
 def _used(jaxpr: core.Jaxpr, dtype: Any, results: list[str]) -> dict[Any, str]:
-    """What a program does with each of its variables: "cast" or "else"; results: what is done with those it gives."""
+    """How a program uses each of its variables: "cast" or "else"; results: how its outputs are used."""
     used: dict[Any, str] = {}
 
     def note(variable: Any, how: str) -> None:
@@ -64,7 +64,7 @@ def _used(jaxpr: core.Jaxpr, dtype: Any, results: list[str]) -> dict[Any, str]:
 
 
 def _pass(note: Any, operands: Any, body: core.Jaxpr, dtype: Any, results: list[str] | None = None) -> None:
-    """Note for the operands of a program within what it does with them."""
+    """Note for the operands of a nested program how it uses them."""
     inner = _used(body, dtype, results or ["else"] * len(body.outvars))
     for operand, variable in zip(operands, body.invars, strict=True):
         note(operand, inner.get(variable, "unused"))

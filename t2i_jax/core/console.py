@@ -1,4 +1,4 @@
-"""The one console and the one progress bar; nothing else in the library prints."""
+"""The only console and progress bar; nothing else in the library prints."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -9,22 +9,22 @@ console = Console(stderr=True)
 
 
 def stdout(width: int = 120) -> Console:
-    """Standard output, for results: as wide as the terminal, or `width` columns in a file or a pipe."""
+    """A console on standard output, for results: as wide as the terminal, or `width` columns in a file or a pipe."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=width)
 
 
 class Rate(ProgressColumn):
-    """Things per second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def bar(*more: ProgressColumn) -> Progress:
-    """A progress bar with rate and remaining time, for anything over two seconds; silent where there is no terminal.
+    """A progress bar with rate and remaining time, for anything over two seconds; silent without a terminal.
 
-    more: columns after these.
+    more: additional columns.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     return Progress(*columns, *more, console=console, disable=not console.is_terminal)

@@ -1,11 +1,11 @@
-"""Errors that a user can mend: the command line prints their message as one line and exits with status 2."""
+"""Errors that a user can fix: the command line prints the message as one line and exits with status 2."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file and the field."""
+    """An invalid configuration; the message names the file and the field."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the record or the field."""
+    """Invalid data; the message names the file, the record or the field."""

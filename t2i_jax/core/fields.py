@@ -1,4 +1,4 @@
-"""Ranges of the fields of configurations, as part of their types, and the one check of them.
+"""Ranges of config fields, as part of their types, and the check of them.
 
 @dataclasses.dataclass(frozen=True)
 class Train(Checked):
@@ -24,7 +24,7 @@ from t2i_jax.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes, ends included unless `above` or `below` is set instead."""
+    """The range of a field, bounds included (`low`, `high`) or excluded (`above`, `below`)."""
 
     low: float | None = None
     high: float | None = None
@@ -32,7 +32,7 @@ class Range:
     below: float | None = None
 
     def fits(self, x: Any) -> bool:
-        """Whether a number is one of them; NaN and infinities never are."""
+        """Whether a number is in the range; NaN and infinities never are."""
         return (
             _finite(x)
             and (self.low is None or x >= self.low)
@@ -50,11 +50,11 @@ class Range:
 
 
 FLOAT_MAX = 3.4028235e38
-"""Numbers that are larger are infinite in 32 bits, with which models compute."""
+"""Larger numbers are infinite in fp32, in which models compute."""
 
 
 def _finite(x: Any) -> bool:
-    return isinstance(x, numbers.Integral) or math.isfinite(x)  # a whole number may be larger than any float
+    return isinstance(x, numbers.Integral) or math.isfinite(x)  # an integer may be larger than any float
 
 
 def _short(x: float) -> str:
@@ -62,7 +62,7 @@ def _short(x: float) -> str:
 
 
 LARGEST = 2**31 - 1
-"""Of steps, sizes and counts: devices count in 32 bits."""
+"""Maximum of steps, sizes and counts: devices count in 32 bits."""
 Size = Annotated[int, Range(1, LARGEST)]
 Count = Annotated[int, Range(0, LARGEST)]
 Positive = Annotated[float, Range(above=0)]
@@ -70,49 +70,50 @@ NotNegative = Annotated[float, Range(low=0)]
 Finite = Annotated[float, Range()]
 Share = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(low=0, below=1)]
-"""Of dropout and the like, of which something must be left."""
+"""Rate of dropout and the like, below 1."""
 Grid = Annotated[tuple[int, int], Range(1, LARGEST)]
 DEEPEST = 1000
 Layers = Annotated[int, Range(1, DEEPEST)]
-"""Of networks whose layers are built one by one."""
+"""Number of layers, in networks that build them one by one."""
 Sizes = Annotated[tuple[int, ...], Range(1, LARGEST)]
 Seed = Annotated[int, Range(0, 2**64 - 1)]
 Workers = Annotated[int, Range(0, 1024)]
-"""Processes or threads."""
+"""Number of processes or threads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A word on a field, in its type: log_every: Annotated[Size, FREE] = 20."""
+    """A mark on a field, in its type: log_every: Annotated[Size, FREE] = 20."""
 
     name: str
 
 
 FREE = Mark("free")
-"""Changes neither the batches nor the mathematics of a run, nor its rounding on purpose: it may go on with others."""
+"""Changes neither the batches nor the mathematics of a run, nor intentionally its rounding: a resumed run may change
+it."""
 SAMPLED = Mark("sampled")
-"""Training depends on it and no parameter does: a trained model may be sampled with other values."""
+"""Affects training, but no parameter depends on it: a trained model may be sampled with other values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """The mark of fields that name a file or a folder, which a released model takes with it."""
+    """Marks a field that names a file or a folder, which is copied with a released model."""
 
     name: str
-    """of the copy"""
+    """name of the copy"""
     large: bool = False
-    """only a released model has a copy, not every run"""
+    """copied with released models only, not with every run"""
 
 
 VOCABULARY, ENCODER = File("vocabulary"), File("text", large=True)
-"""path: Annotated[str, VOCABULARY]"""
+"""For fields such as path: Annotated[str, VOCABULARY]."""
 
 
 class Checked:
-    """A dataclass whose fields are checked against their types when it is made.
+    """A dataclass that checks its fields against their types when it is constructed.
 
-    Numbers are looked at where they are plain ones: a traced array of options has no value yet. Errors: `ConfigError`
-    that names the field, its value and what would be right.
+    Only concrete numbers are checked: a traced array of options has no value yet. Errors: `ConfigError` that names the
+    field, its value and what would be right.
     """
 
     def __post_init__(self):
@@ -124,9 +125,9 @@ class Checked:
 
 
 def values(config: Any) -> dict[str, Any]:
-    """The fields of a dataclass that `__init__` takes, by name: `dataclasses.asdict` that goes no deeper.
+    """The `__init__` fields of a dataclass by name: a shallow `dataclasses.asdict`.
 
-    It is the one place that reads attributes by name, as there is no other way to the values of fields.
+    This is the only place that reads config fields by name, as there is no other way to get their values.
     """
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
@@ -139,7 +140,7 @@ def _checks(cls: type) -> dict[str, Any]:
 
 
 def free_fields(config: Any, marks: tuple[Mark, ...] = (FREE,), at: str = "") -> set[str]:
-    """Dotted names of the fields of a config that have one of the marks, those of the configs within it included."""
+    """Dotted names of the fields of a config, nested ones included, that have one of the marks."""
     if isinstance(config, dict):
         within = {f"{at}{k}": v for k, v in config.items()}
         marked = set()
@@ -152,19 +153,20 @@ def free_fields(config: Any, marks: tuple[Mark, ...] = (FREE,), at: str = "") ->
 
 
 def files(cls: type) -> dict[str, File]:
-    """The fields of a config that are marked `File`, and their marks."""
+    """The fields of a config that are marked with a `File`, and these marks."""
     return {k: mark for k, marks in _marks(cls).items() for mark in marks if isinstance(mark, File)}
 
 
 @functools.cache
 def _marks(cls: type) -> dict[str, tuple[object, ...]]:
-    """What the types of the fields of a dataclass are annotated with."""
+    """The `Annotated` metadata of the fields of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: get_args(h)[1:] for f in dataclasses.fields(cls) if get_origin(h := hints[f.name]) is Annotated}
 
 
 def changed_fields(old: Any, new: Any, but: Container[str] = (), at: str = "") -> list[str]:
-    """Dotted names of the fields in which two configs of one class differ, but for some and what is within them."""
+    """Dotted names of the fields in which two configs of one class differ, except those in `but` and fields nested in
+    them."""
     found = []
     after = values(new)
     for field, a in values(old).items():
@@ -177,7 +179,7 @@ def changed_fields(old: Any, new: Any, but: Container[str] = (), at: str = "") -
 
 
 def _check_of(hint: Any) -> Any:
-    """A function from a value to what is wrong with it, for a type that says what its values are; else None."""
+    """A function from a value to a description of what is wrong with it, or None for a type that restricts nothing."""
     ranges = [x for x in get_args(hint) if isinstance(x, Range)] if get_origin(hint) is Annotated else []
     if get_origin(hint) is Annotated and not ranges:
         hint = hint.__origin__
@@ -202,15 +204,15 @@ def _takes_none(hint: Any) -> bool:
 
 
 def _configs(hint: Any) -> tuple[type, ...]:
-    """The dataclasses, or Protocols of such, that a type allows, where it allows nothing else but None."""
+    """The dataclasses, or Protocols of configs, that a type allows; empty if it allows anything else besides None."""
     kinds = [k for k in (get_args(hint) if _is_union(hint) else (hint,)) if k is not NoneType]
     config = lambda k: isinstance(k, type) and (dataclasses.is_dataclass(k) or Protocol in k.__bases__)
     return tuple(kinds) if all(map(config, kinds)) else ()
 
 
 def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:
-    """What is wrong with a plain value in the place of a config. An object of another class is not looked at: what it
-    has to offer is found where it is used."""
+    """What is wrong with a plain value in place of a config. An object of another class is not checked: a missing
+    attribute is an error where it is used."""
     if value is None:
         return "" if none else "it needs a value"
     plain = isinstance(value, bool | int | float | str | bytes | dict | list | tuple | type)
@@ -222,7 +224,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def _no_word(words: tuple[Any, ...], value: Any) -> str:
-    """What is wrong with a word, or with one of several; empty if nothing is."""
+    """What is wrong with a literal, or with one of several; empty if nothing is."""
     several = isinstance(value, tuple | list)
     fits = all(x in words for x in (value if several else (value,)))
     return "" if fits else f"{'some' if several else 'one'} of {', '.join(map(str, words))}"
@@ -231,7 +233,7 @@ def _no_word(words: tuple[Any, ...], value: Any) -> str:
 def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
     """What is wrong with a number, or with one of several; empty if nothing is. kinds: types of the field.
 
-    An array, or what takes its place while it is traced, is not looked at.
+    Arrays and tracers are not checked.
     """
     whole, several = int in kinds and float not in kinds, any(get_origin(k) is tuple or k is tuple for k in kinds)
     traced = any(k not in (int, float, type(None)) for k in kinds) and not several

@@ -1,8 +1,8 @@
 """The forms of traced programs (jaxprs) that this library reads: products, loops, branches and calls.
 
-JAX promises neither the names of primitives nor those of their parameters, and both change between versions (read here:
-jax 0.10 to 0.12). So `read` is the only place that looks into an equation, and a form that it does not know is an
-`UnknownForm`: no count is silently too small.
+JAX guarantees neither the names of primitives nor those of their parameters, and both change between versions
+(supported: jax 0.10 to 0.12). So only `read` inspects equations, and it raises `UnknownForm` for a form it does not
+know: no count is silently too small.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from t2i_jax.core.errors import ConfigError
 
 
 class UnknownForm(ConfigError):
-    """A program has a form that this library cannot read; the message names it and the version of JAX."""
+    """A program has a form that this library cannot read; the message names the form and the version of JAX."""
 
     def __init__(self, what: str, why: str):
         super().__init__(f"{what}: {why} (jax {jax.__version__}); its costs cannot be counted")
@@ -34,7 +34,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """A loop whose length is known; `stacked` are the results with one entry for each turn, as opposed to the carry."""
+    """A loop of known length; `stacked` are the results with one entry per iteration, as opposed to the carry."""
 
     body: core.Jaxpr
     length: int
@@ -52,14 +52,15 @@ class While:
 
 @dataclasses.dataclass(frozen=True)
 class Cond:
-    """Programs of which one runs, in the order of the index that chooses."""
+    """Branches, one of which runs, in the order of the selecting index."""
 
     branches: tuple[core.Jaxpr, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program that runs `times` times, by all devices together; in a `kernel` it keeps to on-chip memory."""
+    """A program that runs `times` times, summed over all devices; `kernel`: its intermediates stay in on-chip
+    memory."""
 
     body: core.Jaxpr
     times: int = 1
@@ -72,17 +73,17 @@ CALLS = {
     "call", "closed_call", "composite", "custom_jvp_call", "custom_partitioning", "custom_vjp_call", "eval_jaxpr",
     "jit", "pallas_call", "remat2", "run_scoped", "shard_map",
 }  # fmt: skip
-"""Primitives with one program among their parameters, which is what they run."""
+"""Primitives that run the one program among their parameters."""
 
 NUMBERWISE = {"reduce", "reduce_window", "select_and_scatter"}
-"""Primitives, besides scatters, whose program combines single numbers: there is no product in it."""
+"""Primitives, besides scatters, whose program combines scalars and contains no products."""
 
 SUSPECT = re.compile(r"(^|_)(attention|call|conv|dot|gemm|kernel|matmul)(_|$)")
-"""Names that say of an unknown primitive that it may compute products."""
+"""Names of unknown primitives that suggest products."""
 
 
 def read(equation: Any) -> Form:
-    """What an equation of a jaxpr does; None for one without products. Errors: `UnknownForm`."""
+    """The form of an equation of a jaxpr; None for one without products. Errors: `UnknownForm`."""
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = _parameter(equation, "dimension_numbers")
@@ -102,7 +103,9 @@ def read(equation: Any) -> Form:
         branches = tuple(_programs(_parameter(equation, "branches")))
         if more := set(equation.params) - {"branches", "branches_platforms"}:
             raise _unknown(equation, f"what its parameter '{min(more)}' says of its branches is not known")
-        if platforms := equation.params.get("branches_platforms"):  # the same in the ways of several platforms
+        if platforms := equation.params.get(
+            "branches_platforms"
+        ):  # platform-dependent versions of the same computation
             return Call(branches[platforms.index(None) if None in platforms else -1])
         return Cond(branches)
     if name == "call_hi_primitive":
@@ -120,7 +123,7 @@ def read(equation: Any) -> Form:
 
 
 def used_inputs(jaxpr: core.Jaxpr) -> list[bool]:
-    """Which inputs of a program its outputs depend on; an equation depends on all of its inputs."""
+    """For each input of a program, whether its outputs depend on it; an equation depends on all of its inputs."""
     needed = {id(v) for v in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in equation.outvars):
@@ -139,7 +142,7 @@ def _parameter(equation: Any, name: str) -> Any:
 
 
 def _programs(value: Any) -> list[core.Jaxpr]:
-    """The jaxprs in a parameter and in tuples and dictionaries of it."""
+    """The jaxprs in a parameter, including those in tuples and dictionaries."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, tuple | list):
@@ -159,9 +162,10 @@ def _size(variable: Any) -> int:
 
 
 def _scan(equation: Any) -> Scan:
-    """A result is stacked if it has one axis more than the body's, of the loop's length, and otherwise it is carried.
+    """A scan; a result is stacked if it has one more axis than the body's, of the loop's length, else it is the carry.
 
-    Shapes say this in every version of JAX; the parameters that say it have changed their names."""
+    Shapes show this in every version of JAX; the parameters that do so have changed their names.
+    """
     body, length = _program(equation, "jaxpr"), _parameter(equation, "length")
     outvars: list[Any] = body.outvars
     whole, each = ([v.aval for v in variables] for variables in (equation.outvars, outvars))
@@ -173,7 +177,7 @@ def _scan(equation: Any) -> Scan:
 
 
 def _times(equation: Any) -> int:
-    """How often the program of a call runs: for each place of a kernel's grid, or on each device of a mesh."""
+    """How often the program of a call runs: once per cell of a kernel's grid, or once per device of a mesh."""
     if equation.primitive.name == "pallas_call":
         grid = _parameter(equation, "grid_mapping").grid
         if not all(isinstance(n, int) for n in grid):
@@ -186,7 +190,7 @@ def _times(equation: Any) -> int:
 
 
 def _attention(equation: Any, forward: bool) -> float:
-    """FLOPs of cuDNN's attention, all pairs of queries and keys: q k^T and p v; backwards q k^T once more, and the
+    """FLOPs of cuDNN's attention over all pairs of queries and keys: q k^T and p v; backward q k^T again, and the
     gradients of p, q, k and v."""
     q, k, v = (x.aval.shape for x in equation.invars[:3])
     keys = k[2] if _parameter(equation, "layout") else k[1]  # 0: (b, t, n, h), 1: (b, n, t, h)
@@ -194,12 +198,13 @@ def _attention(equation: Any, forward: bool) -> float:
 
 
 def _expanded(equation: Any) -> core.Jaxpr:
-    """The program of a primitive that is a Python object, as `jnp.searchsorted` is in jax 0.12."""
+    """The program of a primitive that holds a Python object instead of a jaxpr, such as `jnp.searchsorted` in jax
+    0.12."""
     primitive = _parameter(equation, "_prim")
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
     try:
         run = lambda *flat: primitive.expand(*jax.tree.unflatten(primitive.in_tree, flat))
         return jax.make_jaxpr(run)(*shapes).jaxpr
-    except Exception as error:  # whatever another version of JAX does
+    except Exception as error:  # other versions of JAX may raise anything
         why = " ".join(str(error).split())[:200]
         raise _unknown(equation, f"{type(primitive).__name__} does not expand: {why}") from error

@@ -1,4 +1,4 @@
-"""The memory of this machine: what cannot fit is refused before it is asked for."""
+"""Host memory: allocations that cannot fit are refused in advance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from t2i_jax.core.errors import ConfigError
 
 
 def memory() -> int:
-    """Bytes of memory of this machine; 0 where the system does not say."""
+    """Bytes of memory of this machine; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -18,14 +18,16 @@ def memory() -> int:
 
 
 def check_memory(what: str, size: float) -> None:
-    """Errors: `ConfigError` where `size` bytes are more than all memory of this machine; the message begins with
-    `what`."""
+    """Check that `size` bytes fit the memory of this machine.
+
+    Errors: `ConfigError` where they are more than all of it; the message begins with `what`.
+    """
     there = memory()
     if there and size > there:
         raise ConfigError(f"{what}: {size / 1e9:.3g} GB, and this machine has {there / 1e9:.3g} GB of memory")
 
 
 def return_freed() -> None:
-    """Gives back to the system what the C library keeps of freed memory, where it can (glibc)."""
+    """Return freed memory that the C library retains to the system, where possible (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,9 +1,8 @@
-"""Configs that earlier versions of the library stored, made into those of this one: plain JSON, before any class of
-them is imported.
+"""Migration of configs stored by earlier versions: plain JSON, converted before their classes are imported.
 
-A stored config has a `version` beside its fields; the first one wrote none. `STEPS` has one entry for each version that
-there was, which says what the next one calls otherwise. To rename something, add a line to the last step, if its
-version is in no release yet; else add a step, and with it the version grows by one.
+A stored config has a `version` next to its fields; the first version wrote none. `STEPS` has one entry per past
+version, with everything that the next version renamed. To rename something, add a line to the last step if its version
+is not released yet; else add a step, which increments the version.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ from typing import TypeAlias
 from t2i_jax.core.errors import ConfigError
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
-"""What `json.loads` gives."""
+"""A result of `json.loads`."""
 Object = dict[str, Json]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What differs between a version and the next one. Classes are written `module:Class`.
+    """The differences between a version and the next one. Classes are written `module:Class`.
 
-    Classes, fields and values on the left are those of the older version. What an object holds is migrated before the
-    object itself: first its values, then its fields, then its class, and last `rewrites`.
+    Classes, fields and values on the left are those of the older version. Nested objects are migrated before the object
+    that contains them; of an object first its values, then its fields, then its class, and last `rewrites`.
     """
 
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """module or package: its new name; classes that `classes` names go by that instead"""
+    """module or package: its new name; `classes` takes precedence for the classes it lists"""
     classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """class: its new name"""
     fields: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-    """class: field: its new name; "compute.remat" moves it into the config in the field `compute`, and "" drops it"""
+    """class: field: its new name; "compute.remat" moves it into the config in the field `compute`, "" drops it"""
     parts: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-    """class: field of the newer version: the newer class of the config that is made for what is moved into it"""
+    """class: field of the newer version: the newer class of the config that holds the fields moved into it"""
     values: Mapping[str, Mapping[str, Mapping[str, str]]] = dataclasses.field(default_factory=dict)
-    """class: field: word: its new spelling, also of one word among several"""
+    """class: field: literal: its new spelling, also within a list of literals"""
     rewrites: Mapping[str, Callable[[Object], Object]] = dataclasses.field(default_factory=dict)
-    """class: what is left to do where the tables cannot say it; takes and gives an object of the newer version"""
+    """class: a function for what the tables cannot express; takes and returns an object of the newer version"""
 
     def __call__(self, value: Json) -> Json:
-        """The value as the next version writes it. Errors: `ConfigError` where two fields would get one name."""
+        """The value as the next version writes it. Errors: `ConfigError` if two fields would get the same name."""
         if isinstance(value, list):
             return [self(v) for v in value]
         if not isinstance(value, dict):
@@ -156,13 +155,13 @@ STEPS: tuple[Step, ...] = (
         },
     ),
 )
-"""From version n to n + 1, the first from 1."""
+"""Steps from version n to n + 1, starting with version 1."""
 
 
 def migrated(content: Object, steps: tuple[Step, ...] = STEPS) -> Object:
     """The content of a stored file as this version writes it, without its `version`.
 
-    Errors: `ConfigError` for a file of a newer version, and for a version that is no number.
+    Errors: `ConfigError` for a file of a newer version, and for a version that is not a number.
     """
     content = dict(content)
     version, newest = content.pop("version", 1), len(steps) + 1
@@ -181,4 +180,4 @@ def migrated(content: Object, steps: tuple[Step, ...] = STEPS) -> Object:
 
 
 VERSION = len(STEPS) + 1
-"""Of the configs that are written now."""
+"""Version of the configs that are written now."""

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and never over what something else made."""
+"""Output files of commands: written atomically, and never over files from other sources."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from t2i_jax.core.errors import ConfigError
 
 MAKER = "t2i_jax"
 STAMP = f"<!-- made by {MAKER} -->"
-"""Ends every Markdown file that a command writes."""
+"""Last line of every Markdown file that a command writes."""
 KEYS = ({"title", "facts", "numbers"}, {"title", "flops", "runs"}, {"what", "machine", "results"})
-"""Of the JSON files that commands wrote before these said who made them."""
+"""Keys of the JSON files that earlier versions of commands wrote without naming the library."""
 
 
 def local(path: Path) -> Path:
-    """`path`, where it is one of this machine. Errors: `ConfigError` for one of an object store, or no path."""
+    """`path`, if it is local. Errors: `ConfigError` for a URL of an object store, or an invalid path."""
     if "\0" in str(path):
         raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
     if re.match(r"\w{2,}:/", str(path)):
@@ -27,8 +27,10 @@ def local(path: Path) -> Path:
 
 
 def check_free(*paths: str | os.PathLike) -> None:
-    """Errors: `ConfigError` that names the first path where something is that no command of this library made, or that
-    lies in no folder."""
+    """Check that the paths can be written.
+
+    Errors: `ConfigError` that names the first path that exists and was not made by this library, or is not in a folder.
+    """
     for path in map(Path, paths):
         if path.is_dir():
             raise ConfigError(f"{path}: is a folder; name a file")
@@ -39,14 +41,14 @@ def check_free(*paths: str | os.PathLike) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Errors: `ConfigError` where a folder cannot be made for `path`, as a file is in its place."""
+    """Errors: `ConfigError` if the folder of `path` cannot be created because a file is in its place."""
     above = next((p for p in path.absolute().parents if os.path.lexists(p)), path)
     if not above.is_dir():
         raise ConfigError(f"{path}: {above} is a file, so nothing can be written below it")
 
 
 def check_utf8(path: Path) -> None:
-    """Errors: `ConfigError` for a path that is not UTF-8, which writers of checkpoints and of records do not take."""
+    """Errors: `ConfigError` for a path that is not UTF-8, which writers of checkpoints and records do not support."""
     try:
         str(path.absolute()).encode()
     except UnicodeEncodeError as error:
@@ -54,7 +56,7 @@ def check_utf8(path: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file says that this library made it: an image, a JSON or a Markdown file."""
+    """Whether a file is marked as made by this library: an image, a JSON or a Markdown file."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -75,7 +77,7 @@ def is_ours(path: Path) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file whole or not at all; its folder is made."""
+    """Write a file atomically; creates its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
@@ -84,12 +86,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, value: dict[str, Any] | list[dict[str, Any]]) -> None:
-    """Write an object, or a list of them, as JSON that says who made it."""
+    """Write an object, or a list of them, as JSON that names this library as its maker."""
     said = [{"made_by": MAKER, **one} for one in (value if isinstance(value, list) else [value])]
     text = json.dumps(said if isinstance(value, list) else said[0], indent=1, ensure_ascii=False, default=str)
     write_text(path, text + "\n")
 
 
 def write_markdown(path: str | os.PathLike, text: str) -> None:
-    """Write Markdown that says who made it."""
+    """Write Markdown that names this library as its maker."""
     write_text(path, f"{text.rstrip()}\n\n{STAMP}\n")

@@ -1,11 +1,11 @@
-"""What a file is, by its first bytes: errors then name a web page, an unfetched pointer, a compressed file."""
+"""File types by their first bytes: errors can then name a web page, an unfetched pointer, a compressed file."""
 
 from __future__ import annotations
 
 import os
 
 HEAD = 1024
-"""Bytes that `sniff` looks at."""
+"""Number of bytes that `sniff` reads."""
 
 ARCHIVES = (
     (b"\x1f\x8b", "a gzip file"),
@@ -17,7 +17,7 @@ ARCHIVES = (
     (b"Rar!\x1a\x07", "a RAR file"),
 )
 PACKED = frozenset(("a zip file", *(name for _, name in ARCHIVES)))
-"""Kinds of files that have to be unpacked before their contents can be read."""
+"""File types that have to be unpacked before reading."""
 MAGIC = (
     *ARCHIVES,
     (b"PAR1", "a Parquet file"),
@@ -42,7 +42,7 @@ BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 
 
 def sniff(head: bytes) -> str:
-    """A noun phrase for what begins with these bytes, such as "a gzip file"; "" where it is not known.
+    """A noun phrase for the file type, such as "a gzip file"; "" if unknown.
 
     head: the first `HEAD` bytes of the file, or all of a shorter one.
     """
@@ -74,7 +74,7 @@ def sniff(head: bytes) -> str:
 
 
 def pointer(head: bytes) -> str:
-    """As `sniff`, of the texts that lie where a file was not fetched."""
+    """As `sniff`, for pointer texts of files that were not fetched."""
     if head.startswith(b"version https://git-lfs.github.com"):
         return "a Git LFS pointer in place of the file (`git lfs pull` fetches it)"
     if head.lstrip(b"/.").startswith((b"annex/objects", b"git/annex/objects")):
@@ -83,7 +83,7 @@ def pointer(head: bytes) -> str:
 
 
 def sniff_file(path: str | os.PathLike) -> str:
-    """`sniff` of the file at `path`. Errors: OSError where it cannot be read."""
+    """`sniff` of the file at `path`. Errors: OSError if it cannot be read."""
     with open(path, "rb") as file:
         return sniff(file.read(HEAD))
 

@@ -1,4 +1,4 @@
-"""What a part of the library takes and gives, as data: fields of a batch, codes, samples."""
+"""Inputs and outputs of components, as data: fields of a batch, codes, samples."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import numpy as np
 from t2i_jax.core.errors import ConfigError, DataError
 
 KINDS = {"int32": "iu", "uint8": "u", "bool": "b"}
-"""NumPy kinds that are taken for each dtype of a field but floats."""
+"""NumPy kinds accepted for each dtype of a field other than floats."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FieldSpec:
-    """What a model takes under one name of a batch.
+    """One field of a batch that a model reads.
 
-    Integers of any width are taken for `int32`, floats of any width for `float32`. Bounds are inclusive; for an image
-    as `uint8` and for floats they are not looked at, as only integers index tables.
+    Integers of any width are accepted for `int32`, floats of any width for `float32`. Bounds are inclusive; they are
+    not checked for `uint8` images and floats, as only integers index tables.
     """
 
     shape: tuple[int | None, ...]
-    """without the batch dimension; None is any size"""
+    """without the batch dimension; None: any size"""
     dtype: Literal["int32", "uint8", "bool", "float32"]
     low: int | None = None
     """least value"""
     high: int | None = None
     """largest value"""
     optional: bool = False
-    """a batch may lack it"""
+    """a batch may omit it"""
     one_of: str = ""
-    """name of a group of optional fields, one of which a batch holds at least; the first that is there is read"""
+    """name of a group of optional fields, at least one of which a batch holds; the first one present is read"""
     multiple: int = 1
-    """sizes that are not given are multiples of this"""
+    """sizes that are None are multiples of this"""
 
     def fault(self, value: Any, batched: bool = False) -> str:
-        """What is wrong with a value, and what is taken; empty if nothing is.
+        """What is wrong with a value, and what is accepted; empty if nothing is.
 
-        value: array, or its abstract shape and dtype, of which no bounds are looked at. batched: its first dimension is
-        that of a batch.
+        value: array, or its abstract shape and dtype, whose bounds are not checked. batched: it has a batch dimension
+        first.
         """
         shape, dtype = tuple(value.shape)[batched:], np.dtype(value.dtype)
         floating = dtype.kind == "f" or dtype.name in ("bfloat16", "float16")
@@ -64,15 +64,15 @@ class FieldSpec:
 
 
 def _by(shape: tuple[int | None, ...]) -> str:
-    """A shape for people: 4x4x3, or `one number`."""
+    """A readable shape: 4x4x3, or `one number`."""
     return "x".join("any" if n is None else str(n) for n in shape) or "one number"
 
 
 BatchSpec = Mapping[str, FieldSpec]
-"""What a model takes of a batch, by name; what a batch has beyond it is not looked at."""
+"""Fields of a batch that a model reads, by name; other fields of a batch are ignored."""
 
 WEIGHT = FieldSpec((), "float32", optional=True)
-"""Of an example in a loss; 0 leaves it out."""
+"""Weight of an example in a loss; 0 excludes it."""
 
 SOURCES = {
     "image": "a data source with images",
@@ -86,19 +86,20 @@ SOURCES = {
     "low_res": "the caller: the small image to enlarge; or `enlarges` of the model makes it of the image",
     "low_res_noise": "the caller, who knows how noisy the small image is",
 }
-"""Where a field of a batch comes from."""
+"""Source of each field of a batch."""
 
 
 def missing(name: str, batch: Mapping[str, Any]) -> str:
-    """What to say of a batch, or of an example, that lacks a field."""
+    """The error message for a batch, or an example, that lacks a field."""
     source = f"; it comes from {SOURCES[name]}" if name in SOURCES else ""
     return f"there is no '{name}', which the model takes{source}. There is: {', '.join(sorted(batch)) or 'nothing'}"
 
 
 def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = False) -> None:
-    """Errors: `DataError` that names the field of an example that a model cannot take.
+    """Check an example against a spec.
 
-    batched: the first dimension of every array is that of a batch, as it is for `check_batch`.
+    batched: the first dimension of every array is that of a batch, as for `check_batch`. Errors: `DataError` that names
+    the field that a model cannot read.
     """
     for name, field in spec.items():
         group = [n for n, f in spec.items() if f.one_of == field.one_of] if field.one_of else []
@@ -115,19 +116,19 @@ def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = F
 
 
 def check_batch(spec: BatchSpec, batch: Mapping[str, Any]) -> None:
-    """Errors: `DataError` that names the field of a batch, of arrays or of abstract ones, that a model cannot take."""
+    """Check a batch of arrays or abstract arrays. Errors: `DataError` that names the field that a model cannot read."""
     check_example(spec, batch, batched=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeSpec:
-    """What one position of a grid of codes holds: numbers of a codebook, or a vector of real ones."""
+    """The code at one position of a grid: indices into a codebook, or a vector of real numbers."""
 
     dtype: Literal["int32", "float32"]
     shape: tuple[int, ...] = ()
-    """of one position: () for one number"""
+    """shape at one position: () for one number"""
     sizes: tuple[int, ...] = ()
-    """how many values each of the whole numbers of a position takes, from 0 on; () for real numbers"""
+    """number of values of each integer of a position, from 0 on; () for real numbers"""
 
     @property
     def is_discrete(self) -> bool:
@@ -135,16 +136,16 @@ class CodeSpec:
 
     @property
     def values(self) -> int:
-        """How many values a discrete code takes."""
+        """Number of values of a discrete code."""
         return math.prod(self.sizes)
 
     def __str__(self) -> str:
         return f"{self.values} codes" if self.is_discrete else f"codes of {_by(self.shape)} numbers"
 
     def of_position(self, patch: int) -> CodeSpec:
-        """The code of one position, where this is that of a token of `patch` x `patch` positions (`nn.tokens`).
+        """The code of one position, if this is the code of a token of `patch` x `patch` positions (`nn.tokens`).
 
-        Errors: `ConfigError` where a token cannot be made of so many.
+        Errors: `ConfigError` if a token cannot be split into that many positions.
         """
         if patch == 1:
             return self
@@ -154,7 +155,7 @@ class CodeSpec:
         return CodeSpec(self.dtype, (self.shape[0] // patch**2,), self.sizes[:: patch**2])
 
     def field(self, grid: tuple[int, int]) -> FieldSpec:
-        """The codes of an image, rows x columns of them, as a field of a batch."""
+        """The codes of an image, rows x columns, as a field of a batch."""
         if not self.is_discrete:
             return FieldSpec((*grid, *self.shape), "float32")
         return FieldSpec((*grid, *self.shape), "int32", 0, max(self.sizes) - 1)
@@ -162,18 +163,19 @@ class CodeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
-    """What a family samples."""
+    """The samples of a family."""
 
     grid: tuple[int, int]
     """rows and columns of codes, of latents, or of pixels"""
     code: CodeSpec
-    """of one position"""
+    """code of one position"""
     patch: int = 1
-    """a token of the model is a square of so many positions a side; `grid` is a multiple of it"""
+    """side of a token of the model, in positions; `grid` is a multiple of it"""
 
     @property
     def kind(self) -> Literal["tokens", "latents", "pixels"]:
-        """Code numbers and latents need a codec; pixels, three numbers, are images in [-1, 1] without one."""
+        """Kind of sample: code indices (tokens) and latents need a codec; pixels, three numbers, are images in [-1,
+        1]."""
         return "tokens" if self.code.is_discrete else "pixels" if self.code.shape == (3,) else "latents"
 
     @property
@@ -188,17 +190,17 @@ class SampleSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample."""
         return (*self.grid, *self.code.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecSpec:
-    """What a codec makes of an image of any size whose sides are multiples of `factor`."""
+    """The codes of an image of any size whose sides are multiples of `factor`."""
 
     factor: int
-    """pixels of a side for each code"""
+    """pixels per code along each side"""
     code: CodeSpec
     encodes: bool = True
     decodes: bool = True
-    """False for one half of a codec, as some published files hold"""
+    """False for an encoder alone, as some published files hold"""

@@ -1,4 +1,4 @@
-"""Where the samples of a webdataset tar file lie. Processes that scan import this module alone: no JAX, no codecs."""
+"""Locate the samples of a webdataset tar file. Scanning processes import this module alone: no JAX, no codecs."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from t2i_jax.core.sniff import sniff_file
 
 MEMBERS = ("image", "txt", "json", "cls")
 BLOCK = tarfile.BLOCKSIZE
-"""Bytes; all members begin at a multiple of it."""
+"""Block size in bytes; all members begin at a multiple of it."""
 COLUMNS = ("image", "image_head", "image_size", *(f"{m}{end}" for m in MEMBERS[1:] for end in ("", "_size")))
-"""`image`: the block at which the bytes of the image begin; `image_head`: blocks of header before it; `txt`, `json`,
-`cls`: blocks from the image's bytes to the member's; `*_size`: bytes, -1 where there is no such member."""
+"""`image`: the block where the bytes of the image begin; `image_head`: number of header blocks before it; `txt`,
+`json`, `cls`: blocks from the image's bytes to the member's; `*_size`: bytes, -1 if there is no such member."""
 
 
 @dataclass
 class Scan:
-    """What a scan of one tar file found; its samples in the order of their first members."""
+    """The result of scanning one tar file; samples in the order of their first members."""
 
     columns: dict[str, np.ndarray]
     """int64 (samples,) for each of `COLUMNS`"""
     keys: int = 0
-    """keys that were seen, with or without an image"""
+    """number of keys, with or without an image"""
     cut: str = ""
     """why the file cannot be read to its end"""
     kind: str = ""
-    """what the file is, where it is no tar"""
+    """what the file is, if it is not a tar"""
     notes: list[tuple[str, list[str]]] = field(default_factory=list)
-    """what is unusual, and the names of those members"""
+    """anomalies, and the names of the affected members"""
     ignored: list[str] = field(default_factory=list)
-    """names of members that are not read, where there is no sample"""
+    """names of members that are ignored, if there is no sample"""
 
 
 class _Member(NamedTuple):
@@ -70,11 +70,11 @@ class _Sample:
 
 
 class _Samples:
-    """Members of one tar grouped to samples by webdataset's rule: a key ends at the first dot of the name.
+    """Members of one tar grouped into samples by webdataset's rule: the key is the name up to the first dot.
 
-    Where that leaves an unknown ending, as of `v1.5_0.jpg`, the key ends at the last dot, unless its key by the rule
-    has an image of its own (`0.seg.png` belongs to `0.jpg`). A name that comes again begins another sample of the key,
-    which has what follows it.
+    If that leaves an unknown extension, as in `v1.5_0.jpg`, the key ends at the last dot, unless the key by the rule
+    has an image of its own (`0.seg.png` belongs to `0.jpg`). A repeated name starts another sample of the key, which
+    gets the members that follow.
     """
 
     def __init__(self, endings: Collection[str]):
@@ -129,7 +129,7 @@ class _Samples:
                 self._add(longer, member_kind, member)
         samples = sorted((s for several in self.by_key.values() for s in several), key=_Sample.first)
         if cut:
-            samples = samples[:-1]  # it may lack members that came after the cut
+            samples = samples[:-1]  # it may lack members after the cut
         rows = np.array([s.row() for s in samples if "image" in s.members], np.int64).reshape(-1, len(COLUMNS))
         without = [m.name for s in samples if "image" not in s.members for m in s.members.values()]
         notes = [
@@ -146,8 +146,8 @@ class _Samples:
 def scan(path: Path, endings: Collection[str], progress: Callable[[int], None] = lambda members: None) -> Scan:
     """Find the samples of one tar file by its headers.
 
-    endings: those of images (".jpg", ...), in small letters. progress: called about once a second with the number of
-    members so far. Errors: `OSError`; what is cut short, or no tar, is said in the result.
+    endings: extensions of images (".jpg", ...), in lower case. progress: called about once a second with the number of
+    members so far. Errors: `OSError`; the result reports a file that is truncated or not a tar.
     """
     samples, cut, kind = _Samples(endings), "", ""
     after: list[tuple[str, list[str]]] = []
@@ -164,7 +164,7 @@ def scan(path: Path, endings: Collection[str], progress: Callable[[int], None] =
 
 
 def _members(path: Path, size: int, progress: Callable[[int], None], notes: list) -> Iterator[_Member]:
-    """The files in a tar. Errors: `tarfile.ReadError` where it is cut short or damaged."""
+    """The files in a tar. Errors: `tarfile.ReadError` if it is truncated or damaged."""
     count, last, links = 0, time.monotonic(), []
     with open(path, "rb") as file:
         end = yield from _plain_members(file, size, progress)
@@ -177,7 +177,7 @@ def _members(path: Path, size: int, progress: Callable[[int], None], notes: list
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("the last member is cut short")
                     yield _Member(member.name, member.offset // BLOCK, member.offset_data // BLOCK, member.size)
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] it would keep every header
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] else it keeps every header
                 count += 1
                 if (now := time.monotonic()) - last > 1:
                     last = now
@@ -188,18 +188,18 @@ def _members(path: Path, size: int, progress: Callable[[int], None], notes: list
         if end + BLOCK > size:
             raise tarfile.ReadError("the end mark is missing")
         file.seek(end)
-        if file.read(BLOCK).strip(b"\0"):  # which tarfile takes for the end
+        if file.read(BLOCK).strip(b"\0"):  # tarfile takes a damaged header for the end
             raise tarfile.ReadError(f"the header at byte {end} is damaged")
         if file.read(1 << 16).strip(b"\0"):
             notes.append((f"what comes after the end mark at byte {end} is not read; unpack joined tar files", []))
 
 
 TIMES = frozenset((b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname"))
-"""Keywords of extended headers that say nothing of the name and the size."""
+"""Keywords of extended headers that affect neither the name nor the size."""
 
 
 def _plain_members(file: BinaryIO, size: int, progress: Callable[[int], None]) -> Generator[_Member, None, int]:
-    """The files in a tar up to the first header that is not of the plainest kind; returns its place, a byte.
+    """The files in a tar up to the first header that is not of the simplest kind; returns its offset in bytes.
 
     This is several times as fast as `tarfile`, which reads the rest: other kinds of headers, damaged ones and the end.
     """
@@ -228,7 +228,7 @@ def _plain_members(file: BinaryIO, size: int, progress: Callable[[int], None]) -
 
 
 def _size(header: bytes) -> int | None:
-    """The bytes of a member, if its header is a whole one with plain numbers."""
+    """The size of a member in bytes, if its header is valid and has plain numbers; else None."""
     numbers = header[124:136].rstrip(b" \0"), header[148:156].strip(b" \0")
     if len(header) < BLOCK or header[257:262] != b"ustar" or not all(n.isdigit() for n in numbers):
         return None
@@ -236,13 +236,13 @@ def _size(header: bytes) -> int | None:
         length, total = (int(n, 8) for n in numbers)
     except ValueError:
         return None
-    # Adler-32 has the sum of the bytes, modulo 65521. The field of the sum itself counts as blanks.
+    # Adler-32 contains the sum of the bytes, modulo 65521. The checksum field itself counts as spaces.
     seen = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32
     return length if (seen - total) % 65521 == 0 else None
 
 
 def _only_times(data: bytes) -> bool:
-    """Whether an extended header (length, blank, keyword=value, end of line) has only keywords of `TIMES`."""
+    """Whether an extended header (length, space, keyword=value, newline) has only keywords of `TIMES`."""
     while data:
         length, blank, _ = data.partition(b" ")
         if not blank or not length.isdigit() or not 0 < int(length) <= len(data):
@@ -259,7 +259,7 @@ def serve() -> None:
     Tasks and results are pickles: (path, endings); the number of members so far, any times; a `Scan` or an exception.
     """
     results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else is written between the results
+    os.dup2(2, 1)  # keep other output out of the stream of results
 
     def send(result: Any) -> None:
         pickle.dump(result, results)

@@ -1,8 +1,7 @@
-"""Text from outside: bytes of files, strings of JSON and of the command line.
+"""External text: bytes of files, strings of JSON and of the command line.
 
-Bytes are UTF-8, or UTF-16 or UTF-32 that begins with a byte order mark; other encodings are refused, not guessed. A
-lone surrogate of a string (half of an emoji in JSON, a byte of a file name or an argument that is no UTF-8) becomes
-U+FFFD.
+Bytes are UTF-8, or UTF-16 or UTF-32 with a byte order mark; other encodings are refused, not guessed. A lone surrogate
+in a string (half of an emoji in JSON, a non-UTF-8 byte of a file name or an argument) becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from t2i_jax.core.errors import DataError
 from t2i_jax.core.sniff import HEAD, pointer, sniff
 
 MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it comes first
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16, so it is tested first
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -25,10 +24,10 @@ MARKS = (
 
 
 def decode_text(data: bytes) -> str:
-    """The text of bytes, without a byte order mark.
+    """Decode bytes to text, without a byte order mark.
 
-    Errors: `DataError` that names the first byte, counted from 0, that is no text, and what the bytes may be; and for a
-    pointer to a file that was not fetched.
+    Errors: `DataError` that names the first invalid byte, counted from 0, and the likely encoding or file type; also
+    for a pointer to a file that was not fetched.
     """
     if kind := pointer(data[:HEAD]):
         raise DataError(f"byte 0: it is {kind}")
@@ -38,7 +37,7 @@ def decode_text(data: bytes) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        mark = 3 if encoding == "utf-8-sig" else 0  # which the decoder does not count
+        mark = 3 if encoding == "utf-8-sig" else 0  # the decoder does not count the mark
         at = error.start + mark
         if encoding.startswith("utf-8"):
             kind = sniff(data[:HEAD]) if min(data[:HEAD]) < 9 else ""  # text in another encoding has no such bytes
@@ -48,15 +47,15 @@ def decode_text(data: bytes) -> str:
 
 
 def clean_text(text: str) -> str:
-    """`text` as a caption or a prompt: halves of surrogate pairs are joined, lone ones become U+FFFD, NUL is a blank,
-    and a byte order mark and blanks at the ends are left out."""
-    if not text.isprintable():  # which surrogates, NUL and the mark are not
+    """Clean a caption or prompt: halves of surrogate pairs are joined, lone ones become U+FFFD, NUL becomes a space,
+    and a byte order mark and whitespace at the ends are removed."""
+    if not text.isprintable():  # surrogates, NUL and the mark are not printable
         text = mend(text).replace("\0", " ").lstrip("\ufeff")
     return text.strip()
 
 
 def mend(text: str) -> str:
-    """`text` without lone surrogates: what UTF-8 can hold."""
+    """`text` with lone surrogates replaced, so that UTF-8 can encode it."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -66,14 +65,14 @@ def split_lines(text: str) -> list[str]:
 
 
 def text_lines(data: bytes) -> list[str]:
-    """The lines of bytes that are not blank, cleaned. Errors: `DataError` as `decode_text`."""
+    """The non-blank lines of bytes, cleaned. Errors: `DataError` as in `decode_text`."""
     return [line for line in map(clean_text, split_lines(decode_text(data))) if line]
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a text file that are not blank, cleaned: prompts, or the captions of an image.
+    """The non-blank lines of a text file, cleaned: prompts, or the captions of an image.
 
-    Errors: `DataError` that names the file and the first byte that is no text; OSError where it cannot be read.
+    Errors: `DataError` that names the file and the first invalid byte; OSError if it cannot be read.
     """
     try:
         return text_lines(Path(path).read_bytes())

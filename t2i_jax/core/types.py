@@ -1,8 +1,8 @@
-"""The contract: what a family, a codec, a text encoder, a head, a condition and a noise process offer.
+"""Interfaces of families, codecs, text encoders, heads, conditions and noise processes.
 
-Protocols are for readers and for the type checker. At run time nothing asks an object what it has: a config declares
-what it can do (`Capabilities`, `TextSpec`), and the function named after a capability narrows its type, or raises
-`ConfigError` where it is not declared.
+Protocols are for readers and the type checker. At run time objects are not inspected: a config declares what it can do
+(`Capabilities`, `TextSpec`), and one function per capability narrows its type, or raises `ConfigError` if it is not
+declared.
 """
 
 from __future__ import annotations
@@ -22,118 +22,118 @@ from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
 M = TypeVar("M", bound=nnx.Module)
 
 Batch = Mapping[str, Array]
-"""Arrays by name, the first dimension of each that of the batch."""
+"""Arrays by name, each with the batch dimension first."""
 
 
-# -- what is trained
+# -- training
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns."""
+    """The result of a loss."""
 
     loss: Array
     """scalar, fp32"""
     metrics: Mapping[str, Array]
     """scalars by name"""
     state: nnx.Module | None = None
-    """the model with new non-trainable state (codebook averages, running statistics); None where there is none. An
-    array that is the model's own is not written; no two objectives may write the same one"""
+    """the model with new non-trainable state (codebook averages, running statistics), or None. Arrays identical to the
+    model's own are not written; no two objectives may write the same one"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss and the parameters that follow its gradient; an ordinary model has one objective.
+    """A loss and the parameters that it trains; an ordinary model has one objective.
 
-    All objectives of a model get the same batch and key in a step. Their gradients are taken at the same model and
-    their updates made at once, but for those that are `after` others.
+    All objectives of a model get the same batch and key in a step. Their gradients are taken at the same parameters and
+    their updates applied together, except for those that are `after` others.
     """
 
     loss: Callable[[Any, Any, Array, Array, bool], LossOutput]
-    """(model, batch, key, step, train) -> `LossOutput`; train is False for held-out data, where nothing is dropped or
-    corrupted to regularise; static. The batch has `outputs` where the model has a shared forward pass"""
+    """(model, batch, key, step, train) -> `LossOutput`; train is static, and False for held-out data, without dropout
+    or corruption of the inputs. The batch has `outputs` if the model has a shared forward pass"""
     params: tuple[str, ...] = ()
-    """dotted names of the parameters that are trained, or what they begin with: `decoder.out`; () is all of them"""
+    """dotted names, or prefixes, of the trained parameters, such as `decoder.out`; (): all of them"""
     optimizer: str = ""
     """name of the optimiser and of its state, by default that of the objective; objectives with the same parameters may
-    share one, which then makes an update for each of them"""
+    share one, which then makes one update for each"""
     every: int = 1
-    """updates are made in steps 1, 2, ... that this divides; in others the gradient is not computed and the optimiser,
-    whose schedule counts its own updates, stays as it is"""
+    """update in steps 1, 2, ... that this divides; in others the gradient is not computed and the optimiser, whose
+    schedule counts its own updates, does not change"""
     after: tuple[str, ...] = ()
-    """objectives whose updates of the same step the loss sees: it is computed in a later stage than they, at the model
-    with all updates of the stages before"""
+    """objectives whose updates of the same step this loss depends on: it is computed in a later stage, after all
+    updates of the stages before"""
     start: int = 0
-    """step at which training begins: before it neither the parameters nor the optimiser's state change, and the
-    learning-rate schedule counts from there"""
+    """step at which training begins: before it neither the parameters nor the optimiser's state change; the
+    learning-rate schedule counts from it"""
 
 
 def single_objective(loss: Callable[[Any, dict[str, Array], Array, bool], LossOutput]) -> dict[str, Objective]:
-    """The objectives of a model with one loss (model, batch, key, train) that all its parameters follow."""
+    """The objectives of a model with one loss (model, batch, key, train) that trains all its parameters."""
     return {"model": Objective(lambda model, batch, key, step, train: loss(model, batch, key, train))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """What a config can do besides being trained; each flag stands for the Protocol that is named."""
+    """Capabilities of a config besides training; flags name their Protocol."""
 
     family: bool = False
-    """`Family`: samples images, or codes of them"""
+    """`Family`: samples images, or their codes"""
     codec: bool = False
     """`Codec`: images to codes and back"""
     classifier: bool = False
     """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
     frozen_networks: bool = False
-    """`UsesFrozenNetworks`: a loss reads networks that nothing trains"""
+    """`UsesFrozenNetworks`: a loss reads frozen networks"""
     shared_forward: bool = False
     """`SharesForward`: all objectives read the outputs of one forward pass"""
     measures_scale: bool = False
     """`MeasuresScale`: a codec whose codes are shifted and scaled"""
 
     unconditional: bool = False
-    """learned an unconditional branch: `sample` guides by it unless it is told not to"""
+    """has learned an unconditional branch, which `sample` guides by unless `guided` is False"""
     guidance: bool = False
-    """the options have a scale `guidance`, and `sample` takes `guided`: False leaves the unconditional branch out"""
+    """the options have a scale `guidance`, and `sample` takes `guided`: False skips the unconditional branch"""
     token_by_token: bool = False
-    """`TokenByToken`: a cache of keys and values, one token a step"""
+    """`TokenByToken`: samples with a key-value cache, one token per step"""
     likelihood: bool = False
     """`Likelihood`: log p(codes | condition)"""
     inpaint: bool = False
-    """`sample` takes `known` and `keep`: samples (b, *grid, ...), and a bool (b, rows, columns) of tokens that stay"""
+    """`sample` takes `known` and `keep`: samples (b, *grid, ...), and a bool (b, rows, columns) of tokens to keep"""
     inpaint_prefix: bool = False
-    """it keeps the first tokens in raster order only"""
+    """it can keep only the first tokens in raster order"""
     init_image: bool = False
-    """`sample` takes `known` alone, and its options a `strength`"""
+    """`sample` takes `known` without `keep`, and its options have a `strength`"""
     super_resolution: bool = False
-    """enlarges a small image, `low_res` of its condition"""
+    """upsamples a low-resolution image, `low_res` of its condition"""
     classifier_guidance: bool = False
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
-    """`GaussianFamily`, whose `sample` takes a weaker model in the place of the unconditional branch"""
+    """`GaussianFamily`, whose `sample` takes a weaker model in place of the unconditional branch"""
     token_head: bool = False
-    """its field `head` samples each token, a `heads.TokenHead` that another one may replace"""
+    """its field `head` samples each token: a `heads.TokenHead`, which may be replaced"""
     int8: bool = False
-    """samples with matrices of 8-bit integers"""
+    """samples with int8 matrices"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a model is computed, whatever it computes."""
+    """Numerics and memory options of a model; they do not change what it computes."""
 
     dtype: str = "float32"
-    """of products and activations"""
+    """dtype of matrix products and activations"""
     remat: str = ""
-    """what a layer keeps for its backward pass, one of `remats`; empty where there is no choice"""
+    """what a layer keeps for its backward pass, one of `remats`; empty if there is no choice"""
     attention: str = ""
-    """what computes attention, a `nn.kernels.Kind`; empty where there is no choice"""
+    """implementation of attention, a `nn.kernels.Kind`; empty if there is no choice"""
     loss_chunk: int = 0
-    """tokens of an image whose logits are held at a time; 0: as many as memory is kept for"""
+    """tokens per image whose logits are held at a time; 0: as many as fit the memory limit"""
     remats: tuple[str, ...] = ("none", "full", "dots", "branches")
 
     def changes(self, new: Compute, *same: str, **others: str) -> dict[str, Any]:
-        """What to replace in a config to compute as `new` says: values by the names of its fields.
+        """The field values to replace in a config so that it computes as `new`, by name.
 
-        same: fields that the config has under their names here; others: under other names. Errors: `ConfigError` for a
-        change of what has no field.
+        same: fields with the same name in the config; others: fields with other names. Errors: `ConfigError` for a
+        change without a field.
         """
         mine, theirs, fields = dataclasses.asdict(self), dataclasses.asdict(new), {name: name for name in same} | others
         for name, value in theirs.items():
@@ -143,22 +143,23 @@ class Compute:
 
 
 class Trainable(Protocol):
-    """A frozen config of something that is trained: a family, a codec, a classifier."""
+    """A frozen config of something trainable: a family, a codec, a classifier."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """Computed from the config, never a field of it."""
+        """Capabilities, computed from the config, never a field of it."""
         ...
 
     @property
     def compute(self) -> Compute: ...
 
     def with_compute(self, compute: Compute) -> Self:
-        """The same model, computed in another way. Errors: `ConfigError` for what the config leaves no choice of."""
+        """The same model with other compute options. Errors: `ConfigError` for an option that the config does not
+        have."""
         ...
 
     def batch_spec(self) -> BatchSpec:
-        """What a batch has to hold."""
+        """Fields that a batch must have."""
         ...
 
     def init(self, key: Array) -> nnx.Module:
@@ -169,10 +170,10 @@ class Trainable(Protocol):
 
 
 class SamplingOptions(Protocol):
-    """Options of a sampler: numbers, or arrays with one for each image."""
+    """Options of a sampler: numbers, or arrays with one per image."""
 
     def arrays(self) -> Any:
-        """The same options as arrays, which are traced: new values compile nothing anew."""
+        """The same options as traced arrays: new values do not recompile."""
         ...
 
 
@@ -182,20 +183,20 @@ class Family(Trainable, Protocol):
     def sample_spec(self) -> SampleSpec: ...
 
     def condition_spec(self) -> BatchSpec:
-        """What `sample` reads of its condition: the part of `batch_spec` that describes what an image is made for."""
+        """The fields of `batch_spec` that are the condition of `sample`."""
         ...
 
     def options(self) -> Any:
-        """`SamplingOptions` at their defaults."""
+        """Default `SamplingOptions`."""
         ...
 
     def check(self, options: Any) -> None:
-        """Errors: `ConfigError` or `ValueError` for options with which nothing can be sampled."""
+        """Check sampling options. Errors: `ConfigError` or `ValueError` for options that cannot be sampled with."""
         ...
 
     def loop_trips(self, options: Any) -> int | Sequence[tuple[int, ...]]:
-        """How often the sampler's loop runs with these options; or which sizes each of its steps takes, where a step
-        chooses among compiled ones (`flops.count`)."""
+        """Trip count of the sampler's loop for these options; or the sizes that each of its steps uses, where a step
+        selects among compiled ones (`flops.count`)."""
         ...
 
     def sample(
@@ -208,21 +209,21 @@ class Family(Trainable, Protocol):
         guided: bool | None = None,
         progress: Callable[[Any, Any, Any], None] | None = None,
     ) -> Array:
-        """Samples as `sample_spec` says, one for each row of the condition and each key of `keys` (b,).
+        """Samples as in `sample_spec`, one for each row of the condition and each key of `keys` (b,).
 
-        guided: whether the unconditional branch is computed, without which there is no guidance and half the work;
-            None: where one was learned.
+        guided: whether to compute the unconditional branch; False disables guidance at half the cost, None: if one was
+            learned.
         progress: called as (done, total, sample) with steps of this sampler and the samples so far; static.
         """
         ...
 
 
 class TokenByToken(Family, Protocol):
-    """A family that samples one token a step from a cache of keys and values."""
+    """A family that samples one token per step with a key-value cache."""
 
     @property
     def length(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens of an image."""
         ...
 
     def prefill(self, model: Any, condition: Batch, dropped: Array) -> tuple[Array, Any]: ...
@@ -231,14 +232,14 @@ class TokenByToken(Family, Protocol):
 
 
 class GaussianFamily(Family, Protocol):
-    """A family that removes Gaussian noise, whose prediction other models may guide."""
+    """A Gaussian diffusion, whose predictions other models can guide."""
 
     @property
     def process(self) -> NoiseProcess: ...
 
     @property
     def predicts(self) -> str:
-        """What the network predicts: a `noise.gaussian.Predicts`."""
+        """Prediction type of the network: a `noise.gaussian.Predicts`."""
         ...
 
     @property
@@ -246,7 +247,7 @@ class GaussianFamily(Family, Protocol):
 
 
 class Likelihood(Family, Protocol):
-    """A family that knows the probability of an image's codes."""
+    """A family that computes the probability of an image's codes."""
 
     def log_likelihood(self, model: Any, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
@@ -265,7 +266,7 @@ class Classifier(Trainable, Protocol):
 
 
 class UsesFrozenNetworks(Trainable, Protocol):
-    """A model whose loss reads networks that nothing trains, as `batch["frozen"]`."""
+    """A model whose loss reads frozen networks, as `batch["frozen"]`."""
 
     def frozen(self) -> Any:
         """The networks: a pytree of arrays."""
@@ -273,8 +274,8 @@ class UsesFrozenNetworks(Trainable, Protocol):
 
 
 class SharesForward(Trainable, Protocol):
-    """A model whose objectives read the outputs of one forward pass, as `batch["outputs"]`; gradients go through it to
-    the parameters of an objective that it depends on."""
+    """A model whose objectives read the outputs of one forward pass, as `batch["outputs"]`; gradients flow through it
+    to those parameters of an objective that it depends on."""
 
     def forward(self, model: Any, batch: Any, key: Array, step: Array, train: bool) -> Any:
         """The outputs: a pytree of arrays; arguments as for `Objective.loss`."""
@@ -288,29 +289,29 @@ class Codec(Trainable, Protocol):
     def spec(self) -> CodecSpec: ...
 
     def encode(self, model: Any, images: Array, key: Array | None = None) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes; drawn by the key where they have a distribution."""
+        """Images float (b, i, j, 3) in [-1, 1] -> codes; sampled with the key if their distribution is not a point."""
         ...
 
     def decode(self, model: Any, codes: Array) -> Array:
-        """Codes -> images float (b, i, j, 3), about [-1, 1]."""
+        """Codes -> images float (b, i, j, 3), approximately in [-1, 1]."""
         ...
 
     def to_store(self, model: Any, images: Array) -> dict[str, Array]:
-        """What `t2i encode` keeps of images, by the names of a batch."""
+        """What `t2i encode` stores of images, by field name of a batch."""
         ...
 
 
 class MeasuresScale(Codec, Protocol):
-    """A codec whose codes are (latent - shift) scale, by its fields `scale` and `shift`."""
+    """A codec whose codes are (latent - shift) scale, with its fields `scale` and `shift`."""
 
     def measure(self, model: Any, batches: Iterable[Any]) -> tuple[float, float]:
-        """(scale, shift) with which codes of these images, batches of (b, i, j, 3), have mean 0 and variance 1."""
+        """(scale, shift) that give codes of these images, batches of (b, i, j, 3), mean 0 and variance 1."""
         ...
 
 
 def as_trainable(value: object) -> Trainable:
-    """A value of a config file as what is trained. Errors: `ConfigError` for one that declares no `Capabilities`."""
-    # The one place where a model of unknown type is looked at; after it the type is known.
+    """Narrow a value of a config file to `Trainable`. Errors: `ConfigError` if it declares no `Capabilities`."""
+    # The only place that inspects a model of unknown type; afterwards the type is known.
     if not isinstance(getattr(value, "capabilities", None), Capabilities):
         raise ConfigError(f"{value!r}: a family or a codec")
     return cast(Trainable, value)
@@ -323,19 +324,20 @@ def _narrow(config: Trainable, flag: str, what: str) -> Any:
 
 
 def as_family(config: Trainable) -> Family:
-    """Errors: `ConfigError` for a config that samples nothing."""
+    """Narrow to `Family`. Errors: `ConfigError` for a config that does not sample."""
     return cast(Family, _narrow(config, "family", "does not sample images"))
 
 
 def as_codec(config: Trainable) -> Codec:
-    """Errors: `ConfigError` for a config that is no codec."""
+    """Narrow to `Codec`. Errors: `ConfigError` for a config that is not a codec."""
     return cast(Codec, _narrow(config, "codec", "is no codec"))
 
 
 def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) -> None:
-    """Errors: `ConfigError` where the codec of this name cannot be that of the codes that a family samples.
+    """Check that the codec `name` matches the codes that a family samples.
 
-    A family may have more code numbers than its codec, such as a start token or a padded table; exact: it may not.
+    A family may have more codes than its codec, such as a start token or a padded table, unless `exact`. Errors:
+    `ConfigError` if they do not match.
     """
     ours, theirs = family.sample_spec().code, codec.spec.code
     fits = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
@@ -346,65 +348,66 @@ def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) ->
 
 
 def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
-    """Errors: `ConfigError` for a config whose losses read the model and the batch alone."""
+    """Narrow to `UsesFrozenNetworks`. Errors: `ConfigError` for a config whose losses read no frozen networks."""
     return cast(UsesFrozenNetworks, _narrow(config, "frozen_networks", "has no frozen networks"))
 
 
 def shares_forward(config: Trainable) -> SharesForward:
-    """Errors: `ConfigError` for a config whose objectives share no forward pass."""
+    """Narrow to `SharesForward`. Errors: `ConfigError` for a config whose objectives share no forward pass."""
     return cast(SharesForward, _narrow(config, "shared_forward", "has no forward pass that its objectives share"))
 
 
 def measures_scale(config: Trainable) -> MeasuresScale:
-    """Errors: `ConfigError` for a config without codes that have a scale."""
+    """Narrow to `MeasuresScale`. Errors: `ConfigError` for a config whose codes have no scale."""
     return cast(MeasuresScale, _narrow(config, "measures_scale", "has no scale of its codes"))
 
 
 def as_classifier(config: Trainable) -> Classifier:
-    """Errors: `ConfigError` for a config that is no classifier of noised images."""
+    """Narrow to `Classifier`. Errors: `ConfigError` for a config that is not a classifier of noised images."""
     return cast(Classifier, _narrow(config, "classifier", "does not classify noised images"))
 
 
 def token_by_token(config: Trainable) -> TokenByToken:
-    """Errors: `ConfigError` for a config that does not sample token by token."""
+    """Narrow to `TokenByToken`. Errors: `ConfigError` for a config that does not sample token by token."""
     return cast(TokenByToken, _narrow(config, "token_by_token", "does not sample token by token"))
 
 
 def likelihood(config: Trainable) -> Likelihood:
-    """Errors: `ConfigError` for a config that gives no probabilities."""
+    """Narrow to `Likelihood`. Errors: `ConfigError` for a config that computes no probabilities."""
     return cast(Likelihood, _narrow(config, "likelihood", "does not give the likelihood of an image"))
 
 
 def inpainting(config: Trainable) -> Family:
-    """Errors: `ConfigError` for a config that cannot keep a part of an image."""
+    """Check for inpainting. Errors: `ConfigError` for a config that cannot keep a part of an image."""
     return cast(Family, _narrow(config, "inpaint", "keeps no part of an image"))
 
 
 def image_to_image(config: Trainable) -> Family:
-    """Errors: `ConfigError` for a config that cannot start from an image."""
+    """Check for image-to-image sampling. Errors: `ConfigError` for a config that cannot start from an image."""
     what = "keeps nothing of an image without a mask; a Gaussian diffusion can"
     return cast(Family, _narrow(config, "init_image", what))
 
 
 def super_resolution(config: Trainable) -> Family:
-    """Errors: `ConfigError` for a config that enlarges no image."""
+    """Check for super-resolution. Errors: `ConfigError` for a config that does not upsample images."""
     return cast(Family, _narrow(config, "super_resolution", "reads no 'low_res', so it cannot make images larger"))
 
 
 def classifier_guided(config: Trainable) -> GaussianFamily:
-    """Errors: `ConfigError` for a config that no classifier guides."""
+    """Check for classifier guidance. Errors: `ConfigError` for a config that does not support it."""
     what = "is not guided by a classifier; a Gaussian diffusion is"
     return cast(GaussianFamily, _narrow(config, "classifier_guidance", what))
 
 
 def autoguided(config: Trainable) -> GaussianFamily:
-    """Errors: `ConfigError` for a config that neither is guided by a weaker model nor guides as one."""
+    """Check for autoguidance. Errors: `ConfigError` for a config that can neither be guided by a weaker model nor be
+    one."""
     what = "cannot guide, nor be guided by, a weaker model; a Gaussian diffusion can"
     return cast(GaussianFamily, _narrow(config, "autoguidance", what))
 
 
 def int8_sampling(config: Trainable) -> Family:
-    """Errors: `ConfigError` for a config that does not sample with 8-bit weights."""
+    """Check for int8 sampling. Errors: `ConfigError` for a config that does not sample with int8 weights."""
     return cast(Family, _narrow(config, "int8", "has no int8 weights: they are for models that sample token by token"))
 
 
@@ -424,17 +427,17 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TextSpec:
-    """What a tokenizer can do besides making ids; it is known without any of its files.
+    """Capabilities of a tokenizer besides token ids; known without loading its files.
 
     Fields of a tokenizer that name files are marked in their types (`core.fields.File`).
     """
 
     features: bool = False
-    """`TextEncoder`: gives features of ids, which no model has to embed then"""
+    """`TextEncoder`: computes features of ids, so models do not embed the ids"""
     image_features: bool = False
-    """`ImageTextEncoder`: images have features in the same space, and teach in the place of captions"""
+    """`ImageTextEncoder`: images have features in the same space, which replace those of captions in training"""
     limited: bool = False
-    """`text.cut.Limited`: counts the tokens of a caption that are not read"""
+    """`text.cut.Limited`: counts the tokens of a caption that are cut off"""
 
 
 class TextEncoder(Tokenizer, Protocol[M]):
@@ -442,11 +445,11 @@ class TextEncoder(Tokenizer, Protocol[M]):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        """Vectors of a caption, and numbers of each."""
+        """Number of vectors per caption, and their size."""
         ...
 
     def load(self) -> M:
-        """The parameters, on the host. Errors: FileNotFoundError, ValueError for files that are none of it."""
+        """The parameters, on the host. Errors: FileNotFoundError; ValueError for files of another kind."""
         ...
 
     def features(self, model: M, ids: Array, mask: Array) -> Array:
@@ -455,7 +458,7 @@ class TextEncoder(Tokenizer, Protocol[M]):
 
 
 class ImageTextEncoder(TextEncoder[M], Protocol):
-    """A frozen encoder of captions and images into one space."""
+    """A frozen encoder of captions and images into a shared space."""
 
     def image_features(self, model: M, images: Array) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> features (b, 1, k)."""
@@ -463,8 +466,8 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
 
 
 def as_tokenizer(value: object) -> Tokenizer:
-    """A value of a config file as a tokenizer. Errors: `ConfigError` for one that declares no `TextSpec`."""
-    # The one place where a text of unknown type is looked at; after it the type is known.
+    """Narrow a value of a config file to `Tokenizer`. Errors: `ConfigError` if it declares no `TextSpec`."""
+    # The only place that inspects a text of unknown type; afterwards the type is known.
     if not isinstance(getattr(value, "spec", None), TextSpec):
         raise ConfigError(f"{value!r} is no tokenizer: its `spec` is no TextSpec")
     return cast(Tokenizer, value)
@@ -475,19 +478,19 @@ def gives_features(text: Tokenizer | None) -> bool:
 
 
 def learns_from_images(text: Tokenizer | None) -> bool:
-    """Whether features of images teach, and captions are read only to sample."""
+    """Whether training reads features of images, and captions are read only in sampling."""
     return text is not None and text.spec.image_features
 
 
 def text_encoder(text: Tokenizer | None) -> TextEncoder[nnx.Module]:
-    """Errors: `ConfigError` for a tokenizer alone, and where there is no text."""
+    """Narrow to `TextEncoder`. Errors: `ConfigError` for a tokenizer without features, and if there is no text."""
     if not gives_features(text):
         raise ConfigError(f"{_named(text)} gives no features: a frozen text encoder is wanted")
     return cast(TextEncoder[nnx.Module], text)
 
 
 def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
-    """Errors: `ConfigError` for a text that does not read images."""
+    """Narrow to `ImageTextEncoder`. Errors: `ConfigError` for a text that does not read images."""
     if not learns_from_images(text):
         raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
     return cast(ImageTextEncoder[nnx.Module], text)
@@ -502,25 +505,25 @@ def _named(text: Tokenizer | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ConditionSpec:
-    """What a condition offers besides tokens."""
+    """Properties of a condition besides its tokens."""
 
     has_null: bool = True
-    """the unconditional tokens need nothing of a batch; else it brings `null_features`"""
+    """the unconditional tokens do not depend on the batch; else the batch has `null_features`"""
     has_padding: bool = False
-    """some tokens may be padding, which nothing looks at"""
+    """some tokens may be padding, which is masked"""
     gives_ids: bool = False
     """tokens are ids (b, s) of the image's own vocabulary, which the network embeds itself"""
     gives_summary: bool = False
-    """`SummarizedTokens`: a vector stands for all tokens"""
+    """`SummarizedTokens`: has a vector that summarises all tokens"""
     classes: int | None = None
-    """number of classes, of which `label` is one; 0 where there is no condition; None for what is no class"""
+    """number of classes that `label` indexes; 0: unconditional; None: a condition other than a class"""
 
 
 class ConditionTokens(Protocol):
     """The module of a condition."""
 
     def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Tokens (b, s, d) of the dtype, and a mask (b, s) of those that a network may look at.
+        """Tokens (b, s, d) of the dtype, and a mask (b, s) of those that a network may read.
 
         drop: bool (b,) marks rows that get the unconditional tokens instead of their own.
         """
@@ -528,30 +531,30 @@ class ConditionTokens(Protocol):
 
 
 class SummarizedTokens(ConditionTokens, Protocol):
-    """The module of a condition with a vector for the whole."""
+    """The module of a condition with a summary vector."""
 
     def whole(self, batch: Batch, drop: Array) -> Array:
-        """(b, d)."""
+        """The summary vector (b, d)."""
         ...
 
 
 class Condition(Protocol):
-    """The config of what an image is made for, as tokens of a network."""
+    """The config of a condition, as tokens of a network."""
 
     @property
     def spec(self) -> ConditionSpec: ...
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         ...
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         ...
 
     def token_width(self, width: int) -> int:
-        """Numbers of a token, for a network of a width."""
+        """Width of a token, for a network of this width."""
         ...
 
     def init(self, key: Array, width: int) -> ConditionTokens: ...
@@ -561,34 +564,34 @@ class Condition(Protocol):
 
 
 Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
-"""What a network predicts of x_t; see `noise.gaussian.split`."""
+"""Prediction type of a network at x_t; see `noise.gaussian.split`."""
 
 
 Spacing = Literal["default", "even", "karras", "log_snr"]
-"""Where the stops of a path are: as the process has them by default, evenly in its own time, evenly in
-(sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), or evenly in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
+"""Spacing of the stops of a sampling grid: the process' default, even in its own time, even in (sigma / alpha)^(1 / 7)
+(Karras et al. 2022, eq. 5), or even in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
 
-`karras` and `log_snr` end in the least noise that the process has: that of the first step of Discrete, of `low` of EDM,
-of the last of `bound` steps of Flow. Where a path begins in pure noise, or nearly (alpha below `processes.NOISE`),
-log(alpha / sigma) is -inf: they keep the first two stops of the default path and space the others from the second on.
+`karras` and `log_snr` end at the least noise of the process: that of the first step of Discrete, of `low` of EDM, of
+the last of `max_steps` steps of Flow. Where a grid begins in pure noise, or nearly (alpha below `processes.NOISE`),
+log(alpha / sigma) is -inf: they keep the first two stops of the default grid and space the others from the second on.
 """
 
 
 class SamplingGrid(NamedTuple):
-    """The stops of a sampler, from noise to the picture, in tables of one bound; what is behind the last is idle."""
+    """The stops of a sampler, from noise to image, in tables of fixed size; entries after stop `steps` are unused."""
 
     t: Array
-    """(n + 1,): the time that the network is told"""
+    """(n + 1,): time input of the network"""
     alpha: Array
     """(n + 1,)"""
     sigma: Array
-    """(n + 1,), 0 where nothing is left to do"""
+    """(n + 1,), 0 at the clean end"""
     low: Array
-    """(n,): log-variance of a step back, given the picture"""
+    """(n,): log-variance of a reverse step, given the clean image"""
     high: Array
-    """(n,): log-variance of the step forth between the same stops"""
+    """(n,): log-variance of the forward step between the same stops"""
     steps: Array
-    """how many steps there are, 1 to n"""
+    """number of steps, 1 to n"""
 
 
 VarianceBound = Callable[[Array, Array, Array, Array, Array, Predicts], Array]
@@ -596,45 +599,45 @@ VarianceBound = Callable[[Array, Array, Array, Array, Array, Predicts], Array]
 
 
 class NoiseProcess(Protocol):
-    """x_t = alpha_t x_0 + sigma_t eps: a frozen config of what a model is trained on and solvers go back along."""
+    """x_t = alpha_t x_0 + sigma_t eps: a frozen config of the noise process of training and sampling."""
 
     @property
     def max_steps(self) -> int:
-        """Most steps of a sampler."""
+        """Maximum number of sampling steps."""
         ...
 
     @property
     def scale(self) -> float:
-        """What images are multiplied by before they are noised."""
+        """Factor by which images are multiplied before noise is added."""
         ...
 
     @property
     def solver(self) -> str:
-        """The key of `sampling.solvers.SOLVERS` that models of it sample with by default."""
+        """The default solver, a key of `sampling.solvers.SOLVERS`."""
         ...
 
     @property
     def starts_from_pure_noise(self) -> bool:
-        """alpha is 0 where a sampler begins."""
+        """Whether alpha is 0 where a sampler begins."""
         ...
 
     @property
     def time_levels(self) -> int | None:
-        """Network times are numbers of noise levels from 0 on, below this; None: other numbers."""
+        """Number of noise levels, if network times are their indices; None for other times."""
         ...
 
     @property
     def variance_bound(self) -> VarianceBound | None:
-        """The term of the variational bound in bits per dimension, which teaches the variance v of a step back; None
-        where steps have no variance to learn."""
+        """The term of the variational bound in bits per dimension, which trains the variance v of a reverse step; None
+        if steps have no variance to learn."""
         ...
 
     def same_noise(self, other: NoiseProcess) -> bool:
-        """Whether networks trained on both read the same noise at the same time."""
+        """Whether the noise at each network time is the same in both processes."""
         ...
 
     def quantile(self, u: Array) -> Array:
-        """Training times (b,) below which a share u (b,) in (0, 1) of them lies."""
+        """Quantiles (b,) of training times at u (b,) in (0, 1)."""
         ...
 
     def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
@@ -642,9 +645,9 @@ class NoiseProcess(Protocol):
         ...
 
     def network_time(self, t: Array) -> Array:
-        """The time that the network is told."""
+        """The time input of the network."""
         ...
 
     def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
-        """The stops of so many steps back, 1 to `bound`, which are traced; stride: of discrete steps, every k-th."""
+        """The grid of a traced number of reverse steps, 1 to `max_steps`; stride: take every k-th of discrete steps."""
         ...

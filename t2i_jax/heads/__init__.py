@@ -1,4 +1,4 @@
-"""Heads: from what a network says of a position, z, to a distribution of its code, p(x | z); see `TokenHead`."""
+"""Heads: the distribution p(x | z) of a token's code, given the network's output z at its position; see `TokenHead`."""
 
 from t2i_jax.core.specs import SampleSpec
 from t2i_jax.heads.diffusion import DiffusionHead
@@ -9,7 +9,7 @@ from t2i_jax.heads.mixture import MixtureHead
 from t2i_jax.heads.softmax import SoftmaxHead
 
 Head = SoftmaxHead | DiffusionHead | FlowHead | MixtureHead
-"""What a config may hold; `TokenHead` is what models ask of it."""
+"""Heads that a config may hold; models rely on `TokenHead` alone."""
 
 __all__ = [
     "DiffusionHead",
@@ -27,6 +27,6 @@ __all__ = [
 def sample_spec(head: TokenHead, grid: tuple[int, int], patch: int) -> SampleSpec:
     """The codes of an image for a grid of tokens, each a square of `patch` x `patch` codes.
 
-    Errors: `ConfigError` where a code of the head is not made of so many.
+    Errors: `ConfigError` if a token of the head cannot be split into that many codes.
     """
     return SampleSpec((grid[0] * patch, grid[1] * patch), head.code.of_position(patch), patch)

@@ -1,4 +1,4 @@
-"""The small network of the heads that denoise: an MLP whose layers are modulated by time and z (Li et al. 2024, 3)."""
+"""The MLP of denoising heads, with layers modulated by time and z (Li et al. 2024, 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from t2i_jax.nn.modulation import TimeEmbedding, modulate
 
 
 class DenoisingBlock(nnx.Module):
-    """x + gate MLP(modulate(norm(x))), with shift, scale and gate made of c: (n, f), (n, f) -> (n, f)."""
+    """x + gate MLP(modulate(norm(x))), with shift, scale and gate computed from c: (n, f), (n, f) -> (n, f)."""
 
     def __init__(self, width: int, key: Array):
         keys = jax.random.split(key, 3)
@@ -28,7 +28,8 @@ class DenoisingBlock(nnx.Module):
 
 
 class Denoiser(nnx.Module):
-    """A noised code x (n, k), its time t (n,) and the network's z (n, d) -> (n, out) fp32; zeros before training."""
+    """A noised code x (n, k), its time t (n,) and the network's z (n, d) -> (n, out) fp32; outputs zeros before
+    training."""
 
     def __init__(self, k: int, out: int, width: int, depth: int, d: int, key: Array):
         keys = jax.random.split(key, 6)
@@ -41,7 +42,7 @@ class Denoiser(nnx.Module):
         self.out = Linear(width, out, keys[5], std=0.0, axes=("embed", None))
 
     def embed(self, z: Array) -> Array:
-        """What z adds to the condition; the same at all times."""
+        """The contribution of z to the condition; the same at all times."""
         return self.condition(z)
 
     def __call__(self, x: Array, t: Array, embedded: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Diffusion as a loss and a sampler of single codes (Li et al. 2024, arXiv:2406.11838, section 3)."""
+"""Diffusion as loss and sampler of single codes (Li et al. 2024, arXiv:2406.11838, section 3)."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from t2i_jax.sampling.options import ARSampler
 
 
 class LossTerms(NamedTuple):
-    """The loss of noised codes and what it is made of, a row each."""
+    """The loss of noised codes and its parts, one row each."""
 
     x_t: Array
     """(n, k)"""
     out: Array
-    """(n, 2 k): the predicted noise, and where between its bounds the variance is"""
+    """(n, 2 k): the predicted noise, and the position of the variance between its bounds"""
     mse: Array
     vb: Array
-    """(n,): of the noise; bits per dimension, of the variance alone"""
+    """(n,): mse of the noise; vb, the variational bound in bits per dimension, for the variance alone"""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionHead(Checked):
-    """p(x | z) by denoising in `steps` steps: noise and variance are predicted by a small MLP."""
+    """p(x | z) by denoising in `steps` steps: a small MLP predicts noise and variance."""
 
     dim: Size = 16
-    """numbers k of a code"""
+    """size k of a code"""
     width: Size = 1024
     depth: Layers = 3
     steps: Size = 1000
-    """of the process it is trained on"""
+    """number of steps of the training process"""
     schedule: str = "cosine"
     respacing: Annotated[str, FREE] = "100"
-    """steps of the sampler, as `noise.schedule.respacing` reads them"""
+    """sampling steps, in the format of `noise.schedule.respacing`"""
     repeat: Size = 4
-    """times at which each z is trained, since a head costs less than its network"""
+    """training times per z, as a head costs less than its network"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,9 +71,9 @@ class DiffusionHead(Checked):
         return Schedule.named(self.schedule, self.steps)
 
     def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t).
+        """Squared error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t).
 
-        train: False takes the times of a fixed grid.
+        train: False uses a fixed grid of times.
         """
         b, t, _ = x.shape
         first, second = jax.random.split(key)
@@ -86,7 +86,7 @@ class DiffusionHead(Checked):
     def terms(self, module: Denoiser, z: Array, x: Array, t: Array, noise: Array) -> LossTerms:
         """The loss of codes x (n, k) noised to times t (n,); z (n, d) (Nichol & Dhariwal 2021, eq. 16 with lambda 1).
 
-        The bound moves the variance only: its mean carries no gradient.
+        The bound trains the variance only: no gradient flows through its mean.
         """
         process, x = self.process(), x.astype(jnp.float32)
         x_t = q_sample(process, x, t, noise)
@@ -98,9 +98,10 @@ class DiffusionHead(Checked):
     def sample(
         self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, None]:
-        """Codes (b, m, k) fp32 by ancestral sampling; the noise of each step, not the first, is times the temperature.
+        """Codes (b, m, k) fp32 by ancestral sampling; the temperature scales the noise of each step, but not the
+        initial noise.
 
-        Guidance acts on the predicted noise, the variance is that of the conditional branch.
+        Guidance acts on the predicted noise; the variance is that of the conditional branch.
         """
         process = self.process().respaced(self.respacing)
         times = jnp.asarray(process.timestep_map)

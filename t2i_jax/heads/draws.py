@@ -1,4 +1,4 @@
-"""Random numbers of single positions: each follows from its image's key and its place in it, from nothing else."""
+"""Random numbers per position, determined by the image's key and the position alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PositionKeys:
-    """Numbers for m positions of each image; `i` tells the draws of one position apart."""
+    """Random numbers for m positions of each image; `i` distinguishes several of one position."""
 
     keys: Array
     """(b, m)"""
@@ -29,12 +29,12 @@ class PositionKeys:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ImageKeys:
-    """Where draws come from: one key per image."""
+    """Random keys, one per image."""
 
     keys: Array
     """(b,)"""
 
     def at(self, step: Array | int, positions: Array) -> PositionKeys:
-        """The draws of positions int (b, m) at a step."""
+        """The keys of positions int (b, m) at a step."""
         one = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, step), position)
         return PositionKeys(jax.vmap(lambda key, row: jax.vmap(lambda p: one(key, p))(row))(self.keys, positions))

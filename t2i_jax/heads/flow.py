@@ -1,4 +1,4 @@
-"""Flow matching as a head: a straight way from noise to a code, walked in a few steps (Lipman et al. 2023)."""
+"""Flow matching as a head: a straight path from noise to a code, integrated in a few steps (Lipman et al. 2023)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from t2i_jax.sampling.options import ARSampler
 
 @dataclasses.dataclass(frozen=True)
 class FlowHead(Checked):
-    """p(x | z) by the velocity eps - x of x_t = (1 - t) x + t eps, which a small MLP predicts."""
+    """p(x | z) by flow matching: a small MLP predicts the velocity eps - x of x_t = (1 - t) x + t eps."""
 
     dim: Size = 16
-    """numbers k of a code"""
+    """size k of a code"""
     width: Size = 1024
     depth: Layers = 3
     steps: Annotated[Size, FREE] = 20
-    """of the sampler, of two evaluations each; they get shorter towards the clean end"""
+    """sampling steps, of two evaluations each; they get shorter towards the clean end"""
     repeat: Size = 4
-    """times at which each z is trained"""
+    """training times per z"""
 
     @property
     def code(self) -> CodeSpec:
@@ -49,10 +49,10 @@ class FlowHead(Checked):
         return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
     def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Squared error of the velocity at logit-normal times, mean over `repeat` of them: (b, t).
+        """Squared error of the velocity, mean over `repeat` logit-normal times: (b, t).
 
-        The times are those of Esser et al. (2024, section 3.1): the middle of the way is the hardest. train: False
-        takes those of a fixed grid.
+        The times follow Esser et al. (2024, section 3.1): the middle of the path is the hardest. train: False uses a
+        fixed grid.
         """
         b = len(x)
         first, second = jax.random.split(key)
@@ -65,17 +65,17 @@ class FlowHead(Checked):
         return rearrange(jnp.mean((noise - x - v) ** 2, -1), "(r b t) -> r b t", r=self.repeat, b=b).mean(0)
 
     def velocity(self, module: Denoiser, x: Array, t: Array, embedded: Array) -> Array:
-        return module(x, 1000 * t, embedded)  # the waves of the embedding are made for steps of a thousand
+        return module(x, 1000 * t, embedded)  # the frequencies of the embedding are made for times up to 1000
 
     def sample(
         self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, None]:
-        """Codes (b, m, k) fp32 by midpoint steps, of second order; the temperature scales the noise they begin with.
+        """Codes (b, m, k) fp32 by second-order midpoint steps; the temperature scales the initial noise.
 
-        The stops are t = (1 - n/steps)^2, since a law of deviation s is decided where t is about s. No velocity is
-        evaluated at t = 0: the best prediction there is -x whatever the noise, and a step along it would leave noise in
-        the code. With the exact velocity of a Gaussian of deviation 0.02 or more the deviation drawn is at most 5 % off
-        with 8 steps, and 0.5 % with 20.
+        The stops are t = (1 - n/steps)^2, since a distribution of standard deviation s is decided where t is about s.
+        The velocity is never evaluated at t = 0: the best prediction there is -x whatever the noise, and a step along
+        it would leave noise in the code. With the exact velocity of a Gaussian of standard deviation 0.02 or more, the
+        sampled standard deviation is at most 5 % off with 8 steps, and 0.5 % with 20.
         """
         b, m, _ = z.shape
         flat = lambda y: rearrange(y, "b m k -> (b m) k")

@@ -1,4 +1,4 @@
-"""What a head offers: from what a network says of a token, z, to a distribution of its code, p(x | z)."""
+"""The protocol of heads: the distribution p(x | z) of a token's code, given the network's output z."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from t2i_jax.sampling.options import ARSampler
 
 
 class TokenHead(Protocol):
-    """A frozen config. Every head works with every order; one that goes by confidence needs probabilities."""
+    """A frozen config of a head. Every head works with every order; an order by confidence needs probabilities."""
 
     @property
     def code(self) -> CodeSpec:
-        """Of a token."""
+        """The code of a token."""
         ...
 
     @property
@@ -26,15 +26,15 @@ class TokenHead(Protocol):
         ...
 
     def init(self, key: Array, width: int) -> nnx.Module:
-        """The parameters that read z of this width."""
+        """A module with the head's parameters, which reads z of this width."""
         ...
 
     def entrance(self, key: Array, width: int) -> nnx.Module:
-        """A module from codes (..., *code.shape) to the network's input (..., width)."""
+        """A module that embeds codes (..., *code.shape) as the network's input (..., width)."""
         ...
 
     def loss(self, module: Any, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """What each token costs, fp32 (b, t), of codes x (b, t, *code.shape); train is static."""
+        """The loss of each token, fp32 (b, t), for codes x (b, t, *code.shape); train is static."""
         ...
 
     def sample(
@@ -42,7 +42,7 @@ class TokenHead(Protocol):
     ) -> tuple[Array, Array | None]:
         """Codes (b, m, *code.shape), and a score (b, m): log p(x | z) where the head knows it, else None.
 
-        z: (b, m, d). null: that of the unconditional branch. draws: a row for each of the m tokens. guidance: scale
-        (b,). options: traced.
+        z: (b, m, d). null: z of the unconditional branch. draws: random keys of the m tokens. guidance: scale (b,).
+        options: traced.
         """
         ...

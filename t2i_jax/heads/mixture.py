@@ -34,8 +34,8 @@ class MixtureParams(NamedTuple):
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + each.sum(-1), -1)
 
     def near(self, other: MixtureParams) -> tuple[Array, Array, Array]:
-        """The law as seen from each component N of another one: its log density at the mean of N (..., a), and mean and
-        precision (..., a, k) of the Gaussian that approximates it there.
+        """The mixture near each component N of `other`: its log-density at the mean of N (..., a), and mean and
+        precision (..., a, k) of a Gaussian that approximates it there.
 
         The Gaussian has the moments of the components, each weighted by its responsibility exp E_N[log w_b N_b(x)].
         """
@@ -50,15 +50,15 @@ class MixtureParams(NamedTuple):
 
 
 def guided(law: MixtureParams, null: MixtureParams, scale: Array) -> MixtureParams:
-    """The mixture that stands for p^s p'^(1 - s), normalised, of two mixtures p and p'; scale s: a scalar or (b,).
+    """A mixture approximating p^s p'^(1 - s), normalised, for two mixtures p and p'; scale s: a scalar or (b,).
 
-    It is p (p / p')^(s - 1): each component of p is multiplied by the ratio, which is taken to be one of Gaussians near
-    the component (`MixtureParams.near`). That is exact where this holds: for one component each; for components that do
-    not overlap, whichever component of p' lies where; for laws that are equal, which guidance leaves as they are. For
-    components that overlap it is an approximation, off by a few per cent of the mass where p' is the wider law.
+    It is p (p / p')^(s - 1): each component of p is multiplied by the ratio, approximated as a ratio of Gaussians near
+    the component (`MixtureParams.near`). This is exact for one component each, for components that do not overlap,
+    whichever components of p' they are close to, and for equal mixtures, which guidance leaves unchanged. For
+    overlapping components it is an approximation, off by a few per cent of the mass where p' is the wider mixture.
 
     Where p' is so narrow that a precision would fall below 1/100 of the conditional one (at 0 the product has no
-    integral), guidance moves the mean in that dimension and keeps the deviation.
+    integral), guidance moves the mean in that dimension and keeps the standard deviation.
     """
     more = expand_like(scale - 1, law.mean)
     precision = jnp.exp(-2 * law.log_std)
@@ -67,20 +67,22 @@ def guided(law: MixtureParams, null: MixtureParams, scale: Array) -> MixturePara
     sharp, null_sharp = jnp.where(proper, sharp, precision), jnp.where(proper, null_sharp, precision)
     total = precision + more * (sharp - null_sharp)
     pull = more * (sharp * (mean - law.mean) - null_sharp * (null_mean - law.mean))
-    mass = 0.5 * jnp.sum(pull**2 / total + jnp.log(precision / total), -1)  # the integral of the moved component
+    mass = 0.5 * jnp.sum(
+        pull**2 / total + jnp.log(precision / total), -1
+    )  # log of the integral of the shifted component
     logits = jax.nn.log_softmax(law.logits) + expand_like(scale - 1, here) * (here - there) + mass
     return MixtureParams(logits, law.mean + pull / total, -0.5 * jnp.log(total))
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureHead(Checked):
-    """p(x | z) = sum_a w_a N(mu_a, sigma_a), with diagonal sigma; all of it a linear function of z."""
+    """p(x | z) = sum_a w_a N(mu_a, sigma_a), with diagonal sigma; all parameters are a linear function of z."""
 
     dim: Size = 16
-    """numbers k of a code"""
+    """size k of a code"""
     components: Size = 16
     smallest: Positive = 1e-3
-    """no standard deviation is below this"""
+    """lower bound of standard deviations"""
 
     @property
     def code(self) -> CodeSpec:
@@ -99,12 +101,12 @@ class MixtureHead(Checked):
     def law(self, module: Linear, z: Array) -> MixtureParams:
         y = rearrange(module(z).astype(jnp.float32), "... (a k) -> ... a k", a=self.components)
         mean, raw = jnp.split(y[..., 1:], 2, -1)
-        # Components begin a standard deviation apart from each other, or they would stay alike.
+        # Spread the initial means of the components: equal ones would stay equal.
         apart = jnp.linspace(-1, 1, self.components)[:, None] if self.components > 1 else 0.0
         return MixtureParams(y[..., 0], mean + apart, jnp.log(jax.nn.softplus(raw) + self.smallest))
 
     def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """-log p(x | z) in nats per number of a code: (b, t)."""
+        """-log p(x | z) in nats per dimension of a code: (b, t)."""
         return -self.law(module, z).log_density(x.astype(jnp.float32)) / self.dim
 
     def sample(
@@ -112,7 +114,7 @@ class MixtureHead(Checked):
     ) -> tuple[Array, Array]:
         """Codes (b, m, k) fp32 and their log-density; the temperature scales standard deviations.
 
-        Guidance draws from `guided`, about p^s p'^(1 - s) for the unconditional law p'.
+        With guidance it samples from `guided`, approximately p^s p'^(1 - s) with the unconditional p'.
         """
         law = self.law(module, z)
         if null is not None:

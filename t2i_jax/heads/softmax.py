@@ -24,11 +24,11 @@ class SoftmaxHead(Checked):
     """p(x | z) = softmax(W z + b)."""
 
     vocabulary: Size = 1024
-    """codes of the codec"""
+    """number of codes of the codec"""
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     loss_chunk: Annotated[int, FREE] = 0
-    """tokens of each image whose logits are held at a time in training; 0: all, or as many as memory is kept for
-    (`nn.losses.HELD`); below 0: all"""
+    """tokens per image whose logits are held at a time in training; 0: all, or as many as fit `nn.losses.HELD`; below
+    0: all"""
 
     @property
     def code(self) -> CodeSpec:
@@ -45,14 +45,14 @@ class SoftmaxHead(Checked):
         return Embedding(self.vocabulary, width, key)
 
     def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Cross-entropy of codes int (b, t) in nats: (b, t). train: False leaves the smoothing of labels out."""
+        """Cross-entropy of codes int (b, t) in nats: (b, t). train: False omits label smoothing."""
         logits, smoothing = lambda z: self.logits(module, z), self.label_smoothing if train else 0.0
         return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=smoothing)[0]
 
     def sample(
         self, module: Linear, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array]:
-        """Codes int32 (b, m) and their log-probability before any cut or temperature."""
+        """Codes int32 (b, m) and their log-probability before truncation and temperature."""
         logits = self.logits(module, z)
         if null is not None:
             logits = guide(logits, self.logits(module, null), guidance)

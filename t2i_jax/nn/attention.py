@@ -1,4 +1,4 @@
-"""Attention as einsums or by a kernel of the platform, and rotary positions.
+"""Attention, by einsums or a fused kernel of the platform, and rotary position embeddings.
 
 Letters: b batch, t queries, s keys, n query heads, m key-value heads (m divides n), h head dimension.
 """
@@ -20,23 +20,23 @@ from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import at_least_fp32, remat_elementwise
 
 Rotary = tuple[Array, Array]
-"""cos and sin of the angles, each (t, h/2), or (b, t, h/2) where rows of a batch stand at other positions."""
+"""cos and sin of the angles, each (t, h/2), or (b, t, h/2) where positions differ between rows of the batch."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Causal:
-    """A mask told in words, which kernels can follow: each place sees itself and what stands before it."""
+    """Causal mask, described structurally so that fused kernels can apply it."""
 
     valid: Array | None = None
-    """bool (b, t), False for padding, which nothing but itself sees; None: there is none"""
+    """bool (b, t), False for padding, which only itself attends to; None: no padding"""
     prefix: int = dataclasses.field(default=0, metadata={"static": True})
-    """padding, and places that see each other both ways, are among the first so many"""
+    """static upper bound: all padding and all bidirectional positions are among the first `prefix`"""
     bidirectional_prefix: int = dataclasses.field(default=0, metadata={"static": True})
-    """so many places at the start see each other"""
+    """number of leading positions that attend to each other in both directions (prefix-LM)"""
 
     def dense(self, t: int) -> Array:
-        """The mask (b or 1, 1, t, t) of the first t places."""
+        """The mask (b or 1, 1, t, t) of the first t positions."""
         mask, early = causal(t), jnp.arange(t) < self.bidirectional_prefix
         mask = mask | early & early[:, None] if self.bidirectional_prefix else mask
         return mask if self.valid is None else mask & self.valid[:, None, None, :t] | jnp.eye(t, dtype=bool)
@@ -45,18 +45,18 @@ class Causal:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Padding:
-    """A mask told in words: every place sees all that is no padding."""
+    """Padding mask, described structurally: every query attends to every key that is not padding."""
 
     valid: Array
     """bool (b, s), False for padding"""
 
     def dense(self, t: int) -> Array:
-        """The mask (b, 1, 1, s), the same for all t places."""
+        """The mask (b, 1, 1, s), the same for all t queries."""
         return self.valid[:, None, None]
 
 
 MaskSpec = Causal | Padding
-"""Masks told in words."""
+"""Structured masks."""
 
 
 def attend(
@@ -68,18 +68,18 @@ def attend(
     bias: Array | None = None,
     kind: Kind = "auto",
 ) -> Array:
-    """softmax(q k^T scale + bias) v of all heads at once: (b, t, n, h), in the dtype of v; see `plain`.
+    """softmax(q k^T scale + bias) v for all heads: (b, t, n, h), in the dtype of v; see `plain`.
 
-    Where there is no bias and the mask is None or told in words, a kernel may do it: `kind` says which, and "auto"
-    takes the one of the platform for sequences that are long enough to gain by it.
-    Errors: ValueError if m does not divide n, or for a kernel that cannot do this dtype or head dimension.
+    A fused kernel may compute it where there is no bias and the mask is None or structured. `kind` selects the kernel;
+    "auto" takes that of the platform for sequences long enough to benefit.
+    Errors: ValueError if m does not divide n, or if the requested kernel does not support this dtype or head dimension.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     in_words = bias is None and (mask is None or isinstance(mask, MaskSpec))
     kernel = kernels.choose(kind, q, k) if in_words else None
     if kernel is None:
         return plain(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, MaskSpec) else mask, scale, bias)
-    if isinstance(mask, Padding):  # kernels do not say what comes of a row that is all padding
+    if isinstance(mask, Padding):  # the output of kernels for a row that is all padding is undefined
         y = kernel(q, k, v, scale, valid=mask.valid)
         return jnp.where(mask.valid.any(1)[:, None, None, None], y, 0)
     if not isinstance(mask, Causal):
@@ -89,7 +89,7 @@ def attend(
         return y
     p = max(
         mask.prefix, mask.bidirectional_prefix
-    )  # where the rule is more than kernels know; nothing behind it stands in sight
+    )  # kernels cannot express this prefix; no later key is visible from it
     first = remat_elementwise(partial(plain, scale=scale))(q[:, :p], k[:, :p], v[:, :p], mask.dense(p))
     return jnp.concatenate([first, y[:, p:]], 1)
 
@@ -99,9 +99,9 @@ def plain(
 ) -> Array:
     """softmax(q k^T scale + bias) v, n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
-    q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s) with True where a query may look; `scale` is
-    h^-1/2 unless given; `bias` float (b or 1, n, t, s). Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A
-    query that may look nowhere gets zeros. Query heads of one group are neighbours, as if k and v were repeated;
+    q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s), True where a query may attend; `scale`
+    defaults to h^-1/2; `bias` float (b or 1, n, t, s). Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A
+    query whose keys are all masked gets zeros. Query heads of a group are adjacent, as if k and v were repeated;
     nothing is repeated in memory.
     Errors: ValueError if m does not divide n.
     """
@@ -124,7 +124,7 @@ def plain(
 
 
 def causal(t: int, s: int | None = None, start: Array | int = 0) -> Array:
-    """The mask (1, 1, t, s) of queries at positions start .. start + t - 1 that see keys up to themselves."""
+    """Causal mask (1, 1, t, s) for queries at positions start .. start + t - 1."""
     s = t if s is None else s
     return (jnp.arange(s) <= start + jnp.arange(t)[:, None])[None, None]
 
@@ -140,7 +140,8 @@ def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Array:
 
 
 def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Array:
-    """Angles (i * j, head_dim / 2) of a raster grid: half of the pairs turn with the row, then half with the column.
+    """Angles (i * j, head_dim / 2) of a raster grid: the row rotates the first half of the pairs, the column the
+    second.
 
     Errors: ValueError if 4 does not divide head_dim.
     """
@@ -152,10 +153,10 @@ def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Ar
 
 
 def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Array:
-    """Angles (text + i * j, head_dim / 2) of text before a raster grid, as DALLE-pytorch turns them.
+    """Angles (text + i * j, head_dim / 2) of text followed by a raster grid, as in DALLE-pytorch.
 
-    A third of the channels turns with the place in the text, a third with the row and a third with the column, both in
-    [-1, 1]; the image stands far behind the text (8192), the text off the grid (-10). Channels that are left stay.
+    A third of the channels encodes the text position, a third the row and a third the column, both in [-1, 1]. Image
+    tokens have text position 8192, text tokens row and column -10. The remaining channels are not rotated.
     """
     third, count = head_dim // 3, head_dim // 6
     line = 10000.0 ** (-2 * jnp.arange(count) / third)
@@ -168,24 +169,24 @@ def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Array:
 
 
 def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotary:
-    """The table (t, h/2) with `count` rows before it for tokens that stand nowhere.
+    """The table (t, h/2) with `count` rows prepended for tokens without a position.
 
-    They are left as they are (cos 1, sin 0); `zero` multiplies them by nought, so that all attention logits from and to
-    them are 0, which is what released LlamaGen weights were trained with.
+    These rows do not rotate (cos 1, sin 0). With `zero` they multiply by 0, so that all attention logits from and to
+    them are 0: released LlamaGen weights were trained this way.
     """
     row = jnp.zeros((count, cos.shape[-1]), cos.dtype)
     return jnp.concatenate([row if zero else row + 1, cos]), jnp.concatenate([row, sin])
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
+    """Rotate the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
 
-    cos and sin: (t, h/2) or (b, t, h/2), which are constants: no gradient reaches them.
+    cos and sin: (t, h/2) or (b, t, h/2); constants, without gradient.
     """
     return _turn(x, jax.lax.stop_gradient(cos), jax.lax.stop_gradient(sin))
 
 
-@jax.custom_vjp  # the gradient turns back, and needs nothing of x
+@jax.custom_vjp  # the gradient is the inverse rotation and does not need x
 def _turn(x: Array, cos: Array, sin: Array) -> Array:
     return jax.lax.platform_dependent(x, cos[..., None, :], sin[..., None, :], tpu=_swapped, default=_paired)
 
@@ -197,7 +198,7 @@ def _paired(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _swapped(x: Array, cos: Array, sin: Array) -> Array:
-    """As `_paired`, but (-x1, x0, -x3, x2, ...) comes of a product, which is exact: TPUs copy and pad (.., h/2, 2)."""
+    """As `_paired`, but (-x1, x0, -x3, x2, ...) is an exact matrix product: TPUs would copy and pad (.., h/2, 2)."""
     swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
     other = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision="highest" if x.dtype.itemsize > 2 else None)
     cos, sin = jnp.repeat(cos, 2, -1), jnp.repeat(sin, 2, -1)

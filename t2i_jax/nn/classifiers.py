@@ -1,7 +1,7 @@
-"""The two frozen image networks whose features we measure in: EfficientNet-Lite0 and the InceptionV3 of the FID.
+"""The two frozen image classifiers whose features metrics use: EfficientNet-Lite0 and the InceptionV3 of the FID.
 
-Both are tables: a convolution is (channels, kernel, stride), and its batch norm is folded into its weights when they
-are read (`t2i_jax.interop`).
+Both are built from tables: a convolution is (channels, kernel, stride); its batch norm is folded into its weights when
+they are loaded (`t2i_jax.interop`).
 """
 
 import jax
@@ -24,8 +24,8 @@ STAGES = (
 )
 
 # InceptionV3 (Szegedy et al. 2015): a block is its branches, a branch its convolutions after an optional pooling; a
-# tuple of convolutions in place of one is a fork. Averages leave the padding out, and the last block takes a maximum
-# where every other takes an average: so it is in the network that published FIDs come from.
+# tuple of convolutions in place of one is a fork. Average pooling excludes the padding, and the last block pools by
+# maximum where all others average, as in the network of published FIDs.
 
 Table = dict[str, tuple]
 
@@ -110,7 +110,7 @@ class Unit(nnx.Module):
 
 
 class Depthwise(nnx.Module):
-    """A kernel of its own for each channel, folded batch norm, ReLU6: (b, i, j, c) -> (b, i', j', c)."""
+    """Depthwise convolution, folded batch norm, ReLU6: (b, i, j, c) -> (b, i', j', c)."""
 
     def __init__(self, c: int, kernel: int, stride: int, key: Array):
         self.w = ModelState(fan_in(key, (kernel, kernel, c), 2**0.5))
@@ -118,7 +118,7 @@ class Depthwise(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Array) -> Array:
-        # A sum of shifted products, which XLA fuses into one loop: on a CPU six times as fast as a grouped convolution.
+        # XLA fuses this sum of shifted products into one loop, on a CPU six times as fast as a grouped convolution.
         k, s = self.w.shape[0], self.stride
         i, j = (-(-n // s) for n in x.shape[1:3])
         missing = (max((out - 1) * s + k - n, 0) for out, n in zip((i, j), x.shape[1:3], strict=True))
@@ -171,7 +171,7 @@ class EfficientNetLite0(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """One Inception block: branches side by side, joined over channels."""
+    """One Inception block: parallel branches, concatenated over channels."""
 
     def __init__(self, c: int, name: str, key: Array):
         self.name, self.width = name, 0
@@ -190,7 +190,9 @@ class Mixed(nnx.Module):
         for branch, steps in MIXED[self.name].items():
             y = POOLS[steps[0]](x) if isinstance(steps[0], str) else x
             for fork in forks(branch, steps):
-                y = jnp.concatenate([getattr(self, name)(y) for name, *_ in fork], -1)  # names of the table
+                y = jnp.concatenate(
+                    [getattr(self, name)(y) for name, *_ in fork], -1
+                )  # attribute names come from the table
             joined.append(y)
         return jnp.concatenate(joined, -1)
 
@@ -239,15 +241,15 @@ class InceptionV3(nnx.Module):
         self.fc = Linear(width, 1008, next(keys))
 
     def __call__(self, images: Array, size: int = 299) -> Array:
-        # Bilinear without antialiasing, as FID has it: pictures larger than 299 alias, in every published number too.
+        # Bilinear without antialiasing, as in FID: images larger than 299 alias, in all published numbers too.
         x = jax.image.resize(images, (len(images), size, size, 3), "linear", antialias=False) / 127.5 - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x)))
         x = max_pool(x)
         for name in MIXED:
-            x = getattr(self, name)(x)  # names of the table
+            x = getattr(self, name)(x)  # attribute names come from the table
         return x.mean((1, 2))
 
     def logits(self, features: Array) -> Array:
-        """Pooled features (b, 2048) -> logits (b, 1008), without the bias that the Inception Score leaves out."""
+        """Pooled features (b, 2048) -> logits (b, 1008), without the bias, which the Inception Score omits."""
         return features @ self.fc.w[...]

@@ -1,9 +1,8 @@
-"""What an image is made for, as prefix tokens of a network: a class, a caption read by a learned encoder, or features
-of a frozen one.
+"""Conditions as prefix tokens of a network: a class, a caption read by a trained encoder, or frozen features.
 
-Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.types.Condition`, and
-its module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which
-the network embeds itself.
+Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.types.Condition`; its
+module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which the
+network embeds itself.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from t2i_jax.nn.transformer import Layer, apply_stack, stack
 
 
 def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
-    """Ids of a tokenizer and their mask, which a batch may lack where `mask` is False."""
+    """Spec of token ids and their mask; `mask` False: a batch may omit the mask."""
     return {
         "text": FieldSpec((length,), "int32", 0, vocabulary - 1),
         "text_mask": FieldSpec((length,), "bool", optional=not mask),
@@ -35,19 +34,20 @@ def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
 
 
 def features_spec(length: int, dim: int) -> BatchSpec:
-    """Features of a frozen text encoder; for one vector a caption the mask may be that of its tokens."""
+    """Spec of features of a frozen text encoder; with one vector per caption the mask may be that of the caption's
+    tokens."""
     mask = FieldSpec((None if length == 1 else length,), "bool", optional=True)
     return {"features": FieldSpec((length, dim), "float32"), "text_mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassEmbedder(Checked):
-    """One token, a row of a table of classes; the last row is the unconditional one."""
+    """One token, a row of a class table; the last row is the unconditional class."""
 
     count: Count = 1000
-    """number of classes; 0 is an unconditional model"""
+    """number of classes; 0: an unconditional model"""
     null: bool = True
-    """have a row for the unconditional one; without it `drop` changes nothing"""
+    """whether there is a row for the unconditional class; without it `drop` has no effect"""
 
     length = 1
 
@@ -56,7 +56,7 @@ class ClassEmbedder(Checked):
         return ConditionSpec(classes=self.count)
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return {"label": FieldSpec((), "int32", 0, self.count - 1)} if self.count else {}
 
     def token_width(self, width: int) -> int:
@@ -85,7 +85,7 @@ class CaptionEncoder(Checked):
 
     vocabulary: Size = 2000
     length: Size = 32
-    """tokens of a caption, as the tokeniser pads them"""
+    """tokens per caption, padding included"""
     width: Size = 256
     depth: Layers = 4
     heads: Size = 4
@@ -95,7 +95,7 @@ class CaptionEncoder(Checked):
         return ConditionSpec()
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
 
     def token_width(self, width: int) -> int:
@@ -108,8 +108,7 @@ class CaptionEncoder(Checked):
 class CaptionTokens(nnx.Module):
     """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible.
 
-    Slots that hold no text hold learned padding (Nichol et al. 2022, GLIDE). A dropped caption is one whose slots all
-    hold padding, and so is an empty one.
+    Padding positions get learned vectors (Nichol et al. 2022, GLIDE). A dropped or empty caption is all padding.
     """
 
     def __init__(self, config: CaptionEncoder, key: Array, width: int):
@@ -139,22 +138,22 @@ class TextFeatures(Checked):
     dim: Size = 384
     """size k of a feature vector"""
     length: Size = 64
-    """vectors of a caption"""
+    """vectors per caption"""
     trained_null: bool = True
-    """learn the unconditional features; false keeps the random ones, or those of a loaded checkpoint"""
+    """learn the unconditional features; False keeps their random initial values, or those of a loaded checkpoint"""
     left: bool = False
-    """move text to the last slots and zero the others, as LlamaGen does"""
+    """right-align the text and zero the remaining positions, as LlamaGen does"""
     null_keeps_mask: bool = False
-    """dropped rows stay masked to the length of their caption, as in LlamaGen; else all their slots are visible"""
+    """dropped rows keep the mask of their caption, as in LlamaGen; else all their positions are visible"""
     bias: bool = False
-    """of the projection"""
+    """whether the projection has biases"""
 
     @property
     def spec(self) -> ConditionSpec:
         return ConditionSpec(has_padding=True)
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return features_spec(self.length, self.dim)
 
     def token_width(self, width: int) -> int:
@@ -165,10 +164,10 @@ class TextFeatures(Checked):
 
 
 class FeatureTokens(nnx.Module):
-    """`features` float (b, s, k), `text_mask` bool (b, s) if any slots are padding -> tokens (b, s, d), text visible.
+    """`features` float (b, s, k), `text_mask` bool (b, s) if there is padding -> tokens (b, s, d), text visible.
 
-    Where one vector stands for a caption (s = 1) the mask may be that of the caption's own tokens. The unconditional
-    features (s, k) stand in before the projection, for dropped rows and for rows without any text.
+    With one vector per caption (s = 1) the mask may be that of the caption's tokens. The unconditional features (s, k)
+    replace those of dropped rows and of rows without text, before the projection.
     """
 
     def __init__(self, config: TextFeatures, key: Array, width: int):
@@ -185,7 +184,7 @@ class FeatureTokens(nnx.Module):
         mask = jnp.asarray(batch.get("text_mask", jnp.ones(x.shape[:2], bool)))
         mask = mask.any(1, keepdims=True) if x.shape[1] == 1 else mask
         if self.config.left:
-            order = jnp.argsort(mask, 1, stable=True)  # padding first, text after it in its own order
+            order = jnp.argsort(mask, 1, stable=True)  # padding first, then text in its original order
             x, mask = jnp.take_along_axis(x, order[..., None], 1), jnp.take_along_axis(mask, order, 1)
         x = jnp.where(mask[..., None], x, 0)
         empty = ~mask.any(1)
@@ -197,9 +196,9 @@ class FeatureTokens(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PooledFeatures(Checked):
-    """One vector that stands for picture or caption, as CLIP gives, scaled to length 1 and projected to one token.
+    """One pooled vector of an image or a caption, such as CLIP's, normalised to length 1 and projected to one token.
 
-    A model learns from embeddings of pictures and draws for embeddings of captions (Wang et al. 2022, CLIP-GEN).
+    A model trains on embeddings of images and samples from embeddings of captions (Wang et al. 2022, CLIP-GEN).
     """
 
     dim: Size = 512
@@ -211,7 +210,7 @@ class PooledFeatures(Checked):
         return ConditionSpec()
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return features_spec(1, self.dim)
 
     def token_width(self, width: int) -> int:
@@ -222,7 +221,8 @@ class PooledFeatures(Checked):
 
 
 class PooledFeatureToken(nnx.Module):
-    """`features` float (b, k) or (b, 1, k) -> one token (b, 1, d), always visible; zeros stand for no condition."""
+    """`features` float (b, k) or (b, 1, k) -> one token (b, 1, d), always visible; zeros are the unconditional
+    features."""
 
     def __init__(self, config: PooledFeatures, key: Array, width: int):
         self.config = config
@@ -239,8 +239,8 @@ class PooledFeatureToken(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class CrossAttnFeatures(Checked):
-    """Features of a frozen text encoder as they are, for a network that looks at them by cross-attention; or vectors
-    that come before the tokens of an image, as the `embeddings` of taming-transformers' GPT do.
+    """Unprojected features of a frozen text encoder, for cross-attention, or as vectors prepended to the tokens of an
+    image, like `embeddings` of taming-transformers' GPT.
 
     VQ-Diffusion reads all 77 vectors of CLIP's text tower, each of length 1 (Gu et al. 2022; Tang et al. 2022).
     """
@@ -248,19 +248,19 @@ class CrossAttnFeatures(Checked):
     dim: Size = 512
     """size k of a feature vector"""
     length: Size = 77
-    """vectors of a caption"""
+    """vectors per caption"""
     trained_null: bool = True
-    """learn the unconditional features; else they are the batch's `null_features`, those of an empty caption"""
+    """learn the unconditional features; else they are `null_features` of the batch, those of an empty caption"""
     kept_null: bool = False
-    """hold the features of an empty caption in the model, which nothing trains: those of a loaded checkpoint"""
+    """store the features of an empty caption in the model, not trained: those of a loaded checkpoint"""
 
     @property
     def spec(self) -> ConditionSpec:
         return ConditionSpec(has_null=self.trained_null or self.kept_null)
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch; unconditional features only where the model has none, and of a mask whether it
-        marks any text."""
+        """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to tell
+        whether there is text."""
         features = FieldSpec((self.length, self.dim), "float32", optional=True)
         null = {} if self.spec.has_null else {"null_features": features}
         mask = FieldSpec((None,), "bool", optional=True)
@@ -281,7 +281,7 @@ class CrossAttnFeatures(Checked):
 class CrossAttnFeatureTokens(nnx.Module):
     """`features` float (b, s, k) -> the same, all visible, whatever the width of the network.
 
-    The unconditional features stand in for dropped rows, and for rows whose `text_mask`, if given, marks no text.
+    The unconditional features replace those of dropped rows, and of rows whose `text_mask`, if given, marks no text.
     """
 
     def __init__(self, config: CrossAttnFeatures, key: Array):
@@ -303,23 +303,23 @@ class CrossAttnFeatureTokens(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PooledAndTokenFeatures(Checked):
-    """Features of a frozen text encoder, projected, whose first vector stands for the whole caption.
+    """Projected features of a frozen text encoder; the first vector is the pooled embedding of the caption.
 
-    Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the embeddings of both CLIPs
-    beside each other.
+    Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the concatenated pooled
+    embeddings of both CLIPs.
     """
 
     encoded: CrossAttnFeatures = CrossAttnFeatures(4096, 334, trained_null=False, kept_null=True)
     """all vectors, the first included"""
     summary: Size = 2048
-    """numbers of the first vector that say something"""
+    """size of the pooled embedding, the leading part of the first vector"""
 
     @property
     def spec(self) -> ConditionSpec:
         return ConditionSpec(has_null=self.encoded.spec.has_null, gives_summary=True)
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return self.encoded.batch_spec()
 
     @property
@@ -334,7 +334,7 @@ class PooledAndTokenFeatures(Checked):
 
 
 class PooledAndFeatureTokens(nnx.Module):
-    """`features` float (b, 1 + s, k) -> tokens (b, s, d), all visible; `whole` gives (b, d) of the first vector."""
+    """`features` float (b, 1 + s, k) -> tokens (b, s, d), all visible; `whole` gives (b, d) from the first vector."""
 
     def __init__(self, config: PooledAndTokenFeatures, key: Array, width: int):
         keys = jax.random.split(key, 4)
@@ -354,8 +354,8 @@ class PooledAndFeatureTokens(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixTokens(Checked):
-    """First tokens of the same vocabulary and table as those of the image: a start token, a class, codes of a sketch
-    (Esser et al. 2021)."""
+    """Prefix tokens from the image's own vocabulary and table: a start token, a class, codes of a sketch (Esser et al.
+    2021)."""
 
     length: Size = 1
 
@@ -364,7 +364,7 @@ class PrefixTokens(Checked):
         return ConditionSpec(gives_ids=True)
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch; the model that embeds these ids knows how many there are."""
+        """Fields that it reads of a batch; the model that embeds these ids knows the number of ids."""
         prefix = FieldSpec((self.length,), "int32", 0, optional=self.length == 1)
         label = FieldSpec((), "int32", 0, optional=True)
         return {"prefix": prefix, "label": label} if self.length == 1 else {"prefix": prefix}
@@ -394,7 +394,10 @@ class PrefixIds(nnx.Module):
 
 
 def check_vectors(condition: Condition, width: int = 0) -> None:
-    """Errors: `ConfigError` where a condition gives no vectors, or none of the width that a model takes; 0 is any."""
+    """Check that a condition gives vectors, of this width unless it is 0.
+
+    Errors: `ConfigError` if it gives ids, or vectors of another width.
+    """
     if condition.spec.gives_ids:
         name = type(condition).__name__
         raise ConfigError(f"condition {name} gives no vectors; ClassEmbedder, CaptionEncoder and TextFeatures do")
@@ -403,19 +406,19 @@ def check_vectors(condition: Condition, width: int = 0) -> None:
 
 
 def dropped_rows(key: Array, share: float, b: int, train: bool) -> Array:
-    """Which rows (b,) of a batch lose their condition: a share of them in training, none of held-out data."""
+    """Rows bool (b,) of a batch whose condition is dropped: each with probability `share` in training, else none."""
     return jax.random.bernoulli(key, share, (b,)) if train else jnp.zeros(b, bool)
 
 
 def value(batch: Batch, name: str) -> Array:
-    """A condition of the batch. Errors: `ConfigError` if it is missing: data and model do not go together."""
+    """The field `name` of the batch. Errors: `ConfigError` if it is missing: data and model do not match."""
     if name not in batch:
         raise ConfigError(missing(name, batch))
     return jnp.asarray(batch[name])
 
 
 def ids(batch: Batch, name: str, count: int) -> Array:
-    """Ids of the batch, checked to be in 0 .. count - 1 when their values are known, that is outside of `jit`."""
+    """Ids of the batch, checked to be in 0 .. count - 1 where their values are known (outside of `jit`)."""
     x = value(batch, name)
     if not isinstance(x, Tracer):
         known = np.asarray(x)

@@ -1,4 +1,4 @@
-"""A Transformer block that is told things: a time and a class through its norms, a caption through cross-attention."""
+"""Transformer block conditioned on a time and a class through its norms, and on a caption through cross-attention."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from t2i_jax.parallel import shard
 
 @dataclasses.dataclass(frozen=True)
 class AdaLN:
-    """Shape and kind of a block; what it is told, and how."""
+    """Shape, kind and conditioning of a block."""
 
     layer: Layer
     steps: int
     """times 0 .. steps - 1"""
     sinusoidal: bool = False
-    """times are told by waves instead of a learned table"""
+    """embed times by sinusoids instead of a learned table"""
     context: int = 0
-    """width of the vectors that cross-attention reads; 0: there is none"""
+    """width of the vectors that cross-attention reads; 0: no cross-attention"""
     classes: int = 0
-    """rows of the table of classes, which the norm before the MLP is told; 0: there is none"""
+    """rows of the class table that modulates the norm before the MLP; 0: no classes"""
     class_norm: Literal["layer", "instance"] = "layer"
     grid: tuple[int, int] | None = None
     """the MLP is two 3x3 convolutions over this grid instead of two matrices"""
@@ -40,7 +40,7 @@ class AdaLN:
 class AdaNorm(nnx.Module):
     """norm(x) (1 + scale) + shift, with (scale, shift) = W silu(e) + b, e the embedding of a number (Gu et al. 2022).
 
-    Numbers past the end of the table get the mean of its rows: a model that has no class for nothing has one so.
+    Numbers beyond the table get the mean of its rows, which serves as the unconditional class of models without one.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class AdaNorm(nnx.Module):
 
 
 def sinusoidal_embedding(u: Array, d: int) -> Array:
-    """sin, then cos of 4000 u / 10000^(j / (d/2 - 1)), j < d/2, for times u (b,) from 0 to 1: (b, d) fp32."""
+    """sin, then cos of 4000 u / 10000^(j / (d/2 - 1)), j < d/2, for times u (b,) in [0, 1]: (b, d) fp32."""
     half = d // 2
     angles = 4000 * u.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class ConvMLP(nnx.Module):
-    """Two 3x3 convolutions over the grid of positions in place of the MLP's matrices: (b, t, d) -> (b, t, d)."""
+    """Two 3x3 convolutions over the grid of positions instead of the matrices of an MLP: (b, t, d) -> (b, t, d)."""
 
     def __init__(self, config: Layer, grid: tuple[int, int], key: Array):
         keys = jax.random.split(key)
@@ -105,7 +105,7 @@ class AdaLNBlock(nnx.Module):
     def __call__(
         self, x: Array, t: Array, context: Array | None, mask: Array | None, label: Array | None, key: Array | None
     ) -> Array:
-        """x (b, t, d) at times (b,), context (b, s, k) and where of it to look, classes (b,) -> (b, t, d)."""
+        """x (b, t, d) at times (b,), context (b, s, k) and its mask, classes (b,) -> (b, t, d)."""
         keys = iter((None,) * 3 if key is None else jax.random.split(key, 3))
         branch = lambda y: checkpoint_name(drop(y, self.dropout, next(keys)), "branch")
         x = x + branch(self.attention(self.attention_norm(x, t))[0])
@@ -135,7 +135,7 @@ def apply_blocks(
     key: Array | None = None,
     remat: str = "none",
 ) -> Array:
-    """Apply a stack (scanned) to x (b, t, d); without a key nothing is dropped; `remat` is a key of REMAT."""
+    """Apply a stack (scanned) to x (b, t, d); no dropout without a key; `remat` is a key of `REMAT`."""
     depth = jax.tree.leaves(blocks)[0].shape[0]
     run = lambda block, x, key: block(x, t, context, mask, label, key)
     if remat != "none":

@@ -27,7 +27,7 @@ class ResBlock(nnx.Module):
 
 
 class SpatialAttention(nnx.Module):
-    """One head of attention among all positions, with a residual: (b, i, j, c) -> (b, i, j, c)."""
+    """Single-head attention among all positions, with a residual: (b, i, j, c) -> (b, i, j, c)."""
 
     def __init__(self, c: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
         q, k, v, out = jax.random.split(key, 4)
@@ -47,7 +47,7 @@ class SpatialAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves both sides: (b, 2i, 2j, c) -> (b, i, j, c). Padded at the right and the bottom only."""
+    """Halve both sides: (b, 2i, 2j, c) -> (b, i, j, c). Padded on the right and at the bottom only."""
 
     def __init__(self, c: int, key: Array):
         self.conv = Conv(c, c, key, stride=2, padding=((0, 1), (0, 1)))
@@ -56,15 +56,15 @@ class Downsample(nnx.Module):
         return self.conv(x)
 
 
-# Row r of the 3-tap kernel falls on tap a of the 2-tap kernel that makes the outputs of parity p: FOLD[p][a][r].
+# FOLD[p][a][r]: weight of row r of the 3-tap kernel in tap a of the 2-tap kernel for outputs of parity p.
 FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Upsample(nnx.Module):
     """Nearest-neighbour doubling and a 3x3 convolution: (b, i, j, c) -> (b, 2i, 2j, c).
 
-    Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps:
-    four of those cost 4/9 of the arithmetic, and the large input is never written.
+    Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps.
+    Four of those cost 4/9 of the arithmetic, and the large input is never materialised.
     """
 
     def __init__(self, c: int, key: Array):
@@ -84,7 +84,7 @@ class Upsample(nnx.Module):
 
 
 def patchify(x: Array, size: int) -> Array:
-    """(b, i, j, c) -> (b, i/size, j/size, size*size*c): squares of pixels become channels, rows first."""
+    """(b, i, j, c) -> (b, i/size, j/size, size*size*c): squares of pixels become channels, in row-major order."""
     return rearrange(x, "b (i p) (j q) c -> b i j (p q c)", p=size, q=size)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products for few rows at a time, as when one token of each image is decoded, and int8 weights for them."""
+"""Matrix products for few rows, as in decoding one token of each image, and int8 weights for them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ M = TypeVar("M")
 
 
 def int8_weights(model: M) -> M:
-    """`model` with an `Int8` in the place of the matrix of every `Linear` and of every output matrix over a vocabulary.
+    """`model` with an `Int8` in place of the matrix of every `Linear` and of every output matrix over a vocabulary.
 
-    A table that also serves as the output matrix stays as it is. Nothing else about the model changes: it scores and
-    draws as before, to what the rounding does.
+    A table that also serves as the output matrix is left unquantised. Otherwise the model scores and samples as before,
+    up to rounding.
     """
     linear = lambda m: isinstance(m, Linear)
 
@@ -39,8 +39,8 @@ def int8_weights(model: M) -> M:
 def matvec(x: Array, w: Array, dtype: Any = None) -> Array:
     """x w^T for x (..., d) and w (f, d): (..., f) in `dtype`, or in that of x.
 
-    Such a product only reads the weights, and a CPU reads them fastest row by row with the few columns of x^T at hand:
-    twice as fast as x @ w at 8 rows. The barrier is for the compiler, which would turn the product back.
+    This product is bound by reading the weights. A CPU reads them fastest row by row with the few columns of x^T in
+    cache: twice as fast as x @ w at 8 rows. The barrier keeps the compiler from transposing the product back.
     """
     f, d = w.shape
     product = partial(jnp.matmul, preferred_element_type=dtype or x.dtype)
@@ -48,7 +48,7 @@ def matvec(x: Array, w: Array, dtype: Any = None) -> Array:
     def on_cpu(x: Array, w: Array) -> Array:
         if w.dtype == x.dtype:
             y = product(w, x.T)
-        else:  # a CPU writes the floats of whole numbers down: some rows at a time, so that they stay in its cache
+        else:  # a CPU materialises the integers as floats: do so in chunks of rows that fit its cache
             least = -(-f * d // 2**18)
             parts = next((n for n in range(least, 4 * least) if f % n == 0), 1)
             y = jax.lax.map(lambda rows: product(rows.astype(x.dtype), x.T), w.reshape(parts, -1, d))
@@ -61,9 +61,10 @@ def matvec(x: Array, w: Array, dtype: Any = None) -> Array:
 
 
 class DecodeLinear(nnx.Module):
-    """x W + b as `Linear` has it, its weights turned and cast for `few_rows`; the result in `out`, or as x is.
+    """x W + b as in `Linear`, with weights transposed and cast for `matvec`; the result in dtype `out`, or that of x.
 
-    Weights that `weight_stationary` has marked are cast and laid for its `product`, and not turned."""
+    Weights that `weight_stationary` has marked are cast and sharded for its `product`, not transposed.
+    """
 
     def __init__(self, w: nnx.Variable | Int8, b: nnx.Variable | None, dtype: Any, out: Any = None):
         values = w.q if isinstance(w, Int8) else w
@@ -91,17 +92,17 @@ class DecodeLinear(nnx.Module):
 
 
 def prepare_for_decode(module: Any, dtype: Any) -> Any:
-    """`module` with every `Linear` as `DecodeLinear` and other arrays in `dtype`; done before the first token."""
+    """`module` with every `Linear` as `DecodeLinear` and other arrays in `dtype`; done once, before the first token."""
     linear = lambda m: isinstance(m, Linear)
     cast = lambda x: x.astype(dtype)
     return jax.tree.map(lambda m: DecodeLinear(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
 
 
 def prepare_layers_for_decode(blocks: Block, dtype: Any) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
-    """The layers of a stack one by one: for the tokens before the first step, which are many, and for the steps.
+    """The unstacked layers: for prefill, which has many tokens, and for the decoding steps.
 
-    Weights leave the stack, turn and take the dtype of the computation once, not at every token. Where the mesh splits
-    them over `fsdp` the same copy serves for both.
+    Weights are unstacked, transposed and cast once, not at every token. Where the mesh splits them over `fsdp`, the
+    same copy serves both.
     """
     whole = unstack(blocks)
     decoding = prepare_for_decode(whole, dtype)

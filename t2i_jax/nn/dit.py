@@ -1,8 +1,8 @@
-"""The diffusion Transformer (Peebles & Xie 2023): patches of a noised picture through blocks that a time modulates.
+"""The diffusion Transformer (Peebles & Xie 2023): patches of a noised image through blocks modulated by the time.
 
-A block is x + gate attention(modulate(norm(x))), then x + gate mlp(modulate(norm(x))), with shifts, scales and gates
-made of c = embedding of the time + condition, and gates that start at zero (adaLN-Zero). Text may also be read as more
-tokens of the sequence, by cross-attention (Chen et al. 2024, PixArt-alpha), or by a stream of its own that shares
+A block is x + gate attention(modulate(norm(x))), then x + gate mlp(modulate(norm(x))). Shifts, scales and gates are
+computed from c = embedding of the time + condition; the gates start at zero (adaLN-Zero). Text may also be read as
+further tokens of the sequence, by cross-attention (Chen et al. 2024, PixArt-alpha), or in a separate stream that shares
 attention with the image (Esser et al. 2024, MM-DiT of Stable Diffusion 3).
 """
 
@@ -35,7 +35,7 @@ from t2i_jax.parallel import shard
 
 @dataclasses.dataclass(frozen=True)
 class DiT(Checked):
-    """A Transformer that predicts what was added to a picture, and how uncertain the step back is."""
+    """A Transformer that predicts the noise (or another target) of an image, and the variance of the reverse step."""
 
     size: Grid = (32, 32)
     """Rows and columns of latents or pixels."""
@@ -47,30 +47,31 @@ class DiT(Checked):
     hidden: Count = 0
     """Inner width of the MLP; 0 is 4 times the width."""
     frequency_dim: Annotated[int, Range(low=2)] = 256
-    """Sines and cosines of the time."""
+    """Number of sines and cosines that embed the time."""
     eps: Positive = 1e-6
     condition: Condition = ClassEmbedder(1000)
     text: Literal["modulate", "context", "cross", "joint"] = "modulate"
-    """What stands for the whole condition modulates every block; and its tokens are read as further tokens of the
-    sequence, by cross-attention, or in a stream of their own."""
+    """The pooled condition modulates every block. Its tokens are in addition read as further tokens of the sequence
+    ("context"), by cross-attention ("cross"), or in a separate stream ("joint"); "modulate" does not read them."""
     whole: bool = True
-    """The mean of the condition's tokens (or what the condition gives for all) modulates; else the time alone does."""
+    """Modulate by the mean of the condition's tokens (or its summary vector) and the time; else by the time alone."""
     shared: bool = False
-    """One matrix makes the shifts, scales and gates of all blocks, and each adds a table of its own (Chen et al. 2024,
-    adaLN-single); else each block has a matrix."""
+    """One matrix computes the shifts, scales and gates of all blocks, and each block adds a learned table (Chen et al.
+    2024, adaLN-single); else each block has a matrix."""
     cross_norm: bool = True
-    """Normalise what cross-attention asks with."""
+    """Normalise the input of the queries of cross-attention."""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head, as later versions of Stable Diffusion 3."""
+    """RMS-normalise queries and keys per head, as in later versions of Stable Diffusion 3."""
     stretch: Positive = 1.0
-    """Rows and columns are divided by this: pictures may be larger than those that a model was first trained on."""
+    """Divides row and column positions, for images larger than those of the original training."""
     learn_variance: bool = True
-    """Predict the variance of the step back too, in a second half of the channels."""
+    """Also predict the variance of the reverse step, in a second half of the output channels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """What each block keeps for its backward pass."""
+    """What each block keeps for its backward pass: a key of `REMAT`."""
     kernel: Kind = "auto"
-    """What computes attention: "plain" products, "cudnn" on GPUs, "splash" on TPUs; by the platform."""
+    """Implementation of attention: "plain" einsums, "cudnn" on GPUs, "splash" on TPUs; "auto" depends on the
+    platform."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,16 +97,16 @@ class DiT(Checked):
 
     @property
     def extra_inputs(self) -> tuple[str, ...]:
-        """Pictures of the batch that are read beside the noised one."""
+        """Images of the batch that the network reads besides the noised one."""
         return ()
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Numerics and memory options."""
         return Compute(self.dtype, self.remat, self.kernel)
 
     def with_compute(self, compute: Compute) -> DiT:
-        """The same network, computed in another way."""
+        """The same network with other compute options."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def init(self, key: Array) -> DiTNetwork:
@@ -113,7 +114,7 @@ class DiT(Checked):
 
 
 class Context(NamedTuple):
-    """What a network knows of the condition; made once, read at every step."""
+    """The encoded condition, computed once and read at every step."""
 
     pooled: Array
     """(b, d), added to the embedding of the time"""
@@ -124,15 +125,16 @@ class Context(NamedTuple):
 
 
 def pooled(tokens: Array, mask: Array) -> Array:
-    """The mean of the tokens (b, s, d) that may be read: (b, d) fp32."""
+    """The mean of the unmasked tokens of (b, s, d): (b, d) fp32."""
     seen = mask[..., None].astype(jnp.float32)
     return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
 
 
 def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray:
-    """Fixed positions (i * j, d): sines and cosines of the column, then those of the row, in the first released layout.
+    """Fixed position embeddings (i * j, d): sines and cosines of the column, then those of the row, as in the first
+    release.
 
-    stretch: what rows and columns are divided by. Errors: ValueError if 4 does not divide d.
+    stretch: divides rows and columns. Errors: ValueError if 4 does not divide d.
     """
     if d % 4:
         raise ValueError(f"width {d} cannot hold sine and cosine of row and column: it must be a multiple of 4")
@@ -143,7 +145,7 @@ def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray
 
 
 class DiTStream(nnx.Module):
-    """Attention and MLP of one kind of tokens, and what the condition does to them."""
+    """Attention and MLP of one kind of tokens, with their modulation by the condition."""
 
     def __init__(self, config: DiT, key: Array):
         keys = jax.random.split(key, 3)
@@ -155,7 +157,8 @@ class DiTStream(nnx.Module):
         self.table = param(normal(keys[2], (6, d), d**-0.5), None, "embed") if config.shared else None
 
     def modulations(self, c: Array) -> list[Array]:
-        """Shift, scale and gate of attention, then of the MLP, each (b, d); of c (b, d), or (b, 6 d) that all share."""
+        """Shift, scale and gate of attention, then of the MLP, each (b, d), from c (b, d), or (b, 6 d) where blocks
+        share it."""
         if self.table is not None:
             return list(jnp.moveaxis(self.table[...].astype(c.dtype) + rearrange(c, "b (n d) -> b n d", n=6), 1, 0))
         return jnp.split(self.modulation(jax.nn.silu(c)), 6, -1)
@@ -169,11 +172,11 @@ class DiTStream(nnx.Module):
         return tuple(shard(a, "batch", None, "heads", None) for a in (q, k, v))
 
     def mixed(self, q: Array, k: Array, v: Array, mask: Padding | None) -> Array:
-        """What queries gather from keys and values, (b, t, n, h)."""
+        """Attention of queries to keys and values: (b, t, n, h)."""
         return attend(q, k, v, mask, kind=self.attention.kernel)
 
     def attended(self, x: Array, mixed: Array, gate: Array) -> Array:
-        """x and what its queries gathered, (b, t, n, h)."""
+        """x plus the gated projection of its attention output `mixed` (b, t, n, h)."""
         return x + _branch(self.attention.out(rearrange(mixed, "b t n h -> b t (n h)")), gate)
 
     def fed(self, x: Array, shift: Array, scale: Array, gate: Array) -> Array:
@@ -185,7 +188,7 @@ def _branch(y: Array, gate: Array) -> Array:
 
 
 class DiTCrossAttention(nnx.Module):
-    """x + attention from x (b, t, d) to tokens y (b, s, d); adds nothing before training."""
+    """x + attention from x (b, t, d) to tokens y (b, s, d); adds zero before training."""
 
     def __init__(self, config: Layer, key: Array, norm: bool = True):
         keys = jax.random.split(key, 3)
@@ -194,7 +197,7 @@ class DiTCrossAttention(nnx.Module):
         self.q = Linear(d, d, keys[0], axes=("embed", "heads"))
         self.kv = Linear(d, 2 * d, keys[1], axes=("embed", "heads"))
         self.out = Linear(d, d, keys[2], std=0.0, axes=("heads", "embed"))
-        # Splash is for a sequence that looks at itself.
+        # Splash attention supports self-attention only.
         self.kernel: Kind = "auto" if config.kernel == "splash" else config.kernel
         self.count = config.heads
 
@@ -206,7 +209,7 @@ class DiTCrossAttention(nnx.Module):
 
 
 class DiTBlock(nnx.Module):
-    """One block; what of `image`, `text` and `cross` it has says how text is read."""
+    """One block; which of `image`, `text` and `cross` it has depends on how text is read."""
 
     def __init__(self, config: DiT, key: Array):
         keys = jax.random.split(key, 3)
@@ -215,7 +218,7 @@ class DiTBlock(nnx.Module):
         self.cross = DiTCrossAttention(config.layer, keys[2], config.cross_norm) if config.text == "cross" else None
 
     def __call__(self, x: Array, y: Array, c: Array, mask: Array, own: Array | None = None) -> tuple[Array, Array]:
-        """x (b, t, d), of which `own` (b, t) may be read, tokens y (b, s, d), of which `mask` (b, s), and c (b, d).
+        """x (b, t, d) with mask `own` (b, t), tokens y (b, s, d) with mask `mask` (b, s), and c (b, d).
 
         c is (b, 6 d) where blocks share the matrix of the modulation. Returns the new x and y.
         """
@@ -238,7 +241,7 @@ class DiTBlock(nnx.Module):
 
 
 def _behind(mask: Array, x: Array) -> Array:
-    """mask (b, s), and then the tokens of x (b, t, d), which may all be read."""
+    """mask (b, s) followed by True for each token of x (b, t, d)."""
     return jnp.pad(mask, ((0, 0), (0, x.shape[1])), constant_values=True)
 
 
@@ -249,7 +252,7 @@ class DiTNetwork(nnx.Module):
         keys = jax.random.split(key, 6)
         d, square = config.width, config.patch**2 * config.channels
         self.config = config
-        # As the matrix of a Transformer layer, though it stands for a convolution (Xavier & Bengio 2010).
+        # Xavier initialisation of a dense layer (Glorot & Bengio 2010), although it is a strided convolution.
         self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
         grid = (config.size[0] // config.patch, config.size[1] // config.patch)
         self.positions = ModelState(jnp.asarray(sincos_2d(grid, d, config.stretch)), axes=(None, "embed"))
@@ -263,7 +266,7 @@ class DiTNetwork(nnx.Module):
         self.out = Linear(d, square * (1 + config.learn_variance), keys[5], std=0.0, axes=("embed", None))
 
     def read(self, batch: Batch, drop: Array) -> Context:
-        """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
+        """Encode the condition of a batch: `drop` (b,) marks rows that get the unconditional one."""
         tokens, mask = self.condition(batch, drop, self.config.dtype)
         if not self.config.whole:
             return Context(jnp.zeros((len(drop), self.config.width)), tokens, mask)
@@ -272,12 +275,12 @@ class DiTNetwork(nnx.Module):
         return Context(pooled(tokens, mask), tokens, mask)
 
     def tokens(self, x: Array) -> Array:
-        """Patches of x (b, i, j, c) and their places: (b, t, d)."""
+        """Embedded patches of x (b, i, j, c) with positions: (b, t, d)."""
         patches = rearrange(patchify(x.astype(self.config.dtype), self.config.patch), "b i j d -> b (i j) d")
         return self.embed(patches) + self.positions[...].astype(self.config.dtype)
 
     def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
-        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the variance is the later half."""
+        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         config = self.config
         x = self.tokens(x)
         length, y, mask = x.shape[1], context.tokens.astype(x.dtype), context.mask
@@ -297,7 +300,7 @@ class DiTNetwork(nnx.Module):
         return self.finish(x[:, -length:], c)
 
     def finish(self, x: Array, c: Array) -> Array:
-        """Tokens (b, t, d) to a picture (b, i, j, c)."""
+        """Tokens (b, t, d) to an image (b, i, j, c)."""
         if self.table is None:
             shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, -1)
         else:

@@ -1,7 +1,7 @@
-"""Attention by kernels that never write the weights (t, s) down: cuDNN's on GPUs, splash attention on TPUs.
+"""Fused attention kernels that never materialise the weights (t, s): cuDNN on GPUs, splash attention on TPUs.
 
-They take q (b, t, n, h), k and v (b, s, m, h), a scale, whether places see only what stands before them (then t = s),
-and which keys are no padding (b, s); they give (b, t, n, h). What a query without any key gets is not defined.
+They take q (b, t, n, h), k and v (b, s, m, h), a scale, whether attention is causal (then t = s), and the mask of keys
+that are not padding (b, s); they return (b, t, n, h). The output of a query without visible keys is undefined.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ Kind = Literal["auto", "plain", "cudnn", "splash"]
 KINDS = ("auto", "plain", "cudnn", "splash")
 OF_PLATFORM: dict[str, Kind] = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
 LONG = 256
-"""From so many places on "auto" takes a kernel: shorter ones are single products that hardly leave the cache."""
+"""Length from which "auto" selects a kernel: shorter sequences are single products that hardly leave the cache."""
 
 KEPT = "attention"
-"""The name of what splash attention's backward pass needs of its forward pass, for policies of recomputation."""
+"""Checkpoint name of the residuals of splash attention, for rematerialisation policies."""
 
 
 def platform() -> str:
-    """Of the devices of the mesh that is set (which a plan sets to chips that are not there), or of this process."""
+    """Platform of the devices of the current mesh (`t2i plan` sets one of absent chips), or of this process."""
     mesh = jax.sharding.get_abstract_mesh()
-    # That of a process has no abstract device, and JAX has no public type for the device of one.
+    # A mesh of this process has no abstract device, and JAX has no public type for abstract devices.
     return getattr(mesh.abstract_device, "platform", None) or jax.default_backend()
 
 
 def choose(kind: Kind, q: Array, k: Array) -> Callable[..., Array] | None:
-    """The kernel for queries and keys of these shapes, or None for products written out.
+    """The kernel for queries and keys of these shapes, or None for plain einsums.
 
-    Errors: ValueError for an unknown kind, and for a kernel that was asked for and cannot do it, saying why.
+    Errors: ValueError for an unknown kind, and for a requested kernel that does not support these shapes, with the
+    reason.
     """
     if kind not in KINDS:
         raise ValueError(f"attention '{kind}': it is one of {', '.join(KINDS)}")
@@ -58,7 +59,7 @@ def choose(kind: Kind, q: Array, k: Array) -> Callable[..., Array] | None:
 
 
 def unfit(kind: Kind, q: Array, k: Array) -> str:
-    """Why a kernel cannot do it; empty if it can."""
+    """Why a kernel does not support these inputs; empty if it does."""
     (t, n, h), (s, m) = q.shape[1:], k.shape[1:3]
     if n % m:
         return f"{n} query heads cannot be shared by {m} key-value heads"
@@ -103,13 +104,13 @@ def splash(
     valid: Array | None = None,
     interpret: bool = False,
 ) -> Array:
-    """Splash attention, the Pallas kernel for TPUs that leaves out what no query sees, on each device by itself.
+    """Splash attention, the Pallas kernel for TPUs that skips masked blocks, run separately on each device.
 
-    Rows of the batch and heads are shared among devices as everywhere (`parallel.RULES`); every device has whole
-    sequences, which are filled up to a multiple of 128. interpret: run it without a TPU, slowly, to test it.
+    The batch and the heads are sharded as elsewhere (`parallel.RULES`); every device has whole sequences, padded to a
+    multiple of 128. interpret: run it without a TPU, slowly, for tests.
     """
     t = q.shape[1]
-    if valid is not None or (not causal and t % 128):  # else there is nothing to hide, or order hides it
+    if valid is not None or (not causal and t % 128):  # else there is no padding, or causality hides it
         valid = _padded(jnp.broadcast_to(True if valid is None else valid, k.shape[:2]), 128)
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, k, v = (_padded(x, 128) for x in (q, k, v))
@@ -122,7 +123,7 @@ def splash(
 
 
 def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, interpret: bool) -> Array:
-    """On one device: q (b, t, n, h), scaled, k and v (b, t, m, h), valid (b, t); 128 divides t."""
+    """Splash attention on one device: q (b, t, n, h), scaled, k and v (b, t, m, h), valid (b, t); 128 divides t."""
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     t, n = q.shape[1:3]
@@ -140,7 +141,7 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
     )
 
     def one(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-        # Queries belong to segment 1, and so do the keys that are no padding.
+        # Queries belong to segment 1, as do the keys that are not padding.
         ones = jnp.ones(t, jnp.int32)
         segments = None if valid is None else kernels.SegmentIds(ones, valid.astype(jnp.int32))
         return kernel(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), segment_ids=segments).swapaxes(0, 1)
@@ -149,5 +150,5 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
 
 
 def _padded(x: Array, multiple: int) -> Array:
-    """x (b, t, ...) with zeros behind it, up to a multiple of t."""
+    """x (b, t, ...) zero-padded at the end to the next multiple in t."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple), *[(0, 0)] * (x.ndim - 2)])

@@ -1,4 +1,4 @@
-"""The smallest layers. Parameters are fp32; a layer computes in the dtype of its input, norms always in fp32.
+"""Basic layers. Parameters are fp32; a layer computes in the dtype of its input, norms always in fp32.
 
 Every module is an immutable pytree: it is built from sizes and a key, and `__call__` is pure. `axes` name the
 dimensions of a parameter for `t2i_jax.parallel`.
@@ -20,10 +20,10 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class ModelState(nnx.Variable):
-    """An array of a model that no gradient moves: codebook averages, running statistics, a table read from a file.
+    """Non-trainable state of a model: codebook averages, running statistics, a table read from a file.
 
-    A loss that changes one returns `(loss, (metrics, model))` with the new values in `model`; the trainer takes over
-    its `ModelState` leaves and nothing else of it.
+    A loss that updates state returns the model with the new values as `LossOutput.state`; the trainer takes over only
+    its `ModelState` leaves.
     """
 
 
@@ -36,7 +36,7 @@ def replace(module: M, **values: Any) -> M:
     """A copy of `module` in which the named attributes hold `values`: arrays for variables, modules for modules."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for name, value in values.items():
-        old = getattr(copy, name)  # the names of parameters are attributes, as Flax has them
+        old = getattr(copy, name)  # in Flax, names of parameters are attributes
         setattr(copy, name, old.replace(value) if isinstance(old, nnx.Variable) else value)
     return copy
 
@@ -46,28 +46,28 @@ def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Array:
 
 
 def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Array:
-    """Normal with variance `gain**2 / fan_in`, the fan being all dimensions but the last."""
+    """Normal with variance `gain**2 / fan_in`; fan_in is the product of all dimensions but the last."""
     return normal(key, shape, gain / math.sqrt(math.prod(shape[:-1])))
 
 
 def at_least_fp32(x: Array) -> Array:
-    """x in fp32, where norms, softmax and losses are computed; float64 stays, to check gradients by."""
+    """x in fp32, the dtype of norms, softmax and losses; float64 is kept, for gradient checks."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def remat_elementwise(f: Callable[..., Array]) -> Callable[..., Array]:
-    """f, of which a backward pass keeps the arguments alone, and computes again what else it needs.
+    """f, with only its arguments kept for the backward pass and the rest recomputed.
 
-    For norms and what is done to numbers one by one: they would keep several times what they read, and reading that
-    takes longer than computing it. It is for scanned stacks: elsewhere the compiler may join both computations again.
+    For norms and elementwise operations: their intermediates are several times the size of their inputs, and take
+    longer to read than to recompute. For scanned stacks only: elsewhere the compiler may merge both computations (CSE).
     """
     return jax.checkpoint(f, prevent_cse=False)
 
 
 class Int8(nnx.Module):
-    """A matrix (..., d, f) as whole numbers q in -127 .. 127 and a scale per column: w = q scale, to half a scale.
+    """A matrix (..., d, f) as integers q in -127 .. 127 and a scale per column: w = q scale, accurate to half a scale.
 
-    It has the place of a parameter and takes a quarter of its memory; it is read, not trained.
+    It replaces a parameter and takes a quarter of its memory; it cannot be trained.
     """
 
     def __init__(self, w: nnx.Variable):
@@ -79,14 +79,14 @@ class Int8(nnx.Module):
 
 
 def transposed(w: nnx.Variable) -> nnx.Variable:
-    """A table (v, d) as the matrix (d, v) that gives logits of its rows."""
+    """Transpose a table (v, d) to the output matrix (d, v)."""
     return w.replace(w[...].T, axes=w.get_metadata()["axes"][::-1])
 
 
 def matmul(x: Array, w: nnx.Variable | Int8, dtype: Any = None) -> Array:
-    """x w for x (..., d) and a matrix (d, f): (..., f) in `dtype`, or in that of x, summed in fp32 at least.
+    """x w for x (..., d) and a matrix (d, f): (..., f) in `dtype`, or in that of x, accumulated in at least fp32.
 
-    Products with an `Int8` are scaled after they are summed, which is exact for a scale per column.
+    Products with an `Int8` are scaled after the sum, which is exact for a scale per column.
     """
     dtype = x.dtype if dtype is None else dtype
     if isinstance(w, Int8):
@@ -97,7 +97,7 @@ def matmul(x: Array, w: nnx.Variable | Int8, dtype: Any = None) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last dimension: (..., d) -> (..., f). `std=None` is fan-in scaling, `std=0` zeros."""
+    """y = x W + b over the last dimension: (..., d) -> (..., f). `std=None`: fan-in scaling; `std=0`: zeros."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None] = ("embed", "mlp"),
     ):
         w = fan_in(key, (d, f)) if std is None else normal(key, (d, f), std)
-        self.w = param(w, *axes)  # or an `Int8`, once trained
+        self.w = param(w, *axes)  # or an `Int8` for sampling
         self.b = param(jnp.zeros(f), axes[1]) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -145,9 +145,9 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * w + b over the last dimension; `affine=False` leaves w and b out.
+    """(x - mean) / sqrt(var + eps) * w + b over the last dimension; `affine=False` omits w and b.
 
-    relax: first scale x so that its largest number is this, which no narrow dtype overflows at; 0 leaves it.
+    relax: first scale x so that its largest magnitude is this value, against overflow in narrow dtypes; 0: no scaling.
     """
 
     def __init__(self, d: int, eps: float = 1e-5, affine: bool = True, relax: float = 0.0):
@@ -172,7 +172,7 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises (b, i, j, c) over positions and the channels of a group (Wu & He 2018)."""
+    """Normalise (b, i, j, c) over positions and the channels of a group (Wu & He 2018)."""
 
     def __init__(self, c: int, groups: int = 32, eps: float = 1e-6):
         if c % groups:
@@ -182,7 +182,7 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: Array) -> Array:
-        # Statistics per channel first, then per group: reductions stay channel-last, which is what convolutions want.
+        # Statistics per channel first, then per group: reductions stay channel-last, the layout of convolutions.
         y = at_least_fp32(x)
         fold = lambda s: s.reshape(s.shape[0], self.groups, -1).mean(-1, keepdims=True)
         spread = lambda s: jnp.broadcast_to(s, (*s.shape[:2], x.shape[-1] // self.groups)).reshape(s.shape[0], 1, 1, -1)
@@ -215,7 +215,7 @@ class Conv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         w = self.w[...].astype(x.dtype)
         if w.shape[:2] == (1, 1) and self.stride == 1:
-            y = x @ w[0, 0]  # the same, and its gradients are faster than a convolution's
+            y = x @ w[0, 0]  # equal to the convolution, with faster gradients
         else:
             y = jax.lax.conv_general_dilated(
                 x, w, (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")

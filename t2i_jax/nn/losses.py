@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 
 HELD = 2**28
-"""Logits that a device holds at a time, at most, where nobody says how many tokens to take: 1 GiB."""
+"""Upper bound on the logits that a device holds at a time where `chunk` is 0: 1 GiB."""
 
 
 def cross_entropy(
     logits: Array, targets: Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Array, Array, Array]:
-    """What each target costs in nats: (loss, -log p, correct), each fp32 (...), from logits (..., v) and int (...).
+    """Cross-entropy in nats: (loss, -log p, correct), each fp32 (...), from logits (..., v) and targets int (...).
 
-    loss = (1 - a) (-log p_y) + a mean_v(-log p_v) + z (log Z)^2, with a the label smoothing (Szegedy et al. 2016) and
-    z the weight that keeps the normaliser near 1 (Chowdhery et al. 2022, PaLM, 5).
+    loss = (1 - a) (-log p_y) + a mean_v(-log p_v) + z (log Z)^2, with label smoothing a (Szegedy et al. 2016) and
+    z-loss weight z, which keeps the normaliser Z near 1 (Chowdhery et al. 2022, PaLM, 5).
     """
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, -1)
@@ -27,14 +27,14 @@ def cross_entropy(
     loss = nll + z_loss * log_z**2
     if label_smoothing:
         loss = loss + label_smoothing * (target - logits.mean(-1))
-    # An argmax costs a pass of its own; that the target is the maximum says the same.
+    # Cheaper than an argmax, which takes another pass: compare the target's logit with the maximum.
     return loss, nll, (target >= logits.max(-1)).astype(jnp.float32)
 
 
 def chunked_cross_entropy(
     head: Callable[[Array], Array], z: Array, targets: Array, chunk: int = 0, **options: float
 ) -> tuple[Array, ...]:
-    """`cross_entropy(head(z), targets)` of z (b, t, d) and targets (b, t), in chunks of tokens: see `in_chunks`."""
+    """`cross_entropy(head(z), targets)` for z (b, t, d) and targets (b, t), in chunks of tokens: see `in_chunks`."""
     return in_chunks(head, lambda logits, y: cross_entropy(logits, y, **options), z, (targets,), chunk)
 
 
@@ -45,10 +45,11 @@ def in_chunks(
     others: tuple[Array, ...],
     chunk: int = 0,
 ) -> tuple[Array, ...]:
-    """`score(head(z), *others)`, each (b, t), of z (b, t, d) and others (b, t), `chunk` tokens of each row at a time.
+    """`score(head(z), *others)`, each (b, t), for z (b, t, d) and others (b, t), `chunk` tokens of each row at a time.
 
-    The fp32 logits (b, t, v) are never held whole, in the backward pass neither: every chunk makes its own again. 0:
-    all at once where a device then holds no more than HELD of them, else as many tokens as that allows; below 0: all.
+    The fp32 logits (b, t, v) are never materialised whole, nor in the backward pass, which recomputes those of each
+    chunk. chunk 0: all at once if a device then holds at most HELD logits, else as many tokens as that allows; below 0:
+    all.
     """
     b, t = z.shape[:2]
     if chunk == 0:

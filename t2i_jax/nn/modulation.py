@@ -1,4 +1,4 @@
-"""What a time or a noise level does to a network: its embedding, and the shifts and scales that are made of it."""
+"""Embedding of a time or noise level, and modulation by shifts and scales."""
 
 import math
 
@@ -11,7 +11,7 @@ from t2i_jax.nn.layers import Linear
 
 
 def sinusoid(t: Array, d: int, period: float = 10000.0) -> Array:
-    """cos, then sin of t / period^(j / (d/2)), j < d/2: (b,) -> (b, d) fp32, a zero behind an odd d."""
+    """cos, then sin of t / period^(j / (d/2)), j < d/2: (b,) -> (b, d) fp32, with a trailing zero for odd d."""
     half = d // 2
     angles = t.astype(jnp.float32)[:, None] * jnp.exp(-math.log(period) * jnp.arange(half, dtype=jnp.float32) / half)
     waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
@@ -19,7 +19,7 @@ def sinusoid(t: Array, d: int, period: float = 10000.0) -> Array:
 
 
 class TimeEmbedding(nnx.Module):
-    """Linear, SiLU, Linear of the waves of a time: (b,) -> (b, d)."""
+    """Linear, SiLU, Linear of the sinusoidal embedding of a time: (b,) -> (b, d)."""
 
     def __init__(self, d: int, key: Array, *, waves: int = 256, std: float = 0.02):
         keys = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Captions as GLIDE reads them: padding has vectors of its own and is read like text (Nichol et al. 2022)."""
+"""Captions as in GLIDE: padding has learned vectors and is read like text (Nichol et al. 2022)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GlideCaptions(Checked):
     depth: Layers = 16
     heads: Size = 8
     padding: bool = True
-    """Slots without text hold learned vectors; else whatever ids stand there."""
+    """Padding positions get learned vectors; else the embeddings of their ids."""
     final_norm: bool = True
 
     @property
@@ -36,7 +36,7 @@ class GlideCaptions(Checked):
         return ConditionSpec()
 
     def batch_spec(self) -> BatchSpec:
-        """What it reads of a batch."""
+        """Fields that it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
 
     def token_width(self, width: int) -> int:
@@ -49,7 +49,7 @@ class GlideCaptions(Checked):
 
 
 class GlideCaptionTokens(nnx.Module):
-    """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible; a dropped one is empty."""
+    """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible; a dropped caption is empty."""
 
     def __init__(self, config: GlideCaptions, key: Array):
         keys = jax.random.split(key, 4)
@@ -65,7 +65,7 @@ class GlideCaptionTokens(nnx.Module):
         text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
         same_length("text", text.shape[1], self.config.length)
         mask = mask & ~drop[:, None]
-        if self.padding is None:  # then the end token, the last of the vocabulary, stands for padding
+        if self.padding is None:  # then padding is the end token, the last of the vocabulary
             x = self.table(jnp.where(drop[:, None], self.config.vocabulary - 1, text)) + self.position[...]
         else:
             x = jnp.where(mask[..., None], self.table(text) + self.position[...], self.padding[...])

@@ -1,9 +1,9 @@
-"""Matrix products that move activations and never weights, for meshes that split weights over `fsdp`.
+"""Matrix products that move activations instead of weights, for meshes that split weights over `fsdp`.
 
-Training gathers each matrix before it is used: a batch has many more rows than a matrix. A step of decoding has few, so
-there each device keeps its part of every matrix and the rows travel: the weight-stationary layout of Pope et al. (2022,
+Training gathers each matrix before its use, as a batch has many more rows than a matrix. A decoding step has few rows:
+each device keeps its part of every matrix and the rows move, the weight-stationary layout of Pope et al. (2022,
 "Efficiently scaling transformer inference", 3.2). Each device computes some columns of the product from all rows, so no
-sum is cut in parts, and what comes out lies as in training again.
+sum is split, and the output has the same sharding as in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ MARK = "stationary"
 
 
 def weight_stationary(model: M) -> M:
-    """`model` whose products leave each weight where it is; the same object on meshes that split none over `fsdp`."""
+    """`model` whose products keep the weights in place; the same object on meshes that do not split weights over
+    `fsdp`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return model
@@ -34,7 +35,7 @@ def weight_stationary(model: M) -> M:
 
 
 def stationary_axes(w: Any) -> Axes | None:
-    """The names of the axes of a variable that `weight_stationary` has marked; None for all other arrays."""
+    """The axis names of a variable that `weight_stationary` has marked; None for all other arrays."""
     return w.get_metadata().get("axes") if isinstance(w, nnx.Variable) and w.get_metadata().get(MARK) else None
 
 
@@ -45,14 +46,14 @@ def stays(module: Any) -> bool:
 
 
 def pin(x: Array, *entries: Any) -> Array:
-    """x split over these mesh axes, one entry per dimension, where they divide it; to be called on a mesh alone."""
+    """Constrain x to these mesh axes, one entry per dimension, where they divide it; needs a mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return jax.lax.with_sharding_constraint(x, fit(P(*entries), x.shape, sizes))
 
 
 def layout(axes: Axes, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """How a matrix (d, f) lies for such a product: its columns split over `fsdp` too, or as in training where the
-    number of columns does not allow that."""
+    """Sharding of a matrix (d, f) for such a product: columns split over `fsdp` too, or as in training where the number
+    of columns is not divisible."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     rows, columns = fit(P(*(RULES.get(name) for name in axes)), shape, sizes)
     if rows == "fsdp":
@@ -68,7 +69,7 @@ def at_rest(w: Array, axes: Axes) -> Array:
 
 
 def product(multiply: Callable[[Array, Array], Array], x: Array, w: Array, axes: Axes) -> Array:
-    """multiply(x, w) of x (b, ..., d), a row for each of the batch, and a matrix (d, f) of these axes: (b, ..., f)."""
+    """multiply(x, w) for x (b, ..., d), sharded over the batch, and a matrix (d, f) with these axes: (b, ..., f)."""
     rows, columns = layout(axes, w.shape)
     between = (None,) * (x.ndim - 2)
     y = multiply(pin(x, "data", *between, rows), pin(w, rows, columns))

@@ -1,4 +1,4 @@
-"""A grid of codes as a row of tokens, and back."""
+"""A grid of codes as a sequence of tokens, and back."""
 
 from einops import rearrange
 from jax import Array
@@ -7,7 +7,7 @@ from jax import Array
 def to_tokens(codes: Array, patch: int = 1) -> Array:
     """Codes (b, h, w) -> (b, L), or (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
 
-    Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError where `patch` does not
+    Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError if `patch` does not
     divide the sides.
     """
     if codes.ndim == 3:
@@ -18,7 +18,7 @@ def to_tokens(codes: Array, patch: int = 1) -> Array:
 
 
 def from_tokens(tokens: Array, grid: tuple[int, int], patch: int = 1) -> Array:
-    """The inverse of `to_tokens`, with `grid` the rows and columns of tokens."""
+    """The inverse of `to_tokens`; `grid`: rows and columns of tokens."""
     if tokens.ndim == 2:
         return rearrange(tokens, "b (h w) -> b h w", h=grid[0])
     return rearrange(tokens, "b (h w) (k p q) -> b (h p) (w q) k", h=grid[0], p=patch, q=patch)

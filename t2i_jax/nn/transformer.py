@@ -1,7 +1,7 @@
 """The Transformer block that several networks share, and stacks of it.
 
-A stack is one `Block` whose arrays carry a leading layer axis; `apply_stack` scans over it. Decoding unrolls the layers
-instead (`unstack`): a scan would copy every layer's weights and cache out of the stack at each token.
+A stack is one `Block` whose arrays have a leading layer axis; `apply_stack` scans over it. Decoding unrolls the layers
+instead (`unstack`): a scan would copy the weights and cache of each layer out of the stack at every token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 GATED = ("swiglu", "geglu", "geglu_exact")
-"""Activations of a gate (Shazeer 2020): the MLP has a third matrix."""
+"""Gated activations (Shazeer 2020): the MLP has a third matrix."""
 
 _policies = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
@@ -47,8 +47,8 @@ REMAT: dict[str, Any] = {
     ),
     "branches": _policies.save_only_these_names("branch"),
 }
-"""What a layer keeps for its backward pass: everything; only its input; also its matrix products, to which belongs what
-splash attention made; also its branches."""
+"""What a layer keeps for its backward pass: everything; only its input; also its matrix products, including residuals
+of splash attention; also the outputs of its branches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +70,28 @@ class Layer(Checked):
     activation: Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
     bias: bool = False
     qkv_bias: bool | None = None
-    """of queries, keys and values; None: as `bias`"""
+    """of queries, keys and values; None: like `bias`"""
     out_bias: bool | None = None
-    """of what attention gives; None: as `bias`"""
+    """of the output of attention; None: like `bias`"""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head"""
     scale: NotNegative = 0.0
-    """what attention logits are multiplied by; 0: head_dim^-1/2"""
+    """factor on attention logits; 0: head_dim^-1/2"""
     rope_values: bool = False
-    """rotary positions turn values too"""
+    """apply rotary positions to values too"""
     context: Count = 0
-    """width of other vectors that positions look at between attention and MLP (cross-attention); 0: there are none"""
+    """width of the vectors that cross-attention reads, between attention and MLP; 0: no cross-attention"""
     sandwich_norm: bool = False
-    """normalise what each branch adds too (Ding et al. 2021, CogView, Sandwich-LN)"""
+    """also normalise the output of each branch (Ding et al. 2021, CogView, Sandwich-LN)"""
     layer_scale: bool = False
-    """a learned vector times what each branch adds (Touvron et al. 2021, LayerScale)"""
+    """multiply the output of each branch by a learned vector (Touvron et al. 2021, LayerScale)"""
     pb_relax: bool = False
-    """keep low-precision numbers small (Ding et al. 2021, CogView, PB-Relax): queries enter their products divided by
-    32, which is made good in fp32; LayerNorm first divides by max |x| / 8"""
+    """avoid overflow in low precision (Ding et al. 2021, CogView, PB-Relax): queries are divided by 32 before their
+    products, which are scaled back in fp32; LayerNorm first divides by max |x| / 8"""
     dropout: Rate = 0.0
-    """rate on what each branch adds, in training"""
+    """dropout rate on the output of each branch"""
     kernel: Kind = "auto"
-    """what computes self-attention of whole sequences; "auto": cuDNN on GPUs, splash attention on TPUs"""
+    """implementation of self-attention over whole sequences; "auto": cuDNN on GPUs, splash attention on TPUs"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -118,7 +118,7 @@ class Layer(Checked):
 
     @property
     def biases(self) -> tuple[bool, bool]:
-        """Whether queries, keys and values have a bias, and what attention gives."""
+        """Whether queries, keys and values have a bias, and whether the output of attention has one."""
         qkv, out = (self.bias if b is None else b for b in (self.qkv_bias, self.out_bias))
         return qkv, out
 
@@ -129,10 +129,10 @@ class Layer(Checked):
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far: k and v (b, m, s, h), filled up to position `at`.
+    """Key-value cache: k and v (b, m, s, h), filled up to position `at`.
 
-    The cache of a stack has (l, b, m, s, h), and `layer` says whose turn it is. Heads stand before positions: it is the
-    order in which a decoding step reads them.
+    The cache of a stack has (l, b, m, s, h), and `layer` is the index of the current layer. Heads precede positions,
+    the order in which a decoding step reads them.
     """
 
     k: Array
@@ -140,13 +140,13 @@ class Cache(NamedTuple):
     at: Array
     layer: Array | None = None
     past: Array | None = None
-    """(b, 2, s, d / 2): what both branches read at each position, where a `Shift` looks back"""
+    """(b, 2, s, d / 2): inputs of both branches at each position, for a `TokenShift`"""
     context: tuple[Array, Array] | None = None
-    """keys and values (b, s', n, h) of the context, of a layer that stands alone"""
+    """keys and values (b, s', n, h) of the context, for a layer outside of a stack"""
 
     @classmethod
     def empty(cls, layer: Layer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
-        """Room for s positions of one layer, or of a stack of `depth`."""
+        """An empty cache with room for s positions, of one layer or of a stack of `depth`."""
         shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
@@ -173,17 +173,18 @@ class Cache(NamedTuple):
 
 
 class TokenShift(NamedTuple):
-    """Token shift: what a branch reads has channels of neighbours before it, as DALLE-pytorch has it (after Peng 2021).
+    """Token shift: channels of a branch's input come from preceding neighbours, as in DALLE-pytorch (after Peng 2021).
 
-    In the prefix half of the channels come from the position before; behind it stands a raster grid, where a quarter
-    comes from the cell above, a quarter from the cell at the left, and zeros from outside.
+    In the prefix, half of the channels come from the previous position. In the raster grid after it, a quarter comes
+    from the cell above, a quarter from the cell on the left, with zeros outside of the grid.
     """
 
     prefix: int
     columns: int
 
     def __call__(self, x: Array, cache: Cache | None, branch: int) -> tuple[Array, Cache | None]:
-        """x (b, t, d) from position `cache.at` on, or from 0 without a cache, which keeps what comes later needs."""
+        """Shift x (b, t, d), which begins at position `cache.at`, or at 0 without a cache; the cache stores what later
+        positions need."""
         t, quarter = x.shape[1], x.shape[2] // 4
         first, past = jnp.zeros((), jnp.int32), x[..., : 2 * quarter]
         if cache is not None and cache.past is not None:
@@ -204,8 +205,8 @@ class TokenShift(NamedTuple):
 class Attention(nnx.Module):
     """Self-attention: (b, t, d) -> (b, t, d).
 
-    Queries, keys and values come from one matrix (d, m (g + 2) h). Its columns are sorted by key-value head, each with
-    its g queries, its key, its value, so that a split over heads never cuts across the three.
+    Queries, keys and values come from one matrix (d, m (g + 2) h). Its columns are grouped by key-value head, each with
+    its g queries, its key and its value, so that sharding over heads never separates them.
     """
 
     def __init__(self, config: Layer, key: Array):
@@ -227,10 +228,10 @@ class Attention(nnx.Module):
             a = rearrange(a, "... (m g h) -> ... m g h", m=self.kv_heads, h=self.head_dim)
             return jnp.split(a, (a.shape[-2] - 2, a.shape[-2] - 1), -2)
 
-        if not isinstance(self.qkv, Linear) or stays(self.qkv):  # weights that are turned for decoding, or not moved
+        if not isinstance(self.qkv, Linear) or stays(self.qkv):  # weights transposed for decoding, or stationary
             q, k, v = (rearrange(a, "b t m g h -> b t (m g) h") for a in apart(self.qkv(x)))
             return q, k, v
-        # Cut the matrix, not what it makes: of many rows that would be the larger by far.
+        # Split the matrix, not its output, which is far larger for many rows.
         parts = lambda i: jax.tree.map(lambda a: rearrange(apart(a)[i], "... m g h -> ... (m g h)"), self.qkv)
         q, k, v = (rearrange(parts(i)(x), "b t (n h) -> b t n h", h=self.head_dim) for i in range(3))
         return q, k, v
@@ -258,7 +259,8 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Positions (b, t, d) look at other vectors (b, s, k): (b, t, d). Keys and values are one matrix, head by head."""
+    """Positions (b, t, d) attend to vectors (b, s, k): (b, t, d). Keys and values come from one matrix, head by
+    head."""
 
     def __init__(self, config: Layer, context: int, key: Array):
         n, h = config.heads, config.head
@@ -270,12 +272,12 @@ class CrossAttention(nnx.Module):
         self.heads = n
 
     def read(self, context: Array) -> tuple[Array, Array]:
-        """Keys and values (b, s, n, h) of vectors (b, s, k); they serve every position."""
+        """Keys and values (b, s, n, h) of vectors (b, s, k), shared by all positions."""
         kv = rearrange(self.kv(context), "b s (n a h) -> a b s n h", n=self.heads, a=2)
         return shard(kv[0], "batch", None, "heads", None), shard(kv[1], "batch", None, "heads", None)
 
     def attend(self, x: Array, kv: tuple[Array, Array], mask: Array | None = None) -> Array:
-        """mask: bool (b, 1, 1 or t, s), True where a position may look."""
+        """Attend from x (b, t, d); mask: bool (b, 1, 1 or t, s), True where a position may attend."""
         q = shard(rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads), "batch", None, "heads", None)
         return self.out(rearrange(attend(q, *kv, mask), "b t n h -> b t (n h)"))
 
@@ -284,7 +286,7 @@ class CrossAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """act(x W_in) W_out for every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
+    """act(x W_in) W_out at every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
 
     def __init__(self, config: Layer, key: Array):
         keys = jax.random.split(key, 3)
@@ -329,15 +331,15 @@ class Block(nnx.Module):
         context: Array | None = None,
         context_mask: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """x (b, t, d) at the positions of `rotary`, looking where `mask` (b or 1, 1 or n, t, s) says.
+        """Apply the block to x (b, t, d) at the positions of `rotary`, with `mask` (b or 1, 1 or n, t, s).
 
-        `bias` (b or 1, n, t, s) is added to the attention logits; `shift` mixes what each branch reads.
-        `context` (b, s', k) is read by cross-attention where `context_mask` (b, 1, 1, s') says; a cache keeps its keys
-        and values, and then serves without it.
+        `bias` (b or 1, n, t, s) is added to the attention logits; `shift` is the token shift of each branch's input.
+        Cross-attention reads `context` (b, s', k) where `context_mask` (b, 1, 1, s') is True; a cache keeps its keys
+        and values, so later calls omit it.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
-        to hide what is not yet written. Without a key nothing is dropped. Returns x (b, t, d) and the new cache, whose
-        `at` the caller moves on.
+        to hide positions not yet written. No dropout without a key. Returns x (b, t, d) and the new cache; the caller
+        advances its `at`.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         before = lambda norm, y: y if self.post_norm else norm(y)
@@ -369,7 +371,7 @@ class Block(nnx.Module):
 
 
 def drop(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero a share `rate` of x and scale up the rest (Srivastava et al. 2014); x itself without a key."""
+    """Dropout with probability `rate` (Srivastava et al. 2014); x itself without a key."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
@@ -385,7 +387,7 @@ def depth_of(blocks: Block) -> int:
 
 
 def unstack(blocks: Block) -> tuple[Block, ...]:
-    """The blocks of a stack one by one; outside of a decoding loop this is done once."""
+    """The blocks of a stack as a tuple; done once, outside of the decoding loop."""
     return tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(depth_of(blocks)))
 
 
@@ -405,10 +407,9 @@ def apply_stack(
 ) -> tuple[Array, Any]:
     """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
 
-    `mask` with five dimensions holds masks that take turns over the layers; without a cache it may be
-    told in words (`nn.attention`).
-    `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key of REMAT. Returns
-    x (b, t, d) and the caches with `at` moved on by t, or None where none were given.
+    `mask` with five dimensions holds masks that the layers use in turn; without a cache it may be a structured mask
+    (`nn.attention`). `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key
+    of `REMAT`. Returns x (b, t, d) and the caches with `at` advanced by t, or None where none were given.
     """
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")

@@ -1,4 +1,4 @@
-"""The variables of a model by dotted name, and a model from them."""
+"""The variables of a model by dotted name, and a model built from them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,19 +21,19 @@ def _name(path: Any) -> str:
 
 
 def named(model: Any) -> Named:
-    """The variables of a model by dotted name, `blocks.attention.qkv.w` say."""
+    """The variables of a model by dotted name, such as `blocks.attention.qkv.w`."""
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
     return {_name(path): v for path, v in leaves if is_variable(v)}
 
 
 def rebuild(abstract: Any, variables: Mapping[str, nnx.Variable]) -> Any:
-    """The model of the shape of `abstract` that holds `variables`."""
+    """The model with the structure of `abstract` and these `variables`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
     return jax.tree_util.tree_unflatten(treedef, [variables[_name(p)] if is_variable(v) else v for p, v in leaves])
 
 
 def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], source: str) -> Any:
-    """The model that `build(key)` would make, holding `arrays` by the dotted names of its variables.
+    """The model that `build(key)` would make, with `arrays` assigned by the dotted names of its variables.
 
     Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape.
     """
@@ -58,5 +58,5 @@ def check_fits(wanted: Named, arrays: Mapping[str, Any], source: str) -> None:
 
 
 def abstract(config: Any) -> Any:
-    """The model of a configuration with shapes in the place of arrays."""
+    """The model of a config with shapes in place of arrays."""
     return jax.eval_shape(config.init, jax.random.key(0))

@@ -1,6 +1,9 @@
-"""The UNet of guided diffusion (Dhariwal & Nichol 2021) and its encoder: residual blocks that a time modulates, and
-attention where pictures are small. Text joins attention as further keys and values (Nichol et al. 2022, GLIDE), or is
-read by cross-attention of Transformer blocks in its place (Rombach et al. 2022, Stable Diffusion)."""
+"""The UNet of guided diffusion (Dhariwal & Nichol 2021) and its encoder.
+
+Residual blocks are modulated by the time; low resolutions have attention. Attention may read text as further keys and
+values (Nichol et al. 2022, GLIDE), or be replaced by Transformer blocks with cross-attention (Rombach et al. 2022,
+Stable Diffusion).
+"""
 
 from __future__ import annotations
 
@@ -28,48 +31,50 @@ from t2i_jax.parallel import shard
 
 @dataclasses.dataclass(frozen=True)
 class UNet(Checked):
-    """A UNet that predicts what was added to a picture, and how uncertain the step back is."""
+    """A UNet that predicts the noise (or another target) of an image, and the variance of the reverse step."""
 
     size: Grid = (64, 64)
     channels: Size = 3
     width: Size = 128
     """Channels of the first layer, before its multiplier."""
     multipliers: Annotated[tuple[float, ...], Range(above=0)] = (1, 2, 3, 4)
-    """Channels of each level over `width`; each level has half the side of the one before."""
+    """Channels of each level relative to `width`; each level has half the side of the one before."""
     blocks: Layers = 2
-    """Residual blocks a level."""
+    """Residual blocks per level."""
     attention: Sizes = (2, 4, 8)
-    """By how much a picture is made smaller where attention is used."""
+    """Downsampling factors of the levels that have attention."""
     heads: Size = 4
     head_dim: Count = 0
-    """Width of a head, whose number then follows; 0: `heads` of them."""
+    """Width of a head, which determines their number; 0: `heads` heads."""
     up_heads: Count = 0
-    """Heads on the way up, where head_dim is 0; 0: as many as on the way down."""
+    """Heads in the decoder, where head_dim is 0; 0: as many as in the encoder."""
     qkv_first: bool = False
-    """Columns of queries, keys and values are all queries, all keys, all values, instead of head by head."""
+    """Column order of the QKV matrix: all queries, all keys, all values; else head by head."""
     transformers: Count = 0
-    """Transformer blocks in the place of each attention, which read the context by cross-attention; 0: plain attention
-    to positions and context at once."""
+    """Number of Transformer blocks in place of each attention, which read the context by cross-attention; 0: plain
+    attention to positions and context together."""
     scale_shift: bool = True
-    """The time scales and shifts what the second norm gives; else it is added before it."""
+    """The time scales and shifts the output of the second norm; else it is added to the input of that norm."""
     resample: Literal["block", "conv", "mean"] = "block"
-    """Halve and double sides inside a residual block, by a convolution, or by nothing but means and copies."""
+    """Resample inside a residual block, by a convolution, or by mean pooling and nearest neighbours."""
     dropout: Rate = 0.0
     condition: Condition | None = ClassEmbedder(1000)
     context: Count = 0
-    """Width of tokens that attention reads and whose `pool` is added to the time; 0: the condition is only added."""
+    """Width of the tokens that attention reads and whose `pool` is added to the time; 0: the condition is only
+    added."""
     pool: Literal["mean", "last", "none"] = "mean"
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
-    """Pictures of the batch that are read beside the noised one: one with a mask of what is known, a small one."""
+    """Images of the batch that the network reads besides the noised one: a masked image with its mask, a low-resolution
+    one."""
     noise_aug_conditioning: bool = False
-    """The network is told how much noise the small picture of `low_res` got, `low_res_noise` of the batch."""
+    """Condition on the noise level of the `low_res` image, `low_res_noise` of the batch."""
     learn_variance: bool = True
-    """Predict the variance of the step back too, in a second half of the channels."""
+    """Also predict the variance of the reverse step, in a second half of the output channels."""
     groups: Size = 32
     eps: Positive = 1e-5
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Annotated[Literal["none", "full", "dots"], FREE] = "none"
-    """What each block keeps for its backward pass."""
+    """What each block keeps for its backward pass: a key of `REMAT`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,7 +97,7 @@ class UNet(Checked):
 
     @property
     def embedding(self) -> int:
-        """Width of what the time and the condition become."""
+        """Width of the embedding of time and condition."""
         return 4 * self.width
 
     def at(self, level: int) -> int:
@@ -100,7 +105,7 @@ class UNet(Checked):
         return int(self.multipliers[level] * self.width)
 
     def heads_of(self, c: int, up: bool = False) -> int:
-        """Heads of attention over c channels. Errors: ValueError where they cannot be split."""
+        """Heads of attention over c channels. Errors: ValueError if c is not divisible."""
         count = c // self.head_dim if self.head_dim else (self.up_heads if up else 0) or self.heads
         if not count or c % count:
             raise ValueError(f"{c} channels cannot be split into {count} heads")
@@ -108,11 +113,11 @@ class UNet(Checked):
 
     @property
     def compute(self) -> Compute:
-        """How it is computed."""
+        """Numerics and memory options."""
         return Compute(self.dtype, self.remat, remats=("none", "full", "dots"))
 
     def with_compute(self, compute: Compute) -> UNet:
-        """The same network, computed in another way."""
+        """The same network with other compute options."""
         return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat"))
 
     def init(self, key: Array) -> UNetNetwork:
@@ -120,12 +125,12 @@ class UNet(Checked):
 
 
 def double(x: Array) -> Array:
-    """Nearest neighbours: (b, i, j, c) -> (b, 2i, 2j, c)."""
+    """Nearest-neighbour upsampling: (b, i, j, c) -> (b, 2i, 2j, c)."""
     return repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
 
 
 def halve(x: Array) -> Array:
-    """Means of squares: (b, 2i, 2j, c) -> (b, i, j, c)."""
+    """2x2 mean pooling: (b, 2i, 2j, c) -> (b, i, j, c)."""
     return reduce(x, "b (i p) (j q) c -> b i j c", "mean", p=2, q=2)
 
 
@@ -184,7 +189,7 @@ class ContextAttention(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """x + Transformer blocks over its positions, which also read the context: (b, i, j, c) -> (b, i, j, c)."""
+    """x + Transformer blocks over its positions, with cross-attention to the context: (b, i, j, c) -> (b, i, j, c)."""
 
     def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
         keys = jax.random.split(key, 3)
@@ -212,12 +217,12 @@ class SpatialTransformer(nnx.Module):
 
 
 def attention_of(config: UNet, c: int, key: Array, up: bool = False) -> ContextAttention | SpatialTransformer:
-    """The attention that a UNet has over c channels, on the way down or up."""
+    """The attention module over c channels, for the encoder or (`up`) the decoder."""
     return (SpatialTransformer if config.transformers else ContextAttention)(config, c, key, up)
 
 
 class Resample(nnx.Module):
-    """Halve or double the sides by a convolution, or without any parameters."""
+    """Halve or double the sides, by a convolution or without parameters."""
 
     def __init__(self, c: int, key: Array, up: bool, convolve: bool):
         self.up = up
@@ -231,13 +236,13 @@ class Resample(nnx.Module):
 
 
 class UNetStage(nnx.Module):
-    """What happens between two skips: a residual block, attention, a change of size, or some of them."""
+    """The layers between two skips: a residual block, attention, resampling, or some of them."""
 
     def __init__(
         self, config: UNet, c: int, f: int, key: Array, *, attends: bool, change: bool = False, up: bool = False
     ):
         keys = jax.random.split(key, 3)
-        alone = change and not up  # on the way down a change of size is a stage of its own
+        alone = change and not up  # in the encoder, resampling is a separate stage
         self.block = None if alone else TimedResBlock(config, c, f, keys[0])
         self.attention = attention_of(config, f, keys[1], up) if attends else None
         resample = None
@@ -259,7 +264,7 @@ class UNetStage(nnx.Module):
 
 
 class UNetEncoder(nnx.Module):
-    """The way down and the middle, which a classifier of noised pictures has too."""
+    """The encoder and the middle blocks, shared with the classifier of noised images."""
 
     def __init__(self, config: UNet, key: Array):
         keys = iter(jax.random.split(key, 6 + len(config.multipliers) * (config.blocks + 1)))
@@ -286,7 +291,7 @@ class UNetEncoder(nnx.Module):
     def encode(
         self, x: Array, e: Array, context: Context | None = None, key: Array | None = None
     ) -> tuple[Array, list[Array]]:
-        """x (b, i, j, c) and e (b, d): what leaves the middle, and what each stage of the way down gave."""
+        """x (b, i, j, c) and e (b, d) -> the output of the middle blocks, and the skips of all encoder stages."""
         run = lambda stage, *inputs: stage(*inputs)
         if self.config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.config.remat])
@@ -324,7 +329,7 @@ class UNetNetwork(UNetEncoder):
         self.out = Conv(c, config.channels * (1 + config.learn_variance), next(keys), std=0.0)
 
     def read(self, batch: Batch, drop: Array) -> Context:
-        """What the condition says: `drop` (b,) marks rows that get the unconditional one."""
+        """Encode the condition of a batch: `drop` (b,) marks rows that get the unconditional one."""
         context = self._read(batch, drop)
         if self.noise is None:
             return context
@@ -342,7 +347,7 @@ class UNetNetwork(UNetEncoder):
         return Context(whole if self.pool is None else self.pool(whole), tokens, mask)
 
     def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
-        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the variance is the later half."""
+        """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         keys = (None, None) if key is None else jax.random.split(key)
         e = (self.time(t) + context.pooled).astype(self.config.dtype)
         x, skips = self.encode(x, e, context, keys[0])

@@ -1,4 +1,4 @@
-"""The convolutions of VGG16, whose features tell how alike two images look."""
+"""The convolutions of VGG16, whose features measure how similar two images look."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ Weights = Array | np.ndarray
 
 
 class Trunk(NamedTuple):
-    """The convolutions of VGG16 (Simonyan & Zisserman 2015), never trained; scales of the input are in the first."""
+    """Frozen convolutions of VGG16 (Simonyan & Zisserman 2015); scales of the input are folded into the first."""
 
     shift: Weights
-    """(3,) the mean colour, in [-1, 1]"""
+    """(3,) mean colour, in [-1, 1]"""
     blocks: tuple[tuple[tuple[Weights, Weights], ...], ...]
     """per block, per convolution: kernel (3, 3, c, f), bias (f,)"""
     heads: tuple[Weights, ...]

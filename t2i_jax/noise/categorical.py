@@ -1,8 +1,8 @@
-"""Draws from categorical distributions over many classes, by inverting the cumulative distribution.
+"""Sampling from categorical distributions over many classes, by inverting the cumulative distribution.
 
-The usual Gumbel-max rule needs a random number per class, and in fp32 its noise ends at 16: against a class of
-probability near 1, classes below 1e-7 are never drawn, however many of them there are (Zheng et al. 2024,
-arXiv:2409.02908). Here a draw takes two numbers.
+Gumbel-max needs a random number per class, and its fp32 noise ends at 16: next to a class of probability near 1,
+classes below 1e-7 are never drawn, however many there are (Zheng et al. 2024, arXiv:2409.02908). Here each sample takes
+two random numbers.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def draw(log_p: Array, uniform: Array) -> Array:
-    """A class int32 (...) of each distribution log_p (..., v), normalised or not, v > 1.
+    """Sample a class int32 (...) from each distribution log_p (..., v), normalised or not, v > 1.
 
-    uniform: (..., 2), from `uniform`; further numbers are not read. The first decides between the most probable class
-    and all others, the second among the others. So a rare event keeps its probability, from 1e-9 up: one class against
+    uniform: (..., 2), from `uniform`; further numbers are ignored. The first chooses between the most probable class
+    and all others, the second among the others. Rare events, down to 1e-9, keep their probability: one class next to
     one near 1, or many classes together, as in a step of a masking chain that unmasks one token in a thousand.
     """
     index, most = jnp.arange(log_p.shape[-1]), log_p.max(-1, keepdims=True)
@@ -33,16 +33,17 @@ def draw(log_p: Array, uniform: Array) -> Array:
     highest = jnp.maximum(others.max(-1, keepdims=True), jnp.finfo(log_p.dtype).min)
     weights = jnp.exp(others - highest)
     log_odds = (most - highest)[..., 0] - jnp.log(weights.sum(-1))
-    # The event below a threshold is the rarer one, since uniform numbers are finest near 0.
+    # The rarer event is the one below the threshold, since uniform numbers are finest near 0.
     u, p_rest, p_top = uniform[..., 0], jax.nn.sigmoid(-log_odds), jax.nn.sigmoid(log_odds)
     rest = jnp.where(log_odds > 0, u < p_rest, u >= p_top)
     return jnp.where(rest, inverse_cdf(weights, uniform[..., 1]), top).astype(jnp.int32)
 
 
 def inverse_cdf(weights: Array, uniform: Array) -> Array:
-    """The class int32 (...) at which the cumulative sum of weights (..., v) passes `uniform` (...) of the total.
+    """The class int32 (...) at which the cumulative sum of weights (..., v) exceeds a fraction `uniform` (...) of the
+    total.
 
-    The sum is inverted in two levels, blocks and then within one, so that no scan runs over all classes and rounding
+    The sum is inverted in two levels, first blocks and then within one: no scan runs over all classes, and rounding
     errors are those of sums of sqrt(v) terms. A class of weight 0 is never drawn.
     """
     v = weights.shape[-1]
@@ -56,9 +57,10 @@ def inverse_cdf(weights: Array, uniform: Array) -> Array:
 
 
 def _invert(weights: Array, target: Array) -> tuple[Array, Array]:
-    """The first index of weights (..., n) whose cumulative sum exceeds target (...), and what of target it leaves."""
+    """The first index of weights (..., n) whose cumulative sum exceeds target (...), and the target minus the sum
+    before it."""
     sums = jnp.cumsum(weights, -1)
-    # Rounding may leave the target at or past the end: then the last index that carries weight, as it should be.
+    # Rounding may put the target at or past the end: then take the last index of nonzero weight, as is correct.
     passed = (weights > 0) & (sums > target[..., None])
     last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
     index = jnp.where(passed.any(-1), jnp.argmax(passed, -1), last)

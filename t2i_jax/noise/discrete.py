@@ -1,12 +1,13 @@
-"""Diffusion of codes: a Markov chain that replaces tokens by random ones, by MASK, or by either, and its reverse.
+"""Discrete diffusion: a Markov chain that replaces codes by random ones, by MASK, or by either, and its reverse.
 
-K codes and, as id K, MASK. One step keeps a code with probability a + b, makes it any other with probability b each,
-and masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822, eq. 7). All steps
-commute with renaming codes, so q(x_t | x_0) has the same form with cumulative a, b, c (eq. 8), nothing needs a K x K
-matrix, and so has q(x_t | x_s) for any s < t. Austin et al. 2021 (D3PM) is the general theory: c = 0 is its uniform
-chain, b = 0 its absorbing one, whose limit of many steps is the continuous-time bound at the end of this file.
+There are K codes and MASK, whose id is K. One step keeps a code with probability a + b, changes it to each other code
+with probability b, and masks it with probability c = 1 - a - K b; MASK stays MASK (Gu et al. 2022, arXiv:2111.14822,
+eq. 7). All steps commute with permutations of the codes, so q(x_t | x_0), and q(x_t | x_s) for any s < t, have the same
+form with cumulative a, b, c (eq. 8), and no K x K matrix is needed. Austin et al. 2021 (D3PM) is the general theory:
+c = 0 is its uniform chain, b = 0 its absorbing one, whose limit of many steps is the continuous-time bound at the end
+of this file.
 
-Distributions are logarithms (b, l, K + 1) in fp32. Schedules are made in float64 on the host.
+Distributions are log-probabilities (b, l, K + 1) in fp32. Schedules are computed in float64 on the host.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from t2i_jax.noise.categorical import draw as draw
 from t2i_jax.noise.categorical import uniform
 
 LOG_ZERO = math.log(1e-30)
-"""What stands for log 0 where values are added and subtracted."""
+"""Finite stand-in for log 0 in sums and differences."""
 LOWEST = -70.0
-"""Log-probabilities end here, so that what nearly cannot be costs no infinite loss."""
+"""Lower bound of log-probabilities, so that nearly impossible events have a finite loss."""
 
 
 class ChainSchedule(NamedTuple):
-    """Probabilities of a chain in float64: of one step (T,), and of all steps up to t (T + 1,), the last entry of which
-    is t = -1, the clean tokens."""
+    """Probabilities of a chain in float64: of one step (T,), and cumulative up to t (T + 1,), with t = -1, the clean
+    tokens, last."""
 
     a: np.ndarray
     b: np.ndarray
@@ -44,10 +45,10 @@ class ChainSchedule(NamedTuple):
 
     @classmethod
     def of(cls, alpha_bar: np.ndarray, gamma_bar: np.ndarray, codes: int) -> ChainSchedule:
-        """The schedule whose tokens after step t are kept with probability alpha_bar[t] (not counting random ones that
-        are the same) and masked with probability gamma_bar[t]: any two sequences (T,), one falling and one rising.
+        """The schedule whose tokens after step t are kept with probability alpha_bar[t] (not counting replacements by
+        the same code) and masked with probability gamma_bar[t]: any two sequences (T,), one falling and one rising.
 
-        Errors: ValueError where they do not, or add up to more than 1.
+        Errors: ValueError where they are not monotonic, or add up to more than 1.
         """
         alpha_bar, gamma_bar = np.concatenate([[1.0], alpha_bar]), np.concatenate([[0.0], gamma_bar])
         if (alpha_bar <= 0).any() or (np.diff(alpha_bar) > 0).any():
@@ -56,7 +57,7 @@ class ChainSchedule(NamedTuple):
             raise ValueError("gamma_bar: probabilities below 1 that never fall")
         a, c = alpha_bar[1:] / alpha_bar[:-1], 1 - (1 - gamma_bar[1:]) / (1 - gamma_bar[:-1])
         roll = lambda x: np.roll(x, -1)  # the clean entry is the last
-        # What rounding leaves of an exact zero would be a probability of replacement.
+        # Rounding errors of an exact zero would become a probability of replacement.
         exact = lambda x: np.where(np.abs(x) < 1e-14, 0.0, x)
         step, beta_bar = exact(1 - a - c) / codes, exact(1 - alpha_bar - gamma_bar) / codes
         if (step < 0).any() or (beta_bar < 0).any():
@@ -67,15 +68,16 @@ class ChainSchedule(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Cumulative logs (T + 1,) fp32, the last of them t = -1, in the form that jumps between any two times need."""
+    """Cumulative log-probabilities (T + 1,) fp32, the last entry t = -1, in the form that jumps between any two times
+    need."""
 
     log_alpha_bar: Array
     log_beta_bar: Array
     log_gamma_bar: Array
     unmasked: Array
-    """1 - masked"""
+    """log(1 - gamma_bar)"""
     rise: Array
-    """replaced / kept over its last value: not a log, and never falling"""
+    """beta_bar / alpha_bar divided by its last value: not a log; never falls"""
     height: Array
     """log of that last value, a scalar"""
 
@@ -94,23 +96,23 @@ class Chain(Checked):
     """A forward process: how codes are noised over T steps."""
 
     codes: Size = 1024
-    """K, without MASK."""
+    """Number of codes K, without MASK."""
     steps: Size = 100
-    """T."""
+    """Number of steps T."""
     kind: Literal["mask and replace", "mask", "replace"] = "mask and replace"
-    """Both; or MASK alone, the absorbing chain; or random codes alone, the uniform one."""
+    """Both; MASK alone, the absorbing chain; or random codes alone, the uniform chain."""
     shape: Literal["linear", "cosine"] = "linear"
-    """How the probabilities go from their first values to their last: evenly, or as sin, fast at first (Chang et al.
-    2022, MaskGIT: the share left to predict falls as a cosine)."""
+    """How the probabilities go from their first to their last values: linearly, or as a sine, fast at first (Chang et
+    al. 2022, MaskGIT: the share left to predict falls as a cosine)."""
     alpha_bar: Annotated[tuple[float, ...], Range(0, 1)] = (0.99999, 0.000009)
-    """Probability to be still the clean code after the first and the last step, or after each of the T; not read with
-    `mask`, where it is what is not masked."""
+    """Probability of still being the clean code, after the first and the last step, or after each of the T steps.
+    Ignored by kind `mask`, where it is 1 - gamma_bar."""
     gamma_bar: Annotated[tuple[float, ...], Range(0, 1)] = (0.000009, 0.99999)
-    """The same of being MASK; not read with `replace`, where it is 0."""
+    """Probability of being MASK, likewise. Ignored by kind `replace`, where it is 0."""
 
     def __post_init__(self):
         super().__post_init__()
-        _ = self.schedule  # which refuses probabilities that cannot be
+        _ = self.schedule  # raises an error for impossible probabilities
 
     @cached_property
     def schedule(self) -> ChainSchedule:
@@ -137,7 +139,7 @@ class Chain(Checked):
         return np.sin(np.pi / 2 * u) * (last - first) + first
 
     def tables(self) -> Tables:
-        """The schedule for the device."""
+        """The schedule as device arrays."""
         s = self.schedule
         with np.errstate(divide="ignore"):
             logs = [np.log(x) for x in (s.alpha_bar, s.beta_bar, s.gamma_bar)]
@@ -156,8 +158,11 @@ class Chain(Checked):
         )
 
     def between(self, s: Array, t: Array) -> Rates:
-        """The rates of q(x_t | x_s), s <= t: with x the cumulative ones, a = a_t / a_s, 1 - c = (1 - c_t) / (1 - c_s)
-        and b = a_t (b_t / a_t - b_s / a_s) / (1 - c_s), of which no term cancels badly in fp32."""
+        """The rates of q(x_t | x_s), s <= t, in a form whose terms do not cancel badly in fp32.
+
+        In terms of the cumulative a_t, b_t, c_t: a = a_t / a_s, 1 - c = (1 - c_t) / (1 - c_s) and b = a_t (b_t / a_t -
+        b_s / a_s) / (1 - c_s).
+        """
         x = self.tables()
         rest = x.unmasked[t] - x.unmasked[s]
         b = x.log_alpha_bar[t] + x.height + jnp.log(jnp.maximum(x.rise[t] - x.rise[s], 0)) - x.unmasked[s]
@@ -165,45 +170,45 @@ class Chain(Checked):
         return Rates(*(r[:, None, None] for r in rates))
 
     def q_start(self, log_x0: Array, t: Array) -> Array:
-        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1), none of it on MASK (eq. 8)."""
+        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1), without mass on MASK (eq. 8)."""
         return _moved(log_x0, self.cumulative_transition(t))
 
     def q_step(self, log_x: Array, t: Array, published: bool = False) -> Array:
         """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7).
 
-        published: as in the authors' program, which gives a MASK the chance b of turning into each code; rows of MASK
-        then add up to more than 1. Nothing of theirs or ours rests on those rows.
+        published: as in the authors' program, where a MASK turns into each code with probability b; rows of MASK then
+        add up to more than 1. No result of theirs or of ours depends on those rows.
         """
         coded = jnp.zeros(()) if published else jax.nn.logsumexp(log_x[..., :-1], -1, keepdims=True)
         return _moved(log_x, self.between(t - 1, t), coded)
 
     def q_sample(self, x0: Array, t: Array, key: Array) -> Array:
-        """A draw x_t of q(x_t | x_0): int (b, l), from codes int (b, l)."""
+        """A sample x_t from q(x_t | x_0): int (b, l), from codes int (b, l)."""
         x, where, what = self.tables(), *jax.random.split(key)
         u = uniform(where, x0.shape)
         at = lambda table: jnp.exp(table[t])[:, None]
         other = jax.random.randint(what, x0.shape, 0, self.codes)
         changed = jnp.where(u < at(x.log_gamma_bar), self.codes, other)
-        # One number decides: masked, replaced or kept, in that order.
+        # One number chooses between masked, replaced and kept, in that order.
         return jnp.where(u < at(x.log_gamma_bar) + self.codes * at(x.log_beta_bar), changed, x0)
 
     def start(self, key: Array, shape: tuple[int, ...]) -> Array:
-        """A draw of what the last step leaves of anything, p(x_T): MASK, random codes, or some of each."""
+        """A sample from p(x_T), independent of x_0: MASK, random codes, or some of each."""
         x, where, what = self.tables(), *jax.random.split(key)
         masked = jnp.exp(x.log_gamma_bar[self.steps - 1]) / -jnp.expm1(x.log_alpha_bar[self.steps - 1])
         random = jax.random.randint(what, shape, 0, self.codes)
-        # The chain without replacement leaves nothing but MASK: rounding must not.
+        # The chain without replacement ends in MASK only, despite rounding.
         mask = (uniform(where, shape) < masked) | (self.kind == "mask")
         return jnp.where(mask, self.codes, random)
 
-    # -- and back
+    # -- the reverse process
 
     def posterior(self, log_x0: Array, x_t: Array, t: Array, s: Array | None = None) -> Array:
-        """log p(x_s | x_t) = log sum_k q(x_s | x_t, x_0 = k) p(x_0 = k), s < t, and t - 1 unless given: (b, l, K + 1).
+        """log p(x_s | x_t) = log sum_k q(x_s | x_t, x_0 = k) p(x_0 = k), s < t, by default t - 1: (b, l, K + 1).
 
         log_x0: p(x_0 = k | x_t), or one-hot logs for q(x_s | x_t, x_0); x_t: int (b, l). Bayes' rule in three steps
-        (eq. 5 and 11): divide p(x_0) by q(x_t | x_0), noise the quotient up to s, multiply by q(x_t | x_s). Values end
-        at LOWEST and 0.
+        (eq. 5 and 11): divide p(x_0) by q(x_t | x_0), noise the quotient up to s, multiply by q(x_t | x_s). Values are
+        clipped to [LOWEST, 0].
         """
         s = t - 1 if s is None else s
         masked = (x_t == self.codes)[..., None]
@@ -216,11 +221,11 @@ class Chain(Checked):
         quotient = jnp.concatenate([quotient, jnp.full_like(quotient[..., :1], LOG_ZERO)], -1)
         total = jax.nn.logsumexp(quotient, -1, keepdims=True)
         back = self.q_start(quotient - total, s) + given_s + total
-        # Where nothing is replaced a code that is seen is the clean one, whatever p(x_0) says.
+        # Without replacement, a visible code is the clean one, whatever p(x_0) is.
         return clipped(jnp.where(masked | (far.b > -jnp.inf), back, here))
 
     def variational(self, log_x0: Array, x0: Array, x_t: Array, t: Array) -> tuple[Array, Array]:
-        """The terms of the bound, per token, for a model's p(x_0 | x_t): L_t (b, l), and that of t = 0 alone.
+        """The terms of the variational bound per token, for a model's p(x_0 | x_t): L_t (b, l), and L_0 alone.
 
         L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and L_0 = -log p(x_0 | x_1) (eq. 6).
         """
@@ -232,7 +237,7 @@ class Chain(Checked):
 
 
 def _moved(log_x: Array, rates: Rates, coded: Array | float = 0.0) -> Array:
-    """One move of a distribution, of which exp(coded) is on codes."""
+    """One transition of a distribution whose mass on codes is exp(coded)."""
     codes = jnp.logaddexp(log_x[..., :-1] + rates.a, rates.b + coded)
     return jnp.concatenate([codes, jnp.logaddexp(log_x[..., -1:] + rates.rest, rates.c)], -1)
 
@@ -243,7 +248,7 @@ def one_hot(x: Array, classes: int) -> Array:
 
 
 def clipped(log_p: Array) -> Array:
-    """Logs within LOWEST and 0; at both ends themselves gradients still pass, as `minimum` would not let them."""
+    """Logs clipped to [LOWEST, 0]; gradients also pass at both ends, unlike those of `minimum`."""
     return jnp.where(log_p < LOWEST, LOWEST, jnp.where(log_p > 0, 0.0, log_p))
 
 
@@ -253,8 +258,8 @@ def gumbel(u: Array) -> Array:
 
 
 def importance(history: Array) -> Array:
-    """p(t) that draws times by the size of their loss: (T,), from a running mean of L_t^2 (Nichol & Dhariwal 2021,
-    eq. 18); t = 0, another kind of loss, counts as t = 1 does."""
+    """p(t) (T,) that samples times in proportion to their loss, from a running mean of L_t^2 (Nichol & Dhariwal 2021,
+    eq. 18); t = 0, another kind of loss, gets the value of t = 1."""
     size = jnp.sqrt(history + 1e-10) + 1e-4
     size = size.at[0].set(size[1])
     return size / size.sum()
@@ -262,17 +267,17 @@ def importance(history: Array) -> Array:
 
 # -- the absorbing chain in continuous time
 #
-# With s near t the bound's term is (m_t - m_s) / m_t times the cross-entropy of the masked tokens, m the probability of
-# being masked: integrated over time (Sahoo et al. 2024, MDLM, eq. 10; Shi et al. 2024),
+# For s near t the term is (m_t - m_s) / m_t times the cross-entropy of the masked tokens, with m the probability
+# of being masked. Integrated over time (Sahoo et al. 2024, MDLM, eq. 10; Shi et al. 2024):
 #     -log p(x) <= E_tau [ m'(tau) / m(tau) * sum over masked i of -log p(x_i | x_tau) ].
-# The integral is over dm / m: the schedule chooses only where it is sampled. It is also the expectation, over the
-# number n = 1 .. l of masked tokens drawn evenly, of l times the MEAN cross-entropy of the masked ones: what masked
-# generation minimises, but for how it draws n (Chang et al. 2022 draw it by the cosine), and the likelihood of an
+# The integral is over dm / m: the schedule determines only where it is sampled. It equals the expectation, over a
+# uniform number n = 1 .. l of masked tokens, of l times the MEAN cross-entropy of the masked ones. This is what masked
+# generation minimises, except for its distribution of n (cosine in Chang et al. 2022), and the likelihood of an
 # autoregressive model averaged over all orders (Hoogeboom et al. 2022).
 
 
 def masked_share(shape: Literal["linear", "cosine"], tau: Array) -> tuple[Array, Array]:
-    """m(tau) and m'(tau) / m(tau), the weight of the bound, for times in (0, 1]."""
+    """m(tau) and m'(tau) / m(tau), the weight of the bound, for times tau in (0, 1]."""
     if shape == "linear":
         return tau, 1 / tau
     angle = math.pi / 2 * tau

@@ -1,7 +1,7 @@
-"""Gaussian noising, x_t = alpha_t x_0 + sigma_t eps: what a network may predict of it, steps back, and its losses.
+"""Gaussian noising, x_t = alpha_t x_0 + sigma_t eps: prediction targets, reverse steps, and losses.
 
 Ho et al. (2020, DDPM), Nichol & Dhariwal (2021, improved DDPM), Song et al. (2021, DDIM). Times t are int (b,) or a
-scalar, rows of a `Schedule`; x is (b, ...).
+scalar, indices into a `Schedule`; x is (b, ...).
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from t2i_jax.noise.schedule import Schedule, expand_like, rows
 
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 
-# -- what a network predicts, and what that says of x_0 and eps
+# -- predictions of a network, and the x_0 and eps that they imply
 
 
 def split(kind: Predicts, value: Array, x: Array, alpha: Array | float, sigma: Array | float) -> tuple[Array, Array]:
-    """(x_0, eps) from what is predicted of x = alpha x_0 + sigma eps.
+    """(x_0, eps) from a prediction at x = alpha x_0 + sigma eps.
 
-    v = alpha eps - sigma x_0 (Salimans & Ho 2022); velocity = eps - x_0 (Liu et al. 2023); drift = x_0 - eps, the same
-    towards the picture (Ma et al. 2024, SiT); score = -eps / sigma.
-    alpha, sigma: beside x. Where alpha is 0, eps and score do not say x_0; where sigma is 0, x0 does not say eps.
+    v = alpha eps - sigma x_0 (Salimans & Ho 2022); velocity = eps - x_0 (Liu et al. 2023); drift = x_0 - eps, its
+    negative, toward the image (Ma et al. 2024, SiT); score = -eps / sigma.
+    alpha, sigma: shaped to multiply x. Where alpha is 0, eps and score do not determine x_0; where sigma is 0, x0 does
+    not determine eps.
     """
     if kind == "eps":
         return (x - sigma * value) / alpha, value
@@ -44,7 +45,7 @@ def split(kind: Predicts, value: Array, x: Array, alpha: Array | float, sigma: A
 
 
 def join(kind: Predicts, x0: Array, eps: Array, alpha: Array | float, sigma: Array | float) -> Array:
-    """What a network of that kind should predict; with `split` every kind becomes every other."""
+    """The target of a network that predicts `kind`; with `split` it converts between all kinds."""
     if kind not in get_args(Predicts):
         raise ValueError(f"prediction {kind!r} is not one of {', '.join(get_args(Predicts))}")
     return {
@@ -62,8 +63,8 @@ def loss_weight(
 ) -> Array | float:
     """The weight of the squared error of a prediction.
 
-    `uniform`: 1 on whatever is predicted. Others are weights of the error in x_0, carried over: `snr`, `truncated_snr`
-    max(snr, 1) (Salimans & Ho 2022), `min_snr` min(snr, gamma) (Hang et al. 2023).
+    `uniform`: 1 on the prediction itself. The others are weights of the error in x_0, converted to the prediction:
+    `snr`, `truncated_snr` max(snr, 1) (Salimans & Ho 2022), `min_snr` min(snr, gamma) (Hang et al. 2023).
     """
     if name == "uniform":
         return 1.0
@@ -76,7 +77,7 @@ def loss_weight(
     }
     if name not in weights:
         raise ValueError(f"loss weight {name!r} is not one of uniform, {', '.join(weights)}")
-    # What an error of one in x_0 is in the prediction, squared.
+    # Squared error of the prediction for a unit error in x_0.
     squared = {
         "eps": snr,
         "x0": 1.0,
@@ -92,7 +93,7 @@ def loss_weight(
 
 
 class GaussianParams(NamedTuple):
-    """A diagonal Gaussian; `x0` is the picture it was made of, where there is one."""
+    """A diagonal Gaussian; `x0` is the predicted image it was computed from, if any."""
 
     mean: Array
     log_variance: Array
@@ -123,10 +124,11 @@ def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
 
 
 def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, t: Array) -> Array:
-    """Log-variance of the step back: learned, of `v` like x, or fixed to beta~_t (small) or beta_t (large)."""
+    """Log-variance of the reverse step: learned, from v shaped like x, or fixed to beta~_t (small) or beta_t
+    (large)."""
     if kind == "fixed_small":
         return jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape)
-    if kind == "fixed_large":  # the first step would destroy what is there: it takes the posterior's variance
+    if kind == "fixed_large":  # beta_0 would destroy the image: step 0 takes the posterior's variance
         first = rows(schedule.posterior_log_variance, jnp.zeros_like(t), x)
         large = rows(schedule.log_betas, t, x)
         return jnp.broadcast_to(jnp.where(expand_like(t, x) == 0, first, large), x.shape)
@@ -146,9 +148,10 @@ def p_mean_variance(
     variance: Variance = "learned_range",
     clip: bool | Array = False,
 ) -> GaussianParams:
-    """p(x_{t-1} | x_t = x) as the network has it (Ho et al. 2020, eq. 11); `x0` is the picture it has in mind.
+    """The network's p(x_{t-1} | x_t = x) (Ho et al. 2020, eq. 11); `x0` is the predicted image.
 
-    prediction, v: like x, what the network says of x and of the variance. clip: bring that picture into [-1, 1].
+    prediction, v: shaped like x, the network's prediction and its variance output. clip: clip the predicted image to
+    [-1, 1].
     """
     x0, _ = split(predicts, prediction, x, *schedule.at(t, x))
     x0 = clipped(x0, clip)
@@ -156,12 +159,12 @@ def p_mean_variance(
 
 
 def clipped(x0: Array, clip: bool | Array) -> Array:
-    """x0 in [-1, 1] where `clip` (a scalar or (b,)) says so."""
+    """x0, clipped to [-1, 1] where `clip` (a scalar or (b,)) is True."""
     return jnp.where(expand_like(clip, x0), jnp.clip(x0, -1, 1), x0)
 
 
 def ddpm_step(p: GaussianParams, t: Array, noise: Array, temperature: Array | float = 1.0) -> Array:
-    """A draw from p(x_{t-1} | x_t); its mean at t = 0 (Ho et al. 2020, algorithm 2)."""
+    """A sample from p(x_{t-1} | x_t); its mean at t = 0 (Ho et al. 2020, algorithm 2)."""
     scale = jnp.where(t == 0, 0.0, jnp.asarray(temperature))
     return p.mean + expand_like(scale, p.mean) * jnp.exp(p.log_variance / 2) * noise
 
@@ -169,7 +172,7 @@ def ddpm_step(p: GaussianParams, t: Array, noise: Array, temperature: Array | fl
 def ddim_step(
     schedule: Schedule, x0: Array, x: Array, t: Array, noise: Array | float = 0.0, eta: Array | float = 0.0
 ) -> Array:
-    """x_{t-1} from x_t = x and the picture in mind (Song et al. 2021, eq. 12); eta 0 adds no noise, 1 is ancestral."""
+    """x_{t-1} from x_t = x and the predicted image (Song et al. 2021, eq. 12); eta 0 adds no noise, 1 is ancestral."""
     alpha, sigma = schedule.at(t, x)
     abar_prev = rows(schedule.alphas_cumprod_prev, t, x)
     eps = (x - alpha * x0) / sigma
@@ -179,7 +182,7 @@ def ddim_step(
 
 
 def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Array:
-    """x_{t+1} from x_t = x: the way of `ddim_step` at eta 0 backwards, from a picture to its noise."""
+    """x_{t+1} from x_t = x: `ddim_step` at eta 0 in reverse, from an image to its noise."""
     alpha, sigma = schedule.at(t, x)
     abar = rows(schedule.alphas_cumprod_next, t, x)
     return x0 * jnp.sqrt(abar) + jnp.sqrt(1 - abar) * (x - alpha * x0) / sigma
@@ -189,7 +192,7 @@ def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Arra
 
 
 def normal_kl(p: GaussianParams, q: GaussianParams) -> Array:
-    """KL(p || q) of every number, in nats."""
+    """Elementwise KL(p || q), in nats."""
     ratio = jnp.exp(p.log_variance - q.log_variance)
     gap = (p.mean - q.mean) ** 2 * jnp.exp(-q.log_variance)
     return 0.5 * (q.log_variance - p.log_variance - 1 + ratio + gap)
@@ -197,7 +200,8 @@ def normal_kl(p: GaussianParams, q: GaussianParams) -> Array:
 
 @jax.custom_jvp
 def exact_tanh(x: Array) -> Array:
-    """tanh to the last bit near 1 and -1, where differences of it are taken: `jnp.tanh` is off by several there."""
+    """tanh, accurate to the last bit near 1 and -1, where it is differenced; `jnp.tanh` is off by several bits
+    there."""
     y = jnp.exp(-2 * jnp.abs(x))
     return jnp.sign(x) * (1 - 2 * y / (1 + y))
 
@@ -209,9 +213,9 @@ def _exact_tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
 
 
 def discretised_log_likelihood(x: Array, p: GaussianParams) -> Array:
-    """log p of pixels x in [-1, 1] that stand for intervals of width 2/255 (Ho et al. 2020, eq. 13), in nats."""
+    """log p of pixels x in [-1, 1], each an interval of width 2/255 (Ho et al. 2020, eq. 13), in nats."""
     inverse = jnp.exp(-p.log_variance / 2)
-    # The tanh stands for the error function in every published network, and so it does here.
+    # All published networks approximate the error function by this tanh.
     cdf = lambda z: 0.5 * (1 + exact_tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     above, below = cdf(inverse * (x - p.mean + 1 / 255)), cdf(inverse * (x - p.mean - 1 / 255))
     log = lambda mass: jnp.log(jnp.maximum(mass, 1e-12))

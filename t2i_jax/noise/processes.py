@@ -1,7 +1,7 @@
-"""Processes that a model is trained on and solvers go back along: discrete steps, straight flow, and that of EDM.
+"""Noise processes for training and sampling: discrete steps, straight flow, and EDM.
 
-All are x_t = alpha_t x_0 + sigma_t eps. A process draws training times, knows alpha and sigma of a time, what time the
-network is told, and the `Path` of so many steps from noise to the picture. Numbers of steps are traced.
+All are x_t = alpha_t x_0 + sigma_t eps. A process samples training times, gives alpha and sigma at a time, the time
+input of the network, and the `SamplingGrid` of a number of steps from noise to the image. Numbers of steps are traced.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ T = TypeVar("T", float, Array)
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Checked):
-    """So many steps of noise (Ho et al. 2020)."""
+    """A chain of discrete noising steps (Ho et al. 2020)."""
 
     schedule: str = "linear"
-    """One of those of `Schedule.named`."""
+    """A name that `Schedule.named` knows."""
     steps: Size = 1000
     zero_terminal_snr: bool = False
-    """End in noise alone (Lin et al. 2024); predict v then."""
+    """End in pure noise (Lin et al. 2024); requires predicting v."""
     rescale_times: bool = False
-    """Tell the network times of 1000 steps, however many there are."""
+    """Scale network times to a process of 1000 steps, whatever the number of steps."""
 
     @property
     def scale(self) -> float:
@@ -45,7 +45,7 @@ class Discrete(Checked):
 
     @property
     def solver(self) -> str:
-        """The reverse of the chain that the network learned (Ho et al. 2020, algorithm 2)."""
+        """Ancestral sampling of the learned reverse chain (Ho et al. 2020, algorithm 2)."""
         return "ddpm"
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ class Discrete(Checked):
         return self == other
 
     def quantile(self, u: Array) -> Array:
-        """Training times int (b,) below which a share u (b,) in (0, 1) of them lies; all steps are equally likely."""
+        """Quantiles int (b,) of training times at u (b,) in (0, 1); all steps are equally likely."""
         return jnp.clip(jnp.floor(u * self.steps).astype(jnp.int32), 0, self.steps - 1)
 
     def sample_time(self, key: Array, b: int) -> Array:
@@ -89,25 +89,26 @@ class Discrete(Checked):
         return self.quantile(stratified(key, b))
 
     def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
-        """alpha and sigma at times t (b,), shaped to multiply `like`; fractional times lie between two steps."""
+        """alpha and sigma at times t (b,), shaped to multiply `like`; fractional times are interpolated between two
+        steps."""
         if jnp.issubdtype(t.dtype, jnp.integer):
             return self.tables.at(t, like)
         alpha, sigma = self._between(t)
         return expand_like(alpha, like), expand_like(sigma, like)
 
     def _between(self, t: Array) -> tuple[Array, Array]:
-        """alpha and sigma at fractional times, interpolated and scaled to alpha^2 + sigma^2 = 1."""
+        """alpha and sigma at fractional times, interpolated and rescaled to alpha^2 + sigma^2 = 1."""
         table = lambda values: jnp.interp(t, jnp.arange(self.steps), jnp.asarray(values, jnp.float32))
         alpha, sigma = table(self.tables.alpha), table(self.tables.sigma)
         return alpha / jnp.hypot(alpha, sigma), sigma / jnp.hypot(alpha, sigma)
 
     def network_time(self, t: Array) -> Array:
-        """The time that the network is told."""
+        """The time input of the network."""
         return t * (1000 / self.steps) if self.rescale_times else t
 
     def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
-        """Back through `steps` of the steps: the first and the last and those evenly between, or every k-th from the
-        first (as published samplers of DDIM have it) where `stride` says so and some k gives that many.
+        """Reverse grid of `steps` of the steps: the first, the last and evenly spaced ones between; with `stride` every
+        k-th step from the first (as in published DDIM samplers), if some k gives that many.
 
         Other spacings stop between steps, at fractional times.
         """
@@ -137,18 +138,19 @@ class Discrete(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Flow(Checked):
-    """A straight way, alpha = 1 - t and sigma = t (Liu et al. 2023; Lipman et al. 2023); predict velocity."""
+    """A straight path, alpha = 1 - t and sigma = t (Liu et al. 2023; Lipman et al. 2023); the natural target is
+    velocity."""
 
     times: Literal["uniform", "logit_normal"] = "logit_normal"
-    """How training times are drawn; logit_normal (Esser et al. 2024, eq. 19) prefers the middle."""
+    """Distribution of training times; logit_normal (Esser et al. 2024, eq. 19) favours the middle."""
     mean: Finite = 0.0
     std: Positive = 1.0
     shift: Positive = 1.0
     """t becomes s t / (1 + (s - 1) t): more noise for more pixels (Esser et al. 2024, eq. 23)."""
     toward: bool = False
-    """Tell the network the picture's share 1 - t instead of 1000 t, as SiT does."""
+    """The network's time is the signal share 1 - t instead of 1000 t, as in SiT."""
     max_steps: Size = 1000
-    """Most steps of a sampler."""
+    """Maximum number of sampling steps."""
 
     @property
     def scale(self) -> float:
@@ -156,7 +158,7 @@ class Flow(Checked):
 
     @property
     def solver(self) -> str:
-        """One evaluation a step, along nearly straight paths, as published models sample (Esser et al. 2024)."""
+        """Euler: one evaluation per step along nearly straight paths, as in published models (Esser et al. 2024)."""
         return "euler"
 
     @property
@@ -178,7 +180,7 @@ class Flow(Checked):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def quantile(self, u: Array) -> Array:
-        """Training times (b,) in (0, 1) below which a share u (b,) in (0, 1) of them lies."""
+        """Quantiles (b,) in (0, 1) of training times at u (b,) in (0, 1)."""
         if self.times == "uniform":
             return self.shifted(1e-5 + (1 - 1e-5) * u)
         return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u)))
@@ -195,9 +197,9 @@ class Flow(Checked):
         return 1 - t if self.toward else 1000 * t
 
     def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
-        """Even steps of t from 1 to 0, then shifted; `stride` is for Discrete."""
+        """Evenly spaced t from 1 to 0, then shifted; `stride` is for Discrete."""
         n = jnp.arange(self.max_steps + 1)
-        # The ends are chosen by integers: n / steps may miss 0 and 1 by a rounding.
+        # The ends are selected by integers: n / steps may miss 0 and 1 by rounding.
         u = jnp.where(n < steps, 1 - n / steps, 0.0)
         t = jnp.where(n == 0, 1.0, self.shifted(u))
         path = along(self.network_time(t), 1 - t, t, steps)
@@ -210,27 +212,28 @@ class Flow(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class EDM(Checked):
-    """Noise of standard deviation s on pictures of standard deviation `data` (Karras et al. 2022); predict v.
+    """Noise of standard deviation s on images of standard deviation `data` (Karras et al. 2022); predict v.
 
-    Divided by sqrt(s^2 + data^2), as the network reads it, x is alpha x_0 / data + sigma eps with tan = s / data, and
-    what EDM's network predicts is v of that, up to its sign, with equal weights: eqs. 7 and 8 in other letters.
+    Divided by sqrt(s^2 + data^2), as the network reads it, x is alpha x_0 / data + sigma eps with sigma / alpha = s /
+    data. The output of EDM's network is v for this x, up to its sign, with equal weights: eqs. 7 and 8 in this
+    notation.
     """
 
     data: Positive = 0.5
-    """Standard deviation of pictures, or latents."""
+    """Standard deviation of images, or latents."""
     mean: Finite = -1.2
     std: Positive = 1.2
-    """log s is drawn from a normal distribution in training."""
+    """Mean and standard deviation of log s in training, which is normally distributed."""
     low: Positive = 0.002
     high: Positive = 80.0
-    """s at the ends of a sampler's way."""
+    """s at the ends of sampling."""
     rho: Positive = 7.0
     max_steps: Size = 1000
-    """Most steps of a sampler."""
+    """Maximum number of sampling steps."""
 
     @property
     def solver(self) -> str:
-        """That of Karras et al. (2022, algorithm 1)."""
+        """Heun's method, as in Karras et al. (2022, algorithm 1)."""
         return "heun"
 
     @property
@@ -252,14 +255,14 @@ class EDM(Checked):
 
     @property
     def scale(self) -> float:
-        """What pictures are multiplied by."""
+        """Factor by which images are multiplied."""
         return 1 / self.data
 
     def same_noise(self, other: NoiseProcess) -> bool:
         return isinstance(other, EDM) and self.data == other.data
 
     def quantile(self, u: Array) -> Array:
-        """log s (b,) in training below which a share u (b,) in (0, 1) lies."""
+        """Quantiles (b,) of log s in training at u (b,) in (0, 1)."""
         return self.mean + self.std * jax.scipy.special.ndtri(u)
 
     def sample_time(self, key: Array, b: int) -> Array:
@@ -271,13 +274,13 @@ class EDM(Checked):
         return jnp.cos(angle), jnp.sin(angle)
 
     def network_time(self, t: Array) -> Array:
-        """A quarter of log s, in thousandths, which is how waves of times are spaced."""
+        """c_noise = log(s) / 4, times 1000 to match the frequencies of time embeddings."""
         return 250 * t
 
     def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
-        """s from high to low as eq. 5 has it, then 0; `stride` is for Discrete.
+        """s from high to low as in eq. 5, then 0; `stride` is for Discrete.
 
-        Even stops are even in arctan(s / data), from that of `high` to 0 (Lu & Song 2024, TrigFlow).
+        Even spacing is even in arctan(s / data), from that of `high` to 0 (Lu & Song 2024, TrigFlow).
         """
         n = jnp.arange(self.max_steps + 1)
         share = jnp.where(n < steps - 1, n / jnp.maximum(steps - 1, 1), 1.0)
@@ -300,8 +303,8 @@ Process = Discrete | Flow | EDM
 
 
 def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:
-    """The path through these stops (n + 1,), with the variances that follow from them; from stop `steps` on it is at
-    the clean end, alpha = 1 and sigma = 0. ends: a path whose first stop and clean end are taken instead."""
+    """The grid through these stops (n + 1,), with the variances of its steps; from stop `steps` on it is at the clean
+    end, alpha = 1 and sigma = 0. ends: a grid whose first stop and clean end replace those given."""
     n = jnp.arange(len(t))
     if ends is not None:
         taken = (n == 0) | (n >= steps)
@@ -315,7 +318,7 @@ def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Sampli
 
 def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Array:
     """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
-    `path.steps` - 1; at stop 0 it does not count where `path` begins in pure noise.
+    `path.steps` - 1; the value at stop 0 is meaningless where `path` begins in pure noise.
 
     Errors: ValueError for another spacing.
     """

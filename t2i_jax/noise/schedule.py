@@ -1,7 +1,7 @@
-"""How much noise is there when: the tables of a noising process in discrete steps, and processes of fewer steps.
+"""Noise schedules in discrete steps: tables of alpha_bar, and respacing to fewer steps.
 
-Tables are made in float64 on the host, where 1 - abar keeps its digits, and gathered in fp32. Times t count from 0, the
-least noisy; arrays of times are int (b,) or a scalar.
+Tables are computed in float64 on the host, where 1 - abar keeps its digits, and gathered in fp32. Times t count from 0,
+the least noisy; arrays of times are int (b,) or a scalar.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ CAP = 0.999
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """The cumulative products abar_t of a noising process, and everything that follows from them.
+    """The cumulative products abar_t of a noising process, and the quantities derived from them.
 
     Arrays are NumPy float64 (T,), those of `strided` traced fp32. alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
     """
 
     log_abar: Table
-    """log of abar_t: the signal's share of the power after step t"""
+    """log abar_t, with abar_t the signal's share of the power after step t"""
     timestep_map: Table
-    """int (T,): the step of the process the network was trained on that each step here is"""
+    """int (T,): the corresponding step of the process that the network was trained on"""
     original: int
-    """steps of that process"""
+    """number of steps of that process"""
 
     @classmethod
     def of(cls, betas: Any) -> Schedule:
@@ -50,11 +50,11 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str, steps: int = 1000, *, zero_terminal_snr: bool = False) -> Schedule:
-        """`linear` (Ho et al. 2020), `cosine` (Nichol & Dhariwal 2021, eq. 17; also `squaredcos_cap_v2`),
-        `scaled_linear` (Rombach et al. 2022), `sigmoid`, `quadratic`, `constant`, `jsd`.
+        """A schedule by name: `linear` (Ho et al. 2020), `cosine` (Nichol & Dhariwal 2021, eq. 17; also
+        `squaredcos_cap_v2`), `scaled_linear` (Rombach et al. 2022), `sigmoid`, `quadratic`, `constant`, `jsd`.
 
-        zero_terminal_snr: shift and scale alpha so that nothing of the picture is left at the last step (Lin et al.
-        2024, algorithm 1). Errors: ValueError for an unknown name, or for so few steps that a beta passes 1.
+        zero_terminal_snr: shift and scale alpha so that no signal is left at the last step (Lin et al. 2024, algorithm
+        1). Errors: ValueError for an unknown name, or for so few steps that a beta exceeds 1.
         """
         if name not in NAMES:
             raise ValueError(f"noise schedule {name!r} is not one of {', '.join(NAMES)}")
@@ -62,16 +62,16 @@ class Schedule:
         return schedule.with_zero_terminal_snr() if zero_terminal_snr else schedule
 
     def with_zero_terminal_snr(self) -> Schedule:
-        """The same with alpha_T = 0 and alpha_0 as it was (Lin et al. 2024, algorithm 1)."""
+        """The same schedule with alpha_T = 0 and alpha_0 unchanged (Lin et al. 2024, algorithm 1)."""
         alpha = np.exp(self.log_abar / 2)
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         with np.errstate(divide="ignore"):
             return dataclasses.replace(self, log_abar=2 * np.log(alpha))
 
     def respaced(self, spacing: str) -> Schedule:
-        """A process of fewer steps that passes through the same noise: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`.
+        """A process of fewer steps with the same noise levels: `"100"`, `"10,6,4"`, `"ddim25"`, `"fast27"`.
 
-        One step in all is the noisiest, where samplers begin; published programs keep the least noisy one.
+        A single step is the noisiest, where samplers begin; published programs keep the least noisy one.
         """
         kept = np.asarray(respacing(len(self.log_abar), spacing))
         if len(kept) == 1:
@@ -79,10 +79,10 @@ class Schedule:
         return dataclasses.replace(self, log_abar=self.log_abar[kept], timestep_map=self.timestep_map[kept])
 
     def strided(self, steps: Array | int, bound: int, stride: Array | bool = False) -> Schedule:
-        """As `respaced(str(steps))` with a traced number of steps, 1 to `bound`, in tables (bound,).
+        """As `respaced(str(steps))`, for a traced number of steps, 1 to `bound`, in tables (bound,).
 
-        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first, where some k gives that many, else evenly
-        spaced; traced. One step is the noisiest. Entries after the first `steps` repeat the last of those.
+        stride: as `respaced(f"ddim{steps}")`, every k-th step from the first, if some k gives that many, else evenly
+        spaced; traced. A single step is the noisiest. Entries after the first `steps` repeat the last of them.
         """
         last = len(self) - 1
         place = jnp.minimum(jnp.arange(bound), steps - 1)
@@ -148,7 +148,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Table:
-        """Its log; at t = 0, where it is minus infinity, that of t = 1, or of beta_0 where there is no other step."""
+        """Its log; at t = 0, where it is -inf, the value of t = 1, or log beta_0 if there is only one step."""
         v = self.posterior_variance
         first = self._xp.where(v[1:2] > 0, v[1:2], self.betas[:1]) if len(self) > 1 else self.betas
         return self._xp.log(self._xp.append(first, v[1:]))
@@ -165,40 +165,40 @@ class Schedule:
         return step * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
 
     def at(self, t: Array, like: Array) -> tuple[Array, Array]:
-        """alpha_t and sigma_t beside `like`."""
+        """alpha_t and sigma_t, shaped to multiply `like`."""
         return rows(self.alpha, t, like), rows(self.sigma, t, like)
 
 
 def rows(table: Table, t: Array, like: Array) -> Array:
-    """A table at times t in fp32, with trailing dimensions to stand beside `like`."""
+    """A table at times t in fp32, with trailing dimensions to broadcast against `like`."""
     return expand_like(jnp.asarray(table, jnp.float32)[t], like)
 
 
 def stratified(key: Array, b: int) -> Array:
-    """Numbers (b,) in (0, 1), one in each of b equal intervals, in random order: each alone is uniform.
+    """Random numbers (b,) in (0, 1), one in each of b equal intervals, in random order; each is marginally uniform.
 
-    Means over them vary less than over independent ones (Kingma et al. 2021, VDM, appendix I.1).
+    Means over them have less variance than over independent numbers (Kingma et al. 2021, VDM, appendix I.1).
     """
     order, jitter = jax.random.split(key)
-    # Away from the ends of its interval, so that rounding moves none into the next.
+    # Keep away from the ends of the interval, so that rounding cannot move a number into the next.
     edge = min(b * 2.0**-22, 0.25)
     inside = jax.random.uniform(jitter, (b,), minval=edge, maxval=1 - edge)
     return (jax.random.permutation(order, b) + inside) / b
 
 
 def midpoints(b: int) -> Array:
-    """The middles (b,) of b equal intervals of (0, 1): the grid for losses that are compared with each other."""
+    """The midpoints (b,) of b equal intervals of (0, 1): a fixed grid, for losses that are compared with each other."""
     return (jnp.arange(b) + 0.5) / b
 
 
 def spread(key: Array, b: int, train: bool) -> Array:
-    """Numbers (b,) in (0, 1) whose quantiles are the times of a batch: `stratified` in training, else `midpoints`."""
+    """Numbers (b,) in (0, 1) for the quantile function of times: `stratified` in training, else `midpoints`."""
     return stratified(key, b) if train else midpoints(b)
 
 
 def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Array:
-    """Numbers (repeat, n) in (0, 1), one in each of `repeat` equal intervals for every column: times at which each of
-    many tokens is trained. Uniform within the intervals in training, else on a fixed even lattice."""
+    """Numbers (repeat, n) in (0, 1), for `repeat` training times of each of n tokens: each column has one number in
+    each of `repeat` equal intervals. Uniform within the intervals in training, else on a fixed even lattice."""
     if train:
         inside = jax.random.uniform(key, (repeat, n), minval=2.0**-22, maxval=1 - 2.0**-22)
     else:  # multiples of the golden ratio, modulo 1
@@ -208,7 +208,7 @@ def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Array:
 
 
 def expand_like(x: Array | float, like: Array) -> Array:
-    """A scalar or (b,) with trailing dimensions to stand beside `like` (b, ...)."""
+    """A scalar or (b,) with trailing dimensions to broadcast against `like` (b, ...)."""
     x = jnp.asarray(x)
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim else x
 
@@ -236,16 +236,16 @@ NAMES = {
     "constant": lambda steps: np.full(steps, 20 / steps),
     "jsd": lambda steps: 1.0 / np.linspace(steps, 1, steps),
 }
-"""Variances of the noise of each of so many steps; in 1000 steps they are those of the papers."""
+"""Functions from the number of steps to the noise variances (steps,); for 1000 steps they are those of the papers."""
 
 
 def respacing(steps: int, spacing: str) -> list[int]:
-    """Which of `steps` steps are kept, in rising order.
+    """The indices of the `steps` steps that are kept, in rising order.
 
-    `"a,b,c"` cuts the process into equal sections and takes so many steps of each, first and last included; `"ddimN"`
-    takes every k-th for the smallest k that gives N; `"fast27"` is that of GLIDE. Python's rounding, halves to even.
-    One step of a section is its first.
-    Errors: ValueError where that many steps cannot be had.
+    `"a,b,c"` cuts the process into equal sections and takes that many steps of each, first and last included; `"ddimN"`
+    takes every k-th step for the smallest k that gives N; `"fast27"` is the spacing of GLIDE. Halves are rounded to
+    even, as in Python. A single step of a section is its first.
+    Errors: ValueError if that many steps cannot be taken.
     """
     if spacing == "fast27":
         return sorted({*respacing(steps, "10,10,3,2,2")} - {steps - 1} | {steps - 3})

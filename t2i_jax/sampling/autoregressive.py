@@ -1,11 +1,11 @@
-"""Codes drawn one by one in raster order, from any family that can read a condition and go on by a token.
+"""Sampling codes one by one in raster order, for any family with a prefill and a decode step.
 
 Such a family is a frozen dataclass with `grid`, `length`, `depth`, `options()`, and
 
     prefill(model, condition, dropped) -> logits (b, v) of token 0, state
     decode(state, codes, i) -> logits (b, v) of token i + 1, state
 
-whose state is a dataclass with `caches` and `grow(count)`, which makes room for so many tokens.
+whose state is a dataclass with `caches` and `grow(count)`, which makes room for `count` tokens.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def sample(
 ) -> Array:
     """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,), in one compiled program.
 
-    An image depends on its own key and condition only, not on the batch it is in. Guidance runs both branches as one
-    batch of 2b. All options are traced: new values do not compile anew.
+    An image depends on its own key and condition only, not on the rest of the batch. Guidance runs both branches as one
+    batch of 2b. All options are traced: new values do not recompile.
 
-    known, keep: codes (b, h, w), and a bool (b, h, w) of those that are taken over from them, to complete an image;
-        they are the first ones in raster order.
-    guided: False leaves the unconditional branch out, whatever the options say; half the work.
-    segments: the cache grows in so many steps, and attention reads no more than it holds; static. Each compiles all
-        layers again, so 0 takes 4 for shallow models and fewer for deep ones.
+    known, keep: codes (b, h, w), and a bool (b, h, w) of those to copy, to complete an image; they must be the first
+        ones in raster order.
+    guided: False skips the unconditional branch, whatever the options are, at half the cost.
+    segments: the cache grows in this many steps, and attention reads no more than it holds; static. Each segment
+        compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
     progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
     """
     known, keep = known_and_keep(config.capabilities, config.sample_spec(), len(keys), known, keep)

@@ -1,6 +1,6 @@
-"""The reverse of a discrete chain, from its end to the clean codes, as one loop that may be compiled once.
+"""The reverse of a discrete chain, from its end to the clean codes, as one loop that compiles once.
 
-Steps, jumps and rules are traced numbers; where the randomness comes from is the caller's.
+Steps, jumps and rules are traced numbers; the caller provides the randomness.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def reverse(
     report: Callable[..., None] = lambda *_: None,
     draw_code: Callable[[Array, Array], Array] = draw,
 ) -> Array:
-    """From x (b, l) at the end of the chain to clean codes int (b, l).
+    """Sample clean codes int (b, l) from x (b, l) at the end of the chain.
 
-    guess: (x_t, t, share of the steps that are done) -> log p(x_0 | x_t) (b, l, K + 1), guided and cut.
-    noise: number of the step -> numbers (b, l, 2) from `categorical.uniform` for the codes, and uniform ones (b, l) for
-        the choice of positions.
-    stay: puts back what is given after each step.
-    report: traced after each step with its number from 1, how many there are, x and log p(x_0).
-    draw_code: draws int (b, l) from logs of distributions (b, l, K + 1) and the first numbers that `noise` gives.
+    guess: (x_t, t, share of the steps done) -> log p(x_0 | x_t) (b, l, K + 1), guided and truncated.
+    noise: step index -> numbers (b, l, 2) from `categorical.uniform` for the codes, and uniform ones (b, l) for the
+        choice of positions.
+    stay: restores the known codes after each step.
+    report: traced after each step with its number from 1, the total, x and log p(x_0).
+    draw_code: samples int (b, l) from log-probabilities (b, l, K + 1) and the first numbers of `noise`.
     """
     options, b = options.arrays(), x.shape[0]
     count, moment = timesteps(chain.steps, options)
@@ -47,7 +47,7 @@ def reverse(
 
         def by_posterior() -> Array:
             back = draw_code(chain.posterior(log_x0, x, row(late), row(s)), codes)
-            return jnp.where(s < late, back, x)  # of more evaluations than times, some stand still
+            return jnp.where(s < late, back, x)  # with more evaluations than times, some do not move
 
         by_number = lambda: unmask_step(chain, log_x0, x, (i + 1) / count, codes, places, options)
         new = stay(jax.lax.cond((options.rule > 0) & (i + 1 < count), by_number, by_posterior))
@@ -61,9 +61,9 @@ def reverse(
 def unmask_step(
     chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, places: Array, options: DiscreteSampler
 ) -> Array:
-    """x (b, l) with as many of its masked positions drawn from p(x_0) as are unmasked after a share u of the steps.
+    """x (b, l) after drawing, from p(x_0), the masked positions that are due after a share u of the steps.
 
-    The authors' tables of how many, for four T and 1024 tokens, are this for their schedule.
+    The authors tabulate their number for four T and 1024 tokens; this formula reproduces it for their schedule.
     """
     shares = jnp.exp(chain.tables().log_gamma_bar)
     place = chain.steps * (1 - u) - 1
@@ -76,14 +76,15 @@ def unmask_step(
     score = jnp.where(options.rule == 2, score / score.max(-1, keepdims=True), 1.0)
     sharpness = jnp.where(options.rule == 2, options.purity * score, 0.0)
     drawn = draw((1 + sharpness)[..., None] * log_x0, codes)
-    # The first in the order of log score + Gumbel noise are a draw without replacement.
+    # The first positions by log score + Gumbel noise are a sample without replacement.
     order = jnp.where(masked, jnp.log(score) + gumbel(places), -jnp.inf)
     rank = jnp.argsort(jnp.argsort(-order, -1), -1)
     return jnp.where(masked & (rank < number[:, None]), drawn, x)
 
 
 def timesteps(total: int, options: DiscreteSampler) -> tuple[Array, Callable[[Array], tuple[Array, Array, Array]]]:
-    """How many steps there are, and for each the time that the network sees, and the two between which x goes back."""
+    """The number of steps, and a function from a step to (t, late, s): the network's time, and the jump of x from
+    `late` to s."""
     steps = jnp.where(options.steps > 0, options.steps, total)
     n = jnp.maximum(options.stride, 1)
     strides = -(-(total - 1) // n) + 1

@@ -1,4 +1,5 @@
-"""Steering: how what a network predicts is moved towards a condition. All compose, with each other and every solver."""
+"""Guidance: moving the predictions of a network towards a condition. All kinds compose, with each other and every
+solver."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 def is_guided(can: Capabilities, guided: bool | None) -> bool:
-    """Whether the unconditional branch is computed: as `guided` says, and for None where the family learned one."""
+    """Whether to compute the unconditional branch: `guided`, or for None whether the family has learned one."""
     return can.unconditional if guided is None else guided
 
 
@@ -37,7 +38,7 @@ class Branches:
         return 2 if self.guided else 1
 
     def rows(self, inputs: T) -> T:
-        """Arrays (b, ...) of a pytree with each row as often as there are branches: (b n, ...)."""
+        """Arrays (b, ...) of a pytree with each row repeated once per branch: (b n, ...)."""
         return jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=self.count), inputs)
 
     def dropped(self, b: int) -> Array:
@@ -45,21 +46,22 @@ class Branches:
         return jnp.tile(jnp.arange(self.count) == 1, b)
 
     def split(self, outputs: Array) -> tuple[Array, Array | None]:
-        """Of outputs (b n, ...) the conditional (b, ...) and, where there are such, the unconditional ones (b, ...)."""
+        """Split outputs (b n, ...) into the conditional (b, ...) and the unconditional ones (b, ...), None without
+        guidance."""
         value, *null = rearrange(outputs, "(b n) ... -> n b ...", n=self.count)
         return value, null[0] if null else None
 
     def __call__(self, network: Callable[..., Array], *inputs: Any) -> tuple[Array, Array | None]:
-        """Outputs of both branches, split, of inputs (b, ...) that are the same for both: one call of the network."""
+        """Outputs of both branches, split, for inputs (b, ...) that both share: one call of the network."""
         return self.split(network(*self.rows(inputs)))
 
 
 def guide(value: Array, null: Array | None, scale: Array | float, channels: int = 0) -> Array:
     """null + scale (value - null) on predictions (b, i, j, c); exactly `value` at scale 1 (Ho & Salimans 2022, eq. 6).
 
-    `null` is what is predicted without the condition, or by a worse model (Karras et al. 2024, autoguidance). scale: a
-    scalar or (b,). channels: leave those behind the first so many as they are; released samplers of DiT and GLIDE move
-    three only. Without a null it is `value`.
+    `null` is the prediction without the condition, or by a worse model (Karras et al. 2024, autoguidance); None returns
+    `value`. scale: a scalar or (b,). channels: if not 0, guide only the first `channels` channels; released samplers of
+    DiT and GLIDE guide three.
     """
     if null is None:
         return value
@@ -68,7 +70,8 @@ def guide(value: Array, null: Array | None, scale: Array | float, channels: int 
 
 
 def rescale(guided: Array, value: Array, share: Array | float) -> Array:
-    """`guided` with a share of the standard deviation of `value` per picture (Lin et al. 2024, eqs. 15 and 16)."""
+    """`guided`, rescaled per image towards the standard deviation of `value` by `share` (Lin et al. 2024, eqs. 15 and
+    16)."""
     axes = tuple(range(1, value.ndim))
     factor = value.std(axes, keepdims=True) / jnp.maximum(guided.std(axes, keepdims=True), 1e-8)
     share = expand_like(share, value)
@@ -81,10 +84,10 @@ def within(scale: Array | float, at: Array | float, start: Array | float, stop: 
 
 
 def classifier_gradient(log_p: Callable[[Array], Array], x: Array, scale: Array | float) -> Array:
-    """scale times the gradient of log p(condition | x) by x, for log_p: (b, ...) -> (b,).
+    """scale times the gradient of log p(condition | x) with respect to x, for log_p: (b, ...) -> (b,).
 
-    With a classifier of noised pictures it is classifier guidance (Dhariwal & Nichol 2021), with the similarity of
-    noised picture and caption that of GLIDE (Nichol et al. 2022, section 2.3).
+    With a classifier of noised images this is classifier guidance (Dhariwal & Nichol 2021), with the similarity of
+    noised image and caption it is that of GLIDE (Nichol et al. 2022, section 2.3).
     """
     return expand_like(scale, x) * jax.grad(lambda x: log_p(x).sum())(x)
 

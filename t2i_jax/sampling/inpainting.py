@@ -1,4 +1,4 @@
-"""What a sampler keeps of given samples: `known` and `keep`, the same for every family."""
+"""Inpainting arguments of samplers: `known` and `keep`, the same for every family."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from t2i_jax.core.types import Capabilities
 
 
 def check_keep(can: Capabilities, spec: SampleSpec, b: int, keep: Any) -> None:
-    """Errors: ValueError for a `keep` that is no bool (b, rows, columns) of tokens; and, outside of `jit`, for one that
-    a family in raster order cannot keep."""
+    """Check the mask of tokens to keep.
+
+    Errors: ValueError for a `keep` that is not bool (b, rows, columns) of tokens; and, outside of `jit`, for one that a
+    family in raster order cannot keep.
+    """
     shape = (b, *spec.tokens)
     if keep.shape != shape or keep.dtype != bool:
         raise ValueError(
@@ -31,9 +34,9 @@ def check_keep(can: Capabilities, spec: SampleSpec, b: int, keep: Any) -> None:
 def known_and_keep(
     can: Capabilities, spec: SampleSpec, b: int, known: Array | None, keep: Array | None
 ) -> tuple[Array, Array]:
-    """Samples (b, *grid, ...) and a bool (b, rows, columns) of their tokens that stay; none where neither is given.
+    """Samples (b, *grid, ...) and a bool (b, rows, columns) of tokens to keep; all False where neither is given.
 
-    Errors: ValueError for one without the other, and for what is of another shape or cannot be kept.
+    Errors: ValueError for one without the other, for a wrong shape, and for tokens that cannot be kept.
     """
     if known is None and keep is None:
         return jnp.zeros((b, *spec.shape), spec.code.dtype), jnp.zeros((b, *spec.tokens), bool)

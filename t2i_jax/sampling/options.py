@@ -1,4 +1,4 @@
-"""Options of samplers, which are traced: new values compile nothing anew."""
+"""Options of samplers; they are traced, so new values do not recompile."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from t2i_jax.sampling.solvers import ETA
 
 @dataclasses.dataclass(frozen=True)
 class Options(Checked):
-    """The base of sampling options; every field is a number, or an array with one for each image, or static."""
+    """Base of sampling options; every field is a number, an array with one per image, or static."""
 
     def arrays(self) -> Self:
-        """The same as arrays of one dtype per field, that of its annotation, so that `2` and `2.0` are one compilation;
-        a field marked `static` stays as it is."""
+        """The same options as arrays in the dtype of each field's annotation, so that `2` and `2.0` share one
+        compilation; fields marked `static` are unchanged."""
         given = values(self)
         return dataclasses.replace(
             self, **{k: jnp.asarray(given[k], dtype) for k, dtype in _dtypes(type(self)).items()}
@@ -35,10 +35,10 @@ class Options(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class GuidedOptions(Options):
-    """The base of the options of families: those of classifier-free guidance."""
+    """Base of the options of families: classifier-free guidance."""
 
     guidance: Annotated[float | Array, Range()] = dataclasses.field(default=3.0, kw_only=True)
-    """Scale s of y' + s (y - y'), with y' predicted without the condition (logits, log p, noise); 1 is none. One
+    """Scale s of y' + s (y - y'), with y' predicted without the condition (logits, log p, noise); 1: no guidance. One
     number, or one per image (b,)."""
     guidance_start: Annotated[float | Array, Range(0, 1)] = dataclasses.field(default=0.0, kw_only=True)
     """Guidance begins after this share of the tokens or steps."""
@@ -53,20 +53,20 @@ class GuidedOptions(Options):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ARSampler(GuidedOptions):
-    """How tokens are sampled one by one; every field is a number, or one per image (b,), and is traced."""
+    """Options of sampling token by token; every field is a number, or one per image (b,), and is traced."""
 
     guidance_power: Annotated[float | Array, Range(low=0)] = 0.0
     """The scale grows as 1 + (s - 1) u^power over the sequence, u in (0, 1]: 0 is constant, 1 linear."""
     guidance_cosine: bool | Array = False
-    """Shape the growth by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
+    """Replace u^power by (1 - cos(pi u^power)) / 2 (Gao et al. 2023, MDT)."""
     temperature: Annotated[float | Array, Range(low=0)] = 1.0
-    """Logits are divided by it; never by less than 1e-5."""
+    """Divides the logits; clamped to at least 1e-5."""
     top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Keep the k largest logits, and what ties with the k-th; 0 keeps all."""
+    """Keep the k largest logits, and ties with the k-th; 0 keeps all."""
     top_p: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Keep the smallest set of largest probabilities whose sum is above p; 1 keeps all."""
+    """Keep the smallest set of most probable tokens whose sum exceeds p; 1 keeps all."""
     greedy: bool | Array = False
-    """Take the largest logit instead of drawing."""
+    """Take the largest logit instead of sampling."""
 
     def guidance_at(self, done: Array | int, total: Array | int) -> Array:
         """The scale for the token after `done` of `total`: a scalar, or (b,)."""
@@ -85,29 +85,29 @@ SHAPES: dict[Shape, Callable[[np.ndarray, int], np.ndarray]] = {
 """Share of the tokens that is still hidden after i of n steps (Chang et al. 2022, MaskGIT, 3.3)."""
 
 BOUND = 1024
-"""Steps of a schedule at most."""
+"""Maximum number of steps of a schedule."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MaskedSampler(ARSampler):
-    """How sets of tokens are drawn; every field is a number, or one per image (b,), and is traced."""
+    """Options of sampling tokens in sets; every field is a number, or one per image (b,), and is traced."""
 
     guidance_power: Annotated[float | Array, Range(low=0)] = 1.0
     """The scale grows as 1 + (s - 1) u^power with the share u of tokens known after the step: 0 constant, 1 linear."""
     iterations: Annotated[int | Array, Range(1, BOUND)] = 64
-    """Steps in which sets of tokens become known; one for all images. More than there are tokens are as many."""
+    """Number of steps, in each of which a set of tokens becomes known; the same for all images. Capped at the number of
+    tokens."""
     shape: int | Array = 0
-    """Which of SHAPES the sets follow: 0 cosine, 1 linear, 2 square."""
+    """Shape of the schedule, an index into `SHAPES`: 0 cosine, 1 linear, 2 square."""
     choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
-    """Of the noise on confidence, which falls to 0 at the last step."""
+    """Temperature of the noise on confidence, annealed to 0 at the last step."""
 
     def arrays(self) -> MaskedSchedule:
-        """The same as arrays of one dtype per field. Errors: ValueError for too many iterations, or none, and for a
-        shape that is not there.
+        """The same options as arrays of one dtype per field, with their schedule.
 
-        The schedule is made here, in float64: whether a share of the tokens falls just short of a whole number hangs on
-        bits that fp32 does not have.
+        The schedule is computed here, in float64: whether a share of the tokens falls just short of an integer depends
+        on bits that fp32 does not have. Errors: ValueError for too many iterations, or none, and for an unknown shape.
         """
         steps, shape = int(self.iterations), int(self.shape)
         if not 1 <= steps <= BOUND:
@@ -124,10 +124,10 @@ class MaskedSampler(ARSampler):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MaskedSchedule(MaskedSampler):
-    """Options as arrays, and the schedule that belongs to their iterations and shape."""
+    """Options as arrays, and the schedule of their iterations and shape."""
 
     hidden: Array = dataclasses.field(kw_only=True)
-    """(2, steps): share of tokens hidden after each step, as a number of 12 bits and what is missing from it"""
+    """(2, steps): share of tokens hidden after each step, as a number of 12 bits and the remainder"""
 
     def arrays(self) -> MaskedSchedule:
         return self
@@ -135,10 +135,10 @@ class MaskedSchedule(MaskedSampler):
     def remaining(self, step: Array, total: Array, now: Array) -> Array:
         """Tokens hidden after `step` (from 0), of `now` before it and `total` at the start, each int (b,).
 
-        floor of a share of the total, but at least one fewer than before and, until the last step, at least one.
+        The floor of a share of the total, but at least one fewer than before and, until the last step, at least one.
         """
         high, low = self.hidden[0, step], self.hidden[1, step]
-        whole = total * high  # exact in fp32 up to 4096 tokens, so that what is added decides
+        whole = total * high  # exact in fp32 up to 4096 tokens, so the remainder decides
         floor = jnp.floor(whole)
         wanted = (floor + jnp.floor(whole - floor + total * low)).astype(jnp.int32)
         after = jnp.minimum(now - 1, jnp.maximum(wanted, 1))
@@ -148,65 +148,70 @@ class MaskedSchedule(MaskedSampler):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiscreteSampler(GuidedOptions):
-    """How codes of a discrete diffusion are sampled: `sampling.discrete`; numbers, guidance, truncation,
-    top_k and temperature also one per image, all traced."""
+    """Options of discrete diffusion (`sampling.discrete`); all are traced, and guidance, truncation, top_k and
+    temperature may be one per image."""
 
     truncation: Annotated[float | Array, Range(0, 1)] = 1.0
-    """Keep of each p(x_0) the most probable codes, while those before sum to less than this; 1 keeps all."""
+    """Keep the most probable codes of each p(x_0), while those before sum to less than this; 1 keeps all."""
     top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
     """Keep the k most probable codes; 0 keeps all."""
     temperature: Annotated[float | Array, Range(low=0)] = 1.0
-    """p(x_0) is p^(1/temperature)."""
+    """Use p(x_0)^(1/temperature)."""
     steps: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Evaluations of the network, evenly over the T times; 0 is T. With a `rule` it may be more than T."""
+    """Evaluations of the network, evenly spaced over the T times; 0 is T. With a `rule` it may exceed T."""
     stride: Annotated[int | Array, Range(0, LARGEST)] = 0
-    """Not 0: visit every n-th time and then 0, and take one step n - 1 times lower, as the authors' fast sampler does,
-    in place of the exact jumps that `steps` takes."""
+    """If not 0, visit every n-th time and then 0, and take one step n - 1 times lower, as in the authors' fast sampler,
+    instead of the exact jumps that `steps` takes."""
     rule: int | Array = 0
-    """0: each step draws from the posterior. Else it draws from p(x_0), for a fixed number of the masked positions: 1,
-    chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
+    """0: each step samples from the posterior. Else each step samples from p(x_0), for a fixed number of the masked
+    positions: 1, chosen at random; 2, by their purity max p(x_0) (Tang et al. 2022, 3.3)."""
     purity: Annotated[float | Array, Range(low=0)] = 0.0
-    """With rule 2: p(x_0) is sharpened to p^(1 + r score), score the purity (eq. 11 there)."""
+    """With rule 2, sharpen p(x_0) to p^(1 + r score), score the purity (Tang et al. 2022, eq. 11)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DiffusionSampler(GuidedOptions):
-    """How images are sampled by a Gaussian diffusion: `sampling.solvers`; numbers, or one per image (b,) where it
-    says so; all but `spacing` are traced."""
+    """Options of Gaussian diffusion (`sampling.solvers`): numbers, or one per image where marked (b,); all but
+    `spacing` are traced."""
 
     steps: Annotated[int | Array, Range(1, LARGEST)] = 50
-    """Steps of the solver, up to the bound of the process."""
+    """Steps of the solver, at most `max_steps` of the process."""
     guidance_rescale: Annotated[float | Array, Range(0, 1)] = 0.0
-    """How far the guided prediction gets back the spread of the unguided one, (b,) (Lin et al. 2024); 0.7 is theirs."""
+    """Share of rescaling the guided prediction to the standard deviation of the unguided one, (b,); 0.7 in Lin et al.
+    (2024)."""
     classifier_scale: Annotated[float | Array, Range()] = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
     eta: Annotated[float | Array | None, Range(low=0)] = None
-    """Share of new noise in each step, (b,). None: what the solver's name says, 1 for ddpm and 0 for ddim and dpm++."""
+    """Share of new noise in each step, (b,). None: the solver's default (`solvers.ETA`), 1 for ddpm and 0 for
+    others."""
     clip: bool | Array = False
-    """Keep the picture that the network has in mind within [-1, 1]."""
+    """Clip the predicted image to [-1, 1]."""
     stride: bool | Array = False
-    """Of discrete steps take every k-th, not the first, the last and those evenly between; with the default spacing."""
+    """Take every k-th of discrete steps, not the first, the last and evenly spaced ones; with the default spacing
+    only."""
     noise_aug: Annotated[float | Array, Range(0, 1)] = 0.0
-    """Noise on the small picture that is enlarged, a share of its power's root, (b,): hides what is wrong in it."""
+    """Noise augmentation of the low-resolution image, as a share of the root of its power, (b,): hides its
+    artefacts."""
     strength: Annotated[float | Array, Range(above=0, high=1)] = 1.0
-    """Of a given picture: how much of the way from noise is gone again, above 0; 1 forgets it."""
+    """Image-to-image: share of the path from noise that is run again on the given image, above 0; 1 ignores the
+    image."""
     spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
-    """Where the stops are: as the process has them, even in its time, or spaced for fewer steps; see `Spacing`."""
+    """Spacing of the stops: the process' default, even in its time, or made for few steps; see `Spacing`."""
     guidance_low_snr: Annotated[float | Array | None, Range()] = None
-    """Guide only where log(alpha^2 / sigma^2) is at least this; None: from noise on. For EDM it is 2 log(data / s)."""
+    """Guide only where log(alpha^2 / sigma^2) is at least this; None: from the start. For EDM it is 2 log(data / s)."""
     guidance_high_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
     resample: Annotated[int | Array, Range(1, 1000)] = 2
-    """Evaluations at each stop where part of a picture is kept: the solver's, and rounds before it that bring the rest
-    to agree (Lugmayr et al. 2022; `sampling.solvers.Rounds`). 1 has no rounds: then the rest sees half of what is
-    known, however many steps there are. What remains falls with rounds and with steps: `t2i bench solvers` measures
-    it."""
+    """Inpainting only: evaluations at each stop, the solver's and before it rounds that make the rest agree with the
+    known part (Lugmayr et al. 2022; `sampling.solvers.Rounds`). With 1 there are no rounds, and the rest sees half of
+    what is known, however many steps there are. The error falls with rounds and with steps: `t2i bench solvers`
+    measures it."""
 
     def check(self, most: int) -> None:
-        """Errors: ValueError for numbers that mean nothing, as far as they are known, that is outside of `jit`.
+        """Check the options as far as their values are known (outside of `jit`).
 
-        most: steps of the process.
+        most: steps of the process. Errors: ValueError for invalid numbers.
         """
         fields, ranges = values(self), {"steps": (1, most), "strength": (0, 1), "noise_aug": (0, 1)}
         for name, (low, high) in ranges.items():
@@ -235,7 +240,7 @@ class DiffusionSampler(GuidedOptions):
         return within(scale, log_snr, -math.inf if low is None else low, math.inf if high is None else high)
 
     def arrays(self) -> Self:
-        """The same options as arrays: an `eta` of None is NaN, and bounds that are None are infinite."""
+        """The same options as arrays: an `eta` of None becomes NaN, and bounds of None become infinite."""
         none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
         given = values(self)
         missing = {k: jnp.float32(v) for k, v in none.items() if given[k] is None}

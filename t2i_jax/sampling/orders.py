@@ -1,8 +1,8 @@
-"""Orders: which positions of an image are asked for when.
+"""Orders in which the positions of an image are sampled.
 
-An order is a permutation (L,) read from its end: the first `remaining` positions are still hidden, those behind them
-are known, and a step makes known what lies between two values of `remaining` (Li et al. 2024, MAR). So one number per
-image says where a sampler stands; what is known from the start stands at the end.
+An order is a permutation (L,) read from its end: the first `remaining` positions are still hidden, the others are
+known, and a step reveals the positions between two values of `remaining` (Li et al. 2024, MAR). So one number per image
+is the state of a sampler; positions known from the start are at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from t2i_jax.sampling.options import SHAPES, MaskedSampler, Shape
 
 
 def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarray:
-    """Tokens hidden after each of the steps of a schedule, down to 0: int (n,)."""
+    """Tokens hidden after each step of a schedule, down to 0: int (n,)."""
     options = MaskedSampler(iterations=iterations, shape=list(SHAPES).index(shape)).arrays()
     step = jax.jit(lambda i, now: options.remaining(i, jnp.asarray(total), now))
     now, found = jnp.asarray(total), []
@@ -36,36 +36,36 @@ def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarra
 
 
 class TokenOrder(Protocol):
-    """A frozen config of an order, or of orders that are drawn."""
+    """A frozen config of an order, or of a distribution of orders."""
 
     one_at_a_time: ClassVar[bool]
-    """token by token, not in sets"""
+    """tokens are sampled one at a time, not in sets"""
     by_confidence: ClassVar[bool]
-    """a set takes the tokens of which the model is surest, which needs a head that knows probabilities"""
+    """a set takes the tokens with the highest confidence; needs a head that knows probabilities"""
     fixed: ClassVar[bool]
-    """the same for all images, known tokens too: they cannot be read first"""
+    """the same for all images, regardless of known tokens: they cannot be read first"""
 
     def draw(self, key: Array, length: int) -> Array:
-        """A permutation int (L,), read from its end."""
+        """Sample a permutation int (L,), read from its end."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Raster:
-    """Rows from the top, each from the left, token by token."""
+    """Raster order, token by token: rows from the top, each from the left."""
 
     one_at_a_time: ClassVar[bool] = True
     by_confidence: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
 
     def draw(self, key: Array, length: int) -> Array:
-        """A permutation int (L,), read from its end."""
+        """Sample a permutation int (L,), read from its end."""
         return jnp.arange(length - 1, -1, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Permutation:
-    """Another permutation for each image, token by token."""
+    """A random permutation for each image, token by token."""
 
     one_at_a_time: ClassVar[bool] = True
     by_confidence: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class Permutation:
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Another permutation for each image, in sets that grow (Li et al. 2024)."""
+    """A random permutation for each image, in growing sets (Li et al. 2024)."""
 
     one_at_a_time: ClassVar[bool] = False
     by_confidence: ClassVar[bool] = False
@@ -89,9 +89,9 @@ class Sets:
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """In sets that grow; each takes the tokens of which the model is surest, among all hidden ones (Chang et al. 2022).
+    """Growing sets; each takes the tokens of highest confidence among all hidden ones (Chang et al. 2022).
 
-    Needs a head that knows the probability of what it draws.
+    Needs a head that knows the probability of its samples.
     """
 
     one_at_a_time: ClassVar[bool] = False
@@ -112,14 +112,14 @@ def with_known_last(orders: Array, known: Array) -> Array:
 
 
 def hidden_by(orders: Array, remaining: Array) -> Array:
-    """Which positions the first `remaining` (b,) of each order (b, L) are: bool (b, L)."""
+    """Mask bool (b, L) of the first `remaining` (b,) positions of each order (b, L)."""
     return jnp.argsort(orders, axis=1) < remaining[:, None]
 
 
 def by_confidence(orders: Array, remaining: Array, score: Array) -> Array:
-    """Orders (b, L) whose first `remaining` (b,) positions are sorted by their score (b, L), the surest last.
+    """Orders (b, L) whose first `remaining` (b,) positions are sorted by their score (b, L), the most confident last.
 
-    score: of positions.
+    score: indexed by position.
     """
     place = jnp.arange(orders.shape[1])
     value = jnp.where(place < remaining[:, None], jnp.take_along_axis(score, orders, 1), jnp.inf)
@@ -134,19 +134,20 @@ class MaskRate(Checked):
     """The share of tokens that is hidden in training."""
 
     kind: Literal["normal", "cosine", "uniform"] = "normal"
-    """normal: of one truncated normal number per batch (MAR); cosine: cos(pi u / 2) for each image (MaskGIT);
-    uniform: any number of tokens, for each image, as any order may come to ask"""
+    """normal: one truncated normal number per batch (MAR); cosine: cos(pi u / 2) for each image (MaskGIT); uniform: any
+    number of tokens, for each image, as any order needs"""
     mean: Finite = 1.0
     std: Positive = 0.25
     low: Annotated[float, Range(low=0, below=1)] = 0.7
     """smallest share of `normal`; the largest is 1"""
 
     def visible(self, length: int) -> int:
-        """Tokens that are left visible, at most."""
+        """Maximum number of visible tokens."""
         return length - int(np.ceil(self.low * length)) if self.kind == "normal" else length - 1
 
     def draw(self, key: Array, b: int, length: int, train: bool = True) -> Array:
-        """How many tokens to hide, int (b,), 1 to L; spread evenly over the rates of the kind where not in training."""
+        """Number of tokens to hide, int (b,), 1 to L; outside of training, spread evenly over the distribution of
+        rates."""
         u = spread(key, b, train)
         if self.kind == "normal":
             u = jax.random.uniform(key) if train else u

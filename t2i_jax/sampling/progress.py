@@ -10,15 +10,17 @@ import jax.numpy as jnp
 from jax import Array
 
 Progress = Callable[[Any, Any, Any], None]
-"""Called on the host as (done, total, sample): how many steps of this sampler are done, of how many, and the samples so
-far (b, *grid, ...), as `SampleSpec` says. A step is a token for samplers that go token by token.
+"""Called on the host as (done, total, sample): steps done by this sampler, all steps, and the samples so far (b, *grid,
+...), as in `SampleSpec`. A step is a token for samplers that go token by token.
 
-Calls may come out of order; `jax.effects_barrier()` waits for the last. A program that calls is in no compile cache.
+Calls may come out of order; `jax.effects_barrier()` waits for the last. A program with such calls is not stored in the
+compilation cache.
 """
 
 
 def report(progress: Progress | None, done: Array, total: Array | int, sample: Array) -> None:
-    """Call `progress`, where there is one, after each sixteenth of the steps, or each of fewer, and after the last."""
+    """Call `progress`, if given, after every sixteenth of the steps (every step if there are fewer), and after the
+    last."""
     if progress is None:
         return
     due = done * 16 // total > (done - 1) * 16 // total

@@ -1,7 +1,7 @@
-"""Ways from noise to a picture: each solver is one short step, and one loop runs any of them.
+"""Diffusion solvers: each is one short step function, and one loop runs any of them.
 
-A step asks `denoise(x, i)` what is made of x at stop i of a `Path`, and gives the x of stop i + 1. All are written in
-alpha and sigma, so that they go along every process. Numbers of steps are traced: the loop runs as many.
+A step calls `denoise(x, i)` at stop i of a `SamplingGrid`, and returns the x of stop i + 1. All are written in terms of
+alpha and sigma, so that they work with every process. The number of steps is traced.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ from t2i_jax.noise.schedule import expand_like
 
 
 class Denoised(NamedTuple):
-    """What is made of x at a stop."""
+    """The prediction at x: x0, eps, and optional outputs."""
 
     x0: Array
     eps: Array
     v: Array | None = None
-    """what is said of the variance of the step back, -1 to 1 between the two of the path; None: the larger"""
+    """position of the variance of the reverse step, -1 to 1 between the two of the grid; None: the larger"""
     classifier_gradient: Array | None = None
     """gradient of log p(condition | x), scaled; not yet in x0 and eps"""
 
 
 class SolverState(NamedTuple):
-    """What a solver of several steps remembers of the stop before."""
+    """State of a multistep solver: x and x0 of the previous stop."""
 
     x: Array
     x0: Array
     slope: Array
-    """by how much x0 would change over the step from there, if it goes on as before"""
+    """predicted change of x0 over the step from the previous stop, extrapolated linearly"""
     first: Array
-    """there is no stop before"""
+    """there is no previous stop"""
     second: Array
-    """nor one before that: there is no slope"""
+    """there is no stop before the previous one, so no slope"""
 
 
 Denoise = Callable[[Array, Array], Denoised]
 Noise = Callable[[Array], Array]
-"""i -> normal numbers like x"""
+"""i -> standard normal numbers like x"""
 Step = Callable[[SamplingGrid, Array, Array, Denoise, SolverState, Noise, Array], tuple[Array, SolverState]]
-"""(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and what to remember"""
+"""(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and the new solver state"""
 
 
 class Rounds(NamedTuple):
-    """Extra rounds of noise at every stop, which bring the unknown part of x to agree with the known one.
+    """Extra rounds of noise at every stop, which make the unknown part of x agree with the known one.
 
-    The known part reaches the rest only through `denoise`, and one evaluation a step is too little for that, however
-    many steps there are. Lugmayr et al. (2022, RePaint, algorithm 1) go back to the noisier stop by the process' own
-    noise and forth again, several times. Here each round at a stop with noise sigma goes to half of the noise variance
-    and back, whatever the neighbouring stops are:
+    The known part affects the rest only through `denoise`, and one evaluation per step is too little for that, however
+    many steps there are. Lugmayr et al. (2022, RePaint, algorithm 1) return to the noisier stop by the process' own
+    noise and denoise again, several times. Here each round at a stop with noise sigma goes to half of the noise
+    variance and back, whatever the neighbouring stops are:
 
         x' = alpha x_0(x) + sigma (n_old + n_new) / sqrt(2)
 
-    where n_old is the noise that the round before added and n_new is new. Leimkuhler & Matthews (2013) found this step
-    of Langevin dynamics: it leaves Gaussian laws of any covariance as they are, while a step that draws all of its
-    noise anew, as RePaint's ancestral one does, narrows them. More steps make as many more rounds, so errors fall with
-    both. What remains: at a noisy stop the network sees the known part through its noise, and the rest agrees with no
-    more than that.
+    where n_old is the noise that the previous round added and n_new is new. This step of Langevin dynamics is due to
+    Leimkuhler & Matthews (2013): it preserves Gaussian distributions of any covariance, while a step with entirely new
+    noise, as RePaint's ancestral one, narrows them. More steps also mean more rounds, so errors fall with both. The
+    remaining error: at a noisy stop the network sees the known part only through its noise, and the rest cannot agree
+    with more than that.
     """
 
     count: Array
     """rounds at each stop, one evaluation each; none in pure noise, nor at the clean end"""
     noise: Callable[[Array, Array], Array]
-    """(i, j) -> normal numbers like x, of round j at stop i"""
+    """(i, j) -> standard normal numbers like x, for round j at stop i"""
     hold: Callable[[Array, Array, Array], Array]
-    """(x, i, j) -> x with its known part as it is at stop i, with the noise of round j"""
+    """(x, i, j) -> x with its known part replaced by that of stop i, with the noise of round j"""
     first: Array
-    """normal numbers like x, of which the noise of the first x is 1 / sqrt(2) times and as much of others"""
+    """standard normal numbers like x: the initial noise is 1 / sqrt(2) times these plus as much of others"""
 
 
 def solve(
@@ -87,10 +87,10 @@ def solve(
     on_step: Callable[[Array, Array], Array] = lambda x, i: x,
     rounds: Rounds | None = None,
 ) -> Array:
-    """x (b, ...) at stop `start` to the last stop, by `path.steps - start` steps.
+    """Solve from x (b, ...) at stop `start` to the last stop, in `path.steps - start` steps.
 
-    eta: share of new noise, where a solver has it; a scalar or (b,). between(x, i): what is done to the x of stop i.
-    rounds: made at each stop before its step; multistep solvers then take steps of first order.
+    eta: share of new noise, for solvers that use it; a scalar or (b,). on_step(x, i): applied to the x of stop i.
+    rounds: run at each stop before its step; multistep solvers then take first-order steps.
     """
     eta = jnp.asarray(eta, jnp.float32)
     past = SolverState(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
@@ -99,13 +99,13 @@ def solve(
         x, past, shared = carry
         if rounds is not None:
             x, shared = _renewed(rounds, denoise, path, i, x, shared)
-            # x is off the trajectory that a multistep solver remembers.
+            # x has left the trajectory of the multistep solver's state.
             moved = rounds.count > 0
             past = past._replace(first=past.first | moved, second=past.second | moved)
         x, past = step(path, i, x, denoise, past, noise, eta)
         if rounds is not None:
-            # A solver shrinks noise by the ratio of sigma / alpha where there is nothing else, and less where there is:
-            # what the old noise still says of x is kept, and the rest of n_old is new.
+            # A solver shrinks noise by the ratio of sigma / alpha where x is pure noise, and less elsewhere:
+            # keep the part of the old noise that remains in x, and draw the rest of n_old anew.
             ratio = jnp.exp(log_ratio(path, i) - log_ratio(path, i + 1))
             shared = ratio * shared + jnp.sqrt(jnp.maximum(1 - ratio**2, 0)) * rounds.noise(i, rounds.count)
         return on_step(x, i + 1), past, shared
@@ -129,13 +129,13 @@ def _renewed(
 
 
 def with_classifier_gradient(denoise: Denoise, path: SamplingGrid) -> Denoise:
-    """`denoise` with its gradients taken into the score (Dhariwal & Nichol 2021, algorithm 2)."""
+    """`denoise` with the classifier gradient added to the score (Dhariwal & Nichol 2021, algorithm 2)."""
 
     def shifted(x: Array, i: Array) -> Denoised:
         d = denoise(x, i)
         if d.classifier_gradient is None:
             return d
-        # Noise alone says nothing of the picture: there the gradient is the classifier's own error, and x0 would be it
+        # Pure noise has no information on the image: the gradient there is the classifier's error, and x0 would be that
         # times infinity.
         alpha, sigma = path.alpha[i], path.sigma[i]
         ratio = jnp.where(alpha > 0, sigma / jnp.where(alpha > 0, alpha, 1.0), 0.0)
@@ -148,9 +148,10 @@ def with_classifier_gradient(denoise: Denoise, path: SamplingGrid) -> Denoise:
 def ddpm(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """A draw from the reverse of the chain (Ho et al. 2020, algorithm 2), with the variance that the network says.
+    """Ancestral step of the reverse chain (Ho et al. 2020, algorithm 2), with the variance that the network predicts.
 
-    A gradient moves the mean by the variance (Dhariwal & Nichol 2021, algorithm 1). eta scales the noise; 1 is the law.
+    A classifier gradient shifts the mean by the variance times it (Dhariwal & Nichol 2021, algorithm 1). eta scales the
+    noise; 1 is exact.
     """
     d = denoise(x, i)
     a, s, a1, s1 = path.alpha[i], path.sigma[i], path.alpha[i + 1], path.sigma[i + 1]
@@ -168,7 +169,7 @@ def ddpm(
 def ddim(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """x' = alpha' x0 + sigma' eps, with eta^2 of the posterior's variance as new noise (Song et al. 2021, eq. 12)."""
+    """x' = alpha' x0 + sigma' eps, with eta^2 of the posterior variance as new noise (Song et al. 2021, eq. 12)."""
     d = with_classifier_gradient(denoise, path)(x, i)
     a1, s1 = path.alpha[i + 1], path.sigma[i + 1]
     new = jnp.where(s1 > 0, expand_like(eta, x) * s1 / path.sigma[i] * jnp.exp(path.high[i] / 2), 0.0)
@@ -178,9 +179,9 @@ def ddim(
 def euler(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """Along x0 d alpha + eps d sigma: `ddim` without noise.
+    """Euler step along x0 d alpha + eps d sigma: `ddim` without noise.
 
-    That is along the velocity of a flow, and along (x - x0) / sigma where the variance explodes.
+    For a flow this follows the velocity, for variance-exploding processes (x - x0) / sigma.
     """
     return ddim(path, i, x, denoise, past, noise, jnp.zeros_like(eta))
 
@@ -188,17 +189,17 @@ def euler(
 def ancestral(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """`ddim` with all the noise of the posterior."""
+    """`ddim` with eta = 1: all the noise of the posterior."""
     return ddim(path, i, x, denoise, past, noise, jnp.ones_like(eta))
 
 
 def heun(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """Euler's step with the mean of the slopes at both ends, along x0 d alpha + eps d sigma; two evaluations.
+    """Heun's step: the mean of the slopes at both ends, along x0 d alpha + eps d sigma; two evaluations.
 
-    The rule of Karras et al. (2022, algorithm 1), here in x = alpha x0 + sigma eps and not in x / alpha: the same to
-    second order. The step to sigma = 0 is Euler's.
+    As in Karras et al. (2022, algorithm 1), but in x = alpha x0 + sigma eps instead of x / alpha: equal to second
+    order. The step to sigma = 0 is Euler's.
     """
     denoise = with_classifier_gradient(denoise, path)
     d = denoise(x, i)
@@ -213,12 +214,12 @@ def heun(
 
 
 def log_ratio(path: SamplingGrid, i: Array) -> Array:
-    """lambda = log(alpha / sigma): minus infinity in noise alone, infinity at the picture."""
+    """lambda = log(alpha / sigma): -inf in pure noise, inf at the clean image."""
     return jnp.log(path.alpha[i]) - jnp.log(path.sigma[i])
 
 
 def _slope(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> tuple[Array, Array]:
-    """h = the step in lambda from stop i, and the slope of x0 over it; 0 where nothing is known of it, and in the last
+    """h, the step in lambda from stop i, and the slope of x0 over it; 0 where the slope is unknown, and in the last
     step, which is of first order (Lu et al. 2022, DPM-Solver++; Zhao et al. 2023)."""
     h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
     known = ~past.first & (i < path.steps - 1) & jnp.isfinite(h) & jnp.isfinite(before)
@@ -229,7 +230,7 @@ def _slope(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> tuple[
 def dpm_solver(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); eta adds noise, and with 1 solves the SDE (eq. 18)."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); eta adds noise, and eta = 1 solves the SDE (eq. 18)."""
     d = with_classifier_gradient(denoise, path)(x, i)
     h, slope = _slope(path, i, d.x0, past)
     a1, s1, eta = path.alpha[i + 1], path.sigma[i + 1], expand_like(eta, x)
@@ -243,16 +244,16 @@ def dpm_solver(
 def dpm_solver_sde(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """`dpm_solver` with all its noise."""
+    """`dpm_solver` with eta = 1: the SDE solver."""
     return dpm_solver(path, i, x, denoise, past, noise, jnp.ones_like(eta))
 
 
 def unipc(
     path: SamplingGrid, i: Array, x: Array, denoise: Denoise, past: SolverState, noise: Noise, eta: Array
 ) -> tuple[Array, SolverState]:
-    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2), on x0; one evaluation a step.
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2), on x0; one evaluation per step.
 
-    x was guessed at the stop before. What is made of it corrects it, and from the corrected x the next is guessed.
+    x was predicted at the previous stop. Its evaluation corrects x, and the corrected x predicts that of the next stop.
     """
     d = with_classifier_gradient(denoise, path)(x, i)
     x = jnp.where(past.first, x, _corrected(path, jnp.maximum(i - 1, 0), d.x0, past))
@@ -263,7 +264,7 @@ def unipc(
 
 
 def _corrected(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> Array:
-    """x at stop i + 1 from the x at stop i, what was made of that, and what is made of the guess at stop i + 1."""
+    """x at stop i + 1, corrected: from x and x0 at stop i, and the x0 evaluated at the predicted x of stop i + 1."""
     h, before = log_ratio(path, i + 1) - log_ratio(path, i), log_ratio(path, i) - log_ratio(path, jnp.maximum(i - 1, 0))
     whole = jnp.expm1(-h)
     first = -whole / h - 1
@@ -271,7 +272,7 @@ def _corrected(path: SamplingGrid, i: Array, x0: Array, past: SolverState) -> Ar
     second_order = ~past.second & jnp.isfinite(before)
     w_slope = jnp.where(second_order, (b1 - b2) / (1 + before / h), 0.0)
     w_new = jnp.where(second_order, b1 - w_slope, 0.5)
-    # In noise alone h is infinite: there is nothing to correct but the guess itself.
+    # In pure noise h is infinite: only the prediction itself can be corrected.
     w_slope, w_new = (jnp.where(jnp.isfinite(h), w, 0.0) for w in (w_slope, w_new))
     kept = path.sigma[i + 1] / path.sigma[i]
     mixed = past.x0 * whole + whole * (w_slope * past.slope + w_new * (x0 - past.x0))
@@ -290,4 +291,4 @@ SOLVERS: dict[str, Step] = {
 }
 
 ETA = {name: 1.0 if name == "ddpm" else 0.0 for name in SOLVERS}
-"""eta that is meant by a solver's name; `ancestral` and `dpm++sde` add all of their noise whatever it is."""
+"""Default eta of each solver; `ancestral` and `dpm++sde` add all of their noise whatever eta is."""

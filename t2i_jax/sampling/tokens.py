@@ -1,8 +1,8 @@
-"""From logits to a choice: temperature, top-k, top-p, and the draw itself.
+"""Sampling from logits: temperature, top-k, top-p, and the draw itself.
 
-Everything is a function of logits (..., v) in fp32 and of traced options, so no setting recompiles. Nothing is sorted:
-a cut keeps every value from some threshold up, and the bits of that threshold are found exactly, one by one, each from
-a count over the vocabulary. A draw inverts the cumulative distribution at one uniform number per row.
+Everything is a function of logits (..., v) in fp32 and of traced options, so no setting recompiles. There is no sort:
+truncation keeps every value above a threshold, whose bits are found exactly, one by one, each by a count over the
+vocabulary. A draw inverts the cumulative distribution at one uniform number per row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from t2i_jax.sampling.options import ARSampler
 def filter_logits(logits: Array, temperature: Array | float, top_k: Array | int, top_p: Array | float) -> Array:
     """Weights (..., v) fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
 
-    Top-p sums the probabilities that are left after top-k, and keeps a token while the ones above it sum to p at most
+    Top-p sums the probabilities that remain after top-k, and keeps a token while those above it sum to at most p
     (Holtzman et al. 2020); equal logits are kept or dropped together.
     """
     temperature, top_k, top_p = (expand_like(x, logits) for x in (temperature, top_k, top_p))
@@ -44,11 +44,11 @@ def sample_token(logits: Array, options: ARSampler, uniform: Array) -> Array:
     drawn = draw(filter_logits(logits, options.temperature, options.top_k, options.top_p), uniform)
     greedy = expand_like(options.greedy, uniform)
     best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
-    return jax.lax.cond(greedy.any(), best, lambda: drawn)  # a CPU takes its time for an argmax
+    return jax.lax.cond(greedy.any(), best, lambda: drawn)  # argmax is slow on CPUs
 
 
 def uniforms(keys: Array, positions: Array) -> Array:
-    """Uniform numbers (t, b) for positions (t,): each from `fold_in(image key, position)`, whatever batch it is in."""
+    """Uniform numbers (t, b) for positions (t,): each from `fold_in(image key, position)`, independent of the batch."""
     one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
     return jax.vmap(lambda position: jax.vmap(one, (0, None))(keys, position))(positions)
 
@@ -56,8 +56,8 @@ def uniforms(keys: Array, positions: Array) -> Array:
 def _last(holds: Callable[[Array], Array], wanted: Array, gap: Array) -> Array:
     """The largest threshold (..., 1) for which a predicate that is true up to some point holds; infinity if not wanted.
 
-    `holds` maps thresholds (..., m, 1) to (..., m). Floats from 0 up are ordered as their bits are, so the bits are
-    found from the top: one a pass on a CPU, where each comparison costs, four elsewhere, where each pass does.
+    `holds` maps thresholds (..., m, 1) to (..., m). Non-negative floats are ordered like their bits, so the bits are
+    found from the top: one per pass on a CPU, where each comparison is costly, four elsewhere, where each pass is.
     """
 
     infinity = jnp.int32(0x7F800000)
