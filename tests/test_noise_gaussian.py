@@ -155,7 +155,7 @@ TRAINED = {
 @pytest.mark.parametrize("name", TRAINED)
 def test_times_of_a_batch_are_stratified_and_each_alone_has_its_law(name):
     process, cdf = TRAINED[name]
-    b, draw = 25, jax.jit(process.draw, static_argnums=1)
+    b, draw = 25, jax.jit(process.sample_time, static_argnums=1)
     drawn = np.asarray(
         jax.jit(jax.vmap(lambda k: process.sample_time(k, b)))(jax.random.split(jax.random.key(0), 2000))
     )

@@ -45,13 +45,13 @@ FEW = ("Discrete, linear", "Discrete, cosine", "Discrete, jsd, 50 steps", "Flow"
 @pytest.mark.parametrize("name", FEW)
 def test_paths_end_clean_for_every_number_of_steps_compiled_and_not(name):
     process = KINDS[name]
-    compiled = jax.jit(process.path)
+    compiled = jax.jit(process.timesteps)
     for steps in (*range(1, min(process.max_steps, 200) + 1), process.max_steps - 1, process.max_steps):
         fine(process, compiled(jnp.int32(steps)), steps)
     for steps in (1, 2, 3, 25, 41, 47, 50):
         fine(process, process.timesteps(steps), steps)
     for spacing in SPACINGS[1:]:
-        compiled = jax.jit(partial(process.path, spacing=spacing))
+        compiled = jax.jit(partial(process.timesteps, spacing=spacing))
         for steps in (1, 2, 3, 7, 25, 49, 50):
             fine(process, compiled(jnp.int32(steps)), steps)
 
@@ -61,7 +61,7 @@ def test_paths_end_clean_for_every_number_of_steps_compiled_and_not(name):
 def test_paths_end_clean_up_to_their_bound(name):
     process = KINDS[name]
     for spacing in SPACINGS:
-        compiled = jax.jit(partial(process.path, spacing=spacing))
+        compiled = jax.jit(partial(process.timesteps, spacing=spacing))
         for steps in range(1, process.max_steps + 1):
             fine(process, compiled(jnp.int32(steps)), steps)
     for steps in range(1, 201 if process.max_steps > 200 else process.max_steps + 1):
@@ -70,7 +70,7 @@ def test_paths_end_clean_up_to_their_bound(name):
 
 @pytest.mark.parametrize("process", [Discrete("linear"), Discrete("cosine", 60, zero_terminal_snr=True)], ids=str)
 def test_strided_steps_begin_in_noise_or_where_published_ones_do(process):
-    compiled = jax.jit(process.path)
+    compiled = jax.jit(process.timesteps)
     for steps in (*range(1, 60), process.steps - 1, process.steps):
         path = compiled(jnp.int32(steps), True)
         fine(process, path, steps)

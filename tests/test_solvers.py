@@ -121,7 +121,7 @@ def test_a_gradient_moves_samples_to_the_posterior():
 def test_gradients_leave_what_is_drawn_finite_and_of_scale_0_as_it_was(process, solver):
     """Also where the first stop is noise alone, alpha = 0."""
     path, noise = (
-        jax.jit(process.path)(6),
+        jax.jit(process.timesteps)(6),
         lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (4, 1)),
     )
     log_p = lambda x: -((x[:, 0] - 1) ** 2)
