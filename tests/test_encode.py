@@ -110,7 +110,7 @@ def test_a_trainer_loads_a_codec_on_the_host(experiment, tmp_path, monkeypatch):
     """Not onto every device of its mesh, before it is given its shardings there."""
     loaded = []
     monkeypatch.setattr(
-        loop, "placed", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
+        loop, "put_on_mesh", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
     )
     trainer = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path)
     assert loaded and all(len(x.devices()) == 1 for x in loaded)

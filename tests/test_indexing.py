@@ -124,6 +124,6 @@ def test_a_run_tells_its_watchdog_of_indexing(tmp_path, monkeypatch):
         with watchdog(limit) as beat:
             yield lambda what: beats.append(what) or beat(what)
 
-    monkeypatch.setattr(loop, "watched", watching)
+    monkeypatch.setattr(loop, "watchdog", watching)
     loop.train(toys.experiment(data=Shards(path=str(tmp_path)), steps=2), tmp_path / "run")
     assert beats[0] == f"the index of {tmp_path}/0.tar" and "step 2" in beats

@@ -49,8 +49,8 @@ def leaving(log_p):
 
 
 CHAINS = {
-    "linear": {"kind": "mask", "masked": (1e-6, 1 - 1e-6)},
-    "cosine": {"kind": "mask", "masked": (1e-6, 1 - 1e-6), "shape": "cosine"},
+    "linear": {"kind": "mask", "gamma_bar": (1e-6, 1 - 1e-6)},
+    "cosine": {"kind": "mask", "gamma_bar": (1e-6, 1 - 1e-6), "shape": "cosine"},
     "mask and replace": {},
 }
 

@@ -338,7 +338,9 @@ def test_the_bound_over_all_times_of_a_model_that_knows_nothing_is_the_entropy_o
 
 
 def test_the_continuous_objective_trains_and_samples():
-    (loss, (_, model)), slopes = gradients(CONTINUOUS)(model_for(CONTINUOUS), batch_for(CONTINUOUS), jax.random.key(1))
+    (loss, (_, _, model)), slopes = gradients(CONTINUOUS)(
+        model_for(CONTINUOUS), batch_for(CONTINUOUS), jax.random.key(1)
+    )
     assert np.isfinite(loss) and model.history is None
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
     codes = np.asarray(guided_draw(CONTINUOUS)(keys_for(), DiscreteSampler(steps=3)))
