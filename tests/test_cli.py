@@ -222,3 +222,26 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_before_any_work(tmp_path):
         check_new(tmp_path / "caf\udce9" / "released")
     with pytest.raises(ConfigError, match="not UTF-8"):
         may_become(tmp_path / "caf\udce9")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train {0}",
+        "encode {0} --out out",
+        "plan {0} --topology h100:8",
+        "data vocab {0} --out words.model",
+        "evaluate {0} --data {0}",
+        "bench train {0}",
+        "bench codec {0}",
+        "bench sample {0}",
+    ],
+)
+def test_a_config_of_another_kind_is_named(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.py").write_text("from t2i_jax.training.optimizer import Optimizer\nexperiment = Optimizer()\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(words.format("other.py").split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and "Traceback" not in said and "other.py" in said
+    assert words.startswith("evaluate") or "builds a Optimizer; an Experiment is needed" in said

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from t2i_jax import config, flops
+from t2i_jax import flops
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
@@ -26,6 +26,7 @@ from t2i_jax.bench.measure import (
 from t2i_jax.config import refused
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.types import Codec, as_codec
+from t2i_jax.training.experiment import load_experiment
 
 
 def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bool = False) -> list[Result]:
@@ -106,7 +107,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 def main(arguments: list[str]) -> None:
     """`t2i bench codec CONFIG ...`"""
     args, rest = read_arguments(CodecBench, arguments, "t2i bench codec", some=True)
-    experiment = config.load(args.config, rest)
+    experiment = load_experiment(args.config, rest)
     with refused(f"{args.config}, the model"):
         codec = as_codec(experiment.model)
     results = bench_codec(codec, experiment.data.image_size, args.batch, args.repeats, args.eager)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax import config, flops
+from t2i_jax import flops
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
 from t2i_jax.config import ConfigError, refused
@@ -32,7 +32,7 @@ from t2i_jax.pipeline import guidance_flags, image_keys
 from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.artifacts import load_artifact
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import Experiment, load_experiment
 
 
 def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -43,7 +43,7 @@ def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
             raise ConfigError(f"{path}: fields of a released model cannot be set: {' '.join(overrides)}")
         experiment = Experiment(load_artifact(path).config, Data(Folder("")))
     else:
-        experiment = config.load(path, overrides)
+        experiment = load_experiment(path, overrides)
     with refused(str(path)):
         as_family(experiment.model)
     return experiment

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from t2i_jax import config, flops
+from t2i_jax import flops
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
@@ -34,7 +34,7 @@ from t2i_jax.core.fields import Checked, Size, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.parallel import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.loop import Trainer
 from t2i_jax.training.optimizer import Optimizer
 
@@ -158,7 +158,7 @@ class TrainBench(Checked):
 def prepared(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
     args, rest = read_arguments(kind, arguments, prog, some=True)
-    experiment = config.load(args.config, rest)
+    experiment = load_experiment(args.config, rest)
     return args, experiment, batch_of(experiment, args.inputs, args.encoded)[0]
 
 

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse, parse_some
 from t2i_jax.config import ConfigError
 from t2i_jax.core.console import bar
@@ -22,6 +21,7 @@ from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import Entry, index_tars
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
+from t2i_jax.training.experiment import load_experiment
 
 KINDS = {
     "build": "build a data set that ships as packages",
@@ -106,7 +106,7 @@ def vocab(arguments: list[str]) -> None:
     args, rest = parse_some(VocabArguments, arguments, "t2i data vocab")
 
     check_vocabulary_file(local(args.out))
-    experiment = config.load(args.config, rest)
+    experiment = load_experiment(args.config, rest)
     data = dataclasses.replace(experiment.data, fields=())  # images are not decoded
     examples = data.examples("train", captions=True)
     captions = [c for record in examples for c in record["captions"]]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax import config
 from t2i_jax.cli.shared import local, parse_some
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.encode import encode_splits
+from t2i_jax.training.experiment import load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +30,4 @@ class EncodeArguments(Checked):
 
 def run(arguments: list[str]) -> None:
     args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
-    encode_splits(config.load(args.config, rest), local(args.out), args.splits, args.batch_size, args.block)
+    encode_splits(load_experiment(args.config, rest), local(args.out), args.splits, args.batch_size, args.block)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import tyro
 
-from t2i_jax import config
 from t2i_jax.cli.shared import local, parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.evaluation.run import evaluate_folder
 from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import read_mesh
+from t2i_jax.training.experiment import load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
     evaluate_folder(
         args.model,
         local(args.out or args.model),
-        config.load(args.data) if args.data else None,
+        load_experiment(args.data) if args.data else None,
         count=args.count,
         batch_size=args.batch_size,
         seed=args.seed,

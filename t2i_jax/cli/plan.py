@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import tyro
 
-from t2i_jax import config
 from t2i_jax import plan as plans
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
 from t2i_jax.core.outputs import check_free
+from t2i_jax.training.experiment import load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> None:
     if args.out:
         check_free(local(args.out))
     topology = plans.Topology.read(args.topology).repeated(args.slices)
-    experiment = config.load(args.config, rest)
+    experiment = load_experiment(args.config, rest)
     found = plans.run(
         dataclasses.replace(experiment, mesh=plans.read_mesh(args.mesh, experiment.mesh)),
         topology,

@@ -11,7 +11,7 @@ import tyro
 from t2i_jax import config
 from t2i_jax.api import train
 from t2i_jax.cli.shared import console, parse_some
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,7 @@ def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
         config.load(arguments[0], ["--help"])
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
-    experiment = config.load(args.config, rest)
-    if not isinstance(experiment, Experiment):
-        raise config.ConfigError(f"{args.config} builds a {type(experiment).__name__}, no Experiment to train")
+    experiment = load_experiment(args.config, rest)
     run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
     train(experiment, run, args.accept_changes)
     if jax.process_index() == 0:

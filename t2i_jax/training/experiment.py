@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax import config
 from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
@@ -113,6 +115,17 @@ class Experiment(Checked):
         if self.text is not None:
             with refused("Experiment.text"):
                 as_tokenizer(self.text)
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a config file or a run folder, with command-line overrides applied.
+
+    Errors: `ConfigError` as for `config.load`, and for a file that builds something else.
+    """
+    found = config.load(path, overrides)
+    if not isinstance(found, Experiment):
+        raise ConfigError(f"{path}: builds a {type(found).__name__}; an Experiment is needed")
+    return found
 
 
 def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
