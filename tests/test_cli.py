@@ -1,6 +1,7 @@
 """The command: what a user can mend is one line and status 2; solvers and meshes are chosen when drawing."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from families import FAMILIES
 from PIL import Image
 
 from t2i_jax.cli import main
+from t2i_jax.comparison import Comparison
+from t2i_jax.comparison.report import files_of
 from t2i_jax.config import ConfigError
 from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion
@@ -245,3 +249,9 @@ def test_a_config_of_another_kind_is_named(tmp_path, monkeypatch, capsys, words)
     said = " ".join(capsys.readouterr().err.split())
     assert stopped.value.code == 2 and "Traceback" not in said and "other.py" in said
     assert words.startswith("evaluate") or "builds a Optimizer; an Experiment is needed" in said
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_report_is_a_file(out):
+    with pytest.raises(ConfigError, match="name a file"):
+        files_of(Comparison("title", "about", {}, toys.experiment(), flops=1.0), Path(out))

@@ -11,6 +11,7 @@ import numpy as np
 from t2i_jax import pictures
 from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.outputs import MAKER, write_json, write_markdown
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -33,7 +34,9 @@ RUN_COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def files_of(comparison: Comparison, out: Path) -> list[Path]:
-    """The files of `write`."""
+    """The files of `write`. Errors: `ConfigError` for a path without a name."""
+    if not out.name:  # ".", "/"
+        raise ConfigError(f"--out {out}: is a folder; name a file")
     plots = [plot_of(out, name) for name in comparison.sweeps]
     return [*(out.with_suffix(suffix) for suffix in (".json", ".md", ".png")), *plots]
 
