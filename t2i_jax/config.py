@@ -44,6 +44,8 @@ def refused(what: str = "") -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"{what}: {error}" if what else str(error)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{what}: nested too deeply" if what else "nested too deeply") from error
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -95,6 +97,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Errors: `ConfigError` that names it where it is cut short or something else."""
     try:
         content = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
     except ValueError as error:
         what = sniff_file(path)
         said = f"is {what}, not JSON" if what and "JSON" not in what else f"cut short, or no JSON: {error}"

@@ -133,3 +133,10 @@ def test_each_class_that_tables_name_now_exists():
         module, _, name = kind.partition(":")
         __import__(module)
         assert dataclasses.is_dataclass(getattr(sys.modules[module], name)), kind
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_a_file_that_is_nested_too_deeply_is_one_clear_error(tmp_path, depth):
+    (tmp_path / "config.json").write_text('{"a": ' * depth + "1" + "}" * depth)
+    with pytest.raises(config.ConfigError, match="config.json: nested too deeply"):
+        config.read_stored(tmp_path / "config.json")
