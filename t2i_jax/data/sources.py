@@ -7,7 +7,6 @@ of clean strings, maybe empty), "key" (a string that names it in a log) and what
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from t2i_jax.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
@@ -76,7 +76,7 @@ class ArrayRecord:
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
         try:
-            splits = json.loads(index.read_bytes())["splits"]
+            splits = read_json(index)["splits"]
             shards = {split: (int(about["shards"]), about.get("order")) for split, about in splits.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             kind = sniff_file(index)
