@@ -259,15 +259,15 @@ class Pipeline:
             some = list(prompts[at : at + size])
             short = size - len(some)
 
-            def heard(share: float, codes: Any, at: int = at, count: int = len(some)) -> None:
+            def on_progress(share: float, codes: Any, at: int = at, count: int = len(some)) -> None:
                 if progress:
                     progress(at + share * count, len(prompts))
                 if watch:
                     watch(share, codes[:count])
 
-            told = heard if watch else None
+            callback = on_progress if watch else None
             whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
-            images = self.generate(*whole, options, told)
+            images = self.generate(*whole, options, callback)
             if self.upsampler is not None:
                 images = self.upsampler.generate(*whole, self.upsampler.options, small=to_host(images))
             pictures.append(to_host(images)[: len(some)])
@@ -330,7 +330,7 @@ class Pipeline:
         if self.codec:
             with jax.set_mesh(self.mesh):
                 codes = jax.jit(self.codec.config.encode)(self.parts["codec"], codes)
-        same = self._with({"held": {"known": codes, "keep": jnp.asarray(keep)}})
+        same = self._with({"inpaint": {"known": codes, "keep": jnp.asarray(keep)}})
         same.about |= {"held": hashlib.sha256(picture.tobytes() + drawn.tobytes()).hexdigest()[:16]}
         return same
 
@@ -450,7 +450,7 @@ class Pipeline:
         with jax.set_mesh(self.mesh):
             return to_host(jax.jit(self._finish)(self.parts, np.asarray(codes)))
 
-    def _heard(self, done: Any, total: Any, codes: Any) -> None:
+    def _on_progress(self, done: Any, total: Any, codes: Any) -> None:
         if self._watch:
             self._watch(float(done) / float(total), codes)
 
@@ -464,9 +464,9 @@ class Pipeline:
         guided: bool | None = None,
     ) -> Array:
         condition = with_features(self.text, parts, condition)
-        more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("held", {}).items()}
+        more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("inpaint", {}).items()}
         more |= {} if guided is None else {"guided": guided}
-        more |= {"progress": self._heard} if watched else {}
+        more |= {"progress": self._on_progress} if watched else {}
         more |= self.helpers(parts)
         return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **more))
 

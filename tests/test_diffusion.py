@@ -315,9 +315,9 @@ def test_settings_that_cannot_be_are_refused():
                 Diffusion(fixed, process, predicts)
     Diffusion(fixed, EDM(), "eps")
     for process in (EDM(), Flow(toward=True)):
-        with pytest.raises(ValueError, match="no numbers of noise levels"):
+        with pytest.raises(ValueError, match="not indices of noise levels"):
             NoisedCLIP(process=process)
-    with pytest.raises(ValueError, match="times 50: this Discrete tells 1000"):
+    with pytest.raises(ValueError, match="times 50: this Discrete has 1000"):
         NoisedCLIP(times=50)
     NoisedCLIP(process=Flow())
     for name, value in (("steps", 0), ("steps", 51), ("strength", 0.0), ("strength", 1.5), ("noise_aug", 2.0)):

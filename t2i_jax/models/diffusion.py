@@ -257,9 +257,9 @@ class Diffusion(Checked):
         small = (b, i // self.upscale, j // self.upscale, c)
         return jax.image.resize(batch["image"], small, "linear", antialias=True)
 
-    def _apply(self, model: Any, x: Array, told: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
+    def _apply(self, model: Any, x: Array, time: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
         """The network's output for x, with the extra inputs of the batch concatenated."""
-        return model(join_inputs(x, batch, self.network.extra_inputs), told, context, key)
+        return model(join_inputs(x, batch, self.network.extra_inputs), time, context, key)
 
     def _parts(self, out: Array) -> tuple[Array, Array | None]:
         """The prediction, and the output for the variance."""
@@ -391,11 +391,11 @@ def _sample(
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
     def denoise(x: Array, i: Array) -> Denoised:
-        alpha, sigma, told = path.alpha[i], path.sigma[i], path.t[i]
-        out, null = both(lambda x, t: config._apply(model, x, t, context, everything), x, jnp.full(b, told))
+        alpha, sigma, time = path.alpha[i], path.sigma[i], path.t[i]
+        out, null = both(lambda x, t: config._apply(model, x, t, context, everything), x, jnp.full(b, time))
         prediction, v = config._parts(out)
         if guided and guide_model is not None:
-            null = config._apply(guide_model, x, jnp.full(b, told), guide_context, condition)
+            null = config._apply(guide_model, x, jnp.full(b, time), guide_context, condition)
         if null is not None:
             scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
             # A guide model may predict the variance where this one does not, or vice versa.
@@ -406,7 +406,7 @@ def _sample(
         if classifier is None:
             return denoised
         pull = guidance.classifier_gradient(
-            lambda x: classifier(x, jnp.full(b, told), condition), x, options.classifier_scale
+            lambda x: classifier(x, jnp.full(b, time), condition), x, options.classifier_scale
         )
         return denoised._replace(classifier_gradient=pull)
 

@@ -55,9 +55,9 @@ class NoisedCLIP(Checked):
         if not self.times:
             return
         if process.time_levels is None:
-            raise ValueError(f"process {process}: the times that it tells are no numbers of noise levels, 0 to 999")
+            raise ValueError(f"process {process}: its network times are not indices of noise levels")
         if process.time_levels > self.times:
-            raise ValueError(f"times {self.times}: this {name} tells {process.time_levels} of them")
+            raise ValueError(f"times {self.times}: this {name} has {process.time_levels} noise levels")
 
     @property
     def capabilities(self) -> Capabilities:

@@ -194,26 +194,28 @@ class VQDiffusion(Checked):
         return Conditioning(context, mask[:, None, None], None)
 
     def logits(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
     ) -> Array:
         """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
-        return model.logits(self.features(model, x_t, t, told, key))
+        return model.logits(self.features(model, x_t, t, conditioning, key))
 
     def features(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
     ) -> Array:
         """Features before the output layer (b, l, d)."""
         rows, columns = model.rows[...], model.columns[...]
         places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
         x = (model.tokens(x_t) + places).astype(self.dtype)
         t = jnp.zeros_like(t) if self.times == "none" else t
-        return apply_blocks(model.blocks, shard(x, "batch", "length", None), t, *told, key=key, remat=self.remat)
+        return apply_blocks(
+            model.blocks, shard(x, "batch", "length", None), t, *conditioning, key=key, remat=self.remat
+        )
 
     def log_x0(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, told: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
     ) -> Array:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
-        return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, told, key)))
+        return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, conditioning, key)))
 
     # -- training
 
@@ -231,14 +233,14 @@ class VQDiffusion(Checked):
         b, keys = x0.shape[0], jax.random.split(key, 4)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        told = self.embed_condition(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
+        conditioning = self.embed_condition(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
         drop = keys[3] if train else None
         if self.objective == "continuous":
-            terms = self.continuous(model, told, x0, keys[1], drop, train)
+            terms = self.continuous(model, conditioning, x0, keys[1], drop, train)
         else:
             t, p = self.sample_times(model, b, keys[1], train)
             x_t = self.chain.q_sample(x0, t, keys[2])
-            terms = self.bound(model, told, x0, x_t, t, p, drop)
+            terms = self.bound(model, conditioning, x0, x_t, t, p, drop)
             if self.importance and train:
                 model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
         loss = mean(terms.loss) / self.length
@@ -248,7 +250,7 @@ class VQDiffusion(Checked):
     def bound(
         self,
         model: VQDiffusionNetwork,
-        told: Conditioning,
+        conditioning: Conditioning,
         x0: Array,
         x_t: Array,
         t: Array,
@@ -264,7 +266,7 @@ class VQDiffusion(Checked):
             guess = -jnp.take_along_axis(log_x0, x0[..., None], -1)[..., 0]
             return size, jnp.where((t == 0)[:, None], decoded, guess), jnp.argmax(logits, -1) == x0
 
-        z = self.features(model, x_t, t, told, key)
+        z = self.features(model, x_t, t, conditioning, key)
         size, guess, correct = in_chunks(model.logits, score, z, (x0, x_t), self.loss_chunk)
         weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
         weight = jnp.where((t == 0)[:, None], 1.0, weight)
@@ -275,7 +277,7 @@ class VQDiffusion(Checked):
     def continuous(
         self,
         model: VQDiffusionNetwork,
-        told: Conditioning,
+        conditioning: Conditioning,
         x0: Array,
         key: Array,
         drop: Array | None = None,
@@ -287,7 +289,7 @@ class VQDiffusion(Checked):
         share, weight = masked_share(self.chain.shape, tau)
         masked = jax.random.uniform(where, x0.shape) < share[:, None]
         t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
-        z = self.features(model, jnp.where(masked, self.chain.codes, x0), t, told, drop)
+        z = self.features(model, jnp.where(masked, self.chain.codes, x0), t, conditioning, drop)
         _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.loss_chunk)
         size = jnp.sum(nll * masked, -1)
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
@@ -300,12 +302,12 @@ class VQDiffusion(Checked):
         omitted.
         """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
-        told = self.embed_condition(model, batch, jnp.zeros(x0.shape[0], bool))
+        conditioning = self.embed_condition(model, batch, jnp.zeros(x0.shape[0], bool))
 
         def term(total: Array, i: Array) -> tuple[Array, None]:
             t = jnp.broadcast_to(i, x0.shape[:1])
             x_t = self.chain.q_sample(x0, t, jax.random.fold_in(jax.random.key(0), i))
-            return total - self.chain.variational(self.log_x0(model, x_t, t, told), x0, x_t, t)[0].sum(-1), None
+            return total - self.chain.variational(self.log_x0(model, x_t, t, conditioning), x0, x_t, t)[0].sum(-1), None
 
         return jax.lax.scan(term, jnp.zeros(x0.shape[0]), jnp.arange(self.chain.steps))[0]
 
@@ -437,10 +439,10 @@ def _sample(
 ) -> Array:
     b, chain = keys.shape[0], config.chain
     both = Branches(guided)
-    told = config.embed_condition(model, both.rows(condition), both.dropped(b))
+    conditioning = config.embed_condition(model, both.rows(condition), both.dropped(b))
 
     def guess(x: Array, t: Array, share: Array) -> Array:
-        log_p, null = both(lambda x, t: config.log_x0(model, x, t, told), x, t)
+        log_p, null = both(lambda x, t: config.log_x0(model, x, t, conditioning), x, t)
         if null is not None:
             log_p = guided_log(log_p, null, options.guidance_at(share, 1))
         return truncate_log_probs(log_p, options)
