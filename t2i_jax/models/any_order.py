@@ -19,9 +19,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Count, Grid, Layers, Rate, Share, Size
+from t2i_jax.core.specs import BatchSpec, SampleSpec
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.heads import Head, ImageKeys, SoftmaxHead, sample_spec
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
@@ -40,7 +41,7 @@ from t2i_jax.sampling.progress import Progress, report
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOrder(Checked):
+class AnyOrder(BaseFamily):
     """A causal Transformer over the codes of an image in a given order, its head and its training settings."""
 
     grid: Grid = (8, 8)
@@ -126,29 +127,11 @@ class AnyOrder(Checked):
         """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch."""
-        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
-
-    def options(self) -> ARSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
-    def check(self, options: ARSampler) -> None:
-        """Raises nothing: the options validate themselves."""
-
-    def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler has a static length."""
-        return 1
-
     def init(self, key: Array) -> AnyOrderNetwork:
         """A model with fresh parameters."""
         return AnyOrderNetwork(self, key)
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: AnyOrderNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_o(k) | x_o(<k), c), or of the head's loss, over all positions; and metrics.
@@ -240,7 +223,7 @@ class AnyOrder(Checked):
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         x = to_tokens(known, self.patch)
-        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
+        options, guided = (options or self.sampling).arrays(), is_guided(self.capabilities, guided)
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 

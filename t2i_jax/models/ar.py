@@ -17,9 +17,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
+from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
@@ -51,7 +52,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AR(Checked):
+class AR(BaseFamily):
     """A causal Transformer over the codes of an image, and its training settings."""
 
     vocabulary: Size = 1024
@@ -204,29 +205,11 @@ class AR(Checked):
             return spec
         return {name: dataclasses.replace(field, high=last) for name, field in spec.items()}
 
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch."""
-        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
-
-    def options(self) -> ARSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
-    def check(self, options: ARSampler) -> None:
-        """Raises nothing: the options validate themselves."""
-
-    def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler has a static length."""
-        return 1
-
     def init(self, key: Array) -> ARNetwork:
         """A model with fresh parameters."""
         return ARNetwork(self, key)
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: ARNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean cross-entropy of the codes, -1/L sum_i log p(x_i | x_<i, c), and metrics.

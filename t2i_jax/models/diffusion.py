@@ -18,16 +18,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Positive, Share
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import (
     Capabilities,
     Compute,
     Condition,
     LossOutput,
-    Objective,
     Predicts,
-    single_objective,
 )
 from t2i_jax.nn.condition import ClassEmbedder, dropped_rows
 from t2i_jax.nn.dit import DiT
@@ -52,7 +51,7 @@ Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion(Checked):
+class Diffusion(BaseFamily):
     """A network, the noise process it reverses, and its training settings."""
 
     network: DiT | UNet = DiT()
@@ -160,10 +159,6 @@ class Diffusion(Checked):
             spec["low_res_noise"] = FieldSpec((), "float32", optional=True)
         return spec
 
-    def options(self) -> DiffusionSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
     def check(self, options: DiffusionSampler) -> None:
         """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
@@ -177,9 +172,6 @@ class Diffusion(Checked):
         return self.network.init(key)
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean error of the prediction, and the bound that trains the variance (Nichol & Dhariwal 2021, eq. 16).
@@ -308,7 +300,7 @@ class Diffusion(Checked):
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         if keep is not None:
             known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
-        options = options or self.options()
+        options = options or self.sampling
         self.check(options)
         config = dataclasses.replace(self, solver=solver or self.solver)
         return _sample(

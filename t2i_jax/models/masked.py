@@ -22,9 +22,10 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Checked, Count, Grid, Positive, Range, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Count, Grid, Positive, Range, Rate, Share, Size
+from t2i_jax.core.specs import BatchSpec, SampleSpec
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
 from t2i_jax.nn.attention import Padding
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
@@ -57,7 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(Checked):
+class Masked(BaseFamily):
     """An encoder of known tokens, a decoder of all, a head, an order, and their training settings."""
 
     grid: Grid = (16, 16)
@@ -182,25 +183,11 @@ class Masked(Checked):
         """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch."""
-        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
-
-    def options(self) -> MaskedSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
-    def check(self, options: MaskedSampler) -> None:
-        """Raises nothing: the options validate themselves."""
-
     def init(self, key: Array) -> MaskedNetwork:
         """A model with fresh parameters."""
         return MaskedNetwork(self, key)
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: MaskedNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean of -log p(x_i | known, c), or of the head's loss, over hidden positions; and metrics.
@@ -354,7 +341,7 @@ class Masked(Checked):
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         x = to_tokens(known, self.patch)
-        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
+        options, guided = (options or self.sampling).arrays(), is_guided(self.capabilities, guided)
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 

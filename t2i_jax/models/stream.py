@@ -19,9 +19,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
@@ -85,7 +86,7 @@ class StreamText(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream(Checked):
+class Stream(BaseFamily):
     """A causal Transformer over a caption and the codes of its image, and its training settings."""
 
     vocabulary: Size = 1024
@@ -214,29 +215,11 @@ class Stream(Checked):
         """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch."""
-        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
-
-    def options(self) -> ARSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
-    def check(self, options: ARSampler) -> None:
-        """Raises nothing: the options validate themselves."""
-
-    def loop_trips(self, options: ARSampler) -> int:
-        """1: every loop of the sampler has a static length."""
-        return 1
-
     def init(self, key: Array) -> StreamNetwork:
         """A model with fresh parameters."""
         return StreamNetwork(self, key)
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: StreamNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """(text + w image) / (1 + w), the mean cross-entropies of both parts, and metrics.

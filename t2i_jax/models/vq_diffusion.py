@@ -20,9 +20,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, NotNegative, Rate, Share, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput, Objective, single_objective
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
+from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows, ids
 from t2i_jax.nn.conditional import AdaLN, apply_blocks, stack_blocks
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace
@@ -41,7 +42,7 @@ from t2i_jax.sampling.tokens import filter_logits
 
 
 @dataclasses.dataclass(frozen=True)
-class VQDiffusion(Checked):
+class VQDiffusion(BaseFamily):
     """A denoiser of codes, and its training settings."""
 
     chain: Chain = Chain(1024)
@@ -163,17 +164,6 @@ class VQDiffusion(Checked):
         """Batch fields that `sample` reads."""
         return self.condition.batch_spec()
 
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch."""
-        return {"codes": self.sample_spec().field, **self.condition_spec(), "weight": WEIGHT}
-
-    def options(self) -> DiscreteSampler:
-        """Default options of `sample`."""
-        return self.sampling
-
-    def check(self, options: DiscreteSampler) -> None:
-        """Raises nothing: the options validate themselves."""
-
     def loop_trips(self, options: DiscreteSampler) -> int:
         """Number of network evaluations."""
         stride = int(options.stride)
@@ -218,9 +208,6 @@ class VQDiffusion(Checked):
         return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, conditioning, key)))
 
     # -- training
-
-    def objectives(self) -> dict[str, Objective]:
-        return single_objective(self.loss)
 
     def loss(self, model: VQDiffusionNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """The variational bound per token (eq. 6) plus the auxiliary loss, over p(t); metrics, and the model with the
@@ -364,7 +351,7 @@ class VQDiffusion(Checked):
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
-        options = (options or self.options()).arrays()
+        options = (options or self.sampling).arrays()
         return _sample(self, model, condition, keys, options, known, keep, guided, progress)
 
 
