@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import io
 import json
@@ -28,6 +27,7 @@ import tyro
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError as ConfigError
+from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import VERSION, Object, migrated
 from t2i_jax.core.outputs import write_text
@@ -58,8 +58,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if path.is_dir():
         path = path / "config.json"
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1, 0.4)
-        raise ConfigError(f"{path}: there is no such config file" + (f"; did you mean {near[0]}?" if near else ""))
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py")), 0.4)
+        raise ConfigError(f"{path}: there is no such config file{near}")
     if path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path}: a config is a Python file, or the config.json of a run")
     experiment = read_stored(path) if path.suffix == ".json" else _run_file(path)
@@ -222,8 +222,7 @@ def _nearest_field(error: TypeError) -> str:
     if "unexpected keyword argument" not in str(error) or kind is None:
         return ""
     fields = [f.name for f in dataclasses.fields(kind) if f.init]
-    near = difflib.get_close_matches(words[1], fields, 1, 0.3)
-    return f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(fields)}" if fields else ""
+    return did_you_mean(words[1], fields) or (f"; the fields are {', '.join(fields)}" if fields else "")
 
 
 def _called(error: TypeError) -> type | None:
@@ -288,8 +287,7 @@ def from_json(value: Any) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for field in fields:
         if field not in known:
-            near = difflib.get_close_matches(field, known, 1, 0.3)
-            raise ConfigError(f"{name} has no field '{field}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise ConfigError(f"{name} has no field '{field}'{did_you_mean(field, known)}")
     with refused(name):
         try:
             return cls(**fields)

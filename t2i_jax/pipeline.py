@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from jax import Array
 from t2i_jax import config
 from t2i_jax.config import ConfigError, refused
 from t2i_jax.core.casts import cast_first
+from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields, values
 from t2i_jax.core.keys import apart
 from t2i_jax.core.types import (
@@ -226,9 +226,8 @@ class Pipeline:
             asked *= len(seeds)
         names = [field.name for field in dataclasses.fields(self.options)]
         if unknown := [name for name in options if name not in names]:
-            near = difflib.get_close_matches(unknown[0], names, 1, 0.3)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
-            raise ConfigError(f"a {type(self.family).__name__} has no sampling option '{unknown[0]}'; {hint}")
+            hint = did_you_mean(unknown[0], names) or f"; there are {', '.join(names)}"
+            raise ConfigError(f"a {type(self.family).__name__} has no sampling option '{unknown[0]}'{hint}")
         chosen = dataclasses.replace(self.options, **options)
         return self.sample([str(p) for p in asked], seeds, chosen, batch_size, progress)
 

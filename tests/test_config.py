@@ -96,7 +96,7 @@ def test_errors_are_the_same_where_no_boxes_can_be_drawn(file, monkeypatch):
 
 
 def test_missing_file_names_the_nearest(file):
-    with pytest.raises(ConfigError, match=r"did you mean experiment\.py"):
+    with pytest.raises(ConfigError, match=r"did you mean 'experiment\.py'"):
         config.load(file.with_name("experimant.py"))
 
 

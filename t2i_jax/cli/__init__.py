@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from t2i_jax.cli.shared import Lines, console, fail
+from t2i_jax.core.errors import did_you_mean
 
 COMMANDS = {
     "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files",
@@ -38,10 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE)
         sys.exit(0 if arguments else 2)
     if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, 1, 0.4)
-        fail(
-            f"t2i: there is no command '{arguments[0]}'" + (f"; did you mean '{near[0]}'?" if near else f"\n\n{USAGE}")
-        )
+        more = did_you_mean(arguments[0], COMMANDS, 0.4) or "\n\n" + USAGE
+        fail(f"t2i: there is no command '{arguments[0]}'{more}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[Lines()])
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised as well, and printed as one line
 

@@ -14,6 +14,7 @@ import optax
 from optax import contrib
 
 from t2i_jax.config import ConfigError
+from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import Checked, Count, NotNegative, Rate, Share
 from t2i_jax.nn.trees import Named, is_variable
 
@@ -81,10 +82,8 @@ class Optimizer(Checked):
             ours |= {"adam_b1": self.b1, "adam_b2": self.b2, "muon_weight_dimension_numbers": muon_dimensions}
         for option in self.options:
             if option not in known:
-                near = difflib.get_close_matches(option, list(known), 1, 0.3)
-                raise ConfigError(
-                    f"optimizer.options: {self.name} takes no '{option}'; did you mean {near or list(known)}?"
-                )
+                near = did_you_mean(option, known) or f"; it takes {', '.join(known)}"
+                raise ConfigError(f"optimizer.options: {self.name} takes no '{option}'{near}")
         arguments = {k: v for k, v in ours.items() if k in known} | self.options
         tx = make(self.learning_rates(steps), **arguments)
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
