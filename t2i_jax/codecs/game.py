@@ -166,8 +166,8 @@ class AutoencoderTraining(Checked, abc.ABC):
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(jax.lax.stop_gradient(batch["outputs"].image).astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
-        told = losses.hinge_discriminator if self.adversary == "hinge" else losses.vanilla_discriminator
-        loss = (step >= self.start) * told(real, fake)
+        loss_of = losses.hinge_discriminator if self.adversary == "hinge" else losses.vanilla_discriminator
+        loss = (step >= self.start) * loss_of(real, fake)
         return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 

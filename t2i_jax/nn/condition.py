@@ -259,7 +259,7 @@ class CrossAttnFeatures(Checked):
         return ConditionSpec(has_null=self.trained_null or self.kept_null)
 
     def batch_spec(self) -> BatchSpec:
-        """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to tell
+        """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to know
         whether there is text."""
         features = FieldSpec((self.length, self.dim), "float32", optional=True)
         null = {} if self.spec.has_null else {"null_features": features}

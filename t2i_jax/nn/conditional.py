@@ -113,7 +113,7 @@ class AdaLNBlock(nnx.Module):
             assert context is not None, "a block with cross-attention looks at a context"
             x = x + branch(self.cross(self.cross_norm(x, t), context, mask))
         if isinstance(self.mlp_norm, AdaNorm):
-            assert label is not None, "a block that is told a class needs one"
+            assert label is not None, "a block conditioned on a class needs `label`"
             y = self.mlp_norm(x, label)
         else:
             y = self.mlp_norm(x)

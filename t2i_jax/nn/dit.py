@@ -288,10 +288,10 @@ class DiTNetwork(nnx.Module):
         if config.text == "context":
             own, x = _behind(mask, x), jnp.concatenate([y, x], 1)
 
-        told = c if self.shared is None else self.shared(jax.nn.silu(c))
+        modulation = c if self.shared is None else self.shared(jax.nn.silu(c))
 
         def run(block: DiTBlock, x: Array, y: Array) -> tuple[Array, Array]:
-            return block(x, y, told, mask, own)
+            return block(x, y, modulation, mask, own)
 
         if config.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[config.remat], prevent_cse=False)

@@ -333,8 +333,8 @@ class UNetNetwork(UNetEncoder):
         context = self._read(batch, drop)
         if self.noise is None:
             return context
-        told = 1000 * jnp.broadcast_to(value(batch, "low_res_noise"), drop.shape)
-        return context._replace(pooled=context.pooled + self.noise(told))
+        time = 1000 * jnp.broadcast_to(value(batch, "low_res_noise"), drop.shape)
+        return context._replace(pooled=context.pooled + self.noise(time))
 
     def _read(self, batch: Batch, drop: Array) -> Context:
         if self.condition is None:
