@@ -62,6 +62,24 @@ def refused(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "a\0b", "1"],
+        ["sample", "MODEL", "1", "--image=a\0b"],
+        ["evaluate", "a\0b"],
+        ["convert", "a\0b", "--out=out"],
+        ["train", "a\0b.py", "--run=run"],
+        ["encode", str(Path(__file__).parent.parent / "configs/quickstart.py"), "--data.source.path=a\0b", "--out=out"],
+    ],
+    ids=lambda a: a[0],
+)
+def test_a_path_with_a_zero_byte_is_named(arguments, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, *(str(folder) if a == "MODEL" else a for a in arguments))
+    assert "a\0b" in said.replace("\\x00", "\0")
+
+
 def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path, capsys):
     """Names and None too: pictures of the same options are not drawn again, of others they are."""
     image, mask = np.full((4, 4, 3), 90, np.uint8), np.arange(16).reshape(4, 4) < 8

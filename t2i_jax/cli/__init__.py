@@ -72,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(STATUS)  # an orderly exit waits for the others
     except (ConfigError, DataError, CheckpointError, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
+    except ValueError as error:
+        if not str(error).startswith("embedded null"):  # Python's error for such a path, whatever opens it
+            raise
+        named = next((repr(a) for a in arguments if "\0" in a), "a path")
+        fail(f"t2i {arguments[0]}: {named}: no file name holds a zero byte")
     except MemoryError as error:
         fail(f"t2i {arguments[0]}: not enough memory on this machine{f': {error}' if str(error) else ''}")
     except jax.errors.JaxRuntimeError as error:
