@@ -68,7 +68,6 @@ def refused(capsys, *arguments) -> str:
         ["sample", "a\0b", "1"],
         ["sample", "MODEL", "1", "--image=a\0b"],
         ["evaluate", "a\0b"],
-        ["convert", "a\0b", "--out=out"],
         ["train", "a\0b.py", "--run=run"],
         ["encode", str(Path(__file__).parent.parent / "configs/quickstart.py"), "--data.source.path=a\0b", "--out=out"],
     ],
