@@ -3,11 +3,11 @@
 `--model.width 256 --model.depth 6 --model.heads 4 --model.mlp 704 --data.batch-size 8` make it fit for a laptop.
 """
 
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 

@@ -9,7 +9,7 @@ Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import PooledFeatures
+from t2i_jax.networks.condition import PooledFeatures
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

@@ -11,7 +11,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import CrossAttnFeatures, TextFeatures
+from t2i_jax.networks.condition import CrossAttnFeatures, TextFeatures
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.sampling.options import ARSampler, DiscreteSampler
 from t2i_jax.text.minilm import MiniLM

@@ -13,9 +13,9 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM

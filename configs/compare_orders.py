@@ -13,7 +13,7 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import DiffusionHead, FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, Permutation, Raster, Sets
 from t2i_jax.text.minilm import MiniLM

@@ -9,7 +9,7 @@ The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import CaptionEncoder
+from t2i_jax.networks.condition import CaptionEncoder
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

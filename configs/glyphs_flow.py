@@ -1,15 +1,15 @@
 """Captions to 32x32 glyphs by flow matching on the latents of `glyphs_kl.py`, stored as for `glyphs_mar.py`.
 
 With noise prediction instead: `process=Discrete("cosine")`, `predicts="eps"`, `solver="ddpm"`. On pixels: a network of
-size (32, 32) with 3 channels (`nn.unet.UNet` or a DiT of larger patches) and no codec. With many caption tokens:
+size (32, 32) with 3 channels (`networks.unet.UNet` or a DiT of larger patches) and no codec. With many caption tokens:
 `text="joint"` gives them a stream of their own.
 """
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM

@@ -10,7 +10,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.sampling.options import MaskedSampler
 from t2i_jax.sampling.orders import Sets
 from t2i_jax.text.minilm import MiniLM

@@ -11,8 +11,8 @@ wrong is forgiven. Any model of 32x32 pictures may be the first:
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM

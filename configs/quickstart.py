@@ -6,7 +6,7 @@ A frozen sentence encoder reads the captions, so that new words for a known thin
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import TextFeatures
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train

@@ -4,11 +4,11 @@ Larger ones are the same with other shapes; docs/scaling.md plans them. The data
 `t2i encode` writes them, 16x16 codes of 16384 and 120 features of 2048 a caption.
 """
 
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import TextFeatures
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 

@@ -6,7 +6,7 @@ The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import CaptionEncoder
+from t2i_jax.networks.condition import CaptionEncoder
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.text.sentencepiece import SentencePiece

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from t2i_jax.codecs.vqgan import VQGAN as VQGAN
     from t2i_jax.core.errors import ConfigError as ConfigError
     from t2i_jax.core.errors import DataError as DataError
+    from t2i_jax.core.sharding import MeshConfig as Mesh  # noqa: F401
     from t2i_jax.data.pipeline import Data as Data
     from t2i_jax.data.sources import ArrayRecord as ArrayRecord
     from t2i_jax.data.sources import Folder as Folder
@@ -38,17 +39,16 @@ if TYPE_CHECKING:
     from t2i_jax.models.masked import Masked as Masked
     from t2i_jax.models.stream import Stream as Stream
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
-    from t2i_jax.nn.condition import CaptionEncoder as CaptionEncoder
-    from t2i_jax.nn.condition import ClassEmbedder as ClassEmbedder
-    from t2i_jax.nn.condition import CrossAttnFeatures as CrossAttnFeatures
-    from t2i_jax.nn.condition import PooledFeatures as PooledFeatures
-    from t2i_jax.nn.condition import TextFeatures as TextFeatures
-    from t2i_jax.nn.dit import DiT as DiT
-    from t2i_jax.nn.unet import UNet as UNet
+    from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
+    from t2i_jax.networks.condition import ClassEmbedder as ClassEmbedder
+    from t2i_jax.networks.condition import CrossAttnFeatures as CrossAttnFeatures
+    from t2i_jax.networks.condition import PooledFeatures as PooledFeatures
+    from t2i_jax.networks.condition import TextFeatures as TextFeatures
+    from t2i_jax.networks.dit import DiT as DiT
+    from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.noise.processes import EDM as EDM
     from t2i_jax.noise.processes import Discrete as Discrete
     from t2i_jax.noise.processes import Flow as Flow
-    from t2i_jax.parallel import MeshConfig as Mesh  # noqa: F401
     from t2i_jax.pipeline import Pipeline as Pipeline
     from t2i_jax.text.clip import ClipText as ClipText
     from t2i_jax.text.minilm import MiniLM as MiniLM
@@ -73,11 +73,11 @@ _PUBLIC = {
     "models.masked": "Masked",
     "models.stream": "Stream",
     "models.vq_diffusion": "VQDiffusion",
-    "nn.condition": "CaptionEncoder ClassEmbedder CrossAttnFeatures PooledFeatures TextFeatures",
-    "nn.dit": "DiT",
-    "nn.unet": "UNet",
+    "networks.condition": "CaptionEncoder ClassEmbedder CrossAttnFeatures PooledFeatures TextFeatures",
+    "networks.dit": "DiT",
+    "networks.unet": "UNet",
     "noise.processes": "Discrete EDM Flow",
-    "parallel": "Mesh=MeshConfig",
+    "core.sharding": "Mesh=MeshConfig",
     "pipeline": "Pipeline",
     "text.clip": "ClipText",
     "text.minilm": "MiniLM",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from t2i_jax.config import refused
+from t2i_jax.core.config import refused
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import as_family
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, validate_options
 from t2i_jax.previews import Previews
 from t2i_jax.training.experiment import Experiment

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.config import ConfigError, differences, read_json, read_migrated, stored_form
+from t2i_jax.core.config import ConfigError, differences, read_json, read_migrated, stored_form
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
 from t2i_jax.core.outputs import check_parent
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.core.types import gives_features, learns_from_images
 from t2i_jax.data.records import (
     INDEX,
@@ -34,7 +35,6 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
-from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import raise_peer_lost
 

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax import config
-from t2i_jax.config import ConfigError, refused
+from t2i_jax.core import config
 from t2i_jax.core.casts import cast_first
+from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields, values
+from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart
+from t2i_jax.core.params import abstract, named
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.core.types import (
     Family,
     GaussianFamily,
@@ -40,12 +43,8 @@ from t2i_jax.core.types import (
     text_encoder,
 )
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.nn.trees import abstract, named
-from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
-from t2i_jax.pictures import to_uint8
 from t2i_jax.sampling.inpainting import check_keep
-from t2i_jax.text.cut import check_vocabulary, limited, unread
-from t2i_jax.training.artifacts import (
+from t2i_jax.storage.artifacts import (
     Artifact,
     check_new,
     copy_artifact,
@@ -54,6 +53,7 @@ from t2i_jax.training.artifacts import (
     on_host,
     save_artifact,
 )
+from t2i_jax.text.cut import check_vocabulary, limited, unread
 from t2i_jax.training.experiment import Experiment, with_features
 
 log = logging.getLogger(__name__)

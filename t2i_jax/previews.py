@@ -13,12 +13,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from t2i_jax import pictures
+from t2i_jax.core import image_files
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.image_files import to_uint8
+from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.data.records import title
-from t2i_jax.parallel import all_processes_agree, to_host
-from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys, plain_options
 
 
@@ -36,9 +36,9 @@ class Previews:
             return None
         real, captions, arguments = self.inputs
         made = to_host(self.draw(trainer.model(state), trainer.frozen, *arguments))[: len(real)]
-        sheet = pictures.side_by_side(real, made, captions)
+        sheet = image_files.side_by_side(real, made, captions)
         if jax.process_index() == 0:
-            pictures.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
+            image_files.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
         return np.asarray(sheet.convert("RGB"))
 
     def _begin(self, trainer: Any) -> None:
@@ -107,7 +107,7 @@ def sample_to_folder(
     # Only the first process writes, and may be the only one that sees the files.
     made, refusal = [False] * len(jobs), None
     try:
-        made = pictures.claim(files, about, ("grid.png", "growing.png")) if main else made
+        made = image_files.claim(files, about, ("grid.png", "growing.png")) if main else made
     except ConfigError as error:
         refusal = error
     if not all_processes_agree(refusal is None):
@@ -125,7 +125,7 @@ def sample_to_folder(
             prompts, seeds = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
             images = pipeline.sample(prompts, seeds, options, batch_size, on_progress, keep if watch else None)
             for i, image in zip(some, images, strict=True) if main else ():
-                pictures.save_png(image, files[i], [jobs[i][0]], about[i])
+                image_files.save_png(image, files[i], [jobs[i][0]], about[i])
     multihost_utils.sync_global_devices("sample: all images are written")
     if not main:
         return
@@ -133,8 +133,8 @@ def sample_to_folder(
         growing(pipeline, dict(sorted(moments.items())), [jobs[i][0] for i in todo[:8]], out / "growing.png", scale)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
-    sheet = pictures.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
-    pictures.save_png(sheet, out / "grid.png")
+    sheet = image_files.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
+    image_files.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
 
 
@@ -144,5 +144,5 @@ def growing(pipeline: Pipeline, moments: dict[float, Any], prompts: Sequence[str
     chosen = [shares[i] for i in np.unique(np.linspace(0, len(shares) - 1, 8).round().astype(int))]
     frames = np.stack([pipeline.pictures(moments[share]) for share in chosen], 1)
     titles = [f"{share:.0%}" if share < 1 else prompt for prompt in prompts[: len(frames)] for share in chosen]
-    sheet = pictures.grid(frames.reshape(-1, *frames.shape[2:]), titles, columns=len(chosen), scale=scale)
-    pictures.save_png(sheet, file)
+    sheet = image_files.grid(frames.reshape(-1, *frames.shape[2:]), titles, columns=len(chosen), scale=scale)
+    image_files.save_png(sheet, file)

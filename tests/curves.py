@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from families import CODECS, FAMILIES, batch_for
 
-from t2i_jax.nn.trees import abstract
+from t2i_jax.core.params import abstract
 from t2i_jax.training.objectives import forward_of
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create

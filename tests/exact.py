@@ -9,8 +9,8 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.gaussian import join
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
 

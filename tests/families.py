@@ -17,7 +17,7 @@ from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import (
+from t2i_jax.networks.condition import (
     CaptionEncoder,
     ClassEmbedder,
     CrossAttnFeatures,
@@ -26,9 +26,9 @@ from t2i_jax.nn.condition import (
     PrefixTokens,
     TextFeatures,
 )
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.padded import GlideCaptions
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.sampling.orders import Confidence, Permutation

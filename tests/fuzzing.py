@@ -26,18 +26,19 @@ from PIL import Image
 from safetensors.numpy import save_file
 from test_weights import MODEL, random
 
-from t2i_jax import cli, config
+from t2i_jax import cli
 from t2i_jax.bench import measure
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import find, hints
+from t2i_jax.core import config
 from t2i_jax.data import TarShards, write_records
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.sentencepiece import train_vocabulary
 from t2i_jax.training import loop
-from t2i_jax.training.artifacts import Artifact, save_artifact
 
 LIMIT = int(os.environ.get("T2I_FUZZ_SECONDS", "60"))
 """Seconds of computing that one input may take, and a fifth of those by the clock: other work slows down the latter."""
@@ -52,10 +53,10 @@ from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer

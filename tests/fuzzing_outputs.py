@@ -11,13 +11,13 @@ from fuzzing import LEAVES, Result, World
 from PIL import Image
 from safetensors import safe_open
 
-from t2i_jax import config
+from t2i_jax.core import config
+from t2i_jax.core.image_files import read_png_text
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data import ArrayRecord
-from t2i_jax.pictures import read_png_text
+from t2i_jax.storage.artifacts import config_of, load_artifact
+from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.text.sentencepiece import SentencePiece
-from t2i_jax.training.artifacts import config_of, load_artifact
-from t2i_jax.training.checkpoints import Checkpoints
 
 
 def arguments(leaf: str, argv: list[str]) -> Any:

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from t2i_jax import config
+from t2i_jax.core import config
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig, start_cluster
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig, start_cluster
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.pipeline import Pipeline, release
-from t2i_jax.training import checkpoints
-from t2i_jax.training.artifacts import load_artifact, open_artifact
+from t2i_jax.storage import checkpoints
+from t2i_jax.storage.artifacts import load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.state import TrainState
 

@@ -26,7 +26,7 @@ def measure(way: str) -> None:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from t2i_jax.parallel import MeshConfig, put_on_mesh, start_cluster
+    from t2i_jax.core.sharding import MeshConfig, put_on_mesh, start_cluster
 
     start_cluster()
     sharding = NamedSharding(MeshConfig(1, -1).build(), PartitionSpec("fsdp"))

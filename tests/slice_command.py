@@ -15,8 +15,8 @@ import numpy as np
 from tpu_layouts import layouts
 
 from t2i_jax.cli import main
-from t2i_jax.nn.trees import rebuild
-from t2i_jax.parallel import MeshConfig, to_host
+from t2i_jax.core.params import rebuild
+from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.training.loop import Trainer
 from t2i_jax.training.step import loss_inputs, step_keys
 

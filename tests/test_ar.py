@@ -10,7 +10,7 @@ import pytest
 from families import with_aux
 
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import (
+from t2i_jax.networks.condition import (
     CaptionEncoder,
     ClassEmbedder,
     CrossAttnFeatures,

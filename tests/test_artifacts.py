@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from t2i_jax.storage.artifacts import find_artifact, resolve_files
 from t2i_jax.text.sentencepiece import SentencePiece
-from t2i_jax.training.artifacts import find_artifact, resolve_files
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import flops
+from t2i_jax.core import flops
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.nn import attention, transformer
 from t2i_jax.nn.attention import causal, rotary_1d, rotary_2d, with_prefix
 from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, drop, unstack
-from t2i_jax.parallel import MeshConfig, shardings
 
 KEY = jax.random.key(0)
 attend, rotate = jax.jit(attention.attend), jax.jit(attention.rotate)

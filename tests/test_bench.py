@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import bench, flops, platform
+from t2i_jax import bench
 from t2i_jax.bench import check, data, drawing, measure
 from t2i_jax.bench.sample import decode_bound
 from t2i_jax.bench.train import FEW, on_mesh
-from t2i_jax.config import ConfigError
+from t2i_jax.core import flops, platform
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import CHIPS, chip_of
 
 
@@ -66,7 +67,7 @@ from t2i_jax.heads import SoftmaxHead
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
 
 data = Data(Folder("nowhere"), image_size=8, batch_size=8)
@@ -266,7 +267,7 @@ def test_freed_memory_is_kept_for_the_next_step():
     """Pages that the system has to find for a block of 64 MB that is asked for again."""
     code = """if True:
         import resource, sys
-        from t2i_jax import platform
+        from t2i_jax.core import platform
         if "keep" in sys.argv and not platform.keep_memory():
             sys.exit("no glibc")
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

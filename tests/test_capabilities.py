@@ -14,11 +14,11 @@ from t2i_jax import plan as plans
 from t2i_jax.cli import main
 from t2i_jax.core import types
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.params import abstract
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.nn.trees import abstract
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, release
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.loop import train
 
 NARROW = {

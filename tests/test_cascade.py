@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from t2i_jax.cli import main
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.models.diffusion import Diffusion, noise_low_res
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, image_keys
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 
 BASE = Diffusion(
     UNet((4, 4), width=8, multipliers=(1,), blocks=1, attention=(), groups=4, heads=1, condition=ClassEmbedder(3)),

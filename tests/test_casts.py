@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from t2i_jax.core.casts import cast_first
+from t2i_jax.core.params import named, rebuild
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.trees import named, rebuild
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.pipeline import cast_dtypes
 
 

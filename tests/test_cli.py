@@ -16,17 +16,17 @@ from PIL import Image
 from t2i_jax.cli import main
 from t2i_jax.comparison import Comparison
 from t2i_jax.comparison.report import files_of
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, validate_options
 from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler
-from t2i_jax.training.artifacts import Artifact, check_new, save_artifact
+from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
 
 NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
@@ -37,7 +37,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.dit import DiT
 from t2i_jax.training.experiment import Experiment
 model = Diffusion(DiT((4, 4), 3, patch=2, width=16, depth=1, heads=2), {fields})
 experiment = Experiment(model, Data(ArrayRecord("nowhere")))

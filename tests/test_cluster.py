@@ -11,14 +11,15 @@ from PIL import Image
 from placing import SIZE, grown
 from processes import outputs, started
 
-from t2i_jax import cli, platform
+from t2i_jax import cli
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core import platform
+from t2i_jax.core.sharding import start_cluster
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import start_cluster
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 
 
 @pytest.mark.parametrize(

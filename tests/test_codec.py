@@ -11,15 +11,15 @@ import pytest
 from einops import repeat
 from families import losses_of
 
-from t2i_jax import flops
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, Quantizer, QuantizerConfig, nearest, usage
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core import flops
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig, batch_sharding
 from t2i_jax.nn.conv import Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import ModelState, replace
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig, batch_sharding
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
 

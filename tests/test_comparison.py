@@ -9,20 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import comparison, flops
+from t2i_jax import comparison
 from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.comparison.measure import ReferenceSet, work
 from t2i_jax.comparison.report import table, write
 from t2i_jax.comparison.run import check_length
-from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, guidance_flags
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler

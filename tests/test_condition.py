@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, TextFeatures
 from t2i_jax.nn.layers import ModelState
 
 KEY = jax.random.key(0)

@@ -18,7 +18,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import (
+from t2i_jax.networks.condition import (
     ClassEmbedder,
     CrossAttnFeatures,
     PooledAndTokenFeatures,
@@ -26,10 +26,10 @@ from t2i_jax.nn.condition import (
     PrefixTokens,
     TextFeatures,
 )
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.layers import Linear
-from t2i_jax.nn.padded import GlideCaptions
-from t2i_jax.nn.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.sampling.orders import Permutation
 

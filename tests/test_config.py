@@ -7,9 +7,9 @@ import sys
 import pytest
 import toys
 
-from t2i_jax import config
-from t2i_jax.config import ConfigError
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core import config
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.optimizer import Optimizer
 
@@ -17,7 +17,7 @@ FILE = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 data = Data(ArrayRecord("nowhere"))
@@ -110,7 +110,7 @@ def test_json_names_only_classes_of_the_library():
     with pytest.raises(ConfigError, match="import its module"):
         config.from_json({"type": "some_other_package.module:Thing"})
     with pytest.raises(ConfigError, match="no dataclass"):
-        config.from_json({"type": "t2i_jax.config:load"})
+        config.from_json({"type": "t2i_jax.core.config:load"})
     with pytest.raises(ConfigError, match="did you mean 'warmup'"):
         config.from_json({"type": "t2i_jax.training.optimizer:Optimizer", "warmupp": 3})
 

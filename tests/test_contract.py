@@ -13,13 +13,13 @@ from families import CODECS, FAMILIES, batch_for, losses_of
 
 from t2i_jax.core import types
 from t2i_jax.core.errors import ConfigError, DataError
+from t2i_jax.core.params import abstract
 from t2i_jax.core.specs import FieldSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.trees import abstract
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.training.experiment import Experiment, record_spec

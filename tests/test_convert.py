@@ -16,14 +16,14 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.dvae import DVAE, OpenAIdVAE
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.params import named
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder, PooledFeatures, PrefixTokens, TextFeatures
-from t2i_jax.nn.trees import named
+from t2i_jax.networks.condition import ClassEmbedder, PooledFeatures, PrefixTokens, TextFeatures
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import ARSampler
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.storage.artifacts import load_artifact
 
 KEY = jax.random.key(0)
 SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent=8, decoder_blocks=2)

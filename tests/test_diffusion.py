@@ -11,20 +11,20 @@ import pytest
 import toys
 from families import with_aux
 
-from t2i_jax.config import ConfigError, from_json, override, to_json
 from t2i_jax.convert import convert, restore
+from t2i_jax.core.config import ConfigError, from_json, override, to_json
 from t2i_jax.models import diffusion
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.pipeline import Pipeline, plain_options
 from t2i_jax.sampling import solvers
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.training.artifacts import Artifact
+from t2i_jax.storage.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
 FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=DiffusionSampler(steps=4, guidance=2.0))

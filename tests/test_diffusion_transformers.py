@@ -11,10 +11,10 @@ from t2i_jax.convert import convert
 from t2i_jax.interop import pixart, stable_diffusion_3
 from t2i_jax.pipeline import image_keys
 from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.storage.artifacts import bundle_files, resolve_files
 from t2i_jax.text.clip import ClipText
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
-from t2i_jax.training.artifacts import bundle_files, resolve_files
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers")

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from test_ar import TINY, model_for
 
+from benchmarks.pytorch.autoregressive import Decoder, Training
+from benchmarks.pytorch.codec import Codec
+from benchmarks.pytorch.denoising import Denoiser
 from t2i_jax import bench
-from t2i_jax.bench.eager.autoregressive import Decoder, Training
-from t2i_jax.bench.eager.codec import Codec
-from t2i_jax.bench.eager.denoising import Denoiser
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.sampling.options import ARSampler, DiffusionSampler
 
@@ -158,8 +158,8 @@ from t2i_jax.data.sources import Folder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.training.experiment import Experiment
 experiment = Experiment({}, Data(Folder(""), image_size=8, batch_size=8))

@@ -13,15 +13,15 @@ from t2i_jax import encode
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig, put_on_mesh
 from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import MeshConfig, put_on_mesh
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import loop
-from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
 
@@ -33,7 +33,7 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
 experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4)),
                         Data(ArrayRecord("{0}/data"), image_size=8, batch_size=8), codec="{0}/codec")

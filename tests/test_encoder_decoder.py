@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import CaptionEncoder, TextFeatures
+from t2i_jax.networks.condition import CaptionEncoder, TextFeatures
 from t2i_jax.sampling.options import ARSampler
 
 CONFIG = AR(

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from t2i_jax.features.classifiers import EfficientNetLite0, InceptionV3, mean_pool
 from t2i_jax.interop.efficientnet import efficientnet_from, load_efficientnet, packaged_weights
 from t2i_jax.interop.inception import inception_from
 from t2i_jax.interop.torchfile import read_torch
-from t2i_jax.nn.classifiers import EfficientNetLite0, InceptionV3, mean_pool
 
 IMAGES = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")["images"]
 

@@ -9,15 +9,15 @@ import toys
 from PIL import Image
 
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.run import evaluate_family
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.artifacts import Artifact
+from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 
 

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from t2i_jax.data.records import write_records
+from t2i_jax.storage.artifacts import run_weights
 from t2i_jax.training import records
-from t2i_jax.training.artifacts import run_weights
 
 CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 import toys
 
-from t2i_jax import config
+from t2i_jax.core import config
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Finite, Grid, Positive, Range, Rate, Share, Size
 

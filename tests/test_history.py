@@ -10,9 +10,9 @@ import toys
 from families import CODECS, FAMILIES
 from test_training import same, stop_after
 
-from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.core.fields import free_fields
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training import history
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer

@@ -12,11 +12,11 @@ HOUSE = Path(__file__).parent.parent / "t2i_jax"
 # Lowest floor first; a room may import rooms of its own floor's name and of floors before it, never of later ones.
 FLOORS = [
     ("core",),
-    ("parallel", "flops", "pictures"),
-    ("noise", "platform", "config"),
+    ("noise",),
     ("nn",),
+    ("networks", "features"),
     ("interop", "sampling"),
-    ("heads",),
+    ("heads", "storage"),
     ("text", "codecs", "data"),
     ("models",),
     ("training",),

@@ -10,15 +10,15 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_ar import GPT, TINY, batch_for, model_for
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.decode import DecodeLinear, int8_weights
 from t2i_jax.nn.layers import Int8, Linear, matmul, param
-from t2i_jax.parallel import MeshConfig, shardings
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 
 KEY = jax.random.key(0)
 

@@ -13,10 +13,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax import flops
-from t2i_jax.core import jaxprs
+from t2i_jax.core import flops, jaxprs
 from t2i_jax.core.jaxprs import UnknownForm
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import _kept, _moved
 from t2i_jax.training import records

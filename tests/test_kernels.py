@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import flops
+from t2i_jax.core import flops
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, TextFeatures
+from t2i_jax.networks.dit import DiT
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, Padding, attend, plain
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
-from t2i_jax.nn.dit import DiT
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
-from t2i_jax.parallel import MeshConfig, shardings
 
 KEY = jax.random.key(0)
 PADDING = jnp.arange(140)[None] >= jnp.array([[0], [5]])  # the second row begins with five tokens of padding

@@ -14,14 +14,14 @@ from safetensors.numpy import save_file
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.kl import KL, DiagonalGaussian, draw_codes
-from t2i_jax.config import to_json
 from t2i_jax.convert import convert, find, restore
 from t2i_jax.convert.folders import to_folder
+from t2i_jax.core.config import to_json
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.pipeline import with_measured_scale
-from t2i_jax.training.artifacts import Artifact
+from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 
 RELEASED = Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes" / "mar_kl16.json"

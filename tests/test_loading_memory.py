@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from processes import outputs, started
 
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.storage.artifacts import load_artifact
 
 SCRIPT = str(Path(__file__).parent / "loading_memory.py")
 MIB = 2**20

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.discriminator import BatchNorm, Discriminator, DiscriminatorConfig
+from t2i_jax.features.vgg import Trunk, features
 from t2i_jax.interop import vgg
-from t2i_jax.nn.vgg import Trunk, features
 
 KEY = jax.random.key(0)
 

@@ -13,19 +13,19 @@ import pytest
 import toys
 from families import with_aux
 
-from t2i_jax.config import ConfigError
 from t2i_jax.convert import convert
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
 from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate, Permutation, Raster, Sets
-from t2i_jax.training.artifacts import Artifact
+from t2i_jax.storage.artifacts import Artifact
 
 CODES = SoftmaxHead(7)
 VECTORS = DiffusionHead(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)

@@ -14,6 +14,7 @@ from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.core.types import Capabilities
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
@@ -21,12 +22,11 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import CaptionEncoder
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import CaptionEncoder
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import Flow
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.orders import Permutation
 
 CODEC = VQGAN(

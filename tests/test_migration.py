@@ -9,9 +9,8 @@ import pytest
 import toys
 from families import CODECS, FAMILIES
 
-from t2i_jax import config
-from t2i_jax.config import ConfigError
-from t2i_jax.core import migration
+from t2i_jax.core import config, migration
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.migration import VERSION, Step, migrated
 from t2i_jax.text.sentencepiece import SentencePiece
 

@@ -11,11 +11,11 @@ import toys
 from flax import nnx
 from test_training import same, stop_after
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.nn.layers import ModelState, replace
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.training import records
 from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.objectives import stages, updates

@@ -17,8 +17,8 @@ import pytest
 from families import batch_for
 
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.storage.artifacts import load_artifact, stored
 from t2i_jax.training import loop
-from t2i_jax.training.artifacts import load_artifact, stored
 
 ARCHIVE = Path(__file__).parent / "assets" / "version1.tar.xz"
 NAMES = "vqgan kl dvae ar ar-captions ar-features ar-vector stream masked masked-diffusion masked-flow masked-mixture "

@@ -11,8 +11,8 @@ from flax import nnx
 from toys import experiment
 
 from t2i_jax.codecs.discriminator import BatchNorm
+from t2i_jax.core.params import abstract
 from t2i_jax.nn.layers import GroupNorm, LayerNorm, Linear, RMSNorm
-from t2i_jax.nn.trees import abstract
 from t2i_jax.training import optimizer
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer, axes_of, muon_dimensions

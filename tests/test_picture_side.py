@@ -12,8 +12,8 @@ from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.config import ConfigError
 from t2i_jax.convert.folders import picture_side
+from t2i_jax.core.config import ConfigError
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -22,10 +22,10 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment, frozen_parts
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "groups": 4}

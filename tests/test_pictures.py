@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax.pictures import grid, load_font, read_png_text, save_png, side_by_side, to_uint8, wrap
+from t2i_jax.core.image_files import grid, load_font, read_png_text, save_png, side_by_side, to_uint8, wrap
 
 DATA = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")
 IMAGES, CAPTIONS = DATA["images"], DATA["captions"].tolist()

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import pytest
 from families import losses_of
 
-from t2i_jax import flops
 from t2i_jax import plan as plans
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.config import ConfigError
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.jaxprs import UnknownForm
+from t2i_jax.core.platform import ALONE
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.any_order import AnyOrder
@@ -27,17 +29,15 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, TextFeatures
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, TextFeatures
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.discrete import Chain
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import held, resolved
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import batch_shapes, depths, shallow_copy_of_model
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
-from t2i_jax.platform import ALONE
 from t2i_jax.training.experiment import Experiment, Train
 
 SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=ClassEmbedder(10), dtype="bfloat16")
@@ -651,7 +651,7 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
 experiment = Experiment(AR(vocabulary=64, grid=(4, 4), width=32, depth=2, heads=2, condition=ClassEmbedder(10)),
                         Data(ArrayRecord("not/there"), batch_size=16))

@@ -11,7 +11,7 @@ import pytest
 import toys
 
 import t2i_jax as t2i
-from t2i_jax.training.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 
 NAMES = {
     "AR",

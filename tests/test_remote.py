@@ -18,13 +18,14 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from jax.experimental.compilation_cache import compilation_cache
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import ENCODER
-from t2i_jax.platform import CACHE, local_cache, shared_cache
-from t2i_jax.training import artifacts, loop, records
-from t2i_jax.training.checkpoints import Checkpoints
+from t2i_jax.core.platform import CACHE, local_cache, shared_cache
+from t2i_jax.storage import artifacts
+from t2i_jax.storage.checkpoints import Checkpoints
+from t2i_jax.storage.remote import download, resolve_path, staged_dir
+from t2i_jax.training import loop, records
 from t2i_jax.training.optimizer import Optimizer
-from t2i_jax.training.remote import download, resolve_path, staged_dir
 
 
 class Store(MemoryFileSystem):

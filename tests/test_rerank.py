@@ -10,18 +10,18 @@ import toys
 from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
+from t2i_jax.core.image_files import read_png_text, save_png
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.interop.clip import huggingface_table
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import PooledFeatures
+from t2i_jax.networks.condition import PooledFeatures
 from t2i_jax.nn.transformer import Layer
-from t2i_jax.parallel import MeshConfig
-from t2i_jax.pictures import read_png_text, save_png
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.clip import Clip, ClipEmbedding
-from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import make_prepare
 from t2i_jax.training.loop import train
 

@@ -7,9 +7,9 @@ import jax
 import pytest
 import toys
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.storage.checkpoints import Best, Checkpoints
 from t2i_jax.training import records
-from t2i_jax.training.checkpoints import Best, Checkpoints
 from t2i_jax.training.experiment import Train
 from t2i_jax.training.loop import Trainer, train
 

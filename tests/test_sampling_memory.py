@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.heads import FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream, StreamText
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.nn.stationary import weight_stationary
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.sampling.orders import Permutation
 from t2i_jax.training.loop import with_shardings

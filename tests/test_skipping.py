@@ -10,8 +10,8 @@ import pytest
 import toys
 from test_training import same, stop_after
 
-from t2i_jax.config import ConfigError
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training import records, spikes
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, train

@@ -12,17 +12,17 @@ from jax.sharding import AxisType, Mesh
 from PIL import Image
 from processes import outputs, started
 
-from t2i_jax import config
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core import config
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.sharding import MESH_AXES, MeshConfig, in_memory_of, rows_of
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.parallel import MESH_AXES, MeshConfig, in_memory_of, rows_of
 from t2i_jax.previews import Previews
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import records
-from t2i_jax.training.artifacts import Artifact, save_artifact
 from t2i_jax.training.loop import Trainer, train
 
 LAYOUTS = tpu_layouts.layouts()
@@ -86,8 +86,8 @@ CONFIG = """
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.parallel import MeshConfig
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(

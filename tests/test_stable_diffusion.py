@@ -10,7 +10,7 @@ import pytest
 from t2i_jax.cli import main
 from t2i_jax.convert import convert, diffusers, restore
 from t2i_jax.interop import stable_diffusion as published
-from t2i_jax.nn.dit import Context
+from t2i_jax.networks.dit import Context
 from t2i_jax.pipeline import Pipeline, image_keys
 
 torch = pytest.importorskip("torch")

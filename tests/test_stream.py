@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from families import with_aux
 
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.models.stream import SIZES, Stream, StreamText
-from t2i_jax.parallel import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits, uniforms

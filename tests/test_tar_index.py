@@ -391,7 +391,7 @@ def test_the_limit_of_open_files_is_raised():
         import resource
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-        from t2i_jax.platform import prepare
+        from t2i_jax.core.platform import prepare
         prepare(join=False)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     """

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.interop import clip as published
 from t2i_jax.interop.names import to_theirs
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig, shardings
 from t2i_jax.text import clip
 from t2i_jax.text.clip import Clip, ClipEmbedding, ClipText
 

@@ -11,17 +11,18 @@ import pytest
 from test_text_clip import TEXT, letters
 from test_text_t5 import SIZES, vocabulary
 
-from t2i_jax import config
+from t2i_jax.core import config
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import TextSpec, gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import CaptionEncoder
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.condition import CaptionEncoder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline, release
 from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding, ClipText
 from t2i_jax.text.cut import end, limited, noticing, unread
 from t2i_jax.text.decoder_lm import DecoderLM
@@ -29,7 +30,6 @@ from t2i_jax.text.minilm import MiniLM
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
-from t2i_jax.training.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
 

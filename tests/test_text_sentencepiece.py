@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t2i_jax.storage.artifacts import resolve_files
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
-from t2i_jax.training.artifacts import resolve_files
 
 THINGS = ("apple on a table", "dog runs", "house with a roof", "cat 🐈", "りんご", "дом", "face with tears of joy 😂")
 CAPTIONS = [

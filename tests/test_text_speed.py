@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from PIL import ImageFont
 
+from t2i_jax.core.image_files import load_font, wrap
 from t2i_jax.data.transforms import may_flip
-from t2i_jax.pictures import load_font, wrap
 from t2i_jax.text import bpe, wordpiece
 from t2i_jax.text.clean import clean_twice, fix_text, tidy
 from t2i_jax.text.cut import unread

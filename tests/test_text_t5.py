@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 
-from t2i_jax.nn.trees import named
-from t2i_jax.parallel import MeshConfig, shardings
+from t2i_jax.core.params import named
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.text.t5 import T5, T5Encoder, T5Shape, buckets
 
 SIZES = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_kv": 6, "d_ff": 40, "vocab_size": 300}

@@ -7,7 +7,7 @@ import pytest
 from families import FAMILIES, batch_for
 from scipy import stats
 
-from t2i_jax.nn.trees import abstract
+from t2i_jax.core.params import abstract
 from t2i_jax.noise.schedule import midpoints, spread, spread_of_each
 from t2i_jax.sampling.orders import MaskRate
 

@@ -17,13 +17,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.config import ConfigError, to_json
+from t2i_jax.core.params import named, rebuild
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import LossOutput
-from t2i_jax.nn.trees import named, rebuild
-from t2i_jax.parallel import MeshConfig
-from t2i_jax.training import checkpoints, records
-from t2i_jax.training.checkpoints import CheckpointError
-from t2i_jax.training.checksums import checksums
+from t2i_jax.storage import checkpoints
+from t2i_jax.storage.checkpoints import CheckpointError
+from t2i_jax.storage.checksums import checksums
+from t2i_jax.training import records
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.optimizer import Optimizer

@@ -57,7 +57,7 @@ WAYS = [
 @pytest.mark.parametrize("name, body, category", WAYS)
 def test_a_deprecated_call_of_this_package_is_an_error(name, body, category):
     old = library(name, body.replace("CATEGORY", category.__name__))
-    for caller in ("t2i_jax", "t2i_jax.training.checkpoints"):
+    for caller in ("t2i_jax", "t2i_jax.storage.checkpoints"):
         with pytest.raises(category, match="it is (old|deprecated)|deprecated it"):
             called(caller, old)
 

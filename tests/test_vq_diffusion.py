@@ -20,8 +20,8 @@ from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.convert.discrete import FORMATS
 from t2i_jax.interop.vq_diffusion import codec_tensors, used_codes
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
-from t2i_jax.nn.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeatures
-from t2i_jax.nn.conditional import AdaNorm
+from t2i_jax.networks.adaln_transformer import AdaNorm
+from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeatures
 from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
 from t2i_jax.sampling.discrete import reverse, timesteps

@@ -18,6 +18,7 @@ from t2i_jax import convert
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import folders
+from t2i_jax.core.params import named
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.clip import openai_tensors
@@ -26,13 +27,12 @@ from t2i_jax.interop.inception import load_inception
 from t2i_jax.interop.tensorfile import SafeTensors
 from t2i_jax.interop.vgg import load as load_vgg
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.trees import named
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Discrete
+from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.t5 import T5
-from t2i_jax.training.artifacts import load_artifact
 
 NETWORK = DiT((8, 8), 4, patch=2, width=64, depth=1, heads=1, condition=ClassEmbedder(3), hidden=256, eps=1e-6)
 MODEL = Diffusion(NETWORK, Discrete("linear"), guided_channels=3)

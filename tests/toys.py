@@ -9,11 +9,11 @@ import optax
 from einops import reduce, repeat
 from flax import nnx
 
+from t2i_jax.core.sharding import MeshConfig, shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.nn.layers import Embedding, Linear, ModelState
 from t2i_jax.noise.processes import along
-from t2i_jax.parallel import MeshConfig, shard
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.tokens import sample_token
 from t2i_jax.training.experiment import Experiment, Train

@@ -40,7 +40,7 @@ def devices_of(slices: str) -> list[Any]:
     """Descriptions of the devices of one slice or several. Errors: ImportError without libtpu."""
     from jax.experimental import topologies
 
-    from t2i_jax.platform import tpu_compiler_alone
+    from t2i_jax.core.platform import tpu_compiler_alone
 
     tpu_compiler_alone()
     several, _, topology = slices.rpartition(" ")
@@ -50,7 +50,7 @@ def devices_of(slices: str) -> list[Any]:
 
 def asked(slices: Sequence[str] = SLICES) -> Iterator[tuple[str, list[int]]]:
     """The layouts that libtpu and the project's own mesh builder give now."""
-    from t2i_jax.parallel import MeshConfig
+    from t2i_jax.core.sharding import MeshConfig
 
     for name in slices:
         devices = devices_of(name)

@@ -21,14 +21,14 @@ from t2i_jax.bench.measure import Result, print_results, read_arguments, write
 from t2i_jax.bench.sample import bench_sample, decode_bound
 from t2i_jax.bench.train import bench_train
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
+from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, MaskSpec, Padding, attend, plain
-from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.kernels import Kind
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Chip, chip_of
 from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.training.experiment import Experiment, Train

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from t2i_jax import flops
+from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
@@ -23,7 +23,8 @@ from t2i_jax.bench.measure import (
     table,
     weights,
 )
-from t2i_jax.config import refused
+from t2i_jax.core import flops
+from t2i_jax.core.config import refused
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.types import Codec, as_codec
 from t2i_jax.training.experiment import load_experiment
@@ -34,7 +35,7 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
 
     Returns a result for each way: images/s, seconds, FLOPs of an image, FLOP/s, and `of_limit`, their share of those
     of a matrix product; with `eager` also the seconds of the same network in eager PyTorch on a CPU. Errors:
-    `ConfigError` for `eager` of a codec that is not among those of `bench.eager`.
+    `ConfigError` for `eager` of a codec that is not among those of `benchmarks/pytorch`.
     """
     model = weights(codec.init)
     images = jax.random.uniform(jax.random.key(1), (batch, size, size, 3), minval=-1, maxval=1)
@@ -46,10 +47,8 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
     work = {"encode": flops.count(codec.encode, model, images), "decode": flops.count(codec.decode, model, codes)}
     measures: dict[str, Measure] = {name: lambda run=run: seconds(run) for name, run in runs.items()}
     if eager:
-        from t2i_jax.bench.eager.codec import Codec as EagerCodec
-
         with refused("--eager"):
-            theirs = EagerCodec(codec, model)
+            theirs = baseline("codec").Codec(codec, model)
         for name, run in {"encode": lambda: theirs.encode(images), "decode": lambda: theirs.decode(codes)}.items():
             measures[f"{name}, eager"] = lambda run=run: seconds(run)
             run()  # its memory is at hand too

@@ -19,16 +19,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax import flops
 from t2i_jax.bench.measure import Result, interleaved, print_results, read_arguments, table
-from t2i_jax.config import ConfigError
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import Checked, Range, Size, Workers
+from t2i_jax.core.params import abstract
 from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.trees import abstract
 from t2i_jax.plan.chips import CHIPS
 
 MFU = 0.5

@@ -18,10 +18,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax import flops
+from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
-from t2i_jax.config import ConfigError, refused
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.core.types import Family, as_family
@@ -31,7 +32,7 @@ from t2i_jax.heads import PositionKeys, TokenHead
 from t2i_jax.pipeline import guidance_flags, image_keys
 from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.sampling.options import ARSampler
-from t2i_jax.training.artifacts import load_artifact
+from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment, load_experiment
 
 
@@ -114,7 +115,7 @@ def bench_drawing(
     images/s, FLOPs of an image and FLOP/s, `of_limit`, their share of those of a matrix product in the model's dtype;
     for a family with a head `head_time` and `head_flops`, its shares of time and FLOPs, the network having the others;
     with `eager` also the seconds of the same network and steps in eager PyTorch on a CPU. Errors: `ConfigError` for
-    `eager` of a model that is not among those of `bench.eager`.
+    `eager` of a model that is not among those of `benchmarks/pytorch`.
     """
     family, condition = as_family(experiment.model), random_condition(experiment, batch)
     keys = image_keys(range(batch))
@@ -156,10 +157,8 @@ def bench_drawing(
 
 
 def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], options: Any, both: bool, b: int) -> Measure:
-    from t2i_jax.bench.eager.denoising import Denoiser
-
     with refused("--eager"):
-        theirs = Denoiser(family, model)
+        theirs = baseline("denoising").Denoiser(family, model)
     known, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
     unconditional = null if both else None
     noise = jax.random.normal(jax.random.key(0), (b, *family.sample_spec().shape))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from t2i_jax import config
+from t2i_jax.core import config
 from t2i_jax.core.console import stdout
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_free, local, write_json
@@ -80,7 +80,7 @@ EAGER: dict[str, Callable[[Result], str]] = {
     "eager PyTorch, seconds": lambda r: f"{r['eager']:.3f}",
     "times as fast as that": lambda r: f"{r['eager'] / r['seconds']:.2f}",
 }
-"""Rows where the same was measured in eager PyTorch (`bench.eager`) as "eager"."""
+"""Rows where the same was measured in eager PyTorch (`benchmarks/pytorch`) as "eager"."""
 
 
 def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Result], str]]) -> Table:

@@ -20,6 +20,7 @@ import tyro
 from jax import Array
 
 from t2i_jax.bench import drawing
+from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
@@ -32,11 +33,11 @@ from t2i_jax.bench.measure import (
     table,
     weights,
 )
-from t2i_jax.config import ConfigError, refused
+from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
 
 
@@ -82,8 +83,8 @@ def bench_sample(
 
     Returns seconds and their spread, compile seconds, images/s, tokens/s, the limits, the bound in seconds, and
     `of_bound`, the share of the bound that is reached, from the medians; with `eager` also the seconds of the same
-    network and draws in eager PyTorch on a CPU (`bench.eager`). Errors: `ConfigError` for a batch that the memory of a
-    CPU's machine cannot hold.
+    network and draws in eager PyTorch on a CPU (`benchmarks/pytorch`). Errors: `ConfigError` for a batch that the
+    memory of a CPU's machine cannot hold.
     """
     if jax.default_backend() == "cpu":
         check_memory(f"a batch of {batch}: its keys and values", cache_bytes(config, batch * (1 + guided)))
@@ -94,10 +95,8 @@ def bench_sample(
     options = dataclasses.replace(config.options(), top_k=min(2000, config.vocabulary // 2), top_p=top_p)
     others = {}
     if eager:
-        from t2i_jax.bench.eager.autoregressive import Decoder
-
         with refused("--eager"):
-            theirs = Decoder(config, model)
+            theirs = baseline("autoregressive").Decoder(config, model)
         others["eager"] = lambda: seconds(lambda: theirs.sample(labels, options, guided))
         others["eager"]()  # with warm caches, as the others
     model = jax.jit(int8_weights)(model) if int8 else model

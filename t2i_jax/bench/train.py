@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from t2i_jax import flops
+from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
@@ -29,10 +29,11 @@ from t2i_jax.bench.measure import (
     table,
     weights,
 )
-from t2i_jax.config import refused
+from t2i_jax.core import flops
+from t2i_jax.core.config import refused
 from t2i_jax.core.fields import Checked, Size, values
 from t2i_jax.core.memory import check_memory
-from t2i_jax.parallel import batch_sharding
+from t2i_jax.core.sharding import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.loop import Trainer
@@ -81,7 +82,7 @@ def bench_train(
     Returns images/s, the step's model FLOPs and FLOP/s (three times the forward pass, no recomputation), `of_limit`,
     their share of the FLOP/s of a matrix product in the model's dtype on all devices, `mfu` where the chip's peak is
     known, and compile seconds; with `eager` also the seconds of the same step in eager PyTorch on a CPU. Errors: those
-    of a trainer; `ConfigError` for `eager` of a model that is not among those of `bench.eager`.
+    of a trainer; `ConfigError` for `eager` of a model that is not among those of `benchmarks/pytorch`.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(without_parts(experiment, shapes), folder)
@@ -119,8 +120,6 @@ def bench_train(
 
 
 def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
-    from t2i_jax.bench.eager.autoregressive import Decoder, Training
-
     family: Any = experiment.model
     train, published = experiment.train, Optimizer()
     with refused("--eager"):
@@ -131,7 +130,8 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
             raise ValueError(f"the comparison in PyTorch is of AdamW on whole batches: not train.{odd[0]}")
         if missing := {"label", "codes"} - set(batch):
             raise ValueError(f"the comparison in PyTorch learns codes of classes; the batch has no {min(missing)}")
-        theirs = Training(Decoder(family, weights(family.init)), ema=experiment.train.ema)
+        twin = baseline("autoregressive")
+        theirs = twin.Training(twin.Decoder(family, weights(family.init)), ema=experiment.train.ema)
     return lambda: seconds(lambda: theirs.step(batch["label"], batch["codes"]))
 
 

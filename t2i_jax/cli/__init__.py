@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from t2i_jax.config import ConfigError
+    from t2i_jax.core.config import ConfigError
+    from t2i_jax.core.platform import prepare
+    from t2i_jax.core.sharding import NoCluster
     from t2i_jax.data.records import DataError
-    from t2i_jax.parallel import NoCluster
-    from t2i_jax.platform import prepare
-    from t2i_jax.training.checkpoints import CheckpointError, NotWritten
+    from t2i_jax.storage.checkpoints import CheckpointError, NotWritten
     from t2i_jax.training.guard import NotFinite
     from t2i_jax.training.loop import Interrupted
     from t2i_jax.training.watch import STATUS, PeerLost

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from t2i_jax import comparison, config
+from t2i_jax import comparison
 from t2i_jax.cli.shared import console, local, parse
+from t2i_jax.core import config
 from t2i_jax.core.fields import LARGEST, Checked, Range
 
 

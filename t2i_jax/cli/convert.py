@@ -9,8 +9,8 @@ from pathlib import Path
 import tyro
 
 from t2i_jax.cli.shared import console, local, parse_some
-from t2i_jax.config import ConfigError
 from t2i_jax.convert import folders
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.types import as_family
 
 

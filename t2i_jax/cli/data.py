@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from t2i_jax.cli.shared import console, local, parse, parse_some
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size

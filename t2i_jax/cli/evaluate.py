@@ -10,8 +10,8 @@ import tyro
 
 from t2i_jax.cli.shared import local, parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.evaluation.run import evaluate_folder
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan import read_mesh
 from t2i_jax.training.experiment import load_experiment
 

@@ -10,20 +10,20 @@ import jax
 import numpy as np
 import tyro
 
-from t2i_jax import config
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
+from t2i_jax.core import config
 from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.core.types import as_family
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.pipeline import Pipeline, guidance_flags, validate_options
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
+from t2i_jax.storage.artifacts import config_of, load_artifact
 from t2i_jax.text.clip import ClipEmbedding
-from t2i_jax.training.artifacts import config_of, load_artifact
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,13 +27,13 @@ def fail(message: str, status: int = 2) -> None:
 
 
 def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
-    from t2i_jax import config  # imports JAX, which `t2i --help` does not need
+    from t2i_jax.core import config  # imports JAX, which `t2i --help` does not need
 
     return config.parse(kind, arguments, prog)
 
 
 def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
     """The command's own arguments, and the rest: overrides of fields of a config or a model."""
-    from t2i_jax import config
+    from t2i_jax.core import config
 
     return config.parse(kind, arguments, prog, return_unknown_args=True)

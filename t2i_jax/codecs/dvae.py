@@ -21,10 +21,10 @@ from jax import Array
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
-from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)

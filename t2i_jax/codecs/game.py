@@ -21,9 +21,9 @@ from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.features.vgg import Trunk
 from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import replace
-from t2i_jax.nn.vgg import Trunk
 
 
 class AutoencoderModel(nnx.Module):

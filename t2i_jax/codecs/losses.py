@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.features.vgg import Trunk, Weights, features
 from t2i_jax.nn.layers import at_least_fp32
-from t2i_jax.nn.vgg import Trunk, Weights, features
 
 
 def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2", "smooth_l1"]) -> Array:

@@ -16,10 +16,10 @@ from jax import Array
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, Reconstruction, check_size
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32, replace
-from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)

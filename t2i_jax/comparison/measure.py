@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2i_jax import flops
 from t2i_jax.bench.measure import limits
 from t2i_jax.comparison.plan import Comparison
-from t2i_jax.config import ConfigError
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import FeatureNetwork

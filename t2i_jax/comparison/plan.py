@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import Checked, Positive, Seed, Size
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.training.experiment import Experiment

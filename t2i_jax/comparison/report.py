@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax import pictures
 from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
+from t2i_jax.core import image_files
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.outputs import MAKER, write_json, write_markdown
 
@@ -55,7 +55,7 @@ def write(
 ) -> None:
     """OUT.md, OUT.json, OUT.png (images) and OUT_SWEEP.png (plots)."""
     write_json(out.with_suffix(".json"), found)
-    pictures.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
+    image_files.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
     lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
     lines += [f"Made by `{command}` on {found['device']}.", ""] if command else []
     lines += [
@@ -100,7 +100,7 @@ def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12)
     columns = {"real": ruler.real, **sheets}
     images = np.stack([images[chosen] for images in columns.values()], 1)
     names = [f"{name}: {ruler.prompts[i]}" if name == "real" else name for i in chosen for name in columns]
-    return pictures.grid(images.reshape(-1, *images.shape[2:]), names, columns=len(columns), scale=3)
+    return image_files.grid(images.reshape(-1, *images.shape[2:]), names, columns=len(columns), scale=3)
 
 
 def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mapping[str, float], path: Path) -> None:

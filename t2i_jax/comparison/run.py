@@ -17,13 +17,13 @@ from PIL import Image
 from t2i_jax.comparison.measure import ReferenceSet, measure
 from t2i_jax.comparison.plan import Comparison, Variant
 from t2i_jax.comparison.report import files_of, write
-from t2i_jax.config import ConfigError, to_json
+from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.core.console import console
+from t2i_jax.core.image_files import save_png
 from t2i_jax.core.outputs import check_free
-from t2i_jax.nn.trees import abstract
-from t2i_jax.pictures import save_png
+from t2i_jax.core.params import abstract
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.training.artifacts import load_artifact, stored
+from t2i_jax.storage.artifacts import load_artifact, stored
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, train
 

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax.core.params import abstract
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
-from t2i_jax.nn.trees import abstract
 
 MODULES = ("ar", "codecs", "diffusers", "discrete", "gaussian", "masked", "stream")
 """Modules of this package that define FORMATS."""

@@ -6,7 +6,7 @@ from t2i_jax.convert import Format
 from t2i_jax.interop import clipgen, llamagen, mingpt
 from t2i_jax.interop.names import Tensors
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import PrefixTokens
+from t2i_jax.networks.condition import PrefixTokens
 from t2i_jax.sampling.options import ARSampler
 
 

@@ -12,9 +12,9 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
+from t2i_jax.core.params import abstract
 from t2i_jax.interop import vqgan
 from t2i_jax.interop.names import Table, Tensors, require
-from t2i_jax.nn.trees import abstract
 
 JUDGE = ("main.0.weight", "main.2.weight")
 """Names that every PatchGAN has."""

@@ -15,15 +15,15 @@ import numpy as np
 
 from t2i_jax import convert
 from t2i_jax.convert import Folder, Format
+from t2i_jax.core.params import abstract
 from t2i_jax.interop import huggingface, pixart
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.interop import stable_diffusion_3 as third
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.condition import CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
-from t2i_jax.nn.dit import DiT, sincos_2d
-from t2i_jax.nn.trees import abstract
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
+from t2i_jax.networks.dit import DiT, sincos_2d
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.clip import ClipText

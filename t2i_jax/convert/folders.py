@@ -15,14 +15,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
-from t2i_jax.config import ConfigError, refused
 from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
+from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
+from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable, as_codec, as_family, check_codes
 from t2i_jax.interop.wrapping import holds
-from t2i_jax.nn.trees import named
-from t2i_jax.training.artifacts import Artifact, load_artifact, load_codec, save_artifact
+from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
 
 FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that a published file, or hints that do not fit it, may cause."""

@@ -3,16 +3,16 @@
 from typing import Any
 
 from t2i_jax.convert import Format
+from t2i_jax.core.params import abstract
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.padded import GlideCaptions
-from t2i_jax.nn.trees import abstract
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 

@@ -13,8 +13,8 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from t2i_jax.config import ConfigError
 from t2i_jax.convert import Format
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
 
 FLAGS = ("codec", "text", "back", "out", "help")

@@ -10,12 +10,12 @@ from typing import Any
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Folder, Format
+from t2i_jax.core.params import abstract
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.interop import huggingface, kl, mar, vqgan
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
-from t2i_jax.nn.condition import ClassEmbedder
-from t2i_jax.nn.trees import abstract
+from t2i_jax.networks.condition import ClassEmbedder
 
 log = logging.getLogger(__name__)
 

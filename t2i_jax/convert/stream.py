@@ -5,10 +5,10 @@ from typing import Any
 
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.convert import Format
+from t2i_jax.core.params import abstract
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.stream import Stream, StreamText
-from t2i_jax.nn.trees import abstract
 from t2i_jax.sampling.options import ARSampler
 
 

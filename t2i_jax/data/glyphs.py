@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from t2i_jax.config import read_json
+from t2i_jax.core.config import read_json
 from t2i_jax.data.glyph_styles import (
     NAMES,
     STYLES,

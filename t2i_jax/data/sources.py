@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from t2i_jax.config import read_json
+from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax import pictures as files
+from t2i_jax.core import image_files as files
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.data.images import open_image
-from t2i_jax.parallel import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.text.clip import CLIP, ClipEmbedding
 
 

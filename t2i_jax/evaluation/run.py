@@ -12,20 +12,20 @@ import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax import config, pictures
 from t2i_jax.codecs import losses
-from t2i_jax.config import ConfigError
+from t2i_jax.core import config, image_files
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
+from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.outputs import check_free
+from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
-from t2i_jax.parallel import MeshConfig, to_host
-from t2i_jax.pictures import to_uint8
 from t2i_jax.pipeline import Pipeline, plain_options
-from t2i_jax.training.artifacts import Artifact, load_artifact, open_artifact
+from t2i_jax.storage.artifacts import Artifact, load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, with_features
 
 
@@ -150,8 +150,8 @@ def evaluate_codec(
         numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(rows)})}
         numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(rows)})}
     captions = [title(r) for r in records]
-    sheet = pictures.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
-    pictures.save_png(sheet, out / "samples.png")
+    sheet = image_files.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
+    image_files.save_png(sheet, out / "samples.png")
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"images": len(real), "step": artifact.step})
 
 
@@ -213,8 +213,8 @@ def evaluate_family(
         said = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
         found |= bits_per_token(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
-        sheets.append(pictures.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
-    pictures.save_png(stacked(sheets), out / "samples.png")
+        sheets.append(image_files.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
+    image_files.save_png(stacked(sheets), out / "samples.png")
     family = pipeline.family
     facts = {
         "step": artifact.step,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
-from t2i_jax.nn.trees import named
 
 NEEDED = ("input_blocks.0.0.weight", "time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight")
 """Names that every such file has."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from t2i_jax.interop import mingpt
 from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
-from t2i_jax.nn.condition import PooledFeatures
+from t2i_jax.networks.condition import PooledFeatures
 
 NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_proj_weight")
 """Names that every such file has."""

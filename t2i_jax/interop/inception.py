@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from t2i_jax.core.params import assemble, named
+from t2i_jax.features.classifiers import InceptionV3
 from t2i_jax.interop.folding import folded
 from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import require, warn_not_finite
-from t2i_jax.nn.classifiers import InceptionV3
-from t2i_jax.nn.trees import assemble, named
 
 EPS = 1e-3
 NEEDED = ("Conv2d_1a_3x3.conv.weight", "fc.weight")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Fields, Table, require, source
-from t2i_jax.nn.condition import ClassEmbedder, TextFeatures
+from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
 
 NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
 """Names that every such file has."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import EinopsError, pack, rearrange, unpack
 
-from t2i_jax.nn.trees import named, rebuild
+from t2i_jax.core.params import named, rebuild
 
 log = logging.getLogger(__name__)
 

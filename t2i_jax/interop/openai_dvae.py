@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, Fields, Source, Table, Tensors, require, source
-from t2i_jax.nn.trees import named
 
 NEEDED = (("encoder.blocks.input.w", "decoder.blocks.input.w"), ("blocks.input.w",))
 """Names that both halves in one file have, or one half alone."""

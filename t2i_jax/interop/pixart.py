@@ -78,7 +78,7 @@ def side_of(tensors: Tensors, patch: int) -> int:
 
 
 def table(network: Any) -> Table:
-    """PixArt's names for a `nn.dit.DiT` with cross-attention and shared modulation."""
+    """PixArt's names for a `networks.dit.DiT` with cross-attention and shared modulation."""
     p, h = network.patch, network.width // network.heads
     lines = {
         "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),

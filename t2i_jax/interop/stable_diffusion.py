@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Table, Tensors, require, source
-from t2i_jax.nn.trees import named
 
 NEEDED = (
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",

@@ -94,7 +94,7 @@ def _rows(x: Any, axis: int, rows: np.ndarray) -> Any:
 
 
 def table(network: Any) -> Table:
-    """Stable Diffusion 3's names for a `nn.dit.DiT` with joint attention."""
+    """Stable Diffusion 3's names for a `networks.dit.DiT` with joint attention."""
     p, h, d = network.patch, network.width // network.heads, network.width
     swapped = np.roll(np.arange(2 * d), d)  # their last norm has the scale first
     lines = {

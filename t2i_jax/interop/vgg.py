@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i_jax.features.vgg import Trunk
 from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import require, warn_not_finite
-from t2i_jax.nn.vgg import Trunk
 
 NEEDED, HEADS_NEEDED = ("features.0.weight", "features.0.bias"), ("lin0.model.1.weight",)
 """Names that every file of VGG16 has, and of LPIPS."""

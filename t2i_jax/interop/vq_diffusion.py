@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
-from t2i_jax.nn.condition import ClassEmbedder, CrossAttnFeatures
+from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures
 from t2i_jax.noise.discrete import Chain
 
 PART = "transformer."

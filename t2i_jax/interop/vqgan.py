@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax import nnx
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, require, source
-from t2i_jax.nn.trees import named
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
 

@@ -21,18 +21,18 @@ from jax import Array
 
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, Grid, Layers, Rate, Share, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.heads import Head, ImageKeys, SoftmaxHead, sample_spec
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.decode import prepare_layers_for_decode
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
-from t2i_jax.parallel import shard
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler

@@ -19,16 +19,16 @@ from jax import Array
 
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
 from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack
-from t2i_jax.parallel import shard
 from t2i_jax.sampling import autoregressive
 from t2i_jax.sampling.guidance import is_guided
 from t2i_jax.sampling.options import ARSampler

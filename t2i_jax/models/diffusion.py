@@ -20,6 +20,7 @@ from jax import Array
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import (
     Capabilities,
@@ -28,9 +29,9 @@ from t2i_jax.core.types import (
     LossOutput,
     Predicts,
 )
-from t2i_jax.nn.condition import ClassEmbedder, dropped_rows
-from t2i_jax.nn.dit import DiT
-from t2i_jax.nn.unet import UNet
+from t2i_jax.networks.condition import ClassEmbedder, dropped_rows
+from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.gaussian import (
     clipped,
     join,
@@ -39,7 +40,6 @@ from t2i_jax.noise.gaussian import (
 )
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import expand_like, spread
-from t2i_jax.parallel import shard
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep

@@ -24,16 +24,16 @@ from jax import Array
 
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Count, Grid, Positive, Range, Rate, Share, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
 from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
-from t2i_jax.parallel import shard
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule

@@ -14,11 +14,11 @@ from jax import Array
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.networks.condition import ids
+from t2i_jax.networks.unet import UNet, UNetEncoder
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import ids
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
 from t2i_jax.nn.losses import cross_entropy
-from t2i_jax.nn.unet import UNet, UNetEncoder
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.guidance import of_class

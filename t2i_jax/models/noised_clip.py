@@ -11,15 +11,15 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.networks.condition import ids, text_spec, value
 from t2i_jax.nn.attention import attend, causal
-from t2i_jax.nn.condition import ids, text_spec, value
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.noise.processes import Discrete, Process
 from t2i_jax.noise.schedule import spread
-from t2i_jax.parallel import shard
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
 STD = (68.50053285, 66.63215831, 70.32316309)

@@ -22,17 +22,17 @@ from jax import Array
 
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors, dropped_rows, ids
-from t2i_jax.nn.conditional import AdaLN, apply_blocks, stack_blocks
+from t2i_jax.networks.adaln_transformer import AdaLN, apply_blocks, stack_blocks
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows, ids
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
 from t2i_jax.nn.transformer import Layer
 from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.schedule import spread
-from t2i_jax.parallel import shard
 from t2i_jax.sampling.discrete import reverse
 from t2i_jax.sampling.guidance import Branches, guide, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.parallel import RULES, fit
+from t2i_jax.core.sharding import RULES, fit
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def splash(
 ) -> Array:
     """Splash attention, the Pallas kernel for TPUs that skips masked blocks, run separately on each device.
 
-    The batch and the heads are sharded as elsewhere (`parallel.RULES`); every device has whole sequences, padded to a
+    The batch and the heads are sharded as elsewhere (`sharding.RULES`); every device has whole sequences, padded to a
     multiple of 128. interpret: run it without a TPU, slowly, for tests.
     """
     t = q.shape[1]

@@ -1,7 +1,7 @@
 """Basic layers. Parameters are fp32; a layer computes in the dtype of its input, norms always in fp32.
 
 Every module is an immutable pytree: it is built from sizes and a key, and `__call__` is pure. `axes` name the
-dimensions of a parameter for `t2i_jax.parallel`.
+dimensions of a parameter for `t2i_jax.core.sharding`.
 """
 
 import math

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.parallel import RULES, fit, shard
+from t2i_jax.core.sharding import RULES, fit, shard
 
 M = TypeVar("M")
 Axes = tuple[str | None, ...]

@@ -19,12 +19,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Rate, Size
+from t2i_jax.core.sharding import shard
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import MaskSpec, Rotary, attend, rotate
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, remat_elementwise
 from t2i_jax.nn.stationary import stays
-from t2i_jax.parallel import shard
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,

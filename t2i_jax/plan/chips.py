@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from t2i_jax.config import ConfigError
-from t2i_jax.flops import PEAKS
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.flops import PEAKS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
 from t2i_jax.core.jaxprs import UnknownForm
-from t2i_jax.parallel import MESH_AXES
+from t2i_jax.core.sharding import MESH_AXES
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import estimate, held, trace

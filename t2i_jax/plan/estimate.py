@@ -15,13 +15,12 @@ import jax
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
-from t2i_jax import flops
-from t2i_jax.config import ConfigError
-from t2i_jax.core import jaxprs
+from t2i_jax.core import flops, jaxprs
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
+from t2i_jax.core.sharding import MESH_AXES, MeshConfig, shardings
 from t2i_jax.core.types import Trainable
 from t2i_jax.nn import kernels
-from t2i_jax.parallel import MESH_AXES, MeshConfig, shardings
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.ready import Batch, abstract_setup, depths, size_of, tokens_of
 from t2i_jax.plan.report import Plan
@@ -139,7 +138,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
 
 
 def held(tree: Any, sizes: dict[str, int]) -> float:
-    """Bytes of a tree on one chip of a mesh, under the rules of `parallel`."""
+    """Bytes of a tree on one chip of a mesh, under the rules of `core.sharding`."""
     mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     layout = shardings(tree, mesh)
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.outputs import write_json, write_markdown
-from t2i_jax.parallel import MESH_AXES, MeshConfig
+from t2i_jax.core.sharding import MESH_AXES, MeshConfig
 from t2i_jax.plan.chips import Topology
 from t2i_jax.plan.compiled import compile_plan, depth_of, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, resolved, trace

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import Trainable
-from t2i_jax.parallel import MeshConfig
 from t2i_jax.plan.chips import Topology
 from t2i_jax.plan.compiled import DoesNotFit, compile_plan, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, trace

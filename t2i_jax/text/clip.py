@@ -23,6 +23,8 @@ from jax import Array
 from PIL import Image
 
 from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.params import abstract, named
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
@@ -30,8 +32,6 @@ from t2i_jax.interop.names import Table, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
-from t2i_jax.nn.trees import abstract, named
-from t2i_jax.parallel import shard
 from t2i_jax.text.bpe import BytePairs, read_pairs
 from t2i_jax.text.cut import Limited
 

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import ENCODER
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import decoder_lm as published
@@ -28,7 +29,6 @@ from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
-from t2i_jax.parallel import shard
 from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
@@ -98,7 +98,7 @@ class DecoderLM(Limited):
         return self.shape.layer.width
 
     def load(self) -> DecoderLMNetwork:
-        """The requested layers with their weights, on the host: `parallel.put_on_mesh` puts them on a mesh.
+        """The requested layers with their weights, on the host: `sharding.put_on_mesh` puts them on a mesh.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """

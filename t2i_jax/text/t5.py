@@ -15,13 +15,13 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
 from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
 from t2i_jax.nn.transformer import GATED, Layer, apply_stack, stack
-from t2i_jax.parallel import shard
 from t2i_jax.text.clean import clean_twice
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -95,7 +95,7 @@ class T5(Limited):
         return self.shape.layer.width
 
     def load(self) -> T5Encoder:
-        """The encoder with its weights, on the host: `parallel.put_on_mesh` puts it on a mesh.
+        """The encoder with its weights, on the host: `sharding.put_on_mesh` puts it on a mesh.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax import config
 from t2i_jax.codecs.kl import draw_codes
-from t2i_jax.config import ConfigError, refused
+from t2i_jax.core import config
+from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
+from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import (
     Codec,
@@ -31,9 +32,8 @@ from t2i_jax.core.types import (
     uses_frozen_networks,
 )
 from t2i_jax.data.pipeline import Data
-from t2i_jax.parallel import MeshConfig
-from t2i_jax.training.artifacts import Artifact, load_codec, on_host
-from t2i_jax.training.checkpoints import Best
+from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
+from t2i_jax.storage.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
 
 

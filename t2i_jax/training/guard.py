@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.console import console
-from t2i_jax.nn.trees import rebuild
+from t2i_jax.core.params import rebuild
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState

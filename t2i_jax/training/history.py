@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from t2i_jax.config import ConfigError, changes, differences, read_stored, to_json, write_stored
+from t2i_jax.core.config import ConfigError, changes, differences, read_stored, to_json, write_stored
 from t2i_jax.core.fields import free_fields
 from t2i_jax.core.migration import VERSION
 from t2i_jax.core.outputs import write_text
-from t2i_jax.training.artifacts import bundle_files
+from t2i_jax.storage.artifacts import bundle_files
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.objectives import by_optimizer, updates
 from t2i_jax.training.records import read

@@ -19,23 +19,24 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import TextColumn
 
-from t2i_jax import flops
-from t2i_jax.config import ConfigError, read_json, refused, to_json
+from t2i_jax.core import flops
+from t2i_jax.core.config import ConfigError, read_json, refused, to_json
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
+from t2i_jax.core.params import abstract, rebuild
+from t2i_jax.core.platform import shared_cache
+from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings
 from t2i_jax.core.specs import check_batch
 from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
-from t2i_jax.nn.trees import abstract, rebuild
-from t2i_jax.parallel import global_batch, put_on_mesh, rows_of, shardings
-from t2i_jax.platform import shared_cache
+from t2i_jax.storage.artifacts import stored
+from t2i_jax.storage.checkpoints import Checkpoints
+from t2i_jax.storage.remote import CACHE_FOLDER, resolve_path, staged_dir
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.artifacts import stored
-from t2i_jax.training.checkpoints import Checkpoints
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import Guard
 from t2i_jax.training.history import History
@@ -50,7 +51,6 @@ from t2i_jax.training.objectives import (
     updates,
 )
 from t2i_jax.training.records import Records
-from t2i_jax.training.remote import CACHE_FOLDER, resolve_path, staged_dir
 from t2i_jax.training.state import TrainState, create, params_of
 from t2i_jax.training.step import loss_inputs, make_step, step_keys
 from t2i_jax.training.watch import raise_peer_lost, watchdog

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from jax import Array
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.jaxprs import used_inputs
+from t2i_jax.core.params import Named
 from t2i_jax.core.types import LossOutput, Objective, Trainable, shares_forward
-from t2i_jax.nn.trees import Named
 
 Objectives = Mapping[str, Objective]
 Forward = Callable[[Any, Any, Array, Array, bool], Any]

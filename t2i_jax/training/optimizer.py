@@ -13,10 +13,10 @@ import jax
 import optax
 from optax import contrib
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import Checked, Count, NotNegative, Rate, Share
-from t2i_jax.nn.trees import Named, is_variable
+from t2i_jax.core.params import Named, is_variable
 
 
 @dataclasses.dataclass(frozen=True)

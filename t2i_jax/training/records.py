@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 
 
 class Records:

@@ -12,8 +12,8 @@ import optax
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.params import Named, named
 from t2i_jax.nn.layers import ModelState
-from t2i_jax.nn.trees import Named, named
 from t2i_jax.training.objectives import Objectives, by_optimizer, under
 from t2i_jax.training.spikes import RunningNorms, start_norms
 

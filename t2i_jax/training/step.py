@@ -13,10 +13,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.keys import apart, seed_key
+from t2i_jax.core.params import Named, rebuild
 from t2i_jax.core.types import LossOutput, Objective
-from t2i_jax.nn.trees import Named, rebuild
 from t2i_jax.training.objectives import (
     Forward,
     Objectives,

@@ -10,7 +10,7 @@ import numpy as np
 from parity import Oracle
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.nn.condition import CrossAttnFeatures, PrefixTokens
+from t2i_jax.networks.condition import CrossAttnFeatures, PrefixTokens
 from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler

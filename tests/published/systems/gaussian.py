@@ -11,7 +11,7 @@ from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.diffusion import join_inputs
-from t2i_jax.nn.dit import sincos_2d
+from t2i_jax.networks.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian

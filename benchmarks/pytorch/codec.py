@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch, tensor
+from benchmarks.pytorch import pytorch, tensor
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN

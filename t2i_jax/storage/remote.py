@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import console
 
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}

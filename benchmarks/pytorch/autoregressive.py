@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch, tensor
+from benchmarks.pytorch import pytorch, tensor
 from t2i_jax.core.fields import values
 from t2i_jax.models.ar import AR
-from t2i_jax.nn.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.sampling.options import ARSampler
 
 

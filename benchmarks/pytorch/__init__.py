@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 
 
 def pytorch() -> Any:

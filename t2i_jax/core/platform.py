@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from t2i_jax.parallel import start_cluster
+from t2i_jax.core.sharding import start_cluster
 
 # Collectives that run while something else is computed.
 XLA_FLAGS = {

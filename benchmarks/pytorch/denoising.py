@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.eager import pytorch, tensor
+from benchmarks.pytorch import pytorch, tensor
 from t2i_jax.core.fields import values
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.nn.dit import DiT
+from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.sampling.options import DiffusionSampler
 

@@ -13,10 +13,10 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.core.sharding import shard
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear
 from t2i_jax.nn.modulation import modulate
 from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, CrossAttention, Layer, drop
-from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,30 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers as managers
 from rich.markup import escape
 
-from t2i_jax.config import ConfigError
+from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import console
 from t2i_jax.core.memory import return_freed
-from t2i_jax.parallel import all_processes_agree
-from t2i_jax.training.checksums import checksums
-from t2i_jax.training.remote import resolve_path
-from t2i_jax.training.state import TrainState
+from t2i_jax.core.sharding import all_processes_agree
+from t2i_jax.storage.checksums import checksums
+from t2i_jax.storage.remote import resolve_path
 
 HELD = 2**27
 """Bytes of weights that are read at a time."""
+
+
+class State(Protocol):
+    """What is stored: named arrays (`training.state.TrainState`)."""
+
+    def flat(self) -> dict[str, jax.Array]:
+        """All arrays by name."""
+        ...
+
+    def unflat(self, arrays: dict[str, jax.Array]) -> Self:
+        """The same structure with other arrays."""
+        ...
+
+
+S = TypeVar("S", bound=State)
 Lay = Callable[[Any, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
@@ -117,7 +131,7 @@ class Checkpoints:
         if math.isfinite(value := metrics.get(self.best.metric, math.nan)):
             self.best.values[step] = value
 
-    def save(self, state: TrainState, position: int, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, state: State, position: int, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Begin to write `state`; `position` is the number of examples consumed so far, `metrics` are those of this
         state, if it was evaluated."""
         self._settle()
@@ -150,7 +164,7 @@ class Checkpoints:
             self._settle()
         return self.failures > 0 and all_processes_agree(time.monotonic() >= self.until)
 
-    def finish(self, state: TrainState, position: int, step: int) -> None:
+    def finish(self, state: State, position: int, step: int) -> None:
         """Until the checkpoint of this step, begun already or not, is on disk.
 
         Errors: `CheckpointError` where it could not be written, however often it was tried.
@@ -199,7 +213,7 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------------ reading
 
-    def restore(self, target: TrainState) -> tuple[TrainState, int] | None:
+    def restore(self, target: S) -> tuple[S, int] | None:
         """The newest sound state, placed as `target` (abstract arrays with shardings), and its data position.
 
         Returns None where there is no checkpoint yet. Optimiser state of parameters that were not trained before
@@ -360,7 +374,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"set aside {step}")
         self.manager.reload()
 
-    def _fits(self, step: int, saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
+    def _fits(self, step: int, saved: dict[str, Any], target: State) -> dict[str, Any]:
         """The abstract arrays of what follows the parameters (optimisers, average, running norms) that the checkpoint
         lacks. Errors: `ConfigError` where it lacks others."""
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
@@ -383,7 +397,7 @@ class Checkpoints:
         return fresh
 
     @staticmethod
-    def _saved(saved: dict[str, Any], target: TrainState) -> dict[str, Any]:
+    def _saved(saved: dict[str, Any], target: State) -> dict[str, Any]:
         """What to read of a checkpoint: its arrays, placed as `target` where that has them, else on every device."""
         wanted = target.flat()
         layouts = (v.sharding for v in wanted.values())

@@ -18,15 +18,15 @@ from jax import Array
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Batch, Compute, Condition
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors, value
+from t2i_jax.networks.dit import Context, pooled
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors, value
 from t2i_jax.nn.conv import Upsample
-from t2i_jax.nn.dit import Context, pooled
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding
 from t2i_jax.nn.transformer import REMAT, Layer, apply_stack, drop, stack
-from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)

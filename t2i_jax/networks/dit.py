@@ -22,15 +22,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
+from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Batch, Compute, Condition, SummarizedTokens
+from t2i_jax.networks.condition import ClassEmbedder, check_vectors
 from t2i_jax.nn.attention import Padding, attend
-from t2i_jax.nn.condition import ClassEmbedder, check_vectors
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, ModelState, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 from t2i_jax.nn.transformer import MLP, REMAT, Attention, Layer
-from t2i_jax.parallel import shard
 
 
 @dataclasses.dataclass(frozen=True)
