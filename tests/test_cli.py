@@ -1,6 +1,7 @@
 """The command: what a user can mend is one line and status 2; solvers and meshes are chosen when drawing."""
 
 import dataclasses
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from t2i_jax.cli import main
 from t2i_jax.comparison import Comparison
 from t2i_jax.comparison.report import files_of
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.console import stdout
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion
@@ -272,3 +274,10 @@ def test_a_config_of_another_kind_is_named(tmp_path, monkeypatch, capsys, words)
 def test_a_report_is_a_file(out):
     with pytest.raises(ConfigError, match="name a file"):
         files_of(Comparison("title", "about", {}, toys.experiment(), flops=1.0), Path(out))
+
+
+def test_a_file_name_that_is_not_utf8_is_printed_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
+    stdout().print("caf\udce9: written")
+    assert written.getvalue() == b"caf\\udce9: written\n"

@@ -1,5 +1,8 @@
 """The only console and progress bar; nothing else in the library prints."""
 
+import io
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -9,7 +12,12 @@ console = Console(stderr=True)
 
 
 def stdout(width: int = 120) -> Console:
-    """A console on standard output, for results: as wide as the terminal, or `width` columns in a file or a pipe."""
+    """A console on standard output, for results: as wide as the terminal, or `width` columns in a file or a pipe.
+
+    What its encoding lacks, as bytes of a file name that is not UTF-8, is printed escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=width)
 
