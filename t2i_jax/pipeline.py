@@ -44,6 +44,7 @@ from t2i_jax.core.types import (
 )
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.sampling.inpainting import check_keep
+from t2i_jax.sampling.progress import Progress, listening
 from t2i_jax.storage.artifacts import (
     Artifact,
     check_new,
@@ -148,7 +149,6 @@ class Pipeline:
         self.folder: str | Path | None = None
         """Folder of the loaded model."""
         self.classifier: Artifact | None = None
-        self._watch: Watch | None = None
         self.upsampler: Pipeline | None = None
         """Pipeline that upscales the images; see `with_upsampler`."""
         self.noticed: set[str] = set()
@@ -157,7 +157,7 @@ class Pipeline:
 
     def _compile(self) -> Callable[..., Array]:
         """The jitted sampler; option values are traced, so it compiles once, and once more without guidance."""
-        return jax.jit(self._run, static_argnames=("watched", "guided"))
+        return jax.jit(self._run, static_argnames="guided")
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
@@ -428,7 +428,6 @@ class Pipeline:
         upscale."""
         if small is None and self.family.capabilities.super_resolution:
             raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
-        self._watch = watch
         condition, keys = self.condition(prompts), image_keys(seeds)
         if small is not None:
             condition["low_res"] = small.astype(np.float32) / 127.5 - 1
@@ -438,20 +437,14 @@ class Pipeline:
             data = np.asarray(jax.random.key_data(keys))
             condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(self.family, options))
-            static = {"watched": watch is not None, **guidance_flags(self.family, options)}
-            images = self._compiled(self.parts, condition, keys, arrays, **static)
-        if watch:
-            jax.effects_barrier()
-        return images
+            static = guidance_flags(self.family, options)
+            with listening(watch and (lambda done, total, codes: watch(done / total, codes))) as progress:
+                return self._compiled(self.parts, condition, keys, arrays, progress, **static)
 
     def pictures(self, codes: Any) -> np.ndarray:
         """uint8 (b, i, j, 3) from codes, or from images as floats."""
         with jax.set_mesh(self.mesh):
             return to_host(jax.jit(self._finish)(self.parts, np.asarray(codes)))
-
-    def _on_progress(self, done: Any, total: Any, codes: Any) -> None:
-        if self._watch:
-            self._watch(float(done) / float(total), codes)
 
     def _run(
         self,
@@ -459,13 +452,13 @@ class Pipeline:
         condition: dict[str, Array],
         keys: Array,
         options: Any,
-        watched: bool = False,
+        progress: Progress | None = None,
         guided: bool | None = None,
     ) -> Array:
         condition = with_features(self.text, parts, condition)
         more: dict[str, Any] = {k: jnp.repeat(v, len(keys), 0) for k, v in parts.get("inpaint", {}).items()}
         more |= {} if guided is None else {"guided": guided}
-        more |= {"progress": self._on_progress} if watched else {}
+        more |= {} if progress is None else {"progress": progress}
         more |= self.helpers(parts)
         return self._finish(parts, self.family.sample(parts["model"], condition, keys, options, **more))
 

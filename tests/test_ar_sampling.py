@@ -13,6 +13,7 @@ from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.progress import listening
 from t2i_jax.sampling.tokens import filter_logits, uniforms
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")
@@ -129,15 +130,8 @@ def test_without_guidance_half_the_rows_give_the_same_codes():
 def test_progress_shows_growing_codes():
     model, condition, keys = model_for(TINY), condition_for(TINY), keys_for()
     seen = []
-    final = TINY.sample(
-        model,
-        condition,
-        keys,
-        segments=3,
-        guided=False,
-        progress=lambda count, total, codes: seen.append((int(count), np.asarray(codes))),
-    )
-    jax.effects_barrier()
+    with listening(lambda count, total, codes: seen.append((count, codes))) as progress:
+        final = TINY.sample(model, condition, keys, segments=3, guided=False, progress=progress)
     seen.sort(key=lambda x: x[0])
     assert [count for count, _ in seen] == [2, 3, 4, 5, 6]
     for count, codes in seen:

@@ -22,6 +22,7 @@ from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.progress import listening
 from t2i_jax.training.experiment import Experiment, record_spec
 
 ALL = CODECS | FAMILIES
@@ -230,11 +231,9 @@ def test_known_tokens_stay_and_progress_counts_steps_to_the_end(name):
     known = jnp.asarray(rng.integers(0, 16, shape) if spec.code.is_discrete else rng.uniform(-1, 1, shape))
     known = known.astype(spec.code.dtype)
     keep = (np.arange(rows * columns) < np.asarray([[1], [3]])).reshape(2, rows, columns)
-    progress = lambda done, total, sample: seen.append((int(done), int(total), np.asarray(sample)))
-    made = config.sample(
-        config.init(jax.random.key(0)), *sampling(name), known=known, keep=keep, progress=progress, guided=False
-    )
-    jax.effects_barrier()
+    model, kept = config.init(jax.random.key(0)), {"known": known, "keep": keep}
+    with listening(lambda done, total, sample: seen.append((done, total, sample))) as progress:
+        made = config.sample(model, *sampling(name), **kept, progress=progress, guided=False)
     of_codes = np.repeat(np.repeat(keep, spec.patch, 1), spec.patch, 2)
     np.testing.assert_allclose(np.asarray(made)[of_codes], np.asarray(known)[of_codes], atol=1e-5)
     seen = sorted(seen, key=lambda call: call[0])

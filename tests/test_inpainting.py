@@ -11,6 +11,7 @@ from exact import Exact, exact, family_of
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.sampling.progress import listening
 
 PROCESSES = {"discrete": Discrete("linear"), "flow": Flow(), "edm": EDM()}
 COUNT, KNOWN = 4000, 1.5
@@ -121,10 +122,9 @@ def test_rounds_cost_nothing_where_nothing_is_known():
 def test_strength_and_progress_go_with_rounds():
     family, seen = family_of(Flow(), 2), []
     model = exact(family, [0, 0], pair(0.9))
-    told = lambda i, total, x: seen.append((int(i), int(total), x.shape))
     options = DiffusionSampler(10, strength=0.5, resample=4)
-    drawn = family.sample(model, {}, keys(8), options, progress=told, **given(8))
-    jax.effects_barrier()
+    with listening(lambda i, total, x: seen.append((i, total, x.shape))) as progress:
+        drawn = family.sample(model, {}, keys(8), options, progress=progress, **given(8))
     assert sorted(seen) == [(i, 10, (8, 1, 2, 1)) for i in range(6, 11)]
     np.testing.assert_allclose(drawn[:, 0, 0, 0], KNOWN, rtol=1e-5)
     kept = family.sample(model, {}, keys(8), dataclasses.replace(options, strength=0.01), **given(8))

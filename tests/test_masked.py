@@ -25,6 +25,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate, Permutation, Raster, Sets
+from t2i_jax.sampling.progress import listening
 from t2i_jax.storage.artifacts import Artifact
 
 CODES = SoftmaxHead(7)
@@ -222,10 +223,10 @@ def test_steps_ask_for_what_the_schedule_says():
     config, model = CELLS["masked sets SoftmaxHead"], filled(CELLS["masked sets SoftmaxHead"])
     batch, counts = batch_of(config), []
     keys = jax.random.split(jax.random.key(2), 3)
-    progress = lambda count, total, codes: counts.append(float(count))
+    condition = condition_of(config, batch)
     for iterations in (2, 9):  # the second is more than there are tokens
-        config.sample(model, condition_of(config, batch), keys, MaskedSampler(iterations=iterations), progress=progress)
-        jax.effects_barrier()
+        with listening(lambda count, total, codes: counts.append(count)) as progress:
+            config.sample(model, condition, keys, MaskedSampler(iterations=iterations), progress=progress)
     assert sorted(counts[:2]) == [1, 2] and sorted(counts[2:]) == [1, 2, 3, 4, 5, 6]
 
 

@@ -26,6 +26,7 @@ from t2i_jax.nn.layers import replace
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
 from t2i_jax.sampling.discrete import reverse, timesteps
 from t2i_jax.sampling.options import DiscreteSampler
+from t2i_jax.sampling.progress import listening
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
 
@@ -201,9 +202,8 @@ def test_without_guidance_half_the_rows_give_the_same_codes():
 
 def test_previews_come_after_every_step():
     seen = {}
-    note = lambda i, total, guess: seen.setdefault(int(i), np.asarray(guess))
-    codes = guided_draw(TINY)(keys_for(), DiscreteSampler(steps=4, rule=1), progress=note)
-    jax.effects_barrier()
+    with listening(lambda i, total, guess: seen.setdefault(i, guess)) as progress:
+        codes = guided_draw(TINY)(keys_for(), DiscreteSampler(steps=4, rule=1), progress=progress)
     assert sorted(seen) == [1, 2, 3, 4]
     np.testing.assert_array_equal(seen[4], codes)
     assert all(guess.max() < 12 for guess in seen.values())  # none is masked

@@ -207,13 +207,14 @@ class Family(Trainable, Protocol):
         options: Any = None,
         *,
         guided: bool | None = None,
-        progress: Callable[[Any, Any, Any], None] | None = None,
+        progress: Any = None,
     ) -> Array:
         """Samples as in `sample_spec`, one for each row of the condition and each key of `keys` (b,).
 
         guided: whether to compute the unconditional branch; False disables guidance at half the cost, None: if one was
             learned.
-        progress: called as (done, total, sample) with steps of this sampler and the samples so far; static.
+        progress: a `sampling.progress.Progress` to report (done, total, sample) to, by `report`: steps of this sampler,
+            and the samples so far; a pytree.
         """
         ...
 

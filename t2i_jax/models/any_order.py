@@ -219,7 +219,7 @@ class AnyOrder(BaseFamily):
             `condition_dropout` is 0, since no unconditional branch was trained.
         orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
         draws: source of the head's random numbers; replaces `heads.ImageKeys`.
-        progress: called as (tokens so far, all tokens, codes); static.
+        progress: its listener is called with (tokens so far, all tokens, codes).
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         x = to_tokens(known, self.patch)
@@ -245,7 +245,7 @@ def _pick(x: Array, places: Array) -> Array:
     return jax.vmap(lambda row, p: row[p])(x, places)
 
 
-@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+@partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(
     config: AnyOrder,
     model: AnyOrderNetwork,

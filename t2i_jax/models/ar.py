@@ -334,7 +334,7 @@ class AR(BaseFamily):
             `condition_dropout` is 0, since no unconditional branch was trained.
         segments: number of steps in which the cache grows; attention reads no more than the current size; static. Each
             segment compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
-        progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
+        progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
         """
         guided = is_guided(self.capabilities, guided)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)

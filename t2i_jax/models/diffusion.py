@@ -292,7 +292,7 @@ class Diffusion(BaseFamily):
             classifier or an image-text model; samples follow its gradient.
         guide_model: a weaker model that replaces the unconditional branch (Karras et al. 2024). Its network may differ;
             process, prediction, shape and condition are those of this one.
-        progress: called as (steps done, all steps, the images so far); static.
+        progress: its listener is called with (steps done, all steps, the images so far).
         """
         guided = is_guided(self.capabilities, True if guided is None and guide_model is not None else guided)
         untold = not self.condition.spec.has_null and "null_features" not in condition
@@ -354,7 +354,7 @@ def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
     return jnp.concatenate(parts, -1) if len(parts) > 1 else x
 
 
-@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+@partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(
     config: Diffusion,
     model: Any,

@@ -337,7 +337,7 @@ class Masked(BaseFamily):
             `condition_dropout` is 0, since no unconditional branch was trained.
         orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
         draws: source of the head's random numbers; replaces `heads.ImageKeys`.
-        progress: called as (steps done, all steps, codes); static.
+        progress: its listener is called with (steps done, all steps, codes).
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         x = to_tokens(known, self.patch)
@@ -366,7 +366,7 @@ class MaskedNetwork(nnx.Module):
         self.head: Any = config.head.init(keys[9], f)
 
 
-@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+@partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(
     config: Masked,
     model: MaskedNetwork,

@@ -343,8 +343,8 @@ class VQDiffusion(BaseFamily):
         known, keep: codes (b, h, w) and a mask bool (b, h, w) of those to leave unchanged, to complete an image.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
             `condition_dropout` is 0, since no unconditional branch was trained.
-        progress: called as (steps done, all steps, the most probable clean codes (b, h, w), at the end the sampled
-            ones); static.
+        progress: its listener is called with (steps done, all steps, the most probable clean codes (b, h, w), at the
+            end the sampled ones).
         """
         guided = is_guided(self.capabilities, guided)
         untold = not self.condition.spec.has_null
@@ -412,7 +412,7 @@ def _with_mask(log_p: Array) -> Array:
     return clipped(jnp.concatenate([log_p, jnp.full_like(log_p[..., :1], LOWEST)], -1))
 
 
-@partial(jax.jit, static_argnames=("config", "guided", "progress"))
+@partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(
     config: VQDiffusion,
     model: VQDiffusionNetwork,

@@ -51,7 +51,7 @@ def sample(
     guided: False skips the unconditional branch, whatever the options are, at half the cost.
     segments: the cache grows in this many steps, and attention reads no more than it holds; static. Each segment
         compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
-    progress: called as (tokens so far, all tokens, codes (b, h, w)); static.
+    progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
     """
     known, keep = known_and_keep(config.capabilities, config.sample_spec(), len(keys), known, keep)
     segments = segments or max(1, min(4, 48 // config.depth))
@@ -59,7 +59,7 @@ def sample(
     return _sample(config, model, condition, keys, options, known, keep, guided, segments, progress)
 
 
-@partial(jax.jit, static_argnames=("config", "guided", "segments", "progress"))
+@partial(jax.jit, static_argnames=("config", "guided", "segments"))
 def _sample(
     config: Any,
     model: Any,

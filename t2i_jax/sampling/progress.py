@@ -1,27 +1,74 @@
-"""Progress of a sampling loop, reported from inside the compiled program."""
+"""Progress of a sampling loop, reported from inside the compiled program.
+
+    with listening(listener) as progress:
+        samples = family.sample(model, condition, keys, progress=progress)
+
+The program holds one callback for all calls, and gets the number of the call as an array: it is compiled once, and
+threads that sample at the same time with the same program each hear of their own samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-Progress = Callable[[Any, Any, Any], None]
+Listener = Callable[[int, int, np.ndarray], None]
 """Called on the host as (done, total, sample): steps done by this sampler, all steps, and the samples so far (b, *grid,
-...), as in `SampleSpec`. A step is a token for samplers that go token by token.
+...), as in `SampleSpec`. A step is a token for samplers that go token by token. Calls may come out of order."""
 
-Calls may come out of order; `jax.effects_barrier()` waits for the last. A program with such calls is not stored in the
-compilation cache.
-"""
+_LISTENERS: dict[int, Listener] = {}
+"""Listeners by the number of their call; only `listening` changes it."""
+_CALLS = itertools.count()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """The argument `progress` of `Family.sample`: the call to report to, a traced number.
+
+    None in its place makes a program without callbacks. A program with one is not stored in the compilation cache.
+    """
+
+    call: Array | np.integer
+    """scalar int32"""
+
+
+@contextlib.contextmanager
+def listening(listener: Listener | None) -> Iterator[Progress | None]:
+    """A `Progress` that calls `listener`, None without one; at the end of the block all its calls have been made.
+
+    The listener is called in another thread.
+    """
+    if listener is None:
+        yield None
+        return
+    call = next(_CALLS)
+    _LISTENERS[call] = listener
+    try:
+        yield Progress(np.int32(call))
+        jax.effects_barrier()
+    finally:
+        del _LISTENERS[call]
 
 
 def report(progress: Progress | None, done: Array, total: Array | int, sample: Array) -> None:
-    """Call `progress`, if given, after every sixteenth of the steps (every step if there are fewer), and after the
+    """Report to `progress`, if given, after every sixteenth of the steps (every step if there are fewer), and after the
     last."""
     if progress is None:
         return
     due = done * 16 // total > (done - 1) * 16 // total
-    jax.lax.cond(due, lambda: jax.debug.callback(progress, done, jnp.int32(total), sample), lambda: None)
+    call = progress.call
+    jax.lax.cond(due, lambda: jax.debug.callback(_dispatch, call, done, jnp.int32(total), sample), lambda: None)
+
+
+def _dispatch(call: Array, done: Array, total: Array, sample: Array) -> None:
+    listener = _LISTENERS.get(int(call))
+    if listener is not None:  # its block may have ended with an error
+        listener(int(done), int(total), np.asarray(sample))
