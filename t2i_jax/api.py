@@ -7,8 +7,9 @@ from pathlib import Path
 from t2i_jax.core.config import refused
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import as_family
-from t2i_jax.pipeline import Pipeline, validate_options
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.previews import Previews
+from t2i_jax.sampling.options import validate_options
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import train as train_run
 

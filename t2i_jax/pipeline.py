@@ -15,20 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.core import config
-from t2i_jax.core.casts import cast_first
+from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.errors import did_you_mean
-from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields, values
+from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
 from t2i_jax.core.image_files import to_uint8
-from t2i_jax.core.keys import apart
-from t2i_jax.core.params import abstract, named
+from t2i_jax.core.keys import apart, image_keys
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.core.types import (
     Family,
     GaussianFamily,
     Tokenizer,
-    Trainable,
     as_classifier,
     as_family,
     autoguided,
@@ -38,16 +35,17 @@ from t2i_jax.core.types import (
     image_to_image,
     inpainting,
     int8_sampling,
-    measures_scale,
     super_resolution,
     text_encoder,
 )
 from t2i_jax.nn.decode import int8_weights
+from t2i_jax.release import card
+from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.inpainting import check_keep
+from t2i_jax.sampling.options import validate_options
 from t2i_jax.sampling.progress import Progress, listening
 from t2i_jax.storage.artifacts import (
     Artifact,
-    check_new,
     copy_artifact,
     load_artifact,
     load_codec,
@@ -55,70 +53,12 @@ from t2i_jax.storage.artifacts import (
     save_artifact,
 )
 from t2i_jax.text.cut import check_vocabulary, limited, unread
-from t2i_jax.training.experiment import Experiment, with_features
+from t2i_jax.training.experiment import with_features
 
 log = logging.getLogger(__name__)
 
-SEEDS = 2**64
-"""Seeds are integers from 0 to one less."""
-
-
-def image_keys(seeds: Sequence[int]) -> Array:
-    """One key per image, from its seed alone: the same seed gives the same image in any batch.
-
-    Errors: `ConfigError` for a seed that is negative or has more than 64 bits.
-    """
-    for seed in seeds:
-        if not 0 <= seed < SEEDS:
-            raise ConfigError(f"seed {seed}: seeds are whole numbers from 0 to {SEEDS - 1}")
-    # Seeds of more than 32 bits are two numbers; the second is 0 for all others.
-    low, high = (np.asarray([seed >> shift & 0xFFFFFFFF for seed in seeds], np.uint32) for shift in (0, 32))
-    keys = jax.vmap(jax.random.key)(jnp.asarray(low))
-    return jax.vmap(lambda k, n: jnp.where(n > 0, jax.random.fold_in(k, n), k))(keys, jnp.asarray(high))
-
-
 Watch = Callable[[float, Any], None]
 """Callback while a batch is sampled: (share done, codes or images so far)."""
-
-
-def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
-    """Static kwargs that skip the unconditional branch when guidance is 1, which halves the cost."""
-    if not family.capabilities.guidance:
-        return {}
-    return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
-
-
-def validate_options(family: Family, options: Any) -> Any:
-    """Sampling options as arrays. Errors: `ConfigError` for values that the family cannot sample with."""
-    with refused("sampling options"):
-        family.check(options)
-        return options.arrays()
-
-
-def plain_options(options: Any) -> dict[str, float | str | None]:
-    """Sampling options for a file: numbers as floats, names and None unchanged."""
-    return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}
-
-
-def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
-    """Dtypes of the weights that a family's sampler casts to bfloat16 before use.
-
-    They are cast once when loaded, which changes no image.
-    """
-    if not model_config.capabilities.family or model_config.compute.dtype != "bfloat16":
-        return {}
-    family = as_family(model_config)
-    model = abstract(family)
-    spec = {k: f for k, f in family.condition_spec().items() if not f.optional}
-    condition = {k: jax.ShapeDtypeStruct((1, *(n or 1 for n in f.shape)), f.dtype) for k, f in spec.items()}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    draw = lambda model, condition, keys: family.sample(model, condition, keys, family.options())
-    try:
-        cast = cast_first(jax.make_jaxpr(draw)(model, condition, keys).jaxpr, jnp.bfloat16)
-    except ConfigError:  # it needs optional condition fields, or its jaxpr has an unknown form
-        return {}
-    flags = jax.tree.unflatten(jax.tree.structure(model), cast[: len(jax.tree.leaves(model))])
-    return {k: jnp.bfloat16 for k, v in named(flags).items() if v.get_value()}
 
 
 class Pipeline:
@@ -487,19 +427,6 @@ class Pipeline:
             save_artifact(artifact, folder, about(artifact))
 
 
-def card(artifact: Artifact, name: str) -> str:
-    """The model card of a released family or codec."""
-    kind = type(artifact.config).__name__
-    if not artifact.config.capabilities.family:
-        return f"# {name}\n\n{kind}, step {artifact.step}.\n"
-    count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
-    fields = "\n".join(f"| {k} | {v} |" for k, v in values(artifact.config).items())
-    return (
-        f"# {name}\n\nA text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
-        f'```\nt2i sample {name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n'
-    )
-
-
 def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
     """Properties that two Gaussian diffusions must share for one to guide the other."""
     return {
@@ -507,34 +434,3 @@ def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
         "shape": family.sample_spec().shape,
         "condition": dict(family.condition_spec()),
     }
-
-
-def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
-    """Write the model or the codec of a run as a released model.
-
-    scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder mean 0 and variance
-    1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
-    """
-    check_new(out)
-    about = lambda artifact: card(artifact, Path(out).name)
-    if scale:
-        artifact = with_measured_scale(load_artifact(run), run)
-        save_artifact(artifact, out, about(artifact))
-    else:
-        copy_artifact(run, out, about)
-
-
-def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
-    """The codec of a run with the scale and shift measured on `count` of its images."""
-    experiment = config.load(run)
-    if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
-        raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
-    examples = experiment.data.examples("train")
-    found = [record["image"] for record in examples.spaced(count) if "image" in record]
-    if not found:
-        raise ConfigError(f"{run}: a scale is measured on images, and the data has none that can be read")
-    whole = len(found) - len(found) % batch if len(found) > batch else len(found)
-    images = (np.stack(found[at : at + batch]) for at in range(0, whole, batch))
-    signed = (x.astype(np.float32) / 127.5 - 1 for x in images)
-    scale, shift = measures_scale(artifact.config).measure(artifact.model, signed)
-    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=scale, shift=shift))

@@ -17,9 +17,12 @@ from t2i_jax.core import image_files
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.image_files import to_uint8
+from t2i_jax.core.keys import image_keys
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.data.records import title
-from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys, plain_options
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.options import plain_options
 
 
 class Previews:

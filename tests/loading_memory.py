@@ -21,7 +21,8 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
-from t2i_jax.pipeline import Pipeline, release
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.release import release
 from t2i_jax.storage import checkpoints
 from t2i_jax.storage.artifacts import load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, Train

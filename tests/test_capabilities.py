@@ -17,7 +17,8 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.pipeline import Pipeline, release
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.release import release
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.loop import train
 

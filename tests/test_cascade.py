@@ -10,12 +10,13 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.keys import image_keys
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.models.diffusion import Diffusion, noise_low_res
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.pipeline import Pipeline, image_keys
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 

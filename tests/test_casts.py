@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.core.casts import cast_first
+from t2i_jax.core.casts import cast_dtypes, cast_first
 from t2i_jax.core.params import named, rebuild
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
-from t2i_jax.pipeline import cast_dtypes
 
 
 def program(a, b, c, d, e, f, x):

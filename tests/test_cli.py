@@ -25,9 +25,9 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.pipeline import Pipeline, validate_options
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.previews import Previews
-from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler
+from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler, validate_options
 from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
 

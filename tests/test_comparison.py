@@ -25,7 +25,8 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
-from t2i_jax.pipeline import Pipeline, guidance_flags
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train

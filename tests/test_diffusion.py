@@ -21,9 +21,9 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import EDM, Discrete, Flow
-from t2i_jax.pipeline import Pipeline, plain_options
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling import solvers
-from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.sampling.options import DiffusionSampler, plain_options
 from t2i_jax.storage.artifacts import Artifact
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))

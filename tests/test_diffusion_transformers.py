@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.convert import convert
+from t2i_jax.core.keys import image_keys
 from t2i_jax.interop import pixart, stable_diffusion_3
-from t2i_jax.pipeline import image_keys
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import bundle_files, resolve_files
 from t2i_jax.text.clip import ClipText

@@ -20,7 +20,7 @@ from t2i_jax.core.config import to_json
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.pipeline import with_measured_scale
+from t2i_jax.release import with_measured_scale
 from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 

@@ -20,7 +20,8 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import CaptionEncoder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
-from t2i_jax.pipeline import Pipeline, release
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.release import release
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding, ClipText

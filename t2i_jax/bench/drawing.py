@@ -23,14 +23,15 @@ from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, l
 from t2i_jax.bench.train import random_batch
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.keys import image_keys
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.core.types import Family, as_family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.heads import PositionKeys, TokenHead
-from t2i_jax.pipeline import guidance_flags, image_keys
 from t2i_jax.plan.ready import batch_shapes
+from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment, load_experiment

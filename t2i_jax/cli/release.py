@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from t2i_jax.cli.shared import console, local, parse
-from t2i_jax.pipeline import release as release_run
+from t2i_jax.release import release as release_run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,11 @@ from t2i_jax.core.text import mend, read_lines
 from t2i_jax.core.types import as_family
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
-from t2i_jax.pipeline import Pipeline, guidance_flags, validate_options
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
+from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.options import validate_options
 from t2i_jax.storage.artifacts import config_of, load_artifact
 from t2i_jax.text.clip import ClipEmbedding
 

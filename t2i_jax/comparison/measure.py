@@ -15,11 +15,13 @@ from t2i_jax.comparison.plan import Comparison
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar
+from t2i_jax.core.keys import image_keys
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import images_of, prompts_of, records_of
-from t2i_jax.pipeline import Pipeline, guidance_flags, image_keys
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.training.experiment import with_features
 
 SPACES = ("efficientnet_lite0", "pixels")

@@ -1,12 +1,18 @@
-"""Find the inputs of a traced program that are cast before any computation, by reading its jaxpr."""
+"""Find the inputs of a traced program that are cast before any computation, by reading its jaxpr; and the weights of a
+sampler among them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core
 
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.jaxprs import Call, Cond, Scan, While, read
+from t2i_jax.core.params import abstract, named
+from t2i_jax.core.types import Trainable, as_family
 
 MOVES = {
     "broadcast_in_dim", "copy", "dynamic_slice", "expand_dims", "gather", "optimization_barrier", "reshape", "rev",
@@ -68,3 +74,24 @@ def _pass(note: Any, operands: Any, body: core.Jaxpr, dtype: Any, results: list[
     inner = _used(body, dtype, results or ["else"] * len(body.outvars))
     for operand, variable in zip(operands, body.invars, strict=True):
         note(operand, inner.get(variable, "unused"))
+
+
+def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
+    """Dtypes of the weights that a family's sampler casts to bfloat16 before use.
+
+    They are cast once when loaded, which changes no image.
+    """
+    if not model_config.capabilities.family or model_config.compute.dtype != "bfloat16":
+        return {}
+    family = as_family(model_config)
+    model = abstract(family)
+    spec = {k: f for k, f in family.condition_spec().items() if not f.optional}
+    condition = {k: jax.ShapeDtypeStruct((1, *(n or 1 for n in f.shape)), f.dtype) for k, f in spec.items()}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    draw = lambda model, condition, keys: family.sample(model, condition, keys, family.options())
+    try:
+        cast = cast_first(jax.make_jaxpr(draw)(model, condition, keys).jaxpr, jnp.bfloat16)
+    except ConfigError:  # it needs optional condition fields, or its jaxpr has an unknown form
+        return {}
+    flags = jax.tree.unflatten(jax.tree.structure(model), cast[: len(jax.tree.leaves(model))])
+    return {k: jnp.bfloat16 for k, v in named(flags).items() if v.get_value()}

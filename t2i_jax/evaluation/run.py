@@ -24,7 +24,8 @@ from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
-from t2i_jax.pipeline import Pipeline, plain_options
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact, load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, with_features
 

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.types import Capabilities
+from t2i_jax.core.types import Capabilities, Family
 from t2i_jax.noise.schedule import expand_like
 
 T = TypeVar("T")
@@ -21,6 +22,13 @@ T = TypeVar("T")
 def is_guided(can: Capabilities, guided: bool | None) -> bool:
     """Whether to compute the unconditional branch: `guided`, or for None whether the family has learned one."""
     return can.unconditional if guided is None else guided
+
+
+def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
+    """Static kwargs that skip the unconditional branch when guidance is 1, which halves the cost."""
+    if not family.capabilities.guidance:
+        return {}
+    return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from t2i_jax.core.config import refused
 from t2i_jax.core.fields import LARGEST, Checked, Range, values
-from t2i_jax.core.types import Spacing
+from t2i_jax.core.types import Family, Spacing
 from t2i_jax.sampling.guidance import within
 from t2i_jax.sampling.solvers import ETA
 
@@ -258,3 +259,15 @@ def _dtypes(cls: type) -> dict[str, Any]:
 def _dtype_of(hint: Any) -> Any:
     kinds = get_args(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
     return jnp.bool_ if bool in kinds else jnp.float32 if float in kinds else jnp.int32
+
+
+def validate_options(family: Family, options: Any) -> Any:
+    """Sampling options as arrays. Errors: `ConfigError` for values that the family cannot sample with."""
+    with refused("sampling options"):
+        family.check(options)
+        return options.arrays()
+
+
+def plain_options(options: Any) -> dict[str, float | str | None]:
+    """Sampling options for a file: numbers as floats, names and None unchanged."""
+    return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}

@@ -1,0 +1,60 @@
+"""Released models: a model, its codec and its tokenizer in a folder that can be moved, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from t2i_jax.core import config
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.fields import values
+from t2i_jax.core.types import measures_scale
+from t2i_jax.storage.artifacts import Artifact, check_new, copy_artifact, load_artifact, save_artifact
+from t2i_jax.training.experiment import Experiment
+
+
+def card(artifact: Artifact, name: str) -> str:
+    """The model card of a released family or codec."""
+    kind = type(artifact.config).__name__
+    if not artifact.config.capabilities.family:
+        return f"# {name}\n\n{kind}, step {artifact.step}.\n"
+    count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
+    fields = "\n".join(f"| {k} | {v} |" for k, v in values(artifact.config).items())
+    return (
+        f"# {name}\n\nA text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
+        f'```\nt2i sample {name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n'
+    )
+
+
+def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
+    """Write the model or the codec of a run as a released model.
+
+    scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder mean 0 and variance
+    1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
+    """
+    check_new(out)
+    about = lambda artifact: card(artifact, Path(out).name)
+    if scale:
+        artifact = with_measured_scale(load_artifact(run), run)
+        save_artifact(artifact, out, about(artifact))
+    else:
+        copy_artifact(run, out, about)
+
+
+def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:
+    """The codec of a run with the scale and shift measured on `count` of its images."""
+    experiment = config.load(run)
+    if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
+        raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
+    examples = experiment.data.examples("train")
+    found = [record["image"] for record in examples.spaced(count) if "image" in record]
+    if not found:
+        raise ConfigError(f"{run}: a scale is measured on images, and the data has none that can be read")
+    whole = len(found) - len(found) % batch if len(found) > batch else len(found)
+    images = (np.stack(found[at : at + batch]) for at in range(0, whole, batch))
+    signed = (x.astype(np.float32) / 127.5 - 1 for x in images)
+    scale, shift = measures_scale(artifact.config).measure(artifact.model, signed)
+    return dataclasses.replace(artifact, config=dataclasses.replace(artifact.config, scale=scale, shift=shift))
