@@ -22,7 +22,7 @@ from t2i_jax.core.config import ConfigError, differences, read_json, read_migrat
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
-from t2i_jax.core.outputs import check_parent
+from t2i_jax.core.outputs import check_parent, write_text
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.core.types import gives_features, learns_from_images
 from t2i_jax.data.records import (
@@ -98,7 +98,7 @@ def encode_splits(
                     raise DataError(f"the split '{split}' has {len(read)} records, and none that can be stored")
                 console.print(f"{split}: {count} of {len(read)} records are stored", soft_wrap=True, highlight=False)
             index = {"codec": experiment.codec, "image_size": data.image_size, "splits": found}
-            (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+            write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
             put_in_place(folder, out)
             (out / WORK).unlink()
         multihost_utils.sync_global_devices("encode: it is in its place")

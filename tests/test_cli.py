@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from t2i_jax.comparison import Comparison
 from t2i_jax.comparison.report import files_of
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import stdout
+from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion
@@ -281,3 +283,10 @@ def test_a_file_name_that_is_not_utf8_is_printed_escaped(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
     stdout().print("caf\udce9: written")
     assert written.getvalue() == b"caf\\udce9: written\n"
+
+
+def test_text_with_a_file_name_that_is_not_utf8_is_written_escaped(tmp_path):
+    write_json(tmp_path / "a.json", {"command": "t2i --out=caf\udce9"})
+    write_markdown(tmp_path / "a.md", "`t2i --out=caf\udce9`")
+    assert json.loads((tmp_path / "a.json").read_text())["command"] == "t2i --out=caf\udce9"
+    assert "caf\\udce9" in (tmp_path / "a.md").read_text()

@@ -77,11 +77,11 @@ def is_ours(path: Path) -> bool:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file atomically; creates its folder."""
+    """Write a file in UTF-8 atomically; creates its folder. Bytes of a file name that are not UTF-8 are escaped."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.core.errors import DataError as DataError
-from t2i_jax.core.outputs import check_utf8
+from t2i_jax.core.outputs import check_utf8, write_text
 from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
@@ -175,7 +175,7 @@ def write_records(path: str | Path, records: Iterable[Record], shards: int = 1, 
     path = Path(path)
     with atomic_folder(path) as folder:
         index = {**(about or {}), **write_shards(folder, records, shards)}
-        (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / INDEX, json.dumps(index, indent=1, ensure_ascii=False) + "\n")
     return index
 
 
