@@ -10,11 +10,12 @@ seen together. Splits are by hash, so they are the same at every size and for ev
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
-import json
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from t2i_jax.core.config import read_json
@@ -37,7 +39,7 @@ from t2i_jax.data.glyph_styles import (
     unicode_names,
     wrong_wheels,
 )
-from t2i_jax.data.records import INDEX, DataError, Record, atomic_folder, write_shards
+from t2i_jax.data.records import INDEX, DataError, Record, atomic_folder
 
 log = logging.getLogger(__name__)
 
@@ -48,53 +50,9 @@ PIXELS = {
 }
 """SHA-256 of all pixels in their order, by styles and size, as built with the pinned packages."""
 
+METADATA = "metadata.json"
+TEXTS = ("unseen_caption", "key", "label_text", "concept", "family", "style", "group", "split", "license")
 Progress = Callable[[int, int], None]
-
-
-def build_glyphs(
-    out: str | Path,
-    styles: str | Sequence[str] = "twemoji",
-    size: int = 64,
-    skin_tones: bool = False,
-    *,
-    limit: int = 0,
-    strict: bool = False,
-    cache: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Record:
-    """Build the data set into the folder `out`, for `ArrayRecord(out, split)`; returns its `index.json`.
-
-    `styles`: "twemoji", "all", or names of `STYLES`; `size`: side of the images; `limit`: at most so many drawings a
-    style (0: all); `strict`: a version or pixel hash that is not the pinned one is an error and not a warning;
-    `cache`: where npm packages are kept; `progress(done, total)` is called as drawings are done.
-
-    A record has "image" (PNG), "captions", "unseen_caption" (a wording that no image has), "key", "label_text",
-    "concept", "label" (the number of its concept, below the index's "classes"), "family", "style", "group", "split" and
-    "license". The same call again finds the folder and does nothing.
-    Errors: `DataError` for an unknown style, a missing package, or a folder that holds something else.
-    """
-    out = Path(out)
-    chosen = _chosen(styles)
-    recipe = {"styles": chosen, "size": size, "skin_tones": skin_tones, "limit": limit}
-    if (out / INDEX).exists():
-        index = read_json(out / INDEX)
-        if index.get("recipe") != recipe:
-            raise DataError(f"{out}: holds another data set, {index.get('recipe')}; remove it or name another folder")
-        return index
-    glyphs, packages = _collect(chosen, limit, skin_tones, cache, strict)
-    pixels = hashlib.sha256()
-    dropped: Counter[str] = Counter()
-    with atomic_folder(out) as folder:
-        drawn = list(_draw(glyphs, size, dropped, pixels, progress))
-        classes = {name: n for n, name in enumerate(dict.fromkeys(glyph.concept for glyph, _ in drawn))}
-        records = write_shards(folder, _records(drawn, classes, len(chosen) > 1))
-        index = {"name": "glyphs", "recipe": recipe, "packages": packages, "classes": len(classes), **records}
-        index |= {"dropped": dict(dropped), "pixels": pixels.hexdigest()}
-        if not limit and not skin_tones:
-            _check(chosen, size, pixels.hexdigest(), strict)
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        (folder / "CREDITS.md").write_text(_credits(chosen, packages))
-    return index
 
 
 def _chosen(styles: str | Sequence[str]) -> list[str]:
@@ -105,6 +63,131 @@ def _chosen(styles: str | Sequence[str]) -> list[str]:
     if not names:
         raise DataError(f"no style was named; the styles are {', '.join(STYLES)}, or all")
     return [name for name in STYLES if name in names]
+
+
+@dataclasses.dataclass(kw_only=True)
+class GlyphsConfig(tfds.core.BuilderConfig):
+    """What is drawn; without a `name`, it is named by its other fields."""
+
+    name: str = ""
+    size: int = 64
+    """side of the images in pixels"""
+    styles: str | Sequence[str] = "twemoji"
+    """"twemoji", "all", or names of `STYLES`"""
+    skin_tones: bool = False
+    """keep the skin-tone variants of people and hands"""
+    limit: int = 0
+    """at most so many drawings a style; 0: all"""
+
+    def __post_init__(self):
+        self.styles = _chosen(self.styles)
+        parts = [str(self.size), *([] if self.style == "twemoji" else [self.style])]
+        parts += ["tones"] * self.skin_tones + [f"first{self.limit}"] * (self.limit > 0)
+        self.name = self.name or "-".join(parts)
+        self.description = f"{self.style}, {self.size}x{self.size} pixels"
+
+    @property
+    def style(self) -> str:
+        """The styles in one word."""
+        return "all" if self.styles == list(STYLES) else "+".join(self.styles)
+
+    @property
+    def recipe(self) -> Record:
+        return {"styles": self.styles, "size": self.size, "skin_tones": self.skin_tones, "limit": self.limit}
+
+
+class Glyphs(tfds.core.GeneratorBasedBuilder):
+    """Emoji with captions; whole families of concepts are held out, and combinations of concept and style.
+
+    A record has "image" (PNG), "captions", "unseen_caption" (a wording that no image has), "key", "label_text",
+    "concept", "label" (the number of its concept, below the metadata's "classes"), "family", "style", "group", "split"
+    and "license". `strict`: a version or pixel hash that is not the pinned one is an error and not a warning; `cache`:
+    where npm packages are kept; `progress(done, total)` is called as drawings are done.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [GlyphsConfig(size=size, styles=s) for s in ("twemoji", "all") for size in (32, 64, 128, 256)]
+
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        cache: str | Path | None = None,
+        progress: Progress | None = None,
+        file_format: Any = "array_record",
+        **settings: Any,
+    ):
+        self.strict, self.cache, self.progress = strict, cache, progress
+        super().__init__(file_format=file_format, **settings)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        side, text = self.builder_config.size, tfds.features.Text()
+        features = {
+            "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
+            "captions": tfds.features.Sequence(text),
+            "label": tfds.features.Scalar(np.int64),
+            **dict.fromkeys(TEXTS, text),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
+        config, pixels, dropped = self.builder_config, hashlib.sha256(), Counter()
+        glyphs, packages = _collect(config.styles, config.limit, config.skin_tones, self.cache, self.strict)
+        drawn = list(_draw(glyphs, config.size, dropped, pixels, self.progress))
+        if not drawn:
+            raise DataError("glyphs: none of the drawings can be drawn")
+        if not config.limit and not config.skin_tones:
+            _check(config.style, config.size, pixels.hexdigest(), self.strict)
+        classes = {name: n for n, name in enumerate(dict.fromkeys(glyph.concept for glyph, _ in drawn))}
+        splits: dict[str, list[Record]] = {}
+        for record in _records(drawn, classes, len(config.styles) > 1):
+            splits.setdefault(record["split"], []).append(record)
+        counts = {name: {"count": len(records)} for name, records in sorted(splits.items())}
+        about = {"recipe": config.recipe, "packages": packages, "classes": len(classes), "splits": counts}
+        self.info.metadata.update(**about, dropped=dict(dropped), pixels=pixels.hexdigest())
+        (self.data_path / "CREDITS.md").write_text(_credits(config.styles, packages))
+        return {name: enumerate(splits[name]) for name in counts}
+
+    def _generate_examples(self) -> None:
+        """Not called: the examples of all splits come from one list of drawings."""
+
+
+def build_glyphs(
+    out: str | Path,
+    styles: str | Sequence[str] = "twemoji",
+    size: int = 64,
+    skin_tones: bool = False,
+    *,
+    limit: int = 0,
+    **settings: Any,
+) -> Record:
+    """Build `Glyphs` into the folder `out` itself, for `ArrayRecord(out)` or `Tfds(out)`; returns its metadata.
+
+    styles, size, skin_tones, limit: as in `GlyphsConfig`; settings: as of `Glyphs`. The same call again finds the
+    folder and does nothing, one written by an earlier version of this library included.
+    Errors: `DataError` for an unknown style, a missing package, or a folder that holds something else.
+    """
+    out, config = Path(out), GlyphsConfig(size=size, styles=styles, skin_tones=skin_tones, limit=limit)
+    for index in (out / INDEX, out / METADATA):
+        if index.exists():
+            about = read_json(index)
+            if about.get("recipe") != config.recipe:
+                raise DataError(f"{out}: holds another data set, {about.get('recipe')}; remove it or name another folder")
+            return about
+    with atomic_folder(out) as folder:
+        known = Glyphs.builder_configs.get(config.name, config)
+        builder = Glyphs(config=known, data_dir=folder / "tfds", **settings)
+        builder.download_and_prepare()
+        for file in Path(builder.data_dir).iterdir():
+            os.rename(file, folder / file.name)
+        shutil.rmtree(folder / "tfds")
+    return dict(builder.info.metadata)
 
 
 def _collect(
@@ -210,8 +293,7 @@ def unseen_caption(glyph: Glyph, styled: bool) -> str:
     return f"{STYLES[glyph.style].words} drawing of {label}" if styled else f"an emoji of {label}"
 
 
-def _check(styles: list[str], size: int, digest: str, strict: bool) -> None:
-    name = "all" if styles == list(STYLES) else "+".join(styles)
+def _check(name: str, size: int, digest: str, strict: bool) -> None:
     wanted = PIXELS.get((name, size))
     if wanted is not None and wanted != digest:
         _complain(

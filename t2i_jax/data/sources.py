@@ -18,11 +18,16 @@ import numpy as np
 
 from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
+from t2i_jax.core.text import decode_text
 from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
 from t2i_jax.data.parquet import ParquetReader
 from t2i_jax.data.records import INDEX, DataError, Record, as_captions, clean_captions, decode, shard_name
 from t2i_jax.data.tar import TarReader
+
+
+FEATURES = "features.json"
+"""Describes the records of a data set that tfds prepared."""
 
 
 class Reader(Protocol):
@@ -58,7 +63,7 @@ class ArrayRecord:
     """A data set written by this library: `t2i data build`, `t2i encode` or `write_records`."""
 
     path: str
-    """The folder that holds `index.json`."""
+    """The folder that holds `index.json`, or a data set prepared by tfds with features named as in a record."""
     split: str = "train"
     """Which part of it; several are joined by "+", as in "train+val"."""
     every: int = 1
@@ -72,7 +77,10 @@ class ArrayRecord:
 
     def _whole(self) -> Reader:
         mounted(self.path)
-        index = Path(self.path, INDEX)
+        index, features = Path(self.path, INDEX), Path(self.path, FEATURES)
+        if features.exists():
+            fields = tuple(read_json(features)["featuresDict"]["features"])
+            return Tfds(self.path, self.split, captions="captions", label="label", fields=fields).open()
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
         try:
@@ -87,11 +95,7 @@ class ArrayRecord:
                 raise DataError(f"{self.path}: there is no split '{split}'; it has {', '.join(shards)}")
             count, order = shards[split]
             files = [Path(self.path, shard_name(split, i, count)) for i in range(count)]
-            for file in files:
-                if not file.exists():
-                    raise DataError(f"{file}: the file is missing, though {INDEX} counts it")
-            with ThreadPoolExecutor(most_files(16)) as pool:
-                counts = list(pool.map(_count, files))
+            counts = _counts(files)
             records = ArrayRecords([(str(f), 0, n) for f, n in zip(files, counts, strict=True)])
             # Files of blocks follow each other; else records were dealt to them in turn.
             readers.append(_Interleaved(records, 1 if order == "blocks" else count))
@@ -102,6 +106,15 @@ def _open_records(path: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
 
     return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
+
+
+def _counts(files: Sequence[Path]) -> list[int]:
+    """How many records each file of a data set holds. Errors: `DataError` for one that is missing or not whole."""
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file}: the file is missing, though the data set counts it")
+    with ThreadPoolExecutor(most_files(16)) as pool:
+        return list(pool.map(_count, files))
 
 
 def _count(path: Path) -> int:
@@ -239,6 +252,8 @@ class Tfds:
     """The caption of a label, when there are no captions."""
     label: str | None = None
     """The feature with the class number."""
+    fields: tuple[str, ...] = ()
+    """More features to take over into the record, for instance "style"."""
 
     def open(self) -> Reader:
         import tensorflow_datasets as tfds
@@ -249,7 +264,8 @@ class Tfds:
         else:
             builder = tfds.builder(self.name, data_dir=self.data_dir)
         features = builder.info.features
-        for field, feature in (("image", self.image), ("captions", self.captions), ("label", self.label)):
+        wanted = [("image", self.image), ("captions", self.captions), ("label", self.label)]
+        for field, feature in wanted + [("fields", name) for name in self.fields]:
             if feature and feature.split("/")[0] not in features:
                 raise DataError(
                     f"{self.name}: Tfds.{field} is '{feature}'; the features are {', '.join(sorted(features))}"
@@ -260,11 +276,17 @@ class Tfds:
         names = label.names if isinstance(label, tfds.features.ClassLabel) else None
         # The pipeline decodes images itself, so they stay bytes here.
         decoders = {self.image: tfds.decode.SkipDecoding()}
+        try:
+            parts = builder.info.splits[self.split].file_instructions
+        except (ValueError, KeyError) as error:
+            splits = ", ".join(builder.info.splits)
+            raise DataError(f"{self.name}: there is no split '{self.split}'; it has {splits}") from error
         reader = builder.as_data_source(split=self.split, decoders=decoders)
-        parts = builder.info.splits[self.split].file_instructions
         if builder.info.file_format.value == "array_record":  # its own reader keeps every shard open
+            _counts([Path(part.filename) for part in parts])
             reader.data_source = ArrayRecords([(str(p.filename), p.skip, p.take) for p in parts])
-        return _TfdsReader(self, reader, tuple(names or ()))
+        texts = tuple(name for name in self.fields if isinstance(features[name], tfds.features.Text))
+        return _TfdsReader(self, reader, tuple(names or ()), texts)
 
 
 @dataclass
@@ -272,6 +294,8 @@ class _TfdsReader:
     config: Tfds
     reader: Any
     names: Sequence[str]
+    texts: Sequence[str]
+    """which of the fields are strings; tfds gives them as bytes"""
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -284,7 +308,8 @@ class _TfdsReader:
 
     def __getitem__(self, i: int) -> Record:
         config, example = self.config, self.reader[i]
-        record: Record = {"image": example[config.image], "key": self.key(i)}
+        record: Record = {"key": self.key(i)} | {name: example[name] for name in config.fields}
+        record |= {name: decode_text(record[name]) for name in self.texts} | {"image": example[config.image]}
         if config.label:
             record["label"] = int(example[config.label])
         if config.captions:
