@@ -33,8 +33,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import find, hints
 from t2i_jax.core import config
-from t2i_jax.data import TarShards, write_records
-from t2i_jax.data.glyphs import build_glyphs
+from t2i_jax.data import TarShards, glyphs, write_records
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.sentencepiece import train_vocabulary
@@ -387,8 +386,7 @@ class World:
         changes += [(solvers, name, dict([*getattr(solvers, name).items()][:1])) for name in ("PROCESSES", "KINDS")]
         changes += [(solvers, "SPACINGS", ()), (solvers, "inpainting", list), (solvers, "DRAWN", ("ddpm",))]
         changes += [(importlib.import_module("t2i_jax.comparison.measure"), "SPACES", ("pixels",))]
-        data = importlib.import_module("t2i_jax.cli.data")
-        changes += [(data, "build_glyphs", functools.partial(build_glyphs, limit=6))]
+        changes += [(glyphs, "build_glyphs", functools.partial(glyphs.build_glyphs, limit=6))]
         load, hold, generate, drawn = Pipeline.load, Pipeline.inpaint, Pipeline.generate, itertools.count()
 
         def loaded(folder: Any, mesh: Any = None, int8: bool = False) -> Any:

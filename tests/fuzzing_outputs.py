@@ -112,7 +112,7 @@ def plan(world: World, result: Result, argv: list[str]) -> None:
 
 def build(world: World, result: Result, argv: list[str]) -> None:
     args = arguments("data build", argv)
-    index = read(args.out / "index.json")
+    index = read(args.out / "metadata.json")
     reader = ArrayRecord(str(args.out)).open()
     assert len(reader) == index["splits"]["train"]["count"] and reader[0]["image"]
 

