@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -106,7 +106,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [GlyphsConfig(size=size, styles=s) for s in ("twemoji", "all") for size in (32, 64, 128, 256)]
+    BUILDER_CONFIGS: ClassVar[list[GlyphsConfig]] = [
+        GlyphsConfig(size=size, styles=styles) for styles in ("twemoji", "all") for size in (32, 64, 128, 256)
+    ]
 
     def __init__(
         self,
@@ -178,7 +180,9 @@ def build_glyphs(
         if index.exists():
             about = read_json(index)
             if about.get("recipe") != config.recipe:
-                raise DataError(f"{out}: holds another data set, {about.get('recipe')}; remove it or name another folder")
+                raise DataError(
+                    f"{out}: holds another data set, {about.get('recipe')}; remove it or name another folder"
+                )
             return about
     with atomic_folder(out) as folder:
         known = Glyphs.builder_configs.get(config.name, config)
@@ -187,7 +191,7 @@ def build_glyphs(
         for file in Path(builder.data_dir).iterdir():
             os.rename(file, folder / file.name)
         shutil.rmtree(folder / "tfds")
-    return dict(builder.info.metadata)
+    return read_json(out / METADATA)
 
 
 def _collect(

@@ -25,7 +25,6 @@ from t2i_jax.data.parquet import ParquetReader
 from t2i_jax.data.records import INDEX, DataError, Record, as_captions, clean_captions, decode, shard_name
 from t2i_jax.data.tar import TarReader
 
-
 FEATURES = "features.json"
 """Describes the records of a data set that tfds prepared."""
 
