@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from t2i_jax.core.config import refused
+from t2i_jax.core.narrow import as_family
 from t2i_jax.core.sharding import MeshConfig
-from t2i_jax.core.types import as_family
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import validate_options

@@ -22,9 +22,9 @@ from t2i_jax.core.config import ConfigError, differences, read_json, read_migrat
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
+from t2i_jax.core.narrow import gives_features, learns_from_images
 from t2i_jax.core.outputs import check_parent, write_text
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
-from t2i_jax.core.types import gives_features, learns_from_images
 from t2i_jax.data.records import (
     INDEX,
     DataError,

@@ -16,16 +16,13 @@ import numpy as np
 from jax import Array
 
 from t2i_jax.core.casts import cast_dtypes
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart, image_keys
-from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
-from t2i_jax.core.types import (
-    Family,
-    GaussianFamily,
-    Tokenizer,
+from t2i_jax.core.narrow import (
     as_classifier,
     as_family,
     autoguided,
@@ -38,6 +35,8 @@ from t2i_jax.core.types import (
     super_resolution,
     text_encoder,
 )
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
+from t2i_jax.core.types import Family, GaussianFamily
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
 from t2i_jax.sampling.guidance import guidance_flags

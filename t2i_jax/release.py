@@ -11,7 +11,7 @@ import numpy as np
 from t2i_jax.core import config
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
-from t2i_jax.core.types import measures_scale
+from t2i_jax.core.narrow import measures_scale
 from t2i_jax.storage.artifacts import Artifact, check_new, copy_artifact, load_artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from t2i_jax import plan as plans
 from t2i_jax.cli import main
-from t2i_jax.core import types
+from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
@@ -23,20 +23,20 @@ from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.loop import train
 
 NARROW = {
-    "family": types.as_family,
-    "codec": types.as_codec,
-    "classifier": types.as_classifier,
-    "token_by_token": types.token_by_token,
-    "likelihood": types.likelihood,
-    "inpaint": types.inpainting,
-    "init_image": types.image_to_image,
-    "super_resolution": types.super_resolution,
-    "classifier_guidance": types.classifier_guided,
-    "autoguidance": types.autoguided,
-    "int8": types.int8_sampling,
-    "frozen_networks": types.uses_frozen_networks,
-    "measures_scale": types.measures_scale,
-    "shared_forward": types.shares_forward,
+    "family": narrow.as_family,
+    "codec": narrow.as_codec,
+    "classifier": narrow.as_classifier,
+    "token_by_token": narrow.token_by_token,
+    "likelihood": narrow.likelihood,
+    "inpaint": narrow.inpainting,
+    "init_image": narrow.image_to_image,
+    "super_resolution": narrow.super_resolution,
+    "classifier_guidance": narrow.classifier_guided,
+    "autoguidance": narrow.autoguided,
+    "int8": narrow.int8_sampling,
+    "frozen_networks": narrow.uses_frozen_networks,
+    "measures_scale": narrow.measures_scale,
+    "shared_forward": narrow.shares_forward,
 }
 ALL = FAMILIES | {"histogram": toys.Histogram()}
 DRAW = [name for name, config in ALL.items() if config.capabilities.family]
@@ -45,12 +45,12 @@ DRAW = [name for name, config in ALL.items() if config.capabilities.family]
 @pytest.mark.parametrize("name", ALL | CODECS)
 def test_types_are_narrowed_by_what_is_declared(name):
     config = (ALL | CODECS)[name]
-    for flag, narrow in NARROW.items():
+    for flag, narrowed in NARROW.items():
         if dataclasses.asdict(config.capabilities)[flag]:
-            assert narrow(config) is config
+            assert narrowed(config) is config
         else:
             with pytest.raises(ConfigError, match=f"^a {type(config).__name__} "):
-                narrow(config)
+                narrowed(config)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -10,9 +10,9 @@ from families import CAPTIONS, DENOISER, SMALL, UNET, batch_for
 from flax import nnx
 
 from t2i_jax import heads
+from t2i_jax.core.conditions import ConditionSpec
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import FieldSpec
-from t2i_jax.core.types import ConditionSpec
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion

@@ -11,7 +11,7 @@ import pytest
 from curves import FILE, curve
 from families import CODECS, FAMILIES, batch_for, losses_of
 
-from t2i_jax.core import types
+from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.specs import FieldSpec, check_batch, check_example
@@ -168,7 +168,7 @@ def test_a_perceptual_loss_is_declared():
 
 
 def test_the_scale_of_codes_is_measured():
-    config = types.measures_scale(CODECS["kl"])
+    config = narrow.measures_scale(CODECS["kl"])
     scale, shift = config.measure(config.init(jax.random.key(0)), [np.zeros((2, 8, 8, 3), np.float32)])
     assert np.isfinite(scale) and np.isfinite(shift) and scale > 0
 

@@ -13,9 +13,9 @@ from t2i_jax import encode
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig, put_on_mesh
-from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR

@@ -8,9 +8,9 @@ import pytest
 import toys
 from PIL import Image
 
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.sharding import MeshConfig
-from t2i_jax.core.types import TextSpec
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.run import evaluate_family

@@ -12,8 +12,9 @@ from test_text_clip import TEXT, letters
 from test_text_t5 import SIZES, vocabulary
 
 from t2i_jax.core import config
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.types import TextSpec, gives_features, image_text_encoder, learns_from_images, text_encoder
+from t2i_jax.core.narrow import gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion

@@ -26,7 +26,8 @@ from t2i_jax.bench.measure import (
 from t2i_jax.core import flops
 from t2i_jax.core.config import refused
 from t2i_jax.core.fields import Checked, Size
-from t2i_jax.core.types import Codec, as_codec
+from t2i_jax.core.narrow import as_codec
+from t2i_jax.core.types import Codec
 from t2i_jax.training.experiment import load_experiment
 
 

@@ -25,8 +25,9 @@ from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.keys import image_keys
 from t2i_jax.core.memory import check_memory
+from t2i_jax.core.narrow import as_family
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.core.types import Family, as_family
+from t2i_jax.core.types import Family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.heads import PositionKeys, TokenHead

@@ -17,8 +17,8 @@ from t2i_jax.bench.measure import read_arguments
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range, values
+from t2i_jax.core.noise import SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
-from t2i_jax.core.types import SamplingGrid, Spacing
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
 from t2i_jax.sampling.solvers import ETA, SOLVERS, Denoised, Rounds, solve
 

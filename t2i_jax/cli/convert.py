@@ -11,7 +11,7 @@ import tyro
 from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert import folders
 from t2i_jax.core.config import ConfigError
-from t2i_jax.core.types import as_family
+from t2i_jax.core.narrow import as_family
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.narrow import as_family
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
-from t2i_jax.core.types import as_family
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.pipeline import Pipeline

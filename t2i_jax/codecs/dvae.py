@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,12 @@ class OpenAIdVAE(Checked):
     def widths(self) -> tuple[int, ...]:
         return tuple(self.channels * 2**n for n in range(self.groups))
 
+    def encoder(self, codes: int, key: Array) -> DVAEEncoder:
+        return DVAEEncoder(self, codes, key)
+
+    def decoder(self, outputs: int, key: Array) -> DVAEDecoder:
+        return DVAEDecoder(self, outputs, key)
+
 
 @dataclasses.dataclass(frozen=True)
 class DALLEPytorchVAE(Checked):
@@ -66,6 +72,12 @@ class DALLEPytorchVAE(Checked):
     @property
     def factor(self) -> int:
         return 2**self.layers
+
+    def encoder(self, codes: int, key: Array) -> Down:
+        return Down(self, codes, key)
+
+    def decoder(self, outputs: int, key: Array) -> Up:
+        return Up(self, outputs, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,13 +240,11 @@ class DVAEModel(nnx.Module):
 
     def __init__(self, config: DVAE, key: Array):
         keys = jax.random.split(key, 3)
-        sides: Any = (DVAEEncoder, DVAEDecoder) if isinstance(config.network, OpenAIdVAE) else (Down, Up)
-        encoder, decoder = sides
-        self.encoder = None if config.half == "decoder" else encoder(config.network, config.codes, keys[0])
+        self.encoder = None if config.half == "decoder" else config.network.encoder(config.codes, keys[0])
         self.codebook = (
             None if config.half == "encoder" else Embedding(config.codes, config.network.code, keys[1], std=1.0)
         )
-        self.decoder = None if config.half == "encoder" else decoder(config.network, config.outputs, keys[2])
+        self.decoder = None if config.half == "encoder" else config.network.decoder(config.outputs, keys[2])
 
 
 # -- DALL-E

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Generic, Literal, NamedTuple, NotRequired, Self, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +26,53 @@ from t2i_jax.interop import vgg
 from t2i_jax.nn.layers import replace
 
 
-class AutoencoderModel(nnx.Module):
+class DecoderNetwork(nnx.Module):
+    """Base of autoencoders: the losses read the last convolution of their decoder."""
+
+    decoder: Decoder
+
+
+A = TypeVar("A", bound=DecoderNetwork)
+C = TypeVar("C")
+"""inputs of the codec's own loss: a pytree of arrays"""
+
+
+class AutoencoderModel(nnx.Module, Generic[A]):
     """The trained modules: the autoencoder, and the discriminator (None without an adversarial loss)."""
 
-    def __init__(self, autoencoder: nnx.Module, config: AutoencoderTraining, key: Array):
-        self.autoencoder: Any = autoencoder
+    def __init__(self, autoencoder: A, config: AutoencoderTraining[A, C], key: Array):
+        self.autoencoder = autoencoder
         self.discriminator = Discriminator(config.discriminator, key) if config.adversarial else None
 
 
-class Reconstruction(NamedTuple):
+class Reconstruction(NamedTuple, Generic[C]):
     """Outputs of encoder and decoder in a training step, for the losses of both objectives."""
 
     image: Array
     """(b, i, j, 3), about [-1, 1], fp32 at least"""
     features: Array
     """input of the decoder's last convolution"""
-    code: Any
-    """inputs of the codec's own loss: a pytree"""
+    code: C
+
+
+class ImageBatch(TypedDict):
+    """What `forward` reads of a batch."""
+
+    image: Array
+    """float (b, i, j, 3) in [-1, 1]"""
+
+
+class LossBatch(ImageBatch, Generic[C]):
+    """What the losses read of a batch."""
+
+    outputs: Reconstruction[C]
+    """of `forward`"""
+    frozen: NotRequired[Trunk]
+    """of `frozen()`, if there is a perceptual loss"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderTraining(Checked, abc.ABC):
+class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
     """Training settings of an autoencoder; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
@@ -96,21 +122,21 @@ class AutoencoderTraining(Checked, abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
-    ) -> Reconstruction:
+        self, model: AutoencoderModel[A], batch: ImageBatch, key: Array, step: Array, train: bool = True
+    ) -> Reconstruction[C]:
         """Run the images of a batch through the autoencoder, as in a training step."""
 
     @abc.abstractmethod
     def generator_loss(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel[A], batch: LossBatch[C], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
-        """Loss of the autoencoder; batch: as for `picture_loss`."""
+        """Loss of the autoencoder."""
 
     def frozen(self) -> Trunk:
         """The perceptual network, which is frozen; the losses read it as `batch["frozen"]`."""
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
-    def objectives(self) -> dict[str, Objective]:
+    def objectives(self) -> dict[str, Objective[AutoencoderModel[A], LossBatch[C]]]:
         """The autoencoder, and the discriminator if there is one."""
         generator = Objective(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
@@ -119,27 +145,23 @@ class AutoencoderTraining(Checked, abc.ABC):
         return {"generator": generator, "discriminator": discriminator}
 
     def picture_loss(
-        self, model: AutoencoderModel, batch: dict[str, Any], step: Array
+        self, model: AutoencoderModel[A], batch: LossBatch[C], step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """Reconstruction + perceptual + adversarial: -> (loss, metrics).
-
-        batch: `image` float (b, i, j, 3) in [-1, 1]; `outputs` of `forward`; `frozen` as from `frozen()` if there is a
-        perceptual loss.
-        """
+        """Reconstruction + perceptual + adversarial: -> (loss, metrics)."""
         images, (y, h, _) = batch["image"], batch["outputs"]
-        decoder: Decoder = model.autoencoder.decoder
+        decoder, trunk = model.autoencoder.decoder, batch.get("frozen")
 
         def faithful(y: Array) -> tuple[Array, dict[str, Array]]:
             """Reconstruction and perceptual loss of an image, and its terms."""
             terms = {self.pixels: losses.reconstruction(images, y, self.pixels)}
             if not self.perceptual:
                 return terms[self.pixels], terms
-            if batch.get("frozen") is None:
+            if trunk is None:
                 raise ValueError(
                     f'a perceptual loss needs batch["frozen"], which `{type(self).__name__}.frozen()` gives'
                 )
             compute = lambda x: x.astype(self.dtype)
-            terms["perceptual"] = losses.perceptual(batch["frozen"], compute(images), compute(y)).mean()
+            terms["perceptual"] = losses.perceptual(trunk, compute(images), compute(y)).mean()
             return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
 
         fool = lambda y: losses.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
@@ -157,7 +179,7 @@ class AutoencoderTraining(Checked, abc.ABC):
         return loss, metrics
 
     def discriminator_loss(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel[A], batch: LossBatch[C], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """The discriminator's loss on real images and on the reconstructions of this step.
 

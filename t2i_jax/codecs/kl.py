@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, Reconstruction, check_size
+from t2i_jax.codecs.game import (
+    AutoencoderModel,
+    AutoencoderTraining,
+    DecoderNetwork,
+    ImageBatch,
+    LossBatch,
+    Reconstruction,
+    check_size,
+)
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
@@ -51,8 +59,12 @@ def draw_codes(latents: Array, key: Array) -> Array:
     return mean + std * jax.random.normal(key, mean.shape)
 
 
+SampledCode = tuple[DiagonalGaussian, Array]
+"""the posterior, and a sample from it (b, h, w, k)"""
+
+
 @dataclasses.dataclass(frozen=True)
-class KL(AutoencoderTraining):
+class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
     """The codec and its training settings. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
@@ -95,11 +107,11 @@ class KL(AutoencoderTraining):
         """Shape and dtype of the codes of an image."""
         return CodecSpec(self.factor, CodeSpec("float32", (self.dim,)))
 
-    def init(self, key: Array) -> AutoencoderModel:
+    def init(self, key: Array) -> AutoencoderModel[KLAutoencoder]:
         first, second = jax.random.split(key)
         return AutoencoderModel(KLAutoencoder(self, first), self, second)
 
-    def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: AutoencoderModel[KLAutoencoder], images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
 
         They are the means of the posterior, or with a `key` samples from it, on which models of codes are trained
@@ -109,7 +121,7 @@ class KL(AutoencoderTraining):
         z = q.mean if key is None else q.sample(jax.random.normal(key, q.mean.shape))
         return (z - self.shift) * self.scale
 
-    def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
+    def to_store(self, model: AutoencoderModel[KLAutoencoder], images: Array) -> dict[str, Array]:
         """`latents` (b, i/factor, j/factor, 2 k) fp32: mean and standard deviation of the codes, scaled as in `encode`.
 
         `draw_codes` samples from them.
@@ -117,23 +129,23 @@ class KL(AutoencoderTraining):
         q = self.posterior(model, images)
         return {"latents": jnp.concatenate([(q.mean - self.shift) * self.scale, q.std * abs(self.scale)], -1)}
 
-    def decode(self, model: AutoencoderModel, codes: Array) -> Array:
+    def decode(self, model: AutoencoderModel[KLAutoencoder], codes: Array) -> Array:
         """Codes float (b, h, w, k) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         z = codes.astype(jnp.float32) / self.scale + self.shift
         return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
 
-    def moments(self, model: AutoencoderModel, images: Array) -> Array:
+    def moments(self, model: AutoencoderModel[KLAutoencoder], images: Array) -> Array:
         """Mean and log-variance, before shift and scale, concatenated: (b, h, w, 2 k) fp32."""
         part = model.autoencoder
         x = part.encoder(shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None))
         return (x if part.to_code is None else part.to_code(x)).astype(jnp.float32)
 
-    def posterior(self, model: AutoencoderModel, images: Array) -> DiagonalGaussian:
+    def posterior(self, model: AutoencoderModel[KLAutoencoder], images: Array) -> DiagonalGaussian:
         """q(z | image), before shift and scale; the log-variance is clipped to [-30, 20]."""
         mean, logvar = jnp.split(self.moments(model, images), 2, -1)
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
-    def measure(self, model: AutoencoderModel, batches: Iterable[Any]) -> tuple[float, float]:
+    def measure(self, model: AutoencoderModel[KLAutoencoder], batches: Iterable[ArrayLike]) -> tuple[float, float]:
         """(scale, shift) that give the codes of these images, batches of (b, i, j, 3), mean 0 and variance 1."""
 
         @jax.jit
@@ -148,8 +160,8 @@ class KL(AutoencoderTraining):
         return float((square - mean**2) ** -0.5), float(mean)
 
     def forward(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
-    ) -> Reconstruction:
+        self, model: AutoencoderModel[KLAutoencoder], batch: ImageBatch, key: Array, step: Array, train: bool = True
+    ) -> Reconstruction[SampledCode]:
         """Encode the images of a batch, sample the posterior and decode; with the posterior and the sample."""
         decoder = model.autoencoder.decoder
         q = self.posterior(model, batch["image"])
@@ -158,7 +170,12 @@ class KL(AutoencoderTraining):
         return Reconstruction(at_least_fp32(decoder.decode_head(h)), h, (q, z))
 
     def generator_loss(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self,
+        model: AutoencoderModel[KLAutoencoder],
+        batch: LossBatch[SampledCode],
+        key: Array,
+        step: Array,
+        train: bool = True,
     ) -> LossOutput:
         """Reconstruction + perceptual + KL + adversarial."""
         images, (q, z) = batch["image"], batch["outputs"].code
@@ -167,12 +184,12 @@ class KL(AutoencoderTraining):
         loss = distance + self.kl * kl * len(images) / images.size
         return LossOutput(loss, metrics | {"kl": kl, "std": jnp.std(z)})
 
-    def _enter(self, model: AutoencoderModel, z: Array) -> Array:
+    def _enter(self, model: AutoencoderModel[KLAutoencoder], z: Array) -> Array:
         part, z = model.autoencoder, z.astype(self.dtype)
         return z if part.from_code is None else part.from_code(z)
 
 
-class KLAutoencoder(nnx.Module):
+class KLAutoencoder(DecoderNetwork):
     """Encoder to moments, and decoder, with 1x1 convolutions to and from the width of the codes."""
 
     def __init__(self, config: KL, key: Array):

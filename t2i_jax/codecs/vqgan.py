@@ -7,23 +7,32 @@ al. 2022, arXiv:2110.04627; Sun et al. 2024, arXiv:2406.06525).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
-from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.game import AutoencoderModel, AutoencoderTraining, Reconstruction, check_size
+from t2i_jax.codecs.game import (
+    AutoencoderModel,
+    AutoencoderTraining,
+    DecoderNetwork,
+    ImageBatch,
+    LossBatch,
+    Reconstruction,
+    check_size,
+)
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32, replace
 
+QuantizedCode = tuple[Array, Array, Array, dict[str, Array]]
+"""vectors before quantisation (b, h, w, k), codes (b, h, w), loss and metrics of the quantiser"""
+
 
 @dataclasses.dataclass(frozen=True)
-class VQGAN(AutoencoderTraining):
+class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     """The codec and its training settings. The defaults are the VQ-16 of LlamaGen."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -44,32 +53,32 @@ class VQGAN(AutoencoderTraining):
         """Shape and dtype of the codes of an image."""
         return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
 
-    def init(self, key: Array) -> AutoencoderModel:
+    def init(self, key: Array) -> AutoencoderModel[VQAutoencoder]:
         first, second = jax.random.split(key)
         return AutoencoderModel(VQAutoencoder(self, first), self, second)
 
-    def encode(self, model: AutoencoderModel, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: AutoencoderModel[VQAutoencoder], images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
 
         Deterministic; the key is ignored.
         """
         return model.autoencoder.quantizer.codes(self.latents(model, images))
 
-    def to_store(self, model: AutoencoderModel, images: Array) -> dict[str, Array]:
+    def to_store(self, model: AutoencoderModel[VQAutoencoder], images: Array) -> dict[str, Array]:
         """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
-    def decode(self, model: AutoencoderModel, codes: Array) -> Array:
+    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Array) -> Array:
         """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
         part = model.autoencoder
         features = part.decoder(part.from_code(self.embed(model, codes).astype(self.dtype)))
         return at_least_fp32(features)
 
-    def embed(self, model: AutoencoderModel, codes: Array) -> Array:
+    def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Array) -> Array:
         """Codes int (...) -> their vectors (..., k)."""
         return model.autoencoder.quantizer.vectors(codes)
 
-    def latents(self, model: AutoencoderModel, images: Array) -> Array:
+    def latents(self, model: AutoencoderModel[VQAutoencoder], images: Array) -> Array:
         """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation.
 
         Errors: `ValueError` for a size that is no multiple of `factor`.
@@ -78,20 +87,25 @@ class VQGAN(AutoencoderTraining):
         return model.autoencoder.to_code(model.autoencoder.encoder(x))
 
     def forward(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
-    ) -> Reconstruction:
+        self, model: AutoencoderModel[VQAutoencoder], batch: ImageBatch, key: Array, step: Array, train: bool = True
+    ) -> Reconstruction[QuantizedCode]:
         """Encode, quantise and decode the images of a batch.
 
         The result holds the vectors before quantisation, their codes, and the loss and metrics of the quantiser.
         """
         part = model.autoencoder
         z = self.latents(model, batch["image"])
-        vectors, *rest = part.quantizer(z, jax.random.split(key)[0], step)
+        vectors, codes, loss, metrics = part.quantizer(z, jax.random.split(key)[0], step)
         h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
-        return Reconstruction(at_least_fp32(part.decoder.decode_head(h)), h, (z, *rest))
+        return Reconstruction(at_least_fp32(part.decoder.decode_head(h)), h, (z, codes, loss, metrics))
 
     def generator_loss(
-        self, model: AutoencoderModel, batch: dict[str, Any], key: Array, step: Array, train: bool = True
+        self,
+        model: AutoencoderModel[VQAutoencoder],
+        batch: LossBatch[QuantizedCode],
+        key: Array,
+        step: Array,
+        train: bool = True,
     ) -> LossOutput:
         """Reconstruction + perceptual + quantisation + adversarial; the returned state holds the codebook."""
         part = model.autoencoder
@@ -101,7 +115,7 @@ class VQGAN(AutoencoderTraining):
         return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 
 
-class VQAutoencoder(nnx.Module):
+class VQAutoencoder(DecoderNetwork):
     """Encoder, quantiser and decoder, with 1x1 convolutions to and from the width of the codes."""
 
     def __init__(self, config: VQGAN, key: Array):

@@ -19,8 +19,9 @@ from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, un
 from t2i_jax.convert.hints import value as value_of
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
+from t2i_jax.core.narrow import as_codec, as_family, check_codes
 from t2i_jax.core.params import named
-from t2i_jax.core.types import Codec, Trainable, as_codec, as_family, check_codes
+from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
 

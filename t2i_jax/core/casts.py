@@ -11,8 +11,9 @@ from jax.extend import core
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.jaxprs import Call, Cond, Scan, While, read
+from t2i_jax.core.narrow import as_family
 from t2i_jax.core.params import abstract, named
-from t2i_jax.core.types import Trainable, as_family
+from t2i_jax.core.types import Trainable
 
 MOVES = {
     "broadcast_in_dim", "copy", "dynamic_slice", "expand_dims", "gather", "optimization_barrier", "reshape", "rev",

@@ -1,28 +1,47 @@
-"""Interfaces of families, codecs, text encoders, heads, conditions and noise processes.
+"""Interfaces of what is trained: families, codecs and classifiers.
 
 Protocols are for readers and the type checker. At run time objects are not inspected: a config declares what it can do
-(`Capabilities`, `TextSpec`), and one function per capability narrows its type, or raises `ConfigError` if it is not
-declared.
+(`Capabilities`), and `core/narrow.py` has one function per capability, which narrows its type.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
+import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike
 
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
 
 M = TypeVar("M", bound=nnx.Module)
+"""the module of a model, with its parameters"""
+M_co = TypeVar("M_co", bound=nnx.Module, covariant=True)
+O = TypeVar("O", bound="SamplingOptions")
+"""the options of a family's sampler"""
+B = TypeVar("B", contravariant=True)
+"""the batch of a loss: `Batch`, or a TypedDict where it also has frozen networks or shared outputs"""
+S = TypeVar("S", bound="DecodeState")
+"""the state of a family that samples token by token"""
 
-Batch = Mapping[str, Array]
-"""Arrays by name, each with the batch dimension first."""
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """The argument `progress` of `Family.sample`: the call to report to, a traced number.
+
+    None in its place makes a program without callbacks. A program with one is not stored in the compilation cache.
+    """
+
+    call: Array | np.integer
+    """scalar int32"""
 
 
 # -- training
@@ -41,14 +60,14 @@ class LossOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(Generic[M, B]):
     """A loss and the parameters that it trains; an ordinary model has one objective.
 
     All objectives of a model get the same batch and key in a step. Their gradients are taken at the same parameters and
     their updates applied together, except for those that are `after` others.
     """
 
-    loss: Callable[[Any, Any, Array, Array, bool], LossOutput]
+    loss: Callable[[M, B, Array, Array, bool], LossOutput]
     """(model, batch, key, step, train) -> `LossOutput`; train is static, and False for held-out data, without dropout
     or corruption of the inputs. The batch has `outputs` if the model has a shared forward pass"""
     params: tuple[str, ...] = ()
@@ -67,7 +86,7 @@ class Objective:
     learning-rate schedule counts from it"""
 
 
-def single_objective(loss: Callable[[Any, dict[str, Array], Array, bool], LossOutput]) -> dict[str, Objective]:
+def single_objective(loss: Callable[[M, Batch, Array, bool], LossOutput]) -> dict[str, Objective[M, Batch]]:
     """The objectives of a model with one loss (model, batch, key, train) that trains all its parameters."""
     return {"model": Objective(lambda model, batch, key, step, train: loss(model, batch, key, train))}
 
@@ -129,7 +148,7 @@ class Compute:
     """tokens per image whose logits are held at a time; 0: as many as fit the memory limit"""
     remats: tuple[str, ...] = ("none", "full", "dots", "branches")
 
-    def changes(self, new: Compute, *same: str, **others: str) -> dict[str, Any]:
+    def changes(self, new: Compute, *same: str, **others: str) -> dict[str, object]:
         """The field values to replace in a config so that it computes as `new`, by name.
 
         same: fields with the same name in the config; others: fields with other names. Errors: `ConfigError` for a
@@ -142,7 +161,7 @@ class Compute:
         return {field: theirs[name] for name, field in fields.items()}
 
 
-class Trainable(Protocol):
+class Trainable(Protocol[M_co]):
     """A frozen config of something trainable: a family, a codec, a classifier."""
 
     @property
@@ -162,7 +181,7 @@ class Trainable(Protocol):
         """Fields that a batch must have."""
         ...
 
-    def init(self, key: Array) -> nnx.Module:
+    def init(self, key: Array) -> M_co:
         """A model with fresh parameters."""
         ...
 
@@ -172,12 +191,12 @@ class Trainable(Protocol):
 class SamplingOptions(Protocol):
     """Options of a sampler: numbers, or arrays with one per image."""
 
-    def arrays(self) -> Any:
+    def arrays(self) -> Self:
         """The same options as traced arrays: new values do not recompile."""
         ...
 
 
-class Family(Trainable, Protocol):
+class Family(Trainable[M], Protocol[M, O]):
     """The config of a generative model."""
 
     def sample_spec(self) -> SampleSpec: ...
@@ -186,40 +205,53 @@ class Family(Trainable, Protocol):
         """The fields of `batch_spec` that are the condition of `sample`."""
         ...
 
-    def options(self) -> Any:
-        """Default `SamplingOptions`."""
+    def options(self) -> O:
+        """Default options."""
         ...
 
-    def check(self, options: Any) -> None:
+    def check(self, options: O) -> None:
         """Check sampling options. Errors: `ConfigError` or `ValueError` for options that cannot be sampled with."""
         ...
 
-    def loop_trips(self, options: Any) -> int | Sequence[tuple[int, ...]]:
+    def loop_trips(self, options: O) -> int | Sequence[tuple[int, ...]]:
         """Trip count of the sampler's loop for these options; or the sizes that each of its steps uses, where a step
         selects among compiled ones (`flops.count`)."""
         ...
 
     def sample(
         self,
-        model: Any,
+        model: M,
         condition: Batch,
         keys: Array,
-        options: Any = None,
+        options: O | None = None,
         *,
         guided: bool | None = None,
-        progress: Any = None,
+        progress: Progress | None = None,
     ) -> Array:
         """Samples as in `sample_spec`, one for each row of the condition and each key of `keys` (b,).
 
         guided: whether to compute the unconditional branch; False disables guidance at half the cost, None: if one was
             learned.
-        progress: a `sampling.progress.Progress` to report (done, total, sample) to, by `report`: steps of this sampler,
+        progress: a `Progress` to report (done, total, sample) to, by `report`: steps of this sampler,
             and the samples so far; a pytree.
         """
         ...
 
 
-class TokenByToken(Family, Protocol):
+class DecodeState(Protocol):
+    """The caches of a family that samples token by token, and what else its next step reads: a dataclass."""
+
+    @property
+    def caches(self) -> object:
+        """A pytree of arrays, which each step updates."""
+        ...
+
+    def grow(self, count: int) -> Self:
+        """The same state with room for `count` tokens of the image."""
+        ...
+
+
+class TokenByToken(Family[M, O], Protocol[M, O, S]):
     """A family that samples one token per step with a key-value cache."""
 
     @property
@@ -227,12 +259,21 @@ class TokenByToken(Family, Protocol):
         """Number of tokens of an image."""
         ...
 
-    def prefill(self, model: Any, condition: Batch, dropped: Array) -> tuple[Array, Any]: ...
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        ...
 
-    def decode(self, *arguments: Any, **options: Any) -> Any: ...
+    def prefill(self, model: M, condition: Batch, dropped: Array) -> tuple[Array, S]:
+        """Logits (b, v) of token 0, and the state; dropped: bool (b,), rows without their condition."""
+        ...
+
+    def decode(self, state: S, codes: Array, i: Array | int) -> tuple[Array, S]:
+        """Logits (b, v) of token i + 1 from the codes int (b,) of token i, and the new state."""
+        ...
 
 
-class GaussianFamily(Family, Protocol):
+class GaussianFamily(Family[M, O], Protocol[M, O]):
     """A Gaussian diffusion, whose predictions other models can guide."""
 
     @property
@@ -247,408 +288,64 @@ class GaussianFamily(Family, Protocol):
     def solver(self) -> str: ...
 
 
-class Likelihood(Family, Protocol):
+class Likelihood(Family[M, O], Protocol[M, O]):
     """A family that computes the probability of an image's codes."""
 
-    def log_likelihood(self, model: Any, batch: Batch) -> Array:
+    def log_likelihood(self, model: M, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
         ...
 
 
-class Classifier(Trainable, Protocol):
+class Classifier(Trainable[M], Protocol[M]):
     """A classifier, or an image-text model, of noised images."""
 
     @property
     def process(self) -> NoiseProcess: ...
 
-    def log_p(self, model: Any, x: Array, t: Array, condition: Batch) -> Array:
+    def log_p(self, model: M, x: Array, t: Array, condition: Batch) -> Array:
         """log p(condition | x) (b,) up to a constant, of noised images x at network times t (b,)."""
         ...
 
 
-class UsesFrozenNetworks(Trainable, Protocol):
+class UsesFrozenNetworks(Trainable[M_co], Protocol[M_co]):
     """A model whose loss reads frozen networks, as `batch["frozen"]`."""
 
-    def frozen(self) -> Any:
+    def frozen(self) -> object:
         """The networks: a pytree of arrays."""
         ...
 
 
-class SharesForward(Trainable, Protocol):
+class SharesForward(Trainable[M], Protocol[M, B]):
     """A model whose objectives read the outputs of one forward pass, as `batch["outputs"]`; gradients flow through it
     to those parameters of an objective that it depends on."""
 
-    def forward(self, model: Any, batch: Any, key: Array, step: Array, train: bool) -> Any:
+    def forward(self, model: M, batch: B, key: Array, step: Array, train: bool) -> object:
         """The outputs: a pytree of arrays; arguments as for `Objective.loss`."""
         ...
 
 
-class Codec(Trainable, Protocol):
+class Codec(Trainable[M], Protocol[M]):
     """Images to codes and back."""
 
     @property
     def spec(self) -> CodecSpec: ...
 
-    def encode(self, model: Any, images: Array, key: Array | None = None) -> Array:
+    def encode(self, model: M, images: Array, key: Array | None = None) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> codes; sampled with the key if their distribution is not a point."""
         ...
 
-    def decode(self, model: Any, codes: Array) -> Array:
+    def decode(self, model: M, codes: Array) -> Array:
         """Codes -> images float (b, i, j, 3), approximately in [-1, 1]."""
         ...
 
-    def to_store(self, model: Any, images: Array) -> dict[str, Array]:
+    def to_store(self, model: M, images: Array) -> dict[str, Array]:
         """What `t2i encode` stores of images, by field name of a batch."""
         ...
 
 
-class MeasuresScale(Codec, Protocol):
+class MeasuresScale(Codec[M], Protocol[M]):
     """A codec whose codes are (latent - shift) scale, with its fields `scale` and `shift`."""
 
-    def measure(self, model: Any, batches: Iterable[Any]) -> tuple[float, float]:
+    def measure(self, model: M, batches: Iterable[ArrayLike]) -> tuple[float, float]:
         """(scale, shift) that give codes of these images, batches of (b, i, j, 3), mean 0 and variance 1."""
-        ...
-
-
-def as_trainable(value: object) -> Trainable:
-    """Narrow a value of a config file to `Trainable`. Errors: `ConfigError` if it declares no `Capabilities`."""
-    # The only place that inspects a model of unknown type; afterwards the type is known.
-    if not isinstance(getattr(value, "capabilities", None), Capabilities):
-        raise ConfigError(f"{value!r}: a family or a codec")
-    return cast(Trainable, value)
-
-
-def _narrow(config: Trainable, flag: str, what: str) -> Any:
-    if not dataclasses.asdict(config.capabilities)[flag]:
-        raise ConfigError(f"a {type(config).__name__} {what}")
-    return config
-
-
-def as_family(config: Trainable) -> Family:
-    """Narrow to `Family`. Errors: `ConfigError` for a config that does not sample."""
-    return cast(Family, _narrow(config, "family", "does not sample images"))
-
-
-def as_codec(config: Trainable) -> Codec:
-    """Narrow to `Codec`. Errors: `ConfigError` for a config that is not a codec."""
-    return cast(Codec, _narrow(config, "codec", "is no codec"))
-
-
-def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) -> None:
-    """Check that the codec `name` matches the codes that a family samples.
-
-    A family may have more codes than its codec, such as a start token or a padded table, unless `exact`. Errors:
-    `ConfigError` if they do not match.
-    """
-    ours, theirs = family.sample_spec().code, codec.spec.code
-    fits = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
-        a >= b for a, b in zip(ours.sizes, theirs.sizes, strict=True)
-    )
-    if ours != theirs if exact else not fits:
-        raise ConfigError(f"{name} has {theirs}, the model {ours}: this is not its codec")
-
-
-def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
-    """Narrow to `UsesFrozenNetworks`. Errors: `ConfigError` for a config whose losses read no frozen networks."""
-    return cast(UsesFrozenNetworks, _narrow(config, "frozen_networks", "has no frozen networks"))
-
-
-def shares_forward(config: Trainable) -> SharesForward:
-    """Narrow to `SharesForward`. Errors: `ConfigError` for a config whose objectives share no forward pass."""
-    return cast(SharesForward, _narrow(config, "shared_forward", "has no forward pass that its objectives share"))
-
-
-def measures_scale(config: Trainable) -> MeasuresScale:
-    """Narrow to `MeasuresScale`. Errors: `ConfigError` for a config whose codes have no scale."""
-    return cast(MeasuresScale, _narrow(config, "measures_scale", "has no scale of its codes"))
-
-
-def as_classifier(config: Trainable) -> Classifier:
-    """Narrow to `Classifier`. Errors: `ConfigError` for a config that is not a classifier of noised images."""
-    return cast(Classifier, _narrow(config, "classifier", "does not classify noised images"))
-
-
-def token_by_token(config: Trainable) -> TokenByToken:
-    """Narrow to `TokenByToken`. Errors: `ConfigError` for a config that does not sample token by token."""
-    return cast(TokenByToken, _narrow(config, "token_by_token", "does not sample token by token"))
-
-
-def likelihood(config: Trainable) -> Likelihood:
-    """Narrow to `Likelihood`. Errors: `ConfigError` for a config that computes no probabilities."""
-    return cast(Likelihood, _narrow(config, "likelihood", "does not give the likelihood of an image"))
-
-
-def inpainting(config: Trainable) -> Family:
-    """Check for inpainting. Errors: `ConfigError` for a config that cannot keep a part of an image."""
-    return cast(Family, _narrow(config, "inpaint", "keeps no part of an image"))
-
-
-def image_to_image(config: Trainable) -> Family:
-    """Check for image-to-image sampling. Errors: `ConfigError` for a config that cannot start from an image."""
-    what = "keeps nothing of an image without a mask; a Gaussian diffusion can"
-    return cast(Family, _narrow(config, "init_image", what))
-
-
-def super_resolution(config: Trainable) -> Family:
-    """Check for super-resolution. Errors: `ConfigError` for a config that does not upsample images."""
-    return cast(Family, _narrow(config, "super_resolution", "reads no 'low_res', so it cannot make images larger"))
-
-
-def classifier_guided(config: Trainable) -> GaussianFamily:
-    """Check for classifier guidance. Errors: `ConfigError` for a config that does not support it."""
-    what = "is not guided by a classifier; a Gaussian diffusion is"
-    return cast(GaussianFamily, _narrow(config, "classifier_guidance", what))
-
-
-def autoguided(config: Trainable) -> GaussianFamily:
-    """Check for autoguidance. Errors: `ConfigError` for a config that can neither be guided by a weaker model nor be
-    one."""
-    what = "cannot guide, nor be guided by, a weaker model; a Gaussian diffusion can"
-    return cast(GaussianFamily, _narrow(config, "autoguidance", what))
-
-
-def int8_sampling(config: Trainable) -> Family:
-    """Check for int8 sampling. Errors: `ConfigError` for a config that does not sample with int8 weights."""
-    return cast(Family, _narrow(config, "int8", "has no int8 weights: they are for models that sample token by token"))
-
-
-# -- text
-
-
-class Tokenizer(Protocol):
-    """Captions to token ids, on the host."""
-
-    @property
-    def spec(self) -> TextSpec: ...
-
-    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """n captions -> ids int32 (n, s) and a mask bool (n, s)."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSpec:
-    """Capabilities of a tokenizer besides token ids; known without loading its files.
-
-    Fields of a tokenizer that name files are marked in their types (`core.fields.File`).
-    """
-
-    features: bool = False
-    """`TextEncoder`: computes features of ids, so models do not embed the ids"""
-    image_features: bool = False
-    """`ImageTextEncoder`: images have features in the same space, which replace those of captions in training"""
-    limited: bool = False
-    """`text.cut.Limited`: counts the tokens of a caption that are cut off"""
-
-
-class TextEncoder(Tokenizer, Protocol[M]):
-    """A frozen text encoder with parameters M."""
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        """Number of vectors per caption, and their size."""
-        ...
-
-    def load(self) -> M:
-        """The parameters, on the host. Errors: FileNotFoundError; ValueError for files of another kind."""
-        ...
-
-    def features(self, model: M, ids: Array, mask: Array) -> Array:
-        """Token ids and mask (b, s) -> features (b, s', k)."""
-        ...
-
-
-class ImageTextEncoder(TextEncoder[M], Protocol):
-    """A frozen encoder of captions and images into a shared space."""
-
-    def image_features(self, model: M, images: Array) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> features (b, 1, k)."""
-        ...
-
-
-def as_tokenizer(value: object) -> Tokenizer:
-    """Narrow a value of a config file to `Tokenizer`. Errors: `ConfigError` if it declares no `TextSpec`."""
-    # The only place that inspects a text of unknown type; afterwards the type is known.
-    if not isinstance(getattr(value, "spec", None), TextSpec):
-        raise ConfigError(f"{value!r} is no tokenizer: its `spec` is no TextSpec")
-    return cast(Tokenizer, value)
-
-
-def gives_features(text: Tokenizer | None) -> bool:
-    return text is not None and text.spec.features
-
-
-def learns_from_images(text: Tokenizer | None) -> bool:
-    """Whether training reads features of images, and captions are read only in sampling."""
-    return text is not None and text.spec.image_features
-
-
-def text_encoder(text: Tokenizer | None) -> TextEncoder[nnx.Module]:
-    """Narrow to `TextEncoder`. Errors: `ConfigError` for a tokenizer without features, and if there is no text."""
-    if not gives_features(text):
-        raise ConfigError(f"{_named(text)} gives no features: a frozen text encoder is wanted")
-    return cast(TextEncoder[nnx.Module], text)
-
-
-def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
-    """Narrow to `ImageTextEncoder`. Errors: `ConfigError` for a text that does not read images."""
-    if not learns_from_images(text):
-        raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
-    return cast(ImageTextEncoder[nnx.Module], text)
-
-
-def _named(text: Tokenizer | None) -> str:
-    return "no text" if text is None else f"text: a {type(text).__name__}"
-
-
-# -- conditions
-
-
-@dataclasses.dataclass(frozen=True)
-class ConditionSpec:
-    """Properties of a condition besides its tokens."""
-
-    has_null: bool = True
-    """the unconditional tokens do not depend on the batch; else the batch has `null_features`"""
-    has_padding: bool = False
-    """some tokens may be padding, which is masked"""
-    gives_ids: bool = False
-    """tokens are ids (b, s) of the image's own vocabulary, which the network embeds itself"""
-    gives_summary: bool = False
-    """`SummarizedTokens`: has a vector that summarises all tokens"""
-    classes: int | None = None
-    """number of classes that `label` indexes; 0: unconditional; None: a condition other than a class"""
-
-
-class ConditionTokens(Protocol):
-    """The module of a condition."""
-
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Tokens (b, s, d) of the dtype, and a mask (b, s) of those that a network may read.
-
-        drop: bool (b,) marks rows that get the unconditional tokens instead of their own.
-        """
-        ...
-
-
-class SummarizedTokens(ConditionTokens, Protocol):
-    """The module of a condition with a summary vector."""
-
-    def whole(self, batch: Batch, drop: Array) -> Array:
-        """The summary vector (b, d)."""
-        ...
-
-
-class Condition(Protocol):
-    """The config of a condition, as tokens of a network."""
-
-    @property
-    def spec(self) -> ConditionSpec: ...
-
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        ...
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields that it reads of a batch."""
-        ...
-
-    def token_width(self, width: int) -> int:
-        """Width of a token, for a network of this width."""
-        ...
-
-    def init(self, key: Array, width: int) -> ConditionTokens: ...
-
-
-# -- noise
-
-
-Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
-"""Prediction type of a network at x_t; see `noise.gaussian.split`."""
-
-
-Spacing = Literal["default", "even", "karras", "log_snr"]
-"""Spacing of the stops of a sampling grid: the process' default, even in its own time, even in (sigma / alpha)^(1 / 7)
-(Karras et al. 2022, eq. 5), or even in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
-
-`karras` and `log_snr` end at the least noise of the process: that of the first step of Discrete, of `low` of EDM, of
-the last of `max_steps` steps of Flow. Where a grid begins in pure noise, or nearly (alpha below `processes.NOISE`),
-log(alpha / sigma) is -inf: they keep the first two stops of the default grid and space the others from the second on.
-"""
-
-
-class SamplingGrid(NamedTuple):
-    """The stops of a sampler, from noise to image, in tables of fixed size; entries after stop `steps` are unused."""
-
-    t: Array
-    """(n + 1,): time input of the network"""
-    alpha: Array
-    """(n + 1,)"""
-    sigma: Array
-    """(n + 1,), 0 at the clean end"""
-    low: Array
-    """(n,): log-variance of a reverse step, given the clean image"""
-    high: Array
-    """(n,): log-variance of the forward step between the same stops"""
-    steps: Array
-    """number of steps, 1 to n"""
-
-
-VarianceBound = Callable[[Array, Array, Array, Array, Array, Predicts], Array]
-"""(x0, x, t, prediction, v, predicts) -> (b,)"""
-
-
-class NoiseProcess(Protocol):
-    """x_t = alpha_t x_0 + sigma_t eps: a frozen config of the noise process of training and sampling."""
-
-    @property
-    def max_steps(self) -> int:
-        """Maximum number of sampling steps."""
-        ...
-
-    @property
-    def scale(self) -> float:
-        """Factor by which images are multiplied before noise is added."""
-        ...
-
-    @property
-    def solver(self) -> str:
-        """The default solver, a key of `sampling.solvers.SOLVERS`."""
-        ...
-
-    @property
-    def starts_from_pure_noise(self) -> bool:
-        """Whether alpha is 0 where a sampler begins."""
-        ...
-
-    @property
-    def time_levels(self) -> int | None:
-        """Number of noise levels, if network times are their indices; None for other times."""
-        ...
-
-    @property
-    def variance_bound(self) -> VarianceBound | None:
-        """The term of the variational bound in bits per dimension, which trains the variance v of a reverse step; None
-        if steps have no variance to learn."""
-        ...
-
-    def same_noise(self, other: NoiseProcess) -> bool:
-        """Whether the noise at each network time is the same in both processes."""
-        ...
-
-    def quantile(self, u: Array) -> Array:
-        """Quantiles (b,) of training times at u (b,) in (0, 1)."""
-        ...
-
-    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
-        """alpha and sigma at times t (b,), shaped to multiply `like`."""
-        ...
-
-    def network_time(self, t: Array) -> Array:
-        """The time input of the network."""
-        ...
-
-    def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
-        """The grid of a traced number of reverse steps, 1 to `max_steps`; stride: take every k-th of discrete steps."""
         ...

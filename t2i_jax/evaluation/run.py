@@ -17,9 +17,10 @@ from t2i_jax.core import config, image_files
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.image_files import to_uint8
+from t2i_jax.core.narrow import as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
-from t2i_jax.core.types import Family, as_codec, classifier_guided, likelihood, uses_frozen_networks
+from t2i_jax.core.types import Family
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS

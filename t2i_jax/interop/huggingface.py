@@ -64,18 +64,18 @@ class Found(NamedTuple):
     stem: str
     variant: str
     kind: str
-    index: bool
+    is_index: bool
     shards: int
     """how many belong to it where there is no index, else 0"""
     pointer: bool
     """it was not downloaded"""
 
     @property
-    def rank(self) -> tuple[Any, ...]:
+    def rank(self) -> tuple[bool, int, int, bool, bool, bool, str]:
         """Sort key, best first."""
         variant = VARIANTS.index(self.variant) if self.variant in VARIANTS else len(VARIANTS)
         stem = STEMS.index(self.stem) if self.stem in STEMS else len(STEMS)
-        return self.pointer, variant, stem, self.kind != "safetensors", self.shards > 0, self.index, self.file.name
+        return self.pointer, variant, stem, self.kind != "safetensors", self.shards > 0, self.is_index, self.file.name
 
 
 class Weights(Lazy):
@@ -120,7 +120,7 @@ def _chosen(folder: Path) -> list[Path]:
         kind, pointer = m["kind"].lower(), "pointer" in sniff_file(file)
         one = Found(file, m["stem"].lower(), variant, kind, bool(m["index"]), int(m["of"] or 0), pointer)
         found.setdefault(one[1:], one)
-    indexed = {(one.stem, one.variant, one.kind) for one in found.values() if one.index}
+    indexed = {(one.stem, one.variant, one.kind) for one in found.values() if one.is_index}
     copies = [one for one in found.values() if not one.shards or one[1:4] not in indexed]
     if not copies:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -135,7 +135,7 @@ def _chosen(folder: Path) -> list[Path]:
         log.warning(f"{folder}: the weights in {best.file.name} are taken, not those in {', '.join(others)}")
     elif best.variant == "non_ema":
         log.warning(f"{best.file}: the weights are not averaged; there are no others in the folder")
-    if best.index:
+    if best.is_index:
         return _shards(best.file)
     if not best.shards:
         return [best.file]

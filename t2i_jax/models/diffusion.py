@@ -17,18 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
+from t2i_jax.core.noise import Predicts
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import (
-    Capabilities,
-    Compute,
-    Condition,
-    LossOutput,
-    Predicts,
-)
+from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, dropped_rows
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
@@ -46,8 +42,6 @@ from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.solvers import SOLVERS, Denoised
-
-Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +185,7 @@ class Diffusion(BaseFamily):
         if self.is_super_resolution:
             small, draw = self.low_res_of(batch), jax.random.split(keys[2])
             share = self.noise_aug * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
-            batch = batch | noise_low_res(small, share, jax.random.normal(draw[1], small.shape))
+            batch = {**batch, **noise_low_res(small, share, jax.random.normal(draw[1], small.shape))}
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
@@ -328,7 +322,7 @@ class Diffusion(BaseFamily):
         return Denoised(near, eps, v)
 
 
-def noise_low_res(small: Array, share: Array, noise: Array) -> Batch:
+def noise_low_res(small: Array, share: Array, noise: Array) -> dict[str, Array]:
     """Network inputs for a low-resolution image (b, i', j', c) with noise amplitude `share` (b,):
     variance-preserving."""
     weight = expand_like(share, small)

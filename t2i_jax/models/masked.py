@@ -22,11 +22,12 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Count, Grid, Positive, Range, Rate, Share, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
+from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
 from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Padding

@@ -11,9 +11,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.networks.condition import ids
 from t2i_jax.networks.unet import UNet, UNetEncoder
 from t2i_jax.nn.attention import attend

@@ -10,10 +10,11 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.networks.condition import ids, text_spec, value
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.conv import patchify

@@ -19,11 +19,12 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, LossOutput
+from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode

@@ -20,11 +20,12 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Rate, Share, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Batch, Capabilities, Compute, Condition, LossOutput
+from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.adaln_transformer import AdaLN, apply_blocks, stack_blocks
 from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows, ids
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace

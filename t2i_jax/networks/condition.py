@@ -1,8 +1,8 @@
 """Conditions as prefix tokens of a network: a class, a caption read by a trained encoder, or frozen features.
 
-Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.types.Condition`; its
-module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which the
-network embeds itself.
+Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.conditions.Condition`;
+its module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which
+the network embeds itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from t2i_jax.core.conditions import Batch, Condition, ConditionSpec
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
-from t2i_jax.core.types import Batch, Condition, ConditionSpec
 from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack
 

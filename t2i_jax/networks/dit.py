@@ -20,10 +20,11 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from t2i_jax.core.conditions import Batch, Condition, SummarizedTokens
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Size
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Batch, Compute, Condition, SummarizedTokens
+from t2i_jax.core.types import Compute
 from t2i_jax.networks.condition import ClassEmbedder, check_vectors
 from t2i_jax.nn.attention import Padding, attend
 from t2i_jax.nn.conv import patchify, unpatchify

@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from t2i_jax.core.conditions import Batch, ConditionSpec
 from t2i_jax.core.fields import Checked, Layers, Size
 from t2i_jax.core.specs import BatchSpec
-from t2i_jax.core.types import Batch, ConditionSpec
 from t2i_jax.networks.condition import ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Layer, apply_stack, stack

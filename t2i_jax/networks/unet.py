@@ -16,10 +16,11 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Batch, Compute, Condition
+from t2i_jax.core.types import Compute
 from t2i_jax.networks.condition import ClassEmbedder, check_vectors, value
 from t2i_jax.networks.dit import Context, pooled
 from t2i_jax.nn.attention import attend

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.types import Predicts
+from t2i_jax.core.noise import Predicts
 from t2i_jax.noise.schedule import Schedule, expand_like, rows
 
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]

@@ -18,7 +18,7 @@ from jax import Array
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
-from t2i_jax.core.types import NoiseProcess, Predicts, SamplingGrid, Spacing, VarianceBound
+from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing, VarianceBound
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
 from t2i_jax.noise.schedule import NAMES, Schedule, expand_like, stratified
 

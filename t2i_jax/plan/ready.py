@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.narrow import as_family, learns_from_images, token_by_token
 from t2i_jax.core.platform import tpu_compiler_alone
 from t2i_jax.core.sharding import RULES, batch_sharding, fit
-from t2i_jax.core.types import Trainable, as_family, learns_from_images, token_by_token
+from t2i_jax.core.types import Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
 from t2i_jax.training.experiment import Experiment

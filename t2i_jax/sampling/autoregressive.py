@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Batch
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.sampling.guidance import Branches, guide
 from t2i_jax.sampling.inpainting import known_and_keep

@@ -16,7 +16,8 @@ from jax.core import Tracer
 
 from t2i_jax.core.config import refused
 from t2i_jax.core.fields import LARGEST, Checked, Range, values
-from t2i_jax.core.types import Family, Spacing
+from t2i_jax.core.noise import Spacing
+from t2i_jax.core.types import Family
 from t2i_jax.sampling.guidance import within
 from t2i_jax.sampling.solvers import ETA
 
@@ -234,7 +235,7 @@ class DiffusionSampler(GuidedOptions):
         eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
         return jnp.where(jnp.isnan(eta), ETA[solver], eta)
 
-    def guidance_at(self, done: Array, total: Array | int, log_snr: Array | float = 0.0) -> Array:
+    def guidance_at(self, done: Array | int, total: Array | int, log_snr: Array | float = 0.0) -> Array:
         """The scale also depends on log(alpha^2 / sigma^2)."""
         low, high = self.guidance_low_snr, self.guidance_high_snr
         scale = super().guidance_at(done, total)

@@ -10,7 +10,6 @@ threads that sample at the same time with the same program each hear of their ow
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.types import Progress as Progress
+
 Listener = Callable[[int, int, np.ndarray], None]
 """Called on the host as (done, total, sample): steps done by this sampler, all steps, and the samples so far (b, *grid,
 ...), as in `SampleSpec`. A step is a token for samplers that go token by token. Calls may come out of order."""
@@ -26,18 +27,6 @@ Listener = Callable[[int, int, np.ndarray], None]
 _LISTENERS: dict[int, Listener] = {}
 """Listeners by the number of their call; only `listening` changes it."""
 _CALLS = itertools.count()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """The argument `progress` of `Family.sample`: the call to report to, a traced number.
-
-    None in its place makes a program without callbacks. A program with one is not stored in the compilation cache.
-    """
-
-    call: Array | np.integer
-    """scalar int32"""
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ alpha and sigma, so that they work with every process. The number of steps is tr
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t2i_jax.core.types import SamplingGrid
+from t2i_jax.core.noise import SamplingGrid
 from t2i_jax.noise.schedule import expand_like
 
 
@@ -49,7 +50,8 @@ Step = Callable[[SamplingGrid, Array, Array, Denoise, SolverState, Noise, Array]
 """(path, i, x, denoise, past, noise, eta) -> the x of stop i + 1, and the new solver state"""
 
 
-class Rounds(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rounds:
     """Extra rounds of noise at every stop, which make the unknown part of x agree with the known one.
 
     The known part affects the rest only through `denoise`, and one evaluation per step is too little for that, however

@@ -21,12 +21,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, Sharding
 
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, read_stored, write_stored
 from t2i_jax.core.fields import File, files, values
 from t2i_jax.core.outputs import check_parent, check_utf8
 from t2i_jax.core.params import abstract, assemble, check_fits, named, rebuild
 from t2i_jax.core.sharding import shardings
-from t2i_jax.core.types import Tokenizer
 from t2i_jax.interop import tensorfile
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.remote import download, resolve_path

@@ -22,10 +22,10 @@ from flax import nnx
 from jax import Array
 from PIL import Image
 
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import ENCODER, VOCABULARY
 from t2i_jax.core.params import abstract, named
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, to_ours

@@ -12,9 +12,9 @@ from typing import Protocol, cast
 
 import numpy as np
 
+from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.specs import BatchSpec
-from t2i_jax.core.types import TextSpec, Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import ENCODER
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.sniff import sniff_file
-from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import decoder_lm as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours

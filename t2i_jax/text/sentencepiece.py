@@ -152,8 +152,8 @@ def _tidy(caption: str) -> str:
 @functools.lru_cache(8)
 def _load(path: str, changed: int, size: int) -> SentencePieceProcessor:
     """The vocabulary of a file; cached until the file changes."""
+    data = Path(path).read_bytes()
     try:
-        data = Path(path).read_bytes()
         return _load_bytes(data)
     except RuntimeError as error:
         kind = sniff(data[:HEAD])

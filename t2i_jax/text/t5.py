@@ -14,9 +14,9 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import ENCODER, VOCABULARY
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import TextSpec
 from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
 from t2i_jax.interop.names import to_ours

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.types import TextSpec
+from t2i_jax.core.conditions import TextSpec
 from t2i_jax.text.clip import ClipText, TextTower
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.t5 import T5, T5Encoder

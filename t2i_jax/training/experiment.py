@@ -14,13 +14,10 @@ from jax import Array
 
 from t2i_jax.codecs.kl import draw_codes
 from t2i_jax.core import config
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
-from t2i_jax.core.sharding import MeshConfig
-from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import (
-    Codec,
-    Tokenizer,
+from t2i_jax.core.narrow import (
     as_family,
     as_tokenizer,
     as_trainable,
@@ -31,6 +28,9 @@ from t2i_jax.core.types import (
     text_encoder,
     uses_frozen_networks,
 )
+from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.types import Codec
 from t2i_jax.data.pipeline import Data
 from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
 from t2i_jax.storage.checkpoints import Best

@@ -25,12 +25,12 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
+from t2i_jax.core.narrow import learns_from_images
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.params import abstract, rebuild
 from t2i_jax.core.platform import shared_cache
 from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings
 from t2i_jax.core.specs import check_batch
-from t2i_jax.core.types import learns_from_images
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.storage.artifacts import stored

@@ -10,8 +10,9 @@ from jax import Array
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.jaxprs import used_inputs
+from t2i_jax.core.narrow import shares_forward
 from t2i_jax.core.params import Named
-from t2i_jax.core.types import LossOutput, Objective, Trainable, shares_forward
+from t2i_jax.core.types import LossOutput, Objective, Trainable
 
 Objectives = Mapping[str, Objective]
 Forward = Callable[[Any, Any, Array, Array, bool], Any]

@@ -1,0 +1,168 @@
+"""Functions that narrow the type of a config by what it declares, one for each capability.
+
+At run time objects are not inspected: a config declares what it can do (`Capabilities`, `TextSpec`), and each function
+returns it as the Protocol that it then has, or raises `ConfigError` if the capability is not declared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+from flax import nnx
+
+from t2i_jax.core.conditions import ImageTextEncoder, TextEncoder, TextSpec, Tokenizer
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.types import (
+    Capabilities,
+    Classifier,
+    Codec,
+    Family,
+    GaussianFamily,
+    Likelihood,
+    MeasuresScale,
+    SharesForward,
+    TokenByToken,
+    Trainable,
+    UsesFrozenNetworks,
+)
+
+
+def as_trainable(value: object) -> Trainable:
+    """Narrow a value of a config file to `Trainable`. Errors: `ConfigError` if it declares no `Capabilities`."""
+    # The only place that inspects a model of unknown type; afterwards the type is known.
+    if not isinstance(getattr(value, "capabilities", None), Capabilities):
+        raise ConfigError(f"{value!r}: a family or a codec")
+    return cast(Trainable, value)
+
+
+def _declares(config: Trainable, flag: str, what: str) -> Trainable:
+    """The config. Errors: `ConfigError` "a Name `what`" if it does not declare the capability `flag`."""
+    if not dataclasses.asdict(config.capabilities)[flag]:
+        raise ConfigError(f"a {type(config).__name__} {what}")
+    return config
+
+
+def as_family(config: Trainable) -> Family:
+    """Narrow to `Family`. Errors: `ConfigError` for a config that does not sample."""
+    return cast(Family, _declares(config, "family", "does not sample images"))
+
+
+def as_codec(config: Trainable) -> Codec:
+    """Narrow to `Codec`. Errors: `ConfigError` for a config that is not a codec."""
+    return cast(Codec, _declares(config, "codec", "is no codec"))
+
+
+def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) -> None:
+    """Check that the codec `name` matches the codes that a family samples.
+
+    A family may have more codes than its codec, such as a start token or a padded table, unless `exact`. Errors:
+    `ConfigError` if they do not match.
+    """
+    ours, theirs = family.sample_spec().code, codec.spec.code
+    fits = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
+        a >= b for a, b in zip(ours.sizes, theirs.sizes, strict=True)
+    )
+    if ours != theirs if exact else not fits:
+        raise ConfigError(f"{name} has {theirs}, the model {ours}: this is not its codec")
+
+
+def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
+    """Narrow to `UsesFrozenNetworks`. Errors: `ConfigError` for a config whose losses read no frozen networks."""
+    return cast(UsesFrozenNetworks, _declares(config, "frozen_networks", "has no frozen networks"))
+
+
+def shares_forward(config: Trainable) -> SharesForward:
+    """Narrow to `SharesForward`. Errors: `ConfigError` for a config whose objectives share no forward pass."""
+    return cast(SharesForward, _declares(config, "shared_forward", "has no forward pass that its objectives share"))
+
+
+def measures_scale(config: Trainable) -> MeasuresScale:
+    """Narrow to `MeasuresScale`. Errors: `ConfigError` for a config whose codes have no scale."""
+    return cast(MeasuresScale, _declares(config, "measures_scale", "has no scale of its codes"))
+
+
+def as_classifier(config: Trainable) -> Classifier:
+    """Narrow to `Classifier`. Errors: `ConfigError` for a config that is not a classifier of noised images."""
+    return cast(Classifier, _declares(config, "classifier", "does not classify noised images"))
+
+
+def token_by_token(config: Trainable) -> TokenByToken:
+    """Narrow to `TokenByToken`. Errors: `ConfigError` for a config that does not sample token by token."""
+    return cast(TokenByToken, _declares(config, "token_by_token", "does not sample token by token"))
+
+
+def likelihood(config: Trainable) -> Likelihood:
+    """Narrow to `Likelihood`. Errors: `ConfigError` for a config that computes no probabilities."""
+    return cast(Likelihood, _declares(config, "likelihood", "does not give the likelihood of an image"))
+
+
+def inpainting(config: Trainable) -> Family:
+    """Check for inpainting. Errors: `ConfigError` for a config that cannot keep a part of an image."""
+    return cast(Family, _declares(config, "inpaint", "keeps no part of an image"))
+
+
+def image_to_image(config: Trainable) -> Family:
+    """Check for image-to-image sampling. Errors: `ConfigError` for a config that cannot start from an image."""
+    what = "keeps nothing of an image without a mask; a Gaussian diffusion can"
+    return cast(Family, _declares(config, "init_image", what))
+
+
+def super_resolution(config: Trainable) -> Family:
+    """Check for super-resolution. Errors: `ConfigError` for a config that does not upsample images."""
+    return cast(Family, _declares(config, "super_resolution", "reads no 'low_res', so it cannot make images larger"))
+
+
+def classifier_guided(config: Trainable) -> GaussianFamily:
+    """Check for classifier guidance. Errors: `ConfigError` for a config that does not support it."""
+    what = "is not guided by a classifier; a Gaussian diffusion is"
+    return cast(GaussianFamily, _declares(config, "classifier_guidance", what))
+
+
+def autoguided(config: Trainable) -> GaussianFamily:
+    """Check for autoguidance. Errors: `ConfigError` for a config that can neither be guided by a weaker model nor be
+    one."""
+    what = "cannot guide, nor be guided by, a weaker model; a Gaussian diffusion can"
+    return cast(GaussianFamily, _declares(config, "autoguidance", what))
+
+
+def int8_sampling(config: Trainable) -> Family:
+    """Check for int8 sampling. Errors: `ConfigError` for a config that does not sample with int8 weights."""
+    return cast(
+        Family, _declares(config, "int8", "has no int8 weights: they are for models that sample token by token")
+    )
+
+
+def as_tokenizer(value: object) -> Tokenizer:
+    """Narrow a value of a config file to `Tokenizer`. Errors: `ConfigError` if it declares no `TextSpec`."""
+    # The only place that inspects a text of unknown type; afterwards the type is known.
+    if not isinstance(getattr(value, "spec", None), TextSpec):
+        raise ConfigError(f"{value!r} is no tokenizer: its `spec` is no TextSpec")
+    return cast(Tokenizer, value)
+
+
+def gives_features(text: Tokenizer | None) -> bool:
+    return text is not None and text.spec.features
+
+
+def learns_from_images(text: Tokenizer | None) -> bool:
+    """Whether training reads features of images, and captions are read only in sampling."""
+    return text is not None and text.spec.image_features
+
+
+def text_encoder(text: Tokenizer | None) -> TextEncoder[nnx.Module]:
+    """Narrow to `TextEncoder`. Errors: `ConfigError` for a tokenizer without features, and if there is no text."""
+    if not gives_features(text):
+        raise ConfigError(f"{_named(text)} gives no features: a frozen text encoder is wanted")
+    return cast(TextEncoder[nnx.Module], text)
+
+
+def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
+    """Narrow to `ImageTextEncoder`. Errors: `ConfigError` for a text that does not read images."""
+    if not learns_from_images(text):
+        raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
+    return cast(ImageTextEncoder[nnx.Module], text)
+
+
+def _named(text: Tokenizer | None) -> str:
+    return "no text" if text is None else f"text: a {type(text).__name__}"
