@@ -4,8 +4,9 @@ import logging
 import os
 from pathlib import Path
 
-import deprecations
 import pytest
+
+from tests.fixtures import deprecations
 
 # Tests compile much and compute little: the compiler is asked for less.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

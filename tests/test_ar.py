@@ -7,66 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import with_aux
 
 from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.networks.condition import (
-    CaptionEncoder,
-    ClassEmbedder,
     CrossAttnFeatures,
-    PooledFeatures,
-    PrefixTokens,
-    TextFeatures,
 )
 from t2i_jax.nn.layers import replace
-
-TINY = AR(
-    vocabulary=13,
-    grid=(2, 3),
-    width=16,
-    depth=2,
-    heads=4,
-    kv_heads=2,
-    condition=ClassEmbedder(5),
-    token_dropout=0,
-    dropout=0,
-)
-TEXT = dataclasses.replace(TINY, condition=CaptionEncoder(11, length=4, width=8, depth=1, heads=2), qk_norm=True)
-FEATURES = dataclasses.replace(TINY, condition=TextFeatures(6, length=4), prefix_rotary="zero", tied=True)
-GPT = dataclasses.replace(
-    TINY,
-    kv_heads=0,
-    condition=PrefixTokens(4),
-    bidirectional_prefix=3,
-    positions="learned",
-    norm="layer",
-    activation="gelu",
-    bias=True,
-    output_bias=True,
-)
-VECTOR = dataclasses.replace(GPT, condition=PooledFeatures(6), bidirectional_prefix=0)
-ALL = {"classes": TINY, "captions": TEXT, "features": FEATURES, "given": GPT, "vector": VECTOR}
-
-
-def batch_for(config, b=3, key=0):
-    keys = jax.random.split(jax.random.key(key), 5)
-    mask = jnp.arange(4) < jnp.arange(1, b + 1)[:, None]
-    return {
-        "codes": jax.random.randint(keys[0], (b, *config.grid), 0, config.vocabulary),
-        "label": jax.random.randint(keys[1], (b,), 0, 5),
-        "text": jax.random.randint(keys[2], (b, 4), 0, 11),
-        "text_mask": mask,
-        "features": jax.random.normal(keys[3], (b, 1 if isinstance(config.condition, PooledFeatures) else 4, 6)),
-        "prefix": jax.random.randint(keys[4], (b, 4), 1, config.vocabulary),
-    }
-
-
-def model_for(config, key=0):
-    """Weights large enough that every path matters, and none of them zero."""
-    model = jax.jit(config.init)(jax.random.key(key))
-    return jax.tree.map(
-        lambda x: jnp.sin(jnp.arange(x.size) + 1.0).reshape(x.shape) if not x.any() else x * 5 ** (x.ndim > 1), model
-    )
+from tests.fixtures.autoregressive import ALL, FEATURES, GPT, TEXT, TINY, batch_for, model_for
+from tests.fixtures.families import with_aux
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ar import ALL, FEATURES, TINY, batch_for, model_for
 
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import listening
 from t2i_jax.sampling.tokens import filter_logits, uniforms
+from tests.fixtures.autoregressive import ALL, FEATURES, TINY, batch_for, model_for
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")
 

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
-from families import CODECS, FAMILIES, batch_for
 from PIL import Image
 
 from t2i_jax import plan as plans
@@ -21,6 +19,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.release import release
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.loop import train
+from tests.fixtures import toys
+from tests.fixtures.families import CODECS, FAMILIES, batch_for
 
 NARROW = {
     "family": narrow.as_family,

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import families
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from t2i_jax.core.casts import cast_dtypes, cast_first
 from t2i_jax.core.params import named, rebuild
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
+from tests.fixtures import families
 
 
 def program(a, b, c, d, e, f, x):

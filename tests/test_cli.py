@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
-from families import FAMILIES
 from PIL import Image
 
 from t2i_jax.cli import main
@@ -32,6 +30,8 @@ from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler, validate_options
 from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
+from tests.fixtures import toys
+from tests.fixtures.families import FAMILIES
 
 NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
 FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=DiffusionSampler(4, guidance=2.0))

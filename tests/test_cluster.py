@@ -8,8 +8,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from placing import SIZE, grown
-from processes import outputs, started
 
 from t2i_jax import cli
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -20,6 +18,8 @@ from t2i_jax.core.sharding import start_cluster
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.storage.artifacts import Artifact, save_artifact
+from tests.fixtures.placing import SIZE, grown
+from tests.fixtures.processes import outputs, started
 
 
 @pytest.mark.parametrize(

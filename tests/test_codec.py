@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from einops import repeat
-from families import losses_of
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
@@ -22,6 +21,7 @@ from t2i_jax.nn.conv import Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import ModelState, replace
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
+from tests.fixtures.families import losses_of
 
 KEY = jax.random.key(0)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiled to run once

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import CAPTIONS, DENOISER, SMALL, UNET, batch_for
 from flax import nnx
 
 from t2i_jax import heads
@@ -32,6 +31,7 @@ from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.sampling.orders import Permutation
+from tests.fixtures.families import CAPTIONS, DENOISER, SMALL, UNET, batch_for
 
 WIDTH = 16
 

@@ -5,13 +5,13 @@ import io
 import sys
 
 import pytest
-import toys
 
 from t2i_jax.core import config
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.training.optimizer import Optimizer
+from tests.fixtures import toys
 
 FILE = """
 from t2i_jax.data.pipeline import Data

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from curves import FILE, curve
-from families import CODECS, FAMILIES, batch_for, losses_of
 
 from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError, DataError
@@ -24,6 +22,8 @@ from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.progress import listening
 from t2i_jax.training.experiment import Experiment, record_spec
+from tests.fixtures.curves import FILE, curve
+from tests.fixtures.families import CODECS, FAMILIES, batch_for, losses_of
 
 ALL = CODECS | FAMILIES
 REGULAR = {

@@ -7,130 +7,18 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_text_t5 import folder_of, vocabulary
 
 from t2i_jax import convert
 from t2i_jax.cli import main
-from t2i_jax.codecs.autoencoder import AutoencoderConfig
-from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.dvae import DVAE, OpenAIdVAE
-from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
-from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import folders
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.params import named
-from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import ClassEmbedder, PooledFeatures, PrefixTokens, TextFeatures
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.sampling.options import ARSampler
 from t2i_jax.storage.artifacts import load_artifact
-
-KEY = jax.random.key(0)
-SMALL = AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent=8, decoder_blocks=2)
-CODEC = VQGAN(
-    dataclasses.replace(SMALL, attention=(1,), decoder_attention=(1,)),
-    QuantizerConfig(20, 4),
-    adversarial=0.0,
-    perceptual=1.0,
-)
-GPT = dict(activation="gelu", norm="layer", bias=True, positions="learned", condition_dropout=0.0)
-LLAMA = AR(
-    20,
-    (2, 2),
-    16,
-    2,
-    2,
-    mlp=32,
-    condition=ClassEmbedder(5),
-    zero_output=True,
-    prefix_rotary="zero",
-    condition_dropout=0.1,
-)
-MODELS = {
-    "llamagen": (dataclasses.replace(LLAMA, kv_heads=1, depth=1), {"head_dim": 8, "grid": (2, 2)}),
-    "llamagen captions": (
-        dataclasses.replace(
-            LLAMA, condition=TextFeatures(6, 3, trained_null=False, left=True, null_keeps_mask=True), depth=1
-        ),
-        {"head_dim": 8, "grid": (2, 2)},
-    ),
-    "taming-gpt": (
-        AR(
-            20,
-            (2, 2),
-            16,
-            1,
-            2,
-            mlp=64,
-            condition=PrefixTokens(2),
-            bidirectional_prefix=2,
-            num_positions=9,
-            sampling=ARSampler(guidance=1.0),
-            **GPT,
-        ),
-        {"heads": 2, "grid": (2, 2), "prefix": 2, "bidirectional_prefix": 2},
-    ),
-    "clipgen": (
-        AR(
-            20,
-            (2, 2),
-            16,
-            1,
-            2,
-            mlp=64,
-            condition=PooledFeatures(6),
-            output_bias=True,
-            num_positions=4,
-            sampling=ARSampler(guidance=1.0, top_k=500, top_p=0.95),
-            **GPT,
-        ),
-        {"heads": 2, "grid": (2, 2)},
-    ),
-    "llamagen-vq": (CODEC, {}),
-    "taming-vqgan": (
-        VQGAN(
-            dataclasses.replace(SMALL, attention=(0,), decoder_attention=()),
-            QuantizerConfig(20, 4, False),
-            pixels="l1",
-            adaptive=True,
-            adversarial=0.8,
-            start=250_001,
-            discriminator=DiscriminatorConfig(8, 2),
-        ),
-        {},
-    ),
-    "taming-gumbel": (
-        VQGAN(
-            dataclasses.replace(SMALL, attention=(), decoder_attention=(1,)),
-            GumbelConfig(20, 8),
-            pixels="l1",
-            adaptive=True,
-            adversarial=0.0,
-            start=250_001,
-        ),
-        {},
-    ),
-    "clipgen-vqgan": (
-        VQGAN(
-            dataclasses.replace(SMALL, attention=(0, 1), decoder_attention=(0,), eps=1e-5),
-            QuantizerConfig(20, 8, False, commitment=1.0, codebook=0.2),
-            pixels="l1",
-            adaptive=True,
-            adversarial=0.8,
-            start=250_001,
-            discriminator=DiscriminatorConfig(8, 2),
-        ),
-        {},
-    ),
-}
-
-
-def random(config):
-    """A model of `config` with random numbers everywhere, as they are in memory."""
-    shapes = jax.eval_shape(config.init, KEY)
-    leaves, tree = jax.tree.flatten(shapes)
-    draw = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [draw.normal(size=x.shape).astype(np.float32) for x in leaves])
+from tests.fixtures.published_models import CODEC, KEY, LLAMA, MODELS, random
+from tests.fixtures.t5_files import folder_of, vocabulary
 
 
 @pytest.mark.parametrize("name", MODELS)

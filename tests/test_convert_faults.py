@@ -7,14 +7,14 @@ import stat
 
 import pytest
 from safetensors.numpy import save_file
-from test_convert import MODELS
-from test_convert import random as model_of
-from test_text_clip import TEXT, letters
-from test_text_t5 import SIZES, vocabulary
-from test_weights import CODEC, LFS, MODEL, PAGE, random
 
 from t2i_jax import convert
 from t2i_jax.cli import main
+from tests.fixtures.clip_files import TEXT, letters
+from tests.fixtures.published_files import CODEC, LFS, MODEL, PAGE, random
+from tests.fixtures.published_models import MODELS
+from tests.fixtures.published_models import random as model_of
+from tests.fixtures.t5_files import SIZES, vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toys
-from families import with_aux
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.config import ConfigError, from_json, override, to_json
@@ -25,6 +23,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling import solvers
 from t2i_jax.sampling.options import DiffusionSampler, plain_options
 from t2i_jax.storage.artifacts import Artifact
+from tests.fixtures import toys
+from tests.fixtures.families import with_aux
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
 FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=DiffusionSampler(steps=4, guidance=2.0))

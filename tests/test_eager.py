@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ar import TINY, model_for
 
 from benchmarks.pytorch.autoregressive import Decoder, Training
 from benchmarks.pytorch.codec import Codec
@@ -25,6 +24,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.sampling.options import ARSampler, DiffusionSampler
+from tests.fixtures.autoregressive import TINY, model_for
 
 pytest.importorskip("torch")
 

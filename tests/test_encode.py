@@ -7,7 +7,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from processes import outputs, started
 
 from t2i_jax import encode
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -24,6 +23,7 @@ from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import loop
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer
+from tests.fixtures.processes import outputs, started
 
 PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
 CODEC = VQGAN(PARTS, QuantizerConfig(codes=16, dim=4), perceptual=0.0)

@@ -69,7 +69,7 @@ def randomised(module, torch):
 
 def test_inception_equals_pytorch_fid():
     torch = pytest.importorskip("torch")
-    from reference_inception import Inception
+    from tests.fixtures.reference_inception import Inception
 
     original = randomised(Inception(), torch)
     model = inception_from({k: v.numpy() for k, v in original.state_dict().items()})

@@ -5,7 +5,6 @@ import io
 import jax
 import numpy as np
 import pytest
-import toys
 from PIL import Image
 
 from t2i_jax.core.conditions import TextSpec
@@ -19,6 +18,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
+from tests.fixtures import toys
 
 
 def as_png(image):

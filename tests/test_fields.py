@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import pytest
-import toys
 
 from t2i_jax.core import config
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Finite, Grid, Positive, Range, Rate, Share, Size
+from tests.fixtures import toys
 
 
 @dataclasses.dataclass(frozen=True)

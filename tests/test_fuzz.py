@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import jax
 import numpy as np
 import pytest
-from fuzzing import BASE, CONFIGURED, LEAVES, W, World, flags
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from t2i_jax import cli
+from tests.fixtures.fuzzing import BASE, CONFIGURED, LEAVES, W, World, flags
 
 MANY = pytest.param(1000, marks=pytest.mark.slow)
 

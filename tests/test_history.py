@@ -6,9 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import toys
-from families import CODECS, FAMILIES
-from test_training import same, stop_after
 
 from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.core.fields import free_fields
@@ -16,6 +13,9 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training import history
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer
+from tests.fixtures import toys
+from tests.fixtures.families import CODECS, FAMILIES
+from tests.fixtures.runs import same, stop_after
 
 CONSTANT = Optimizer(learning_rate=0.01, warmup=2, schedule="constant")
 

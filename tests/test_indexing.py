@@ -6,16 +6,15 @@ import re
 import time
 
 import pytest
-import toys
 from test_cli import refused
-from test_tar import image, plain, write
-from test_tar_index import cache, indexes  # noqa: F401
 
 from t2i_jax.cli import main
 from t2i_jax.data import TarShards, tar_index
 from t2i_jax.data.files import reporting
 from t2i_jax.training import loop
 from t2i_jax.training.watch import STATUS, watchdog
+from tests.fixtures import toys
+from tests.fixtures.tars import image, indexes, plain, write
 
 
 def words(capsys):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import Exact, exact, family_of
 
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.sampling.progress import listening
+from tests.fixtures.exact import Exact, exact, family_of
 
 PROCESSES = {"discrete": Discrete("linear"), "flow": Flow(), "edm": EDM()}
 COUNT, KNOWN = 4000, 1.5

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from test_ar import GPT, TINY, batch_for, model_for
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig, shardings
@@ -19,6 +18,7 @@ from t2i_jax.nn.decode import DecodeLinear, int8_weights
 from t2i_jax.nn.layers import Int8, Linear, matmul, param
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import Artifact, save_artifact
+from tests.fixtures.autoregressive import GPT, TINY, batch_for, model_for
 
 KEY = jax.random.key(0)
 

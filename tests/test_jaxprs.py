@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-import toys
 from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend import core
@@ -20,6 +19,7 @@ from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import _kept, _moved
 from t2i_jax.training import records
 from t2i_jax.training.loop import Trainer, train
+from tests.fixtures import toys
 
 N = 4
 X = jnp.ones((N, N))

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import losses_of
 from safetensors.numpy import save_file
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -23,6 +22,7 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.release import with_measured_scale
 from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
+from tests.fixtures.families import losses_of
 
 RELEASED = Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes" / "mar_kl16.json"
 TINY = AutoencoderConfig(8, (1, 2), blocks=1, latent=3, moments=True, attention=(), groups=4)

@@ -4,15 +4,15 @@ import json
 import re
 from pathlib import Path
 
-import loading_memory
 import numpy as np
 import pytest
-from processes import outputs, started
 
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import load_artifact
+from tests.fixtures import loading_memory
+from tests.fixtures.processes import outputs, started
 
 SCRIPT = str(Path(__file__).parent / "loading_memory.py")
 MIB = 2**20

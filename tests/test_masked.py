@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toys
-from families import with_aux
 
 from t2i_jax.convert import convert
 from t2i_jax.core.config import ConfigError
@@ -27,6 +25,8 @@ from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate, Permutation, Raster, Sets
 from t2i_jax.sampling.progress import listening
 from t2i_jax.storage.artifacts import Artifact
+from tests.fixtures import toys
+from tests.fixtures.families import with_aux
 
 CODES = SoftmaxHead(7)
 VECTORS = DiffusionHead(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)

@@ -6,7 +6,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-from families import losses_of, with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig
@@ -28,6 +27,7 @@ from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import Flow
 from t2i_jax.sampling.orders import Permutation
+from tests.fixtures.families import losses_of, with_aux
 
 CODEC = VQGAN(
     AutoencoderConfig(16, (1, 2), blocks=1, latent=16, groups=4),

@@ -6,13 +6,13 @@ import json
 import sys
 
 import pytest
-import toys
-from families import CODECS, FAMILIES
 
 from t2i_jax.core import config, migration
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.migration import VERSION, Step, migrated
 from t2i_jax.text.sentencepiece import SentencePiece
+from tests.fixtures import toys
+from tests.fixtures.families import CODECS, FAMILIES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
 from flax import nnx
-from test_training import same, stop_after
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.params import named
@@ -22,6 +20,8 @@ from t2i_jax.training.objectives import stages, updates
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
+from tests.fixtures import toys
+from tests.fixtures.runs import same, stop_after
 
 RATE = 0.25
 SGD = Optimizer("sgd", learning_rate=RATE, schedule="constant", warmup=0, clip=0.0)

@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from families import batch_for
 
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import load_artifact, stored
 from t2i_jax.training import loop
+from tests.fixtures.families import batch_for
 
 ARCHIVE = Path(__file__).parent / "assets" / "version1.tar.xz"
 NAMES = "vqgan kl dvae ar ar-captions ar-features ar-vector stream masked masked-diffusion masked-flow masked-mixture "

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import CODECS, FAMILIES
 from flax import nnx
-from toys import experiment
 
 from t2i_jax.codecs.discriminator import BatchNorm
 from t2i_jax.core.params import abstract
@@ -17,6 +15,8 @@ from t2i_jax.training import optimizer
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer, axes_of, muon_dimensions
 from t2i_jax.training.state import params_of
+from tests.fixtures.families import CODECS, FAMILIES
+from tests.fixtures.toys import experiment
 
 ALL = CODECS | FAMILIES
 NORMS = (BatchNorm, GroupNorm, LayerNorm, RMSNorm)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from families import losses_of
 
 from t2i_jax import plan as plans
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
@@ -39,6 +38,7 @@ from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import batch_shapes, depths, shallow_copy_of_model
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
 from t2i_jax.training.experiment import Experiment, Train
+from tests.fixtures.families import losses_of
 
 SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=ClassEmbedder(10), dtype="bfloat16")
 EXPERIMENT = Experiment(SMALL, Data(ArrayRecord("not/there"), image_size=32, batch_size=16))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toys
 
 import t2i_jax as t2i
 from t2i_jax.storage.artifacts import Artifact, save_artifact
+from tests.fixtures import toys
 
 NAMES = {
     "AR",

@@ -13,7 +13,6 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-import toys
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from jax.experimental.compilation_cache import compilation_cache
@@ -26,6 +25,7 @@ from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.storage.remote import download, resolve_path, staged_dir
 from t2i_jax.training import loop, records
 from t2i_jax.training.optimizer import Optimizer
+from tests.fixtures import toys
 
 
 class Store(MemoryFileSystem):

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-import toys
 from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
@@ -24,6 +23,7 @@ from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.clip import Clip, ClipEmbedding
 from t2i_jax.training.experiment import make_prepare
 from t2i_jax.training.loop import train
+from tests.fixtures import toys
 
 BLOCK = Layer(16, 2, norm="layer", activation="quick_gelu", bias=True)
 TINY = Clip(BLOCK, BLOCK, 1, 1, dim=12, vocabulary=516, length=8, end=515, size=8, patch=4)

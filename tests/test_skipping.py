@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toys
-from test_training import same, stop_after
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training import records, spikes
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, train
+from tests.fixtures import toys
+from tests.fixtures.runs import same, stop_after
 
 
 @dataclasses.dataclass(frozen=True)

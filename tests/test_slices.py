@@ -6,11 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import slice_command
-import tpu_layouts
 from jax.sharding import AxisType, Mesh
 from PIL import Image
-from processes import outputs, started
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
@@ -24,6 +21,8 @@ from t2i_jax.previews import Previews
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import records
 from t2i_jax.training.loop import Trainer, train
+from tests.fixtures import slice_command, tpu_layouts
+from tests.fixtures.processes import outputs, started
 
 LAYOUTS = tpu_layouts.layouts()
 

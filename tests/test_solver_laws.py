@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact import time_of
 
 from t2i_jax.bench import solvers as bench
 from t2i_jax.bench.recursion import law, recursion
@@ -14,6 +13,7 @@ from t2i_jax.cli import main
 from t2i_jax.noise.processes import EDM, Discrete, Flow, along
 from t2i_jax.noise.schedule import NAMES, Schedule
 from t2i_jax.sampling.solvers import SOLVERS, Denoised, solve
+from tests.fixtures.exact import time_of
 
 SPACINGS = ("default", "even", "karras", "log_snr")
 KINDS = {

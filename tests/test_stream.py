@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import with_aux
 
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.models.stream import SIZES, Stream, StreamText
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits, uniforms
+from tests.fixtures.families import with_aux
 
 S, L, B = 4, 6, 3
 PLAIN = Stream(13, (2, 3), StreamText(11, S), width=16, depth=2, heads=2)

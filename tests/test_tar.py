@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import tarfile
 
@@ -11,43 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from t2i_jax.core import tar_scan
 from t2i_jax.data import Data, DataError, TarShards
-
-
-def image(value, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value,) * 3).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write(path, members, mode="w", **more):
-    with tarfile.open(path, mode, **more) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return TarShards(str(path))
-
-
-def plain(n=4, key="{:05d}"):
-    for i in range(n):
-        yield f"{key.format(i)}.png", image(i)
-        yield f"{key.format(i)}.txt", f"a dog {i}".encode()
-        yield f"{key.format(i)}.json", json.dumps({"caption": f"a cat {i}", "n": i}).encode()
-
-
-def samples(source):
-    """(key without the tar, value of the image, captions) of each sample."""
-    found = [source.open()[i] for i in range(len(source.open()))]
-    values = [int(np.asarray(Image.open(io.BytesIO(r["image"])).convert("L"))[0, 0]) for r in found]
-    return [(r["key"].partition(":")[2], v, list(r["captions"])) for r, v in zip(found, values, strict=True)]
-
-
-def expected(n=4, key="{:05d}"):
-    return [(key.format(i), i, [f"a dog {i}"]) for i in range(n)]
+from tests.fixtures.tars import expected, image, plain, samples, write
 
 
 @pytest.mark.parametrize(

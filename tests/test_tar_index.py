@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tar import expected, image, plain, samples, write
 
 from t2i_jax.core.tar_scan import scan
 from t2i_jax.data import TarShards, tar_index, write_records
 from t2i_jax.data.files import reporting
 from t2i_jax.data.tar_index import FOLDER, Table, encode_table, index_tars, open_table
+from tests.fixtures.tars import expected, image, plain, samples, write
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,8 @@ from t2i_jax.interop import clip as published
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.text import clip
 from t2i_jax.text.clip import Clip, ClipEmbedding, ClipText
+from tests.fixtures.clip_files import TEXT, letters
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
-TEXT |= {"max_position_embeddings": 12, "eos_token_id": 59, "bos_token_id": 58, "projection_dim": 20}
 IMAGE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
 IMAGE |= {"image_size": 24, "patch_size": 8, "projection_dim": 20}
 GELU = {"hidden_act": "gelu", "layer_norm_eps": 1e-3}
@@ -43,11 +42,6 @@ def folder_of(path, text=TEXT, image=IMAGE):
             p.copy_(torch.randn_like(p) * (0.2 if p.ndim > 1 else 0.3) + (1 if "norm" in name and p.ndim == 1 else 0))
     model.save_pretrained(path)
     return model
-
-
-def letters(path):
-    """A list of two merges: a vocabulary of 516 ids."""
-    (path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import random
 import jax
 import numpy as np
 import pytest
-from test_text_clip import TEXT, letters
-from test_text_t5 import SIZES, vocabulary
 
 from t2i_jax.core import config
 from t2i_jax.core.conditions import TextSpec
@@ -34,6 +32,8 @@ from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
+from tests.fixtures.clip_files import TEXT, letters
+from tests.fixtures.t5_files import SIZES, vocabulary
 
 WORDS = [
     "a",

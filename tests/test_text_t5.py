@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from sentencepiece import SentencePieceTrainer
 
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.text.t5 import T5, T5Encoder, T5Shape, buckets
+from tests.fixtures.t5_files import SIZES, folder_of, vocabulary
 
-SIZES = {"d_model": 24, "num_layers": 3, "num_heads": 4, "d_kv": 6, "d_ff": 40, "vocab_size": 300}
 CONFIGS = {
     "v1.1": SIZES | {"feed_forward_proj": "gated-gelu"},
     "v1.0": SIZES | {"feed_forward_proj": "relu", "num_layers": 1},
@@ -24,27 +23,6 @@ CONFIGS = {
     | {"relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-4},
 }
 CAPTIONS = ["a red apple on the table", "a cat", "", "two dogs and a very long tail of words that goes on " * 4]
-
-
-def vocabulary(folder):
-    """A vocabulary of T5's kind: <pad> 0, </s> 1, <unk> 2."""
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red apple on the table", "two dogs and a cat", "words that go on in a long tail"]),
-        model_prefix=str(folder / "spiece"), vocab_size=60, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-
-
-def folder_of(path, config, **options):
-    """A random T5 in a folder, and the program that wrote it."""
-    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-    torch.manual_seed(0)
-    model = transformers.T5EncoderModel(transformers.T5Config(**config)).eval()
-    with torch.no_grad():  # norms that do something
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn_like(p) * 0.3 + (1 if "norm" in name else 0))
-    model.save_pretrained(path, **options)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, batch_for
 from scipy import stats
 
 from t2i_jax.core.params import abstract
 from t2i_jax.noise.schedule import midpoints, spread, spread_of_each
 from t2i_jax.sampling.orders import MaskRate
+from tests.fixtures.families import FAMILIES, batch_for
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 4096])

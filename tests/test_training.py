@@ -4,7 +4,6 @@ import dataclasses
 import json
 import resource
 import shutil
-import signal
 from pathlib import Path
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import toys
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,13 +26,10 @@ from t2i_jax.training import records
 from t2i_jax.training.guard import NotFinite
 from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.optimizer import Optimizer
+from tests.fixtures import toys
+from tests.fixtures.runs import same, stop_after
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
-
-
-def same(a, b, tolerance=0.0):
-    for name, x in a.flat().items():
-        np.testing.assert_allclose(x, b.flat()[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def curve(folder):
@@ -62,25 +57,6 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(straight, tmp_path):
     state = train(experiment, tmp_path)
     same(state, straight[0])
     assert curve(tmp_path) == curve(straight[1])
-
-
-def stop_after(experiment, folder, steps, monkeypatch=pytest.MonkeyPatch()):
-    """Run as if a signal had come at a step."""
-    import contextlib
-
-    from t2i_jax.training import loop
-
-    @contextlib.contextmanager
-    def signals():
-        yield lambda step: signal.SIGINT if step == steps else 0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_signals", signals)
-        with pytest.raises(loop.Interrupted, match=f"step {steps}"):
-            train(experiment, folder)
-    trainer = Trainer(experiment, folder)
-    with jax.set_mesh(trainer.mesh):
-        return loop.Checkpoints(folder / "checkpoints").restore(trainer.target)[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from families import with_aux
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
@@ -29,6 +28,7 @@ from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.sampling.progress import listening
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
+from tests.fixtures.families import with_aux
 
 TINY = VQDiffusion(
     Chain(12, 8), (2, 3), width=16, depth=2, heads=2, condition=CrossAttnFeatures(5, 4), condition_dropout=0.5

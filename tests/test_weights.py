@@ -12,11 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from torchfiles import Object, save_torch
 
 from t2i_jax import convert
-from t2i_jax.codecs.autoencoder import AutoencoderConfig
-from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import folders
 from t2i_jax.core.params import named
 from t2i_jax.core.sniff import sniff_file
@@ -26,34 +23,13 @@ from t2i_jax.interop.efficientnet import load_efficientnet
 from t2i_jax.interop.inception import load_inception
 from t2i_jax.interop.tensorfile import SafeTensors
 from t2i_jax.interop.vgg import load as load_vgg
-from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.networks.condition import ClassEmbedder
-from t2i_jax.networks.dit import DiT
-from t2i_jax.noise.processes import Discrete
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.t5 import T5
+from tests.fixtures.published_files import CODEC, LFS, MODEL, PAGE, random
+from tests.fixtures.torchfiles import Object, save_torch
 
-NETWORK = DiT((8, 8), 4, patch=2, width=64, depth=1, heads=1, condition=ClassEmbedder(3), hidden=256, eps=1e-6)
-MODEL = Diffusion(NETWORK, Discrete("linear"), guided_channels=3)
-CODEC = KL(
-    AutoencoderConfig(8, (1, 2), blocks=1, latent=4, groups=4, moments=True), scale=0.2, perceptual=0.0, adversarial=0.0
-)
 F = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 2700000000\n"
-PAGE = b"<!DOCTYPE html><html><body>Sign in</body></html>"
-
-
-def random(name, config):
-    """Tensors of a published file of a configuration, all numbers random."""
-    names = convert.restore(name, config, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(config)))
-    return {
-        k: np.random.default_rng(n).normal(size=v.shape).astype(np.float32) for n, (k, v) in enumerate(names.items())
-    }
-
-
-def abstract(config):
-    return jax.eval_shape(config.init, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")

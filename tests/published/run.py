@@ -12,10 +12,8 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parent))
-
-from parity import Oracle, check
-from table import converted, insert, row, summary, write
+from tests.published.parity import Oracle, check
+from tests.published.table import converted, insert, row, summary, write
 
 
 def main() -> int:

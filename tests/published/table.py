@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parity import Line, Oracle
-
 from t2i_jax import convert
+from tests.published.parity import Line, Oracle
 
 HEAD = """# Parity with published programs
 
 Random weights under the published names go through the converter that a released file takes; every array that the
-published program gives is compared. Written by `python tests/published/run.py --table {file} FOLDER...`, which keeps
+published program gives is compared. Written by `python -m tests.published.run --table {file} FOLDER...`, which keeps
 the lines of systems that it is not asked for.
 
 Equal: integers exactly, fp32 arrays to 1e-4 in norm and 1e-3 at worst. Gradients of LlamaGen's codec are less exact in

@@ -4,15 +4,10 @@ One a system that is kept in the project is quick; larger ones, where they lie b
 the same systems belong to the long tests.
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from parity import FOLDERS, InDouble, Oracle, check, compare, systems
+from tests.published.parity import FOLDERS, InDouble, Oracle, check, compare, systems
 
 SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 

@@ -2,19 +2,14 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from parity import FOLDERS
-
 from t2i_jax.convert import convert, find
 from t2i_jax.interop.names import to_ours
+from tests.published.parity import FOLDERS
 
 FORMATS = {
     r"llamagen_GPT-.*": "llamagen",

@@ -1,16 +1,11 @@
 """What the table of systems claims is what tests check."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import table
 import test_meshes
+
+from tests.published import table
 
 
 @pytest.mark.parametrize("family", table.SHARDED)

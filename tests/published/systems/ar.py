@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.networks.condition import CrossAttnFeatures, PrefixTokens
@@ -15,6 +14,7 @@ from t2i_jax.nn.losses import cross_entropy
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits
+from tests.published.parity import Oracle
 
 
 def llamagen(oracle: Oracle) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from parity import InDouble, Oracle
 
 from t2i_jax.codecs import losses
 from t2i_jax.convert import convert, restore
 from t2i_jax.interop import vgg
+from tests.published.parity import InDouble, Oracle
 
 
 def nhwc(x: Any) -> jax.Array:

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
 from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one_hot
 from t2i_jax.sampling.discrete import reverse
 from t2i_jax.sampling.options import DiscreteSampler
+from tests.published.parity import Oracle
 
 NAMES = {"at": "a", "bt": "b", "ct": "c", "att": "alpha_bar", "btt": "beta_bar", "ctt": "gamma_bar"}
 

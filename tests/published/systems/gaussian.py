@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.models.diffusion import join_inputs
@@ -18,6 +17,7 @@ from t2i_jax.noise import gaussian
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import Schedule
 from t2i_jax.sampling import guidance
+from tests.published.parity import Oracle
 
 
 def ours_layout(x: Any) -> jax.Array:

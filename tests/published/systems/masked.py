@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.sampling.options import MaskedSampler
 from t2i_jax.sampling.orders import hidden_by, remaining
+from tests.published.parity import Oracle
 
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import Oracle
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits
+from tests.published.parity import Oracle
 
 
 def nchw(x: Any) -> np.ndarray:
