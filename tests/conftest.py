@@ -36,3 +36,11 @@ def programs():
     import jax  # after the flags above
 
     jax.clear_caches()
+
+
+@pytest.fixture
+def user_cache(tmp_path_factory, monkeypatch):
+    """The cache of the user, empty."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    return path

@@ -31,6 +31,7 @@ from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler, validate_o
 from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
 from t2i_jax.training.loop import check_run
 from tests.fixtures import toys
+from tests.fixtures.commands import refused
 from tests.fixtures.families import FAMILIES
 
 NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
@@ -56,14 +57,6 @@ def folder(tmp_path_factory):
     shaken = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     save_artifact(Artifact(FAMILY, tree.unflatten(shaken)), path, "")
     return path
-
-
-def refused(capsys, *arguments) -> str:
-    """What the command says where it ends with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

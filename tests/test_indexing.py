@@ -6,7 +6,6 @@ import re
 import time
 
 import pytest
-from test_cli import refused
 
 from t2i_jax.cli import main
 from t2i_jax.data import TarShards, tar_index
@@ -14,7 +13,10 @@ from t2i_jax.data.files import reporting
 from t2i_jax.training import loop
 from t2i_jax.training.watch import STATUS, watchdog
 from tests.fixtures import toys
+from tests.fixtures.commands import refused
 from tests.fixtures.tars import image, indexes, plain, write
+
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def words(capsys):

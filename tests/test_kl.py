@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,8 @@ from t2i_jax.release import with_measured_scale
 from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 from tests.fixtures.families import losses_of
+from tests.fixtures.released import released, tensors_of
 
-RELEASED = Path(__file__).parents[2] / "shared" / "oracles" / "_release_shapes" / "mar_kl16.json"
 TINY = AutoencoderConfig(8, (1, 2), blocks=1, latent=3, moments=True, attention=(), groups=4)
 CODEC = KL(TINY, channels=2, perceptual=0.0, start=0, discriminator=DiscriminatorConfig(width=4, layers=1))
 
@@ -129,12 +128,9 @@ def test_published_names_lead_back_to_the_same_codec(style, convolutions):
     jax.tree.map(np.testing.assert_array_equal, again, model)
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason="no shapes of released files")
 def test_the_released_file_is_taken_whole():
-    released = json.loads(RELEASED.read_text())
-    tensors = {k: jax.ShapeDtypeStruct(tuple(s), jnp.float32) for k, s in released["tensors"].items()}
-    config, model = convert("kl", tensors)
-    assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_params"]
+    config, model = convert("kl", tensors_of("mar_kl16"))
+    assert sum(x.size for x in jax.tree.leaves(model)) == released()["mar_kl16"]["numel_params"]
     assert config == KL(config.autoencoder, 16, scale=0.2325, perceptual=0.0, adversarial=0.0)
     assert config.autoencoder.multipliers == (1, 1, 2, 2, 4) and config.autoencoder.decoder_attention == ()
 

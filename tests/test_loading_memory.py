@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from t2i_jax.storage.artifacts import load_artifact
 from tests.fixtures import loading_memory
 from tests.fixtures.processes import outputs, started
 
-SCRIPT = str(Path(__file__).parent / "loading_memory.py")
 MIB = 2**20
 
 
@@ -29,7 +27,7 @@ def folder(tmp_path_factory):
 
 def load(folder, action="load", mesh=(1, 1, 1), devices=1, held=8 * MIB, count=1):
     """What each process says."""
-    processes = started([SCRIPT, folder, action, list(mesh), held], count, devices)
+    processes = started(["-m", "tests.fixtures.loading_memory", folder, action, list(mesh), held], count, devices)
     return [json.loads(re.findall(r"^\{.*\}$", text, re.M)[-1]) for text in outputs(processes)]
 
 

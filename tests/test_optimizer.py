@@ -55,7 +55,7 @@ def listed(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_who_goes_where_is_as_it_is_listed(name):
-    """`python tests/test_optimizer.py` writes the list anew: look at what changes in it."""
+    """`python -m tests.test_optimizer` writes the list anew: look at what changes in it."""
     assert listed(name) == json.loads(LISTED.read_text())[name]
 
 

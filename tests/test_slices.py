@@ -130,7 +130,7 @@ def configured(room, name, mesh, whole=True, steps=20):
 
 def on_slice(layout, *arguments, processes=4):
     """A command in processes of four devices, laid as a slice."""
-    return outputs(started([slice_command.__file__, layout, *arguments], processes, 4))
+    return outputs(started(["-m", "tests.fixtures.slice_command", layout, *arguments], processes, 4))
 
 
 def straight(room, name, **options):

@@ -19,19 +19,9 @@ from t2i_jax.core.tar_scan import scan
 from t2i_jax.data import TarShards, tar_index, write_records
 from t2i_jax.data.files import reporting
 from t2i_jax.data.tar_index import FOLDER, Table, encode_table, index_tars, open_table
-from tests.fixtures.tars import expected, image, plain, samples, write
+from tests.fixtures.tars import expected, image, indexes, plain, samples, write
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """The cache of the user, empty."""
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    return path
-
-
-def indexes(folder):
-    return sorted((folder / FOLDER).iterdir())
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def scanned(monkeypatch):
@@ -203,12 +193,12 @@ def test_the_index_can_be_read_by_all_who_read_the_shards(tmp_path):
     assert stat.S_IMODE((tmp_path / FOLDER).stat().st_mode) == 0o777
 
 
-def test_folders_that_cannot_be_written(tmp_path, cache, monkeypatch, caplog):
+def test_folders_that_cannot_be_written(tmp_path, user_cache, monkeypatch, caplog):
     """The cache takes the index, else it stays in memory, for worker processes too."""
     source = write(tmp_path / "a.tar", plain())
     (tmp_path / FOLDER).write_bytes(b"")  # no folder can be made here
     assert samples(source) == expected()
-    (kept,) = (cache / "t2i_jax" / "tars").glob("*/a.tar.*")
+    (kept,) = (user_cache / "t2i_jax" / "tars").glob("*/a.tar.*")
     seen = scanned(monkeypatch)
     assert samples(source) == expected() and not seen
     kept.unlink()

@@ -1,28 +1,36 @@
 """Every published system whose outputs are at hand: weights through the converter, each array compared.
 
-One a system that is kept in the project is quick; larger ones, where they lie beside it, and other configurations of
-the same systems belong to the long tests.
+Folders in tests/published/oracles are compared in `make test`. Larger ones, and other configurations of the same
+systems, lie in the folder that the environment variable T2I_ORACLES names; they are slow tests.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.published.parity import FOLDERS, InDouble, Oracle, check, compare, systems
+from tests.fixtures.released import MISSING, OUTPUTS
+from tests.published.parity import SMALL, InDouble, Oracle, check, compare, systems
 
-SMALL, LARGE = ({f.parent.name: f.parent for f in sorted(room.glob("*/meta.json"))} for room in FOLDERS)
 
+def folders(parent: Path | None) -> dict[str, Path]:
+    """The folders of published outputs in a folder, by name."""
+    return {file.parent.name: file.parent for file in sorted(parent.glob("*/meta.json"))} if parent else {}
+
+
+KEPT, LARGE = folders(SMALL), folders(OUTPUTS)
 
 CASES = [
-    pytest.param(name, marks=() if name in SMALL.keys() & systems().keys() else pytest.mark.slow)
-    for name in sorted(systems().keys() | SMALL.keys())
+    pytest.param(name, marks=() if name in KEPT.keys() & systems().keys() else pytest.mark.slow)
+    for name in sorted(systems().keys() | KEPT.keys())
 ]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_published_array(name):
-    if name not in SMALL | LARGE:
-        pytest.skip(f"no folder {name}")
-    lines = list(check(Oracle((LARGE | SMALL)[name])))
+    if name not in KEPT | LARGE:
+        pytest.skip(f"no folder {name}: {MISSING if OUTPUTS is None else OUTPUTS}")
+    lines = list(check(Oracle((LARGE | KEPT)[name])))
     assert lines and all(line.passed for line in lines), "\n" + "\n".join(map(str, lines))
 
 

@@ -1,15 +1,13 @@
 """Every released file is taken whole: its configuration is recognised, no name is missing or left over."""
 
-import json
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from t2i_jax.convert import convert, find
 from t2i_jax.interop.names import to_ours
-from tests.published.parity import FOLDERS
+from tests.fixtures.released import released, tensors_of
 
 FORMATS = {
     r"llamagen_GPT-.*": "llamagen",
@@ -29,23 +27,19 @@ FORMATS = {
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
 LONG = r"dit_.*|adm_.*|glide_.*"
 
-SHAPES = sorted((FOLDERS[1] / "_release_shapes").glob("*.json"))
-KNOWN = {path: format for path in SHAPES for name, format in FORMATS.items() if re.fullmatch(name, path.stem)}
-CASES = [
-    pytest.param(path, id=path.stem, marks=pytest.mark.slow if re.fullmatch(LONG, path.stem) else ()) for path in KNOWN
-]
+KNOWN = {file: format for file in released() for name, format in FORMATS.items() if re.fullmatch(name, file)}
+CASES = [pytest.param(file, marks=pytest.mark.slow if re.fullmatch(LONG, file) else ()) for file in KNOWN]
 
 
-@pytest.mark.parametrize("path", CASES)
-def test_a_released_file_is_taken_whole(path):
-    released, format = json.loads(path.read_text()), find(KNOWN[path])
-    tensors = {name: jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for name, shape in released["tensors"].items()}
-    config, model = convert(KNOWN[path], tensors)
+@pytest.mark.parametrize("file", CASES)
+def test_a_released_file_is_taken_whole(file):
+    tensors, format = tensors_of(file), find(KNOWN[file])
+    config, model = convert(KNOWN[file], tensors)
     buffers = sum(t.size for k, t in tensors.items() if re.search(format.unused, k)) if format.unused else 0
     table = format.table(config)
     placed = {name for line in table.values() for n in range(200) for name in line.layer(n)} & tensors.keys()
     buffers -= sum(tensors[k].size for k in placed if format.unused and re.search(format.unused, k))
-    assert sum(x.size for x in jax.tree.leaves(model)) == released["numel_state_dict"] - buffers
+    assert sum(x.size for x in jax.tree.leaves(model)) == released()[file]["numel_state_dict"] - buffers
 
     # A renamed tensor is told as what it is: one too many and one too few.
     name = next(n for n in placed if ".0." not in n)
