@@ -61,7 +61,7 @@ sys.meta_path.insert(0, Blocked())
 import tensorflow_datasets as tfds
 import t2i_jax as t2i
 import t2i_jax.data.glyphs
-from families import CODECS
+from tests.fixtures.families import CODECS
 
 builder = tfds.builder("glyphs/32", data_dir=sys.argv[1])
 builder.download_and_prepare()
