@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.models.stream import SIZES, Stream, StreamText
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits, uniforms
-from tests.fixtures.families import with_aux
 
 S, L, B = 4, 6, 3
 PLAIN = Stream(13, (2, 3), StreamText(11, S), width=16, depth=2, heads=2)
@@ -277,20 +275,6 @@ def test_a_picture_depends_on_its_own_key_and_text_only():
     some = jnp.array([2, 0])
     two = DALLE.sample(model, jax.tree.map(lambda x: x[some], condition), keys[some], options, segments=1)
     np.testing.assert_array_equal(two, three[some])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 4, 2)], ids=str)
-def test_meshes_agree(mesh):
-    batch = jax.tree.map(lambda x: jnp.tile(x, (8, *(1,) * (x.ndim - 1))), batch_for())
-    config = dataclasses.replace(DALLE, width=32, heads=4, remat="dots")
-    model, run = config.init(jax.random.key(0)), jax.value_and_grad(with_aux(config.loss), has_aux=True)
-    expected = jax.jit(run)(model, batch, jax.random.key(1))
-    mesh = MeshConfig(*mesh).build()
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(model, shardings(model, mesh)), jax.device_put(batch, batch_sharding(mesh))
-        found = jax.device_get(jax.jit(run)(*placed, jax.random.key(1)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), found, expected)
 
 
 def test_sizes_are_what_their_papers_say():
