@@ -23,9 +23,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.progress import listening
 from t2i_jax.training.experiment import Experiment, record_spec
 from tests.fixtures.curves import FILE, curve
-from tests.fixtures.families import CODECS, FAMILIES, batch_for, losses_of
+from tests.fixtures.families import ALL, CODECS, FAMILIES, batch_for, losses_of
 
-ALL = CODECS | FAMILIES
 REGULAR = {
     "dropout": 0.5,
     "token_dropout": 0.5,

@@ -15,10 +15,9 @@ from t2i_jax.training import optimizer
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer, axes_of, muon_dimensions
 from t2i_jax.training.state import params_of
-from tests.fixtures.families import CODECS, FAMILIES
+from tests.fixtures.families import ALL, FAMILIES
 from tests.fixtures.toys import experiment
 
-ALL = CODECS | FAMILIES
 NORMS = (BatchNorm, GroupNorm, LayerNorm, RMSNorm)
 FREE = r"null|codebook|position|padding|norm\d?\.[wb]$|rows|columns|target|mask_token|start|places|\.b$|_bias$|cells"
 """Names of what stands for itself: nothing multiplies by it."""

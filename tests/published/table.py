@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from t2i_jax import convert
+from tests.fixtures.families import ALL, SYSTEMS
+from tests.fixtures.meshes import sharded
 from tests.published.parity import Line, Oracle
 
 HEAD = """# Parity with published programs
@@ -27,23 +29,11 @@ ten times the error of our own fp32 where that is above 1e-4, and 1e-3 at most.
 {legend}
 """
 LEGEND = """\
-loads: the converter places every published name. scores, samples, trains: the class of the model has a method
-for log-likelihoods, a sampler, a training loss; whether they do what the original does is said by the arrays alone.
-sharded: a test finds the loss and the gradients of one device on several meshes, for the family of every model here;
-part: of some. arrays: how many of those that the original gives are equal, and the largest error among them.
+loads: the converter places every published name. scores, samples, trains: the contract tests compute log-likelihoods
+with, sample from, and train a small model of this kind; whether it does what the original does is said by the arrays
+alone. sharded: a test finds the loss and the gradients of one device on meshes of eight, for every model here; part:
+for some. arrays: how many of those that the original gives are equal, and the largest error among them.
 """
-SHARDED = {
-    "AR": "test_meshes: ar",
-    "AnyOrder": "test_meshes: any-order",
-    "DVAE": "test_meshes: dvae",
-    "Diffusion": "test_meshes: flow, unet, unet of transformers",
-    "KL": "test_meshes: kl",
-    "Masked": "test_meshes: masked",
-    "Stream": "test_stream: test_meshes_agree",
-    "VQDiffusion": "test_meshes: vq-diffusion",
-    "VQGAN": "test_meshes: vqgan",
-}
-"""Families, and the tests that compare meshes with one device."""
 COLUMNS: tuple[str, ...] = (
     "system",
     "original",
@@ -86,18 +76,17 @@ def converted() -> Iterator[list[tuple[str, Any]]]:
 
 def row(oracle: Oracle, lines: list[Line], seen: list[tuple[str, Any]]) -> dict[str, str]:
     """The line of a system whose arrays have been compared."""
-    kinds = {type(config) for _, config in seen}
-    has = lambda *names: some(any(hasattr(kind, name) for kind in kinds for name in names))
+    cases = [ALL[name] for name in SYSTEMS[oracle.meta["system"]]]
     cells = (
         oracle.meta["system"],
         oracle.meta.get("repo", ""),
         ", ".join(f"`{name}`" for name in dict.fromkeys(name for name, _ in seen)) or "-",
-        ", ".join(sorted(kind.__name__ for kind in kinds)) or "-",
+        ", ".join(sorted({type(config).__name__ for _, config in seen})) or "-",
         some(bool(seen)),
-        has("log_likelihood"),
-        has("sample"),
-        has("objectives"),
-        some(*(kind.__name__ in SHARDED for kind in kinds)),
+        some(any(case.capabilities.likelihood for case in cases)),
+        some(any(case.capabilities.family for case in cases)),
+        some(bool(cases)),
+        some(*(type(case) in sharded() for case in cases)),
         f"{sum(line.passed for line in lines)} of {len(lines)}",
         f"{max((line.error for line in lines), default=0.0):.1e}",
     )

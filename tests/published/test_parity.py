@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from tests.fixtures.families import ALL, SYSTEMS
 from tests.fixtures.released import MISSING, OUTPUTS
 from tests.published.parity import SMALL, InDouble, Oracle, check, compare, systems
+from tests.published.table import converted
 
 
 def folders(parent: Path | None) -> dict[str, Path]:
@@ -30,8 +33,14 @@ CASES = [
 def test_every_published_array(name):
     if name not in KEPT | LARGE:
         pytest.skip(f"no folder {name}: {MISSING if OUTPUTS is None else OUTPUTS}")
-    lines = list(check(Oracle((LARGE | KEPT)[name])))
+    oracle = Oracle((LARGE | KEPT)[name])
+    with converted() as seen:
+        lines = list(check(oracle))
     assert lines and all(line.passed for line in lines), "\n" + "\n".join(map(str, lines))
+    cases = [ALL[case] for case in SYSTEMS[oracle.meta["system"]]]
+    claims = lambda config: (type(config), config.capabilities.family, config.capabilities.likelihood)
+    models = {claims(config) for _, config in seen if not isinstance(config, DiscriminatorConfig)}
+    assert models <= {claims(case) for case in cases}
 
 
 def test_limits_are_those_of_fp32_where_fp32_is_less_exact():

@@ -1,29 +1,19 @@
 """What the table of systems claims is what tests check."""
 
-import importlib
-
-import pytest
-import test_meshes
-
+from tests.fixtures.families import ALL, SYSTEMS
+from tests.fixtures.meshes import sharded
 from tests.published import table
+from tests.published.parity import systems
 
 
-@pytest.mark.parametrize("family", table.SHARDED)
-def test_what_is_called_sharded_has_a_test_of_meshes(family):
-    module, _, names = table.SHARDED[family].partition(": ")
-    tests = importlib.import_module(module)
-    assert hasattr(tests, family)
-    for name in names.split(", "):
-        if tests is test_meshes:
-            trainable = tests.TRAINABLES[name]
-            assert type(getattr(trainable, "family", trainable)).__name__ == family
-        else:
-            assert callable(getattr(tests, name))
+def test_every_system_names_its_cases_of_the_contract():
+    """That each is what the converter makes of the published weights is seen where they are converted: test_parity."""
+    assert SYSTEMS.keys() == systems().keys()
+    assert {name for names in SYSTEMS.values() for name in names} <= ALL.keys()
 
 
-def test_every_family_on_meshes_is_in_the_table():
-    tested = {type(getattr(t, "family", t)).__name__ for t in test_meshes.TRAINABLES.values()}
-    assert tested <= table.SHARDED.keys()
+def test_every_family_and_codec_is_compared_over_meshes():
+    assert {type(config) for config in ALL.values()} == sharded()
 
 
 def test_old_lines_stay_and_columns_are_explained(tmp_path):
