@@ -1,13 +1,10 @@
 """What can happen to a run: kill -9, a full disk, signals, other process counts. The command is run as users do."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 from t2i_jax.data.records import write_records
 from t2i_jax.storage.artifacts import run_weights
 from t2i_jax.training import records
+from tests.fixtures.processes import started
 
 CONFIG = """
 from t2i_jax.data.pipeline import Data
@@ -48,24 +46,17 @@ def room(tmp_path_factory):
     )
     write_records(folder / "data", rows)
 
-    def start(run, mesh=(1, 1, 1), devices=1, env=(), limit=None, arguments=()):
+    def start(run, mesh=(1, 1, 1), devices=1, env=None, limit=None, arguments=(), count=1):
         config = folder / f"config{''.join(map(str, mesh))}.py"
         config.write_text(CONFIG.format(data=folder / "data", mesh=mesh))
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, "-m", "t2i_jax.cli", "train", str(config), "--run", str(folder / run), *arguments]
+        command = ["-m", "t2i_jax.cli", "train", str(config), "--run", str(folder / run), *arguments]
         if limit:  # no file may grow beyond it: the same error path as a disk that is full
             small = f"import os, resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({limit}, {limit})); "
-            command = [sys.executable, "-c", f"{small}os.execv({sys.executable!r}, {command!r})"]
-        return subprocess.Popen(
-            command,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | dict(env),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+            command = ["-c", f"{small}os.execv({sys.executable!r}, {[sys.executable, *command]!r})"]
+        return started(command, count, devices, env)
 
     def finish(run, **options):
-        process = start(run, **options)
+        (process,) = start(run, **options)
         output = process.communicate(timeout=900)[0]
         return process.returncode, output
 
@@ -102,12 +93,12 @@ def kill_at(process, run: Path, when: random.Random):
     process.communicate()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_changes_nothing(room, kills):
     folder, start, finish = room
     when, run = random.Random(kills), folder / f"killed{kills}"
     for _ in range(kills):
-        kill_at(start(run.name), run, when)
+        kill_at(*start(run.name), run, when)
         if max(curve(run), default=0) >= 22:  # begin anew: a finished run cannot be killed
             status, output = finish(run.name)
             assert status == 0, output
@@ -122,7 +113,7 @@ def test_kill_9_at_random_moments_changes_nothing(room, kills):
 def test_a_signal_saves_and_stops(room, number):
     folder, start, finish = room
     run = folder / f"signal{int(number)}"
-    process = start(run.name)
+    (process,) = start(run.name)
     while process.poll() is None and max(curve(run), default=0) < 2:
         time.sleep(0.005)
     process.send_signal(number)
@@ -152,12 +143,7 @@ def test_a_full_disk_is_said_and_harms_nothing(room):
 
 def cluster(start, run, count, mesh=(2, 2, 2), devices=8, **options):
     """`count` processes on this machine that share the devices, as hosts of a cluster would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    about = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "T2I_HEARTBEAT": "10"}
-    one = lambda i: start(run, mesh, devices // count, env=about | {"JAX_PROCESS_ID": str(i)}, **options)
-    return [one(i) for i in range(count)]
+    return start(run, mesh, devices // count, env={"T2I_HEARTBEAT": "10"}, count=count, **options)
 
 
 def all_finish(processes):
@@ -175,6 +161,7 @@ def one(room):
     return folder / "one"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(room, one):
     folder, start, _ = room
     all_finish(cluster(start, "two", 2))
@@ -182,6 +169,7 @@ def test_two_processes_equal_one(room, one):
     same(folder / "straight", folder / "two", 1e-4)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_end_every_process(room):
     """Parameters lie on devices of two processes: each says what is wrong, with the status that is not repeated."""
     _, start, _ = room
@@ -195,6 +183,7 @@ def test_numbers_that_are_not_finite_end_every_process(room):
         assert re.search(r"step 4: .*gradients that are not finite: .*first operation that made one: ", told[0]), output
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_another_config_or_go_on_with_it(room):
     folder, start, _ = room
     shutil.copytree(folder / "straight", folder / "other_config")
