@@ -20,7 +20,7 @@ from t2i_jax.core.fields import Checked, Range, values
 from t2i_jax.core.noise import SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
-from t2i_jax.sampling.solvers import ETA, SOLVERS, Denoised, Rounds, solve
+from t2i_jax.sampling.solvers import SOLVERS, Denoised, Rounds, default_eta, solve
 
 PROCESSES: dict[str, Process] = {
     "Discrete, linear": Discrete("linear"),
@@ -153,7 +153,15 @@ def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> t
     )
     between = lambda x, i: hold(x, i, normal(4, i))
     x = solve(
-        SOLVERS[solver], denoise, between(normal(2), 0), path, lambda i: normal(5, i), ETA[solver], 0, between, rounds
+        SOLVERS[solver],
+        denoise,
+        between(normal(2), 0),
+        path,
+        lambda i: normal(5, i),
+        default_eta(solver),
+        0,
+        between,
+        rounds,
     )
     mean, std = x[:, 1].mean(), x[:, 1].std()
     return mean / (CORRELATION * KNOWN) - 1, std / np.sqrt(1 - CORRELATION**2) - 1

@@ -8,8 +8,8 @@ from t2i_jax.heads.head import TokenHead
 from t2i_jax.heads.mixture import MixtureHead
 from t2i_jax.heads.softmax import SoftmaxHead
 
-Head = SoftmaxHead | DiffusionHead | FlowHead | MixtureHead
-"""Heads that a config may hold; models rely on `TokenHead` alone."""
+Head = TokenHead
+"""What a config may hold: a head of this package, or of a user's own."""
 
 __all__ = [
     "DiffusionHead",

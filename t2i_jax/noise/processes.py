@@ -299,7 +299,8 @@ class EDM(Checked):
         return along(self.network_time(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
 
 
-Process = Discrete | Flow | EDM
+Process = NoiseProcess
+"""What a config may hold: a process of this module, or of a user's own."""
 
 
 def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:

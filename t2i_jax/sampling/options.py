@@ -19,7 +19,7 @@ from t2i_jax.core.fields import LARGEST, Checked, Range, values
 from t2i_jax.core.noise import Spacing
 from t2i_jax.core.types import Family
 from t2i_jax.sampling.guidance import within
-from t2i_jax.sampling.solvers import ETA
+from t2i_jax.sampling.solvers import default_eta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ class DiffusionSampler(GuidedOptions):
     classifier_scale: Annotated[float | Array, Range()] = 1.0
     """Scale of the gradient of a classifier or of an image-text model, (b,), where one is given."""
     eta: Annotated[float | Array | None, Range(low=0)] = None
-    """Share of new noise in each step, (b,). None: the solver's default (`solvers.ETA`), 1 for ddpm and 0 for
+    """Share of new noise in each step, (b,). None: the solver's default (`solvers.default_eta`), 1 for ddpm and 0 for
     others."""
     clip: bool | Array = False
     """Clip the predicted image to [-1, 1]."""
@@ -233,7 +233,7 @@ class DiffusionSampler(GuidedOptions):
     def eta_of(self, solver: str) -> Array:
         """The share of new noise in each step of a solver, a scalar or (b,)."""
         eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
-        return jnp.where(jnp.isnan(eta), ETA[solver], eta)
+        return jnp.where(jnp.isnan(eta), default_eta(solver), eta)
 
     def guidance_at(self, done: Array | int, total: Array | int, log_snr: Array | float = 0.0) -> Array:
         """The scale also depends on log(alpha^2 / sigma^2)."""

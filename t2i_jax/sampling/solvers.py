@@ -292,5 +292,9 @@ SOLVERS: dict[str, Step] = {
     "unipc": unipc,
 }
 
-ETA = {name: 1.0 if name == "ddpm" else 0.0 for name in SOLVERS}
-"""Default eta of each solver; `ancestral` and `dpm++sde` add all of their noise whatever eta is."""
+"""Solvers by the name that a config has; a user's own is `SOLVERS["name"] = step`."""
+
+
+def default_eta(solver: str) -> float:
+    """The eta of a solver where options give none; `ancestral` and `dpm++sde` add all of their noise whatever it is."""
+    return 1.0 if solver == "ddpm" else 0.0
