@@ -283,3 +283,14 @@ def test_text_with_a_file_name_that_is_not_utf8_is_written_escaped(tmp_path):
     write_markdown(tmp_path / "a.md", "`t2i --out=caf\udce9`")
     assert json.loads((tmp_path / "a.json").read_text())["command"] == "t2i --out=caf\udce9"
     assert "caf\\udce9" in (tmp_path / "a.md").read_text()
+
+
+def test_a_page_and_its_plot_have_two_names(tmp_path, capsys):
+    assert "end it in .md" in refused(capsys, "bench", "solvers", "--out", tmp_path / "new.png")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_loop_of_links_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((ConfigError, OSError), match="loop"):
+        may_become(tmp_path / "loop" / "x")

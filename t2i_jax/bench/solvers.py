@@ -16,6 +16,7 @@ from jax import Array
 from t2i_jax.bench.measure import read_arguments
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Range, values
 from t2i_jax.core.noise import SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
@@ -203,6 +204,8 @@ DRAWN = ("ddpm", "ddim", "heun", "dpm++", "dpm++sde", "unipc")
 def main(arguments: list[str]) -> None:
     """`t2i bench solvers ...`: prints the page, and writes it where `--out` says."""
     args, _ = read_arguments(SolverBench, arguments, "t2i bench solvers")
+    if args.out and args.out.suffix == ".png":
+        raise ConfigError(f"--out {args.out}: the plot gets that name; end it in .md")
     if args.out and not is_ours(args.out):  # else the plot is ours too
         check_free(args.out.with_suffix(".png"))
     given = values(args)

@@ -300,7 +300,7 @@ def find_artifact(path: str, run: Path) -> str:
     nearest parent folder of the run that has it; unchanged where none has."""
     if not path or "://" in path or os.path.exists(path):
         return path
-    return next((str(p / path) for p in run.resolve().parents if (p / path).exists()), path)
+    return next((str(p / path) for p in Path(os.path.realpath(run)).parents if (p / path).exists()), path)
 
 
 def with_files(text: T, change: Callable[[File, str, str], str], part: str = "") -> T:
