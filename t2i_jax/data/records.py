@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.core.errors import DataError as DataError
-from t2i_jax.core.outputs import check_utf8, write_text
+from t2i_jax.core.outputs import check_parent, check_utf8, write_text
 from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
@@ -126,6 +126,7 @@ def may_become(path: Path) -> None:
     """Errors: `DataError` if something is at `path` that is no data set, which will not be overwritten, or if it is the
     working folder or one above it, which cannot be put in place whole."""
     check_utf8(path)
+    check_parent(path)
     if Path.cwd().is_relative_to(os.path.realpath(path)):
         raise DataError(f"{path}: is the working folder or holds it; name a folder of its own, as ./name")
     if path.exists() and not (path / INDEX).exists() and (not path.is_dir() or any(path.iterdir())):
