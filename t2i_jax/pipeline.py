@@ -373,7 +373,7 @@ class Pipeline:
             keys = jax.vmap(apart)(keys)
         with jax.set_mesh(self.mesh):
             # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
-            data = np.asarray(jax.random.key_data(keys))
+            data = jax.device_get(jax.random.key_data(keys))
             condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(self.family, options))
             static = guidance_flags(self.family, options)

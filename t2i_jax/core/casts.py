@@ -3,14 +3,15 @@ sampler among them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.typing import DTypeLike
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.jaxprs import Call, Cond, Scan, While, read
+from t2i_jax.core.jaxprs import Atom, Call, Cond, Scan, While, read
 from t2i_jax.core.narrow import as_family
 from t2i_jax.core.params import abstract, named
 from t2i_jax.core.types import Trainable
@@ -22,7 +23,7 @@ MOVES = {
 """Primitives that only select and move elements of their first operand: they commute with a cast."""
 
 
-def cast_first(jaxpr: core.Jaxpr, dtype: Any) -> list[bool]:
+def cast_first(jaxpr: core.Jaxpr, dtype: DTypeLike) -> list[bool]:
     """For each input: whether the program only casts its elements to `dtype`.
 
     Unknown operations count as computation. Errors: `UnknownForm` of `core.jaxprs.read`.
@@ -31,11 +32,11 @@ def cast_first(jaxpr: core.Jaxpr, dtype: Any) -> list[bool]:
     return [used.get(v, "unused") == "cast" for v in jaxpr.invars]
 
 
-def _used(jaxpr: core.Jaxpr, dtype: Any, results: list[str]) -> dict[Any, str]:
+def _used(jaxpr: core.Jaxpr, dtype: DTypeLike, results: list[str]) -> dict[core.Var, str]:
     """How a program uses each of its variables: "cast" or "else"; results: how its outputs are used."""
-    used: dict[Any, str] = {}
+    used: dict[core.Var, str] = {}
 
-    def note(variable: Any, how: str) -> None:
+    def note(variable: Atom, how: str) -> None:
         if not isinstance(variable, core.Literal) and how != "unused":
             used[variable] = how if used.get(variable, how) == how else "else"
 
@@ -70,14 +71,20 @@ def _used(jaxpr: core.Jaxpr, dtype: Any, results: list[str]) -> dict[Any, str]:
     return used
 
 
-def _pass(note: Any, operands: Any, body: core.Jaxpr, dtype: Any, results: list[str] | None = None) -> None:
+def _pass(
+    note: Callable[[Atom, str], None],
+    operands: Sequence[Atom],
+    body: core.Jaxpr,
+    dtype: DTypeLike,
+    results: list[str] | None = None,
+) -> None:
     """Note for the operands of a nested program how it uses them."""
     inner = _used(body, dtype, results or ["else"] * len(body.outvars))
     for operand, variable in zip(operands, body.invars, strict=True):
         note(operand, inner.get(variable, "unused"))
 
 
-def cast_dtypes(model_config: Trainable) -> dict[str, Any]:
+def cast_dtypes(model_config: Trainable) -> dict[str, DTypeLike]:
     """Dtypes of the weights that a family's sampler casts to bfloat16 before use.
 
     They are cast once when loaded, which changes no image.

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import tyro
 from jax import Array
@@ -29,9 +29,11 @@ from jax import Array
 from t2i_jax.core.errors import ConfigError as ConfigError
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import values
-from t2i_jax.core.migration import VERSION, Object, migrated
+from t2i_jax.core.migration import VERSION, Json, Object, migrated
 from t2i_jax.core.outputs import write_text
 from t2i_jax.core.sniff import sniff_file
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -48,7 +50,7 @@ def refused(what: str = "") -> Iterator[None]:
         raise ConfigError(f"{what}: nested too deeply" if what else "nested too deeply") from error
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> object:
     """The experiment of a config file (`.py`, or a resolved `config.json`), with command-line overrides applied.
 
     Errors: `ConfigError` for a missing file, a file that cannot be run or does not build `experiment`, a field that
@@ -68,17 +70,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     return override(experiment, overrides) if overrides else experiment
 
 
-def write_stored(path: Path, value: Any) -> None:
+def write_stored(path: Path, value: object) -> None:
     """Write a config, or a dictionary of them, into a file that later versions of the library can read."""
     write_text(path, json.dumps(stored_form(value), indent=2))
 
 
-def stored_form(value: Any) -> Object:
+def stored_form(value: object) -> Object:
     """Plain JSON of a config, or of a dictionary of them, with the version that it is written in."""
-    return {"version": VERSION, **to_json(value)}
+    content = to_json(value)
+    assert isinstance(content, dict)
+    return {"version": VERSION, **content}
 
 
-def read_stored(path: Path) -> Any:
+def read_stored(path: Path) -> object:
     """A config written by `write_stored` of this version or an earlier one. Errors: `ConfigError` that names the file
     where it is cut short, edited so that it cannot be read, or of a later version."""
     content = read_migrated(path)
@@ -108,7 +112,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _run_file(path: Path) -> Any:
+def _run_file(path: Path) -> object:
     """The `experiment` of a Python file. Errors: `ConfigError` with the line of the file that failed."""
     try:
         return runpy.run_path(str(path)).get("experiment")
@@ -122,7 +126,7 @@ def _run_file(path: Path) -> Any:
         raise ConfigError(f"{path}{at}: {kind}{error}{near}") from error
 
 
-def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
+def override(value: T, arguments: Sequence[str], prog: str = "t2i") -> T:
     """`value` with fields replaced by `--a.b=c` arguments; unions keep the branch that the value already has.
 
     Errors: `ConfigError` for a field that does not exist, with the nearest one, and for a value that is refused.
@@ -130,7 +134,7 @@ def override(value: Any, arguments: Sequence[str], prog: str = "t2i") -> Any:
     return parse(type(value), arguments, prog, default=value, config=(tyro.conf.AvoidSubcommands,), registry=_registry)
 
 
-def parse(kind: type, arguments: Sequence[str], prog: str, **settings: Any) -> Any:
+def parse(kind: type[T], arguments: Sequence[str], prog: str, **settings: Any) -> T:
     """A dataclass parsed from command-line arguments by tyro; `--help` prints and exits.
 
     Errors: `ConfigError`, one line with the fault and a suggestion.
@@ -177,7 +181,7 @@ _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.struct_rule
-def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> Any:
+def _of_a_protocol(info: tyro.constructors.StructTypeInfo):  # tyro does not export all that it returns
     """Fields whose type is a Protocol, or one or None, are parsed as the dataclass that they hold."""
     kinds = get_args(info.type) or (info.type,)
     if not any(isinstance(k, type) and Protocol in k.__bases__ for k in kinds) or info.default is None:
@@ -188,7 +192,7 @@ def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> Any:
 
 
 @_registry.primitive_rule
-def _traced(info: Any) -> Any:
+def _traced(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Options that are a number, or an array with one for each image, take a number from the command line."""
     optional = NoneType in get_args(info.type)
     plain = [t for t in get_args(info.type) if t not in (Array, NoneType)]
@@ -196,7 +200,7 @@ def _traced(info: Any) -> Any:
         return None
     kind, words = plain[0], {"true": True, "false": False}
 
-    def read(given: list[str]) -> Any:
+    def read(given: list[str]) -> float | None:
         if optional and given[0].lower() == "none":
             return None
         if kind is not bool:
@@ -248,7 +252,7 @@ def _called(error: TypeError) -> type | None:
     return None
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> Json:
     """Plain JSON of a config; a dataclass becomes an object with its class under "type"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
@@ -265,7 +269,7 @@ def to_json(value: Any) -> Any:
     raise ConfigError(f"a config holds plain values and dataclasses, not {type(value).__name__}: {value!r}")
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: Json) -> object:
     """The config that `to_json` wrote. Lists come back as tuples: configs are immutable.
 
     Classes are taken from this library, or from a module that the program has imported already, never from elsewhere.
@@ -295,7 +299,7 @@ def from_json(value: Any) -> Any:
             raise ConfigError(str(error)) from error
 
 
-def changes(old: Any, new: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+def changes(old: Json, new: Json, at: str = "") -> dict[str, tuple[Json, Json]]:
     """Where two JSON configs differ: the values before and after, by the field's dotted name."""
     if isinstance(old, dict) and isinstance(new, dict):
         names, found = [*old, *(k for k in new if k not in old)], {}
@@ -305,6 +309,6 @@ def changes(old: Any, new: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
     return {} if old == new else {at: (old, new)}
 
 
-def differences(old: Any, new: Any) -> list[str]:
+def differences(old: Json, new: Json) -> list[str]:
     """Where two JSON configs differ, one line a field: `train.seed: 1 -> 2`."""
     return [f"{k}: {json.dumps(a)} -> {json.dumps(b)}" for k, (a, b) in changes(old, new).items()]

@@ -13,13 +13,16 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Container
+from collections.abc import Callable, Container
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, Union, cast, get_args, get_origin, get_type_hints
 
 from jax.core import Tracer
 
 from t2i_jax.core.errors import ConfigError
+
+Check = Callable[[object], str]
+"""what is wrong with a value; empty if nothing is"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Range:
     above: float | None = None
     below: float | None = None
 
-    def fits(self, x: Any) -> bool:
+    def fits(self, x: float) -> bool:
         """Whether a number is in the range; NaN and infinities never are."""
         return (
             _finite(x)
@@ -53,7 +56,7 @@ FLOAT_MAX = 3.4028235e38
 """Larger numbers are infinite in fp32, in which models compute."""
 
 
-def _finite(x: Any) -> bool:
+def _finite(x: float) -> bool:
     return isinstance(x, numbers.Integral) or math.isfinite(x)  # an integer may be larger than any float
 
 
@@ -124,22 +127,23 @@ class Checked:
                 raise ConfigError(f"{type(self).__name__}.{name} {value!r}: {fault}")
 
 
-def values(config: Any) -> dict[str, Any]:
+def values(config: object) -> dict[str, Any]:
     """The `__init__` fields of a dataclass by name: a shallow `dataclasses.asdict`.
 
     This is the only place that reads config fields by name, as there is no other way to get their values.
     """
+    assert dataclasses.is_dataclass(config)
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
 
 
 @functools.cache
-def _checks(cls: type) -> dict[str, Any]:
+def _checks(cls: type) -> dict[str, Check]:
     hints = get_type_hints(cls, include_extras=True)
     fields = (f.name for f in dataclasses.fields(cls) if f.init)
     return {name: check for name in fields if (check := _check_of(hints[name]))}
 
 
-def free_fields(config: Any, marks: tuple[Mark, ...] = (FREE,), at: str = "") -> set[str]:
+def free_fields(config: object, marks: tuple[Mark, ...] = (FREE,), at: str = "") -> set[str]:
     """Dotted names of the fields of a config, nested ones included, that have one of the marks."""
     if isinstance(config, dict):
         within = {f"{at}{k}": v for k, v in config.items()}
@@ -164,7 +168,7 @@ def _marks(cls: type) -> dict[str, tuple[object, ...]]:
     return {f.name: get_args(h)[1:] for f in dataclasses.fields(cls) if get_origin(h := hints[f.name]) is Annotated}
 
 
-def changed_fields(old: Any, new: Any, but: Container[str] = (), at: str = "") -> list[str]:
+def changed_fields(old: object, new: object, but: Container[str] = (), at: str = "") -> list[str]:
     """Dotted names of the fields in which two configs of one class differ, except those in `but` and fields nested in
     them."""
     found = []
@@ -178,11 +182,11 @@ def changed_fields(old: Any, new: Any, but: Container[str] = (), at: str = "") -
     return found
 
 
-def _check_of(hint: Any) -> Any:
+def _check_of(hint: object) -> Check | None:
     """A function from a value to a description of what is wrong with it, or None for a type that restricts nothing."""
     ranges = [x for x in get_args(hint) if isinstance(x, Range)] if get_origin(hint) is Annotated else []
     if get_origin(hint) is Annotated and not ranges:
-        hint = hint.__origin__
+        hint = get_args(hint)[0]
     inner = get_args(hint)
     if get_origin(hint) is Literal:
         return functools.partial(_no_word, inner)
@@ -193,24 +197,25 @@ def _check_of(hint: Any) -> Any:
     if kinds := _configs(hint):
         return functools.partial(_no_config, kinds, _takes_none(hint))
     if ranges:
-        return functools.partial(_no_number, ranges[0], {hint.__origin__, *get_args(hint.__origin__)})
+        kind = inner[0]
+        return functools.partial(_no_number, ranges[0], {kind, *get_args(kind)})
     return None if _takes_none(hint) else lambda value: "it needs a value" if value is None else ""
 
 
-def _takes_none(hint: Any) -> bool:
+def _takes_none(hint: object) -> bool:
     if get_origin(hint) is Annotated:
         return _takes_none(get_args(hint)[0])
     return hint in (Any, object, None, NoneType) or any(map(_takes_none, get_args(hint)) if _is_union(hint) else ())
 
 
-def _configs(hint: Any) -> tuple[type, ...]:
+def _configs(hint: object) -> tuple[type, ...]:
     """The dataclasses, or Protocols of configs, that a type allows; empty if it allows anything else besides None."""
     kinds = [k for k in (get_args(hint) if _is_union(hint) else (hint,)) if k is not NoneType]
-    config = lambda k: isinstance(k, type) and (dataclasses.is_dataclass(k) or Protocol in k.__bases__)
-    return tuple(kinds) if all(map(config, kinds)) else ()
+    found = [k for k in kinds if isinstance(k, type) and (dataclasses.is_dataclass(k) or Protocol in k.__bases__)]
+    return tuple(found) if len(found) == len(kinds) else ()
 
 
-def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:
+def _no_config(kinds: tuple[type, ...], none: bool, value: object) -> str:
     """What is wrong with a plain value in place of a config. An object of another class is not checked: a missing
     attribute is an error where it is used."""
     if value is None:
@@ -219,18 +224,18 @@ def _no_config(kinds: tuple[type, ...], none: bool, value: Any) -> str:
     return f"a {' or a '.join(k.__name__ for k in kinds[:4])}" if plain else ""
 
 
-def _is_union(hint: Any) -> bool:
+def _is_union(hint: object) -> bool:
     return get_origin(hint) in (Union, UnionType)
 
 
-def _no_word(words: tuple[Any, ...], value: Any) -> str:
+def _no_word(words: tuple[object, ...], value: object) -> str:
     """What is wrong with a literal, or with one of several; empty if nothing is."""
     several = isinstance(value, tuple | list)
     fits = all(x in words for x in (value if several else (value,)))
     return "" if fits else f"{'some' if several else 'one'} of {', '.join(map(str, words))}"
 
 
-def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
+def _no_number(range: Range, kinds: set[object], value: object) -> str:
     """What is wrong with a number, or with one of several; empty if nothing is. kinds: types of the field.
 
     Arrays and tracers are not checked.
@@ -248,8 +253,9 @@ def _no_number(range: Range, kinds: set[Any], value: Any) -> str:
             return f"a number, {range}"
         if whole and not isinstance(x, numbers.Integral):
             return f"a whole number, {range}"
-        if not range.fits(x):
-            finite = "" if _finite(x) or range == Range() else "a finite number, "
+        number = cast(float, x)
+        if not range.fits(number):
+            finite = "" if _finite(number) or range == Range() else "a finite number, "
             return f"{finite}{range}"
         if not whole and abs(float(x)) > FLOAT_MAX:
             return f"it is infinite in 32 bits, more than {FLOAT_MAX:g}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.extend import core
 
 from t2i_jax.core import jaxprs
+from t2i_jax.core.sharding import Device
 
 # Published dense bf16 peaks, FLOP/s per device as JAX counts devices.
 PEAKS = {
@@ -31,7 +31,7 @@ PEAKS = {
 Trips = float | Sequence[tuple[int, ...]]
 
 
-def count(function: Callable[..., Any], *arguments: Any, trips: Trips = 1) -> float:
+def count(function: Callable[..., object], *arguments: object, trips: Trips = 1) -> float:
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
     A `while_loop`, whose length is not known, counts `trips` times, a `cond` its dearest branch, and what platforms do
@@ -42,7 +42,7 @@ def count(function: Callable[..., Any], *arguments: Any, trips: Trips = 1) -> fl
     return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
 
 
-def peak(device: Any) -> float | None:
+def peak(device: Device) -> float | None:
     """Published bf16 FLOP/s of a device, or None for one that is not in the table (a CPU)."""
     return next((v for k, v in PEAKS.items() if device.device_kind.startswith(k)), None)
 

@@ -10,7 +10,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from t2i_jax.core.console import console
 from t2i_jax.core.outputs import MAKER, check_free, is_ours
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
 
@@ -73,7 +74,7 @@ def save_png(
     image: Image.Image | np.ndarray,
     path: str | os.PathLike,
     captions: Sequence[str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write an image whole or not at all, with its captions and metadata in text chunks of the PNG.
 
@@ -184,7 +185,7 @@ def _sheet(
     return image
 
 
-def wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+def wrap(text: str, font: Font, width: int, most: int = 3) -> list[str]:
     """Lines of `text` no wider than `width`; long words are broken, and what is beyond `most` lines becomes '…'."""
     lines, rest = [], " ".join(text.split())
     while rest and len(lines) <= most:
@@ -201,7 +202,7 @@ def wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
     return lines
 
 
-def _fitting(text: str, font: Any, width: int, end: str = "") -> int:
+def _fitting(text: str, font: Font, width: int, end: str = "") -> int:
     """Characters of `text` that, with `end`, are no wider than `width`; few beginnings are measured, and short ones."""
     most = 1
     while most < len(text) and font.getlength(text[:most] + end) <= width:
@@ -210,7 +211,7 @@ def _fitting(text: str, font: Any, width: int, end: str = "") -> int:
     return bisect_right(measured, width, key=lambda n: font.getlength(text[:n] + end))
 
 
-def load_font(size: int, text: str = "") -> Any:
+def load_font(size: int, text: str = "") -> Font:
     """Pillow's own font, which has little beyond ASCII; for other `text` DejaVu Sans, which matplotlib ships."""
     spec = None if text.isascii() else importlib.util.find_spec("matplotlib")
     for folder in (spec and spec.submodule_search_locations) or ():

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend import core
 
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.specs import Shaped
+
+Atom = core.Var | core.Literal
 
 
 class UnknownForm(ConfigError):
@@ -39,7 +42,7 @@ class Scan:
     body: core.Jaxpr
     length: int
     reverse: bool
-    stacked: tuple[Any, ...]
+    stacked: tuple[Shaped, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +85,15 @@ SUSPECT = re.compile(r"(^|_)(attention|call|conv|dot|gemm|kernel|matmul)(_|$)")
 """Names of unknown primitives that suggest products."""
 
 
-def read(equation: Any) -> Form:
+def read(equation: core.JaxprEqn) -> Form:
     """The form of an equation of a jaxpr; None for one without products. Errors: `UnknownForm`."""
     name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = _parameter(equation, "dimension_numbers")
-        left = equation.invars[0].aval.shape
+        left = _aval(equation.invars[0]).shape
         return Product(2.0 * _size(equation.outvars[0]) * math.prod(left[d] for d in contracted))
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval.shape
+        kernel = _aval(equation.invars[1]).shape
         features = kernel[_parameter(equation, "dimension_numbers").rhs_spec[0]]
         return Product(2.0 * _size(equation.outvars[0]) * math.prod(kernel) / features)
     if name in ("dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"):
@@ -131,17 +134,17 @@ def used_inputs(jaxpr: core.Jaxpr) -> list[bool]:
     return [id(v) in needed for v in jaxpr.invars]
 
 
-def _unknown(equation: Any, why: str) -> UnknownForm:
+def _unknown(equation: core.JaxprEqn, why: str) -> UnknownForm:
     return UnknownForm(f"'{equation.primitive.name}' in a traced program", why)
 
 
-def _parameter(equation: Any, name: str) -> Any:
+def _parameter(equation: core.JaxprEqn, name: str) -> Any:  # the type of a parameter depends on its primitive
     if name not in equation.params:
         raise _unknown(equation, f"it has no parameter '{name}' but {', '.join(sorted(equation.params)) or 'none'}")
     return equation.params[name]
 
 
-def _programs(value: Any) -> list[core.Jaxpr]:
+def _programs(value: object) -> list[core.Jaxpr]:
     """The jaxprs in a parameter, including those in tuples and dictionaries."""
     if isinstance(value, dict):
         value = tuple(value.values())
@@ -150,25 +153,29 @@ def _programs(value: Any) -> list[core.Jaxpr]:
     return list(core.jaxprs_in_params({"": value}))
 
 
-def _program(equation: Any, name: str) -> core.Jaxpr:
+def _program(equation: core.JaxprEqn, name: str) -> core.Jaxpr:
     found = _programs(_parameter(equation, name))
     if len(found) != 1:
         raise _unknown(equation, f"its parameter '{name}' is not a program")
     return found[0]
 
 
-def _size(variable: Any) -> int:
-    return math.prod(variable.aval.shape)
+def _size(variable: Atom) -> int:
+    return math.prod(_aval(variable).shape)
 
 
-def _scan(equation: Any) -> Scan:
+def _aval(variable: Atom) -> Shaped:
+    # Arrays and references to them have a shape and a dtype, which their common base does not declare.
+    return cast(Shaped, variable.aval)
+
+
+def _scan(equation: core.JaxprEqn) -> Scan:
     """A scan; a result is stacked if it has one more axis than the body's, of the loop's length, else it is the carry.
 
     Shapes show this in every version of JAX; the parameters that do so have changed their names.
     """
     body, length = _program(equation, "jaxpr"), _parameter(equation, "length")
-    outvars: list[Any] = body.outvars
-    whole, each = ([v.aval for v in variables] for variables in (equation.outvars, outvars))
+    whole, each = [_aval(v) for v in equation.outvars], [_aval(v) for v in body.outvars]
     stacked = tuple(a for a, b in zip(whole, each, strict=False) if a.shape == (length, *b.shape))
     carried = [a for a, b in zip(whole, each, strict=False) if a.shape == b.shape]
     if len(whole) != len(each) or len(stacked) + len(carried) != len(whole):
@@ -176,7 +183,7 @@ def _scan(equation: Any) -> Scan:
     return Scan(body, length, bool(_parameter(equation, "reverse")), stacked)
 
 
-def _times(equation: Any) -> int:
+def _times(equation: core.JaxprEqn) -> int:
     """How often the program of a call runs: once per cell of a kernel's grid, or once per device of a mesh."""
     if equation.primitive.name == "pallas_call":
         grid = _parameter(equation, "grid_mapping").grid
@@ -189,19 +196,19 @@ def _times(equation: Any) -> int:
     return 1
 
 
-def _attention(equation: Any, forward: bool) -> float:
+def _attention(equation: core.JaxprEqn, forward: bool) -> float:
     """FLOPs of cuDNN's attention over all pairs of queries and keys: q k^T and p v; backward q k^T again, and the
     gradients of p, q, k and v."""
-    q, k, v = (x.aval.shape for x in equation.invars[:3])
+    q, k, v = (_aval(x).shape for x in equation.invars[:3])
     keys = k[2] if _parameter(equation, "layout") else k[1]  # 0: (b, t, n, h), 1: (b, n, t, h)
     return 2.0 * math.prod(q[:-1]) * keys * (q[-1] + v[-1] if forward else 3 * q[-1] + 2 * v[-1])
 
 
-def _expanded(equation: Any) -> core.Jaxpr:
+def _expanded(equation: core.JaxprEqn) -> core.Jaxpr:
     """The program of a primitive that holds a Python object instead of a jaxpr, such as `jnp.searchsorted` in jax
     0.12."""
     primitive = _parameter(equation, "_prim")
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in map(_aval, equation.invars)]
     try:
         run = lambda *flat: primitive.expand(*jax.tree.unflatten(primitive.in_tree, flat))
         return jax.make_jaxpr(run)(*shapes).jaxpr

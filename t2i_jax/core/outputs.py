@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from t2i_jax.core.errors import ConfigError
 
@@ -85,7 +85,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: str | os.PathLike, value: dict[str, Any] | list[dict[str, Any]]) -> None:
+def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mapping[str, object]]) -> None:
     """Write an object, or a list of them, as JSON that names this library as its maker."""
     said = [{"made_by": MAKER, **one} for one in (value if isinstance(value, list) else [value])]
     text = json.dumps(said if isinstance(value, list) else said[0], indent=1, ensure_ascii=False, default=str)

@@ -1,7 +1,7 @@
 """The variables of a model by dotted name, and a model built from them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +9,38 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+M = TypeVar("M", bound=nnx.Module)
+M_co = TypeVar("M_co", bound=nnx.Module, covariant=True)
 Named = dict[str, nnx.Variable]
 
 
-def is_variable(x: Any) -> bool:
+class HasInit(Protocol[M_co]):
+    """A config that builds a module."""
+
+    def init(self, key: Array) -> M_co: ...
+
+
+def is_variable(x: object) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _name(path: Any) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def named(model: Any) -> Named:
+def named(model: nnx.Module) -> Named:
     """The variables of a model by dotted name, such as `blocks.attention.qkv.w`."""
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
     return {_name(path): v for path, v in leaves if is_variable(v)}
 
 
-def rebuild(abstract: Any, variables: Mapping[str, nnx.Variable]) -> Any:
+def rebuild(abstract: M, variables: Mapping[str, nnx.Variable]) -> M:
     """The model with the structure of `abstract` and these `variables`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)
     return jax.tree_util.tree_unflatten(treedef, [variables[_name(p)] if is_variable(v) else v for p, v in leaves])
 
 
-def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], source: str) -> Any:
+def assemble(build: Callable[[Array], M], arrays: Mapping[str, np.ndarray], source: str) -> M:
     """The model that `build(key)` would make, with `arrays` assigned by the dotted names of its variables.
 
     Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape.
@@ -44,7 +52,7 @@ def assemble(build: Callable[[Array], Any], arrays: Mapping[str, np.ndarray], so
     return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
 
 
-def check_fits(wanted: Named, arrays: Mapping[str, Any], source: str) -> None:
+def check_fits(wanted: Named, arrays: Mapping[str, np.ndarray], source: str) -> None:
     """Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape."""
     wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
     wrong += [
@@ -57,6 +65,6 @@ def check_fits(wanted: Named, arrays: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source} does not fit this model:\n  " + "\n  ".join([*wrong[:8], *more]))
 
 
-def abstract(config: Any) -> Any:
+def abstract(config: HasInit[M]) -> M:
     """The model of a config with shapes in place of arrays."""
     return jax.eval_shape(config.init, jax.random.key(0))

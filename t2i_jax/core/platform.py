@@ -10,7 +10,6 @@ import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from platform import libc_ver
-from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -108,7 +107,7 @@ def _cache() -> tuple[str | None, str]:
     return jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches  # pyright: ignore
 
 
-def _set_cache(settings: Mapping[str, Any]) -> None:
+def _set_cache(settings: Mapping[str, str | None]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # it holds the folder with which it was first used

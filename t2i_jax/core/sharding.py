@@ -11,7 +11,8 @@ import bisect
 import dataclasses
 import math
 import os
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -20,9 +21,27 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import LARGEST, Checked, Range
+
+T = TypeVar("T")
+"""a pytree of arrays, or of something in the place of each"""
+
+
+class Device(Protocol):
+    """What this library reads of a device of JAX."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+    @property
+    def process_index(self) -> int: ...
+
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -45,7 +64,7 @@ class MeshConfig(Checked):
     fsdp: Annotated[int, Range(-1, LARGEST)] = 1
     tensor: Annotated[int, Range(-1, LARGEST)] = 1
 
-    def build(self, devices: list[Any] | None = None) -> Mesh:
+    def build(self, devices: Sequence[Device] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""
         whole = devices is None
         devices = list(jax.devices()) if devices is None else devices
@@ -69,7 +88,7 @@ class MeshConfig(Checked):
         # Auto axes: XLA propagates. Explicit ones (the default of make_mesh) refuse indexing, patchify and top_k.
         return Mesh(self._placed(sizes, chosen), MESH_AXES, (AxisType.Auto,) * 3)
 
-    def _placed(self, sizes: list[int], devices: list[Any]) -> np.ndarray:
+    def _placed(self, sizes: list[int], devices: Sequence[Device]) -> np.ndarray:
         """The devices in the shape of the mesh: its axes follow those of the chips' torus where they fit, and split
         them where not (which jax.make_mesh refuses on most TPUs); only `data` spans slices, which a slower network
         joins."""
@@ -104,7 +123,7 @@ def fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     return P(*(names if dim % size(names) == 0 else None for dim, names in zip(shape, spec, strict=False)))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: T, mesh: Mesh) -> T:
     """A sharding per array from its axis names; stacked layers get a leading None, unnamed arrays are replicated."""
 
     def rule(v):
@@ -150,30 +169,31 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[st
     return {k: one(v) for k, v in batch.items()}
 
 
-def in_memory_of(rows: list[int], index: Any, size: int) -> slice:
+def in_memory_of(rows: list[int], index: tuple[slice, ...] | None, size: int) -> slice:
     """Where, among the rows of a process, those are that one of its devices holds; index: of the global array."""
     start, stop, _ = index[0].indices(size)
     first = bisect.bisect_left(rows, start)
     return slice(first, first + stop - start)
 
 
-def put_on_mesh(tree: Any, layout: Any) -> Any:
+def put_on_mesh(tree: T, layout: T | Sharding) -> T:
     """Arrays of the host as arrays of the devices; layout: a sharding for each, or one for all.
 
     Each process gives its own devices their parts and has to hold the same values as the others: unlike
     `jax.device_put`, which compares them by a copy of every process's array on every device, nothing is sent.
     """
-    one = isinstance(layout, Sharding)
-    if all(s.is_fully_addressable for s in ([layout] if one else jax.tree.leaves(layout))):
+    if all(s.is_fully_addressable for s in jax.tree.leaves(layout)):
         return jax.device_put(tree, layout)
 
-    def put(x: Any, sharding: Sharding) -> Array:
+    def put(x: ArrayLike, sharding: Sharding) -> Array:
         if isinstance(x, Array) and not x.is_fully_addressable:  # on the mesh already
             return jax.device_put(x, sharding)
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map((lambda x: put(x, layout)) if one else put, tree, *(() if one else (layout,)))
+    if isinstance(layout, Sharding):
+        return jax.tree.map(lambda x: put(x, layout), tree)
+    return jax.tree.map(put, tree, layout)
 
 
 def all_processes_agree(yes: bool) -> bool:
@@ -203,18 +223,20 @@ def start_cluster() -> None:
     if jax.distributed.is_initialized():
         return
     env = os.environ
-    patience: dict[str, Any] = {"heartbeat_timeout_seconds": int(env.get("T2I_HEARTBEAT", "100"))}
+    patience = int(env.get("T2I_HEARTBEAT", "100"))
     if "JAX_COORDINATOR_ADDRESS" in env:
         count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
         if count is None or index is None:
             raise NoCluster("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set too")
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], int(count), int(index), **patience)
+        jax.distributed.initialize(
+            env["JAX_COORDINATOR_ADDRESS"], int(count), int(index), heartbeat_timeout_seconds=patience
+        )
         return
     # SLURM_NTASKS is that of the whole job, also in the shell of an allocation, where one process runs alone.
     asked, tasks = env.get("T2I_CLUSTER") == "1", int(env.get("SLURM_STEP_NUM_TASKS", "1"))
     if asked or tasks > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         try:
-            jax.distributed.initialize(**patience)
+            jax.distributed.initialize(heartbeat_timeout_seconds=patience)
         except ValueError as error:  # JAX knows none of the clusters that it looks for
             why = "T2I_CLUSTER=1 asks for a cluster" if asked else "the environment is that of a cluster"
             hint = "unset it to run alone, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"

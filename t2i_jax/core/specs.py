@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -13,6 +13,16 @@ from t2i_jax.core.errors import ConfigError, DataError
 
 KINDS = {"int32": "iu", "uint8": "u", "bool": "b"}
 """NumPy kinds accepted for each dtype of a field other than floats."""
+
+
+class Shaped(Protocol):
+    """An array, or its abstract shape and dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +47,7 @@ class FieldSpec:
     multiple: int = 1
     """sizes that are None are multiples of this"""
 
-    def fault(self, value: Any, batched: bool = False) -> str:
+    def fault(self, value: Shaped, batched: bool = False) -> str:
         """What is wrong with a value, and what is accepted; empty if nothing is.
 
         value: array, or its abstract shape and dtype, whose bounds are not checked. batched: it has a batch dimension
@@ -89,13 +99,13 @@ SOURCES = {
 """Source of each field of a batch."""
 
 
-def missing(name: str, batch: Mapping[str, Any]) -> str:
+def missing(name: str, batch: Iterable[str]) -> str:
     """The error message for a batch, or an example, that lacks a field."""
     source = f"; it comes from {SOURCES[name]}" if name in SOURCES else ""
     return f"there is no '{name}', which the model takes{source}. There is: {', '.join(sorted(batch)) or 'nothing'}"
 
 
-def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = False) -> None:
+def check_example(spec: BatchSpec, example: Mapping[str, Shaped], batched: bool = False) -> None:
     """Check an example against a spec.
 
     batched: the first dimension of every array is that of a batch, as for `check_batch`. Errors: `DataError` that names
@@ -115,7 +125,7 @@ def check_example(spec: BatchSpec, example: Mapping[str, Any], batched: bool = F
             raise DataError(f"'{name}' {fault}")
 
 
-def check_batch(spec: BatchSpec, batch: Mapping[str, Any]) -> None:
+def check_batch(spec: BatchSpec, batch: Mapping[str, Shaped]) -> None:
     """Check a batch of arrays or abstract arrays. Errors: `DataError` that names the field that a model cannot read."""
     check_example(spec, batch, batched=True)
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -261,7 +261,7 @@ def serve() -> None:
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keep other output out of the stream of results
 
-    def send(result: Any) -> None:
+    def send(result: Scan | Exception | int) -> None:
         pickle.dump(result, results)
         results.flush()
 

@@ -55,9 +55,10 @@ def evaluate_folder(
     kind = open_artifact(folder).artifact.config
     batch_size = min(batch_size, count)
     if reference is None:
-        reference = config.load(folder)
-        if not isinstance(reference, Experiment):
+        stored = config.load(folder)
+        if not isinstance(stored, Experiment):
             raise ConfigError(f"{folder} is a released model: name a config with images to compare with: --data CONFIG")
+        reference = stored
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
     if kind.capabilities.codec:
