@@ -181,14 +181,17 @@ _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.struct_rule
-def _of_a_protocol(info: tyro.constructors.StructTypeInfo):  # tyro does not export all that it returns
+def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
     """Fields whose type is a Protocol, or one or None, are parsed as the dataclass that they hold."""
     kinds = get_args(info.type) or (info.type,)
     if not any(isinstance(k, type) and Protocol in k.__bases__ for k in kinds) or info.default is None:
         return None
     kind = type(info.default)
+    if not dataclasses.is_dataclass(kind):
+        return None
     plain = tyro.constructors.StructTypeInfo.make(kind, info.default, info.in_union_context)
-    return tyro.constructors.ConstructorRegistry.get_struct_spec(plain) if dataclasses.is_dataclass(kind) else None
+    spec = tyro.constructors.ConstructorRegistry.get_struct_spec(plain)
+    return spec if isinstance(spec, tyro.constructors.StructConstructorSpec) else None
 
 
 @_registry.primitive_rule
