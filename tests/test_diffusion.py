@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from examples.trigonometric import Trigonometric
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.config import ConfigError, from_json, override, to_json
 from t2i_jax.models import diffusion
@@ -23,7 +24,6 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling import solvers
 from t2i_jax.sampling.options import DiffusionSampler, plain_options
 from t2i_jax.storage.artifacts import Artifact
-from tests.fixtures import toys
 from tests.fixtures.families import with_aux
 
 SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
@@ -362,21 +362,7 @@ def test_sit_is_dit_on_a_flow():
     assert restore("dit", family, model).keys() == theirs.keys()
 
 
-@pytest.mark.parametrize("solver", solvers.SOLVERS)
-def test_a_process_needs_what_the_contract_says_alone(solver):
-    network = DiT((2, 2), 3, patch=1, width=8, depth=1, heads=2, learn_variance=False, condition=ClassEmbedder(3))
-    config = Diffusion(network, toys.Toward(), "v", solver=solver)  # pyright: ignore[reportArgumentType]
-    model, keys = config.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)
-    batch = {"codes": jnp.ones((2, 2, 2, 3)), "label": jnp.arange(2)}
-    assert np.isfinite(config.loss(model, batch, keys[0])[0])
-    # A new network says v = 0, so that x_0 = alpha x: what is drawn is finite and of the shape asked for.
-    drawn = config.sample(model, {"label": batch["label"]}, keys, DiffusionSampler(steps=4))
-    assert drawn.shape == (2, 2, 2, 3) and np.isfinite(drawn).all()
-    with pytest.raises(ConfigError, match="one of own, ddpm"):
-        dataclasses.replace(config, solver="dppm")
-
-
-@pytest.mark.parametrize("process", [Discrete(), Flow(), EDM(), toys.Toward()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("process", [Discrete(), Flow(), EDM(), Trigonometric()], ids=lambda p: type(p).__name__)
 def test_noise_is_the_same_where_times_and_stops_alone_differ(process):
     flow = {"times": "uniform", "shift": 3.0, "max_steps": 7}
     fields = {"Flow": flow, "EDM": {"mean": 0.0, "high": 70.0, "rho": 3.0}}

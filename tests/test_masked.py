@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from examples.fsq import FSQHead
 from t2i_jax.convert import convert
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig
@@ -52,9 +53,9 @@ MORE = {
         rate=MaskRate("uniform"),
         head=dataclasses.replace(VECTORS, dim=8),
     ),
-    "AR factors": AnyOrder(**TINY, order=Permutation(), head=toys.Factors()),
-    "masked factors": Masked(**BIDIRECTIONAL, order=Confidence(), head=toys.Factors()),
-    "masked factors of patches": Masked(**BIDIRECTIONAL | {"patch": 2}, head=toys.Factors((3, 3, 3, 3, 2, 2, 2, 2))),
+    "AR factors": AnyOrder(**TINY, order=Permutation(), head=FSQHead((3, 2, 4))),
+    "masked factors": Masked(**BIDIRECTIONAL, order=Confidence(), head=FSQHead((3, 2, 4))),
+    "masked factors of patches": Masked(**BIDIRECTIONAL | {"patch": 2}, head=FSQHead((3, 3, 3, 3, 2, 2, 2, 2))),
 }
 ALL = CELLS | MORE
 
@@ -177,7 +178,7 @@ def test_a_causal_model_gives_probabilities_in_every_order():
     total = jax.jit(lambda order: jnp.exp(config.log_likelihood(model, batch, jnp.tile(order, (len(codes), 1)))).sum())
     for order in ([2, 1, 0], [0, 2, 1]):
         np.testing.assert_allclose(total(jnp.asarray(order)), 1, rtol=1e-5)
-    factors = dataclasses.replace(config, grid=(1, 2), head=toys.Factors((3, 2)))
+    factors = dataclasses.replace(config, grid=(1, 2), head=FSQHead((3, 2)))
     codes = jnp.asarray(list(itertools.product(itertools.product(range(3), range(2)), repeat=2)))[:, None]
     batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
     np.testing.assert_allclose(jnp.exp(factors.log_likelihood(filled(factors), batch)).sum(), 1, rtol=1e-5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import examples.multistep  # noqa: F401  (registers lms)
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
@@ -48,7 +49,7 @@ def error(process, solver, steps):
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2), ("unipc", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpm++", 2), ("unipc", 2), ("lms", 2)])
 def test_deterministic_solvers_converge_at_their_order(process, solver, order):
     few, more = (float(error(process, solver, n)) for n in (16, 64))
     assert more < 0.05 and few / max(more, 2e-6) > 4 ** (order - 0.4), (few, more)
