@@ -9,8 +9,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
+from pyarrow import parquet
 
 from t2i_jax.data import ArrayRecord, Data, DataError, Folder, Mixture, Parquet, TarShards, Tfds, write_records
 from t2i_jax.data.order import Order, shuffled
@@ -402,9 +405,6 @@ def test_truncated_tar(tmp_path, caplog, cut):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     images = [encoded(i) for i in range(9)]
     plain = pyarrow.table({"image": images, "caption": [f"c{i}" for i in range(9)], "id": list(range(9))})
     parquet.write_table(plain, tmp_path / "a.parquet", row_group_size=2)
@@ -449,8 +449,6 @@ def test_rows_and_positions_that_there_are_not(data):
 
 
 def test_tfds(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-
     class Tiny(tfds.core.GeneratorBasedBuilder):
         """Eight pictures."""
 

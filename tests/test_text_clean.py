@@ -4,6 +4,7 @@ import html
 import random
 import re
 
+import ftfy
 import pytest
 
 from t2i_jax.text.clean import LEFTOVERS, MARKS, _address, _Text, clean_caption, clean_twice, fix_text, tidy
@@ -66,7 +67,6 @@ def test_tidy():
 
 
 def test_text_is_mended_as_ftfy_does():
-    ftfy = pytest.importorskip("ftfy")
     rng = random.Random(1)
     known = [
         "&lt;b&gt; &amp;amp; &eacute;&#233;&#x1F600;&bogus;&notit;",
@@ -80,6 +80,7 @@ def test_text_is_mended_as_ftfy_does():
         "‘a’ “b” „c“ ‚d‘ ʼe",
         "e\u0301 a\u030a \u1100\u1161",
         "rÃ©sumÃ© âœ” l’humanitÃ©",
+        "P&EACUTE;REZ",
     ]
     ranges = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x2000, 0x2070), (0x3000, 0x3100), (0xFF00, 0xFFF0)]
     drawn = ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(20))) for _ in range(300)]

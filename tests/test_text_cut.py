@@ -8,6 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from t2i_jax.core import config
 from t2i_jax.core.conditions import TextSpec
@@ -78,13 +79,12 @@ def texts(tmp_path_factory):
         "ClipEmbedding": ClipEmbedding(str(room / "clip")),
         "Triple": Triple(clip, clip, t5),
     }
-    if (tokenizers := pytest.importorskip("tokenizers")) is not None:
-        vocabulary_of = {word: n for n, word in enumerate(["<unk>", *WORDS])}
-        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary_of, unk_token="<unk>"))
-        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        made.save(str(room / "lm" / "tokenizer.json"))
-        found["DecoderLM"] = DecoderLM(str(room / "lm"), 9)
-        found["DecoderLM in a template"] = DecoderLM(str(room / "lm"), 9, template="the long tail {}")
+    vocabulary_of = {word: n for n, word in enumerate(["<unk>", *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary_of, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(room / "lm" / "tokenizer.json"))
+    found["DecoderLM"] = DecoderLM(str(room / "lm"), 9)
+    found["DecoderLM in a template"] = DecoderLM(str(room / "lm"), 9, template="the long tail {}")
     try:
         MiniLM(10)(["x"])
         found["MiniLM"], found["MiniLM pooled"] = MiniLM(10), MiniLM(10, pooled=True)

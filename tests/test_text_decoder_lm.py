@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from t2i_jax.interop.decoder_lm import table
 from t2i_jax.interop.names import to_theirs
@@ -47,7 +48,6 @@ def test_hidden_states_are_those_of_transformers(kind, tmp_path):
 
 
 def test_captions_are_set_into_the_template_and_padded(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.BPE({c: n for n, c in enumerate("catd: ")}, []))
     words.enable_padding(length=9)  # folders may say so; a text pads by itself
     words.save(str(tmp_path / "tokenizer.json"))
@@ -69,7 +69,6 @@ def test_what_cannot_be_read_is_told(tmp_path):
         DecoderLMShape.read({k: v for k, v in config.items() if k != "vocab_size"})
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         DecoderLM(str(tmp_path))(["a cat"])
-    pytest.importorskip("tokenizers")
     for content, said in {
         "version https://git-lfs.github.com/spec/v1\n": "Git LFS pointer",
         "{}": "as a tokenizer",

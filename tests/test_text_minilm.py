@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from t2i_jax.interop import minilm as published
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.text.minilm import MiniLM
-from t2i_jax.text.wordpiece import WordPiece, words
+from t2i_jax.text.wordpiece import WordPiece
 
 CAPTIONS = [
     "a red apple on the table",
@@ -43,7 +44,7 @@ def encoder(folder):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -62,8 +63,11 @@ def test_characters_are_treated_as_in_the_original(folder, tokenizer):
         assert ours(text) == tokenizer.encode(text, add_special_tokens=False).ids, hex(n)
 
 
-def test_words():
-    assert words("Ça va?  国旗ok") == ["ca", "va", "?", "国", "旗", "ok"]
+def test_words_are_bare_and_in_lower_case(tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ca", "va", "?", "国", "旗", "ok"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    found = WordPiece(tmp_path / "vocab.txt")
+    assert found("Ça va?  国旗ok \ud83d") == [4, 5, 6, 7, 8, 9]
 
 
 def test_the_longest_piece_wins_and_the_unknown_is_whole(tmp_path):

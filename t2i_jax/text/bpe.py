@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import gzip
-import heapq
 import importlib.util
-import itertools
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Regex, models, pre_tokenizers
 
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.text.clean import tidy
@@ -22,8 +20,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = 49152 - 256 - 2
 """Number of the file's merges in the vocabulary; the file lists more."""
 
-# Letters and numbers as Python defines them; `words` separates letters from numbers like ² and Ⅷ.
-WORD = re.compile(rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.I)
+WORD = rf"{re.escape(START)}|{re.escape(END)}|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
+"""The words of a tidy text: letters, single numerals, endings like 's, and runs of any other characters."""
 
 
 def vocabulary_file() -> Path:
@@ -57,17 +55,26 @@ class BytePairs:
         merges = [tuple(line.split()) for line in lines if line.strip()]
         if not merges or any(len(pair) != 2 for pair in merges):
             raise ValueError(f"{path}: no list of merges: each line but the first has two pieces")
-        self.letters = byte_letters()
-        letters = list(self.letters.values())
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # each byte as a character, in the order of the ids
         pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), START, END]
         self.ids = {piece: n for n, piece in enumerate(pieces)}
-        self.ranks = {pair: n for n, pair in enumerate(merges)}
         self.first, self.last = self.ids[START], self.ids[END]
+        try:
+            self.model = models.BPE(self.ids, merges, end_of_word_suffix="</w>")
+        except Exception as error:  # the library has no class of its own for a merge of unknown pieces
+            raise ValueError(f"{path}: no list of merges: {error}") from error
+        self.words = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORD), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         self.word = functools.lru_cache(1 << 16)(self._word)
 
     def __call__(self, caption: str) -> list[int]:
         """The ids of a caption of any length, without start and end."""
-        return [n for word in words(tidy(caption)) for n in (self.word if len(word) < 100 else self._word)(word)]
+        words = (word for word, _ in self.words.pre_tokenize_str(tidy(caption)))
+        return [n for word in words for n in (self.word if len(word) < 100 else self._word)(word)]
 
     def encode(self, captions: Sequence[str], length: int = 77, pad: int = 0) -> np.ndarray:
         """Ids int32 (n, length): start, the caption, end, then `pad`; a long caption is cut before the end."""
@@ -77,64 +84,9 @@ class BytePairs:
             row[: len(ids)] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without start and end."""
-        pieces, byte = list(self.ids), {c: n for n, c in self.letters.items()}
-        text = "".join(pieces[n] for n in ids if n not in (self.first, self.last)).replace("</w>", " ")
-        return b"".join(b" " if c == " " else bytes([byte[c]]) for c in text).decode("utf-8", "replace").strip()
-
     def _word(self, word: str) -> tuple[int, ...]:
-        if word in (START, END):
-            return (self.ids[word],)
-        pieces = [self.letters[byte] for byte in word.encode("utf-8")]
-        pieces[-1] += "</w>"
-        after = [*range(1, len(pieces)), -1]
-        before = list(range(-1, len(pieces) - 1))
-        waiting: list[tuple[int, int]] = []
-
-        def wait(i: int) -> None:
-            """Queue the pair that begins at i by its rank and position."""
-            if i >= 0 and after[i] >= 0 and (rank := self.ranks.get((pieces[i], pieces[after[i]]))) is not None:
-                heapq.heappush(waiting, (rank, i))
-
-        for i in range(len(pieces)):
-            wait(i)
-        while waiting:
-            # Merge all pairs of the best rank, from the left, before the pairs that result from them.
-            best, changed = waiting[0][0], []
-            while waiting and waiting[0][0] == best:
-                _, i = heapq.heappop(waiting)
-                j = after[i]
-                if j < 0 or not pieces[i] or self.ranks.get((pieces[i], pieces[j])) != best:
-                    continue  # already merged with another
-                pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], "", after[j]
-                if after[j] >= 0:
-                    before[after[j]] = i
-                changed.append(i)
-            for i in changed:
-                wait(i)
-                wait(before[i])
-        return tuple(self.ids[piece] for piece in pieces if piece)
-
-
-def words(text: str) -> list[str]:
-    """The words of a tidy text: letters, single numerals, endings like 's, and runs of any other non-blank
-    characters."""
-    parts = []
-    for word in WORD.findall(text):
-        if word[0].isalnum() and not word.isascii():
-            runs = [(k, list(g)) for k, g in itertools.groupby(word, lambda c: unicodedata.category(c)[0] == "N")]
-            parts += [part for number, run in runs for part in (run if number else ["".join(run)])]
-        else:
-            parts.append(word)
-    return parts
-
-
-def byte_letters() -> dict[int, str]:
-    """A printable character for each byte, itself if it is printable; in the order of the ids."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [n for n in range(256) if n not in printable]
-    return {n: chr(n) for n in printable} | {n: chr(256 + i) for i, n in enumerate(rest)}
+        """The ids of a word of `words`; start and end are no text to merge."""
+        return (self.ids[word],) if word in (START, END) else tuple(token.id for token in self.model.tokenize(word))
 
 
 @functools.lru_cache(4)

@@ -1,9 +1,8 @@
 """Normalisation of captions before tokenization.
 
 `fix_text` repairs text damaged on the web, `tidy` is CLIP's normalisation, `clean_caption` is the cleaner of
-DeepFloyd-IF, PixArt and LlamaGen. They match the originals, which use ftfy and BeautifulSoup, with two exceptions: text
-decoded with a wrong codec (mojibake) is repaired only if ftfy is installed, and Python's own parser extracts the text
-of broken HTML.
+DeepFloyd-IF, PixArt and LlamaGen. They match the originals, which use ftfy and BeautifulSoup, with the exception that
+Python's own parser extracts the text of broken HTML.
 
 Everything is linear in the length of any caption: nested entities are resolved PASSES deep, and with more than OPEN
 unclosed tags, tags are found without a parser.
@@ -17,63 +16,43 @@ import unicodedata
 from html.parser import HTMLParser
 from urllib.parse import unquote_plus
 
-try:
-    from ftfy import fix_encoding
-except ImportError:
-    fix_encoding = str
+from ftfy import fix_encoding, fixes
 
 # ------------------------------------------------------------------------------------------------------- plain text
 
 
-def _normal(characters) -> dict[int, str]:
-    return {ord(c): unicodedata.normalize("NFKC", c) for c in characters}
-
-
-def _windows(code: int) -> str:
-    return bytes([code]).decode("windows-1252", "ignore") or chr(code)
-
-
-C1 = {n: _windows(n) for n in range(0x80, 0xA0)}
-LIGATURES = _normal("ĲĳŉǱǲǳǄǅǆǇǈǉǊǋǌﬀﬁﬂﬃﬄﬆ") | {ord("ﬅ"): "ſt"}
-WIDTHS = _normal(["\u3000", *map(chr, range(0xFF01, 0xFFF0))])
-QUOTES = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
-QUOTES |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
-LINES = dict.fromkeys(map(ord, "\r\u2028\u2029\u0085"), "\n")
-CONTROLS = (*range(0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
-INVISIBLE = dict.fromkeys(CONTROLS)
 PASSES = 8
+FIXES = (
+    fix_encoding,
+    fixes.fix_c1_controls,
+    fixes.fix_latin_ligatures,
+    fixes.fix_character_width,
+    fixes.uncurl_quotes,
+    fixes.fix_line_breaks,
+    fixes.fix_surrogates,
+    fixes.remove_terminal_escapes,
+    fixes.remove_control_chars,
+)
 
 
 def fix_text(text: str) -> str:
-    """A text with one form for equivalent characters: ftfy's defaults (Speer 2019).
+    """A text with one form for equivalent characters: `ftfy.fix_text` (Speer 2019) with a bounded number of passes.
 
-    HTML entities (up to the first line with a `<`), C1 controls, ligatures, full-width forms, curled quotes, line ends,
-    surrogates, terminal escapes and control characters; NFC.
+    HTML entities (up to the first line with a `<`), text decoded with a wrong codec, C1 controls, ligatures, full-width
+    forms, curled quotes, line ends, surrogates, terminal escapes and control characters; NFC.
     """
     lines, escaped = [], True
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         escaped = escaped and "<" not in line
         for _ in range(PASSES):
-            before, line = line, _fix_line(line, escaped)
+            before, line = line, fixes.unescape_html(line) if escaped else line
+            for fix in FIXES:
+                line = fix(line)
+            line = unicodedata.normalize("NFC", line)
             if line == before:
                 break
         lines.append(line)
     return "".join(lines)
-
-
-def _fix_line(text: str, escaped: bool) -> str:
-    if escaped:
-        text = re.sub("&#?[0-9A-Za-z]{1,24};", _entity, text)
-    text = fix_encoding(text).translate(C1).translate(LIGATURES).translate(WIDTHS).translate(QUOTES)
-    text = text.replace("\r\n", "\n").translate(LINES)
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # surrogate pairs to characters
-    text = re.sub(r"\x1b\[(?:\d|;)*[a-zA-Z]", "", text).translate(INVISIBLE)
-    return unicodedata.normalize("NFC", text)
-
-
-def _entity(match: re.Match) -> str:
-    character = html.unescape(match[0])
-    return match[0] if ";" in character else character
 
 
 def tidy(caption: str) -> str:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from tokenizers import Tokenizer
 
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import ENCODER
@@ -188,14 +189,10 @@ def _rotary(config: Mapping[str, Any]) -> tuple[float, tuple[float, float, float
 
 
 @functools.lru_cache(8)
-def _tokenizer(folder: str) -> Any:
+def _tokenizer(folder: str) -> Tokenizer:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no tokenizer.json in it, the vocabulary of the language model")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError("tokenizer.json is read by the package tokenizers: pip install 'tokenizers>=0.22'") from error
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no narrower type
