@@ -52,9 +52,10 @@ class BytePairs:
             lines = content.decode("utf-8").split("\n")[1 : MERGES + 1]  # the first line is a header
         except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: no list of merges, or a damaged one: {error}") from error
-        merges = [tuple(line.split()) for line in lines if line.strip()]
-        if not merges or any(len(pair) != 2 for pair in merges):
+        pairs = [line.split() for line in lines if line.strip()]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"{path}: no list of merges: each line but the first has two pieces")
+        merges = [(pair[0], pair[1]) for pair in pairs]
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # each byte as a character, in the order of the ids
         pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), START, END]
         self.ids = {piece: n for n, piece in enumerate(pieces)}
