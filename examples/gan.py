@@ -44,7 +44,7 @@ class GANSampler(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class GAN(BaseFamily["GANNetwork", GANSampler]):
+class GAN(BaseFamily):
     """A convolutional generator from noise and a condition, a discriminator, and their losses."""
 
     size: Grid = (32, 32)
