@@ -29,6 +29,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler, validate_options
 from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
+from t2i_jax.storage.remote import resolve_path
 from t2i_jax.training.loop import check_run
 from tests.fixtures import toys
 from tests.fixtures.commands import refused
@@ -294,3 +295,8 @@ def test_a_loop_of_links_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises((ConfigError, OSError), match="loop"):
         may_become(tmp_path / "loop" / "x")
+
+
+@pytest.mark.parametrize("path", ["//a/b", "///a/b", "/a/b"])
+def test_slashes_before_a_path_are_one(path):
+    assert str(resolve_path(path)) == "/a/b"

@@ -17,6 +17,7 @@ import re
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -141,7 +142,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, **settings: Any) -
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of generic classes; it would be part of the message
             return tyro.cli(kind, args=list(arguments), prog=prog, **settings)
     except SystemExit as stop:
         if not stop.code:

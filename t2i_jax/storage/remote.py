@@ -39,7 +39,7 @@ def resolve_path(path: str | Path) -> Any:
     """
     found = re.match(r"^(\w+):/+(.*)", str(path))  # pathlib makes one slash of two
     if not found:
-        return Path(path)
+        return Path(re.sub("^//+", "/", str(path)))  # two slashes, which POSIX keeps, are no path to TensorStore
     scheme, rest = found.groups()
     if scheme not in STORES:
         raise ConfigError(f"{path}: paths are local, or begin with {' or '.join(s + '://' for s in STORES)}")
