@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from t2i_jax.data.sources import Parquet as Parquet
     from t2i_jax.data.sources import TarShards as TarShards
     from t2i_jax.data.sources import Tfds as Tfds
+    from t2i_jax.edits import InitImage as InitImage
+    from t2i_jax.edits import Inpaint as Inpaint
+    from t2i_jax.guides import Autoguidance as Autoguidance
+    from t2i_jax.guides import ClassifierGuidance as ClassifierGuidance
     from t2i_jax.heads import DiffusionHead as DiffusionHead
     from t2i_jax.heads import FlowHead as FlowHead
     from t2i_jax.heads import MixtureHead as MixtureHead
@@ -66,6 +70,8 @@ _PUBLIC = {
     "core.errors": "ConfigError DataError",
     "data.pipeline": "Data",
     "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
+    "edits": "InitImage Inpaint",
+    "guides": "Autoguidance ClassifierGuidance",
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",

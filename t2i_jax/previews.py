@@ -20,7 +20,7 @@ from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import image_keys
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.data.records import title
-from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampler import Sampler
 from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import plain_options
 
@@ -86,9 +86,8 @@ class Previews:
 
 
 def sample_to_folder(
-    pipeline: Pipeline,
+    sampler: Sampler,
     jobs: Sequence[tuple[str, int]],
-    options: Any,
     out: Path,
     batch_size: int,
     columns: int,
@@ -103,9 +102,9 @@ def sample_to_folder(
     command did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
-    settings = plain_options(options)
+    settings = plain_options(sampler.options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
-    about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | pipeline.about for p, s in jobs]
+    about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | dict(sampler.about) for p, s in jobs]
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
     # Only the first process writes, and may be the only one that sees the files.
     made, refusal = [False] * len(jobs), None
@@ -116,24 +115,27 @@ def sample_to_folder(
     if not all_processes_agree(refusal is None):
         raise refusal or ConfigError(f"{out}: the first process cannot write here")
     todo = np.flatnonzero(~multihost_utils.broadcast_one_to_all(np.asarray(made, bool))).tolist()
-    moments: dict[float, Any] = {}
-    pipeline.notice([jobs[i][0] for i in todo])
+    moments: dict[float, np.ndarray] = {}
+    prompts, seeds = [jobs[i][0] for i in todo], [jobs[i][1] for i in todo]
     with bar() as progress:
         task = progress.add_task("sampling", total=len(jobs), completed=len(jobs) - len(todo))
-        for at in range(0, len(todo), batch_size):
-            some = todo[at : at + batch_size]
-            before = len(jobs) - len(todo) + at
-            on_progress = lambda done, _, before=before: progress.update(task, completed=before + done)
-            keep = lambda share, codes, at=at: moments.update({} if at else {share: codes[:8]})
-            prompts, seeds = [jobs[i][0] for i in some], [jobs[i][1] for i in some]
-            images = pipeline.sample(prompts, seeds, options, batch_size, on_progress, keep if watch else None)
-            for i, image in zip(some, images, strict=True) if main else ():
+        written = 0
+
+        def preview(share: float, codes: np.ndarray) -> None:
+            progress.update(task, completed=len(jobs) - len(todo) + written + share * len(codes))
+            if not written:  # the first batch
+                moments[share] = codes[:8]
+
+        for images in sampler.batches(prompts, seeds, batch_size, preview if watch else None):
+            for i, image in zip(todo[written:], images, strict=False) if main else ():
                 image_files.save_png(image, files[i], [jobs[i][0]], about[i])
+            written += len(images)
+            progress.update(task, completed=len(jobs) - len(todo) + written)
     multihost_utils.sync_global_devices("sample: all images are written")
     if not main:
         return
     if moments:
-        growing(pipeline, dict(sorted(moments.items())), [jobs[i][0] for i in todo[:8]], out / "growing.png", scale)
+        growing(sampler, dict(sorted(moments.items())), prompts[:8], out / "growing.png", scale)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
     sheet = image_files.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
@@ -141,11 +143,11 @@ def sample_to_folder(
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
 
 
-def growing(pipeline: Pipeline, moments: dict[float, Any], prompts: Sequence[str], file: Path, scale: int) -> None:
+def growing(sampler: Sampler, moments: dict[float, np.ndarray], prompts: Sequence[str], file: Path, scale: int) -> None:
     """A sheet of intermediate images: a row each, and a column for each of at most eight times."""
     shares = list(moments)
     chosen = [shares[i] for i in np.unique(np.linspace(0, len(shares) - 1, 8).round().astype(int))]
-    frames = np.stack([pipeline.pictures(moments[share]) for share in chosen], 1)
+    frames = np.stack([sampler.decode(moments[share]) for share in chosen], 1)
     titles = [f"{share:.0%}" if share < 1 else prompt for prompt in prompts[: len(frames)] for share in chosen]
     sheet = image_files.grid(frames.reshape(-1, *frames.shape[2:]), titles, columns=len(chosen), scale=scale)
     image_files.save_png(sheet, file)

@@ -14,6 +14,8 @@ from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.edits import InitImage, Inpaint
+from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.release import release
@@ -116,24 +118,21 @@ def test_what_is_declared_works(name):
 @pytest.mark.parametrize("name", DRAW)
 def test_a_pipeline_refuses_what_is_not_declared(name):
     config, can = ALL[name], ALL[name].capabilities
-    pipeline, image = Pipeline(config, {}, None, None), np.zeros((4, 4, 3), np.uint8)
+    pipeline, image = Pipeline.place(config, {}, None, None), np.zeros((4, 4, 3), np.uint8)
     asked = {
-        "inpaint": lambda: pipeline.inpaint(image, np.ones((4, 4), bool)),
-        "init_image": lambda: pipeline.inpaint(image),
-        "classifier_guidance": lambda: pipeline.with_classifier_guidance(Artifact(FAMILIES["classifier"], {})),
-        "autoguidance": lambda: pipeline.with_autoguidance(Artifact(config, {})),
-        "super_resolution": lambda: pipeline.with_upsampler(pipeline),
+        "inpaint": {"edit": Inpaint(image, np.ones((4, 4), bool))},
+        "init_image": {"edit": InitImage(image)},
+        "classifier_guidance": {"guides": [ClassifierGuidance(Artifact(FAMILIES["classifier"], {}))]},
+        "autoguidance": {"guides": [Autoguidance(Artifact(config, {}))]},
+        "super_resolution": {"upsampler": pipeline},
     }
-    for flag, ask in asked.items():
+    for flag, argument in asked.items():
         if not dataclasses.asdict(can)[flag]:
             with pytest.raises(ConfigError, match=f"a {type(config).__name__} "):
-                ask()
-    for what in (
-        lambda: pipeline.with_classifier_guidance(Artifact(config, {})),
-        lambda: pipeline.with_autoguidance(Artifact(CLASSIFIER, {})),
-    ):
+                pipeline.sampler(**argument)
+    for guide in (ClassifierGuidance(Artifact(config, {})), Autoguidance(Artifact(CLASSIFIER, {}))):
         with pytest.raises(ConfigError, match="a (Noised|)[A-Z]"):
-            what()
+            pipeline.sampler(guides=[guide])
 
 
 CLASSIFIER = FAMILIES["classifier"]

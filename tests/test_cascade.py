@@ -93,10 +93,10 @@ def test_the_command_draws_in_two_stages(model, tmp_path):
     assert made.shape == (2, 8, 8, 3)
     first, second = (Pipeline.load(tmp_path / name, MeshConfig(1)) for name in ("base", "large"))
     small = first.sample(["1", "2"], [0, 0])
-    again = second.generate(["1", "2"], [0, 0], second.options, small=small)
+    again = second.sampler().generate(["1", "2"], [0, 0], low_res=small)
     np.testing.assert_allclose(np.asarray(again).astype(int), made.astype(int), atol=1)
     with pytest.raises(ConfigError, match="low_res"):
-        first.with_upsampler(first, "base")
+        first.sampler(upsampler=first)
 
 
 def test_settings_that_cannot_be_are_refused():

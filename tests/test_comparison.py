@@ -59,16 +59,16 @@ def test_a_run_of_another_length_is_no_part_of_a_comparison(tmp_path):
 
 
 def test_work_of_a_sampler_follows_its_steps_and_branches():
-    pipeline = Pipeline(MODEL, MODEL.init(jax.random.key(0)), None, None)
-    count = lambda **options: work(pipeline, dataclasses.replace(MODEL.options(), **options), ["0", "1"])
+    pipeline = Pipeline.place(MODEL, MODEL.init(jax.random.key(0)), None, None)
+    count = lambda **options: work(pipeline.sampler(dataclasses.replace(MODEL.options(), **options)), ["0", "1"])
     steps = count(steps=8) - count(steps=4)
     assert steps > 0 and count(steps=12) - count(steps=8) == steps
     assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
     assert guidance_flags(MODEL, DiffusionSampler(guidance=1.0)) == {"guided": False}
     assert guidance_flags(MODEL, DiffusionSampler(guidance=1.5)) == {}
     sets = Masked(grid=(2, 2), head=SoftmaxHead(8), width=8, depth=1, heads=2, buffer=1, condition=ClassEmbedder(3))
-    pipeline = Pipeline(sets, sets.init(jax.random.key(0)), None, None)
-    count = lambda n: work(pipeline, MaskedSampler(iterations=n), ["0"])
+    pipeline = Pipeline.place(sets, sets.init(jax.random.key(0)), None, None)
+    count = lambda n: work(pipeline.sampler(MaskedSampler(iterations=n)), ["0"])
     assert count(2) < count(4) == count(64)  # there are four tokens
 
 
@@ -90,7 +90,7 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
     one = dataclasses.replace(model, size_buckets=1)
     assert one.loop_trips(MaskedSampler(iterations=4)) == [(1,), (1,), (2,), (2,)]
     network = model.init(jax.random.key(0))
-    count = lambda family: work(Pipeline(family, network, None, None), MaskedSampler(iterations=4), ["0"])
+    count = lambda family: work(Pipeline.place(family, network).sampler(MaskedSampler(iterations=4)), ["0"])
     rows = 2 * (16 - 4 + 16 - 4 + 16 - 8 + 16 - 12)  # of the encoder and of `widen`, two branches, that are not there
     matrices = sum(x.size for x in jax.tree.leaves((network.encoder, network.widen)) if x.ndim > 1)
     assert count(one) - count(model) > 2 * rows * matrices  # and attention

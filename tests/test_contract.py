@@ -185,7 +185,7 @@ def models_that_draw(of):
 @pytest.mark.parametrize("name", models_that_draw(lambda c: c.sample_spec().kind != "pixels"))
 def test_codes_are_no_images(name):
     config = FAMILIES[name]
-    pipeline = Pipeline(config, config.init(jax.random.key(0)), None, None)
+    pipeline = Pipeline.place(config, config.init(jax.random.key(0)), None, None)
     with pytest.raises(ConfigError, match="no codec"):
         pipeline.sample(["0"])
 
@@ -193,7 +193,7 @@ def test_codes_are_no_images(name):
 def test_latents_are_no_images():
     config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)))
     with pytest.raises(ConfigError, match="no codec"):
-        Pipeline(config, config.init(jax.random.key(0)), None, None).sample(["0"])
+        Pipeline.place(config, config.init(jax.random.key(0)), None, None).sample(["0"])
 
 
 @pytest.mark.parametrize("name", models_that_draw(lambda c: not c.capabilities.super_resolution))

@@ -12,6 +12,8 @@ import pytest
 from examples.trigonometric import Trigonometric
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.config import ConfigError, from_json, override, to_json
+from t2i_jax.edits import InitImage, Inpaint
+from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.models import diffusion
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
@@ -244,31 +246,32 @@ def test_a_classifier_and_an_image_text_model_pull(model):
 
 @pytest.mark.slow
 def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
-    pipeline = Pipeline(FAMILY, model, None, None)
+    pipeline = Pipeline.place(FAMILY, model, None, None)
     picture = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
-    draw = lambda pipeline, **options: pipeline.sample(["0"], [5], DiffusionSampler(6, **options))[0].astype(int)
+
+    def draw(edit=None, *guides, **options):
+        return pipeline("0", seeds=[5], steps=6, edit=edit, guides=guides, **options)[0].astype(int)
+
     mask = np.arange(16).reshape(4, 4) < 5
-    filled = draw(pipeline.inpaint(picture, mask), guidance=1.0)
+    filled = draw(Inpaint(picture, mask), guidance=1.0)
     assert np.abs(filled - picture)[~mask].max() <= 1 and (filled != picture)[mask].any()
-    gap = lambda s: np.abs(draw(pipeline.inpaint(picture), guidance=1.0, strength=s) - picture).mean()
+    gap = lambda s: np.abs(draw(InitImage(picture, s), guidance=1.0) - picture).mean()
     assert gap(0.2) < gap(1.0)
     trunk = dataclasses.replace(LITTLE, size=(4, 4), condition=None)
     classifier = NoisedClassifier(trunk, 3, process=FAMILY.process)
     judge = Artifact(classifier, shaken(jax.jit(classifier.init)(jax.random.key(1))))
-    free, pulled = (
-        draw(pipeline.with_classifier_guidance(judge), guidance=1.0, classifier_scale=s, clip=True) for s in (0.0, 30.0)
-    )
+    free, pulled = (draw(None, ClassifierGuidance(judge, s), guidance=1.0, clip=True) for s in (0.0, 30.0))
     assert (free != pulled).any()
-    assert (draw(pipeline.with_autoguidance(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
+    assert (draw(None, Autoguidance(Artifact(FAMILY, shaken(model, 0.02))), guidance=3.0) != free).any()
     with pytest.raises(ConfigError, match="does not classify"):
-        pipeline.with_classifier_guidance(Artifact(FAMILY, model))
+        ClassifierGuidance(Artifact(FAMILY, model)).check(FAMILY)
     with pytest.raises(ConfigError, match="it learned the noise of Discrete"):
-        pipeline.with_classifier_guidance(Artifact(NoisedClassifier(trunk, 3), judge.model))
+        ClassifierGuidance(Artifact(NoisedClassifier(trunk, 3), judge.model)).check(FAMILY)
     with pytest.raises(ConfigError, match="a NoisedClassifier cannot guide"):
-        pipeline.with_autoguidance(judge)
+        Autoguidance(judge).check(FAMILY)
     smaller = dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, depth=1, width=16, learn_variance=False))
     weak = Artifact(smaller, shaken(jax.jit(smaller.init)(jax.random.key(2))))
-    assert (draw(pipeline.with_autoguidance(weak), guidance=3.0) != free).any()
+    assert (draw(None, Autoguidance(weak), guidance=3.0) != free).any()
 
 
 def test_a_worse_model_guides(model):
@@ -287,12 +290,11 @@ def test_a_worse_model_guides(model):
     assert float(jnp.abs(guided - plain).max()) > 1e-3
 
 
-def test_a_worse_model_need_agree_in_what_is_said_alone(model):
-    pipeline = Pipeline(FAMILY, model, None, None)
+def test_a_worse_model_need_agree_in_what_is_said_alone():
     weak = dataclasses.replace(
         FAMILY, solver="heun", sampling=DiffusionSampler(7), network=dataclasses.replace(SMALL, depth=1)
     )
-    assert pipeline.with_autoguidance(Artifact(weak, {})).helpers({"guide_model": 0}) == {"guide_model": 0}
+    Autoguidance(Artifact(weak, {})).check(FAMILY)
     other = dataclasses.replace(SMALL, condition=ClassEmbedder(5))
     for odd, what in (
         ({"predicts": "v"}, "predicts"),
@@ -300,7 +302,7 @@ def test_a_worse_model_need_agree_in_what_is_said_alone(model):
         ({"network": other}, "cond"),
     ):
         with pytest.raises(ConfigError, match=what):
-            pipeline.with_autoguidance(Artifact(dataclasses.replace(FAMILY, **odd), {}))
+            Autoguidance(Artifact(dataclasses.replace(FAMILY, **odd), {})).check(FAMILY)
 
 
 def test_settings_that_cannot_be_are_refused():

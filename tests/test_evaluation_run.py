@@ -66,12 +66,10 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     model = jax.jit(family.init)(jax.random.key(0))
     text = None if isinstance(condition, ClassEmbedder) else Letters()
     asked = "label" in condition.batch_spec()
-    pipeline = Pipeline(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
+    pipeline = Pipeline.place(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
     reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
     spaces = [FeatureNetwork("pixels")]
-    report = evaluate_family(
-        pipeline, Artifact(family, model), reference, tmp_path, spaces, 8, 8, 0, family.options(), False
-    )
+    report = evaluate_family(pipeline, reference, tmp_path, spaces, 8, 8, 0, family.options(), False)
     names = {"known classes"} if asked else {"new words", "new concepts"}
     assert {k.split("/")[0] for k in report.numbers} == names
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
@@ -84,6 +82,6 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
 def test_too_few_images_are_said_before_any_is_drawn(count, broken, tmp_path):
     family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
     reference = Experiment(family, data(tmp_path / "records", broken=broken))
-    pipeline = Pipeline(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
+    pipeline = Pipeline.place(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
     with pytest.raises(ConfigError, match=r"(new words|training images): 3 can be used.* at least 4"):
-        evaluate_family(pipeline, Artifact(family, {}), reference, tmp_path, [], count, 8, 0, family.options(), False)
+        evaluate_family(pipeline, reference, tmp_path, [], count, 8, 0, family.options(), False)

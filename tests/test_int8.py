@@ -92,5 +92,5 @@ def test_only_models_that_draw_token_by_token_are_loaded_in_whole_numbers(tmp_pa
                 Pipeline.load(folder, int8=True)
         else:
             pipeline = Pipeline.load(folder, MeshConfig(1), int8=True)
-            assert pipeline.parts["model"].output.q.dtype == jnp.int8
+            assert pipeline.model.output.q.dtype == jnp.int8
             assert pipeline.about == {"model": f"{folder}, step 0", "weights": "int8"}

@@ -43,7 +43,7 @@ def test_a_run_is_read_onto_the_mesh_and_then_released_within_its_share(folder):
 def test_a_pipeline_holds_weights_as_they_are_computed_with_and_saves_them_as_they_were(tmp_path):
     loading_memory.make(tmp_path / "run", 1, dtype="bfloat16")
     pipeline = Pipeline.load(tmp_path / "run", MeshConfig(1, 4, 2))
-    held = named(pipeline.parts["model"])
+    held = named(pipeline.model)
     assert {str(v[...].dtype) for v in held.values()} == {"bfloat16"}
     pipeline.save(tmp_path / "saved")
     saved = named(load_artifact(tmp_path / "saved").model)

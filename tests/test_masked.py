@@ -13,6 +13,7 @@ from examples.fsq import FSQHead
 from t2i_jax.convert import convert
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.edits import Inpaint
 from t2i_jax.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
 from t2i_jax.models import any_order, masked
 from t2i_jax.models.any_order import AnyOrder
@@ -245,26 +246,29 @@ def test_clear_errors():
 
 def test_a_pipeline_draws_only_where_the_mask_says():
     config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
-    pipeline = Pipeline(config, filled(config), Artifact(toys.Pixels(), {}), None)
+    pipeline = Pipeline.place(config, filled(config), Artifact(toys.Pixels(), {}), None)
     picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
     mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
-    made = pipeline.inpaint(picture, mask).sample(["0"], [5], few(config))[0]
+    made = pipeline.sampler(few(config), edit=Inpaint(picture, mask)).sample(["0"], [5])[0]
     assert np.abs(made.astype(int) - picture)[~mask].max() <= 1 and (made != picture)[mask].any()
     with pytest.raises(ConfigError, match=r"image has the shape \(1, 3, 3\); this model draws images of \(2, 3, 3\)"):
-        pipeline.inpaint(picture[:1], mask[:1])
+        pipeline.sampler(edit=Inpaint(picture[:1], mask[:1]))
+    with pytest.raises(ConfigError, match="the mask has the dtype uint8: bool is needed"):
+        pipeline.sampler(edit=Inpaint(picture, mask.astype(np.uint8)))
     with pytest.raises(ConfigError, match="cannot fill holes"):
-        Pipeline(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {}), None).inpaint(picture, mask)
+        Pipeline.place(AR(grid=(2, 3)), {}, Artifact(toys.Pixels(), {})).sampler(edit=Inpaint(picture, mask))
 
 
 def test_a_pipeline_tells_how_its_pictures_grow():
     config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
-    pipeline = Pipeline(config, filled(config), Artifact(toys.Pixels(), {}), None, MeshConfig(1))
+    pipeline = Pipeline.place(config, filled(config), Artifact(toys.Pixels(), {}), None, MeshConfig(1))
     seen, done, options = {}, [], few(config)
     watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
-    made = pipeline.sample(["0", "1", "2"], options=options, batch_size=2, progress=progress, watch=watch)
+    sampler = pipeline.sampler(options)
+    made = sampler.sample(["0", "1", "2"], batch_size=2, on_progress=progress, on_preview=watch)
     np.testing.assert_array_equal(made, pipeline.sample(["0", "1", "2"], options=options, batch_size=2))
     assert 0 < min(seen) < 1 == max(seen) and done[-1] == (3, 3) and len(done) > 2
-    np.testing.assert_array_equal(pipeline.pictures(seen[1.0]), made[-len(seen[1.0]) :])
+    np.testing.assert_array_equal(sampler.decode(seen[1.0]), made[-len(seen[1.0]) :])
 
 
 @pytest.mark.parametrize("name", [n for n in released() if n.startswith("mar_") and not n.startswith("mar_kl")])

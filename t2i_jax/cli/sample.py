@@ -18,13 +18,15 @@ from t2i_jax.core.narrow import as_family
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
+from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.evaluation.rerank import Reranker, keep_best
+from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
 from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import validate_options
-from t2i_jax.storage.artifacts import config_of, load_artifact
+from t2i_jax.storage.artifacts import config_of
 from t2i_jax.text.clip import ClipEmbedding
 
 
@@ -108,18 +110,19 @@ def run(arguments: list[str]) -> None:
         raise config.ConfigError("--strength without --image: of which image?")
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which image?")
+    edit, guides, upsampler = None, [], None
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
+        edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
-            pipeline = pipeline.inpaint(image, mask)
+            pipeline.sampler(options, edit=edit)
     if args.classifier:
-        pipeline = pipeline.with_classifier_guidance(
-            load_artifact(args.classifier, mesh=pipeline.mesh), str(args.classifier)
-        )
+        guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh))
     if args.autoguide:
-        pipeline = pipeline.with_autoguidance(load_artifact(args.autoguide, mesh=pipeline.mesh), str(args.autoguide))
+        guides.append(Autoguidance.load(args.autoguide, mesh=pipeline.mesh))
     if args.upsample:
-        pipeline = pipeline.with_upsampler(Pipeline.load(args.upsample, mesh), args.upsample.name)
+        upsampler = Pipeline.load(args.upsample, mesh)
+    sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler)
     judge = None
     if args.rerank:
         with config.refused(f"--rerank {args.rerank}"):
@@ -128,7 +131,7 @@ def run(arguments: list[str]) -> None:
     drawn = max(args.count, args.candidates or 16) if judge else args.count
     jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
     folder = args.out / "candidates" if judge else args.out
-    sample_to_folder(pipeline, jobs, options, folder, args.batch_size, drawn, args.scale, args.watch)
+    sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch)
     if judge:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
@@ -20,9 +20,7 @@ from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import images_of, prompts_of, records_of
-from t2i_jax.pipeline import Pipeline
-from t2i_jax.sampling.guidance import guidance_flags
-from t2i_jax.training.experiment import with_features
+from t2i_jax.sampler import Sampler
 
 SPACES = ("efficientnet_lite0", "pixels")
 
@@ -51,51 +49,46 @@ class ReferenceSet:
             numbers |= {f"{name}/top1": found.top(1), f"{name}/top5": found.top(5)}
         return numbers
 
-    def draw(self, pipeline: Pipeline, options: Any, title: str) -> tuple[np.ndarray, float]:
+    def draw(self, sampler: Sampler, title: str) -> tuple[np.ndarray, float]:
         """Images for all prompts (or their classes), and the median seconds of a batch, the first left out.
 
         Text features and decoding are part of it, as they are for a user.
         """
         size, made, taken = self.comparison.batch_size, [], []
-        prompts = prompts_of(self.records, pipeline.family)
-        pipeline.notice(prompts)
+        prompts = prompts_of(self.records, sampler.program.family)
+        prompts = prompts[: len(prompts) // size * size]
+        seeds = range(self.comparison.seed, self.comparison.seed + len(prompts))
         with bar() as progress:
             task = progress.add_task(title, total=len(prompts))
-            for at in range(0, len(prompts) - size + 1, size):
-                seeds = range(self.comparison.seed + at, self.comparison.seed + at + size)
-                began = time.perf_counter()
-                made.append(pipeline.sample(prompts[at : at + size], seeds, options, size))
+            began = time.perf_counter()
+            for images in sampler.batches(prompts, seeds, size):
+                made.append(images)
                 taken.append(time.perf_counter() - began)
                 progress.advance(task, size)
+                began = time.perf_counter()
         return np.concatenate(made), statistics.median(taken[1:])
 
 
-def work(pipeline: Pipeline, options: Any, prompts: Sequence[str]) -> float:
+def work(sampler: Sampler, prompts: Sequence[str]) -> float:
     """FLOPs of a batch of images' codes: products of the compiled loop, as often as it runs."""
-    trips = pipeline.family.loop_trips(options)
-    condition, keys = pipeline.condition(prompts), image_keys(range(len(prompts)))
-    family, text, static = pipeline.family, pipeline.text, guidance_flags(pipeline.family, options)
-
-    def drawn(parts: Any, condition: Any, keys: Any, options: Any) -> Any:
-        condition = with_features(text, parts, condition)
-        return family.sample(parts["model"], condition, keys, options, **static, **pipeline.helpers(parts))
-
-    with jax.set_mesh(pipeline.mesh):
-        return flops.count(drawn, pipeline.parts, condition, keys, options.arrays(), trips=trips)
+    program, options = sampler.program, sampler.options
+    arguments = dict(sampler.parts), sampler.condition(prompts), image_keys(range(len(prompts))), options.arrays()
+    with jax.set_mesh(sampler.mesh):
+        return flops.count(partial(program.codes, sampler.guided), *arguments, trips=program.family.loop_trips(options))
 
 
-def measure(ruler: ReferenceSet, pipeline: Pipeline, options: Any, title: str) -> tuple[dict[str, float], np.ndarray]:
+def measure(ruler: ReferenceSet, sampler: Sampler, title: str) -> tuple[dict[str, float], np.ndarray]:
     """All numbers of one variant, its speed and the limit measured at the same time, and the images."""
-    product = limits(pipeline.family.compute.dtype)["flops"]
+    product = limits(sampler.program.family.compute.dtype)["flops"]
     before = max(product() for _ in range(3))
-    made, seconds = ruler.draw(pipeline, options, title)
+    made, seconds = ruler.draw(sampler, title)
     limit = max(before, *(product() for _ in range(3)))
     size = ruler.comparison.batch_size
-    each = work(pipeline, options, prompts_of(ruler.records[:size], pipeline.family)) / size
+    each = work(sampler, prompts_of(ruler.records[:size], sampler.program.family)) / size
     speed = {
         "seconds_per_image": seconds / size,
         "gflops_per_image": each / 1e9,
         "flops_limit": limit,
-        "share_of_limit": each / (limit * pipeline.mesh.size) * size / seconds,
+        "share_of_limit": each / (limit * sampler.mesh.size) * size / seconds,
     }
     return ruler.judge(made) | speed, made

@@ -22,7 +22,9 @@ from t2i_jax.core.console import console
 from t2i_jax.core.image_files import save_png
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.params import abstract
+from t2i_jax.guides import ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampler import Sampler
 from t2i_jax.storage.artifacts import load_artifact, stored
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, train
@@ -114,7 +116,8 @@ class ResultCache:
 
     def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: ReferenceSet):
         self.folder, self.comparison, self.runs, self.ruler = folder, comparison, runs, ruler
-        self.pipelines: dict[Any, Pipeline] = {}
+        self.pipelines: dict[str, Pipeline] = {}
+        self.classifiers: dict[str, ClassifierGuidance] = {}
 
     def __call__(self, line: Variant, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
         settings = {**line.options, **more}
@@ -126,9 +129,7 @@ class ResultCache:
         if numbers.exists() and sheet.exists():
             tall = np.asarray(Image.open(sheet))
             return json.loads(numbers.read_text()), tall.reshape(self.ruler.real.shape)
-        pipeline = self.pipeline(line)
-        options = dataclasses.replace(pipeline.options, **settings)
-        values, made = measure(self.ruler, pipeline, options, title)
+        values, made = measure(self.ruler, self.sampler(line, settings), title)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(made.reshape(-1, *made.shape[2:]), sheet)
         numbers.write_text(json.dumps(values))
@@ -136,15 +137,13 @@ class ResultCache:
         console.print(title, {k: round(v, 4) for k, v in brief.items() if k.endswith(("top1", "frechet", "image"))})
         return values, made
 
-    def pipeline(self, line: Variant) -> Pipeline:
-        """Loaded once, and compiled once for all values of a sweep."""
-        folder, key = self.folder.parent, (line.run, json.dumps(to_json(dict(line.family))), line.classifier)
-        if key not in self.pipelines:
-            base = (line.run, "{}", "")
-            if base not in self.pipelines:
-                self.pipelines[base] = Pipeline.load(folder / line.run)
-            made = self.pipelines[base].replace(**line.family)
-            self.pipelines[key] = (
-                made.with_classifier_guidance(load_artifact(folder / line.classifier)) if line.classifier else made
-            )
-        return self.pipelines[key]
+    def sampler(self, line: Variant, settings: dict[str, Any]) -> Sampler:
+        """Each model is loaded once."""
+        folder = self.folder.parent
+        if line.run not in self.pipelines:
+            self.pipelines[line.run] = Pipeline.load(folder / line.run)
+        if line.classifier and line.classifier not in self.classifiers:
+            self.classifiers[line.classifier] = ClassifierGuidance(load_artifact(folder / line.classifier))
+        pipeline = self.pipelines[line.run].replace(**line.family)
+        guides = [self.classifiers[line.classifier]] if line.classifier else []
+        return pipeline.sampler(dataclasses.replace(pipeline.options, **settings), guides=guides)

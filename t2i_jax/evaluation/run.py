@@ -26,6 +26,7 @@ from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact, load_artifact, open_artifact
 from t2i_jax.training.experiment import Experiment, with_features
@@ -67,10 +68,7 @@ def evaluate_folder(
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
-        assert pipeline.source
-        report = evaluate_family(
-            pipeline, pipeline.source, reference, out, loaded, count, batch_size, seed, chosen, judge
-        )
+        report = evaluate_family(pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge)
     report.save(out / "report.json")
     stdout().print(report.table())
     stdout().print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
@@ -170,7 +168,6 @@ def prompts_of(records: Sequence[Record], family: Family) -> list[str]:
 
 def evaluate_family(
     pipeline: Pipeline,
-    artifact: Artifact,
     reference: Experiment,
     out: Path,
     spaces: Sequence[FeatureNetwork | Space],
@@ -220,8 +217,8 @@ def evaluate_family(
     image_files.save_png(stacked(sheets), out / "samples.png")
     family = pipeline.family
     facts = {
-        "step": artifact.step,
-        "parameters": sum(x.size for x in jax.tree.leaves(artifact.model)),
+        "step": pipeline.step,
+        "parameters": sum(x.size for x in jax.tree.leaves(pipeline.model)),
         "images": {name: len(records) for name, records in sets.items()},
         "options": plain_options(options),
         **({"solver": classifier_guided(family).solver} if family.capabilities.classifier_guidance else {}),
@@ -252,7 +249,8 @@ def bits_per_token(
     for at in range(0, len(records), size):
         places = np.minimum(np.arange(at, at + size), len(records) - 1)
         with jax.set_mesh(pipeline.mesh):
-            bits = score(pipeline.parts, images[places], pipeline.condition([prompts[int(i)] for i in places]))
+            condition = condition_of(family, pipeline.text, [prompts[int(i)] for i in places])
+            bits = score(pipeline.parts, images[places], condition)
         total += float(to_host(bits)[: len(records) - at].sum())
     uniform = sum(math.log2(n) for n in code.sizes)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}

@@ -1,0 +1,159 @@
+"""Other models that guide a Gaussian diffusion: arguments of a pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from t2i_jax.core.conditions import Tokenizer
+from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.narrow import as_classifier, autoguided, classifier_guided
+from t2i_jax.core.types import Family, GaussianFamily
+from t2i_jax.storage.artifacts import Artifact, load_artifact
+
+
+class Guide:
+    """Base of guides."""
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """The tokenizer of a guide that reads prompts itself."""
+        return None
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Metadata of images."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Its model, by the name that `Family.sample` gives it."""
+        raise NotImplementedError
+
+    def check(self, family: Family) -> None:
+        """Errors: `ConfigError` if it cannot guide the family."""
+        raise NotImplementedError
+
+    def override(self, options: Any) -> Any:
+        """Sampling options with those of the guide."""
+        return options
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What it reads of prompts besides the family's condition."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassifierGuidance(Guide):
+    """Follow the gradient of a classifier, or of an image-text model (CLIP guidance), of noised images (Dhariwal &
+    Nichol 2021; Nichol et al. 2022)."""
+
+    classifier: Artifact
+    """the model, with its weights on the pipeline's mesh; those elsewhere are copied in every call"""
+    scale: float | None = None
+    """factor of the gradient; None: `classifier_scale` of the options"""
+    name: str = ""
+    """for errors and metadata, by default that of its type"""
+
+    @classmethod
+    def load(cls, folder: str | Path, scale: float | None = None, *, mesh: Mesh | None = None) -> ClassifierGuidance:
+        """Guidance by the classifier in a run folder; mesh: that of the pipeline. Errors: as of `load_artifact`."""
+        return cls(load_artifact(folder, mesh=mesh), scale, str(folder))
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"pulled by": self.name or type(self.classifier.config).__name__}
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """The tokenizer of an image-text model."""
+        return self.classifier.text
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        return {"classifier": self.classifier.model}
+
+    def check(self, family: Family) -> None:
+        """Errors: `ConfigError` unless the classifier was trained on such images with the same noise at the same times,
+        and reads the family's kind of prompt."""
+        name, guided = self.about["pulled by"], classifier_guided(family)
+        with refused(name):
+            classifier = as_classifier(self.classifier.config)
+        if not guided.process.same_noise(classifier.process):
+            raise ConfigError(
+                f"{name}: it learned the noise of {classifier.process}, and this model draws by that of "
+                f"{guided.process}"
+            )
+        reads, asked = classifier.batch_spec(), guided.condition_spec()
+        if "label" in reads and "label" not in asked:
+            raise ConfigError(f"{name}: it knows classes, and this model is asked in words")
+        if "label" not in reads and "label" in asked:
+            raise ConfigError(f"{name}: it knows captions, and this model is asked by class numbers")
+        channels, drawn = reads["image"].shape[-1], guided.sample_spec().shape[-1]
+        if channels != drawn:
+            raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
+
+    def override(self, options: Any) -> Any:
+        return options if self.scale is None else dataclasses.replace(options, classifier_scale=self.scale)
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        if self.text is None:
+            return {}
+        ids, mask = self.text(list(prompts))
+        return {"clip_text": ids, "clip_mask": mask}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Autoguidance(Guide):
+    """Guide away from the predictions of a worse model, in place of the unconditional branch (Karras et al. 2024).
+
+    The worse model may be smaller, have another network, or be trained less.
+    """
+
+    model: Artifact
+    """the worse model, with its weights on the pipeline's mesh; those elsewhere are copied in every call"""
+    name: str = ""
+    """for errors and metadata"""
+
+    @classmethod
+    def load(cls, folder: str | Path, *, mesh: Mesh | None = None) -> Autoguidance:
+        """Guidance by the model in a folder; mesh: that of the pipeline. Errors: as of `load_artifact`."""
+        return cls(load_artifact(folder, mesh=mesh), str(folder))
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"guided by": self.name or "the worse model"}
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        return {"guide_model": self.model.model}
+
+    def check(self, family: Family) -> None:
+        """Errors: `ConfigError` if noise, prediction, shape or condition differ from the family's."""
+        name = self.about["guided by"]
+        with refused(name):
+            guide, guided = autoguided(self.model.config), autoguided(family)
+        if not guided.process.same_noise(guide.process):
+            raise ConfigError(
+                f"{name}: process is {guide.process}, and {guided.process} that of the model which it is to guide"
+            )
+        theirs, ours = guidance_signature(guide), guidance_signature(guided)
+        for what in ours:
+            if theirs[what] != ours[what]:
+                raise ConfigError(
+                    f"{name}: {what} is {theirs[what]}, and {ours[what]} that of the model which it is to guide"
+                )
+
+
+def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
+    """Properties that two Gaussian diffusions must share for one to guide the other."""
+    return {
+        "predicts": family.predicts,
+        "shape": family.sample_spec().shape,
+        "condition": dict(family.condition_spec()),
+    }

@@ -1,0 +1,240 @@
+"""The sampler of a pipeline: a compiled program, and all of its arguments that are the same for every batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from t2i_jax.core.conditions import Tokenizer
+from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.image_files import to_uint8
+from t2i_jax.core.keys import apart, image_keys
+from t2i_jax.core.sharding import batch_sharding, put_on_mesh, to_host
+from t2i_jax.core.types import Classifier, Codec, Family
+from t2i_jax.guides import Guide
+from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.options import validate_options
+from t2i_jax.sampling.progress import Progress, listening
+from t2i_jax.text.cut import limited, unread
+from t2i_jax.training.experiment import with_features
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[float, int], None]
+"""Called as (images finished, all images)."""
+OnPreview = Callable[[float, np.ndarray], None]
+"""Called while a batch is sampled, in another thread: (share done, codes or images of the batch so far)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The static part of a sampler. Weights, options, images and masks are arguments, so that all pipelines with an
+    equal program share what is compiled."""
+
+    family: Family
+    codec: Codec | None
+    text: Tokenizer | None
+    """None if it gives no features"""
+    classifier: Classifier | None = None
+
+    def codes(
+        self,
+        guided: bool | None,
+        parts: dict[str, Any],
+        condition: dict[str, Array],
+        keys: Array,
+        options: Any,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Samples (b, *grid, ...) of the family.
+
+        guided: static, as in `Family.sample`. parts: `model`; `text`, the weights of a text encoder; of an edit `known`
+        and `keep` (1, ...); of guides `classifier` and `guide_model`.
+        """
+        condition = with_features(self.text, parts, condition)
+        more: dict[str, Any] = {k: jnp.repeat(parts[k], len(keys), 0) for k in ("known", "keep") if k in parts}
+        more |= {k: v for k, v in {"guided": guided, "progress": progress}.items() if v is not None}
+        more |= {k: parts[k] for k in ("guide_model",) if k in parts}
+        if self.classifier:
+            more["classifier"] = jax.tree_util.Partial(self.classifier.log_p, parts["classifier"])
+        return self.family.sample(parts["model"], condition, keys, options, **more)
+
+
+@partial(jax.jit, static_argnames=("program", "guided"))
+def _sample(
+    program: Program,
+    guided: bool | None,
+    parts: dict[str, Any],
+    condition: dict[str, Array],
+    keys: Array,
+    options: Any,
+    progress: Progress | None,
+) -> Array:
+    return _decode(program.codec, parts["codec"], program.codes(guided, parts, condition, keys, options, progress))
+
+
+def _decode(codec: Codec | None, model: Any, codes: Array) -> Array:
+    return to_uint8(codec.decode(model, codes) if codec else codes)
+
+
+_decode_alone = jax.jit(_decode, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(codec: Codec, model: Any, images: Array) -> Array:
+    """Codes of images (b, i, j, 3) in [-1, 1]."""
+    return codec.encode(model, images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampler:
+    """A pipeline with options, an edit and guides, checked and on the mesh; made by `Pipeline.sampler`."""
+
+    program: Program
+    parts: Mapping[str, Any]
+    """the arrays of `Program.codes`, and the weights of the codec as `codec`"""
+    text: Tokenizer | None
+    mesh: Mesh
+    options: Any
+    guides: tuple[Guide, ...] = ()
+    upsampler: Sampler | None = None
+    """of the second stage"""
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """metadata of images: all that they depend on besides prompt, seed and options"""
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 16,
+        on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
+    ) -> np.ndarray:
+        """Images uint8 (n, i, j, 3), one per prompt; image m depends on prompt m and seed m alone.
+
+        seeds: 0, 1, ... by default. on_progress: is called within a batch too if there is `on_preview`. on_preview:
+        needs a host callback in the program.
+        """
+        made: list[np.ndarray] = []
+        done = lambda: sum(map(len, made))
+
+        def preview(share: float, codes: np.ndarray) -> None:
+            if on_progress:
+                on_progress(done() + share * len(codes), len(prompts))
+            if on_preview:
+                on_preview(share, codes)
+
+        for images in self.batches(prompts, seeds, batch_size, on_preview and preview):
+            made.append(images)
+            if on_progress:
+                on_progress(done(), len(prompts))
+        return np.concatenate(made)
+
+    def batches(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 16,
+        on_preview: OnPreview | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The images of `sample`, one batch after the other; prompts that are cut are logged first."""
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
+        check_codec(self.program.family, self.program.codec)
+        self.log_unread(prompts)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        size = -(-max(shards, min(batch_size, len(prompts))) // shards) * shards
+        for at in range(0, len(prompts), size):
+            some = list(prompts[at : at + size])
+            count, short = len(some), size - len(some)
+
+            def preview(share: float, codes: np.ndarray, count: int = count) -> None:
+                if on_preview:
+                    on_preview(share, codes[:count])
+
+            whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
+            images = self.generate(*whole, on_preview and preview)
+            if self.upsampler:
+                images = self.upsampler.generate(*whole, low_res=to_host(images))
+            yield to_host(images)[:count]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        on_preview: OnPreview | None = None,
+        low_res: np.ndarray | None = None,
+    ) -> Array:
+        """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale."""
+        family = self.program.family
+        if low_res is None and family.capabilities.super_resolution:
+            raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
+        condition, keys = self.condition(prompts), image_keys(seeds)
+        if low_res is not None:
+            condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1
+            keys = jax.vmap(apart)(keys)
+        with jax.set_mesh(self.mesh):
+            # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
+            data = jax.device_get(jax.random.key_data(keys))
+            condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
+            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(family, self.options))
+            with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
+                return _sample(self.program, self.guided, dict(self.parts), condition, keys, arrays, progress)
+
+    @property
+    def guided(self) -> bool | None:
+        """Whether to compute the unconditional branch, as in `Family.sample`."""
+        return guidance_flags(self.program.family, self.options).get("guided")
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Images uint8 (b, i, j, 3) of codes, or of images as floats."""
+        with jax.set_mesh(self.mesh):
+            return to_host(_decode_alone(self.program.codec, self.parts["codec"], codes))
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The condition of the model and of its guides, on the host. Errors: as of `condition_of`."""
+        condition = condition_of(self.program.family, self.text, prompts)
+        for guide in self.guides:
+            condition |= guide.condition(prompts)
+        return condition
+
+    def log_unread(self, prompts: Sequence[str]) -> None:
+        """Log which prompts have a part that no model reads."""
+        texts = (self.text, *(guide.text for guide in self.guides), self.upsampler and self.upsampler.text)
+        for text in dict.fromkeys(filter(None, map(limited, texts))):
+            if said := unread(text, prompts):
+                log.warning(f"prompts are cut: {said}; what is not read changes no image")
+
+
+def check_codec(family: Family, codec: Codec | None) -> None:
+    """Errors: `ConfigError` if the samples are not pixels and there is no codec to decode them."""
+    if codec is None and family.sample_spec().kind != "pixels":
+        raise ConfigError("the model draws codes and has no codec that makes images of them: convert it with --codec")
+
+
+def condition_of(family: Family, text: Tokenizer | None, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The condition of a model, on the host: text ids and mask, or class labels.
+
+    Errors: `ConfigError` for prompts that are not valid class numbers of a class-conditional model.
+    """
+    if (label := family.condition_spec().get("label")) is not None:
+        with refused("this model takes class numbers as prompts"):
+            labels = [int(p) for p in prompts]
+            least, most = label.low or 0, label.high or 0
+            if odd := [n for n in labels if not least <= n <= most]:
+                raise ValueError(f"{odd[0]} is not one of {least} to {most}")
+        return {"label": np.asarray(labels, np.int32)}
+    if text is None:
+        return {}
+    ids, mask = text(list(prompts))
+    return {"text": ids, "text_mask": mask}
