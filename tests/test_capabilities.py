@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.gan import GAN
 from t2i_jax import plan as plans
 from t2i_jax.cli import main
 from t2i_jax.core import narrow
@@ -16,6 +17,7 @@ from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
+from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.release import release
@@ -40,7 +42,8 @@ NARROW = {
     "measures_scale": narrow.measures_scale,
     "shared_forward": narrow.shares_forward,
 }
-ALL = FAMILIES | {"histogram": toys.Histogram()}
+GAN_8 = GAN((8, 8), width=8, noise=4, condition=ClassEmbedder(3))
+ALL = FAMILIES | {"histogram": toys.Histogram(), "gan": GAN_8}
 DRAW = [name for name, config in ALL.items() if config.capabilities.family]
 
 

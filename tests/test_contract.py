@@ -23,7 +23,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.progress import listening
 from t2i_jax.training.experiment import Experiment, record_spec
 from tests.fixtures.curves import FILE, curve
-from tests.fixtures.families import ALL, CODECS, FAMILIES, batch_for, losses_of
+from tests.fixtures.families import ALL, CODECS, FAMILIES, batch_for, fresh, losses_of
 
 REGULAR = {
     "dropout": 0.5,
@@ -48,7 +48,7 @@ def regularised(config, strong):
 @pytest.mark.parametrize("name", ALL)
 def test_it_learns_what_it_did_on_what_it_says_it_takes(name):
     config = ALL[name]
-    batch, model = batch_for(config), config.init(jax.random.key(0))
+    batch, model = batch_for(config), fresh(config)
     check_batch(config.batch_spec(), batch)
     losses = jax.jit(lambda m, b: [o.loss for o in losses_of(config, m, b, jax.random.key(1), 3, False).values()])
     assert np.isfinite(losses(model, batch)).all()
@@ -168,7 +168,7 @@ def test_a_perceptual_loss_is_declared():
 
 def test_the_scale_of_codes_is_measured():
     config = narrow.measures_scale(CODECS["kl"])
-    scale, shift = config.measure(config.init(jax.random.key(0)), [np.zeros((2, 8, 8, 3), np.float32)])
+    scale, shift = config.measure(fresh(config), [np.zeros((2, 8, 8, 3), np.float32)])
     assert np.isfinite(scale) and np.isfinite(shift) and scale > 0
 
 
@@ -185,7 +185,7 @@ def models_that_draw(of):
 @pytest.mark.parametrize("name", models_that_draw(lambda c: c.sample_spec().kind != "pixels"))
 def test_codes_are_no_images(name):
     config = FAMILIES[name]
-    pipeline = Pipeline.place(config, config.init(jax.random.key(0)), None, None)
+    pipeline = Pipeline.place(config, fresh(config), None, None)
     with pytest.raises(ConfigError, match="no codec"):
         pipeline.sample(["0"])
 
@@ -193,7 +193,7 @@ def test_codes_are_no_images(name):
 def test_latents_are_no_images():
     config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)))
     with pytest.raises(ConfigError, match="no codec"):
-        Pipeline.place(config, config.init(jax.random.key(0)), None, None).sample(["0"])
+        Pipeline.place(config, fresh(config), None, None).sample(["0"])
 
 
 @pytest.mark.parametrize("name", models_that_draw(lambda c: not c.capabilities.super_resolution))
@@ -230,7 +230,7 @@ def test_known_tokens_stay_and_progress_counts_steps_to_the_end(name):
     known = jnp.asarray(rng.integers(0, 16, shape) if spec.code.is_discrete else rng.uniform(-1, 1, shape))
     known = known.astype(spec.code.dtype)
     keep = (np.arange(rows * columns) < np.asarray([[1], [3]])).reshape(2, rows, columns)
-    model, kept = config.init(jax.random.key(0)), {"known": known, "keep": keep}
+    model, kept = fresh(config), {"known": known, "keep": keep}
     with listening(lambda done, total, sample: seen.append((done, total, sample))) as progress:
         made = config.sample(model, *sampling(name), **kept, progress=progress, guided=False)
     of_codes = np.repeat(np.repeat(keep, spec.patch, 1), spec.patch, 2)

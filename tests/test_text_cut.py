@@ -184,8 +184,9 @@ def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
     records = [{"image": np.full((8, 8, 3), 9 * n, np.uint8), "captions": ["a red cat"]} for n in range(8)]
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8)
-    network = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=CaptionEncoder(20, 3, 16, 1, 2))
-    family = Diffusion(network, sampling=DiffusionSampler(1, guidance=2.0))
+    small = dict(patch=4, width=16, depth=1, heads=2, learn_variance=False)
+    network = DiT((8, 8), 3, **small, condition=CaptionEncoder(20, 3, 16, 1, 2))
+    family = Diffusion(network, Flow(), "velocity", sampling=DiffusionSampler(1, guidance=2.0))
     settings = Train(2, evaluate_every=0, preview_every=0, save_every=2)
     train(Experiment(family, data, settings, text=Plain()), tmp_path / "run")
     release(tmp_path / "run", tmp_path / "out")
