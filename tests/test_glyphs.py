@@ -76,7 +76,7 @@ t2i.train(t2i.Experiment(CODECS["dvae"], data, train=t2i.Train(steps=1)), sys.ar
 
 
 def test_tfds_builds_reads_and_trains_without_tensorflow(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # `families` is here
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW, str(tmp_path)], env=environment, check=True, timeout=300)
 
 

@@ -1,6 +1,7 @@
 """The floors of the house: what may import what, and what may never be imported."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,11 @@ def test_importing_the_library_brings_no_extra():
         f"bad = [m for m in {EXTRAS} if m in set(sys.modules) - known]\nsys.exit(f'imported: {{bad}}' if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_tests_share_fixtures_alone():
+    """No test module imports another, and none changes the path of imports: what they share is in tests/fixtures."""
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        modules = {part for name in imports(file) for part in name.split(".")[:-1]} | imports(file)
+        assert not [m for m in modules if m.startswith(("test_", "tests.test_"))], file
+        assert not re.search(r"sys\.path\.(insert|append)", file.read_text()), file
