@@ -14,7 +14,7 @@ RUN    := runs/quickstart
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: help install quickstart compare test test-all check format clean
+.PHONY: help install quickstart compare quick test test-all durations check format clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -50,12 +50,26 @@ compare: quickstart ## what papers claim of their models, tried at equal compute
 	$(T2I) compare configs/compare_orders.py --out docs/results/orders
 	$(T2I) compare configs/compare_gaussian.py --out docs/results/gaussian
 
+# Tests of the host, which compile little, and of each family that what it declares works, as shapes.
+HOST   := artifacts comparison config data evaluation_metrics evaluation_report faulty_records fields folder \
+          history house images indexing interop_names jaxprs keys launch migration optimizer parquet \
+          picture_side pictures public_api read_text remote retention schedulers sniff tar tar_index text_bpe \
+          text_clean text_sentencepiece torchfile versions weights
+QUICK  := $(HOST:%=tests/test_%.py) tests/published/test_table.py \
+          tests/test_capabilities.py::test_what_is_declared_works
+
+quick: install ## the tests of the host and one of each family, in at most 4 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(QUICK)
+
 # Files in their order: those of a few long tests would come last, when one process has nothing more to do.
-test: install ## the tests of every room, in under 25 minutes on 2 cores
+test: install ## all tests but the slow ones, in about 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: install ## the long tests too: kills, many processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+durations: install ## measure each test file by itself and write the tables of docs/testing.md
+	$(BIN)/python -m tests.fixtures.durations
 
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import deprecations
+from tests.fixtures.durations import CPUTimes
 
 # Tests compile much and compute little: the compiler is asked for less.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -19,6 +20,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 deprecations.install()
 ABSL = logging.getLogger("absl").level
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-times", metavar="FILE", help="write the CPU seconds of each test into a JSON file")
+
+
+def pytest_configure(config):
+    if file := config.getoption("--cpu-times"):
+        config.pluginmanager.register(CPUTimes(Path(file)))
 
 
 @pytest.fixture(autouse=True)
