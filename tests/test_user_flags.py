@@ -7,7 +7,7 @@ import numpy as np
 from tests.fixtures.curves import FILE
 from tests.fixtures.processes import outputs, started
 
-NAMES = ("ar", "masked-diffusion", "flow")
+NAMES = ("ar", "flow")
 
 
 def test_families_train_and_sample_with_the_flags_of_users():
