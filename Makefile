@@ -58,7 +58,7 @@ HOST   := artifacts comparison config data evaluation_metrics evaluation_report 
 QUICK  := $(HOST:%=tests/test_%.py) tests/published/test_table.py \
           tests/test_capabilities.py::test_what_is_declared_works
 
-quick: install ## the tests of the host and one of each family, in at most 4 minutes on 2 cores
+quick: install ## the tests of the host and one of each family: a few minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(QUICK)
 
 # Files in their order: those of a few long tests would come last, when one process has nothing more to do.
