@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,22 @@ def programs():
     import jax  # after the flags above
 
     jax.clear_caches()
+
+
+@pytest.fixture
+def traces():
+    """How often JAX has traced each jitted function in this test, by its name; not again where it has the program."""
+    import jax
+
+    counts: Counter[str] = Counter()
+
+    def count(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/jaxpr_trace_duration":
+            counts[fun_name] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture

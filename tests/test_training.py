@@ -6,6 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,11 @@ def test_loss_falls_and_metrics_are_written(straight):
     assert list(losses) == [1, 2, 3, 4, 5, 6] and losses[6] < losses[1]
     assert int(state.carried["seen"][...]) == 6
     assert list((folder / "tensorboard").iterdir())
+
+
+def test_a_step_is_traced_once_for_all_steps(tmp_path, traces):
+    train(toys.experiment(), tmp_path)
+    assert traces["step"] == 1
 
 
 def test_a_run_that_goes_on_equals_one_that_never_stopped(straight, tmp_path):
@@ -314,7 +320,7 @@ def test_rebuild_is_the_inverse_of_named(tmp_path):
     model = toys.Identity().init(jax.random.key(0))
     again = rebuild(model, named(model))
     assert isinstance(again.layers.w, nnx.Param)
-    jax.tree.map(np.testing.assert_array_equal, again, model)
+    chex.assert_trees_all_equal(again, model)
 
 
 def test_resolved_config_is_written(straight):
