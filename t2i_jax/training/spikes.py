@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 WINDOW = 100
@@ -35,4 +35,4 @@ def find_spike(
         "mean": mean + (counted - mean) / jnp.minimum(seen + 1, WINDOW),
         "seen": jnp.minimum(seen + 1, WINDOW),
     }
-    return judged & (norm > bound), jax.tree.map(lambda new, old: jnp.where(learns, new, old), after, before)
+    return judged & (norm > bound), optax.tree.where(learns, after, before)

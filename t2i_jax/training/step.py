@@ -93,7 +93,7 @@ def make_step(
                 value, pull, (found, fresh) = jax.vjp(loss, mine, outputs, has_aux=True)
                 own, through = pull(jnp.ones_like(value))
                 (through,) = back(through)
-                own |= {k: jax.tree.map(jnp.add, own[k], through[k]) for k in mine.keys() & through.keys()}
+                own |= {k: optax.tree.add(own[k], through[k]) for k in mine.keys() & through.keys()}
                 return own, found, fresh
 
             if objective.every > 1:
@@ -124,12 +124,12 @@ def make_step(
         def part(carry, xs):
             carried, total = carry
             grads, metrics, carried = gradients(stage, params, carried, step, frozen, *xs)
-            return (carried, jax.tree.map(jnp.add, total, grads)), metrics
+            return (carried, optax.tree.add(total, grads)), metrics
 
-        zeros = {name: jax.tree.map(jnp.zeros_like, under(objectives[name].params, params)) for name in stage}
+        zeros = {name: optax.tree.zeros_like(under(objectives[name].params, params)) for name in stage}
         (carried, grads), metrics = jax.lax.scan(part, (carried, zeros), (parts, jax.random.split(key, accumulate)))
-        mean = lambda tree: jax.tree.map(lambda x: x / accumulate, tree)
-        return mean(grads), jax.tree.map(lambda m: m.mean(0), metrics), carried
+        grads = jax.tree.map(lambda x: x / accumulate, grads)
+        return grads, jax.tree.map(lambda m: m.mean(0), metrics), carried
 
     def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, draw = step_keys(seed, state.step)
@@ -151,7 +151,7 @@ def make_step(
                 if objective.start:
                     learns = learns & (state.step >= objective.start)
                 if learns is not True:
-                    moved = jax.tree.map(lambda new, old, learns=learns: jnp.where(learns, new, old), moved, before)
+                    moved = optax.tree.where(learns, moved, before)
                 params |= cast(Named, moved[0])
                 optimizer[whose] = moved[1]
                 metrics[f"{at}gradient_norm"] = norm = jnp.sqrt(sum(jnp.sum(s) for s in squares.values()))
@@ -164,13 +164,11 @@ def make_step(
         average = state.ema
         if average is not None:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            move = lambda a, p: a + (1 - decay) * (p - a)
-            average = jax.tree.map(move, average, {k: params[k] for k in average})
-        keep = lambda yes, new, old: jax.tree.map(lambda a, b: jnp.where(yes, a, b), new, old)
+            average = cast(Named, optax.incremental_update({k: params[k] for k in average}, average, 1 - decay))
         moved = TrainState(state.step, params, carried, average, optimizer, state.gradient_norms)
-        kept = dataclasses.replace(keep(finite & ~spikes, moved, state), step=state.step + 1)
+        kept = dataclasses.replace(optax.tree.where(finite & ~spikes, moved, state), step=state.step + 1)
         if state.gradient_norms is not None:
-            kept = dataclasses.replace(kept, gradient_norms=keep(finite, running, state.gradient_norms))
+            kept = dataclasses.replace(kept, gradient_norms=optax.tree.where(finite, running, state.gradient_norms))
         return kept, metrics | {"finite": finite, "spike": finite & spikes, "norms": norms}
 
     return step
