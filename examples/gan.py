@@ -122,14 +122,14 @@ class GAN(BaseFamily):
         return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress)
 
 
-@partial(jax.jit, static_argnames=("config", "progress"))
+@partial(jax.jit, static_argnames="config")
 def _sample(
     config: GAN, model: GANNetwork, condition: Batch, keys: Array, options: GANSampler, progress: Progress | None
 ) -> Array:
     z = jax.vmap(lambda key: jax.random.normal(key, (config.noise,)))(keys)
     scale = jnp.broadcast_to(jnp.asarray(options.temperature), (len(keys),))
     images = model.generator(z * scale[:, None], model.embed(condition))
-    report(progress, 1, 1, images)
+    report(progress, jnp.int32(1), 1, images)
     return images
 
 

@@ -131,5 +131,8 @@ def test_a_family_is_trained_released_and_sampled(tmp_path):
     )
     release(tmp_path / "run", tmp_path / "released")
     pipeline = Pipeline.load(tmp_path / "released", MeshConfig(1))
-    dark, bright = pipeline.sample(["0", "1"], options=GANSampler(0.5))
+    shares = []
+    preview = lambda share, images: shares.append(share)
+    dark, bright = pipeline.sampler(GANSampler(0.5)).sample(["0", "1"], on_preview=preview)
+    assert shares == [1]
     assert dark.shape == (8, 8, 3) and dark.mean() < 64 and bright.mean() > 192
