@@ -9,7 +9,8 @@ Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import PooledFeatures
+from t2i_jax.networks.condition import Conditioning, PooledFeatures
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -18,14 +19,10 @@ experiment = Experiment(
     model=AR(
         vocabulary=512,
         grid=(8, 8),
-        width=192,
-        depth=4,
-        heads=4,
-        condition=PooledFeatures(512),  # of ViT-B/32; 768 of ViT-L/14
-        dropout=0.0,
+        transformer=Transformer(width=192, depth=4, heads=4, qk_norm=True),
+        conditioning=Conditioning(PooledFeatures(512)),  # of ViT-B/32; 768 of ViT-L/14
         token_dropout=0.0,
         corruption=1.0,
-        qk_norm=True,
     ),
     data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=32),
     train=Train(

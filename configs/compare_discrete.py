@@ -4,6 +4,7 @@ Codes and caption features are those of the quickstart (`t2i encode configs/quic
 used, so that minutes of training are many passes over them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from t2i_jax.comparison import Comparison, Sweep, Variant
@@ -11,8 +12,10 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.networks.condition import CrossAttnFeatures, TextFeatures
+from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, TextFeatures
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.discrete import Chain
+from t2i_jax.presets import GPT
 from t2i_jax.sampling.options import ARSampler, DiscreteSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
@@ -37,10 +40,8 @@ def diffusion(**chain: Any) -> Experiment:
         VQDiffusion(
             Chain(512, steps=100, **chain),
             grid=(8, 8),
-            width=144,
-            depth=4,
-            heads=4,
-            condition=CrossAttnFeatures(MiniLM.dim, 1),
+            transformer=replace(GPT, width=144, depth=4, heads=4, activation="quick_gelu"),
+            conditioning=Conditioning(CrossAttnFeatures(MiniLM.dim, 1)),
             sampling=DiscreteSampler(guidance=2.0, truncation=0.9, steps=50),
         )
     )
@@ -49,14 +50,9 @@ def diffusion(**chain: Any) -> Experiment:
 ar = AR(
     vocabulary=512,
     grid=(8, 8),
-    width=192,
-    depth=4,
-    heads=4,
-    mlp=544,
-    condition=TextFeatures(MiniLM.dim, 1),
-    dropout=0.0,
+    transformer=Transformer(width=192, depth=4, heads=4, mlp=544, qk_norm=True),
+    conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
     token_dropout=0.0,
-    qk_norm=True,
     sampling=ARSampler(guidance=1.0, temperature=0.25),
 )
 

@@ -5,18 +5,21 @@ of training are many passes over them. `t2i compare` runs it.
 """
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from t2i_jax.comparison import Comparison, Sweep, Variant
+from t2i_jax.core.conditions import Condition
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, TextFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.presets import ADALN
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -33,8 +36,9 @@ PIXELS: dict[str, Any] = dict(size=(32, 32), channels=3, patch=4)
 LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
 
 
-def dit(shape: dict[str, Any], condition: Any = CONDITION, **fields: Any) -> Diffusion:
-    network = DiT(width=144, depth=5, heads=4, condition=condition, learn_variance=False, **shape)
+def dit(shape: dict[str, Any], condition: Condition = CONDITION, **fields: Any) -> Diffusion:
+    transformer = replace(ADALN, width=144, depth=5, heads=4)
+    network = DiT(transformer=transformer, conditioning=Conditioning(condition), learn_variance=False, **shape)
     return Diffusion(network, solver="dpm++", sampling=DiffusionSampler(steps=20, guidance=2.0), **fields)
 
 
@@ -60,7 +64,7 @@ unet = UNet(
     multipliers=(1, 2, 3),
     blocks=1,
     attention=(4,),
-    condition=CONDITION,
+    conditioning=Conditioning(CONDITION),
     learn_variance=False,
     groups=8,
 )
@@ -78,7 +82,7 @@ MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, f
 
 # Tells classes of noised pictures apart.
 classifier = Experiment(
-    NoisedClassifier(dataclasses.replace(unet, width=24, condition=None), CONCEPTS, "adaptive", Flow()),
+    NoisedClassifier(dataclasses.replace(unet, width=24, conditioning=None), CONCEPTS, "adaptive", Flow()),
     dataclasses.replace(PICTURES, batch_size=32),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
 )
@@ -141,7 +145,7 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
         ),
         "classifier": Sweep(
             "Guidance by a classifier of noised pictures",
-            "pull",
+            "classifier_scale",
             (0.0, 1.0, 3.0, 10.0),
             {
                 "without classifier-free guidance": Variant(CLASSES, {"guidance": 1.0}, classifier="classifier"),
@@ -152,7 +156,7 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
         ),
         "pull": Sweep(
             "Guidance by an image-text model of noised pictures",
-            "pull",
+            "classifier_scale",
             (0.0, 1.0, 3.0),
             {
                 "without classifier-free guidance": Variant(PIXEL, {"guidance": 1.0}, classifier="image-text model"),

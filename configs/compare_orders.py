@@ -5,6 +5,7 @@ twelfth picture is used, so that minutes of training are many passes over them. 
 """
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from t2i_jax.comparison import Comparison, Sweep, Variant
@@ -13,7 +14,9 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import DiffusionHead, FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.masked import Masked
-from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.condition import Conditioning, TextFeatures
+from t2i_jax.nn.transformer import Transformer
+from t2i_jax.presets import MAR
 from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, Permutation, Raster, Sets
 from t2i_jax.text.minilm import MiniLM
@@ -22,7 +25,7 @@ from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
 OPTIMIZER = Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=20, final=0.05, weight_decay=0.01)
-SHAPE: dict[str, Any] = dict(grid=(8, 8), width=192, heads=4, condition=TextFeatures(MiniLM.dim, 1), dropout=0.0)
+SHAPE: dict[str, Any] = dict(grid=(8, 8), conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)))
 
 HEADS = {
     "softmax": (SoftmaxHead(512), "data/glyphs_codes", "runs/quickstart/codec", 0.25),
@@ -40,12 +43,13 @@ HEADS = {
 def cell(family: Any, order: Any, head: str) -> Experiment:
     kind, data, codec, temperature = HEADS[head]
     if family is AnyOrder:
-        model = AnyOrder(
-            head=kind, order=order, depth=4, sampling=ARSampler(guidance=1.0, temperature=temperature), **SHAPE
-        )
+        transformer = Transformer(width=192, depth=4, heads=4, qk_norm=True)
+        drawn = ARSampler(guidance=1.0, temperature=temperature)
+        model = AnyOrder(head=kind, order=order, transformer=transformer, sampling=drawn, **SHAPE)
     else:
         drawn = MaskedSampler(guidance=1.0, temperature=temperature, iterations=16)
-        model = Masked(head=kind, order=order, depth=2, buffer=4, sampling=drawn, **SHAPE)
+        transformer = replace(MAR, width=192, depth=2, heads=4, dropout=0.0)
+        model = Masked(head=kind, order=order, transformer=transformer, buffer=4, sampling=drawn, **SHAPE)
     return Experiment(
         model,
         Data(ArrayRecord(data, every=12), image_size=32, batch_size=16),

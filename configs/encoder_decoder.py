@@ -1,7 +1,7 @@
 """Captions to 32x32 glyphs by an encoder and a decoder (dalle-mini, Parti), over the codes of `quickstart_codec.py`.
 
-The largest Parti is the same with `width=4096, depth=64, heads=64, mlp=16384, activation="gelu"` and 16 layers of that
-width for text; docs/scaling.md plans it.
+The largest Parti is the same with `Transformer(4096, 64, 64, mlp=16384, activation="gelu")` and 16 layers of that width
+for text; docs/scaling.md plans it.
 
 The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
 """
@@ -9,7 +9,8 @@ The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import CaptionEncoder
+from t2i_jax.networks.condition import CaptionEncoder, Conditioning
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -20,15 +21,12 @@ experiment = Experiment(
     model=AR(
         vocabulary=512,
         grid=(8, 8),
-        width=192,
-        depth=4,
-        heads=4,
-        condition=CaptionEncoder(vocabulary=1000, length=TOKENS, width=192, depth=2, heads=4),
-        conditioning="cross_attention",
-        dropout=0.0,
+        transformer=Transformer(width=192, depth=4, heads=4, qk_norm=True),
+        conditioning=Conditioning(
+            CaptionEncoder(vocabulary=1000, length=TOKENS, width=192, depth=2, heads=4), via="cross_attention"
+        ),
         token_dropout=0.0,
         corruption=1.0,
-        qk_norm=True,
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),
     train=Train(

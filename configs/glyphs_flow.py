@@ -2,15 +2,18 @@
 
 With noise prediction instead: `process=Discrete("cosine")`, `predicts="eps"`, `solver="ddpm"`. On pixels: a network of
 size (32, 32) with 3 channels (`networks.unet.UNet` or a DiT of larger patches) and no codec. With many caption tokens:
-`text="joint"` gives them a stream of their own.
+`Conditioning(..., via="joint")` gives them a stream of their own.
 """
+
+from dataclasses import replace
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.condition import Conditioning, TextFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
+from t2i_jax.presets import ADALN
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
@@ -22,10 +25,8 @@ experiment = Experiment(
             size=(8, 8),
             channels=8,
             patch=1,
-            width=192,
-            depth=4,
-            heads=4,
-            condition=TextFeatures(MiniLM.dim, 1),
+            transformer=replace(ADALN, width=192, depth=4, heads=4),
+            conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
             learn_variance=False,
         ),
         process=Flow(),

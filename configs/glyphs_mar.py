@@ -6,11 +6,14 @@ Other cells of the table are other values of two fields: `head=SoftmaxHead(512)`
 `t2i encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents` makes the data.
 """
 
+from dataclasses import replace
+
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.models.masked import Masked
-from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.condition import Conditioning, TextFeatures
+from t2i_jax.presets import MAR
 from t2i_jax.sampling.options import MaskedSampler
 from t2i_jax.sampling.orders import Sets
 from t2i_jax.text.minilm import MiniLM
@@ -22,12 +25,9 @@ experiment = Experiment(
         grid=(8, 8),
         head=DiffusionHead(dim=8, width=192, depth=3, respacing="50"),
         order=Sets(),
-        width=192,
-        depth=2,
-        heads=4,
+        transformer=replace(MAR, width=192, depth=2, heads=4, dropout=0.0),
         buffer=4,
-        condition=TextFeatures(MiniLM.dim, 1),
-        dropout=0.0,
+        conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
         sampling=MaskedSampler(iterations=16, temperature=0.8),
     ),
     data=Data(ArrayRecord("data/glyphs_latents"), image_size=32, batch_size=32),

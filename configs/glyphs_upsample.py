@@ -11,7 +11,7 @@ wrong is forgiven. Any model of 32x32 pictures may be the first:
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.condition import Conditioning, TextFeatures
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.options import DiffusionSampler
@@ -27,7 +27,7 @@ experiment = Experiment(
             multipliers=(1, 2, 3),
             blocks=1,
             attention=(4,),
-            condition=TextFeatures(MiniLM.dim, 1),
+            conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
             extra_inputs=("low_res",),
             noise_aug_conditioning=True,
             learn_variance=False,

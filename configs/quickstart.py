@@ -6,7 +6,8 @@ A frozen sentence encoder reads the captions, so that new words for a known thin
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import TextFeatures
+from t2i_jax.networks.condition import Conditioning, TextFeatures
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.training.experiment import Experiment, Train
@@ -16,13 +17,9 @@ experiment = Experiment(
     model=AR(
         vocabulary=512,
         grid=(8, 8),
-        width=192,
-        depth=4,
-        heads=4,
-        condition=TextFeatures(MiniLM.dim, 1),
-        dropout=0.0,
+        transformer=Transformer(width=192, depth=4, heads=4, qk_norm=True),
+        conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
         token_dropout=0.0,
-        qk_norm=True,
         sampling=ARSampler(guidance=1.0, temperature=0.25),
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=32),

@@ -3,9 +3,12 @@
 The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
 """
 
+from dataclasses import replace
+
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.presets import GPT
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
@@ -17,10 +20,7 @@ experiment = Experiment(
         vocabulary=512,
         grid=(8, 8),
         condition=StreamText(1000, TOKENS, start=True, unique_padding=True),
-        width=192,
-        depth=4,
-        heads=4,
-        sandwich_norm=True,
+        transformer=replace(GPT, width=192, depth=4, heads=4, sandwich_norm=True),
         image_weight=7.0,
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),

@@ -3,11 +3,14 @@
 The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
 """
 
+from dataclasses import replace
+
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.vq_diffusion import VQDiffusion
-from t2i_jax.networks.condition import CaptionEncoder
+from t2i_jax.networks.condition import CaptionEncoder, Conditioning
 from t2i_jax.noise.discrete import Chain
+from t2i_jax.presets import GPT
 from t2i_jax.sampling.options import DiscreteSampler
 from t2i_jax.text.sentencepiece import SentencePiece
 from t2i_jax.training.experiment import Experiment, Train
@@ -19,10 +22,8 @@ experiment = Experiment(
     model=VQDiffusion(
         chain=Chain(codes=512, steps=100),
         grid=(8, 8),
-        width=128,
-        depth=4,
-        heads=4,
-        condition=CaptionEncoder(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4),
+        transformer=replace(GPT, width=128, depth=4, heads=4, activation="quick_gelu"),
+        conditioning=Conditioning(CaptionEncoder(vocabulary=1000, length=TOKENS, width=128, depth=2, heads=4)),
         sampling=DiscreteSampler(guidance=2.0, truncation=0.9, steps=25),
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=16, fields=("codes",)),

@@ -55,6 +55,7 @@ class GAN(BaseFamily):
     penalty: NotNegative = 1.0
     """weight of the squared gradient of D at real images, with which the game converges (Mescheder et al. 2018, R1)"""
     condition: Condition = ClassEmbedder(10)
+    compute: Compute = Compute()
     sampling: Annotated[GANSampler, FREE] = GANSampler()
 
     def __post_init__(self):
@@ -65,13 +66,6 @@ class GAN(BaseFamily):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(family=True)
-
-    @property
-    def compute(self) -> Compute:
-        return Compute()
-
-    def with_compute(self, compute: Compute) -> GAN:
-        return dataclasses.replace(self, **self.compute.changes(compute))
 
     def sample_spec(self) -> SampleSpec:
         return SampleSpec(self.size, CodeSpec("float32", (3,)))

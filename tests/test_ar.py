@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.models.ar import AR, SIZES
+from t2i_jax.core.family import with_fields
 from t2i_jax.networks.condition import (
     CrossAttnFeatures,
 )
 from t2i_jax.nn.layers import replace
+from t2i_jax.presets import OF_AR, preset
 from tests.fixtures.autoregressive import ALL, FEATURES, GPT, TEXT, TINY, batch_for, model_for
 from tests.fixtures.families import with_aux
 
@@ -67,7 +68,7 @@ def test_padding_of_the_condition_is_not_read(config):
 
 def test_loss_is_the_cross_entropy_of_the_forward():
     model, batch = model_for(TINY), batch_for(TINY)
-    config = dataclasses.replace(TINY, condition_dropout=0.0)
+    config = with_fields(TINY, condition_dropout=0.0)
     logits = jax.jit(config.forward)(model, batch)
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, batch["codes"].reshape(3, 6, 1), 2)[..., 0]
@@ -91,9 +92,7 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
     model, batch, key = model_for(TINY), batch_for(TINY), jax.random.key(1)
 
     def grad(**fields):
-        return jax.jit(jax.value_and_grad(with_aux(dataclasses.replace(TINY, **fields).loss), has_aux=True))(
-            model, batch, key
-        )
+        return jax.jit(jax.value_and_grad(with_aux(with_fields(TINY, **fields).loss), has_aux=True))(model, batch, key)
 
     (want, _), slopes = grad()
     for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=4, remat="dots")):
@@ -106,7 +105,7 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
 
 
 def test_dropout_follows_the_key_and_scores_do_not_drop():
-    config = dataclasses.replace(TINY, dropout=0.3, token_dropout=0.3, condition_dropout=1.0)
+    config = with_fields(TINY, dropout=0.3, token_dropout=0.3, condition_dropout=1.0)
     model, batch = model_for(config), batch_for(config)
     loss = jax.jit(lambda key, batch=batch: config.loss(model, batch, key).loss)
     a, b = jax.random.split(jax.random.key(0))
@@ -128,24 +127,24 @@ PUBLISHED = {  # class-conditional, 1000 classes, 16384 codes
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", OF_AR)
 def test_sizes_are_what_their_names_say(size):
-    shapes = jax.eval_shape(AR.sized(size, vocabulary=16384, grid=(16, 16)).init, jax.random.key(0))
+    shapes = jax.eval_shape(preset(size, vocabulary=16384, grid=(16, 16)).init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     if size in PUBLISHED:
         assert round(count, 3) == PUBLISHED[size]
     else:  # own sizes leave out the tables of codes and classes
-        width = SIZES[size]["width"]
+        width = OF_AR[size].transformer.width
         nominal = float(size[:-1]) * (1000 if size.endswith("B") else 1)
         assert abs(count - (2 * 16384 + 1001) * width / 1e6 - nominal) < 0.2 * nominal
 
 
 def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are():
-    given = dataclasses.replace(GPT, condition_dropout=0.0)
-    config = dataclasses.replace(given, condition=CrossAttnFeatures(16, 4, trained_null=False))
+    given = with_fields(GPT, condition_dropout=0.0)
+    config = with_fields(given, condition=CrossAttnFeatures(16, 4, trained_null=False))
     model, batch = model_for(given), batch_for(given)
     vectors = {"features": model.tokens(batch["prefix"]), "codes": batch["codes"]}
-    other = replace(model, condition=config.condition.init(jax.random.key(0), 16))
+    other = replace(model, condition=config.conditioning.what.init(jax.random.key(0), 16))
 
     @partial(jax.jit, static_argnums=0)
     def logits(config, model, batch):
@@ -159,11 +158,11 @@ def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are(
 
 def test_vectors_of_another_width_and_without_a_null_are_refused():
     with pytest.raises(ValueError, match="width=16"):
-        dataclasses.replace(TINY, condition=CrossAttnFeatures(8, 4))
+        with_fields(TINY, condition=CrossAttnFeatures(8, 4))
     with pytest.raises(ValueError, match="trained_null"):
-        dataclasses.replace(TINY, condition=CrossAttnFeatures(16, 4, trained_null=False))
+        with_fields(TINY, condition=CrossAttnFeatures(16, 4, trained_null=False))
 
 
 def test_an_unknown_size_names_the_known_ones():
     with pytest.raises(ValueError, match="llamagen-xl"):
-        AR.sized("xl")
+        preset("xl")

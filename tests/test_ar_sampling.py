@@ -1,6 +1,5 @@
 """Sampling with the cache is the forward pass taken one token at a time, whatever the batch, mesh and options."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
@@ -148,7 +148,7 @@ def first(*counts):
     [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 1, 4), pytest.param((1, 4, 2), marks=pytest.mark.slow)],
 )
 def test_sampling_on_a_mesh_is_that_on_one_device(sizes):
-    config = dataclasses.replace(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
+    config = with_fields(FEATURES, kv_heads=4, vocabulary=16, tied=sizes[1] == 1)
     model, condition, keys = model_for(config), condition_for(config, 8), keys_for(8)
     options = ARSampler(guidance=2.0, top_k=9, top_p=0.9)
     want = config.sample(model, condition, keys, options, segments=2)

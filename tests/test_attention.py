@@ -1,6 +1,7 @@
 """Attention, rotary positions and the Transformer block, by what must hold for any weights."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from t2i_jax.core import flops
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.nn import attention, transformer
 from t2i_jax.nn.attention import causal, rotary_1d, rotary_2d, with_prefix
-from t2i_jax.nn.transformer import REMAT, Block, Cache, Layer, drop, unstack
+from t2i_jax.nn.transformer import REMAT, Block, Cache, Transformer, drop, unstack
 
 KEY = jax.random.key(0)
 attend, rotate = jax.jit(attention.attend), jax.jit(attention.rotate)
@@ -20,7 +22,7 @@ apply_stack = jax.jit(transformer.apply_stack, static_argnames="remat")
 
 @functools.cache
 def stack(config, depth):
-    return jax.jit(lambda key: transformer.stack(config, depth, key))(KEY)
+    return jax.jit(partial(transformer.stack, with_fields(config, depth=depth)))(KEY)
 
 
 def random(shape, n=0):
@@ -132,13 +134,13 @@ def test_prefix_rows_leave_tokens_alone_or_zero_them():
 
 
 LAYERS = {
-    "llama": Layer(32, 4),
-    "grouped": Layer(32, 4, kv_heads=2, qk_norm=True, head_dim=12),
-    "gpt": Layer(32, 4, norm="layer", activation="gelu", bias=True),
-    "bert": Layer(32, 4, norm="layer", activation="gelu_tanh", bias=True, post_norm=True),
+    "llama": Transformer(32, 1, 4),
+    "grouped": Transformer(32, 1, 4, kv_heads=2, qk_norm=True, head_dim=12),
+    "gpt": Transformer(32, 1, 4, norm="layer", activation="gelu", bias=True),
+    "bert": Transformer(32, 1, 4, norm="layer", activation="gelu_tanh", bias=True, post_norm=True),
 }
 T = 7
-ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [rotary_1d(T, c.head)]}
+ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [rotary_1d(T, c.head_size)]}
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
@@ -175,7 +177,7 @@ def test_a_cache_grows_in_place():
 
 
 def test_scanned_and_unrolled_stacks_agree():
-    blocks, x = stack(Layer(32, 4, dropout=0.3), 3), random((2, T, 32))
+    blocks, x = stack(Transformer(32, 1, 4, dropout=0.3), 3), random((2, T, 32))
     key = jax.random.key(1)
     np.testing.assert_allclose(apply_stack(blocks, x)[0], apply_stack(unstack(blocks), x)[0], atol=1e-5)
     np.testing.assert_allclose(
@@ -192,7 +194,7 @@ def test_nothing_sees_what_comes_later():
 
 @pytest.mark.parametrize("remat", [r for r in REMAT if r != "none"])
 def test_rematerialisation_changes_no_gradient(remat):
-    config = Layer(32, 4, dropout=0.3)
+    config = Transformer(32, 1, 4, dropout=0.3)
     blocks, x = stack(config, 2), random((2, T, 32))
     loss = lambda blocks, remat: (apply_stack(blocks, x, key=KEY, remat=remat)[0] ** 2).sum()
     expected, found = (jax.tree.leaves(jax.jit(jax.grad(lambda b, r=r: loss(b, r)))(blocks)) for r in ("none", remat))
@@ -204,11 +206,11 @@ def test_unknown_choices_name_the_right_ones():
     with pytest.raises(ValueError, match="'some': it is one of none, full, dots, branches"):
         apply_stack(stack(LAYERS["llama"], 1), random((1, 2, 32)), remat="some")
     with pytest.raises(ValueError, match="activation 'tanh'"):
-        Layer(32, 4, activation="tanh")
+        Transformer(32, 1, 4, activation="tanh")
     with pytest.raises(ValueError, match="width 30 cannot be split into heads 4"):
-        Layer(30, 4)
+        Transformer(30, 1, 4)
     with pytest.raises(ValueError, match="heads 4 is not a multiple of kv_heads 3"):
-        Layer(32, 4, kv_heads=3)
+        Transformer(32, 1, 4, kv_heads=3)
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():

@@ -19,6 +19,7 @@ from t2i_jax.bench.sample import decode_bound
 from t2i_jax.bench.train import FEW, on_mesh
 from t2i_jax.core import flops, platform
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
@@ -49,7 +50,17 @@ def test_turns_give_medians_and_spreads():
 
 
 def test_the_bound_of_decoding_by_hand():
-    config = AR(vocabulary=10, grid=(1, 2), width=8, depth=3, heads=2, kv_heads=1, mlp=16, condition=ClassEmbedder(5))
+    config = with_fields(
+        AR(),
+        vocabulary=10,
+        grid=(1, 2),
+        width=8,
+        depth=3,
+        heads=2,
+        kv_heads=1,
+        mlp=16,
+        condition=ClassEmbedder(5),
+    )
     matrices = 3 * (8 * 4 * (2 + 1 + 1 + 2) + 3 * 8 * 16) + 8 * 10
     cache = 4 * 3 * 2 * 4 * 4 * (2 + 3)  # rows, layers, keys and values, width of a head, bytes, places seen
     by_memory = decode_bound(config, 4, flops=1e30, bandwidth=1.0)
@@ -59,6 +70,7 @@ def test_the_bound_of_decoding_by_hand():
 
 
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -75,8 +87,8 @@ network = AutoencoderConfig(8, (1, 1), blocks=1, latent=8, attention=(), middle_
 experiment = Experiment({}, data)
 """
 MODELS = {
-    "model": "AR(13, (2, 3), 16, 2, 4, condition=ClassEmbedder(5))",
-    "masked": "Masked((2, 2), 1, SoftmaxHead(5), width=8, depth=1, heads=2, buffer=1, size_buckets=1, "
+    "model": "with_fields(AR(13, (2, 3)), width=16, depth=2, heads=4, condition=ClassEmbedder(5))",
+    "masked": "with_fields(Masked((2, 2), 1, SoftmaxHead(5)), width=8, depth=1, heads=2, buffer=1, size_buckets=1, "
     "condition=ClassEmbedder(5))",
     "codec": "VQGAN(network, QuantizerConfig(codes=16, dim=4), perceptual=0.0, adversarial=0.0)",
 }
@@ -140,7 +152,7 @@ def test_rows_of_a_batch_on_the_mesh_repeat():
 
 @pytest.mark.parametrize("head", [SoftmaxHead(7), DiffusionHead(3, width=16, depth=1, steps=20, respacing="5")])
 def test_what_is_cut_is_the_head_and_nothing_of_the_network(head):
-    family = AnyOrder((2, 3), head=head, width=8, depth=1, heads=2, condition=ClassEmbedder(5))
+    family = with_fields(AnyOrder(), grid=(2, 3), head=head, width=8, depth=1, heads=2, condition=ClassEmbedder(5))
     model = jax.eval_shape(family.init, jax.random.key(0))
     condition, keys = {"label": jnp.arange(2)}, jax.random.split(jax.random.key(1), 2)
     count = lambda family: flops.count(lambda m: family.sample(m, condition, keys), model)

@@ -62,12 +62,12 @@ def test_types_are_narrowed_by_what_is_declared(name):
 def test_execution_is_set_where_there_is_a_choice(name):
     config = ALL[name]
     compute = config.compute
-    for change in [{"remat": r} for r in compute.remats if compute.remat] + [{"dtype": "bfloat16"}]:
-        if not compute.remat:
+    for change in [{"remat": r} for r in config.capabilities.remat] + [{"dtype": "bfloat16"}]:
+        if not config.capabilities.remat:
             continue
         new = dataclasses.replace(compute, **change)
         assert config.with_compute(new).compute == new and config.with_compute(new).with_compute(compute) == config
-    if not compute.attention and type(config) is not toys.Histogram:
+    if not config.capabilities.attention and type(config) is not toys.Histogram:
         with pytest.raises(ConfigError, match="no choice"):
             config.with_compute(dataclasses.replace(compute, attention="plain"))
 

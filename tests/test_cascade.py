@@ -10,6 +10,7 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.keys import image_keys
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.models.diffusion import Diffusion, noise_low_res
@@ -21,7 +22,17 @@ from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 
 BASE = Diffusion(
-    UNet((4, 4), width=8, multipliers=(1,), blocks=1, attention=(), groups=4, heads=1, condition=ClassEmbedder(3)),
+    with_fields(
+        UNet(),
+        size=(4, 4),
+        width=8,
+        multipliers=(1,),
+        blocks=1,
+        attention=(),
+        groups=4,
+        heads=1,
+        condition=ClassEmbedder(3),
+    ),
     Discrete("cosine", 20),
     sampling=DiffusionSampler(3, guidance=2.0),
 )

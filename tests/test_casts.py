@@ -1,13 +1,12 @@
 """Weights are cast where they are loaded exactly where the sampler would cast them before it computes with them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from t2i_jax.core.casts import cast_dtypes, cast_first
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named, rebuild
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
@@ -32,12 +31,12 @@ def test_what_is_cast_before_all_else_is_found_through_loops_calls_and_moves():
 @pytest.mark.parametrize("name", ["stream", pytest.param("ar-captions", marks=pytest.mark.slow)])
 def test_codes_of_narrow_weights_are_those_of_the_wide(name):
     """Stream adds tables to each other before it casts them: these stay."""
-    family = dataclasses.replace(families.FAMILIES[name], dtype="bfloat16")
+    family = with_fields(families.FAMILIES[name], dtype="bfloat16")
     model = jax.jit(family.init)(jax.random.key(0))
     dtypes = cast_dtypes(family)
     assert "blocks.mlp.out.w" in dtypes and "image_tokens.w" not in dtypes
     cast = rebuild(model, {k: v.replace(v[...].astype(dtypes.get(k, v[...].dtype))) for k, v in named(model).items()})
-    batch = {k: np.ones((4, *f.shape), f.dtype) for k, f in family.condition.batch_spec().items()}
+    batch = {k: np.ones((4, *f.shape), f.dtype) for k, f in family.condition_spec().items()}
     draw = jax.jit(lambda m: family.sample(m, batch, jax.random.split(jax.random.key(1), 4), family.options()))
     np.testing.assert_array_equal(draw(cast), draw(model))
 
@@ -45,9 +44,19 @@ def test_codes_of_narrow_weights_are_those_of_the_wide(name):
 def test_nothing_is_cast_for_a_family_that_computes_in_fp32():
     assert not cast_dtypes(families.FAMILIES["ar"])
     wide, deep = (
-        cast_dtypes(AR(16, (2, 2), 16, 1, 2, condition=ClassEmbedder(3), dtype="bfloat16")),
+        cast_dtypes(
+            with_fields(
+                AR(),
+                vocabulary=16,
+                grid=(2, 2),
+                width=16,
+                depth=1,
+                heads=2,
+                condition=ClassEmbedder(3),
+                dtype="bfloat16",
+            )
+        ),
         families.FAMILIES["dit"],
     )
-    network = dataclasses.replace(deep.network, dtype="bfloat16")
     assert "blocks.mlp.into.w" in wide and "tokens.w" in wide
-    assert not any(name.startswith("network.time") for name in cast_dtypes(dataclasses.replace(deep, network=network)))
+    assert not any(name.startswith("network.time") for name in cast_dtypes(with_fields(deep, dtype="bfloat16")))

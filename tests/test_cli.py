@@ -18,6 +18,7 @@ from t2i_jax.comparison import Comparison
 from t2i_jax.comparison.report import files_of
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import stdout
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.records import may_become
@@ -35,17 +36,28 @@ from tests.fixtures import toys
 from tests.fixtures.commands import refused
 from tests.fixtures.families import FAMILIES
 
-NETWORK = DiT((4, 4), 3, patch=2, width=32, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
+NETWORK = with_fields(
+    DiT(),
+    size=(4, 4),
+    channels=3,
+    patch=2,
+    width=32,
+    depth=1,
+    heads=2,
+    condition=ClassEmbedder(3),
+    learn_variance=False,
+)
 FAMILY = Diffusion(NETWORK, Discrete("cosine", 20), sampling=DiffusionSampler(4, guidance=2.0))
 
 FILE = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.networks.dit import DiT
 from t2i_jax.training.experiment import Experiment
-model = Diffusion(DiT((4, 4), 3, patch=2, width=16, depth=1, heads=2), {fields})
+model = Diffusion(with_fields(DiT((4, 4), 3, patch=2), width=16, depth=1, heads=2), {fields})
 experiment = Experiment(model, Data(ArrayRecord("nowhere")))
 """
 
@@ -218,7 +230,7 @@ def test_other_fields_of_a_family(folder):
     assert pipeline.family == FAMILY and "solver" not in pipeline.about
     with pytest.raises(ConfigError, match="has no 'order'"):
         pipeline.replace(order=3)
-    for field in ({"network": dataclasses.replace(NETWORK, width=16)}, {"process": Discrete()}, {"predicts": "v"}):
+    for field in ({"network": with_fields(NETWORK, width=16)}, {"process": Discrete()}, {"predicts": "v"}):
         with pytest.raises(ConfigError, match=f"a Diffusion is trained with its '{min(field)}"):
             pipeline.replace(**field)
 

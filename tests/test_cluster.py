@@ -14,6 +14,7 @@ from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core import platform
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import start_cluster
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
@@ -73,7 +74,7 @@ def released(tmp_path_factory):
     parts = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
     codec = VQGAN(parts, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
     save_artifact(Artifact(codec, codec.init(jax.random.key(0))), path / "codec", "# A codec\n")
-    family = AR(16, (4, 4), width=32, depth=1, heads=2, condition=ClassEmbedder(4))
+    family = with_fields(AR(), vocabulary=16, grid=(4, 4), width=32, depth=1, heads=2, condition=ClassEmbedder(4))
     model = family.init(jax.random.key(1))
     save_artifact(Artifact(family, model, codec=str(path / "codec"), image_size=8), path / "model", "# A model\n")
     return path / "model"

@@ -16,6 +16,7 @@ from t2i_jax.comparison.report import table, write
 from t2i_jax.comparison.run import check_length
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, to_json
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
@@ -32,7 +33,17 @@ from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
-NETWORK = DiT((8, 8), 3, patch=4, width=16, depth=1, heads=2, condition=ClassEmbedder(3), learn_variance=False)
+NETWORK = with_fields(
+    DiT(),
+    size=(8, 8),
+    channels=3,
+    patch=4,
+    width=16,
+    depth=1,
+    heads=2,
+    condition=ClassEmbedder(3),
+    learn_variance=False,
+)
 MODEL = Diffusion(
     NETWORK, Flow(), predicts="velocity", solver="euler", sampling=DiffusionSampler(steps=4, guidance=2.0)
 )
@@ -66,7 +77,16 @@ def test_work_of_a_sampler_follows_its_steps_and_branches():
     assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
     assert guidance_flags(MODEL, DiffusionSampler(guidance=1.0)) == {"guided": False}
     assert guidance_flags(MODEL, DiffusionSampler(guidance=1.5)) == {}
-    sets = Masked(grid=(2, 2), head=SoftmaxHead(8), width=8, depth=1, heads=2, buffer=1, condition=ClassEmbedder(3))
+    sets = with_fields(
+        Masked(),
+        grid=(2, 2),
+        head=SoftmaxHead(8),
+        width=8,
+        depth=1,
+        heads=2,
+        buffer=1,
+        condition=ClassEmbedder(3),
+    )
     pipeline = Pipeline.place(sets, sets.init(jax.random.key(0)), None, None)
     count = lambda n: work(pipeline.sampler(MaskedSampler(iterations=n)), ["0"])
     assert count(2) < count(4) == count(64)  # there are four tokens
@@ -83,7 +103,7 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
     shape: dict[str, Any] = dict(
         grid=(4, 4), head=SoftmaxHead(8), width=8, depth=1, heads=2, buffer=1, condition=ClassEmbedder(3)
     )
-    model = Masked(size_buckets=4, **shape)
+    model = with_fields(Masked(), size_buckets=4, **shape)
     assert model.sizes == ([4, 8, 12, 16], [1, 4, 16])
     # Hidden after each of four steps: 14, 11, 6, 0; so 0, 2, 5, 10 are visible and 2, 3, 5, 6 are asked for.
     assert model.loop_trips(MaskedSampler(iterations=4)) == [(0, 1), (0, 1), (1, 2), (2, 2)]
@@ -135,7 +155,7 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
     train_vocabulary(captions, tmp_path / "words.model", size=300)
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
     condition = CaptionEncoder(words.vocabulary, 8, width=16, depth=1, heads=2)
-    network = dataclasses.replace(NETWORK, size=(16, 16), condition=condition)
+    network = with_fields(NETWORK, size=(16, 16), condition=condition)
     model = dataclasses.replace(MODEL, network=network)
     experiment = Experiment(model, data, Train(evaluate_batches=1), text=words)
     sweeps = {"steps": Sweep("Steps", "steps", (1, 2), {"heun": Variant("a", family={"solver": "heun"})})}

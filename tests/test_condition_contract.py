@@ -11,6 +11,7 @@ from flax import nnx
 from t2i_jax import heads
 from t2i_jax.core.conditions import ConditionSpec
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.specs import FieldSpec
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -118,13 +119,15 @@ def test_a_condition_gives_what_it_declares(name):
 
 
 FAMILIES = {
-    "ar": lambda c: AR(16, **SMALL, condition=c),
-    "ar by cross-attention": lambda c: AR(16, **SMALL, condition=c, conditioning="cross_attention"),
-    "masked": lambda c: Masked(**SMALL, head=heads.SoftmaxHead(16), condition=c, buffer=4),
-    "any-order": lambda c: AnyOrder(**SMALL, head=heads.SoftmaxHead(16), order=Permutation(), condition=c),
-    "vq-diffusion": lambda c: VQDiffusion(Chain(16, 10), **SMALL, condition=c),
-    "unet": lambda c: Diffusion(UNet(**UNET, channels=3, context=WIDTH, condition=c)),
-    "dit": lambda c: Diffusion(DiT((4, 4), 3, **DENOISER, condition=c)),
+    "ar": lambda c: with_fields(AR(), vocabulary=16, **SMALL, condition=c),
+    "ar by cross-attention": lambda c: with_fields(AR(), vocabulary=16, **SMALL, condition=c, via="cross_attention"),
+    "masked": lambda c: with_fields(Masked(), **SMALL, head=heads.SoftmaxHead(16), condition=c, buffer=4),
+    "any-order": lambda c: with_fields(
+        AnyOrder(), **SMALL, head=heads.SoftmaxHead(16), order=Permutation(), condition=c
+    ),
+    "vq-diffusion": lambda c: with_fields(VQDiffusion(), chain=Chain(16, 10), **SMALL, condition=c),
+    "unet": lambda c: Diffusion(with_fields(UNet(), **UNET, channels=3, context=WIDTH, condition=c)),
+    "dit": lambda c: Diffusion(with_fields(DiT(), size=(4, 4), channels=3, **DENOISER, condition=c)),
 }
 
 

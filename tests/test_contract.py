@@ -11,6 +11,7 @@ import pytest
 
 from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError, DataError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.core.specs import FieldSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
@@ -117,7 +118,8 @@ def test_a_small_image_is_needed_where_none_can_be_made():
 @pytest.mark.parametrize("names", [("codes",), ("latents",), ("latents", "image"), ("image",), ()])
 def test_records_hold_latents_or_what_they_are_made_of(names, codec):
     family = Diffusion(
-        DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)), Discrete("cosine", 20)
+        with_fields(DiT(), size=(4, 4), channels=4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)),
+        Discrete("cosine", 20),
     )
     spec = record_spec(Experiment(family, Data(ArrayRecord("nowhere"))), codec)
     record = {"codes": np.zeros((4, 4, 4), np.float16), "latents": np.zeros((4, 4, 8), np.float32)}
@@ -130,7 +132,10 @@ def test_records_hold_latents_or_what_they_are_made_of(names, codec):
         check_example(spec, record)
 
 
-@pytest.mark.parametrize("make", [lambda: DiT((4, 4), 3, condition=None), lambda: Diffusion(None, Discrete())])  # pyright: ignore
+@pytest.mark.parametrize(
+    "make",
+    [lambda: with_fields(DiT(), size=(4, 4), channels=3, condition=None), lambda: Diffusion(None, Discrete())],
+)  # pyright: ignore
 def test_what_needs_a_value_says_so(make):
     with pytest.raises(ConfigError, match="needs a value"):
         make()
@@ -156,7 +161,7 @@ def test_a_codec_does_what_it_declares(name):
     made = jax.eval_shape(config.decode, model, codes)
     assert (made.shape, made.dtype) == (images.shape, images.dtype)
     assert jax.eval_shape(config.to_store, model, images).keys() <= {"codes", "latents"}
-    half = config.with_compute(dataclasses.replace(config.compute, dtype="bfloat16"))
+    half = config.with_compute(with_fields(config.compute, dtype="bfloat16"))
     assert half.compute.dtype == "bfloat16" and half.spec == config.spec
 
 
@@ -191,7 +196,9 @@ def test_codes_are_no_images(name):
 
 
 def test_latents_are_no_images():
-    config = Diffusion(DiT((4, 4), 4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3)))
+    config = Diffusion(
+        with_fields(DiT(), size=(4, 4), channels=4, patch=2, width=16, depth=1, heads=2, condition=ClassEmbedder(3))
+    )
     with pytest.raises(ConfigError, match="no codec"):
         Pipeline.place(config, fresh(config), None, None).sample(["0"])
 
@@ -199,7 +206,7 @@ def test_latents_are_no_images():
 @pytest.mark.parametrize("name", models_that_draw(lambda c: not c.capabilities.super_resolution))
 def test_no_guidance_by_a_branch_that_was_never_learned(name):
     """Without dropped conditions in training, a sampler leaves the unconditional branch out unless it is asked for."""
-    config = dataclasses.replace(FAMILIES[name], condition_dropout=0.0)
+    config = with_fields(FAMILIES[name], condition_dropout=0.0)
     batch = batch_for(config, 2)
     condition = {k: v for k, v in batch.items() if k in config.condition_spec()}
     keys = jax.random.split(jax.random.key(1), 2)

@@ -13,6 +13,7 @@ from t2i_jax.cli import main
 from t2i_jax.codecs.dvae import DVAE, OpenAIdVAE
 from t2i_jax.convert import folders
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named
 from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.pipeline import Pipeline
@@ -132,7 +133,7 @@ def test_captions_become_pictures_as_the_original_makes_them(models, tmp_path):
                                           "vocab_size": 300, "feed_forward_proj": "gated-gelu"})  # fmt: skip
     vocabulary(tmp_path / "t5")
     features = TextFeatures(24, 6, trained_null=False, left=True, null_keeps_mask=True)
-    family = dataclasses.replace(LLAMA, condition=features)
+    family = with_fields(LLAMA, condition=features)
     tensors = convert.restore("llamagen", family, jax.tree.map(lambda x: x / 4, random(family)))
     torch.save({"model": {k: torch.tensor(v) for k, v in tensors.items()}}, tmp_path / "t2i.pt")
     places = ["--out", str(tmp_path / "model"), "--codec", str(models / "codec")]

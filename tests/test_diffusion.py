@@ -13,6 +13,7 @@ import pytest
 from examples.trigonometric import Trigonometric
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.config import ConfigError, from_json, override, to_json
+from t2i_jax.core.family import with_fields
 from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.models import diffusion
@@ -29,10 +30,29 @@ from t2i_jax.sampling.options import DiffusionSampler, plain_options
 from t2i_jax.storage.artifacts import Artifact
 from tests.fixtures.families import with_aux
 
-SMALL = DiT((4, 4), channels=3, patch=2, width=32, depth=2, heads=2, frequency_dim=32, condition=ClassEmbedder(3))
+SMALL = with_fields(
+    DiT(),
+    size=(4, 4),
+    channels=3,
+    patch=2,
+    width=32,
+    depth=2,
+    heads=2,
+    frequency_dim=32,
+    condition=ClassEmbedder(3),
+)
 FAMILY = Diffusion(SMALL, Discrete("cosine", 50), sampling=DiffusionSampler(steps=4, guidance=2.0))
 TEXT = CaptionEncoder(20, 5, width=16, depth=1, heads=2)
-LITTLE = UNet((8, 8), width=32, multipliers=(1, 2), blocks=1, attention=(2,), head_dim=16, condition=ClassEmbedder(3))
+LITTLE = with_fields(
+    UNet(),
+    size=(8, 8),
+    width=32,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(2,),
+    head_dim=16,
+    condition=ClassEmbedder(3),
+)
 
 
 def keys_of(*seeds):
@@ -177,10 +197,10 @@ def test_known_pixels_are_kept_and_given_pictures_are_remembered(model):
 @pytest.mark.parametrize(
     "family",
     [
-        dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, text="cross", condition=TEXT)),
-        Diffusion(dataclasses.replace(SMALL, text="joint", condition=TEXT, learn_variance=False), Flow(), "velocity"),
-        Diffusion(dataclasses.replace(SMALL, text="context", condition=TEXT, learn_variance=False), EDM(), "v"),
-        Diffusion(dataclasses.replace(LITTLE, size=(4, 4), context=16, condition=TEXT), weight="min_snr"),
+        dataclasses.replace(FAMILY, network=with_fields(SMALL, via="cross_attention", condition=TEXT)),
+        Diffusion(with_fields(SMALL, via="joint", condition=TEXT, learn_variance=False), Flow(), "velocity"),
+        Diffusion(with_fields(SMALL, via="context", condition=TEXT, learn_variance=False), EDM(), "v"),
+        Diffusion(with_fields(LITTLE, size=(4, 4), context=16, condition=TEXT), weight="min_snr"),
     ],
     ids=["cross", "joint, flow", "context, edm", "unet"],
 )
@@ -213,7 +233,7 @@ def test_every_kind_learns_and_reads_its_text(family):
 
 @pytest.mark.slow
 def test_a_classifier_and_an_image_text_model_pull(model):
-    classifier = NoisedClassifier(dataclasses.replace(LITTLE, size=(4, 4), condition=None), 3)
+    classifier = NoisedClassifier(with_fields(LITTLE, size=(4, 4), conditioning=None), 3)
     small = NoisedCLIP(
         20,
         5,
@@ -258,7 +278,7 @@ def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
     assert np.abs(filled - picture)[~mask].max() <= 1 and (filled != picture)[mask].any()
     gap = lambda s: np.abs(draw(InitImage(picture, s), guidance=1.0) - picture).mean()
     assert gap(0.2) < gap(1.0)
-    trunk = dataclasses.replace(LITTLE, size=(4, 4), condition=None)
+    trunk = with_fields(LITTLE, size=(4, 4), conditioning=None)
     classifier = NoisedClassifier(trunk, 3, process=FAMILY.process)
     judge = Artifact(classifier, shaken(jax.jit(classifier.init)(jax.random.key(1))))
     free, pulled = (draw(None, ClassifierGuidance(judge, s), guidance=1.0, clip=True) for s in (0.0, 30.0))
@@ -270,7 +290,7 @@ def test_a_pipeline_remembers_pictures_and_is_guided_by_other_models(model):
         ClassifierGuidance(Artifact(NoisedClassifier(trunk, 3), judge.model)).check(FAMILY)
     with pytest.raises(ConfigError, match="a NoisedClassifier cannot guide"):
         Autoguidance(judge).check(FAMILY)
-    smaller = dataclasses.replace(FAMILY, network=dataclasses.replace(SMALL, depth=1, width=16, learn_variance=False))
+    smaller = dataclasses.replace(FAMILY, network=with_fields(SMALL, depth=1, width=16, learn_variance=False))
     weak = Artifact(smaller, shaken(jax.jit(smaller.init)(jax.random.key(2))))
     assert (draw(None, Autoguidance(weak), guidance=3.0) != free).any()
 
@@ -292,18 +312,16 @@ def test_a_worse_model_guides(model):
 
 
 def test_a_worse_model_need_agree_in_what_is_said_alone():
-    weak = dataclasses.replace(
-        FAMILY, solver="heun", sampling=DiffusionSampler(7), network=dataclasses.replace(SMALL, depth=1)
-    )
+    weak = dataclasses.replace(FAMILY, solver="heun", sampling=DiffusionSampler(7), network=with_fields(SMALL, depth=1))
     Autoguidance(Artifact(weak, {})).check(FAMILY)
-    other = dataclasses.replace(SMALL, condition=ClassEmbedder(5))
+    other = with_fields(SMALL, condition=ClassEmbedder(5))
     for odd, what in (
         ({"predicts": "v"}, "predicts"),
         ({"process": Discrete()}, "process"),
         ({"network": other}, "cond"),
     ):
         with pytest.raises(ConfigError, match=what):
-            Autoguidance(Artifact(dataclasses.replace(FAMILY, **odd), {})).check(FAMILY)
+            Autoguidance(Artifact(with_fields(FAMILY, **odd), {})).check(FAMILY)
 
 
 def test_settings_that_cannot_be_are_refused():
@@ -335,9 +353,13 @@ def test_settings_that_cannot_be_are_refused():
 @pytest.mark.parametrize("form", ["adm", "adm_classifier"])
 def test_published_names_there_and_back(form, resample):
     shape = dataclasses.replace(LITTLE, multipliers=(1, 2, 2), blocks=2, resample=resample, scale_shift=False)
-    family = Diffusion(dataclasses.replace(shape, condition=ClassEmbedder(3, null=False)), condition_dropout=0.0)
+    family = with_fields(
+        Diffusion(),
+        network=with_fields(shape, condition=ClassEmbedder(3, null=False)),
+        condition_dropout=0.0,
+    )
     pools = ("attention",) if resample != "mean" else ("adaptive", "spatial", "spatial_v2")
-    trunk = dataclasses.replace(shape, condition=None)
+    trunk = with_fields(shape, conditioning=None)
     for config in [family] if form == "adm" else [NoisedClassifier(trunk, 5, pool) for pool in pools]:
         model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(config.init, jax.random.key(0)))
         theirs = restore(form, config, model)
@@ -357,11 +379,13 @@ def test_sit_is_dit_on_a_flow():
         "solver": "heun",
         "discard_variance_output": True,
     }
-    family = Diffusion(network, **flow, guided_channels=3, sampling=DiffusionSampler(guidance=4.0, eta=0.0))
+    family = with_fields(
+        Diffusion(), network=network, **flow, guided_channels=3, sampling=DiffusionSampler(guidance=4.0, eta=0.0)
+    )
     model = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(family.init, jax.random.key(0)))
     theirs = restore("sit", family, model)
     found, _ = convert("sit", theirs, heads=2)
-    assert dataclasses.replace(found, network=dataclasses.replace(found.network, hidden=0)) == family
+    assert dataclasses.replace(found, network=with_fields(found.network, mlp=0)) == family
     assert restore("dit", family, model).keys() == theirs.keys()
 
 

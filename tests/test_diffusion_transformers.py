@@ -10,6 +10,7 @@ import pytest
 from t2i_jax.convert import convert
 from t2i_jax.core.keys import image_keys
 from t2i_jax.interop import pixart, stable_diffusion_3
+from t2i_jax.nn.positions import SinCosPositions
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import bundle_files, resolve_files
 from t2i_jax.text.clip import ClipText
@@ -53,7 +54,7 @@ def test_pixart():
     rng = np.random.default_rng(0)
     tensors["null_features"] = rng.normal(size=(5, 12)).astype(np.float32)
     config, model = convert("pixart", tensors, **pixart.settings(module.config))
-    assert config.network.learn_variance and config.network.stretch == 2
+    assert config.network.learn_variance and config.network.positions == SinCosPositions(2)
     x, text = rng.normal(size=(2, 4, 8, 8)).astype(np.float32), rng.normal(size=(2, 5, 12)).astype(np.float32)
     t, mask = np.asarray([3, 801]), np.asarray([[1, 1, 1, 0, 0], [1] * 5], bool)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
+from t2i_jax.core.family import with_fields
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.data.glyphs import build_glyphs
 from t2i_jax.models.stream import Stream, StreamText
@@ -117,7 +118,17 @@ def test_codec_and_stream_train_on_captions_and_draw(tmp_path):
     train(Experiment(codec, data, Train(steps=2, **settings)), tmp_path / "codec")
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
     text = StreamText(words.vocabulary, 8, start=True, unique_padding=True)
-    stream = Stream(12, (4, 4), text, width=32, depth=2, heads=2, sandwich_norm=True, pb_relax=True)
+    stream = with_fields(
+        Stream(),
+        vocabulary=12,
+        grid=(4, 4),
+        condition=text,
+        width=32,
+        depth=2,
+        heads=2,
+        sandwich_norm=True,
+        pb_relax=True,
+    )
     experiment = Experiment(stream, data, Train(steps=4, **settings), codec=str(tmp_path / "codec"), text=words)
     train(experiment, tmp_path / "run")
     losses = [line["loss"] for line in records.read(tmp_path / "run" / "metrics.jsonl")]

@@ -18,6 +18,7 @@ from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
@@ -44,7 +45,9 @@ def test_the_loop_in_pytorch_draws_the_same(guided):
 
 
 def test_greedy_tokens_are_those_of_the_loop_in_pytorch_over_a_whole_picture():
-    model = AR(vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=ClassEmbedder(10))
+    model = with_fields(
+        AR(), vocabulary=512, grid=(16, 16), width=64, depth=3, heads=4, mlp=176, condition=ClassEmbedder(10)
+    )
     network, labels = model.init(jax.random.key(3)), jnp.array([1, 7])
     # Fresh output matrices are zero: every token would be the first.
     network = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), network)
@@ -71,13 +74,13 @@ def test_the_loop_in_pytorch_filters_as_ours_does():
 
 def test_the_loop_in_pytorch_is_of_class_models_only():
     with pytest.raises(ValueError, match="not qk_norm"):
-        Decoder(dataclasses.replace(TINY, qk_norm=True), None)
+        Decoder(with_fields(TINY, qk_norm=True), None)
     with pytest.raises(ValueError, match="not condition"):
-        Decoder(dataclasses.replace(TINY, condition=CaptionEncoder(11, length=4)), None)
+        Decoder(with_fields(TINY, condition=CaptionEncoder(11, length=4)), None)
 
 
 def test_a_train_step_has_the_same_loss_and_gradients():
-    config = dataclasses.replace(TINY, dropout=0.0, token_dropout=0.0, condition_dropout=0.0)
+    config = with_fields(TINY, dropout=0.0, token_dropout=0.0, condition_dropout=0.0)
     model, label = model_for(config), jnp.array([1, 4, 2])
     codes = jax.random.randint(jax.random.key(2), (3, *config.grid), 0, config.vocabulary)
     loss = lambda m: config.loss(m, {"label": label, "codes": codes}, jax.random.key(0)).loss
@@ -111,7 +114,17 @@ def test_a_vqgan_gives_the_same_codes_and_pictures(patch):
 
 
 DENOISER = Diffusion(
-    DiT((6, 4), channels=3, patch=2, width=16, depth=2, heads=2, condition=ClassEmbedder(5), learn_variance=False),
+    with_fields(
+        DiT(),
+        size=(6, 4),
+        channels=3,
+        patch=2,
+        width=16,
+        depth=2,
+        heads=2,
+        condition=ClassEmbedder(5),
+        learn_variance=False,
+    ),
     Flow(),
     predicts="velocity",
     solver="euler",
@@ -143,13 +156,14 @@ def test_without_guidance_one_branch_is_painted():
 
 
 MODELS = {
-    "train": "AR(16, (2, 2), 16, 1, 2, condition=ClassEmbedder(5), dropout=0.0)",
+    "train": "with_fields(AR(16, (2, 2)), width=16, depth=1, heads=2, condition=ClassEmbedder(5), dropout=0.0)",
     "codec": "VQGAN(AutoencoderConfig(8, (1, 2), 1, latent=6, groups=4), QuantizerConfig(11, 3))",
-    "sample": "Diffusion(DiT((4, 4), 3, 2, width=16, depth=1, heads=2, condition=ClassEmbedder(5), "
+    "sample": "Diffusion(with_fields(DiT((4, 4), 3, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(5), "
     "learn_variance=False), Flow(), predicts='velocity', solver='euler', "
     "sampling=DiffusionSampler(steps=2, guidance=2.0))",
 }
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
@@ -191,4 +205,4 @@ def test_other_codecs_and_denoisers_are_refused():
     with pytest.raises(ValueError, match="not solver"):
         Denoiser(dataclasses.replace(DENOISER, solver="dpm++"), None)
     with pytest.raises(ValueError, match=r"not network\.qk_norm"):
-        Denoiser(dataclasses.replace(DENOISER, network=dataclasses.replace(DENOISER.network, qk_norm=True)), None)
+        Denoiser(dataclasses.replace(DENOISER, network=with_fields(DENOISER.network, qk_norm=True)), None)

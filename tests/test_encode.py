@@ -14,6 +14,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, put_on_mesh
 from t2i_jax.data import ArrayRecord, Data, DataError, write_records
 from t2i_jax.encode import encode_splits
@@ -27,15 +28,18 @@ from tests.fixtures.processes import outputs, started
 
 PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
 CODEC = VQGAN(PARTS, QuantizerConfig(codes=16, dim=4), perceptual=0.0)
-FAMILY = AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4), dropout=0.0)
+FAMILY = with_fields(
+    AR(), vocabulary=16, grid=(4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4), dropout=0.0
+)
 
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
-experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4)),
+experiment = Experiment(with_fields(AR(16, (4, 4)), width=16, depth=1, heads=2, condition=ClassEmbedder(4)),
                         Data(ArrayRecord("{0}/data"), image_size=8, batch_size=8), codec="{0}/codec")
 """
 

@@ -1,28 +1,29 @@
 """An image decoder that looks at an encoded caption by cross-attention: the same family, another place for the text."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax.core.family import with_fields
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import CaptionEncoder, TextFeatures
+from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.sampling.options import ARSampler
 
-CONFIG = AR(
-    13,
-    (2, 3),
+CONFIG = with_fields(
+    AR(),
+    vocabulary=13,
+    grid=(2, 3),
     width=16,
     depth=2,
     heads=2,
     condition=CaptionEncoder(11, length=4, width=8, depth=1, heads=2),
-    conditioning="cross_attention",
+    via="cross_attention",
     dropout=0.0,
     token_dropout=0.0,
 )
-FEATURES = dataclasses.replace(
-    CONFIG, condition=TextFeatures(6, length=4), positions="learned", norm="layer", bias=True
+FEATURES = with_fields(
+    CONFIG, condition=TextFeatures(6, length=4), positions=LearnedPositions(), norm="layer", bias=True
 )
 forward = jax.jit(AR.forward, static_argnums=0)
 
@@ -81,7 +82,7 @@ def test_decoding_gives_the_logits_of_the_forward_and_guides():
 
 
 def test_gradients_reach_the_encoder():
-    config = dataclasses.replace(CONFIG, remat="dots", condition_dropout=0.0)
+    config = with_fields(CONFIG, remat="dots", condition_dropout=0.0)
     model = model_for(config)
     slopes = jax.jit(jax.grad(lambda m: config.loss(m, batch_for(), jax.random.key(0)).loss))(model)
     for part in (slopes.condition.table, slopes.blocks.cross.kv, slopes.blocks.cross.q):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import FeatureNetwork
@@ -62,7 +63,7 @@ def data(folder, captions=True, broken=(4,)):
     ids=["class", "caption", "nothing"],
 )
 def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_path):
-    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
+    family = with_fields(AR(), vocabulary=8, grid=(2, 2), width=16, depth=1, heads=2, condition=condition, dropout=0.0)
     model = jax.jit(family.init)(jax.random.key(0))
     text = None if isinstance(condition, ClassEmbedder) else Letters()
     asked = "label" in condition.batch_spec()
@@ -80,7 +81,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
 
 @pytest.mark.parametrize(("count", "broken"), [(3, ()), (9, range(6))])
 def test_too_few_images_are_said_before_any_is_drawn(count, broken, tmp_path):
-    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
+    family = with_fields(AR(), vocabulary=8, grid=(2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
     reference = Experiment(family, data(tmp_path / "records", broken=broken))
     pipeline = Pipeline.place(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
     with pytest.raises(ConfigError, match=r"(new words|training images): 3 can be used.* at least 4"):

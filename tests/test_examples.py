@@ -15,6 +15,7 @@ from examples.gan import GAN, GANSampler
 from examples.trigonometric import Trigonometric
 from t2i_jax.core import config
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.diffusion import Diffusion
@@ -69,8 +70,8 @@ def test_levels_are_quantised_evenly():
 @pytest.mark.parametrize(
     "family, options",
     [
-        (Masked(**SHAPE, order=Sets(), buffer=1), MaskedSampler(iterations=2, temperature=0.01)),
-        (AnyOrder(**SHAPE, order=Permutation()), ARSampler(greedy=True)),
+        (with_fields(Masked(), **SHAPE, order=Sets(), buffer=1), MaskedSampler(iterations=2, temperature=0.01)),
+        (with_fields(AnyOrder(), **SHAPE, order=Permutation()), ARSampler(greedy=True)),
     ],
     ids=["masked", "any order"],
 )
@@ -106,7 +107,17 @@ def test_a_process_keeps_the_law_of_its_data():
 
 
 def test_a_process_and_a_solver_go_into_a_diffusion():
-    network = DiT((2, 2), 3, patch=1, width=8, depth=1, heads=2, learn_variance=False, condition=ClassEmbedder(3))
+    network = with_fields(
+        DiT(),
+        size=(2, 2),
+        channels=3,
+        patch=1,
+        width=8,
+        depth=1,
+        heads=2,
+        learn_variance=False,
+        condition=ClassEmbedder(3),
+    )
     family = Diffusion(network, Trigonometric(scale=2.0, max_steps=8), "v", solver="lms")
     assert SOLVERS["lms"] is multistep.lms and stored(family) == family
     model, keys = family.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)

@@ -335,8 +335,9 @@ def test_a_vocabulary_leaves_out_what_is_no_caption(tmp_path, capsys, caplog):
     write_records(tmp_path / "r", rows)
     (tmp_path / "c.py").write_text(
         "from t2i_jax.data import ArrayRecord, Data\nfrom t2i_jax.models.ar import AR\n"
+        "from t2i_jax.core.family import with_fields\n"
         "from t2i_jax.networks.condition import ClassEmbedder\nfrom t2i_jax.training.experiment import Experiment\n"
-        f"experiment = Experiment(AR(16, (4, 4), width=16, depth=1, heads=2, condition=ClassEmbedder(4)), "
+        f"experiment = Experiment(with_fields(AR(16, (4, 4)), width=16, depth=1, heads=2, condition=ClassEmbedder(4)), "
         f"Data(ArrayRecord({str(tmp_path / 'r')!r})))\n"
     )
     run = lambda size: main(

@@ -20,7 +20,7 @@ FLOORS = [
     ("heads", "storage"),
     ("text", "codecs", "data"),
     ("models",),
-    ("training",),
+    ("training", "presets"),
     ("release", "convert", "edits", "guides"),
     ("sampler",),
     ("pipeline",),

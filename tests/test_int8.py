@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.masked import Masked
@@ -62,7 +63,7 @@ def test_a_model_scores_and_draws_as_with_the_floats_of_its_whole_numbers(config
     off = np.abs(found - forward_of(config, model, batch))
     assert 1e-4 * scale < off.mean() < 0.05 * scale
 
-    condition = {name: batch[name] for name in config.condition.batch_spec() if name in batch}
+    condition = {name: batch[name] for name in config.condition_spec() if name in batch}
     keys, options = jax.random.split(KEY, 3), dataclasses.replace(config.options(), guidance=2.0, greedy=True)
     drawn = [config.sample(m, condition, keys, options, segments=1) for m in (small, whole)]
     np.testing.assert_array_equal(*drawn)
@@ -84,7 +85,12 @@ def test_matrices_shrink_and_keep_their_places_on_a_mesh():
 
 
 def test_only_models_that_draw_token_by_token_are_loaded_in_whole_numbers(tmp_path):
-    for config in (TINY, Masked((2, 3), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5))):
+    for config in (
+        TINY,
+        with_fields(
+            Masked(), grid=(2, 3), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5)
+        ),
+    ):
         folder = tmp_path / type(config).__name__
         save_artifact(Artifact(config, config.init(KEY)), folder, "")
         if config is not TINY:

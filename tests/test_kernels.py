@@ -1,6 +1,5 @@
 """Attention by kernels is attention written out: what each may look at, heads in groups, lengths, gradients, meshes."""
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -9,7 +8,9 @@ import numpy as np
 import pytest
 
 from t2i_jax.core import flops
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, shardings
+from t2i_jax.core.types import Compute
 from t2i_jax.heads import SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -18,7 +19,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, TextFeatur
 from t2i_jax.networks.dit import DiT
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, Padding, attend, plain
-from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack, unstack
+from t2i_jax.nn.transformer import Cache, Transformer, apply_stack, stack, unstack
 
 KEY = jax.random.key(0)
 PADDING = jnp.arange(140)[None] >= jnp.array([[0], [5]])  # the second row begins with five tokens of padding
@@ -78,8 +79,8 @@ def test_rules_in_words_are_masks():
 
 @pytest.mark.slow
 def test_splash_works_on_a_mesh_within_a_stack():
-    config = Layer(32, 4, kv_heads=2, kernel="splash")
-    blocks, x = jax.jit(lambda key: stack(config, 2, key))(KEY), jax.random.normal(KEY, (4, 128, 32))
+    config = Transformer(32, 2, 4, kv_heads=2)
+    blocks, x = jax.jit(lambda key: stack(config, key, "splash"))(KEY), jax.random.normal(KEY, (4, 128, 32))
     loss = lambda b, x, rule: (apply_stack(b, x, mask=rule, remat="full")[0] ** 2).mean()
     run = jax.jit(jax.value_and_grad(loss))
     expected = run(with_kernel(blocks, "plain"), x, Causal())
@@ -104,8 +105,8 @@ def test_products_inside_the_kernel_are_counted():
 
 
 def test_steps_with_a_cache_are_written_out_whatever_the_kernel():
-    config = Layer(32, 4, kernel="splash")
-    blocks = unstack(jax.jit(lambda key: stack(config, 1, key))(KEY))
+    config = Transformer(32, 1, 4)
+    blocks = unstack(jax.jit(lambda key: stack(config, key, "splash"))(KEY))
     step = lambda x: apply_stack(blocks, x, mask=jnp.ones((1, 1, 1, 8), bool), caches=(Cache.empty(config, 1, 8),))[0]
     assert "pallas" not in str(jax.make_jaxpr(step)(jnp.ones((1, 1, 32))))
 
@@ -146,23 +147,46 @@ def test_a_mesh_of_other_devices_chooses():
 @pytest.mark.parametrize(
     "family",
     [
-        Masked((16, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5), kernel="splash"),
-        AnyOrder(
-            (8, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=ClassEmbedder(5), kernel="splash"
+        with_fields(
+            Masked(),
+            grid=(16, 16),
+            head=SoftmaxHead(13),
+            width=16,
+            depth=1,
+            heads=2,
+            condition=ClassEmbedder(5),
+            attention="splash",
         ),
-        AnyOrder(
-            (8, 16), head=SoftmaxHead(13), width=16, depth=1, heads=2, condition=TextFeatures(3, 6), kernel="splash"
+        with_fields(
+            AnyOrder(),
+            grid=(8, 16),
+            head=SoftmaxHead(13),
+            width=16,
+            depth=1,
+            heads=2,
+            condition=ClassEmbedder(5),
+            attention="splash",
+        ),
+        with_fields(
+            AnyOrder(),
+            grid=(8, 16),
+            head=SoftmaxHead(13),
+            width=16,
+            depth=1,
+            heads=2,
+            condition=TextFeatures(3, 6),
+            attention="splash",
         ),
     ],
 )
 def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):
-    family = dataclasses.replace(family, dropout=0.0)
+    family = with_fields(family, dropout=0.0)
     batch = {"codes": jax.random.randint(KEY, (2, *family.grid), 0, 13), "label": jnp.arange(2)}
     batch |= {"features": jax.random.normal(KEY, (2, 6, 3)), "text_mask": jnp.arange(6) < jnp.array([[2], [6]])}
     model = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), family.init(KEY))
     run = lambda family: jax.jit(jax.value_and_grad(lambda m: family.loss(m, batch, KEY).loss))
     assert "pallas_call" in str(jax.make_jaxpr(run(family))(model))
-    expected = run(dataclasses.replace(family, kernel="plain"))(model)
+    expected = run(with_fields(family, attention="plain"))(model)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(run(family)(model)), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()))
 
@@ -170,21 +194,34 @@ def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):
 @pytest.mark.parametrize("text", ["context", "joint"])
 def test_a_diffusion_transformer_reads_text_by_the_kernel_it_is_told(text):
     features = TextFeatures(6, 5)
-    network = DiT((16, 16), 3, 2, width=16, depth=1, heads=2, condition=features, text=text, kernel="splash")
+    network = with_fields(
+        DiT(),
+        size=(16, 16),
+        channels=3,
+        patch=2,
+        width=16,
+        depth=1,
+        heads=2,
+        condition=features,
+        via=text,
+    )
     batch = {"features": jnp.ones((2, 5, 6)), "text_mask": jnp.arange(5)[None] < jnp.array([[2], [5]])}
 
     def paint(model):
         return model(jnp.ones((2, 16, 16, 3)), jnp.ones(2), model.read(batch, jnp.zeros(2, bool)))
 
-    weights = lambda network: jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), network.init(KEY))
-    plainly = dataclasses.replace(network, kernel="plain")
-    assert "pallas_call" in str(jax.make_jaxpr(paint)(weights(network)))
-    np.testing.assert_allclose(paint(weights(network)), paint(weights(plainly)), rtol=1e-4, atol=1e-5)
+    weights = lambda kind: jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), network.init(KEY, Compute(attention=kind))
+    )
+    assert "pallas_call" in str(jax.make_jaxpr(paint)(weights("splash")))
+    np.testing.assert_allclose(paint(weights("splash")), paint(weights("plain")), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("condition", [ClassEmbedder(5), CaptionEncoder(11, length=4, width=8, depth=1, heads=2)])
 def test_the_next_token_model_learns_by_the_kernel_it_is_told(condition):
-    config = AR(13, (8, 16), 32, 1, 2, condition=condition, kernel="splash")
+    config = with_fields(
+        AR(), vocabulary=13, grid=(8, 16), width=32, depth=1, heads=2, condition=condition, attention="splash"
+    )
     batch = {"codes": jnp.zeros((2, 8, 16), int), "label": jnp.arange(2), "text": jnp.ones((2, 4), int)}
     batch["text_mask"] = jnp.ones((2, 4), bool)
     model = jax.eval_shape(config.init, KEY)

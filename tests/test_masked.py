@@ -12,6 +12,7 @@ import pytest
 from examples.fsq import FSQHead
 from t2i_jax.convert import convert
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.edits import Inpaint
 from t2i_jax.heads import DiffusionHead, FlowHead, MixtureHead, SoftmaxHead
@@ -20,6 +21,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.presets import MAR, preset
 from t2i_jax.sampling.options import ARSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate, Permutation, Raster, Sets
 from t2i_jax.sampling.progress import listening
@@ -31,10 +33,10 @@ from tests.fixtures.released import released, tensors_of
 CODES = SoftmaxHead(7)
 VECTORS = DiffusionHead(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
 TINY = dict(grid=(2, 3), width=8, depth=1, heads=2, condition=ClassEmbedder(3), dropout=0.0)
-BIDIRECTIONAL = TINY | dict(buffer=2, decoder_depth=1, size_buckets=2)
+BIDIRECTIONAL = TINY | dict(buffer=2, decoder=with_fields(MAR, width=8, depth=1, heads=2, dropout=0.0), size_buckets=2)
 
 CELLS = {
-    f"{name} {type(head).__name__}": family(**shape, order=order, head=head, **rest)
+    f"{name} {type(head).__name__}": with_fields(family(), **shape, order=order, head=head, **rest)
     for head in (CODES, VECTORS)
     for name, family, shape, order, rest in (
         ("AR raster", AnyOrder, TINY, Raster(), {}),
@@ -44,18 +46,23 @@ CELLS = {
     )
 }
 MORE = {
-    "MaskGIT": Masked(**BIDIRECTIONAL | {"depth": 0}, order=Confidence(), head=CODES, rate=MaskRate("cosine")),
-    "masked raster": Masked(**BIDIRECTIONAL, order=Raster(), head=CODES),
-    "masked flow": Masked(**BIDIRECTIONAL, order=Sets(), head=FlowHead(2, 8, 1, steps=2, repeat=1)),
-    "masked mixture": Masked(**BIDIRECTIONAL, order=Sets(), head=MixtureHead(2, 3)),
-    "Fluid": Masked(
+    "MaskGIT": with_fields(
+        Masked(), **BIDIRECTIONAL | {"depth": 0}, order=Confidence(), head=CODES, rate=MaskRate("cosine")
+    ),
+    "masked raster": with_fields(Masked(), **BIDIRECTIONAL, order=Raster(), head=CODES),
+    "masked flow": with_fields(Masked(), **BIDIRECTIONAL, order=Sets(), head=FlowHead(2, 8, 1, steps=2, repeat=1)),
+    "masked mixture": with_fields(Masked(), **BIDIRECTIONAL, order=Sets(), head=MixtureHead(2, 3)),
+    "Fluid": with_fields(
+        Masked(),
         **BIDIRECTIONAL | {"condition": CaptionEncoder(11, 4, 8, 1, 2), "patch": 2, "grid": (1, 2)},
         rate=MaskRate("uniform"),
         head=dataclasses.replace(VECTORS, dim=8),
     ),
-    "AR factors": AnyOrder(**TINY, order=Permutation(), head=FSQHead((3, 2, 4))),
-    "masked factors": Masked(**BIDIRECTIONAL, order=Confidence(), head=FSQHead((3, 2, 4))),
-    "masked factors of patches": Masked(**BIDIRECTIONAL | {"patch": 2}, head=FSQHead((3, 3, 3, 3, 2, 2, 2, 2))),
+    "AR factors": with_fields(AnyOrder(), **TINY, order=Permutation(), head=FSQHead((3, 2, 4))),
+    "masked factors": with_fields(Masked(), **BIDIRECTIONAL, order=Confidence(), head=FSQHead((3, 2, 4))),
+    "masked factors of patches": with_fields(
+        Masked(), **BIDIRECTIONAL | {"patch": 2}, head=FSQHead((3, 3, 3, 3, 2, 2, 2, 2))
+    ),
 }
 ALL = CELLS | MORE
 
@@ -79,7 +86,7 @@ def filled(config):
 
 
 def condition_of(config, batch):
-    return {name: batch[name] for name in config.condition.batch_spec() if name in batch}
+    return {name: batch[name] for name in config.condition_spec() if name in batch}
 
 
 def drawn(config, model, rows, options=None, **rest):
@@ -155,7 +162,7 @@ def test_hidden_tokens_are_not_seen_and_visible_ones_are():
 
 @pytest.mark.parametrize("order", [Raster(), Permutation()])
 def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
-    config = AnyOrder(**TINY, head=CODES, order=order)
+    config = with_fields(AnyOrder(), **TINY, head=CODES, order=order)
     model, batch = filled(config), batch_of(config)
     orders = jax.vmap(lambda key: Permutation().draw(key, 6))(jax.random.split(jax.random.key(5), 3))
     keys = jax.random.split(jax.random.key(2), 3)
@@ -171,7 +178,7 @@ def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
 
 
 def test_a_causal_model_gives_probabilities_in_every_order():
-    config = AnyOrder(**TINY | {"grid": (1, 3)}, head=SoftmaxHead(3), order=Permutation())
+    config = with_fields(AnyOrder(), **TINY | {"grid": (1, 3)}, head=SoftmaxHead(3), order=Permutation())
     model = filled(config)
     codes = jnp.asarray(list(itertools.product(range(3), repeat=3))).reshape(-1, 1, 3)
     batch = {"codes": codes, "label": jnp.zeros(len(codes), int)}
@@ -188,7 +195,8 @@ def test_a_causal_model_gives_probabilities_in_every_order():
 
 def test_a_causal_model_that_learned_a_joint_law_knows_it_in_every_order():
     """Four bits that hang on each other: what each order says of them costs their entropy, and no order more."""
-    config = AnyOrder(
+    config = with_fields(
+        AnyOrder(),
         **TINY | {"grid": (2, 2), "width": 32, "depth": 2, "condition": ClassEmbedder(1), "condition_dropout": 0.0},
         head=SoftmaxHead(2),
         order=Permutation(),
@@ -238,13 +246,13 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="asks for sets"):
         AnyOrder(order=Sets())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="mar-b"):
-        Masked.sized("mar-x")
+        preset("mar-x")
     with pytest.raises(ValueError, match="iterations 0"):
         MaskedSampler(iterations=0).arrays()
 
 
 def test_a_pipeline_draws_only_where_the_mask_says():
-    config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
+    config = with_fields(Masked(), **BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
     pipeline = Pipeline.place(config, filled(config), Artifact(toys.Pixels(), {}), None)
     picture = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8)
     mask = np.asarray([[0, 1, 0], [0, 0, 1]], bool)
@@ -259,7 +267,7 @@ def test_a_pipeline_draws_only_where_the_mask_says():
 
 
 def test_a_pipeline_tells_how_its_pictures_grow():
-    config = Masked(**BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
+    config = with_fields(Masked(), **BIDIRECTIONAL, head=dataclasses.replace(VECTORS, dim=3))
     pipeline = Pipeline.place(config, filled(config), Artifact(toys.Pixels(), {}), None, MeshConfig(1))
     seen, done, options = {}, [], few(config)
     watch, progress = lambda share, codes: seen.update({round(share, 3): codes}), lambda n, of: done.append((n, of))
@@ -274,4 +282,4 @@ def test_a_pipeline_tells_how_its_pictures_grow():
 def test_released_files_are_taken_whole(name):
     config, model = convert("mar", tensors_of(name))
     assert sum(x.size for x in jax.tree.leaves(model)) == released()[name]["numel_params"]
-    assert config.grid == (16, 16) and config.buffer == 64 and config.condition == ClassEmbedder(1000)
+    assert config.grid == (16, 16) and config.buffer == 64 and config.conditioning.what == ClassEmbedder(1000)

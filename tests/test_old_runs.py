@@ -59,7 +59,7 @@ def test_a_run_goes_on_and_draws(old, name):
 
 def draws(run, family):
     """What the family of a run draws by its own options, for two conditions."""
-    condition = {k: v for k, v in batch_for(family, 2).items() if k in family.condition.batch_spec()}
+    condition = {k: v for k, v in batch_for(family, 2).items() if k in family.condition_spec()}
     if "low_res" in family.batch_spec():
         condition["low_res"] = np.random.default_rng(0).uniform(-1, 1, (2, 2, 2, 3)).astype(np.float32)
     keys, options = jax.random.split(jax.random.key(1), 2), family.options()

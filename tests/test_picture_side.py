@@ -14,6 +14,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert.folders import picture_side
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
@@ -40,18 +41,33 @@ CODECS = {
 }
 SIZES = {"width": 16, "depth": 1, "heads": 2, "condition": ClassEmbedder(3)}
 FAMILIES = {
-    "ar": (AR(20, (2, 3), **SIZES), {"vqgan", "dvae"}),
-    "stream": (Stream(30, (3, 2), condition=StreamText(10, 4), width=16, depth=1, heads=2), {"vqgan of 30", "strided"}),
-    "vq_diffusion": (VQDiffusion(Chain(20), (2, 2), **SIZES), {"vqgan", "dvae"}),
-    "masked": (Masked((2, 2), head=heads.SoftmaxHead(30), buffer=1, **SIZES), {"vqgan of 30", "strided"}),
-    "any_order": (AnyOrder((2, 2), head=heads.SoftmaxHead(20), **SIZES), {"vqgan", "dvae"}),
-    "diffusion": (Diffusion(DiT((4, 6), 4, width=16, depth=1, heads=2, condition=ClassEmbedder(3))), {"kl"}),
+    "ar": (with_fields(AR(), vocabulary=20, grid=(2, 3), **SIZES), {"vqgan", "dvae"}),
+    "stream": (
+        with_fields(Stream(), vocabulary=30, grid=(3, 2), condition=StreamText(10, 4), width=16, depth=1, heads=2),
+        {"vqgan of 30", "strided"},
+    ),
+    "vq_diffusion": (with_fields(VQDiffusion(), chain=Chain(20), grid=(2, 2), **SIZES), {"vqgan", "dvae"}),
+    "masked": (
+        with_fields(Masked(), grid=(2, 2), head=heads.SoftmaxHead(30), buffer=1, **SIZES),
+        {"vqgan of 30", "strided"},
+    ),
+    "any_order": (with_fields(AnyOrder(), grid=(2, 2), head=heads.SoftmaxHead(20), **SIZES), {"vqgan", "dvae"}),
+    "diffusion": (
+        Diffusion(with_fields(DiT(), size=(4, 6), channels=4, width=16, depth=1, heads=2, condition=ClassEmbedder(3))),
+        {"kl"},
+    ),
 }
 for patch, dim, codec in ((1, 4, "kl"), (1, 16, "kl of 16"), (2, 16, "kl"), (2, 64, "kl of 16")):
     for head in (heads.DiffusionHead(dim, 8, 1), heads.FlowHead(dim, 8, 1), heads.MixtureHead(dim, 2)):
         name = f"{type(head).__name__} {patch} {dim}"
-        FAMILIES[f"masked {name}"] = Masked((2, 2), patch, head, buffer=1, **SIZES), {codec}
-        FAMILIES[f"any_order {name}"] = AnyOrder((2, 2), patch, head, **SIZES), {codec}
+        FAMILIES[f"masked {name}"] = (
+            with_fields(Masked(), grid=(2, 2), patch=patch, head=head, buffer=1, **SIZES),
+            {codec},
+        )
+        FAMILIES[f"any_order {name}"] = (
+            with_fields(AnyOrder(), grid=(2, 2), patch=patch, head=head, **SIZES),
+            {codec},
+        )
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.platform import ALONE
 from t2i_jax.core.sharding import MeshConfig
@@ -37,10 +38,13 @@ from t2i_jax.plan.estimate import held, resolved
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import batch_shapes, depths, shallow_copy_of_model
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
+from t2i_jax.presets import preset
 from t2i_jax.training.experiment import Experiment, Train
 from tests.fixtures.families import losses_of
 
-SMALL = AR(vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=ClassEmbedder(10), dtype="bfloat16")
+SMALL = with_fields(
+    AR(), vocabulary=64, grid=(4, 4), width=32, depth=6, heads=2, condition=ClassEmbedder(10), dtype="bfloat16"
+)
 EXPERIMENT = Experiment(SMALL, Data(ArrayRecord("not/there"), image_size=32, batch_size=16))
 
 
@@ -378,13 +382,13 @@ def test_every_peak_is_in_the_one_table():
 VAE = AutoencoderConfig(32, (2, 2), blocks=1, latent=8, attention=(), middle_attention=False, groups=8)
 FAMILIES = [
     SMALL,
-    dataclasses.replace(SMALL, condition=TextFeatures(16, 5)),
-    dataclasses.replace(SMALL, condition=CaptionEncoder(50, 6, 16, 1, 2)),
-    Masked(grid=(4, 4), patch=2, width=32, depth=1, heads=2),
-    AnyOrder(grid=(4, 4), width=32, depth=1, heads=2),
-    Stream(vocabulary=64, grid=(4, 4), condition=StreamText(50, 6), width=32, depth=1, heads=2),
-    VQDiffusion(Chain(64), grid=(4, 4), width=32, depth=1, heads=2),
-    Diffusion(DiT(size=(8, 8), width=32, depth=1, heads=2)),
+    with_fields(SMALL, condition=TextFeatures(16, 5)),
+    with_fields(SMALL, condition=CaptionEncoder(50, 6, 16, 1, 2)),
+    with_fields(Masked(), grid=(4, 4), patch=2, width=32, depth=1, heads=2),
+    with_fields(AnyOrder(), grid=(4, 4), width=32, depth=1, heads=2),
+    with_fields(Stream(), vocabulary=64, grid=(4, 4), condition=StreamText(50, 6), width=32, depth=1, heads=2),
+    with_fields(VQDiffusion(), chain=Chain(64), grid=(4, 4), width=32, depth=1, heads=2),
+    Diffusion(with_fields(DiT(), size=(8, 8), width=32, depth=1, heads=2)),
     VQGAN(VAE, QuantizerConfig(codes=64, dim=8), perceptual=0.0),
 ]
 
@@ -415,9 +419,7 @@ def test_inputs_can_be_told():
 @pytest.fixture(scope="module")
 def traced():
     batch, _ = plans.batch_of(EXPERIMENT)
-    return {
-        remat: plans.trace(experiment(dataclasses.replace(SMALL, remat=remat)), batch) for remat in ("none", "full")
-    }
+    return {remat: plans.trace(experiment(with_fields(SMALL, remat=remat)), batch) for remat in ("none", "full")}
 
 
 def test_recomputation_costs_flops_and_saves_memory(traced):
@@ -529,9 +531,12 @@ def test_accumulation_must_divide_the_batch():
 
 
 def test_twins_are_shallow_and_otherwise_the_same():
-    assert shallow_copy_of_model(SMALL, 2) == dataclasses.replace(SMALL, depth=2)
-    deep = Diffusion(DiT(size=(8, 8), width=32, depth=9, heads=2))
-    assert depths(deep) == {"network.depth": 9} and shallow_copy_of_model(deep, 4).network.depth == 4
+    assert shallow_copy_of_model(SMALL, 2) == with_fields(SMALL, depth=2)
+    deep = Diffusion(with_fields(DiT(), size=(8, 8), width=32, depth=9, heads=2))
+    assert (
+        depths(deep) == {"network.transformer.depth": 9}
+        and shallow_copy_of_model(deep, 4).network.transformer.depth == 4
+    )
 
 
 def linear(e, batch, topology, sample=False):
@@ -539,8 +544,10 @@ def linear(e, batch, topology, sample=False):
     if e.data.batch_size > 32:
         raise plans.DoesNotFit("too large")
     counted = plans.estimate(e, plans.trace(EXPERIMENT, batch), topology, resolved(e.mesh, topology))
-    kinds = {"all-gather": {"count": e.model.depth, "bytes": 10.0 * e.model.depth + 3}}
-    return dataclasses.replace(counted, flops=5.0 * e.model.depth + 1, collectives=kinds, compile_seconds=1.0)
+    kinds = {"all-gather": {"count": e.model.transformer.depth, "bytes": 10.0 * e.model.transformer.depth + 3}}
+    return dataclasses.replace(
+        counted, flops=5.0 * e.model.transformer.depth + 1, collectives=kinds, compile_seconds=1.0
+    )
 
 
 def test_twins_lie_on_the_line_of_the_whole(monkeypatch):
@@ -574,14 +581,14 @@ def test_a_sweep_compiles_other_batches_and_policies_before_other_meshes_of_the_
     assert turns(ranked)[3:] == [ranked[1], ranked[4], ranked[3]]  # pyright: ignore
 
 
-DEEP = Diffusion(DiT(size=(8, 8), width=32, depth=6, heads=2))
+DEEP = Diffusion(with_fields(DiT(), size=(8, 8), width=32, depth=6, heads=2))
 
 
 @pytest.mark.parametrize("model", [SMALL, DEEP, Diffusion(UNet((8, 8), width=32)), VQGAN(VAE, QuantizerConfig(64, 8))])
 def test_a_remat_policy_is_found_and_changed_wherever_it_lies(model):
     found = policies(model)
     if isinstance(model, VQGAN):
-        assert found == ("",) and changed(experiment(model), "", 32).model == model
+        assert found == ("none",) and changed(experiment(model), "none", 32).model == model
         return
     assert {"none", "full", "dots"} <= set(found)
     for policy in found:
@@ -618,7 +625,7 @@ def test_the_sampler_is_planned_from_the_same_state():
 @pytest.mark.parametrize("depth", [2, pytest.param(52, marks=pytest.mark.slow)])
 def test_a_model_larger_than_a_chip_is_sampled_abstractly(depth):
     """The 20B on eight chips: each holds an eighth of the weights, of keys and values, and no copy of the whole."""
-    model = AR.sized("20B", vocabulary=16384, grid=(2, 3), depth=depth, condition=ClassEmbedder(8))
+    model = preset("20B", vocabulary=16384, grid=(2, 3), depth=depth, condition=ClassEmbedder(8))
     e, mesh = experiment(model, mesh=MeshConfig(1, 8, 1)), MeshConfig(1, 8, 1).build()
     made = plans.abstract_setup(e, plans.batch_of(e, encoded=True)[0], mesh)
     places, rows = model.length + 1, 2 * 16 // 8
@@ -648,12 +655,14 @@ def test_the_plan_of_a_sampler_says_what_a_chip_holds():
 # ---------------------------------------------------------------------------------------------------------- command
 
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.training.experiment import Experiment
-experiment = Experiment(AR(vocabulary=64, grid=(4, 4), width=32, depth=2, heads=2, condition=ClassEmbedder(10)),
+model = with_fields(AR(64, (4, 4)), width=32, depth=2, heads=2, condition=ClassEmbedder(10))
+experiment = Experiment(model,
                         Data(ArrayRecord("not/there"), batch_size=16))
 """
 
@@ -668,7 +677,7 @@ def test_command_counts_for_gpus(config, tmp_path, capsys):
     from t2i_jax.cli import main
 
     out = tmp_path / "plans" / "p.json"
-    main(["plan", config, "--topology", "h100:8", "--mesh", "fsdp=8", "--model.depth=3", "--out", str(out)])
+    main(["plan", config, "--topology", "h100:8", "--mesh", "fsdp=8", "--model.transformer.depth=3", "--out", str(out)])
     (found,) = json.loads(out.read_text())
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and found["fits"] and found["flops"] > 0
     shown = capsys.readouterr().out
@@ -727,7 +736,7 @@ def test_meshes_lie_on_a_torus_and_between_slices_is_data_alone(monkeypatch):
 @TPU
 def test_the_tpu_compiler_agrees_with_the_count():
     """The real step, compiled for four chips: its products are those of the traced step, split in four."""
-    e = experiment(dataclasses.replace(SMALL, depth=3, width=128), mesh=MeshConfig(1, 2, 2))
+    e = experiment(with_fields(SMALL, depth=3, width=128), mesh=MeshConfig(1, 2, 2))
     topology = plans.Topology.read("v5e:2x2")
     batch, _ = plans.batch_of(e)
     made = plans.compile_plan(e, batch, topology)
@@ -740,7 +749,7 @@ def test_the_tpu_compiler_agrees_with_the_count():
 @TPU
 def test_the_tpu_compiler_sums_gradients_between_slices():
     """What the real program sends to the other slice is what is counted; some tables are summed in fp32."""
-    e = experiment(dataclasses.replace(SMALL, depth=3, width=128), mesh=MeshConfig(4, 2, 1))
+    e = experiment(with_fields(SMALL, depth=3, width=128), mesh=MeshConfig(4, 2, 1))
     two = plans.Topology.read("v5e:2x2*2")
     batch, _ = plans.batch_of(e)
     made = plans.compile_plan(e, batch, two)

@@ -1,6 +1,5 @@
 """CLIP as judge of candidates, and models that learn from pictures and draw for captions."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.image_files import read_png_text, save_png
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
@@ -18,15 +18,15 @@ from t2i_jax.interop.clip import huggingface_table
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import PooledFeatures
-from t2i_jax.nn.transformer import Layer
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.clip import Clip, ClipEmbedding
 from t2i_jax.training.experiment import make_prepare
 from t2i_jax.training.loop import train
 from tests.fixtures import toys
 
-BLOCK = Layer(16, 2, norm="layer", activation="quick_gelu", bias=True)
-TINY = Clip(BLOCK, BLOCK, 1, 1, dim=12, vocabulary=516, length=8, end=515, size=8, patch=4)
+BLOCK = Transformer(16, 1, 2, norm="layer", activation="quick_gelu", bias=True)
+TINY = Clip(BLOCK, BLOCK, dim=12, vocabulary=516, length=8, end=515, size=8, patch=4)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +116,12 @@ def store(tmp_path_factory):
 
 
 def experiment(store, text, **more):
-    family = AR(8, (2, 2), width=16, depth=1, heads=2, condition=PooledFeatures(12), dropout=0.0)
+    family = with_fields(
+        AR(), vocabulary=8, grid=(2, 2), width=16, depth=1, heads=2, condition=PooledFeatures(12), dropout=0.0
+    )
     data = Data(ArrayRecord(str(store / "data")), image_size=8, batch_size=8)
     made = toys.experiment(family, data, MeshConfig(1, 1, 1), steps=3)
-    return dataclasses.replace(made, codec=str(store / "codec"), text=text, **more)
+    return with_fields(made, codec=str(store / "codec"), text=text, **more)
 
 
 def test_training_sees_pictures(store, text):

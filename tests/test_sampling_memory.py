@@ -1,6 +1,5 @@
 """Samplers on meshes that split weights over `fsdp`: no device ever holds a whole matrix, and the codes stay."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, shardings
 from t2i_jax.heads import FlowHead, SoftmaxHead
 from t2i_jax.models.any_order import AnyOrder
@@ -16,6 +16,7 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.nn.decode import int8_weights
+from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.sampling.orders import Permutation
@@ -25,12 +26,27 @@ ROWS = 16
 CAPTIONS = CaptionEncoder(208, 5, width=72, depth=2, heads=4)
 SHAPE = dict(width=320, depth=2, heads=8, mlp=896)
 FAMILIES = {
-    "ar": AR(608, (2, 3), **SHAPE, kv_heads=4, condition=ClassEmbedder(8)),
-    "ar tied": AR(608, (2, 3), **SHAPE, positions="learned", tied=True, bias=True, output_bias=True),
-    "encoder-decoder": AR(608, (2, 3), **SHAPE, conditioning="cross_attention", condition=CAPTIONS),
-    "stream": Stream(608, (2, 3), StreamText(208, 5), **SHAPE),
-    "any-order": AnyOrder((2, 3), head=SoftmaxHead(608), order=Permutation(), **SHAPE, condition=CAPTIONS),
-    "any-order flow": AnyOrder((2, 3), head=FlowHead(16, 96, 2, 2), order=Permutation(), **SHAPE, condition=CAPTIONS),
+    "ar": with_fields(AR(), vocabulary=608, grid=(2, 3), **SHAPE, kv_heads=4, condition=ClassEmbedder(8)),
+    "ar tied": with_fields(
+        AR(),
+        vocabulary=608,
+        grid=(2, 3),
+        **SHAPE,
+        positions=LearnedPositions(),
+        tied=True,
+        bias=True,
+        output_bias=True,
+    ),
+    "encoder-decoder": with_fields(
+        AR(), vocabulary=608, grid=(2, 3), **SHAPE, via="cross_attention", condition=CAPTIONS
+    ),
+    "stream": with_fields(Stream(), vocabulary=608, grid=(2, 3), condition=StreamText(208, 5), **SHAPE),
+    "any-order": with_fields(
+        AnyOrder(), grid=(2, 3), head=SoftmaxHead(608), order=Permutation(), **SHAPE, condition=CAPTIONS
+    ),
+    "any-order flow": with_fields(
+        AnyOrder(), grid=(2, 3), head=FlowHead(16, 96, 2, 2), order=Permutation(), **SHAPE, condition=CAPTIONS
+    ),
 }
 SHORT = ("ar", "any-order")
 
@@ -38,7 +54,7 @@ SHORT = ("ar", "any-order")
 def inputs(family, rows):
     """A condition and keys, on the host."""
     rng = np.random.default_rng(0)
-    spec = {k: f for k, f in family.condition.batch_spec().items() if not f.optional}
+    spec = {k: f for k, f in family.condition_spec().items() if not f.optional}
     draw = lambda f: rng.random((rows, *f.shape)) < 0.7 if f.dtype == "bool" else rng.integers(0, 8, (rows, *f.shape))
     condition = {k: draw(f).astype(f.dtype) for k, f in spec.items()}
     return condition, jax.random.split(jax.random.key(3), rows)
@@ -70,7 +86,7 @@ def matrices(family, mesh):
     found, share = set(), 0
     for v in jax.tree.leaves(model, is_leaf=lambda v: isinstance(v, nnx.Variable)):
         part = v.get_value().sharding.shard_shape(v.shape)
-        share += math.prod(part) * np.dtype(family.dtype).itemsize
+        share += math.prod(part) * np.dtype(family.compute.dtype).itemsize
         if len(v.shape) > 1 and part[-2:] != v.shape[-2:] and min(v.shape[-2:]) > 16:  # else it is a row per place
             found.add(tuple(sorted(v.shape[-2:])))
     return found, share
@@ -88,17 +104,25 @@ def whole(text, sizes):
 
 def activations(family, rows=ROWS):
     """Bytes of what one layer makes of all rows at most: of the branches that guidance draws, and the whole prefix."""
-    tokens = 2 * rows * family.condition.length
-    inner = family.layer.mlp_dim * (2 if family.layer.activation == "swiglu" else 1)
-    return tokens * (inner + 4 * family.width) * np.dtype(family.dtype).itemsize
+    tokens = 2 * rows * family.conditioning.what.length
+    inner = family.transformer.mlp_dim * (2 if family.transformer.activation == "swiglu" else 1)
+    return tokens * (inner + 4 * family.transformer.width) * np.dtype(family.compute.dtype).itemsize
 
 
 def cache(family, mesh, rows=ROWS):
     """Bytes of keys and values of a share of the rows."""
     b = 2 * rows // (mesh.shape["data"] * mesh.shape["fsdp"])
-    heads = max(family.layer.num_kv_heads // mesh.shape["tensor"], 1)
-    places = family.condition.length + family.length
-    return 2 * family.depth * b * heads * places * family.layer.head * np.dtype(family.dtype).itemsize
+    heads = max(family.transformer.num_kv_heads // mesh.shape["tensor"], 1)
+    places = family.conditioning.what.length + family.length
+    return (
+        2
+        * family.transformer.depth
+        * b
+        * heads
+        * places
+        * family.transformer.head_size
+        * np.dtype(family.compute.dtype).itemsize
+    )
 
 
 CASES = [
@@ -128,7 +152,7 @@ def test_no_device_holds_a_whole_matrix_and_the_codes_are_those_of_one_device(na
 
 @pytest.mark.parametrize("rows", [pytest.param(16, marks=pytest.mark.slow), 6])
 def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
-    family = dataclasses.replace(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=12288)
+    family = with_fields(FAMILIES["ar"], width=2048, mlp=8192, heads=16, kv_heads=16, vocabulary=12288)
     mesh = MeshConfig(1, 8, 1).build()
     program = compiled(family, mesh, rows, segments=1)
     split, share = matrices(family, mesh)
@@ -140,8 +164,9 @@ def test_temporaries_of_a_large_model_are_one_copy_of_its_share(rows):
 
 @pytest.mark.slow
 def test_a_model_that_reads_all_tokens_gathers_a_layer_at_a_time():
-    family = Masked(
-        (3, 3),
+    family = with_fields(
+        Masked(),
+        grid=(3, 3),
         head=SoftmaxHead(1536),
         width=1024,
         depth=8,

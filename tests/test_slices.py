@@ -82,6 +82,7 @@ def test_a_mesh_that_leaves_processes_without_devices_is_refused(monkeypatch):
 # --- all of it, on devices of the CPU that lie as those of a slice ----------------------------------------------------
 
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
@@ -90,7 +91,7 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(
-    AR(16, (4, 4), width=32, depth={depth}, heads=2, condition=ClassEmbedder(4)),
+    with_fields(AR(16, (4, 4)), width=32, depth={depth}, heads=2, condition=ClassEmbedder(4)),
     Data(ArrayRecord("{folder}/data"), image_size=8, batch_size=32, fields=("label", "{reads}")),
     Train(steps={steps}, optimizer=Optimizer(learning_rate=1e-3, warmup=4, schedule="constant"), ema=0.9, log_every=1,
           save_every=20, evaluate_every={often}, evaluate_batches=2, preview_every={often}, previews=4),

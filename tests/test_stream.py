@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.models.stream import SIZES, Stream, StreamText
+from t2i_jax.core.family import with_fields
+from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.presets import PRESETS, preset
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits, uniforms
 
 S, L, B = 4, 6, 3
-PLAIN = Stream(13, (2, 3), StreamText(11, S), width=16, depth=2, heads=2)
-DALLE = dataclasses.replace(
+PLAIN = with_fields(Stream(), vocabulary=13, grid=(2, 3), condition=StreamText(11, S), width=16, depth=2, heads=2)
+DALLE = with_fields(
     PLAIN,
     condition=StreamText(11, S, start=True, unique_padding=True),
     head_dim=12,
@@ -28,8 +30,10 @@ DALLE = dataclasses.replace(
     depth=4,
     output_bias=True,
 )
-COGVIEW = dataclasses.replace(PLAIN, sandwich_norm=True, pb_relax=True, embedding_gradient=0.1, image_weight=L / S)
-TURNED = dataclasses.replace(DALLE, positions="rotary", tied=True, depth=2, attention=("full",), sandwich_norm=True)
+COGVIEW = with_fields(PLAIN, sandwich_norm=True, pb_relax=True, embedding_gradient=0.1, image_weight=L / S)
+TURNED = with_fields(
+    DALLE, positions="rotary", rope_values=True, tied=True, depth=2, attention=("full",), sandwich_norm=True
+)
 ALL = {"plain": PLAIN, "dalle": DALLE, "cogview": COGVIEW, "turned": TURNED}
 forward = jax.jit(Stream.forward, static_argnums=0)
 loss = jax.jit(Stream.loss, static_argnums=0)
@@ -104,7 +108,7 @@ def test_gradients_flow_to_the_past_alone(config):
 
 def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
     """The loss is that of one vocabulary, codes first; what is drawn and scored are codes among codes."""
-    config, batch = dataclasses.replace(COGVIEW, one_softmax=True, tied=True, loss_chunk=3), batch_for()
+    config, batch = with_fields(COGVIEW, one_softmax=True, tied=True, loss_chunk=3), batch_for()
     model = model_for(config)
     text = config.condition(batch, jnp.zeros(B, bool))
 
@@ -118,7 +122,7 @@ def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
         s = w.shape[1]
         return (nll[:, :s].mean() + config.image_weight * nll[:, s:].mean()) / (1 + config.image_weight)
 
-    sure = dataclasses.replace(config, condition_dropout=0.0)
+    sure = with_fields(config, condition_dropout=0.0)
     np.testing.assert_allclose(loss(sure, model, batch, jax.random.key(0)).loss, expected(model), rtol=1e-5)
     plain = dataclasses.replace(config, one_softmax=False)
     scores = [jax.jit(Stream.log_likelihood, static_argnums=0)(c, model, batch) for c in (config, plain)]
@@ -171,7 +175,7 @@ def test_each_place_has_its_own_padding_and_what_it_hides_is_not_read():
 def test_loss_weighs_text_and_image(config):
     model, batch = model_for(config), batch_for()
     text, image = forward(config, model, batch)
-    config = dataclasses.replace(config, condition_dropout=0.0)
+    config = with_fields(config, condition_dropout=0.0)
     nll = lambda logits, ids: -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], 2)[..., 0]
     ids = config.condition(batch, jnp.zeros(B, bool))
     of_text, of_image = nll(text, ids[:, S - text.shape[1] :]), nll(image, batch["codes"].reshape(B, L))
@@ -188,7 +192,7 @@ def test_relaxed_precision_and_smaller_embedding_gradients_leave_the_loss():
     batch, key = batch_for(), jax.random.key(0)
 
     def run(**fields):
-        config = dataclasses.replace(COGVIEW, **fields)
+        config = with_fields(COGVIEW, **fields)
         return jax.jit(jax.value_and_grad(lambda m: config.loss(m, batch, key).loss))(model_for(config))
 
     plain, slopes = run(pb_relax=False, embedding_gradient=1.0)
@@ -278,15 +282,15 @@ def test_a_picture_depends_on_its_own_key_and_text_only():
 def test_sizes_are_what_their_papers_say():
     count = lambda config: sum(x.size for x in jax.tree.leaves(jax.eval_shape(config.init, jax.random.key(0)))) / 1e9
     text = StreamText(16384, 64)
-    assert round(count(Stream.sized("mindalle", vocabulary=16384, grid=(16, 16), condition=text)), 3) == 1.291
-    assert 3.8 < count(Stream.sized("cogview", vocabulary=8192, grid=(32, 32), condition=StreamText(50000, 64))) < 4.2
-    assert 12 < count(Stream.sized("dalle", vocabulary=8192, grid=(32, 32), condition=StreamText(16384, 256))) < 12.6
-    with pytest.raises(ValueError, match="size 'parti' is not one of " + ", ".join(SIZES)):
-        Stream.sized("parti")
+    assert round(count(preset("mindalle", vocabulary=16384, grid=(16, 16), condition=text)), 3) == 1.291
+    assert 3.8 < count(preset("cogview", vocabulary=8192, grid=(32, 32), condition=StreamText(50000, 64))) < 4.2
+    assert 12 < count(preset("dalle", vocabulary=8192, grid=(32, 32), condition=StreamText(16384, 256))) < 12.6
+    with pytest.raises(ValueError, match="preset 'parti': one of " + ", ".join(PRESETS)):
+        preset("parti")
 
 
 def test_what_cannot_be_says_why():
     with pytest.raises(ValueError, match="some of full, row, column, window"):
         dataclasses.replace(PLAIN, attention=("axial_row",))
-    with pytest.raises(ValueError, match="width=18 is no multiple of 4"):
-        dataclasses.replace(PLAIN, token_shift=True, width=18)
+    with pytest.raises(ValueError, match="width 18, no multiple of 4"):
+        with_fields(PLAIN, token_shift=True, width=18)

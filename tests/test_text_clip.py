@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from t2i_jax.convert import folders
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.interop import clip as published
@@ -56,7 +57,7 @@ def openai(config, rng):
     """Random tensors under OpenAI's names."""
     model = jax.eval_shape(config.init, jax.random.key(0))
     model = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32) * 0.2, model)
-    table = published.openai_table(config.text.head, config.image.head)
+    table = published.openai_table(config.text.head_size, config.image.head_size)
     return model, to_theirs(model, table)
 
 
@@ -102,7 +103,7 @@ def test_names_of_openai_hold_the_same(tmp_path, folder):
     torch = pytest.importorskip("torch")
     tiny = dataclasses.replace(Clip.of_huggingface(clip.huggingface.config(folder)), end=None)
     rng = np.random.default_rng(0)
-    tiny = dataclasses.replace(tiny, image=dataclasses.replace(tiny.image, heads=3))
+    tiny = dataclasses.replace(tiny, image=with_fields(tiny.image, heads=3))
     model, tensors = openai(tiny, rng)
     tensors |= {"input_resolution": np.array(24), "context_length": np.array(12), "vocab_size": np.array(516)}
     save_file(tensors, tmp_path / "clip.safetensors")
@@ -123,7 +124,7 @@ def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
     folder_of(tmp_path / "hf", TEXT | GELU | {"layer_norm_eps": 1e-5}, IMAGE | GELU | {"layer_norm_eps": 1e-5})
     config, model = clip.load(tmp_path / "hf")
     assert config.text.activation == config.image.activation == "gelu"
-    tensors = to_theirs(model, published.openai_table(config.text.head, config.image.head))
+    tensors = to_theirs(model, published.openai_table(config.text.head_size, config.image.head_size))
     (tmp_path / "oc").mkdir()
     save_file(tensors, tmp_path / "oc" / "open_clip_model.safetensors")
     image, text = {"image_size": 24, "head_width": 8, "width": 24, "layers": 3}, {"width": 32, "heads": 4}
@@ -175,7 +176,7 @@ def archive(torch, tensors, path):
 def test_fused_projections_are_those_of_the_original():
     """in_proj of OpenAI's attention and the three projections of Hugging Face's are the same numbers."""
     config = Clip(
-        dataclasses.replace(Clip().text, width=16, heads=2), dataclasses.replace(Clip().image, width=24, heads=3),
+        with_fields(Clip().text, width=16, heads=2), with_fields(Clip().image, width=24, heads=3),
         1, 2, dim=8, vocabulary=30, length=6, size=8, patch=4,
     )  # fmt: skip
     model, theirs = openai(config, np.random.default_rng(0))
@@ -189,7 +190,7 @@ def test_fused_projections_are_those_of_the_original():
 
 
 def test_released_sizes_are_told_by_shapes():
-    layer = lambda d, n: dataclasses.replace(Clip().text, width=d, heads=n, hidden=4 * d)
+    layer = lambda d, n: with_fields(Clip().text, width=d, heads=n, hidden=4 * d)
     large = Clip(layer(768, 12), layer(1024, 16), 12, 24, 768, patch=14)
     small = Clip(layer(512, 8), layer(768, 12))
     for config, count in ((small, 151_277_313), (dataclasses.replace(small, patch=16), 149_620_737),
@@ -202,7 +203,7 @@ def test_released_sizes_are_told_by_shapes():
 
 def theirs(model, config):
     """Abstract tensors under OpenAI's names."""
-    lines = published.openai_table(config.text.head, config.image.head)
+    lines = published.openai_table(config.text.head_size, config.image.head_size)
     found = {}
     for ours, variable in named(model).items():
         for n, part in enumerate(variable[...] if lines[ours].stacked else [variable[...]]):

@@ -13,6 +13,7 @@ import tokenizers
 from t2i_jax.core import config
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.narrow import gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
@@ -185,7 +186,7 @@ def test_a_tokenizer_of_a_user_needs_only_the_protocol(tmp_path):
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=8, batch_size=8)
     small = dict(patch=4, width=16, depth=1, heads=2, learn_variance=False)
-    network = DiT((8, 8), 3, **small, condition=CaptionEncoder(20, 3, 16, 1, 2))
+    network = with_fields(DiT((8, 8), 3), **small, condition=CaptionEncoder(20, 3, 16, 1, 2))
     family = Diffusion(network, Flow(), "velocity", sampling=DiffusionSampler(1, guidance=2.0))
     settings = Train(2, evaluate_every=0, preview_every=0, save_every=2)
     train(Experiment(family, data, settings, text=Plain()), tmp_path / "run")
@@ -245,9 +246,10 @@ def test_training_says_it_once(texts, caplog):
 def test_sampling_says_it_once_a_call(texts, caplog):
     caplog.set_level(logging.WARNING, "t2i_jax")
     text = texts["SentencePiece"]
-    network = DiT(
-        (8, 8),
-        3,
+    network = with_fields(
+        DiT(),
+        size=(8, 8),
+        channels=3,
         patch=4,
         width=16,
         depth=1,

@@ -41,9 +41,9 @@ def test_hidden_states_are_those_of_transformers(kind, tmp_path):
         close = wanted[layer].numpy()
         np.testing.assert_allclose(found, close, atol=1e-4 * np.abs(close).max())
     assert text.dim == 32
-    layer = text.shape.layer
+    layer = text.shape.transformer
     kinds = dict(zip(("bias", "out_bias"), layer.biases, strict=True)) | {"qk_norm": layer.qk_norm, "last": False}
-    back = to_theirs(decoder, table(layer.heads, layer.num_kv_heads, layer.head, **kinds))
+    back = to_theirs(decoder, table(layer.heads, layer.num_kv_heads, layer.head_size, **kinds))
     assert all(np.array_equal(v, model.state_dict()[k].numpy()) for k, v in back.items())
 
 

@@ -17,11 +17,13 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.convert.discrete import FORMATS
+from t2i_jax.core.family import with_fields
 from t2i_jax.interop.vq_diffusion import codec_tensors, used_codes
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
 from t2i_jax.networks.adaln_transformer import AdaNorm
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, CrossAttnFeatures
 from t2i_jax.nn.layers import replace
+from t2i_jax.nn.positions import AxialPositions
 from t2i_jax.noise.discrete import LOWEST, Chain, importance, one_hot
 from t2i_jax.sampling.discrete import reverse, timesteps
 from t2i_jax.sampling.options import DiscreteSampler
@@ -30,12 +32,19 @@ from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
 from tests.fixtures.families import with_aux
 
-TINY = VQDiffusion(
-    Chain(12, 8), (2, 3), width=16, depth=2, heads=2, condition=CrossAttnFeatures(5, 4), condition_dropout=0.5
+TINY = with_fields(
+    VQDiffusion(),
+    chain=Chain(12, 8),
+    grid=(2, 3),
+    width=16,
+    depth=2,
+    heads=2,
+    condition=CrossAttnFeatures(5, 4),
+    condition_dropout=0.5,
 )
-TEXT = dataclasses.replace(TINY, condition=CaptionEncoder(20, 4, width=16, depth=1, heads=2), times="sinusoidal")
-CLASS = dataclasses.replace(TINY, condition=ClassEmbedder(3), conv_mlp=True, position_grid=(4, 4))
-NOTHING = dataclasses.replace(TINY, condition=ClassEmbedder(0), condition_dropout=0.0, times="none")
+TEXT = with_fields(TINY, condition=CaptionEncoder(20, 4, width=16, depth=1, heads=2), times="sinusoidal")
+CLASS = with_fields(TINY, condition=ClassEmbedder(3), conv_mlp=True, positions=AxialPositions((4, 4)))
+NOTHING = with_fields(TINY, condition=ClassEmbedder(0), condition_dropout=0.0, times="none")
 ALL = {"features": TINY, "captions": TEXT, "classes": CLASS, "nothing": NOTHING}
 
 
@@ -61,8 +70,8 @@ def keys_for(b=4, seed=5):
 
 @pytest.mark.parametrize("fields", [{}, {"objective": "continuous", "chain": Chain(12, 8, kind="mask")}])
 def test_logits_a_few_tokens_at_a_time_give_the_same_loss_and_gradients(fields):
-    config = dataclasses.replace(NOTHING, **fields)
-    chunked, batch, model = dataclasses.replace(config, loss_chunk=4), batch_for(config), model_for(config)
+    config = with_fields(NOTHING, **fields)
+    chunked, batch, model = with_fields(config, loss_chunk=4), batch_for(config), model_for(config)
 
     def run(config):
         loss = lambda m: config.loss(m, batch, jax.random.key(1)).loss
@@ -311,7 +320,7 @@ def test_the_mean_of_classes_stands_for_none():
 
 
 def test_guidance_without_a_learned_null_asks_for_the_empty_caption():
-    config = dataclasses.replace(TINY, condition=CrossAttnFeatures(5, 4, trained_null=False))
+    config = with_fields(TINY, condition=CrossAttnFeatures(5, 4, trained_null=False))
     with pytest.raises(ValueError, match="null_features"):
         config.sample(model_for(TINY), batch_for(config), keys_for())
 
@@ -357,7 +366,7 @@ def test_the_average_and_the_whole_model_of_a_file_are_the_same_names():
     assert unwrapped({"ema": weights, "model": {}}, format).keys() == weights.keys()
     assert unwrapped({"model": file}, format).keys() == weights.keys()
     config = FORMATS["vq_diffusion"].describe(weights, grid=(2, 3), heads=2)
-    assert dataclasses.replace(config, sampling=TINY.sampling, condition_dropout=0.5, position_grid=None, mlp=0) == TINY
+    assert with_fields(config, sampling=TINY.sampling, condition_dropout=0.5, positions=AxialPositions(), mlp=0) == TINY
 
 
 def test_used_codes_are_the_first_that_map_to_each():

@@ -11,9 +11,11 @@ import numpy as np
 from jax import Array
 
 from benchmarks.pytorch import pytorch, tensor
-from t2i_jax.core.fields import values
+from t2i_jax.core.fields import changed_fields, values
+from t2i_jax.core.types import Compute
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.sampling.options import ARSampler
 
 
@@ -27,26 +29,23 @@ class Decoder:
         torch = pytorch()
         if not isinstance(config, AR):
             raise ValueError(f"the comparison in PyTorch is of an AR, not of a {type(config).__name__}")
-        plain = AR(condition=config.condition)
-        kind = (
-            "activation",
-            "norm",
-            "bias",
-            "qk_norm",
-            "conditioning",
-            "tied",
-            "output_bias",
-            "bidirectional_prefix",
-            "positions",
+        classes = config.conditioning.what
+        shape = config.transformer
+        same = ("width", "depth", "heads", "kv_heads", "head_dim", "mlp", "eps", "dropout")
+        llama = Transformer(**{name: values(shape)[name] for name in same})
+        kind = ("tied", "output_bias", "bidirectional_prefix", "positions", "corruption", "label_smoothing", "z_loss")
+        wanted, given = values(AR()), values(config)
+        odd = [name for name in kind if given[name] != wanted[name]]
+        odd += [f"transformer.{name}" for name in changed_fields(llama, shape)]
+        odd += [
+            f"compute.{name}" for name in ("dtype", "remat") if values(config.compute)[name] != values(Compute())[name]
+        ]
+        odd += ["conditioning"] * (
+            config.is_cross_attended or not isinstance(classes, ClassEmbedder) or not classes.null
         )
-        kind += ("corruption", "label_smoothing", "z_loss", "dtype", "remat")
-        classes = isinstance(config.condition, ClassEmbedder) and config.condition.null
-        wanted, given = values(plain), values(config)
-        odd = [f for f in kind if given[f] != wanted[f]] + ["condition"] * (not classes)
         if odd:
             raise ValueError(f"the comparison in PyTorch is of models on class labels as published: not {odd[0]}")
-        layer = config.layer
-        n, m, h = layer.heads, layer.num_kv_heads, layer.head
+        n, m, h = shape.heads, shape.num_kv_heads, shape.head_size
         self.torch, self.config = torch, config
         # Their matrices are (out, in), and columns of queries, keys and values stand apart.
         turned = lambda w: tensor(np.asarray(w[...]).T)
@@ -66,7 +65,7 @@ class Decoder:
                 "mlp_norm": tensor(b.mlp_norm.w[...]),
             }
 
-        self.blocks = [block(i) for i in range(config.depth)]
+        self.blocks = [block(i) for i in range(shape.depth)]
         self.norm, self.tokens = tensor(model.norm.w[...]), tensor(model.tokens.w[...])
         self.output = turned(model.output)
         rotary = config._rotary(1, 0, 1 + config.length)
@@ -81,7 +80,7 @@ class Decoder:
         with torch.inference_mode():
             ids = torch.from_numpy(np.array(labels)).long()
             both = torch.cat([ids, torch.full_like(ids, len(self.classes) - 1)]) if guided else ids
-            shape = (len(both), c.layer.num_kv_heads, 1 + c.length, c.layer.head)
+            shape = (len(both), c.transformer.num_kv_heads, 1 + c.length, c.transformer.head_size)
             caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.blocks]
             mask = torch.tril(torch.ones(1 + c.length, 1 + c.length, dtype=torch.bool))
             x, codes = self.classes[both][:, None], torch.zeros(len(ids), c.length, dtype=torch.long)
@@ -98,10 +97,10 @@ class Decoder:
     def loss(self, labels: Any, codes: Any) -> Any:
         """Mean cross-entropy of codes (b, L) of classes (b,), integer tensors; with dropout, as in training."""
         torch, c = self.torch, self.config
-        null = torch.rand(len(labels)) < c.condition_dropout
+        null = torch.rand(len(labels)) < c.conditioning.dropout
         first = self.classes[torch.where(null, len(self.classes) - 1, labels)]
         x = torch.cat([first[:, None], self.tokens[codes[:, :-1]]], 1)
-        logits = self._forward(torch.nn.functional.dropout(x, c.token_dropout), dropout=c.dropout)
+        logits = self._forward(torch.nn.functional.dropout(x, c.token_dropout), dropout=c.transformer.dropout)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def _forward(self, x: Any, start: int = 0, caches: Any = None, mask: Any = None, dropout: float = 0.0) -> Any:
@@ -109,13 +108,13 @@ class Decoder:
 
         Without caches x is the whole sequence, each of which sees those before it.
         """
-        torch, layer = self.torch, self.config.layer
+        torch, shape = self.torch, self.config.transformer
         f = torch.nn.functional
-        n, m, h = layer.heads, layer.num_kv_heads, layer.head
+        n, m, h = shape.heads, shape.num_kv_heads, shape.head_size
         stop = start + x.shape[1]
 
         def norm(x, w):
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layer.eps) * w
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + shape.eps) * w
 
         def rotate(x):
             even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -3,6 +3,7 @@ as one batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from benchmarks.pytorch import pytorch, tensor
-from t2i_jax.core.fields import values
+from t2i_jax.core.fields import changed_fields, values
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
@@ -40,9 +41,14 @@ class Denoiser:
             if wrong
         ]
         if not odd and isinstance(config.network, DiT):
-            fields = ("text", "whole", "shared", "qk_norm", "dtype", "learn_variance")
+            fields = ("whole", "shared", "positions", "learn_variance")
             wanted, given = values(plain) | {"learn_variance": False}, values(config.network)
             odd = [f"network.{f}" for f in fields if given[f] != wanted[f]]
+            odd += ["network.conditioning.via"] * (config.network.via != plain.via)
+            odd += ["network.compute.dtype"] * (config.compute.dtype != "float32")
+            sizes = ("width", "depth", "heads", "mlp", "eps")
+            alike = dataclasses.replace(plain.transformer, **{f: values(config.network.transformer)[f] for f in sizes})
+            odd += [f"network.transformer.{f}" for f in changed_fields(alike, config.network.transformer)]
         if odd:
             raise ValueError(f"the comparison in PyTorch is of a DiT's velocities by Euler's steps: not {odd[0]}")
         network: Any = config.network
@@ -58,11 +64,13 @@ class Denoiser:
             b = jax.tree.map(lambda x: np.asarray(x[i]), model.blocks).image
             # Ours are sorted by head, each with its query, key and value.
             w, bias = np.asarray(b.attention.qkv.w[...]), np.asarray(b.attention.qkv.b[...])
-            apart = lambda x: x.reshape(*x.shape[:-1], network.heads, 3, -1).swapaxes(-3, -2).reshape(x.shape)
+            apart = (
+                lambda x: x.reshape(*x.shape[:-1], network.transformer.heads, 3, -1).swapaxes(-3, -2).reshape(x.shape)
+            )
             named = {"out": b.attention.out, "into": b.mlp.into, "down": b.mlp.out, "modulation": b.modulation}
             return {"qkv": (tensor(apart(w).T), tensor(apart(bias)))} | {k: linear(m) for k, m in named.items()}
 
-        self.blocks = [block(i) for i in range(network.depth)]
+        self.blocks = [block(i) for i in range(network.transformer.depth)]
 
     def sample(self, condition: Array, null: Array | None, options: DiffusionSampler, noise: Array) -> Any:
         """Images (b, c, i, j) from noise (b, i, j, c), a tensor; the network's summary of the

@@ -24,13 +24,13 @@ from t2i_jax.core.fields import Checked, Positive, Size, Sizes
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
+from t2i_jax.networks.condition import TextFeatures
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, MaskSpec, Padding, attend, plain
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.plan.chips import Chip, chip_of
 from t2i_jax.plan.ready import batch_shapes
+from t2i_jax.presets import preset
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
@@ -41,7 +41,7 @@ decoding, and of the bandwidth where one image is drawn alone."""
 
 @dataclasses.dataclass(frozen=True)
 class Sizing:
-    """What is measured: a model by its name in `models.ar.SIZES`, and the shapes of attention."""
+    """What is measured: a model by its name in `presets.OF_AR`, and the shapes of attention."""
 
     model: str
     grid: tuple[int, int]
@@ -114,7 +114,7 @@ def kernel_checks(sizing: Sizing) -> Iterator[tuple[str, Callable[[], Result]]]:
 
 def train_check(sizing: Sizing, batch: int, repeats: int) -> Result:
     """MFU of a train step, of the largest batch up to `batch`, by halves, that there is memory for."""
-    model = AR.sized(
+    model = preset(
         sizing.model,
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
@@ -144,11 +144,10 @@ def of_decode(batch: int) -> str:
 
 def decode_check(sizing: Sizing, batch: int, repeats: int, chip: Chip | None) -> Result:
     """The share that decoding reaches of the limit that binds; of one image alone the share of the bandwidth."""
-    model = AR.sized(
+    model = preset(
         sizing.model,
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
-        condition=ClassEmbedder(1000),
         dtype=sizing.dtype,
     )
     found = bench_sample(model, batch, repeats=repeats)

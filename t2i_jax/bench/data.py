@@ -28,8 +28,8 @@ from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
-from t2i_jax.models.ar import AR, SIZES
 from t2i_jax.plan.chips import CHIPS
+from t2i_jax.presets import OF_AR
 
 MFU = 0.5
 
@@ -131,8 +131,8 @@ def _measured(
 
 
 def need(size: str, chip: str) -> float:
-    """Images a second that one chip takes which trains `AR.sized(size)` on 16 x 16 codes at half of its peak."""
-    config = AR.sized(size, vocabulary=16384, grid=(16, 16))
+    """Images a second that one chip takes which trains `presets.OF_AR[size]` on 16 x 16 codes at half of its peak."""
+    config = dataclasses.replace(OF_AR[size], vocabulary=16384, grid=(16, 16))
     model = abstract(config)
     batch = {"codes": jax.ShapeDtypeStruct((1, 16, 16), np.int32), "label": jax.ShapeDtypeStruct((1,), np.int32)}
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -174,7 +174,7 @@ ROWS: dict[str, Callable[[Result], str]] = {
 def main(arguments: list[str]) -> None:
     """`t2i bench data ...`"""
     a, _ = read_arguments(DataBench, arguments, "t2i bench data")
-    for flag, given, known in (("--chips", a.chips, CHIPS), ("--shapes", a.shapes, SIZES)):
+    for flag, given, known in (("--chips", a.chips, CHIPS), ("--shapes", a.shapes, OF_AR)):
         if odd := [name for name in given if name not in known]:
             raise ConfigError(f"{flag} {odd[0]!r}: one of {', '.join(known)}")
     results = [bench_pictures(s, a.side, a.image_size, a.pictures, a.workers, a.repeats) for s in ("jpg", "png")]

@@ -36,9 +36,9 @@ from t2i_jax.bench.measure import (
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes, values
 from t2i_jax.core.memory import check_memory
-from t2i_jax.models.ar import AR, SIZES
-from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.models.ar import AR
 from t2i_jax.nn.decode import int8_weights
+from t2i_jax.presets import OF_AR, preset
 
 
 def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bool = False) -> float:
@@ -46,27 +46,20 @@ def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bo
 
     Weights are read once a token, in the dtype of the computation or as int8, and so is the cache.
     """
-    layer, size = config.layer, jnp.dtype(config.dtype).itemsize
-    attention = layer.width * layer.head * 2 * (layer.heads + layer.num_kv_heads)
-    weights = config.depth * (attention + 3 * layer.width * layer.mlp_dim) + layer.width * config.vocabulary
+    shape, size = config.transformer, jnp.dtype(config.compute.dtype).itemsize
+    attention = shape.width * shape.head_size * 2 * (shape.heads + shape.num_kv_heads)
+    weights = shape.depth * (attention + 3 * shape.width * shape.mlp_dim) + shape.width * config.vocabulary
     step = max(2 * weights * rows / flops, weights * (1 if int8 else size) / bandwidth)
-    per_token = rows * config.depth * 2 * layer.num_kv_heads * layer.head * size
-    seen = sum(config.condition.length + i for i in range(1, config.length + 1))
+    per_token = rows * shape.depth * 2 * shape.num_kv_heads * shape.head_size * size
+    seen = sum(config.prefix_length + i for i in range(1, config.length + 1))
     return config.length * step + seen * per_token / bandwidth
 
 
 def cache_bytes(config: AR, rows: int) -> int:
     """Bytes of the keys and values of `rows` rows when the last token is drawn."""
-    size = jnp.dtype(config.dtype).itemsize
-    return (
-        rows
-        * config.depth
-        * 2
-        * config.layer.num_kv_heads
-        * config.layer.head
-        * size
-        * (config.condition.length + config.length)
-    )
+    shape, size = config.transformer, jnp.dtype(config.compute.dtype).itemsize
+    per_token = rows * shape.depth * 2 * shape.num_kv_heads * shape.head_size * size
+    return per_token * (config.prefix_length + config.length)
 
 
 def bench_sample(
@@ -105,7 +98,7 @@ def bench_sample(
         return config.sample(model, {"label": labels}, keys, options, guided=guided, segments=segments)
 
     first = seconds(decode)
-    measures = {"seconds": lambda: seconds(decode), **others, **limits(config.dtype)}
+    measures = {"seconds": lambda: seconds(decode), **others, **limits(config.compute.dtype)}
     found, spread = interleaved(measures, repeats)
     bound = decode_bound(config, batch * (1 + guided), found["flops"], found["read"], int8)
     return {
@@ -178,25 +171,22 @@ def main(arguments: list[str]) -> None:
         return _any_family(args, rest)
     if rest:
         raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
-    published = args.shape in SIZES and args.shape.startswith("llamagen")
+    published = args.shape in OF_AR and args.shape.startswith("llamagen")
     side = args.grid or (16 if published else 8)
     with refused("--shape"):
-        family = AR.sized(
-            args.shape,
-            vocabulary=args.vocabulary or (16384 if published else 1024),
-            grid=(side, side),
-            condition=ClassEmbedder(1000),
-            dtype=args.dtype,
-        )
+        vocabulary = args.vocabulary or (16384 if published else 1024)
+        family = preset(args.shape, vocabulary=vocabulary, grid=(side, side), dtype=args.dtype)
+        if not isinstance(family, AR):
+            raise ConfigError(f"{args.shape}: one of {', '.join(OF_AR)}")
     kinds = [(b, int8) for b in args.batch for int8 in (False, True)[: 1 + args.int8]]
     results = [
         bench_sample(family, b, args.guided, args.segments, args.repeats, int8, args.top_p, args.eager)
         for b, int8 in kinds
     ]
     millions = results[0]["parameters"] / 1e6
-    title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(family.grid)} tokens, {family.dtype}"
+    title = f"{args.shape}: {millions:.1f} M parameters, {math.prod(family.grid)} tokens, {family.compute.dtype}"
     shown = table(f"{title}, {jax.devices()[0].device_kind}", results, ROWS)
-    about = {"shape": args.shape, "grid": side, "vocabulary": family.vocabulary, "dtype": family.dtype}
+    about = {"shape": args.shape, "grid": side, "vocabulary": family.vocabulary, "dtype": family.compute.dtype}
     print_results("sample", [about | r for r in results], shown, args.out)
 
 

@@ -189,7 +189,8 @@ class DVAE(Checked):
 
     def with_compute(self, compute: Compute) -> DVAE:
         """The same codec with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
+        compute.check(self.capabilities)
+        return dataclasses.replace(self, dtype=compute.dtype)
 
     def batch_spec(self) -> BatchSpec:
         """Fields of a training batch: images whose sides are multiples of `factor`."""

@@ -114,7 +114,8 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
 
     def with_compute(self, compute: Compute) -> Self:
         """The same codec with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype"))
+        compute.check(self.capabilities, float64=True)
+        return dataclasses.replace(self, dtype=compute.dtype)
 
     def batch_spec(self) -> BatchSpec:
         """Fields of a training batch: images whose sides are multiples of `factor`."""

@@ -15,15 +15,18 @@ import numpy as np
 
 from t2i_jax import convert
 from t2i_jax.convert import Folder, Format
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
+from t2i_jax.core.types import Compute
 from t2i_jax.interop import huggingface, pixart
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.interop import stable_diffusion_3 as third
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.networks.condition import CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
-from t2i_jax.networks.dit import DiT, sincos_2d
+from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
+from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.positions import SinCosPositions, sincos_2d
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.text.clip import ClipText
@@ -60,16 +63,16 @@ def _stable_diffusion(
         head_dim=head_dim,
         groups=groups,
         eps=eps,
-        dtype=dtype,
-        condition=CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept),
+        conditioning=Conditioning(CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)),
     )
     family: dict[str, Any] = {
         "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
         "predicts": predicts or ("v" if second else "eps"),
         "solver": "dpm++",
         "sampling": DiffusionSampler(steps=min(30, steps), guidance=7.5, eta=0.0),
+        "compute": Compute(dtype),
     }
-    return Diffusion(network, **(family | fields))
+    return with_fields(Diffusion(network), **(family | fields))
 
 
 def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -115,13 +118,13 @@ def _pixart(
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
-    condition = TextFeatures(dim, length, trained_null=False, bias=True)
-    kind: dict[str, Any] = {"text": "cross", "whole": False, "shared": True, "cross_norm": False}
-    kind |= {"stretch": stretch or max(side[0] // 64, 1), "eps": eps, "dtype": dtype}
-    network = DiT(size=side, condition=condition, heads=heads, **kind, **found)
-    family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++"}
+    kind: dict[str, Any] = {"size": side, "whole": False, "shared": True, "cross_norm": False}
+    kind["conditioning"] = Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention")
+    kind["positions"] = SinCosPositions(stretch or max(side[0] // 64, 1))
+    network = with_fields(DiT(), **(kind | found | {"heads": heads, "eps": eps}))
+    family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++", "compute": Compute(dtype)}
     family["sampling"] = DiffusionSampler(steps=20, guidance=4.5, eta=0.0)
-    return Diffusion(network, **(family | fields))
+    return with_fields(Diffusion(network), **(family | fields))
 
 
 def _pixart_whole(
@@ -176,18 +179,13 @@ def _third(
     found = third.describe(tensors)
     summary, dim = found.pop("summary"), found.pop("dim")
     encoded = CrossAttnFeatures(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
-    network = DiT(
-        size=_side(size),
-        heads=heads or found["width"] // 64,
-        condition=PooledAndTokenFeatures(encoded, summary),
-        text="joint",
-        learn_variance=False,
-        dtype=dtype,
-        **found,
-    )
+    kind = {"conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"), "learn_variance": False}
+    kind |= {"size": _side(size), "heads": heads or found["width"] // 64}
+    network = with_fields(DiT(), **(found | kind))
     family: dict[str, Any] = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
+    family["compute"] = Compute(dtype)
     family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
-    return Diffusion(network, **(family | fields))
+    return with_fields(Diffusion(network, family["process"], "velocity"), **(family | fields))
 
 
 def _third_whole(

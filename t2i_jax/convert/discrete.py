@@ -6,6 +6,7 @@ import numpy as np
 
 from t2i_jax.convert import Format
 from t2i_jax.convert.codecs import FORMATS as CODECS
+from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vq_diffusion
 from t2i_jax.interop.names import Tensors
 from t2i_jax.interop.tensorfile import content
@@ -40,7 +41,7 @@ def _vq_diffusion(
     classes, text = DiscreteSampler(guidance=1.5, truncation=0.94), DiscreteSampler(guidance=3.0)
     guided = classes if "mean_null" in found else text
     found["sampling"] = guided if found["condition_dropout"] else plain
-    return VQDiffusion(**(found | fields))
+    return with_fields(VQDiffusion(), **(found | fields))
 
 
 def _codec(tensors: Tensors, **fields: Any) -> Any:

@@ -3,13 +3,14 @@
 from typing import Any
 
 from t2i_jax.convert import Format
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
 from t2i_jax.networks.unet import UNet
@@ -20,9 +21,9 @@ from t2i_jax.sampling.options import DiffusionSampler
 def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
     """null: the last row of the table of classes is the null class; models trained without dropout have none."""
     found = dit.describe(tensors, heads)
-    network = DiT(condition=ClassEmbedder(found.pop("classes") - null, null), eps=eps, **found)
-    published = {"process": Discrete("linear"), "guided_channels": 3, "condition_dropout": 0.1 if null else 0.0}
-    return Diffusion(network, **(published | fields))
+    found |= {"condition": ClassEmbedder(found.pop("classes") - null, null), "condition_dropout": 0.1 if null else 0.0}
+    published = {"process": Discrete("linear"), "guided_channels": 3}
+    return with_fields(Diffusion(with_fields(DiT(), **(found | {"eps": eps}))), **(published | fields))
 
 
 def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) -> Diffusion:
@@ -33,9 +34,8 @@ def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) 
         "discard_variance_output": network.learn_variance,
         "sampling": DiffusionSampler(guidance=4.0, eta=0.0),
     }
-    return Diffusion(
-        network, **(published | {"guided_channels": 3, "condition_dropout": 0.1 if null else 0.0} | fields)
-    )
+    family = Diffusion(network, Flow("uniform"), "drift", discard_variance_output=network.learn_variance)
+    return with_fields(family, **(published | {"guided_channels": 3} | fields))
 
 
 def _unet(
@@ -58,21 +58,19 @@ def _unet(
         qkv_first = found["width"] == 192 and found["multipliers"] == (1, 2, 3, 4)
     if size:
         found["size"] = (size, size)
-    return UNet(
-        **(found | {"heads": heads or 4, "head_dim": head_dim, "up_heads": up_heads, "qkv_first": qkv_first} | fields)
-    )
+    kind = {"heads": heads or 4, "head_dim": head_dim, "up_heads": up_heads, "qkv_first": qkv_first}
+    return with_fields(UNet(conditioning=None), **(found | kind | fields))
 
 
 def _adm(tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any) -> Diffusion:
     """hints: `size`, `blocks`, `heads` or `head_dim`, `up_heads`, `qkv_first` of `_unet`, and fields of the network."""
     table = tensors.get("label_emb.weight")
-    condition = None if table is None else ClassEmbedder(table.shape[0], null=False)
-    network = _unet(tensors, condition=condition, **hints)
+    classes = None if table is None else Conditioning(ClassEmbedder(table.shape[0], null=False), dropout=0.0)
+    network = _unet(tensors, conditioning=classes, **hints)
     schedule = schedule or ("cosine" if network.multipliers == (1, 2, 3, 4) and network.width == 192 else "linear")
     return Diffusion(
         network,
         process=process or Discrete(schedule, steps),
-        condition_dropout=0.0,
         sampling=DiffusionSampler(steps=min(250, steps), guidance=1.0, clip=True),
     )
 
@@ -80,10 +78,10 @@ def _adm(tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: An
 def _adm_classifier(tensors: Tensors, *, size: int = 0, schedule: str = "", steps: int = 1000, **hints: Any) -> Any:
     """As `_adm`. The released one for 64 pixels belongs to a cosine schedule, the others to a linear one."""
     head = adm.describe_pool(tensors)
-    trunk = _unet(tensors, size=size, condition=None, **({"head_dim": 64, "qkv_first": False} | hints))
+    trunk = _unet(tensors, size=size, **({"head_dim": 64, "qkv_first": False} | hints))
     if head["side"]:
         side = head["side"] * 2 ** (len(trunk.multipliers) - 1)
-        trunk = _unet(tensors, size=side, condition=None, **({"head_dim": 64, "qkv_first": False} | hints))
+        trunk = _unet(tensors, size=side, **({"head_dim": 64, "qkv_first": False} | hints))
     schedule = schedule or ("cosine" if len(trunk.multipliers) == 4 else "linear")
     return NoisedClassifier(trunk, head["classes"], head["pool"], Discrete(schedule, steps))
 
@@ -94,14 +92,14 @@ def _glide(
     """text_heads: of the caption encoder; else as `_adm`."""
     text = adm.describe_text(tensors)
     captions = GlideCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
-    hints = {"condition": captions, "context": text["width"], "pool": "last", "qkv_first": False} | hints
+    read = {"conditioning": Conditioning(captions, dropout=0.2), "context": text["width"], "pool": "last"}
+    hints = read | {"qkv_first": False} | hints
     network = _unet(tensors, **hints)
     schedule = schedule or ("linear" if "low_res" in network.extra_inputs else "cosine")
     return Diffusion(
         network,
         process=process or Discrete(schedule, steps),
         guided_channels=3,
-        condition_dropout=0.2,
         sampling=DiffusionSampler(steps=min(100, steps), clip=True),
     )
 

@@ -69,9 +69,10 @@ def unknown(name: str, format: Format, key: str) -> str:
 
 def check_fields(config: Any, given: Collection[str]) -> None:
     """Errors: `ConfigError` where a field that was given as a hint has a value of a wrong kind."""
-    for part in (config, *values(config).values()):
+    check_values(type(config), {k: v for k, v in values(config).items() if k in given})
+    for part in values(config).values():
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            check_values(type(part), {k: v for k, v in values(part).items() if k in given})
+            check_fields(part, given)
 
 
 def check_values(kind: type, values: Mapping[str, Any]) -> None:

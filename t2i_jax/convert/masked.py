@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Folder, Format
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.interop import huggingface, kl, mar, vqgan
 from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
+from t2i_jax.nn.transformer import Transformer
 
 log = logging.getLogger(__name__)
+
+MAR = Transformer(norm="layer", eps=1e-6, activation="gelu", bias=True, dropout=0.1)
 
 SCALES = {
     (4, True): {"Stable Diffusion 1 and 2": (0.18215, 0.0), "SDXL": (0.13025, 0.0)},
@@ -82,9 +87,13 @@ def _mar(
     """grid: where it is no square; heads: for widths that no released model has; respacing: steps of the head's
     sampler; repeat: noise times per z in training."""
     found = mar.describe(tensors, grid)
-    found["heads"], found["decoder_heads"] = heads or found["heads"], decoder_heads or heads or found["decoder_heads"]
+    kind = dataclasses.replace(MAR, **{name: fields.pop(name) for name in ("eps", "dropout") if name in fields})
+    encoder, decoder = found.pop("encoder"), found.pop("decoder")
+    encoder["heads"], decoder["heads"] = heads or encoder["heads"], decoder_heads or heads or decoder["heads"]
+    found["transformer"], found["decoder"] = (dataclasses.replace(kind, **part) for part in (encoder, decoder))
     found["head"] = DiffusionHead(**found["head"], respacing=respacing, repeat=repeat)
-    return Masked(condition=ClassEmbedder(found.pop("classes")), **(found | fields))
+    found["condition"] = ClassEmbedder(found.pop("classes"))
+    return with_fields(Masked(), **(found | fields))
 
 
 def _kl_format(style: vqgan.Style, **fields: Any) -> Format:

@@ -5,6 +5,7 @@ from typing import Any
 
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.convert import Format
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
 from t2i_jax.interop.names import Table, Tensors
@@ -26,7 +27,8 @@ def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: Any) -> Stream:
     found = mindalle.describe(tensors, heads)
     text = StreamText(**found.pop("text"))
     sampling = ARSampler(guidance=1.0, top_k=256)
-    return Stream(**(found | {"condition": text, "condition_dropout": 0.0, "sampling": sampling} | fields))
+    published = {"condition": text, "condition_dropout": 0.0, "sampling": sampling}
+    return with_fields(Stream(), **(found | published | fields))
 
 
 ATTENTION = {"full": "full", "axial_row": "row", "axial_col": "column", "conv_like": "window"}
@@ -52,7 +54,7 @@ def _dalle_pytorch(
     text = StreamText(**found.pop("text"))
     attention = tuple(ATTENTION[kind] for kind in attn_types)
     found |= {"pb_relax": True, "embedding_gradient": 0.1} if stable else {}
-    return Stream(**(found | {"condition": text, "attention": attention} | fields))
+    return with_fields(Stream(), **(found | {"condition": text, "attention": attention} | fields))
 
 
 def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:

@@ -1,13 +1,15 @@
-"""The members that most families have in common."""
+"""The members that most families have in common, and fields of their configs by name."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
 
-from t2i_jax.core.fields import Checked
+from t2i_jax.core.errors import ConfigError, did_you_mean
+from t2i_jax.core.fields import Checked, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 
 
 class BaseFamily(Checked):
@@ -20,6 +22,19 @@ class BaseFamily(Checked):
     sampling: Any
     loss: Callable[..., LossOutput]
     """(model, batch, key, train)"""
+    compute: Compute
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.compute.check(self.capabilities)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        raise NotImplementedError
+
+    def with_compute(self, compute: Compute) -> Self:
+        """The same model with other compute options."""
+        return dataclasses.replace(self, compute=compute)  # pyright: ignore[reportArgumentType]
 
     def sample_spec(self) -> SampleSpec:
         raise NotImplementedError
@@ -45,3 +60,54 @@ class BaseFamily(Checked):
     def loop_trips(self, options: Any) -> int | Sequence[tuple[int, ...]]:
         """1: every loop of the sampler has a static length."""
         return 1
+
+
+T = TypeVar("T")
+PARTS = ("network", "transformer", "conditioning", "compute", "positions")
+"""Fields of a configuration that hold a configuration whose fields need no path: `heads` is that of `transformer`."""
+NAMES = {
+    "condition": ("conditioning", "what"),
+    "condition_dropout": ("conditioning", "dropout"),
+    "rotary_base": ("positions", "base"),
+}
+"""Fields that need another name there, as two parts have a `dropout`."""
+
+
+def with_fields(config: T, /, **fields: Any) -> T:
+    """The configuration with other values of fields, its own or those of its parts; a given part is changed further.
+
+    Errors: `ConfigError` for a name that neither it nor a part has.
+    """
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        path = path_of(config, name)
+        if not path:
+            raise ConfigError(f"a {type(config).__name__} has no field '{name}'{did_you_mean(name, names_of(config))}")
+        if len(path) == 1:
+            own[name] = value
+        else:  # a part of a part finds its fields itself
+            inner.setdefault(path[0], {})[path[1] if len(path) == 2 else name] = value
+    for part, some in inner.items():
+        own[part] = with_fields(own.get(part, values(config)[part]), **some)
+    return dataclasses.replace(config, **own) if own else config  # pyright: ignore[reportArgumentType]
+
+
+def path_of(config: object, name: str) -> tuple[str, ...]:
+    """The path of the field `name` in a configuration or its parts; () if there is none."""
+    there = values(config)
+    if name in there:
+        return (name,)
+    if name in NAMES and (part := NAMES[name][0]) in there and NAMES[name][1] in values(there[part]):
+        return NAMES[name]
+    for part in PARTS:
+        if part in there and there[part] is not None and (rest := path_of(there[part], name)):
+            return (part, *rest)
+    return ()
+
+
+def names_of(config: object) -> list[str]:
+    """The names that `with_fields` takes."""
+    there = values(config)
+    inner = [names_of(there[part]) for part in PARTS if there.get(part) is not None]
+    return [*there, *NAMES, *(name for names in inner for name in names)]

@@ -85,27 +85,102 @@ def _respelled(value: Json, words: Mapping[str, str]) -> Json:
     return words.get(value, value) if isinstance(value, str) else value
 
 
+# -- 2 -> 3
+
+_SHAPE = {name: f"transformer.{name}" for name in ("width", "depth", "heads", "mlp", "dropout")} | {
+    "dtype": "compute.dtype",
+    "remat": "compute.remat",
+    "kernel": "compute.attention",
+    "loss_chunk": "compute.loss_chunk",
+}
+_CONDITION = {"condition": "conditioning.what", "condition_dropout": "conditioning.dropout"}
+_PARTS = {
+    "transformer": "t2i_jax.nn.transformer:Transformer",
+    "conditioning": "t2i_jax.networks.condition:Conditioning",
+    "compute": "t2i_jax.core.types:Compute",
+}
+
+
+def _part(config: Object, name: str) -> Object:
+    """The part of that name, added if its fields were all left out. Errors: `ConfigError` if it is no object."""
+    part = config.setdefault(name, {"type": _PARTS[name]})
+    if not isinstance(part, dict):
+        raise ConfigError(f"'{name}' holds {part!r}")
+    return part
+
+
+def _ar_positions(config: Object) -> Object:
+    kind, count = config.pop("positions", "rotary"), config.pop("num_positions", 0)
+    base, prefix = config.pop("rotary_base", 10000.0), config.pop("prefix_rotary", "identity")
+    rotary: Object = {"type": "t2i_jax.nn.positions:RotaryPositions", "base": base, "prefix": prefix}
+    learned: Object = {"type": "t2i_jax.nn.positions:LearnedPositions", "count": count}
+    return {**config, "positions": rotary if kind == "rotary" else learned}
+
+
+def _layer_norms(config: Object, **kind: Json) -> Object:
+    """Blocks that always had LayerNorm and biases."""
+    transformer = _part(config, "transformer")
+    for name, value in ({"norm": "layer", "bias": True} | kind).items():
+        transformer.setdefault(name, value)
+    return config
+
+
+def _stream_kind(config: Object) -> Object:
+    return _layer_norms(config, activation="gelu", rope_values=config.get("positions") == "rotary")
+
+
+def _dit_kind(config: Object) -> Object:
+    return _layer_norms(config, activation="gelu_tanh", eps=1e-6)
+
+
+def _masked_decoder(config: Object) -> Object:
+    config = _layer_norms(config, activation="gelu", eps=1e-6)
+    names = {f"decoder_{name}": name for name in ("width", "depth", "heads", "mlp")}
+    own: Object = {new: config.pop(old) for old, new in names.items() if old in config}
+    own = {name: value for name, value in own.items() if value}
+    return {**config, "decoder": {**_part(config, "transformer"), **own}} if own else config
+
+
+def _no_condition(config: Object) -> Object:
+    conditioning = config.get("conditioning")
+    none = isinstance(conditioning, dict) and conditioning.get("what", "") is None
+    return {**config, "conditioning": None} if none else config
+
+
+def _parts_of_network(config: Object) -> Object:
+    """Fields that the network had, and the other way round."""
+    dropout, network = config.pop("condition_dropout", 0.1), config.get("network")
+    if not isinstance(network, dict):
+        return config
+    if isinstance(network.get("conditioning", {}), dict):
+        _part(network, "conditioning")["dropout"] = dropout
+    return _compute_of("network")(config)
+
+
+def _compute_of(part: str) -> Callable[[Object], Object]:
+    def rewrite(config: Object) -> Object:
+        network = config.get(part)
+        compute = network.pop("compute", None) if isinstance(network, dict) else None
+        return config if compute is None else {**config, "compute": compute}
+
+    return rewrite
+
+
 STEPS: tuple[Step, ...] = (
     Step(  # 1 -> 2: standard terms
         modules={
             "t2i_jax.nn.heads": "t2i_jax.heads",
             "t2i_jax.nn.orders": "t2i_jax.sampling.orders",
-            "t2i_jax.nn.dit": "t2i_jax.networks.dit",
-            "t2i_jax.nn.unet": "t2i_jax.networks.unet",
-            "t2i_jax.nn.condition": "t2i_jax.networks.condition",
-            "t2i_jax.nn.padded": "t2i_jax.networks.glide_captions",
-            "t2i_jax.parallel": "t2i_jax.core.sharding",
-            "t2i_jax.training.checkpoints": "t2i_jax.storage.checkpoints",
         },
         classes={
-            "t2i_jax.nn.condition:Classes": "t2i_jax.networks.condition:ClassEmbedder",
-            "t2i_jax.nn.condition:Captions": "t2i_jax.networks.condition:CaptionEncoder",
-            "t2i_jax.nn.condition:Features": "t2i_jax.networks.condition:TextFeatures",
-            "t2i_jax.nn.condition:Vector": "t2i_jax.networks.condition:PooledFeatures",
-            "t2i_jax.nn.condition:Encoded": "t2i_jax.networks.condition:CrossAttnFeatures",
-            "t2i_jax.nn.condition:Paired": "t2i_jax.networks.condition:PooledAndTokenFeatures",
-            "t2i_jax.nn.condition:Given": "t2i_jax.networks.condition:PrefixTokens",
-            "t2i_jax.nn.padded:PaddedCaptions": "t2i_jax.networks.glide_captions:GlideCaptions",
+            "t2i_jax.nn.condition:Classes": "t2i_jax.nn.condition:ClassEmbedder",
+            "t2i_jax.nn.condition:Captions": "t2i_jax.nn.condition:CaptionEncoder",
+            "t2i_jax.nn.condition:Features": "t2i_jax.nn.condition:TextFeatures",
+            "t2i_jax.nn.condition:Vector": "t2i_jax.nn.condition:PooledFeatures",
+            "t2i_jax.nn.condition:Encoded": "t2i_jax.nn.condition:CrossAttnFeatures",
+            "t2i_jax.nn.condition:Paired": "t2i_jax.nn.condition:PooledAndTokenFeatures",
+            "t2i_jax.nn.condition:Given": "t2i_jax.nn.condition:PrefixTokens",
+            "t2i_jax.nn.padded:PaddedCaptions": "t2i_jax.nn.padded:GlideCaptions",
             "t2i_jax.nn.heads.softmax:Softmax": "t2i_jax.heads.softmax:SoftmaxHead",
             "t2i_jax.nn.heads.diffusion:Diffusion": "t2i_jax.heads.diffusion:DiffusionHead",
             "t2i_jax.nn.heads.flow:Flow": "t2i_jax.heads.flow:FlowHead",
@@ -158,6 +233,61 @@ STEPS: tuple[Step, ...] = (
         values={
             "t2i_jax.models.ar:AR": {"reads": {"memory": "cross_attention"}},
             "t2i_jax.models.vq_diffusion:VQDiffusion": {"times": {"waves": "sinusoidal"}},
+        },
+    ),
+    Step(  # 2 -> 3: parts of a family are configs, and packages
+        modules={
+            "t2i_jax.nn.dit": "t2i_jax.networks.dit",
+            "t2i_jax.nn.unet": "t2i_jax.networks.unet",
+            "t2i_jax.nn.condition": "t2i_jax.networks.condition",
+            "t2i_jax.nn.padded": "t2i_jax.networks.glide_captions",
+            "t2i_jax.parallel": "t2i_jax.core.sharding",
+            "t2i_jax.training.checkpoints": "t2i_jax.storage.checkpoints",
+        },
+        fields={
+            "t2i_jax.models.ar:AR": _SHAPE
+            | _CONDITION
+            | {"conditioning": "conditioning.via"}
+            | {k: f"transformer.{k}" for k in ("kv_heads", "activation", "norm", "eps", "bias", "qk_norm")},
+            "t2i_jax.models.stream:Stream": _SHAPE
+            | {k: f"transformer.{k}" for k in ("head_dim", "activation", "bias", "qkv_bias", "out_bias")}
+            | {k: f"transformer.{k}" for k in ("sandwich_norm", "pb_relax", "layer_scale")},
+            "t2i_jax.models.masked:Masked": _SHAPE | _CONDITION | {"eps": "transformer.eps"},
+            "t2i_jax.models.any_order:AnyOrder": _SHAPE | _CONDITION | {"qk_norm": "transformer.qk_norm"},
+            "t2i_jax.models.vq_diffusion:VQDiffusion": _SHAPE
+            | _CONDITION
+            | {"activation": "transformer.activation", "position_grid": "positions.grid"},
+            "t2i_jax.nn.dit:DiT": _SHAPE
+            | {"condition": "conditioning.what", "text": "conditioning.via", "hidden": "transformer.mlp"}
+            | {"eps": "transformer.eps", "qk_norm": "transformer.qk_norm", "stretch": "positions.stretch"},
+            "t2i_jax.nn.unet:UNet": {
+                "condition": "conditioning.what",
+                "dtype": "compute.dtype",
+                "remat": "compute.remat",
+            },
+        },
+        parts={
+            "t2i_jax.models.ar:AR": _PARTS,
+            "t2i_jax.models.stream:Stream": _PARTS,
+            "t2i_jax.models.masked:Masked": _PARTS,
+            "t2i_jax.models.any_order:AnyOrder": _PARTS,
+            "t2i_jax.models.vq_diffusion:VQDiffusion": _PARTS | {"positions": "t2i_jax.nn.positions:AxialPositions"},
+            "t2i_jax.nn.dit:DiT": _PARTS | {"positions": "t2i_jax.nn.positions:SinCosPositions"},
+            "t2i_jax.nn.unet:UNet": _PARTS,
+        },
+        values={
+            "t2i_jax.models.ar:AR": {"conditioning": {"prefix": "default"}},
+            "t2i_jax.nn.dit:DiT": {"text": {"modulate": "default", "cross": "cross_attention"}},
+        },
+        rewrites={
+            "t2i_jax.models.ar:AR": _ar_positions,
+            "t2i_jax.models.stream:Stream": _stream_kind,
+            "t2i_jax.models.masked:Masked": _masked_decoder,
+            "t2i_jax.models.vq_diffusion:VQDiffusion": _layer_norms,
+            "t2i_jax.nn.dit:DiT": _dit_kind,
+            "t2i_jax.nn.unet:UNet": _no_condition,
+            "t2i_jax.models.diffusion:Diffusion": _parts_of_network,
+            "t2i_jax.models.noised_classifier:NoisedClassifier": _compute_of("trunk"),
         },
     ),
 )

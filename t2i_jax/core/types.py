@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Annotated, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import FREE, Checked
 from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.specs import BatchSpec, CodecSpec, SampleSpec
 
@@ -91,6 +92,12 @@ def single_objective(loss: Callable[[M, Batch, Array, bool], LossOutput]) -> dic
     return {"model": Objective(lambda model, batch, key, step, train: loss(model, batch, key, train))}
 
 
+Remat = Literal["none", "full", "dots", "branches"]
+"""What a layer keeps for its backward pass: see `nn.transformer.REMAT`."""
+AttentionKind = Literal["auto", "plain", "cudnn", "splash"]
+"""Implementation of attention: "plain" einsums, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform and length."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
     """Capabilities of a config besides training; flags name their Protocol."""
@@ -133,32 +140,40 @@ class Capabilities:
     int8: bool = False
     """samples with int8 matrices"""
 
+    remat: tuple[Remat, ...] = ()
+    """choices of `compute.remat` besides none"""
+    attention: bool = False
+    """`compute.attention` may be chosen"""
+    loss_chunk: bool = False
+    """`compute.loss_chunk` may be chosen"""
+
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class Compute(Checked):
     """Numerics and memory options of a model; they do not change what it computes."""
 
-    dtype: str = "float32"
-    """dtype of matrix products and activations"""
-    remat: str = ""
-    """what a layer keeps for its backward pass, one of `remats`; empty if there is no choice"""
-    attention: str = ""
-    """implementation of attention, a `nn.kernels.Kind`; empty if there is no choice"""
-    loss_chunk: int = 0
-    """tokens per image whose logits are held at a time; 0: as many as fit the memory limit"""
-    remats: tuple[str, ...] = ("none", "full", "dots", "branches")
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """dtype of matrix products and activations; parameters, norms, logits and losses are fp32. float64: codecs only"""
+    remat: Annotated[Remat, FREE] = "none"
+    """activations that each layer stores for its backward pass"""
+    attention: AttentionKind = "auto"
+    """implementation of self-attention over whole sequences"""
+    loss_chunk: Annotated[int, FREE] = 0
+    """tokens per image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD` allows;
+    below 0: all"""
 
-    def changes(self, new: Compute, *same: str, **others: str) -> dict[str, object]:
-        """The field values to replace in a config so that it computes as `new`, by name.
-
-        same: fields with the same name in the config; others: fields with other names. Errors: `ConfigError` for a
-        change without a field.
-        """
-        mine, theirs, fields = dataclasses.asdict(self), dataclasses.asdict(new), {name: name for name in same} | others
-        for name, value in theirs.items():
-            if value != mine[name] and name not in fields:
-                raise ConfigError(f"{name} {value!r}: this model leaves no choice of it")
-        return {field: theirs[name] for name, field in fields.items()}
+    def check(self, capabilities: Capabilities, float64: bool = False) -> None:
+        """Errors: `ConfigError` for an option that a model of these capabilities does not have."""
+        plain = Compute()
+        if self.dtype == "float64" and not float64:
+            raise ConfigError("compute.dtype 'float64': this model computes in float32 or bfloat16")
+        if self.remat != plain.remat and self.remat not in capabilities.remat:
+            choices = ", ".join(("none", *capabilities.remat))
+            raise ConfigError(f"compute.remat {self.remat!r}: this model has {choices}")
+        if self.attention != plain.attention and not capabilities.attention:
+            raise ConfigError(f"compute.attention {self.attention!r}: this model leaves no choice of it")
+        if self.loss_chunk != plain.loss_chunk and not capabilities.loss_chunk:
+            raise ConfigError(f"compute.loss_chunk {self.loss_chunk}: this model has no logits to compute in chunks")
 
 
 class Trainable(Protocol[M_co]):
@@ -257,11 +272,6 @@ class TokenByToken(Family[M, O], Protocol[M, O, S]):
     @property
     def length(self) -> int:
         """Number of tokens of an image."""
-        ...
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
         ...
 
     def prefill(self, model: M, condition: Batch, dropped: Array) -> tuple[Array, S]:

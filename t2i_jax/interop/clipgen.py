@@ -32,7 +32,7 @@ def table(config: Any) -> Table:
     norms = {"norm": "norm", "blocks.attention_norm": f"{layer}norm1", "blocks.mlp_norm": f"{layer}norm2"}
     lines = mingpt.around(config, layer, linears, norms) | {
         f"blocks.attention.qkv.{kind[0]}": source(
-            f"{layer}self_attn.in_proj_{kind}", layout=f"(a n h){d} ->{d} (n a h)", a=3, h=config.layer.head
+            f"{layer}self_attn.in_proj_{kind}", layout=f"(a n h){d} ->{d} (n a h)", a=3, h=config.transformer.head_size
         )
         for kind, d in mingpt.KINDS.items()
     }
@@ -42,5 +42,5 @@ def table(config: Any) -> Table:
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
     """The masks that CLIP-GEN saves with its weights, one a layer; True hides."""
-    mask = ~np.tril(np.ones((config.num_positions, config.num_positions), bool))
-    return {f"blocks.{n}.mask": mask for n in range(config.depth)}
+    mask = ~np.tril(np.ones((config.positions.count,) * 2, bool))
+    return {f"blocks.{n}.mask": mask for n in range(config.transformer.depth)}

@@ -113,6 +113,7 @@ def describe(
         "qkv_bias": False,
         "sandwich_norm": f"{LAYER.format(0)}0.fn.norm_out.weight" in tensors,
         "layer_scale": True,
+        "rope_values": not learned,
         "token_shift": shift,
         "positions": "axial" if learned else "rotary",
         "tied": tied,
@@ -131,7 +132,7 @@ def table(config: Any) -> Table:
     rows, total, f = (
         config.condition.num_embeddings,
         config.condition.num_embeddings + config.vocabulary,
-        config.layer.mlp_dim,
+        config.transformer.mlp_dim,
     )
     text, image = {"rows": np.arange(rows), "height": total}, {"rows": np.arange(rows, total), "height": total}
     attention, mlp = (LAYER + name for name in branches(config.token_shift))
@@ -140,7 +141,7 @@ def table(config: Any) -> Table:
         "text_bias": source("to_logits.1.bias", **text),
         "image_bias": source("to_logits.1.bias", **image),
         "blocks.attention.qkv.w": source(
-            f"{attention}to_qkv.weight", layout="(a n h) d -> d (n a h)", a=3, h=config.layer.head
+            f"{attention}to_qkv.weight", layout="(a n h) d -> d (n a h)", a=3, h=config.transformer.head_size
         ),
         "blocks.attention.out.w": linear(f"{attention}to_out.0"),
         "blocks.attention.out.b": source(f"{attention}to_out.0.bias"),
@@ -156,7 +157,7 @@ def table(config: Any) -> Table:
     norms = {"norm": "to_logits.0"}
     for n, branch in enumerate(("attention", "mlp")):
         norms[f"blocks.{branch}_norm"] = f"{LAYER}{n}.fn.norm"
-        if config.sandwich_norm:
+        if config.transformer.sandwich_norm:
             norms[f"blocks.{branch}_out_norm"] = f"{LAYER}{n}.fn.norm_out"
     for ours, theirs in norms.items():
         lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}

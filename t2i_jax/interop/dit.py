@@ -31,7 +31,7 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
         "width": width,
         "depth": sum(name.endswith(".attn.proj.weight") for name in tensors),
         "heads": heads or (16 if width == 1152 else width // 64),
-        "hidden": shape("blocks.0.mlp.fc1.weight")[0],
+        "mlp": shape("blocks.0.mlp.fc1.weight")[0],
         "frequency_dim": shape("t_embedder.mlp.0.weight")[1],
         "classes": shape("y_embedder.embedding_table.weight")[0],
         "learn_variance": shape("final_layer.linear.weight")[0] == 2 * channels * patch**2,
@@ -45,7 +45,7 @@ def by_head(heads: int, head_dim: int) -> np.ndarray:
 
 def table(network: Any) -> Table:
     """DiT's names for a `networks.dit.DiT` that classes modulate."""
-    rows = by_head(network.heads, network.width // network.heads)
+    rows = by_head(network.transformer.heads, network.transformer.head_size)
     lines = {
         "embed.w": source("x_embedder.proj.weight", layout="d c p q -> (p q c) d", p=network.patch, q=network.patch),
         "embed.b": source("x_embedder.proj.bias"),

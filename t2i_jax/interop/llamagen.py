@@ -9,6 +9,7 @@ import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Fields, Table, require, source
 from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
+from t2i_jax.nn.positions import RotaryPositions
 
 NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
 """Names that every such file has."""
@@ -43,14 +44,14 @@ def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -
         "mlp": tensors["layers.0.feed_forward.w1.weight"].shape[0],
         "condition": condition,
         "zero_output": True,
-        "prefix_rotary": "zero",
+        "positions": RotaryPositions(prefix="zero"),
     }
 
 
 def table(config: Any) -> Table:
     """LlamaGen's names for a `models.ar.AR`."""
     layer = "layers.{}."
-    n, m, h = config.layer.heads, config.layer.num_kv_heads, config.layer.head
+    n, m, h = config.transformer.heads, config.transformer.num_kv_heads, config.transformer.head_size
     # Their rows are all queries, then all keys, then all values; ours go by key-value head.
     blocks = np.arange((n + 2 * m) * h).reshape(-1, h)
     parts = np.split(blocks, [n, n + m])
@@ -66,7 +67,7 @@ def table(config: Any) -> Table:
     }
     for ours, theirs in {"gate": "w1", "into": "w3", "out": "w2"}.items():
         lines[f"blocks.mlp.{ours}.w"] = source(f"{layer}feed_forward.{theirs}.weight", layout=LINEAR)
-    if isinstance(config.condition, ClassEmbedder):
+    if isinstance(config.conditioning.what, ClassEmbedder):
         return lines | {"condition.table.w": source("cls_embedding.embedding_table.weight")}
     return lines | {
         "condition.null": source("cls_embedding.uncond_embedding"),

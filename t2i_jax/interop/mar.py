@@ -46,15 +46,14 @@ def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> Fields:
             "width": shape("diffloss.net.input_proj.weight")[0],
             "depth": count("diffloss.net.res_blocks."),
         },
-        **dict(zip(names, sides["encoder"], strict=True)),
-        **{f"decoder_{name}": value for name, value in zip(names, sides["decoder"], strict=True)},
+        **{part: dict(zip(names, shape, strict=True)) for part, shape in sides.items()},
     }
 
 
 def table(config: Any) -> Table:
     """MAR's names for a `models.masked.Masked` with a diffusion head."""
     lines = {
-        "condition.table.w": source("class_emb.weight", "fake_latent", parts=(config.condition.count, 1)),
+        "condition.table.w": source("class_emb.weight", "fake_latent", parts=(config.conditioning.what.count, 1)),
         "mask_token": source("mask_token", layout="1 1 d -> d"),
         "encoder_position": source("encoder_pos_embed_learned", layout="1 t d -> t d"),
         "decoder_position": source("decoder_pos_embed_learned", layout="1 t d -> t d"),
@@ -63,7 +62,7 @@ def table(config: Any) -> Table:
     norms = {"entrance_norm": "z_proj_ln", "encoder_norm": "encoder_norm", "decoder_norm": "decoder_norm"}
     linears = {"entrance": "z_proj", "widen": "decoder_embed"}
     qkv = "(a n h) d -> d (n a h)"
-    for part, heads in (("encoder", config.encoder.heads), ("decoder", config.decoder.heads)):
+    for part, heads in (("encoder", config.transformer.heads), ("decoder", config.decoding.heads)):
         block = f"{part}_blocks.{{}}"
         norms |= {f"{part}.attention_norm": f"{block}.norm1", f"{part}.mlp_norm": f"{block}.norm2"}
         linears |= {f"{part}.attention.out": f"{block}.attn.proj"}

@@ -34,7 +34,7 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
 
 def table(config: Any) -> Table:
     """The published name and layout of each variable of a `models.stream.Stream`."""
-    block, n = "blocks.{}.", config.heads
+    block, n = "blocks.{}.", config.transformer.heads
     qkv = [f"{block}attn.{name}." for name in ("query", "key", "value")]
     lines = {
         "text_tokens.w": source("tok_emb_txt.weight"),
@@ -45,11 +45,12 @@ def table(config: Any) -> Table:
         "image_head": source("head_img.weight", layout=LINEAR),
         "blocks.attention.qkv.w": source(*(f"{name}weight" for name in qkv), layout="a (n h) d -> d (n a h)", n=n),
     }
-    if config.layer.qkv_bias:
+    qkv_bias, out_bias = config.transformer.biases
+    if qkv_bias:
         biases = source(*(f"{name}bias" for name in qkv), layout="a (n h) -> (n a h)", n=n)
         lines["blocks.attention.qkv.b"] = biases
-    linear = {"attention.out": ("attn.proj", config.layer.out_bias)}
-    linear |= {"mlp.into": ("mlp.0", config.bias), "mlp.out": ("mlp.2", config.bias)}
+    linear = {"attention.out": ("attn.proj", out_bias)}
+    linear |= {"mlp.into": ("mlp.0", config.transformer.bias), "mlp.out": ("mlp.2", config.transformer.bias)}
     for ours, (theirs, bias) in linear.items():
         lines[f"blocks.{ours}.w"] = source(f"{block}{theirs}.weight", layout=LINEAR)
         if bias:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from t2i_jax.interop.names import LINEAR, Fields, Source, Table, Tensors, require, source
+from t2i_jax.nn.positions import LearnedPositions
 
 NEEDED = ("tok_emb.weight", "blocks.0.attn.key.weight")
 """Names that every such file has."""
@@ -35,12 +36,8 @@ def sizes(tensors: Tensors, once: str, into: str, heads: int) -> Fields:
         "depth": sum(name.endswith(f".{once}") for name in tensors),
         "heads": heads or HEADS.get(width, max(width // 64, 1)),
         "mlp": next(tensor for name, tensor in tensors.items() if name.endswith(f"0.{into}")).shape[0],
-        "activation": "gelu",
-        "norm": "layer",
-        "bias": True,
         "output_bias": "head.bias" in tensors,
-        "positions": "learned",
-        "num_positions": tensors["pos_emb"].shape[1],
+        "positions": LearnedPositions(tensors["pos_emb"].shape[1]),
     }
 
 
@@ -51,7 +48,7 @@ def table(config: Any) -> Table:
     norms = {"norm": "ln_f", "blocks.attention_norm": f"{layer}ln1", "blocks.mlp_norm": f"{layer}ln2"}
     return around(config, layer, linears, norms) | {
         f"blocks.attention.qkv.{kind[0]}": source(
-            *(f"{name}{kind}" for name in three), layout=f"a (n h){d} ->{d} (n a h)", h=config.layer.head
+            *(f"{name}{kind}" for name in three), layout=f"a (n h){d} ->{d} (n a h)", h=config.transformer.head_size
         )
         for kind, d in KINDS.items()
     }
@@ -74,6 +71,6 @@ def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[s
 
 def buffers(config: Any) -> dict[str, np.ndarray]:
     """The masks that minGPT saves with its weights, one a layer."""
-    mask = np.tril(np.ones((config.num_positions, config.num_positions), np.float32))
+    mask = np.tril(np.ones((config.positions.count,) * 2, np.float32))
     mask[: config.bidirectional_prefix, : config.bidirectional_prefix] = 1
-    return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.depth)}
+    return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.transformer.depth)}

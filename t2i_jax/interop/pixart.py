@@ -46,7 +46,7 @@ def describe(tensors: Tensors) -> Fields:
         "patch": patch,
         "width": width,
         "depth": sum(name.endswith(".attn2.to_q.weight") for name in tensors),
-        "hidden": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
+        "mlp": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
         "frequency_dim": shape("adaln_single.emb.timestep_embedder.linear_1.weight")[1],
         "learn_variance": shape("proj_out.weight")[0] == 2 * channels * patch**2,
         "dim": shape("caption_projection.linear_1.weight")[1],
@@ -79,7 +79,7 @@ def side_of(tensors: Tensors, patch: int) -> int:
 
 def table(network: Any) -> Table:
     """PixArt's names for a `networks.dit.DiT` with cross-attention and shared modulation."""
-    p, h = network.patch, network.width // network.heads
+    p, h = network.patch, network.transformer.head_size
     lines = {
         "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),
         "embed.b": source("pos_embed.proj.bias"),

@@ -44,7 +44,7 @@ def describe(tensors: Tensors) -> Fields:
         "patch": patch,
         "width": width,
         "depth": sum(name.endswith(".attn.to_q.weight") for name in tensors),
-        "hidden": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
+        "mlp": shape("transformer_blocks.0.ff.net.0.proj.weight")[0],
         "frequency_dim": shape("time_text_embed.timestep_embedder.linear_1.weight")[1],
         "qk_norm": "transformer_blocks.0.attn.norm_q.weight" in tensors,
         "dim": shape("context_embedder.weight")[1],
@@ -95,7 +95,7 @@ def _rows(x: Any, axis: int, rows: np.ndarray) -> Any:
 
 def table(network: Any) -> Table:
     """Stable Diffusion 3's names for a `networks.dit.DiT` with joint attention."""
-    p, h, d = network.patch, network.width // network.heads, network.width
+    p, h, d = network.patch, network.transformer.head_size, network.transformer.width
     swapped = np.roll(np.arange(2 * d), d)  # their last norm has the scale first
     lines = {
         "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),
@@ -104,7 +104,7 @@ def table(network: Any) -> Table:
         "modulation.w": source("norm_out.linear.weight", layout=LINEAR, rows=swapped, height=2 * d),
         "modulation.b": source("norm_out.linear.bias", rows=swapped, height=2 * d),
     }
-    if network.condition.encoded.kept_null:
+    if network.conditioning.what.encoded.kept_null:
         lines["condition.encoded.null"] = source("null_features")
     parts = dict(PARTS)
     for stream, names in STREAMS.items():
@@ -119,7 +119,7 @@ def table(network: Any) -> Table:
             qkv = [f"{BLOCK}{QKV[stream].format(x)}.{end}" for x in "qkv"]
             layout = f"a (n h) {letter} -> {letter} (n a h)"
             lines[f"{ours}attention.qkv.{end[0]}"] = source(*qkv, layout=layout, h=h)
-        for x in "qk" if network.qk_norm else "":
+        for x in "qk" if network.transformer.qk_norm else "":
             lines[f"{ours}attention.{x}_norm.w"] = source(f"{BLOCK}{NORMS[stream].format(x)}.weight")
     for ours, theirs in parts.items():
         lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)

@@ -15,6 +15,7 @@ import numpy as np
 
 from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
 from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures
+from t2i_jax.nn.positions import AxialPositions
 from t2i_jax.noise.discrete import Chain
 
 PART = "transformer."
@@ -66,6 +67,7 @@ def describe(
     else:
         steps = steps or (shape("log_at")[0] if "log_at" in tensors else 100)
     conv = f"{first}mlp.conv1.weight" in tensors
+    rows = lambda side: shape(f"transformer.content_emb.{side}_emb.weight")[0]
     fields: Fields = {
         "chain": Chain(classes - 1, steps),
         "grid": grid,
@@ -76,7 +78,7 @@ def describe(
         "activation": "quick_gelu" if activation == "GELU2" else "gelu",
         "conv_mlp": conv,
         "times": "learned" if learned else "sinusoidal",
-        "position_grid": tuple(shape(f"transformer.content_emb.{side}_emb.weight")[0] for side in ("height", "width")),
+        "positions": AxialPositions((rows("height"), rows("width"))),
         "importance": "Lt_history" in tensors,
     }
     if f"{first}attn2.key.weight" in tensors:
@@ -86,10 +88,10 @@ def describe(
         return fields | {"condition": condition, "condition_dropout": 0.1 if null else 0.0}
     if f"{first}ln2.linear.weight" not in tensors:
         return fields | {"condition": ClassEmbedder(0), "condition_dropout": 0.0, "aux_loss_weight": 1e-3}
-    rows = shape(f"{first}ln2.emb.weight")[0]
-    null = rows == NULL_CLASS if null_class is None else null_class
+    count = shape(f"{first}ln2.emb.weight")[0]
+    null = count == NULL_CLASS if null_class is None else null_class
     return fields | {
-        "condition": ClassEmbedder(rows - null),
+        "condition": ClassEmbedder(count - null),
         "mean_null": not null,
         "class_norm": "layer" if class_type == "adalayernorm" else "instance",
         "condition_dropout": 0.1 if null else 0.0,
@@ -106,7 +108,7 @@ def table(config: Any) -> Table:
 
     def several(ours: str, *theirs: str) -> Table:
         """Linears of theirs as one of ours, head by head."""
-        sizes = {"h": config.block.layer.head}
+        sizes = {"h": config.transformer.head_size}
         weights, biases = ([f"{name}.{kind}" for name in theirs] for kind in ("weight", "bias"))
         return {
             f"{ours}.w": source(*weights, layout="a (n h) d -> d (n a h)", **sizes),
@@ -139,7 +141,7 @@ def table(config: Any) -> Table:
             lines |= linear(f"blocks.mlp.{ours}", f"{BLOCK}mlp.{fc}")
     lines |= norm("norm", "transformer.to_logits.0")
     lines |= linear("output", "transformer.to_logits.1")
-    if isinstance(config.condition, CrossAttnFeatures) and config.condition.trained_null:
+    if isinstance(condition := config.conditioning.what, CrossAttnFeatures) and condition.trained_null:
         lines["condition.null"] = source("empty_text_embed")
     if config.importance:
         lines |= {"history": source("Lt_history"), "count": source("Lt_count")}
@@ -159,7 +161,7 @@ def buffers(config: Any) -> dict[str, np.ndarray]:
     found |= {} if config.importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
     if config.block.context:
         seen = np.tril(np.ones((1, 1, config.length, config.length)))
-        found |= {f"{BLOCK.format(n)}attn2.mask": seen for n in range(config.depth)}
+        found |= {f"{BLOCK.format(n)}attn2.mask": seen for n in range(config.transformer.depth)}
     return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
 

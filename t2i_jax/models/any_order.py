@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +19,20 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Count, Grid, Layers, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Grid, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.heads import Head, ImageKeys, SoftmaxHead, sample_spec
-from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.decode import prepare_layers_for_decode
-from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Cache, Layer, apply_stack, stack
+from t2i_jax.nn.transformer import REMATS, Cache, Transformer, apply_stack, stack
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
@@ -51,25 +50,10 @@ class AnyOrder(BaseFamily):
     """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
     head: Head = SoftmaxHead()
     order: Raster | Permutation = Raster()
-    width: Size = 256
-    depth: Layers = 6
-    heads: Size = 4
-    mlp: Count = 0
-    """Hidden width of SwiGLU; 0: 8/3 of the width, rounded up."""
-    qk_norm: bool = True
-    """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition = ClassEmbedder(1000)
-    """Condition prepended to the image: classes, captions or features."""
-    dropout: Rate = 0.1
-    """Dropout on the output of each attention and MLP, in training."""
-    condition_dropout: Share = 0.1
-    """Share of training examples whose condition is replaced by the unconditional one, for guidance."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, norms and losses are fp32."""
-    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """Activations that each layer stores for its backward pass."""
-    kernel: Kind = "auto"
-    """Attention kernel in training: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
+    transformer: Transformer = Transformer(256, 6, 4, qk_norm=True, dropout=0.1)
+    conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
+    """The class, a caption or features, as a prefix of the image."""
+    compute: Compute = Compute()
     sampling: Annotated[ARSampler, FREE] = ARSampler()
     """Default options of `sample`."""
 
@@ -80,7 +64,8 @@ class AnyOrder(BaseFamily):
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
         _ = self.sample_spec()  # rejects a patch that no token can be made of
-        check_vectors(self.condition, self.width)
+        self.conditioning.route("AnyOrder", "prefix")
+        check_vectors(self.conditioning.what, self.transformer.width)
 
     @property
     def length(self) -> int:
@@ -88,37 +73,18 @@ class AnyOrder(BaseFamily):
         return math.prod(self.grid)
 
     @property
-    def layer(self) -> Layer:
-        """One block of the Transformer."""
-        return Layer(
-            self.width,
-            self.heads,
-            hidden=self.mlp,
-            qk_norm=self.qk_norm,
-            dropout=self.dropout,
-            kernel=self.kernel,
-        )
-
-    @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(
             family=True,
-            unconditional=self.condition_dropout > 0,
+            unconditional=self.conditioning.dropout > 0,
             guidance=True,
             likelihood=self.head.knows_probability,
             inpaint=True,
             token_head=True,
+            remat=REMATS,
+            attention=True,
         )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return Compute(self.dtype, self.remat, self.kernel)
-
-    def with_compute(self, compute: Compute) -> AnyOrder:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -126,7 +92,7 @@ class AnyOrder(BaseFamily):
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads."""
-        return self.condition.batch_spec()
+        return self.conditioning.what.batch_spec()
 
     def init(self, key: Array) -> AnyOrderNetwork:
         """A model with fresh parameters."""
@@ -143,7 +109,7 @@ class AnyOrder(BaseFamily):
         keys = jax.random.split(key, 4)
         b = len(batch["codes"])
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
-        dropped = dropped_rows(keys[1], self.condition_dropout, b, train)
+        dropped = dropped_rows(keys[1], self.conditioning.dropout, b, train)
         z, x = self.forward(model, batch, orders, dropped, keys[2] if train else None)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         each = self.head.loss(model.head, z, x, keys[3], train).mean(1)
@@ -176,18 +142,18 @@ class AnyOrder(BaseFamily):
         """
         b, places = len(orders), jnp.flip(orders, 1)
         x = _pick(to_tokens(batch["codes"], self.patch), places)
-        prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.dtype)
+        prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.compute.dtype)
         y = jnp.concatenate([prefix, self._embed_tokens(model, x, places)[:, :-1]], 1)
         y = shard(self._add_targets(model, y, places), "batch", "length", None)
         real = jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True)
-        mask = Causal(real, valid.shape[1]) if self.condition.spec.has_padding else Causal()
-        y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.remat)
+        mask = Causal(real, valid.shape[1]) if self.conditioning.what.spec.has_padding else Causal()
+        y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.compute.remat)
         return model.norm(y[:, prefix.shape[1] - 1 :]), x
 
     def _embed_tokens(self, model: AnyOrderNetwork, x: Array, places: Array) -> Array:
         """Embeddings of tokens: code plus position."""
-        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype))
-        return (entered + lookup(model.position, places)).astype(self.dtype)
+        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.compute.dtype))
+        return (entered + lookup(model.position, places)).astype(self.compute.dtype)
 
     def _add_targets(self, model: AnyOrderNetwork, y: Array, places: Array) -> Array:
         """Add the target positions (b, m) to the last m tokens of y (b, t, d)."""
@@ -217,7 +183,7 @@ class AnyOrder(BaseFamily):
         known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them. With permutations the model reads
             them first; in raster order it sees only those that come before.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `condition_dropout` is 0, since no unconditional branch was trained.
+            `conditioning.dropout` is 0, since no unconditional branch was trained.
         orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
         draws: source of the head's random numbers; replaces `heads.ImageKeys`.
         progress: its listener is called with (tokens so far, all tokens, codes).
@@ -232,14 +198,14 @@ class AnyOrderNetwork(nnx.Module):
     """The parameters of an `AnyOrder`."""
 
     def __init__(self, config: AnyOrder, key: Array):
-        keys = jax.random.split(key, 6)
-        self.condition = config.condition.init(keys[0], config.width)
-        self.entrance = config.head.entrance(keys[1], config.width)
-        self.position = param(normal(keys[2], (config.length, config.width)), None, "embed")
-        self.target = param(normal(keys[3], (config.length, config.width)), None, "embed")
-        self.blocks = stack(config.layer, config.depth, keys[4])
-        self.norm = config.layer.normalise()
-        self.head: Any = config.head.init(keys[5], config.width)
+        keys, d = jax.random.split(key, 6), config.transformer.width
+        self.condition = config.conditioning.what.init(keys[0], d)
+        self.entrance = config.head.entrance(keys[1], d)
+        self.position = param(normal(keys[2], (config.length, d)), None, "embed")
+        self.target = param(normal(keys[3], (config.length, d)), None, "embed")
+        self.blocks = stack(config.transformer, keys[4], config.compute.attention)
+        self.norm = config.transformer.normalise()
+        self.head: Any = config.head.init(keys[5], d)
 
 
 def _pick(x: Array, places: Array) -> Array:
@@ -270,10 +236,10 @@ def _sample(
     orders = orders if config.order.fixed else with_known_last(orders, keep)
     places = jnp.flip(orders, 1)
 
-    prefix, valid = model.condition(rows(condition), both.dropped(b), config.dtype)
+    prefix, valid = model.condition(rows(condition), both.dropped(b), config.compute.dtype)
     s, capacity = valid.shape[1], valid.shape[1] + length - 1
-    reading, decoding = prepare_layers_for_decode(model.blocks, config.dtype)
-    caches = tuple(Cache.empty(config.layer, b * both.count, capacity, config.dtype) for _ in reading)
+    reading, decoding = prepare_layers_for_decode(model.blocks, config.compute.dtype)
+    caches = tuple(Cache.empty(config.transformer, b * both.count, capacity, config.compute.dtype) for _ in reading)
     seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
     first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
     y, caches = apply_stack(reading, config._add_targets(model, prefix, rows(places[:, :1])), mask=first, caches=caches)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,39 +17,23 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Count, Grid, NotNegative, Range, Rate, Share, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
-from t2i_jax.nn.attention import Causal, Rotary, rotary_2d, with_prefix
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
+from t2i_jax.nn.attention import Causal, Rotary
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Block, Cache, Layer, apply_stack, drop, stack
+from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
+from t2i_jax.nn.transformer import REMATS, Block, Cache, Transformer, apply_stack, drop, stack
 from t2i_jax.sampling import autoregressive
 from t2i_jax.sampling.guidance import is_guided
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress
-
-SIZES: dict[str, dict[str, int]] = {
-    "1M": dict(width=128, depth=4, heads=4, mlp=384),
-    "5M": dict(width=256, depth=6, heads=4, mlp=704),
-    "30M": dict(width=512, depth=9, heads=8, mlp=1408),
-    "llamagen-b": dict(width=768, depth=12, heads=12, mlp=2048),  # 0.1 B
-    "llamagen-l": dict(width=1024, depth=24, heads=16, mlp=2816),  # 0.3 B
-    "llamagen-xl": dict(width=1280, depth=36, heads=20, mlp=3584),  # 0.8 B
-    "llamagen-1b": dict(width=2048, depth=22, heads=32, mlp=5632),
-    "llamagen-xxl": dict(width=1536, depth=48, heads=24, mlp=4096),  # 1.4 B
-    "llamagen-3b": dict(width=3200, depth=24, heads=32, mlp=8704),
-    "llamagen-xxxl": dict(width=2560, depth=48, heads=40, mlp=6912),  # 3.9 B
-    "llamagen-7b": dict(width=4096, depth=32, heads=32, mlp=11008),
-    "20B": dict(width=6144, depth=52, heads=48, kv_heads=8, mlp=16384),  # the size of the largest Parti
-}
-"""Published and own shapes, by name; parameter counts exclude the condition."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +44,13 @@ class AR(BaseFamily):
     """Number of codes of the codec."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
-    width: Size = 256
-    depth: Layers = 6
-    heads: Size = 4
-    kv_heads: Count = 0
-    """Key and value heads, shared by groups of query heads (Ainslie et al. 2023); 0: as many as `heads`."""
-    mlp: Count = 0
-    """Hidden width of the MLP; 0: 8/3 of the width, rounded up, with SwiGLU, else 4 times the width."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
-    norm: Literal["rms", "layer"] = "rms"
-    eps: Positive = 1e-5
-    """Epsilon of the normalisation."""
-    bias: bool = False
-    """Use learned biases in attention and MLP."""
-    qk_norm: bool = False
-    """Normalise queries and keys per head (Dehghani et al. 2023)."""
-    condition: Condition = ClassEmbedder(1000)
-    """Condition of the image: classes, captions or features; ids of its own vocabulary (`PrefixTokens`); or vectors of
-    this model's width, used unchanged (`CrossAttnFeatures`)."""
-    conditioning: Literal["prefix", "cross_attention"] = "prefix"
-    """Condition tokens precede the image, or every layer cross-attends to them and the image gets a start token: an
-    encoder-decoder as in dalle-mini and Parti (Yu et al. 2022, 2.1)."""
+    transformer: Transformer = Transformer(256, 6, 4, dropout=0.1)
+    conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
+    """The class, a caption, features, ids of its own vocabulary (`PrefixTokens`), or vectors of this model's width
+    used unchanged (`CrossAttnFeatures`). Its tokens precede the image (via "prefix", the default), or every layer
+    cross-attends to them and the image gets a start token ("cross_attention"): an encoder-decoder as in dalle-mini
+    and Parti (Yu et al. 2022, 2.1)."""
+    positions: RotaryPositions | LearnedPositions = RotaryPositions()
     tied: bool = False
     """Use the token table also as the output matrix."""
     zero_output: bool = False
@@ -88,19 +58,8 @@ class AR(BaseFamily):
     output_bias: bool = False
     bidirectional_prefix: Count = 0
     """Number of leading positions that attend to each other in both directions (`n_unmasked` of Esser et al. 2021)."""
-    positions: Literal["rotary", "learned"] = "rotary"
-    """Rotate queries and keys by grid position, or add a learned vector at each position of the sequence."""
-    num_positions: Count = 0
-    """Rows of the learned position table; 0: the sequence length."""
-    rotary_base: Positive = 10000.0
-    prefix_rotary: Literal["identity", "zero"] = "identity"
-    """Leave condition tokens unrotated, or multiply them by zero (as released LlamaGen weights need)."""
-    dropout: Rate = 0.1
-    """Dropout on the output of each attention and MLP, in training."""
     token_dropout: Rate = 0.1
     """Dropout on the embedded sequence, in training."""
-    condition_dropout: Share = 0.1
-    """Share of training examples whose condition is replaced by the unconditional one, for guidance; 0: none."""
     corruption: Share = 0.0
     """Maximum share of corrupted input codes. Each training image has a share between 0 and this replaced by random
     codes, so that its first codes do not suffice and the model must read the condition (after `pkeep` of Esser et al.
@@ -108,38 +67,23 @@ class AR(BaseFamily):
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     z_loss: NotNegative = 0.0
     """Weight of (log Z)^2."""
-    loss_chunk: Annotated[int, FREE] = 0
-    """Tokens of each image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD`
-    allows; below 0: all."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, logits and losses are fp32."""
-    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """Activations that each layer stores for its backward pass."""
-    kernel: Kind = "auto"
-    """Attention kernel in training: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
+    compute: Compute = Compute()
     sampling: Annotated[ARSampler, FREE] = ARSampler()
     """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.conditioning == "cross_attention" or not self.condition.spec.gives_ids:
-            check_vectors(self.condition, self.width)
-        if self.condition_dropout and not self.condition.spec.has_null:
-            raise ValueError("condition_dropout > 0 needs unconditional vectors: trained_null or kept_null")
+        condition = self.conditioning.what
+        if self.is_cross_attended or not condition.spec.gives_ids:
+            check_vectors(condition, self.transformer.width)
+        if self.conditioning.dropout and not condition.spec.has_null:
+            raise ValueError("conditioning.dropout > 0 needs unconditional vectors: trained_null or kept_null")
         places = self.prefix_length + self.length - 1
-        if self.positions == "learned" and 0 < self.num_positions < places:
+        if isinstance(self.positions, LearnedPositions) and 0 < self.positions.count < places:
             raise ValueError(
-                f"num_positions={self.num_positions} places for {self.prefix_length} tokens before the image and "
+                f"positions.count={self.positions.count} places for {self.prefix_length} tokens before the image and "
                 f"{self.length} codes of grid={self.grid}: {places} are needed"
             )
-
-    @classmethod
-    def sized(cls, size: str, **fields: Any) -> AR:
-        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
-        if size not in SIZES:
-            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        shape: dict[str, Any] = SIZES[size] | fields
-        return cls(**shape)
 
     @property
     def length(self) -> int:
@@ -147,52 +91,30 @@ class AR(BaseFamily):
         return math.prod(self.grid)
 
     @property
-    def layer(self) -> Layer:
-        """One block of the Transformer."""
-        return Layer(
-            self.width,
-            self.heads,
-            self.kv_heads,
-            hidden=self.mlp,
-            norm=self.norm,
-            eps=self.eps,
-            activation=self.activation,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            context=self.width if self.conditioning == "cross_attention" else 0,
-            dropout=self.dropout,
-            kernel=self.kernel,
-        )
+    def is_cross_attended(self) -> bool:
+        """Whether layers cross-attend to the condition's tokens, which do not precede the image."""
+        return self.conditioning.route("AR", "prefix", "cross_attention") == "cross_attention"
 
     @property
     def prefix_length(self) -> int:
         """Tokens before the image."""
-        return 1 if self.conditioning == "cross_attention" else self.condition.length
+        return 1 if self.is_cross_attended else self.conditioning.what.length
 
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(
             family=True,
-            unconditional=self.condition_dropout > 0,
+            unconditional=self.conditioning.dropout > 0,
             guidance=True,
             token_by_token=True,
             likelihood=True,
             inpaint=True,
             inpaint_prefix=True,
             int8=True,
-        )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return Compute(self.dtype, self.remat, self.kernel, self.loss_chunk)
-
-    def with_compute(self, compute: Compute) -> AR:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(
-            self,
-            **self.compute.changes(compute, "dtype", "remat", "loss_chunk", attention="kernel"),
+            remat=REMATS,
+            attention=True,
+            loss_chunk=True,
         )
 
     def sample_spec(self) -> SampleSpec:
@@ -201,8 +123,8 @@ class AR(BaseFamily):
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads; given tokens are codes."""
-        spec, last = self.condition.batch_spec(), self.vocabulary - 1
-        if not self.condition.spec.gives_ids:
+        spec, last = self.conditioning.what.batch_spec(), self.vocabulary - 1
+        if not self.conditioning.what.spec.gives_ids:
             return spec
         return {name: dataclasses.replace(field, high=last) for name, field in spec.items()}
 
@@ -220,7 +142,7 @@ class AR(BaseFamily):
         """
         keys = jax.random.split(key)
         b = batch["codes"].shape[0]
-        dropped = dropped_rows(keys[0], self.condition_dropout, b, train)
+        dropped = dropped_rows(keys[0], self.conditioning.dropout, b, train)
         z = self._features(model, batch, dropped, keys[1] if train else None)
         regular = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss} if train else {}
         loss, nll, correct = self._score(model, z, batch, **regular)
@@ -255,7 +177,7 @@ class AR(BaseFamily):
             mask=self._causal(_pad(valid, t), s),
             **context,
             key=keys[1],
-            remat=self.remat,
+            remat=self.compute.remat,
         )
         return x[:, s - 1 :]
 
@@ -270,19 +192,19 @@ class AR(BaseFamily):
 
     def _score(self, model: ARNetwork, z: Array, batch: Batch, **options: float) -> tuple[Array, ...]:
         codes = rearrange(batch["codes"], "b h w -> b (h w)")
-        return chunked_cross_entropy(model.logits, z, codes, self.loss_chunk, **options)
+        return chunked_cross_entropy(model.logits, z, codes, self.compute.loss_chunk, **options)
 
     def _embed(self, tokens: Embedding, codes: Array) -> Array:
-        return shard(tokens(codes).astype(self.dtype), "batch", "length", None)
+        return shard(tokens(codes).astype(self.compute.dtype), "batch", "length", None)
 
     def _prefix(self, model: ARNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array, dict[str, Any]]:
         """The tokens before the image (b, s, d), which of them are real (b, s), and the cross-attention inputs."""
-        tokens, valid = model.condition(batch, dropped, self.dtype)
-        if self.condition.spec.gives_ids:  # embedded like the image's own codes
+        tokens, valid = model.condition(batch, dropped, self.compute.dtype)
+        if self.conditioning.what.spec.gives_ids:  # embedded like the image's own codes
             return self._embed(model.tokens, tokens), valid, {}
         if model.start is None:
             return tokens, valid, {}
-        start = jnp.broadcast_to(model.start[...].astype(self.dtype), (len(tokens), 1, self.width))
+        start = jnp.broadcast_to(model.start[...].astype(self.compute.dtype), (len(tokens), 1, self.transformer.width))
         return start, jnp.ones((len(tokens), 1), bool), {"context": tokens, "context_mask": valid[:, None, None]}
 
     def _add_positions(self, positions: nnx.Param | None, x: Array, start: Array | int) -> Array:
@@ -294,10 +216,9 @@ class AR(BaseFamily):
 
     def _rotary(self, s: int, start: int, stop: int) -> Rotary | None:
         """cos and sin of positions `start` to `stop`: s condition tokens without a grid position, then the grid."""
-        if self.positions != "rotary":
+        if not isinstance(self.positions, RotaryPositions):
             return None
-        angles = rotary_2d(self.grid, self.layer.head, self.rotary_base)
-        table = with_prefix(jnp.cos(angles), jnp.sin(angles), s, zero=self.prefix_rotary == "zero")
+        table = self.positions.table(self.grid, self.transformer.head_size, s)
         return table[0][start:stop], table[1][start:stop]
 
     def visible(self, valid: Array) -> Array:
@@ -306,7 +227,7 @@ class AR(BaseFamily):
 
     def _causal(self, valid: Array, s: int) -> Causal:
         """The structured causal mask, with s condition tokens first."""
-        padded = self.conditioning == "prefix" and self.condition.spec.has_padding
+        padded = not self.is_cross_attended and self.conditioning.what.spec.has_padding
         return Causal(valid if padded else None, s, self.bidirectional_prefix)
 
     # -- sampling
@@ -332,12 +253,13 @@ class AR(BaseFamily):
         known, keep: codes (b, h, w), and a bool (b, h, w) of those to copy, to complete an image; they are the first
             ones in raster order.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `condition_dropout` is 0, since no unconditional branch was trained.
+            `conditioning.dropout` is 0, since no unconditional branch was trained.
         segments: number of steps in which the cache grows; attention reads no more than the current size; static. Each
             segment compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
         progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
         """
         guided = is_guided(self.capabilities, guided)
+        segments = segments or autoregressive.segments_of(self.transformer.depth)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefix_logits(self, model: ARNetwork, condition: Batch, dropped: Array) -> Array:
@@ -354,7 +276,7 @@ class AR(BaseFamily):
             tokens=model.tokens,
             blocks=blocks,
             norm=model.norm,
-            output=DecodeLinear(output, model.output_bias, self.dtype, jnp.float32),
+            output=DecodeLinear(output, model.output_bias, self.compute.dtype, jnp.float32),
             valid=valid,
             context_mask=context_mask,
             rotary=self._rotary(s, s, s + self.length),
@@ -369,8 +291,8 @@ class AR(BaseFamily):
         b, s = valid.shape
         if self.bidirectional_prefix > s:
             raise ValueError(f"bidirectional_prefix {self.bidirectional_prefix}: the condition has {s} tokens only")
-        first, following = prepare_layers_for_decode(model.blocks, self.dtype)
-        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
+        first, following = prepare_layers_for_decode(model.blocks, self.compute.dtype)
+        caches = tuple(Cache.empty(self.transformer, b, s, self.compute.dtype) for _ in first)
         x, rotary = self._add_positions(model.positions, prefix, 0), self._rotary(s, 0, s)
         x, caches = apply_stack(first, x, rotary=rotary, mask=self.visible(valid), caches=caches, **context)
         return x, caches, following, valid, context.get("context_mask")
@@ -420,23 +342,20 @@ class ARNetwork(nnx.Module):
     """The parameters of an `AR`."""
 
     def __init__(self, config: AR, key: Array):
-        keys = jax.random.split(key, 4)
-        self.condition = config.condition.init(keys[0], config.width)
-        self.tokens = Embedding(config.vocabulary, config.width, keys[1])
-        self.start = (
-            param(normal(jax.random.fold_in(key, 4), (config.width,)), "embed")
-            if config.conditioning == "cross_attention"
-            else None
-        )
-        rows = config.num_positions or config.prefix_length + config.length - 1
-        learned = config.positions == "learned"
-        self.positions = param(jnp.zeros((rows, config.width)), None, "embed") if learned else None
-        self.blocks = stack(config.layer, config.depth, keys[2])
+        keys, shape = jax.random.split(key, 4), config.transformer
+        d, cross = shape.width, config.is_cross_attended
+        self.condition = config.conditioning.what.init(keys[0], d)
+        self.tokens = Embedding(config.vocabulary, d, keys[1])
+        self.start = param(normal(jax.random.fold_in(key, 4), (d,)), "embed") if cross else None
+        learned = config.positions if isinstance(config.positions, LearnedPositions) else None
+        rows = (learned and learned.count) or config.prefix_length + config.length - 1
+        self.positions = None if learned is None else param(jnp.zeros((rows, d)), None, "embed")
+        self.blocks = stack(shape, keys[2], config.compute.attention, d if cross else 0)
         # Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
-            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
-        self.norm = config.layer.normalise()
-        output = normal(keys[3], (config.width, config.vocabulary), 0.0 if config.zero_output else 0.02)
+            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * shape.depth), *branch.out.w.axes)
+        self.norm = shape.normalise()
+        output = normal(keys[3], (d, config.vocabulary), 0.0 if config.zero_output else 0.02)
         self.output = None if config.tied else param(output, "embed", "vocab")
         self.output_bias = param(jnp.zeros(config.vocabulary), "vocab") if config.output_bias else None
 

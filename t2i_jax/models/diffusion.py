@@ -61,8 +61,6 @@ class Diffusion(BaseFamily):
     """Weight of the squared error at each time; see `loss_weight`."""
     gamma: Positive = 5.0
     """Clipping threshold of min_snr."""
-    condition_dropout: Share = 0.1
-    """Share of training images whose condition is replaced by the unconditional one, for guidance; 0: none."""
     guided_channels: Annotated[Count, FREE] = 0
     """Leading channels that classifier-free guidance changes; 0: all. Released samplers of DiT and GLIDE use 3."""
     upscale: Count = 0
@@ -74,6 +72,7 @@ class Diffusion(BaseFamily):
     solver: Annotated[str, FREE] = "own"
     """A key of `sampling.solvers.SOLVERS`; `own` becomes the default of the process: ddpm for Discrete, euler for Flow,
     heun for EDM."""
+    compute: Compute = Compute()
     sampling: Annotated[DiffusionSampler, FREE] = DiffusionSampler()
     """Default options of `sample`."""
 
@@ -94,7 +93,12 @@ class Diffusion(BaseFamily):
     @property
     def condition(self) -> Condition:
         """Condition of an image."""
-        return self.network.condition or ClassEmbedder(0)
+        return self.network.conditioning.what if self.network.conditioning else ClassEmbedder(0)
+
+    @property
+    def condition_dropout(self) -> float:
+        """Share of training images whose condition is dropped."""
+        return self.network.conditioning.dropout if self.network.conditioning else 0.0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -118,16 +122,9 @@ class Diffusion(BaseFamily):
             super_resolution=self.is_super_resolution,
             classifier_guidance=True,
             autoguidance=True,
+            remat=self.network.remats,
+            attention=self.network.chooses_attention,
         )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the network's computation."""
-        return self.network.compute
-
-    def with_compute(self, compute: Compute) -> Diffusion:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(self, network=self.network.with_compute(compute))
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -163,7 +160,7 @@ class Diffusion(BaseFamily):
 
     def init(self, key: Array) -> Any:
         """A network with fresh parameters."""
-        return self.network.init(key)
+        return self.network.init(key, self.compute)
 
     # -- training
 

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,20 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.conditions import Batch
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import DEEPEST, FREE, SAMPLED, Count, Grid, Positive, Range, Rate, Share, Size
+from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
-from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows
-from t2i_jax.nn.attention import Padding
-from t2i_jax.nn.kernels import Kind
-from t2i_jax.nn.layers import LayerNorm, Linear, normal, param
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
+from t2i_jax.nn.attention import Padding, Rotary
+from t2i_jax.nn.layers import Linear, normal, param
+from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import REMATS, Transformer, apply_stack, stack
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule
@@ -50,13 +51,6 @@ from t2i_jax.sampling.orders import (
 )
 from t2i_jax.sampling.progress import Progress, report
 
-SIZES: dict[str, dict[str, Any]] = {
-    "mar-b": dict(width=768, depth=12, heads=12, head=DiffusionHead(width=1024, depth=6)),  # 208 M
-    "mar-l": dict(width=1024, depth=16, heads=16, head=DiffusionHead(width=1280, depth=8)),  # 478 M
-    "mar-h": dict(width=1280, depth=20, heads=16, head=DiffusionHead(width=1536, depth=12)),  # 942 M
-}
-"""Published shapes, by name."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Masked(BaseFamily):
@@ -70,36 +64,22 @@ class Masked(BaseFamily):
     order: Annotated[Order, SAMPLED] = Sets()
     rate: MaskRate = MaskRate()
     """Distribution of the share of hidden tokens in training."""
-    width: Size = 768
-    """Width of the encoder; depth, heads and mlp are also the encoder's."""
-    depth: Annotated[int, Range(0, DEEPEST)] = 12
-    heads: Size = 12
-    mlp: Count = 0
-    """Hidden width of the MLP; 0: four times the width."""
-    decoder_width: Count = 0
-    """Width of the decoder; here and below, 0: as in the encoder."""
-    decoder_depth: Annotated[int, Range(0, DEEPEST)] = 0
-    decoder_heads: Count = 0
-    decoder_mlp: Count = 0
+    transformer: Transformer = Transformer(
+        768, 12, 12, norm="layer", eps=1e-6, activation="gelu", bias=True, dropout=0.1
+    )
+    """The encoder; with a depth of 0 there is none, and only its width and norm count."""
+    decoder: Transformer | None = None
+    """None: like the encoder."""
+    positions: LearnedPositions | RotaryPositions = LearnedPositions()
+    """Learned vectors at the inputs of encoder, decoder and head, or rotated queries and keys in both."""
     buffer: Size = 64
     """Prefix length for a condition of one token, which is repeated; longer conditions take one position per token."""
-    condition: Condition = ClassEmbedder(1000)
-    """Condition prepended to the image: classes, captions or features."""
+    conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
+    """The class, a caption or features, as a prefix of the image."""
     size_buckets: Annotated[Size, FREE] = 4
     """Number of sequence lengths compiled for the encoder in the sampler, chosen by the number of known tokens. 1: the
     encoder always reads the full length."""
-    dropout: Rate = 0.1
-    """Dropout on the output of each attention and MLP, in training."""
-    condition_dropout: Share = 0.1
-    """Share of training examples whose condition is replaced by the unconditional one, for guidance."""
-    eps: Positive = 1e-6
-    """Epsilon of the normalisation."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, norms and losses are fp32."""
-    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """Activations that each layer stores for its backward pass."""
-    kernel: Kind = "auto"
-    """Attention kernel: "plain" matmuls, "cudnn" on GPUs, "splash" on TPUs; "auto": by platform."""
+    compute: Compute = Compute()
     sampling: Annotated[MaskedSampler, FREE] = MaskedSampler()
     """Default options of `sample`."""
 
@@ -111,19 +91,12 @@ class Masked(BaseFamily):
                 f"a {type(self.head).__name__} gives none"
             )
         _ = self.sample_spec()  # rejects a patch that no token can be made of
-        check_vectors(self.condition, self.width)
-        if not (self.depth or self.decoder_depth):
-            raise ValueError(
-                "depth 0 is a model without encoder, and decoder_depth 0 is as deep as it: set one of them"
-            )
-
-    @classmethod
-    def sized(cls, size: str, **fields: Any) -> Masked:
-        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
-        if size not in SIZES:
-            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        shape: dict[str, Any] = SIZES[size] | fields
-        return cls(**shape)
+        self.conditioning.route("Masked", "prefix")
+        check_vectors(self.conditioning.what, self.transformer.width)
+        if not self.decoding.depth:
+            raise ConfigError("transformer.depth 0 is a model without encoder: it needs a `decoder` with layers")
+        if isinstance(self.positions, LearnedPositions) and self.positions.count:
+            raise ConfigError("positions.count: the tables of Masked have a row for each token")
 
     @property
     def length(self) -> int:
@@ -133,48 +106,25 @@ class Masked(BaseFamily):
     @property
     def condition_tokens(self) -> int:
         """Number of condition positions before the image."""
-        return self.buffer if self.condition.length == 1 else self.condition.length
+        return self.buffer if self.conditioning.what.length == 1 else self.conditioning.what.length
 
     @property
-    def encoder(self) -> Layer:
-        """One block of the encoder."""
-        return self._layer(self.width, self.heads, self.mlp)
-
-    @property
-    def decoder(self) -> Layer:
-        """One block of the decoder."""
-        return self._layer(
-            self.decoder_width or self.width, self.decoder_heads or self.heads, self.decoder_mlp or self.mlp
-        )
-
-    def _layer(self, width: int, heads: int, mlp: int) -> Layer:
-        return Layer(
-            width,
-            heads,
-            hidden=mlp,
-            norm="layer",
-            eps=self.eps,
-            activation="gelu",
-            bias=True,
-            dropout=self.dropout,
-            kernel=self.kernel,
-        )
+    def decoding(self) -> Transformer:
+        """The decoder."""
+        return self.decoder or self.transformer
 
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(
-            family=True, unconditional=self.condition_dropout > 0, guidance=True, inpaint=True, token_head=True
+            family=True,
+            unconditional=self.conditioning.dropout > 0,
+            guidance=True,
+            inpaint=True,
+            token_head=True,
+            remat=REMATS,
+            attention=True,
         )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return Compute(self.dtype, self.remat, self.kernel)
-
-    def with_compute(self, compute: Compute) -> Masked:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", attention="kernel"))
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -182,7 +132,7 @@ class Masked(BaseFamily):
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads."""
-        return self.condition.batch_spec()
+        return self.conditioning.what.batch_spec()
 
     def init(self, key: Array) -> MaskedNetwork:
         """A model with fresh parameters."""
@@ -201,7 +151,7 @@ class Masked(BaseFamily):
         b = len(x)
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
         hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length, train))
-        dropped = dropped_rows(keys[2], self.condition_dropout, b, train)
+        dropped = dropped_rows(keys[2], self.conditioning.dropout, b, train)
         z = self.forward(
             model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3] if train else None
         )
@@ -234,8 +184,8 @@ class Masked(BaseFamily):
 
     def read(self, model: MaskedNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array]:
         """The condition tokens (b, s, d), and which of them are valid (b, s)."""
-        tokens, valid = model.condition(batch, dropped, self.dtype)
-        if self.condition.length == 1:
+        tokens, valid = model.condition(batch, dropped, self.compute.dtype)
+        if self.conditioning.what.length == 1:
             tokens, valid = (
                 repeat(tokens, "b 1 d -> b s d", s=self.condition_tokens),
                 repeat(valid, "b 1 -> b s", s=self.condition_tokens),
@@ -259,16 +209,32 @@ class Masked(BaseFamily):
         places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
         seen = jnp.take_along_axis(~hidden, places, 1)
         x = jax.vmap(lambda x, p: x[p])(x, places)
-        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.dtype)).astype(self.dtype)
-        position = model.encoder_position[...].astype(self.dtype)
-        y = jnp.concatenate(
-            [slots + position[: self.condition_tokens], entered + position[self.condition_tokens :][places]], 1
+        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.compute.dtype)).astype(
+            self.compute.dtype
         )
+        y = jnp.concatenate([slots, entered], 1)
+        at = self._order_of(places)
+        if model.encoder_position is not None:
+            y = y + model.encoder_position[...].astype(y.dtype)[at]
         y = shard(model.entrance_norm(y), "batch", "length", None)
         if model.encoder is not None:
-            mask = Padding(jnp.concatenate([valid, seen], 1))
-            y, _ = apply_stack(model.encoder, y, mask=mask, key=key, remat=self.remat)
+            mask, rotary = Padding(jnp.concatenate([valid, seen], 1)), self._rotary(self.transformer)
+            rotary = None if rotary is None else (rotary[0][at], rotary[1][at])
+            y, _ = apply_stack(model.encoder, y, rotary=rotary, mask=mask, key=key, remat=self.compute.remat)
         return model.encoder_norm(y)
+
+    def _order_of(self, places: Array) -> Array:
+        """Numbers (b, s + size) in the sequence of condition and image: those of the condition, then of `places` of the
+        image."""
+        s = self.condition_tokens
+        prefix = jnp.broadcast_to(jnp.arange(s), (len(places), s))
+        return jnp.concatenate([prefix, s + places], 1)
+
+    def _rotary(self, transformer: Transformer) -> Rotary | None:
+        """cos and sin of the whole sequence (s + L, h / 2), if positions are rotary."""
+        if not isinstance(self.positions, RotaryPositions):
+            return None
+        return self.positions.table(self.grid, transformer.head_size, self.condition_tokens)
 
     def restore(self, model: MaskedNetwork, y: Array, hidden: Array) -> Array:
         """Scatter the encoder's output among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
@@ -285,10 +251,12 @@ class Masked(BaseFamily):
     def decode(self, model: MaskedNetwork, valid: Array, y: Array, key: Array | None = None) -> Array:
         """z of every position: (b, s + L, d') -> (b, L, d')."""
         real = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)
-        mask = Padding(real) if self.condition.spec.has_padding else None
-        y = y + model.decoder_position[...].astype(y.dtype)
-        y, _ = apply_stack(model.decoder, y, mask=mask, key=key, remat=self.remat)
-        return model.decoder_norm(y)[:, self.condition_tokens :] + model.head_position[...].astype(y.dtype)
+        mask = Padding(real) if self.conditioning.what.spec.has_padding else None
+        y = y if model.decoder_position is None else y + model.decoder_position[...].astype(y.dtype)
+        rotary = self._rotary(self.decoding)
+        y, _ = apply_stack(model.decoder, y, rotary=rotary, mask=mask, key=key, remat=self.compute.remat)
+        z = model.decoder_norm(y)[:, self.condition_tokens :]
+        return z if model.head_position is None else z + model.head_position[...].astype(y.dtype)
 
     # -- sampling
 
@@ -335,7 +303,7 @@ class Masked(BaseFamily):
 
         known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them, for inpainting or outpainting.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `condition_dropout` is 0, since no unconditional branch was trained.
+            `conditioning.dropout` is 0, since no unconditional branch was trained.
         orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
         draws: source of the head's random numbers; replaces `heads.ImageKeys`.
         progress: its listener is called with (steps done, all steps, codes).
@@ -351,19 +319,22 @@ class MaskedNetwork(nnx.Module):
 
     def __init__(self, config: Masked, key: Array):
         keys = jax.random.split(key, 10)
-        d, f, total = config.width, config.decoder.width, config.condition_tokens + config.length
-        self.condition = config.condition.init(keys[0], d)
+        encoder, decoder, kernel = config.transformer, config.decoding, config.compute.attention
+        d, f, total = encoder.width, decoder.width, config.condition_tokens + config.length
+        learned = isinstance(config.positions, LearnedPositions)
+        table = lambda key, rows, width: param(normal(key, (rows, width)), None, "embed") if learned else None
+        self.condition = config.conditioning.what.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
-        self.encoder_position = param(normal(keys[2], (total, d)), None, "embed")
-        self.entrance_norm = LayerNorm(d, config.eps)
-        self.encoder = stack(config.encoder, config.depth, keys[3]) if config.depth else None
-        self.encoder_norm = LayerNorm(d, config.eps)
+        self.encoder_position = table(keys[2], total, d)
+        self.entrance_norm = encoder.normalise()
+        self.encoder = stack(encoder, keys[3], kernel) if encoder.depth else None
+        self.encoder_norm = encoder.normalise()
         self.widen = Linear(d, f, keys[4], std=None, axes=("embed", "mlp"))
         self.mask_token = param(normal(keys[5], (f,)), "embed")
-        self.decoder_position = param(normal(keys[6], (total, f)), None, "embed")
-        self.decoder = stack(config.decoder, config.decoder_depth or config.depth, keys[7])
-        self.decoder_norm = LayerNorm(f, config.eps)
-        self.head_position = param(normal(keys[8], (config.length, f)), None, "embed")
+        self.decoder_position = table(keys[6], total, f)
+        self.decoder = stack(decoder, keys[7], kernel)
+        self.decoder_norm = decoder.normalise()
+        self.head_position = table(keys[8], config.length, f)
         self.head: Any = config.head.init(keys[9], f)
 
 

@@ -32,27 +32,27 @@ HIDDEN = 2048
 class NoisedClassifier(Checked):
     """The encoder half of a UNet, pooled to logits."""
 
-    trunk: UNet = UNet(condition=None, head_dim=64)
+    trunk: UNet = UNet(conditioning=None, head_dim=64)
     """UNet whose encoder and middle are used; its condition and prediction target are ignored."""
     classes: Size = 1000
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = "attention"
     """Mean of the last features; attention from that mean to all of them; means of all stages through an MLP, without
     or with normalisation."""
     process: Process = Discrete()
+    compute: Compute = Compute()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.compute.check(self.capabilities)
 
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return Capabilities(classifier=True)
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return self.trunk.compute
+        return Capabilities(classifier=True, remat=self.trunk.remats)
 
     def with_compute(self, compute: Compute) -> NoisedClassifier:
         """The same model with other settings of the computation."""
-        return dataclasses.replace(self, trunk=self.trunk.with_compute(compute))
+        return dataclasses.replace(self, compute=compute)
 
     def init(self, key: Array) -> NoisyClassifierNet:
         return NoisyClassifierNet(self, key)
@@ -96,7 +96,7 @@ class NoisyClassifierNet(UNetEncoder):
 
     def __init__(self, config: NoisedClassifier, key: Array):
         keys = jax.random.split(key)
-        super().__init__(config.trunk, keys[0])
+        super().__init__(config.trunk, keys[0], config.compute)
         trunk, c = config.trunk, self.kept[-1]
         if config.pool.startswith("spatial"):
             self.head: Any = StagePool(trunk, sum(self.kept) + c, config.classes, keys[1], config.pool == "spatial_v2")
@@ -107,7 +107,7 @@ class NoisyClassifierNet(UNetEncoder):
 
     def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
         """x (b, i, j, c) at network times t (b,) -> logits (b, v) fp32."""
-        return self.head(*self.encode(x, self.time(t).astype(self.config.dtype), key=key)).astype(jnp.float32)
+        return self.head(*self.encode(x, self.time(t).astype(self.compute.dtype), key=key)).astype(jnp.float32)
 
 
 class MeanPool(nnx.Module):

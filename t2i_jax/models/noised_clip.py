@@ -72,7 +72,8 @@ class NoisedCLIP(Checked):
 
     def with_compute(self, compute: Compute) -> NoisedCLIP:
         """The same model with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute))
+        compute.check(self.capabilities)
+        return self
 
     def init(self, key: Array) -> CLIPNetwork:
         return CLIPNetwork(self, key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import Array
 
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, NotNegative, Share, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
@@ -30,21 +30,11 @@ from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
 from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import Block, Cache, Layer, TokenShift, apply_stack, drop, stack
+from t2i_jax.nn.transformer import REMATS, Block, Cache, TokenShift, Transformer, apply_stack, drop, stack
 from t2i_jax.sampling import autoregressive
 from t2i_jax.sampling.guidance import is_guided
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress
-
-SIZES: dict[str, dict[str, Any]] = {
-    "5M": dict(width=256, depth=6, heads=4),
-    "mindalle": dict(width=1536, depth=42, heads=24),  # 1.3 B
-    "cogview": dict(
-        width=2560, depth=48, heads=40, sandwich_norm=True, pb_relax=True, tied=True, one_softmax=True
-    ),  # 4 B
-    "dalle": dict(width=3968, depth=64, heads=62, positions="axial", attention=("row", "column", "row", "row")),  # 12 B
-}
-"""Published and own shapes, by name."""
 
 Attention = Literal["full", "row", "column", "window"]
 WINDOW = 5  # rows and columns of a window, its last cell the query's own
@@ -95,24 +85,8 @@ class Stream(BaseFamily):
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
     condition: StreamText = StreamText()
-    width: Size = 256
-    depth: Layers = 6
-    heads: Size = 4
-    head_dim: Count = 0
-    """0: width / heads."""
-    mlp: Count = 0
-    """Hidden width of the MLP; 0: 4 times the width, or 8/3 if gated."""
-    activation: Literal["swiglu", "geglu_exact", "gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    bias: bool = True
-    """Use learned biases in the MLPs, and in attention unless the next two fields override it."""
-    qkv_bias: bool | None = None
-    out_bias: bool | None = None
-    sandwich_norm: bool = False
-    """Also normalise the output of each branch (Ding et al. 2021, 2.3)."""
-    pb_relax: bool = False
-    """Keep low-precision values small in attention and normalisation (Ding et al. 2021, 2.3, PB-Relax)."""
-    layer_scale: bool = False
-    """Multiply the output of each branch by a learned vector (Touvron et al. 2021)."""
+    transformer: Transformer = Transformer(256, 6, 4, norm="layer", activation="gelu", bias=True)
+    """With `rope_values`, `sandwich_norm`, `pb_relax` (CogView) and `layer_scale` (DALLE-pytorch)."""
     token_shift: bool = False
     """Each branch reads some channels from preceding neighbours."""
     attention: tuple[Attention, ...] = ("full",)
@@ -131,18 +105,10 @@ class Stream(BaseFamily):
     per text token weights all tokens equally, as CogView does."""
     embedding_gradient: Finite = 1.0
     """Factor of the gradient of the embedded tokens; CogView uses 0.1."""
-    dropout: Rate = 0.0
-    """Dropout on the output of each attention and MLP, and on the embedded sequence, in training."""
     condition_dropout: Share = 0.1
     """Share of training examples whose text is replaced by padding, for guidance; 0: there is no unconditional
     branch."""
-    loss_chunk: Annotated[int, FREE] = 0
-    """Codes of each image, and tokens of its text, whose logits are in memory at a time; 0: all, or as many as the
-    budget `nn.losses.HELD` allows; below 0: all."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, logits and losses are fp32."""
-    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """Activations that each layer stores for its backward pass."""
+    compute: Compute = Compute()
     sampling: Annotated[ARSampler, FREE] = ARSampler()
     """Default options of `sample`."""
 
@@ -150,40 +116,13 @@ class Stream(BaseFamily):
         super().__post_init__()
         if not self.attention:
             raise ValueError("attention=(): at least one kind")
-        if self.token_shift and self.width % 4:
-            raise ValueError(f"shift=True moves quarters of the width; width={self.width} is no multiple of 4")
-
-    @classmethod
-    def sized(cls, size: str, **fields: Any) -> Stream:
-        """The configuration of a row of SIZES, with other fields as given. Raises ValueError for an unknown name."""
-        if size not in SIZES:
-            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        return cls(**(SIZES[size] | fields))
+        if self.token_shift and self.transformer.width % 4:
+            raise ValueError(f"token_shift: moves quarters of the width {self.transformer.width}, no multiple of 4")
 
     @property
     def length(self) -> int:
         """Tokens of an image."""
         return math.prod(self.grid)
-
-    @property
-    def layer(self) -> Layer:
-        """One block of the Transformer."""
-        return Layer(
-            self.width,
-            self.heads,
-            head_dim=self.head_dim,
-            hidden=self.mlp,
-            norm="layer",
-            activation=self.activation,
-            bias=self.bias,
-            qkv_bias=self.qkv_bias,
-            out_bias=self.out_bias,
-            rope_values=self.positions == "rotary",
-            sandwich_norm=self.sandwich_norm,
-            layer_scale=self.layer_scale,
-            pb_relax=self.pb_relax,
-            dropout=self.dropout,
-        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -197,16 +136,10 @@ class Stream(BaseFamily):
             inpaint=True,
             inpaint_prefix=True,
             int8=True,
+            remat=REMATS,
+            attention=True,
+            loss_chunk=True,
         )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
-
-    def with_compute(self, compute: Compute) -> Stream:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -235,7 +168,7 @@ class Stream(BaseFamily):
         both = lambda z: jnp.concatenate([model.image_logits(z), model.text_logits(z)], -1)
         text_score, image_score = (both, both) if self.one_softmax else (model.text_logits, model.image_logits)
         text = text[:, text.shape[1] - w.shape[1] :] + self.vocabulary * self.one_softmax
-        _, text_nll, _ = chunked_cross_entropy(text_score, w, text, self.loss_chunk)
+        _, text_nll, _ = chunked_cross_entropy(text_score, w, text, self.compute.loss_chunk)
         _, image_nll, correct = self._image_score(image_score, x, batch["codes"])
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
@@ -269,7 +202,7 @@ class Stream(BaseFamily):
         return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
 
     def _image_score(self, score: Callable[[Array], Array], x: Array, codes: Array) -> tuple[Array, ...]:
-        return chunked_cross_entropy(score, x, rearrange(codes, "b h w -> b (h w)"), self.loss_chunk)
+        return chunked_cross_entropy(score, x, rearrange(codes, "b h w -> b (h w)"), self.compute.loss_chunk)
 
     def _features(
         self, model: StreamNetwork, text: Array, codes: Array, key: Array | None = None
@@ -282,12 +215,12 @@ class Stream(BaseFamily):
         place = jnp.arange(x.shape[1])
         x, _ = apply_stack(
             model.blocks,
-            shard(drop(x, self.dropout, keys[0]), "batch", "length", None),
+            shard(drop(x, self.transformer.dropout, keys[0]), "batch", "length", None),
             mask=Causal() if self.attention == ("full",) else self._visible(place, place),
             rotary=self._rotary(place),
             shift=self._shift,
             key=keys[1],
-            remat=self.remat,
+            remat=self.compute.remat,
         )
         return x[:, : self.condition.prefix_length - 1], x[:, self.condition.prefix_length - 1 :]
 
@@ -299,14 +232,14 @@ class Stream(BaseFamily):
             text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.condition.padding)
         x = model.text_tokens(text)
         x = x if model.text_places is None else x + model.text_places[...]
-        return shard(x.astype(self.dtype), "batch", "length", None)
+        return shard(x.astype(self.compute.dtype), "batch", "length", None)
 
     def _image(self, tokens: Embedding, places: Array | None, codes: Array, first: Array | int) -> Array:
         """Codes (b, t) of the grid positions from `first` on as tokens of the stream."""
         x = tokens(codes)
         here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
         x = x if places is None else x + shard(here(places), None, "embed")
-        return shard(x.astype(self.dtype), "batch", "length", None)
+        return shard(x.astype(self.compute.dtype), "batch", "length", None)
 
     @property
     def _shift(self) -> TokenShift | None:
@@ -332,7 +265,7 @@ class Stream(BaseFamily):
         """cos and sin at positions `place`."""
         if self.positions != "rotary":
             return None
-        angles = rotary_text_grid(self.condition.prefix_length, self.grid, self.layer.head)
+        angles = rotary_text_grid(self.condition.prefix_length, self.grid, self.transformer.head_size)
         return jnp.cos(angles)[place], jnp.sin(angles)[place]
 
     # -- sampling
@@ -356,16 +289,17 @@ class Stream(BaseFamily):
         guided: None skips the unconditional branch if `condition_dropout` is 0.
         """
         guided = is_guided(self.capabilities, guided)
+        segments = segments or autoregressive.segments_of(self.transformer.depth)
         return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
     def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
         """Process the text: the logits (b, v) of code 0, and the initial state for `decode`."""
         x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.prefix_length)
-        first, following = prepare_layers_for_decode(model.blocks, self.dtype)
+        first, following = prepare_layers_for_decode(model.blocks, self.compute.dtype)
         b, s = x.shape[:2]
-        caches = tuple(Cache.empty(self.layer, b, s, self.dtype) for _ in first)
+        caches = tuple(Cache.empty(self.transformer, b, s, self.compute.dtype) for _ in first)
         if self.token_shift:
-            past = jnp.zeros((b, 2, s, self.width // 4 * 2), self.dtype)
+            past = jnp.zeros((b, 2, s, self.transformer.width // 4 * 2), self.compute.dtype)
             caches = tuple(c._replace(past=past) for c in caches)
         x, caches = apply_stack(
             first,
@@ -382,7 +316,7 @@ class Stream(BaseFamily):
             tokens=model.image_tokens,
             places=model.cells(),
             norm=model.norm,
-            output=DecodeLinear(w, model.image_bias, self.dtype, jnp.float32),
+            output=DecodeLinear(w, model.image_bias, self.compute.dtype, jnp.float32),
             text=s,
         )
         return model.image_logits(x[:, -1]), state
@@ -426,10 +360,11 @@ class StreamNetwork(nnx.Module):
     """The parameters of a `Stream`."""
 
     def __init__(self, config: Stream, key: Array):
-        keys = jax.random.split(key, 7)
-        self.text_tokens = Embedding(config.condition.num_embeddings, config.width, keys[0])
-        self.image_tokens = Embedding(config.vocabulary, config.width, keys[1])
-        places = lambda key, *shape: param(normal(key, (*shape, config.width)), *(None,) * len(shape), "embed")
+        keys, shape = jax.random.split(key, 7), config.transformer
+        d, depth = shape.width, shape.depth
+        self.text_tokens = Embedding(config.condition.num_embeddings, d, keys[0])
+        self.image_tokens = Embedding(config.vocabulary, d, keys[1])
+        places = lambda key, *shape: param(normal(key, (*shape, d)), *(None,) * len(shape), "embed")
         learned = config.positions != "rotary"
         self.text_places = places(keys[2], config.condition.prefix_length) if learned else None
         self.image_places = places(keys[3], config.length) if config.positions == "learned" else None
@@ -437,17 +372,17 @@ class StreamNetwork(nnx.Module):
         self.row_places, self.column_places = (
             places(k, n) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
         )
-        self.blocks = stack(config.layer, config.depth, keys[4])
+        self.blocks = stack(shape, keys[4], config.compute.attention)
         # Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
         for branch in (self.blocks.attention, self.blocks.mlp):
-            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * config.depth), *branch.out.w.axes)
-        if config.layer_scale:  # earlier layers start with larger scales (Touvron et al. 2021, 3.2)
-            layer = jnp.arange(1, config.depth + 1)
+            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * depth), *branch.out.w.axes)
+        if shape.layer_scale:  # earlier layers start with larger scales (Touvron et al. 2021, 3.2)
+            layer = jnp.arange(1, depth + 1)
             scale = jnp.where(layer <= 18, 0.1, jnp.where(layer <= 24, 1e-5, 1e-6))[:, None]
             for name in ("attention_scale", "mlp_scale"):
-                setattr(self.blocks, name, param(jnp.broadcast_to(scale, (config.depth, config.width)), None))
-        self.norm = config.layer.normalise()
-        matrix = lambda key, v: None if config.tied else param(normal(key, (config.width, v)), "embed", "vocab")
+                setattr(self.blocks, name, param(jnp.broadcast_to(scale, (depth, d)), None))
+        self.norm = shape.normalise()
+        matrix = lambda key, v: None if config.tied else param(normal(key, (d, v)), "embed", "vocab")
         bias = lambda v: param(jnp.zeros(v), "vocab") if config.output_bias else None
         self.text_head, self.text_bias = (
             matrix(keys[5], config.condition.num_embeddings),

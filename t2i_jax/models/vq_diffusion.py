@@ -20,17 +20,18 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Count, Grid, Layers, NotNegative, Rate, Share, Size
+from t2i_jax.core.fields import FREE, Grid, NotNegative
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.adaln_transformer import AdaLN, apply_blocks, stack_blocks
-from t2i_jax.networks.condition import ClassEmbedder, check_vectors, dropped_rows, ids
-from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param, replace
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows, ids
+from t2i_jax.nn.layers import Embedding, Linear, ModelState, normal, param, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
-from t2i_jax.nn.transformer import Layer
+from t2i_jax.nn.positions import AxialPositions, RotaryPositions
+from t2i_jax.nn.transformer import REMATS, Transformer
 from t2i_jax.noise.categorical import inverse_cdf, uniform
 from t2i_jax.noise.discrete import LOWEST, Chain, clipped, importance, masked_share
 from t2i_jax.noise.schedule import spread
@@ -50,15 +51,10 @@ class VQDiffusion(BaseFamily):
     """Noise process, and the number of codes."""
     grid: Grid = (8, 8)
     """Rows and columns of codes."""
-    width: Size = 256
-    depth: Layers = 6
-    heads: Size = 4
-    mlp: Count = 0
-    """Hidden width of the MLP; 0: 4 times the width."""
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    transformer: Transformer = Transformer(256, 6, 4, norm="layer", activation="quick_gelu", bias=True)
     conv_mlp: bool = False
     """Use 3x3 convolutions over the grid in place of the MLP's matrices."""
-    condition: Condition = ClassEmbedder(1000)
+    conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
     """Captions and features enter by cross-attention, classes by the norm before the MLP; `ClassEmbedder(0)` means no
     condition."""
     mean_null: bool = False
@@ -67,12 +63,7 @@ class VQDiffusion(BaseFamily):
     class_norm: Literal["layer", "instance"] = "layer"
     times: Literal["learned", "sinusoidal", "none"] = "learned"
     """Time input of the norms: a learned table, a sinusoidal embedding, or none."""
-    position_grid: tuple[int, int] | None = None
-    """Rows and columns of the position tables; None: those of the grid. A larger one is read in raster order, as if the
-    image's tokens were its first: released models of 16 x 16 tokens were trained so with 32 x 32."""
-    dropout: Rate = 0.0
-    condition_dropout: Share = 0.1
-    """Share of training examples whose condition is replaced by the unconditional one, for guidance; 0: none."""
+    positions: AxialPositions | RotaryPositions = AxialPositions()
     objective: Literal["bound", "continuous"] = "bound"
     """The chain's bound with its auxiliary loss, or the continuous-time bound of the absorbing chain."""
     aux_loss_weight: NotNegative = 5e-4
@@ -83,19 +74,17 @@ class VQDiffusion(BaseFamily):
     """Loss weights of masked tokens and of the others."""
     importance: bool = True
     """Sample times in proportion to their loss, once every time was seen more than ten times; else uniformly."""
-    loss_chunk: Annotated[int, FREE] = 0
-    """Tokens of each image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD`
-    allows; below 0: all."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; parameters, logits, distributions and losses are fp32."""
-    remat: Annotated[Literal["none", "full", "dots", "branches"], FREE] = "none"
-    """Activations that each layer stores for its backward pass."""
+    compute: Compute = Compute()
     sampling: Annotated[DiscreteSampler, FREE] = DiscreteSampler()
     """Default options of `sample`."""
 
     def __post_init__(self):
         super().__post_init__()
-        check_vectors(self.condition)
+        self.transformer.check_plain(
+            "VQDiffusion", "post_norm", "rope_values", "sandwich_norm", "layer_scale", "pb_relax"
+        )
+        self.conditioning.route("VQDiffusion", "default")
+        check_vectors(self.conditioning.what)
         if self.objective == "continuous" and self.chain.kind != "mask":
             raise ValueError(f"objective 'continuous' is that of Chain(kind='mask'), not of {self.chain.kind!r}")
 
@@ -112,50 +101,41 @@ class VQDiffusion(BaseFamily):
     @property
     def rows(self) -> int:
         """Rows of the class table."""
-        count = self.condition.spec.classes or 0
+        count = self.conditioning.what.spec.classes or 0
         return count + (not self.mean_null) if count else 0
 
     @property
     def by_tokens(self) -> bool:
         """Whether blocks cross-attend to condition tokens; a class enters by their norms."""
-        return self.condition.spec.classes is None
+        return self.conditioning.what.spec.classes is None
 
     @property
     def block(self) -> AdaLN:
         """One block of the Transformer."""
         return AdaLN(
-            Layer(
-                self.width,
-                self.heads,
-                hidden=self.mlp or 4 * self.width,
-                norm="layer",
-                activation=self.activation,
-                bias=True,
-                dropout=self.dropout,
-            ),
+            self.transformer,
             1 if self.times == "none" else self.chain.steps,
             sinusoidal=self.times == "sinusoidal",
-            context=self.condition.token_width(self.width) if self.by_tokens else 0,
+            context=self.conditioning.what.token_width(self.transformer.width) if self.by_tokens else 0,
             classes=self.rows,
             class_norm=self.class_norm,
             grid=self.grid if self.conv_mlp else None,
+            attention=self.compute.attention,
         )
 
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(
-            family=True, unconditional=self.condition_dropout > 0, guidance=True, likelihood=True, inpaint=True
+            family=True,
+            unconditional=self.conditioning.dropout > 0,
+            guidance=True,
+            likelihood=True,
+            inpaint=True,
+            remat=REMATS,
+            attention=True,
+            loss_chunk=True,
         )
-
-    @property
-    def compute(self) -> Compute:
-        """Settings of the computation."""
-        return Compute(self.dtype, self.remat, loss_chunk=self.loss_chunk)
-
-    def with_compute(self, compute: Compute) -> VQDiffusion:
-        """The same model with other settings of the computation."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat", "loss_chunk"))
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -163,7 +143,7 @@ class VQDiffusion(BaseFamily):
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads."""
-        return self.condition.batch_spec()
+        return self.conditioning.what.batch_spec()
 
     def loop_trips(self, options: DiscreteSampler) -> int:
         """Number of network evaluations."""
@@ -176,34 +156,43 @@ class VQDiffusion(BaseFamily):
 
     # -- the network
 
-    def embed_condition(self, model: VQDiffusionNetwork, batch: Batch, dropped: Array) -> Conditioning:
-        """Conditioning of the blocks for each row; `dropped` bool (b,) marks unconditional ones."""
-        if (count := self.condition.spec.classes) is not None:
+    def embed_condition(self, model: VQDiffusionNetwork, batch: Batch, dropped: Array) -> BlockConditioning:
+        """BlockConditioning of the blocks for each row; `dropped` bool (b,) marks unconditional ones."""
+        if (count := self.conditioning.what.spec.classes) is not None:
             label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
-            return Conditioning(None, None, label)
-        context, mask = model.condition(batch, dropped, self.dtype)
-        return Conditioning(context, mask[:, None, None], None)
+            return BlockConditioning(None, None, label)
+        context, mask = model.condition(batch, dropped, self.compute.dtype)
+        return BlockConditioning(context, mask[:, None, None], None)
 
     def logits(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
     ) -> Array:
         """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
         return model.logits(self.features(model, x_t, t, conditioning, key))
 
     def features(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
     ) -> Array:
         """Features before the output layer (b, l, d)."""
-        rows, columns = model.rows[...], model.columns[...]
-        places = rearrange(rows[:, None] + columns, "i j d -> (i j) d")[: self.length]
-        x = (model.tokens(x_t) + places).astype(self.dtype)
+        x, rotary = model.tokens(x_t), None
+        if isinstance(self.positions, RotaryPositions):
+            rotary = self.positions.table(self.grid, self.transformer.head_size)
+        if model.rows is not None and model.columns is not None:
+            x = x + rearrange(model.rows[...][:, None] + model.columns[...], "i j d -> (i j) d")[: self.length]
+        x = x.astype(self.compute.dtype)
         t = jnp.zeros_like(t) if self.times == "none" else t
         return apply_blocks(
-            model.blocks, shard(x, "batch", "length", None), t, *conditioning, key=key, remat=self.remat
+            model.blocks,
+            shard(x, "batch", "length", None),
+            t,
+            *conditioning,
+            key=key,
+            rotary=rotary,
+            remat=self.compute.remat,
         )
 
     def log_x0(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: Conditioning, key: Array | None = None
+        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
     ) -> Array:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
         return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, conditioning, key)))
@@ -221,7 +210,7 @@ class VQDiffusion(BaseFamily):
         b, keys = x0.shape[0], jax.random.split(key, 4)
         weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
         mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        conditioning = self.embed_condition(model, batch, dropped_rows(keys[0], self.condition_dropout, b, train))
+        conditioning = self.embed_condition(model, batch, dropped_rows(keys[0], self.conditioning.dropout, b, train))
         drop = keys[3] if train else None
         if self.objective == "continuous":
             terms = self.continuous(model, conditioning, x0, keys[1], drop, train)
@@ -238,7 +227,7 @@ class VQDiffusion(BaseFamily):
     def bound(
         self,
         model: VQDiffusionNetwork,
-        conditioning: Conditioning,
+        conditioning: BlockConditioning,
         x0: Array,
         x_t: Array,
         t: Array,
@@ -255,7 +244,7 @@ class VQDiffusion(BaseFamily):
             return size, jnp.where((t == 0)[:, None], decoded, guess), jnp.argmax(logits, -1) == x0
 
         z = self.features(model, x_t, t, conditioning, key)
-        size, guess, correct = in_chunks(model.logits, score, z, (x0, x_t), self.loss_chunk)
+        size, guess, correct = in_chunks(model.logits, score, z, (x0, x_t), self.compute.loss_chunk)
         weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
         weight = jnp.where((t == 0)[:, None], 1.0, weight)
         size, guess = jnp.sum(size * weight, -1), jnp.sum(guess * weight, -1)
@@ -265,7 +254,7 @@ class VQDiffusion(BaseFamily):
     def continuous(
         self,
         model: VQDiffusionNetwork,
-        conditioning: Conditioning,
+        conditioning: BlockConditioning,
         x0: Array,
         key: Array,
         drop: Array | None = None,
@@ -278,7 +267,7 @@ class VQDiffusion(BaseFamily):
         masked = jax.random.uniform(where, x0.shape) < share[:, None]
         t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
         z = self.features(model, jnp.where(masked, self.chain.codes, x0), t, conditioning, drop)
-        _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.loss_chunk)
+        _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.compute.loss_chunk)
         size = jnp.sum(nll * masked, -1)
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
         return DiscreteLossTerms(weight * size, size, weight * size / math.log(2), correct)
@@ -343,12 +332,12 @@ class VQDiffusion(BaseFamily):
 
         known, keep: codes (b, h, w) and a mask bool (b, h, w) of those to leave unchanged, to complete an image.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `condition_dropout` is 0, since no unconditional branch was trained.
+            `conditioning.dropout` is 0, since no unconditional branch was trained.
         progress: its listener is called with (steps done, all steps, the most probable clean codes (b, h, w), at the
             end the sampled ones).
         """
         guided = is_guided(self.capabilities, guided)
-        untold = not self.condition.spec.has_null
+        untold = not self.conditioning.what.spec.has_null
         if guided and untold and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
@@ -356,8 +345,8 @@ class VQDiffusion(BaseFamily):
         return _sample(self, model, condition, keys, options, known, keep, guided, progress)
 
 
-class Conditioning(NamedTuple):
-    """Conditioning of the blocks: context vectors (b, s, k) and their mask (b, 1, 1, s); classes (b,)."""
+class BlockConditioning(NamedTuple):
+    """BlockConditioning of the blocks: context vectors (b, s, k) and their mask (b, 1, 1, s); classes (b,)."""
 
     context: Array | None
     mask: Array | None
@@ -377,15 +366,16 @@ class VQDiffusionNetwork(nnx.Module):
     """The parameters of a `VQDiffusion`."""
 
     def __init__(self, config: VQDiffusion, key: Array):
-        keys = jax.random.split(key, 6)
-        self.condition = config.condition.init(keys[0], config.width) if config.by_tokens else None
-        self.tokens = Embedding(config.chain.codes + 1, config.width, keys[1])
-        rows, columns = config.position_grid or config.grid
-        self.rows = param(normal(keys[2], (rows, config.width)), None, "embed")
-        self.columns = param(normal(keys[3], (columns, config.width)), None, "embed")
-        self.blocks = stack_blocks(config.block, config.depth, keys[4])
-        self.norm = LayerNorm(config.width)
-        self.output = Linear(config.width, config.chain.codes, keys[5], axes=("embed", "vocab"))
+        keys, d = jax.random.split(key, 6), config.transformer.width
+        self.condition = config.conditioning.what.init(keys[0], d) if config.by_tokens else None
+        self.tokens = Embedding(config.chain.codes + 1, d, keys[1])
+        axial = config.positions if isinstance(config.positions, AxialPositions) else None
+        rows, columns = (axial and axial.grid) or config.grid
+        self.rows = param(normal(keys[2], (rows, d)), None, "embed") if axial else None
+        self.columns = param(normal(keys[3], (columns, d)), None, "embed") if axial else None
+        self.blocks = stack_blocks(config.block, keys[4])
+        self.norm = config.transformer.normalise()
+        self.output = Linear(d, config.chain.codes, keys[5], axes=("embed", "vocab"))
         history = config.importance and config.objective == "bound"
         self.history = ModelState(jnp.zeros(config.chain.steps)) if history else None
         self.count = ModelState(jnp.zeros(config.chain.steps)) if history else None

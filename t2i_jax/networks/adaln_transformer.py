@@ -14,16 +14,18 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from t2i_jax.core.sharding import shard
+from t2i_jax.core.types import AttentionKind
+from t2i_jax.nn.attention import Rotary
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear
 from t2i_jax.nn.modulation import modulate
-from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, CrossAttention, Layer, drop
+from t2i_jax.nn.transformer import ACTIVATIONS, MLP, REMAT, Attention, CrossAttention, Transformer, drop
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaLN:
     """Shape, kind and conditioning of a block."""
 
-    layer: Layer
+    transformer: Transformer
     steps: int
     """times 0 .. steps - 1"""
     sinusoidal: bool = False
@@ -35,6 +37,8 @@ class AdaLN:
     class_norm: Literal["layer", "instance"] = "layer"
     grid: tuple[int, int] | None = None
     """the MLP is two 3x3 convolutions over this grid instead of two matrices"""
+    attention: AttentionKind = "auto"
+    """implementation of self-attention"""
 
 
 class AdaNorm(nnx.Module):
@@ -74,7 +78,7 @@ def sinusoidal_embedding(u: Array, d: int) -> Array:
 class ConvMLP(nnx.Module):
     """Two 3x3 convolutions over the grid of positions instead of the matrices of an MLP: (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, config: Layer, grid: tuple[int, int], key: Array):
+    def __init__(self, config: Transformer, grid: tuple[int, int], key: Array):
         keys = jax.random.split(key)
         self.into = Conv(config.width, config.mlp_dim, keys[0], std=0.02)
         self.out = Conv(config.mlp_dim, config.width, keys[1], std=0.02)
@@ -89,26 +93,33 @@ class AdaLNBlock(nnx.Module):
     """x + attention(norm(x, t)), x + cross-attention(norm(x, t), context), x + mlp(norm(x), or norm(x, class))."""
 
     def __init__(self, config: AdaLN, key: Array):
-        layer, keys = config.layer, jax.random.split(key, 6)
-        timed = lambda key: AdaNorm(layer.width, config.steps, key, waves=config.sinusoidal)
-        self.attention_norm, self.attention = timed(keys[0]), Attention(layer, keys[1])
+        shape, keys = config.transformer, jax.random.split(key, 6)
+        timed = lambda key: AdaNorm(shape.width, config.steps, key, waves=config.sinusoidal)
+        self.attention_norm, self.attention = timed(keys[0]), Attention(shape, keys[1], config.attention)
         self.cross_norm = timed(keys[2]) if config.context else None
-        self.cross = CrossAttention(layer, config.context, keys[3]) if config.context else None
+        self.cross = CrossAttention(shape, config.context, keys[3]) if config.context else None
         self.mlp_norm = (
-            AdaNorm(layer.width, config.classes, keys[4], over=config.class_norm)
+            AdaNorm(shape.width, config.classes, keys[4], over=config.class_norm)
             if config.classes
-            else LayerNorm(layer.width, layer.eps)
+            else shape.normalise()
         )
-        self.mlp = ConvMLP(layer, config.grid, keys[5]) if config.grid else MLP(layer, keys[5])
-        self.dropout = layer.dropout
+        self.mlp = ConvMLP(shape, config.grid, keys[5]) if config.grid else MLP(shape, keys[5])
+        self.dropout = shape.dropout
 
     def __call__(
-        self, x: Array, t: Array, context: Array | None, mask: Array | None, label: Array | None, key: Array | None
+        self,
+        x: Array,
+        t: Array,
+        context: Array | None,
+        mask: Array | None,
+        label: Array | None,
+        key: Array | None,
+        rotary: Rotary | None = None,
     ) -> Array:
-        """x (b, t, d) at times (b,), context (b, s, k) and its mask, classes (b,) -> (b, t, d)."""
+        """x (b, t, d) at times (b,), context (b, s, k) and its mask, classes (b,), positions -> (b, t, d)."""
         keys = iter((None,) * 3 if key is None else jax.random.split(key, 3))
         branch = lambda y: checkpoint_name(drop(y, self.dropout, next(keys)), "branch")
-        x = x + branch(self.attention(self.attention_norm(x, t))[0])
+        x = x + branch(self.attention(self.attention_norm(x, t), rotary)[0])
         if self.cross is not None and self.cross_norm is not None:
             assert context is not None, "a block with cross-attention looks at a context"
             x = x + branch(self.cross(self.cross_norm(x, t), context, mask))
@@ -120,9 +131,9 @@ class AdaLNBlock(nnx.Module):
         return shard(x + branch(self.mlp(y)), "batch", "length", None)
 
 
-def stack_blocks(config: AdaLN, depth: int, key: Array) -> AdaLNBlock:
-    """`depth` blocks as one whose arrays have a leading layer axis."""
-    return jax.vmap(lambda k: AdaLNBlock(config, k))(jax.random.split(key, depth))
+def stack_blocks(config: AdaLN, key: Array) -> AdaLNBlock:
+    """The blocks as one whose arrays have a leading layer axis."""
+    return jax.vmap(lambda k: AdaLNBlock(config, k))(jax.random.split(key, config.transformer.depth))
 
 
 def apply_blocks(
@@ -133,11 +144,13 @@ def apply_blocks(
     mask: Array | None = None,
     label: Array | None = None,
     key: Array | None = None,
+    rotary: Rotary | None = None,
     remat: str = "none",
 ) -> Array:
-    """Apply a stack (scanned) to x (b, t, d); no dropout without a key; `remat` is a key of `REMAT`."""
+    """Apply a stack (scanned) to x (b, t, d) at the positions of `rotary`; no dropout without a key; `remat` is a key
+    of `REMAT`."""
     depth = jax.tree.leaves(blocks)[0].shape[0]
-    run = lambda block, x, key: block(x, t, context, mask, label, key)
+    run = lambda block, x, key: block(x, t, context, mask, label, key, rotary)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
     keys: Any = None if key is None else jax.random.split(key, depth)

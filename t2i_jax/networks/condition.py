@@ -1,13 +1,14 @@
 """Conditions as prefix tokens of a network: a class, a caption read by a trained encoder, or frozen features.
 
-Each config (`ClassEmbedder`, `CaptionEncoder`, `TextFeatures`, `PooledFeatures`, ...) is a `core.conditions.Condition`;
-its module maps (batch, drop, dtype) to tokens and a mask. `PrefixTokens` are ids of the image's own vocabulary, which
-the network embeds itself.
+A `Conditioning` says which one a network reads, and how. Each config (`ClassEmbedder`, `CaptionEncoder`,
+`TextFeatures`, `PooledFeatures`, ...) is a `core.conditions.Condition`; its module maps (batch, drop, dtype) to tokens
+and a mask. `PrefixTokens` are ids of the image's own vocabulary, which the network embeds itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,10 @@ from jax.typing import DTypeLike
 
 from t2i_jax.core.conditions import Batch, Condition, ConditionSpec
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Count, Layers, Size
+from t2i_jax.core.fields import Checked, Count, Layers, Share, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 
 
 def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
@@ -80,6 +81,27 @@ class ClassTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class Conditioning(Checked):
+    """What an image depends on, how a network reads it, and how often training drops it."""
+
+    what: Condition = ClassEmbedder()
+    """the class, caption or features"""
+    via: Literal["default", "prefix", "cross_attention", "modulation", "context", "joint"] = "default"
+    """how the network reads the condition; what a network has, and its default, is documented there"""
+    dropout: Share = 0.1
+    """share of training examples whose condition is replaced by the unconditional one, for guidance; 0: none, and
+    there is no unconditional branch"""
+
+    def route(self, who: str, *routes: str) -> str:
+        """`via`, or the first of `routes` as the default. Errors: `ConfigError` for one that `who` does not have."""
+        if self.via == "default":
+            return routes[0]
+        if self.via not in routes:
+            raise ConfigError(f"conditioning.via {self.via!r}: {who} has {', '.join(routes)}")
+        return self.via
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionEncoder(Checked):
     """Token ids read by a bidirectional Transformer that is trained with the model."""
 
@@ -116,7 +138,7 @@ class CaptionTokens(nnx.Module):
         self.config = config
         self.table = Embedding(config.vocabulary, config.width, keys[0])
         self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
-        self.blocks = stack(Layer(config.width, config.heads), config.depth, keys[2])
+        self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
         self.norm = RMSNorm(config.width)
         self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
         self.padding = param(normal(keys[4], (config.length, width)), None, "embed")

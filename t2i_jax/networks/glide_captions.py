@@ -15,7 +15,7 @@ from t2i_jax.core.fields import Checked, Layers, Size
 from t2i_jax.core.specs import BatchSpec
 from t2i_jax.networks.condition import ids, same_length, text_spec, value
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class GlideCaptionTokens(nnx.Module):
         self.config = config
         self.table = Embedding(config.vocabulary, config.width, keys[0])
         self.position = param(normal(keys[1], (config.length, config.width), 0.01), None, "embed")
-        layer = Layer(config.width, config.heads, norm="layer", activation="gelu", bias=True)
-        self.blocks = stack(layer, config.depth, keys[2])
+        shape = Transformer(config.width, config.depth, config.heads, norm="layer", activation="gelu", bias=True)
+        self.blocks = stack(shape, keys[2])
         self.norm = LayerNorm(config.width) if config.final_norm else None
         self.padding = param(normal(keys[3], (config.length, config.width)), None, "embed") if config.padding else None
 

@@ -8,7 +8,7 @@ Stable Diffusion).
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import Batch, Condition
-from t2i_jax.core.fields import FREE, Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
+from t2i_jax.core.conditions import Batch
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Compute
-from t2i_jax.networks.condition import ClassEmbedder, check_vectors, value
+from t2i_jax.core.types import Compute, Remat
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, value
 from t2i_jax.networks.dit import Context, pooled
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding
-from t2i_jax.nn.transformer import REMAT, Layer, apply_stack, drop, stack
+from t2i_jax.nn.transformer import REMAT, Transformer, apply_stack, drop, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,9 @@ class UNet(Checked):
     resample: Literal["block", "conv", "mean"] = "block"
     """Resample inside a residual block, by a convolution, or by mean pooling and nearest neighbours."""
     dropout: Rate = 0.0
-    condition: Condition | None = ClassEmbedder(1000)
+    conditioning: Conditioning | None = Conditioning(ClassEmbedder(1000))
+    """Its only route is the default: added to the embedding of the time, and read by attention where there is a
+    `context`."""
     context: Count = 0
     """Width of the tokens that attention reads and whose `pool` is added to the time; 0: the condition is only
     added."""
@@ -73,15 +75,17 @@ class UNet(Checked):
     """Also predict the variance of the reverse step, in a second half of the output channels."""
     groups: Size = 32
     eps: Positive = 1e-5
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Annotated[Literal["none", "full", "dots"], FREE] = "none"
-    """What each block keeps for its backward pass: a key of `REMAT`."""
+
+    remats: ClassVar[tuple[Remat, ...]] = ("full", "dots")
+    chooses_attention: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.condition is not None:
-            check_vectors(self.condition)
-            if (given := self.condition.token_width(self.context)) != self.context:
+        if self.conditioning is not None:
+            condition = self.conditioning.what
+            self.conditioning.route("UNet", "default")
+            check_vectors(condition)
+            if (given := condition.token_width(self.context)) != self.context:
                 raise ValueError(f"context {self.context}: the condition's features are read as they are, {given}")
         if self.transformers and not self.context:
             raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
@@ -112,17 +116,8 @@ class UNet(Checked):
             raise ValueError(f"{c} channels cannot be split into {count} heads")
         return count
 
-    @property
-    def compute(self) -> Compute:
-        """Numerics and memory options."""
-        return Compute(self.dtype, self.remat, remats=("none", "full", "dots"))
-
-    def with_compute(self, compute: Compute) -> UNet:
-        """The same network with other compute options."""
-        return dataclasses.replace(self, **self.compute.changes(compute, "dtype", "remat"))
-
-    def init(self, key: Array) -> UNetNetwork:
-        return UNetNetwork(self, key)
+    def init(self, key: Array, compute: Compute = Compute()) -> UNetNetwork:
+        return UNetNetwork(self, key, compute)
 
 
 def double(x: Array) -> Array:
@@ -194,19 +189,19 @@ class SpatialTransformer(nnx.Module):
 
     def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
         keys = jax.random.split(key, 3)
-        layer = Layer(
+        shape = Transformer(
             c,
+            config.transformers,
             config.heads_of(c, up),
-            hidden=4 * c,
+            mlp=4 * c,
             norm="layer",
             activation="geglu_exact",
             bias=True,
             qkv_bias=False,
-            context=config.context,
         )
         self.norm = GroupNorm(c, config.groups, 1e-6)
         self.into = Linear(c, c, keys[0], std=None, axes=(None, "embed"))
-        self.blocks = stack(layer, config.transformers, keys[1])
+        self.blocks = stack(shape, keys[1], context=config.context)
         self.out = Linear(c, c, keys[2], std=0.0, axes=("embed", None))
 
     def __call__(self, x: Array, context: Context | None) -> Array:
@@ -267,9 +262,9 @@ class UNetStage(nnx.Module):
 class UNetEncoder(nnx.Module):
     """The encoder and the middle blocks, shared with the classifier of noised images."""
 
-    def __init__(self, config: UNet, key: Array):
+    def __init__(self, config: UNet, key: Array, compute: Compute):
         keys = iter(jax.random.split(key, 6 + len(config.multipliers) * (config.blocks + 1)))
-        self.config = config
+        self.config, self.compute = config, compute
         self.time = TimeEmbedding(config.embedding, next(keys), waves=config.width)
         c = config.at(0)
         self.stem = Conv(config.channels_in, c, next(keys))
@@ -294,10 +289,10 @@ class UNetEncoder(nnx.Module):
     ) -> tuple[Array, list[Array]]:
         """x (b, i, j, c) and e (b, d) -> the output of the middle blocks, and the skips of all encoder stages."""
         run = lambda stage, *inputs: stage(*inputs)
-        if self.config.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[self.config.remat])
+        if self.compute.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
         keys = [None] * (len(self.down) + 2) if key is None else jax.random.split(key, len(self.down) + 2)
-        x = self.stem(x.astype(self.config.dtype))
+        x = self.stem(x.astype(self.compute.dtype))
         skips = [x]
         for stage, k in zip(self.down, keys, strict=False):
             x = run(stage, x, e, context, k)
@@ -309,11 +304,11 @@ class UNetEncoder(nnx.Module):
 class UNetNetwork(UNetEncoder):
     """The parameters of a `UNet`."""
 
-    def __init__(self, config: UNet, key: Array):
+    def __init__(self, config: UNet, key: Array, compute: Compute):
         keys = iter(jax.random.split(key, 4 + len(config.multipliers) * (config.blocks + 1)))
-        super().__init__(config, next(keys))
+        super().__init__(config, next(keys), compute)
         width = config.context or config.embedding
-        self.condition = None if config.condition is None else config.condition.init(next(keys), width)
+        self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
         pools = config.context and config.pool != "none"
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
         noise = lambda: TimeEmbedding(config.embedding, apart(key), waves=config.width)
@@ -341,7 +336,7 @@ class UNetNetwork(UNetEncoder):
         if self.condition is None:
             nothing = jnp.zeros((len(drop), 1, self.config.embedding))
             return Context(nothing[:, 0], nothing, jnp.zeros((len(drop), 1), bool))
-        tokens, mask = self.condition(batch, drop, self.config.dtype)
+        tokens, mask = self.condition(batch, drop, self.compute.dtype)
         if self.config.pool == "none":
             return Context(jnp.zeros((len(drop), self.config.embedding)), tokens, mask)
         whole = tokens[:, -1].astype(jnp.float32) if self.config.pool == "last" else pooled(tokens, mask)
@@ -350,11 +345,11 @@ class UNetNetwork(UNetEncoder):
     def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
         """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         keys = (None, None) if key is None else jax.random.split(key)
-        e = (self.time(t) + context.pooled).astype(self.config.dtype)
+        e = (self.time(t) + context.pooled).astype(self.compute.dtype)
         x, skips = self.encode(x, e, context, keys[0])
         run = lambda stage, *inputs: stage(*inputs)
-        if self.config.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[self.config.remat])
+        if self.compute.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
         ups = [None] * len(self.up) if keys[1] is None else jax.random.split(keys[1], len(self.up))
         for stage, k in zip(self.up, ups, strict=True):
             x = run(stage, jnp.concatenate([x, skips.pop()], -1), e, context, k)

@@ -18,10 +18,11 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.sharding import RULES, fit
+from t2i_jax.core.types import AttentionKind
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["auto", "plain", "cudnn", "splash"]
+Kind = AttentionKind
 KINDS = ("auto", "plain", "cudnn", "splash")
 OF_PLATFORM: dict[str, Kind] = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
 LONG = 256

@@ -129,19 +129,19 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean x^2 + eps) * w over the last dimension (Zhang & Sennrich 2019)."""
+    """x / sqrt(mean x^2 + eps) * w over the last dimension (Zhang & Sennrich 2019); `affine=False` omits w."""
 
-    def __init__(self, d: int, eps: float = 1e-5):
-        self.w = param(jnp.ones(d), None)
+    def __init__(self, d: int, eps: float = 1e-5, affine: bool = True):
+        self.w = param(jnp.ones(d), None) if affine else None
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return remat_elementwise(self._normalised)(x, self.w[...])
+        return remat_elementwise(self._normalised)(x, *(() if self.w is None else (self.w[...],)))
 
-    def _normalised(self, x: Array, w: Array) -> Array:
+    def _normalised(self, x: Array, *w: Array) -> Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * w.astype(x.dtype)
+        y = (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)).astype(x.dtype)
+        return y * w[0].astype(x.dtype) if w else y
 
 
 class LayerNorm(nnx.Module):

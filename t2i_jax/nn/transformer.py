@@ -1,4 +1,4 @@
-"""The Transformer block that several networks share, and stacks of it.
+"""The Transformer that families, networks and text encoders share.
 
 A stack is one `Block` whose arrays have a leading layer axis; `apply_stack` scans over it. Decoding unrolls the layers
 instead (`unstack`): a scan would copy the weights and cache of each layer out of the stack at every token.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t2i_jax.core.fields import Checked, Count, NotNegative, Positive, Rate, Size
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import DEEPEST, Checked, Count, NotNegative, Positive, Range, Rate, Size, values
 from t2i_jax.core.sharding import shard
+from t2i_jax.core.types import AttentionKind, Remat
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import MaskSpec, Rotary, attend, rotate
-from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, remat_elementwise
 from t2i_jax.nn.stationary import stays
 
@@ -49,19 +50,23 @@ REMAT: dict[str, Any] = {
 }
 """What a layer keeps for its backward pass: everything; only its input; also its matrix products, including residuals
 of splash attention; also the outputs of its branches."""
+REMATS: tuple[Remat, ...] = ("full", "dots", "branches")
+"""Choices of `Compute.remat` besides none."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer(Checked):
-    """Shape and kind of a Transformer block."""
+class Transformer(Checked):
+    """Shape and kind of a stack of Transformer blocks: the one config of all families, networks and text encoders."""
 
     width: Size = 256
+    depth: Annotated[int, Range(0, DEEPEST)] = 6
+    """number of blocks; 0 where a network can do without, as the encoder of `models.masked`"""
     heads: Size = 4
     kv_heads: Count = 0
-    """key-value heads, each shared by heads / kv_heads query heads; 0: as many as heads"""
+    """key-value heads, each shared by heads / kv_heads query heads (Ainslie et al. 2023); 0: as many as heads"""
     head_dim: Count = 0
     """0: width / heads"""
-    hidden: Count = 0
+    mlp: Count = 0
     """width inside the MLP; 0: 4 width, with a gate 8/3 width rounded up to a multiple of 64"""
     norm: Literal["rms", "layer"] = "rms"
     eps: Positive = 1e-5
@@ -74,13 +79,11 @@ class Layer(Checked):
     out_bias: bool | None = None
     """of the output of attention; None: like `bias`"""
     qk_norm: bool = False
-    """RMS-normalise queries and keys per head"""
+    """RMS-normalise queries and keys per head (Dehghani et al. 2023)"""
     scale: NotNegative = 0.0
     """factor on attention logits; 0: head_dim^-1/2"""
     rope_values: bool = False
     """apply rotary positions to values too"""
-    context: Count = 0
-    """width of the vectors that cross-attention reads, between attention and MLP; 0: no cross-attention"""
     sandwich_norm: bool = False
     """also normalise the output of each branch (Ding et al. 2021, CogView, Sandwich-LN)"""
     layer_scale: bool = False
@@ -90,8 +93,6 @@ class Layer(Checked):
     products, which are scaled back in fp32; LayerNorm first divides by max |x| / 8"""
     dropout: Rate = 0.0
     """dropout rate on the output of each branch"""
-    kernel: Kind = "auto"
-    """implementation of self-attention over whole sequences; "auto": cuDNN on GPUs, splash attention on TPUs"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,7 +107,7 @@ class Layer(Checked):
         return self.kv_heads or self.heads
 
     @property
-    def head(self) -> int:
+    def head_size(self) -> int:
         """Head dimension h."""
         return self.head_dim or self.width // self.heads
 
@@ -114,7 +115,7 @@ class Layer(Checked):
     def mlp_dim(self) -> int:
         """MLP width f."""
         wide = -(-8 * self.width // 3 // 64) * 64 if self.activation in GATED else 4 * self.width
-        return self.hidden or wide
+        return self.mlp or wide
 
     @property
     def biases(self) -> tuple[bool, bool]:
@@ -122,10 +123,17 @@ class Layer(Checked):
         qkv, out = (self.bias if b is None else b for b in (self.qkv_bias, self.out_bias))
         return qkv, out
 
-    def normalise(self) -> RMSNorm | LayerNorm:
+    def check_plain(self, who: str, *fields: str) -> None:
+        """Errors: `ConfigError` for one of `fields` that is not at its default, which blocks of `who` do not have."""
+        given, plain = values(self), values(Transformer())
+        if odd := [name for name in fields if given[name] != plain[name]]:
+            raise ConfigError(f"transformer.{odd[0]} {given[odd[0]]!r}: blocks of {who} have no such part")
+
+    def normalise(self, affine: bool = True) -> RMSNorm | LayerNorm:
+        """The normalisation of a branch; affine: with a learned scale (and shift)."""
         if self.norm == "rms":
-            return RMSNorm(self.width, self.eps)
-        return LayerNorm(self.width, self.eps, relax=8.0 if self.pb_relax else 0.0)
+            return RMSNorm(self.width, self.eps, affine)
+        return LayerNorm(self.width, self.eps, affine, relax=8.0 if self.pb_relax else 0.0)
 
 
 class Cache(NamedTuple):
@@ -145,9 +153,9 @@ class Cache(NamedTuple):
     """keys and values (b, s', n, h) of the context, for a layer outside of a stack"""
 
     @classmethod
-    def empty(cls, layer: Layer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
+    def empty(cls, layer: Transformer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
         """An empty cache with room for s positions, of one layer or of a stack of `depth`."""
-        shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head)
+        shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
     def grow(self, s: int) -> Cache:
@@ -209,8 +217,8 @@ class Attention(nnx.Module):
     its g queries, its key and its value, so that sharding over heads never separates them.
     """
 
-    def __init__(self, config: Layer, key: Array):
-        n, m, h = config.heads, config.num_kv_heads, config.head
+    def __init__(self, config: Transformer, key: Array, kernel: AttentionKind = "auto"):
+        n, m, h = config.heads, config.num_kv_heads, config.head_size
         keys = jax.random.split(key)
         qkv_bias, out_bias = config.biases
         self.qkv = Linear(config.width, (n + 2 * m) * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
@@ -219,7 +227,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
         self.turn_values, self.relax = config.rope_values, 32 if config.pb_relax else 1
-        self.kernel: Kind = config.kernel
+        self.kernel: AttentionKind = kernel
 
     def read(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries (b, t, n, h), keys and values (b, t, m, h) of x (b, t, d)."""
@@ -262,8 +270,8 @@ class CrossAttention(nnx.Module):
     """Positions (b, t, d) attend to vectors (b, s, k): (b, t, d). Keys and values come from one matrix, head by
     head."""
 
-    def __init__(self, config: Layer, context: int, key: Array):
-        n, h = config.heads, config.head
+    def __init__(self, config: Transformer, context: int, key: Array):
+        n, h = config.heads, config.head_size
         keys = jax.random.split(key, 3)
         qkv_bias, out_bias = config.biases
         self.q = Linear(config.width, n * h, keys[0], bias=qkv_bias, axes=("embed", "heads"))
@@ -288,7 +296,7 @@ class CrossAttention(nnx.Module):
 class MLP(nnx.Module):
     """act(x W_in) W_out at every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
 
-    def __init__(self, config: Layer, key: Array):
+    def __init__(self, config: Transformer, key: Array):
         keys = jax.random.split(key, 3)
         d, f, bias = config.width, config.mlp_dim, config.bias
         self.gate = Linear(d, f, keys[0], bias=bias) if config.activation in GATED else None
@@ -306,12 +314,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm` norm(x + attention(x)), then norm(x + mlp(x))."""
 
-    def __init__(self, config: Layer, key: Array):
+    def __init__(self, config: Transformer, key: Array, kernel: AttentionKind = "auto", context: int = 0):
         keys = jax.random.split(key)
-        self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0])
+        self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0], kernel)
         self.mlp_norm, self.mlp = config.normalise(), MLP(config, keys[1])
-        self.cross_norm = config.normalise() if config.context else None
-        self.cross = CrossAttention(config, config.context, jax.random.fold_in(key, 2)) if config.context else None
+        self.cross_norm = config.normalise() if context else None
+        self.cross = CrossAttention(config, context, jax.random.fold_in(key, 2)) if context else None
         self.attention_out_norm = config.normalise() if config.sandwich_norm else None
         self.mlp_out_norm = config.normalise() if config.sandwich_norm else None
         self.attention_scale = param(jnp.ones(config.width), None) if config.layer_scale else None
@@ -377,9 +385,15 @@ def drop(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def stack(config: Layer, depth: int, key: Array) -> Block:
-    """`depth` blocks as one whose arrays have a leading layer axis."""
-    return jax.vmap(lambda k: Block(config, k))(jax.random.split(key, depth))
+def stack(config: Transformer, key: Array, kernel: AttentionKind = "auto", context: int = 0) -> Block:
+    """The blocks as one whose arrays have a leading layer axis.
+
+    kernel: implementation of self-attention over whole sequences. context: width of the vectors that cross-attention
+    reads, between attention and MLP; 0: no cross-attention. Errors: `ConfigError` for a depth of 0.
+    """
+    if not config.depth:
+        raise ConfigError("transformer.depth 0: at least one block is needed here")
+    return jax.vmap(lambda k: Block(config, k, kernel, context))(jax.random.split(key, config.depth))
 
 
 def depth_of(blocks: Block) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,17 +187,25 @@ def sizes_of(model: Trainable, name: str) -> dict[str, int]:
     A plan takes any model and reads the sizes of its stacks by the names that such fields have in this library: what
     is called otherwise is left out of the arithmetic, which says so.
     """
-    fields = dataclasses.asdict(model)  # pyright: ignore[reportArgumentType]
-    parts = {part: fields[part] for part in ("network", "trunk") if isinstance(fields.get(part), dict)}
-    fields |= {f"{part}.{k}": v for part, within in parts.items() for k, v in within.items()}
-    named = lambda path: path.split(".")[-1] == name or path.endswith(f"_{name}")
-    return {k: v for k, v in fields.items() if named(k) and isinstance(v, int) and v}
+    found: dict[str, int] = {}
+
+    def look(fields: Mapping[str, object], at: str) -> None:
+        for key, value in fields.items():
+            if key in ("network", "trunk", "transformer", "decoder") and isinstance(value, Mapping):
+                look(value, f"{at}{key}.")
+            elif (key == name or key.endswith(f"_{name}")) and isinstance(value, int) and value:
+                found[at + key] = value
+
+    look(dataclasses.asdict(model), "")  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def size_of(model: Trainable, name: str) -> int:
     """That size of a model's network, or of the model; 0 where it has none."""
     found = sizes_of(model, name)
-    return found.get(f"network.{name}", found.get(name, 0))
+    return next(
+        (found[at + name] for at in ("network.transformer.", "transformer.", "network.", "") if at + name in found), 0
+    )
 
 
 def tokens_of(model: Trainable) -> int:

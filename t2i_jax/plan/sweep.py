@@ -37,8 +37,8 @@ def meshes(chips: int, model: Trainable, slices: int = 1) -> Iterator[MeshConfig
 
 
 def policies(model: Trainable) -> tuple[str, ...]:
-    """The remat policies that a model has to choose from, or an empty one."""
-    return model.compute.remats if model.compute.remat else ("",)
+    """The remat policies that a model has to choose from."""
+    return ("none", *model.capabilities.remat)
 
 
 def resized(batch: Batch, size: int) -> Batch:

@@ -28,6 +28,14 @@ from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.tokens import sample_token, uniforms
 
+SEGMENTS = 4
+"""Number of sizes that the cache grows through."""
+
+
+def segments_of(depth: int) -> int:
+    """Segments of a model of `depth` layers: fewer for deep ones, as each compiles all layers again."""
+    return max(1, min(SEGMENTS, 48 // depth))
+
 
 def sample(
     config: Any,
@@ -50,11 +58,11 @@ def sample(
         ones in raster order.
     guided: False skips the unconditional branch, whatever the options are, at half the cost.
     segments: the cache grows in this many steps, and attention reads no more than it holds; static. Each segment
-        compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
+        compiles all layers again; 0: `SEGMENTS`.
     progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
     """
     known, keep = known_and_keep(config.capabilities, config.sample_spec(), len(keys), known, keep)
-    segments = segments or max(1, min(4, 48 // config.depth))
+    segments = segments or SEGMENTS
     options = (options or config.options()).arrays()
     return _sample(config, model, condition, keys, options, known, keep, guided, segments, progress)
 

@@ -31,7 +31,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 from t2i_jax.text.bpe import BytePairs, read_pairs
 from t2i_jax.text.cut import Limited
 
@@ -49,10 +49,8 @@ ACTIVATIONS: dict[str, Any] = {
 class Clip:
     """Sizes of both towers; the defaults are those of ViT-B/32."""
 
-    text: Layer = Layer(512, 8, norm="layer", activation="quick_gelu", bias=True)
-    image: Layer = Layer(768, 12, norm="layer", activation="quick_gelu", bias=True)
-    text_depth: int = 12
-    image_depth: int = 12
+    text: Transformer = Transformer(512, 12, 8, norm="layer", activation="quick_gelu", bias=True)
+    image: Transformer = Transformer(768, 12, 12, norm="layer", activation="quick_gelu", bias=True)
     dim: int = 512
     """size k of an embedding"""
     vocabulary: int = 49408
@@ -86,10 +84,8 @@ class Clip:
         text, image = config["text_config"], config["vision_config"]
         end = text.get("eos_token_id", 49407)
         return cls(
-            _layer(text, "text_config", 512, 8, 2048),
-            _layer(image, "vision_config", 768, 12, 3072),
-            text.get("num_hidden_layers", 12),
-            image.get("num_hidden_layers", 12),
+            _transformer(text, "text_config", 512, 8, 2048),
+            _transformer(image, "vision_config", 768, 12, 3072),
             config.get("projection_dim", 512),
             text.get("vocab_size", 49408),
             text.get("max_position_embeddings", 77),
@@ -121,27 +117,28 @@ class Clip:
 
         kind = {"norm": "layer", "activation": activation_of(activation), "bias": True}
 
-        def layer(prefix: str, width: int, head: int) -> tuple[Layer, int]:
+        def tower(prefix: str, width: int, head: int) -> Transformer:
             blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
-            hidden = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
-            return Layer(width, width // head, hidden=hidden, **kind), len(blocks)
+            mlp = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
+            return Transformer(width, len(blocks), width // head, mlp=mlp, **kind)
 
-        text, text_depth = layer("transformer.", shape["positional_embedding"][1], text_head or head)
-        image, image_depth = layer("visual.transformer.", width, head)
+        text = tower("transformer.", shape["positional_embedding"][1], text_head or head)
+        image = tower("visual.transformer.", width, head)
         sizes = {"dim": shape["visual.proj"][1], "vocabulary": shape["token_embedding.weight"][0]}
         sizes |= {"length": shape["positional_embedding"][0], "size": grid * patch, "patch": patch}
-        return cls(text, image, text_depth, image_depth, channels=channels, **sizes)
+        return cls(text, image, channels=channels, **sizes)
 
 
-def _layer(config: Mapping[str, Any], part: str, width: int, heads: int, hidden: int) -> Layer:
+def _transformer(config: Mapping[str, Any], part: str, width: int, heads: int, mlp: int) -> Transformer:
     try:
         activation = activation_of(config.get("hidden_act", "quick_gelu"))
     except ValueError as error:
         raise ValueError(f"config.json: {part}.hidden_act: {error}") from error
-    return Layer(
+    return Transformer(
         config.get("hidden_size", width),
+        config.get("num_hidden_layers", 12),
         config.get("num_attention_heads", heads),
-        hidden=config.get("intermediate_size", hidden),
+        mlp=config.get("intermediate_size", mlp),
         norm="layer",
         eps=config.get("layer_norm_eps", 1e-5),
         activation=activation,
@@ -160,7 +157,7 @@ class TextTower(nnx.Module):
         d = config.text.width
         self.words = Embedding(config.vocabulary, d, keys[0])
         self.positions = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
-        self.blocks = stack(config.text, config.text_depth, keys[2])
+        self.blocks = stack(config.text, keys[2])
         self.norm = LayerNorm(d, config.text.eps)
         self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None)) if config.dim else None
         self.end = config.end
@@ -194,7 +191,7 @@ class ImageTower(nnx.Module):
         self.first = param(normal(keys[1], (d,), d**-0.5), "embed")
         self.positions = param(normal(keys[2], (grid**2 + 1, d), d**-0.5), None, "embed")
         self.before = LayerNorm(d, config.image.eps)
-        self.blocks = stack(config.image, config.image_depth, keys[3])
+        self.blocks = stack(config.image, keys[3])
         self.norm = LayerNorm(d, config.image.eps)
         self.out = Linear(d, config.dim, keys[4], bias=False, std=d**-0.5, axes=("embed", None))
 
@@ -252,7 +249,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
         table = published.openai_table
     if activation and activation_of(activation) != config.text.activation:
         raise ValueError(f"{path} has the activation {config.text.activation}; it cannot be read with '{activation}'")
-    return config, tensors, table(config.text.head, config.image.head)
+    return config, tensors, table(config.text.head_size, config.image.head_size)
 
 
 def activation_of(name: str) -> Any:

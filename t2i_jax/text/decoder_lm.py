@@ -29,7 +29,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
@@ -96,22 +96,22 @@ class DecoderLM(Limited):
     @property
     def dim(self) -> int:
         """Size k of a feature vector."""
-        return self.shape.layer.width
+        return self.shape.transformer.width
 
     def load(self) -> DecoderLMNetwork:
         """The requested layers with their weights, on the host: `sharding.put_on_mesh` puts them on a mesh.
 
         Errors: FileNotFoundError for a missing file, ValueError that lists every missing or wrongly shaped tensor.
         """
-        shape, layer = self.shape, self.shape.layer
+        shape, blocks = self.shape, self.shape.transformer
         abstract = jax.eval_shape(functools.partial(DecoderLMNetwork, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
-        bias, out_bias = layer.biases
-        kinds = {"bias": bias, "out_bias": out_bias, "qk_norm": layer.qk_norm, "last": shape.last}
-        lines = published.table(layer.heads, layer.num_kv_heads, layer.head, **kinds)
-        if not shape.depth:
+        bias, out_bias = blocks.biases
+        kinds = {"bias": bias, "out_bias": out_bias, "qk_norm": blocks.qk_norm, "last": shape.last}
+        lines = published.table(blocks.heads, blocks.num_kv_heads, blocks.head_size, **kinds)
+        if not blocks.depth:
             lines = {k: v for k, v in lines.items() if not k.startswith("blocks.")}
-        aside = published.ignored(shape.depth, shape.last)
+        aside = published.ignored(blocks.depth, shape.last)
         return to_ours(abstract, huggingface.Weights(self.folder, published.NEEDED), lines, aside, self.folder)
 
     def features(self, model: DecoderLMNetwork, ids: Array, mask: Array) -> Array:
@@ -123,8 +123,8 @@ class DecoderLM(Limited):
 class DecoderLMShape:
     """Sizes of a decoder, up to the requested layer."""
 
-    layer: Layer
-    depth: int
+    transformer: Transformer
+    """its blocks up to the requested layer"""
     vocabulary: int
     last: bool
     """it has the norm after the last layer"""
@@ -150,23 +150,24 @@ class DecoderLMShape:
         if not -depth - 1 <= layer <= depth:
             raise ValueError(f"layer {layer}: this model has hidden states 0 to {depth}, or {-depth - 1} to -1")
         heads, biased = config["num_attention_heads"], bool(config.get("attention_bias", False))
-        shape = Layer(
+        used = layer % (depth + 1)
+        transformer = Transformer(
             config["hidden_size"],
+            used,
             heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            hidden=config["intermediate_size"],
+            mlp=config["intermediate_size"],
             eps=config.get("rms_norm_eps", 1e-6),
             qkv_bias=kind == "qwen2" or biased,
             out_bias=kind != "qwen2" and biased,
             qk_norm=kind == "qwen3",
         )
-        used = layer % (depth + 1)
-        return cls(shape, used, config["vocab_size"], used == depth, *_rotary(config))
+        return cls(transformer, config["vocab_size"], used == depth, *_rotary(config))
 
     def angles(self, length: int) -> Array:
         """Angles (length, h/2) of positions 0 .. length - 1."""
-        turns = frequencies(self.layer.head // 2, self.base)
+        turns = frequencies(self.transformer.head_size // 2, self.base)
         if self.stretch is not None:
             factor, low, high, known = self.stretch
             kept = jnp.clip((known * turns / (2 * math.pi) - low) / (high - low), 0, 1)
@@ -209,9 +210,9 @@ class DecoderLMNetwork(nnx.Module):
 
     def __init__(self, shape: DecoderLMShape, key: Array):
         keys = jax.random.split(key)
-        self.words = Embedding(shape.vocabulary, shape.layer.width, keys[0])
-        self.blocks = stack(shape.layer, shape.depth, keys[1]) if shape.depth else None
-        self.norm = RMSNorm(shape.layer.width, shape.layer.eps) if shape.last else None
+        self.words = Embedding(shape.vocabulary, shape.transformer.width, keys[0])
+        self.blocks = stack(shape.transformer, keys[1]) if shape.transformer.depth else None
+        self.norm = RMSNorm(shape.transformer.width, shape.transformer.eps) if shape.last else None
         self.shape = shape
 
     def __call__(self, ids: Array) -> Array:

@@ -16,12 +16,12 @@ from jax import Array
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
-from t2i_jax.nn.transformer import Layer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.wordpiece import WordPiece
 
-LAYER = Layer(384, 12, hidden=1536, norm="layer", eps=1e-12, post_norm=True, activation="gelu", bias=True)
-DEPTH, VOCABULARY, POSITIONS = 6, 30522, 512
+SHAPE = Transformer(384, 6, 12, mlp=1536, norm="layer", eps=1e-12, post_norm=True, activation="gelu", bias=True)
+VOCABULARY, POSITIONS = 30522, 512
 
 
 @functools.cache
@@ -38,7 +38,7 @@ class MiniLM(Limited):
     pooled: bool = False
     """one vector per caption instead of one per token"""
 
-    dim = LAYER.width
+    dim = SHAPE.width
 
     def __post_init__(self):
         if not 2 < self.length <= POSITIONS:
@@ -76,7 +76,7 @@ class MiniLM(Limited):
     def load(self) -> MiniLMEncoder:
         """The encoder with its published weights, in fp32. Errors: ImportError if the package is missing."""
         abstract = jax.eval_shape(MiniLMEncoder, jax.random.key(0))
-        return jax.tree.map(jnp.asarray, published.load(abstract, LAYER.head))
+        return jax.tree.map(jnp.asarray, published.load(abstract, SHAPE.head_size))
 
     def features(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
         """One vector per token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.
@@ -96,11 +96,11 @@ class MiniLMEncoder(nnx.Module):
 
     def __init__(self, key: Array):
         keys = jax.random.split(key, 4)
-        self.words = Embedding(VOCABULARY, LAYER.width, keys[0])
-        self.positions = param(normal(keys[1], (POSITIONS, LAYER.width)), None, "embed")
-        self.types = param(normal(keys[2], (2, LAYER.width)), None, "embed")
-        self.norm = LayerNorm(LAYER.width, LAYER.eps)
-        self.blocks = stack(LAYER, DEPTH, keys[3])
+        self.words = Embedding(VOCABULARY, SHAPE.width, keys[0])
+        self.positions = param(normal(keys[1], (POSITIONS, SHAPE.width)), None, "embed")
+        self.types = param(normal(keys[2], (2, SHAPE.width)), None, "embed")
+        self.norm = LayerNorm(SHAPE.width, SHAPE.eps)
+        self.blocks = stack(SHAPE, keys[3])
 
     def __call__(self, ids: Array, mask: Array) -> Array:
         x = self.words(ids) + self.positions[: ids.shape[1]] + self.types[0]

@@ -21,7 +21,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
 from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
-from t2i_jax.nn.transformer import GATED, Layer, apply_stack, stack
+from t2i_jax.nn.transformer import GATED, Transformer, apply_stack, stack
 from t2i_jax.text.clean import clean_twice
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -92,7 +92,7 @@ class T5(Limited):
     @property
     def dim(self) -> int:
         """Size k of a feature vector."""
-        return self.shape.layer.width
+        return self.shape.transformer.width
 
     def load(self) -> T5Encoder:
         """The encoder with its weights, on the host: `sharding.put_on_mesh` puts it on a mesh.
@@ -102,7 +102,7 @@ class T5(Limited):
         shape, tensors = self.shape, huggingface.Weights(self.folder, published.NEEDED)
         abstract = jax.eval_shape(functools.partial(T5Encoder, shape), jax.random.key(0))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, self.dtype), abstract)
-        lines = published.table(tensors, shape.layer.head, shape.layer.activation in GATED)
+        lines = published.table(tensors, shape.transformer.head_size, shape.transformer.activation in GATED)
         return to_ours(abstract, tensors, lines, published.IGNORED, self.folder)
 
     def features(self, model: T5Encoder, ids: Array, mask: Array) -> Array:
@@ -114,8 +114,7 @@ class T5(Limited):
 class T5Shape:
     """Sizes of a T5 encoder."""
 
-    layer: Layer
-    depth: int
+    transformer: Transformer
     vocabulary: int
     buckets: int = 32
     """number of buckets of relative positions, half of them for positions to the right"""
@@ -131,11 +130,12 @@ class T5Shape:
         projection = config.get("feed_forward_proj", "relu")
         if projection not in ACTIVATIONS:
             raise ValueError(f"config.json: feed_forward_proj '{projection}' is not one of {', '.join(ACTIVATIONS)}")
-        layer = Layer(
+        transformer = Transformer(
             config["d_model"],
+            config["num_layers"],
             config["num_heads"],
             head_dim=config.get("d_kv", 64),
-            hidden=config["d_ff"],
+            mlp=config["d_ff"],
             eps=config.get("layer_norm_epsilon", 1e-6),
             activation=ACTIVATIONS[projection],
             scale=1.0,  # T5 scales down the initial weights instead
@@ -143,7 +143,7 @@ class T5Shape:
         buckets, distance = (
             config.get(f"relative_attention_{k}", v) for k, v in (("num_buckets", 32), ("max_distance", 128))
         )
-        return cls(layer, config["num_layers"], config["vocab_size"], buckets, distance)
+        return cls(transformer, config["vocab_size"], buckets, distance)
 
 
 class T5Encoder(nnx.Module):
@@ -152,11 +152,11 @@ class T5Encoder(nnx.Module):
 
     def __init__(self, shape: T5Shape, key: Array):
         keys = jax.random.split(key, 3)
-        layer = shape.layer
-        self.words = Embedding(shape.vocabulary, layer.width, keys[0], std=1.0)
-        self.relative = param(normal(keys[1], (shape.buckets, layer.heads)), None, "heads")
-        self.blocks = stack(layer, shape.depth, keys[2])
-        self.norm = RMSNorm(layer.width, layer.eps)
+        transformer = shape.transformer
+        self.words = Embedding(shape.vocabulary, transformer.width, keys[0], std=1.0)
+        self.relative = param(normal(keys[1], (shape.buckets, transformer.heads)), None, "heads")
+        self.blocks = stack(transformer, keys[2])
+        self.norm = RMSNorm(transformer.width, transformer.eps)
         self.shape = shape
 
     def __call__(self, ids: Array, mask: Array) -> Array:

@@ -82,7 +82,7 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
     ours |= {"prefill_logits": read(False), "prefill_logits_uncond": read(True)}
 
     ours |= filtered(oracle)
-    s = config.condition.length
+    s = config.conditioning.what.length
     ours["freqs_cis"] = jnp.stack(config._rotary(s, 0, s + config.length), -1)
     if meta["model_type"] != "c2i":
         valid = model.condition(condition, jnp.zeros(b, bool))[1]

@@ -1,6 +1,5 @@
 """Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from einops import rearrange
 
 from t2i_jax.codecs import losses
 from t2i_jax.convert import convert, restore
+from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vgg
 from tests.published.parity import InDouble, Oracle
 
@@ -37,7 +37,7 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
         return z, config.encode(model, images), vectors, config.decode(model, ids)
 
     def trained(dtype):
-        exact = dataclasses.replace(config, dtype=dtype)
+        exact = with_fields(config, dtype=dtype)
         double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), model)
         batch = {"image": jnp.asarray(np.asarray(images), dtype)}
         at = jax.random.key(0), jnp.int32(0)

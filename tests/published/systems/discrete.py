@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.core.family import with_fields
 from t2i_jax.models.vq_diffusion import VQDiffusion, guided_log, truncate_log_probs
 from t2i_jax.noise.discrete import Chain, ChainSchedule, gumbel, importance, one_hot
 from t2i_jax.sampling.discrete import reverse
@@ -90,7 +91,7 @@ def described(oracle: Oracle) -> tuple[VQDiffusion, Any]:
     config, model = convert("vq_diffusion", oracle.tensors, **hints)
     weights = {"aux_loss_weight": meta["aux_weight"], "adaptive": meta["adaptive_aux"]}
     weights["mask_weight"] = tuple(meta.get("mask_weight") or (1, 1))
-    return dataclasses.replace(config, **weights), model
+    return with_fields(config, **weights), model
 
 
 def schedules(chain: Chain, outputs: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.core.family import with_fields
 from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.networks.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
@@ -48,7 +49,7 @@ def dit(oracle: Oracle) -> dict[str, Any]:
     process = dataclasses.replace(
         config.process, schedule=meta["noise_schedule"], steps=meta.get("diffusion_steps", 1000)
     )
-    network = dataclasses.replace(config.network, eps=meta.get("layernorm_eps", 1e-6))
+    network = with_fields(config.network, eps=meta.get("layernorm_eps", 1e-6))
     config = dataclasses.replace(config, process=process, network=network)
     x, noise, z = (ours_layout(inputs[k]) for k in ("x", "noise", "z"))
     y, t, t_loss = (jnp.asarray(inputs[k]) for k in ("y", "t", "t_loss"))
@@ -109,7 +110,7 @@ def dit(oracle: Oracle) -> dict[str, Any]:
     grid = (network.size[0] // network.patch, network.size[1] // network.patch)
     few, fewer = (schedule.respaced(meta[k]) for k in ("respacing", "ddim_respacing"))
     ours |= {
-        "pos_embed": sincos_2d(grid, network.width)[None],
+        "pos_embed": sincos_2d(grid, network.transformer.width)[None],
         "timestep_map": few.timestep_map,
         "ddim_timestep_map": fewer.timestep_map,
         "respaced_betas": few.betas,

@@ -1,0 +1,67 @@
+"""How a network knows the position of a token in the grid of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from t2i_jax.core.fields import Checked, Count, Positive
+from t2i_jax.nn.attention import Rotary, rotary_2d, with_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryPositions(Checked):
+    """Queries and keys are rotated by row and column (Su et al. 2021)."""
+
+    base: Positive = 10000.0
+    prefix: Literal["identity", "zero"] = "identity"
+    """tokens without a position in the grid are not rotated, or multiplied by zero (as released LlamaGen weights
+    need)"""
+
+    def table(self, grid: tuple[int, int], head_dim: int, prefix: int = 0) -> Rotary:
+        """cos and sin (prefix + i * j, head_dim / 2): `prefix` tokens without a position, then the grid in raster
+        order."""
+        angles = rotary_2d(grid, head_dim, self.base)
+        return with_prefix(jnp.cos(angles), jnp.sin(angles), prefix, zero=self.prefix == "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions(Checked):
+    """A learned vector is added at each position of the sequence."""
+
+    count: Count = 0
+    """rows of the table; 0: the length of the sequence"""
+
+
+@dataclasses.dataclass(frozen=True)
+class AxialPositions(Checked):
+    """A learned vector of the row and one of the column are added."""
+
+    grid: tuple[int, int] | None = None
+    """rows and columns of the tables; None: those of the codes. A larger one is read in raster order, as if the image's
+    tokens were its first: released VQ-Diffusion models of 16 x 16 tokens were trained so with 32 x 32"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SinCosPositions(Checked):
+    """Fixed sines and cosines of row and column are added (Dosovitskiy et al. 2021, as in DiT)."""
+
+    stretch: Positive = 1.0
+    """divides rows and columns, for images larger than those of the original training"""
+
+
+def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray:
+    """Fixed position embeddings (i * j, d): sines and cosines of the column, then those of the row, as in the first
+    release of DiT.
+
+    stretch: divides rows and columns. Errors: ValueError if 4 does not divide d.
+    """
+    if d % 4:
+        raise ValueError(f"width {d} cannot hold sine and cosine of row and column: it must be a multiple of 4")
+    row, column = np.indices(grid).reshape(2, -1, 1) / stretch
+    frequencies = 10000.0 ** -(np.arange(d // 4) / (d // 4))
+    waves = [f(place * frequencies) for place in (column, row) for f in (np.sin, np.cos)]
+    return np.concatenate(waves, -1).astype(np.float32)

@@ -1,0 +1,93 @@
+"""Published and own shapes as configs, by name.
+
+model = preset("llamagen-b", grid=(24, 24), condition=ClassEmbedder(10))
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from t2i_jax.core.errors import ConfigError, did_you_mean
+from t2i_jax.core.family import with_fields
+from t2i_jax.heads import DiffusionHead
+from t2i_jax.models.ar import AR
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.models.masked import Masked
+from t2i_jax.models.stream import Stream
+from t2i_jax.networks.dit import DiT
+from t2i_jax.nn.transformer import Transformer
+from t2i_jax.noise.processes import Discrete
+
+LLAMA = Transformer(dropout=0.1)
+"""RMSNorm, SwiGLU, no biases (Touvron et al. 2023), as LlamaGen."""
+GPT = Transformer(norm="layer", activation="gelu", bias=True)
+"""LayerNorm, GELU, biases (Radford et al. 2019), as minDALL-E."""
+COGVIEW = replace(GPT, sandwich_norm=True, pb_relax=True)
+MAR = replace(GPT, eps=1e-6, dropout=0.1)
+ADALN = replace(GPT, eps=1e-6, activation="gelu_tanh")
+"""Blocks of DiT (Peebles & Xie 2023)."""
+
+
+def _ar(width: int, depth: int, heads: int, mlp: int, kv_heads: int = 0) -> AR:
+    return AR(transformer=replace(LLAMA, width=width, depth=depth, heads=heads, mlp=mlp, kv_heads=kv_heads))
+
+
+def _mar(width: int, depth: int, heads: int, head: DiffusionHead) -> Masked:
+    return Masked(transformer=replace(MAR, width=width, depth=depth, heads=heads), head=head)
+
+
+def _dit(width: int, depth: int, heads: int) -> Diffusion:
+    network = DiT(transformer=replace(ADALN, width=width, depth=depth, heads=heads))
+    return Diffusion(network, Discrete("linear"), guided_channels=3)
+
+
+OF_AR: dict[str, AR] = {
+    "1M": _ar(128, 4, 4, 384),
+    "5M": _ar(256, 6, 4, 704),
+    "30M": _ar(512, 9, 8, 1408),
+    "llamagen-b": _ar(768, 12, 12, 2048),  # 0.1 B
+    "llamagen-l": _ar(1024, 24, 16, 2816),  # 0.3 B
+    "llamagen-xl": _ar(1280, 36, 20, 3584),  # 0.8 B
+    "llamagen-1b": _ar(2048, 22, 32, 5632),
+    "llamagen-xxl": _ar(1536, 48, 24, 4096),  # 1.4 B
+    "llamagen-3b": _ar(3200, 24, 32, 8704),
+    "llamagen-xxxl": _ar(2560, 48, 40, 6912),  # 3.9 B
+    "llamagen-7b": _ar(4096, 32, 32, 11008),
+    "20B": _ar(6144, 52, 48, 16384, kv_heads=8),  # the size of the largest Parti
+}
+"""Next-token models; parameter counts exclude the condition."""
+OF_STREAM: dict[str, Stream] = {
+    "stream-5M": Stream(transformer=GPT),
+    "mindalle": Stream(transformer=replace(GPT, width=1536, depth=42, heads=24)),  # 1.3 B
+    "cogview": Stream(transformer=replace(COGVIEW, width=2560, depth=48, heads=40), tied=True, one_softmax=True),  # 4 B
+    "dalle": Stream(
+        transformer=replace(GPT, width=3968, depth=64, heads=62),
+        positions="axial",
+        attention=("row", "column", "row", "row"),
+    ),  # 12 B
+}
+OF_MASKED: dict[str, Masked] = {
+    "mar-b": _mar(768, 12, 12, DiffusionHead(width=1024, depth=6)),  # 208 M
+    "mar-l": _mar(1024, 16, 16, DiffusionHead(width=1280, depth=8)),  # 478 M
+    "mar-h": _mar(1280, 20, 16, DiffusionHead(width=1536, depth=12)),  # 942 M
+}
+OF_DIFFUSION: dict[str, Diffusion] = {
+    "dit-s": _dit(384, 12, 6),  # 33 M
+    "dit-b": _dit(768, 12, 12),  # 130 M
+    "dit-l": _dit(1024, 24, 16),  # 458 M
+    "dit-xl": _dit(1152, 28, 16),  # 675 M
+}
+"""DiT with patches of 2, on 32 x 32 latents of 4 channels."""
+
+PRESETS: dict[str, AR | Stream | Masked | Diffusion] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION
+
+
+def preset(name: str, **fields: Any) -> Any:
+    """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
+
+    Errors: `ConfigError` for an unknown name or field.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r}: one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+    return with_fields(PRESETS[name], **fields)
