@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -149,7 +148,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     store = jax.jit(make_store(codec.config if codec else None, experiment.text))
     seen = codec or learns_from_images(experiment.text)
 
-    def ready(**arrays: Sequence[Any] | np.ndarray) -> Record:
+    def ready(**arrays: Sequence[np.ndarray] | np.ndarray) -> Record:
         """The outputs of the frozen parts for up to a batch of rows, padded so that one program serves all."""
         rows = len(next(iter(arrays.values())))
         filled = {k: np.concatenate([v, np.repeat(v[-1:], batch_size - rows, 0)]) for k, v in arrays.items()}

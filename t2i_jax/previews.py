@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from PIL import Image
 
@@ -23,16 +23,18 @@ from t2i_jax.data.records import title
 from t2i_jax.sampler import Sampler
 from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import plain_options
+from t2i_jax.training.loop import Trainer
+from t2i_jax.training.state import TrainState
 
 
 class Previews:
     """Draws `samples/STEP.png` of a run: reconstructions of a codec, images for held-out captions of a family."""
 
     def __init__(self):
-        self.draw: Any = None
-        self.inputs: Any = None
+        self.draw: Callable[..., Array] | None = None
+        self.inputs: tuple = ()
 
-    def __call__(self, trainer: Any, state: Any, step: int) -> np.ndarray | None:
+    def __call__(self, trainer: Trainer, state: TrainState, step: int) -> np.ndarray | None:
         if self.draw is None:
             self._begin(trainer)
         if self.draw is None:
@@ -44,7 +46,7 @@ class Previews:
             image_files.save_png(sheet, trainer.folder / "samples" / f"{step:07d}.png")
         return np.asarray(sheet.convert("RGB"))
 
-    def _begin(self, trainer: Any) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
         experiment, family = trainer.experiment, trainer.experiment.model
         can = family.capabilities

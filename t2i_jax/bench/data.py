@@ -54,7 +54,7 @@ def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
     return total // count
 
 
-def rate(batches: Iterator[Any], size: int, wanted: int) -> float:
+def rate(batches: Iterator[object], size: int, wanted: int) -> float:
     """Examples a second over at least `wanted` of them, after what was made ahead is used up."""
     for _ in range(2):
         next(batches)
@@ -114,7 +114,7 @@ def bench_codes(grid: int, features: tuple[int, int], count: int, workers: int, 
 def _measured(
     name: str, data: Data, size: int, alone: Callable[[], float], count: int, workers: int, repeats: int
 ) -> Result:
-    stream: Any = data.batches()
+    stream = data.batches()
     with closing(stream):
         made = lambda: rate(stream, data.batch_size, count)
         found, spread = interleaved({"per_second": made, "limit": alone}, repeats)

@@ -27,7 +27,7 @@ from t2i_jax.core.keys import image_keys
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.narrow import as_family
 from t2i_jax.core.specs import CodeSpec
-from t2i_jax.core.types import Family
+from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.heads import PositionKeys, TokenHead
@@ -125,7 +125,7 @@ def bench_drawing(
     static = guidance_flags(family, options) if guided else {"guided": False}
     families = {"seconds": family} | ({"cut": without_head(family)} if family.capabilities.token_head else {})
 
-    def program(family: Any) -> Callable[..., Any]:
+    def program(family: Family) -> Callable[..., object]:
         return lambda *arguments: family.sample(*arguments, **static)
 
     arguments = (model, condition, keys, options.arrays())
@@ -158,7 +158,9 @@ def bench_drawing(
     return result
 
 
-def _in_pytorch(family: Any, model: Any, condition: dict[str, np.ndarray], options: Any, both: bool, b: int) -> Measure:
+def _in_pytorch(
+    family: Any, model: Any, condition: dict[str, np.ndarray], options: SamplingOptions, both: bool, b: int
+) -> Measure:
     with refused("--eager"):
         theirs = baseline("denoising").Denoiser(family, model)
     known, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))

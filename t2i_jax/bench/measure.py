@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from rich.table import Table
 
 from t2i_jax.core import config
@@ -18,18 +19,28 @@ from t2i_jax.core.console import stdout
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_free, local, write_json
 
+
+class Arguments(Protocol):
+    """Arguments that all benchmarks have."""
+
+    @property
+    def out(self) -> Path | None: ...
+
+
+A = TypeVar("A", bound=Arguments)
+M = TypeVar("M", bound=nnx.Module)
 Result = dict[str, Any]
 Measure = Callable[[], float]
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Wall time of one call, until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
-def weights(init: Callable[[jax.Array], Any]) -> Any:
+def weights(init: Callable[[jax.Array], M]) -> M:
     """A model with fresh weights."""
     with config.refused("model"):
         sizes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
@@ -100,12 +111,12 @@ def table(title: str, results: Sequence[Result], rows: Mapping[str, Callable[[Re
     return shown
 
 
-def read_arguments(kind: type, arguments: list[str], prog: str, some: bool = False) -> tuple[Any, list[str]]:
+def read_arguments(kind: type[A], arguments: list[str], prog: str, some: bool = False) -> tuple[A, list[str]]:
     """The arguments of a benchmark; and the rest, fields of a config, if it takes `some`.
 
     Errors: `ConfigError`, also for a results file that no command has written.
     """
-    args, rest = config.parse(kind, arguments, prog, return_unknown_args=True)
+    args, rest = config.parse_some(kind, arguments, prog)
     if rest and not some:
         config.parse(kind, arguments, prog)  # which says what is wrong with them
     if args.out:

@@ -87,9 +87,9 @@ def bench_train(
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(without_parts(experiment, shapes), folder)
     batch = on_mesh(experiment, shapes, trainer.mesh)
-    state: Any = trainer.start()
+    state = trainer.start()
 
-    def step() -> Any:
+    def step() -> object:
         nonlocal state
         with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.step(state, trainer.frozen, batch)
@@ -120,7 +120,7 @@ def bench_train(
 
 
 def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
-    family: Any = experiment.model
+    family = experiment.model
     train, published = experiment.train, Optimizer()
     with refused("--eager"):
         given, wanted = values(train.optimizer), values(published)

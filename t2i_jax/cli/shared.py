@@ -6,10 +6,12 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from t2i_jax.core.console import console as console
 from t2i_jax.core.outputs import local as local
+
+T = TypeVar("T")
 
 
 class Lines(logging.Handler):
@@ -26,14 +28,14 @@ def fail(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
-def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
+def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     from t2i_jax.core import config  # imports JAX, which `t2i --help` does not need
 
     return config.parse(kind, arguments, prog)
 
 
-def parse_some(kind: type, arguments: Sequence[str], prog: str) -> tuple[Any, list[str]]:
+def parse_some(kind: type[T], arguments: Sequence[str], prog: str) -> tuple[T, list[str]]:
     """The command's own arguments, and the rest: overrides of fields of a config or a model."""
     from t2i_jax.core import config
 
-    return config.parse(kind, arguments, prog, return_unknown_args=True)
+    return config.parse_some(kind, arguments, prog)

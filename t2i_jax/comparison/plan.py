@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import Checked, Positive, Seed, Size
@@ -18,9 +17,9 @@ class Variant:
 
     run: str
     """name of one of the comparison's runs"""
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """sampling options that differ from the model's own"""
-    family: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    family: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """fields of the model's configuration that no training depends on, as `solver`"""
     classifier: str = ""
     """name of one of the comparison's guides, whose gradient guides towards the prompt"""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
@@ -94,7 +95,7 @@ def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[s
     return lines
 
 
-def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Any:
+def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Image.Image:
     """A row a prompt: the real image, then that of each run."""
     chosen = np.linspace(0, len(ruler.prompts) - 1, rows).round().astype(int)
     columns = {"real": ruler.real, **sheets}

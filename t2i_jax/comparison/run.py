@@ -119,7 +119,7 @@ class ResultCache:
         self.pipelines: dict[str, Pipeline] = {}
         self.classifiers: dict[str, ClassifierGuidance] = {}
 
-    def __call__(self, line: Variant, more: dict[str, Any], title: str) -> tuple[dict[str, float], np.ndarray]:
+    def __call__(self, line: Variant, more: dict[str, object], title: str) -> tuple[dict[str, float], np.ndarray]:
         settings = {**line.options, **more}
         drawn = (self.comparison.count, self.comparison.batch_size, self.comparison.seed)
         models = [to_json(self.runs[name]) for name in (line.run, line.classifier) if name]

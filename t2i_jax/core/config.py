@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 import tyro
 from jax import Array
@@ -158,6 +158,11 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, **settings: Any) -
         message = f"--{name.replace('_', '-')} {refused[3]}"
     # A short word is close to every flag.
     raise ConfigError(message if len(message) <= MOST else f"{message[:MOST].rpartition(' ')[0] or message[:MOST]} ...")
+
+
+def parse_some(kind: type[T], arguments: Sequence[str], prog: str) -> tuple[T, list[str]]:
+    """As `parse`, and the arguments that are not fields of the dataclass."""
+    return cast(tuple[T, list[str]], parse(kind, arguments, prog, return_unknown_args=True))
 
 
 MOST = 700

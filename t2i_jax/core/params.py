@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.specs import Shaped
+
 M = TypeVar("M", bound=nnx.Module)
 M_co = TypeVar("M_co", bound=nnx.Module, covariant=True)
 Named = dict[str, nnx.Variable]
@@ -52,7 +54,7 @@ def assemble(build: Callable[[Array], M], arrays: Mapping[str, np.ndarray], sour
     return rebuild(abstract, {k: fill(k, v) for k, v in wanted.items()})
 
 
-def check_fits(wanted: Named, arrays: Mapping[str, np.ndarray], source: str) -> None:
+def check_fits(wanted: Named, arrays: Mapping[str, Shaped], source: str) -> None:
     """Errors: `ValueError` with `source` and the names that are missing, left over, or of another shape."""
     wrong = [f"missing: {k}" for k in wanted if k not in arrays] + [f"unused: {k}" for k in arrays if k not in wanted]
     wrong += [

@@ -13,7 +13,7 @@ from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.text import mend
@@ -22,21 +22,22 @@ log = logging.getLogger(__name__)
 NOT_DATA = frozenset(("__MACOSX", "@eaDir"))
 """Folders that programs leave among data; those whose names begin with a dot are skipped too."""
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
-class Recent(Generic[T]):
+class Recent(Generic[K, T]):
     """A cache of the last `most` results of `make(key)`; thread-safe, empty after pickling.
 
     An evicted result lives until the last thread drops it, so `make` returns objects that close themselves.
     """
 
-    def __init__(self, make: Callable[[Any], T], most: int):
+    def __init__(self, make: Callable[[K], T], most: int):
         self.make, self.most = make, most
         self._cold()
 
     def _cold(self) -> None:
-        self.kept: OrderedDict[Any, _Slot] = OrderedDict()
+        self.kept: OrderedDict[K, _Slot[T]] = OrderedDict()
         self.lock = threading.Lock()
 
     def __getstate__(self):
@@ -46,7 +47,7 @@ class Recent(Generic[T]):
         self.make, self.most = state
         self._cold()
 
-    def __getitem__(self, key: Any) -> T:
+    def __getitem__(self, key: K) -> T:
         with self.lock:
             slot = self.kept.setdefault(key, _Slot())
             self.kept.move_to_end(key)
@@ -58,16 +59,16 @@ class Recent(Generic[T]):
             return slot.value[0]
 
 
-class _Slot:
+class _Slot(Generic[T]):
     def __init__(self):
         self.lock = threading.Lock()
-        self.value: tuple[Any, ...] = ()
+        self.value: tuple[T, ...] = ()
 
 
-class Files(Generic[T]):
+class Files(Generic[K, T]):
     """Open files of one reader by path; all readers of a process together keep few of them open."""
 
-    def __init__(self, make: Callable[[Any], T]):
+    def __init__(self, make: Callable[[K], T]):
         self.make, self.reader = make, object()  # another reader may mean another file of that name
 
     def __getstate__(self):
@@ -76,8 +77,8 @@ class Files(Generic[T]):
     def __setstate__(self, state):
         self.make, self.reader = state, object()
 
-    def __getitem__(self, path: Any) -> T:
-        return _open()[self.reader, self.make, path]
+    def __getitem__(self, path: K) -> T:
+        return cast(T, _open()[self.reader, self.make, path])
 
 
 def most_files(most: int, share: int = 4) -> int:
@@ -87,7 +88,7 @@ def most_files(most: int, share: int = 4) -> int:
 
 
 @lru_cache(1)
-def _open() -> Recent[Any]:
+def _open() -> Recent[tuple[object, Callable[..., object], object], object]:
     """The open files of this process. It is made when the first is opened, as `platform.prepare` raises the limit."""
     return Recent(lambda key: key[1](key[2]), most_files(64))
 

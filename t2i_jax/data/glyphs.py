@@ -116,7 +116,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         strict: bool = False,
         cache: str | Path | None = None,
         progress: Progress | None = None,
-        file_format: Any = "array_record",
+        file_format: str = "array_record",
         **settings: Any,
     ):
         self.strict, self.cache, self.progress = strict, cache, progress
@@ -138,7 +138,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterable[tuple[int, Record]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterable[tuple[int, Record]]]:
         config, pixels, dropped = self.builder_config, hashlib.sha256(), Counter()
         glyphs, packages = _collect(config.styles, config.limit, config.skin_tones, self.cache, self.strict)
         drawn = list(_draw(glyphs, config.size, dropped, pixels, self.progress))
@@ -219,7 +219,7 @@ def _some(glyphs: Iterable[Glyph], limit: int, skin_tones: bool) -> list[Glyph]:
 
 
 def _draw(
-    glyphs: Sequence[Glyph], size: int, dropped: Counter[str], pixels: Any, progress: Progress | None
+    glyphs: Sequence[Glyph], size: int, dropped: Counter[str], pixels: hashlib._Hash, progress: Progress | None
 ) -> Iterator[tuple[Glyph, bytes]]:
     """The drawings as PNG files; of those with the same pixels the first stays."""
     seen: set[bytes] = set()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -272,7 +271,7 @@ def _chunks(data: bytes, keep: tuple[bytes, ...]) -> bytes:
 
 def _tag(opened: Image.Image, number: int, default: int) -> int:
     """The first value of a tag of a TIFF."""
-    value: Any = opened.tag_v2.get(number, default) if opened.format == "TIFF" else default  # pyright: ignore
+    value: object = opened.tag_v2.get(number, default) if opened.format == "TIFF" else default  # pyright: ignore
     return int(value[0] if isinstance(value, tuple) else value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from t2i_jax.data.files import Recent, files_of, mounted
 from t2i_jax.data.records import DataError, Record, as_captions
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from t2i_jax.data.sources import Parquet
 
 
@@ -36,7 +38,7 @@ class ParquetReader:
         self.starts = np.array(starts)
         if not len(self):
             raise DataError(f"{config.path}: the parquet files have no rows")
-        self.tables: Recent[Any] = Recent(self._read, config.cache)
+        self.tables: Recent[int, pa.Table] = Recent(self._read, config.cache)
 
     def _check(self, path: Path) -> list[int]:
         """Rows of each row group. Errors: `DataError` for other files, and for a missing or unsuitable column."""
@@ -56,7 +58,7 @@ class ParquetReader:
             raise DataError(f"{path}: the column '{self.config.image}' holds {fault}")
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
-    def _read(self, g: int) -> Any:
+    def _read(self, g: int) -> pa.Table:
         from pyarrow import parquet
 
         path, group, _ = self.groups[g]
@@ -110,7 +112,7 @@ def parquet_files(path: str) -> list[Path]:
     return files
 
 
-def _no_images(kind: Any) -> str:
+def _no_images(kind: pa.DataType) -> str:
     """What a column of this type holds if not images; empty if it may hold images."""
     from pyarrow import types
 
@@ -129,7 +131,7 @@ def _no_images(kind: Any) -> str:
     )
 
 
-def _image(value: Any, column: str) -> bytes:
+def _image(value: dict[str, bytes] | bytes | None, column: str) -> bytes:
     """The image file in a cell. Errors: `DataError` where there is none."""
     found = value["bytes"] if isinstance(value, dict) else value
     if found is None:

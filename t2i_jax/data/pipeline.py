@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -41,6 +41,8 @@ from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+Facts = dict[str, Any]
+"""what is known of a split, for printing"""
 Field = Literal["image", "label", "codes", "latents", "features", "text_mask"]
 PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
 ARRAYS: tuple[Field, ...] = ("label", "codes", "latents", *PER_CAPTION)
@@ -115,7 +117,7 @@ class Data(Checked):
         rows: Sequence[int] | None = None,
         split: str = "train",
         spec: BatchSpec | None = None,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """The given rows of each batch, all unless given, of the endless stream that follows `position` examples.
 
         Gives "image" uint8 (b, i, j, 3), "text" int32 (b, s) and "text_mask" bool (b, s) if there is a `text` (any
@@ -174,7 +176,7 @@ class Data(Checked):
         """Bytes of a batch at least."""
         return self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
 
-    def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, dict[str, Any]]:
+    def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, Facts]:
         """How many `records` each split has, and a digest of the `names` of some; stored with a run to recognise
         its data. Errors: `DataError`."""
         return {split: _description(self.split(split).open()) for split in splits}
@@ -198,7 +200,7 @@ class Data(Checked):
             return self.held_out
         return _split(self.source, split)
 
-    def _watched(self, stream: Generator[_Made], tally: Tally) -> Iterator[Batch]:
+    def _watched(self, stream: Generator[_Made], tally: Tally) -> Generator[Batch]:
         with closing(stream):
             for batch, faults, small in stream:
                 for fault in (fault for several in faults for fault in several):
@@ -209,7 +211,10 @@ class Data(Checked):
                 yield batch
 
 
-def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
+T = TypeVar("T")
+
+
+def restarted(stream: Callable[[int], Iterator[T]]) -> Generator[T]:
     """The items of `stream(done)`; when a worker process dies, it is called again with the number of items so far.
 
     Errors: `DataError` where workers died DEATHS times and nothing came in between.
@@ -238,7 +243,7 @@ def restarted(stream: Callable[[int], Iterator[Any]]) -> Generator[Any]:
                 close()
 
 
-def _description(reader: Reader, some: int = 64) -> dict[str, Any]:
+def _description(reader: Reader, some: int = 64) -> Facts:
     places = np.linspace(0, len(reader) - 1, min(some, len(reader))).round().astype(int).tolist()
     names = "\n".join(reader.key(i).rpartition("/")[2] for i in places)
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
@@ -247,7 +252,7 @@ def _description(reader: Reader, some: int = 64) -> dict[str, Any]:
 
 def _split(source: Source, split: str) -> Source:
     if isinstance(source, Mixture):
-        parts: tuple[Any, ...] = tuple(_split(s, split) for s in source.sources)
+        parts: tuple[object, ...] = tuple(_split(s, split) for s in source.sources)
         return dataclasses.replace(source, sources=parts)
     if "split" not in {f.name for f in dataclasses.fields(source)}:
         raise DataError(f"{type(source).__name__} has no splits: name a source for '{split}' in Data.held_out")

@@ -104,7 +104,15 @@ class ArrayRecord:
         return readers[0] if len(readers) == 1 else Concat(readers)
 
 
-def _open_records(path: str) -> Any:
+class RecordFile(Protocol):
+    """A reader of `array_record`, which has no types."""
+
+    def num_records(self) -> int: ...
+    def read(self, numbers: Sequence[int]) -> Sequence[bytes]: ...
+    def close(self) -> None: ...
+
+
+def _open_records(path: str) -> RecordFile:
     from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingImports]
 
     return ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=1 << 15)
@@ -137,7 +145,7 @@ class ArrayRecords:
     def __init__(self, parts: Sequence[tuple[str, int, int]]):
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(count for _, _, count in parts)])
-        self.files: Files[Any] = Files(_open_records)
+        self.files: Files[str, RecordFile] = Files(_open_records)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -205,7 +205,7 @@ class _Folder:
     ) -> Entry:
         """Write the index of a tar file, with columns `more`, whole or not at all."""
         samples, whole = len(found.columns["image"]), not found.cut
-        about: dict[str, Any] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        about: dict[str, object] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
         about |= {"cut": found.cut, "kind": found.kind, "keys": found.keys} if found.cut else {}
         about |= {"ignored": [mend(name) for name in found.ignored]} if found.ignored else {}
         data = encode_table(about, {**(more or {}), **found.columns})
@@ -287,7 +287,7 @@ def _scans(
                 yield tar, error
         return
     tars, lock = iter(order), threading.Lock()
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    results: queue.SimpleQueue[tuple[Path, Entry | Scan | Exception] | None] = queue.SimpleQueue()
     processes: list[_Process] = []
 
     def drive(process: _Process) -> None:
@@ -362,10 +362,10 @@ def _cores() -> int:
 # ------------------------------------------------------------------------------------------------------------- format
 
 
-def encode_table(about: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> bytes:
+def encode_table(about: Mapping[str, object], columns: Mapping[str, np.ndarray]) -> bytes:
     """The bytes of an index. about: further entries of its first line. columns: integers (samples,)."""
     samples = len(next(iter(columns.values())))
-    stored: dict[str, Any] = {}
+    stored: dict[str, object] = {}
     arrays: dict[str, np.ndarray] = {}
     for name, x in columns.items():
         low, high = (int(x.min()), int(x.max())) if samples else (0, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -42,7 +41,7 @@ def may_flip(captions: Sequence[str], exceptions: tuple[str, ...]) -> bool:
     return not exceptions or not any(_words(exceptions).search(c) for c in captions)
 
 
-def choose_caption(captions: Any, rng: Generator | None = None, empty: bool = False) -> str:
+def choose_caption(captions: object, rng: Generator | None = None, empty: bool = False) -> str:
     """One caption of several that are not blank: the first without `rng`.
 
     empty: "" where there is none. Errors: `DataError` that says why there is none, or none that is text.

@@ -84,7 +84,7 @@ def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: 
     orders = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(order_key, config.epochs))
     batches = orders[:, : n // batch * batch].reshape(-1, batch)
 
-    def step(carry: Any, item: tuple) -> tuple:
+    def step(carry: tuple, item: tuple) -> tuple:
         heads, state = carry
         rows, key = item
         grads = jax.grad(contrast)(heads, images[rows], texts[rows], concepts[rows], config.dropout, key)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from rich.table import Table
@@ -43,7 +43,7 @@ class Report:
 
     title: str
     numbers: Mapping[str, Number]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict:
         numbers = {k: {"value": n.value, "better": n.better, **n.baselines} for k, n in self.numbers.items()}
@@ -168,7 +168,7 @@ def aligned(found: Retrieval, **real: Retrieval) -> dict[str, Number]:
 def evaluate_reconstruction(
     real: np.ndarray,
     reconstructed: np.ndarray,
-    perceptual: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+    perceptual: Callable[[np.ndarray, np.ndarray], object] | None = None,
     spaces: Sequence[FeatureNetwork | Space] = (),
     *,
     components: int = 128,

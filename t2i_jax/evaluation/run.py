@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from PIL import Image
 
 from t2i_jax.codecs import losses
@@ -20,7 +20,7 @@ from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.narrow import as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
-from t2i_jax.core.types import Family
+from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space
 from t2i_jax.evaluation.metrics import NEIGHBOURS
@@ -107,7 +107,7 @@ def images_of(records: Sequence[Record]) -> np.ndarray:
     return np.stack([r["image"] for r in records])
 
 
-def in_batches(function: Callable[[np.ndarray], Any], images: np.ndarray, size: int, title: str) -> np.ndarray:
+def in_batches(function: Callable[[np.ndarray], ArrayLike], images: np.ndarray, size: int, title: str) -> np.ndarray:
     """`function` over batches of one size, the last one filled up, with a bar."""
     parts = []
     with bar() as progress:
@@ -174,7 +174,7 @@ def evaluate_family(
     count: int,
     size: int,
     seed: int,
-    options: Any,
+    options: SamplingOptions,
     judge: bool,
 ) -> Report:
     """Images for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from flax import nnx
 from jax import Array
@@ -11,8 +11,10 @@ from t2i_jax.core.specs import CodeSpec
 from t2i_jax.heads.draws import PositionKeys
 from t2i_jax.sampling.options import ARSampler
 
+M = TypeVar("M", bound=nnx.Module)
 
-class TokenHead(Protocol):
+
+class TokenHead(Protocol[M]):
     """A frozen config of a head. Every head works with every order; an order by confidence needs probabilities."""
 
     @property
@@ -25,7 +27,7 @@ class TokenHead(Protocol):
         """Whether `loss` is -log p(x | z) in nats of a discrete code, and `sample` gives its log-probability."""
         ...
 
-    def init(self, key: Array, width: int) -> nnx.Module:
+    def init(self, key: Array, width: int) -> M:
         """A module with the head's parameters, which reads z of this width."""
         ...
 
@@ -33,12 +35,12 @@ class TokenHead(Protocol):
         """A module that embeds codes (..., *code.shape) as the network's input (..., width)."""
         ...
 
-    def loss(self, module: Any, z: Array, x: Array, key: Array, train: bool = True) -> Array:
+    def loss(self, module: M, z: Array, x: Array, key: Array, train: bool = True) -> Array:
         """The loss of each token, fp32 (b, t), for codes x (b, t, *code.shape); train is static."""
         ...
 
     def sample(
-        self, module: Any, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
+        self, module: M, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
         """Codes (b, m, *code.shape), and a score (b, m): log p(x | z) where the head knows it, else None.
 

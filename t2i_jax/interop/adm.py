@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
+
+from flax import nnx
 
 from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
@@ -132,7 +134,7 @@ def describe_pool(tensors: Tensors) -> Fields:
     raise ValueError("no pooling that is known among the names out.*: this is no classifier of guided-diffusion")
 
 
-def table(model: Any) -> Table:
+def table(model: nnx.Module) -> Table:
     """The published name and layout of each variable of a UNet, or of a classifier of noised images."""
     variables = named(model)
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
@@ -177,7 +179,7 @@ def table(model: Any) -> Table:
             whole["condition.table"] = "label_emb"
         return f"{whole[part]}.{'weight' if leaf == 'w' else 'bias'}"
 
-    def layout(name: str, variable: Any) -> str:
+    def layout(name: str, variable: nnx.Variable) -> str:
         flat = r"(attention|head)\.(qkv|context|out)\.w$"
         if name == "head.position":
             return "c t -> t c"
@@ -194,7 +196,7 @@ def table(model: Any) -> Table:
     return {k: source(theirs(k), layout=layout(k, v)) for k, v in variables.items()}
 
 
-def _is(pool: str, variables: Any) -> bool:
+def _is(pool: str, variables: Iterable[str]) -> bool:
     """Whether the head of a classifier pools like that, by what it has."""
     has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
     return (

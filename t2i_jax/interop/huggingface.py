@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
-from t2i_jax.interop.tensorfile import Lazy, SafeTensors, content
+from t2i_jax.interop.tensorfile import Lazy, Reader, SafeTensors, content
 from t2i_jax.interop.wrapping import located
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Weights(Lazy):
         super().__init__(located(whole, *needed, part=part, file=str(files[0] if len(files) == 1 else path)).readers)
 
 
-def _joined(files: list[Path]) -> Iterator[tuple[str, Any]]:
+def _joined(files: list[Path]) -> Iterator[tuple[str, Reader]]:
     """Readers of all tensors of the shards. Errors: ValueError where two shards have one name."""
     known: dict[str, Path] = {}
     for file in files:

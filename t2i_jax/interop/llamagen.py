@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.positions import RotaryPositions
 
@@ -17,7 +16,7 @@ UNUSED = r"freqs_cis|causal_mask|kv_cache"
 HEAD_DIM = {3200: 100, 4096: 128}  # by width; 64 elsewhere
 
 
-def describe(tensors: Mapping[str, Any], head_dim: int = 0, null: bool = True) -> Fields:
+def describe(tensors: Tensors, head_dim: int = 0, null: bool = True) -> Fields:
     """The fields of the family's configuration that the shapes of `tensors` (arrays or abstract) belong to.
 
     Two do not follow: `head_dim`, 0 for that of the released model of this width; and `null`, whether the last row of

@@ -2,7 +2,8 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+
+from flax import nnx
 
 from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import LINEAR, Table, source, to_ours
@@ -48,7 +49,7 @@ def table(head_dim: int) -> Table:
     return lines
 
 
-def load(model: Any, head_dim: int) -> Any:
+def load(model: nnx.Module, head_dim: int) -> object:
     """The abstract encoder `model` with the weights of the package."""
     path = folder() / "model.safetensors"
     return to_ours(model, Weights(path), table(head_dim), ignore=r"position_ids|^pooler\.", file=str(path))

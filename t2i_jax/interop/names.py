@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from einops import EinopsError, pack, rearrange, unpack
+from flax import nnx
 
 from t2i_jax.core.params import named, rebuild
 
@@ -52,11 +53,11 @@ class Source(NamedTuple):
     def layer(self, n: int) -> tuple[str, ...]:
         return tuple(name.format(n) for name in self.names) if self.stacked else self.names
 
-    def ours(self, tensors: list[Any]) -> Any:
+    def ours(self, tensors: list[np.ndarray]) -> np.ndarray:
         """One layer's tensors as one array of ours."""
-        joined: Any = tensors[0] if len(tensors) == 1 else tensors
         if self.parts:
-            joined = pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]
+            tensors = [pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]]
+        joined: Any = tensors[0] if len(tensors) == 1 else tensors  # einops takes lists
         if self.rows is not None:
             if joined.shape[0] != self.height:
                 raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
@@ -65,7 +66,7 @@ class Source(NamedTuple):
             return joined
         return rearrange(joined, self.layout, **self.sizes)
 
-    def theirs(self, array: Any) -> list[Any]:
+    def theirs(self, array: np.ndarray) -> list[np.ndarray]:
         """The tensors that `ours` would make `array` of."""
         if self.layout:
             left, right = self.layout.split("->")
@@ -77,11 +78,19 @@ class Source(NamedTuple):
         return [array] if len(self.names) == 1 else list(array)
 
 
+M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 Table = Mapping[str, Source]
 Fields = dict[str, Any]
 """Fields of a configuration by name."""
-Tensors = Mapping[str, Any]
+Tensors = Mapping[str, np.ndarray]
 """Arrays, or abstract ones, by name."""
+
+
+def configured(kind: Callable[..., T], *fields: Mapping[str, object]) -> T:
+    """A config with these fields, the later ones in the place of earlier ones; it checks them itself."""
+    return kind(**{name: value for some in fields for name, value in some.items()})
+
 
 KINDS = (
     (r"lora_|\.lora\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, without the model"),
@@ -109,7 +118,12 @@ def require(tensors: Tensors, needed: Sequence[str], what: str, file: str = "") 
 
 
 def source(
-    *names: str, layout: str = "", rows: Any = None, height: int = 0, parts: tuple[int, ...] = (), **sizes: int
+    *names: str,
+    layout: str = "",
+    rows: np.ndarray | None = None,
+    height: int = 0,
+    parts: tuple[int, ...] = (),
+    **sizes: int,
 ) -> Source:
     """A line of a table: their name or names, the einops pattern to ours, and sizes that the pattern needs.
 
@@ -119,7 +133,7 @@ def source(
     return Source(names, layout, sizes, rows, height, parts)
 
 
-def to_ours(model: Any, tensors: Mapping[str, Any], table: Table, ignore: str = "", file: str = "the file") -> Any:
+def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: str = "the file") -> M:
     """`model` (abstract or not) with `tensors` in the place of its variables, in the dtypes of the variables.
 
     tensors: NumPy arrays, or traced ones: `jax.eval_shape` of this function checks a file's names and shapes without
@@ -178,7 +192,9 @@ def warn_not_finite(arrays: Iterable[tuple[str, np.ndarray]], file: str) -> None
         log.warning(f"{file}: {name} has {nan} NaN and {infinite} infinite of {array.size} numbers{more}")
 
 
-def _fit(line: Source, names: tuple[str, ...], parts: list[Any], ours: str, variable: Any) -> tuple[Any, list[str]]:
+def _fit(
+    line: Source, names: tuple[str, ...], parts: list[np.ndarray], ours: str, variable: nnx.Variable
+) -> tuple[np.ndarray | None, list[str]]:
     """One layer of a variable from its tensors, or what is wrong with them."""
     wanted = variable.shape[1:] if line.stacked else variable.shape
     for name, part in zip(names, parts, strict=True):
@@ -193,7 +209,7 @@ def _fit(line: Source, names: tuple[str, ...], parts: list[Any], ours: str, vari
     return None, [f"{', '.join(names)}: {[tuple(p.shape) for p in parts]} does not make {ours} {wanted}"]
 
 
-def to_theirs(model: Any, table: Table) -> dict[str, np.ndarray]:
+def to_theirs(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
     """The variables of `model` under their names and in their layouts: what `to_ours` reads."""
     whole: dict[str, np.ndarray] = {}
     for name, array, line in _lines(model, table):
@@ -204,7 +220,7 @@ def to_theirs(model: Any, table: Table) -> dict[str, np.ndarray]:
     return whole
 
 
-def _lines(model: Any, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]:
+def _lines(model: nnx.Module, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]:
     for ours, variable in named(model).items():
         line, array = table[ours], np.asarray(variable[...])
         for n, part in enumerate(array if line.stacked else [array]):

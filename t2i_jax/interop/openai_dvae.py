@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from flax import nnx
+
 from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, Fields, Source, Table, Tensors, require, source
 
@@ -45,7 +47,7 @@ def table(model: Any) -> Table:
     """The published name and layout of each variable of a `codecs.dvae.DVAE` with a `OpenAIdVAE` network."""
     alone = model.encoder is None or model.decoder is None
 
-    def line(name: str, variable: Any) -> Source:
+    def line(name: str, variable: nnx.Variable) -> Source:
         if name == "codebook.w":
             theirs, layout = name, "k v 1 1 -> v k"
         else:

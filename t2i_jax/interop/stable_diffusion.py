@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from t2i_jax.core.params import named
 from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Table, Tensors, require, source
@@ -160,7 +161,7 @@ def schedule(config: Mapping[str, Any]) -> Fields:
     return {"schedule": name, "steps": steps, "zero_terminal_snr": zero, "predicts": kinds[kind]}
 
 
-def squared(tensors: Tensors, linear: bool) -> dict[str, Any]:
+def squared(tensors: Tensors, linear: bool) -> dict[str, np.ndarray]:
     """The tensors with the ends of all attentions as matrices (`linear`, as in versions 2), or as 1x1 convolutions."""
 
     def like(name: str, x: Any) -> Any:
@@ -178,7 +179,7 @@ def linear(config: Any) -> bool:
     return config.head_dim > 0
 
 
-def table(model: Any, config: Any) -> Table:
+def table(model: nnx.Module, config: Any) -> Table:
     """The name and layout in diffusers of each variable of a UNet with Transformer blocks. config: of the network."""
     lines, period = {}, config.blocks + 1
     for name, variable in named(model).items():
@@ -207,7 +208,7 @@ def table(model: Any, config: Any) -> Table:
     return lines
 
 
-def _attention(place: str, rest: str, config: Any, variable: Any) -> Any:
+def _attention(place: str, rest: str, config: Any, variable: nnx.Variable) -> object:
     """The line of a variable of a `SpatialTransformer`."""
     ours, leaf = rest.rsplit(".", 1)
     end = "weight" if leaf == "w" else "bias"

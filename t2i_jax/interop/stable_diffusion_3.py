@@ -58,7 +58,7 @@ def settings(config: Mapping[str, Any]) -> Fields:
     return {"heads": config["num_attention_heads"], "size": (side, side)}
 
 
-def completed(tensors: Tensors, grid: tuple[int, int]) -> dict[str, Any]:
+def completed(tensors: Tensors, grid: tuple[int, int]) -> dict[str, np.ndarray]:
     """The tensors with positions of this grid alone, cut out of the middle, and a last block like the others.
 
     The text output of the last block is unused, so files leave it out, and have its scale before its shift.
@@ -84,7 +84,7 @@ def completed(tensors: Tensors, grid: tuple[int, int]) -> dict[str, Any]:
     return whole
 
 
-def _rows(x: Any, axis: int, rows: np.ndarray) -> Any:
+def _rows(x: np.ndarray, axis: int, rows: np.ndarray) -> Any:
     """Rows of x along an axis, zeros where they are -1; x may be abstract."""
     shape = (*x.shape[:axis], len(rows), *x.shape[axis + 1 :])
     if isinstance(x, jax.ShapeDtypeStruct):

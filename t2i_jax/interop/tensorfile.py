@@ -8,16 +8,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.typing import ArrayLike
 
 from t2i_jax.core.sniff import sniff_file
+from t2i_jax.core.specs import Shaped
 from t2i_jax.interop.torchfile import read_torch
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, type[np.generic]] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -36,16 +38,18 @@ DTYPES: dict[str, Any] = {
 }
 """Number formats of safetensors files."""
 
-Readers = Mapping[str, Callable[[], Any]]
+R = TypeVar("R")
+Reader = Callable[[], np.ndarray]
+Readers = Mapping[str, Reader]
 
 
-class Lazy(Mapping[str, Any]):
+class Lazy(Mapping[str, np.ndarray]):
     """Tensors by name, each read when it is asked for."""
 
     def __init__(self, readers: Readers):
         self.readers = readers
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> np.ndarray:
         return self.readers[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -80,7 +84,7 @@ class SafeTensors(Lazy):
             raise ValueError(f"{path}: cut short: {size} of {whole} bytes; fetch it again")
         self.path, self.offsets = path, {name: 8 + length + start for name, (_, _, start, _) in spans.items()}
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-        readers: dict[str, Callable[[], Any]] = {}
+        readers: dict[str, Reader] = {}
         for name, (kind, shape, start, end) in spans.items():
             if kind not in DTYPES:
                 raise ValueError(f"{path}: {name} holds numbers of kind {kind}; known are {', '.join(DTYPES)}")
@@ -91,7 +95,7 @@ class SafeTensors(Lazy):
             readers[name] = partial(_read, path, dtype, shape, 8 + length + start, end - start)
         super().__init__(readers)
 
-    def part(self, name: str, index: Any) -> np.ndarray:
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """`self[name][index]`, of which nothing else is read."""
         shape, dtype = self.shapes[name].shape, self.shapes[name].dtype
         if math.prod(shape) == 0:
@@ -99,17 +103,17 @@ class SafeTensors(Lazy):
         return np.array(np.memmap(self.path, dtype, "r", self.offsets[name], shape)[index])
 
 
-Use = Callable[[str, Any], Any]
+Use = Callable[[str, ArrayLike], object]
 """Called with the name of an array and the array."""
 
 
-def write(path: str | os.PathLike, shapes: Mapping[str, Any], fill: Callable[[Use], Any], about: str) -> Any:
+def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[[Use], R], about: str) -> R:
     """A safetensors file of arrays of these shapes and dtypes, whose bytes come one array after the other: `fill(put)`
     calls `put(name, array)` for each, in any order, and again for one that is to be written anew. Returns what `fill`
     does. about: the program that writes the file. Errors: ValueError for a dtype that the format does not know.
     """
     kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": about}}
+    header: dict[str, object] = {"__metadata__": {"format": about}}
     offsets, at = {}, 0
     # The larger numbers first, so that each array begins at a multiple of their size.
     for name, x in sorted(shapes.items(), key=lambda item: (-np.dtype(item[1].dtype).itemsize, item[0])):
@@ -124,14 +128,14 @@ def write(path: str | os.PathLike, shapes: Mapping[str, Any], fill: Callable[[Us
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
 
-        def put(name: str, x: Any) -> None:
+        def put(name: str, x: ArrayLike) -> None:
             file.seek(8 + len(text) + offsets[name])
             file.write(np.ascontiguousarray(np.asarray(x, shapes[name].dtype)).reshape(-1).view(np.uint8).data)
 
         return fill(put)
 
 
-def content(path: str | os.PathLike) -> Any:
+def content(path: str | os.PathLike) -> object:
     """What a file of weights holds: `SafeTensors`, or the object that `torch.save` wrote, other classes inert.
 
     The first bytes say which of them it is, not the ending.
@@ -149,14 +153,14 @@ def content(path: str | os.PathLike) -> Any:
     raise ValueError(f"{path}: is {sniff_file(path) or 'of no known kind'}, not a safetensors or PyTorch file")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("it has a name twice")
     return found
 
 
-def _span(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _span(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     """Number format, shape, and where the bytes begin and end."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or start > end:

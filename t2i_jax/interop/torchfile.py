@@ -9,7 +9,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -50,7 +50,7 @@ class TorchFileError(ValueError):
     """The file is not one of PyTorch's, is damaged, or holds objects that this reader does not admit."""
 
 
-def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> Any:
+def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> object:
     """The object saved in a PyTorch file, its tensors as read-only NumPy arrays.
 
     Args:
@@ -91,7 +91,7 @@ class StandIn:
     """An object whose class was not admitted: it has a name, and its saved state, and no behaviour."""
 
     name = ""
-    state: Any = None
+    state: object = None
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -115,7 +115,7 @@ class StandIn:
         return f"StandIn({self.name})"
 
 
-def tensors_below(module: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def tensors_below(module: StandIn, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of what was saved, by dotted name: of a dictionary, of a whole module, of an archive of TorchScript.
 
     Of a module it is what its `state_dict` would hold: its parameters, its lasting buffers, and those of its parts, in
@@ -153,7 +153,7 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
 
 
 def _tensor_of_bytes(
-    storage: np.ndarray, offset: int, size: tuple, stride: tuple, grad: bool, hooks: Any, dtype: Any, *_
+    storage: np.ndarray, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object, dtype: Any, *_
 ) -> np.ndarray:
     return _tensor(storage.view(dtype.dtype), offset, size, stride)
 
@@ -162,7 +162,7 @@ def _parameter(data: np.ndarray, *_) -> np.ndarray:
     return data
 
 
-def _of_type(make: Any, kind: Any, arguments: tuple, state: Any) -> Any:
+def _of_type(make: Callable[..., object], kind: object, arguments: tuple, state: object) -> object:
     """A tensor of a subclass, as a plain one."""
     return make(*arguments)
 
@@ -186,7 +186,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="utf-8")
         self.path, self.storage, self.unknown = path, storage, unknown
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}"
         if full in ADMITTED:
             return ADMITTED[full]
@@ -200,7 +200,7 @@ class _Unpickler(pickle.Unpickler):
             f"{self.path}: holds an object of {full}; only tensors, numbers, strings, lists and dicts are admitted"
         )
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":  # a class with its source, older format
             return pid[1]
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
@@ -213,7 +213,7 @@ class _Unpickler(pickle.Unpickler):
         return whole
 
 
-def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> Any:
+def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> object:
     pickles = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
     if len(pickles) != 1:
         inside = ", ".join(archive.namelist()[:3]) or "nothing"
@@ -235,7 +235,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> Any:
         return _Unpickler(file, path, storage, unknown).load()
 
 
-def _read_legacy(path: Path, file: BufferedReader, unknown: str) -> Any:
+def _read_legacy(path: Path, file: BufferedReader, unknown: str) -> object:
     total = path.stat().st_size
     known: dict[str, np.ndarray] = {}
 

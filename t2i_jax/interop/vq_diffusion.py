@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
 from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures
 from t2i_jax.nn.positions import AxialPositions
 from t2i_jax.noise.discrete import Chain
@@ -121,7 +120,7 @@ def table(config: Any) -> Table:
 
     crossed = config.block.context > 0
     mine = f"{BLOCK}attn1" if crossed else f"{BLOCK}attn"
-    lines: dict[str, Any] = {"tokens.w": source("transformer.content_emb.emb.weight")}
+    lines: dict[str, Source] = {"tokens.w": source("transformer.content_emb.emb.weight")}
     for ours, theirs in {"rows": "height", "columns": "width"}.items():
         lines[ours] = source(f"transformer.content_emb.{theirs}_emb.weight")
     lines |= timed("blocks.attention_norm", f"{BLOCK}ln1", config.times == "learned")
@@ -180,7 +179,7 @@ def used_codes(full_to_used: np.ndarray) -> np.ndarray:
     return first
 
 
-def codec_tensors(tensors: Mapping[str, Any], full_to_used: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def codec_tensors(tensors: Tensors, full_to_used: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The codec inside a released file (its `model`), or taming-transformers' own file, under the names of that, and
     with the codebook of the used codes alone, so that the model's codes are decoded without a map.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
 
-from t2i_jax.core.params import named
+from t2i_jax.core.params import Named, named
 from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, require, source
 
 Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
@@ -206,7 +206,7 @@ def describe(tensors: Tensors, style: Style) -> Fields:
     return found
 
 
-def _nested(names: dict[str, Any], style: Style) -> Table:
+def _nested(names: Named, style: Style) -> Table:
     """Names that contain level, block and layer."""
     last = max(int(n.split(".levels.")[1].split(".")[0]) for n in names if ".decoder.levels." in n)
     gumbel, averaged = (any(n.endswith(f"quantizer.{part}") for n in names) for part in ("project.w", "sizes"))
@@ -222,7 +222,7 @@ def _nested(names: dict[str, Any], style: Style) -> Table:
     return {name: _line(theirs(name), v) for name, v in names.items()}
 
 
-def _clipgen(names: dict[str, Any]) -> Table:
+def _clipgen(names: Named) -> Table:
     """Names of layers that are counted through, with torch's attention of one head."""
     parts = {"encoder": "down", "decoder": "up"}
     place: dict[tuple[str, ...], int] = {}
@@ -232,7 +232,7 @@ def _clipgen(names: dict[str, Any]) -> Table:
         order = sorted(layers, key=lambda w: (int(w[0]), int(w[1]), w[2] == "attention"))
         place |= {(part, *layer): n for n, layer in enumerate(order)}
 
-    def line(name: str, variable: Any) -> Source:
+    def line(name: str, variable: nnx.Variable) -> Source:
         words = name.split(".")
         if words[2:3] == ["levels"]:
             part, level, kind = words[1], words[3], words[4]
@@ -253,7 +253,7 @@ def _clipgen(names: dict[str, Any]) -> Table:
     return {name: line(name, variable) for name, variable in names.items()}
 
 
-def _unrolled(tensors: Tensors) -> Iterator[tuple[str, Any]]:
+def _unrolled(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
     """CLIP-GEN's names with the running number of a layer split into level and number in it, to read sizes from."""
     layers: dict[str, dict[int, str]] = {"encoder.down": {}, "decoder.up": {}}
     for name in tensors:
@@ -275,7 +275,7 @@ def _unrolled(tensors: Tensors) -> Iterator[tuple[str, Any]]:
         yield renamed.get(head, head) + name[len(head) :], tensor
 
 
-def _judge(names: dict[str, Any], prefix: str, head: str = "") -> Table:
+def _judge(names: Named, prefix: str, head: str = "") -> Table:
     """The layers of a PatchGAN: a convolution; convolution, BatchNorm, activation, and so on; a convolution."""
     layers = len({n for n in names if re.search(r"(^|\.)convs\.\d+\.w$", n)})
 
@@ -289,7 +289,7 @@ def _judge(names: dict[str, Any], prefix: str, head: str = "") -> Table:
     return {name: _line(theirs(name), v) for name, v in names.items()}
 
 
-def _line(name: str, variable: Any) -> Source:
+def _line(name: str, variable: nnx.Variable) -> Source:
     if name.endswith("quantize.proj.weight"):
         return source(name, layout=POINTWISE)
     if re.search(r"attentions\.\d+\.(?!group_norm).*weight$", name):  # a matrix with them, a 1x1 convolution with us

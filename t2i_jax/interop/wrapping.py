@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from t2i_jax.interop.tensorfile import Lazy
+from t2i_jax.interop.names import Tensors
+from t2i_jax.interop.tensorfile import Lazy, Reader
 from t2i_jax.interop.torchfile import StandIn, is_tensor, tensors_below
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Node(NamedTuple):
 
     keys: tuple[str, ...]
     """of the dictionaries around it"""
-    readers: dict[str, list[Callable[[], Any]]]
+    readers: dict[str, list[Reader]]
     """readers of the tensors, by name without WRAPPERS: one, or several whose names differ in these alone"""
 
 
@@ -57,7 +58,7 @@ class Place(NamedTuple):
         )
 
 
-def located(content: Any, *needed: tuple[str, ...], part: str = "", file: str = "the file") -> Lazy:
+def located(content: object, *needed: tuple[str, ...], part: str = "", file: str = "the file") -> Lazy:
     """The tensors of a model in the content of a file, their names as published.
 
     needed: names that every file of the kind has; further ones are tried where the first are not there. part: prefix
@@ -88,13 +89,13 @@ def located(content: Any, *needed: tuple[str, ...], part: str = "", file: str = 
     return _tensors(best, file)
 
 
-def holds(tensors: Mapping[str, Any], *needed: tuple[str, ...]) -> bool:
+def holds(tensors: Tensors, *needed: tuple[str, ...]) -> bool:
     """Whether names under some prefix are the needed ones of a kind of file."""
     node = Node((), {name: [] for name in tensors})
     return any(True for names in needed for _ in _places(node, names))
 
 
-def _nodes(content: Any, keys: tuple[str, ...] = ()) -> Iterator[Node]:
+def _nodes(content: object, keys: tuple[str, ...] = ()) -> Iterator[Node]:
     if isinstance(content, StandIn):  # a module saved whole
         content = dict(tensors_below(content))
     if not isinstance(content, Mapping) or len(keys) > DEEPEST:
@@ -130,7 +131,7 @@ def _tensors(place: Place, file: str) -> Lazy:
     return Lazy({name.removeprefix(place.prefix): readers[0] for name, readers in mine.items()})
 
 
-def _kind(content: Any) -> str:
+def _kind(content: object) -> str:
     if isinstance(content, list | tuple):
         return f"a list of {len(content)} things without names"
     if isinstance(content, Mapping):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from t2i_jax.nn.layers import Int8, Linear
 from t2i_jax.nn.stationary import at_rest, product, stationary_axes, stays
@@ -36,7 +37,7 @@ def int8_weights(model: M) -> M:
     return jax.tree.map(one, model, is_leaf=lambda m: linear(m) or isinstance(m, nnx.Variable))
 
 
-def matvec(x: Array, w: Array, dtype: Any = None) -> Array:
+def matvec(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
     """x w^T for x (..., d) and w (f, d): (..., f) in `dtype`, or in that of x.
 
     This product is bound by reading the weights. A CPU reads them fastest row by row with the few columns of x^T in
@@ -66,7 +67,7 @@ class DecodeLinear(nnx.Module):
     Weights that `weight_stationary` has marked are cast and sharded for its `product`, not transposed.
     """
 
-    def __init__(self, w: nnx.Variable | Int8, b: nnx.Variable | None, dtype: Any, out: Any = None):
+    def __init__(self, w: nnx.Variable | Int8, b: nnx.Variable | None, dtype: DTypeLike, out: DTypeLike | None = None):
         values = w.q if isinstance(w, Int8) else w
         self.axes = stationary_axes(values)
         cast = (lambda x: x) if isinstance(w, Int8) else lambda x: x.astype(dtype)
@@ -84,21 +85,21 @@ class DecodeLinear(nnx.Module):
             y = (self._product(x, jnp.float32) * self.scale[...]).astype(out)
         return y if self.b is None else y + self.b[...]
 
-    def _product(self, x: Array, dtype: Any) -> Array:
+    def _product(self, x: Array, dtype: DTypeLike) -> Array:
         if self.axes is None:
             return matvec(x, self.w[...], dtype)
         multiply = lambda x, w: jnp.matmul(x, w.astype(x.dtype), preferred_element_type=dtype)
         return product(multiply, x, self.w[...], self.axes)
 
 
-def prepare_for_decode(module: Any, dtype: Any) -> Any:
+def prepare_for_decode(module: M, dtype: DTypeLike) -> M:
     """`module` with every `Linear` as `DecodeLinear` and other arrays in `dtype`; done once, before the first token."""
     linear = lambda m: isinstance(m, Linear)
     cast = lambda x: x.astype(dtype)
     return jax.tree.map(lambda m: DecodeLinear(m.w, m.b, dtype) if linear(m) else cast(m), module, is_leaf=linear)
 
 
-def prepare_layers_for_decode(blocks: Block, dtype: Any) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
+def prepare_layers_for_decode(blocks: Block, dtype: DTypeLike) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
     """The unstacked layers: for prefill, which has many tokens, and for the decoding steps.
 
     Weights are unstacked, transposed and cast once, not at every token. Where the mesh splits them over `fsdp`, the

@@ -7,12 +7,13 @@ dimensions of a parameter for `t2i_jax.core.sharding`.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from t2i_jax.nn.stationary import lookup, product, stationary_axes
 
@@ -32,7 +33,7 @@ def param(value: Array, *axes: str | None) -> nnx.Param:
     return nnx.Param(value, axes=axes)
 
 
-def replace(module: M, **values: Any) -> M:
+def replace(module: M, **values: object) -> M:
     """A copy of `module` in which the named attributes hold `values`: arrays for variables, modules for modules."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for name, value in values.items():
@@ -83,7 +84,7 @@ def transposed(w: nnx.Variable) -> nnx.Variable:
     return w.replace(w[...].T, axes=w.get_metadata()["axes"][::-1])
 
 
-def matmul(x: Array, w: nnx.Variable | Int8, dtype: Any = None) -> Array:
+def matmul(x: Array, w: nnx.Variable | Int8, dtype: DTypeLike | None = None) -> Array:
     """x w for x (..., d) and a matrix (d, f): (..., f) in `dtype`, or in that of x, accumulated in at least fp32.
 
     Products with an `Int8` are scaled after the sum, which is exact for a scale per column.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
@@ -34,24 +34,24 @@ def weight_stationary(model: M) -> M:
     return jax.tree.map(mark, model, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
-def stationary_axes(w: Any) -> Axes | None:
+def stationary_axes(w: object) -> Axes | None:
     """The axis names of a variable that `weight_stationary` has marked; None for all other arrays."""
     return w.get_metadata().get("axes") if isinstance(w, nnx.Variable) and w.get_metadata().get(MARK) else None
 
 
-def stays(module: Any) -> bool:
+def stays(module: nnx.Module) -> bool:
     """Whether `weight_stationary` has marked the weights of a module."""
     leaves = jax.tree.leaves(module, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return any(stationary_axes(v) is not None for v in leaves)
 
 
-def pin(x: Array, *entries: Any) -> Array:
+def pin(x: Array, *entries: object) -> Array:
     """Constrain x to these mesh axes, one entry per dimension, where they divide it; needs a mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return jax.lax.with_sharding_constraint(x, fit(P(*entries), x.shape, sizes))
 
 
-def layout(axes: Axes, shape: tuple[int, ...]) -> tuple[Any, Any]:
+def layout(axes: Axes, shape: tuple[int, ...]) -> tuple[object, object]:
     """Sharding of a matrix (d, f) for such a product: columns split over `fsdp` too, or as in training where the number
     of columns is not divisible."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 Table = np.ndarray | Array
 
@@ -37,7 +38,7 @@ class Schedule:
     """number of steps of that process"""
 
     @classmethod
-    def of(cls, betas: Any) -> Schedule:
+    def of(cls, betas: ArrayLike) -> Schedule:
         """The process whose steps add noise of variance `betas` (T,), each in (0, 1].
 
         Errors: ValueError where one is not.

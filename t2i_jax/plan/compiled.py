@@ -9,10 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.sharding import MESH_AXES
+from t2i_jax.core.types import Trainable
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.estimate import estimate, held, trace
@@ -127,7 +130,7 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     ).finished()
 
 
-def read(compiled: Any, folder: Path) -> tuple[hlo.Costs | None, float, str]:
+def read(compiled: jax.stages.Compiled, folder: Path) -> tuple[hlo.Costs | None, float, str]:
     """The costs of a compiled program and the traffic that on-chip memory spares it, or None and why it is not read.
 
     A program of a newer compiler may hold what this jaxlib cannot read; the compiler wrote it to `folder` as well.
@@ -147,7 +150,7 @@ def read(compiled: Any, folder: Path) -> tuple[hlo.Costs | None, float, str]:
         return None, 0.0, str(error)
 
 
-def depth_of(model: Any) -> int:
+def depth_of(model: Trainable) -> int:
     """The depth that twins are scaled to. Errors: `ConfigError` for a model that has no twins."""
     deep = set(depths(model).values())
     if len(deep) != 1 or min(deep) <= 4:

@@ -105,7 +105,7 @@ def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
 def _moved(jaxpr: core.Jaxpr) -> float:
     """Bytes of the operands and results of products; operations between them are assumed to be fused."""
 
-    def moved(e: Any) -> float:
+    def moved(e: core.JaxprEqn) -> float:
         match jaxprs.read(e):
             case jaxprs.Product() | jaxprs.Call(kernel=True):
                 return sum(_size(v.aval) for v in (*e.invars, *e.outvars))
@@ -137,7 +137,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
     return sizes
 
 
-def held(tree: Any, sizes: dict[str, int]) -> float:
+def held(tree: object, sizes: dict[str, int]) -> float:
     """Bytes of a tree on one chip of a mesh, under the rules of `core.sharding`."""
     mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     layout = shardings(tree, mesh)

@@ -19,12 +19,13 @@ from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.narrow import as_family, learns_from_images, token_by_token
 from t2i_jax.core.platform import tpu_compiler_alone
-from t2i_jax.core.sharding import RULES, batch_sharding, fit
-from t2i_jax.core.types import Trainable
+from t2i_jax.core.sharding import RULES, Device, batch_sharding, fit
+from t2i_jax.core.types import SamplingOptions, Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import Trainer, with_shardings
+from t2i_jax.training.state import TrainState
 
 Batch = dict[str, jax.ShapeDtypeStruct]
 
@@ -34,7 +35,7 @@ NO_COMPILER = (
 )
 
 
-def devices_of(topology: Topology) -> list[Any]:
+def devices_of(topology: Topology) -> list[Device]:
     """Descriptions of the devices of a TPU topology. Errors: ImportError without libtpu, naming the extra."""
     import importlib.util
 
@@ -83,7 +84,7 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
         data = dataclasses.replace(experiment.data, batch_size=1, workers=0, prefetch=1, threads=1)
         captions = None if learns_from_images(experiment.text) else experiment.text
         with contextlib.suppress(DataError, ConfigError, OSError, ImportError):
-            stream: Any = data.batches(captions)
+            stream = data.batches(captions)
             with contextlib.closing(stream):
                 example = next(stream)
             return {
@@ -115,7 +116,7 @@ class AbstractSetup:
     batch: Batch
     mesh: Mesh
 
-    def lower(self) -> Any:
+    def lower(self) -> jax.stages.Lowered:
         """The train step, as the loop compiles it, lowered for the mesh."""
         with jax.set_mesh(self.mesh):
             return self.trainer.step.lower(self.trainer.target, self.trainer.frozen, self.batch)
@@ -128,7 +129,7 @@ class AbstractSetup:
         reads = as_family(trainer.experiment.model).condition_spec().keys() & ready.keys()
         return {k: jax.ShapeDtypeStruct(ready[k].shape, ready[k].dtype, sharding=sharding) for k in reads}
 
-    def sampled(self) -> Any:
+    def sampled(self) -> TrainState:
         """The state whose model the sampler draws with: weights in the dtypes in which they are loaded. To be called
         outside of a mesh of absent chips."""
         target, dtypes = self.trainer.target, cast_dtypes(self.trainer.experiment.model)
@@ -137,7 +138,7 @@ class AbstractSetup:
         each = lambda weights: weights and {k: cast(k, v) for k, v in weights.items()}
         return dataclasses.replace(target, params=each(target.params), ema=each(target.ema))
 
-    def lower_sample(self) -> Any:
+    def lower_sample(self) -> jax.stages.Lowered:
         """The sampler with its own options, on the state's parameters, lowered for the mesh."""
         trainer = self.trainer
         with refused("--sample"):
@@ -148,7 +149,9 @@ class AbstractSetup:
             keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch_sharding(self.mesh))
             options, condition = jax.eval_shape(lambda: family.options().arrays()), self.condition()
 
-            def sample(state: Any, condition: Any, keys: Any, options: Any) -> Any:
+            def sample(
+                state: TrainState, condition: Mapping[str, jax.Array], keys: jax.Array, options: SamplingOptions
+            ) -> jax.Array:
                 return family.sample(trainer.model(state), condition, keys, options)
 
             return jax.jit(sample).lower(state, condition, keys, options)
@@ -161,7 +164,7 @@ class AbstractSetup:
         family, state = token_by_token(model), self.sampled()
         branches = 2 if family.capabilities.unconditional else 1
 
-        def read(state: Any, condition: dict[str, jax.Array]) -> Any:
+        def read(state: TrainState, condition: dict[str, jax.Array]) -> object:
             condition = jax.tree.map(lambda x: jnp.repeat(x, branches, 0), condition)
             dropped = jnp.zeros(branches * self.trainer.experiment.data.batch_size, bool)
             length = math.prod(family.sample_spec().tokens)
@@ -177,7 +180,8 @@ class AbstractSetup:
 def abstract_setup(experiment: Experiment, batch: Batch, mesh: Mesh) -> AbstractSetup:
     """Errors: `ConfigError` where the batch does not fit the mesh, and what a trainer says."""
     trainer = Trainer(without_parts(experiment, batch), Path("plan"), mesh)
-    return AbstractSetup(trainer, with_shardings(batch, dict.fromkeys(batch, batch_sharding(mesh))), mesh)
+    layout: Any = dict.fromkeys(batch, batch_sharding(mesh))
+    return AbstractSetup(trainer, with_shardings(batch, layout), mesh)
 
 
 def sizes_of(model: Trainable, name: str) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
@@ -38,8 +39,8 @@ def segments_of(depth: int) -> int:
 
 
 def sample(
-    config: Any,
-    model: Any,
+    config: Any,  # a `TokenByToken`; families pass themselves, of which pyright does not see that
+    model: nnx.Module,
     condition: Batch,
     keys: Array,
     options: ARSampler | None,
@@ -69,8 +70,8 @@ def sample(
 
 @partial(jax.jit, static_argnames=("config", "guided", "segments"))
 def _sample(
-    config: Any,
-    model: Any,
+    config: Any,  # a `TokenByToken`; families pass themselves, of which pyright does not see that
+    model: nnx.Module,
     condition: Batch,
     keys: Array,
     options: ARSampler,
@@ -90,7 +91,7 @@ def _sample(
         logits = guide(*both.split(shard(logits, "batch", None)), options.guidance_at(i, length))
         return jnp.where(keep[:, i], known[:, i], sample_token(logits, options, uniform[i]))
 
-    def step(carry: tuple[Array, Any], i: Array) -> tuple[tuple[Array, Any], None]:
+    def step(carry: tuple[Array, object], i: Array) -> tuple[tuple[Array, object], None]:
         codes, caches = carry
         logits, after = config.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
         codes = codes.at[:, i + 1].set(pick(logits, i + 1))

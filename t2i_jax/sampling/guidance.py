@@ -59,7 +59,7 @@ class Branches:
         value, *null = rearrange(outputs, "(b n) ... -> n b ...", n=self.count)
         return value, null[0] if null else None
 
-    def __call__(self, network: Callable[..., Array], *inputs: Any) -> tuple[Array, Array | None]:
+    def __call__(self, network: Callable[..., Array], *inputs: object) -> tuple[Array, Array | None]:
         """Outputs of both branches, split, for inputs (b, ...) that both share: one call of the network."""
         return self.split(network(*self.rows(inputs)))
 

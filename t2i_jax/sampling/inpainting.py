@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from t2i_jax.core.specs import SampleSpec
+from t2i_jax.core.specs import SampleSpec, Shaped
 from t2i_jax.core.types import Capabilities
 
 
-def check_keep(can: Capabilities, spec: SampleSpec, b: int, keep: Any) -> None:
+def check_keep(can: Capabilities, spec: SampleSpec, b: int, keep: Shaped) -> None:
     """Check the mask of tokens to keep.
 
     Errors: ValueError for a `keep` that is not bool (b, rows, columns) of tokens; and, outside of `jit`, for one that a

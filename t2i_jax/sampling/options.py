@@ -6,18 +6,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, Self, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from t2i_jax.core.config import refused
 from t2i_jax.core.fields import LARGEST, Checked, Range, values
 from t2i_jax.core.noise import Spacing
-from t2i_jax.core.types import Family
+from t2i_jax.core.types import Family, O
 from t2i_jax.sampling.guidance import within
 from t2i_jax.sampling.solvers import default_eta
 
@@ -250,25 +251,25 @@ class DiffusionSampler(GuidedOptions):
 
 
 @functools.cache
-def _dtypes(cls: type) -> dict[str, Any]:
+def _dtypes(cls: type) -> dict[str, DTypeLike]:
     """Dtypes of the traced fields, by name."""
     hints = get_type_hints(cls, include_extras=True)
     traced = [f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")]
     return {name: _dtype_of(hints[name]) for name in traced}
 
 
-def _dtype_of(hint: Any) -> Any:
+def _dtype_of(hint: object) -> DTypeLike:
     kinds = get_args(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
     return jnp.bool_ if bool in kinds else jnp.float32 if float in kinds else jnp.int32
 
 
-def validate_options(family: Family, options: Any) -> Any:
+def validate_options(family: Family, options: O) -> O:
     """Sampling options as arrays. Errors: `ConfigError` for values that the family cannot sample with."""
     with refused("sampling options"):
         family.check(options)
         return options.arrays()
 
 
-def plain_options(options: Any) -> dict[str, float | str | None]:
+def plain_options(options: object) -> dict[str, float | str | None]:
     """Sampling options for a file: numbers as floats, names and None unchanged."""
     return {k: v if v is None or isinstance(v, str) else float(v) for k, v in values(options).items()}

@@ -18,15 +18,19 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, read_stored, write_stored
 from t2i_jax.core.fields import File, files, values
 from t2i_jax.core.outputs import check_parent, check_utf8
-from t2i_jax.core.params import abstract, assemble, check_fits, named, rebuild
+from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
 from t2i_jax.core.sharding import shardings
+from t2i_jax.core.specs import Shaped
+from t2i_jax.core.types import Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.remote import download, resolve_path
@@ -34,13 +38,17 @@ from t2i_jax.storage.remote import download, resolve_path
 T = TypeVar("T")
 
 
+M = TypeVar("M", bound=nnx.Module)
+R = TypeVar("R")
+
+
 @dataclasses.dataclass(frozen=True)
 class Artifact:
     """A model with its weights, and what it was trained with."""
 
     config: Any
-    """the family or codec"""
-    model: Any
+    """the family or codec: `core.narrow` says which"""
+    model: nnx.Module
     text: Tokenizer | None = None
     codec: str = ""
     """folder of its codec; empty for a codec, and for models of pixels"""
@@ -60,7 +68,7 @@ def load_artifact(
     folder: str | Path,
     host: bool = False,
     mesh: Mesh | None = None,
-    dtypes: Callable[[Any], Mapping[str, Any]] = lambda _: {},
+    dtypes: Callable[[Trainable], Mapping[str, DTypeLike]] = lambda _: {},
 ) -> Artifact:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
@@ -74,8 +82,8 @@ def load_artifact(
     """
     with on_host() if host else contextlib.nullcontext():
         there = open_artifact(folder)
-        layout: dict[str, Any] = dict.fromkeys(named(there.artifact.model), on_cpu())
-        use: Callable[[str, Array], Any] = lambda _, x: np.asarray(x)
+        layout: dict[str, Sharding] = dict.fromkeys(named(there.artifact.model), on_cpu())
+        use: Callable[[str, Array], np.ndarray] = lambda _, x: np.asarray(x)
         if mesh is not None:
             layout = {k: v.get_value() for k, v in named(shardings(there.artifact.model, mesh)).items()}
             cast = dtypes(there.artifact.config)
@@ -103,7 +111,7 @@ class OpenArtifact:
     """A model in a folder whose weights are not read yet: `artifact.model` holds shapes."""
 
     artifact: Artifact
-    source: Any
+    source: Path
     """folder of the weights"""
     read: Callable[[Mapping[str, Sharding], Callable[[str, Array], Any]], tuple[int, dict[str, Any]]]
     """(shardings of all weights by name, a function of each weight) -> the step and the results by name"""
@@ -111,7 +119,7 @@ class OpenArtifact:
 
 def open_artifact(path: str | Path) -> OpenArtifact:
     """The artifact that `load_artifact` reads. Errors: as there."""
-    where: Any = resolve_path(path)
+    where = resolve_path(path)
     folder = download(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
@@ -121,7 +129,7 @@ def open_artifact(path: str | Path) -> OpenArtifact:
     if weights.exists():
         content = released(folder)
         try:
-            arrays = tensorfile.content(weights)
+            arrays: Any = tensorfile.content(weights)
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         codec = str(folder / content["codec"]) if content.get("codec") else ""
@@ -136,11 +144,11 @@ def open_artifact(path: str | Path) -> OpenArtifact:
 
 
 def from_run(
-    folder: Any, model: Any, layout: Mapping[str, Sharding], use: Callable[[str, Array], Any]
-) -> tuple[int, dict[str, Any]]:
+    folder: Path, model: nnx.Module, layout: Mapping[str, Sharding], use: Callable[[str, Array], R]
+) -> tuple[int, dict[str, R]]:
     """The step and the weights of the newest sound checkpoint of a run, sharded as `layout` says, through `use`."""
 
-    def lay(source: Any, shapes: dict[str, Any]) -> Mapping[str, Sharding]:
+    def lay(source: Path, shapes: Mapping[str, Shaped]) -> Mapping[str, Sharding]:
         try:
             check_fits(named(model), shapes, str(source))
         except ValueError as error:
@@ -153,12 +161,12 @@ def from_run(
 
 
 def from_file(
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, Array],
     source: Path,
-    model: Any,
+    model: nnx.Module,
     layout: Mapping[str, Sharding],
-    use: Callable[[str, Array], Any],
-) -> dict[str, Any]:
+    use: Callable[[str, Array], R],
+) -> dict[str, R]:
     """The weights of a released model, with the shardings of `layout`, through `use`: one device's part at a time."""
     wanted = named(model)
     try:
@@ -175,7 +183,7 @@ def from_file(
     return made
 
 
-def config_of(folder: str | Path) -> Any:
+def config_of(folder: str | Path) -> Trainable:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
     if (Path(folder) / "model.safetensors").exists():
         return released(Path(folder))["model"]
@@ -198,13 +206,13 @@ def stored(folder: Path) -> Any:
     return experiment
 
 
-def run_weights(folder: Any) -> tuple[int, dict[str, np.ndarray]]:
+def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
     """The step and the weights (averaged where there is an average) of a run's newest checkpoint, on the host."""
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return checkpoints.weights(lambda _, shapes: dict.fromkeys(shapes, on_cpu()), lambda _, x: np.asarray(x))
 
 
-def assign(config: Any, arrays: dict[str, np.ndarray], source: Path) -> Any:
+def assign(config: HasInit[M], arrays: dict[str, np.ndarray], source: Path) -> M:
     """The model of `config` that holds `arrays` by dotted name. Errors: `CheckpointError` lists what is wrong."""
     try:
         return assemble(config.init, arrays, str(source))
@@ -224,7 +232,9 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
     _save(artifact, fill, folder, lambda _: card)
 
 
-def copy_artifact(source: str | Path, folder: str | Path, card: Callable[[Artifact], str], config: Any = None) -> None:
+def copy_artifact(
+    source: str | Path, folder: str | Path, card: Callable[[Artifact], str], config: Trainable | None = None
+) -> None:
     """Write the model of a run, or a released one, as a released model, one weight after the other: no more than
     one of them is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
     config: another of its kind, with other fields of those that no training depends on.
@@ -319,7 +329,7 @@ def with_files(text: T, change: Callable[[File, str, str], str], part: str = "")
 def copy_files(source: Path, target: Path) -> None:
     """Copy a file or a folder, by hard links where the file system has them: encoders are large."""
 
-    def one(source: Any, target: Any) -> None:
+    def one(source: str | Path, target: str | Path) -> None:
         try:
             os.link(os.path.realpath(source), target)
         except OSError:

@@ -47,7 +47,10 @@ class State(Protocol):
 
 
 S = TypeVar("S", bound=State)
-Lay = Callable[[Any, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
+R = TypeVar("R")
+Meta = dict[str, Any]
+"""what is stored beside the arrays, as JSON"""
+Lay = Callable[[Path, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
 class CheckpointError(RuntimeError):
@@ -85,8 +88,8 @@ class Checkpoints:
         every: int = 0,
         best: str = "",
     ):
-        where: Any = resolve_path(folder)
-        self.folder: Any = where.absolute() if isinstance(where, Path) else where
+        where = resolve_path(folder)
+        self.folder = where.absolute() if isinstance(where, Path) else where
         self.folder.mkdir(parents=True, exist_ok=True)
         self.best = Best.parse(best) if best else None
         policies: list[Any] = [managers.LatestN(keep)]
@@ -136,7 +139,7 @@ class Checkpoints:
         state, if it was evaluated."""
         self._settle()
         flat = state.flat()
-        meta: dict[str, Any] = {"position": position, "checksums": checksums(flat)}
+        meta: Meta = {"position": position, "checksums": checksums(flat)}
         meta["arrays"] = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}
         meta["metrics"] = dict(metrics or {})
         if self.best:
@@ -255,9 +258,7 @@ class Checkpoints:
         lay = lambda _, shapes: dict.fromkeys(shapes, on_cpu())
         return self._newest(choose, lay, lambda _, x: np.asarray(x), only=step)[1]
 
-    def weights(
-        self, lay: Lay, use: Callable[[str, jax.Array], Any], together: bool = False
-    ) -> tuple[int, dict[str, Any]]:
+    def weights(self, lay: Lay, use: Callable[[str, jax.Array], R], together: bool = False) -> tuple[int, dict[str, R]]:
         """The step of the newest sound checkpoint, and its weights by their names in the model: the average where there
         is one, else the parameters. Nothing else is read.
 
@@ -271,16 +272,16 @@ class Checkpoints:
 
     def _newest(
         self,
-        choose: Callable[[Mapping[str, Any]], dict[str, str]],
+        choose: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, str]],
         lay: Lay,
-        use: Callable[[str, jax.Array], Any],
+        use: Callable[[str, jax.Array], R],
         together: bool = False,
         only: int | None = None,
-    ) -> tuple[int, dict[str, Any]]:
+    ) -> tuple[int, dict[str, R]]:
         """The newest sound checkpoint and the results of `use` for its arrays; choose: all names -> those wanted."""
         failures = []
         for step in [only] if only is not None else reversed(self.steps()):
-            made: dict[str, Any] = {}
+            made: dict[str, R] = {}
             error, meta, chosen, wanted = None, {}, {}, {}
             try:
                 meta = self._meta(step)
@@ -317,7 +318,7 @@ class Checkpoints:
             failures.append(self._passed_over(step, error))
         raise CheckpointError("\n  ".join([f"{self.folder}: there is no checkpoint that can be read", *failures]))
 
-    def _meta(self, step: int) -> dict[str, Any]:
+    def _meta(self, step: int) -> Meta:
         """The description of a checkpoint. Errors: `Damaged` where its own checksum does not match."""
         meta = self._read(step, "meta", ocp.args.JsonRestore())
         own = meta.pop("crc32", None)  # none: made before there were checksums
@@ -325,7 +326,9 @@ class Checkpoints:
             raise Damaged("its description is not what was written")
         return meta
 
-    def _arrays(self, step: int, target: dict[str, Any], part: bool = False) -> dict[str, jax.Array]:
+    def _arrays(
+        self, step: int, target: Mapping[str, jax.Array | jax.ShapeDtypeStruct], part: bool = False
+    ) -> dict[str, jax.Array]:
         """The arrays of a checkpoint as `target` has them; part: it has not all of them."""
         whole = ocp.args.StandardRestore(target)
         some = ocp.args.PyTreeRestore(
@@ -340,7 +343,7 @@ class Checkpoints:
                 raise Damaged(f"{name} is sharded as {x.sharding}, not as {wanted.sharding}")
         return arrays
 
-    def _verify(self, meta: dict[str, Any], arrays: Mapping[str, Any]) -> None:
+    def _verify(self, meta: Meta, arrays: Mapping[str, jax.Array]) -> None:
         """Errors: `Damaged` that names the arrays whose bytes are not those that were written."""
         if "checksums" not in meta:
             return
@@ -349,7 +352,7 @@ class Checkpoints:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise Damaged(f"the bytes of {', '.join(wrong[:3])}{more} are not those that were written")
 
-    def _read(self, step: int, item: str, args: Any) -> Any:
+    def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         # Each process reads by itself: one that meets a damaged file must not leave the others in a barrier.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=None, active_processes={jax.process_index()}, barrier_sync_key_prefix=str(jax.process_index())
@@ -374,7 +377,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"set aside {step}")
         self.manager.reload()
 
-    def _fits(self, step: int, saved: dict[str, Any], target: State) -> dict[str, Any]:
+    def _fits(self, step: int, saved: Meta, target: State) -> dict[str, jax.Array]:
         """The abstract arrays of what follows the parameters (optimisers, average, running norms) that the checkpoint
         lacks. Errors: `ConfigError` where it lacks others."""
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
@@ -397,7 +400,7 @@ class Checkpoints:
         return fresh
 
     @staticmethod
-    def _saved(saved: dict[str, Any], target: State) -> dict[str, Any]:
+    def _saved(saved: Meta, target: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
         """What to read of a checkpoint: its arrays, placed as `target` where that has them, else on every device."""
         wanted = target.flat()
         layouts = (v.sharding for v in wanted.values())
@@ -434,13 +437,13 @@ class Best:
             "'min val/loss', 'max val/accuracy'"
         )
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
         steps = [c.step for c in checkpoints if c.step in self.values]
         best = max(steps, key=lambda step: (self.sign * self.values[step], step), default=None)
         return [c.step == best for c in checkpoints]
 
 
-def zeros(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+def zeros(arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Arrays of zeros of these shapes, placed as they say."""
     make = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
     return {k: make(x) for k, x in arrays.items()}
@@ -468,12 +471,14 @@ def groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
     yield group
 
 
-def crc32(meta: dict[str, Any]) -> int:
+def crc32(meta: Meta) -> int:
     """Of a description, however its keys are ordered."""
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
-def started(arrays: dict[str, Any], found: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def started(
+    arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct], found: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Arrays that a checkpoint lacks, placed as `arrays`: an average begins at its parameter, all else at zero."""
     begun = {k: found[k.replace("ema/", "params/", 1)] for k in arrays if k.startswith("ema/")}
     copied = {k: jax.jit(jnp.copy, out_shardings=arrays[k].sharding)(x) for k, x in begun.items()}

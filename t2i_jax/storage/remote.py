@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 from etils import epath
@@ -32,7 +32,7 @@ PRODUCTS += ("report.*", "*.png")
 """Files of a run that are no part of its model."""
 
 
-def resolve_path(path: str | Path) -> Any:
+def resolve_path(path: str | Path) -> Path:
     """A local path as it is, or one of an object store as an `epath.Path`, which has the same methods.
 
     Errors: `ConfigError` for another scheme, or where the package for it is missing, naming its extra.
@@ -46,17 +46,17 @@ def resolve_path(path: str | Path) -> Any:
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{scheme}://{rest}: needs the package {package}: pip install 't2i_jax[{extra}]'")
-    return epath.Path(f"{scheme}://{rest}")
+    return cast(Path, epath.Path(f"{scheme}://{rest}"))  # it has the methods of a Path
 
 
-def download(where: Any, names: Sequence[str] = ()) -> Path:
+def download(where: Path, names: Sequence[str] = ()) -> Path:
     """A local folder with what is in `where`: itself where it is local, else a copy of the files and folders of these
     names, or without names of all that belong to a model: its weights, vocabularies, codec and text encoders."""
     if isinstance(where, Path):
         return where
     folder = Path(tempfile.mkdtemp(prefix="t2i_jax_"))
 
-    def copy(source: Any, target: Path) -> None:
+    def copy(source: Path, target: Path) -> None:
         if source.is_dir():
             target.mkdir(exist_ok=True)
             for each in source.iterdir():
@@ -72,7 +72,7 @@ def download(where: Any, names: Sequence[str] = ()) -> Path:
 
 
 @contextlib.contextmanager
-def staged_dir(where: Any, every: float = 30.0) -> Iterator[Path]:
+def staged_dir(where: Path, every: float = 30.0) -> Iterator[Path]:
     """A local folder to work in: `where` itself, or one that holds its config and metrics and is copied to it.
 
     The first process copies what has changed, each `every` seconds and at the end. A failed copy is logged and retried

@@ -96,7 +96,7 @@ class Train(Checked):
 class Experiment(Checked):
     """The content of a config file: `t2i train FILE` trains `model` on `data`."""
 
-    model: Any
+    model: Any  # a `Trainable`, whose dataclass tyro finds
     """a family or a codec: a dataclass with `init` and `objectives`"""
     data: Data
     train: Train = Train()
@@ -128,7 +128,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return found
 
 
-def frozen_parts(experiment: Experiment) -> tuple[dict[str, Any], Artifact | None]:
+def frozen_parts(experiment: Experiment) -> tuple[Frozen, Artifact | None]:
     """The frozen models of an experiment, on the host, by name; and the codec as loaded.
 
     Names: `codec`, `text`, and `loss` for networks used only by the loss (the model's `frozen()`).
@@ -176,7 +176,9 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
     return spec
 
 
-Prepare = Callable[[Mapping[str, Any], dict[str, Array], Array], dict[str, Array]]
+Frozen = dict[str, Any]
+"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read"""
+Prepare = Callable[[Frozen, dict[str, Array], Array], dict[str, Array]]
 
 
 def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
@@ -187,7 +189,7 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
     of images replace those of captions in all batches with images.
     """
 
-    def prepare(frozen: Mapping[str, Any], batch: dict[str, Array], key: Array) -> dict[str, Array]:
+    def prepare(frozen: Frozen, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         batch = with_features(text, frozen, as_floats(batch))
         if "latents" in batch:
             batch["codes"] = draw_codes(batch.pop("latents"), key)
@@ -199,12 +201,10 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
     return prepare
 
 
-def make_store(
-    codec: Codec | None, text: Tokenizer | None
-) -> Callable[[Mapping[str, Any], dict[str, Array]], dict[str, Array]]:
+def make_store(codec: Codec | None, text: Tokenizer | None) -> Callable[[Frozen, dict[str, Array]], dict[str, Array]]:
     """The arrays that `t2i encode` stores for a batch: (frozen, batch) -> codes or latents, features and their mask."""
 
-    def store(frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+    def store(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
         batch = with_features(text, frozen, as_floats(batch))
         kept = codec.to_store(frozen["codec"], batch["image"]) if codec is not None and "image" in batch else {}
         return kept | {k: batch[k] for k in ("features", "text_mask") if k in batch}
@@ -219,7 +219,7 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
     return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1}
 
 
-def with_features(text: Tokenizer | None, frozen: Mapping[str, Any], batch: dict[str, Array]) -> dict[str, Array]:
+def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
     """A batch with features of its images or captions, if the text encoder computes them and the batch has none."""
     if "features" in batch or not gives_features(text):
         return batch

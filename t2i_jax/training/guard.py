@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.console import console
-from t2i_jax.core.params import rebuild
+from t2i_jax.core.params import Named, rebuild
+from t2i_jax.training.loop import Trainer
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
@@ -32,7 +33,7 @@ class Guard:
     """Looks at each step's metrics, in order, for steps that changed nothing: they are counted and logged, and too many
     end the run. skipped: such steps before."""
 
-    def __init__(self, trainer: Any, skipped: int = 0):
+    def __init__(self, trainer: Trainer, skipped: int = 0):
         self.trainer, self.skipped, self.row = trainer, skipped, 0
 
     def look(self, step: int, metrics: Mapping[str, Any], state: TrainState, position: int) -> bool:
@@ -63,7 +64,7 @@ class Guard:
 
 
 def nan_report(
-    trainer: Any,
+    trainer: Trainer,
     state: TrainState,
     step: int,
     position: int,
@@ -93,14 +94,14 @@ def nan_report(
     return "; ".join(said)
 
 
-def not_finite(trainer: Any, state: TrainState) -> list[str]:
+def not_finite(trainer: Trainer, state: TrainState) -> list[str]:
     """The arrays of a state that are not finite, parameters first and by layer: a call of all processes.
 
     Each device looks at its own part; only a bit for each array and layer reaches a host.
     """
     rest = {k: v for k, v in state.flat().items() if not k.startswith("params/")}
 
-    def flags(params: Mapping[str, Any], rest: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    def flags(params: Named, rest: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
         stacked = lambda v: jnp.any(~jnp.isfinite(v[...]), axis=tuple(range(v.ndim - rank(v), v.ndim)))
         return {k: stacked(v) for k, v in params.items()}, {k: jnp.any(~jnp.isfinite(x)) for k, x in rest.items()}
 
@@ -119,7 +120,7 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def first_operation(trainer: Any, state: TrainState, step: int, position: int) -> str:
+def first_operation(trainer: Trainer, state: TrainState, step: int, position: int) -> str:
     """Repeat the forward pass of a step with every operation checked; the first that made a NaN, and its line."""
     batch = next(trainer.batches(position))
     key, draw = step_keys(trainer.experiment.train.seed, step - 1)

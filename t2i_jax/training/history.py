@@ -12,10 +12,9 @@ import jax
 
 from t2i_jax.core.config import ConfigError, changes, differences, read_stored, to_json, write_stored
 from t2i_jax.core.fields import free_fields
-from t2i_jax.core.migration import VERSION
+from t2i_jax.core.migration import VERSION, Json
 from t2i_jax.core.outputs import write_text
 from t2i_jax.storage.artifacts import bundle_files
-from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.objectives import by_optimizer, updates
 from t2i_jax.training.records import read
 
@@ -34,9 +33,9 @@ class History:
     fields.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path, resumed: bool, accept: bool = False):
+    def __init__(self, experiment: Any, folder: Path, resumed: bool, accept: bool = False):
         self.experiment, self.folder, self.old = experiment, folder, None
-        self.changes: dict[str, tuple[Any, Any]] = {}
+        self.changes: dict[str, tuple[Json, Json]] = {}
         path = folder / "config.json"
         if not resumed or not path.exists():
             return

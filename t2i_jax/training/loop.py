@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,7 +38,7 @@ from t2i_jax.storage.artifacts import stored
 from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.storage.remote import CACHE_FOLDER, resolve_path, staged_dir
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, record_spec
+from t2i_jax.training.experiment import Experiment, Frozen, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import Guard
 from t2i_jax.training.history import History
 from t2i_jax.training.objectives import (
@@ -64,6 +65,9 @@ class Interrupted(Exception):
     def __init__(self, message: str, number: int = signal.SIGINT):
         super().__init__(message)
         self.signal = int(number)
+
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -144,7 +148,7 @@ class Trainer:
             init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
             return init(seed_key(self.experiment.train.seed))
 
-    def model(self, state: TrainState) -> Any:
+    def model(self, state: TrainState) -> nnx.Module:
         """The model to evaluate and sample: with averaged parameters if the run keeps them."""
         return rebuild(self.abstract, {**state.params, **(state.ema or {}), **state.carried})
 
@@ -170,7 +174,7 @@ class Trainer:
         rows = rows_of(self.mesh, e.data.batch_size)
         ahead: collections.deque = collections.deque()
         captions = None if learns_from_images(e.text) else noticing(e.text)  # None: captions are not read
-        stream: Any = e.data.batches(captions, position, rows, split, self.spec)
+        stream = e.data.batches(captions, position, rows, split, self.spec)
         with contextlib.closing(stream):
             for batch in stream:
                 self.check(batch)
@@ -179,10 +183,10 @@ class Trainer:
                     yield ahead.popleft()
             yield from ahead
 
-    def _losses(self, state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _losses(self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key, draw = step_keys(0, 0)  # the same for all batches and evaluations
-        model, batch, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
-        found = losses(self.objectives, self.forward, model, batch, key, state.step, False)
+        model, inputs, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
+        found = losses(self.objectives, self.forward, model, inputs, key, state.step, False)
         for name, output in found.items():
             numbers = {"loss": output.loss, **output.metrics}
             metrics |= {f"{prefix(self.objectives, name)}{k}": v for k, v in numbers.items()}
@@ -210,7 +214,7 @@ class Trainer:
         once = flops.count(self.prepare, frozen, batch, key) if frozen_too else 0.0
         learned = 0.0
         if self.forward is not None:
-            forward: Any = self.forward
+            forward = self.forward
             run = lambda m, b, k: forward(m, b, k, step, True)
             learned += len(stages(self.objectives)) * flops.count(run, self.abstract, ready, key)
             ready |= {"outputs": jax.eval_shape(run, self.abstract, ready, key)}
@@ -220,7 +224,7 @@ class Trainer:
         return once + 3 * learned
 
 
-def with_shardings(tree: Any, layout: Any) -> Any:
+def with_shardings(tree: T, layout: T) -> T:
     """The shapes and dtypes of `tree` with the shardings of `layout`: abstract inputs to compile a step for."""
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, layout)
 
@@ -273,7 +277,7 @@ def train(
         return _train(experiment, local, where, preview, accept_changes)
 
 
-def _train(experiment: Experiment, folder: Path, where: Any, preview: Preview | None, accept: bool) -> TrainState:
+def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview | None, accept: bool) -> TrainState:
     """`train`, with its files in a local folder and its checkpoints in `where`, which may be in an object store."""
     t = experiment.train
     check_run(folder)

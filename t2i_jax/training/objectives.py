@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from jax import Array
 
 from t2i_jax.core.config import ConfigError
@@ -15,7 +16,7 @@ from t2i_jax.core.params import Named
 from t2i_jax.core.types import LossOutput, Objective, Trainable
 
 Objectives = Mapping[str, Objective]
-Forward = Callable[[Any, Any, Array, Array, bool], Any]
+Forward = Callable[[Any, Any, Array, Array, bool], object]
 """`core.types.SharesForward.forward`"""
 
 
@@ -98,14 +99,20 @@ def forward_of(config: Trainable) -> Forward | None:
     return shares_forward(config).forward if config.capabilities.shared_forward else None
 
 
-def read_params(forward: Callable[[Named], Any], params: Named) -> Named:
+def read_params(forward: Callable[[Named], object], params: Named) -> Named:
     """The parameters that the outputs of a function depend on."""
     used = used_inputs(jax.make_jaxpr(forward)(params).jaxpr)
     return {k: params[k] for k, use in zip(sorted(params), used, strict=True) if use}
 
 
 def losses(
-    objectives: Objectives, forward: Forward | None, model: Any, batch: Any, key: Array, step: Array, train: bool
+    objectives: Objectives,
+    forward: Forward | None,
+    model: nnx.Module,
+    batch: dict[str, Any],
+    key: Array,
+    step: Array,
+    train: bool,
 ) -> dict[str, LossOutput]:
     """Outputs of all objectives' losses at one model."""
     if forward is not None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import optax
+from flax import nnx
 from optax import contrib
 
 from t2i_jax.core.config import ConfigError
@@ -97,14 +98,14 @@ class Optimizer(Checked):
         near = difflib.get_close_matches(self.name, names, 3, 0.4)
         raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")
 
-    def decayed(self, params: Named) -> Any:
+    def decayed(self, params: Named) -> object:
         """Which parameters decay: weights of products and lookups, unless their name is excluded.
 
         Biases, norms and free vectors (null conditions, positions, padding, modulation tables) do not, nor do
         codebooks: decay would move them to zero, whatever they represent.
         """
 
-        def rule(name: str, v: Any) -> bool:
+        def rule(name: str, v: nnx.Variable) -> bool:
             read = name.endswith(".w") or "vocab" in axes_of(v)
             excepted = "codebook" in name or (self.no_decay and re.search(self.no_decay, name))
             return rank(v) >= 2 and read and not excepted
@@ -112,17 +113,17 @@ class Optimizer(Checked):
         return {k: rule(k, v) for k, v in params.items()}
 
 
-def axes_of(v: Any) -> tuple[str | None, ...]:
+def axes_of(v: nnx.Variable) -> tuple[str | None, ...]:
     """Names of a parameter's dimensions without those of stacked layers; empty if it has none."""
     return v.get_metadata().get("axes", ()) if is_variable(v) else ()
 
 
-def rank(v: Any) -> int:
+def rank(v: nnx.Variable) -> int:
     """Number of a parameter's dimensions without those of stacked layers."""
     return len(axes_of(v)) or len(v.shape)
 
 
-def muon_dimensions(params: Named) -> Any:
+def muon_dimensions(params: Named) -> object:
     """The matrices that Muon orthogonalises: those multiplied with activations (Jordan et al. 2024).
 
     Adam updates everything else: lookup tables, vocabulary logits, null conditions, positions, codebooks, biases, norms
@@ -130,7 +131,7 @@ def muon_dimensions(params: Named) -> Any:
     of every layer.
     """
 
-    def rule(name: str, v: Any) -> Any:
+    def rule(name: str, v: nnx.Variable) -> object:
         axes = axes_of(v)
         if not name.endswith(".w") or len(axes) != 2 or "vocab" in axes:
             return None

@@ -16,7 +16,7 @@ from t2i_jax.core.config import ConfigError
 class Records:
     """The metric files of a run folder. A run that goes on from step n first drops later lines."""
 
-    def __init__(self, folder: Path, step: int, config: Any = None, wandb: bool = False):
+    def __init__(self, folder: Path, step: int, config: object = None, wandb: bool = False):
         self.path = folder / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(self.path) if line["step"] <= step]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,12 @@ from t2i_jax.training.objectives import Objectives, by_optimizer, under
 from t2i_jax.training.spikes import RunningNorms, start_norms
 
 
-def params_of(model: Any) -> Named:
+def params_of(model: nnx.Module) -> Named:
     """The trainable parameters."""
     return {k: v for k, v in named(model).items() if isinstance(v, nnx.Param)}
 
 
-def carried_of(model: Any) -> Named:
+def carried_of(model: nnx.Module) -> Named:
     """The non-trainable state, which losses return updated."""
     return {k: v for k, v in named(model).items() if isinstance(v, ModelState)}
 
@@ -41,7 +40,7 @@ class TrainState:
     params: Named
     carried: Named
     ema: Named | None
-    optimizer: dict[str, Any]  # one state per optimizer, by its name
+    optimizer: dict[str, optax.OptState]  # one state per optimizer, by its name
     gradient_norms: RunningNorms | None = None  # if spikes are skipped
 
     def flat(self) -> dict[str, Array]:
@@ -56,7 +55,7 @@ class TrainState:
 
 
 def create(
-    init: Callable[[Array], Any],
+    init: Callable[[Array], nnx.Module],
     objectives: Objectives,
     optimizers: Mapping[str, optax.GradientTransformation],
     key: Array,

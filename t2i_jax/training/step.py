@@ -33,7 +33,7 @@ Metrics = dict[str, Array]
 
 
 def make_step(
-    abstract: Any,
+    abstract: nnx.Module,
     objectives: Objectives,
     optimizers: Mapping[str, optax.GradientTransformation],
     prepare: Callable[[Any, dict[str, Array], Array], dict[str, Array]] = lambda frozen, batch, key: batch,
@@ -81,7 +81,7 @@ def make_step(
             objective = objectives[name]
             mine = under(objective.params, params)
 
-            def loss(mine: Named, outputs: Any, objective=objective) -> tuple[Array, tuple[Metrics, Named]]:
+            def loss(mine: Named, outputs: object, objective=objective) -> tuple[Array, tuple[Metrics, Named]]:
                 seen = batch if forward is None else batch | {"outputs": outputs}
                 output = objective.loss(model(mine), seen, key, step, True)
                 return output.loss, ({"loss": output.loss, **output.metrics}, written(output, carried))
@@ -131,7 +131,7 @@ def make_step(
         grads = jax.tree.map(lambda x: x / accumulate, grads)
         return grads, jax.tree.map(lambda m: m.mean(0), metrics), carried
 
-    def step(state: TrainState, frozen: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Mapping[str, object], batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, draw = step_keys(seed, state.step)
         batch = prepare(frozen, batch, draw)
 
@@ -188,7 +188,7 @@ def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
     return key, apart(key)
 
 
-def loss_inputs(frozen: Any) -> dict[str, Any]:
+def loss_inputs(frozen: Mapping[str, object]) -> dict[str, object]:
     """Frozen networks used only by the loss (a perceptual network), as batch entries."""
     return {"frozen": frozen["loss"]} if frozen and frozen.get("loss") is not None else {}
 
