@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.console import console
 from t2i_jax.core.params import Named, rebuild
-from t2i_jax.training.loop import Trainer
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import loss_inputs, step_keys
+
+if TYPE_CHECKING:
+    from t2i_jax.training.loop import Trainer
 
 NAMED = 8
 """Arrays that a message names."""
