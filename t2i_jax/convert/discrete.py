@@ -51,7 +51,7 @@ def _codec(tensors: Tensors, **fields: Any) -> Any:
 def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: Any) -> tuple[Tensors, dict[str, Any]]:
     """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
     not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
-    full_to_used = content(used) if isinstance(used, str) else used
+    full_to_used: Any = content(used) if isinstance(used, str) else used
     return vq_diffusion.codec_tensors(tensors, full_to_used), fields
 
 
