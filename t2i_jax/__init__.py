@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from t2i_jax.codecs.vqgan import VQGAN as VQGAN
     from t2i_jax.core.errors import ConfigError as ConfigError
     from t2i_jax.core.errors import DataError as DataError
+    from t2i_jax.core.family import with_fields as with_fields
     from t2i_jax.core.sharding import MeshConfig as Mesh  # noqa: F401
+    from t2i_jax.core.types import Compute as Compute
     from t2i_jax.data.pipeline import Data as Data
     from t2i_jax.data.sources import ArrayRecord as ArrayRecord
     from t2i_jax.data.sources import Folder as Folder
@@ -45,15 +47,23 @@ if TYPE_CHECKING:
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
     from t2i_jax.networks.condition import ClassEmbedder as ClassEmbedder
+    from t2i_jax.networks.condition import Conditioning as Conditioning
     from t2i_jax.networks.condition import CrossAttnFeatures as CrossAttnFeatures
     from t2i_jax.networks.condition import PooledFeatures as PooledFeatures
     from t2i_jax.networks.condition import TextFeatures as TextFeatures
     from t2i_jax.networks.dit import DiT as DiT
     from t2i_jax.networks.unet import UNet as UNet
+    from t2i_jax.nn.positions import AxialPositions as AxialPositions
+    from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
+    from t2i_jax.nn.positions import RotaryPositions as RotaryPositions
+    from t2i_jax.nn.positions import SinCosPositions as SinCosPositions
+    from t2i_jax.nn.transformer import Transformer as Transformer
     from t2i_jax.noise.processes import EDM as EDM
     from t2i_jax.noise.processes import Discrete as Discrete
     from t2i_jax.noise.processes import Flow as Flow
     from t2i_jax.pipeline import Pipeline as Pipeline
+    from t2i_jax.presets import PRESETS as PRESETS
+    from t2i_jax.presets import preset as preset
     from t2i_jax.text.clip import ClipText as ClipText
     from t2i_jax.text.minilm import MiniLM as MiniLM
     from t2i_jax.text.sentencepiece import SentencePiece as SentencePiece
@@ -68,6 +78,7 @@ _PUBLIC = {
     "codecs.kl": "KL",
     "codecs.vqgan": "VQGAN",
     "core.errors": "ConfigError DataError",
+    "core.family": "with_fields",
     "data.pipeline": "Data",
     "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
     "edits": "InitImage Inpaint",
@@ -79,12 +90,16 @@ _PUBLIC = {
     "models.masked": "Masked",
     "models.stream": "Stream",
     "models.vq_diffusion": "VQDiffusion",
-    "networks.condition": "CaptionEncoder ClassEmbedder CrossAttnFeatures PooledFeatures TextFeatures",
+    "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures TextFeatures",
     "networks.dit": "DiT",
     "networks.unet": "UNet",
+    "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
+    "nn.transformer": "Transformer",
     "noise.processes": "Discrete EDM Flow",
     "core.sharding": "Mesh=MeshConfig",
+    "core.types": "Compute",
     "pipeline": "Pipeline",
+    "presets": "PRESETS preset",
     "text.clip": "ClipText",
     "text.minilm": "MiniLM",
     "text.sentencepiece": "SentencePiece",

@@ -14,6 +14,16 @@ from t2i_jax.storage.artifacts import Artifact, save_artifact
 from tests.fixtures import toys
 
 NAMES = {
+    "AxialPositions",
+    "Compute",
+    "Conditioning",
+    "LearnedPositions",
+    "PRESETS",
+    "RotaryPositions",
+    "SinCosPositions",
+    "Transformer",
+    "preset",
+    "with_fields",
     "AR",
     "AnyOrder",
     "ArrayRecord",
