@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.params import abstract
+from t2i_jax.core.types import Trainable
 from t2i_jax.interop import huggingface
-from t2i_jax.interop.names import Table, Tensors, to_ours, to_theirs
+from t2i_jax.interop.names import Fields, Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
@@ -34,11 +37,11 @@ class Folder(NamedTuple):
     """The contents of a published folder."""
 
     tensors: Tensors
-    hints: dict[str, Any]
+    hints: Fields
     """hints from its settings"""
-    codec: tuple[Any, Any] | None = None
+    codec: tuple[Trainable, nnx.Module] | None = None
     """configuration and model of its codec"""
-    text: Any = None
+    text: Tokenizer | None = None
     """its tokenizer or text encoder"""
 
 
@@ -65,7 +68,7 @@ class Format:
     """a description for help texts"""
     example: str = ""
     """file and hints of a command that converts one"""
-    adapt: Callable[..., tuple[Tensors, dict[str, Any]]] | None = None
+    adapt: Callable[..., tuple[Tensors, Fields]] | None = None
     """(tensors, **hints) -> the tensors that the table names, and the other hints: for a file that needs another one"""
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """stems of several published files that make one model, and the prefix of the names of each: a folder that
@@ -94,7 +97,7 @@ def find(name: str) -> Format:
     raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 
 
-def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
+def read(path: str | os.PathLike, name: str) -> Tensors:
     """The tensors of a published file as NumPy arrays, under the published names.
 
     path: a safetensors or PyTorch file under any ending, of a dictionary or of a whole module; the index of a file that
@@ -113,7 +116,7 @@ def read(path: str | os.PathLike, name: str) -> dict[str, Any]:
     return {f"{format.files[stem]}{name}": tensor for stem, part in parts.items() for name, tensor in part.items()}
 
 
-def unwrapped(content: Any, format: Format, file: str = "the file") -> dict[str, Any]:
+def unwrapped(content: object, format: Format, file: str = "the file") -> Tensors:
     """The tensors of a model in the content of a file, without the wrappers of training programs."""
     return dict(located(content, *format.needed, part=format.part, file=file))
 
@@ -123,7 +126,7 @@ def alike(tensors: Tensors) -> list[str]:
     return [name for name, format in formats().items() if format.needed and holds(tensors, *format.needed)]
 
 
-def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hints: Any) -> tuple[Any, Any]:
+def convert(name: str, tensors: Tensors, file: str = "the file", **hints: Any) -> tuple[Trainable, nnx.Module]:
     """The configuration and the model of a published file's tensors (arrays, or `jax.ShapeDtypeStruct`s for a check).
 
     Errors: ValueError that lists every missing, unused or wrongly shaped name.
@@ -141,6 +144,6 @@ def convert(name: str, tensors: Mapping[str, Any], file: str = "the file", **hin
     return config, jax.tree.map(jnp.asarray, fill(tensors))
 
 
-def restore(name: str, config: Any, model: Any) -> dict[str, np.ndarray]:
+def restore(name: str, config: Trainable, model: nnx.Module) -> dict[str, np.ndarray]:
     """The model's variables (or gradients) under the published names, in the published layouts."""
     return to_theirs(model, find(name).table(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
 from t2i_jax.core.params import abstract
+from t2i_jax.core.types import Trainable
 from t2i_jax.interop import vqgan
-from t2i_jax.interop.names import Table, Tensors, require
+from t2i_jax.interop.names import Fields, Table, Tensors, require
 
 JUDGE = ("main.0.weight", "main.2.weight")
 """Names that every PatchGAN has."""
@@ -23,7 +25,13 @@ TAMING = {"pixels": "l1", "adversarial": 0.8, "adaptive": True, "start": 250_001
 
 
 def _codec(
-    tensors: Tensors, style: vqgan.Style, quantizer: Any, *, groups: int, eps: float, training: dict[str, Any]
+    tensors: Tensors,
+    style: vqgan.Style,
+    quantizer: Callable[..., QuantizerConfig | GumbelConfig],
+    *,
+    groups: int,
+    eps: float,
+    training: Fields,
 ) -> VQGAN:
     found = vqgan.describe(tensors, style)
     autoencoder = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
@@ -41,7 +49,7 @@ def _llamagen(
     entropy: float = 0.0,
     groups: int = 32,
     eps: float = 1e-6,
-    **fields: Any,
+    **fields: object,
 ) -> VQGAN:
     quantizer = partial(QuantizerConfig, normalize=l2_norm, commitment=beta, entropy=entropy)
     return _codec(tensors, "llamagen", quantizer, groups=groups, eps=eps, training=fields)
@@ -54,7 +62,7 @@ def _taming(
     beta: float | None = None,
     groups: int = 32,
     eps: float = 1e-6,
-    **fields: Any,
+    **fields: object,
 ) -> VQGAN:
     """legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were. beta: 0.25
     unless given, and 1 for a codebook that is a moving average."""
@@ -66,13 +74,19 @@ def _taming(
 
 
 def _gumbel(
-    tensors: Tensors, *, kl: float = 1e-8, temperature: float = 0.9, groups: int = 32, eps: float = 1e-6, **fields: Any
+    tensors: Tensors,
+    *,
+    kl: float = 1e-8,
+    temperature: float = 0.9,
+    groups: int = 32,
+    eps: float = 1e-6,
+    **fields: object,
 ) -> VQGAN:
     quantizer = partial(GumbelConfig, kl=kl, temperature=temperature)
     return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
 
-def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: float = 1e-5, **fields: Any) -> VQGAN:
+def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: float = 1e-5, **fields: object) -> VQGAN:
     quantizer = partial(QuantizerConfig, normalize=False, codebook=beta, commitment=1.0)
     return _codec(tensors, "clipgen", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
@@ -91,7 +105,7 @@ def _judge_table(config: DiscriminatorConfig) -> Table:
     return vqgan.discriminator(abstract(config))
 
 
-def _format(describe: Any, style: vqgan.Style, **fields: Any) -> Format:
+def _format(describe: Callable[..., Trainable], style: vqgan.Style, **fields: Any) -> Format:
     return Format(describe, partial(_table, style=style), vqgan.IGNORED, (vqgan.needed(style),), **fields)
 
 

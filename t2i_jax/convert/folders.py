@@ -17,11 +17,13 @@ from safetensors.numpy import save_file
 from t2i_jax import convert
 from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
 from t2i_jax.core.narrow import as_codec, as_family, check_codes
 from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable
+from t2i_jax.interop.names import Fields
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
 
@@ -30,7 +32,12 @@ FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, Arithmeti
 
 
 def to_folder(
-    name: str, weights: str | Path, out: str | Path, hints: Mapping[str, Any], codec: str = "", text: Any = None
+    name: str,
+    weights: str | Path,
+    out: str | Path,
+    hints: Mapping[str, object],
+    codec: str = "",
+    text: Tokenizer | None = None,
 ) -> Artifact:
     """Convert the file `weights` of format `name` and write it as a released model, with codec and text encoder.
 
@@ -66,7 +73,12 @@ def to_folder(
 
 
 def _fault(
-    name: str, format: convert.Format, weights: Any, error: Exception, found: convert.Folder | None, hints: Any
+    name: str,
+    format: convert.Format,
+    weights: object,
+    error: Exception,
+    found: convert.Folder | None,
+    hints: Mapping[str, object],
 ) -> str:
     """Why a file could not be converted."""
     said = str(error)
@@ -80,7 +92,7 @@ def _fault(
     return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
 
 
-def _check_text(config: Any, text: Any) -> None:
+def _check_text(config: Trainable, text: Any) -> None:
     """Errors: ValueError where a text encoder does not fit a model; those of the encoder's files."""
     spec = config.batch_spec()
     if not {"features", "text"} & spec.keys():
@@ -133,12 +145,12 @@ def find(name: str) -> convert.Format:
         raise ConfigError(str(error)) from error
 
 
-def hints(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+def hints(name: str, arguments: Sequence[str]) -> Fields:
     """`--grid 24 24`, `--heads=16`, `--legacy` as values by name. Errors: `ConfigError` for a hint that is none."""
     return parse(name, find(name), arguments)
 
 
-def text_side(words: str) -> Any:
+def text_side(words: str) -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
     length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set as `encoder` has it.
 
@@ -157,7 +169,7 @@ def text_side(words: str) -> Any:
     return encoder(kinds[kind][0], rest, f"--text {words}", **kinds[kind][1])
 
 
-def encoder(kind: Any, words: str, said: str, **fields: Any) -> Any:
+def encoder(kind: Any, words: str, said: str, **fields: object) -> Any:
     """A text encoder of a class, from its path and comma-separated fields: `vit_b_32.pt,activation=gelu`.
 
     said: prefix of errors. Errors: `ConfigError` for a path that is not there, and for fields of no such class.

@@ -16,12 +16,13 @@ from typing import Any
 from t2i_jax.convert import Format
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
+from t2i_jax.interop.names import Fields
 
 FLAGS = ("codec", "text", "back", "out", "help")
 """Flags of the command, for which hints may be mistaken."""
 
 
-def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]:
+def parse(name: str, format: Format, arguments: Sequence[str]) -> Fields:
     """`--grid 24 24`, `--heads=16`, `--legacy` as values by name.
 
     Errors: `ConfigError` for a word that is no hint, a hint that the format does not take, and a value of a wrong kind.
@@ -52,7 +53,7 @@ def parse(name: str, format: Format, arguments: Sequence[str]) -> dict[str, Any]
     return values
 
 
-def takes(format: Format) -> dict[str, Any]:
+def takes(format: Format) -> Fields:
     """The hints that a format names, and their types."""
     signature = inspect.signature(format.describe, eval_str=True).parameters.values()
     return {p.name: p.annotation for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -67,7 +68,7 @@ def unknown(name: str, format: Format, key: str) -> str:
     return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
 
 
-def check_fields(config: Any, given: Collection[str]) -> None:
+def check_fields(config: object, given: Collection[str]) -> None:
     """Errors: `ConfigError` where a field that was given as a hint has a value of a wrong kind."""
     check_values(type(config), {k: v for k, v in values(config).items() if k in given})
     for part in values(config).values():
@@ -75,20 +76,20 @@ def check_fields(config: Any, given: Collection[str]) -> None:
             check_fields(part, given)
 
 
-def check_values(kind: type, values: Mapping[str, Any]) -> None:
+def check_values(kind: type, values: Mapping[str, object]) -> None:
     """Errors: `ConfigError` where a value is not of the kind of the dataclass's field of that name."""
     kinds = typing.get_type_hints(kind)
     for name, value in values.items():
         _check(f"--{name.replace('_', '-')}", value, kinds[name])
 
 
-def _check(said: str, value: Any, kind: Any) -> None:
+def _check(said: str, value: object, kind: object) -> None:
     if not suits(value, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         raise ConfigError(f"{said}: {value!r} is not of the kind {wanted}")
 
 
-def suits(value: Any, kind: Any) -> bool:
+def suits(value: object, kind: object) -> bool:
     """Whether a value is of an annotated kind, as far as it is one of numbers, words, tuples of them, and unions."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -106,13 +107,13 @@ def suits(value: Any, kind: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (None, types.NoneType):
         return value is None
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+    return kind in (Any, object) or not isinstance(kind, type) or isinstance(value, kind)
 
 
-def value(words: Sequence[str]) -> Any:
+def value(words: Sequence[str]) -> object:
     """No word gives True, one a value, more a tuple."""
 
-    def one(word: str) -> Any:
+    def one(word: str) -> object:
         try:
             return ast.literal_eval(word.title() if word in ("true", "false", "none") else word)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -123,6 +124,6 @@ def value(words: Sequence[str]) -> Any:
     return tuple(map(one, words))
 
 
-def text_of(hints: Mapping[str, Any]) -> str:
+def text_of(hints: Mapping[str, object]) -> str:
     """The hints as command-line flags."""
     return " ".join(f"--{key.replace('_', '-')}={value}" for key, value in hints.items())
