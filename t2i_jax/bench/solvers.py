@@ -18,12 +18,12 @@ from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Range, values
-from t2i_jax.core.noise import SamplingGrid, Spacing
+from t2i_jax.core.noise import NoiseProcess, SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
-from t2i_jax.noise.processes import EDM, Discrete, Flow, Process
+from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.sampling.solvers import SOLVERS, Denoised, Rounds, default_eta, solve
 
-PROCESSES: dict[str, Process] = {
+PROCESSES: dict[str, NoiseProcess] = {
     "Discrete, linear": Discrete("linear"),
     "Discrete, linear, zero terminal SNR": Discrete("linear", zero_terminal_snr=True),
     "Discrete, cosine": Discrete("cosine"),
@@ -87,18 +87,18 @@ def error_within(solver: str, path: SamplingGrid, mean: Array, std: Array, size:
     return (jnp.abs(x[0] - path.alpha[stop] * mean) + jnp.abs(jnp.linalg.norm(x[1:]) - spread(stop))) / spread(stop)
 
 
-def path_of(process: Process, steps: int, spacing: Spacing = "default") -> SamplingGrid:
+def path_of(process: NoiseProcess, steps: int, spacing: Spacing = "default") -> SamplingGrid:
     """The stops as a sampler has them, compiled for every number of steps at once."""
     return _path(process, jnp.int32(steps), spacing)
 
 
 @partial(jax.jit, static_argnames=("process", "spacing"))
-def _path(process: Process, steps: Array, spacing: Spacing) -> SamplingGrid:
+def _path(process: NoiseProcess, steps: Array, spacing: Spacing) -> SamplingGrid:
     return process.timesteps(steps, spacing=spacing)
 
 
 def compared(
-    kind: str, process: Process, steps: int, mean: float, std: float, spacing: Spacing = "default", size: int = 0
+    kind: str, process: NoiseProcess, steps: int, mean: float, std: float, spacing: Spacing = "default", size: int = 0
 ) -> dict[str, float]:
     """`std` over the true one, error of the `mean` in units of it, and `off`: the larger difference of the two from
     `recursion` over the same stops, in the same units. size: of the program, at least steps + 2; one is compiled."""
@@ -110,7 +110,7 @@ def compared(
     return {"std": found[1] / std, "mean": (found[0] - mean) / std, "off": off}
 
 
-def order(kind: str, process: Process, steps: int, mean: float, std: float, size: int = 0) -> float:
+def order(kind: str, process: NoiseProcess, steps: int, mean: float, std: float, size: int = 0) -> float:
     """log2 of how much smaller the error within the path becomes by twice as many steps, at stops even in time."""
     (solver, eta), counts = KINDS[kind], (steps, 2 * steps)
     paths = [path_of(process, n, "even") for n in counts]
@@ -124,7 +124,7 @@ CORRELATION, KNOWN, COUNT = 0.9, 1.5, 20_000
 
 
 @partial(jax.jit, static_argnames=("process", "solver"))
-def inpainted(process: Process, solver: str, steps: Array, resample: Array) -> tuple[Array, Array]:
+def inpainted(process: NoiseProcess, solver: str, steps: Array, resample: Array) -> tuple[Array, Array]:
     """Errors of the mean and standard deviation of one number given the other, as shares of the true ones.
 
     From `COUNT` draws of two numbers of variance 1, in units of the process, and `CORRELATION`; one is kept at `KNOWN`.

@@ -8,13 +8,9 @@ from t2i_jax.heads.head import TokenHead
 from t2i_jax.heads.mixture import MixtureHead
 from t2i_jax.heads.softmax import SoftmaxHead
 
-Head = TokenHead
-"""What a config may hold: a head of this package, or of a user's own."""
-
 __all__ = [
     "DiffusionHead",
     "FlowHead",
-    "Head",
     "ImageKeys",
     "MixtureHead",
     "PositionKeys",

@@ -25,7 +25,7 @@ from t2i_jax.core.fields import FREE, Grid, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.heads import Head, ImageKeys, SoftmaxHead, sample_spec
+from t2i_jax.heads import ImageKeys, SoftmaxHead, TokenHead, sample_spec
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.decode import prepare_layers_for_decode
@@ -48,7 +48,7 @@ class AnyOrder(BaseFamily):
     """Rows and columns of tokens."""
     patch: Size = 1
     """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
-    head: Head = SoftmaxHead()
+    head: TokenHead = SoftmaxHead()
     order: Raster | Permutation = Raster()
     transformer: Transformer = Transformer(256, 6, 4, qk_norm=True, dropout=0.1)
     conditioning: Conditioning = Conditioning(ClassEmbedder(1000))

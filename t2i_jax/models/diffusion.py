@@ -21,7 +21,7 @@ from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
-from t2i_jax.core.noise import Predicts
+from t2i_jax.core.noise import NoiseProcess, Predicts
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
@@ -34,7 +34,7 @@ from t2i_jax.noise.gaussian import (
     loss_weight,
     split,
 )
-from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import expand_like, spread
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches, is_guided
@@ -49,7 +49,7 @@ class Diffusion(BaseFamily):
     """A network, the noise process it reverses, and its training settings."""
 
     network: DiT | UNet = DiT()
-    process: Process = Discrete()
+    process: NoiseProcess = Discrete()
     predicts: Predicts = "eps"
     variance: Annotated[Literal["fixed_large", "fixed_small"], FREE] = "fixed_large"
     """Variance of a reverse step if the network predicts none: that of the forward step, or of the posterior."""

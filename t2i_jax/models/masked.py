@@ -29,7 +29,7 @@ from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.heads import DiffusionHead, Head, ImageKeys, sample_spec
+from t2i_jax.heads import DiffusionHead, ImageKeys, TokenHead, sample_spec
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
 from t2i_jax.nn.layers import Linear, normal, param
@@ -60,7 +60,7 @@ class Masked(BaseFamily):
     """Rows and columns of tokens."""
     patch: Size = 1
     """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
-    head: Head = DiffusionHead()
+    head: TokenHead = DiffusionHead()
     order: Annotated[Order, SAMPLED] = Sets()
     rate: MaskRate = MaskRate()
     """Distribution of the share of hidden tokens in training."""

@@ -13,6 +13,7 @@ from jax import Array
 
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 from t2i_jax.networks.condition import ids
@@ -20,7 +21,7 @@ from t2i_jax.networks.unet import UNet, UNetEncoder
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
 from t2i_jax.nn.losses import cross_entropy
-from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.guidance import of_class
 
@@ -38,7 +39,7 @@ class NoisedClassifier(Checked):
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = "attention"
     """Mean of the last features; attention from that mean to all of them; means of all stages through an MLP, without
     or with normalisation."""
-    process: Process = Discrete()
+    process: NoiseProcess = Discrete()
     compute: Compute = Compute()
 
     def __post_init__(self):

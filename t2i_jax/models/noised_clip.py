@@ -12,6 +12,7 @@ from jax import Array
 
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
+from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
@@ -19,7 +20,7 @@ from t2i_jax.networks.condition import ids, text_spec, value
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.noise.processes import Discrete, Process
+from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import spread
 
 MEAN = (122.77093945, 116.74601272, 104.09373519)
@@ -48,7 +49,7 @@ class NoisedCLIP(Checked):
     """Noise levels of the image encoder, one for each integer time of `process`; 0: it reads clean images."""
     scale: Finite = 100.0
     """Factor of the similarities."""
-    process: Process = Discrete("cosine")
+    process: NoiseProcess = Discrete("cosine")
 
     def __post_init__(self):
         super().__post_init__()

@@ -299,10 +299,6 @@ class EDM(Checked):
         return along(self.network_time(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
 
 
-Process = NoiseProcess
-"""What a config may hold: a process of this module, or of a user's own."""
-
-
 def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:
     """The grid through these stops (n + 1,), with the variances of its steps; from stop `steps` on it is at the clean
     end, alpha = 1 and sigma = 0. ends: a grid whose first stop and clean end replace those given."""
