@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
 
 import numpy as np
 
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.narrow import image_to_image, inpainting
-from t2i_jax.core.types import Codec, Family
+from t2i_jax.core.types import Codec, Family, SamplingOptions
 from t2i_jax.sampling.inpainting import check_keep
 
 
@@ -27,7 +26,7 @@ class Inpaint:
         """The family. Errors: `ConfigError` for one that cannot keep a part of an image."""
         return inpainting(family)
 
-    def override(self, options: Any) -> Any:
+    def override(self, options: SamplingOptions) -> SamplingOptions:
         """Sampling options with those of the edit."""
         return options
 
@@ -50,7 +49,7 @@ class InitImage:
         """The family. Errors: `ConfigError` for one that cannot start from an image."""
         return image_to_image(inpainting(family))
 
-    def override(self, options: Any) -> Any:
+    def override(self, options: SamplingOptions) -> SamplingOptions:
         """Sampling options with those of the edit."""
         return options if self.strength is None else dataclasses.replace(options, strength=self.strength)
 

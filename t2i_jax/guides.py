@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.narrow import as_classifier, autoguided, classifier_guided
-from t2i_jax.core.types import Family, GaussianFamily
+from t2i_jax.core.types import Family, GaussianFamily, SamplingOptions
 from t2i_jax.storage.artifacts import Artifact, load_artifact
 
 
@@ -31,7 +30,7 @@ class Guide:
         raise NotImplementedError
 
     @property
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, object]:
         """Its model, by the name that `Family.sample` gives it."""
         raise NotImplementedError
 
@@ -39,7 +38,7 @@ class Guide:
         """Errors: `ConfigError` if it cannot guide the family."""
         raise NotImplementedError
 
-    def override(self, options: Any) -> Any:
+    def override(self, options: SamplingOptions) -> SamplingOptions:
         """Sampling options with those of the guide."""
         return options
 
@@ -75,7 +74,7 @@ class ClassifierGuidance(Guide):
         return self.classifier.text
 
     @property
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, object]:
         return {"classifier": self.classifier.model}
 
     def check(self, family: Family) -> None:
@@ -98,7 +97,7 @@ class ClassifierGuidance(Guide):
         if channels != drawn:
             raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
 
-    def override(self, options: Any) -> Any:
+    def override(self, options: SamplingOptions) -> SamplingOptions:
         return options if self.scale is None else dataclasses.replace(options, classifier_scale=self.scale)
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -130,7 +129,7 @@ class Autoguidance(Guide):
         return {"guided by": self.name or "the worse model"}
 
     @property
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, object]:
         return {"guide_model": self.model.model}
 
     def check(self, family: Family) -> None:
@@ -150,7 +149,7 @@ class Autoguidance(Guide):
                 )
 
 
-def guidance_signature(family: GaussianFamily) -> dict[str, Any]:
+def guidance_signature(family: GaussianFamily) -> dict[str, object]:
     """Properties that two Gaussian diffusions must share for one to guide the other."""
     return {
         "predicts": family.predicts,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from t2i_jax.core.casts import cast_dtypes
@@ -26,7 +27,7 @@ from t2i_jax.core.narrow import (
     text_encoder,
 )
 from t2i_jax.core.sharding import MeshConfig, put_on_mesh, shardings
-from t2i_jax.core.types import Family
+from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.edits import Edit, digest, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
@@ -46,12 +47,12 @@ class Pipeline:
     """
 
     family: Family
-    model: Any
+    model: nnx.Module
     """weights"""
     codec: Artifact | None
     """with its weights; None for a family of pixels"""
     text: Tokenizer | None
-    encoder: Any
+    encoder: nnx.Module | None
     """weights of the text encoder; None if `text` gives no features"""
     mesh: Mesh
     folder: str | Path | None = None
@@ -64,7 +65,7 @@ class Pipeline:
     def place(
         cls,
         family: Family,
-        model: Any,
+        model: nnx.Module,
         codec: Artifact | None = None,
         text: Tokenizer | None = None,
         mesh: MeshConfig = MeshConfig(),
@@ -108,12 +109,12 @@ class Pipeline:
         return cls.place(family, artifact.model, codec, artifact.text, mesh, **provenance)
 
     @property
-    def options(self) -> Any:
+    def options(self) -> SamplingOptions:
         """The family's sampling options at their defaults; replace fields and pass them to `sample`."""
         return self.family.options()
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         """The weights: `model`; `codec` and `text`, the text encoder's, or None."""
         return {"model": self.model, "codec": self.codec and self.codec.model, "text": self.encoder}
 
@@ -151,7 +152,7 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         seeds: Sequence[int] | None = None,
-        options: Any = None,
+        options: SamplingOptions | None = None,
         batch_size: int = 16,
         on_progress: OnProgress | None = None,
     ) -> np.ndarray:
@@ -160,7 +161,7 @@ class Pipeline:
 
     def sampler(
         self,
-        options: Any = None,
+        options: SamplingOptions | None = None,
         *,
         edit: Edit | None = None,
         guides: Sequence[Guide] = (),
@@ -198,7 +199,7 @@ class Pipeline:
         program = Program(self.family, self.codec and self.codec.config, encoder, *classifiers)
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, about)
 
-    def _encode(self, edit: Edit) -> dict[str, Any]:
+    def _encode(self, edit: Edit) -> dict[str, object]:
         """Arguments of `Family.sample`: the samples of the image (1, *grid, ...), and which tokens to keep."""
         codec = self.codec
         check_codec(self.family, codec and codec.config)
@@ -209,10 +210,10 @@ class Pipeline:
                 known = encode(codec.config, codec.model, known)
         return {"known": known, "keep": keep}
 
-    def _put(self, tree: dict[str, Any]) -> dict[str, Any]:
+    def _put(self, tree: dict[str, object]) -> dict[str, object]:
         return put_on_mesh(tree, shardings(tree, self.mesh))
 
-    def replace(self, **fields: Any) -> Pipeline:
+    def replace(self, **fields: object) -> Pipeline:
         """The same pipeline with other fields of its family.
 
         Allowed are fields that do not affect training (`FREE`), such as `solver`, and fields that a trained model may

@@ -6,7 +6,6 @@ model = preset("llamagen-b", grid=(24, 24), condition=ClassEmbedder(10))
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.family import with_fields
@@ -83,7 +82,7 @@ OF_DIFFUSION: dict[str, Diffusion] = {
 PRESETS: dict[str, AR | Stream | Masked | Diffusion] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION
 
 
-def preset(name: str, **fields: Any) -> Any:
+def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion:
     """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
 
     Errors: `ConfigError` for an unknown name or field.

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart, image_keys
 from t2i_jax.core.sharding import batch_sharding, put_on_mesh, to_host
-from t2i_jax.core.types import Classifier, Codec, Family
+from t2i_jax.core.types import Classifier, Codec, Family, SamplingOptions
 from t2i_jax.guides import Guide
 from t2i_jax.sampling.guidance import guidance_flags
 from t2i_jax.sampling.options import validate_options
@@ -52,7 +53,7 @@ class Program:
         parts: dict[str, Any],
         condition: dict[str, Array],
         keys: Array,
-        options: Any,
+        options: SamplingOptions,
         progress: Progress | None = None,
     ) -> Array:
         """Samples (b, *grid, ...) of the family.
@@ -76,13 +77,13 @@ def _sample(
     parts: dict[str, Any],
     condition: dict[str, Array],
     keys: Array,
-    options: Any,
+    options: SamplingOptions,
     progress: Progress | None,
 ) -> Array:
     return _decode(program.codec, parts["codec"], program.codes(guided, parts, condition, keys, options, progress))
 
 
-def _decode(codec: Codec | None, model: Any, codes: Array) -> Array:
+def _decode(codec: Codec | None, model: nnx.Module, codes: Array) -> Array:
     return to_uint8(codec.decode(model, codes) if codec else codes)
 
 
@@ -90,7 +91,7 @@ _decode_alone = jax.jit(_decode, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(codec: Codec, model: Any, images: Array) -> Array:
+def encode(codec: Codec, model: nnx.Module, images: Array) -> Array:
     """Codes of images (b, i, j, 3) in [-1, 1]."""
     return codec.encode(model, images)
 
@@ -104,7 +105,7 @@ class Sampler:
     """the arrays of `Program.codes`, and the weights of the codec as `codec`"""
     text: Tokenizer | None
     mesh: Mesh
-    options: Any
+    options: SamplingOptions
     guides: tuple[Guide, ...] = ()
     upsampler: Sampler | None = None
     """of the second stage"""

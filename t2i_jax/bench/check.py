@@ -20,6 +20,7 @@ from rich.table import Table
 from t2i_jax.bench.measure import Result, print_results, read_arguments, write
 from t2i_jax.bench.sample import bench_sample, decode_bound
 from t2i_jax.bench.train import bench_train
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
@@ -30,7 +31,7 @@ from t2i_jax.nn.attention import Causal, MaskSpec, Padding, attend, plain
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.plan.chips import Chip, chip_of
 from t2i_jax.plan.ready import batch_shapes
-from t2i_jax.presets import preset
+from t2i_jax.presets import OF_AR
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
@@ -114,8 +115,8 @@ def kernel_checks(sizing: Sizing) -> Iterator[tuple[str, Callable[[], Result]]]:
 
 def train_check(sizing: Sizing, batch: int, repeats: int) -> Result:
     """MFU of a train step, of the largest batch up to `batch`, by halves, that there is memory for."""
-    model = preset(
-        sizing.model,
+    model = with_fields(
+        OF_AR[sizing.model],
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
         condition=TextFeatures(*sizing.features, left=True),
@@ -144,8 +145,8 @@ def of_decode(batch: int) -> str:
 
 def decode_check(sizing: Sizing, batch: int, repeats: int, chip: Chip | None) -> Result:
     """The share that decoding reaches of the limit that binds; of one image alone the share of the bandwidth."""
-    model = preset(
-        sizing.model,
+    model = with_fields(
+        OF_AR[sizing.model],
         vocabulary=sizing.vocabulary,
         grid=sizing.grid,
         dtype=sizing.dtype,

@@ -1,11 +1,9 @@
 """Formats of next-token models."""
 
-from typing import Any
-
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clipgen, llamagen, mingpt
-from t2i_jax.interop.names import Tensors
+from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import PrefixTokens
 from t2i_jax.nn.transformer import Transformer
@@ -15,17 +13,17 @@ GPT = Transformer(norm="layer", activation="gelu", bias=True, dropout=0.1)
 
 
 def _llamagen(
-    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, null: bool = True, **fields: Any
+    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, null: bool = True, **fields: object
 ) -> AR:
     """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it. null: the table of
     classes has a row for none."""
-    found: dict[str, Any] = {"grid": grid} | llamagen.describe(tensors, head_dim, null)
+    found: Fields = {"grid": grid} | llamagen.describe(tensors, head_dim, null)
     found |= {} if null else {"condition_dropout": 0.0}
     return with_fields(AR(transformer=Transformer(dropout=0.1)), **(found | fields))
 
 
 def _mingpt(
-    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, prefix: int = 1, **fields: Any
+    tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, prefix: int = 1, **fields: object
 ) -> AR:
     """prefix: tokens before the codes of the image: a start token, a class, codes of another image. For explicit
     vectors instead (`embeddings` of the published program):
@@ -40,7 +38,7 @@ def _mingpt(
     return with_fields(AR(transformer=GPT), **(published | mingpt.describe(tensors, heads) | fields))
 
 
-def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, **fields: Any) -> AR:
+def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, **fields: object) -> AR:
     published = {"condition_dropout": 0.0, "sampling": ARSampler(guidance=1.0, top_k=500, top_p=0.95), "grid": grid}
     return with_fields(AR(transformer=GPT), **(published | clipgen.describe(tensors, heads) | fields))
 

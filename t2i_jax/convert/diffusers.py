@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import nnx
 
 from t2i_jax import convert
 from t2i_jax.convert import Folder, Format
 from t2i_jax.core.family import with_fields
+from t2i_jax.core.noise import Predicts
 from t2i_jax.core.params import abstract
-from t2i_jax.core.types import Compute
+from t2i_jax.core.types import Compute, Trainable
 from t2i_jax.interop import huggingface, pixart
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.interop import stable_diffusion_3 as third
-from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
 from t2i_jax.networks.dit import DiT
@@ -46,9 +49,9 @@ def _stable_diffusion(
     schedule: str = "scaled_linear",
     steps: int = 1000,
     zero_terminal_snr: bool = False,
-    predicts: Any = None,
-    dtype: Any = "float32",
-    **fields: Any,
+    predicts: Predicts | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **fields: object,
 ) -> Diffusion:
     """Values that a folder's settings lack are those of versions 1 where the text is of CLIP ViT-L (width 768), else
     those of versions 2. size: side of the latents; length: tokens of a caption; dtype: of the arithmetic."""
@@ -65,7 +68,7 @@ def _stable_diffusion(
         eps=eps,
         conditioning=Conditioning(CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)),
     )
-    family: dict[str, Any] = {
+    family: Fields = {
         "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
         "predicts": predicts or ("v" if second else "eps"),
         "solver": "dpm++",
@@ -75,7 +78,7 @@ def _stable_diffusion(
     return with_fields(Diffusion(network), **(family | fields))
 
 
-def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tuple[Tensors, dict[str, Any]]:
+def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tuple[Tensors, Fields]:
     """The ends of attentions as the table has them, whichever way this file keeps them."""
     config = _stable_diffusion(tensors, head_dim=head_dim, **hints).network
     return published.squared(tensors, published.linear(config)), hints | {"head_dim": head_dim}
@@ -110,26 +113,26 @@ def _pixart(
     heads: int = 16,
     stretch: float = 0.0,
     eps: float = 1e-6,
-    dtype: Any = "float32",
-    **fields: Any,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **fields: object,
 ) -> Diffusion:
     """size: side of the latents; stretch: how much larger than 64 it is, unless given; dtype: of the arithmetic.
     Captions are as long as the unconditional features."""
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
-    kind: dict[str, Any] = {"size": side, "whole": False, "shared": True, "cross_norm": False}
+    kind: Fields = {"size": side, "whole": False, "shared": True, "cross_norm": False}
     kind["conditioning"] = Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention")
     kind["positions"] = SinCosPositions(stretch or max(side[0] // 64, 1))
     network = with_fields(DiT(), **(kind | found | {"heads": heads, "eps": eps}))
-    family: dict[str, Any] = {"process": Discrete("linear"), "solver": "dpm++", "compute": Compute(dtype)}
+    family: Fields = {"process": Discrete("linear"), "solver": "dpm++", "compute": Compute(dtype)}
     family["sampling"] = DiffusionSampler(steps=20, guidance=4.5, eta=0.0)
     return with_fields(Diffusion(network), **(family | fields))
 
 
 def _pixart_whole(
     tensors: Tensors, *, length: int = 120, size: int | tuple[int, int] = 0, stretch: float = 0.0, **hints: Any
-) -> tuple[Tensors, dict[str, Any]]:
+) -> tuple[Tensors, Fields]:
     """Positions are counted where a file has none. Without the features of an empty caption there is no guidance."""
     tensors, found = dict(tensors), pixart.describe(tensors)
     side = _side(size or pixart.side_of(tensors, found["patch"]) or 64)
@@ -171,8 +174,8 @@ def _third(
     heads: int = 0,
     length: int = 333,
     shift: float = 3.0,
-    dtype: Any = "float32",
-    **fields: Any,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **fields: object,
 ) -> Diffusion:
     """size: side of the latents; heads: 0 for heads of width 64; length: tokens of a caption; shift: of the flow;
     dtype: of the arithmetic."""
@@ -182,15 +185,13 @@ def _third(
     kind = {"conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"), "learn_variance": False}
     kind |= {"size": _side(size), "heads": heads or found["width"] // 64}
     network = with_fields(DiT(), **(found | kind))
-    family: dict[str, Any] = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
+    family: Fields = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
     family["compute"] = Compute(dtype)
     family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
     return with_fields(Diffusion(network, family["process"], "velocity"), **(family | fields))
 
 
-def _third_whole(
-    tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: Any
-) -> tuple[Tensors, dict[str, Any]]:
+def _third_whole(tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: Any) -> tuple[Tensors, Fields]:
     patch, side = third.describe(tensors)["patch"], _side(size)
     return third.completed(tensors, (side[0] // patch, side[1] // patch)), hints | {"size": side}
 
@@ -235,11 +236,11 @@ def _clip(path: Path, which: str = "") -> ClipText:
     )
 
 
-def _dit_table(names: Any) -> Callable[[Diffusion], Table]:
+def _dit_table(names: ModuleType) -> Callable[[Diffusion], Table]:
     return lambda config: names.table(config.network)
 
 
-def _codec(path: Path) -> tuple[Any, Any]:
+def _codec(path: Path) -> tuple[Trainable, nnx.Module]:
     """The KL autoencoder of a folder: its configuration and its model."""
     read = convert.find("kl_diffusers").folder
     assert read is not None

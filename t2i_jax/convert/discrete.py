@@ -8,7 +8,7 @@ from t2i_jax.convert import Format
 from t2i_jax.convert.codecs import FORMATS as CODECS
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vq_diffusion
-from t2i_jax.interop.names import Tensors
+from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.sampling.options import DiscreteSampler
@@ -24,7 +24,7 @@ def _vq_diffusion(
     activation: str = "GELU2",
     class_type: str = "adalayernorm",
     null_class: bool | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> VQDiffusion:
     """Hints as for `interop.vq_diffusion.describe`; by default it samples as the authors do."""
     found = vq_diffusion.describe(
@@ -44,11 +44,11 @@ def _vq_diffusion(
     return with_fields(VQDiffusion(), **(found | fields))
 
 
-def _codec(tensors: Tensors, **fields: Any) -> Any:
+def _codec(tensors: Tensors, **fields: object) -> Any:
     return CODECS["taming-gumbel" if "quantize.proj.weight" in tensors else "taming-vqgan"].describe(tensors, **fields)
 
 
-def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: Any) -> tuple[Tensors, dict[str, Any]]:
+def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: object) -> tuple[Tensors, Fields]:
     """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
     not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
     full_to_used: Any = content(used) if isinstance(used, str) else used

@@ -4,9 +4,10 @@ from typing import Any
 
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
+from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.params import abstract
 from t2i_jax.interop import adm, dit, glide
-from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
@@ -18,7 +19,7 @@ from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 
 
-def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: Any) -> Diffusion:
+def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e-6, **fields: object) -> Diffusion:
     """null: the last row of the table of classes is the null class; models trained without dropout have none."""
     found = dit.describe(tensors, heads)
     found |= {"condition": ClassEmbedder(found.pop("classes") - null, null), "condition_dropout": 0.1 if null else 0.0}
@@ -26,7 +27,7 @@ def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e
     return with_fields(Diffusion(with_fields(DiT(), **(found | {"eps": eps}))), **(published | fields))
 
 
-def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: Any) -> Diffusion:
+def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: object) -> Diffusion:
     """The networks and the names of DiT, trained on a flow (Ma et al. 2024)."""
     published = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun"}
     network = _dit(tensors, heads=heads, null=null).network
@@ -46,7 +47,7 @@ def _unet(
     head_dim: int | None = None,
     up_heads: int = 0,
     qkv_first: bool | None = None,
-    **fields: Any,
+    **fields: object,
 ) -> UNet:
     """Values that do not follow from shapes are those of the released model of these levels and widths."""
     found = adm.describe(tensors, blocks)
@@ -62,7 +63,9 @@ def _unet(
     return with_fields(UNet(conditioning=None), **(found | kind | fields))
 
 
-def _adm(tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any) -> Diffusion:
+def _adm(
+    tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: NoiseProcess | None = None, **hints: Any
+) -> Diffusion:
     """hints: `size`, `blocks`, `heads` or `head_dim`, `up_heads`, `qkv_first` of `_unet`, and fields of the network."""
     table = tensors.get("label_emb.weight")
     classes = None if table is None else Conditioning(ClassEmbedder(table.shape[0], null=False), dropout=0.0)
@@ -87,7 +90,13 @@ def _adm_classifier(tensors: Tensors, *, size: int = 0, schedule: str = "", step
 
 
 def _glide(
-    tensors: Tensors, *, text_heads: int = 0, schedule: str = "", steps: int = 1000, process: Any = None, **hints: Any
+    tensors: Tensors,
+    *,
+    text_heads: int = 0,
+    schedule: str = "",
+    steps: int = 1000,
+    process: NoiseProcess | None = None,
+    **hints: Any,
 ) -> Diffusion:
     """text_heads: of the caption encoder; else as `_adm`."""
     text = adm.describe_text(tensors)
@@ -104,11 +113,11 @@ def _glide(
     )
 
 
-def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: Any) -> NoisedCLIP:
+def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> NoisedCLIP:
     """Both files in one, under `clip_text.` and `clip_image.`."""
-    found: dict[str, Any] = glide.describe(tensors, head_dim)
+    found: Fields = glide.describe(tensors, head_dim)
     found["process"] = Discrete("cosine", found["times"] or 1000)
-    return NoisedCLIP(**(found | fields))
+    return with_fields(NoisedCLIP(), **(found | fields))
 
 
 def _network_table(config: Diffusion) -> Table:

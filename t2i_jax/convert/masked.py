@@ -15,7 +15,7 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.interop import huggingface, kl, mar, vqgan
-from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.transformer import Transformer
@@ -41,7 +41,7 @@ def _kl(
     shift: float | None = None,
     groups: int = 32,
     eps: float = 1e-6,
-    **fields: Any,
+    **fields: object,
 ) -> KL:
     """scale, shift: of the latents; those of SCALES, with a warning, unless given."""
     found = kl.describe(tensors, style)
@@ -57,8 +57,8 @@ def _kl(
         )
     found |= {"scale": taken, "shift": shift}
     found["autoencoder"] = AutoencoderConfig(**found["autoencoder"], groups=groups, eps=eps)
-    weights: dict[str, Any] = {"perceptual": 0.0, "adversarial": 0.0}  # released files hold no adversary
-    return KL(**(weights | found | fields))
+    weights: Fields = {"perceptual": 0.0, "adversarial": 0.0}  # released files hold no adversary
+    return with_fields(KL(), **(weights | found | fields))
 
 
 def _kl_folder(path: Path) -> Folder:
@@ -82,7 +82,7 @@ def _mar(
     decoder_heads: int = 0,
     respacing: str = "100",
     repeat: int = 4,
-    **fields: Any,
+    **fields: object,
 ) -> Masked:
     """grid: where it is no square; heads: for widths that no released model has; respacing: steps of the head's
     sampler; repeat: noise times per z in training."""

@@ -1,29 +1,29 @@
 """Formats of single-stream models and of the discrete codecs that they read."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
-from t2i_jax.interop.names import Table, Tensors
+from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.sampling.options import ARSampler
 
 
-def _openai_dvae(tensors: Tensors, **fields: Any) -> DVAE:
+def _openai_dvae(tensors: Tensors, **fields: object) -> DVAE:
     found = openai_dvae.describe(tensors)
     network = {k: found[k] for k in ("channels", "groups", "blocks", "code") if k in found}
-    return DVAE(**({"codes": found["codes"], "half": found["half"], "network": OpenAIdVAE(**network)} | fields))
+    known = {"codes": found["codes"], "half": found["half"], "network": OpenAIdVAE(**network)}
+    return with_fields(DVAE(), **(known | fields))
 
 
 def _openai_dvae_table(config: DVAE) -> Table:
     return openai_dvae.table(abstract(config))
 
 
-def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: Any) -> Stream:
+def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: object) -> Stream:
     found = mindalle.describe(tensors, heads)
     text = StreamText(**found.pop("text"))
     sampling = ARSampler(guidance=1.0, top_k=256)
@@ -43,7 +43,7 @@ def _dalle_pytorch(
     codes: int = 0,
     attn_types: str | Sequence[str] = ("full",),
     stable: bool = False,
-    **fields: Any,
+    **fields: object,
 ) -> Stream:
     """attn_types: the kinds of attention, cycled over the layers, by their published names. stable: numbers are kept
     small, and embedded tokens get a tenth of the gradient; shared layers of the original become equal layers."""
@@ -57,11 +57,11 @@ def _dalle_pytorch(
     return with_fields(Stream(), **(found | {"condition": text, "attention": attention} | fields))
 
 
-def _dalle_pytorch_vae(tensors: Tensors, **fields: Any) -> DVAE:
+def _dalle_pytorch_vae(tensors: Tensors, **fields: object) -> DVAE:
     found = dalle_pytorch.describe_vae(tensors)
     network = DALLEPytorchVAE(**{k: found[k] for k in ("channels", "layers", "blocks", "code")})
-    trained: dict[str, Any] = dict(pixels="l2", temperature=0.9, anneal=0)
-    return DVAE(**({"codes": found["codes"], "network": network} | trained | fields))
+    trained: Fields = dict(pixels="l2", temperature=0.9, anneal=0)
+    return with_fields(DVAE(), **({"codes": found["codes"], "network": network} | trained | fields))
 
 
 def _dalle_pytorch_vae_table(config: DVAE) -> Table:

@@ -73,13 +73,13 @@ NAMES = {
 """Fields that need another name there, as two parts have a `dropout`."""
 
 
-def with_fields(config: T, /, **fields: Any) -> T:
+def with_fields(config: T, /, **fields: object) -> T:
     """The configuration with other values of fields, its own or those of its parts; a given part is changed further.
 
     Errors: `ConfigError` for a name that neither it nor a part has.
     """
-    own: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
+    own: dict[str, object] = {}
+    inner: dict[str, dict[str, object]] = {}
     for name, value in fields.items():
         path = path_of(config, name)
         if not path:

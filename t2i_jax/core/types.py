@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -205,6 +205,8 @@ class Trainable(Protocol[M_co]):
 
 class SamplingOptions(Protocol):
     """Options of a sampler: numbers, or arrays with one per image."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
     def arrays(self) -> Self:
         """The same options as traced arrays: new values do not recompile."""

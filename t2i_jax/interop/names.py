@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -85,11 +85,6 @@ Fields = dict[str, Any]
 """Fields of a configuration by name."""
 Tensors = Mapping[str, np.ndarray]
 """Arrays, or abstract ones, by name."""
-
-
-def configured(kind: Callable[..., T], *fields: Mapping[str, object]) -> T:
-    """A config with these fields, the later ones in the place of earlier ones; it checks them itself."""
-    return kind(**{name: value for some in fields for name, value in some.items()})
 
 
 KINDS = (

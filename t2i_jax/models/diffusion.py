@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, dropped_rows
-from t2i_jax.networks.dit import DiT
-from t2i_jax.networks.unet import UNet
+from t2i_jax.networks.dit import Context, DiT, DiTNetwork
+from t2i_jax.networks.unet import UNet, UNetNetwork
 from t2i_jax.noise.gaussian import (
     clipped,
     join,
@@ -42,6 +42,8 @@ from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.solvers import SOLVERS, Denoised
+
+Network = DiTNetwork | UNetNetwork
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +160,13 @@ class Diffusion(BaseFamily):
         """Number of solver steps."""
         return int(options.steps)
 
-    def init(self, key: Array) -> Any:
+    def init(self, key: Array) -> Network:
         """A network with fresh parameters."""
         return self.network.init(key, self.compute)
 
     # -- training
 
-    def loss(self, model: Any, batch: Batch, key: Array, train: bool = True) -> LossOutput:
+    def loss(self, model: Network, batch: Batch, key: Array, train: bool = True) -> LossOutput:
         """Mean error of the prediction, and the bound that trains the variance (Nichol & Dhariwal 2021, eq. 16).
 
         batch: `codes` float (b, i, j, c) or `image` in [-1, 1], the condition's fields, and optionally `weight` (b,), 0
@@ -195,7 +197,7 @@ class Diffusion(BaseFamily):
 
     def losses(
         self,
-        model: Any,
+        model: Network,
         x0: Array,
         t: Array,
         eps: Array,
@@ -240,7 +242,9 @@ class Diffusion(BaseFamily):
         small = (b, i // self.upscale, j // self.upscale, c)
         return jax.image.resize(batch["image"], small, "linear", antialias=True)
 
-    def _apply(self, model: Any, x: Array, time: Array, context: Any, batch: Batch, key: Array | None = None) -> Array:
+    def _apply(
+        self, model: Network, x: Array, time: Array, context: Context, batch: Batch, key: Array | None = None
+    ) -> Array:
         """The network's output for x, with the extra inputs of the batch concatenated."""
         return model(join_inputs(x, batch, self.network.extra_inputs), time, context, key)
 
@@ -255,7 +259,7 @@ class Diffusion(BaseFamily):
 
     def sample(
         self,
-        model: Any,
+        model: Network,
         condition: Mapping[str, Array],
         keys: Array,
         options: DiffusionSampler | None = None,
@@ -264,8 +268,8 @@ class Diffusion(BaseFamily):
         keep: Array | None = None,
         guided: bool | None = None,
         solver: str | None = None,
-        classifier: Any = None,
-        guide_model: Any = None,
+        classifier: Callable[[Array, Array, Batch], Array] | None = None,
+        guide_model: Network | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Images or latents fp32 (b, i, j, c), one per row of the condition and per key of `keys` (b,).
@@ -308,7 +312,9 @@ class Diffusion(BaseFamily):
             progress,
         )
 
-    def denoised(self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Any) -> Denoised:
+    def denoised(
+        self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Array | bool
+    ) -> Denoised:
         """x_0 and eps implied by the network's prediction at x = alpha x_0 + sigma eps; eps is recomputed where x_0 is
         clipped."""
         x0, eps = split(self.predicts, prediction, x, alpha, sigma)
@@ -348,15 +354,15 @@ def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
 @partial(jax.jit, static_argnames=("config", "guided"))
 def _sample(
     config: Diffusion,
-    model: Any,
+    model: Network,
     condition: Batch,
     keys: Array,
     options: DiffusionSampler,
     known: Array | None,
     keep: Array | None,
     guided: bool,
-    classifier: Any,
-    guide_model: Any,
+    classifier: Callable[[Array, Array, Batch], Array] | None,
+    guide_model: Network | None,
     progress: Progress | None,
 ) -> Array:
     b, both = len(keys), Branches(guided and guide_model is None)
@@ -377,7 +383,7 @@ def _sample(
         alpha, sigma, time = path.alpha[i], path.sigma[i], path.t[i]
         out, null = both(lambda x, t: config._apply(model, x, t, context, everything), x, jnp.full(b, time))
         prediction, v = config._parts(out)
-        if guided and guide_model is not None:
+        if guided and guide_model is not None and guide_context is not None:
             null = config._apply(guide_model, x, jnp.full(b, time), guide_context, condition)
         if null is not None:
             scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
