@@ -173,7 +173,7 @@ class AnyOrder(BaseFamily):
         keep: Array | None = None,
         guided: bool | None = None,
         orders: Array | None = None,
-        draws: Any = None,
+        draws: ImageKeys | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
@@ -221,7 +221,7 @@ def _sample(
     x: Array,
     keep: Array,
     orders: Array | None,
-    draws: Any,
+    draws: ImageKeys | None,
     options: ARSampler,
     guided: bool,
     progress: Progress | None,
@@ -255,7 +255,7 @@ def _sample(
         new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))
         return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, place, new)
 
-    def step(carry: tuple[Array, Any], k: Array) -> tuple[tuple[Array, Any], None]:
+    def step(carry: tuple[Array, tuple[Cache, ...]], k: Array) -> tuple[tuple[Array, tuple[Cache, ...]], None]:
         x, caches = carry
         own, following = (jax.lax.dynamic_slice_in_dim(places, k + n, 1, 1) for n in (0, 1))
         y = config._add_targets(model, config._embed_tokens(model, rows(_pick(x, own)), rows(own)), rows(following))

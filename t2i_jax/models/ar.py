@@ -284,7 +284,9 @@ class AR(BaseFamily):
         )
         return model.logits(x[:, -1]), state
 
-    def _embed_prefix(self, model: ARNetwork, condition: Batch, dropped: Array) -> tuple[Array, Any, Any, Array, Any]:
+    def _embed_prefix(
+        self, model: ARNetwork, condition: Batch, dropped: Array
+    ) -> tuple[Array, tuple[Cache, ...], tuple[Block, ...], Array, Array | None]:
         """Run the tokens before the image through the Transformer: outputs (b, s, d), caches, the layers for decoding,
         real tokens (b, s), and the context mask, if there is a context."""
         prefix, valid, context = self._prefix(model, condition, dropped)

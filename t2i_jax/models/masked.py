@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ from t2i_jax.sampling.orders import (
     with_known_last,
 )
 from t2i_jax.sampling.progress import Progress, report
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +295,7 @@ class Masked(BaseFamily):
         keep: Array | None = None,
         guided: bool | None = None,
         orders: Array | None = None,
-        draws: Any = None,
+        draws: ImageKeys | None = None,
         progress: Progress | None = None,
     ) -> Array:
         """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
@@ -347,7 +349,7 @@ def _sample(
     x: Array,
     keep: Array,
     orders: Array | None,
-    draws: Any,
+    draws: ImageKeys | None,
     options: MaskedSchedule,
     guided: bool,
     progress: Progress | None,
@@ -409,7 +411,7 @@ def _sample(
     return from_tokens(x, config.grid, config.patch)
 
 
-def _switch(sizes: list[int], count: Array, branch: Callable[..., Any], *arguments: Any) -> Any:
+def _switch(sizes: list[int], count: Array, branch: Callable[..., T], *arguments: object) -> T:
     """branch(size, *arguments) with the smallest of `sizes` that holds `count`; only that branch runs."""
     index = jnp.searchsorted(jnp.asarray(sizes), count)
     return jax.lax.switch(index, [partial(branch, size) for size in sizes], *arguments)

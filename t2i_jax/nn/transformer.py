@@ -17,6 +17,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Count, NotNegative, Positive, Range, Rate, Size, values
@@ -40,7 +41,7 @@ GATED = ("swiglu", "geglu", "geglu_exact")
 """Gated activations (Shazeer 2020): the MLP has a third matrix."""
 
 _policies = jax.checkpoint_policies
-REMAT: dict[str, Any] = {
+REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
     "dots": _policies.save_from_both_policies(
@@ -153,7 +154,9 @@ class Cache(NamedTuple):
     """keys and values (b, s', n, h) of the context, for a layer outside of a stack"""
 
     @classmethod
-    def empty(cls, layer: Transformer, b: int, s: int, dtype: Any = jnp.float32, depth: int | None = None) -> Cache:
+    def empty(
+        cls, layer: Transformer, b: int, s: int, dtype: DTypeLike = jnp.float32, depth: int | None = None
+    ) -> Cache:
         """An empty cache with room for s positions, of one layer or of a stack of `depth`."""
         shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
@@ -354,7 +357,7 @@ class Block(nnx.Module):
         after = lambda norm, y: norm(y) if self.post_norm else y
         mixed = lambda y, cache, branch: (y, cache) if shift is None else shift(y, cache, branch)
 
-        def branch(y: Array, norm: Any, scale: nnx.Param | None, key: Array | None) -> Array:
+        def branch(y: Array, norm: RMSNorm | LayerNorm | None, scale: nnx.Param | None, key: Array | None) -> Array:
             y = drop(y, self.dropout, key)
             y = y if norm is None else norm(y)
             return checkpoint_name(y if scale is None else y * scale[...].astype(y.dtype), "branch")
