@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.types import Capabilities, Family, SamplingOptions
+from t2i_jax.core.types import Capabilities, Family
 from t2i_jax.noise.schedule import expand_like
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def is_guided(can: Capabilities, guided: bool | None) -> bool:
     return can.unconditional if guided is None else guided
 
 
-def guidance_flags(family: Family, options: SamplingOptions) -> dict[str, bool]:
+def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
     """Static kwargs that skip the unconditional branch when guidance is 1, which halves the cost."""
     if not family.capabilities.guidance:
         return {}
