@@ -94,7 +94,7 @@ FAULTS = {
     f"{DIT}--heads=1 --predicts noise": "Diffusion.predicts 'noise': one of eps, x0,",
     f"{DIT}--heads=1 --sampling 3": "Diffusion.sampling 3: a DiffusionSampler",
     f"{DIT}--heads=1 --guided-channels x": "Diffusion.guided_channels 'x': a number, 0 to 2147483647",
-    f"{DIT}--heads=1 --network 3": "the hints --heads=1 --network=3 do not suit it",
+    f"{DIT}--heads=1 --network 3": "Diffusion.network 3: a DiT or a UNet",
     f"{DIT}--heads=1 stray": "what is 'stray'? Hints are --name value",
     f"{DIT}--=3": "what is '--=3'? Hints are --name value",
     "llamagen t2i.safetensors --head-dim=7 --out out": "head_dim=7 does not divide the width 16",

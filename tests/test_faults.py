@@ -18,6 +18,7 @@ from t2i_jax.training import records
 from tests.fixtures.processes import started
 
 CONFIG = """
+from t2i_jax.core.family import with_fields
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.ar import AR
@@ -26,7 +27,7 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 experiment = Experiment(
-    AR(16, (4, 4), width=32, depth=2, heads=2, condition=ClassEmbedder(4)),
+    with_fields(AR(16, (4, 4)), width=32, depth=2, heads=2, condition=ClassEmbedder(4)),
     Data(ArrayRecord("{data}"), batch_size=16),
     Train(steps=24, optimizer=Optimizer(learning_rate=1e-3, warmup=4), ema=0.9, log_every=1, save_every=3,
           evaluate_every=0, preview_every=0),

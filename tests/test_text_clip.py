@@ -176,8 +176,8 @@ def archive(torch, tensors, path):
 def test_fused_projections_are_those_of_the_original():
     """in_proj of OpenAI's attention and the three projections of Hugging Face's are the same numbers."""
     config = Clip(
-        with_fields(Clip().text, width=16, heads=2), with_fields(Clip().image, width=24, heads=3),
-        1, 2, dim=8, vocabulary=30, length=6, size=8, patch=4,
+        with_fields(Clip().text, width=16, depth=1, heads=2), with_fields(Clip().image, width=24, depth=2, heads=3),
+        dim=8, vocabulary=30, length=6, size=8, patch=4,
     )  # fmt: skip
     model, theirs = openai(config, np.random.default_rng(0))
     other = to_theirs(model, published.huggingface_table(8, 8))
@@ -190,9 +190,9 @@ def test_fused_projections_are_those_of_the_original():
 
 
 def test_released_sizes_are_told_by_shapes():
-    layer = lambda d, n: with_fields(Clip().text, width=d, heads=n, hidden=4 * d)
-    large = Clip(layer(768, 12), layer(1024, 16), 12, 24, 768, patch=14)
-    small = Clip(layer(512, 8), layer(768, 12))
+    tower = lambda d, n, depth=12: with_fields(Clip().text, width=d, depth=depth, heads=n, mlp=4 * d)
+    large = Clip(tower(768, 12), tower(1024, 16, 24), 768, patch=14)
+    small = Clip(tower(512, 8), tower(768, 12))
     for config, count in ((small, 151_277_313), (dataclasses.replace(small, patch=16), 149_620_737),
                           (large, 427_616_513)):  # fmt: skip
         abstract = jax.eval_shape(config.init, jax.random.key(0))

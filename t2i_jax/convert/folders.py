@@ -82,7 +82,7 @@ def _fault(
 ) -> str:
     """Why a file could not be converted."""
     said = str(error)
-    if isinstance(error, TypeError) and (m := re.search(r"unexpected keyword argument '(\w+)'", said)):
+    if (m := re.search(r"(?:unexpected keyword argument|has no field) '(\w+)'", said)) and m[1] in hints:
         return unknown(name, format, m[1])
     if not isinstance(error, ValueError | OSError):  # wrapped in the message of the code that raised it
         said = f"its tensors are not as they should be ({type(error).__name__}: {error})"

@@ -15,6 +15,7 @@ from typing import Any
 
 from t2i_jax.convert import Format
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.family import names_of
 from t2i_jax.core.fields import values
 from t2i_jax.interop.names import Fields
 
@@ -62,7 +63,7 @@ def takes(format: Format) -> Fields:
 def unknown(name: str, format: Format, key: str) -> str:
     """The error of a hint that a format does not take, with the nearest that it takes."""
     made = inspect.signature(format.describe, eval_str=True).return_annotation
-    fields = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(made) else []
+    fields = names_of(made()) if dataclasses.is_dataclass(made) and isinstance(made, type) else []
     near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.6)
     meant = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
     return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
