@@ -4,7 +4,10 @@ import dataclasses
 import math
 
 import numpy as np
+from jaxtyping import Float
 from scipy.ndimage import correlate1d
+
+from t2i_jax.core.arrays import typed
 
 # --- Sets: features (n, d) of generated and of real images
 
@@ -109,7 +112,8 @@ def overlap(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOUR
     return Overlap(float((balls > 0).mean()), share(recall), float(balls.mean() / k), share(coverage))
 
 
-def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+@typed
+def distances(a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
     """Euclidean distances (n, m) of the rows of a (n, d) and b (m, d)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0))
@@ -141,14 +145,16 @@ def check_features(features: np.ndarray, least: int) -> None:
 # --- Pairs: images uint8 (n, i, j, 3) and their reconstructions
 
 
-def psnr(real: np.ndarray, other: np.ndarray) -> np.ndarray:
+@typed
+def psnr(real: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " n"]:
     """Peak signal-to-noise ratio per image (n,) in dB; 100 dB at most, which equal images get."""
     check_pairs(real, other)
     error = ((real.astype(np.float64) - other) ** 2).mean((1, 2, 3)) / 255**2
     return -10 * np.log10(np.maximum(error, 1e-10))
 
 
-def ssim(real: np.ndarray, other: np.ndarray) -> np.ndarray:
+@typed
+def ssim(real: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " n"]:
     """Structural similarity per image (n,), at most 1 (Wang et al. 2004): per channel, where the window fits.
 
     Gaussian window of 11x11 and sigma 1.5, K1 = 0.01, K2 = 0.03. Errors: `ValueError` for sides below 11.

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import Array
+from jaxtyping import Bool, Float
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.nn import kernels
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import at_least_fp32, remat_elementwise
@@ -94,9 +96,15 @@ def attend(
     return jnp.concatenate([first, y[:, p:]], 1)
 
 
+@typed
 def plain(
-    q: Array, k: Array, v: Array, mask: Array | None = None, scale: float | None = None, bias: Array | None = None
-) -> Array:
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s m h"],
+    v: Float[Array, "b s m h"],
+    mask: Bool[Array, "_ _ _ s"] | None = None,
+    scale: float | None = None,
+    bias: Float[Array, "_ n t s"] | None = None,
+) -> Float[Array, "b t n h"]:
     """softmax(q k^T scale + bias) v, n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s), True where a query may attend; `scale`
@@ -123,7 +131,8 @@ def plain(
     return rearrange(out, "b t m g h -> b t (m g) h")
 
 
-def causal(t: int, s: int | None = None, start: Array | int = 0) -> Array:
+@typed
+def causal(t: int, s: int | None = None, start: Array | int = 0) -> Bool[Array, "1 1 {t} s"]:
     """Causal mask (1, 1, t, s) for queries at positions start .. start + t - 1."""
     s = t if s is None else s
     return (jnp.arange(s) <= start + jnp.arange(t)[:, None])[None, None]
@@ -134,12 +143,14 @@ def frequencies(count: int, base: float = 10000.0) -> Array:
     return base ** (-jnp.arange(count, dtype=jnp.float32) / count)
 
 
-def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Array:
+@typed
+def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Float[Array, "{length} {head_dim}//2"]:
     """Angles (length, head_dim / 2) of positions 0 .. length - 1 (Su et al. 2021, eq. 15)."""
     return jnp.arange(length)[:, None] * frequencies(head_dim // 2, base)
 
 
-def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Array:
+@typed
+def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Float[Array, "t {head_dim}//2"]:
     """Angles (i * j, head_dim / 2) of a raster grid: the row rotates the first half of the pairs, the column the
     second.
 
@@ -178,7 +189,10 @@ def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotar
     return jnp.concatenate([row if zero else row + 1, cos]), jnp.concatenate([row, sin])
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+@typed
+def rotate(
+    x: Float[Array, "b t n h"], cos: Float[Array, "*bt h//2"], sin: Float[Array, "*bt h//2"]
+) -> Float[Array, "b t n h"]:
     """Rotate the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
 
     cos and sin: (t, h/2) or (b, t, h/2); constants, without gradient.

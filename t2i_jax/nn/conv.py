@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.nn.layers import Conv, GroupNorm
 
 
@@ -83,11 +85,13 @@ class Upsample(nnx.Module):
         return y if self.conv.b is None else y + self.conv.b[...].astype(x.dtype)
 
 
-def patchify(x: Array, size: int) -> Array:
+@typed
+def patchify(x: Float[Array, "b i j c"], size: int) -> Float[Array, "b i/{size} j/{size} c*{size}**2"]:
     """(b, i, j, c) -> (b, i/size, j/size, size*size*c): squares of pixels become channels, in row-major order."""
     return rearrange(x, "b (i p) (j q) c -> b i j (p q c)", p=size, q=size)
 
 
-def unpatchify(x: Array, size: int) -> Array:
+@typed
+def unpatchify(x: Float[Array, "b i j c"], size: int) -> Float[Array, "b i*{size} j*{size} c//{size}**2"]:
     """The inverse of `patchify`."""
     return rearrange(x, "b i j (p q c) -> b (i p) (j q) c", p=size, q=size)

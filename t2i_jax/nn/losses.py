@@ -7,14 +7,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
+
+from t2i_jax.core.arrays import typed
 
 HELD = 2**28
 """Upper bound on the logits that a device holds at a time where `chunk` is 0: 1 GiB."""
 
 
+@typed
 def cross_entropy(
-    logits: Array, targets: Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Array, Array, Array]:
+    logits: Float[Array, "*b v"], targets: Int[Array, "*b"], *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"], Float[Array, "*b"]]:
     """Cross-entropy in nats: (loss, -log p, correct), each fp32 (...), from logits (..., v) and targets int (...).
 
     loss = (1 - a) (-log p_y) + a mean_v(-log p_v) + z (log Z)^2, with label smoothing a (Szegedy et al. 2016) and

@@ -2,9 +2,13 @@
 
 from einops import rearrange
 from jax import Array
+from jaxtyping import Shaped
+
+from t2i_jax.core.arrays import typed
 
 
-def to_tokens(codes: Array, patch: int = 1) -> Array:
+@typed
+def to_tokens(codes: Shaped[Array, "b i j *k"], patch: int = 1) -> Shaped[Array, "b t *m"]:
     """Codes (b, h, w) -> (b, L), or (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
 
     Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError if `patch` does not
@@ -17,7 +21,8 @@ def to_tokens(codes: Array, patch: int = 1) -> Array:
     return rearrange(codes, "b (h p) (w q) k -> b (h w) (k p q)", p=patch, q=patch)
 
 
-def from_tokens(tokens: Array, grid: tuple[int, int], patch: int = 1) -> Array:
+@typed
+def from_tokens(tokens: Shaped[Array, "b t *m"], grid: tuple[int, int], patch: int = 1) -> Shaped[Array, "b i j *k"]:
     """The inverse of `to_tokens`; `grid`: rows and columns of tokens."""
     if tokens.ndim == 2:
         return rearrange(tokens, "b (h w) -> b h w", h=grid[0])

@@ -10,9 +10,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
+
+from t2i_jax.core.arrays import typed
 
 
-def uniform(key: Array, shape: tuple[int, ...]) -> Array:
+@typed
+def uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Uniform numbers in [0, 1), fp32, in steps of 2^-32 near 0.
 
     `jax.random.uniform` has steps of 2^-23, too coarse to decide what happens with a probability of 1e-6.
@@ -20,7 +24,8 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.minimum(jax.random.bits(key, shape, jnp.uint32).astype(jnp.float32) * 2.0**-32, 1 - 2.0**-24)
 
 
-def draw(log_p: Array, uniform: Array) -> Array:
+@typed
+def draw(log_p: Float[Array, "*#b v"], uniform: Float[Array, "*#b r"]) -> Int[Array, "..."]:
     """Sample a class int32 (...) from each distribution log_p (..., v), normalised or not, v > 1.
 
     uniform: (..., 2), from `uniform`; further numbers are ignored. The first chooses between the most probable class
@@ -39,7 +44,8 @@ def draw(log_p: Array, uniform: Array) -> Array:
     return jnp.where(rest, inverse_cdf(weights, uniform[..., 1]), top).astype(jnp.int32)
 
 
-def inverse_cdf(weights: Array, uniform: Array) -> Array:
+@typed
+def inverse_cdf(weights: Float[Array, "*#b v"], uniform: Float[Array, "*#b"]) -> Int[Array, "..."]:
     """The class int32 (...) at which the cumulative sum of weights (..., v) exceeds a fraction `uniform` (...) of the
     total.
 

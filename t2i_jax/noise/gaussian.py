@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.noise import Predicts
 from t2i_jax.noise.schedule import Schedule, expand_like, rows
 
@@ -104,7 +106,10 @@ class GaussianParams(NamedTuple):
         return jnp.exp(self.log_variance)
 
 
-def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
+@typed
+def q_sample(
+    schedule: Schedule, x0: Float[Array, " b *x"], t: Int[Array, "*b"], eps: Float[Array, " b *x"]
+) -> Float[Array, " b *x"]:
     """x_t = alpha_t x_0 + sigma_t eps (Ho et al. 2020, eq. 4)."""
     alpha, sigma = schedule.at(t, x0)
     return alpha * x0 + sigma * eps

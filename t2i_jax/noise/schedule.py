@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from t2i_jax.core.arrays import typed
 
 Table = np.ndarray | Array
 
@@ -175,7 +178,8 @@ def rows(table: Table, t: Array, like: Array) -> Array:
     return expand_like(jnp.asarray(table, jnp.float32)[t], like)
 
 
-def stratified(key: Array, b: int) -> Array:
+@typed
+def stratified(key: Array, b: int) -> Float[Array, " {b}"]:
     """Random numbers (b,) in (0, 1), one in each of b equal intervals, in random order; each is marginally uniform.
 
     Means over them have less variance than over independent numbers (Kingma et al. 2021, VDM, appendix I.1).
@@ -187,17 +191,20 @@ def stratified(key: Array, b: int) -> Array:
     return (jax.random.permutation(order, b) + inside) / b
 
 
-def midpoints(b: int) -> Array:
+@typed
+def midpoints(b: int) -> Float[Array, " {b}"]:
     """The midpoints (b,) of b equal intervals of (0, 1): a fixed grid, for losses that are compared with each other."""
     return (jnp.arange(b) + 0.5) / b
 
 
-def spread(key: Array, b: int, train: bool) -> Array:
+@typed
+def spread(key: Array, b: int, train: bool) -> Float[Array, " {b}"]:
     """Numbers (b,) in (0, 1) for the quantile function of times: `stratified` in training, else `midpoints`."""
     return stratified(key, b) if train else midpoints(b)
 
 
-def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Array:
+@typed
+def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Float[Array, "{repeat} {n}"]:
     """Numbers (repeat, n) in (0, 1), for `repeat` training times of each of n tokens: each column has one number in
     each of `repeat` equal intervals. Uniform within the intervals in training, else on a fixed even lattice."""
     if train:
