@@ -105,7 +105,11 @@ def test_fields_go_where_they_belong_by_their_own_names():
     config = preset("llamagen-b", grid=(4, 4), heads=6, dtype="bfloat16", condition=ClassEmbedder(7), rotary_base=100.0)
     assert config.transformer.heads == 6 and config.transformer.depth == 12 and config.compute.dtype == "bfloat16"
     assert config.conditioning.what == ClassEmbedder(7) and config.positions.base == 100
+    both = with_fields(AR(), rotary_base=50.0, positions=RotaryPositions(prefix="zero"))
+    assert both.positions == RotaryPositions(50.0, "zero")
     assert with_fields(PRESETS["dit-s"], condition_dropout=0.3).network.conditioning.dropout == 0.3
+    with pytest.raises(ConfigError, match="no field 'condition_dropout'"):  # of a network without a condition
+        with_fields(Diffusion(UNet((8, 8), width=32, conditioning=None)), condition_dropout=0.0)
     with pytest.raises(ConfigError, match="no field 'hads'; did you mean 'heads'"):
         preset("1M", hads=3)
     with pytest.raises(ConfigError, match="preset 'llamagen-x'"):

@@ -98,8 +98,9 @@ def path_of(config: object, name: str) -> tuple[str, ...]:
     there = values(config)
     if name in there:
         return (name,)
-    if name in NAMES and (part := NAMES[name][0]) in there and NAMES[name][1] in values(there[part]):
-        return NAMES[name]
+    part, field = NAMES.get(name, ("", ""))
+    if there.get(part) is not None and field in values(there[part]):
+        return part, field
     for part in PARTS:
         if part in there and there[part] is not None and (rest := path_of(there[part], name)):
             return (part, *rest)
