@@ -63,7 +63,7 @@ def test_each_family_takes_the_whole_transformer(name):
 def test_rotary_positions_are_those_of_the_tokens_that_the_encoder_reads():
     """The encoder reads the visible tokens alone: what it gives does not depend on how many places it has for them."""
     config = FAMILIES["masked"]
-    batch, model = batch_for(config, 2), shaken(config)
+    batch, model = jax.tree.map(jnp.asarray, batch_for(config, 2)), shaken(config)
     hidden = jnp.array([[True, False, True, False], [False, True, True, False]])
     z = [config.forward(model, batch, hidden, visible=n) for n in (2, 3, 4)]
     np.testing.assert_allclose(z[1], z[0], rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ import textwrap
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from t2i_jax.core.tar_scan import scan
@@ -236,6 +236,7 @@ def test_the_index_of_earlier_versions_is_removed(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["cut", "foreign", "zeros"]))
+@example(2460, "zeros")  # within the last columns
 def test_a_damaged_index_is_made_again(tmp_path_factory, at, how):
     folder = tmp_path_factory.mktemp("tars")
     source = write(folder / "a.tar", plain())

@@ -7,8 +7,9 @@ folder says which tar files have to be scanned and how many samples the others h
 
 The file is one line of JSON, then its columns, little-endian, from the next multiple of 8 bytes on:
 {"t2i-tar-index": VERSION, "size": ..., "mtime_ns": ..., "samples": n, "columns": {NAME: [DTYPE, OFFSET] or VALUE}}.
-VALUE is that of all samples. Columns that a reader does not know are kept and not read; so a version of the library
-that wants another column adds it to the files that lack it.
+VALUE is that of all samples. The last bytes are END, which a file that was cut short, or whose tail is zeros after a
+power cut, has not. Columns that a reader does not know are kept and not read; so a version of the library that wants
+another column adds it to the files that lack it.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ from t2i_jax.data.images import image_endings
 from t2i_jax.data.records import umask
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 """Version of the meaning of the columns; an added column does not change it."""
 FOLDER = ".t2i-index"
 NEW = ".new-"
 """Prefix of the names of files that are being written."""
 FORMAT = "t2i-tar-index"
+END = b"\nend\n"
 DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<i8")
 SMALL = 1 << 26
 """Bytes of tar files scanned in the time that another process takes to start."""
@@ -79,6 +81,8 @@ class Table:
         self.header: dict[str, Any] = json.loads(bytes(data[: self.start])) if self.start else {}
         if not isinstance(self.header, dict) or self.header.get(FORMAT) != VERSION:
             raise ValueError("it is of another kind")
+        if bytes(data[-len(END) :]) != END:
+            raise ValueError("it is cut short")
         try:
             self.columns: dict[str, int | tuple[np.dtype, int]] = {
                 name: stored if isinstance(stored, int) else (np.dtype(stored[0]), self.start + int(stored[1]))
@@ -381,7 +385,7 @@ def encode_table(about: Mapping[str, object], columns: Mapping[str, np.ndarray])
         end += x.nbytes
     header = {FORMAT: VERSION, **about, "samples": samples, "columns": stored}
     line = json.dumps(header, separators=(",", ":")).encode()
-    return b"".join([line, b" " * (-(len(line) + 1) % 8), b"\n", *blobs])
+    return b"".join([line, b" " * (-(len(line) + 1) % 8), b"\n", *blobs, END])
 
 
 def open_table(entry: Entry) -> Table:
