@@ -15,16 +15,16 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream
 from t2i_jax.networks.dit import DiT
-from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
 
-LLAMA = Transformer(dropout=0.1)
+LLAMA = AR().transformer
 """RMSNorm, SwiGLU, no biases (Touvron et al. 2023), as LlamaGen."""
-GPT = Transformer(norm="layer", activation="gelu", bias=True)
+GPT = Stream().transformer
 """LayerNorm, GELU, biases (Radford et al. 2019), as minDALL-E."""
 COGVIEW = replace(GPT, sandwich_norm=True, pb_relax=True)
-MAR = replace(GPT, eps=1e-6, dropout=0.1)
-ADALN = replace(GPT, eps=1e-6, activation="gelu_tanh")
+MAR = Masked().transformer
+"""LayerNorm, GELU, biases, dropout (Li et al. 2024)."""
+ADALN = DiT().transformer
 """Blocks of DiT (Peebles & Xie 2023)."""
 
 

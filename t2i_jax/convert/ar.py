@@ -1,15 +1,17 @@
 """Formats of next-token models."""
 
+from dataclasses import replace
+
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clipgen, llamagen, mingpt
 from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import PrefixTokens
-from t2i_jax.nn.transformer import Transformer
+from t2i_jax.presets import GPT
 from t2i_jax.sampling.options import ARSampler
 
-GPT = Transformer(norm="layer", activation="gelu", bias=True, dropout=0.1)
+MINGPT = AR(transformer=replace(GPT, dropout=0.1))
 
 
 def _llamagen(
@@ -19,7 +21,7 @@ def _llamagen(
     classes has a row for none."""
     found: Fields = {"grid": grid} | llamagen.describe(tensors, head_dim, null)
     found |= {} if null else {"condition_dropout": 0.0}
-    return with_fields(AR(transformer=Transformer(dropout=0.1)), **(found | fields))
+    return with_fields(AR(), **(found | fields))
 
 
 def _mingpt(
@@ -35,12 +37,12 @@ def _mingpt(
         "grid": grid,
         "condition": PrefixTokens(prefix),
     }
-    return with_fields(AR(transformer=GPT), **(published | mingpt.describe(tensors, heads) | fields))
+    return with_fields(MINGPT, **(published | mingpt.describe(tensors, heads) | fields))
 
 
 def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int = 0, **fields: object) -> AR:
     published = {"condition_dropout": 0.0, "sampling": ARSampler(guidance=1.0, top_k=500, top_p=0.95), "grid": grid}
-    return with_fields(AR(transformer=GPT), **(published | clipgen.describe(tensors, heads) | fields))
+    return with_fields(MINGPT, **(published | clipgen.describe(tensors, heads) | fields))
 
 
 FORMATS = {

@@ -18,11 +18,9 @@ from t2i_jax.interop import huggingface, kl, mar, vqgan
 from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
-from t2i_jax.nn.transformer import Transformer
+from t2i_jax.presets import MAR
 
 log = logging.getLogger(__name__)
-
-MAR = Transformer(norm="layer", eps=1e-6, activation="gelu", bias=True, dropout=0.1)
 
 SCALES = {
     (4, True): {"Stable Diffusion 1 and 2": (0.18215, 0.0), "SDXL": (0.13025, 0.0)},
