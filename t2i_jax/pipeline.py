@@ -176,8 +176,6 @@ class Pipeline:
         """
         options = self.options if options is None else options
         about, parts = dict(self.about), self.parts
-        if edit:
-            edit.editable(self.family)
         if len({type(guide) for guide in guides}) < len(guides):
             raise ConfigError("two guides of one kind: a model is guided by one of each")
         for guide in guides:
@@ -194,16 +192,21 @@ class Pipeline:
         if upsampler:
             about |= {"enlarged by": f"{upsampler.about.get('model', '')}, {upsampler.options}"}
         second = upsampler and upsampler.sampler()
-        classifiers = [as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance)]
+        classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
         encoder = self.text if gives_features(self.text) else None
-        program = Program(self.family, self.codec and self.codec.config, encoder, *classifiers)
+        program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, about)
+
+    def tokens_to_keep(self, edit: Edit) -> np.ndarray:
+        """Which tokens an edit keeps, bool (1, rows, columns). Errors: `ConfigError` for an edit of other images than
+        the model's, or that it cannot do."""
+        codec = self.codec and self.codec.config
+        check_codec(self.family, codec)
+        return tokens_to_keep(edit, self.family, codec)
 
     def _encode(self, edit: Edit) -> dict[str, object]:
         """Arguments of `Family.sample`: the samples of the image (1, *grid, ...), and which tokens to keep."""
-        codec = self.codec
-        check_codec(self.family, codec and codec.config)
-        keep = tokens_to_keep(edit, self.family, codec and codec.config)
+        keep, codec = self.tokens_to_keep(edit), self.codec
         known = edit.image[None].astype(np.float32) / 127.5 - 1
         if codec:
             with jax.set_mesh(self.mesh):

@@ -115,7 +115,7 @@ def run(arguments: list[str]) -> None:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
         edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
-            pipeline.sampler(options, edit=edit)
+            pipeline.tokens_to_keep(edit)
     if args.classifier:
         guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh))
     if args.autoguide:
