@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from t2i_jax.core.types import Family, GaussianFamily, SamplingOptions
 from t2i_jax.storage.artifacts import Artifact, load_artifact
 
 
-class Guide:
+class Guide(abc.ABC):
     """Base of guides."""
 
     @property
@@ -25,18 +26,18 @@ class Guide:
         return None
 
     @property
+    @abc.abstractmethod
     def about(self) -> dict[str, str]:
         """Metadata of images."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def weights(self) -> dict[str, object]:
         """Its model, by the name that `Family.sample` gives it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def check(self, family: Family) -> None:
         """Errors: `ConfigError` if it cannot guide the family."""
-        raise NotImplementedError
 
     def override(self, options: SamplingOptions) -> SamplingOptions:
         """Sampling options with those of the guide."""

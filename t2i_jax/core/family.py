@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
@@ -12,7 +13,7 @@ from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
 
 
-class BaseFamily(Checked):
+class BaseFamily(Checked, abc.ABC):
     """A family with one loss and a field `sampling`; a subclass overrides what differs.
 
     It is a convenience: `core.types.Family` is what other code needs. Its options are those of the subclass; it is not
@@ -29,18 +30,18 @@ class BaseFamily(Checked):
         self.compute.check(self.capabilities)
 
     @property
-    def capabilities(self) -> Capabilities:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities: ...
 
     def with_compute(self, compute: Compute) -> Self:
         """The same model with other compute options."""
         return dataclasses.replace(self, compute=compute)  # pyright: ignore[reportArgumentType]
 
-    def sample_spec(self) -> SampleSpec:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def sample_spec(self) -> SampleSpec: ...
 
-    def condition_spec(self) -> BatchSpec:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def condition_spec(self) -> BatchSpec: ...
 
     def batch_spec(self) -> BatchSpec:
         """Fields of a training batch."""
