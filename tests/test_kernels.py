@@ -138,6 +138,9 @@ def test_the_platform_chooses(platform, kernel, monkeypatch, caplog):
         assert kernels.choose("auto", wide, wide) is None and "written out in place of cudnn" in caplog.text
 
 
+NARROW = dict(head=SoftmaxHead(13), width=16, depth=1, heads=2, attention="splash")
+
+
 def test_a_mesh_of_other_devices_chooses():
     assert kernels.platform() == "cpu"
     with jax.set_mesh(MeshConfig(8).build()):
@@ -147,36 +150,9 @@ def test_a_mesh_of_other_devices_chooses():
 @pytest.mark.parametrize(
     "family",
     [
-        with_fields(
-            Masked(),
-            grid=(16, 16),
-            head=SoftmaxHead(13),
-            width=16,
-            depth=1,
-            heads=2,
-            condition=ClassEmbedder(5),
-            attention="splash",
-        ),
-        with_fields(
-            AnyOrder(),
-            grid=(8, 16),
-            head=SoftmaxHead(13),
-            width=16,
-            depth=1,
-            heads=2,
-            condition=ClassEmbedder(5),
-            attention="splash",
-        ),
-        with_fields(
-            AnyOrder(),
-            grid=(8, 16),
-            head=SoftmaxHead(13),
-            width=16,
-            depth=1,
-            heads=2,
-            condition=TextFeatures(3, 6),
-            attention="splash",
-        ),
+        with_fields(Masked(), grid=(16, 16), condition=ClassEmbedder(5), **NARROW),
+        with_fields(AnyOrder(), grid=(8, 16), condition=ClassEmbedder(5), **NARROW),
+        with_fields(AnyOrder(), grid=(8, 16), condition=TextFeatures(3, 6), **NARROW),
     ],
 )
 def test_masked_and_any_order_models_learn_the_same_by_a_kernel(family):

@@ -290,8 +290,8 @@ class Diffusion(BaseFamily):
         progress: its listener is called with (steps done, all steps, the images so far).
         """
         guided = is_guided(self.capabilities, True if guided is None and guide_model is not None else guided)
-        untold = not self.condition.spec.has_null and "null_features" not in condition
-        if guided and guide_model is None and untold:
+        needs_null = not self.condition.spec.has_null and "null_features" not in condition
+        if guided and guide_model is None and needs_null:
             raise ValueError("guidance of a model that keeps no unconditional features needs 'null_features'")
         if keep is not None:
             known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)

@@ -49,7 +49,7 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 R = TypeVar("R")
 Meta = dict[str, Any]
-"""what is stored beside the arrays, as JSON"""
+"""what is stored besides the arrays, as JSON"""
 Lay = Callable[[Path, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
