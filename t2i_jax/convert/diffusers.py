@@ -188,7 +188,7 @@ def _third(
     family: Fields = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
     family["compute"] = Compute(dtype)
     family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
-    return with_fields(Diffusion(network, family["process"], "velocity"), **(family | fields))
+    return with_fields(Diffusion(network), **(family | fields))
 
 
 def _third_whole(tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: Any) -> tuple[Tensors, Fields]:

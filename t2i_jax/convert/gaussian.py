@@ -29,14 +29,13 @@ def _dit(tensors: Tensors, *, heads: int = 0, null: bool = True, eps: float = 1e
 
 def _sit(tensors: Tensors, *, heads: int = 0, null: bool = True, **fields: object) -> Diffusion:
     """The networks and the names of DiT, trained on a flow (Ma et al. 2024)."""
-    published = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun"}
+    published = {"process": Flow("uniform", toward=True), "predicts": "drift", "solver": "heun", "guided_channels": 3}
     network = _dit(tensors, heads=heads, null=null).network
     published |= {
         "discard_variance_output": network.learn_variance,
         "sampling": DiffusionSampler(guidance=4.0, eta=0.0),
     }
-    family = Diffusion(network, Flow("uniform"), "drift", discard_variance_output=network.learn_variance)
-    return with_fields(family, **(published | {"guided_channels": 3} | fields))
+    return with_fields(Diffusion(network), **(published | fields))
 
 
 def _unet(

@@ -79,13 +79,11 @@ class Source(NamedTuple):
 
 
 M = TypeVar("M", bound=nnx.Module)
-T = TypeVar("T")
 Table = Mapping[str, Source]
 Fields = dict[str, Any]
 """Fields of a configuration by name."""
 Tensors = Mapping[str, np.ndarray]
 """Arrays, or abstract ones, by name."""
-
 
 KINDS = (
     (r"lora_|\.lora\.|\.hada_w|\.lokr_w", "a LoRA: changes to a model, without the model"),

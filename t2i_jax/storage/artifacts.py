@@ -36,8 +36,6 @@ from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.remote import download, resolve_path
 
 T = TypeVar("T")
-
-
 M = TypeVar("M", bound=nnx.Module)
 R = TypeVar("R")
 
