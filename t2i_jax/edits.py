@@ -58,12 +58,11 @@ Edit = Inpaint | InitImage
 
 
 def tokens_to_keep(edit: Edit, family: Family, codec: Codec | None) -> np.ndarray:
-    """The tokens that an edit keeps, bool (1, rows, columns).
+    """The tokens that an edit keeps, bool (1, rows, columns); family: `Edit.editable`.
 
-    Errors: `ConfigError` for an image or a mask of another shape or dtype than the model's, for a family that cannot do
-    the edit, and for a mask that makes one in raster order keep tokens after a hole.
+    Errors: `ConfigError` for an image or a mask of another shape or dtype than the model's, and for a mask that makes a
+    family in raster order keep tokens after a hole.
     """
-    family = edit.editable(family)
     spec, factor = family.sample_spec(), codec.spec.factor if codec else 1
     size = tuple(n * factor for n in spec.grid)
     for what, given, shape, dtype in (("image", edit.image, (*size, 3), np.uint8), ("mask", edit.mask, size, np.bool_)):

@@ -200,9 +200,9 @@ class Pipeline:
     def tokens_to_keep(self, edit: Edit) -> np.ndarray:
         """Which tokens an edit keeps, bool (1, rows, columns). Errors: `ConfigError` for an edit of other images than
         the model's, or that it cannot do."""
-        codec = self.codec and self.codec.config
-        check_codec(self.family, codec)
-        return tokens_to_keep(edit, self.family, codec)
+        family, codec = edit.editable(self.family), self.codec and self.codec.config
+        check_codec(family, codec)
+        return tokens_to_keep(edit, family, codec)
 
     def _encode(self, edit: Edit) -> dict[str, object]:
         """Arguments of `Family.sample`: the samples of the image (1, *grid, ...), and which tokens to keep."""

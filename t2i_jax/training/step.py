@@ -164,7 +164,9 @@ def make_step(
         average = state.ema
         if average is not None:
             decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))
-            average = cast(Named, optax.incremental_update({k: params[k] for k in average}, average, 1 - decay))
+            # In this form an average that is equal to its parameter stays so, to the last bit.
+            move = lambda a, p: a + (1 - decay) * (p - a)
+            average = jax.tree.map(move, average, {k: params[k] for k in average})
         moved = TrainState(state.step, params, carried, average, optimizer, state.gradient_norms)
         kept = dataclasses.replace(optax.tree.where(finite & ~spikes, moved, state), step=state.step + 1)
         if state.gradient_norms is not None:
