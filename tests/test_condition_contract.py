@@ -24,6 +24,7 @@ from t2i_jax.networks.condition import (
     PooledAndTokenFeatures,
     PooledFeatures,
     PrefixTokens,
+    SentenceAndWords,
     TextFeatures,
 )
 from t2i_jax.networks.dit import DiT
@@ -74,6 +75,7 @@ CONDITIONS = {
     "encoded": CrossAttnFeatures(5, 6),
     "encoded, null kept": CrossAttnFeatures(5, 6, trained_null=False, kept_null=True),
     "encoded, null of the batch": CrossAttnFeatures(5, 6, trained_null=False),
+    "sentence and words": SentenceAndWords(5, 6),
     "paired": PooledAndTokenFeatures(CrossAttnFeatures(5, 6), 4),
     "paired, null of the batch": PooledAndTokenFeatures(CrossAttnFeatures(5, 6, trained_null=False), 4),
     "padded captions": GlideCaptions(20, 6, 16, 1, 2),
@@ -115,7 +117,7 @@ def test_a_condition_gives_what_it_declares(name):
     found = model(alone, two, jnp.float32)[0]
     assert np.array_equal(found, dropped) == spec.has_null
     if spec.gives_summary:
-        assert model.whole(batch, two).shape == (4, WIDTH)
+        assert model.whole(batch, two).shape == (4, condition.token_width(WIDTH))
 
 
 FAMILIES = {

@@ -9,9 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from t2i_jax.codecs import losses
-from t2i_jax.codecs.discriminator import BatchNorm, Discriminator, DiscriminatorConfig
+from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
 from t2i_jax.features.vgg import Trunk, features
 from t2i_jax.interop import vgg
+from t2i_jax.nn import adversarial
+from t2i_jax.nn.batch_norm import BatchNorm
 
 KEY = jax.random.key(0)
 
@@ -44,9 +46,9 @@ def test_patch_discriminator(norm):
 
 def test_hinge():
     sure, unsure = jnp.array([2.0, 1.0]), jnp.array([0.0, 0.0])
-    assert losses.hinge_discriminator(sure, -sure) == 0
-    assert losses.hinge_discriminator(unsure, unsure) == 1
-    assert losses.hinge_generator(sure) == -1.5
+    assert adversarial.hinge_discriminator(sure, -sure) == 0
+    assert adversarial.hinge_discriminator(unsure, unsure) == 1
+    assert adversarial.hinge_generator(sure) == -1.5
 
 
 def test_adaptive_weight_makes_both_pull_alike():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from t2i_jax.codecs.discriminator import BatchNorm
 from t2i_jax.core.params import abstract
+from t2i_jax.nn.batch_norm import BatchNorm
 from t2i_jax.nn.layers import GroupNorm, LayerNorm, Linear, RMSNorm
 from t2i_jax.training import optimizer
 from t2i_jax.training.loop import train

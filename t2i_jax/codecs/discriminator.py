@@ -5,12 +5,12 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import DEEPEST, Checked, Range, Size
-from t2i_jax.nn.layers import Conv, GroupNorm, ModelState, normal, param, replace
+from t2i_jax.nn.batch_norm import BatchNorm
+from t2i_jax.nn.layers import Conv, GroupNorm, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,34 +26,6 @@ class DiscriminatorConfig(Checked):
 
     def init(self, key: Array) -> "Discriminator":
         return Discriminator(self, key)
-
-
-class BatchNorm(nnx.Module):
-    """Normalises channels over batch and positions (Ioffe & Szegedy 2015): (b, i, j, c) -> (b, i, j, c).
-
-    Training uses the batch statistics and returns a new module whose running statistics are `decay` old + (1 - decay)
-    new; otherwise the running statistics are used.
-    """
-
-    def __init__(self, c: int, key: Array, eps: float = 1e-5, decay: float = 0.9):
-        self.w = param(1 + normal(key, (c,)), None)
-        self.b = param(jnp.zeros(c), None)
-        self.mean = ModelState(jnp.zeros(c))
-        self.var = ModelState(jnp.ones(c))
-        self.eps, self.decay = eps, decay
-
-    def __call__(self, x: Array, train: bool) -> tuple[Array, "BatchNorm"]:
-        y = x.astype(jnp.float32)
-        mean, var, after = self.mean[...], self.var[...], self
-        if train:
-            mean = y.mean((0, 1, 2))
-            var = jnp.mean((y - mean) ** 2, (0, 1, 2))
-            count = y.size // y.shape[-1]
-            lerp = lambda old, new: self.decay * old + (1 - self.decay) * jax.lax.stop_gradient(new)
-            unbiased = var * count / max(count - 1, 1)
-            after = replace(self, mean=lerp(self.mean[...], mean), var=lerp(self.var[...], unbiased))
-        y = (y - mean) * (jax.lax.rsqrt(var + self.eps) * self.w[...]) + self.b[...]
-        return y.astype(x.dtype), after
 
 
 class Discriminator(nnx.Module):

@@ -45,21 +45,6 @@ def compare(xs: list[Array], ys: list[Array], heads: tuple[Weights, ...]) -> Arr
     return jnp.stack([distance(fp32(x), fp32(y), w) for x, y, w in zip(xs, ys, heads, strict=True)]).sum(0)
 
 
-def hinge_discriminator(real: Array, fake: Array) -> Array:
-    """Hinge loss of the discriminator: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
-    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
-
-
-def vanilla_discriminator(real: Array, fake: Array) -> Array:
-    """Loss of the discriminator: half the binary cross-entropy of real and fake (Goodfellow et al. 2014)."""
-    return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
-
-
-def hinge_generator(fake: Array) -> Array:
-    """Loss of the generator: the negated mean logit of its images."""
-    return -jnp.mean(fake)
-
-
 def adaptive_weight(faithful: Callable[[Array], Array], adversarial: Callable[[Array], Array], w: Array) -> Array:
     """Weight that equalises the gradient norms of two losses at a kernel: |d faithful/dw| / (|d adversarial/dw| +
     1e-4).

@@ -375,6 +375,55 @@ class PooledAndFeatureTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class SentenceAndWords(Checked):
+    """Unprojected features of a frozen text encoder: a vector of the whole caption first, then one for each word (Xu et
+    al. 2018, AttnGAN). Dropped rows and empty captions are zeros."""
+
+    dim: Size = 256
+    """size k of a feature vector"""
+    words: Size = 18
+    """words per caption, padding included"""
+
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec(has_padding=True, gives_summary=True)
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields that it reads of a batch; the mask is that of the words."""
+        features = FieldSpec((1 + self.words, self.dim), "float32")
+        return {"features": features, "text_mask": FieldSpec((self.words,), "bool")}
+
+    @property
+    def length(self) -> int:
+        return self.words
+
+    def token_width(self, width: int) -> int:
+        return self.dim
+
+    def init(self, key: Array, width: int) -> SentenceAndWordTokens:
+        return SentenceAndWordTokens(self)
+
+
+class SentenceAndWordTokens(nnx.Module):
+    """`features` float (b, 1 + s, k), `text_mask` bool (b, s) -> words (b, s, k), and `whole`, the sentence (b, k)."""
+
+    def __init__(self, config: SentenceAndWords):
+        self.config = config
+
+    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+        x, mask = self._features(batch), value(batch, "text_mask") & ~drop[:, None]
+        return jnp.where(mask[..., None], x[:, 1:], 0).astype(dtype), mask
+
+    def whole(self, batch: Batch, drop: Array) -> Array:
+        return jnp.where(drop[:, None], 0, self._features(batch)[:, 0])
+
+    def _features(self, batch: Batch) -> Array:
+        x = value(batch, "features")
+        same_length("features", x.shape[1], 1 + self.config.words)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
 class PrefixTokens(Checked):
     """Prefix tokens from the image's own vocabulary and table: a start token, a class, codes of a sketch (Esser et al.
     2021)."""

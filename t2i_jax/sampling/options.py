@@ -250,6 +250,26 @@ class DiffusionSampler(GuidedOptions):
         return super(DiffusionSampler, dataclasses.replace(self, **missing)).arrays()
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GANSampler(Options):
+    """Options of a generator that makes an image in one evaluation; both are numbers, or one per image (b,)."""
+
+    temperature: Annotated[float | Array, Range(low=0)] = 1.0
+    """Factor of the noise: below 1 images are more alike and more typical."""
+    truncation: Annotated[float | Array, Range(low=0)] = 0.0
+    """Noise beyond this many standard deviations is drawn again, before the factor (Brock et al. 2019, BigGAN, 3.1);
+    0: no bound."""
+
+    def noise(self, keys: Array, size: int) -> Array:
+        """One vector for each key of `keys` (b,): (b, size)."""
+        bound = jnp.where(jnp.asarray(self.truncation) > 0, self.truncation, jnp.inf)
+        bound = jnp.broadcast_to(bound, keys.shape).astype(jnp.float32)
+        scale = jnp.broadcast_to(jnp.asarray(self.temperature, jnp.float32), keys.shape)
+        draw = lambda key, bound: jax.random.truncated_normal(key, -bound, bound, (size,))
+        return scale[:, None] * jax.vmap(draw)(keys, bound)
+
+
 @functools.cache
 def _dtypes(cls: type) -> dict[str, DTypeLike]:
     """Dtypes of the traced fields, by name."""

@@ -12,6 +12,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vgg
+from t2i_jax.nn import adversarial
 from tests.published.parity import InDouble, Oracle
 
 
@@ -117,7 +118,7 @@ def clip_gen_vqgan(oracle: Oracle) -> dict[str, Any]:
 def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
     meta, inputs = oracle.config, oracle.inputs
     _, judge = convert("taming-discriminator", oracle.tensors)
-    told = {"hinge": losses.hinge_discriminator, "vanilla": losses.vanilla_discriminator}[meta["disc_loss"]]
+    told = {"hinge": adversarial.hinge_discriminator, "vanilla": adversarial.vanilla_discriminator}[meta["disc_loss"]]
     real, h = nhwc(inputs["inputs"]), nhwc(inputs["last_feature"])
     last = rearrange(jnp.asarray(inputs["last_layer_weight"]), "f c i j -> i j c f")
     steps = sorted(int(name.split("step")[1]) for name in oracle.outputs if name.startswith("gen_loss_step"))
@@ -127,7 +128,7 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
         paint = lambda w: jax.lax.conv_general_dilated(h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         seen = meta.get("perceptual_weight", 1.0) * jnp.mean(inputs["perceptual_value"])
         faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + seen
-        fool = lambda w: losses.hinge_generator(judge(paint(w))[0])
+        fool = lambda w: adversarial.hinge_generator(judge(paint(w))[0])
         weight = meta["disc_weight"] * losses.adaptive_weight(faithful, fool, last)
         ours = {"recon": nchw(paint(last))}
         ours |= {f"disc_logits_real_{k}": nchw(judge(real, k == "train")[0]) for k in ("train", "eval")}

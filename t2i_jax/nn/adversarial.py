@@ -1,0 +1,54 @@
+"""Losses of generators and discriminators, and penalties on the gradient of a discriminator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from t2i_jax.core.arrays import typed
+
+
+def hinge_discriminator(real: Array, fake: Array) -> Array:
+    """Hinge loss of the discriminator: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
+    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
+
+
+def vanilla_discriminator(real: Array, fake: Array) -> Array:
+    """Loss of the discriminator: half the binary cross-entropy of real and fake (Goodfellow et al. 2014)."""
+    return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
+
+
+def hinge_generator(fake: Array) -> Array:
+    """Loss of the generator: the negated mean logit of its images."""
+    return -jnp.mean(fake)
+
+
+def input_gradients(judge: Callable[..., Array], *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Logits (b,) of a discriminator and their gradients by its inputs, each with the batch first.
+
+    judge: (*inputs) -> logits (b,), each of which depends on its own example alone.
+    """
+    logits, back = jax.vjp(judge, *inputs)
+    return logits, back(jnp.ones_like(logits))
+
+
+@typed
+def gradient_penalty(gradients: tuple[Float[Array, "b ..."], ...], power: float = 2.0) -> Float[Array, " b"]:
+    """|g|^power of the gradient of each example, over all inputs together; computed in fp32.
+
+    Half of it with power 2 at real images is R1 (Mescheder et al. 2018, arXiv:1801.04406, eq. 9); twice it with power 6
+    at matching pairs of image and sentence is the matching-aware penalty (Tao et al. 2022, arXiv:2008.05865, eq. 2).
+    """
+    squares = [jnp.sum(g.astype(jnp.float32) ** 2, tuple(range(1, g.ndim))) for g in gradients]
+    return sum(squares, jnp.zeros(())) ** (power / 2)
+
+
+@typed
+def gaussian_kl(mean: Float[Array, "b k"], log_variance: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """Mean over components of KL(N(mean, variance) | N(0, 1)), of each example: conditioning augmentation (Zhang et al.
+    2017, arXiv:1612.03242, eq. 2)."""
+    return -jnp.mean(1 + log_variance - mean**2 - jnp.exp(log_variance), -1) / 2
