@@ -1,4 +1,4 @@
-"""A next-token model of 256 px pictures by class, as LlamaGen has it: codes are computed before, by `t2i encode`.
+"""A next-token model of 256 px images by class, as LlamaGen has it: codes are computed before, by `t2i encode`.
 
 `--model.transformer.width=256 --model.transformer.depth=6 --model.transformer.heads=4 --model.transformer.mlp=704
 --data.batch-size=8` make it fit for a laptop.

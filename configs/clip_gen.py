@@ -1,4 +1,4 @@
-"""Pictures without captions: learned from CLIP's embedding of each picture, drawn for the embedding of a caption.
+"""Images without captions: learned from CLIP's embedding of each image, drawn for the embedding of a caption.
 
 CLIP-GEN (Wang et al. 2022) on 32x32 glyphs, over the codes of `quickstart_codec.py`. A CLIP is yours to bring, as
 Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names it. Captions are never read in training.

@@ -1,6 +1,6 @@
-"""VQ-Diffusion beside next-token prediction, and its own claims, on 32x32 glyphs: `t2i compare` runs it.
+"""VQ-Diffusion and next-token prediction, and its own claims, on 32x32 glyphs: `t2i compare` runs it.
 
-Codes and caption features are those of the quickstart (`t2i encode configs/quickstart.py`). Every sixth picture is
+Codes and caption features are those of the quickstart (`t2i encode configs/quickstart.py`). Every sixth image is
 used, so that minutes of training are many passes over them.
 """
 
@@ -60,11 +60,11 @@ MAIN = "mask and replace"
 KINDS = (MAIN, "mask only", "replace only")
 
 experiment = Comparison(
-    title="Discrete diffusion beside next-token prediction",
+    title="Discrete diffusion and next-token prediction",
     about="""
 VQ-Diffusion (Gu et al. 2022; Tang et al. 2022) says of itself: quality above next-token models of like size, at a
 fraction of their time; steps can be left out; mask-and-replace is better than either alone; truncation and guidance
-help. Here each is tried with about 2.2 M parameters on 32x32 pictures of 64 codes.
+help. Here each is tried with about 2.2 M parameters on 32x32 images of 64 codes.
 """,
     runs={
         "next token": on_codes(ar),

@@ -1,6 +1,6 @@
 """Gaussian diffusion on 32x32 glyphs: pixels or latents, noise or velocity; guidance, solvers and steps.
 
-Latents are those of `glyphs_kl.py`, stored with the captions' features. Every twelfth picture is used, so that minutes
+Latents are those of `glyphs_kl.py`, stored with the captions' features. Every twelfth image is used, so that minutes
 of training are many passes over them. `t2i compare` runs it.
 """
 
@@ -29,7 +29,7 @@ from t2i_jax.training.optimizer import Optimizer
 TEXT = MiniLM(16, pooled=True)
 CONDITION = TextFeatures(MiniLM.dim, 1)
 CONCEPTS = 1900
-"""Classes at most; each picture shows another."""
+"""Classes at most; each image shows another."""
 PICTURES = Data(ArrayRecord("data/glyphs", every=12), image_size=32, batch_size=16)
 # Patches of 4x4 pixels make as many tokens as the latents have.
 PIXELS: dict[str, Any] = dict(size=(32, 32), channels=3, patch=4)
@@ -80,13 +80,13 @@ runs = {
 }
 MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow", "pixel DiT, flow, classes"
 
-# Tells classes of noised pictures apart.
+# Tells classes of noised images apart.
 classifier = Experiment(
     NoisedClassifier(dataclasses.replace(unet, width=24, conditioning=None), CONCEPTS, "adaptive", Flow()),
     dataclasses.replace(PICTURES, batch_size=32),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
 )
-# Tells captions of noised pictures apart, by words of its own.
+# Tells captions of noised images apart, by words of its own.
 judge = Experiment(
     NoisedCLIP(
         vocabulary=1000,
@@ -144,23 +144,23 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
             {name: Variant(name) for name in (MAIN, EPS, PIXEL, CLASSES)},
         ),
         "classifier": Sweep(
-            "Guidance by a classifier of noised pictures",
+            "Guidance by a classifier of noised images",
             "classifier_scale",
             (0.0, 1.0, 3.0, 10.0),
             {
                 "without classifier-free guidance": Variant(CLASSES, {"guidance": 1.0}, classifier="classifier"),
                 "with guidance 2": Variant(CLASSES, classifier="classifier"),
-                "of a model that is told no class": Variant(CLASSES, {"guidance": 0.0}, classifier="classifier"),
+                "unconditional by class": Variant(CLASSES, {"guidance": 0.0}, classifier="classifier"),
             },
             about="Guidance 0 leaves the model without its condition, so that the classifier alone says what to draw.",
         ),
         "pull": Sweep(
-            "Guidance by an image-text model of noised pictures",
+            "Guidance by an image-text model of noised images",
             "classifier_scale",
             (0.0, 1.0, 3.0),
             {
                 "without classifier-free guidance": Variant(PIXEL, {"guidance": 1.0}, classifier="image-text model"),
-                "of a model that is told no caption": Variant(PIXEL, {"guidance": 0.0}, classifier="image-text model"),
+                "unconditional by caption": Variant(PIXEL, {"guidance": 0.0}, classifier="image-text model"),
             },
         ),
     },

@@ -1,7 +1,7 @@
 """MAR's table on 32x32 glyphs: every order with a softmax over codes and with a diffusion head over latents.
 
 Codes are those of the quickstart, latents those of `glyphs_kl.py`; both are stored with the captions' features. Every
-twelfth picture is used, so that minutes of training are many passes over them. `t2i compare` runs it.
+twelfth image is used, so that minutes of training are many passes over them. `t2i compare` runs it.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ experiment = Comparison(
 MAR (Li et al. 2024) says: autoregression needs no quantisation, a diffusion head over latents is better than a softmax
 over codes in every order, random orders are better than raster, bidirectional attention better than causal, and sets of
 tokens are as good as single ones and much faster. With a caption, random order with a diffusion head is what Fluid
-does, and masked sets with a softmax what Muse does. Here each cell has 2.1 to 2.3 M parameters, on 32x32 pictures of 64
+does, and masked sets with a softmax what Muse does. Here each cell has 2.1 to 2.3 M parameters, on 32x32 images of 64
 tokens.
 """,
     runs=runs,
@@ -112,7 +112,7 @@ tokens.
                     DIFFUSION, family={"head": dataclasses.replace(HEADS["diffusion"][0], respacing="5")}
                 ),
             },
-            about="The pictures are the same for any sizes; what is left of the time without steps of the head is the "
+            about="The images are the same for any sizes; what is left of the time without steps of the head is the "
             "backbone's.",
         ),
         "temperature": Sweep(

@@ -24,7 +24,7 @@ experiment = Experiment(
             middle_attention=False,
             groups=16,
         ),
-        kl=1e-4,  # small pictures: heavier than published, so that codes stay near a standard normal
+        kl=1e-4,  # small images: heavier than published, so that codes stay near a standard normal
         pixels="l1",
         perceptual=0.0,
         adversarial=0.0,

@@ -1,7 +1,7 @@
-"""The second stage of a cascade: glyphs of 32x32 made larger to 64x64, told how noisy the small picture is.
+"""The second stage of a cascade: glyphs of 32x32 enlarged to 64x64, conditioned on the noise level of the small image.
 
-The small pictures of training are the large ones made smaller, with noise on them, so that what a first model gets
-wrong is forgiven. Any model of 32x32 pictures may be the first:
+The small images of training are the large ones made smaller, with noise on them, so that what a first model gets
+wrong is forgiven. Any model of 32x32 images may be the first:
 
     t2i data build glyphs --out data/glyphs64 --size 64
     t2i train configs/glyphs_upsample.py

@@ -1,4 +1,4 @@
-"""A small VQGAN on 32x32 glyphs: 64 codes a picture, minutes on two cores."""
+"""A small VQGAN on 32x32 glyphs: 64 codes an image, minutes on two cores."""
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.quantize import QuantizerConfig

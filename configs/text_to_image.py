@@ -1,4 +1,4 @@
-"""A 0.1 B next-token model of 256 px pictures from captions, for a pod: codes and T5 features are computed before.
+"""A 0.1 B next-token model of 256 px images from captions, for a pod: codes and T5 features are computed before.
 
 Larger ones are the same with other shapes; docs/scaling.md plans them. The data and the codec are yours to bring:
 `t2i encode` writes them, 16x16 codes of 16384 and 120 features of 2048 a caption.

@@ -67,7 +67,7 @@ class ClassifierGuidance(Guide):
 
     @property
     def about(self) -> dict[str, str]:
-        return {"pulled by": self.name or type(self.classifier.config).__name__}
+        return {"classifier": self.name or type(self.classifier.config).__name__}
 
     @property
     def text(self) -> Tokenizer | None:
@@ -81,7 +81,7 @@ class ClassifierGuidance(Guide):
     def check(self, family: Family) -> None:
         """Errors: `ConfigError` unless the classifier was trained on such images with the same noise at the same times,
         and reads the family's kind of prompt."""
-        name, guided = self.about["pulled by"], classifier_guided(family)
+        name, guided = self.about["classifier"], classifier_guided(family)
         with refused(name):
             classifier = as_classifier(self.classifier.config)
         if not guided.process.same_noise(classifier.process):
@@ -89,11 +89,11 @@ class ClassifierGuidance(Guide):
                 f"{name}: it learned the noise of {classifier.process}, and this model draws by that of "
                 f"{guided.process}"
             )
-        reads, asked = classifier.batch_spec(), guided.condition_spec()
-        if "label" in reads and "label" not in asked:
-            raise ConfigError(f"{name}: it knows classes, and this model is asked in words")
-        if "label" not in reads and "label" in asked:
-            raise ConfigError(f"{name}: it knows captions, and this model is asked by class numbers")
+        reads, given = classifier.batch_spec(), guided.condition_spec()
+        if "label" in reads and "label" not in given:
+            raise ConfigError(f"{name}: it is conditioned on classes, and this model on captions")
+        if "label" not in reads and "label" in given:
+            raise ConfigError(f"{name}: it is conditioned on captions, and this model on classes")
         channels, drawn = reads["image"].shape[-1], guided.sample_spec().shape[-1]
         if channels != drawn:
             raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
@@ -127,7 +127,7 @@ class Autoguidance(Guide):
 
     @property
     def about(self) -> dict[str, str]:
-        return {"guided by": self.name or "the worse model"}
+        return {"guide model": self.name or "the worse model"}
 
     @property
     def weights(self) -> dict[str, object]:
@@ -135,7 +135,7 @@ class Autoguidance(Guide):
 
     def check(self, family: Family) -> None:
         """Errors: `ConfigError` if noise, prediction, shape or condition differ from the family's."""
-        name = self.about["guided by"]
+        name = self.about["guide model"]
         with refused(name):
             guide, guided = autoguided(self.model.config), autoguided(family)
         if not guided.process.same_noise(guide.process):

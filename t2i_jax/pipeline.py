@@ -137,16 +137,16 @@ class Pipeline:
         `guidance=3.0`. The other arguments are those of `sampler` and `Sampler.sample`. Errors: `ConfigError` for an
         option that the family does not have.
         """
-        asked = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        inputs = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if isinstance(prompts, str | int) and seeds is not None:
-            asked *= len(seeds)
+            inputs *= len(seeds)
         names = [field.name for field in dataclasses.fields(self.options)]
         if unknown := [name for name in options if name not in names]:
             hint = did_you_mean(unknown[0], names) or f"; there are {', '.join(names)}"
             raise ConfigError(f"a {type(self.family).__name__} has no sampling option '{unknown[0]}'{hint}")
         chosen = dataclasses.replace(self.options, **options)
         sampler = self.sampler(chosen, edit=edit, guides=guides, upsampler=upsampler)
-        return sampler.sample([str(p) for p in asked], seeds, batch_size, on_progress, on_preview)
+        return sampler.sample([str(p) for p in inputs], seeds, batch_size, on_progress, on_preview)
 
     def sample(
         self,
@@ -190,7 +190,7 @@ class Pipeline:
             options, parts = guide.override(options), parts | self._put(guide.weights)
             about |= guide.about
         if upsampler:
-            about |= {"enlarged by": f"{upsampler.about.get('model', '')}, {upsampler.options}"}
+            about |= {"upsampler": f"{upsampler.about.get('model', '')}, {upsampler.options}"}
         second = upsampler and upsampler.sampler()
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
         encoder = self.text if gives_features(self.text) else None

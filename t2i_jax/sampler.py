@@ -179,7 +179,7 @@ class Sampler:
         """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale."""
         family = self.program.family
         if low_res is None and family.capabilities.super_resolution:
-            raise ConfigError("this model makes pictures larger: sample the one that draws them, with --upsample")
+            raise ConfigError("this model enlarges images: sample the model that makes them, with --upsample")
         condition, keys = self.condition(prompts), image_keys(seeds)
         if low_res is not None:
             condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1

@@ -10,7 +10,7 @@ from t2i_jax.text.sentencepiece import SentencePiece
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that was trained in `project`, beside its codec."""
+    """A run that was trained in `project`, next to its codec."""
     folder = tmp_path / "project" / "runs" / "model"
     folder.mkdir(parents=True)
     (tmp_path / "project" / "runs" / "codec").mkdir()

@@ -1,4 +1,4 @@
-"""What families declare: what is declared works, and all else is refused in one line by whoever asks for it."""
+"""What families declare: what is declared works, and all else is refused in one line."""
 
 import dataclasses
 
@@ -176,5 +176,5 @@ def test_the_command_refuses_what_is_not_declared(histogram, capsys, tmp_path, f
     words = [str(w) for flag in flags.split() for w in (flag, *value.get(flag, [folder / "released"]))]
     with pytest.raises(SystemExit) as stopped:
         main(["sample", str(folder / "released"), "1", "--out", str(tmp_path / "out"), *words])
-    told = " ".join(capsys.readouterr().err.split())
-    assert stopped.value.code == 2 and "a Histogram " in told and "Traceback" not in told
+    printed = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and "a Histogram " in printed and "Traceback" not in printed

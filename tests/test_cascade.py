@@ -1,4 +1,4 @@
-"""A cascade: small pictures made larger by a second model that is told how noisy they are."""
+"""A cascade: small images enlarged by a second model, conditioned on how noisy they are."""
 
 import dataclasses
 

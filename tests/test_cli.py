@@ -128,8 +128,8 @@ def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path,
 )
 def test_mistakes_in_sampling_are_one_line(folder, capsys, tmp_path, monkeypatch, flags, says):
     monkeypatch.chdir(tmp_path)
-    told = refused(capsys, "sample", folder, *flags)
-    assert says in told and "Traceback" not in told
+    printed = refused(capsys, "sample", folder, *flags)
+    assert says in printed and "Traceback" not in printed
     assert not list(tmp_path.glob("gs:*"))
 
 
@@ -157,8 +157,8 @@ def test_prompts_are_the_lines_of_a_text_file(folder, tmp_path, capsys, content)
 def test_prompts_that_cannot_be_read_are_named(folder, tmp_path, capsys, content, says):
     if content is not None:
         (tmp_path / "prompts.txt").write_bytes(content)
-    told = refused(capsys, "sample", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
-    assert says in told and "prompts.txt" in told and not (tmp_path / "out").exists()
+    printed = refused(capsys, "sample", folder, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
+    assert says in printed and "prompts.txt" in printed and not (tmp_path / "out").exists()
 
 
 def test_images_to_fill_are_what_a_viewer_shows(folder, tmp_path, capsys):
@@ -206,8 +206,8 @@ def test_images_to_fill_are_what_a_viewer_shows(folder, tmp_path, capsys):
 def test_mistakes_in_a_config_are_one_line(capsys, tmp_path, fields, flags, says):
     file = tmp_path / "experiment.py"
     file.write_text(FILE.format(fields=fields))
-    told = refused(capsys, "train", file, "--run", tmp_path / "run", *flags)
-    assert says in told and "Traceback" not in told
+    printed = refused(capsys, "train", file, "--run", tmp_path / "run", *flags)
+    assert says in printed and "Traceback" not in printed
 
 
 def test_options_of_sets_that_are_not_there_are_named():

@@ -55,16 +55,16 @@ def test_commands_that_are_no_work_of_several_join_nobody(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("about", "told"),
+    ("about", "message"),
     [
         ({"T2I_CLUSTER": "1"}, "T2I_CLUSTER=1 asks for a cluster"),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "must be set too"),
     ],
 )
-def test_a_cluster_that_is_not_there_is_one_clear_line(about, told):
+def test_a_cluster_that_is_not_there_is_one_clear_line(about, message):
     command = [sys.executable, "-m", "t2i_jax.cli", "train", "nothing.py"]
     done = subprocess.run(command, env=os.environ | about, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.fixture(scope="module")

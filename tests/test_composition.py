@@ -82,8 +82,8 @@ def test_rotary_positions_tell_places_apart(name):
         flat = model(jnp.zeros((1, 4, 4, 3)).at[0, 0, 0].set(1), jnp.ones(1), context)[0]
         alike = np.asarray([flat[2:, :2], flat[:2, 2:], flat[2:, 2:]])
     else:
-        told = config.embed_condition(model, {"label": jnp.zeros(1, jnp.int32)}, jnp.zeros(1, bool))
-        alike = np.asarray(config.logits(model, jnp.array([[3, 5, 5, 5]]), jnp.zeros(1, jnp.int32), told)[0, 1:])
+        embedded = config.embed_condition(model, {"label": jnp.zeros(1, jnp.int32)}, jnp.zeros(1, bool))
+        alike = np.asarray(config.logits(model, jnp.array([[3, 5, 5, 5]]), jnp.zeros(1, jnp.int32), embedded)[0, 1:])
     assert np.abs(alike - alike[0]).max() > 1e-3
 
 

@@ -112,7 +112,7 @@ def test_both_halves_of_a_codec_saved_as_modules_become_one(tmp_path, capfd):
     file.mkdir()
     arguments = ("openai-dvae", file, "--out", tmp_path / "codec")
     for half in ("encoder", "decoder"):
-        assert "one file each of encoder and decoder" in told(capfd, *arguments)
+        assert "one file each of encoder and decoder" in error_of(capfd, *arguments)
         mine = {k.removeprefix(f"{half}."): v for k, v in tensors.items() if k.startswith(half)}
         torch.save(whole(torch, mine), file / f"{half}.pkl", _use_new_zipfile_serialization=half == "encoder")
     main(["convert", *map(str, arguments)])
@@ -121,7 +121,7 @@ def test_both_halves_of_a_codec_saved_as_modules_become_one(tmp_path, capfd):
     assert all(np.array_equal(v[...], named(artifact.model)[k][...]) for k, v in named(model).items())
     halved = dataclasses.replace(config, half="encoder", network=dataclasses.replace(config.network, code=128))
     assert convert.convert("openai_dvae", convert.read(file / "encoder.pkl", "openai_dvae"))[0] == halved
-    assert "no weights in it" in told(capfd, "llamagen", file, "--out", tmp_path / "out")
+    assert "no weights in it" in error_of(capfd, "llamagen", file, "--out", tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_captions_become_pictures_as_the_original_makes_them(models, tmp_path):
     np.testing.assert_allclose(drawn, np.clip(expected * 127.5 + 127.5, 0, 255), atol=1)
 
 
-def told(capfd, *arguments):
+def error_of(capfd, *arguments):
     with pytest.raises(SystemExit) as stop:
         main(["convert", *map(str, arguments)])
     assert stop.value.code == 2
@@ -171,18 +171,20 @@ def test_what_does_not_fit_is_told(models, tmp_path, capfd):
     tensors["output.weight"] = tensors["output.weight"][:-1]
     save_file(tensors, tmp_path / "wrong.safetensors")
     out = ("--out", tmp_path / "out", "--head-dim=8", "--grid=2,2")
-    error = told(capfd, "llamagen", tmp_path / "wrong.safetensors", *out)
+    error = error_of(capfd, "llamagen", tmp_path / "wrong.safetensors", *out)
     assert all(part in error for part in ("norm.weight: missing", "extra: unused", "output.weight: [(19, 16)]"))
     assert not (tmp_path / "out").exists()
-    assert "did you mean 'llamagen'" in told(capfd, "lamagen", models / "c2i.pt", *out)
-    assert "gird" in told(capfd, "llamagen", models / "c2i.pt", "--out", tmp_path / "out", "--head-dim=8", "--gird=2,2")
-    assert "this is no next-token model" in told(capfd, "llamagen", models / "vq.pt", *out)
-    assert "no codec" in told(capfd, "llamagen", models / "c2i.pt", *out, "--codec", models / "model")
+    assert "did you mean 'llamagen'" in error_of(capfd, "lamagen", models / "c2i.pt", *out)
+    assert "gird" in error_of(
+        capfd, "llamagen", models / "c2i.pt", "--out", tmp_path / "out", "--head-dim=8", "--gird=2,2"
+    )
+    assert "this is no next-token model" in error_of(capfd, "llamagen", models / "vq.pt", *out)
+    assert "no codec" in error_of(capfd, "llamagen", models / "c2i.pt", *out, "--codec", models / "model")
     other = dataclasses.replace(LLAMA, vocabulary=21)
     with pytest.raises(ConfigError, match="20 codes, the model 21"):
         folders.picture_side(other, str(models / "codec"))
-    assert "VQGAN" in told(capfd, "llamagen", models / "codec", "--back", "--out", tmp_path / "x.safetensors")
-    assert "exists already" in told(capfd, "llamagen", models / "c2i.pt", "--out", models / "model")
+    assert "VQGAN" in error_of(capfd, "llamagen", models / "codec", "--back", "--out", tmp_path / "x.safetensors")
+    assert "exists already" in error_of(capfd, "llamagen", models / "c2i.pt", "--out", models / "model")
 
 
 def test_help_lists_every_format(capsys):

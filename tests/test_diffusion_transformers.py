@@ -1,4 +1,4 @@
-"""PixArt and Stable Diffusion 3: our Transformer beside those of diffusers on random weights."""
+"""PixArt and Stable Diffusion 3: our Transformer against those of diffusers on random weights."""
 
 import dataclasses
 

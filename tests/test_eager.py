@@ -140,17 +140,18 @@ def test_a_diffusion_transformer_paints_the_same():
     options = DiffusionSampler(steps=3, guidance=2.0)
     ours = DENOISER.sample(model, {"label": labels}, keys, options)
     start = lambda key: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), DENOISER.shape)
-    told, untold = (model.read({"label": labels}, jnp.full(2, none)).pooled for none in (False, True))
-    theirs = Denoiser(DENOISER, model).sample(told, untold, options, jax.vmap(start)(keys))
+    embedded, null = (model.read({"label": labels}, jnp.full(2, none)).pooled for none in (False, True))
+    theirs = Denoiser(DENOISER, model).sample(embedded, null, options, jax.vmap(start)(keys))
     np.testing.assert_allclose(theirs.permute(0, 2, 3, 1), ours, rtol=1e-4, atol=1e-4)
 
 
 def test_without_guidance_one_branch_is_painted():
     model, labels = shaken(DENOISER.init(jax.random.key(0))), jnp.array([3, 1])
-    told = model.read({"label": labels}, jnp.zeros(2, bool)).pooled
+    embedded = model.read({"label": labels}, jnp.zeros(2, bool)).pooled
     noise, denoiser = jax.random.normal(jax.random.key(1), (2, *DENOISER.shape)), Denoiser(DENOISER, model)
     one, both = (
-        denoiser.sample(told, u, DiffusionSampler(steps=2, guidance=1.0), noise) for u in (None, jnp.zeros_like(told))
+        denoiser.sample(embedded, u, DiffusionSampler(steps=2, guidance=1.0), noise)
+        for u in (None, jnp.zeros_like(embedded))
     )
     np.testing.assert_allclose(one, both, rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Whole evaluations: real pictures beside themselves, beside others and beside noise; reports on disk."""
+"""Whole evaluations: real images against themselves, against others and against noise; reports on disk."""
 
 import json
 from pathlib import Path
@@ -29,9 +29,9 @@ def test_generation_orders_sets_as_the_eye_does():
     assert value(same, "frechet") < 1e-6 < value(others, "frechet") < value(noise, "frechet")
     assert value(same, "top1") == 1 and value(others, "top1") < 0.1 and value(noise, "top1") < 0.1
     assert value(same, "recall") == 1 and value(noise, "recall") == 0
-    # Other real pictures are about as far as the training pictures that stand beside them.
-    beside = others["pixels@16/frechet"].baselines["real"]
-    assert 0.5 * beside < value(others, "frechet") < 2 * beside
+    # Other real images are about as far as training images.
+    baseline = others["pixels@16/frechet"].baselines["real"]
+    assert 0.5 * baseline < value(others, "frechet") < 2 * baseline
     assert same["pixels@16/top1"].baselines == {"chance": 1 / 60}
 
 

@@ -179,9 +179,11 @@ def test_numbers_that_are_not_finite_end_every_process(room):
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], outputs
     for output in outputs:
-        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
-        assert len(told) == 1 and output.strip().endswith(told[0]) and "Traceback" not in output, output
-        assert re.search(r"step 4: .*gradients that are not finite: .*first operation that made one: ", told[0]), output
+        printed = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert len(printed) == 1 and output.strip().endswith(printed[0]) and "Traceback" not in output, output
+        assert re.search(r"step 4: .*gradients that are not finite: .*first operation that made one: ", printed[0]), (
+            output
+        )
 
 
 @pytest.mark.slow
@@ -191,9 +193,9 @@ def test_two_processes_refuse_another_config_or_go_on_with_it(room):
     other = ["--train.steps=26", "--train.seed=5"]
     for process in cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=other):
         output = process.communicate(timeout=300)[0]
-        told = [line for line in output.splitlines() if line.startswith("t2i train: ")]
-        assert process.returncode == 2 and len(told) == 1 and "Traceback" not in output, output
-        assert "train.seed: 0 -> 5. " in told[0] and "--accept-changes" in told[0], output
+        printed = [line for line in output.splitlines() if line.startswith("t2i train: ")]
+        assert process.returncode == 2 and len(printed) == 1 and "Traceback" not in output, output
+        assert "train.seed: 0 -> 5. " in printed[0] and "--accept-changes" in printed[0], output
     arguments = [*other, "--accept-changes"]
     processes = cluster(start, "other_config", 2, mesh=(1, 2, 1), devices=2, arguments=arguments)
     outputs = [process.communicate(timeout=300)[0] for process in processes]

@@ -345,12 +345,12 @@ def test_a_vocabulary_leaves_out_what_is_no_caption(tmp_path, capsys, caplog):
     )
     with caplog.at_level(logging.WARNING):
         run(5000)
-    told = capsys.readouterr().err
-    assert "k0 in " in caplog.text and "of 9 records are left out: 1 as broken" in told
+    printed = capsys.readouterr().err
+    assert "k0 in " in caplog.text and "of 9 records are left out: 1 as broken" in printed
     from t2i_jax.text.sentencepiece import SentencePiece
 
     size = SentencePiece(str(tmp_path / "v.model")).pieces
-    assert f"vocabulary of {size} pieces, as the captions do not give 5000, from 8 captions" in told
+    assert f"vocabulary of {size} pieces, as the captions do not give 5000, from 8 captions" in printed
     for bad in (-1, 0, 100, 265, 2**40):
         with pytest.raises(SystemExit) as stop:
             run(bad)

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 
 
 def tried(world: World, count: int, inputs: st.SearchStrategy[list[str]]) -> None:
-    """`count` inputs; the first that is taken wrongly is told, and what is wrong with it."""
+    """`count` inputs; reports the first that is handled wrongly, and how."""
     number = int(os.environ.get("T2I_FUZZ_SEED", 0 if count < 100 else secrets.randbelow(2**32)))
     calls = itertools.count(1)
 
@@ -54,8 +54,8 @@ def tried(world: World, count: int, inputs: st.SearchStrategy[list[str]]) -> Non
         if next(calls) % 100 == 0:
             jax.clear_caches()  # each input may compile programs of its own
         if fault := world.fault(argv, files):
-            told = f"T2I_FUZZ_SEED={number}: t2i {shlex.join(argv)}\n{argv!r}\n{files!r}"
-            pytest.fail(f"{told}\n{fault}", pytrace=False)
+            description = f"T2I_FUZZ_SEED={number}: t2i {shlex.join(argv)}\n{argv!r}\n{files!r}"
+            pytest.fail(f"{description}\n{fault}", pytrace=False)
 
     one()
 

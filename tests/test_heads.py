@@ -1,4 +1,4 @@
-"""Heads draw from the law that they are told, and their losses are lowest at it."""
+"""Heads sample the distribution that they are trained on, and their losses are lowest at it."""
 
 import dataclasses
 import math
@@ -136,10 +136,10 @@ def test_a_fitted_diffusion_head_recovers_the_law_and_narrows_it():
     module = head.init(jax.random.key(0), 1)
     keys = jax.random.split(jax.random.key(0), steps)
     module = jax.jit(lambda m: jax.lax.scan(step, (m, tx.init(m)), keys)[0][0])(module)
-    drawn, told = sampled(head, module), np.sort(np.asarray(from_the_law(jax.random.key(9), COUNT)))
-    every = np.concatenate([drawn, told])
+    drawn, expected = sampled(head, module), np.sort(np.asarray(from_the_law(jax.random.key(9), COUNT)))
+    every = np.concatenate([drawn, expected])
     share = lambda x: np.searchsorted(x, every, side="right") / len(x)
-    gap = np.abs(share(drawn) - share(told)).max()
+    gap = np.abs(share(drawn) - share(expected)).max()
     assert gap < 1.95 * math.sqrt(2 / COUNT), "a chance below one in a thousand (Kolmogorov and Smirnov)"
     narrows(lambda t: sampled(head, module, t))
 

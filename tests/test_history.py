@@ -36,7 +36,7 @@ def test_a_longer_run_says_what_becomes_of_its_rate(tmp_path, capsys, schedule):
     assert "learning rate" not in capsys.readouterr().err
     state = train(toys.experiment(optimizer=optimizer, steps=8), tmp_path)
     said = f"after step 4 the learning rate was {rate(optimizer, 4, 4)} and is {rate(optimizer, 8, 4)}"
-    assert said in (told := capsys.readouterr().err) and "ends at step 8" in told, told
+    assert said in (printed := capsys.readouterr().err) and "ends at step 8" in printed, printed
     assert int(state.step) == 8 and rate(optimizer, 4, 4) != rate(optimizer, 8, 4)
     (line,) = lines(tmp_path)
     assert line["step"] == 4 and line["changes"] == {"train.steps": [4, 8]}
@@ -63,9 +63,13 @@ def test_a_change_is_refused_on_one_line_that_names_the_flag(tmp_path):
     kept = (tmp_path / "config.json").read_text()
     with pytest.raises(ConfigError) as error:
         train(toys.experiment(steps=3, seed=1, ema=0.5, log_every=7), tmp_path)
-    told = str(error.value)
-    assert "train.seed: 0 -> 1; train.ema: 0.9 -> 0.5. " in told and "--accept-changes" in told and "\n" not in told
-    assert "log_every" not in told and "train.steps" not in told
+    printed = str(error.value)
+    assert (
+        "train.seed: 0 -> 1; train.ema: 0.9 -> 0.5. " in printed
+        and "--accept-changes" in printed
+        and "\n" not in printed
+    )
+    assert "log_every" not in printed and "train.steps" not in printed
     assert (tmp_path / "config.json").read_text() == kept and not lines(tmp_path)
 
 

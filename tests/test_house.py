@@ -60,7 +60,7 @@ def test_imports_go_down(file):
     for name in imports(file):
         other = room(name)
         if other and other in FLOOR and other != mine:
-            assert FLOOR[other] < FLOOR[mine], f"{file.name} ({mine}) imports {name}, which stands above or beside it"
+            assert FLOOR[other] < FLOOR[mine], f"{file.name} ({mine}) imports {name}, a layer that is not below it"
 
 
 @pytest.mark.parametrize("file", sorted((HOUSE / "models").glob("*.py")), ids=lambda f: f.name)

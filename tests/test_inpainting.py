@@ -93,9 +93,9 @@ class Counting:
     def read(self, batch, dropped):
         return None
 
-    def __call__(self, x, told, context, key=None):
-        jax.debug.callback(lambda t: CALLS.append(float(t)), told[0])
-        return self.inner(x, told, context, key)
+    def __call__(self, x, network_t, context, key=None):
+        jax.debug.callback(lambda t: CALLS.append(float(t)), network_t[0])
+        return self.inner(x, network_t, context, key)
 
 
 def calls_of(family, options, **more):

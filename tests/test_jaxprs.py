@@ -179,9 +179,9 @@ def test_unknown_forms_are_named_with_the_version(function):
         lambda f, x: _kept(jax.make_jaxpr(f)(x).jaxpr),
         lambda f, x: _moved(jax.make_jaxpr(f)(x).jaxpr),
     ):
-        with pytest.raises(UnknownForm) as told:
+        with pytest.raises(UnknownForm) as caught:
             count(jax.jit(lambda x: function(x) + 1), X)
-        message = str(told.value)
+        message = str(caught.value)
         assert (
             f"'{function.func.__self__.name}'" in message
             and f"jax {jax.__version__}" in message
@@ -259,6 +259,6 @@ def test_elements_of_tuples_may_be_written_without_an_instruction():
 )
 def test_unknown_forms_of_a_compiled_program_are_named(old, new, message):
     assert old in TEXT
-    with pytest.raises(UnknownForm, match=message) as told:
+    with pytest.raises(UnknownForm, match=message) as caught:
         hlo.count(TEXT.replace(old, new))
-    assert f"jax {jax.__version__}" in str(told.value)
+    assert f"jax {jax.__version__}" in str(caught.value)

@@ -162,7 +162,7 @@ def test_a_folder_tells_the_scale_of_its_codes(tmp_path, style, whole, caplog):
     artifact = to_folder("kl_diffusers", tmp_path / "model", tmp_path / "out", {})
     assert (artifact.config.scale, artifact.config.shift) == (0.3611, 0.1159) and not caplog.text
     jax.tree.map(np.testing.assert_array_equal, artifact.model, model)
-    # The file alone does not tell, and the guess is told.
+    # The file alone does not say, and the guess is printed.
     file = path / "diffusion_pytorch_model.safetensors"
     guessed = to_folder("kl_diffusers", file, tmp_path / "guessed", {"groups": 4}).config
     assert (guessed.scale, guessed.shift) == (1.5305, 0.0609)

@@ -146,8 +146,8 @@ def test_pod_needs_its_name():
     assert done.returncode != 0 and "the name of the TPU VM" in done.stderr
 
 
-@pytest.mark.parametrize(("per", "tasks", "cpus", "told"), [("gpu", 8, 12, False), ("node", 1, 96, True)])
-def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, told):
+@pytest.mark.parametrize(("per", "tasks", "cpus", "all_devices"), [("gpu", 8, 12, False), ("node", 1, 96, True)])
+def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, all_devices):
     script = dry("slurm.sh", *COMMAND, NODES="4", PER=per, PARTITION="h100")
     for line in (
         "--job-name=t2i",
@@ -161,8 +161,8 @@ def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, told
     assert "#SBATCH --partition=h100" in script
     # The step asks for the CPUs itself: what the job says reaches no task since Slurm 22.05.
     assert f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} t2i train configs/a\\ b.py" in script
-    # JAX gives a Slurm task the one GPU of its number, unless it is told.
-    assert ("JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in script) == told
+    # JAX gives a Slurm task the one GPU of its number, unless it is given all.
+    assert ("JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in script) == all_devices
     file = tmp_path / "job.sh"
     file.write_text(script)
     subprocess.run(["bash", "-n", file], check=True, timeout=60)
@@ -174,12 +174,12 @@ def test_slurm_has_one_task_per_gpu_or_per_node(tmp_path, per, tasks, cpus, told
 )
 def test_slurm_puts_back_what_may_work_the_next_time(tmp_path, status, restarts, again):
     """The job itself, with stand-ins for Slurm's commands."""
-    for name, does in {"srun": f"exit {status}", "scontrol": f"echo $* > {tmp_path}/told"}.items():
+    for name, does in {"srun": f"exit {status}", "scontrol": f"echo $* > {tmp_path}/requeued"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     job = subprocess.run(["bash"], input=dry("slurm.sh", *COMMAND), env=env, text=True, timeout=60)
-    assert job.returncode == status and (tmp_path / "told").exists() == again
+    assert job.returncode == status and (tmp_path / "requeued").exists() == again
 
 
 # ----------------------------------------------------------------------------------------------------------- JobSets
@@ -262,7 +262,7 @@ def test_jobset_is_one_pod_a_host(chips, machine):
 
 
 def test_jobset_of_several_slices_repeats_the_slice():
-    """What joins the slices is told to their hosts by GKE: the manifest has nothing of MEGASCALE."""
+    """GKE gives the hosts what joins their slices: the manifest has nothing of MEGASCALE."""
     one, two = jobset("v5e:4x4"), jobset("v5e:4x4", SLICES="2")
     assert pod_of(two)[0]["replicas"] == 2 and pod_of(one)[1:] == pod_of(two)[1:] and "MEGASCALE" not in str(two)
     assert {"name": "T2I_CLUSTER", "value": "1"} in pod_of(two)[3]["env"]

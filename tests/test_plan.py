@@ -1,4 +1,4 @@
-"""Plans: what a compiled program is read to cost, what is counted without compiling, and what a user is told."""
+"""Plans: what a compiled program is read to cost, what is counted without compiling, and what a user reads."""
 
 import dataclasses
 import importlib

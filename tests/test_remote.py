@@ -90,7 +90,7 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two texts as one, whose files are told apart by the names of the fields."""
+    """Two texts as one, whose files differ by the names of their fields."""
 
     first: Encoder
     second: Encoder
@@ -133,7 +133,7 @@ def compiles(monkeypatch):
 
 def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch, compiles):
     """A run that goes on, on this host or another, reads them; a copy of its model leaves them out."""
-    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "beside", *a))
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "local", *a))
     experiment = toys.experiment(steps=2)
     for local in (None, local_cache()):
         jax.config.update(CACHE, local)
@@ -143,19 +143,19 @@ def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch,
         assert "jit_step" in {name.partition("-")[0] for name in first}
         assert not (download(store) / "xla").exists()
         jax.clear_caches()
-        shutil.rmtree(tmp_path / "beside")
+        shutil.rmtree(tmp_path / "local")
         compiles.clear()
         loop.train(experiment, "s3://bucket/run")
         assert compiles.count("cache_hits") >= len(first)
         steps = lambda names: [name for name in names if name.startswith("jit_step-")]
         assert steps(sorted(p.name for p in (store / "xla").iterdir())) == steps(first)
         (store / "xla").rmtree()
-        shutil.rmtree(tmp_path / "beside")
+        shutil.rmtree(tmp_path / "local")
         jax.clear_caches()
 
 
 def test_a_cache_that_is_set_stays(store, tmp_path, monkeypatch, compiles):
-    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "beside", *a))
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "local", *a))
     jax.config.update(CACHE, str(tmp_path / "mine"))
     compilation_cache.reset_cache()
     loop.train(toys.experiment(steps=1), "s3://bucket/run")
@@ -172,8 +172,8 @@ def test_a_local_run_keeps_its_programs_on_the_machine(tmp_path, compiles):
 
 
 def test_a_run_in_a_store_goes_on_and_is_read(store, tmp_path, monkeypatch):
-    """Checkpoints are the business of their library, which has no store in memory: here they lie beside."""
-    local = lambda folder, *a: Checkpoints(tmp_path / "beside", *a)
+    """Checkpoints are the business of their library, which has no store in memory: here they are in a local folder."""
+    local = lambda folder, *a: Checkpoints(tmp_path / "local", *a)
     monkeypatch.setattr(loop, "Checkpoints", local)
     monkeypatch.setattr(artifacts, "Checkpoints", local)
     experiment = toys.experiment(optimizer=Optimizer(schedule="constant"))

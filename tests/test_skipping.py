@@ -74,8 +74,10 @@ def test_skipped_steps_are_counted_and_said(tmp_path, capsys):
     lines = {line["step"]: line for line in records.read(tmp_path / "metrics.jsonl")}
     assert {step: line["skipped"] for step, line in lines.items()} == {2: 1, 3: 1, 4: 2, 6: 2}
     assert lines[4]["loss"] is None and lines[6]["loss"] > 0
-    told = capsys.readouterr().err
-    assert "step 4: the loss or a gradient is not finite; it changes nothing (2 such steps in all, 1 in a row" in told
+    printed = capsys.readouterr().err
+    assert (
+        "step 4: the loss or a gradient is not finite; it changes nothing (2 such steps in all, 1 in a row" in printed
+    )
 
 
 @pytest.mark.parametrize("tolerate", [0, 1, 2])
@@ -95,7 +97,9 @@ def test_a_spike_is_said_with_its_norm(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spikes, "WINDOW", 3)
     experiment = toys.experiment(data=Odd(steps=(5,), factor=100.0), spike=4.0)
     whole = train(experiment, tmp_path / "whole")
-    assert "step 5: gradient_norm" in (told := capsys.readouterr().err) and "over 4 times the running mean" in told
+    assert (
+        "step 5: gradient_norm" in (printed := capsys.readouterr().err) and "over 4 times the running mean" in printed
+    )
     stop_after(experiment, tmp_path / "parts", 4)  # the mean goes with the checkpoint
     same(train(experiment, tmp_path / "parts"), whole)
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion: our UNet beside that of diffusers, and a whole folder that becomes a model that samples."""
+"""Stable Diffusion: our UNet against that of diffusers, and a whole folder that becomes a model that samples."""
 
 import json
 

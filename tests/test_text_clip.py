@@ -129,17 +129,17 @@ def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
     save_file(tensors, tmp_path / "oc" / "open_clip_model.safetensors")
     image, text = {"image_size": 24, "head_width": 8, "width": 24, "layers": 3}, {"width": 32, "heads": 4}
     about = {"model_cfg": {"embed_dim": 20, "vision_cfg": image, "text_cfg": text}, "preprocess_cfg": {}}
-    told = tmp_path / "oc" / "open_clip_config.json"
-    told.write_text(json.dumps(about))
+    config_file = tmp_path / "oc" / "open_clip_config.json"
+    config_file.write_text(json.dumps(about))
     file = tmp_path / "oc" / "open_clip_model.safetensors"
     config = dataclasses.replace(config, end=None)
     assert clip.load(tmp_path / "oc")[0] == config == clip.load(file, 8, "gelu")[0]
     assert clip.load(file, 8)[0].text.activation == "quick_gelu"
     about["model_cfg"]["quick_gelu"] = True
-    told.write_text(json.dumps(about))
+    config_file.write_text(json.dumps(about))
     assert clip.load(tmp_path / "oc")[0].image.activation == "quick_gelu"
     about["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext"
-    told.write_text(json.dumps(about))
+    config_file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="timm_model_name='convnext' makes another network"):
         clip.load(tmp_path / "oc")
     with pytest.raises(ValueError, match="has the activation gelu; it cannot be read with 'quick_gelu'"):

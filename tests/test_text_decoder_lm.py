@@ -1,4 +1,4 @@
-"""Hidden states of a language model beside those of `transformers`, on random weights, and its captions."""
+"""Hidden states of a language model against those of `transformers`, on random weights, and its captions."""
 
 import json
 

@@ -68,7 +68,7 @@ def test_the_same_captions_give_the_same_file(kind, tmp_path):
     for file in files:
         train_vocabulary(iter(CAPTIONS), file, 350, kind)
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert sorted(tmp_path.iterdir()) == files  # and nothing beside
+    assert sorted(tmp_path.iterdir()) == files  # and nothing else
 
 
 def test_workers_get_the_path_only(vocabulary):

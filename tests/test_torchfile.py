@@ -64,7 +64,7 @@ def test_modules_state(tmp_path, modern):
 
 
 class Settled(torch.nn.Module):
-    """A module with what a file of a whole module may hold beside its weights."""
+    """A module with what a file of a whole module may hold besides its weights."""
 
     def __init__(self):
         super().__init__()

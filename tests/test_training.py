@@ -193,8 +193,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, straight, capsys, how):
     shutil.copytree(straight[1], tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "6", how)
     state = train(toys.experiment(), tmp_path / "run")
-    told = capsys.readouterr().err
-    assert "passed over" in told and "checkpoints/6" in told and "going on from step 3" in told
+    printed = capsys.readouterr().err
+    assert "passed over" in printed and "checkpoints/6" in printed and "going on from step 3" in printed
     same(state, straight[0])
     assert len(list((tmp_path / "run" / "checkpoints").glob("damaged-6-*"))) == 1
 
@@ -280,8 +280,8 @@ WIDE = {"model": toys.Identity(width=64), "data": toys.Numbers(width=64)}
 def test_a_write_that_failed_is_tried_again(tmp_path, storage, capsys):
     failing = storage(2)
     state = train(toys.experiment(**WIDE, save_every=2, steps=8, save_backoff=0.0), tmp_path)
-    told = capsys.readouterr().err
-    assert "step 2 could not be written" in told and "try 1 of 3" in told and "try 2 of 3" in told, told
+    printed = capsys.readouterr().err
+    assert "step 2 could not be written" in printed and "try 1 of 3" in printed and "try 2 of 3" in printed, printed
     assert failing.tries[0] == 2 and len(failing.tries) >= 4 and failing.tries[-1] == 8
     reader = checkpoints.Checkpoints(tmp_path / "checkpoints")
     assert 2 not in reader.steps() and 8 in reader.steps()

@@ -74,9 +74,9 @@ def test_what_a_library_does_to_itself_or_to_others_is_none(name, body, category
 
 
 def test_other_warnings_are_where_they_were():
-    with pytest.warns(UserWarning, match="hm") as told:
+    with pytest.warns(UserWarning, match="hm") as caught:
         warnings.warn("hm", stacklevel=1)
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
     warned = library("flax", "def old(): warnings.warn('hm', UserWarning, stacklevel=2)")
     with pytest.warns(UserWarning, match="hm"):
         called("t2i_jax", warned)

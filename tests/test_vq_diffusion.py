@@ -305,8 +305,8 @@ def test_dropped_rows_see_the_null_alone():
     one, two = logits(batch["features"], dropped), logits(batch["features"] + 1, dropped)
     same = np.isclose(one, two, atol=1e-6).all((1, 2))
     np.testing.assert_array_equal(same, dropped)
-    told = TINY.embed_condition(model, batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
-    np.testing.assert_array_equal(told.context, np.broadcast_to(model.condition.null[...], (4, 4, 5)))
+    embedded = TINY.embed_condition(model, batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
+    np.testing.assert_array_equal(embedded.context, np.broadcast_to(model.condition.null[...], (4, 4, 5)))
 
 
 def test_the_mean_of_classes_stands_for_none():
@@ -333,8 +333,8 @@ CONTINUOUS = dataclasses.replace(TINY, chain=Chain(12, 8, "mask"), objective="co
 def test_the_continuous_bound_of_a_model_that_knows_nothing_is_the_entropy_of_codes():
     model, x0 = model_for(CONTINUOUS), jnp.zeros((4000, 6), jnp.int32)
     blank = jax.tree.map(jnp.zeros_like, model)
-    told = CONTINUOUS.embed_condition(blank, batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
-    terms = jax.jit(CONTINUOUS.continuous)(blank, told, x0, jax.random.key(0))
+    embedded = CONTINUOUS.embed_condition(blank, batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
+    terms = jax.jit(CONTINUOUS.continuous)(blank, embedded, x0, jax.random.key(0))
     np.testing.assert_allclose(terms.loss.mean() / 6, np.log(12), rtol=0.05)
 
 

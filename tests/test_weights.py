@@ -167,7 +167,7 @@ FOLDERS = {
     "upper case": lambda t, f: save_file(t, f / "MODEL.SAFETENSORS"),
     "bin that is safetensors": lambda t, f: save_file(t, f / "pytorch_model.bin"),
     "another name": lambda t, f: save_torch(under("module.", t), f / "checkpoint-last.pth"),
-    "beside an optimiser": lambda t, f: (
+    "with an optimiser": lambda t, f: (
         save_file(t, f / "model.safetensors"),
         save_torch(OPTIMIZER, f / "optimizer.bin"),
     ),

@@ -70,7 +70,7 @@ def write(
         *table({**found["runs"], "real images": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
         *(["", "To guide others:", "", *table(found["guides"], RUN_COLUMNS)] if found.get("guides") else []),
         "",
-        f"![pictures]({out.with_suffix('.png').name})",
+        f"![images]({out.with_suffix('.png').name})",
     ]
     for name, sweep in comparison.sweeps.items():
         points = found["sweeps"][name]

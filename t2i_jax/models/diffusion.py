@@ -89,7 +89,7 @@ class Diffusion(BaseFamily):
         if self.predicts in ("eps", "score") and self.process.starts_from_pure_noise:
             raise ValueError(
                 f"predicts {self.predicts!r}: samplers of this {type(self.process).__name__} begin in noise alone, "
-                "where it says nothing of the picture; predict 'v' or 'velocity'"
+                "where it says nothing of the image; predict 'v' or 'velocity'"
             )
 
     @property
@@ -237,7 +237,7 @@ class Diffusion(BaseFamily):
             return batch["low_res"]
         if not self.upscale or "image" not in batch:
             there = ", ".join(sorted(batch))
-            raise ValueError(f"the batch has no 'low_res', the small picture to enlarge. It has: {there}")
+            raise ValueError(f"the batch has no 'low_res', the small image to enlarge. It has: {there}")
         b, i, j, c = batch["image"].shape
         small = (b, i // self.upscale, j // self.upscale, c)
         return jax.image.resize(batch["image"], small, "linear", antialias=True)
@@ -345,7 +345,7 @@ def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
     if "low_res" in names:
         if "low_res" not in batch:
             raise ValueError(
-                f"the batch has no 'low_res', the small picture to enlarge. It has: {', '.join(sorted(batch))}"
+                f"the batch has no 'low_res', the small image to enlarge. It has: {', '.join(sorted(batch))}"
             )
         parts.append(jax.image.resize(batch["low_res"], x.shape, "linear", antialias=False))
     return jnp.concatenate(parts, -1) if len(parts) > 1 else x

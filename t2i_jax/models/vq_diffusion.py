@@ -337,8 +337,8 @@ class VQDiffusion(BaseFamily):
             end the sampled ones).
         """
         guided = is_guided(self.capabilities, guided)
-        untold = not self.conditioning.what.spec.has_null
-        if guided and untold and "null_features" not in condition:
+        null = not self.conditioning.what.spec.has_null
+        if guided and null and "null_features" not in condition:
             raise ValueError("guidance without trained_null needs 'null_features', those of an empty caption")
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         options = (options or self.sampling).arrays()

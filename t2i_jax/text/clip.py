@@ -109,7 +109,7 @@ class Clip:
         missing = [name for name in (*wanted, "positional_embedding", "text_projection") if name not in tensors]
         if missing:
             resnet = any(name.startswith("visual.attnpool") for name in tensors)
-            kind = "the picture tower is a ResNet; only ViT towers are read" if resnet else f"no {', '.join(missing)}"
+            kind = "the image tower is a ResNet; only ViT towers are read" if resnet else f"no {', '.join(missing)}"
             raise ValueError(f"not a file of OpenAI's CLIP with a ViT: {kind}")
         shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         width, channels, patch, _ = shape["visual.conv1.weight"]
@@ -417,19 +417,19 @@ def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -
 # --------------------------------------------------------------------------------------------------------- images
 
 
-def preprocess(pictures: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
+def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
     """Images, or uint8 (i, j, 3), preprocessed as in OpenAI's program: float32 (n, size, size, 3).
 
     The short side is resized to `size` with pillow's bicubic filter, the centre is cropped, colours are standardised.
     """
     rows = []
-    for picture in pictures:
-        picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        w, h = picture.size
+    for image in images:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        w, h = image.size
         w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
-        picture = picture if picture.size == (w, h) else picture.resize((w, h), Image.Resampling.BICUBIC)
+        image = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC)
         left, top = round((w - size) / 2), round((h - size) / 2)
-        rows.append(np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB")))
+        rows.append(np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB")))
     return (np.stack(rows).astype(np.float32) / 255 - MEAN) / STD
 
 

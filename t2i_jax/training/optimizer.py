@@ -64,9 +64,11 @@ class Optimizer(Checked):
             "linear": optax.linear_schedule(peak, peak * self.final, rest),
             "rsqrt": lambda n: peak * jax.lax.rsqrt(1.0 + n / max(self.warmup, 1)),
         }
-        rise = optax.linear_schedule(peak / max(self.warmup, 1), peak, max(self.warmup, 1))
+        warmup_schedule = optax.linear_schedule(peak / max(self.warmup, 1), peak, max(self.warmup, 1))
         return (
-            optax.join_schedules([rise, after[self.schedule]], [self.warmup]) if self.warmup else after[self.schedule]
+            optax.join_schedules([warmup_schedule, after[self.schedule]], [self.warmup])
+            if self.warmup
+            else after[self.schedule]
         )
 
     def build(self, steps: int) -> optax.GradientTransformation:

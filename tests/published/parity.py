@@ -1,4 +1,4 @@
-"""Published outputs beside ours: how a folder is read, and how near is near enough."""
+"""Published outputs and ours: how a folder is read, and how near is near enough."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Oracle:
     def config(self) -> dict[str, Any]:
         return self.meta["config"]
 
-    def told(self, name: str, pattern: str, default: str = "") -> str:
+    def read_note(self, name: str, pattern: str, default: str = "") -> str:
         """What the line about the output `name` says where `pattern` has its group; `default` where it says nothing."""
         found = re.search(pattern, self.meta.get("outputs", {}).get(name, {}).get("what", ""))
         return found[1] if found else default

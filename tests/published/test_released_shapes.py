@@ -41,7 +41,7 @@ def test_a_released_file_is_taken_whole(file):
     buffers -= sum(tensors[k].size for k in placed if format.unused and re.search(format.unused, k))
     assert sum(x.size for x in jax.tree.leaves(model)) == released()[file]["numel_state_dict"] - buffers
 
-    # A renamed tensor is told as what it is: one too many and one too few.
+    # A renamed tensor is reported as one too many and one too few.
     name = next(n for n in placed if ".0." not in n)
     broken = {("unknown" if k == name else k): v for k, v in tensors.items()}
     abstract = jax.eval_shape(config.init, jax.random.key(0))

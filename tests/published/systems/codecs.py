@@ -26,7 +26,7 @@ def nchw(x: Any) -> jax.Array:
 
 def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
     meta, images, outputs = oracle.config, nhwc(oracle.inputs["image"]), oracle.outputs
-    ratio = float(oracle.told("train_entropy_loss", r"ratio\(([\d.e-]+)\)", "0.1"))
+    ratio = float(oracle.read_note("train_entropy_loss", r"ratio\(([\d.e-]+)\)", "0.1"))
     hints = {"l2_norm": meta["l2_norm"], "beta": meta["beta"], "entropy": ratio}
     hints |= {"groups": meta["groupnorm_groups"], "eps": meta["groupnorm_eps"], "perceptual": 0.0}
     config, model = convert("llamagen-vq", oracle.tensors, **hints)
@@ -83,7 +83,7 @@ def taming_vqgan(oracle: Oracle) -> dict[str, Any]:
 
 def taming_gumbel(oracle: Oracle) -> dict[str, Any]:
     meta, images = oracle.config, nhwc(oracle.inputs["image"])
-    kl = float(oracle.told("gumbel_kl", r"kl_weight\(([\d.e-]+)\)", "1e-8"))
+    kl = float(oracle.read_note("gumbel_kl", r"kl_weight\(([\d.e-]+)\)", "1e-8"))
     config, model = convert("taming-gumbel", oracle.tensors, eps=meta["groupnorm_eps"], kl=kl)
     noise = -jnp.log(nhwc(oracle.inputs["gumbel_exponential"]))
     chosen = next(name for name in oracle.outputs if name.startswith("gumbel_ids_temp"))
@@ -118,7 +118,9 @@ def clip_gen_vqgan(oracle: Oracle) -> dict[str, Any]:
 def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
     meta, inputs = oracle.config, oracle.inputs
     _, judge = convert("taming-discriminator", oracle.tensors)
-    told = {"hinge": adversarial.hinge_discriminator, "vanilla": adversarial.vanilla_discriminator}[meta["disc_loss"]]
+    loss_of = {"hinge": adversarial.hinge_discriminator, "vanilla": adversarial.vanilla_discriminator}[
+        meta["disc_loss"]
+    ]
     real, h = nhwc(inputs["inputs"]), nhwc(inputs["last_feature"])
     last = rearrange(jnp.asarray(inputs["last_layer_weight"]), "f c i j -> i j c f")
     steps = sorted(int(name.split("step")[1]) for name in oracle.outputs if name.startswith("gen_loss_step"))
@@ -139,7 +141,7 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
             loss, slope = jax.value_and_grad(total)(last)
             ours |= {f"gen_loss_step{step}": loss, f"d_weight_step{step}": weight, f"nll_step{step}": faithful(last)}
             ours[f"grad_last_layer_step{step}"] = rearrange(slope, "i j c f -> f c i j")
-            ours[f"disc_loss_step{step}"] = on * told(judge(real)[0], judge(paint(last))[0])
+            ours[f"disc_loss_step{step}"] = on * loss_of(judge(real)[0], judge(paint(last))[0])
         return ours
 
     return play(judge, last)

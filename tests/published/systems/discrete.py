@@ -29,15 +29,15 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
     ours = schedules(chain, outputs)
 
     batch, null = conditions(config, inputs, b)
-    told = lambda model, batch, dropped: config.embed_condition(model, batch, jnp.full(b, dropped))
+    embedded = lambda model, batch, dropped: config.embed_condition(model, batch, jnp.full(b, dropped))
     classes_first = lambda x: jnp.moveaxis(x, -1, 1)
     options = DiscreteSampler(guidance=meta["guidance"], truncation=meta["truncation"])
 
     @jax.jit
     def distributions(model):
-        cond, uncond = told(model, batch, False), told(model, null, True)
+        cond, uncond = embedded(model, batch, False), embedded(model, null, True)
         logits = config.logits(model, x_t, t, cond), config.logits(model, x_t, t, uncond)
-        log_x0, log_null = (config.log_x0(model, x_t, t, told) for told in (cond, uncond))
+        log_x0, log_null = (config.log_x0(model, x_t, t, embedded) for embedded in (cond, uncond))
         start, seen = one_hot(x0, chain.codes + 1), one_hot(x_t, chain.codes + 1)
         arrays = {
             "logits": logits[0],
@@ -128,8 +128,8 @@ def losses(oracle: Oracle, config: VQDiffusion, model: Any, batch: dict[str, jax
     x0, x_t, t = (jnp.asarray(inputs[name]) for name in ("x0", "x_t", "t"))
 
     def objective(model, p):
-        told = config.embed_condition(model, batch, jnp.zeros(len(x0), bool))
-        terms = config.bound(model, told, x0, x_t, t, p)
+        embedded = config.embed_condition(model, batch, jnp.zeros(len(x0), bool))
+        terms = config.bound(model, embedded, x0, x_t, t, p)
         return terms.loss.sum() / x0.size, terms
 
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))

@@ -35,8 +35,8 @@ def trajectory(schedule: Schedule, step: Any, x: Any, noise: Any) -> jax.Array:
 
     def body(x, i):
         t = jnp.full(len(x), count - 1 - i)
-        told = jnp.asarray(schedule.timestep_map)[t]
-        x = step(x, t, told, noise[i])
+        network_t = jnp.asarray(schedule.timestep_map)[t]
+        x = step(x, t, network_t, noise[i])
         return x, x
 
     return jax.lax.scan(body, x, jnp.arange(count))[1]
@@ -122,20 +122,20 @@ def dit(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def sampled(model):
-        def ddpm(x, t, told, noise):
-            return gaussian.ddpm_step(p(few, forward(model, x, told), x, t), t, noise)
+        def ddpm(x, t, network_t, noise):
+            return gaussian.ddpm_step(p(few, forward(model, x, network_t), x, t), t, noise)
 
-        def ddpm_guided(x, t, told, noise):
-            return gaussian.ddpm_step(p(few, guided(model, x, told, meta["cfg_scale"])[0], x, t), t, noise)
+        def ddpm_guided(x, t, network_t, noise):
+            return gaussian.ddpm_step(p(few, guided(model, x, network_t, meta["cfg_scale"])[0], x, t), t, noise)
 
-        def ddim(x, t, told, noise, eta=0.0, clip=False):
-            x0 = p(fewer, forward(model, x, told), x, t, clip).x0
+        def ddim(x, t, network_t, noise, eta=0.0, clip=False):
+            x0 = p(fewer, forward(model, x, network_t), x, t, clip).x0
             return gaussian.ddim_step(fewer, x0, x, t, noise, eta)
 
         def upwards(x, i):
             t = jnp.full(b, i)
-            told = jnp.asarray(fewer.timestep_map)[t]
-            return gaussian.ddim_reverse_step(fewer, p(fewer, forward(model, x, told), x, t).x0, x, t), None
+            network_t = jnp.asarray(fewer.timestep_map)[t]
+            return gaussian.ddim_reverse_step(fewer, p(fewer, forward(model, x, network_t), x, t).x0, x, t), None
 
         out = {"ddpm_traj": trajectory(few, ddpm, z, step_noise)}
         if "ddpm_cfg_final" in outputs:
@@ -197,22 +197,22 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
     def forward(model, x, t):
         return model(x, process.network_time(t), model.read({"label": y}, nobody))
 
-    def p(schedule, x, t, told):
-        prediction, v = config._parts(forward(model, x, told))
+    def p(schedule, x, t, network_t):
+        prediction, v = config._parts(forward(model, x, network_t))
         return gaussian.p_mean_variance(
             schedule, prediction, x, t, v=v, predicts=predicts, variance=variance, clip=clip
         )
 
-    def gradient(x, told):
-        log_p = lambda x: guidance.of_class(classify(x, process.network_time(told)), labels)
+    def gradient(x, network_t):
+        log_p = lambda x: guidance.of_class(classify(x, process.network_time(network_t)), labels)
         return guidance.classifier_gradient(log_p, x, meta["classifier_scale"])
 
-    def shifted(normal, x, t, told):
-        return normal._replace(mean=normal.mean + normal.variance * gradient(x, told))
+    def shifted(normal, x, t, network_t):
+        return normal._replace(mean=normal.mean + normal.variance * gradient(x, network_t))
 
-    def scored(schedule, x, t, told):
+    def scored(schedule, x, t, network_t):
         alpha, sigma = schedule.at(t, x)
-        eps = (x - alpha * p(schedule, x, t, told).x0) / sigma - sigma * gradient(x, told)
+        eps = (x - alpha * p(schedule, x, t, network_t).x0) / sigma - sigma * gradient(x, network_t)
         return (x - sigma * eps) / alpha
 
     @jax.jit
@@ -250,12 +250,14 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def sampled():
-        plain = lambda x, t, told, noise: gaussian.ddpm_step(p(few, x, t, told), t, noise)
+        plain = lambda x, t, network_t, noise: gaussian.ddpm_step(p(few, x, t, network_t), t, noise)
         out = {"ddpm_traj": trajectory(few, plain, z, step_noise)}
         if classify is not None:
-            pulled = lambda x, t, told, noise: gaussian.ddpm_step(shifted(p(few, x, t, told), x, t, told), t, noise)
-            ddim = lambda x, t, told, noise: gaussian.ddim_step(fewer, scored(fewer, x, t, told), x, t)
-            out["ddpm_guided_traj"] = trajectory(few, pulled, z, step_noise)
+            guided_by_classifier = lambda x, t, network_t, noise: gaussian.ddpm_step(
+                shifted(p(few, x, t, network_t), x, t, network_t), t, noise
+            )
+            ddim = lambda x, t, network_t, noise: gaussian.ddim_step(fewer, scored(fewer, x, t, network_t), x, t)
+            out["ddpm_guided_traj"] = trajectory(few, guided_by_classifier, z, step_noise)
             if meta.get("ddim"):
                 out["ddim_guided_traj"] = trajectory(fewer, ddim, z, jnp.zeros((len(fewer), 1)))
         return {k: theirs_layout(v) for k, v in out.items()}
@@ -267,12 +269,12 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
         enlarge, larger = convert(
             "adm", tensors, size=meta["image_size"], blocks=(meta | of)["num_res_blocks"], process=process, **hints
         )
-        beside = {"low_res": ours_layout(inputs["low_res"]), "label": y}
+        extra = {"low_res": ours_layout(inputs["low_res"]), "label": y}
 
         @jax.jit
         def enlarged():
-            read = join_inputs(x, beside, enlarge.network.extra_inputs)
-            return larger(read, process.network_time(t), larger.read(beside, nobody))
+            read = join_inputs(x, extra, enlarge.network.extra_inputs)
+            return larger(read, process.network_time(t), larger.read(extra, nobody))
 
         ours["superres_out"] = theirs_layout(enlarged())
     return {k: np.asarray(v) for k, v in ours.items()}
@@ -321,20 +323,22 @@ def glide(oracle: Oracle) -> dict[str, Any]:
             "unet_out_uncond": theirs_layout(forward(x, t, without)),
         }
 
-        def p(x, t, told, guided=False):
-            prediction, v = config._parts(forward(x, told, context))
+        def p(x, t, network_t, guided=False):
+            prediction, v = config._parts(forward(x, network_t, context))
             if guided:
-                other, _ = config._parts(forward(x, told, without))
+                other, _ = config._parts(forward(x, network_t, without))
                 prediction = guidance.guide(prediction, other, scale, config.guided_channels)
             variance = "fixed_large" if v is None else "learned_range"
             return gaussian.p_mean_variance(few, prediction, x, t, v=v, variance=variance, clip=True)
 
-        def pulled(normal, x, told):
-            return normal._replace(mean=normal.mean + normal.variance * gradient(x, told))
+        def guided_by_classifier(normal, x, network_t):
+            return normal._replace(mean=normal.mean + normal.variance * gradient(x, network_t))
 
-        plain = lambda x, t, told, noise: gaussian.ddpm_step(p(x, t, told), t, noise)
-        guided = lambda x, t, told, noise: gaussian.ddpm_step(p(x, t, told, True), t, noise)
-        steered = lambda x, t, told, noise: gaussian.ddpm_step(pulled(p(x, t, told), x, told), t, noise)
+        plain = lambda x, t, network_t, noise: gaussian.ddpm_step(p(x, t, network_t), t, noise)
+        guided = lambda x, t, network_t, noise: gaussian.ddpm_step(p(x, t, network_t, True), t, noise)
+        steered = lambda x, t, network_t, noise: gaussian.ddpm_step(
+            guided_by_classifier(p(x, t, network_t), x, network_t), t, noise
+        )
         ways = {"cond_ddpm_final": plain, "cfg_ddpm_final": guided}
         if encode is not None:
             ways["clip_guided_ddpm_final"] = steered

@@ -171,7 +171,7 @@ def mar(oracle: Oracle) -> dict[str, Any]:
     draws = Table(jnp.asarray(inputs["dense_noise_init"]), jnp.asarray(inputs["dense_noise_steps"]))
     keys = jax.random.split(jax.random.key(0), b)
     for name in ("cfg1", "cfg_linear", "cfg_constant", "uncond"):
-        said = lambda what, default, name=name: oracle.told(f"tokens_{name}", rf"{what}=([\w.]+)", default)
+        said = lambda what, default, name=name: oracle.read_note(f"tokens_{name}", rf"{what}=([\w.]+)", default)
         scale = float(said("cfg", "1.0"))
         power = 0.0 if said("schedule", "linear") == "constant" else 1.0
         temperature, condition = float(said("temperature", "1.0")), nobody if said("labels", "") == "None" else batch
