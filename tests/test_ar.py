@@ -1,7 +1,6 @@
 """The next-token model: what sees what, what the loss is, how large it is."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,14 @@ from t2i_jax.networks.condition import (
 )
 from t2i_jax.nn.layers import replace
 from t2i_jax.presets import OF_AR, preset
-from tests.fixtures.autoregressive import ALL, FEATURES, GPT, TEXT, TINY, batch_for, model_for
+from tests.fixtures.autoregressive import ALL, FEATURES, GPT, TEXT, TINY, batch_for, logits_of, model_for
 from tests.fixtures.families import with_aux
 
 
 @pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_logits_depend_on_earlier_codes_and_on_the_condition_only(config):
     model, batch = model_for(config), batch_for(config)
-    forward = jax.jit(config.forward)
+    forward = jax.jit(logits_of)
     logits = forward(model, batch)
     assert logits.shape == (3, 6, 13) and logits.dtype == jnp.float32
     for i in range(6):
@@ -47,7 +46,7 @@ def test_gradients_flow_from_each_logit_to_the_past_alone():
         table = model.tokens.w[...][batch["codes"].reshape(-1)]
         hooked.tokens.w = model.tokens.w.replace(table * scale.reshape(-1, 1))  # every code has a row of its own
         codes = jnp.arange(18).reshape(3, 2, 3)
-        return TINY.forward(hooked, batch | {"codes": codes})[:, i].sum()
+        return logits_of(hooked, batch | {"codes": codes})[:, i].sum()
 
     slopes = jax.jit(jax.vmap(jax.grad(logit), (None, 0)))(jnp.ones((3, 6)), jnp.arange(6))
     past = np.arange(6)[None, :] < np.arange(6)[:, None]  # (logit, code)
@@ -62,14 +61,14 @@ def test_padding_of_the_condition_is_not_read(config):
         "text": jnp.where(hidden, 7, batch["text"]),
         "features": jnp.where(hidden[..., None], 9.0, batch["features"]),
     }
-    forward = jax.jit(config.forward)
+    forward = jax.jit(logits_of)
     np.testing.assert_allclose(forward(model, other), forward(model, batch), atol=1e-5)
 
 
 def test_loss_is_the_cross_entropy_of_the_forward():
     model, batch = model_for(TINY), batch_for(TINY)
     config = with_fields(TINY, condition_dropout=0.0)
-    logits = jax.jit(config.forward)(model, batch)
+    logits = jax.jit(logits_of)(model, batch)
     logp = jax.nn.log_softmax(logits)
     nll = -jnp.take_along_axis(logp, batch["codes"].reshape(3, 6, 1), 2)[..., 0]
     loss, metrics, _ = jax.jit(config.loss)(model, batch, jax.random.key(0))
@@ -92,7 +91,10 @@ def test_chunks_remat_and_dtype_leave_loss_and_gradients_as_they_are():
     model, batch, key = model_for(TINY), batch_for(TINY), jax.random.key(1)
 
     def grad(**fields):
-        return jax.jit(jax.value_and_grad(with_aux(with_fields(TINY, **fields).loss), has_aux=True))(model, batch, key)
+        config = with_fields(TINY, **fields)
+        like = jax.tree.unflatten(jax.tree.structure(model_for(config)), jax.tree.leaves(model))
+        found, slopes = jax.jit(jax.value_and_grad(with_aux(config.loss), has_aux=True))(like, batch, key)
+        return found, jax.tree.leaves(slopes)
 
     (want, _), slopes = grad()
     for fields in (dict(loss_chunk=2, remat="full"), dict(loss_chunk=4, remat="dots")):
@@ -144,13 +146,13 @@ def test_vectors_before_the_image_are_read_as_the_tokens_whose_vectors_they_are(
     config = with_fields(given, condition=CrossAttnFeatures(16, 4, trained_null=False))
     model, batch = model_for(given), batch_for(given)
     vectors = {"features": model.tokens(batch["prefix"]), "codes": batch["codes"]}
-    other = replace(model, condition=config.conditioning.what.init(jax.random.key(0), 16))
+    other = replace(model, config=config, condition=config.conditioning.what.init(jax.random.key(0), 16))
 
-    @partial(jax.jit, static_argnums=0)
-    def logits(config, model, batch):
-        return config.forward(model, batch), config.prefix_logits(model, batch, jnp.zeros(3, bool))
+    @jax.jit
+    def logits(model, batch):
+        return logits_of(model, batch), model.logits(model.prefix(batch, jnp.zeros(3, bool))[0])
 
-    for a, b in zip(logits(given, model, batch), logits(config, other, vectors), strict=True):
+    for a, b in zip(logits(model, batch), logits(other, vectors), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     keys = jax.random.split(jax.random.key(2), 3)
     np.testing.assert_array_equal(config.sample(other, vectors, keys), given.sample(model, batch, keys))

@@ -13,7 +13,7 @@ from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import listening
 from t2i_jax.sampling.tokens import filter_logits, uniforms
-from tests.fixtures.autoregressive import ALL, FEATURES, TINY, batch_for, model_for
+from tests.fixtures.autoregressive import ALL, FEATURES, TINY, batch_for, logits_of, model_for
 
 INPUTS = ("label", "text", "text_mask", "features", "prefix")
 
@@ -34,7 +34,7 @@ def uncached(config, model, condition, keys, options):
 
     def token(i, codes):
         batch = condition | {"codes": codes.reshape(b, *config.grid)}
-        logits, null = (config.forward(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
+        logits, null = (logits_of(model, batch, jnp.full(b, dropped))[:, i] for dropped in (False, True))
         logits = guide(logits, null, options.guidance_at(i, length))
         weights = filter_logits(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)
@@ -64,14 +64,14 @@ def test_decoding_gives_the_logits_of_the_forward(config):
     @jax.jit
     def decoded():
         codes = batch["codes"].reshape(3, -1)
-        logits, state = config.prefill(model, batch, dropped)
+        logits, state = model.prefill(batch, dropped)
         steps = [logits]
         for i in range(config.length - 1):
-            logits, state = config.decode(state.grow(i // 2 * 2 + 2), codes[:, i], i)
+            logits, state = model.decode(state.grow(i // 2 * 2 + 2), codes[:, i], i)
             steps.append(logits)
         return jnp.stack(steps, 1)
 
-    np.testing.assert_allclose(decoded(), jax.jit(config.forward)(model, batch, dropped), atol=1e-5)
+    np.testing.assert_allclose(decoded(), jax.jit(logits_of)(model, batch, dropped), atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_picture_in_any_batch():

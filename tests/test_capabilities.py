@@ -114,7 +114,7 @@ def test_what_is_declared_works(name):
         nats = jax.eval_shape(config.log_likelihood, model, condition | codes)
         assert nats.shape == (2,) and nats.dtype == jnp.float32
     if can.token_by_token:
-        logits, _ = jax.eval_shape(config.prefill, model, condition, jnp.zeros(2, bool))
+        logits, _ = jax.eval_shape(lambda model: model.prefill(condition, jnp.zeros(2, bool)), model)
         assert logits.shape == (2, *spec.code.sizes)
 
 

@@ -65,10 +65,10 @@ def test_rotary_positions_are_those_of_the_tokens_that_the_encoder_reads():
     config = FAMILIES["masked"]
     batch, model = jax.tree.map(jnp.asarray, batch_for(config, 2)), shaken(config)
     hidden = jnp.array([[True, False, True, False], [False, True, True, False]])
-    z = [config.forward(model, batch, hidden, visible=n) for n in (2, 3, 4)]
+    z = [model(batch, hidden, visible=n) for n in (2, 3, 4)]
     np.testing.assert_allclose(z[1], z[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(z[2], z[0], rtol=1e-4, atol=1e-5)
-    moved = config.forward(model, batch, hidden[:, ::-1], visible=2)
+    moved = model(batch, hidden[:, ::-1], visible=2)
     assert np.abs(moved[:, ::-1] - z[0]).max() > 1e-3
 
 
@@ -82,8 +82,8 @@ def test_rotary_positions_tell_places_apart(name):
         flat = model(jnp.zeros((1, 4, 4, 3)).at[0, 0, 0].set(1), jnp.ones(1), context)[0]
         alike = np.asarray([flat[2:, :2], flat[:2, 2:], flat[2:, 2:]])
     else:
-        embedded = config.embed_condition(model, {"label": jnp.zeros(1, jnp.int32)}, jnp.zeros(1, bool))
-        alike = np.asarray(config.logits(model, jnp.array([[3, 5, 5, 5]]), jnp.zeros(1, jnp.int32), embedded)[0, 1:])
+        embedded = model.read({"label": jnp.zeros(1, jnp.int32)}, jnp.zeros(1, bool))
+        alike = np.asarray(model.logits(model(jnp.array([[3, 5, 5, 5]]), jnp.zeros(1, jnp.int32), embedded))[0, 1:])
     assert np.abs(alike - alike[0]).max() > 1e-3
 
 

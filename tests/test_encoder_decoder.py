@@ -9,6 +9,7 @@ from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import CaptionEncoder, TextFeatures
 from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.sampling.options import ARSampler
+from tests.fixtures.autoregressive import logits_of
 
 CONFIG = with_fields(
     AR(),
@@ -25,7 +26,7 @@ CONFIG = with_fields(
 FEATURES = with_fields(
     CONFIG, condition=TextFeatures(6, length=4), positions=LearnedPositions(), norm="layer", bias=True
 )
-forward = jax.jit(AR.forward, static_argnums=0)
+forward = jax.jit(logits_of)
 
 
 def model_for(config):
@@ -44,20 +45,20 @@ def batch_for():
 
 def test_codes_see_codes_before_them_and_the_whole_caption():
     model, batch = model_for(CONFIG), batch_for()
-    logits = forward(CONFIG, model, batch)
+    logits = forward(model, batch)
     for i in range(6):
         codes = batch["codes"].reshape(3, 6).at[:, i].add(1).reshape(3, 2, 3) % 13
-        moved = jnp.abs(forward(CONFIG, model, batch | {"codes": codes}) - logits).max((0, 2)) > 1e-6
+        moved = jnp.abs(forward(model, batch | {"codes": codes}) - logits).max((0, 2)) > 1e-6
         np.testing.assert_array_equal(moved, np.arange(6) > i)
     for i in range(2):  # of the first caption the rest is padding
         other = batch | {"text": batch["text"].at[:, i].add(1) % 11}
-        assert (jnp.abs(forward(CONFIG, model, other) - logits).max(2) > 1e-6).all()
+        assert (jnp.abs(forward(model, other) - logits).max(2) > 1e-6).all()
 
 
 def test_padded_features_are_not_looked_at():
     model, batch = model_for(FEATURES), batch_for()
     other = batch | {"features": jnp.where(batch["text_mask"][..., None], batch["features"], 9.0)}
-    np.testing.assert_allclose(forward(FEATURES, model, other), forward(FEATURES, model, batch), atol=1e-5)
+    np.testing.assert_allclose(forward(model, other), forward(model, batch), atol=1e-5)
 
 
 def test_decoding_gives_the_logits_of_the_forward_and_guides():
@@ -65,19 +66,19 @@ def test_decoding_gives_the_logits_of_the_forward_and_guides():
 
     @jax.jit
     def decoded():
-        first, state = FEATURES.prefill(model, batch, dropped)
+        first, state = model.prefill(batch, dropped)
 
         def step(state, i):
-            logits, state = FEATURES.decode(state, batch["codes"].reshape(3, 6)[:, i], i)
+            logits, state = model.decode(state, batch["codes"].reshape(3, 6)[:, i], i)
             return state, logits
 
         _, rest = jax.lax.scan(step, state.grow(6), jnp.arange(5))
         return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], 1)
 
-    np.testing.assert_allclose(decoded(), forward(FEATURES, model, batch, dropped), atol=1e-5)
+    np.testing.assert_allclose(decoded(), forward(model, batch, dropped), atol=1e-5)
     keys = jax.random.split(jax.random.key(2), 3)
     greedy = FEATURES.sample(model, batch, keys, ARSampler(guidance=3.0, greedy=True), segments=1)
-    logits, null = (forward(FEATURES, model, batch | {"codes": greedy}, jnp.full(3, d)) for d in (False, True))
+    logits, null = (forward(model, batch | {"codes": greedy}, jnp.full(3, d)) for d in (False, True))
     np.testing.assert_array_equal(jnp.argmax(null + 3 * (logits - null), -1), greedy.reshape(3, 6))
 
 

@@ -19,7 +19,7 @@ from t2i_jax.nn.decode import DecodeLinear, int8_weights
 from t2i_jax.nn.layers import Int8, Linear, matmul, param
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import Artifact, save_artifact
-from tests.fixtures.autoregressive import GPT, TINY, batch_for, model_for
+from tests.fixtures.autoregressive import GPT, TINY, batch_for, logits_of, model_for
 
 KEY = jax.random.key(0)
 
@@ -57,10 +57,10 @@ def test_a_model_scores_and_draws_as_with_the_floats_of_its_whole_numbers(config
     small = jax.jit(int8_weights)(model)
     whole = jax.tree.map(lambda m: plain(m) if isinstance(m, Int8) else m, small, is_leaf=lambda m: isinstance(m, Int8))
     assert jax.tree.structure(whole) == jax.tree.structure(model)
-    forward, scale = jax.jit(config.forward), np.std(forward_of(config, model, batch))
-    found, exact = forward(small, batch), forward_of(config, whole, batch)
+    forward, scale = jax.jit(logits_of), np.std(forward_of(model, batch))
+    found, exact = forward(small, batch), forward_of(whole, batch)
     np.testing.assert_allclose(found, exact, atol=1e-4 * scale)
-    off = np.abs(found - forward_of(config, model, batch))
+    off = np.abs(found - forward_of(model, batch))
     assert 1e-4 * scale < off.mean() < 0.05 * scale
 
     condition = {name: batch[name] for name in config.condition_spec() if name in batch}
@@ -69,8 +69,8 @@ def test_a_model_scores_and_draws_as_with_the_floats_of_its_whole_numbers(config
     np.testing.assert_array_equal(*drawn)
 
 
-def forward_of(config, model, batch):
-    return np.asarray(jax.jit(config.forward)(model, batch))
+def forward_of(model, batch):
+    return np.asarray(jax.jit(logits_of)(model, batch))
 
 
 def test_matrices_shrink_and_keep_their_places_on_a_mesh():

@@ -152,11 +152,11 @@ def test_hidden_tokens_are_not_seen_and_visible_ones_are():
     config, model = CELLS["masked sets DiffusionHead"], filled(CELLS["masked sets DiffusionHead"])
     batch = batch_of(config)
     hidden = jnp.asarray([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]], bool)
-    of = lambda codes: config.forward(model, batch | {"codes": codes}, hidden)
+    of = lambda codes: model(batch | {"codes": codes}, hidden)
     seen = jax.jit(jax.grad(lambda codes: jnp.sin(of(codes)).sum()))(batch["codes"])
     np.testing.assert_array_equal(jnp.abs(seen).sum(-1).reshape(3, -1) > 0, ~hidden)
     # An encoder that takes no more tokens than are visible gives the same.
-    short = jax.jit(lambda codes: config.forward(model, batch | {"codes": codes}, hidden, visible=5))
+    short = jax.jit(lambda codes: model(batch | {"codes": codes}, hidden, visible=5))
     np.testing.assert_allclose(short(batch["codes"]), jax.jit(of)(batch["codes"]), rtol=1e-4, atol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_kept_keys_and_values_give_what_the_whole_sequence_gives(order):
     codes = config.sample(model, condition_of(config, batch), keys, greedy, orders=orders)
 
     def logits(dropped):
-        z, x = config.forward(model, batch | {"codes": codes}, orders, jnp.full(3, dropped))
+        z, x = model(batch | {"codes": codes}, orders, jnp.full(3, dropped))
         return config.head.logits(model.head, z), x
 
     (own, x), (null, _) = logits(False), logits(True)

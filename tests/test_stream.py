@@ -35,7 +35,15 @@ TURNED = with_fields(
     DALLE, positions="rotary", rope_values=True, tied=True, depth=2, attention=("full",), sandwich_norm=True
 )
 ALL = {"plain": PLAIN, "dalle": DALLE, "cogview": COGVIEW, "turned": TURNED}
-forward = jax.jit(Stream.forward, static_argnums=0)
+
+
+def logits_of(config, model, batch, dropped=None):
+    """Logits of the text tokens and of the codes, each given all preceding tokens."""
+    w, x = model(config.condition(batch, jnp.zeros(B, bool) if dropped is None else dropped), batch["codes"])
+    return model.text_logits(w), model.image_logits(x)
+
+
+forward = jax.jit(logits_of, static_argnums=0)
 loss = jax.jit(Stream.loss, static_argnums=0)
 every = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 
@@ -96,7 +104,7 @@ def test_gradients_flow_to_the_past_alone(config):
         hooked = jax.tree.map(lambda x: x, model)
         table = model.image_tokens.w[...][batch["codes"].reshape(-1)]
         hooked.image_tokens.w = model.image_tokens.w.replace(table * scale.reshape(-1, 1))
-        return config.forward(hooked, batch | {"codes": codes})[1][:, i].sum()
+        return logits_of(config, hooked, batch | {"codes": codes})[1][:, i].sum()
 
     slopes = jax.jit(jax.vmap(jax.grad(logit), (None, 0)))(jnp.ones((B, L)), jnp.arange(L))
     reached = np.abs(slopes).max(1) > 0
@@ -114,7 +122,7 @@ def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
 
     @jax.jit
     def expected(model):
-        w, x = config._features(model, text, batch["codes"])
+        w, x = model(text, batch["codes"])
         table = jnp.concatenate([model.image_tokens.w[...], model.text_tokens.w[...]])
         logp = jax.nn.log_softmax(model.norm(jnp.concatenate([w, x], 1)) @ table.T)
         tokens = jnp.concatenate([13 + text[:, 1:], batch["codes"].reshape(B, L)], 1)
@@ -133,7 +141,7 @@ def test_one_softmax_tells_codes_and_text_apart_in_training_alone():
 def test_sparse_layers_see_text_and_their_part_of_the_image(kind):
     config = dataclasses.replace(PLAIN, grid=(7, 7), attention=(kind,))
     place = jnp.arange(S + 49)
-    mask = np.asarray(config._visible(place, place))[0, 0]
+    mask = np.asarray(jax.jit(config.init)(jax.random.key(0)).visible(place, place))[0, 0]
     assert (mask == np.tril(mask)).all() and mask[S:, :S].all()
     row, column = np.divmod(np.arange(49), 7)
     down, right = row[:, None] - row, column[:, None] - column
@@ -143,18 +151,6 @@ def test_sparse_layers_see_text_and_their_part_of_the_image(kind):
         "window": (down >= 0) & (down < 5) & (right >= 0) & (right < 5),
     }[kind]
     np.testing.assert_array_equal(mask[S:, S:], near & np.tril(np.ones((49, 49), bool)))
-
-
-@pytest.mark.parametrize("config", [PLAIN, DALLE], ids=["plain", "dalle"])
-def test_no_place_predicts_what_belongs_to_the_other_part(config):
-    model, batch = model_for(config), batch_for()
-    text, image = forward(config, model, batch)
-    joint = config.joint(text, image)
-    rows = config.condition.num_embeddings
-    assert joint.shape == (B, text.shape[1] + L, rows + 13)
-    p = jax.nn.softmax(joint)
-    assert (p[:, : text.shape[1], rows:] == 0).all() and (p[:, text.shape[1] :, :rows] == 0).all()
-    np.testing.assert_allclose(p[:, text.shape[1] :, rows:], jax.nn.softmax(image), atol=1e-6)
 
 
 def test_each_place_has_its_own_padding_and_what_it_hides_is_not_read():
@@ -215,10 +211,10 @@ def test_decoding_gives_the_logits_of_the_forward(config):
 
     @jax.jit
     def decoded():
-        first, state = config.prefill(model, batch, dropped)
+        first, state = model.prefill(batch, dropped)
 
         def step(state, i):
-            logits, state = config.decode(state, batch["codes"].reshape(B, L)[:, i], i)
+            logits, state = model.decode(state, batch["codes"].reshape(B, L)[:, i], i)
             return state, logits
 
         _, rest = jax.lax.scan(step, state.grow(L), jnp.arange(L - 1))
@@ -233,7 +229,7 @@ def uncached(config, model, condition, keys, options):
 
     def token(i, codes):
         batch = condition | {"codes": codes.reshape(B, 2, 3)}
-        logits, null = (config.forward(model, batch, jnp.full(B, dropped))[1][:, i] for dropped in (False, True))
+        logits, null = (logits_of(config, model, batch, jnp.full(B, dropped))[1][:, i] for dropped in (False, True))
         logits = guide(logits, null, options.guidance)
         weights = filter_logits(logits, options.temperature, options.top_k, options.top_p)
         cdf = jnp.cumsum(weights / weights.sum(-1, keepdims=True), -1)

@@ -299,13 +299,13 @@ def test_dropped_rows_see_the_null_alone():
 
     @jax.jit
     def logits(features, dropped):
-        return TINY.logits(model, x, t, TINY.embed_condition(model, batch | {"features": features}, dropped))
+        return model.logits(model(x, t, model.read(batch | {"features": features}, dropped)))
 
     dropped = jnp.array([True, False, True, False])
     one, two = logits(batch["features"], dropped), logits(batch["features"] + 1, dropped)
     same = np.isclose(one, two, atol=1e-6).all((1, 2))
     np.testing.assert_array_equal(same, dropped)
-    embedded = TINY.embed_condition(model, batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
+    embedded = model.read(batch | {"text_mask": jnp.zeros((4, 4), bool)}, jnp.zeros(4, bool))
     np.testing.assert_array_equal(embedded.context, np.broadcast_to(model.condition.null[...], (4, 4, 5)))
 
 

@@ -68,7 +68,7 @@ class Decoder:
         self.blocks = [block(i) for i in range(shape.depth)]
         self.norm, self.tokens = tensor(model.norm.w[...]), tensor(model.tokens.w[...])
         self.output = turned(model.output)
-        rotary = config._rotary(1, 0, 1 + config.length)
+        rotary = model.rotary(1, 0, 1 + config.length)
         assert rotary is not None
         self.rotary = tuple(tensor(x) for x in rotary)
         self.classes = tensor(model.condition.table.w[...])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
@@ -32,6 +33,11 @@ class BaseFamily(Checked, abc.ABC):
     @property
     @abc.abstractmethod
     def capabilities(self) -> Capabilities: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image."""
+        return math.prod(self.sample_spec().tokens)
 
     def with_compute(self, compute: Compute) -> Self:
         """The same model with other compute options."""

@@ -30,7 +30,9 @@ O = TypeVar("O", bound="SamplingOptions")
 B = TypeVar("B", contravariant=True)
 """the batch of a loss: `Batch`, or a TypedDict where it also has frozen networks or shared outputs"""
 S = TypeVar("S", bound="DecodeState")
-"""the state of a family that samples token by token"""
+"""the state of a network that decodes token by token"""
+N = TypeVar("N", bound="CachedNetwork")
+"""a network that decodes token by token"""
 
 
 @jax.tree_util.register_dataclass
@@ -256,7 +258,9 @@ class Family(Trainable[M], Protocol[M, O]):
 
 
 class DecodeState(Protocol):
-    """The caches of a family that samples token by token, and what else its next step reads: a dataclass."""
+    """The caches of a network that decodes token by token, and what else its next step reads: a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
     @property
     def caches(self) -> object:
@@ -268,20 +272,24 @@ class DecodeState(Protocol):
         ...
 
 
-class TokenByToken(Family[M, O], Protocol[M, O, S]):
-    """A family that samples one token per step with a key-value cache."""
+class CachedNetwork(nnx.Module, Generic[S]):
+    """A network that predicts the tokens of an image one by one, and keeps what it computed of those before."""
+
+    def prefill(self, condition: Batch, dropped: Array) -> tuple[Array, S]:
+        """Logits (b, v) of token 0, and the state; dropped: bool (b,), rows without their condition."""
+        raise NotImplementedError
+
+    def decode(self, state: S, codes: Array, i: Array | int) -> tuple[Array, S]:
+        """Logits (b, v) of token i + 1 from the codes int (b,) of token i, and the new state."""
+        raise NotImplementedError
+
+
+class TokenByToken(Family[N, O], Protocol[N, O]):
+    """A family that samples one token per step with the key-value cache of its network."""
 
     @property
     def length(self) -> int:
         """Number of tokens of an image."""
-        ...
-
-    def prefill(self, model: M, condition: Batch, dropped: Array) -> tuple[Array, S]:
-        """Logits (b, v) of token 0, and the state; dropped: bool (b,), rows without their condition."""
-        ...
-
-    def decode(self, state: S, codes: Array, i: Array | int) -> tuple[Array, S]:
-        """Logits (b, v) of token i + 1 from the codes int (b,) of token i, and the new state."""
         ...
 
 

@@ -9,9 +9,8 @@ causal rows of MAR's tables (Li et al. 2024, arXiv:2406.11838). Keys and values 
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +29,10 @@ from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vector
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.decode import prepare_layers_for_decode
 from t2i_jax.nn.layers import normal, param
+from t2i_jax.nn.losses import row_mean
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import REMATS, Cache, Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import REMATS, Block, Cache, Transformer, apply_stack, stack
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
@@ -66,11 +66,6 @@ class AnyOrder(BaseFamily):
         _ = self.sample_spec()  # rejects a patch that no token can be made of
         self.conditioning.route("AnyOrder", "prefix")
         check_vectors(self.conditioning.what, self.transformer.width)
-
-    @property
-    def length(self) -> int:
-        """Tokens of an image."""
-        return math.prod(self.grid)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -110,10 +105,8 @@ class AnyOrder(BaseFamily):
         b = len(batch["codes"])
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
         dropped = dropped_rows(keys[1], self.conditioning.dropout, b, train)
-        z, x = self.forward(model, batch, orders, dropped, keys[2] if train else None)
-        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        each = self.head.loss(model.head, z, x, keys[3], train).mean(1)
-        loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
+        z, x = model(batch, orders, dropped, keys[2] if train else None)
+        loss = row_mean(self.head.loss(model.head, z, x, keys[3], train).mean(1), batch)
         return LossOutput(loss, {"loss": loss})
 
     def log_likelihood(self, model: AnyOrderNetwork, batch: Batch, orders: Array | None = None) -> Array:
@@ -125,40 +118,8 @@ class AnyOrder(BaseFamily):
             raise ValueError(f"a {type(self.head).__name__} gives no probability of a code; SoftmaxHead does")
         b = len(batch["codes"])
         orders = orders_of(Raster(), jax.random.split(jax.random.key(0), b), self.length) if orders is None else orders
-        z, x = self.forward(model, batch, orders)
+        z, x = model(batch, orders)
         return -self.head.loss(model.head, z, x, jax.random.key(0), train=False).sum(1)
-
-    def forward(
-        self,
-        model: AnyOrderNetwork,
-        batch: Batch,
-        orders: Array,
-        dropped: Array | None = None,
-        key: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """z (b, L, d) of every token given the preceding ones, and the tokens, both in generation order.
-
-        orders: int (b, L), each read from its end. dropped: bool (b,), rows without their condition. key: for dropout.
-        """
-        b, places = len(orders), jnp.flip(orders, 1)
-        x = _pick(to_tokens(batch["codes"], self.patch), places)
-        prefix, valid = model.condition(batch, jnp.zeros(b, bool) if dropped is None else dropped, self.compute.dtype)
-        y = jnp.concatenate([prefix, self._embed_tokens(model, x, places)[:, :-1]], 1)
-        y = shard(self._add_targets(model, y, places), "batch", "length", None)
-        real = jnp.pad(valid, ((0, 0), (0, self.length - 1)), constant_values=True)
-        mask = Causal(real, valid.shape[1]) if self.conditioning.what.spec.has_padding else Causal()
-        y, _ = apply_stack(model.blocks, y, mask=mask, key=key, remat=self.compute.remat)
-        return model.norm(y[:, prefix.shape[1] - 1 :]), x
-
-    def _embed_tokens(self, model: AnyOrderNetwork, x: Array, places: Array) -> Array:
-        """Embeddings of tokens: code plus position."""
-        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.compute.dtype))
-        return (entered + lookup(model.position, places)).astype(self.compute.dtype)
-
-    def _add_targets(self, model: AnyOrderNetwork, y: Array, places: Array) -> Array:
-        """Add the target positions (b, m) to the last m tokens of y (b, t, d)."""
-        target = jnp.pad(lookup(model.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
-        return y + target.astype(y.dtype)
 
     # -- sampling
 
@@ -194,18 +155,86 @@ class AnyOrder(BaseFamily):
         return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnyOrderDecodeState:
+    """State of token-by-token decoding."""
+
+    caches: tuple[Cache, ...]
+    blocks: tuple[Block, ...]
+    """One by one, in the layout that decodes fastest."""
+    valid: Array
+    """Which tokens of the condition, then of the image, are real (b, s + L - 1)."""
+
+
 class AnyOrderNetwork(nnx.Module):
-    """The parameters of an `AnyOrder`."""
+    """The causal Transformer of an `AnyOrder`, from codes in generation order to the inputs of the head."""
 
     def __init__(self, config: AnyOrder, key: Array):
-        keys, d = jax.random.split(key, 6), config.transformer.width
+        self.config, keys, d = config, jax.random.split(key, 6), config.transformer.width
         self.condition = config.conditioning.what.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
         self.position = param(normal(keys[2], (config.length, d)), None, "embed")
         self.target = param(normal(keys[3], (config.length, d)), None, "embed")
         self.blocks = stack(config.transformer, keys[4], config.compute.attention)
         self.norm = config.transformer.normalise()
-        self.head: Any = config.head.init(keys[5], d)
+        self.head = config.head.init(keys[5], d)
+
+    def __call__(
+        self, batch: Batch, orders: Array, dropped: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """z (b, L, d) of every token given the preceding ones, and the tokens, both in generation order.
+
+        batch: `codes`, and the condition's fields. orders: int (b, L), each read from its end. dropped: bool (b,), rows
+        without their condition. key: for dropout.
+        """
+        config, places = self.config, jnp.flip(orders, 1)
+        x = _pick(to_tokens(batch["codes"], config.patch), places)
+        dropped = jnp.zeros(len(orders), bool) if dropped is None else dropped
+        prefix, valid = self.condition(batch, dropped, config.compute.dtype)
+        y = jnp.concatenate([prefix, self.embed(x, places)[:, :-1]], 1)
+        y = shard(self.add_targets(y, places), "batch", "length", None)
+        padded = config.conditioning.what.spec.has_padding
+        mask = Causal(self._with_image(valid), valid.shape[1]) if padded else Causal()
+        y, _ = apply_stack(self.blocks, y, mask=mask, key=key, remat=config.compute.remat)
+        return self.norm(y[:, prefix.shape[1] - 1 :]), x
+
+    def embed(self, x: Array, places: Array) -> Array:
+        """Codes (b, m, *code) of tokens at positions (b, m) as inputs: (b, m, d)."""
+        dtype = self.config.compute.dtype
+        entered = self.entrance(x if self.config.head.code.is_discrete else x.astype(dtype))
+        return (entered + lookup(self.position, places)).astype(dtype)
+
+    def add_targets(self, y: Array, places: Array) -> Array:
+        """Add the target positions (b, m) to the last m tokens of y (b, t, d)."""
+        target = jnp.pad(lookup(self.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
+        return y + target.astype(y.dtype)
+
+    def _with_image(self, valid: Array) -> Array:
+        """Which tokens are real, of the condition (b, s) and of the sequence (b, s + L - 1)."""
+        return jnp.pad(valid, ((0, 0), (0, self.config.length - 1)), constant_values=True)
+
+    def prefill(self, condition: Batch, dropped: Array, place: Array) -> tuple[Array, AnyOrderDecodeState]:
+        """Process the condition: z (b, 1, d) of the first token, at `place` (b, 1), and the state for `decode`."""
+        config, dtype = self.config, self.config.compute.dtype
+        prefix, valid = self.condition(condition, dropped, dtype)
+        (b, s), real = valid.shape, self._with_image(valid)
+        reading, decoding = prepare_layers_for_decode(self.blocks, dtype)
+        caches = tuple(Cache.empty(config.transformer, b, real.shape[1], dtype) for _ in reading)
+        mask = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, config.length - 1)))
+        y, caches = apply_stack(reading, self.add_targets(prefix, place), mask=mask, caches=caches)
+        return self.norm(y[:, -1:]), AnyOrderDecodeState(caches, decoding, real)
+
+    def decode(
+        self, state: AnyOrderDecodeState, x: Array, place: Array, following: Array, k: Array | int
+    ) -> tuple[Array, AnyOrderDecodeState]:
+        """Feed the k-th token of the order, codes x (b, 1, *code) at `place` (b, 1): z (b, 1, d) of the next one, at
+        `following` (b, 1)."""
+        s, capacity = state.valid.shape[1] - self.config.length + 1, state.valid.shape[1]
+        y = self.add_targets(self.embed(x, place), following)
+        mask = (state.valid & (jnp.arange(capacity) <= s + k))[:, None, None]
+        y, caches = apply_stack(state.blocks, y, mask=mask, caches=state.caches)
+        return self.norm(y), dataclasses.replace(state, caches=caches)
 
 
 def _pick(x: Array, places: Array) -> Array:
@@ -236,35 +265,26 @@ def _sample(
     orders = orders if config.order.fixed else with_known_last(orders, keep)
     places = jnp.flip(orders, 1)
 
-    prefix, valid = model.condition(rows(condition), both.dropped(b), config.compute.dtype)
-    s, capacity = valid.shape[1], valid.shape[1] + length - 1
-    reading, decoding = prepare_layers_for_decode(model.blocks, config.compute.dtype)
-    caches = tuple(Cache.empty(config.transformer, b * both.count, capacity, config.compute.dtype) for _ in reading)
-    seen = jnp.pad(valid, ((0, 0), (0, length - 1)), constant_values=True)
-    first = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, length - 1)))
-    y, caches = apply_stack(reading, config._add_targets(model, prefix, rows(places[:, :1])), mask=first, caches=caches)
+    place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+    z, state = model.prefill(rows(condition), both.dropped(b), rows(place(0)))
 
-    def draw(x: Array, y: Array, k: Array | int) -> Array:
-        """Codes after sampling the k-th token of the order, given the output y (b n, d) at its predecessor."""
-        z, null = both.split(model.norm(y)[:, None])
-        place = jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+    def draw(x: Array, z: Array, k: Array | int) -> Array:
+        """Codes after sampling the k-th token of the order from z (b n, 1, d)."""
+        at, (own, null) = place(k), both.split(z)
         scale = jnp.broadcast_to(options.guidance_at(k, length), (b,))
-        drawn, _ = config.head.sample(model.head, z, null, draws.at(0, place), scale, options)
-        kept = jnp.take_along_axis(keep, place, 1)
-        old = _pick(x, place)
+        drawn, _ = config.head.sample(model.head, own, null, draws.at(0, at), scale, options)
+        kept, old = jnp.take_along_axis(keep, at, 1), _pick(x, at)
         new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))
-        return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, place, new)
+        return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, at, new)
 
     def step(carry: tuple[Array, tuple[Cache, ...]], k: Array) -> tuple[tuple[Array, tuple[Cache, ...]], None]:
         x, caches = carry
-        own, following = (jax.lax.dynamic_slice_in_dim(places, k + n, 1, 1) for n in (0, 1))
-        y = config._add_targets(model, config._embed_tokens(model, rows(_pick(x, own)), rows(own)), rows(following))
-        mask = (seen & (jnp.arange(capacity) <= s + k))[:, None, None]
-        y, caches = apply_stack(decoding, y, mask=mask, caches=caches)
-        x = draw(x, y[:, 0], k + 1)
+        here = dataclasses.replace(state, caches=caches)
+        z, after = model.decode(here, rows(_pick(x, place(k))), rows(place(k)), rows(place(k + 1)), k)
+        x = draw(x, z, k + 1)
         report(progress, k + 2, length, from_tokens(x, config.grid, config.patch))
-        return (x, caches), None
+        return (x, after.caches), None
 
-    x = draw(x, y[:, -1], 0)
-    (x, _), _ = jax.lax.scan(step, (x, caches), jnp.arange(length - 1))
+    x = draw(x, z, 0)
+    (x, _), _ = jax.lax.scan(step, (x, state.caches), jnp.arange(length - 1))
     return from_tokens(x, config.grid, config.patch)

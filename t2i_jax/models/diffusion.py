@@ -28,12 +28,8 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, dropped_rows
 from t2i_jax.networks.dit import Context, DiT, DiTNetwork
 from t2i_jax.networks.unet import UNet, UNetNetwork
-from t2i_jax.noise.gaussian import (
-    clipped,
-    join,
-    loss_weight,
-    split,
-)
+from t2i_jax.nn.losses import row_weights, weighted_mean
+from t2i_jax.noise.gaussian import clipped, join, loss_weight, split
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import expand_like, spread
 from t2i_jax.sampling import guidance, solvers
@@ -187,12 +183,11 @@ class Diffusion(BaseFamily):
             batch = {**batch, **noise_low_res(small, share, jax.random.normal(draw[1], small.shape))}
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
-        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        mean = lambda x, weight: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        means = {k: mean(v, weight) for k, v in losses.items()}
+        weight = row_weights(batch, b)
+        means = {k: weighted_mean(v, weight) for k, v in losses.items()}
         if not train and b >= 4:  # with fewer rows a quarter is empty
             quarter = jnp.floor(4 * u)
-            means |= {f"mse_q{q + 1}": mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
+            means |= {f"mse_q{q + 1}": weighted_mean(losses["mse"], weight * (quarter == q)) for q in range(4)}
         return LossOutput(means["loss"], means)
 
     def losses(

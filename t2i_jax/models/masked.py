@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from t2i_jax.heads import DiffusionHead, ImageKeys, TokenHead, sample_spec
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
 from t2i_jax.nn.layers import Linear, normal, param
+from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
 from t2i_jax.nn.transformer import REMATS, Transformer, apply_stack, stack
@@ -101,11 +102,6 @@ class Masked(BaseFamily):
             raise ConfigError("positions.count: the tables of Masked have a row for each token")
 
     @property
-    def length(self) -> int:
-        """Tokens of an image."""
-        return math.prod(self.grid)
-
-    @property
     def condition_tokens(self) -> int:
         """Number of condition positions before the image."""
         return self.buffer if self.conditioning.what.length == 1 else self.conditioning.what.length
@@ -154,111 +150,10 @@ class Masked(BaseFamily):
         orders = orders_of(self.order, jax.random.split(keys[0], b), self.length)
         hidden = hidden_by(orders, self.rate.draw(keys[1], b, self.length, train))
         dropped = dropped_rows(keys[2], self.conditioning.dropout, b, train)
-        z = self.forward(
-            model, batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3] if train else None
-        )
+        z = model(batch, hidden, dropped, visible=self.rate.visible(self.length), key=keys[3] if train else None)
         each = self.head.loss(model.head, z, x, keys[4], train)
-        weight = hidden * batch.get("weight", jnp.ones(b)).astype(jnp.float32)[:, None]
-        loss = jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
+        loss = weighted_mean(each, hidden * row_weights(batch, b)[:, None])
         return LossOutput(loss, {"loss": loss, "hidden": hidden.mean()})
-
-    def forward(
-        self,
-        model: MaskedNetwork,
-        batch: Batch,
-        hidden: Array,
-        dropped: Array | None = None,
-        *,
-        visible: int | None = None,
-        key: Array | None = None,
-    ) -> Array:
-        """Inputs of the head, z (b, L, d), computed from the codes that `hidden` bool (b, L) leaves visible.
-
-        dropped: bool (b,), rows without their condition. visible: upper bound on the visible tokens of a row; the
-        encoder reads no more. key: for dropout.
-        """
-        keys = (None, None) if key is None else jax.random.split(key)
-        dropped = jnp.zeros(len(hidden), bool) if dropped is None else dropped
-        condition = self.read(model, batch, dropped)
-        size = self.length if visible is None else visible
-        y = self.encode(model, condition, to_tokens(batch["codes"], self.patch), hidden, size, keys[0])
-        return self.decode(model, condition[1], self.restore(model, y, hidden), keys[1])
-
-    def read(self, model: MaskedNetwork, batch: Batch, dropped: Array) -> tuple[Array, Array]:
-        """The condition tokens (b, s, d), and which of them are valid (b, s)."""
-        tokens, valid = model.condition(batch, dropped, self.compute.dtype)
-        if self.conditioning.what.length == 1:
-            tokens, valid = (
-                repeat(tokens, "b 1 d -> b s d", s=self.condition_tokens),
-                repeat(valid, "b 1 -> b s", s=self.condition_tokens),
-            )
-        return tokens, valid
-
-    def encode(
-        self,
-        model: MaskedNetwork,
-        condition: tuple[Array, Array],
-        x: Array,
-        hidden: Array,
-        size: int,
-        key: Array | None = None,
-    ) -> Array:
-        """Encode the condition and the visible tokens, in ascending position: (b, s + size, d).
-
-        Rows with fewer visible tokens than `size` are filled with hidden ones, which the mask excludes.
-        """
-        slots, valid = condition
-        places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
-        seen = jnp.take_along_axis(~hidden, places, 1)
-        x = jax.vmap(lambda x, p: x[p])(x, places)
-        entered = model.entrance(x if self.head.code.is_discrete else x.astype(self.compute.dtype)).astype(
-            self.compute.dtype
-        )
-        y = jnp.concatenate([slots, entered], 1)
-        at = self._order_of(places)
-        if model.encoder_position is not None:
-            y = y + model.encoder_position[...].astype(y.dtype)[at]
-        y = shard(model.entrance_norm(y), "batch", "length", None)
-        if model.encoder is not None:
-            mask, rotary = Padding(jnp.concatenate([valid, seen], 1)), self._rotary(self.transformer)
-            rotary = None if rotary is None else (rotary[0][at], rotary[1][at])
-            y, _ = apply_stack(model.encoder, y, rotary=rotary, mask=mask, key=key, remat=self.compute.remat)
-        return model.encoder_norm(y)
-
-    def _order_of(self, places: Array) -> Array:
-        """Numbers (b, s + size) in the sequence of condition and image: those of the condition, then of `places` of the
-        image."""
-        s = self.condition_tokens
-        prefix = jnp.broadcast_to(jnp.arange(s), (len(places), s))
-        return jnp.concatenate([prefix, s + places], 1)
-
-    def _rotary(self, transformer: Transformer) -> Rotary | None:
-        """cos and sin of the whole sequence (s + L, h / 2), if positions are rotary."""
-        if not isinstance(self.positions, RotaryPositions):
-            return None
-        return self.positions.table(self.grid, transformer.head_size, self.condition_tokens)
-
-    def restore(self, model: MaskedNetwork, y: Array, hidden: Array) -> Array:
-        """Scatter the encoder's output among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
-        y = model.widen(y)
-        places = jnp.cumsum(~hidden, 1) - 1  # rank of each visible position among the visible ones
-        places = jnp.clip(places, 0, max(y.shape[1] - self.condition_tokens - 1, 0))
-        if y.shape[1] == self.condition_tokens:  # nothing is visible
-            tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
-        else:
-            tokens = jax.vmap(lambda y, p: y[p])(y[:, self.condition_tokens :], places)
-        tokens = jnp.where(hidden[..., None], model.mask_token[...].astype(y.dtype), tokens)
-        return shard(jnp.concatenate([y[:, : self.condition_tokens], tokens], 1), "batch", "length", None)
-
-    def decode(self, model: MaskedNetwork, valid: Array, y: Array, key: Array | None = None) -> Array:
-        """z of every position: (b, s + L, d') -> (b, L, d')."""
-        real = jnp.pad(valid, ((0, 0), (0, self.length)), constant_values=True)
-        mask = Padding(real) if self.conditioning.what.spec.has_padding else None
-        y = y if model.decoder_position is None else y + model.decoder_position[...].astype(y.dtype)
-        rotary = self._rotary(self.decoding)
-        y, _ = apply_stack(model.decoder, y, rotary=rotary, mask=mask, key=key, remat=self.compute.remat)
-        z = model.decoder_norm(y)[:, self.condition_tokens :]
-        return z if model.head_position is None else z + model.head_position[...].astype(y.dtype)
 
     # -- sampling
 
@@ -317,10 +212,10 @@ class Masked(BaseFamily):
 
 
 class MaskedNetwork(nnx.Module):
-    """The parameters of a `Masked`."""
+    """The encoder of known tokens and the decoder of all, from codes to the inputs of the head."""
 
     def __init__(self, config: Masked, key: Array):
-        keys = jax.random.split(key, 10)
+        self.config, keys = config, jax.random.split(key, 10)
         encoder, decoder, kernel = config.transformer, config.decoding, config.compute.attention
         d, f, total = encoder.width, decoder.width, config.condition_tokens + config.length
         learned = isinstance(config.positions, LearnedPositions)
@@ -337,7 +232,85 @@ class MaskedNetwork(nnx.Module):
         self.decoder = stack(decoder, keys[7], kernel)
         self.decoder_norm = decoder.normalise()
         self.head_position = table(keys[8], config.length, f)
-        self.head: Any = config.head.init(keys[9], f)
+        self.head = config.head.init(keys[9], f)
+
+    def __call__(
+        self,
+        batch: Batch,
+        hidden: Array,
+        dropped: Array | None = None,
+        *,
+        visible: int | None = None,
+        key: Array | None = None,
+    ) -> Array:
+        """Inputs of the head, z (b, L, d), computed from the codes that `hidden` bool (b, L) leaves visible.
+
+        batch: `codes`, and the condition's fields. dropped: bool (b,), rows without their condition. visible: upper
+        bound on the visible tokens of a row; the encoder reads no more. key: for dropout.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        slots, valid = self.read(batch, jnp.zeros(len(hidden), bool) if dropped is None else dropped)
+        size = self.config.length if visible is None else visible
+        y = self.encode(slots, valid, to_tokens(batch["codes"], self.config.patch), hidden, size, keys[0])
+        return self.decode(self.restore(y, hidden), valid, keys[1])
+
+    def read(self, batch: Batch, dropped: Array) -> tuple[Array, Array]:
+        """The condition tokens (b, s, d), and which of them are valid (b, s); dropped: bool (b,)."""
+        tokens, valid = self.condition(batch, dropped, self.config.compute.dtype)
+        count = self.config.condition_tokens // tokens.shape[1]  # a single token fills the buffer
+        return repeat(tokens, "b s d -> b (s n) d", n=count), repeat(valid, "b s -> b (s n)", n=count)
+
+    def encode(self, slots: Array, valid: Array, x: Array, hidden: Array, size: int, key: Array | None = None) -> Array:
+        """Encode the condition tokens (b, s, d) and the visible ones of x, in ascending position: (b, s + size, d).
+
+        Rows with fewer visible tokens than `size` are filled with hidden ones, which the mask excludes.
+        """
+        config, dtype = self.config, self.config.compute.dtype
+        places = jnp.argsort(hidden, axis=1, stable=True)[:, :size]
+        seen = jnp.take_along_axis(~hidden, places, 1)
+        x = jax.vmap(lambda x, p: x[p])(x, places)
+        entered = self.entrance(x if config.head.code.is_discrete else x.astype(dtype)).astype(dtype)
+        y = jnp.concatenate([slots, entered], 1)
+        prefix = jnp.broadcast_to(jnp.arange(slots.shape[1]), slots.shape[:2])
+        at = jnp.concatenate([prefix, slots.shape[1] + places], 1)  # numbers in the sequence of condition and image
+        if self.encoder_position is not None:
+            y = y + self.encoder_position[...].astype(y.dtype)[at]
+        y = shard(self.entrance_norm(y), "batch", "length", None)
+        if self.encoder is not None:
+            mask, rotary = Padding(jnp.concatenate([valid, seen], 1)), self.rotary(config.transformer)
+            rotary = None if rotary is None else (rotary[0][at], rotary[1][at])
+            y, _ = apply_stack(self.encoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
+        return self.encoder_norm(y)
+
+    def rotary(self, transformer: Transformer) -> Rotary | None:
+        """cos and sin of the whole sequence (s + L, h / 2), if positions are rotary."""
+        config = self.config
+        if not isinstance(config.positions, RotaryPositions):
+            return None
+        return config.positions.table(config.grid, transformer.head_size, config.condition_tokens)
+
+    def restore(self, y: Array, hidden: Array) -> Array:
+        """Scatter the encoder's output among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
+        y, s = self.widen(y), self.config.condition_tokens
+        places = jnp.cumsum(~hidden, 1) - 1  # rank of each visible position among the visible ones
+        places = jnp.clip(places, 0, max(y.shape[1] - s - 1, 0))
+        if y.shape[1] == s:  # nothing is visible
+            tokens = jnp.zeros((*hidden.shape, y.shape[2]), y.dtype)
+        else:
+            tokens = jax.vmap(lambda y, p: y[p])(y[:, s:], places)
+        tokens = jnp.where(hidden[..., None], self.mask_token[...].astype(y.dtype), tokens)
+        return shard(jnp.concatenate([y[:, :s], tokens], 1), "batch", "length", None)
+
+    def decode(self, y: Array, valid: Array, key: Array | None = None) -> Array:
+        """z of every position: (b, s + L, d') -> (b, L, d'); valid: bool (b, s)."""
+        config = self.config
+        real = jnp.pad(valid, ((0, 0), (0, config.length)), constant_values=True)
+        mask = Padding(real) if config.conditioning.what.spec.has_padding else None
+        y = y if self.decoder_position is None else y + self.decoder_position[...].astype(y.dtype)
+        rotary = self.rotary(config.decoding)
+        y, _ = apply_stack(self.decoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
+        z = self.decoder_norm(y)[:, config.condition_tokens :]
+        return z if self.head_position is None else z + self.head_position[...].astype(y.dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "guided"))
@@ -356,7 +329,7 @@ def _sample(
 ) -> Array:
     b, length, order = len(x), config.length, config.order
     both = Branches(guided)
-    slots = config.read(model, both.rows(condition), both.dropped(b))
+    slots, valid = model.read(both.rows(condition), both.dropped(b))
     keep = rearrange(keep, "b h w -> b (h w)")
     own = jax.vmap(jax.random.split)(keys)
     orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
@@ -371,7 +344,7 @@ def _sample(
 
     def look(size: int, x: Array, hidden: Array) -> Array:
         x, hidden = both.rows((x, hidden))
-        return config.restore(model, config.encode(model, slots, x, hidden, size), hidden)
+        return model.restore(model.encode(slots, valid, x, hidden, size), hidden)
 
     def ask(size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array) -> tuple[Array, Array]:
         """Codes with positions `first` to `last` of the order resampled, and their scores (b, L)."""
@@ -393,7 +366,7 @@ def _sample(
         x, orders, now, i = state
         hidden = hidden_by(orders, now)
         y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
-        z = config.decode(model, slots[1], y)
+        z = model.decode(y, valid)
         then = after(i, now)
         first = jnp.zeros_like(then) if order.by_confidence else then
         x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)

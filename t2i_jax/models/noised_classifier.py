@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from t2i_jax.networks.condition import ids
 from t2i_jax.networks.unet import UNet, UNetEncoder
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
-from t2i_jax.nn.losses import cross_entropy
+from t2i_jax.nn.losses import cross_entropy, row_mean
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.guidance import of_class
@@ -82,9 +82,8 @@ class NoisedClassifier(Checked):
             keys[2] if train else None,
         )
         _, nll, correct = cross_entropy(logits, batch["label"])
-        weight = batch.get("weight", jnp.ones(len(x0))).astype(jnp.float32)
-        mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        return LossOutput(mean(nll), {"loss": mean(nll), "accuracy": mean(correct)})
+        loss = row_mean(nll, batch)
+        return LossOutput(loss, {"loss": loss, "accuracy": row_mean(correct, batch)})
 
     def log_p(self, model: NoisyClassifierNet, x: Array, t: Array, condition: Batch) -> Array:
         """log p(label | x) (b,): a `Diffusion` samples towards `label` with `jax.tree_util.Partial(config.log_p,
@@ -99,12 +98,12 @@ class NoisyClassifierNet(UNetEncoder):
         keys = jax.random.split(key)
         super().__init__(config.trunk, keys[0], config.compute)
         trunk, c = config.trunk, self.kept[-1]
+        self.head: MeanPool | AttentionPool | StagePool
         if config.pool.startswith("spatial"):
-            self.head: Any = StagePool(trunk, sum(self.kept) + c, config.classes, keys[1], config.pool == "spatial_v2")
-        elif config.pool == "attention":
-            self.head = AttentionPool(trunk, c, config.classes, keys[1])
+            self.head = StagePool(trunk, sum(self.kept) + c, config.classes, keys[1], config.pool == "spatial_v2")
         else:
-            self.head = MeanPool(trunk, c, config.classes, keys[1])
+            pool = AttentionPool if config.pool == "attention" else MeanPool
+            self.head = pool(trunk, c, config.classes, keys[1])
 
     def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
         """x (b, i, j, c) at network times t (b,) -> logits (b, v) fp32."""

@@ -20,21 +20,28 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
-from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, NotNegative, Share, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput
+from t2i_jax.core.specs import BatchSpec
+from t2i_jax.core.types import CachedNetwork, Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.nn.attention import Causal, Rotary, rotary_text_grid
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.layers import Embedding, LayerNorm, RMSNorm, matmul, normal, param, transposed
-from t2i_jax.nn.losses import chunked_cross_entropy
-from t2i_jax.nn.transformer import REMATS, Block, Cache, TokenShift, Transformer, apply_stack, drop, stack
-from t2i_jax.sampling import autoregressive
-from t2i_jax.sampling.guidance import is_guided
+from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
+from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
+from t2i_jax.nn.transformer import (
+    REMATS,
+    Block,
+    Cache,
+    TokenShift,
+    Transformer,
+    apply_stack,
+    drop,
+    scale_residuals,
+    stack,
+)
+from t2i_jax.sampling.autoregressive import Autoregressive
 from t2i_jax.sampling.options import ARSampler
-from t2i_jax.sampling.progress import Progress
 
 Attention = Literal["full", "row", "column", "window"]
 WINDOW = 5  # rows and columns of a window, its last cell the query's own
@@ -77,7 +84,7 @@ class StreamText(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream(BaseFamily):
+class Stream(Autoregressive):
     """A causal Transformer over a caption and the codes of its image, and its training settings."""
 
     vocabulary: Size = 1024
@@ -120,11 +127,6 @@ class Stream(BaseFamily):
             raise ValueError(f"token_shift: moves quarters of the width {self.transformer.width}, no multiple of 4")
 
     @property
-    def length(self) -> int:
-        """Tokens of an image."""
-        return math.prod(self.grid)
-
-    @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(
@@ -140,10 +142,6 @@ class Stream(BaseFamily):
             attention=True,
             loss_chunk=True,
         )
-
-    def sample_spec(self) -> SampleSpec:
-        """Shape and dtype of a sample."""
-        return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads."""
@@ -162,177 +160,26 @@ class Stream(BaseFamily):
         to ignore. train: False turns off dropout and dropped texts; static.
         """
         keys = jax.random.split(key)
-        b = batch["codes"].shape[0]
-        text = self.condition(batch, dropped_rows(keys[0], self.condition_dropout, b, train))
-        w, x = self._features(model, text, batch["codes"], keys[1] if train else None)
+        dropped = dropped_rows(keys[0], self.condition_dropout, len(batch["codes"]), train)
+        text = self.condition(batch, dropped)
+        w, x = model(text, batch["codes"], keys[1] if train else None)
         both = lambda z: jnp.concatenate([model.image_logits(z), model.text_logits(z)], -1)
         text_score, image_score = (both, both) if self.one_softmax else (model.text_logits, model.image_logits)
         text = text[:, text.shape[1] - w.shape[1] :] + self.vocabulary * self.one_softmax
         _, text_nll, _ = chunked_cross_entropy(text_score, w, text, self.compute.loss_chunk)
         _, image_nll, correct = self._image_score(image_score, x, batch["codes"])
-        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        mean = lambda x: jnp.sum(x.mean(-1) * weight) / jnp.maximum(weight.sum(), 1)
-        loss = (mean(text_nll) + self.image_weight * mean(image_nll)) / (1 + self.image_weight)
-        bits = {"bits_per_token": mean(image_nll) / math.log(2), "bits_per_text_token": mean(text_nll) / math.log(2)}
-        return LossOutput(loss, {"loss": loss, **bits, "accuracy": mean(correct)})
+        of_text, of_image, accuracy = (row_mean(x.mean(-1), batch) for x in (text_nll, image_nll, correct))
+        loss = (of_text + self.image_weight * of_image) / (1 + self.image_weight)
+        bits = {"bits_per_token": of_image / math.log(2), "bits_per_text_token": of_text / math.log(2)}
+        return LossOutput(loss, {"loss": loss, **bits, "accuracy": accuracy})
 
     def log_likelihood(self, model: StreamNetwork, batch: Batch) -> Array:
         """log p(codes | text) of each image in nats: (b,) fp32."""
-        text = self.condition(batch, jnp.zeros(batch["codes"].shape[0], bool))
-        _, x = self._features(model, text, batch["codes"])
+        _, x = model(self.condition(batch, jnp.zeros(len(batch["codes"]), bool)), batch["codes"])
         return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
-
-    def forward(self, model: StreamNetwork, batch: Batch, dropped: Array | None = None) -> tuple[Array, Array]:
-        """Logits fp32 of text tokens and of codes, each given all preceding tokens.
-
-        Text: (b, s or s - 1, rows), without the first token if there is no start token; codes: (b, L, v). `dropped`
-        bool (b,) marks rows without their text.
-        """
-        dropped = jnp.zeros(batch["codes"].shape[0], bool) if dropped is None else dropped
-        w, x = self._features(model, self.condition(batch, dropped), batch["codes"])
-        return model.text_logits(w), model.image_logits(x)
-
-    def joint(self, text: Array, image: Array) -> Array:
-        """Both parts of `forward` as logits (b, t, rows + v) over one vocabulary, text first.
-
-        Tokens that a position cannot predict get the lowest finite number.
-        """
-        lowest = jnp.finfo(jnp.float32).min
-        wide = lambda x, *sides: jnp.pad(x, [(0, 0), (0, 0), sides], constant_values=lowest)
-        return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
 
     def _image_score(self, score: Callable[[Array], Array], x: Array, codes: Array) -> tuple[Array, ...]:
         return chunked_cross_entropy(score, x, rearrange(codes, "b h w -> b (h w)"), self.compute.loss_chunk)
-
-    def _features(
-        self, model: StreamNetwork, text: Array, codes: Array, key: Array | None = None
-    ) -> tuple[Array, Array]:
-        """Outputs of the Transformer at the positions of text logits and of code logits: (b, s', d), (b, L, d)."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
-        x = jnp.concatenate([self._text(model, text), self._image(model.image_tokens, model.cells(), codes, 0)], 1)
-        x = self.embedding_gradient * x + (1 - self.embedding_gradient) * jax.lax.stop_gradient(x)
-        place = jnp.arange(x.shape[1])
-        x, _ = apply_stack(
-            model.blocks,
-            shard(drop(x, self.transformer.dropout, keys[0]), "batch", "length", None),
-            mask=Causal() if self.attention == ("full",) else self._visible(place, place),
-            rotary=self._rotary(place),
-            shift=self._shift,
-            key=keys[1],
-            remat=self.compute.remat,
-        )
-        return x[:, : self.condition.prefix_length - 1], x[:, self.condition.prefix_length - 1 :]
-
-    # -- embeddings, masks and positions
-
-    def _text(self, model: StreamNetwork, text: Array) -> Array:
-        """Text ids (b, s) as the first tokens of the stream."""
-        if self.condition.start:
-            text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.condition.padding)
-        x = model.text_tokens(text)
-        x = x if model.text_places is None else x + model.text_places[...]
-        return shard(x.astype(self.compute.dtype), "batch", "length", None)
-
-    def _image(self, tokens: Embedding, places: Array | None, codes: Array, first: Array | int) -> Array:
-        """Codes (b, t) of the grid positions from `first` on as tokens of the stream."""
-        x = tokens(codes)
-        here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
-        x = x if places is None else x + shard(here(places), None, "embed")
-        return shard(x.astype(self.compute.dtype), "batch", "length", None)
-
-    @property
-    def _shift(self) -> TokenShift | None:
-        return TokenShift(self.condition.prefix_length, self.grid[1]) if self.token_shift else None
-
-    def _visible(self, q: Array, k: Array) -> Array:
-        """Mask from positions q (t,) to positions k (s,): (1, 1, t, s), or (n, 1, 1, t, s) for n masks that cycle over
-        the layers."""
-        q, k = q[:, None], k[None]
-        past, columns = k <= q, self.grid[1]
-        (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.condition.prefix_length, columns) for p in (q, k))
-        down, right = q_row - k_row, q_column - k_column
-        near = {
-            "full": True,
-            "row": down == 0,
-            "column": right == 0,
-            "window": (down < WINDOW) & (right >= 0) & (right < WINDOW),
-        }
-        masks = jnp.stack([past & (near[kind] | (k < self.condition.prefix_length)) for kind in self.attention])
-        return masks[:, None, None] if len(masks) > 1 else masks[:, None]
-
-    def _rotary(self, place: Array) -> Rotary | None:
-        """cos and sin at positions `place`."""
-        if self.positions != "rotary":
-            return None
-        angles = rotary_text_grid(self.condition.prefix_length, self.grid, self.transformer.head_size)
-        return jnp.cos(angles)[place], jnp.sin(angles)[place]
-
-    # -- sampling
-
-    def sample(
-        self,
-        model: StreamNetwork,
-        condition: Batch,
-        keys: Array,
-        options: ARSampler | None = None,
-        *,
-        known: Array | None = None,
-        keep: Array | None = None,
-        guided: bool | None = None,
-        segments: int = 0,
-        progress: Progress | None = None,
-    ) -> Array:
-        """Codes int32 (b, h, w), one image per row of `text` and per key of `keys` (b,); see
-        `sampling.autoregressive.sample`.
-
-        guided: None skips the unconditional branch if `condition_dropout` is 0.
-        """
-        guided = is_guided(self.capabilities, guided)
-        segments = segments or autoregressive.segments_of(self.transformer.depth)
-        return autoregressive.sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
-
-    def prefill(self, model: StreamNetwork, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
-        """Process the text: the logits (b, v) of code 0, and the initial state for `decode`."""
-        x, place = self._text(model, self.condition(condition, dropped)), jnp.arange(self.condition.prefix_length)
-        first, following = prepare_layers_for_decode(model.blocks, self.compute.dtype)
-        b, s = x.shape[:2]
-        caches = tuple(Cache.empty(self.transformer, b, s, self.compute.dtype) for _ in first)
-        if self.token_shift:
-            past = jnp.zeros((b, 2, s, self.transformer.width // 4 * 2), self.compute.dtype)
-            caches = tuple(c._replace(past=past) for c in caches)
-        x, caches = apply_stack(
-            first,
-            x,
-            mask=self._visible(place, place),
-            rotary=self._rotary(place),
-            shift=self._shift,
-            caches=caches,
-        )
-        w = transposed(model.image_tokens.w) if model.image_head is None else model.image_head
-        state = StreamDecodeState(
-            caches=caches,
-            blocks=following,
-            tokens=model.image_tokens,
-            places=model.cells(),
-            norm=model.norm,
-            output=DecodeLinear(w, model.image_bias, self.compute.dtype, jnp.float32),
-            text=s,
-        )
-        return model.image_logits(x[:, -1]), state
-
-    def decode(self, state: StreamDecodeState, codes: Array, i: Array | int) -> tuple[Array, StreamDecodeState]:
-        """Feed code i, int (b,), and return the logits (b, v) of code i + 1. The caches must have room for it."""
-        place = jnp.reshape(self.condition.prefix_length + i, (1,))
-        x, caches = apply_stack(
-            state.blocks,
-            self._image(state.tokens, state.places, codes[:, None], i),
-            mask=self._visible(place, jnp.arange(state.caches[0].k.shape[2])),
-            rotary=self._rotary(place),
-            shift=self._shift,
-            caches=state.caches,
-        )
-        return state.output(state.norm(x[:, 0])), dataclasses.replace(state, caches=caches)
 
 
 @jax.tree_util.register_dataclass
@@ -343,58 +190,68 @@ class StreamDecodeState:
     caches: tuple[Cache, ...]
     blocks: tuple[Block, ...]
     """One by one, in the layout that decodes fastest."""
-    tokens: Embedding
-    places: Array | None
-    """Position embeddings of the codes (L, d)."""
-    norm: RMSNorm | LayerNorm
     output: DecodeLinear
-    text: int = dataclasses.field(metadata={"static": True})
+    cells: Array | None
+    """Position embeddings of the codes (L, d)."""
+    prefix: int = dataclasses.field(metadata={"static": True})
     """Tokens before the image."""
 
     def grow(self, count: int) -> StreamDecodeState:
         """The state with caches for `count` tokens of the image."""
-        return dataclasses.replace(self, caches=tuple(c.grow(self.text + count) for c in self.caches))
+        return dataclasses.replace(self, caches=tuple(c.grow(self.prefix + count) for c in self.caches))
 
 
-class StreamNetwork(nnx.Module):
-    """The parameters of a `Stream`."""
+class StreamNetwork(CachedNetwork[StreamDecodeState]):
+    """The causal Transformer of a `Stream`, from ids and codes to the logits of both."""
 
     def __init__(self, config: Stream, key: Array):
         keys, shape = jax.random.split(key, 7), config.transformer
-        d, depth = shape.width, shape.depth
-        self.text_tokens = Embedding(config.condition.num_embeddings, d, keys[0])
+        d, rows = shape.width, config.condition.num_embeddings
+        self.config, self.prefix = config, config.condition.prefix_length
+        self.text_tokens = Embedding(rows, d, keys[0])
         self.image_tokens = Embedding(config.vocabulary, d, keys[1])
         places = lambda key, *shape: param(normal(key, (*shape, d)), *(None,) * len(shape), "embed")
         learned = config.positions != "rotary"
-        self.text_places = places(keys[2], config.condition.prefix_length) if learned else None
+        self.text_places = places(keys[2], self.prefix) if learned else None
         self.image_places = places(keys[3], config.length) if config.positions == "learned" else None
         axial = config.positions == "axial"
         self.row_places, self.column_places = (
             places(k, n) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
         )
         self.blocks = stack(shape, keys[4], config.compute.attention)
-        # Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
-        for branch in (self.blocks.attention, self.blocks.mlp):
-            branch.out.w = param(branch.out.w[...] / math.sqrt(2 * depth), *branch.out.w.axes)
+        scale_residuals(self.blocks)
         if shape.layer_scale:  # earlier layers start with larger scales (Touvron et al. 2021, 3.2)
-            layer = jnp.arange(1, depth + 1)
+            layer = jnp.arange(1, shape.depth + 1)
             scale = jnp.where(layer <= 18, 0.1, jnp.where(layer <= 24, 1e-5, 1e-6))[:, None]
-            for name in ("attention_scale", "mlp_scale"):
-                setattr(self.blocks, name, param(jnp.broadcast_to(scale, (depth, d)), None))
+            scales = (param(jnp.broadcast_to(scale, (shape.depth, d)), None) for _ in range(2))
+            self.blocks.attention_scale, self.blocks.mlp_scale = scales
         self.norm = shape.normalise()
         matrix = lambda key, v: None if config.tied else param(normal(key, (d, v)), "embed", "vocab")
         bias = lambda v: param(jnp.zeros(v), "vocab") if config.output_bias else None
-        self.text_head, self.text_bias = (
-            matrix(keys[5], config.condition.num_embeddings),
-            bias(config.condition.num_embeddings),
-        )
+        self.text_head, self.text_bias = matrix(keys[5], rows), bias(rows)
         self.image_head, self.image_bias = matrix(keys[6], config.vocabulary), bias(config.vocabulary)
 
-    def cells(self) -> Array | None:
-        """Position embeddings of the codes: (L, d), or None."""
-        if self.row_places is not None and self.column_places is not None:
-            return rearrange(self.row_places[...][:, None] + self.column_places[...], "h w d -> (h w) d")
-        return None if self.image_places is None else self.image_places[...]
+    def __call__(self, text: Array, codes: Array, key: Array | None = None) -> tuple[Array, Array]:
+        """z of text tokens, for `text_logits`, and of codes, for `image_logits`, each given all preceding tokens.
+
+        text: ids int (b, s); codes: int (b, h, w); key: for dropout. z: (b, s or s - 1, d), without the first token if
+        there is no start token, and (b, L, d).
+        """
+        config, keys = self.config, (None, None) if key is None else jax.random.split(key)
+        codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
+        x = jnp.concatenate([self.embed_text(text), self.embed_codes(codes, self.cells(), 0)], 1)
+        x = config.embedding_gradient * x + (1 - config.embedding_gradient) * jax.lax.stop_gradient(x)
+        place = jnp.arange(x.shape[1])
+        x, _ = apply_stack(
+            self.blocks,
+            shard(drop(x, config.transformer.dropout, keys[0]), "batch", "length", None),
+            mask=Causal() if config.attention == ("full",) else self.visible(place, place),
+            rotary=self.rotary(place),
+            shift=self.shift,
+            key=keys[1],
+            remat=config.compute.remat,
+        )
+        return x[:, : self.prefix - 1], x[:, self.prefix - 1 :]
 
     def text_logits(self, z: Array) -> Array:
         """(..., d) -> (..., rows of the text table) fp32."""
@@ -407,3 +264,81 @@ class StreamNetwork(nnx.Module):
     def _logits(self, z: Array, tokens: Embedding, head: nnx.Param | None, bias: nnx.Param | None) -> Array:
         logits = matmul(self.norm(z), transposed(tokens.w) if head is None else head, jnp.float32)
         return logits if bias is None else logits + bias[...]
+
+    def embed_text(self, text: Array) -> Array:
+        """Ids (b, s) as the first tokens of the stream, with the start token if there is one: (b, s or s + 1, d)."""
+        if self.config.condition.start:
+            text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.config.condition.padding)
+        x = self.text_tokens(text)
+        x = x if self.text_places is None else x + self.text_places[...]
+        return shard(x.astype(self.config.compute.dtype), "batch", "length", None)
+
+    def embed_codes(self, codes: Array, cells: Array | None, first: Array | int) -> Array:
+        """Codes (b, t) of the grid positions from `first` on as tokens of the stream: (b, t, d)."""
+        x = self.image_tokens(codes)
+        here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
+        x = x if cells is None else x + shard(here(cells), None, "embed")
+        return shard(x.astype(self.config.compute.dtype), "batch", "length", None)
+
+    def cells(self) -> Array | None:
+        """Position embeddings of the codes: (L, d), or None."""
+        if self.row_places is not None and self.column_places is not None:
+            return rearrange(self.row_places[...][:, None] + self.column_places[...], "h w d -> (h w) d")
+        return None if self.image_places is None else self.image_places[...]
+
+    @property
+    def shift(self) -> TokenShift | None:
+        """The token shift of every branch."""
+        return TokenShift(self.prefix, self.config.grid[1]) if self.config.token_shift else None
+
+    def visible(self, q: Array, k: Array) -> Array:
+        """Mask from positions q (t,) to positions k (s,): (1, 1, t, s), or (n, 1, 1, t, s) for n masks that cycle over
+        the layers."""
+        q, k = q[:, None], k[None]
+        (q_row, q_column), (k_row, k_column) = (jnp.divmod(p - self.prefix, self.config.grid[1]) for p in (q, k))
+        down, right = q_row - k_row, q_column - k_column
+        near = {
+            "full": True,
+            "row": down == 0,
+            "column": right == 0,
+            "window": (down < WINDOW) & (right >= 0) & (right < WINDOW),
+        }
+        masks = jnp.stack([(k <= q) & (near[kind] | (k < self.prefix)) for kind in self.config.attention])
+        return masks[:, None, None] if len(masks) > 1 else masks[:, None]
+
+    def rotary(self, place: Array) -> Rotary | None:
+        """cos and sin at positions `place`."""
+        if self.config.positions != "rotary":
+            return None
+        angles = rotary_text_grid(self.prefix, self.config.grid, self.config.transformer.head_size)
+        return jnp.cos(angles)[place], jnp.sin(angles)[place]
+
+    def prefill(self, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
+        """Process the text: the logits (b, v) of code 0, and the initial state for `decode`."""
+        config, place = self.config, jnp.arange(self.prefix)
+        dtype, shape = config.compute.dtype, config.transformer
+        x = self.embed_text(config.condition(condition, dropped))
+        first, following = prepare_layers_for_decode(self.blocks, dtype)
+        b, s = x.shape[:2]
+        caches = tuple(Cache.empty(shape, b, s, dtype) for _ in first)
+        if config.token_shift:
+            past = jnp.zeros((b, 2, s, shape.width // 4 * 2), dtype)
+            caches = tuple(c._replace(past=past) for c in caches)
+        mask, rotary = self.visible(place, place), self.rotary(place)
+        x, caches = apply_stack(first, x, mask=mask, rotary=rotary, shift=self.shift, caches=caches)
+        w = transposed(self.image_tokens.w) if self.image_head is None else self.image_head
+        output = DecodeLinear(w, self.image_bias, dtype, jnp.float32)
+        return self.image_logits(x[:, -1]), StreamDecodeState(caches, following, output, self.cells(), s)
+
+    def decode(self, state: StreamDecodeState, codes: Array, i: Array | int) -> tuple[Array, StreamDecodeState]:
+        """Feed code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
+        place = jnp.reshape(self.prefix + i, (1,))
+        x, caches = apply_stack(
+            state.blocks,
+            self.embed_codes(codes[:, None], state.cells, i),
+            mask=self.visible(place, jnp.arange(state.caches[0].k.shape[2])),
+            rotary=self.rotary(place),
+            shift=self.shift,
+            caches=state.caches,
+        )
+        return state.output(self.norm(x[:, 0])), dataclasses.replace(state, caches=caches)

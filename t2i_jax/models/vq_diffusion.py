@@ -29,7 +29,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.adaln_transformer import AdaLN, apply_blocks, stack_blocks
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows, ids
 from t2i_jax.nn.layers import Embedding, Linear, ModelState, normal, param, replace
-from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks
+from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks, row_mean, row_weights
 from t2i_jax.nn.positions import AxialPositions, RotaryPositions
 from t2i_jax.nn.transformer import REMATS, Transformer
 from t2i_jax.noise.categorical import inverse_cdf, uniform
@@ -94,11 +94,6 @@ class VQDiffusion(BaseFamily):
         return self.chain.codes
 
     @property
-    def length(self) -> int:
-        """Tokens of an image."""
-        return math.prod(self.grid)
-
-    @property
     def rows(self) -> int:
         """Rows of the class table."""
         count = self.conditioning.what.spec.classes or 0
@@ -154,49 +149,6 @@ class VQDiffusion(BaseFamily):
         """A model with fresh parameters."""
         return VQDiffusionNetwork(self, key)
 
-    # -- the network
-
-    def embed_condition(self, model: VQDiffusionNetwork, batch: Batch, dropped: Array) -> BlockConditioning:
-        """BlockConditioning of the blocks for each row; `dropped` bool (b,) marks unconditional ones."""
-        if (count := self.conditioning.what.spec.classes) is not None:
-            label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
-            return BlockConditioning(None, None, label)
-        context, mask = model.condition(batch, dropped, self.compute.dtype)
-        return BlockConditioning(context, mask[:, None, None], None)
-
-    def logits(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
-    ) -> Array:
-        """Logits (b, l, K) fp32 of the clean codes, from noised ones int (b, l) at times (b,)."""
-        return model.logits(self.features(model, x_t, t, conditioning, key))
-
-    def features(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
-    ) -> Array:
-        """Features before the output layer (b, l, d)."""
-        x, rotary = model.tokens(x_t), None
-        if isinstance(self.positions, RotaryPositions):
-            rotary = self.positions.table(self.grid, self.transformer.head_size)
-        if model.rows is not None and model.columns is not None:
-            x = x + rearrange(model.rows[...][:, None] + model.columns[...], "i j d -> (i j) d")[: self.length]
-        x = x.astype(self.compute.dtype)
-        t = jnp.zeros_like(t) if self.times == "none" else t
-        return apply_blocks(
-            model.blocks,
-            shard(x, "batch", "length", None),
-            t,
-            *conditioning,
-            key=key,
-            rotary=rotary,
-            remat=self.compute.remat,
-        )
-
-    def log_x0(
-        self, model: VQDiffusionNetwork, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None
-    ) -> Array:
-        """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
-        return _with_mask(jax.nn.log_softmax(self.logits(model, x_t, t, conditioning, key)))
-
     # -- training
 
     def loss(self, model: VQDiffusionNetwork, batch: Batch, key: Array, train: bool = True) -> LossOutput:
@@ -208,9 +160,7 @@ class VQDiffusion(BaseFamily):
         """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
         b, keys = x0.shape[0], jax.random.split(key, 4)
-        weight = batch.get("weight", jnp.ones(b)).astype(jnp.float32)
-        mean = lambda x: jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
-        conditioning = self.embed_condition(model, batch, dropped_rows(keys[0], self.conditioning.dropout, b, train))
+        conditioning = model.read(batch, dropped_rows(keys[0], self.conditioning.dropout, b, train))
         drop = keys[3] if train else None
         if self.objective == "continuous":
             terms = self.continuous(model, conditioning, x0, keys[1], drop, train)
@@ -219,10 +169,10 @@ class VQDiffusion(BaseFamily):
             x_t = self.chain.q_sample(x0, t, keys[2])
             terms = self.bound(model, conditioning, x0, x_t, t, p, drop)
             if self.importance and train:
-                model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), weight > 0)
-        loss = mean(terms.loss) / self.length
-        bits = mean(terms.bits) / self.length
-        return LossOutput(loss, {"loss": loss, "bits_per_token": bits, "accuracy": mean(terms.correct)}, model)
+                model = self.remembered(model, t, jax.lax.stop_gradient(terms.size), row_weights(batch, b) > 0)
+        loss, bits, correct = (row_mean(x, batch) for x in (terms.loss, terms.bits, terms.correct))
+        metrics = {"loss": loss / self.length, "bits_per_token": bits / self.length, "accuracy": correct}
+        return LossOutput(metrics["loss"], metrics, model)
 
     def bound(
         self,
@@ -243,7 +193,7 @@ class VQDiffusion(BaseFamily):
             guess = -jnp.take_along_axis(log_x0, x0[..., None], -1)[..., 0]
             return size, jnp.where((t == 0)[:, None], decoded, guess), jnp.argmax(logits, -1) == x0
 
-        z = self.features(model, x_t, t, conditioning, key)
+        z = model(x_t, t, conditioning, key)
         size, guess, correct = in_chunks(model.logits, score, z, (x0, x_t), self.compute.loss_chunk)
         weight = jnp.where(x_t == self.chain.codes, *self.mask_weight)
         weight = jnp.where((t == 0)[:, None], 1.0, weight)
@@ -266,7 +216,7 @@ class VQDiffusion(BaseFamily):
         share, weight = masked_share(self.chain.shape, tau)
         masked = jax.random.uniform(where, x0.shape) < share[:, None]
         t = jnp.clip(jnp.ceil(tau * self.chain.steps).astype(jnp.int32) - 1, 0, self.chain.steps - 1)
-        z = self.features(model, jnp.where(masked, self.chain.codes, x0), t, conditioning, drop)
+        z = model(jnp.where(masked, self.chain.codes, x0), t, conditioning, drop)
         _, nll, correct = chunked_cross_entropy(model.logits, z, x0, self.compute.loss_chunk)
         size = jnp.sum(nll * masked, -1)
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
@@ -279,12 +229,12 @@ class VQDiffusion(BaseFamily):
         omitted.
         """
         x0 = rearrange(batch["codes"], "b h w -> b (h w)")
-        conditioning = self.embed_condition(model, batch, jnp.zeros(x0.shape[0], bool))
+        conditioning = model.read(batch, jnp.zeros(x0.shape[0], bool))
 
         def term(total: Array, i: Array) -> tuple[Array, None]:
             t = jnp.broadcast_to(i, x0.shape[:1])
             x_t = self.chain.q_sample(x0, t, jax.random.fold_in(jax.random.key(0), i))
-            return total - self.chain.variational(self.log_x0(model, x_t, t, conditioning), x0, x_t, t)[0].sum(-1), None
+            return total - self.chain.variational(model.log_x0(x_t, t, conditioning), x0, x_t, t)[0].sum(-1), None
 
         return jax.lax.scan(term, jnp.zeros(x0.shape[0]), jnp.arange(self.chain.steps))[0]
 
@@ -346,7 +296,7 @@ class VQDiffusion(BaseFamily):
 
 
 class BlockConditioning(NamedTuple):
-    """BlockConditioning of the blocks: context vectors (b, s, k) and their mask (b, 1, 1, s); classes (b,)."""
+    """The condition as blocks read it: context vectors (b, s, k) and their mask (b, 1, 1, s); classes (b,)."""
 
     context: Array | None
     mask: Array | None
@@ -363,10 +313,10 @@ class DiscreteLossTerms(NamedTuple):
 
 
 class VQDiffusionNetwork(nnx.Module):
-    """The parameters of a `VQDiffusion`."""
+    """The Transformer of a `VQDiffusion`, from noised codes, a time and a condition to the clean codes."""
 
     def __init__(self, config: VQDiffusion, key: Array):
-        keys, d = jax.random.split(key, 6), config.transformer.width
+        self.config, keys, d = config, jax.random.split(key, 6), config.transformer.width
         self.condition = config.conditioning.what.init(keys[0], d) if config.by_tokens else None
         self.tokens = Embedding(config.chain.codes + 1, d, keys[1])
         axial = config.positions if isinstance(config.positions, AxialPositions) else None
@@ -380,9 +330,41 @@ class VQDiffusionNetwork(nnx.Module):
         self.history = ModelState(jnp.zeros(config.chain.steps)) if history else None
         self.count = ModelState(jnp.zeros(config.chain.steps)) if history else None
 
+    def read(self, batch: Batch, dropped: Array) -> BlockConditioning:
+        """The conditioning of the blocks for each row; `dropped` bool (b,) marks unconditional ones."""
+        if (count := self.config.conditioning.what.spec.classes) is not None:
+            label = jnp.where(dropped, count, ids(batch, "label", count + 1)) if count else None
+            return BlockConditioning(None, None, label)
+        context, mask = self.condition(batch, dropped, self.config.compute.dtype)
+        return BlockConditioning(context, mask[:, None, None], None)
+
+    def __call__(self, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None) -> Array:
+        """z (b, l, d) of the clean codes, from noised ones int (b, l) at times (b,); `logits` turns it into p(x_0).
+
+        key: for dropout.
+        """
+        config, x, rotary = self.config, self.tokens(x_t), None
+        if isinstance(config.positions, RotaryPositions):
+            rotary = config.positions.table(config.grid, config.transformer.head_size)
+        if self.rows is not None and self.columns is not None:
+            x = x + rearrange(self.rows[...][:, None] + self.columns[...], "i j d -> (i j) d")[: config.length]
+        return apply_blocks(
+            self.blocks,
+            shard(x.astype(config.compute.dtype), "batch", "length", None),
+            jnp.zeros_like(t) if config.times == "none" else t,
+            *conditioning,
+            key=key,
+            rotary=rotary,
+            remat=config.compute.remat,
+        )
+
     def logits(self, z: Array) -> Array:
         """(..., d) -> (..., K) fp32."""
         return self.output(self.norm(z).astype(jnp.float32))
+
+    def log_x0(self, x_t: Array, t: Array, conditioning: BlockConditioning) -> Array:
+        """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
+        return _with_mask(jax.nn.log_softmax(self.logits(self(x_t, t, conditioning))))
 
 
 def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:
@@ -417,10 +399,10 @@ def _sample(
 ) -> Array:
     b, chain = keys.shape[0], config.chain
     both = Branches(guided)
-    conditioning = config.embed_condition(model, both.rows(condition), both.dropped(b))
+    conditioning = model.read(both.rows(condition), both.dropped(b))
 
     def guess(x: Array, t: Array, share: Array) -> Array:
-        log_p, null = both(lambda x, t: config.log_x0(model, x, t, conditioning), x, t)
+        log_p, null = both(lambda x, t: model.log_x0(x, t, conditioning), x, t)
         if null is not None:
             log_p = guided_log(log_p, null, options.guidance_at(share, 1))
         return truncate_log_probs(log_p, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -153,5 +153,5 @@ def apply_blocks(
     run = lambda block, x, key: block(x, t, context, mask, label, key, rotary)
     if remat != "none":
         run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-    keys: Any = None if key is None else jax.random.split(key, depth)
+    keys = None if key is None else jax.random.split(key, depth)
     return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (blocks, keys))[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple, cast
+from typing import Annotated, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,7 @@ class DiTBlock(nnx.Module):
         c is (b, 6 d) where blocks share the matrix of the modulation. No dropout without a key. Returns the new x and
         y.
         """
-        keys: Any = (None,) * 4 if key is None else jax.random.split(key, 4)
+        keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         parts = self.image.modulations(c)
         q, k, v = self.image.heads(modulate(self.image.norm(x), *parts[:2]), rotary)
         if self.text is None:
@@ -282,7 +282,7 @@ class DiTNetwork(nnx.Module):
         if self.compute.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.compute.remat], prevent_cse=False)
         x, y = shard(x, "batch", "length", None), shard(y, "batch", None, None)
-        keys: Any = None if key is None else jax.random.split(key, config.transformer.depth)
+        keys = None if key is None else jax.random.split(key, config.transformer.depth)
         step = lambda both, layer: (run(layer[0], both[0], both[1], layer[1]), None)
         (x, _), _ = jax.lax.scan(step, (x, y), (self.blocks, keys))
         return self.finish(x[:, -length:], c)

@@ -10,9 +10,26 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from t2i_jax.core.arrays import typed
+from t2i_jax.core.conditions import Batch
 
 HELD = 2**28
 """Upper bound on the logits that a device holds at a time where `chunk` is 0: 1 GiB."""
+
+
+def row_weights(batch: Batch, b: int) -> Array:
+    """The `weight` fp32 (b,) of each of b rows of a batch, 0 for those to ignore; 1 if it has none."""
+    return batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+
+
+@typed
+def weighted_mean(x: Float[Array, "*b"], weight: Float[Array, "*b"]) -> Float[Array, ""]:
+    """Sum of weight x over the sum of the weights (at least 1)."""
+    return jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
+
+
+def row_mean(x: Array, batch: Batch) -> Array:
+    """Mean of x (b,) over the rows of a batch, by their weights."""
+    return weighted_mean(x, row_weights(batch, len(x)))
 
 
 @typed

@@ -7,6 +7,7 @@ instead (`unstack`): a scan would copy the weights and cache of each layer out o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -401,6 +402,15 @@ def stack(config: Transformer, key: Array, kernel: AttentionKind = "auto", conte
 
 def depth_of(blocks: Block) -> int:
     return jax.tree.leaves(blocks)[0].shape[0]
+
+
+def scale_residuals(blocks: Block) -> None:
+    """Divide the output matrices of the branches of new blocks by sqrt(2 depth).
+
+    Every layer adds to the residual stream: scaled weights keep its variance near 1 (Radford et al. 2019).
+    """
+    for branch in (blocks.attention, blocks.mlp):
+        branch.out.w = param(branch.out.w[...] / math.sqrt(2 * depth_of(blocks)), *branch.out.w.axes)
 
 
 def unstack(blocks: Block) -> tuple[Block, ...]:

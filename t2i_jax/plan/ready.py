@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.narrow import as_family, learns_from_images, token_by_token
 from t2i_jax.core.platform import tpu_compiler_alone
 from t2i_jax.core.sharding import RULES, Device, batch_sharding, fit
-from t2i_jax.core.types import SamplingOptions, Trainable
+from t2i_jax.core.types import CachedNetwork, SamplingOptions, Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
 from t2i_jax.training.experiment import Experiment
@@ -167,8 +167,8 @@ class AbstractSetup:
         def read(state: TrainState, condition: dict[str, jax.Array]) -> object:
             condition = jax.tree.map(lambda x: jnp.repeat(x, branches, 0), condition)
             dropped = jnp.zeros(branches * self.trainer.experiment.data.batch_size, bool)
-            length = math.prod(family.sample_spec().tokens)
-            return family.prefill(self.trainer.model(state), condition, dropped)[1].grow(length).caches
+            network = cast(CachedNetwork, self.trainer.model(state))
+            return network.prefill(condition, dropped)[1].grow(family.length).caches
 
         with jax.set_mesh(self.mesh):
             caches = jax.eval_shape(read, state, self.condition())

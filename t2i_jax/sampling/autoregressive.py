@@ -1,8 +1,8 @@
-"""Sampling codes one by one in raster order, for any family with a prefill and a decode step.
+"""Sampling codes one by one in raster order, for any family whose network has a prefill and a decode step.
 
-Such a family is a frozen dataclass with `grid`, `length`, `depth`, `options()`, and
+The network is a `core.types.CachedNetwork`:
 
-    prefill(model, condition, dropped) -> logits (b, v) of token 0, state
+    prefill(condition, dropped) -> logits (b, v) of token 0, state
     decode(state, codes, i) -> logits (b, v) of token i + 1, state
 
 whose state is a dataclass with `caches` and `grow(count)`, which makes room for `count` tokens.
@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
+from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.sharding import shard
+from t2i_jax.core.specs import CodeSpec, SampleSpec
+from t2i_jax.core.types import CachedNetwork, S
 from t2i_jax.nn.stationary import weight_stationary
-from t2i_jax.sampling.guidance import Branches, guide
+from t2i_jax.nn.transformer import Transformer
+from t2i_jax.sampling.guidance import Branches, guide, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.progress import Progress, report
@@ -38,40 +40,55 @@ def segments_of(depth: int) -> int:
     return max(1, min(SEGMENTS, 48 // depth))
 
 
-def sample(
-    config: Any,  # a `TokenByToken`; families pass themselves, of which pyright does not see that
-    model: nnx.Module,
-    condition: Batch,
-    keys: Array,
-    options: ARSampler | None,
-    known: Array | None,
-    keep: Array | None,
-    guided: bool,
-    segments: int,
-    progress: Progress | None,
-) -> Array:
-    """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,), in one compiled program.
+class Autoregressive(BaseFamily):
+    """The members of a family that samples its codes in raster order."""
 
-    An image depends on its own key and condition only, not on the rest of the batch. Guidance runs both branches as one
-    batch of 2b. All options are traced: new values do not recompile.
+    vocabulary: int
+    """number of codes"""
+    grid: tuple[int, int]
+    """rows and columns of codes"""
+    transformer: Transformer
 
-    known, keep: codes (b, h, w), and a bool (b, h, w) of those to copy, to complete an image; they must be the first
-        ones in raster order.
-    guided: False skips the unconditional branch, whatever the options are, at half the cost.
-    segments: the cache grows in this many steps, and attention reads no more than it holds; static. Each segment
-        compiles all layers again; 0: `SEGMENTS`.
-    progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
-    """
-    known, keep = known_and_keep(config.capabilities, config.sample_spec(), len(keys), known, keep)
-    segments = segments or SEGMENTS
-    options = (options or config.options()).arrays()
-    return _sample(config, model, condition, keys, options, known, keep, guided, segments, progress)
+    def sample_spec(self) -> SampleSpec:
+        """Shape and dtype of a sample."""
+        return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.vocabulary,)))
+
+    def sample(
+        self,
+        model: CachedNetwork[S],
+        condition: Batch,
+        keys: Array,
+        options: ARSampler | None = None,
+        *,
+        known: Array | None = None,
+        keep: Array | None = None,
+        guided: bool | None = None,
+        segments: int = 0,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Codes int32 (b, h, w), one image per row of the condition and per key of `keys` (b,).
+
+        An image depends only on its own key and condition, not on its batch. Guidance runs both branches as one batch
+        of 2b. All options are traced: new values do not recompile.
+
+        known, keep: codes (b, h, w), and a bool (b, h, w) of those to copy, to complete an image; they are the first
+            ones in raster order.
+        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
+            training drops no conditions, since no unconditional branch was trained.
+        segments: number of steps in which the cache grows; attention reads no more than the current size; static. Each
+            segment compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
+        progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
+        """
+        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
+        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
+        segments = segments or segments_of(self.transformer.depth)
+        return _sample(self, model, condition, keys, options, known, keep, guided, segments, progress)
 
 
 @partial(jax.jit, static_argnames=("config", "guided", "segments"))
 def _sample(
-    config: Any,  # a `TokenByToken`; families pass themselves, of which pyright does not see that
-    model: nnx.Module,
+    config: Autoregressive,
+    model: CachedNetwork[S],
     condition: Batch,
     keys: Array,
     options: ARSampler,
@@ -93,13 +110,13 @@ def _sample(
 
     def step(carry: tuple[Array, object], i: Array) -> tuple[tuple[Array, object], None]:
         codes, caches = carry
-        logits, after = config.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
+        logits, after = model.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
         codes = codes.at[:, i + 1].set(pick(logits, i + 1))
         report(progress, i + 2, length, codes.reshape(b, *config.grid))
         return (codes, after.caches), None
 
     model = weight_stationary(model)
-    logits, state = config.prefill(model, both.rows(condition), both.dropped(b))
+    logits, state = model.prefill(both.rows(condition), both.dropped(b))
     codes = jnp.zeros((b, length), jnp.int32).at[:, 0].set(pick(logits, 0))
     start = 0
     for stop in sorted({max(length * n // segments, 1) for n in range(1, segments + 1)}):

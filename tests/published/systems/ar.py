@@ -40,7 +40,7 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
     weight = jnp.asarray(inputs.get("valid", np.ones(b)))
 
     def objective(model):
-        logits = config.forward(model, batch, dropped)
+        logits = model.logits(model(batch, dropped))
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(inputs["ids"])[..., None], 2)[..., 0]
         return (nll.mean(1) * weight).sum() / weight.sum(), logits
 
@@ -63,10 +63,10 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def decoded(codes, dropped):
-        first, state = config.prefill(model, condition, jnp.full(b, dropped))
+        first, state = model.prefill(condition, jnp.full(b, dropped))
 
         def step(state, i):
-            logits, state = config.decode(state, jnp.asarray(codes)[:, i], i)
+            logits, state = model.decode(state, jnp.asarray(codes)[:, i], i)
             return state, logits
 
         _, rest = jax.lax.scan(step, state.grow(config.length), jnp.arange(config.length - 1))
@@ -78,16 +78,16 @@ def llamagen(oracle: Oracle) -> dict[str, Any]:
         branches = [decoded(outputs["greedy_tokens_cfg"], dropped) for dropped in (False, True)]
         ours["greedy_logits_cfg_cond"], ours["greedy_logits_cfg_uncond"] = branches
         ours["greedy_logits_cfg_combined"] = guide(*branches, meta["cfg_scale"])
-    read = jax.jit(lambda dropped: config.prefix_logits(model, condition, jnp.full(b, dropped)))
+    read = jax.jit(lambda dropped: model.logits(model.prefix(condition, jnp.full(b, dropped))[0]))
     ours |= {"prefill_logits": read(False), "prefill_logits_uncond": read(True)}
 
     ours |= filtered(oracle)
     s = config.conditioning.what.length
-    ours["freqs_cis"] = jnp.stack(config._rotary(s, 0, s + config.length), -1)
+    ours["freqs_cis"] = jnp.stack(model.rotary(s, 0, s + config.length), -1)
     if meta["model_type"] != "c2i":
         valid = model.condition(condition, jnp.zeros(b, bool))[1]
         whole = jnp.pad(valid, ((0, 0), (0, config.length)), constant_values=True)
-        ours["train_attn_mask"] = config.visible(whole)[:, 0]
+        ours["train_attn_mask"] = model.causal(whole, whole.shape[1]).dense(whole.shape[1])[:, 0]
     return ours
 
 
@@ -117,9 +117,9 @@ def taming_gpt(oracle: Oracle) -> dict[str, Any]:
     codes = jnp.concatenate([ids[:, first:], jnp.zeros_like(ids[:, :1])], 1)[:, None]
 
     def objective(model):
-        logits = config.forward(model, condition(model) | {"codes": codes})
+        logits = model.logits(model(condition(model) | {"codes": codes}))
         if config.prefix_length > 1:
-            before = config.prefix_logits(model, condition(model), jnp.zeros(len(ids), bool))
+            before = model.logits(model.prefix(condition(model), jnp.zeros(len(ids), bool))[0])
             logits = jnp.concatenate([before[:, :-1], logits], 1)
         targets = jnp.asarray(inputs["targets"])  # of all places, or of the last ones
         return cross_entropy(logits[:, -targets.shape[1] :], targets)[1].mean(), logits
@@ -174,13 +174,13 @@ def clip_gen(oracle: Oracle) -> dict[str, Any]:
     batch = condition | {"codes": jnp.asarray(inputs["idx"])[:, None]}
 
     def objective(model):
-        logits = config.forward(model, batch)
+        logits = model.logits(model(batch))
         return cross_entropy(logits, batch["codes"][:, 0])[1].mean(), logits
 
     (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
     ours = {"logits": logits, "loss": loss} | filtered(oracle)
     ours |= {f"grad.{k}": v for k, v in restore("clipgen", config, slopes).items() if f"grad.{k}" in outputs}
-    config = dataclasses.replace(config, grid=(1, outputs["greedy_tokens"].shape[1]))
+    config, model = convert("clipgen", oracle.tensors, grid=(1, outputs["greedy_tokens"].shape[1]), **hints)
     options = dataclasses.replace(config.options(), greedy=True)
     codes = config.sample(model, condition, jax.random.split(jax.random.key(0), len(batch["codes"])), options)
     return ours | {"greedy_tokens": codes[:, 0]}

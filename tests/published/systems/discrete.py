@@ -29,15 +29,15 @@ def vq_diffusion(oracle: Oracle) -> dict[str, Any]:
     ours = schedules(chain, outputs)
 
     batch, null = conditions(config, inputs, b)
-    embedded = lambda model, batch, dropped: config.embed_condition(model, batch, jnp.full(b, dropped))
+    embedded = lambda model, batch, dropped: model.read(batch, jnp.full(b, dropped))
     classes_first = lambda x: jnp.moveaxis(x, -1, 1)
     options = DiscreteSampler(guidance=meta["guidance"], truncation=meta["truncation"])
 
     @jax.jit
     def distributions(model):
         cond, uncond = embedded(model, batch, False), embedded(model, null, True)
-        logits = config.logits(model, x_t, t, cond), config.logits(model, x_t, t, uncond)
-        log_x0, log_null = (config.log_x0(model, x_t, t, embedded) for embedded in (cond, uncond))
+        logits = [model.logits(model(x_t, t, embedded)) for embedded in (cond, uncond)]
+        log_x0, log_null = (model.log_x0(x_t, t, embedded) for embedded in (cond, uncond))
         start, seen = one_hot(x0, chain.codes + 1), one_hot(x_t, chain.codes + 1)
         arrays = {
             "logits": logits[0],
@@ -128,7 +128,7 @@ def losses(oracle: Oracle, config: VQDiffusion, model: Any, batch: dict[str, jax
     x0, x_t, t = (jnp.asarray(inputs[name]) for name in ("x0", "x_t", "t"))
 
     def objective(model, p):
-        embedded = config.embed_condition(model, batch, jnp.zeros(len(x0), bool))
+        embedded = model.read(batch, jnp.zeros(len(x0), bool))
         terms = config.bound(model, embedded, x0, x_t, t, p)
         return terms.loss.sum() / x0.size, terms
 
@@ -165,12 +165,12 @@ def sampler(
 
     @jax.jit
     def run(model, options):
-        cond = config.embed_condition(model, batch, jnp.zeros(b, bool))
-        uncond = config.embed_condition(model, null, jnp.ones(b, bool))
+        cond = model.read(batch, jnp.zeros(b, bool))
+        uncond = model.read(null, jnp.ones(b, bool))
 
         def guess(x, t, share):
-            log_p = config.log_x0(model, x, t, cond)
-            guided = guided_log(log_p, config.log_x0(model, x, t, uncond), options.guidance)
+            log_p = model.log_x0(x, t, cond)
+            guided = guided_log(log_p, model.log_x0(x, t, uncond), options.guidance)
             return truncate_log_probs(jnp.where(options.guidance == 1, log_p, guided), options)
 
         noise = lambda i: (jnp.moveaxis(uniform[i], 1, -1), jnp.zeros((b, config.length)))

@@ -96,8 +96,8 @@ def mar(oracle: Oracle) -> dict[str, Any]:
     def training(model):
         none = jnp.zeros(b, bool)
         visible = int(length - inputs["mask"].sum(1).max())
-        encoded = config.encode(model, config.read(model, batch, none), x, hidden, visible)
-        z = config.forward(model, batch, hidden, visible=visible)
+        encoded = model.encode(*model.read(batch, none), x, hidden, visible)
+        z = model(batch, hidden, visible=visible)
 
         def objective(head_module, z):
             terms = head.terms(head_module, z, rows(x), t, noise)
@@ -109,10 +109,8 @@ def mar(oracle: Oracle) -> dict[str, Any]:
             "unpatchified": jnp.transpose(from_tokens(x, config.grid, config.patch), NCHW),
             "encoder_out": encoded,
             "decoder_out": z,
-            "decoder_out_uncond": config.forward(model, batch, hidden, everyone),
-            "decoder_out_all_masked": config.forward(
-                model, batch | {"codes": jnp.zeros_like(batch["codes"])}, jnp.ones_like(hidden)
-            ),
+            "decoder_out_uncond": model(batch, hidden, everyone),
+            "decoder_out_all_masked": model(batch | {"codes": jnp.zeros_like(batch["codes"])}, jnp.ones_like(hidden)),
             "diff_x_t": terms.x_t,
             "diff_net_out": terms.out,
             "diff_row_mse": terms.mse,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.models.stream import Stream
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits
 from tests.published.parity import Oracle
@@ -44,6 +45,19 @@ def cross_entropy(logits: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1).mean()
 
 
+def logits_of(config: Stream, model: Any, batch: dict[str, jax.Array], dropped: jax.Array) -> tuple[jax.Array, ...]:
+    """Logits of the text tokens and of the codes; dropped: bool (b,), rows without their text."""
+    w, x = model(config.condition(batch, dropped), batch["codes"])
+    return model.text_logits(w), model.image_logits(x)
+
+
+def joint(text: jax.Array, image: jax.Array) -> jax.Array:
+    """Both as logits (b, t, rows + v) over one vocabulary, text first: the lowest number for what a place cannot be."""
+    lowest = jnp.finfo(jnp.float32).min
+    wide = lambda x, *sides: jnp.pad(x, [(0, 0), (0, 0), sides], constant_values=lowest)
+    return jnp.concatenate([wide(text, 0, image.shape[-1]), wide(image, text.shape[-1], 0)], 1)
+
+
 def mindalle(oracle: Oracle) -> dict[str, Any]:
     meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
     activation = "quick_gelu" if meta["gelu_use_approx"] else "gelu"
@@ -52,7 +66,7 @@ def mindalle(oracle: Oracle) -> dict[str, Any]:
     batch = {"text": text, "codes": codes.reshape(-1, *config.grid)}
 
     def objective(model):
-        logits_txt, logits_img = config.forward(model, batch)
+        logits_txt, logits_img = logits_of(config, model, batch, jnp.zeros(len(text), bool))
         loss = cross_entropy(logits_img, codes)
         return loss, (logits_txt, logits_img, cross_entropy(logits_txt, text[:, 1:]))
 
@@ -109,7 +123,7 @@ def dalle_pytorch(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def run(model):
         loss, slopes = jax.value_and_grad(lambda m: config.loss(m, batch, jax.random.key(0)).loss)(model)
-        logits = (config.joint(*config.forward(model, batch, jnp.full(b, dropped))) for dropped in (False, True))
+        logits = (joint(*logits_of(config, model, batch, jnp.full(b, dropped))) for dropped in (False, True))
         return slopes, loss, *logits
 
     slopes, ours["loss"], ours["logits"], ours["logits_null"] = run(model)
