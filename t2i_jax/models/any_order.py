@@ -9,39 +9,34 @@ causal rows of MAR's tables (Li et al. 2024, arXiv:2406.11838). Keys and values 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
-from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Grid, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.specs import BatchSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.heads import ImageKeys, SoftmaxHead, TokenHead, sample_spec
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
+from t2i_jax.heads import HeadFamily, ImageKeys, SoftmaxHead, TokenHead
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.decode import prepare_layers_for_decode
 from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.losses import row_mean
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import REMATS, Block, Cache, Transformer, apply_stack, stack
-from t2i_jax.sampling.guidance import Branches, is_guided
-from t2i_jax.sampling.inpainting import known_and_keep
+from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_stack, stack
+from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
 from t2i_jax.sampling.progress import Progress, report
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOrder(BaseFamily):
+class AnyOrder(HeadFamily):
     """A causal Transformer over the codes of an image in a given order, its head and its training settings."""
 
     grid: Grid = (8, 8)
@@ -49,7 +44,7 @@ class AnyOrder(BaseFamily):
     patch: Size = 1
     """Side of the square of codes that makes up a token; more than 1 needs a head that models vectors."""
     head: TokenHead = SoftmaxHead()
-    order: Raster | Permutation = Raster()
+    order: Raster | Permutation = Raster()  # pyright: ignore[reportIncompatibleVariableOverride]
     transformer: Transformer = Transformer(256, 6, 4, qk_norm=True, dropout=0.1)
     conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
     """The class, a caption or features, as a prefix of the image."""
@@ -63,31 +58,11 @@ class AnyOrder(BaseFamily):
             raise ValueError(
                 f"order {type(self.order).__name__} asks for sets of tokens: a causal model gives one by one"
             )
-        _ = self.sample_spec()  # rejects a patch that no token can be made of
-        self.conditioning.route("AnyOrder", "prefix")
-        check_vectors(self.conditioning.what, self.transformer.width)
 
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return Capabilities(
-            family=True,
-            unconditional=self.conditioning.dropout > 0,
-            guidance=True,
-            likelihood=self.head.knows_probability,
-            inpaint=True,
-            token_head=True,
-            remat=REMATS,
-            attention=True,
-        )
-
-    def sample_spec(self) -> SampleSpec:
-        """Shape and dtype of a sample."""
-        return sample_spec(self.head, self.grid, self.patch)
-
-    def condition_spec(self) -> BatchSpec:
-        """Batch fields that `sample` reads."""
-        return self.conditioning.what.batch_spec()
+        return dataclasses.replace(super().capabilities, likelihood=self.head.knows_probability)
 
     def init(self, key: Array) -> AnyOrderNetwork:
         """A model with fresh parameters."""
@@ -123,36 +98,44 @@ class AnyOrder(BaseFamily):
 
     # -- sampling
 
-    def sample(
+    def draw(
         self,
         model: AnyOrderNetwork,
         condition: Batch,
-        keys: Array,
-        options: ARSampler | None = None,
-        *,
-        known: Array | None = None,
-        keep: Array | None = None,
-        guided: bool | None = None,
-        orders: Array | None = None,
-        draws: ImageKeys | None = None,
-        progress: Progress | None = None,
+        x: Array,
+        keep: Array,
+        orders: Array,
+        draws: ImageKeys,
+        options: ARSampler,
+        both: Branches,
+        progress: Progress | None,
     ) -> Array:
-        """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
+        """Tokens (b, L, *code): see `HeadFamily`. Each step feeds one token and samples the next one of the order."""
+        b, length, model, rows = len(x), self.length, weight_stationary(model), both.rows
+        places = jnp.flip(orders if self.order.fixed else with_known_last(orders, keep), 1)
+        place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+        z, state = model.prefill(rows(condition), both.dropped(b), rows(place(0)))
 
-        An image depends only on its own key and condition. All options are traced: new values do not recompile.
+        def sampled(x: Array, z: Array, k: Array | int) -> Array:
+            """Codes after sampling the k-th token of the order from z (b n, 1, d)."""
+            at, (own, null) = place(k), both.split(z)
+            scale = jnp.broadcast_to(options.guidance_at(k, length), (b,))
+            drawn, _ = self.head.sample(model.head, own, null, draws.at(0, at), scale, options)
+            kept, old = jnp.take_along_axis(keep, at, 1), _pick(x, at)
+            new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))
+            return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, at, new)
 
-        known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them. With permutations the model reads
-            them first; in raster order it sees only those that come before.
-        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `conditioning.dropout` is 0, since no unconditional branch was trained.
-        orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
-        draws: source of the head's random numbers; replaces `heads.ImageKeys`.
-        progress: its listener is called with (tokens so far, all tokens, codes).
-        """
-        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
-        x = to_tokens(known, self.patch)
-        options, guided = (options or self.sampling).arrays(), is_guided(self.capabilities, guided)
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
+        def step(carry: tuple[Array, tuple[Cache, ...]], k: Array) -> tuple[tuple[Array, tuple[Cache, ...]], None]:
+            x, caches = carry
+            here = dataclasses.replace(state, caches=caches)
+            z, after = model.decode(here, rows(_pick(x, place(k))), rows(place(k)), rows(place(k + 1)), k)
+            x = sampled(x, z, k + 1)
+            report(progress, k + 2, length, from_tokens(x, self.grid, self.patch))
+            return (x, after.caches), None
+
+        x = sampled(x, z, 0)
+        (x, _), _ = jax.lax.scan(step, (x, state.caches), jnp.arange(length - 1))
+        return x
 
 
 @jax.tree_util.register_dataclass
@@ -239,52 +222,3 @@ class AnyOrderNetwork(nnx.Module):
 
 def _pick(x: Array, places: Array) -> Array:
     return jax.vmap(lambda row, p: row[p])(x, places)
-
-
-@partial(jax.jit, static_argnames=("config", "guided"))
-def _sample(
-    config: AnyOrder,
-    model: AnyOrderNetwork,
-    condition: Batch,
-    keys: Array,
-    x: Array,
-    keep: Array,
-    orders: Array | None,
-    draws: ImageKeys | None,
-    options: ARSampler,
-    guided: bool,
-    progress: Progress | None,
-) -> Array:
-    b, length, model = len(x), config.length, weight_stationary(model)
-    both = Branches(guided)
-    rows = both.rows
-    keep = rearrange(keep, "b h w -> b (h w)")
-    own = jax.vmap(jax.random.split)(keys)
-    orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
-    draws = ImageKeys(own[:, 1]) if draws is None else draws
-    orders = orders if config.order.fixed else with_known_last(orders, keep)
-    places = jnp.flip(orders, 1)
-
-    place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
-    z, state = model.prefill(rows(condition), both.dropped(b), rows(place(0)))
-
-    def draw(x: Array, z: Array, k: Array | int) -> Array:
-        """Codes after sampling the k-th token of the order from z (b n, 1, d)."""
-        at, (own, null) = place(k), both.split(z)
-        scale = jnp.broadcast_to(options.guidance_at(k, length), (b,))
-        drawn, _ = config.head.sample(model.head, own, null, draws.at(0, at), scale, options)
-        kept, old = jnp.take_along_axis(keep, at, 1), _pick(x, at)
-        new = jnp.where(kept.reshape(kept.shape + (1,) * (old.ndim - 2)), old, drawn.astype(x.dtype))
-        return jax.vmap(lambda row, p, value: row.at[p].set(value))(x, at, new)
-
-    def step(carry: tuple[Array, tuple[Cache, ...]], k: Array) -> tuple[tuple[Array, tuple[Cache, ...]], None]:
-        x, caches = carry
-        here = dataclasses.replace(state, caches=caches)
-        z, after = model.decode(here, rows(_pick(x, place(k))), rows(place(k)), rows(place(k + 1)), k)
-        x = draw(x, z, k + 1)
-        report(progress, k + 2, length, from_tokens(x, config.grid, config.patch))
-        return (x, after.caches), None
-
-    x = draw(x, z, 0)
-    (x, _), _ = jax.lax.scan(step, (x, state.caches), jnp.arange(length - 1))
-    return from_tokens(x, config.grid, config.patch)

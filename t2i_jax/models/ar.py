@@ -27,7 +27,7 @@ from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
 from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
-from t2i_jax.nn.transformer import REMATS, Block, Cache, Transformer, apply_stack, drop, scale_residuals, stack
+from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_stack, drop, scale_residuals, stack
 from t2i_jax.sampling.autoregressive import Autoregressive
 from t2i_jax.sampling.options import ARSampler
 
@@ -94,19 +94,7 @@ class AR(Autoregressive):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return Capabilities(
-            family=True,
-            unconditional=self.conditioning.dropout > 0,
-            guidance=True,
-            token_by_token=True,
-            likelihood=True,
-            inpaint=True,
-            inpaint_prefix=True,
-            int8=True,
-            remat=REMATS,
-            attention=True,
-            loss_chunk=True,
-        )
+        return dataclasses.replace(super().capabilities, unconditional=self.conditioning.dropout > 0)
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads; given tokens are codes."""

@@ -18,27 +18,24 @@ from typing import Annotated, TypeVar
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import repeat
 from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.specs import BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.heads import DiffusionHead, ImageKeys, TokenHead, sample_spec
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
+from t2i_jax.core.types import Compute, LossOutput
+from t2i_jax.heads import DiffusionHead, HeadFamily, ImageKeys, TokenHead
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
 from t2i_jax.nn.layers import Linear, normal, param
 from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import REMATS, Transformer, apply_stack, stack
-from t2i_jax.sampling.guidance import Branches, is_guided
-from t2i_jax.sampling.inpainting import known_and_keep
+from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule
 from t2i_jax.sampling.orders import (
     MaskRate,
@@ -56,7 +53,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(BaseFamily):
+class Masked(HeadFamily):
     """An encoder of known tokens, a decoder of all, a head, an order, and their training settings."""
 
     grid: Grid = (16, 16)
@@ -93,9 +90,6 @@ class Masked(BaseFamily):
                 f"order {type(self.order).__name__} needs a head that knows probabilities, as SoftmaxHead; "
                 f"a {type(self.head).__name__} gives none"
             )
-        _ = self.sample_spec()  # rejects a patch that no token can be made of
-        self.conditioning.route("Masked", "prefix")
-        check_vectors(self.conditioning.what, self.transformer.width)
         if not self.decoding.depth:
             raise ConfigError("transformer.depth 0 is a model without encoder: it needs a `decoder` with layers")
         if isinstance(self.positions, LearnedPositions) and self.positions.count:
@@ -110,27 +104,6 @@ class Masked(BaseFamily):
     def decoding(self) -> Transformer:
         """The decoder."""
         return self.decoder or self.transformer
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return Capabilities(
-            family=True,
-            unconditional=self.conditioning.dropout > 0,
-            guidance=True,
-            inpaint=True,
-            token_head=True,
-            remat=REMATS,
-            attention=True,
-        )
-
-    def sample_spec(self) -> SampleSpec:
-        """Shape and dtype of a sample."""
-        return sample_spec(self.head, self.grid, self.patch)
-
-    def condition_spec(self) -> BatchSpec:
-        """Batch fields that `sample` reads."""
-        return self.conditioning.what.batch_spec()
 
     def init(self, key: Array) -> MaskedNetwork:
         """A model with fresh parameters."""
@@ -179,36 +152,72 @@ class Masked(BaseFamily):
         find = lambda counts: zip(self.sizes, counts, strict=True)
         return [tuple(bisect_left(s, n) for s, n in find(step) if len(s) > 1) for step in steps]
 
-    def sample(
+    def draw(
         self,
         model: MaskedNetwork,
         condition: Batch,
-        keys: Array,
-        options: MaskedSampler | None = None,
-        *,
-        known: Array | None = None,
-        keep: Array | None = None,
-        guided: bool | None = None,
-        orders: Array | None = None,
-        draws: ImageKeys | None = None,
-        progress: Progress | None = None,
+        x: Array,
+        keep: Array,
+        orders: Array,
+        draws: ImageKeys,
+        options: MaskedSchedule,
+        both: Branches,
+        progress: Progress | None,
     ) -> Array:
-        """Codes int32 (b, h, w) or float (b, h, w, k), one image per row of the condition and per key of `keys` (b,).
+        """Tokens (b, L, *code): see `HeadFamily`. Each step predicts all hidden tokens, and the schedule says how many
+        stay."""
+        b, length, order = len(x), self.length, self.order
+        slots, valid = model.read(both.rows(condition), both.dropped(b))
+        orders = with_known_last(orders, keep)
+        total = jnp.sum(~keep, 1)
+        most = jnp.max(total)
+        steps = most if order.one_at_a_time else jnp.minimum(most, options.iterations)
+        step_places = jax.vmap(lambda row, n: row[n])
 
-        An image depends only on its own key and condition, not on its batch. Guidance runs both branches as one batch
-        of 2b. All options are traced: new values do not recompile, nor do other numbers of steps.
+        visible_sizes, asked_sizes = self.sizes
 
-        known, keep: codes, and a bool (b, rows, columns) of tokens to copy from them, for inpainting or outpainting.
-        guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
-            `conditioning.dropout` is 0, since no unconditional branch was trained.
-        orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
-        draws: source of the head's random numbers; replaces `heads.ImageKeys`.
-        progress: its listener is called with (steps done, all steps, codes).
-        """
-        known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
-        x = to_tokens(known, self.patch)
-        options, guided = (options or self.sampling).arrays(), is_guided(self.capabilities, guided)
-        return _sample(self, model, condition, keys, x, keep, orders, draws, options, guided, progress)
+        def look(size: int, x: Array, hidden: Array) -> Array:
+            x, hidden = both.rows((x, hidden))
+            return model.restore(model.encode(slots, valid, x, hidden, size), hidden)
+
+        def ask(
+            size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array
+        ) -> tuple[Array, Array]:
+            """Codes with positions `first` to `last` of the order resampled, and their scores (b, L)."""
+            number = first[:, None] + jnp.arange(size)
+            places = step_places(orders, jnp.minimum(number, length - 1))
+            asked, null = both.split(step_places(z, both.rows(places)))
+            scale = options.guidance_at(length - jnp.maximum(after(i, last), 1) - 1, length)
+            drawn, score = self.head.sample(model.head, asked, null, draws.at(i, places), scale, options)
+            into = jnp.where(number < last[:, None], places, length)  # padding beyond the end is dropped
+            write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
+            scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)
+            return write(x, into, drawn.astype(x.dtype)), scores
+
+        def after(i: Array, now: Array) -> Array:
+            """Number of tokens hidden after step i."""
+            return jnp.maximum(now - 1, 0) if order.one_at_a_time else options.remaining(i, total, now)
+
+        def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            x, orders, now, i = state
+            hidden = hidden_by(orders, now)
+            y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
+            z = model.decode(y, valid)
+            then = after(i, now)
+            first = jnp.zeros_like(then) if order.by_confidence else then
+            x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)
+            if order.by_confidence:
+                fading = options.choice_temperature * (1 - (i + 1) / options.iterations)
+                uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
+                gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
+                orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
+            done = jnp.where(jnp.any(then > 0), i + 1, steps)
+            report(progress, done, steps, from_tokens(x, self.grid, self.patch))
+            return x, orders, then, i + 1
+
+        start = (x, orders, total, jnp.zeros((), jnp.int32))
+        x, *_ = jax.lax.while_loop(lambda state: jnp.any(state[2] > 0), step, start)
+        return x
 
 
 class MaskedNetwork(nnx.Module):
@@ -311,77 +320,6 @@ class MaskedNetwork(nnx.Module):
         y, _ = apply_stack(self.decoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
         z = self.decoder_norm(y)[:, config.condition_tokens :]
         return z if self.head_position is None else z + self.head_position[...].astype(y.dtype)
-
-
-@partial(jax.jit, static_argnames=("config", "guided"))
-def _sample(
-    config: Masked,
-    model: MaskedNetwork,
-    condition: Batch,
-    keys: Array,
-    x: Array,
-    keep: Array,
-    orders: Array | None,
-    draws: ImageKeys | None,
-    options: MaskedSchedule,
-    guided: bool,
-    progress: Progress | None,
-) -> Array:
-    b, length, order = len(x), config.length, config.order
-    both = Branches(guided)
-    slots, valid = model.read(both.rows(condition), both.dropped(b))
-    keep = rearrange(keep, "b h w -> b (h w)")
-    own = jax.vmap(jax.random.split)(keys)
-    orders = orders_of(config.order, own[:, 0], length) if orders is None else orders
-    draws = ImageKeys(own[:, 1]) if draws is None else draws
-    orders = with_known_last(orders, keep)
-    total = jnp.sum(~keep, 1)
-    most = jnp.max(total)
-    steps = most if order.one_at_a_time else jnp.minimum(most, options.iterations)
-    step_places = jax.vmap(lambda row, n: row[n])
-
-    visible_sizes, asked_sizes = config.sizes
-
-    def look(size: int, x: Array, hidden: Array) -> Array:
-        x, hidden = both.rows((x, hidden))
-        return model.restore(model.encode(slots, valid, x, hidden, size), hidden)
-
-    def ask(size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array) -> tuple[Array, Array]:
-        """Codes with positions `first` to `last` of the order resampled, and their scores (b, L)."""
-        number = first[:, None] + jnp.arange(size)
-        places = step_places(orders, jnp.minimum(number, length - 1))
-        asked, null = both.split(step_places(z, both.rows(places)))
-        scale = options.guidance_at(length - jnp.maximum(after(i, last), 1) - 1, length)
-        drawn, score = config.head.sample(model.head, asked, null, draws.at(i, places), scale, options)
-        into = jnp.where(number < last[:, None], places, length)  # padding beyond the end is dropped
-        write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
-        scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)
-        return write(x, into, drawn.astype(x.dtype)), scores
-
-    def after(i: Array, now: Array) -> Array:
-        """Number of tokens hidden after step i."""
-        return jnp.maximum(now - 1, 0) if order.one_at_a_time else options.remaining(i, total, now)
-
-    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        x, orders, now, i = state
-        hidden = hidden_by(orders, now)
-        y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
-        z = model.decode(y, valid)
-        then = after(i, now)
-        first = jnp.zeros_like(then) if order.by_confidence else then
-        x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)
-        if order.by_confidence:
-            fading = options.choice_temperature * (1 - (i + 1) / options.iterations)
-            uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
-            gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
-            orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
-        done = jnp.where(jnp.any(then > 0), i + 1, steps)
-        report(progress, done, steps, from_tokens(x, config.grid, config.patch))
-        return x, orders, then, i + 1
-
-    start = (x, orders, total, jnp.zeros((), jnp.int32))
-    x, *_ = jax.lax.while_loop(lambda state: jnp.any(state[2] > 0), step, start)
-    return from_tokens(x, config.grid, config.patch)
 
 
 def _switch(sizes: list[int], count: Array, branch: Callable[..., T], *arguments: object) -> T:

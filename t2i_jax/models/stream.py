@@ -30,7 +30,6 @@ from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
 from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
 from t2i_jax.nn.transformer import (
-    REMATS,
     Block,
     Cache,
     TokenShift,
@@ -129,19 +128,7 @@ class Stream(Autoregressive):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return Capabilities(
-            family=True,
-            unconditional=self.condition_dropout > 0,
-            guidance=True,
-            token_by_token=True,
-            likelihood=True,
-            inpaint=True,
-            inpaint_prefix=True,
-            int8=True,
-            remat=REMATS,
-            attention=True,
-            loss_chunk=True,
-        )
+        return dataclasses.replace(super().capabilities, unconditional=self.condition_dropout > 0)
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads."""

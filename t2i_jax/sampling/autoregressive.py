@@ -22,9 +22,9 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodeSpec, SampleSpec
-from t2i_jax.core.types import CachedNetwork, S
+from t2i_jax.core.types import CachedNetwork, Capabilities, S
 from t2i_jax.nn.stationary import weight_stationary
-from t2i_jax.nn.transformer import Transformer
+from t2i_jax.nn.transformer import REMATS, Transformer
 from t2i_jax.sampling.guidance import Branches, guide, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
@@ -48,6 +48,22 @@ class Autoregressive(BaseFamily):
     grid: tuple[int, int]
     """rows and columns of codes"""
     transformer: Transformer
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Supported features beyond training, but an unconditional branch."""
+        return Capabilities(
+            family=True,
+            guidance=True,
+            token_by_token=True,
+            likelihood=True,
+            inpaint=True,
+            inpaint_prefix=True,
+            int8=True,
+            remat=REMATS,
+            attention=True,
+            loss_chunk=True,
+        )
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
