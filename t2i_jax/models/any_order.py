@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Int, Shaped
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Grid, Size
 from t2i_jax.core.sharding import shard
@@ -84,7 +86,10 @@ class AnyOrder(HeadFamily):
         loss = row_mean(self.head.loss(model.head, z, x, keys[3], train).mean(1), batch)
         return LossOutput(loss, {"loss": loss})
 
-    def log_likelihood(self, model: AnyOrderNetwork, batch: Batch, orders: Array | None = None) -> Array:
+    @typed
+    def log_likelihood(
+        self, model: AnyOrderNetwork, batch: Batch, orders: Int[Array, "b t"] | None = None
+    ) -> Float[Array, " b"]:
         """log p(codes | condition) of each image in nats, in the orders (b, L) (default: raster): (b,) fp32.
 
         Errors: ValueError if the head does not know the probability of a code.
@@ -163,9 +168,14 @@ class AnyOrderNetwork(nnx.Module):
         self.norm = config.transformer.normalise()
         self.head = config.head.init(keys[5], d)
 
+    @typed
     def __call__(
-        self, batch: Batch, orders: Array, dropped: Array | None = None, key: Array | None = None
-    ) -> tuple[Array, Array]:
+        self,
+        batch: Batch,
+        orders: Int[Array, "b t"],
+        dropped: Bool[Array, " b"] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "b t d"], Shaped[Array, "b t *k"]]:
         """z (b, L, d) of every token given the preceding ones, and the tokens, both in generation order.
 
         batch: `codes`, and the condition's fields. orders: int (b, L), each read from its end. dropped: bool (b,), rows
@@ -182,13 +192,15 @@ class AnyOrderNetwork(nnx.Module):
         y, _ = apply_stack(self.blocks, y, mask=mask, key=key, remat=config.compute.remat)
         return self.norm(y[:, prefix.shape[1] - 1 :]), x
 
-    def embed(self, x: Array, places: Array) -> Array:
+    @typed
+    def embed(self, x: Shaped[Array, "b m *k"], places: Int[Array, "b m"]) -> Float[Array, "b m d"]:
         """Codes (b, m, *code) of tokens at positions (b, m) as inputs: (b, m, d)."""
         dtype = self.config.compute.dtype
         entered = self.entrance(x if self.config.head.code.is_discrete else x.astype(dtype))
         return (entered + lookup(self.position, places)).astype(dtype)
 
-    def add_targets(self, y: Array, places: Array) -> Array:
+    @typed
+    def add_targets(self, y: Float[Array, "b t d"], places: Int[Array, "b m"]) -> Float[Array, "b t d"]:
         """Add the target positions (b, m) to the last m tokens of y (b, t, d)."""
         target = jnp.pad(lookup(self.target, places), ((0, 0), (y.shape[1] - places.shape[1], 0), (0, 0)))
         return y + target.astype(y.dtype)
@@ -197,7 +209,10 @@ class AnyOrderNetwork(nnx.Module):
         """Which tokens are real, of the condition (b, s) and of the sequence (b, s + L - 1)."""
         return jnp.pad(valid, ((0, 0), (0, self.config.length - 1)), constant_values=True)
 
-    def prefill(self, condition: Batch, dropped: Array, place: Array) -> tuple[Array, AnyOrderDecodeState]:
+    @typed
+    def prefill(
+        self, condition: Batch, dropped: Bool[Array, " b"], place: Int[Array, "b 1"]
+    ) -> tuple[Float[Array, "b 1 d"], AnyOrderDecodeState]:
         """Process the condition: z (b, 1, d) of the first token, at `place` (b, 1), and the state for `decode`."""
         config, dtype = self.config, self.config.compute.dtype
         prefix, valid = self.condition(condition, dropped, dtype)
@@ -208,9 +223,15 @@ class AnyOrderNetwork(nnx.Module):
         y, caches = apply_stack(reading, self.add_targets(prefix, place), mask=mask, caches=caches)
         return self.norm(y[:, -1:]), AnyOrderDecodeState(caches, decoding, real)
 
+    @typed
     def decode(
-        self, state: AnyOrderDecodeState, x: Array, place: Array, following: Array, k: Array | int
-    ) -> tuple[Array, AnyOrderDecodeState]:
+        self,
+        state: AnyOrderDecodeState,
+        x: Shaped[Array, "b 1 *k"],
+        place: Int[Array, "b 1"],
+        following: Int[Array, "b 1"],
+        k: Array | int,
+    ) -> tuple[Float[Array, "b 1 d"], AnyOrderDecodeState]:
         """Feed the k-th token of the order, codes x (b, 1, *code) at `place` (b, 1): z (b, 1, d) of the next one, at
         `following` (b, 1)."""
         s, capacity = state.valid.shape[1] - self.config.length + 1, state.valid.shape[1]

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Count, Grid, NotNegative, Range, Rate, Share, Size
 from t2i_jax.core.sharding import shard
@@ -123,7 +125,8 @@ class AR(Autoregressive):
         loss, nll, correct = (row_mean(x.mean(-1), batch) for x in self._score(model, z, batch["codes"], **regular))
         return LossOutput(loss, {"loss": loss, "bits_per_token": nll / math.log(2), "accuracy": correct})
 
-    def log_likelihood(self, model: ARNetwork, batch: Batch) -> Array:
+    @typed
+    def log_likelihood(self, model: ARNetwork, batch: Batch) -> Float[Array, " b"]:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
         return -self._score(model, model(batch), batch["codes"])[1].sum(-1)
 
@@ -195,7 +198,10 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         self.output = None if config.tied else param(output, "embed", "vocab")
         self.output_bias = param(jnp.zeros(config.vocabulary), "vocab") if config.output_bias else None
 
-    def __call__(self, batch: Batch, dropped: Array | None = None, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, batch: Batch, dropped: Bool[Array, " b"] | None = None, key: Array | None = None
+    ) -> Float[Array, "b t d"]:
         """z (b, L, d) of each code given the preceding ones; `logits` turns it into the code's distribution.
 
         batch: `codes` int (b, h, w), and the condition's fields. dropped: bool (b,), rows without their condition.
@@ -219,7 +225,8 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         )
         return x[:, s - 1 :]
 
-    def logits(self, z: Array) -> Array:
+    @typed
+    def logits(self, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """(..., d) -> (..., v) fp32."""
         w = transposed(self.tokens.w) if self.output is None else self.output
         logits = matmul(self.norm(z), w, jnp.float32)
@@ -236,11 +243,13 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         start = jnp.broadcast_to(self.start[...].astype(dtype), (len(tokens), 1, self.config.transformer.width))
         return Prefix(start, jnp.ones((len(tokens), 1), bool), tokens, valid[:, None, None])
 
-    def embed(self, codes: Array) -> Array:
+    @typed
+    def embed(self, codes: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Codes (b, t) -> (b, t, d)."""
         return shard(self.tokens(codes).astype(self.config.compute.dtype), "batch", "length", None)
 
-    def add_positions(self, x: Array, start: Array | int) -> Array:
+    @typed
+    def add_positions(self, x: Float[Array, "b t d"], start: Array | int) -> Float[Array, "b t d"]:
         """x (b, t, d) plus the learned position vectors from `start` on, if positions are learned."""
         if self.positions is None:
             return x
@@ -255,17 +264,20 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         table = config.positions.table(config.grid, config.transformer.head_size, s)
         return table[0][start:stop], table[1][start:stop]
 
-    def causal(self, valid: Array, s: int) -> Causal:
+    @typed
+    def causal(self, valid: Bool[Array, "b t"], s: int) -> Causal:
         """Each position sees itself and the valid (b, t) ones before it; the first s precede the image."""
         padded = not self.config.is_cross_attended and self.config.conditioning.what.spec.has_padding
         return Causal(valid if padded else None, s, self.config.bidirectional_prefix)
 
-    def prefill(self, condition: Batch, dropped: Array) -> tuple[Array, ARDecodeState]:
+    @typed
+    def prefill(self, condition: Batch, dropped: Bool[Array, " b"]) -> tuple[Float[Array, "b v"], ARDecodeState]:
         """Process the condition: the logits (b, v) of code 0, and the initial state for `decode`."""
         z, state = self.prefix(condition, dropped)
         return self.logits(z[:, -1]), state
 
-    def prefix(self, condition: Batch, dropped: Array) -> tuple[Array, ARDecodeState]:
+    @typed
+    def prefix(self, condition: Batch, dropped: Bool[Array, " b"]) -> tuple[Float[Array, "b s d"], ARDecodeState]:
         """z (b, s, d) of the tokens before the image, the last that of code 0, and the initial state for `decode`."""
         config, prefix = self.config, self.read(condition, dropped)
         b, s = prefix.valid.shape
@@ -286,7 +298,10 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         rotary = self.rotary(s, s, s + config.length)
         return z, ARDecodeState(caches, following, output, prefix.valid, prefix.context_mask, rotary)
 
-    def decode(self, state: ARDecodeState, codes: Array, i: Array | int) -> tuple[Array, ARDecodeState]:
+    @typed
+    def decode(
+        self, state: ARDecodeState, codes: Int[Array, " b"], i: Array | int
+    ) -> tuple[Float[Array, "b v"], ARDecodeState]:
         """Feed code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)

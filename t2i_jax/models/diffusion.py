@@ -16,7 +16,9 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
@@ -223,7 +225,8 @@ class Diffusion(BaseFamily):
         """Whether the network upscales a low-resolution image."""
         return "low_res" in self.network.extra_inputs
 
-    def low_res_of(self, batch: Batch) -> Array:
+    @typed
+    def low_res_of(self, batch: Batch) -> Float[Array, "b i j c"]:
         """The low-resolution image (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) downscaled.
 
         Errors: ValueError if the batch has neither.
@@ -320,14 +323,18 @@ class Diffusion(BaseFamily):
         return Denoised(near, eps, v)
 
 
-def noise_low_res(small: Array, share: Array, noise: Array) -> dict[str, Array]:
+@typed
+def noise_low_res(
+    small: Float[Array, "b i j c"], share: Float[Array, " b"], noise: Float[Array, "b i j c"]
+) -> dict[str, Array]:
     """Network inputs for a low-resolution image (b, i', j', c) with noise amplitude `share` (b,):
     variance-preserving."""
     weight = expand_like(share, small)
     return {"low_res": jnp.sqrt(1 - weight**2) * small + weight * noise, "low_res_noise": share}
 
 
-def join_inputs(x: Array, batch: Batch, names: tuple[str, ...]) -> Array:
+@typed
+def join_inputs(x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...]) -> Float[Array, "b i j k"]:
     """x (b, i, j, c) concatenated with the extra inputs in `names`.
 
     `inpaint` adds the batch's `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1, and that mask, both zero

@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Shaped
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
@@ -243,15 +245,16 @@ class MaskedNetwork(nnx.Module):
         self.head_position = table(keys[8], config.length, f)
         self.head = config.head.init(keys[9], f)
 
+    @typed
     def __call__(
         self,
         batch: Batch,
-        hidden: Array,
-        dropped: Array | None = None,
+        hidden: Bool[Array, "b t"],
+        dropped: Bool[Array, " b"] | None = None,
         *,
         visible: int | None = None,
         key: Array | None = None,
-    ) -> Array:
+    ) -> Float[Array, "b t d"]:
         """Inputs of the head, z (b, L, d), computed from the codes that `hidden` bool (b, L) leaves visible.
 
         batch: `codes`, and the condition's fields. dropped: bool (b,), rows without their condition. visible: upper
@@ -263,13 +266,23 @@ class MaskedNetwork(nnx.Module):
         y = self.encode(slots, valid, to_tokens(batch["codes"], self.config.patch), hidden, size, keys[0])
         return self.decode(self.restore(y, hidden), valid, keys[1])
 
-    def read(self, batch: Batch, dropped: Array) -> tuple[Array, Array]:
+    @typed
+    def read(self, batch: Batch, dropped: Bool[Array, " b"]) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """The condition tokens (b, s, d), and which of them are valid (b, s); dropped: bool (b,)."""
         tokens, valid = self.condition(batch, dropped, self.config.compute.dtype)
         count = self.config.condition_tokens // tokens.shape[1]  # a single token fills the buffer
         return repeat(tokens, "b s d -> b (s n) d", n=count), repeat(valid, "b s -> b (s n)", n=count)
 
-    def encode(self, slots: Array, valid: Array, x: Array, hidden: Array, size: int, key: Array | None = None) -> Array:
+    @typed
+    def encode(
+        self,
+        slots: Float[Array, "b s d"],
+        valid: Bool[Array, "b s"],
+        x: Shaped[Array, "b t *k"],
+        hidden: Bool[Array, "b t"],
+        size: int,
+        key: Array | None = None,
+    ) -> Float[Array, "b _ d"]:
         """Encode the condition tokens (b, s, d) and the visible ones of x, in ascending position: (b, s + size, d).
 
         Rows with fewer visible tokens than `size` are filled with hidden ones, which the mask excludes.
@@ -298,7 +311,8 @@ class MaskedNetwork(nnx.Module):
             return None
         return config.positions.table(config.grid, transformer.head_size, config.condition_tokens)
 
-    def restore(self, y: Array, hidden: Array) -> Array:
+    @typed
+    def restore(self, y: Float[Array, "b n d"], hidden: Bool[Array, "b t"]) -> Float[Array, "b _ f"]:
         """Scatter the encoder's output among mask tokens: (b, s + size, d) -> (b, s + L, d')."""
         y, s = self.widen(y), self.config.condition_tokens
         places = jnp.cumsum(~hidden, 1) - 1  # rank of each visible position among the visible ones
@@ -310,7 +324,10 @@ class MaskedNetwork(nnx.Module):
         tokens = jnp.where(hidden[..., None], self.mask_token[...].astype(y.dtype), tokens)
         return shard(jnp.concatenate([y[:, :s], tokens], 1), "batch", "length", None)
 
-    def decode(self, y: Array, valid: Array, key: Array | None = None) -> Array:
+    @typed
+    def decode(
+        self, y: Float[Array, "b n f"], valid: Bool[Array, "b s"], key: Array | None = None
+    ) -> Float[Array, "b n-s f"]:
         """z of every position: (b, s + L, d') -> (b, L, d'); valid: bool (b, s)."""
         config = self.config
         real = jnp.pad(valid, ((0, 0), (0, config.length)), constant_values=True)

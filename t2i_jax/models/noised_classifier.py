@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Num
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.noise import NoiseProcess
@@ -85,7 +87,10 @@ class NoisedClassifier(Checked):
         loss = row_mean(nll, batch)
         return LossOutput(loss, {"loss": loss, "accuracy": row_mean(correct, batch)})
 
-    def log_p(self, model: NoisyClassifierNet, x: Array, t: Array, condition: Batch) -> Array:
+    @typed
+    def log_p(
+        self, model: NoisyClassifierNet, x: Float[Array, "b i j c"], t: Num[Array, " b"], condition: Batch
+    ) -> Float[Array, " b"]:
         """log p(label | x) (b,): a `Diffusion` samples towards `label` with `jax.tree_util.Partial(config.log_p,
         model)`."""
         return of_class(model(x, t), ids(condition, "label", self.classes))
@@ -105,7 +110,10 @@ class NoisyClassifierNet(UNetEncoder):
             pool = AttentionPool if config.pool == "attention" else MeanPool
             self.head = pool(trunk, c, config.classes, keys[1])
 
-    def __call__(self, x: Array, t: Array, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, x: Float[Array, "b i j c"], t: Num[Array, " b"], key: Array | None = None
+    ) -> Float[Array, "b v"]:
         """x (b, i, j, c) at network times t (b,) -> logits (b, v) fp32."""
         return self.head(*self.encode(x, self.time(t).astype(self.compute.dtype), key=key)).astype(jnp.float32)
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Int, Num
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.noise import NoiseProcess
@@ -104,7 +106,10 @@ class NoisedCLIP(Checked):
         loss = (diagonal(logits) + diagonal(logits.T)) / 2
         return LossOutput(loss, {"loss": loss, "accuracy": (logits.argmax(1) == jnp.arange(len(x0))).mean()})
 
-    def log_p(self, model: CLIPNetwork, x: Array, t: Array, condition: Batch) -> Array:
+    @typed
+    def log_p(
+        self, model: CLIPNetwork, x: Float[Array, "b i j 3"], t: Num[Array, " b"], condition: Batch
+    ) -> Float[Array, " b"]:
         """Similarity (b,) of noised images and captions, which replaces log p(caption | x) up to a constant.
 
         A `Diffusion` samples towards captions with `jax.tree_util.Partial(config.log_p, model)`. Captions are the ids
@@ -170,12 +175,14 @@ class CLIPNetwork(nnx.Module):
         self.image_norm = LayerNorm(e)
         self.image = Tower(e, config.image_depth, config.image_heads, config.dim, keys[6])
 
-    def texts(self, text: Array, mask: Array) -> Array:
+    @typed
+    def texts(self, text: Int[Array, "b s"], mask: Bool[Array, "b s"]) -> Float[Array, "b k"]:
         """Captions, ids and mask (b, s) -> unit vectors (b, k), read at the last token of each caption."""
         x = self.table(text) + self.text_position[...]
         return self.text(x, jnp.maximum(mask.sum(1) - 1, 0), causal(x.shape[1]))
 
-    def images(self, x: Array, t: Array) -> Array:
+    @typed
+    def images(self, x: Float[Array, "b i j 3"], t: Num[Array, " b"]) -> Float[Array, "b k"]:
         """Images (b, i, j, 3), in [-1, 1] when clean, at times t (b,), 0 .. 999 -> unit vectors (b, k)."""
         x = ((x + 1) * 127.5 - jnp.asarray(MEAN)) / jnp.asarray(STD)
         x = self.patches(rearrange(patchify(x, self.config.patch), "b i j d -> b (i j) d"))

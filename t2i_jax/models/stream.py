@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, NotNegative, Share, Size
 from t2i_jax.core.sharding import shard
@@ -73,7 +75,8 @@ class StreamText(Checked):
         """Tokens before the image."""
         return self.length + self.start
 
-    def __call__(self, batch: Batch, drop: Array) -> Array:
+    @typed
+    def __call__(self, batch: Batch, drop: Bool[Array, " b"]) -> Int[Array, "b s"]:
         """`text` int (b, s) and optionally `text_mask` bool (b, s) -> ids (b, s); dropped rows are all padding."""
         text = ids(batch, "text", self.vocabulary)
         same_length("text", text.shape[1], self.length)
@@ -160,7 +163,8 @@ class Stream(Autoregressive):
         bits = {"bits_per_token": of_image / math.log(2), "bits_per_text_token": of_text / math.log(2)}
         return LossOutput(loss, {"loss": loss, **bits, "accuracy": accuracy})
 
-    def log_likelihood(self, model: StreamNetwork, batch: Batch) -> Array:
+    @typed
+    def log_likelihood(self, model: StreamNetwork, batch: Batch) -> Float[Array, " b"]:
         """log p(codes | text) of each image in nats: (b,) fp32."""
         _, x = model(self.condition(batch, jnp.zeros(len(batch["codes"]), bool)), batch["codes"])
         return -self._image_score(model.image_logits, x, batch["codes"])[1].sum(-1)
@@ -218,7 +222,10 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         self.text_head, self.text_bias = matrix(keys[5], rows), bias(rows)
         self.image_head, self.image_bias = matrix(keys[6], config.vocabulary), bias(config.vocabulary)
 
-    def __call__(self, text: Array, codes: Array, key: Array | None = None) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, text: Int[Array, "b s"], codes: Int[Array, "b i j"], key: Array | None = None
+    ) -> tuple[Float[Array, "b p d"], Float[Array, "b i*j d"]]:
         """z of text tokens, for `text_logits`, and of codes, for `image_logits`, each given all preceding tokens.
 
         text: ids int (b, s); codes: int (b, h, w); key: for dropout. z: (b, s or s - 1, d), without the first token if
@@ -240,11 +247,13 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         )
         return x[:, : self.prefix - 1], x[:, self.prefix - 1 :]
 
-    def text_logits(self, z: Array) -> Array:
+    @typed
+    def text_logits(self, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """(..., d) -> (..., rows of the text table) fp32."""
         return self._logits(z, self.text_tokens, self.text_head, self.text_bias)
 
-    def image_logits(self, z: Array) -> Array:
+    @typed
+    def image_logits(self, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """(..., d) -> (..., v) fp32."""
         return self._logits(z, self.image_tokens, self.image_head, self.image_bias)
 
@@ -252,7 +261,8 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         logits = matmul(self.norm(z), transposed(tokens.w) if head is None else head, jnp.float32)
         return logits if bias is None else logits + bias[...]
 
-    def embed_text(self, text: Array) -> Array:
+    @typed
+    def embed_text(self, text: Int[Array, "b s"]) -> Float[Array, "b p d"]:
         """Ids (b, s) as the first tokens of the stream, with the start token if there is one: (b, s or s + 1, d)."""
         if self.config.condition.start:
             text = jnp.pad(text, [(0, 0), (1, 0)], constant_values=self.config.condition.padding)
@@ -260,14 +270,18 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         x = x if self.text_places is None else x + self.text_places[...]
         return shard(x.astype(self.config.compute.dtype), "batch", "length", None)
 
-    def embed_codes(self, codes: Array, cells: Array | None, first: Array | int) -> Array:
+    @typed
+    def embed_codes(
+        self, codes: Int[Array, "b t"], cells: Float[Array, "_ d"] | None, first: Array | int
+    ) -> Float[Array, "b t d"]:
         """Codes (b, t) of the grid positions from `first` on as tokens of the stream: (b, t, d)."""
         x = self.image_tokens(codes)
         here = lambda table: jax.lax.dynamic_slice_in_dim(table, first, codes.shape[1])
         x = x if cells is None else x + shard(here(cells), None, "embed")
         return shard(x.astype(self.config.compute.dtype), "batch", "length", None)
 
-    def cells(self) -> Array | None:
+    @typed
+    def cells(self) -> Float[Array, "_ d"] | None:
         """Position embeddings of the codes: (L, d), or None."""
         if self.row_places is not None and self.column_places is not None:
             return rearrange(self.row_places[...][:, None] + self.column_places[...], "h w d -> (h w) d")
@@ -278,7 +292,8 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         """The token shift of every branch."""
         return TokenShift(self.prefix, self.config.grid[1]) if self.config.token_shift else None
 
-    def visible(self, q: Array, k: Array) -> Array:
+    @typed
+    def visible(self, q: Int[Array, " t"], k: Int[Array, " s"]) -> Bool[Array, "*n 1 1 t s"]:
         """Mask from positions q (t,) to positions k (s,): (1, 1, t, s), or (n, 1, 1, t, s) for n masks that cycle over
         the layers."""
         q, k = q[:, None], k[None]
@@ -300,7 +315,8 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         angles = rotary_text_grid(self.prefix, self.config.grid, self.config.transformer.head_size)
         return jnp.cos(angles)[place], jnp.sin(angles)[place]
 
-    def prefill(self, condition: Batch, dropped: Array) -> tuple[Array, StreamDecodeState]:
+    @typed
+    def prefill(self, condition: Batch, dropped: Bool[Array, " b"]) -> tuple[Float[Array, "b v"], StreamDecodeState]:
         """Process the text: the logits (b, v) of code 0, and the initial state for `decode`."""
         config, place = self.config, jnp.arange(self.prefix)
         dtype, shape = config.compute.dtype, config.transformer
@@ -317,7 +333,10 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         output = DecodeLinear(w, self.image_bias, dtype, jnp.float32)
         return self.image_logits(x[:, -1]), StreamDecodeState(caches, following, output, self.cells(), s)
 
-    def decode(self, state: StreamDecodeState, codes: Array, i: Array | int) -> tuple[Array, StreamDecodeState]:
+    @typed
+    def decode(
+        self, state: StreamDecodeState, codes: Int[Array, " b"], i: Array | int
+    ) -> tuple[Float[Array, "b v"], StreamDecodeState]:
         """Feed code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
         place = jnp.reshape(self.prefix + i, (1,))
         x, caches = apply_stack(

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Grid, NotNegative
@@ -222,7 +224,8 @@ class VQDiffusion(BaseFamily):
         correct = jnp.sum(correct * masked, -1) / jnp.maximum(masked.sum(-1), 1)
         return DiscreteLossTerms(weight * size, size, weight * size / math.log(2), correct)
 
-    def log_likelihood(self, model: VQDiffusionNetwork, batch: Batch) -> Array:
+    @typed
+    def log_likelihood(self, model: VQDiffusionNetwork, batch: Batch) -> Float[Array, " b"]:
         """A lower bound of log p(codes | condition) of each image in nats, (b,) fp32.
 
         It sums -L_t at one sample of x_t for each of the T times. The prior term of the last step, almost zero, is
@@ -338,7 +341,10 @@ class VQDiffusionNetwork(nnx.Module):
         context, mask = self.condition(batch, dropped, self.config.compute.dtype)
         return BlockConditioning(context, mask[:, None, None], None)
 
-    def __call__(self, x_t: Array, t: Array, conditioning: BlockConditioning, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, x_t: Int[Array, "b t"], t: Int[Array, " b"], conditioning: BlockConditioning, key: Array | None = None
+    ) -> Float[Array, "b t d"]:
         """z (b, l, d) of the clean codes, from noised ones int (b, l) at times (b,); `logits` turns it into p(x_0).
 
         key: for dropout.
@@ -358,21 +364,29 @@ class VQDiffusionNetwork(nnx.Module):
             remat=config.compute.remat,
         )
 
-    def logits(self, z: Array) -> Array:
+    @typed
+    def logits(self, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """(..., d) -> (..., K) fp32."""
         return self.output(self.norm(z).astype(jnp.float32))
 
-    def log_x0(self, x_t: Array, t: Array, conditioning: BlockConditioning) -> Array:
+    @typed
+    def log_x0(
+        self, x_t: Int[Array, "b t"], t: Int[Array, " b"], conditioning: BlockConditioning
+    ) -> Float[Array, "b t v"]:
         """log p(x_0 | x_t) (b, l, K + 1), LOWEST for MASK."""
         return _with_mask(jax.nn.log_softmax(self.logits(self(x_t, t, conditioning))))
 
 
-def guided_log(log_p: Array, log_null: Array, scale: Array | float) -> Array:
+@typed
+def guided_log(
+    log_p: Float[Array, "b t v"], log_null: Float[Array, "b t v"], scale: Array | float
+) -> Float[Array, "b t v"]:
     """Guidance in log space, renormalised: (b, l, K + 1) (Tang et al. 2022, eq. 7)."""
     return _with_mask(jax.nn.log_softmax(guide(log_p[..., :-1], log_null[..., :-1], scale)))
 
 
-def truncate_log_probs(log_p: Array, options: DiscreteSampler) -> Array:
+@typed
+def truncate_log_probs(log_p: Float[Array, "b t v"], options: DiscreteSampler) -> Float[Array, "b t v"]:
     """log p(x_0) after temperature, top-k and truncation; removed codes are LOWEST, the rest is not renormalised."""
     temperature = jnp.asarray(options.temperature)[..., None, None]
     cooled = _with_mask(jax.nn.log_softmax(log_p[..., :-1] / jnp.maximum(temperature, 1e-5)))

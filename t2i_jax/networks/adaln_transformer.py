@@ -12,7 +12,9 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float, Int, Num
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind
 from t2i_jax.nn.attention import Rotary
@@ -68,7 +70,8 @@ class AdaNorm(nnx.Module):
         return modulate(y, shift, scale)
 
 
-def sinusoidal_embedding(u: Array, d: int) -> Array:
+@typed
+def sinusoidal_embedding(u: Num[Array, " b"], d: int) -> Float[Array, "b {d}"]:
     """sin, then cos of 4000 u / 10000^(j / (d/2 - 1)), j < d/2, for times u (b,) in [0, 1]: (b, d) fp32."""
     half = d // 2
     angles = 4000 * u.astype(jnp.float32)[:, None] * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half))
@@ -136,17 +139,18 @@ def stack_blocks(config: AdaLN, key: Array) -> AdaLNBlock:
     return jax.vmap(lambda k: AdaLNBlock(config, k))(jax.random.split(key, config.transformer.depth))
 
 
+@typed
 def apply_blocks(
     blocks: AdaLNBlock,
-    x: Array,
-    t: Array,
-    context: Array | None = None,
-    mask: Array | None = None,
-    label: Array | None = None,
+    x: Float[Array, "b t d"],
+    t: Num[Array, " b"],
+    context: Float[Array, "b s k"] | None = None,
+    mask: Bool[Array, "b 1 1 s"] | None = None,
+    label: Int[Array, " b"] | None = None,
     key: Array | None = None,
     rotary: Rotary | None = None,
     remat: str = "none",
-) -> Array:
+) -> Float[Array, "b t d"]:
     """Apply a stack (scanned) to x (b, t, d) at the positions of `rotary`; no dropout without a key; `remat` is a key
     of `REMAT`."""
     depth = jax.tree.leaves(blocks)[0].shape[0]

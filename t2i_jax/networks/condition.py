@@ -17,7 +17,9 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch, Condition, ConditionSpec
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Share, Size
@@ -41,8 +43,19 @@ def features_spec(length: int, dim: int) -> BatchSpec:
     return {"features": FieldSpec((length, dim), "float32"), "text_mask": mask}
 
 
+class BaseCondition(Checked):
+    """The members of conditions whose tokens have the width of the network and are all real."""
+
+    @property
+    def spec(self) -> ConditionSpec:
+        return ConditionSpec()
+
+    def token_width(self, width: int) -> int:
+        return width
+
+
 @dataclasses.dataclass(frozen=True)
-class ClassEmbedder(Checked):
+class ClassEmbedder(BaseCondition):
     """One token, a row of a class table; the last row is the unconditional class."""
 
     count: Count = 1000
@@ -60,9 +73,6 @@ class ClassEmbedder(Checked):
         """Fields that it reads of a batch."""
         return {"label": FieldSpec((), "int32", 0, self.count - 1)} if self.count else {}
 
-    def token_width(self, width: int) -> int:
-        return width
-
     def init(self, key: Array, width: int) -> ClassTokens:
         return ClassTokens(self, key, width)
 
@@ -73,7 +83,10 @@ class ClassTokens(nnx.Module):
     def __init__(self, config: ClassEmbedder, key: Array, width: int):
         self.config, self.table = config, Embedding(config.count + config.null, width, key)
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         count = self.config.count
         label = ids(batch, "label", count) if count else jnp.zeros(drop.shape, jnp.int32)
         tokens = self.table(jnp.where(drop, count, label) if self.config.null else label)[:, None]
@@ -102,7 +115,7 @@ class Conditioning(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionEncoder(Checked):
+class CaptionEncoder(BaseCondition):
     """Token ids read by a bidirectional Transformer that is trained with the model."""
 
     vocabulary: Size = 2000
@@ -112,16 +125,9 @@ class CaptionEncoder(Checked):
     depth: Layers = 4
     heads: Size = 4
 
-    @property
-    def spec(self) -> ConditionSpec:
-        return ConditionSpec()
-
     def batch_spec(self) -> BatchSpec:
         """Fields that it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
-
-    def token_width(self, width: int) -> int:
-        return width
 
     def init(self, key: Array, width: int) -> CaptionTokens:
         return CaptionTokens(self, key, width)
@@ -143,10 +149,11 @@ class CaptionTokens(nnx.Module):
         self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
         self.padding = param(normal(keys[4], (config.length, width)), None, "embed")
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
-        text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
-        same_length("text", text.shape[1], self.config.length)
-        mask = mask & ~drop[:, None]
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        text, mask = caption(batch, drop, self.config.vocabulary, self.config.length)
         x = (self.table(text) + self.position[...]).astype(dtype)
         x, _ = apply_stack(self.blocks, x, mask=mask[:, None, None])
         tokens = jnp.where(mask[..., None], self.out(self.norm(x)), self.padding[...].astype(dtype))
@@ -154,7 +161,7 @@ class CaptionTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextFeatures(Checked):
+class TextFeatures(BaseCondition):
     """Features of a frozen text encoder, projected by a small MLP (Sun et al. 2024, LlamaGen)."""
 
     dim: Size = 384
@@ -178,9 +185,6 @@ class TextFeatures(Checked):
         """Fields that it reads of a batch."""
         return features_spec(self.length, self.dim)
 
-    def token_width(self, width: int) -> int:
-        return width
-
     def init(self, key: Array, width: int) -> FeatureTokens:
         return FeatureTokens(self, key, width)
 
@@ -200,7 +204,10 @@ class FeatureTokens(nnx.Module):
         self.into = Linear(config.dim, width, keys[1], bias=config.bias, axes=(None, "mlp"))
         self.out = Linear(width, width, keys[2], bias=config.bias, axes=("mlp", "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
         mask = jnp.asarray(batch.get("text_mask", jnp.ones(x.shape[:2], bool)))
@@ -217,7 +224,7 @@ class FeatureTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledFeatures(Checked):
+class PooledFeatures(BaseCondition):
     """One pooled vector of an image or a caption, such as CLIP's, normalised to length 1 and projected to one token.
 
     A model trains on embeddings of images and samples from embeddings of captions (Wang et al. 2022, CLIP-GEN).
@@ -227,16 +234,9 @@ class PooledFeatures(Checked):
 
     length = 1
 
-    @property
-    def spec(self) -> ConditionSpec:
-        return ConditionSpec()
-
     def batch_spec(self) -> BatchSpec:
         """Fields that it reads of a batch."""
         return features_spec(1, self.dim)
-
-    def token_width(self, width: int) -> int:
-        return width
 
     def init(self, key: Array, width: int) -> PooledFeatureToken:
         return PooledFeatureToken(self, key, width)
@@ -250,7 +250,10 @@ class PooledFeatureToken(nnx.Module):
         self.config = config
         self.out = Linear(config.dim, width, key, axes=(None, "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         x = value(batch, "features").astype(jnp.float32)
         x = x if x.ndim == 3 else x[:, None]
         same_length("features", x.shape[1], 1)
@@ -260,7 +263,7 @@ class PooledFeatureToken(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossAttnFeatures(Checked):
+class CrossAttnFeatures(BaseCondition):
     """Unprojected features of a frozen text encoder, for cross-attention, or as vectors prepended to the tokens of an
     image, like `embeddings` of taming-transformers' GPT.
 
@@ -312,7 +315,10 @@ class CrossAttnFeatureTokens(nnx.Module):
         kept = ModelState(values, axes=(None, None)) if config.kept_null else None
         self.null = param(values, None, None) if config.trained_null else kept
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         x = value(batch, "features")
         same_length("features", x.shape[1], self.config.length)
         empty = drop if "text_mask" not in batch else drop | ~value(batch, "text_mask").any(1)
@@ -324,7 +330,7 @@ class CrossAttnFeatureTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledAndTokenFeatures(Checked):
+class PooledAndTokenFeatures(BaseCondition):
     """Projected features of a frozen text encoder; the first vector is the pooled embedding of the caption.
 
     Stable Diffusion 3 (Esser et al. 2024) reads the tokens of two CLIPs and of T5, and the concatenated pooled
@@ -348,9 +354,6 @@ class PooledAndTokenFeatures(Checked):
     def length(self) -> int:
         return self.encoded.length - 1
 
-    def token_width(self, width: int) -> int:
-        return width
-
     def init(self, key: Array, width: int) -> PooledAndFeatureTokens:
         return PooledAndFeatureTokens(self, key, width)
 
@@ -365,17 +368,21 @@ class PooledAndFeatureTokens(nnx.Module):
         self.into = Linear(config.summary, width, keys[2], axes=(None, "mlp"))
         self.out = Linear(width, width, keys[3], axes=("mlp", "embed"))
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         x, mask = self.encoded(batch, drop, dtype)
         return self.tokens(x[:, 1:]), mask[:, 1:]
 
-    def whole(self, batch: Batch, drop: Array) -> Array:
+    @typed
+    def whole(self, batch: Batch, drop: Bool[Array, " b"]) -> Float[Array, "b d"]:
         x = self.encoded(batch, drop)[0][:, 0, : self.config.summary]
         return self.out(jax.nn.silu(self.into(x)))
 
 
 @dataclasses.dataclass(frozen=True)
-class SentenceAndWords(Checked):
+class SentenceAndWords(BaseCondition):
     """Unprojected features of a frozen text encoder: a vector of the whole caption first, then one for each word (Xu et
     al. 2018, AttnGAN). Dropped rows and empty captions are zeros."""
 
@@ -410,11 +417,15 @@ class SentenceAndWordTokens(nnx.Module):
     def __init__(self, config: SentenceAndWords):
         self.config = config
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         x, mask = self._features(batch), value(batch, "text_mask") & ~drop[:, None]
         return jnp.where(mask[..., None], x[:, 1:], 0).astype(dtype), mask
 
-    def whole(self, batch: Batch, drop: Array) -> Array:
+    @typed
+    def whole(self, batch: Batch, drop: Bool[Array, " b"]) -> Float[Array, "b d"]:
         return jnp.where(drop[:, None], 0, self._features(batch)[:, 0])
 
     def _features(self, batch: Batch) -> Array:
@@ -424,7 +435,7 @@ class SentenceAndWordTokens(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixTokens(Checked):
+class PrefixTokens(BaseCondition):
     """Prefix tokens from the image's own vocabulary and table: a start token, a class, codes of a sketch (Esser et al.
     2021)."""
 
@@ -440,9 +451,6 @@ class PrefixTokens(Checked):
         label = FieldSpec((), "int32", 0, optional=True)
         return {"prefix": prefix, "label": label} if self.length == 1 else {"prefix": prefix}
 
-    def token_width(self, width: int) -> int:
-        return width
-
     def init(self, key: Array, width: int) -> PrefixIds:
         return PrefixIds(self)
 
@@ -457,7 +465,10 @@ class PrefixIds(nnx.Module):
     def __init__(self, config: PrefixTokens):
         self.config = config
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.int32) -> tuple[Array, Array]:
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.int32
+    ) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
         alone = self.config.length == 1 and "prefix" not in batch
         given = value(batch, "label")[:, None] if alone else value(batch, "prefix")
         same_length("prefix", given.shape[1], self.config.length)
@@ -476,7 +487,8 @@ def check_vectors(condition: Condition, width: int = 0) -> None:
         raise ConfigError(f"condition: vectors of {given} numbers; width={width} is needed")
 
 
-def dropped_rows(key: Array, share: float, b: int, train: bool) -> Array:
+@typed
+def dropped_rows(key: Array, share: float, b: int, train: bool) -> Bool[Array, " {b}"]:
     """Rows bool (b,) of a batch whose condition is dropped: each with probability `share` in training, else none."""
     return jax.random.bernoulli(key, share, (b,)) if train else jnp.zeros(b, bool)
 
@@ -496,6 +508,16 @@ def ids(batch: Batch, name: str, count: int) -> Array:
         if known.size and (known.min() < 0 or known.max() >= count):
             raise ConfigError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")
     return x
+
+
+@typed
+def caption(
+    batch: Batch, drop: Bool[Array, " b"], vocabulary: int, length: int
+) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+    """`text` int (b, s), and a mask (b, s) of what is read of it: nothing of the rows `drop` (b,)."""
+    text, mask = ids(batch, "text", vocabulary), value(batch, "text_mask")
+    same_length("text", text.shape[1], length)
+    return text, mask & ~drop[:, None]
 
 
 def same_length(name: str, found: int, length: int) -> None:

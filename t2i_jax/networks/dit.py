@@ -18,7 +18,9 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Bool, Float, Num
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch, SummarizedTokens
 from t2i_jax.core.fields import Checked, Grid, Range, Size
 from t2i_jax.core.keys import apart
@@ -103,7 +105,8 @@ class Context(NamedTuple):
     """(b, s): which tokens may be read"""
 
 
-def pooled(tokens: Array, mask: Array) -> Array:
+@typed
+def pooled(tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b d"]:
     """The mean of the unmasked tokens of (b, s, d): (b, d) fp32."""
     seen = mask[..., None].astype(jnp.float32)
     return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
@@ -253,13 +256,17 @@ class DiTNetwork(nnx.Module):
             return Context(cast(SummarizedTokens, self.condition).whole(batch, drop), tokens, mask)
         return Context(pooled(tokens, mask), tokens, mask)
 
-    def tokens(self, x: Array) -> Array:
+    @typed
+    def tokens(self, x: Float[Array, "b i j c"]) -> Float[Array, "b t d"]:
         """Embedded patches of x (b, i, j, c) with positions: (b, t, d)."""
         dtype = self.compute.dtype
         y = self.embed(rearrange(patchify(x.astype(dtype), self.config.patch), "b i j d -> b (i j) d"))
         return y if self.positions is None else y + self.positions[...].astype(dtype)
 
-    def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, x: Float[Array, "b i j c"], t: Num[Array, " b"], context: Context, key: Array | None = None
+    ) -> Float[Array, "b i j k"]:
         """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance.
 
         key: for dropout.
@@ -287,7 +294,8 @@ class DiTNetwork(nnx.Module):
         (x, _), _ = jax.lax.scan(step, (x, y), (self.blocks, keys))
         return self.finish(x[:, -length:], c)
 
-    def finish(self, x: Array, c: Array) -> Array:
+    @typed
+    def finish(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Float[Array, "b i j k"]:
         """Tokens (b, t, d) to an image (b, i, j, c)."""
         if self.table is None:
             shift, scale = jnp.split(self.modulation(jax.nn.silu(c)), 2, -1)

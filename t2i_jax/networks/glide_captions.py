@@ -9,17 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float
 
-from t2i_jax.core.conditions import Batch, ConditionSpec
-from t2i_jax.core.fields import Checked, Layers, Size
+from t2i_jax.core.arrays import typed
+from t2i_jax.core.conditions import Batch
+from t2i_jax.core.fields import Layers, Size
 from t2i_jax.core.specs import BatchSpec
-from t2i_jax.networks.condition import ids, same_length, text_spec, value
+from t2i_jax.networks.condition import BaseCondition, caption, text_spec
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Transformer, apply_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
-class GlideCaptions(Checked):
+class GlideCaptions(BaseCondition):
     """Token ids read by a bidirectional Transformer that sees padding too and is trained with the model."""
 
     vocabulary: Size = 50257
@@ -31,16 +33,9 @@ class GlideCaptions(Checked):
     """Padding positions get learned vectors; else the embeddings of their ids."""
     final_norm: bool = True
 
-    @property
-    def spec(self) -> ConditionSpec:
-        return ConditionSpec()
-
     def batch_spec(self) -> BatchSpec:
         """Fields that it reads of a batch."""
         return text_spec(self.vocabulary, self.length)
-
-    def token_width(self, width: int) -> int:
-        return width
 
     def init(self, key: Array, width: int) -> GlideCaptionTokens:
         if width != self.width:
@@ -61,10 +56,11 @@ class GlideCaptionTokens(nnx.Module):
         self.norm = LayerNorm(config.width) if config.final_norm else None
         self.padding = param(normal(keys[3], (config.length, config.width)), None, "embed") if config.padding else None
 
-    def __call__(self, batch: Batch, drop: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
-        text, mask = ids(batch, "text", self.config.vocabulary), value(batch, "text_mask")
-        same_length("text", text.shape[1], self.config.length)
-        mask = mask & ~drop[:, None]
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        text, mask = caption(batch, drop, self.config.vocabulary, self.config.length)
         if self.padding is None:  # then padding is the end token, the last of the vocabulary
             x = self.table(jnp.where(drop[:, None], self.config.vocabulary - 1, text)) + self.position[...]
         else:

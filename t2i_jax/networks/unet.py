@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Num
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
@@ -120,12 +122,14 @@ class UNet(Checked):
         return UNetNetwork(self, key, compute)
 
 
-def double(x: Array) -> Array:
+@typed
+def double(x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j c"]:
     """Nearest-neighbour upsampling: (b, i, j, c) -> (b, 2i, 2j, c)."""
     return repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
 
 
-def halve(x: Array) -> Array:
+@typed
+def halve(x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
     """2x2 mean pooling: (b, 2i, 2j, c) -> (b, i, j, c)."""
     return reduce(x, "b (i p) (j q) c -> b i j c", "mean", p=2, q=2)
 
@@ -143,7 +147,10 @@ class TimedResBlock(nnx.Module):
         self.shortcut = Conv(c, f, keys[3], kernel=1) if c != f else None
         self.change, self.scale_shift, self.dropout = change, config.scale_shift, config.dropout
 
-    def __call__(self, x: Array, e: Array, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, x: Float[Array, "b i j c"], e: Float[Array, "b d"], key: Array | None = None
+    ) -> Float[Array, "b p q f"]:
         change = {"up": double, "down": halve, "": lambda y: y}[self.change]
         y = self.conv1(change(jax.nn.silu(self.norm1(x))))
         e = self.time(jax.nn.silu(e)).astype(y.dtype)[:, None, None]
@@ -171,7 +178,8 @@ class ContextAttention(nnx.Module):
         self.count = config.heads_of(c, up)
         self.qkv_first = config.qkv_first
 
-    def __call__(self, x: Array, context: Context | None) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"], context: Context | None) -> Float[Array, "b i j c"]:
         heads = lambda y, order, k: rearrange(y, f"b t ({order} h) -> k b t n h", k=k, n=self.count)
         y = self.qkv(rearrange(self.norm(x), "b i j c -> b (i j) c"))
         q, k, v = heads(y, "k n" if self.qkv_first else "n k", 3)
@@ -204,7 +212,8 @@ class SpatialTransformer(nnx.Module):
         self.blocks = stack(shape, keys[1], context=config.context)
         self.out = Linear(c, c, keys[2], std=0.0, axes=("embed", None))
 
-    def __call__(self, x: Array, context: Context | None) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"], context: Context | None) -> Float[Array, "b i j c"]:
         assert context is not None, "cross-attention reads the context"
         y = self.into(rearrange(self.norm(x), "b i j c -> b (i j) c"))
         memory, mask = context.tokens.astype(x.dtype), context.mask[:, None, None]
@@ -342,7 +351,10 @@ class UNetNetwork(UNetEncoder):
         whole = tokens[:, -1].astype(jnp.float32) if self.config.pool == "last" else pooled(tokens, mask)
         return Context(whole if self.pool is None else self.pool(whole), tokens, mask)
 
-    def __call__(self, x: Array, t: Array, context: Context, key: Array | None = None) -> Array:
+    @typed
+    def __call__(
+        self, x: Float[Array, "b i j c"], t: Num[Array, " b"], context: Context, key: Array | None = None
+    ) -> Float[Array, "b i j k"]:
         """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         keys = (None, None) if key is None else jax.random.split(key)
         e = (self.time(t) + context.pooled).astype(self.compute.dtype)
