@@ -30,6 +30,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, LayerNorm, Linear
+from t2i_jax.nn.losses import row_mean
 from t2i_jax.sampling.options import Options
 from t2i_jax.sampling.progress import Progress, report
 
@@ -89,7 +90,7 @@ class GAN(BaseFamily):
         """-mean D(G(z, c), c)."""
         c = model.embed(batch)
         fake = model.generator(jax.random.normal(key, (len(c), self.noise)), c)
-        loss = _mean(batch, -model.discriminator(fake, c))
+        loss = row_mean(-model.discriminator(fake, c), batch)
         return LossOutput(loss, {"loss": loss})
 
     def discriminator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
@@ -99,8 +100,8 @@ class GAN(BaseFamily):
         fake = model.discriminator(fake, c)
         real, back = jax.vjp(lambda x: model.discriminator(x, c), batch["image"])
         slope = jnp.sum(back(jnp.ones_like(real))[0] ** 2, (1, 2, 3))
-        loss = _mean(batch, jax.nn.relu(1 - real) + jax.nn.relu(1 + fake) + self.penalty / 2 * slope)
-        return LossOutput(loss, {"loss": loss, "real": _mean(batch, real), "fake": _mean(batch, fake)})
+        loss = row_mean(jax.nn.relu(1 - real) + jax.nn.relu(1 + fake) + self.penalty / 2 * slope, batch)
+        return LossOutput(loss, {"loss": loss, "real": row_mean(real, batch), "fake": row_mean(fake, batch)})
 
     def sample(
         self,
@@ -125,12 +126,6 @@ def _sample(
     images = model.generator(z * scale[:, None], model.embed(condition))
     report(progress, jnp.int32(1), 1, images)
     return images
-
-
-def _mean(batch: Batch, each: Array) -> Array:
-    """The mean of (b,), without the examples of weight 0."""
-    weight = batch.get("weight", jnp.ones(len(each)))
-    return jnp.sum(each * weight) / jnp.maximum(weight.sum(), 1)
 
 
 class Generator(nnx.Module):

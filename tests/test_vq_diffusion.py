@@ -333,7 +333,7 @@ CONTINUOUS = dataclasses.replace(TINY, chain=Chain(12, 8, "mask"), objective="co
 def test_the_continuous_bound_of_a_model_that_knows_nothing_is_the_entropy_of_codes():
     model, x0 = model_for(CONTINUOUS), jnp.zeros((4000, 6), jnp.int32)
     blank = jax.tree.map(jnp.zeros_like, model)
-    embedded = CONTINUOUS.embed_condition(blank, batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
+    embedded = blank.read(batch_for(CONTINUOUS, 4000), jnp.zeros(4000, bool))
     terms = jax.jit(CONTINUOUS.continuous)(blank, embedded, x0, jax.random.key(0))
     np.testing.assert_allclose(terms.loss.mean() / 6, np.log(12), rtol=0.05)
 

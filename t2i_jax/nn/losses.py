@@ -18,7 +18,7 @@ HELD = 2**28
 
 def row_weights(batch: Batch, b: int) -> Array:
     """The `weight` fp32 (b,) of each of b rows of a batch, 0 for those to ignore; 1 if it has none."""
-    return batch.get("weight", jnp.ones(b)).astype(jnp.float32)
+    return jnp.asarray(batch.get("weight", jnp.ones(b)), jnp.float32)
 
 
 @typed
