@@ -1,6 +1,6 @@
-"""The two frozen image classifiers whose features metrics use: EfficientNet-Lite0 and the InceptionV3 of the FID.
+"""The frozen image classifiers whose features metrics and losses use: EfficientNet-Lite0 and InceptionV3.
 
-Both are built from tables: a convolution is (channels, kernel, stride); its batch norm is folded into its weights when
+All are built from tables: a convolution is (channels, kernel, stride); its batch norm is folded into its weights when
 they are loaded (`t2i_jax.interop`).
 """
 
@@ -22,10 +22,12 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+REGIONS = sum(repeat for repeat, *_ in STAGES[:5])
+"""Blocks before the last halving."""
 
 # InceptionV3 (Szegedy et al. 2015): a block is its branches, a branch its convolutions after an optional pooling; a
-# tuple of convolutions in place of one is a fork. Average pooling excludes the padding, and the last block pools by
-# maximum where all others average, as in the network of published FIDs.
+# tuple of convolutions in place of one is a fork. In the network of published FIDs average pooling excludes the
+# padding, and the last block pools by maximum where all others average; in torchvision's all average, padding included.
 
 Table = dict[str, tuple]
 
@@ -159,11 +161,18 @@ class EfficientNetLite0(nnx.Module):
         self.fc = Linear(1280, 1000, next(keys))
 
     def __call__(self, images: Array, size: int = 128) -> Array:
+        return self.maps(images, size)[1]
+
+    def maps(self, images: Array, size: int = 128) -> tuple[Array, Array]:
+        """Images as above -> the last features of a sixteenth of `size`, (b, size/16, size/16, 112), and the pooled."""
         x = jax.image.resize(images, (len(images), size, size, 3), "cubic", antialias=True)
         x = self.stem((jnp.clip(x, 0, 255) - 127) / 128)
-        for block in self.blocks:
+        for block in self.blocks[:REGIONS]:
             x = block(x)
-        return self.head(x).mean((1, 2))
+        regions = x
+        for block in self.blocks[REGIONS:]:
+            x = block(x)
+        return regions, self.head(x).mean((1, 2))
 
     def logits(self, features: Array) -> Array:
         """Pooled features (b, 1280) -> ImageNet logits (b, 1000)."""
@@ -173,8 +182,8 @@ class EfficientNetLite0(nnx.Module):
 class Mixed(nnx.Module):
     """One Inception block: parallel branches, concatenated over channels."""
 
-    def __init__(self, c: int, name: str, key: Array):
-        self.name, self.width = name, 0
+    def __init__(self, c: int, name: str, key: Array, kind: str):
+        self.name, self.kind, self.width = name, kind, 0
         for branch, steps in MIXED[name].items():
             d = c
             for fork in forks(branch, steps):
@@ -188,7 +197,7 @@ class Mixed(nnx.Module):
     def __call__(self, x: Array) -> Array:
         joined = []
         for branch, steps in MIXED[self.name].items():
-            y = POOLS[steps[0]](x) if isinstance(steps[0], str) else x
+            y = POOLS[self.kind][steps[0]](x) if isinstance(steps[0], str) else x
             for fork in forks(branch, steps):
                 y = jnp.concatenate(
                     [getattr(self, name)(y) for name, *_ in fork], -1
@@ -215,18 +224,25 @@ def max_pool(x: Array, stride: int = 2) -> Array:
     )
 
 
+def sum_pool(x: Array) -> Array:
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+
+
 def mean_pool(x: Array) -> Array:
-    total = lambda y: jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-    return total(x) / total(jnp.ones_like(x[:1, :, :, :1]))
+    return sum_pool(x) / sum_pool(jnp.ones_like(x[:1, :, :, :1]))
 
 
-POOLS = {"mean": mean_pool, "max": lambda x: max_pool(x, 1), "max, halved": max_pool}
+PADDED = lambda x: sum_pool(x) / 9
+POOLS = {
+    "fid": {"mean": mean_pool, "max": lambda x: max_pool(x, 1), "max, halved": max_pool},
+    "torchvision": {"mean": PADDED, "max": PADDED, "max, halved": max_pool},
+}
 
 
-class InceptionV3(nnx.Module):
-    """The network of the FID (Heusel et al. 2017): (b, i, j, 3) in [0, 255] -> pooled features (b, 2048)."""
+class Inception(nnx.Module):
+    """The convolutions of InceptionV3, as the FID has them or as torchvision does."""
 
-    def __init__(self, key: Array):
+    def __init__(self, key: Array, kind: str):
         keys = iter(jax.random.split(key, 17))
         self.Conv2d_1a_3x3 = Unit(3, 32, 3, next(keys), stride=2, padding="VALID")
         self.Conv2d_2a_3x3 = Unit(32, 32, 3, next(keys), padding="VALID")
@@ -235,20 +251,33 @@ class InceptionV3(nnx.Module):
         self.Conv2d_4a_3x3 = Unit(80, 192, 3, next(keys), padding="VALID")
         width = 192
         for name in MIXED:
-            block = Mixed(width, name, next(keys))
+            block = Mixed(width, name, next(keys), kind)
             setattr(self, name, block)
             width = block.width
-        self.fc = Linear(width, 1008, next(keys))
+
+    def maps(self, x: Array) -> tuple[Array, Array]:
+        """(b, i, j, 3) in [-1, 1] -> Mixed_6e (b, i', j', 768), 17 x 17 of 299 x 299, and pooled Mixed_7c (b, 2048)."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x)))
+        x = regions = max_pool(x)
+        for name in MIXED:
+            x = getattr(self, name)(x)  # attribute names come from the table
+            regions = x if name == "Mixed_6e" else regions
+        return regions, x.mean((1, 2))
+
+
+class InceptionV3(Inception):
+    """The network of the FID (Heusel et al. 2017): (b, i, j, 3) in [0, 255] -> pooled features (b, 2048)."""
+
+    def __init__(self, key: Array):
+        keys = jax.random.split(key)
+        super().__init__(keys[0], "fid")
+        self.fc = Linear(2048, 1008, keys[1])
 
     def __call__(self, images: Array, size: int = 299) -> Array:
         # Bilinear without antialiasing, as in FID: images larger than 299 alias, in all published numbers too.
         x = jax.image.resize(images, (len(images), size, size, 3), "linear", antialias=False) / 127.5 - 1
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x)))
-        x = max_pool(x)
-        for name in MIXED:
-            x = getattr(self, name)(x)  # attribute names come from the table
-        return x.mean((1, 2))
+        return self.maps(x)[1]
 
     def logits(self, features: Array) -> Array:
         """Pooled features (b, 2048) -> logits (b, 1008), without the bias, which the Inception Score omits."""

@@ -82,6 +82,26 @@ def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> object:
         raise TorchFileError(f"{path}: damaged, or not a PyTorch file ({type(error).__name__}: {error})") from error
 
 
+def read_pickle(path: str | os.PathLike) -> object:
+    """The numbers, strings, lists and dictionaries of a plain pickle; no name in it reaches an import.
+
+    Raises:
+        TorchFileError: a damaged file, or one that holds objects of classes.
+    """
+    path = Path(path)
+
+    def storage(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        raise TorchFileError(f"{path}: refers to a tensor's storage, which a plain pickle does not have")
+
+    try:
+        with path.open("rb") as file:
+            return _Unpickler(file, path, storage, "refuse").load()
+    except TorchFileError:
+        raise
+    except PICKLE_ERRORS as error:
+        raise TorchFileError(f"{path}: damaged, or no pickle ({type(error).__name__}: {error})") from error
+
+
 @dataclass(frozen=True)
 class _StorageType:
     dtype: np.dtype

@@ -23,6 +23,7 @@ FORMATS = {
     r"adm_classifier_.*": "adm_classifier",
     r"adm_\d.*": "adm",
     r"glide_.*": "glide",
+    r"damsm_.*|dfgan_text_encoder_.*": "damsm",
 }
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
 LONG = r"dit_.*|adm_.*|glide_.*"
