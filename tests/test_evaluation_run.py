@@ -13,6 +13,7 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import FeatureNetwork
+from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.run import evaluate_family
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
@@ -70,7 +71,13 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     pipeline = Pipeline.place(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
     reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
     spaces = [FeatureNetwork("pixels")]
-    report = evaluate_family(pipeline, reference, tmp_path, spaces, 8, 8, 0, family.options(), False)
+    matching = None
+    if text is not None:
+        dots = lambda images: images.reshape(len(images), -1)[:, :5].astype(np.float32)
+        matching = Matching(dots, lambda captions: text(captions)[0].astype(np.float32))
+    report = evaluate_family(pipeline, reference, tmp_path, spaces, 8, 8, 0, family.options(), False, matching)
+    measured = {k.split("/", 1)[1] for k in report.numbers if "matching" in k}
+    assert measured == ({"matching/r_precision", "matching/cosine"} if matching else set())
     names = {"known classes"} if asked else {"new words", "new concepts"}
     assert {k.split("/")[0] for k in report.numbers} == names
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]

@@ -42,6 +42,8 @@ class EvaluateArguments(Checked):
     `data`, unless given"""
     judge: bool = False
     """also train a small judge of image and caption on the training pairs, and rank by it"""
+    matching: str = ""
+    """run or released DAMSM: R-precision, the share of images whose own caption it finds among 99 of other classes"""
 
 
 def run(arguments: list[str]) -> None:
@@ -55,6 +57,7 @@ def run(arguments: list[str]) -> None:
         seed=args.seed,
         spaces=args.spaces,
         judge=args.judge,
+        matching=args.matching,
         solver=args.solver,
         mesh=read_mesh(args.mesh, MeshConfig()) if args.mesh else None,
         options=rest,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import cast
 
 from t2i_jax.convert import Folder, Format
 from t2i_jax.core.family import with_fields
@@ -58,5 +60,6 @@ FORMATS = {
         "image_encoder*.pth, and captions.pickle",
         example="FOLDER",
         folder=_folder,
+        fit_text=lambda config, text: dataclasses.replace(cast(CaptionWords, text), length=config.length),
     ),
 }

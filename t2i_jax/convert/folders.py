@@ -61,13 +61,15 @@ def to_folder(
         check_fields(config, hints)
         if text is not None:
             _check_text(config, text)
+        elif found.text is not None:
+            text = format.fit_text(config, found.text) if format.fit_text else found.text
     except FAULTS as error:
         raise ConfigError(_fault(name, format, weights, error, found, hints)) from error
     with tempfile.TemporaryDirectory() as room:
         if found.codec and not codec:
             codec = f"{room}/codec"
             save_artifact(Artifact(*found.codec), codec, f"# {type(found.codec[0]).__name__}\n")
-        artifact = Artifact(config, model, text or found.text, codec, image_size=picture_side(config, codec))
+        artifact = Artifact(config, model, text, codec, image_size=picture_side(config, codec))
         save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
     return dataclasses.replace(artifact, codec=str(Path(out, "codec")) if codec else "")
 

@@ -1,7 +1,7 @@
-"""Does an image show its prompt? Retrieval of the true concept among those of all prompts."""
+"""Does an image show its prompt? Retrieval of the true concept or caption among others."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -64,6 +64,36 @@ def retrieve(
     scores = np.full((len(queries), len(place)), -np.inf, similarity.dtype)
     np.maximum.at(scores.T, [place[concept] for concept in shown], similarity.T)
     return rank(scores, np.array([place[concept] for concept in wanted]))
+
+
+def retrieve_captions(
+    codes: np.ndarray,
+    sentences: np.ndarray,
+    classes: Sequence[Hashable],
+    others: np.ndarray,
+    other_classes: Sequence[Hashable],
+    choices: int = 100,
+    seed: int = 0,
+) -> Retrieval:
+    """Rank of each image's own caption by cosine, among `choices` captions of which all others are of other classes.
+
+    `top(1)` is R-precision (Xu et al. 2018, AttnGAN, section 4). Codes and sentences (n, d) are of images and of their
+    own captions, others (m, d) of the captions from which the rest are drawn; classes may be labels or the captions
+    themselves. There are fewer choices where a class leaves fewer.
+
+    Errors: `ValueError` where a class leaves none.
+    """
+    kinds = {kind: n for n, kind in enumerate(dict.fromkeys([*classes, *other_classes]))}
+    own, theirs = (np.array([kinds[kind] for kind in some]) for some in (classes, other_classes))
+    apart = [np.flatnonzero(theirs != kind) for kind in own]
+    choices = min(choices, 1 + min(map(len, apart)))
+    if choices < 2:
+        raise ValueError("R-precision: all captions are of one class, and there is none to tell them from")
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.choice(some, choices - 1, replace=False) for some in apart])
+    codes, sentences, others = unit(codes), unit(sentences), unit(others)
+    scores = [np.sum(codes * sentences, 1, keepdims=True), np.einsum("nd,ncd->nc", codes, others[drawn])]
+    return rank(np.concatenate(scores, 1), np.zeros(len(codes), int))
 
 
 def rank(scores: np.ndarray, truth: np.ndarray) -> Retrieval:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import jax
@@ -23,8 +23,10 @@ from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space
+from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+from t2i_jax.models.damsm import DAMSM
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
@@ -42,14 +44,15 @@ def evaluate_folder(
     seed: int = 0,
     spaces: Sequence[str] = ("pixels", "efficientnet_lite0"),
     judge: bool = False,
+    matching: str = "",
     solver: str = "",
     mesh: MeshConfig | None = None,
     options: Sequence[str] = (),
 ) -> Report:
     """Measure the codec or the model in `folder` against real images; write a report and a grid to `out`.
 
-    reference: an experiment whose `data` has images; the run's own unless given. solver: another than that of the
-    family. mesh: for the model; that of the reference unless given.
+    reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM, for
+    R-precision. solver: another than that of the family. mesh: for the model; that of the reference unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
@@ -62,13 +65,17 @@ def evaluate_folder(
         reference = stored
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
+    with config.refused("--matching"):
+        matcher = Matching.load(matching, batch_size) if matching else None
     if kind.capabilities.codec:
         report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
+    elif isinstance(kind, DAMSM):
+        report = evaluate_matching(Matching.load(folder, batch_size), reference, out, count)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
-        report = evaluate_family(pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge)
+        report = evaluate_family(pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge, matcher)
     report.save(out / "report.json")
     stdout().print(report.table())
     stdout().print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
@@ -156,14 +163,42 @@ def evaluate_codec(
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"images": len(real), "step": artifact.step})
 
 
+def evaluate_matching(matching: Matching, reference: Experiment, out: Path, count: int) -> Report:
+    """How well a DAMSM finds the captions of real images, in two sets: new words of concepts that it was trained on,
+    and held-out concepts."""
+    train = records_of(reference, "train", 2000, captions=True)
+    sets = {"new words": train[:: -(-len(train) // count)], "new concepts": records_of(reference, "test", count, True)}
+    sets = {name: records for name, records in sets.items() if records}
+    numbers: dict[str, Number] = {}
+    sheets = []
+    for name, records in sets.items():
+        real, asked = images_of(records), [wording(r) for r in records]
+        others = [title(r) for r in train]
+        found = matching.evaluate(real, None, asked, classes_of(records), others, classes_of(train))
+        numbers |= {f"{name}/{k}": v for k, v in found.items()}
+        sheets.append(image_files.grid(real[:32], asked[:32]))
+    image_files.save_png(stacked(sheets), out / "samples.png")
+    return Report("DAMSM: captions of images", numbers, {"images": {name: len(some) for name, some in sets.items()}})
+
+
+def classes_of(records: Sequence[Record]) -> list[Hashable]:
+    """What tells captions apart: the label, or the first caption of a record without one."""
+    return [int(r["label"]) if "label" in r else title(r) for r in records]
+
+
 def prompts_of(records: Sequence[Record], family: Family) -> list[str]:
-    """The prompt of a record: the class number where it reads those, else a wording that no training caption has,
-    where the data set keeps one, else the first caption. Errors: `ConfigError` for classes without labels."""
+    """The prompt of a record: the class number where it reads those, else `wording`. Errors: `ConfigError` for classes
+    without labels."""
     if reads_classes(family):
         if any("label" not in r for r in records):
             raise ConfigError("prompts of this model are class numbers, and the data has none: no record has a 'label'")
         return [str(int(r["label"])) for r in records]
-    return [r.get("unseen_caption") or title(r) for r in records]
+    return [wording(r) for r in records]
+
+
+def wording(record: Record) -> str:
+    """A wording that no training caption has, where the data set keeps one, else the first caption."""
+    return record.get("unseen_caption") or title(record)
 
 
 def evaluate_family(
@@ -176,13 +211,15 @@ def evaluate_family(
     seed: int,
     options: SamplingOptions,
     judge: bool,
+    matching: Matching | None = None,
 ) -> Report:
     """Images for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
     for the classes of training images."""
     captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition_spec())
-    train = records_of(reference, "train", 2000, judge)
-    known = records_of(reference, "train", count, captions or judge)
-    every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or judge)}
+    compared = judge or matching is not None
+    train = records_of(reference, "train", 2000, compared)
+    known = records_of(reference, "train", count, captions or compared)
+    every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or compared)}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
     for name, records in {"training images": train, **sets}.items():
@@ -210,6 +247,10 @@ def evaluate_family(
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
         found = evaluate_pictures(made, real, prompts, images_of(train), space)
         found |= critic.evaluate(made, prompts, real) if critic else {}
+        if matching is not None:
+            asked = [title(r) for r in records] if reads_classes(pipeline.family) else prompts
+            others = [title(r) for r in train]
+            found |= matching.evaluate(made, real, asked, classes_of(records), others, classes_of(train))
         said = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
         found |= bits_per_token(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}

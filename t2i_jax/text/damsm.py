@@ -72,7 +72,7 @@ def words(caption: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Damsm(Checked, Limited):
+class DamsmText(Checked, Limited):
     """Captions as a sentence and its words, by the text encoder of a DAMSM (`models.damsm`).
 
     For `networks.condition.SentenceAndWords(dim, words)` with `feature_shape` = (1 + words, dim).
@@ -96,7 +96,7 @@ class Damsm(Checked, Limited):
         """The tokenizer of its ids. Errors: `ConfigError` where there is none, or none that gives ids."""
         text = self.words if self.words is not None or _is_file(self.path) else open_artifact(self.path).artifact.text
         if text is None:
-            raise ConfigError(f"{self.path}: no tokenizer belongs to it; name one: Damsm(path, CaptionWords(FILE))")
+            raise ConfigError(f"{self.path}: no tokenizer belongs to it; name one: DamsmText(path, CaptionWords(FILE))")
         if text.spec.features:
             raise ConfigError(f"{type(text).__name__} has an encoder of its own; a DAMSM reads ids")
         return text

@@ -1,0 +1,76 @@
+"""How well a DAMSM finds the caption of an image: R-precision (Xu et al. 2018, AttnGAN)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from t2i_jax.evaluation.alignment import retrieve_captions, unit
+from t2i_jax.evaluation.report import Number
+from t2i_jax.text.damsm import DamsmText, load_image_encoder
+
+CHOICES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Both encoders of a DAMSM."""
+
+    codes: Callable[[np.ndarray], np.ndarray]
+    """images uint8 (n, i, j, 3) -> codes (n, k)"""
+    sentences: Callable[[Sequence[str]], np.ndarray]
+    """n captions -> sentences (n, k)"""
+
+    @classmethod
+    def load(cls, path: str | Path, batch_size: int = 50) -> Matching:
+        """The DAMSM of a run or a released model. Errors: those of `DamsmText` and `load_image_encoder`."""
+        text = DamsmText(str(path))
+        captions, images = text.load(), load_image_encoder(path)
+        read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
+        look = jax.jit(lambda model, x: model(x.astype(np.float32) / 127.5 - 1)[1])
+
+        def batched(step: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+            """`step` over batches of one size, the last one filled up."""
+            parts = []
+            for at in range(0, len(arrays[0]), batch_size):
+                places = np.minimum(np.arange(at, at + batch_size), len(arrays[0]) - 1)
+                parts.append(np.asarray(step(*(x[places] for x in arrays)))[: len(arrays[0]) - at])
+            return np.concatenate(parts)
+
+        return cls(
+            lambda pictures: batched(lambda x: look(images, x), pictures),
+            lambda said: batched(lambda *x: read(captions, *x), *text(list(said))),
+        )
+
+    def evaluate(
+        self,
+        pictures: np.ndarray,
+        real: np.ndarray | None,
+        captions: Sequence[str],
+        classes: Sequence[Hashable],
+        others: Sequence[str],
+        other_classes: Sequence[Hashable],
+    ) -> dict[str, Number]:
+        """R-precision of images uint8 (n, i, j, 3) for their captions, among 99 captions of other classes.
+
+        real: images of the same captions, for a baseline. others: captions to choose from, besides `captions`
+        themselves. Keys: `matching/r_precision`, and `matching/cosine`, that of images with their own captions.
+        """
+        sentences = self.sentences([*captions, *others])
+        own, kinds = sentences[: len(captions)], [*classes, *other_classes]
+        numbers: dict[str, tuple[float, float]] = {}
+        chance = 0.0
+        for name, images in (("", pictures), *([("real", real)] if real is not None else [])):
+            codes = self.codes(images)
+            found = retrieve_captions(codes, own, classes, sentences, kinds, CHOICES)
+            numbers[name] = found.top(1), float(np.sum(unit(codes) * unit(own), 1).mean())
+            chance = found.chance(1)
+        baselines = lambda i: {name: value[i] for name, value in numbers.items() if name}
+        return {
+            "matching/r_precision": Number(numbers[""][0], "higher", baselines(0) | {"chance": chance}),
+            "matching/cosine": Number(numbers[""][1], "higher", baselines(1)),
+        }
