@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from t2i_jax.heads import SoftmaxHead as SoftmaxHead
     from t2i_jax.models.any_order import AnyOrder as AnyOrder
     from t2i_jax.models.ar import AR as AR
+    from t2i_jax.models.damsm import DAMSM as DAMSM
     from t2i_jax.models.diffusion import Diffusion as Diffusion
     from t2i_jax.models.masked import Masked as Masked
     from t2i_jax.models.stream import Stream as Stream
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     from t2i_jax.presets import PRESETS as PRESETS
     from t2i_jax.presets import preset as preset
     from t2i_jax.text.clip import ClipText as ClipText
+    from t2i_jax.text.damsm import CaptionWords as CaptionWords
+    from t2i_jax.text.damsm import DamsmText as DamsmText
     from t2i_jax.text.minilm import MiniLM as MiniLM
     from t2i_jax.text.sentencepiece import SentencePiece as SentencePiece
     from t2i_jax.text.t5 import T5 as T5
@@ -86,6 +89,7 @@ _PUBLIC = {
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",
+    "models.damsm": "DAMSM",
     "models.diffusion": "Diffusion",
     "models.masked": "Masked",
     "models.stream": "Stream",
@@ -101,6 +105,7 @@ _PUBLIC = {
     "pipeline": "Pipeline",
     "presets": "PRESETS preset",
     "text.clip": "ClipText",
+    "text.damsm": "CaptionWords DamsmText",
     "text.minilm": "MiniLM",
     "text.sentencepiece": "SentencePiece",
     "text.t5": "T5",

@@ -154,20 +154,22 @@ def hints(name: str, arguments: Sequence[str]) -> Fields:
 
 def text_side(words: str) -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
-    length 1) or `lm:FOLDER` (hidden states of a language model) names, with fields of it set as `encoder` has it.
+    length 1), `lm:FOLDER` (hidden states of a language model) or `damsm:FOLDER` (a run or a converted DAMSM) names,
+    with fields of it set as `encoder` has it.
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
     from t2i_jax.text.clip import ClipEmbedding, ClipText
+    from t2i_jax.text.damsm import DamsmText
     from t2i_jax.text.decoder_lm import DecoderLM
     from t2i_jax.text.t5 import T5
 
     kinds = {"t5": (T5, {"clean": True}), "clip": (ClipEmbedding, {}), "clip-tokens": (ClipText, {"normalise": True})}
-    kinds["lm"] = DecoderLM, {}
+    kinds |= {"lm": (DecoderLM, {}), "damsm": (DamsmText, {})}
     kind, _, rest = words.partition(":")
     if kind not in kinds:
         known = ", ".join(f"{k}:FOLDER" for k in kinds)
-        raise ConfigError(f"--text {words}: it is one of {known}, with a folder as Hugging Face lays it out")
+        raise ConfigError(f"--text {words}: it is one of {known}; `t2i convert --help` says which folders these are")
     return encoder(kinds[kind][0], rest, f"--text {words}", **kinds[kind][1])
 
 
@@ -178,7 +180,7 @@ def encoder(kind: Any, words: str, said: str, **fields: object) -> Any:
     """
     path, *settings = words.split(",")
     if not path or not Path(path).exists():
-        raise ConfigError(f"{said}: there is no '{path}'; it names a folder as Hugging Face lays it out, or a file")
+        raise ConfigError(f"{said}: there is no '{path}'; it names a folder as `--help` says, or a file")
     known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
     given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
