@@ -29,6 +29,7 @@ from t2i_jax.text.damsm import CaptionWords, DamsmText, load_image_encoder
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 from tests.fixtures import toys
+from tests.fixtures.captions import dictionary
 from tests.fixtures.commands import refused
 from tests.fixtures.families import fresh
 from tests.fixtures.torchfiles import save_torch
@@ -38,20 +39,13 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 CONFIG = DAMSM(len(WORDS), 6, embed=8, dim=8, trunk=Pixels(4, 2))
 
 
-def write_dictionary(path, ids=None, words=None):
-    ids = {word: n for n, word in enumerate(WORDS)} if ids is None else ids
-    words = {n: word for n, word in enumerate(WORDS)} if words is None else words
-    path.write_bytes(pickle.dumps([[[1, 2, 4]], [[1, 3]], words, ids], protocol=2))
-    return str(path)
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return dictionary(tmp_path_factory.mktemp("words") / "captions.pickle", WORDS)
 
 
 @pytest.fixture(scope="module")
-def dictionary(tmp_path_factory):
-    return write_dictionary(tmp_path_factory.mktemp("dictionary") / "captions.pickle")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, dictionary):
+def run(tmp_path_factory, words):
     """A DAMSM trained for a few steps on images of one colour, and the folder of its run."""
     folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
 
@@ -66,12 +60,12 @@ def run(tmp_path_factory, dictionary):
     write_records(folder / "data", [record(n, split) for split in ("train", "val", "test") for n in range(8)])
     train = Train(steps=3, optimizer=Optimizer("adam", 1e-2, warmup=0), evaluate_every=3, preview_every=0)
     data = Data(ArrayRecord(str(folder / "data")), image_size=8, batch_size=8)
-    t2i.train(Experiment(CONFIG, data, train, text=CaptionWords(dictionary, 6)), folder / "run")
+    t2i.train(Experiment(CONFIG, data, train, text=CaptionWords(words, 6)), folder / "run")
     return folder / "run"
 
 
-def test_captions_are_split_as_published(dictionary):
-    text = CaptionWords(dictionary, 3)
+def test_captions_are_split_as_published(words):
+    text = CaptionWords(words, 3)
     assert text.tokens(["A RED,disc!", "café _ box-7", "日本 unknown", "a\ufffd\ufffdred"]) == [
         [1, 2, 4],
         [7, 6, 5, 8],
@@ -120,8 +114,8 @@ def test_its_text_encoder_gives_a_sentence_and_words(run):
     assert text.feature_shape == condition.batch_spec()["features"].shape
     encoder, (ids, mask) = text.load(), text(["a red disc", ""])
     features = jax.jit(text.features)(encoder, ids, mask)
-    words, sentence = encoder(ids, mask)
-    np.testing.assert_allclose(features, jnp.concatenate([sentence[:, None], words], 1), atol=1e-6)
+    vectors, sentence = encoder(ids, mask)
+    np.testing.assert_allclose(features, jnp.concatenate([sentence[:, None], vectors], 1), atol=1e-6)
     assert features[0].any() and not features[1].any() and not features[0, 4:].any()
     tokens = condition.init(jax.random.key(0), 8)
     batch = {"features": features, "text_mask": mask}
@@ -137,14 +131,14 @@ def test_its_image_encoder_reads_images(run):
     np.testing.assert_allclose(code, artifact.model.image(*features)[1], atol=1e-5)
 
 
-def test_published_files_are_read_and_converted(dictionary, tmp_path):
+def test_published_files_are_read_and_converted(words, tmp_path):
     model = fresh(DAMSM(len(WORDS), 6, embed=8, dim=8, cell="gru", trunk=None))
     tensors = restore("damsm", DAMSM(len(WORDS), cell="gru", trunk=None), model)
     path = tmp_path / "DAMSM" / "text_encoder200.pth"
     path.parent.mkdir()
     save_torch(tensors, path)
-    write_dictionary(path.parent / "captions.pickle")
-    text = DamsmText(str(path), CaptionWords(dictionary, 6))
+    dictionary(path.parent / "captions.pickle", WORDS)
+    text = DamsmText(str(path), CaptionWords(words, 6))
     assert text.feature_shape == (7, 8)
     ids, mask = text(["a blue box"])
     expected = model.text.features(ids, mask)
@@ -158,11 +152,9 @@ def test_published_files_are_read_and_converted(dictionary, tmp_path):
         load_image_encoder(path)
     with pytest.raises(ConfigError, match="text encoder alone is not trained"):
         load_artifact(tmp_path / "ours").config.objectives()
-    short = write_dictionary(
-        tmp_path / "long.pickle", {w: n for n, w in enumerate((*WORDS, "x"))}, dict(enumerate((*WORDS, "x")))
-    )
+    more = dictionary(tmp_path / "more.pickle", (*WORDS, "x"))
     with pytest.raises(ConfigError, match="has 9 words, and its tokenizer 10 ids"):
-        DamsmText(str(path), CaptionWords(short)).load()
+        DamsmText(str(path), CaptionWords(more)).load()
 
 
 def test_a_published_image_encoder_has_its_trunk_in_the_file(tmp_path):

@@ -17,6 +17,7 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.core.narrow import gives_features, image_text_encoder, learns_from_images, text_encoder
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.ar import AR
+from t2i_jax.models.damsm import DAMSM
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import CaptionEncoder
 from t2i_jax.networks.dit import DiT
@@ -24,9 +25,10 @@ from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.release import release
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.storage.artifacts import load_artifact
+from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
 from t2i_jax.text.clip import ClipEmbedding, ClipText
 from t2i_jax.text.cut import end, limited, noticing, unread
+from t2i_jax.text.damsm import CaptionWords, DamsmText
 from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.minilm import MiniLM
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
@@ -34,7 +36,9 @@ from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
+from tests.fixtures.captions import dictionary
 from tests.fixtures.clip_files import TEXT, letters
+from tests.fixtures.families import fresh
 from tests.fixtures.t5_files import SIZES, vocabulary
 
 WORDS = [
@@ -79,7 +83,11 @@ def texts(tmp_path_factory):
         "ClipText padded with its end": ClipText(str(room / "clip"), pad=515),
         "ClipEmbedding": ClipEmbedding(str(room / "clip")),
         "Triple": Triple(clip, clip, t5),
+        "CaptionWords": CaptionWords(dictionary(room / "captions.pickle", ["<end>", *WORDS]), 9),
     }
+    damsm = DAMSM(1 + len(WORDS), 9, embed=4, dim=4, trunk=None)
+    save_artifact(Artifact(damsm, fresh(damsm), found["CaptionWords"]), room / "damsm", "# DAMSM\n")
+    found["DamsmText"] = DamsmText(str(room / "damsm"))
     vocabulary_of = {word: n for n, word in enumerate(["<unk>", *WORDS])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary_of, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -100,7 +108,7 @@ def read(text, caption):
 
 
 SIDES = ["SentencePiece", "T5", "T5 clean", "ClipText", "ClipText padded with its end", "ClipEmbedding", "Triple"]
-SIDES += ["DecoderLM", "DecoderLM in a template", "MiniLM", "MiniLM pooled"]
+SIDES += ["CaptionWords", "DamsmText", "DecoderLM", "DecoderLM in a template", "MiniLM", "MiniLM pooled"]
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -208,7 +216,7 @@ def test_a_text_can_what_it_declares(texts, name):
     if name not in texts:
         pytest.skip("its package is not installed")
     text = texts[name]
-    assert limited(text) is text and gives_features(text) == (name != "SentencePiece")
+    assert limited(text) is text and gives_features(text) == (name not in ("SentencePiece", "CaptionWords"))
     for flag, narrow in {"features": text_encoder, "image_features": image_text_encoder}.items():
         if dataclasses.asdict(text.spec)[flag]:
             assert narrow(text) is text
@@ -227,7 +235,8 @@ def test_a_text_can_what_it_declares(texts, name):
 
 def test_what_a_text_can_is_known_without_its_files():
     none = ClipText("none")
-    for text in (T5("none"), none, ClipEmbedding("none"), DecoderLM("none"), Triple(none, none, T5("none"))):
+    triple = Triple(none, none, T5("none"))
+    for text in (T5("none"), none, ClipEmbedding("none"), DecoderLM("none"), triple, DamsmText("none")):
         assert text.spec.features and text.spec.limited
     assert not SentencePiece("none").spec.features
 

@@ -103,11 +103,16 @@ class DamsmText(Checked, Limited):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        return 1 + self.tokenizer([""])[0].shape[1], self.dim
+        return self.length, self.dim
+
+    @property
+    def length(self) -> int:
+        """Vectors per caption, the sentence included."""
+        return 1 + self.tokenizer([""])[0].shape[1]
 
     @property
     def room(self) -> int:
-        return text.room if (text := limited(self.tokenizer)) else self.feature_shape[0] - 1
+        return text.room if (text := limited(self.tokenizer)) else self.length - 1
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         if text := limited(self.tokenizer):
