@@ -6,7 +6,8 @@
     t2i evaluate runs/glyphs/damsm
 
 A GAN reads `DamsmText("runs/glyphs/damsm")` as its text, and the same path as its `matching`. As published (AttnGAN):
-`trunk=Inception("image_encoder200.pth")`, batches of 48, and the learning rate falls by 0.98 every epoch.
+`trunk=Inception("image_encoder200.pth")`, batches of 48, and the learning rate falls by 0.98 every epoch, at which
+Adam's moments also begin anew; here it falls along a cosine.
 """
 
 from dataclasses import replace

@@ -105,8 +105,8 @@ def test_a_run_measures_what_it_matches(run):
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = {name for line in logged for name in line}
     for part in ("words", "sentence"):
-        for what in ("image_to_text", "text_to_image", "accuracy"):
-            assert f"val/text/{part}/{what}" in names
+        for what in ("/image_to_text", "/text_to_image", "_accuracy"):
+            assert f"val/text/{part}{what}" in names
 
 
 def test_its_text_encoder_gives_a_sentence_and_words(run):

@@ -79,6 +79,7 @@ class Pixels(Checked):
         return 3 * self.patch**2, 3 * self.side**2
 
     def load(self) -> PixelTrunk:
+        """The averaging alone."""
         return PixelTrunk(self.side, self.patch)
 
 
@@ -122,7 +123,8 @@ class DAMSM(Checked):
     """A recurrent encoder of captions, and heads on a frozen network of images, trained to match.
 
     The objectives `text` and `image` train the two parts by the same loss, the sum of the four of `nn.matching`, so
-    that each may have an optimiser and a bound of its gradient of its own; the metrics are those of `text`.
+    that each may have an optimiser and a bound of its gradient of its own; the metrics are those of `text`. Losses and
+    accuracies are of pairs among those of their batch, so batches of one size are compared.
     """
 
     vocabulary: Count = 2000

@@ -110,11 +110,12 @@ def losses_of_scores(scores: Scores, classes: Array | None = None) -> dict[str, 
 
 
 def matching_accuracy(scores: Scores, classes: Array | None = None) -> dict[str, Array]:
-    """Share of images whose own caption scores highest, by `words` and by `sentence`: scalars in fp32."""
+    """Share of images whose own caption scores highest in the batch, `words_accuracy` and `sentence_accuracy`: scalars
+    in fp32."""
     found = {}
     for name, logits in (("words", scores.words), ("sentence", scores.sentence)):
         best = _against_others(logits, scores.known, classes).argmax(1) == jnp.arange(len(logits))
-        found[f"{name}/accuracy"] = _mean(best.astype(jnp.float32), scores.known)
+        found[f"{name}_accuracy"] = _mean(best.astype(jnp.float32), scores.known)
     return found
 
 
