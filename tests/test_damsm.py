@@ -177,7 +177,12 @@ def test_a_published_image_encoder_has_its_trunk_in_the_file(tmp_path):
     regions, code = jax.eval_shape(lambda m, x: m(x), encoder, jax.ShapeDtypeStruct((2, 64, 64, 3), np.float32))
     assert regions.shape == (2, 289, 8) and code.shape == (2, 8)
     np.testing.assert_array_equal(encoder.heads.code.b[...], np.arange(8))
-    assert InceptionConfig(str(tmp_path / "image_encoder200.safetensors"), False).load().align_corners is False
+    text = DAMSM(len(WORDS), embed=8, dim=8, trunk=None)
+    save_file(restore("damsm", text, fresh(text)), tmp_path / "text_encoder200.safetensors")
+    main(["convert", "damsm", str(tmp_path), "--out", str(tmp_path / "ours"), "--align-corners=false"])
+    ours = load_image_encoder(tmp_path / "ours")
+    assert encoder.trunk.align_corners and not ours.trunk.align_corners
+    np.testing.assert_array_equal(ours.heads.code.b[...], np.arange(8))
     with pytest.raises(ConfigError, match="Inception needs a file"):
         InceptionConfig().load()
 

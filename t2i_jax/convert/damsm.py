@@ -45,7 +45,7 @@ def _folder(path: Path) -> Folder:
         return files[0] if files else None
 
     text, image, words = one(TEXT, True), one(IMAGE, False), one(WORDS, False)
-    hints: Fields = {} if image is None else {"trunk": str(image)}
+    hints: Fields = {} if image is None else {"trunk": str(image.resolve())}
     tensors = {k: v for file in (text, image) if file is not None for k, v in damsm.read(file).items()}
     return Folder(tensors, hints, text=CaptionWords(str(words)) if words else None)
 
