@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -57,11 +58,16 @@ class Matching:
     ) -> dict[str, Number]:
         """R-precision of images uint8 (n, i, j, 3) for their captions, among 99 captions of other classes.
 
-        real: images of the same captions, for a baseline. others: captions to choose from, besides `captions`
-        themselves. Keys: `matching/r_precision`, and `matching/cosine`, that of images with their own captions.
+        real: images of the same captions, for a baseline. others: captions to choose from too, where `captions`, which
+        are worded alike, do not have 99 of other classes. Keys: `matching/r_precision`, and `matching/cosine`, that of
+        images with their own captions.
         """
-        sentences = self.sentences([*captions, *others])
-        own, kinds = sentences[: len(captions)], [*classes, *other_classes]
+        fewest = len(classes) - max(Counter(classes).values())
+        pool, kinds = list(captions), list(classes)
+        if fewest < CHOICES - 1:
+            pool, kinds = [*pool, *others], [*kinds, *other_classes]
+        sentences = self.sentences(pool)
+        own = sentences[: len(captions)]
         numbers: dict[str, tuple[float, float]] = {}
         chance = 0.0
         for name, images in (("", pictures), *([("real", real)] if real is not None else [])):
