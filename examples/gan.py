@@ -45,7 +45,7 @@ class GANSampler(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class GAN(BaseFamily):
+class GAN(BaseFamily[GANSampler]):
     """A convolutional generator from noise and a condition, a discriminator, and their losses."""
 
     size: Grid = (32, 32)

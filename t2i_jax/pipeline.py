@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ from t2i_jax.core.narrow import (
     text_encoder,
 )
 from t2i_jax.core.sharding import MeshConfig, put_on_mesh, shardings
-from t2i_jax.core.types import Family, SamplingOptions
+from t2i_jax.core.types import Codec, Family, SamplingOptions
 from t2i_jax.edits import Edit, digest, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
@@ -49,7 +48,7 @@ class Pipeline:
     family: Family
     model: nnx.Module
     """weights"""
-    codec: Artifact | None
+    codec: Artifact[Codec] | None
     """with its weights; None for a family of pixels"""
     text: Tokenizer | None
     encoder: nnx.Module | None
@@ -66,12 +65,11 @@ class Pipeline:
         cls,
         family: Family,
         model: nnx.Module,
-        codec: Artifact | None = None,
+        codec: Artifact[Codec] | None = None,
         text: Tokenizer | None = None,
         mesh: MeshConfig = MeshConfig(),
-        **provenance: Any,
     ) -> Pipeline:
-        """A pipeline of weights that are put on a mesh; provenance: its further fields.
+        """A pipeline of weights that are put on a mesh.
 
         Errors: `ConfigError` for a mesh that the devices do not allow, and a tokenizer with ids beyond the family's
         table.
@@ -84,7 +82,7 @@ class Pipeline:
         parts = (model, codec and codec.model, encoder)
         model, weights, encoder = put_on_mesh(parts, shardings(parts, devices))
         codec = codec and dataclasses.replace(codec, model=weights)
-        return cls(family, model, codec, text, encoder, devices, **provenance)
+        return cls(family, model, codec, text, encoder, devices)
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
@@ -105,8 +103,8 @@ class Pipeline:
         if int8:  # drop the float weights
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
-        provenance = {"folder": folder, "step": artifact.step, "about": about}
-        return cls.place(family, artifact.model, codec, artifact.text, mesh, **provenance)
+        pipeline = cls.place(family, artifact.model, codec, artifact.text, mesh)
+        return dataclasses.replace(pipeline, folder=folder, step=artifact.step, about=about)
 
     @property
     def options(self) -> SamplingOptions:

@@ -18,10 +18,11 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import image_keys
+from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.data.records import title
 from t2i_jax.sampler import Sampler
-from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.training.loop import Trainer
 from t2i_jax.training.state import TrainState
@@ -48,8 +49,7 @@ class Previews:
 
     def _begin(self, trainer: Trainer) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
-        experiment, family = trainer.experiment, trainer.experiment.model
-        can = family.capabilities
+        experiment, can = trainer.experiment, trainer.experiment.model.capabilities
         if not can.codec and not can.family:
             return  # a classifier draws nothing
         records = list(islice(experiment.data.examples("val"), experiment.train.previews))
@@ -64,9 +64,11 @@ class Previews:
             decode = jax.jit(lambda frozen, codes: to_uint8(codec.decode(frozen, codes)))
             real = to_host(decode(trainer.frozen["codec"], np.stack(codes)))
         if can.codec:
-            reconstruct = lambda model, frozen, x: to_uint8(family.decode(model, family.encode(model, x)))
+            trained = as_codec(experiment.model)
+            reconstruct = lambda model, frozen, x: to_uint8(trained.decode(model, trained.encode(model, x)))
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:
+            family = as_family(experiment.model)
             wanted = {"label", "features", "text_mask"} & set(experiment.data.fields) & records[0].keys()
             stored = {k: [r[k] for r in records] for k in sorted(wanted)}
             # Of features there is a row for each caption, and the image is drawn for the first.
@@ -78,9 +80,8 @@ class Previews:
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition, jax.random.key(0))
-                codes = family.sample(
-                    model, condition, keys, family.options(), **guidance_flags(family, family.options())
-                )
+                options = family.options()
+                codes = family.sample(model, condition, keys, options, guided=guided_by(family, options))
                 return to_uint8(codec.decode(frozen["codec"], codes) if codec else codes)
 
             self.draw, arguments = jax.jit(sample), (condition, image_keys(range(len(records))))

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from t2i_jax.core.keys import apart, image_keys
 from t2i_jax.core.sharding import batch_sharding, put_on_mesh, to_host
 from t2i_jax.core.types import Classifier, Codec, Family, SamplingOptions
 from t2i_jax.guides import Guide
-from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.sampling.progress import Progress, listening
 from t2i_jax.text.cut import limited, unread
@@ -50,7 +49,7 @@ class Program:
     def codes(
         self,
         guided: bool | None,
-        parts: dict[str, Any],
+        parts: Mapping[str, object],
         condition: dict[str, Array],
         keys: Array,
         options: SamplingOptions,
@@ -62,19 +61,20 @@ class Program:
         and `keep` (1, ...); of guides `classifier` and `guide_model`.
         """
         condition = with_features(self.text, parts, condition)
-        more: dict[str, Any] = {k: jnp.repeat(parts[k], len(keys), 0) for k in ("known", "keep") if k in parts}
-        more |= {k: v for k, v in {"guided": guided, "progress": progress}.items() if v is not None}
-        more |= {k: parts[k] for k in ("guide_model",) if k in parts}
+        edit = {k: parts[k] for k in ("known", "keep") if k in parts}
+        more: dict[str, object] = jax.tree.map(lambda x: jnp.repeat(x, len(keys), 0), edit)
+        if "guide_model" in parts:
+            more["guide_model"] = parts["guide_model"]
         if self.classifier:
             more["classifier"] = jax.tree_util.Partial(self.classifier.log_p, parts["classifier"])
-        return self.family.sample(parts["model"], condition, keys, options, **more)
+        return self.family.sample(parts["model"], condition, keys, options, guided=guided, progress=progress, **more)
 
 
 @partial(jax.jit, static_argnames=("program", "guided"))
 def _sample(
     program: Program,
     guided: bool | None,
-    parts: dict[str, Any],
+    parts: Mapping[str, object],
     condition: dict[str, Array],
     keys: Array,
     options: SamplingOptions,
@@ -83,7 +83,7 @@ def _sample(
     return _decode(program.codec, parts["codec"], program.codes(guided, parts, condition, keys, options, progress))
 
 
-def _decode(codec: Codec | None, model: nnx.Module, codes: Array) -> Array:
+def _decode(codec: Codec | None, model: object, codes: Array) -> Array:
     return to_uint8(codec.decode(model, codes) if codec else codes)
 
 
@@ -101,7 +101,7 @@ class Sampler:
     """A pipeline with options, an edit and guides, checked and on the mesh; made by `Pipeline.sampler`."""
 
     program: Program
-    parts: Mapping[str, Any]
+    parts: Mapping[str, object]
     """the arrays of `Program.codes`, and the weights of the codec as `codec`"""
     text: Tokenizer | None
     mesh: Mesh
@@ -195,7 +195,7 @@ class Sampler:
     @property
     def guided(self) -> bool | None:
         """Whether to compute the unconditional branch, as in `Family.sample`."""
-        return guidance_flags(self.program.family, self.options).get("guided")
+        return guided_by(self.program.family, self.options)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Images uint8 (b, i, j, 3) of codes, or of images as floats."""

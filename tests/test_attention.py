@@ -17,7 +17,8 @@ from t2i_jax.nn.transformer import REMAT, Block, Cache, Transformer, drop, unsta
 
 KEY = jax.random.key(0)
 attend, rotate = jax.jit(attention.attend), jax.jit(attention.rotate)
-apply_stack = jax.jit(transformer.apply_stack, static_argnames="remat")
+scan_stack = jax.jit(transformer.scan_stack, static_argnames="remat")
+apply_layers = jax.jit(transformer.apply_layers)
 
 
 @functools.cache
@@ -143,51 +144,36 @@ T = 7
 ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [rotary_1d(T, c.head_size)]}
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("kind", ["grouped", "bert"])
-def test_cached_steps_equal_the_whole_forward(kind, stacked):
+def test_cached_steps_equal_the_whole_forward(kind):
     config, (cos, sin), x = LAYERS[kind], ROTARY[kind], random((2, T, 32))
     blocks = stack(config, 3)
-    whole, none = apply_stack(blocks, x, rotary=(cos, sin), mask=causal(T))
-    assert none is None
-    if stacked:
-        caches = Cache.empty(config, 2, 9, depth=3)
-    else:
-        blocks = unstack(blocks)
-        caches = tuple(Cache.empty(config, 2, 9) for _ in blocks)
-    parts = []
+    whole = scan_stack(blocks, x, rotary=(cos, sin), mask=causal(T))
+    blocks = unstack(blocks)
+    caches, parts = tuple(Cache.empty(config, 2, 9) for _ in blocks), []
     for start, stop in ((0, 3), (3, 4), (4, 7)):  # several tokens at once, and one
-        y, caches = apply_stack(
+        y, caches = apply_layers(
             blocks,
             x[:, start:stop],
+            caches,
             rotary=(cos[start:stop], sin[start:stop]),
             mask=causal(stop - start, 9, start),
-            caches=caches,
         )
         parts.append(y)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
-    assert (caches if stacked else caches[0]).at == T
+    assert caches[0].at == T
 
 
 def test_a_cache_grows_in_place():
-    cache = Cache.empty(LAYERS["llama"], 2, 3, depth=2)
+    cache = Cache.empty(LAYERS["llama"], 2, 3)
     cache = cache._replace(k=cache.k + 1).grow(5)
-    assert cache.k.shape == cache.v.shape == (2, 2, 4, 5, 8)
+    assert cache.k.shape == cache.v.shape == (2, 4, 5, 8)
     assert cache.k[..., :3, :].all() and not cache.k[..., 3:, :].any()
-
-
-def test_scanned_and_unrolled_stacks_agree():
-    blocks, x = stack(Transformer(32, 1, 4, dropout=0.3), 3), random((2, T, 32))
-    key = jax.random.key(1)
-    np.testing.assert_allclose(apply_stack(blocks, x)[0], apply_stack(unstack(blocks), x)[0], atol=1e-5)
-    np.testing.assert_allclose(
-        apply_stack(blocks, x, key=key)[0], apply_stack(unstack(blocks), x, key=key)[0], atol=1e-5
-    )
 
 
 def test_nothing_sees_what_comes_later():
     blocks, x = stack(LAYERS["grouped"], 2), random((1, T, 32))
-    out = lambda x: apply_stack(blocks, x, rotary=ROTARY["grouped"], mask=causal(T))[0].sum(-1)[0]
+    out = lambda x: scan_stack(blocks, x, rotary=ROTARY["grouped"], mask=causal(T)).sum(-1)[0]
     influence = np.abs(jax.jit(jax.jacobian(out))(x)[:, 0]).sum(-1) > 0
     np.testing.assert_array_equal(influence, np.tril(np.ones((T, T), bool)))
 
@@ -196,7 +182,7 @@ def test_nothing_sees_what_comes_later():
 def test_rematerialisation_changes_no_gradient(remat):
     config = Transformer(32, 1, 4, dropout=0.3)
     blocks, x = stack(config, 2), random((2, T, 32))
-    loss = lambda blocks, remat: (apply_stack(blocks, x, key=KEY, remat=remat)[0] ** 2).sum()
+    loss = lambda blocks, remat: (scan_stack(blocks, x, key=KEY, remat=remat) ** 2).sum()
     expected, found = (jax.tree.leaves(jax.jit(jax.grad(lambda b, r=r: loss(b, r)))(blocks)) for r in ("none", remat))
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -204,7 +190,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 def test_unknown_choices_name_the_right_ones():
     with pytest.raises(ValueError, match="'some': it is one of none, full, dots, branches"):
-        apply_stack(stack(LAYERS["llama"], 1), random((1, 2, 32)), remat="some")
+        scan_stack(stack(LAYERS["llama"], 1), random((1, 2, 32)), remat="some")
     with pytest.raises(ValueError, match="activation 'tanh'"):
         Transformer(32, 1, 4, activation="tanh")
     with pytest.raises(ValueError, match="width 30 cannot be split into heads 4"):
@@ -234,7 +220,7 @@ def test_meshes_agree(sizes):
     blocks = stack(config, 2)
 
     def run(blocks, x):
-        return jax.value_and_grad(lambda b: (apply_stack(b, x, mask=causal(6))[0] ** 2).mean())(blocks)
+        return jax.value_and_grad(lambda b: (scan_stack(b, x, mask=causal(6)) ** 2).mean())(blocks)
 
     expected = jax.jit(run)(blocks, x)
     mesh = MeshConfig(*sizes).build()

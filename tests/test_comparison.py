@@ -27,7 +27,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler
 from t2i_jax.text.sentencepiece import SentencePiece, train_vocabulary
 from t2i_jax.training.experiment import Experiment, Train
@@ -75,8 +75,8 @@ def test_work_of_a_sampler_follows_its_steps_and_branches():
     steps = count(steps=8) - count(steps=4)
     assert steps > 0 and count(steps=12) - count(steps=8) == steps
     assert count(steps=8, guidance=1.0) - count(steps=4, guidance=1.0) == steps / 2
-    assert guidance_flags(MODEL, DiffusionSampler(guidance=1.0)) == {"guided": False}
-    assert guidance_flags(MODEL, DiffusionSampler(guidance=1.5)) == {}
+    assert guided_by(MODEL, DiffusionSampler(guidance=1.0)) is False
+    assert guided_by(MODEL, DiffusionSampler(guidance=1.5)) is None
     sets = with_fields(
         Masked(),
         grid=(2, 2),

@@ -19,7 +19,7 @@ from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder, TextFeatur
 from t2i_jax.networks.dit import DiT
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import Causal, Padding, attend, plain
-from t2i_jax.nn.transformer import Cache, Transformer, apply_stack, stack, unstack
+from t2i_jax.nn.transformer import Cache, Transformer, apply_layers, scan_stack, stack, unstack
 
 KEY = jax.random.key(0)
 PADDING = jnp.arange(140)[None] >= jnp.array([[0], [5]])  # the second row begins with five tokens of padding
@@ -81,7 +81,7 @@ def test_rules_in_words_are_masks():
 def test_splash_works_on_a_mesh_within_a_stack():
     config = Transformer(32, 2, 4, kv_heads=2)
     blocks, x = jax.jit(lambda key: stack(config, key, "splash"))(KEY), jax.random.normal(KEY, (4, 128, 32))
-    loss = lambda b, x, rule: (apply_stack(b, x, mask=rule, remat="full")[0] ** 2).mean()
+    loss = lambda b, x, rule: (scan_stack(b, x, mask=rule, remat="full") ** 2).mean()
     run = jax.jit(jax.value_and_grad(loss))
     expected = run(with_kernel(blocks, "plain"), x, Causal())
     mesh = MeshConfig(2, 2, 2).build()
@@ -107,7 +107,7 @@ def test_products_inside_the_kernel_are_counted():
 def test_steps_with_a_cache_are_written_out_whatever_the_kernel():
     config = Transformer(32, 1, 4)
     blocks = unstack(jax.jit(lambda key: stack(config, key, "splash"))(KEY))
-    step = lambda x: apply_stack(blocks, x, mask=jnp.ones((1, 1, 1, 8), bool), caches=(Cache.empty(config, 1, 8),))[0]
+    step = lambda x: apply_layers(blocks, x, (Cache.empty(config, 1, 8),), mask=jnp.ones((1, 1, 1, 8), bool))[0]
     assert "pallas" not in str(jax.make_jaxpr(step)(jnp.ones((1, 1, 32))))
 
 

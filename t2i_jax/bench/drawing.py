@@ -32,7 +32,7 @@ from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
 from t2i_jax.heads import PositionKeys, TokenHead
 from t2i_jax.plan.ready import batch_shapes
-from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment, load_experiment
@@ -122,7 +122,7 @@ def bench_drawing(
     family, condition = as_family(experiment.model), random_condition(experiment, batch)
     keys = image_keys(range(batch))
     model, options = weights(family.init), family.options()
-    static = guidance_flags(family, options) if guided else {"guided": False}
+    static = {"guided": guided_by(family, options) if guided else False}
     families = {"seconds": family} | ({"cut": without_head(family)} if family.capabilities.token_head else {})
 
     def program(family: Family) -> Callable[..., object]:

@@ -24,7 +24,7 @@ from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
-from t2i_jax.sampling.guidance import guidance_flags
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.storage.artifacts import config_of
 from t2i_jax.text.clip import ClipEmbedding
@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> None:
         raise config.ConfigError("--classifier-scale without --classifier: which model is to guide?")
     if jax.process_count() > 1 and (args.watch or args.rerank):
         raise config.ConfigError("--watch and --rerank work in one process alone")
-    if args.autoguide and guidance_flags(pipeline.family, options):
+    if args.autoguide and guided_by(pipeline.family, options) is False:
         raise config.ConfigError("--autoguide with guidance 1: nothing guides; add --guidance 2")
     if not args.image and _names(rest, "--strength"):
         raise config.ConfigError("--strength without --image: of which image?")

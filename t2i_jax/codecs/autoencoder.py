@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import DEEPEST, Checked, Layers, Positive, Range, Size, Sizes
 from t2i_jax.nn.conv import Downsample, ResBlock, SpatialAttention, Upsample, patchify, unpatchify
 from t2i_jax.nn.layers import Conv, GroupNorm
@@ -93,7 +94,7 @@ class AutoencoderMiddle(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to a grid of vectors: (b, i, j, 3) -> (b, i/factor, j/factor, latent); `moments` doubles latent."""
+    """Images to a grid of vectors, (i/factor, j/factor), of `latent` channels; `moments` doubles them."""
 
     def __init__(self, config: AutoencoderConfig, key: Array):
         keys = jax.random.split(key, 3 + len(config.multipliers))
@@ -111,7 +112,8 @@ class Encoder(nnx.Module):
         self.norm = GroupNorm(widths[-1], config.groups, config.eps)
         self.out = Conv(widths[-1], config.latent * (2 if config.moments else 1), keys[2])
 
-    def __call__(self, images: Array) -> Array:
+    @typed
+    def __call__(self, images: Float[Array, "b i j 3"]) -> Float[Array, "b h w k"]:
         x = self.stem(patchify(images, self.patch))
         for level in self.levels:
             x = level(x)
@@ -119,7 +121,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A grid of vectors to images: (b, h, w, latent) -> (b, h*factor, w*factor, 3)."""
+    """A grid of vectors of `latent` channels to images: (h*factor, w*factor)."""
 
     def __init__(self, config: AutoencoderConfig, key: Array):
         keys = jax.random.split(key, 3 + len(config.multipliers))
@@ -151,5 +153,6 @@ class Decoder(nnx.Module):
         """The last convolution."""
         return unpatchify(self.out(features), self.patch)
 
-    def __call__(self, z: Array) -> Array:
+    @typed
+    def __call__(self, z: Float[Array, "b h w k"]) -> Float[Array, "b i j 3"]:
         return self.decode_head(self.features(z))

@@ -14,12 +14,15 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from einops import repeat
 from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs import losses
+from t2i_jax.codecs.game import check_size
 from t2i_jax.codecs.quantize import usage
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
@@ -128,8 +131,11 @@ class DVAE(Checked):
     def init(self, key: Array) -> DVAEModel:
         return DVAEModel(self, key)
 
-    def encode(self, model: DVAEModel, images: Array, key: Array | None = None) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
+    @typed
+    def encode(
+        self, model: DVAEModel, images: Float[Array, "b i j 3"], key: Array | None = None
+    ) -> Int[Array, "b h w"]:
+        """Codes int32 below `vocabulary`, (i/factor, j/factor), of images in [-1, 1].
 
         Deterministic; the key is ignored.
         """
@@ -139,28 +145,30 @@ class DVAE(Checked):
         """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
-    def decode(self, model: DVAEModel, codes: Array) -> Array:
-        """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
+    @typed
+    def decode(self, model: DVAEModel, codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
+        """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
         return self.seen(self.decode_head(model, self.embed(model, codes)))
 
-    def embed(self, model: DVAEModel, codes: Array) -> Array:
-        """Codes int (...) -> their vectors (..., k)."""
+    @typed
+    def embed(self, model: DVAEModel, codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
+        """The vectors of codes."""
         return model.codebook(codes)
 
-    def logits(self, model: DVAEModel, images: Array) -> Array:
-        """log q(code | image) up to a constant: images (b, i, j, 3) -> (b, h, w, v) fp32.
+    @typed
+    def logits(self, model: DVAEModel, images: Float[Array, "b i j 3"]) -> Float[Array, "b h w v"]:
+        """log q(code | image) up to a constant, fp32.
 
         Errors: `ValueError` for a size that is no multiple of `factor`, and if there is no encoder.
         """
         if model.encoder is None:
             raise ValueError(f"half={self.half!r}: this model has no encoder")
-        if images.shape[1] % self.factor or images.shape[2] % self.factor:
-            raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {self.factor}")
-        x = shard(self.mapped(images).astype(self.dtype), "batch", None, None, None)
+        x = shard(self.mapped(check_size(images, self.factor)).astype(self.dtype), "batch", None, None, None)
         return model.encoder(x)
 
-    def decode_head(self, model: DVAEModel, vectors: Array) -> Array:
-        """Decoder output for vectors (b, h, w, k): (b, i, j, `outputs`) fp32."""
+    @typed
+    def decode_head(self, model: DVAEModel, vectors: Float[Array, "b h w k"]) -> Float[Array, "b i j o"]:
+        """The `outputs` numbers of the decoder for each pixel, fp32."""
         if model.decoder is None:
             raise ValueError(f"half={self.half!r}: this model has no decoder")
         return model.decoder(vectors.astype(self.dtype)).astype(jnp.float32)
@@ -169,8 +177,9 @@ class DVAE(Checked):
         """Encoder input for images: kept away from the ends of (0, 1) for the logit (A.3)."""
         return 0.5 + 0.4 * images if self.pixels == "laplace" else images
 
-    def seen(self, y: Array) -> Array:
-        """The image (b, i, j, 3) of a decoder output: the inverse of `mapped` at the mode of the density."""
+    @typed
+    def seen(self, y: Float[Array, "b i j o"]) -> Float[Array, "b i j 3"]:
+        """The image of a decoder output: the inverse of `mapped` at the mode of the density."""
         if self.pixels != "laplace":
             return y
         return jnp.clip((jax.nn.sigmoid(y[..., :3]) - 0.5) / 0.4, -1, 1)
@@ -216,19 +225,29 @@ class DVAE(Checked):
         """Temperature of the relaxation at a step."""
         if not self.anneal:
             return jnp.float32(self.temperature)
-        fall = (1 + jnp.cos(math.pi * jnp.clip(step / self.anneal, 0, 1))) / 2
-        return self.last_temperature + (self.temperature - self.last_temperature) * fall
+        schedule = optax.cosine_decay_schedule(self.temperature, self.anneal, self.last_temperature / self.temperature)
+        return jnp.asarray(schedule(step))
 
-    def relaxed(self, model: DVAEModel, logits: Array, gumbel: Array, temperature: Array | float) -> Array:
-        """Decoder output for codebook rows mixed by softmax((logits + gumbel) / temperature), both (b, h, w, v)."""
+    @typed
+    def relaxed(
+        self,
+        model: DVAEModel,
+        logits: Float[Array, "b h w v"],
+        gumbel: Float[Array, "b h w v"],
+        temperature: Array | float,
+    ) -> Float[Array, "b i j o"]:
+        """Decoder output for codebook rows mixed by softmax((logits + gumbel) / temperature)."""
         weights = jax.nn.softmax((logits + gumbel) / temperature)
         if self.straight_through:
             hard = jax.nn.one_hot(jnp.argmax(weights, -1), self.codes)
             weights = weights + jax.lax.stop_gradient(hard - weights)
         return self.decode_head(model, weights @ model.codebook.w[...])
 
-    def terms(self, images: Array, y: Array, logits: Array) -> tuple[Array, Array]:
-        """Reconstruction loss of images (b, i, j, 3) given the decoder output, and KL(q || uniform) per image."""
+    @typed
+    def terms(
+        self, images: Float[Array, "b i j 3"], y: Float[Array, "b i j o"], logits: Float[Array, "b h w v"]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Reconstruction loss of images given the decoder output, and KL(q || uniform) per image."""
         logq = jax.nn.log_softmax(logits)
         divergence = (jnp.exp(logq) * (logq + math.log(self.codes))).sum((1, 2, 3)).mean()
         if self.pixels == "laplace":

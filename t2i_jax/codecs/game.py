@@ -18,6 +18,7 @@ from jax import Array
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
@@ -195,8 +196,9 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 
-def check_size(images: Array, factor: int) -> Array:
-    """Return `images` (b, i, j, 3). Errors: `ValueError` if a side is no multiple of `factor`."""
+@typed
+def check_size(images: Float[Array, "b i j 3"], factor: int) -> Float[Array, "b i j 3"]:
+    """Return `images`. Errors: `ValueError` if a side is no multiple of `factor`."""
     if images.shape[1] % factor or images.shape[2] % factor:
         raise ValueError(f"images of {images.shape[1:3]}: both sides must be multiples of {factor}")
     return images

@@ -26,6 +26,7 @@ from t2i_jax.codecs.game import (
     Reconstruction,
     check_size,
 )
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
@@ -34,27 +35,29 @@ from t2i_jax.nn.layers import Conv, at_least_fp32
 
 
 class DiagonalGaussian(NamedTuple):
-    """A diagonal normal distribution: mean and log-variance, each (b, h, w, k) fp32."""
+    """A diagonal normal distribution: mean and log-variance, fp32."""
 
-    mean: Array
-    logvar: Array
+    mean: Float[Array, "b i j k"]
+    logvar: Float[Array, "b i j k"]
 
     @property
     def std(self) -> Array:
         return jnp.exp(self.logvar / 2)
 
-    def sample(self, noise: Array) -> Array:
+    @typed
+    def sample(self, noise: Float[Array, "b i j k"]) -> Float[Array, "b i j k"]:
         """mean + std noise."""
         return self.mean + self.std * noise
 
-    def kl(self) -> Array:
-        """KL(q || N(0, 1)) of each image in nats, summed over positions and channels: (b,) (Kingma & Welling 2013,
-        B)."""
+    @typed
+    def kl(self) -> Float[Array, " b"]:
+        """KL(q || N(0, 1)) of each image in nats, summed over positions and channels (Kingma & Welling 2013, B)."""
         return 0.5 * jnp.sum(self.mean**2 + jnp.exp(self.logvar) - 1 - self.logvar, (1, 2, 3))
 
 
-def draw_codes(latents: Array, key: Array) -> Array:
-    """Sample codes fp32 (b, h, w, k) from normals whose means and standard deviations are `latents` (b, h, w, 2 k)."""
+@typed
+def draw_codes(latents: Float[Array, "b i j m"], key: Array) -> Float[Array, "b i j m//2"]:
+    """Sample codes fp32 from normals whose means and standard deviations are `latents`."""
     mean, std = jnp.split(latents.astype(jnp.float32), 2, -1)
     return mean + std * jax.random.normal(key, mean.shape)
 
@@ -111,8 +114,11 @@ class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
         first, second = jax.random.split(key)
         return AutoencoderModel(KLAutoencoder(self, first), self, second)
 
-    def encode(self, model: AutoencoderModel[KLAutoencoder], images: Array, key: Array | None = None) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes float (b, i/factor, j/factor, k) of about unit variance.
+    @typed
+    def encode(
+        self, model: AutoencoderModel[KLAutoencoder], images: Float[Array, "b i j 3"], key: Array | None = None
+    ) -> Float[Array, "b h w k"]:
+        """Codes of about unit variance, (i/factor, j/factor), of images in [-1, 1].
 
         They are the means of the posterior, or with a `key` samples from it, on which models of codes are trained
         (Rombach et al. 2022). Errors: `ValueError` for a size that is no multiple of `factor`.
@@ -129,18 +135,23 @@ class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
         q = self.posterior(model, images)
         return {"latents": jnp.concatenate([(q.mean - self.shift) * self.scale, q.std * abs(self.scale)], -1)}
 
-    def decode(self, model: AutoencoderModel[KLAutoencoder], codes: Array) -> Array:
-        """Codes float (b, h, w, k) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
+    @typed
+    def decode(self, model: AutoencoderModel[KLAutoencoder], codes: Float[Array, "b h w k"]) -> Float[Array, "b i j 3"]:
+        """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
         z = codes.astype(jnp.float32) / self.scale + self.shift
         return model.autoencoder.decoder(self._enter(model, z)).astype(jnp.float32)
 
-    def moments(self, model: AutoencoderModel[KLAutoencoder], images: Array) -> Array:
-        """Mean and log-variance, before shift and scale, concatenated: (b, h, w, 2 k) fp32."""
+    @typed
+    def moments(
+        self, model: AutoencoderModel[KLAutoencoder], images: Float[Array, "b i j 3"]
+    ) -> Float[Array, "b h w m"]:
+        """Mean and log-variance, before shift and scale, concatenated; fp32."""
         part = model.autoencoder
         x = part.encoder(shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None))
         return (x if part.to_code is None else part.to_code(x)).astype(jnp.float32)
 
-    def posterior(self, model: AutoencoderModel[KLAutoencoder], images: Array) -> DiagonalGaussian:
+    @typed
+    def posterior(self, model: AutoencoderModel[KLAutoencoder], images: Float[Array, "b i j 3"]) -> DiagonalGaussian:
         """q(z | image), before shift and scale; the log-variance is clipped to [-30, 20]."""
         mean, logvar = jnp.split(self.moments(model, images), 2, -1)
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))

@@ -5,35 +5,45 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.features.vgg import Trunk, Weights, features
 from t2i_jax.nn.layers import at_least_fp32
 
 
-def reconstruction(x: Array, y: Array, kind: Literal["l1", "l2", "smooth_l1"]) -> Array:
-    """Mean absolute or squared difference, a scalar; smooth_l1 is half the square below 1 (Girshick 2015, eq. 3)."""
+@typed
+def reconstruction(
+    x: Float[Array, "*b"], y: Float[Array, "*b"], kind: Literal["l1", "l2", "smooth_l1"]
+) -> Float[Array, ""]:
+    """Mean absolute or squared difference; smooth_l1 is half the square below 1 (Girshick 2015, eq. 3)."""
     d = at_least_fp32(x) - at_least_fp32(y)
     if kind == "smooth_l1":
-        return jnp.mean(jnp.where(jnp.abs(d) < 1, d * d / 2, jnp.abs(d) - 0.5))
+        return jnp.mean(optax.losses.huber_loss(d))
     return jnp.mean(jnp.abs(d) if kind == "l1" else d * d)
 
 
-def logit_laplace(x: Array, place: Array, log_scale: Array) -> Array:
+@typed
+def logit_laplace(
+    x: Float[Array, "*b"], place: Float[Array, "*b"] | float, log_scale: Float[Array, "*b"] | float
+) -> Float[Array, ""]:
     """Mean -log density of x in (0, 1) whose logit is Laplace (Ramesh et al. 2021, A.3)."""
     logit = jnp.log(x) - jnp.log1p(-x)
     nll = jnp.abs(logit - place) * jnp.exp(-log_scale) + log_scale + jnp.log(2 * x * (1 - x))
     return jnp.mean(nll)
 
 
-def psnr(x: Array, y: Array) -> Array:
-    """Peak signal-to-noise ratio in dB of images (b, i, j, c) in [-1, 1], the mean over the batch."""
+@typed
+def psnr(x: Float[Array, "b i j c"], y: Float[Array, "b i j c"]) -> Float[Array, ""]:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], the mean over the batch."""
     mse = jnp.mean((x.astype(jnp.float32) - y.astype(jnp.float32)) ** 2, (1, 2, 3))
     return jnp.mean(10 * jnp.log10(4 / jnp.maximum(mse, 1e-10)))
 
 
-def perceptual(trunk: Trunk, x: Array, y: Array) -> Array:
-    """LPIPS of images (b, i, j, 3) in [-1, 1]: float (b,), 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924)."""
+@typed
+def perceptual(trunk: Trunk, x: Float[Array, "b i j 3"], y: Float[Array, "b i j 3"]) -> Float[Array, " b"]:
+    """LPIPS of images in [-1, 1], 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924)."""
     return compare(features(trunk, x), features(trunk, y), trunk.heads)
 
 

@@ -8,9 +8,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.fields import Checked, NotNegative, Positive, Rate, Size
 from t2i_jax.core.keys import apart
 from t2i_jax.nn.layers import Linear, ModelState, at_least_fp32, normal, param, replace
@@ -71,12 +73,13 @@ class GumbelConfig(Checked):
 
     def temperature_at(self, step: Array | int) -> Array:
         """Temperature of the softmax at a step, a scalar."""
-        u = jnp.clip(jnp.asarray(step, jnp.float32) / self.temperature_steps, 0, 1)
-        return self.temperature_end + (self.temperature - self.temperature_end) * (1 + jnp.cos(jnp.pi * u)) / 2
+        least = self.temperature_end / self.temperature
+        return jnp.asarray(optax.cosine_decay_schedule(self.temperature, self.temperature_steps, least)(step))
 
 
-def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
-    """Index of the row nearest to each vector, the lowest in ties: (n, k), (v, k) -> int32 (n,).
+@typed
+def nearest(z: Float[Array, "n k"], rows: Float[Array, "v k"], chunk: int = 1024) -> Int[Array, " n"]:
+    """Index of the row nearest to each vector, the lowest in ties.
 
     It compares `chunk` rows at a time, so the (n, v) distances are never in memory at once.
     """
@@ -99,18 +102,20 @@ def nearest(z: Array, rows: Array, chunk: int = 1024) -> Array:
     return jax.lax.scan(closer, start, split)[0][1]
 
 
-def usage(codes: Array, v: int) -> dict[str, Array]:
-    """Codebook use of int codes (...): `usage`, the share of v rows that occurs, `perplexity`, exp of the entropy, 1 to
+def usage(codes: Int[Array, "*b"], v: int) -> dict[str, Array]:
+    """Codebook use: `usage`, the share of v rows that occurs, `perplexity`, exp of the entropy, 1 to
     v."""
     p = counts(codes, v) / codes.size
     return {"usage": jnp.mean(p > 0), "perplexity": jnp.exp(-jnp.sum(p * jnp.log(jnp.maximum(p, 1e-10))))}
 
 
-def counts(codes: Array, v: int) -> Array:
+@typed
+def counts(codes: Int[Array, "*b"], v: int) -> Float[Array, " {v}"]:
     return jnp.zeros(v).at[codes.reshape(-1)].add(1.0)
 
 
-def unit(x: Array) -> Array:
+@typed
+def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -123,22 +128,26 @@ class Quantizer(nnx.Module):
         self.codebook = ModelState(rows) if config.decay else param(rows, None, None)
         self.sizes = ModelState(jnp.zeros(config.codes)) if config.decay else None
 
-    def rows(self) -> Array:
-        """The codebook as used for comparison and lookup: (v, k)."""
+    @typed
+    def rows(self) -> Float[Array, "v k"]:
+        """The codebook as used for comparison and lookup."""
         return unit(self.codebook[...]) if self.config.normalize else self.codebook[...]
 
-    def prepare(self, z: Array) -> Array:
+    @typed
+    def prepare(self, z: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
         """Vectors as used for comparison."""
         z = at_least_fp32(z)
         return unit(z) if self.config.normalize else z
 
-    def codes(self, z: Array) -> Array:
-        """(..., k) -> int32 (...)."""
+    @typed
+    def codes(self, z: Float[Array, "*b k"]) -> Int[Array, "*b"]:
+        """The nearest rows, int32."""
         z = self.prepare(z)
         return nearest(z.reshape(-1, z.shape[-1]), self.rows()).reshape(z.shape[:-1])
 
-    def vectors(self, codes: Array) -> Array:
-        """int (...) -> (..., k)."""
+    @typed
+    def vectors(self, codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
+        """The rows of these codes."""
         return self.rows()[codes]
 
     def __call__(
@@ -163,7 +172,8 @@ class Quantizer(nnx.Module):
             loss = loss + config.entropy * metrics["entropy"]
         return z + fixed(e - z), codes, loss, metrics
 
-    def entropy(self, z: Array) -> Array:
+    @typed
+    def entropy(self, z: Float[Array, "*b k"]) -> Float[Array, ""]:
         """E[H(p)] - H(E[p]) of p = softmax(-|z - e|^2 / temperature); needs (n, v) arrays."""
         z, rows = z.reshape(-1, z.shape[-1]), self.rows()
         distances = jnp.sum(z**2, -1, keepdims=True) - 2 * z @ rows.T + jnp.sum(rows**2, -1)
@@ -216,31 +226,39 @@ class GumbelQuantizer(nnx.Module):
         self.project = Linear(config.dim, config.codes, first, std=None, axes=(None, None))
         self.codebook = param(normal(second, (config.codes, config.dim), config.dim**-0.5), None, None)
 
-    def rows(self) -> Array:
-        """The codebook: (v, k)."""
+    @typed
+    def rows(self) -> Float[Array, "v k"]:
+        """The codebook."""
         return self.codebook[...]
 
-    def logits(self, z: Array) -> Array:
-        """(..., k) -> (..., v) fp32."""
+    @typed
+    def logits(self, z: Float[Array, "*b k"]) -> Float[Array, "*b v"]:
+        """Logits of the rows, fp32."""
         return self.project(z.astype(jnp.float32))
 
-    def codes(self, z: Array) -> Array:
-        """(..., k) -> int32 (...): the most probable row, without noise."""
+    @typed
+    def codes(self, z: Float[Array, "*b k"]) -> Int[Array, "*b"]:
+        """The most probable rows, int32, without noise."""
         return jnp.argmax(self.logits(z), -1).astype(jnp.int32)
 
-    def vectors(self, codes: Array) -> Array:
-        """int (...) -> (..., k)."""
+    @typed
+    def vectors(self, codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
+        """The rows of these codes."""
         return self.rows()[codes]
 
-    def choice(self, logits: Array, noise: Array, temperature: Array | float) -> Array:
-        """Weights of the rows (..., v) from logits and Gumbel noise of that shape (eq. 2 and, if hard, 2.2)."""
+    @typed
+    def choice(
+        self, logits: Float[Array, "*b v"], noise: Float[Array, "*b v"], temperature: Array | float
+    ) -> Float[Array, "*b v"]:
+        """Weights of the rows from logits and Gumbel noise (eq. 2 and, if hard, 2.2)."""
         soft = jax.nn.softmax((logits + noise) / temperature)
         if not self.config.hard:
             return soft
         one = jax.nn.one_hot(jnp.argmax(soft, -1), soft.shape[-1])
         return soft + jax.lax.stop_gradient(one - soft)
 
-    def divergence(self, logits: Array) -> Array:
+    @typed
+    def divergence(self, logits: Float[Array, "*b v"]) -> Float[Array, ""]:
         """KL(q || uniform), the mean over positions."""
         q = jax.nn.softmax(logits)
         return jnp.mean(jnp.sum(q * jnp.log(q * q.shape[-1] + 1e-10), -1))

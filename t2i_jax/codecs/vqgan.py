@@ -22,6 +22,7 @@ from t2i_jax.codecs.game import (
     check_size,
 )
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
@@ -57,8 +58,11 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         first, second = jax.random.split(key)
         return AutoencoderModel(VQAutoencoder(self, first), self, second)
 
-    def encode(self, model: AutoencoderModel[VQAutoencoder], images: Array, key: Array | None = None) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> codes int32 (b, i/factor, j/factor), below `vocabulary`.
+    @typed
+    def encode(
+        self, model: AutoencoderModel[VQAutoencoder], images: Float[Array, "b i j 3"], key: Array | None = None
+    ) -> Int[Array, "b h w"]:
+        """Codes int32 below `vocabulary`, (i/factor, j/factor), of images in [-1, 1].
 
         Deterministic; the key is ignored.
         """
@@ -68,18 +72,23 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
-    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Array) -> Array:
-        """Codes int (b, h, w) -> images float (b, h*factor, w*factor, 3), about [-1, 1]."""
+    @typed
+    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
+        """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
         part = model.autoencoder
         features = part.decoder(part.from_code(self.embed(model, codes).astype(self.dtype)))
         return at_least_fp32(features)
 
-    def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Array) -> Array:
-        """Codes int (...) -> their vectors (..., k)."""
+    @typed
+    def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
+        """The vectors of codes."""
         return model.autoencoder.quantizer.vectors(codes)
 
-    def latents(self, model: AutoencoderModel[VQAutoencoder], images: Array) -> Array:
-        """Images (b, i, j, 3) -> vectors (b, h, w, k) before quantisation.
+    @typed
+    def latents(
+        self, model: AutoencoderModel[VQAutoencoder], images: Float[Array, "b i j 3"]
+    ) -> Float[Array, "b h w k"]:
+        """Vectors of images before quantisation.
 
         Errors: `ValueError` for a size that is no multiple of `factor`.
         """

@@ -16,6 +16,7 @@ from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar
 from t2i_jax.core.keys import image_keys
+from t2i_jax.core.narrow import as_family
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.report import compare
@@ -35,7 +36,7 @@ class ReferenceSet:
         if len(records) < comparison.count:
             raise ConfigError(f"reference: it has {len(records)} training images, and count is {comparison.count}")
         self.records, self.real = records, images_of(records)
-        self.prompts = prompts_of(records, comparison.reference.model)
+        self.prompts = prompts_of(records, as_family(comparison.reference.model))
         self.spaces = {name: FeatureNetwork(name).load() for name in SPACES}  # pyright: ignore[reportArgumentType]
         self.known = {name: (space(self.real), space(images_of(train))) for name, space in self.spaces.items()}
 

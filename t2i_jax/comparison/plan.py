@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from t2i_jax.core.config import ConfigError
-from t2i_jax.core.fields import Checked, Positive, Seed, Size
+from t2i_jax.core.fields import Checked, Positive, Seed, Size, values
+from t2i_jax.core.narrow import as_family
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.training.experiment import Experiment
 
@@ -68,9 +69,9 @@ class Comparison(Checked):
                     if wanted and wanted not in there:
                         known = ", ".join(there) or "none"
                         raise ConfigError(f"sweeps.{name}.{label}: there is no run '{wanted}'; there are {known}")
-                model = self.runs[line.run].model
+                model = as_family(self.runs[line.run].model)
                 for value, given in ((model, line.family), (model.options(), {**line.options, sweep.field: 0})):
-                    odd = sorted(given.keys() - {f.name for f in dataclasses.fields(value)})
+                    odd = sorted(given.keys() - values(value).keys())
                     if odd:
                         raise ConfigError(f"sweeps.{name}.{label}: {type(value).__name__} has no field '{odd[0]}'")
         if self.count < 2 * self.batch_size or self.count % self.batch_size:

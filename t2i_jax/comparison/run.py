@@ -25,8 +25,8 @@ from t2i_jax.core.params import abstract
 from t2i_jax.guides import ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import Sampler
-from t2i_jax.storage.artifacts import load_artifact, stored
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.storage.artifacts import load_artifact
+from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.loop import Trainer, train
 
 
@@ -88,7 +88,7 @@ def check_length(experiment: Experiment, folder: Path) -> None:
     longer, it would differ from a run of that many steps."""
     if not any(folder.glob("checkpoints/[0-9]*")):
         return
-    before, steps = stored(folder).train.steps, experiment.train.steps
+    before, steps = load_experiment(folder).train.steps, experiment.train.steps
     if before != steps and any(o.ends for o in (experiment.train.optimizer, *experiment.train.optimizers.values())):
         raise ConfigError(
             f"{folder}: its {before} steps are not the {steps} that the FLOPs pay for, and its schedule ends there; "

@@ -1,4 +1,4 @@
-"""Checks of the array annotations of public functions: none for users, all of them in tests."""
+"""Array annotations of public functions, and their checks: none for users, all of them in tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from jaxtyping import Bool, Float, Int, Integer, Key, Num, Shaped
+
+__all__ = ["CHECKED", "Bool", "Float", "Int", "Integer", "Key", "Num", "Shaped", "typed"]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 CHECKED = "T2I_CHECK_ARRAYS"
 """Environment variable: if it is set when a module is imported, its `typed` functions check their arrays."""
 
-ARRAY = re.compile(r"\b(Bool|Float|Int|Key|Num|Shaped|UInt8)\[")
+ARRAY = re.compile(r"\b(Bool|Float|Int|Integer|Key|Num|Shaped|UInt8)\[")
 
 
 def typed(function: Callable[P, R]) -> Callable[P, R]:

@@ -18,11 +18,11 @@ import runpy
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, TypeVar, cast, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import tyro
 from jax import Array
@@ -35,6 +35,7 @@ from t2i_jax.core.outputs import write_text
 from t2i_jax.core.sniff import sniff_file
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextlib.contextmanager
@@ -132,19 +133,30 @@ def override(value: T, arguments: Sequence[str], prog: str = "t2i") -> T:
 
     Errors: `ConfigError` for a field that does not exist, with the nearest one, and for a value that is refused.
     """
-    return parse(type(value), arguments, prog, default=value, config=(tyro.conf.AvoidSubcommands,), registry=_registry)
+    kind, args, only = type(value), list(arguments), (tyro.conf.AvoidSubcommands,)
+    return _parsed(kind, lambda: tyro.cli(kind, args=args, prog=prog, default=value, config=only, registry=_registry))
 
 
-def parse(kind: type[T], arguments: Sequence[str], prog: str, **settings: Any) -> T:
+def parse(kind: type[T], arguments: Sequence[str], prog: str) -> T:
     """A dataclass parsed from command-line arguments by tyro; `--help` prints and exits.
 
     Errors: `ConfigError`, one line with the fault and a suggestion.
     """
+    return _parsed(kind, lambda: tyro.cli(kind, args=list(arguments), prog=prog))
+
+
+def parse_some(kind: type[T], arguments: Sequence[str], prog: str) -> tuple[T, list[str]]:
+    """As `parse`, and the arguments that are not fields of the dataclass."""
+    return _parsed(kind, lambda: tyro.cli(kind, args=list(arguments), prog=prog, return_unknown_args=True))
+
+
+def _parsed(kind: type, parser: Callable[[], R]) -> R:
+    """What tyro parses. Errors: as `parse`."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of generic classes; it would be part of the message
-            return tyro.cli(kind, args=list(arguments), prog=prog, **settings)
+            return parser()
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -158,11 +170,6 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, **settings: Any) -
         message = f"--{name.replace('_', '-')} {refused[3]}"
     # A short word is close to every flag.
     raise ConfigError(message if len(message) <= MOST else f"{message[:MOST].rpartition(' ')[0] or message[:MOST]} ...")
-
-
-def parse_some(kind: type[T], arguments: Sequence[str], prog: str) -> tuple[T, list[str]]:
-    """As `parse`, and the arguments that are not fields of the dataclass."""
-    return cast(tuple[T, list[str]], parse(kind, arguments, prog, return_unknown_args=True))
 
 
 MOST = 700

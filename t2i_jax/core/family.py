@@ -6,22 +6,21 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.fields import Checked, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, O, Objective, single_objective
 
 
-class BaseFamily(Checked, abc.ABC):
+class BaseFamily(Checked, abc.ABC, Generic[O]):
     """A family with one loss and a field `sampling`; a subclass overrides what differs.
 
-    It is a convenience: `core.types.Family` is what other code needs. Its options are those of the subclass; it is not
-    generic in them, as tyro, which parses configs, warns of generic bases.
+    It is a convenience: `core.types.Family` is what other code needs. O: its options.
     """
 
-    sampling: Any
+    sampling: O
     loss: Callable[..., LossOutput]
     """(model, batch, key, train)"""
     compute: Compute
@@ -57,14 +56,14 @@ class BaseFamily(Checked, abc.ABC):
         """The loss, which trains all parameters."""
         return single_objective(self.loss)
 
-    def options(self) -> Any:
+    def options(self) -> O:
         """Default options of `sample`."""
         return self.sampling
 
-    def check(self, options: Any) -> None:
+    def check(self, options: O) -> None:
         """Raises nothing: the options validate themselves."""
 
-    def loop_trips(self, options: Any) -> int | Sequence[tuple[int, ...]]:
+    def loop_trips(self, options: O) -> int | Sequence[tuple[int, ...]]:
         """1: every loop of the sampler has a static length."""
         return 1
 

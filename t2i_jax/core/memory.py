@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
+from platform import libc_ver
 
 from t2i_jax.core.errors import ConfigError
 
 
 def memory() -> int:
     """Bytes of memory of this machine; 0 if unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
+    known = "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 0
 
 
 def check_memory(what: str, size: float) -> None:
@@ -29,5 +27,5 @@ def check_memory(what: str, size: float) -> None:
 
 def return_freed() -> None:
     """Return freed memory that the C library retains to the system, where possible (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
+    if libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
-from flax import nnx
-
 from t2i_jax.core.conditions import ImageTextEncoder, TextEncoder, TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import (
@@ -150,18 +148,18 @@ def learns_from_images(text: Tokenizer | None) -> bool:
     return text is not None and text.spec.image_features
 
 
-def text_encoder(text: Tokenizer | None) -> TextEncoder[nnx.Module]:
+def text_encoder(text: Tokenizer | None) -> TextEncoder:
     """Narrow to `TextEncoder`. Errors: `ConfigError` for a tokenizer without features, and if there is no text."""
     if not gives_features(text):
         raise ConfigError(f"{_named(text)} gives no features: a frozen text encoder is wanted")
-    return cast(TextEncoder[nnx.Module], text)
+    return cast(TextEncoder, text)
 
 
-def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder[nnx.Module]:
+def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder:
     """Narrow to `ImageTextEncoder`. Errors: `ConfigError` for a text that does not read images."""
     if not learns_from_images(text):
         raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
-    return cast(ImageTextEncoder[nnx.Module], text)
+    return cast(ImageTextEncoder, text)
 
 
 def _named(text: Tokenizer | None) -> str:

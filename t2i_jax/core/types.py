@@ -262,6 +262,8 @@ class DecodeState(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
     @property
     def caches(self) -> object:
         """A pytree of arrays, which each step updates."""

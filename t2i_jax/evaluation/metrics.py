@@ -4,10 +4,9 @@ import dataclasses
 import math
 
 import numpy as np
-from jaxtyping import Float
 from scipy.ndimage import correlate1d
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 
 # --- Sets: features (n, d) of generated and of real images
 

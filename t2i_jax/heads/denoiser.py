@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.nn.layers import LayerNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 
 
 class DenoisingBlock(nnx.Module):
-    """x + gate MLP(modulate(norm(x))), with shift, scale and gate computed from c: (n, f), (n, f) -> (n, f)."""
+    """x + gate MLP(modulate(norm(x))), with shift, scale and gate computed from c."""
 
     def __init__(self, width: int, key: Array):
         keys = jax.random.split(key, 3)
@@ -21,15 +22,15 @@ class DenoisingBlock(nnx.Module):
         self.out = Linear(width, width, keys[1], std=None, axes=("mlp", "embed"))
         self.modulation = Linear(width, 3 * width, keys[2], std=0.0)
 
-    def __call__(self, x: Array, c: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "n f"], c: Float[Array, "n f"]) -> Float[Array, "n f"]:
         shift, scale, gate = jnp.split(self.modulation(c), 3, -1)
         y = modulate(self.norm(x), shift, scale)
         return x + gate * self.out(jax.nn.silu(self.into(y)))
 
 
 class Denoiser(nnx.Module):
-    """A noised code x (n, k), its time t (n,) and the network's z (n, d) -> (n, out) fp32; outputs zeros before
-    training."""
+    """`out` numbers, fp32, from a noised code x, its time t and the network's z, `embed`ded; zeros before training."""
 
     def __init__(self, k: int, out: int, width: int, depth: int, d: int, key: Array):
         keys = jax.random.split(key, 6)
@@ -41,11 +42,15 @@ class Denoiser(nnx.Module):
         self.modulation = Linear(width, 2 * width, keys[4], std=0.0)
         self.out = Linear(width, out, keys[5], std=0.0, axes=("embed", None))
 
-    def embed(self, z: Array) -> Array:
+    @typed
+    def embed(self, z: Float[Array, "n d"]) -> Float[Array, "n f"]:
         """The contribution of z to the condition; the same at all times."""
         return self.condition(z)
 
-    def __call__(self, x: Array, t: Array, embedded: Array) -> Array:
+    @typed
+    def __call__(
+        self, x: Float[Array, "n k"], t: Num[Array, " n"], embedded: Float[Array, "n f"]
+    ) -> Float[Array, "n o"]:
         dtype = embedded.dtype
         c = jax.nn.silu(self.time(t).astype(dtype) + embedded)
         h, _ = jax.lax.scan(lambda h, block: (block(h, c), None), self.into(x.astype(dtype)), self.blocks)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.fields import FREE, Checked, Layers, Size
-from t2i_jax.core.specs import CodeSpec
+from t2i_jax.core.arrays import Float, Int, typed
+from t2i_jax.core.fields import FREE, Layers, Size
 from t2i_jax.heads.denoiser import Denoiser
 from t2i_jax.heads.draws import PositionKeys
-from t2i_jax.nn.layers import Linear
+from t2i_jax.heads.head import VectorHead
 from t2i_jax.noise.gaussian import ddpm_step, p_mean_variance, q_sample, vb_terms
 from t2i_jax.noise.schedule import Schedule, spread_of_each
 from t2i_jax.sampling.guidance import guide
@@ -24,21 +24,18 @@ from t2i_jax.sampling.options import ARSampler
 class LossTerms(NamedTuple):
     """The loss of noised codes and its parts, one row each."""
 
-    x_t: Array
-    """(n, k)"""
-    out: Array
-    """(n, 2 k): the predicted noise, and the position of the variance between its bounds"""
-    mse: Array
-    vb: Array
-    """(n,): mse of the noise; vb, the variational bound in bits per dimension, for the variance alone"""
+    x_t: Float[Array, "n k"]
+    out: Float[Array, "n 2*k"]
+    """the predicted noise, and the position of the variance between its bounds"""
+    mse: Float[Array, " n"]
+    vb: Float[Array, " n"]
+    """mse of the noise; vb, the variational bound in bits per dimension, for the variance alone"""
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionHead(Checked):
+class DiffusionHead(VectorHead):
     """p(x | z) by denoising in `steps` steps: a small MLP predicts noise and variance."""
 
-    dim: Size = 16
-    """size k of a code"""
     width: Size = 1024
     depth: Layers = 3
     steps: Size = 1000
@@ -53,25 +50,17 @@ class DiffusionHead(Checked):
         super().__post_init__()
         self.process().respaced(self.respacing)
 
-    @property
-    def code(self) -> CodeSpec:
-        return CodeSpec("float32", (self.dim,))
-
-    @property
-    def knows_probability(self) -> bool:
-        return False
-
     def init(self, key: Array, width: int) -> Denoiser:
         return Denoiser(self.dim, 2 * self.dim, self.width, self.depth, width, key)
-
-    def entrance(self, key: Array, width: int) -> Linear:
-        return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
     def process(self) -> Schedule:
         return Schedule.named(self.schedule, self.steps)
 
-    def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Squared error of the predicted noise plus the variance's part of the bound, mean over `repeat` times: (b, t).
+    @typed
+    def loss(
+        self, module: Denoiser, z: Float[Array, "b t d"], x: Float[Array, "b t k"], key: Array, train: bool = True
+    ) -> Float[Array, "b t"]:
+        """Squared error of the predicted noise plus the variance's part of the bound, mean over `repeat` times.
 
         train: False uses a fixed grid of times.
         """
@@ -83,8 +72,16 @@ class DiffusionHead(Checked):
         terms = self.terms(module, rows(z), rows(x), times, noise)
         return rearrange(terms.mse + terms.vb, "(r b t) -> r b t", r=self.repeat, b=b).mean(0)
 
-    def terms(self, module: Denoiser, z: Array, x: Array, t: Array, noise: Array) -> LossTerms:
-        """The loss of codes x (n, k) noised to times t (n,); z (n, d) (Nichol & Dhariwal 2021, eq. 16 with lambda 1).
+    @typed
+    def terms(
+        self,
+        module: Denoiser,
+        z: Float[Array, "n d"],
+        x: Float[Array, "n k"],
+        t: Int[Array, " n"],
+        noise: Float[Array, "n k"],
+    ) -> LossTerms:
+        """The loss of codes x noised to times t (Nichol & Dhariwal 2021, eq. 16 with lambda 1).
 
         The bound trains the variance only: no gradient flows through its mean.
         """
@@ -95,11 +92,17 @@ class DiffusionHead(Checked):
         p = p_mean_variance(process, jax.lax.stop_gradient(eps), x_t, t, v=v)
         return LossTerms(x_t, out, jnp.mean((noise - eps) ** 2, -1), vb_terms(process, x, x_t, t, p))
 
+    @typed
     def sample(
-        self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
-    ) -> tuple[Array, None]:
-        """Codes (b, m, k) fp32 by ancestral sampling; the temperature scales the noise of each step, but not the
-        initial noise.
+        self,
+        module: Denoiser,
+        z: Float[Array, "b m d"],
+        null: Float[Array, "b m d"] | None,
+        draws: PositionKeys,
+        guidance: Array,
+        options: ARSampler,
+    ) -> tuple[Float[Array, "b m k"], None]:
+        """Codes fp32 by ancestral sampling; the temperature scales the noise of each step, but not the initial noise.
 
         Guidance acts on the predicted noise; the variance is that of the conditional branch.
         """

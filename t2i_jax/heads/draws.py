@@ -7,22 +7,25 @@ import dataclasses
 import jax
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, Key, typed
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PositionKeys:
     """Random numbers for m positions of each image; `i` distinguishes several of one position."""
 
-    keys: Array
-    """(b, m)"""
+    keys: Key[Array, "b m"]
 
-    def normal(self, i: Array | int, k: int) -> Array:
-        """Standard normal numbers (b, m, k)."""
+    @typed
+    def normal(self, i: Array | int, k: int) -> Float[Array, "b m {k}"]:
+        """Standard normal numbers."""
         one = lambda key: jax.random.normal(jax.random.fold_in(key, i), (k,))
         return jax.vmap(jax.vmap(one))(self.keys)
 
-    def uniform(self, i: Array | int) -> Array:
-        """Uniform numbers in [0, 1): (b, m)."""
+    @typed
+    def uniform(self, i: Array | int) -> Float[Array, "b m"]:
+        """Uniform numbers in [0, 1)."""
         return jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i))))(self.keys)
 
 
@@ -31,10 +34,10 @@ class PositionKeys:
 class ImageKeys:
     """Random keys, one per image."""
 
-    keys: Array
-    """(b,)"""
+    keys: Key[Array, " b"]
 
-    def at(self, step: Array | int, positions: Array) -> PositionKeys:
-        """The keys of positions int (b, m) at a step."""
+    @typed
+    def at(self, step: Array | int, positions: Int[Array, "b m"]) -> PositionKeys:
+        """The keys of positions at a step."""
         one = lambda key, position: jax.random.fold_in(jax.random.fold_in(key, step), position)
         return PositionKeys(jax.vmap(lambda key, row: jax.vmap(lambda p: one(key, p))(row))(self.keys, positions))

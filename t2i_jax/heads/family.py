@@ -14,7 +14,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import Grid, Size
 from t2i_jax.core.specs import BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities
+from t2i_jax.core.types import Capabilities, O
 from t2i_jax.heads.draws import ImageKeys
 from t2i_jax.heads.head import TokenHead
 from t2i_jax.networks.condition import Conditioning, check_vectors
@@ -27,7 +27,7 @@ from t2i_jax.sampling.orders import Order, orders_of
 from t2i_jax.sampling.progress import Progress
 
 
-class HeadFamily(BaseFamily):
+class HeadFamily(BaseFamily[O]):
     """The members of a family whose head samples each token of a grid, in the order of the config."""
 
     grid: Grid

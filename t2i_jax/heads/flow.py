@@ -11,22 +11,20 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.fields import FREE, Checked, Layers, Size
-from t2i_jax.core.specs import CodeSpec
+from t2i_jax.core.arrays import Float, typed
+from t2i_jax.core.fields import FREE, Layers, Size
 from t2i_jax.heads.denoiser import Denoiser
 from t2i_jax.heads.draws import PositionKeys
-from t2i_jax.nn.layers import Linear
+from t2i_jax.heads.head import VectorHead
 from t2i_jax.noise.schedule import spread_of_each
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowHead(Checked):
+class FlowHead(VectorHead):
     """p(x | z) by flow matching: a small MLP predicts the velocity eps - x of x_t = (1 - t) x + t eps."""
 
-    dim: Size = 16
-    """size k of a code"""
     width: Size = 1024
     depth: Layers = 3
     steps: Annotated[Size, FREE] = 20
@@ -34,22 +32,14 @@ class FlowHead(Checked):
     repeat: Size = 4
     """training times per z"""
 
-    @property
-    def code(self) -> CodeSpec:
-        return CodeSpec("float32", (self.dim,))
-
-    @property
-    def knows_probability(self) -> bool:
-        return False
-
     def init(self, key: Array, width: int) -> Denoiser:
         return Denoiser(self.dim, self.dim, self.width, self.depth, width, key)
 
-    def entrance(self, key: Array, width: int) -> Linear:
-        return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
-
-    def loss(self, module: Denoiser, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Squared error of the velocity, mean over `repeat` logit-normal times: (b, t).
+    @typed
+    def loss(
+        self, module: Denoiser, z: Float[Array, "b t d"], x: Float[Array, "b t k"], key: Array, train: bool = True
+    ) -> Float[Array, "b t"]:
+        """Squared error of the velocity, mean over `repeat` logit-normal times.
 
         The times follow Esser et al. (2024, section 3.1): the middle of the path is the hardest. train: False uses a
         fixed grid.
@@ -64,13 +54,23 @@ class FlowHead(Checked):
         v = self.velocity(module, (1 - t) * x + t * noise, t[:, 0], module.embed(rows(z)))
         return rearrange(jnp.mean((noise - x - v) ** 2, -1), "(r b t) -> r b t", r=self.repeat, b=b).mean(0)
 
-    def velocity(self, module: Denoiser, x: Array, t: Array, embedded: Array) -> Array:
+    @typed
+    def velocity(
+        self, module: Denoiser, x: Float[Array, "n k"], t: Float[Array, " n"], embedded: Float[Array, "n f"]
+    ) -> Float[Array, "n k"]:
         return module(x, 1000 * t, embedded)  # the frequencies of the embedding are made for times up to 1000
 
+    @typed
     def sample(
-        self, module: Denoiser, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
-    ) -> tuple[Array, None]:
-        """Codes (b, m, k) fp32 by second-order midpoint steps; the temperature scales the initial noise.
+        self,
+        module: Denoiser,
+        z: Float[Array, "b m d"],
+        null: Float[Array, "b m d"] | None,
+        draws: PositionKeys,
+        guidance: Array,
+        options: ARSampler,
+    ) -> tuple[Float[Array, "b m k"], None]:
+        """Codes fp32 by second-order midpoint steps; the temperature scales the initial noise.
 
         The stops are t = (1 - n/steps)^2, since a distribution of standard deviation s is decided where t is about s.
         The velocity is never evaluated at t = 0: the best prediction there is -x whatever the noise, and a step along

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol, TypeVar
 
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.heads.draws import PositionKeys
+from t2i_jax.nn.layers import Linear
 from t2i_jax.sampling.options import ARSampler
 
 M = TypeVar("M", bound=nnx.Module)
@@ -48,3 +51,19 @@ class TokenHead(Protocol[M]):
         options: traced.
         """
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class VectorHead(Checked):
+    """What heads of vectors of real numbers have in common."""
+
+    dim: Size = 16
+    """size k of a code"""
+    knows_probability = False  # no field
+
+    @property
+    def code(self) -> CodeSpec:
+        return CodeSpec("float32", (self.dim,))
+
+    def entrance(self, key: Array, width: int) -> Linear:
+        return Linear(self.dim, width, key, std=None, axes=(None, "embed"))

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
-from t2i_jax.core.fields import Checked, Positive, Size
-from t2i_jax.core.specs import CodeSpec
+from t2i_jax.core.arrays import Float, typed
+from t2i_jax.core.fields import Positive, Size
 from t2i_jax.heads.draws import PositionKeys
+from t2i_jax.heads.head import VectorHead
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.schedule import expand_like
 from t2i_jax.sampling.options import ARSampler
@@ -21,14 +22,17 @@ from t2i_jax.sampling.tokens import draw
 
 
 class MixtureParams(NamedTuple):
-    """Parameters of a mixture, fp32: log-weights (..., a), means and log standard deviations (..., a, k)."""
+    """Parameters of a mixture, fp32."""
 
-    logits: Array
-    mean: Array
-    log_std: Array
+    logits: Float[Array, "*b a"]
+    """log-weights"""
+    mean: Float[Array, "*b a k"]
+    log_std: Float[Array, "*b a k"]
+    """log standard deviations"""
 
-    def log_density(self, x: Array) -> Array:
-        """log p of x (..., k): (...)."""
+    @typed
+    def log_density(self, x: Float[Array, "*b k"]) -> Float[Array, "..."]:
+        """log p of x."""
         gap = (x[..., None, :] - self.mean) * jnp.exp(-self.log_std)
         each = -0.5 * gap**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         return jax.nn.logsumexp(jax.nn.log_softmax(self.logits) + each.sum(-1), -1)
@@ -75,28 +79,15 @@ def guided(law: MixtureParams, null: MixtureParams, scale: Array) -> MixturePara
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureHead(Checked):
+class MixtureHead(VectorHead):
     """p(x | z) = sum_a w_a N(mu_a, sigma_a), with diagonal sigma; all parameters are a linear function of z."""
 
-    dim: Size = 16
-    """size k of a code"""
     components: Size = 16
     smallest: Positive = 1e-3
     """lower bound of standard deviations"""
 
-    @property
-    def code(self) -> CodeSpec:
-        return CodeSpec("float32", (self.dim,))
-
-    @property
-    def knows_probability(self) -> bool:
-        return False
-
     def init(self, key: Array, width: int) -> Linear:
         return Linear(width, self.components * (1 + 2 * self.dim), key, axes=("embed", None))
-
-    def entrance(self, key: Array, width: int) -> Linear:
-        return Linear(self.dim, width, key, std=None, axes=(None, "embed"))
 
     def law(self, module: Linear, z: Array) -> MixtureParams:
         y = rearrange(module(z).astype(jnp.float32), "... (a k) -> ... a k", a=self.components)
@@ -105,14 +96,24 @@ class MixtureHead(Checked):
         apart = jnp.linspace(-1, 1, self.components)[:, None] if self.components > 1 else 0.0
         return MixtureParams(y[..., 0], mean + apart, jnp.log(jax.nn.softplus(raw) + self.smallest))
 
-    def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """-log p(x | z) in nats per dimension of a code: (b, t)."""
+    @typed
+    def loss(
+        self, module: Linear, z: Float[Array, "b t d"], x: Float[Array, "b t k"], key: Array, train: bool = True
+    ) -> Float[Array, "b t"]:
+        """-log p(x | z) in nats per dimension of a code."""
         return -self.law(module, z).log_density(x.astype(jnp.float32)) / self.dim
 
+    @typed
     def sample(
-        self, module: Linear, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
-    ) -> tuple[Array, Array]:
-        """Codes (b, m, k) fp32 and their log-density; the temperature scales standard deviations.
+        self,
+        module: Linear,
+        z: Float[Array, "b m d"],
+        null: Float[Array, "b m d"] | None,
+        draws: PositionKeys,
+        guidance: Array,
+        options: ARSampler,
+    ) -> tuple[Float[Array, "b m k"], Float[Array, "b m"]]:
+        """Codes fp32 and their log-density; the temperature scales standard deviations.
 
         With guidance it samples from `guided`, approximately p^s p'^(1 - s) with the unconditional p'.
         """

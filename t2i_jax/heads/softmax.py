@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.fields import FREE, Checked, Range, Size
 from t2i_jax.core.specs import CodeSpec
 from t2i_jax.heads.draws import PositionKeys
@@ -30,13 +31,11 @@ class SoftmaxHead(Checked):
     """tokens per image whose logits are held at a time in training; 0: all, or as many as fit `nn.losses.HELD`; below
     0: all"""
 
+    knows_probability = True  # no field
+
     @property
     def code(self) -> CodeSpec:
         return CodeSpec("int32", sizes=(self.vocabulary,))
-
-    @property
-    def knows_probability(self) -> bool:
-        return True
 
     def init(self, key: Array, width: int) -> Linear:
         return Linear(width, self.vocabulary, key, axes=("embed", "vocab"))
@@ -44,20 +43,31 @@ class SoftmaxHead(Checked):
     def entrance(self, key: Array, width: int) -> Embedding:
         return Embedding(self.vocabulary, width, key)
 
-    def loss(self, module: Linear, z: Array, x: Array, key: Array, train: bool = True) -> Array:
-        """Cross-entropy of codes int (b, t) in nats: (b, t). train: False omits label smoothing."""
+    @typed
+    def loss(
+        self, module: Linear, z: Float[Array, "b t d"], x: Int[Array, "b t"], key: Array, train: bool = True
+    ) -> Float[Array, "b t"]:
+        """Cross-entropy of codes in nats. train: False omits label smoothing."""
         logits, smoothing = lambda z: self.logits(module, z), self.label_smoothing if train else 0.0
         return chunked_cross_entropy(logits, z, x, self.loss_chunk, label_smoothing=smoothing)[0]
 
+    @typed
     def sample(
-        self, module: Linear, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
-    ) -> tuple[Array, Array]:
-        """Codes int32 (b, m) and their log-probability before truncation and temperature."""
+        self,
+        module: Linear,
+        z: Float[Array, "b m d"],
+        null: Float[Array, "b m d"] | None,
+        draws: PositionKeys,
+        guidance: Array,
+        options: ARSampler,
+    ) -> tuple[Int[Array, "b m"], Float[Array, "b m"]]:
+        """Codes int32 and their log-probability before truncation and temperature."""
         logits = self.logits(module, z)
         if null is not None:
             logits = guide(logits, self.logits(module, null), guidance)
         x = sample_token(logits, options, draws.uniform(0))
         return x, jnp.take_along_axis(jax.nn.log_softmax(logits), x[..., None], -1)[..., 0]
 
-    def logits(self, module: Linear, z: Array) -> Array:
+    @typed
+    def logits(self, module: Linear, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         return module(z).astype(jnp.float32)

@@ -30,7 +30,7 @@ from t2i_jax.nn.layers import normal, param
 from t2i_jax.nn.losses import row_mean
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_layers, scan_stack, stack
 from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
@@ -38,7 +38,7 @@ from t2i_jax.sampling.progress import Progress, report
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOrder(HeadFamily):
+class AnyOrder(HeadFamily[ARSampler]):
     """A causal Transformer over the codes of an image in a given order, its head and its training settings."""
 
     grid: Grid = (8, 8)
@@ -189,7 +189,7 @@ class AnyOrderNetwork(nnx.Module):
         y = shard(self.add_targets(y, places), "batch", "length", None)
         padded = config.conditioning.what.spec.has_padding
         mask = Causal(self._with_image(valid), valid.shape[1]) if padded else Causal()
-        y, _ = apply_stack(self.blocks, y, mask=mask, key=key, remat=config.compute.remat)
+        y = scan_stack(self.blocks, y, mask=mask, key=key, remat=config.compute.remat)
         return self.norm(y[:, prefix.shape[1] - 1 :]), x
 
     @typed
@@ -220,7 +220,7 @@ class AnyOrderNetwork(nnx.Module):
         reading, decoding = prepare_layers_for_decode(self.blocks, dtype)
         caches = tuple(Cache.empty(config.transformer, b, real.shape[1], dtype) for _ in reading)
         mask = jnp.pad(Causal(valid).dense(s), ((0, 0), (0, 0), (0, 0), (0, config.length - 1)))
-        y, caches = apply_stack(reading, self.add_targets(prefix, place), mask=mask, caches=caches)
+        y, caches = apply_layers(reading, self.add_targets(prefix, place), mask=mask, caches=caches)
         return self.norm(y[:, -1:]), AnyOrderDecodeState(caches, decoding, real)
 
     @typed
@@ -237,7 +237,7 @@ class AnyOrderNetwork(nnx.Module):
         s, capacity = state.valid.shape[1] - self.config.length + 1, state.valid.shape[1]
         y = self.add_targets(self.embed(x, place), following)
         mask = (state.valid & (jnp.arange(capacity) <= s + k))[:, None, None]
-        y, caches = apply_stack(state.blocks, y, mask=mask, caches=state.caches)
+        y, caches = apply_layers(state.blocks, y, mask=mask, caches=state.caches)
         return self.norm(y), dataclasses.replace(state, caches=caches)
 
 

@@ -29,7 +29,7 @@ from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
 from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
-from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_stack, drop, scale_residuals, stack
+from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_layers, drop, scale_residuals, scan_stack, stack
 from t2i_jax.sampling.autoregressive import Autoregressive
 from t2i_jax.sampling.options import ARSampler
 
@@ -213,7 +213,7 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         x = jnp.concatenate([prefix.tokens, self.embed(codes[:, :-1])], 1)  # the last code predicts nothing
         s, t = prefix.tokens.shape[1], x.shape[1]
         x = drop(self.add_positions(x, 0), self.config.token_dropout, keys[0])
-        x, _ = apply_stack(
+        x = scan_stack(
             self.blocks,
             shard(x, "batch", "length", None),
             rotary=self.rotary(s, 0, t),
@@ -284,7 +284,7 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         if config.bidirectional_prefix > s:
             raise ValueError(f"bidirectional_prefix {config.bidirectional_prefix}: the condition has {s} tokens only")
         first, following = prepare_layers_for_decode(self.blocks, config.compute.dtype)
-        z, caches = apply_stack(
+        z, caches = apply_layers(
             first,
             self.add_positions(prefix.tokens, 0),
             rotary=self.rotary(s, 0, s),
@@ -306,7 +306,7 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         s, capacity = state.valid.shape[1], state.caches[0].k.shape[2]
         seen = _pad(state.valid, capacity) & (jnp.arange(capacity) <= s + i)
         row = lambda table: jax.lax.dynamic_slice_in_dim(table, i, 1)
-        x, caches = apply_stack(
+        x, caches = apply_layers(
             state.blocks,
             self.add_positions(self.embed(codes[:, None]), s + i),
             rotary=None if state.rotary is None else (row(state.rotary[0]), row(state.rotary[1])),

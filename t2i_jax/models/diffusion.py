@@ -45,7 +45,7 @@ Network = DiTNetwork | UNetNetwork
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion(BaseFamily):
+class Diffusion(BaseFamily[DiffusionSampler]):
     """A network, the noise process it reverses, and its training settings."""
 
     network: DiT | UNet = DiT()

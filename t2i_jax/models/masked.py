@@ -36,7 +36,7 @@ from t2i_jax.nn.layers import Linear, normal, param
 from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, MaskedSchedule
 from t2i_jax.sampling.orders import (
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(HeadFamily):
+class Masked(HeadFamily[MaskedSampler]):
     """An encoder of known tokens, a decoder of all, a head, an order, and their training settings."""
 
     grid: Grid = (16, 16)
@@ -301,7 +301,7 @@ class MaskedNetwork(nnx.Module):
         if self.encoder is not None:
             mask, rotary = Padding(jnp.concatenate([valid, seen], 1)), self.rotary(config.transformer)
             rotary = None if rotary is None else (rotary[0][at], rotary[1][at])
-            y, _ = apply_stack(self.encoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
+            y = scan_stack(self.encoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
         return self.encoder_norm(y)
 
     def rotary(self, transformer: Transformer) -> Rotary | None:
@@ -334,7 +334,7 @@ class MaskedNetwork(nnx.Module):
         mask = Padding(real) if config.conditioning.what.spec.has_padding else None
         y = y if self.decoder_position is None else y + self.decoder_position[...].astype(y.dtype)
         rotary = self.rotary(config.decoding)
-        y, _ = apply_stack(self.decoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
+        y = scan_stack(self.decoder, y, rotary=rotary, mask=mask, key=key, remat=config.compute.remat)
         z = self.decoder_norm(y)[:, config.condition_tokens :]
         return z if self.head_position is None else z + self.head_position[...].astype(y.dtype)
 

@@ -36,9 +36,10 @@ from t2i_jax.nn.transformer import (
     Cache,
     TokenShift,
     Transformer,
-    apply_stack,
+    apply_layers,
     drop,
     scale_residuals,
+    scan_stack,
     stack,
 )
 from t2i_jax.sampling.autoregressive import Autoregressive
@@ -236,7 +237,7 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         x = jnp.concatenate([self.embed_text(text), self.embed_codes(codes, self.cells(), 0)], 1)
         x = config.embedding_gradient * x + (1 - config.embedding_gradient) * jax.lax.stop_gradient(x)
         place = jnp.arange(x.shape[1])
-        x, _ = apply_stack(
+        x = scan_stack(
             self.blocks,
             shard(drop(x, config.transformer.dropout, keys[0]), "batch", "length", None),
             mask=Causal() if config.attention == ("full",) else self.visible(place, place),
@@ -328,7 +329,7 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
             past = jnp.zeros((b, 2, s, shape.width // 4 * 2), dtype)
             caches = tuple(c._replace(past=past) for c in caches)
         mask, rotary = self.visible(place, place), self.rotary(place)
-        x, caches = apply_stack(first, x, mask=mask, rotary=rotary, shift=self.shift, caches=caches)
+        x, caches = apply_layers(first, x, mask=mask, rotary=rotary, shift=self.shift, caches=caches)
         w = transposed(self.image_tokens.w) if self.image_head is None else self.image_head
         output = DecodeLinear(w, self.image_bias, dtype, jnp.float32)
         return self.image_logits(x[:, -1]), StreamDecodeState(caches, following, output, self.cells(), s)
@@ -339,7 +340,7 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
     ) -> tuple[Float[Array, "b v"], StreamDecodeState]:
         """Feed code i, int (b,): the logits (b, v) of code i + 1. The caches must have room for it."""
         place = jnp.reshape(self.prefix + i, (1,))
-        x, caches = apply_stack(
+        x, caches = apply_layers(
             state.blocks,
             self.embed_codes(codes[:, None], state.cells, i),
             mask=self.visible(place, jnp.arange(state.caches[0].k.shape[2])),

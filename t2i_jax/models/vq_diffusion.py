@@ -46,7 +46,7 @@ from t2i_jax.sampling.tokens import filter_logits
 
 
 @dataclasses.dataclass(frozen=True)
-class VQDiffusion(BaseFamily):
+class VQDiffusion(BaseFamily[DiscreteSampler]):
     """A denoiser of codes, and its training settings."""
 
     chain: Chain = Chain(1024)

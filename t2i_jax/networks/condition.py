@@ -25,7 +25,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Share, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 
 
 def text_spec(vocabulary: int, length: int, mask: bool = True) -> BatchSpec:
@@ -155,7 +155,7 @@ class CaptionTokens(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         text, mask = caption(batch, drop, self.config.vocabulary, self.config.length)
         x = (self.table(text) + self.position[...]).astype(dtype)
-        x, _ = apply_stack(self.blocks, x, mask=mask[:, None, None])
+        x = scan_stack(self.blocks, x, mask=mask[:, None, None])
         tokens = jnp.where(mask[..., None], self.out(self.norm(x)), self.padding[...].astype(dtype))
         return tokens, jnp.ones_like(mask)
 

@@ -17,7 +17,7 @@ from t2i_jax.core.fields import Layers, Size
 from t2i_jax.core.specs import BatchSpec
 from t2i_jax.networks.condition import BaseCondition, caption, text_spec
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,5 +65,5 @@ class GlideCaptionTokens(nnx.Module):
             x = self.table(jnp.where(drop[:, None], self.config.vocabulary - 1, text)) + self.position[...]
         else:
             x = jnp.where(mask[..., None], self.table(text) + self.position[...], self.padding[...])
-        x, _ = apply_stack(self.blocks, x.astype(dtype))
+        x = scan_stack(self.blocks, x.astype(dtype))
         return x if self.norm is None else self.norm(x), jnp.ones_like(mask)

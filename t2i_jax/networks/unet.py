@@ -29,7 +29,7 @@ from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
 from t2i_jax.nn.modulation import TimeEmbedding
-from t2i_jax.nn.transformer import REMAT, Transformer, apply_stack, drop, stack
+from t2i_jax.nn.transformer import REMAT, Transformer, drop, scan_stack, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ class SpatialTransformer(nnx.Module):
         assert context is not None, "cross-attention reads the context"
         y = self.into(rearrange(self.norm(x), "b i j c -> b (i j) c"))
         memory, mask = context.tokens.astype(x.dtype), context.mask[:, None, None]
-        y, _ = apply_stack(self.blocks, y, context=memory, context_mask=mask)
+        y = scan_stack(self.blocks, y, context=memory, context_mask=mask)
         return x + self.out(y).reshape(x.shape)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax import Array
-from jaxtyping import Bool, Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.nn import kernels
 from t2i_jax.nn.kernels import Kind
 from t2i_jax.nn.layers import at_least_fp32, remat_elementwise
@@ -37,8 +36,9 @@ class Causal:
     bidirectional_prefix: int = dataclasses.field(default=0, metadata={"static": True})
     """number of leading positions that attend to each other in both directions (prefix-LM)"""
 
-    def dense(self, t: int) -> Array:
-        """The mask (b or 1, 1, t, t) of the first t positions."""
+    @typed
+    def dense(self, t: int) -> Bool[Array, "_ 1 {t} {t}"]:
+        """The mask of the first t positions."""
         mask, early = causal(t), jnp.arange(t) < self.bidirectional_prefix
         mask = mask | early & early[:, None] if self.bidirectional_prefix else mask
         return mask if self.valid is None else mask & self.valid[:, None, None, :t] | jnp.eye(t, dtype=bool)
@@ -52,8 +52,9 @@ class Padding:
     valid: Array
     """bool (b, s), False for padding"""
 
-    def dense(self, t: int) -> Array:
-        """The mask (b, 1, 1, s), the same for all t queries."""
+    @typed
+    def dense(self, t: int) -> Bool[Array, "b 1 1 s"]:
+        """The mask, the same for all t queries."""
         return self.valid[:, None, None]
 
 
@@ -61,16 +62,17 @@ MaskSpec = Causal | Padding
 """Structured masks."""
 
 
+@typed
 def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | MaskSpec | None = None,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s m h"],
+    v: Float[Array, "b s m h"],
+    mask: Bool[Array, "_ _ _ s"] | MaskSpec | None = None,
     scale: float | None = None,
-    bias: Array | None = None,
+    bias: Float[Array, "_ n t s"] | None = None,
     kind: Kind = "auto",
-) -> Array:
-    """softmax(q k^T scale + bias) v for all heads: (b, t, n, h), in the dtype of v; see `plain`.
+) -> Float[Array, "b t n h"]:
+    """softmax(q k^T scale + bias) v for all heads, in the dtype of v; see `plain`.
 
     A fused kernel may compute it where there is no bias and the mask is None or structured. `kind` selects the kernel;
     "auto" takes that of the platform for sequences long enough to benefit.
@@ -107,10 +109,9 @@ def plain(
 ) -> Float[Array, "b t n h"]:
     """softmax(q k^T scale + bias) v, n query heads on m key-value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
-    q (b, t, n, h), k and v (b, s, m, h), mask bool (b or 1, 1 or n, t, s), True where a query may attend; `scale`
-    defaults to h^-1/2; `bias` float (b or 1, n, t, s). Returns (b, t, n, h) in the dtype of v; the softmax is fp32. A
-    query whose keys are all masked gets zeros. Query heads of a group are adjacent, as if k and v were repeated;
-    nothing is repeated in memory.
+    mask (b or 1, 1 or n, t or 1, s): True where a query may attend; `scale` defaults to h^-1/2. Returns the dtype of v;
+    the softmax is fp32. A query whose keys are all masked gets zeros. Query heads of a group are adjacent, as if k and
+    v were repeated; nothing is repeated in memory.
     Errors: ValueError if m does not divide n.
     """
     n, m = q.shape[2], k.shape[2]
@@ -133,26 +134,26 @@ def plain(
 
 @typed
 def causal(t: int, s: int | None = None, start: Array | int = 0) -> Bool[Array, "1 1 {t} s"]:
-    """Causal mask (1, 1, t, s) for queries at positions start .. start + t - 1."""
+    """Causal mask for queries at positions start .. start + t - 1."""
     s = t if s is None else s
     return (jnp.arange(s) <= start + jnp.arange(t)[:, None])[None, None]
 
 
-def frequencies(count: int, base: float = 10000.0) -> Array:
-    """base^(-j / count) for j = 0 .. count - 1: (count,)."""
+@typed
+def frequencies(count: int, base: float = 10000.0) -> Float[Array, " {count}"]:
+    """base^(-j / count) for j = 0 .. count - 1."""
     return base ** (-jnp.arange(count, dtype=jnp.float32) / count)
 
 
 @typed
 def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Float[Array, "{length} {head_dim}//2"]:
-    """Angles (length, head_dim / 2) of positions 0 .. length - 1 (Su et al. 2021, eq. 15)."""
+    """Angles of positions 0 .. length - 1 (Su et al. 2021, eq. 15)."""
     return jnp.arange(length)[:, None] * frequencies(head_dim // 2, base)
 
 
 @typed
 def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Float[Array, "t {head_dim}//2"]:
-    """Angles (i * j, head_dim / 2) of a raster grid: the row rotates the first half of the pairs, the column the
-    second.
+    """Angles of a raster grid: the row rotates the first half of the pairs, the column the second.
 
     Errors: ValueError if 4 does not divide head_dim.
     """
@@ -163,8 +164,9 @@ def rotary_2d(grid: tuple[int, int], head_dim: int, base: float = 10000.0) -> Fl
     return jnp.concatenate([row * freqs, column * freqs], -1)
 
 
-def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Array:
-    """Angles (text + i * j, head_dim / 2) of text followed by a raster grid, as in DALLE-pytorch.
+@typed
+def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Float[Array, "t {head_dim}//2"]:
+    """Angles of text followed by a raster grid, as in DALLE-pytorch.
 
     A third of the channels encodes the text position, a third the row and a third the column, both in [-1, 1]. Image
     tokens have text position 8192, text tokens row and column -10. The remaining channels are not rotated.
@@ -179,8 +181,11 @@ def rotary_text_grid(text: int, grid: tuple[int, int], head_dim: int) -> Array:
     return jnp.pad(jnp.concatenate(angles, 1), [(0, 0), (0, head_dim // 2 - 3 * count)])
 
 
-def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotary:
-    """The table (t, h/2) with `count` rows prepended for tokens without a position.
+@typed
+def with_prefix(
+    cos: Float[Array, "t h"], sin: Float[Array, "t h"], count: int, zero: bool = False
+) -> tuple[Float[Array, "t+{count} h"], Float[Array, "t+{count} h"]]:
+    """The table with `count` rows prepended for tokens without a position.
 
     These rows do not rotate (cos 1, sin 0). With `zero` they multiply by 0, so that all attention logits from and to
     them are 0: released LlamaGen weights were trained this way.
@@ -193,9 +198,9 @@ def with_prefix(cos: Array, sin: Array, count: int, zero: bool = False) -> Rotar
 def rotate(
     x: Float[Array, "b t n h"], cos: Float[Array, "*bt h//2"], sin: Float[Array, "*bt h//2"]
 ) -> Float[Array, "b t n h"]:
-    """Rotate the adjacent pairs (x0, x1), (x2, x3), ... of (b, t, n, h) by the angles of their positions, in fp32.
+    """Rotate the adjacent pairs (x0, x1), (x2, x3), ... by the angles of their positions, in fp32.
 
-    cos and sin: (t, h/2) or (b, t, h/2); constants, without gradient.
+    cos and sin: of t positions, or of b t; constants, without gradient.
     """
     return _turn(x, jax.lax.stop_gradient(cos), jax.lax.stop_gradient(sin))
 

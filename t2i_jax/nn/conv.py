@@ -5,14 +5,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.layers import Conv, GroupNorm
 
 
 class ResBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): (b, i, j, c) -> (b, i, j, f); the shortcut is 1x1 where f is not c."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where f is not c."""
 
     def __init__(self, c: int, f: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
         first, second, third = jax.random.split(key, 3)
@@ -22,14 +21,15 @@ class ResBlock(nnx.Module):
         self.conv2 = Conv(f, f, second)
         self.shortcut = Conv(c, f, third, kernel=1) if c != f else None
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b i j f"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
 class SpatialAttention(nnx.Module):
-    """Single-head attention among all positions, with a residual: (b, i, j, c) -> (b, i, j, c)."""
+    """Single-head attention among all positions, with a residual."""
 
     def __init__(self, c: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
         q, k, v, out = jax.random.split(key, 4)
@@ -39,7 +39,8 @@ class SpatialAttention(nnx.Module):
         self.v = Conv(c, c, v, kernel=1)
         self.out = Conv(c, c, out, kernel=1)
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b i j c"]:
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b i j d -> b (i j) d") for layer in (self.q, self.k, self.v))
         logits = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
@@ -49,12 +50,13 @@ class SpatialAttention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halve both sides: (b, 2i, 2j, c) -> (b, i, j, c). Padded on the right and at the bottom only."""
+    """Halve both sides. Padded on the right and at the bottom only."""
 
     def __init__(self, c: int, key: Array):
         self.conv = Conv(c, c, key, stride=2, padding=((0, 1), (0, 1)))
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
         return self.conv(x)
 
 
@@ -63,7 +65,7 @@ FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution: (b, i, j, c) -> (b, 2i, 2j, c).
+    """Nearest-neighbour doubling and a 3x3 convolution.
 
     Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps.
     Four of those cost 4/9 of the arithmetic, and the large input is never materialised.
@@ -72,7 +74,8 @@ class Upsample(nnx.Module):
     def __init__(self, c: int, key: Array):
         self.conv = Conv(c, c, key)
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j c"]:
         fold = jnp.asarray(FOLD)
         w = jnp.einsum("par,qes,rscf->pqaecf", fold, fold, self.conv.w[...]).astype(x.dtype)
 
@@ -87,7 +90,7 @@ class Upsample(nnx.Module):
 
 @typed
 def patchify(x: Float[Array, "b i j c"], size: int) -> Float[Array, "b i/{size} j/{size} c*{size}**2"]:
-    """(b, i, j, c) -> (b, i/size, j/size, size*size*c): squares of pixels become channels, in row-major order."""
+    """Squares of pixels become channels, in row-major order."""
     return rearrange(x, "b (i p) (j q) c -> b i j (p q c)", p=size, q=size)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from t2i_jax.nn.layers import Int8, Linear
+from t2i_jax.core.arrays import Float, Num, typed
+from t2i_jax.nn.layers import Int8, Linear, replace
 from t2i_jax.nn.stationary import at_rest, product, stationary_axes, stays
 from t2i_jax.nn.transformer import Block, unstack
 
@@ -24,21 +25,20 @@ def int8_weights(model: M) -> M:
     A table that also serves as the output matrix is left unquantised. Otherwise the model scores and samples as before,
     up to rounding.
     """
-    linear = lambda m: isinstance(m, Linear)
 
-    def one(m: Any) -> Any:
-        if linear(m):
-            same = jax.tree.map(lambda x: x, m)
-            same.w = Int8(m.w)
-            return same
-        output = isinstance(m, nnx.Variable) and m.get_metadata().get("axes") == ("embed", "vocab")
-        return Int8(m) if output else m
+    def one(m: object) -> object:
+        if isinstance(m, Linear):
+            return replace(m, w=Int8(m.w))
+        if isinstance(m, nnx.Variable) and m.get_metadata().get("axes") == ("embed", "vocab"):
+            return Int8(m)
+        return m
 
-    return jax.tree.map(one, model, is_leaf=lambda m: linear(m) or isinstance(m, nnx.Variable))
+    return jax.tree.map(one, model, is_leaf=lambda m: isinstance(m, Linear | nnx.Variable))
 
 
-def matvec(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
-    """x w^T for x (..., d) and w (f, d): (..., f) in `dtype`, or in that of x.
+@typed
+def matvec(x: Float[Array, "*b d"], w: Num[Array, "f d"], dtype: DTypeLike | None = None) -> Float[Array, "*b f"]:
+    """x w^T in `dtype`, or in that of x.
 
     This product is bound by reading the weights. A CPU reads them fastest row by row with the few columns of x^T in
     cache: twice as fast as x @ w at 8 rows. The barrier keeps the compiler from transposing the product back.
@@ -77,7 +77,8 @@ class DecodeLinear(nnx.Module):
         self.b = None if b is None else nnx.Variable(b[...].astype(out or dtype))
         self.out = out
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         out = self.out or x.dtype
         if self.scale is None:
             y = self._product(x, out)

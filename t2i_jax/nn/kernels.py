@@ -10,13 +10,14 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.core.sharding import RULES, fit
 from t2i_jax.core.types import AttentionKind
 
@@ -76,15 +77,16 @@ def _tell(message: str) -> None:
     log.warning(message)
 
 
+@typed
 def cudnn(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b s m h"],
+    v: Float[Array, "b s m h"],
     scale: float,
     causal: bool = False,
-    valid: Array | None = None,
+    valid: Bool[Array, "_ s"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Array:
+) -> Float[Array, "b t n h"]:
     """FlashAttention of cuDNN (Dao et al. 2022) through `jax.nn.dot_product_attention`, which XLA can shard."""
     t, s = q.shape[1], k.shape[1]
     q, k, v = (_padded(x, 8) for x in (q, k, v))  # odd lengths have no backward pass
@@ -96,15 +98,16 @@ def cudnn(
     return y[:, :t]
 
 
+@typed
 def splash(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b t n h"],
+    k: Float[Array, "b t m h"],
+    v: Float[Array, "b t m h"],
     scale: float,
     causal: bool = False,
-    valid: Array | None = None,
+    valid: Bool[Array, "_ t"] | None = None,
     interpret: bool = False,
-) -> Array:
+) -> Float[Array, "b t n h"]:
     """Splash attention, the Pallas kernel for TPUs that skips masked blocks, run separately on each device.
 
     The batch and the heads are sharded as elsewhere (`sharding.RULES`); every device has whole sequences, padded to a
@@ -129,12 +132,13 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
 
     t, n = q.shape[1:3]
     block = next(size for size in (512, 384, 256, 128) if t % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes: Any = {f"block_{name}": block for name in names}
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
     mask = (kernels.CausalMask if causal else kernels.FullMask)((t, t))
-    kernel: Any = kernels.make_splash_mha(
+    kernel = kernels.make_splash_mha(
         kernels.MultiHeadMask([mask] * n),
-        block_sizes=kernels.BlockSizes(**sizes),
+        block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -145,7 +149,8 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None, causal: bool, int
         # Queries belong to segment 1, as do the keys that are not padding.
         ones = jnp.ones(t, jnp.int32)
         segments = None if valid is None else kernels.SegmentIds(ones, valid.astype(jnp.int32))
-        return kernel(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), segment_ids=segments).swapaxes(0, 1)
+        y = kernel(q.swapaxes(0, 1), k.swapaxes(0, 1), v.swapaxes(0, 1), segment_ids=segments)
+        return cast(Array, y).swapaxes(0, 1)  # with `save_residuals` it would be a tuple
 
     return jax.vmap(one)(q, k, v, valid)
 

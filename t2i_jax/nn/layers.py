@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from t2i_jax.core.arrays import Float, Integer, typed
 from t2i_jax.nn.stationary import lookup, product, stationary_axes
 
 M = TypeVar("M", bound=nnx.Module)
@@ -34,19 +35,23 @@ def param(value: Array, *axes: str | None) -> nnx.Param:
 
 
 def replace(module: M, **values: object) -> M:
-    """A copy of `module` in which the named attributes hold `values`: arrays for variables, modules for modules."""
+    """A copy of `module` in which the named attributes hold `values`: arrays or an `Int8` for variables, modules for
+    modules."""
     copy = jax.tree.map(lambda leaf: leaf, module)
     for name, value in values.items():
         old = getattr(copy, name)  # in Flax, names of parameters are attributes
-        setattr(copy, name, old.replace(value) if isinstance(old, nnx.Variable) else value)
+        whole = isinstance(value, nnx.Module) or not isinstance(old, nnx.Variable)
+        setattr(copy, name, value if whole else old.replace(value))
     return copy
 
 
-def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Array:
+@typed
+def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Float[Array, "..."]:
     return std * jax.random.normal(key, shape)
 
 
-def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Array:
+@typed
+def fan_in(key: Array, shape: tuple[int, ...], gain: float = 1.0) -> Float[Array, "..."]:
     """Normal with variance `gain**2 / fan_in`; fan_in is the product of all dimensions but the last."""
     return normal(key, shape, gain / math.sqrt(math.prod(shape[:-1])))
 
@@ -84,8 +89,9 @@ def transposed(w: nnx.Variable) -> nnx.Variable:
     return w.replace(w[...].T, axes=w.get_metadata()["axes"][::-1])
 
 
-def matmul(x: Array, w: nnx.Variable | Int8, dtype: DTypeLike | None = None) -> Array:
-    """x w for x (..., d) and a matrix (d, f): (..., f) in `dtype`, or in that of x, accumulated in at least fp32.
+@typed
+def matmul(x: Float[Array, "*b d"], w: nnx.Variable | Int8, dtype: DTypeLike | None = None) -> Float[Array, "*b f"]:
+    """x w for a matrix (d, f), in `dtype`, or in that of x, accumulated in at least fp32.
 
     Products with an `Int8` are scaled after the sum, which is exact for a scale per column.
     """
@@ -98,7 +104,7 @@ def matmul(x: Array, w: nnx.Variable | Int8, dtype: DTypeLike | None = None) -> 
 
 
 class Linear(nnx.Module):
-    """y = x W + b over the last dimension: (..., d) -> (..., f). `std=None`: fan-in scaling; `std=0`: zeros."""
+    """y = x W + b over the last dimension. `std=None`: fan-in scaling; `std=0`: zeros."""
 
     def __init__(
         self,
@@ -114,18 +120,19 @@ class Linear(nnx.Module):
         self.w = param(w, *axes)  # or an `Int8` for sampling
         self.b = param(jnp.zeros(f), axes[1]) if bias else None
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         y = matmul(x, self.w)
         return y if self.b is None else y + self.b[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table of v rows: int (...) -> (..., d)."""
+    """A table of v rows."""
 
     def __init__(self, v: int, d: int, key: Array, *, std: float = 0.02):
         self.w = param(normal(key, (v, d), std), "vocab", "embed")
 
-    def __call__(self, ids: Array) -> Array:
+    @typed
+    def __call__(self, ids: Integer[Array, "*b"]) -> Float[Array, "*b d"]:
         return lookup(self.w, ids)
 
 
@@ -136,7 +143,8 @@ class RMSNorm(nnx.Module):
         self.w = param(jnp.ones(d), None) if affine else None
         self.eps = eps
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         return remat_elementwise(self._normalised)(x, *(() if self.w is None else (self.w[...],)))
 
     def _normalised(self, x: Array, *w: Array) -> Array:
@@ -156,7 +164,8 @@ class LayerNorm(nnx.Module):
         self.b = param(jnp.zeros(d), None) if affine else None
         self.eps, self.relax = eps, relax
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         affine = () if self.w is None or self.b is None else (self.w[...], self.b[...])
         return remat_elementwise(self._normalised)(x, *affine)
 
@@ -173,7 +182,7 @@ class LayerNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalise (b, i, j, c) over positions and the channels of a group (Wu & He 2018)."""
+    """Normalise over positions and the channels of a group (Wu & He 2018)."""
 
     def __init__(self, c: int, groups: int = 32, eps: float = 1e-6):
         if c % groups:
@@ -182,7 +191,8 @@ class GroupNorm(nnx.Module):
         self.b = param(jnp.zeros(c), None)
         self.groups, self.eps = groups, eps
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b i j c"]:
         # Statistics per channel first, then per group: reductions stay channel-last, the layout of convolutions.
         y = at_least_fp32(x)
         fold = lambda s: s.reshape(s.shape[0], self.groups, -1).mean(-1, keepdims=True)
@@ -194,7 +204,7 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC: (b, i, j, c) -> (b, i', j', f), kernel (k, k, c, f)."""
+    """2-D convolution, NHWC, with a kernel (k, k, c, f)."""
 
     def __init__(
         self,
@@ -213,7 +223,8 @@ class Conv(nnx.Module):
         self.b = param(jnp.zeros(f), "conv") if bias else None
         self.stride, self.padding = stride, padding
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b _ _ c"]) -> Float[Array, "b _ _ f"]:
         w = self.w[...].astype(x.dtype)
         if w.shape[:2] == (1, 1) and self.stride == 1:
             y = x @ w[0, 0]  # equal to the convolution, with faster gradients

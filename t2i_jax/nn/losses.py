@@ -7,9 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, Shaped, typed
 from t2i_jax.core.conditions import Batch
 
 HELD = 2**28
@@ -36,7 +35,7 @@ def row_mean(x: Array, batch: Batch) -> Array:
 def cross_entropy(
     logits: Float[Array, "*b v"], targets: Int[Array, "*b"], *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Float[Array, "*b"], Float[Array, "*b"], Float[Array, "*b"]]:
-    """Cross-entropy in nats: (loss, -log p, correct), each fp32 (...), from logits (..., v) and targets int (...).
+    """Cross-entropy in nats: (loss, -log p, correct), each fp32.
 
     loss = (1 - a) (-log p_y) + a mean_v(-log p_v) + z (log Z)^2, with label smoothing a (Szegedy et al. 2016) and
     z-loss weight z, which keeps the normaliser Z near 1 (Chowdhery et al. 2022, PaLM, 5).
@@ -52,21 +51,27 @@ def cross_entropy(
     return loss, nll, (target >= logits.max(-1)).astype(jnp.float32)
 
 
+@typed
 def chunked_cross_entropy(
-    head: Callable[[Array], Array], z: Array, targets: Array, chunk: int = 0, **options: float
-) -> tuple[Array, ...]:
-    """`cross_entropy(head(z), targets)` for z (b, t, d) and targets (b, t), in chunks of tokens: see `in_chunks`."""
+    head: Callable[[Array], Array],
+    z: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    chunk: int = 0,
+    **options: float,
+) -> tuple[Float[Array, "b t"], ...]:
+    """`cross_entropy(head(z), targets)` in chunks of tokens: see `in_chunks`."""
     return in_chunks(head, lambda logits, y: cross_entropy(logits, y, **options), z, (targets,), chunk)
 
 
+@typed
 def in_chunks(
     head: Callable[[Array], Array],
     score: Callable[..., tuple[Array, ...]],
-    z: Array,
-    others: tuple[Array, ...],
+    z: Float[Array, "b t d"],
+    others: tuple[Shaped[Array, "b t"], ...],
     chunk: int = 0,
-) -> tuple[Array, ...]:
-    """`score(head(z), *others)`, each (b, t), for z (b, t, d) and others (b, t), `chunk` tokens of each row at a time.
+) -> tuple[Float[Array, "b t"], ...]:
+    """`score(head(z), *others)`, `chunk` tokens of each row at a time.
 
     The fp32 logits (b, t, v) are never materialised whole, nor in the backward pass, which recomputes those of each
     chunk. chunk 0: all at once if a device then holds at most HELD logits, else as many tokens as that allows; below 0:

@@ -8,6 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import Checked, Count, Positive
 from t2i_jax.nn.attention import Rotary, rotary_2d, with_prefix
 
@@ -53,9 +54,9 @@ class SinCosPositions(Checked):
     """divides rows and columns, for images larger than those of the original training"""
 
 
-def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> np.ndarray:
-    """Fixed position embeddings (i * j, d): sines and cosines of the column, then those of the row, as in the first
-    release of DiT.
+@typed
+def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> Float[np.ndarray, "t {d}"]:
+    """Fixed position embeddings: sines and cosines of the column, then those of the row, as DiT was first released.
 
     stretch: divides rows and columns. Errors: ValueError if 4 does not divide d.
     """

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from t2i_jax.core.arrays import Float, Integer, Num, typed
 from t2i_jax.core.sharding import RULES, fit, shard
 
 M = TypeVar("M")
@@ -63,21 +64,26 @@ def layout(axes: Axes, shape: tuple[int, ...]) -> tuple[object, object]:
     return rows, columns
 
 
-def at_rest(w: Array, axes: Axes) -> Array:
-    """A matrix (d, f) as `product` reads it."""
+@typed
+def at_rest(w: Num[Array, "d f"], axes: Axes) -> Num[Array, "d f"]:
+    """A matrix as `product` reads it."""
     return pin(w, *layout(axes, w.shape))
 
 
-def product(multiply: Callable[[Array, Array], Array], x: Array, w: Array, axes: Axes) -> Array:
-    """multiply(x, w) for x (b, ..., d), sharded over the batch, and a matrix (d, f) with these axes: (b, ..., f)."""
+@typed
+def product(
+    multiply: Callable[[Array, Array], Array], x: Float[Array, "b *t d"], w: Num[Array, "d f"], axes: Axes
+) -> Float[Array, "b *t f"]:
+    """multiply(x, w) for x, sharded over the batch, and a matrix with these axes."""
     rows, columns = layout(axes, w.shape)
     between = (None,) * (x.ndim - 2)
     y = multiply(pin(x, "data", *between, rows), pin(w, rows, columns))
     return shard(pin(y, "data", *between, columns), "batch", *between, axes[1])
 
 
-def lookup(table: nnx.Variable, ids: Array) -> Array:
-    """Rows of a table (v, d) for ids (b, ...): (b, ..., d)."""
+@typed
+def lookup(table: nnx.Variable, ids: Integer[Array, "*b"]) -> Float[Array, "*b d"]:
+    """Rows of a table (v, d)."""
     axes = stationary_axes(table)
     if axes is None:
         return table[...][ids]

@@ -2,14 +2,13 @@
 
 from einops import rearrange
 from jax import Array
-from jaxtyping import Shaped
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Shaped, typed
 
 
 @typed
 def to_tokens(codes: Shaped[Array, "b i j *k"], patch: int = 1) -> Shaped[Array, "b t *m"]:
-    """Codes (b, h, w) -> (b, L), or (b, h, w, k) -> (b, L, k p p) with squares of `patch` a side as tokens.
+    """Codes (b, i, j) -> (b, t), or (b, i, j, k) -> (b, t, k p p) with squares of `patch` a side as tokens.
 
     Within a token channels come first, then rows, then columns, as in MAR. Errors: ValueError if `patch` does not
     divide the sides.

@@ -1,7 +1,8 @@
 """The Transformer that families, networks and text encoders share.
 
-A stack is one `Block` whose arrays have a leading layer axis; `apply_stack` scans over it. Decoding unrolls the layers
-instead (`unstack`): a scan would copy the weights and cache of each layer out of the stack at every token.
+A stack is one `Block` whose arrays have a leading layer axis; `scan_stack` scans over it. Decoding unrolls the layers
+instead (`unstack`, `apply_layers`): a scan would copy the weights and cache of each layer out of the stack at every
+token.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Count, NotNegative, Positive, Range, Rate, Size, values
 from t2i_jax.core.sharding import shard
@@ -139,49 +141,39 @@ class Transformer(Checked):
 
 
 class Cache(NamedTuple):
-    """Key-value cache: k and v (b, m, s, h), filled up to position `at`.
+    """Key-value cache of a layer: k and v (b, m, s, h), filled up to position `at`.
 
-    The cache of a stack has (l, b, m, s, h), and `layer` is the index of the current layer. Heads precede positions,
-    the order in which a decoding step reads them.
+    Heads precede positions, the order in which a decoding step reads them.
     """
 
     k: Array
     v: Array
     at: Array
-    layer: Array | None = None
     past: Array | None = None
     """(b, 2, s, d / 2): inputs of both branches at each position, for a `TokenShift`"""
     context: tuple[Array, Array] | None = None
-    """keys and values (b, s', n, h) of the context, for a layer outside of a stack"""
+    """keys and values (b, s', n, h) of the context"""
 
     @classmethod
-    def empty(
-        cls, layer: Transformer, b: int, s: int, dtype: DTypeLike = jnp.float32, depth: int | None = None
-    ) -> Cache:
-        """An empty cache with room for s positions, of one layer or of a stack of `depth`."""
-        shape = (*(() if depth is None else (depth,)), b, layer.num_kv_heads, s, layer.head_size)
+    def empty(cls, layer: Transformer, b: int, s: int, dtype: DTypeLike = jnp.float32) -> Cache:
+        """An empty cache with room for s positions."""
+        shape = (b, layer.num_kv_heads, s, layer.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
     def grow(self, s: int) -> Cache:
         """The same with room for s positions."""
-        room = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, s - x.shape[-2]), (0, 0)])
+        room = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, s - x.shape[2]), (0, 0)])
         return self._replace(k=room(self.k), v=room(self.v), past=None if self.past is None else room(self.past))
 
-    def extend(self, k: Array, v: Array) -> tuple[Cache, Array, Array]:
-        """Write k and v (b, t, m, h) at position `at`; returns the new cache and all keys and values (b, s, m, h)."""
-        first = () if self.layer is None else (self.layer,)
-
-        def write(into, x):
-            x = x.astype(into.dtype).swapaxes(1, 2)
-            x = x if self.layer is None else x[None]
-            return jax.lax.dynamic_update_slice(into, x, (*first, 0, 0, self.at, 0))
-
-        def read(c):
-            c = c if self.layer is None else jax.lax.dynamic_index_in_dim(c, self.layer, 0, keepdims=False)
-            return c.swapaxes(1, 2)
-
+    def extend(
+        self, k: Float[Array, "b t m h"], v: Float[Array, "b t m h"]
+    ) -> tuple[Cache, Float[Array, "b s m h"], Float[Array, "b s m h"]]:
+        """Write k and v at position `at`; returns the new cache and all keys and values."""
+        write = lambda into, x: jax.lax.dynamic_update_slice_in_dim(
+            into, x.astype(into.dtype).swapaxes(1, 2), self.at, 2
+        )
         new = self._replace(k=write(self.k, k), v=write(self.v, v))
-        return new, read(new.k), read(new.v)
+        return new, new.k.swapaxes(1, 2), new.v.swapaxes(1, 2)
 
 
 class TokenShift(NamedTuple):
@@ -215,7 +207,7 @@ class TokenShift(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Self-attention: (b, t, d) -> (b, t, d).
+    """Self-attention.
 
     Queries, keys and values come from one matrix (d, m (g + 2) h). Its columns are grouped by key-value head, each with
     its g queries, its key and its value, so that sharding over heads never separates them.
@@ -233,8 +225,11 @@ class Attention(nnx.Module):
         self.turn_values, self.relax = config.rope_values, 32 if config.pb_relax else 1
         self.kernel: AttentionKind = kernel
 
-    def read(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries (b, t, n, h), keys and values (b, t, m, h) of x (b, t, d)."""
+    @typed
+    def read(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t m h"], Float[Array, "b t m h"]]:
+        """Queries, keys and values of x."""
 
         def apart(a: Array) -> list[Array]:
             a = rearrange(a, "... (m g h) -> ... m g h", m=self.kv_heads, h=self.head_dim)
@@ -250,12 +245,12 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "b t d"],
         rotary: Rotary | None = None,
-        mask: Array | MaskSpec | None = None,
+        mask: Bool[Array, "_ _ _ s"] | MaskSpec | None = None,
         cache: Cache | None = None,
-        bias: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
+        bias: Float[Array, "_ n t s"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
         q, k, v = self.read(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -271,8 +266,7 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Positions (b, t, d) attend to vectors (b, s, k): (b, t, d). Keys and values come from one matrix, head by
-    head."""
+    """Positions attend to other vectors. Keys and values come from one matrix, head by head."""
 
     def __init__(self, config: Transformer, context: int, key: Array):
         n, h = config.heads, config.head_size
@@ -283,22 +277,27 @@ class CrossAttention(nnx.Module):
         self.out = Linear(n * h, config.width, keys[2], bias=out_bias, axes=("heads", "embed"))
         self.heads = n
 
-    def read(self, context: Array) -> tuple[Array, Array]:
-        """Keys and values (b, s, n, h) of vectors (b, s, k), shared by all positions."""
+    @typed
+    def read(self, context: Float[Array, "b s k"]) -> tuple[Float[Array, "b s n h"], Float[Array, "b s n h"]]:
+        """Keys and values, shared by all positions."""
         kv = rearrange(self.kv(context), "b s (n a h) -> a b s n h", n=self.heads, a=2)
         return shard(kv[0], "batch", None, "heads", None), shard(kv[1], "batch", None, "heads", None)
 
-    def attend(self, x: Array, kv: tuple[Array, Array], mask: Array | None = None) -> Array:
-        """Attend from x (b, t, d); mask: bool (b, 1, 1 or t, s), True where a position may attend."""
+    def attend(
+        self, x: Float[Array, "b t d"], kv: tuple[Array, Array], mask: Bool[Array, "b 1 _ s"] | None = None
+    ) -> Float[Array, "b t d"]:
+        """Attend from x to keys and values of `read`; mask: True where a position may attend."""
         q = shard(rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads), "batch", None, "heads", None)
         return self.out(rearrange(attend(q, *kv, mask), "b t n h -> b t (n h)"))
 
-    def __call__(self, x: Array, context: Array, mask: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Float[Array, "b s k"], mask: Bool[Array, "b 1 _ s"] | None = None
+    ) -> Float[Array, "b t d"]:
         return self.attend(x, self.read(context), mask)
 
 
 class MLP(nnx.Module):
-    """act(x W_in) W_out at every position, or (act(x W_gate) * x W_in) W_out with a gate: (b, t, d) -> (b, t, d)."""
+    """act(x W_in) W_out at every position, or (act(x W_gate) * x W_in) W_out with a gate."""
 
     def __init__(self, config: Transformer, key: Array):
         keys = jax.random.split(key, 3)
@@ -308,7 +307,8 @@ class MLP(nnx.Module):
         self.out = Linear(f, d, keys[2], bias=bias, axes=("mlp", "embed"))
         self.activation = config.activation
 
-    def __call__(self, x: Array) -> Array:
+    @typed
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         act = ACTIVATIONS[self.activation]
         gated = remat_elementwise(lambda gate, y: act(gate) * y)
         y = remat_elementwise(act)(self.into(x)) if self.gate is None else gated(self.gate(x), self.into(x))
@@ -332,25 +332,24 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "b t d"],
         *,
         rotary: Rotary | None = None,
-        mask: Array | MaskSpec | None = None,
+        mask: Bool[Array, "_ _ _ s"] | MaskSpec | None = None,
         cache: Cache | None = None,
         key: Array | None = None,
-        bias: Array | None = None,
+        bias: Float[Array, "_ n t s"] | None = None,
         shift: TokenShift | None = None,
-        context: Array | None = None,
-        context_mask: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
-        """Apply the block to x (b, t, d) at the positions of `rotary`, with `mask` (b or 1, 1 or n, t, s).
+        context: Float[Array, "b p k"] | None = None,
+        context_mask: Bool[Array, "b 1 1 p"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """Apply the block to x at the positions of `rotary`, with `mask` (b or 1, 1 or n, t, s).
 
-        `bias` (b or 1, n, t, s) is added to the attention logits; `shift` is the token shift of each branch's input.
-        Cross-attention reads `context` (b, s', k) where `context_mask` (b, 1, 1, s') is True; a cache keeps its keys
-        and values, so later calls omit it.
+        `bias` is added to the attention logits; `shift` is the token shift of each branch's input. Cross-attention
+        reads `context` where `context_mask` is True; a cache keeps its keys and values, so later calls omit it.
 
         With a cache the keys and values of x are written at `cache.at`, and s is the length of the cache: the mask has
-        to hide positions not yet written. No dropout without a key. Returns x (b, t, d) and the new cache; the caller
+        to hide positions not yet written. No dropout without a key. Returns x and the new cache; the caller
         advances its `at`.
         """
         keys = (None, None) if key is None else jax.random.split(key)
@@ -382,7 +381,8 @@ class Block(nnx.Module):
         return shard(x, "batch", "length", None), cache
 
 
-def drop(x: Array, rate: float, key: Array | None) -> Array:
+@typed
+def drop(x: Float[Array, "*b"], rate: float, key: Array | None) -> Float[Array, "*b"]:
     """Dropout with probability `rate` (Srivastava et al. 2014); x itself without a key."""
     if key is None or rate == 0:
         return x
@@ -418,51 +418,68 @@ def unstack(blocks: Block) -> tuple[Block, ...]:
     return tuple(jax.tree.map(lambda a, i=i: a[i], blocks) for i in range(depth_of(blocks)))
 
 
-def apply_stack(
-    blocks: Block | tuple[Block, ...],
-    x: Array,
+@typed
+def scan_stack(
+    blocks: Block,
+    x: Float[Array, "b t d"],
     *,
     rotary: Rotary | None = None,
     mask: Array | MaskSpec | None = None,
-    caches: Any = None,
     key: Array | None = None,
     bias: Array | None = None,
     shift: TokenShift | None = None,
     context: Array | None = None,
     context_mask: Array | None = None,
     remat: str = "none",
-) -> tuple[Array, Any]:
-    """Apply a stack (scanned) or a tuple of blocks (unrolled) to x (b, t, d).
+) -> Float[Array, "b t d"]:
+    """Apply a stack of blocks to x; arguments as of `Block`.
 
-    `mask` with five dimensions holds masks that the layers use in turn; without a cache it may be a structured mask
-    (`nn.attention`). `caches`: for a stack one `Cache` with a layer axis, for a tuple a tuple of caches; `remat`: a key
-    of `REMAT`. Returns x (b, t, d) and the caches with `at` advanced by t, or None where none were given.
+    `mask` may be a structured mask (`nn.attention`); with five dimensions it holds masks that the layers use in turn.
+    `remat`: a key of `REMAT`.
     """
     if remat not in REMAT:
         raise ValueError(f"remat '{remat}': it is one of {', '.join(REMAT)}")
-    t = x.shape[1]
     rules = dict(rotary=rotary, bias=bias, shift=shift, context=context, context_mask=context_mask)
-    masks = mask if isinstance(mask, Array) and mask.ndim == 5 else None
-    seen = lambda i: mask if masks is None else masks[i % masks.shape[0]]
-    run = lambda block, x, cache, key, i: block(x, mask=seen(i), cache=cache, key=key, **rules)
+    run = lambda block, x, key, i: block(x, mask=_mask_of(mask, i), key=key, **rules)[0]
     if remat != "none":
-        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=isinstance(blocks, tuple))
-
-    if isinstance(blocks, tuple):
-        after = []
-        keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
-        for i, (block, cache, k) in enumerate(zip(blocks, caches or [None] * len(blocks), keys, strict=True)):
-            x, cache = run(block, x, cache, k, i)
-            after.append(cache)
-        return x, None if caches is None else tuple(c._replace(at=c.at + t) for c in after)
-
-    def step(carry, layer):
-        x, cache = carry
-        block, i, k = layer
-        x, cache = run(block, x, None if cache is None else cache._replace(layer=i), k, i)
-        return (x, None if cache is None else cache._replace(layer=None)), None
-
+        run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
     depth = depth_of(blocks)
     keys = None if key is None else jax.random.split(key, depth)
-    (x, caches), _ = jax.lax.scan(step, (x, caches), (blocks, jnp.arange(depth), keys))
-    return x, None if caches is None else caches._replace(at=caches.at + t)
+    layers = blocks, keys, jnp.arange(depth)
+    return jax.lax.scan(lambda x, layer: (run(layer[0], x, *layer[1:]), None), x, layers)[0]
+
+
+@typed
+def apply_layers(
+    blocks: tuple[Block, ...],
+    x: Float[Array, "b t d"],
+    caches: tuple[Cache, ...],
+    *,
+    rotary: Rotary | None = None,
+    mask: Array | None = None,
+    shift: TokenShift | None = None,
+    context: Array | None = None,
+    context_mask: Array | None = None,
+) -> tuple[Float[Array, "b t d"], tuple[Cache, ...]]:
+    """Apply the blocks of `unstack` to x, each with its cache; returns also the caches advanced by t.
+
+    `mask` with five dimensions holds masks that the layers use in turn; the other arguments are as of `Block`.
+    """
+    after = []
+    for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+        x, new = block(
+            x,
+            rotary=rotary,
+            mask=_mask_of(mask, i),
+            cache=cache,
+            shift=shift,
+            context=context,
+            context_mask=context_mask,
+        )
+        after.append(new._replace(at=new.at + x.shape[1]))
+    return x, tuple(after)
+
+
+def _mask_of(mask: Array | MaskSpec | None, i: Array | int) -> Array | MaskSpec | None:
+    """The mask of layer i."""
+    return mask[i % len(mask)] if isinstance(mask, Array) and mask.ndim == 5 else mask

@@ -10,9 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, typed
 
 
 @typed
@@ -26,9 +25,9 @@ def uniform(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
 
 @typed
 def draw(log_p: Float[Array, "*#b v"], uniform: Float[Array, "*#b r"]) -> Int[Array, "..."]:
-    """Sample a class int32 (...) from each distribution log_p (..., v), normalised or not, v > 1.
+    """Sample a class int32 from each distribution, normalised or not, v > 1.
 
-    uniform: (..., 2), from `uniform`; further numbers are ignored. The first chooses between the most probable class
+    uniform: two numbers of `uniform`; further ones are ignored. The first chooses between the most probable class
     and all others, the second among the others. Rare events, down to 1e-9, keep their probability: one class next to
     one near 1, or many classes together, as in a step of a masking chain that unmasks one token in a thousand.
     """
@@ -46,8 +45,7 @@ def draw(log_p: Float[Array, "*#b v"], uniform: Float[Array, "*#b r"]) -> Int[Ar
 
 @typed
 def inverse_cdf(weights: Float[Array, "*#b v"], uniform: Float[Array, "*#b"]) -> Int[Array, "..."]:
-    """The class int32 (...) at which the cumulative sum of weights (..., v) exceeds a fraction `uniform` (...) of the
-    total.
+    """The class int32 at which the cumulative sum of the weights exceeds a fraction `uniform` of the total.
 
     The sum is inverted in two levels, first blocks and then within one: no scan runs over all classes, and rounding
     errors are those of sums of sqrt(v) terms. A class of weight 0 is never drawn.

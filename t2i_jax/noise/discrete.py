@@ -7,7 +7,7 @@ form with cumulative a, b, c (eq. 8), and no K x K matrix is needed. Austin et a
 c = 0 is its uniform chain, b = 0 its absorbing one, whose limit of many steps is the continuous-time bound at the end
 of this file.
 
-Distributions are log-probabilities (b, l, K + 1) in fp32. Schedules are computed in float64 on the host.
+Distributions are log-probabilities (b, l, v), v = K + 1, in fp32. Schedules are computed in float64 on the host.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.noise.categorical import draw as draw
 from t2i_jax.noise.categorical import uniform
@@ -133,10 +134,8 @@ class Chain(Checked):
         if len(values) == self.steps:
             return values
         u = np.arange(self.steps) / max(self.steps - 1, 1)
-        return u * (values[1] - values[0]) + values[0] if self.shape == "linear" else self._bent(u, *values)
-
-    def _bent(self, u: np.ndarray, first: float, last: float) -> np.ndarray:
-        return np.sin(np.pi / 2 * u) * (last - first) + first
+        bent = u if self.shape == "linear" else np.sin(np.pi / 2 * u)
+        return bent * (values[1] - values[0]) + values[0]
 
     def tables(self) -> Tables:
         """The schedule as device arrays."""
@@ -150,14 +149,16 @@ class Chain(Checked):
 
     # -- the forward process; times are int (b,), -1 for the clean tokens
 
-    def cumulative_transition(self, t: Array) -> Rates:
+    @typed
+    def cumulative_transition(self, t: Int[Array, " b"]) -> Rates:
         """The rates of q(x_t | x_0)."""
         x = self.tables()
         return Rates(
             *(table[t][:, None, None] for table in (x.log_alpha_bar, x.log_beta_bar, x.log_gamma_bar, x.unmasked))
         )
 
-    def between(self, s: Array, t: Array) -> Rates:
+    @typed
+    def between(self, s: Int[Array, " b"], t: Int[Array, " b"]) -> Rates:
         """The rates of q(x_t | x_s), s <= t, in a form whose terms do not cancel badly in fp32.
 
         In terms of the cumulative a_t, b_t, c_t: a = a_t / a_s, 1 - c = (1 - c_t) / (1 - c_s) and b = a_t (b_t / a_t -
@@ -169,11 +170,15 @@ class Chain(Checked):
         rates = (x.log_alpha_bar[t] - x.log_alpha_bar[s], b, jnp.log(-jnp.expm1(rest)), rest)
         return Rates(*(r[:, None, None] for r in rates))
 
-    def q_start(self, log_x0: Array, t: Array) -> Array:
-        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, (b, l, K + 1), without mass on MASK (eq. 8)."""
+    @typed
+    def q_start(self, log_x0: Float[Array, "b l v"], t: Int[Array, " b"]) -> Float[Array, "b l v"]:
+        """log q(x_t | x_0) for a distribution of x_0, or one-hot logs, without mass on MASK (eq. 8)."""
         return _moved(log_x0, self.cumulative_transition(t))
 
-    def q_step(self, log_x: Array, t: Array, published: bool = False) -> Array:
+    @typed
+    def q_step(
+        self, log_x: Float[Array, "b l v"], t: Int[Array, " b"], published: bool = False
+    ) -> Float[Array, "b l v"]:
         """log q(x_t | x_{t-1}) for a distribution of x_{t-1} (eq. 7).
 
         published: as in the authors' program, where a MASK turns into each code with probability b; rows of MASK then
@@ -182,8 +187,9 @@ class Chain(Checked):
         coded = jnp.zeros(()) if published else jax.nn.logsumexp(log_x[..., :-1], -1, keepdims=True)
         return _moved(log_x, self.between(t - 1, t), coded)
 
-    def q_sample(self, x0: Array, t: Array, key: Array) -> Array:
-        """A sample x_t from q(x_t | x_0): int (b, l), from codes int (b, l)."""
+    @typed
+    def q_sample(self, x0: Int[Array, "b l"], t: Int[Array, " b"], key: Array) -> Int[Array, "b l"]:
+        """A sample x_t from q(x_t | x_0)."""
         x, where, what = self.tables(), *jax.random.split(key)
         u = uniform(where, x0.shape)
         at = lambda table: jnp.exp(table[t])[:, None]
@@ -192,7 +198,8 @@ class Chain(Checked):
         # One number chooses between masked, replaced and kept, in that order.
         return jnp.where(u < at(x.log_gamma_bar) + self.codes * at(x.log_beta_bar), changed, x0)
 
-    def start(self, key: Array, shape: tuple[int, ...]) -> Array:
+    @typed
+    def start(self, key: Array, shape: tuple[int, ...]) -> Int[Array, "..."]:
         """A sample from p(x_T), independent of x_0: MASK, random codes, or some of each."""
         x, where, what = self.tables(), *jax.random.split(key)
         masked = jnp.exp(x.log_gamma_bar[self.steps - 1]) / -jnp.expm1(x.log_alpha_bar[self.steps - 1])
@@ -203,10 +210,17 @@ class Chain(Checked):
 
     # -- the reverse process
 
-    def posterior(self, log_x0: Array, x_t: Array, t: Array, s: Array | None = None) -> Array:
-        """log p(x_s | x_t) = log sum_k q(x_s | x_t, x_0 = k) p(x_0 = k), s < t, by default t - 1: (b, l, K + 1).
+    @typed
+    def posterior(
+        self,
+        log_x0: Float[Array, "b l v"],
+        x_t: Int[Array, "b l"],
+        t: Int[Array, " b"],
+        s: Int[Array, " b"] | None = None,
+    ) -> Float[Array, "b l v"]:
+        """log p(x_s | x_t) = log sum_k q(x_s | x_t, x_0 = k) p(x_0 = k), s < t, by default t - 1.
 
-        log_x0: p(x_0 = k | x_t), or one-hot logs for q(x_s | x_t, x_0); x_t: int (b, l). Bayes' rule in three steps
+        log_x0: p(x_0 = k | x_t), or one-hot logs for q(x_s | x_t, x_0). Bayes' rule in three steps
         (eq. 5 and 11): divide p(x_0) by q(x_t | x_0), noise the quotient up to s, multiply by q(x_t | x_s). Values are
         clipped to [LOWEST, 0].
         """
@@ -224,8 +238,11 @@ class Chain(Checked):
         # Without replacement, a visible code is the clean one, whatever p(x_0) is.
         return clipped(jnp.where(masked | (far.b > -jnp.inf), back, here))
 
-    def variational(self, log_x0: Array, x0: Array, x_t: Array, t: Array) -> tuple[Array, Array]:
-        """The terms of the variational bound per token, for a model's p(x_0 | x_t): L_t (b, l), and L_0 alone.
+    @typed
+    def variational(
+        self, log_x0: Float[Array, "b l v"], x0: Int[Array, "b l"], x_t: Int[Array, "b l"], t: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b l"], Float[Array, "b l"]]:
+        """The terms of the variational bound per token, for a model's p(x_0 | x_t): L_t, and L_0 alone.
 
         L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), and L_0 = -log p(x_0 | x_1) (eq. 6).
         """
@@ -242,23 +259,27 @@ def _moved(log_x: Array, rates: Rates, coded: Array | float = 0.0) -> Array:
     return jnp.concatenate([codes, jnp.logaddexp(log_x[..., -1:] + rates.rest, rates.c)], -1)
 
 
-def one_hot(x: Array, classes: int) -> Array:
-    """Logs of one-hot distributions: int (...) -> (..., classes)."""
+@typed
+def one_hot(x: Int[Array, "*b"], classes: int) -> Float[Array, "*b {classes}"]:
+    """Logs of one-hot distributions."""
     return jnp.where(x[..., None] == jnp.arange(classes), 0.0, LOG_ZERO)
 
 
-def clipped(log_p: Array) -> Array:
+@typed
+def clipped(log_p: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Logs clipped to [LOWEST, 0]; gradients also pass at both ends, unlike those of `minimum`."""
     return jnp.where(log_p < LOWEST, LOWEST, jnp.where(log_p > 0, 0.0, log_p))
 
 
-def gumbel(u: Array) -> Array:
+@typed
+def gumbel(u: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Standard Gumbel noise from uniform numbers in [0, 1), which may be 0."""
     return -jnp.log(-jnp.log(u + 1e-30) + 1e-30)
 
 
-def importance(history: Array) -> Array:
-    """p(t) (T,) that samples times in proportion to their loss, from a running mean of L_t^2 (Nichol & Dhariwal 2021,
+@typed
+def importance(history: Float[Array, " t"]) -> Float[Array, " t"]:
+    """p(t) that samples times in proportion to their loss, from a running mean of L_t^2 (Nichol & Dhariwal 2021,
     eq. 18); t = 0, another kind of loss, gets the value of t = 1."""
     size = jnp.sqrt(history + 1e-10) + 1e-4
     size = size.at[0].set(size[1])
@@ -276,7 +297,10 @@ def importance(history: Array) -> Array:
 # autoregressive model averaged over all orders (Hoogeboom et al. 2022).
 
 
-def masked_share(shape: Literal["linear", "cosine"], tau: Array) -> tuple[Array, Array]:
+@typed
+def masked_share(
+    shape: Literal["linear", "cosine"], tau: Float[Array, "*b"]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """m(tau) and m'(tau) / m(tau), the weight of the bound, for times tau in (0, 1]."""
     if shape == "linear":
         return tau, 1 / tau

@@ -12,9 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.noise import Predicts
 from t2i_jax.noise.schedule import Schedule, expand_like, rows
 
@@ -115,21 +114,28 @@ def q_sample(
     return alpha * x0 + sigma * eps
 
 
-def posterior(schedule: Schedule, x0: Array, x: Array, t: Array) -> GaussianParams:
+@typed
+def posterior(
+    schedule: Schedule, x0: Float[Array, " b *x"], x: Float[Array, " b *x"], t: Int[Array, "*b"]
+) -> GaussianParams:
     """q(x_{t-1} | x_t = x, x_0) (Ho et al. 2020, eqs. 6 and 7); its log-variance at t = 0 is that of t = 1."""
     mean = rows(schedule.posterior_x0, t, x) * x0 + rows(schedule.posterior_x_t, t, x) * x
     return GaussianParams(mean, jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape), x0)
 
 
-def learned_range(schedule: Schedule, v: Array, t: Array) -> Array:
+@typed
+def learned_range(schedule: Schedule, v: Float[Array, " b *x"], t: Int[Array, "*b"]) -> Float[Array, " b *x"]:
     """Log-variance between those of the posterior, v = -1, and of beta_t, v = 1 (Nichol & Dhariwal 2021, eq. 15)."""
     low, high = rows(schedule.posterior_log_variance, t, v), rows(schedule.log_betas, t, v)
     share = (v + 1) / 2
     return share * high + (1 - share) * low
 
 
-def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, t: Array) -> Array:
-    """Log-variance of the reverse step: learned, from v shaped like x, or fixed to beta~_t (small) or beta_t
+@typed
+def log_variance(
+    schedule: Schedule, kind: Variance, v: Float[Array, " b *x"] | None, x: Float[Array, " b *x"], t: Int[Array, "*b"]
+) -> Float[Array, " b *x"]:
+    """Log-variance of the reverse step: learned, from v, or fixed to beta~_t (small) or beta_t
     (large)."""
     if kind == "fixed_small":
         return jnp.broadcast_to(rows(schedule.posterior_log_variance, t, x), x.shape)
@@ -142,20 +148,21 @@ def log_variance(schedule: Schedule, kind: Variance, v: Array | None, x: Array, 
     return v if kind == "learned" else learned_range(schedule, v, t)
 
 
+@typed
 def p_mean_variance(
     schedule: Schedule,
-    prediction: Array,
-    x: Array,
-    t: Array,
+    prediction: Float[Array, " b *x"],
+    x: Float[Array, " b *x"],
+    t: Int[Array, "*b"],
     *,
-    v: Array | None = None,
+    v: Float[Array, " b *x"] | None = None,
     predicts: Predicts = "eps",
     variance: Variance = "learned_range",
     clip: bool | Array = False,
 ) -> GaussianParams:
     """The network's p(x_{t-1} | x_t = x) (Ho et al. 2020, eq. 11); `x0` is the predicted image.
 
-    prediction, v: shaped like x, the network's prediction and its variance output. clip: clip the predicted image to
+    prediction, v: the network's prediction and its variance output. clip: clip the predicted image to
     [-1, 1].
     """
     x0, _ = split(predicts, prediction, x, *schedule.at(t, x))
@@ -163,20 +170,30 @@ def p_mean_variance(
     return posterior(schedule, x0, x, t)._replace(log_variance=log_variance(schedule, variance, v, x, t))
 
 
-def clipped(x0: Array, clip: bool | Array) -> Array:
+@typed
+def clipped(x0: Float[Array, " b *x"], clip: bool | Array) -> Float[Array, " b *x"]:
     """x0, clipped to [-1, 1] where `clip` (a scalar or (b,)) is True."""
     return jnp.where(expand_like(clip, x0), jnp.clip(x0, -1, 1), x0)
 
 
-def ddpm_step(p: GaussianParams, t: Array, noise: Array, temperature: Array | float = 1.0) -> Array:
+@typed
+def ddpm_step(
+    p: GaussianParams, t: Int[Array, "*b"], noise: Float[Array, " b *x"], temperature: Array | float = 1.0
+) -> Float[Array, " b *x"]:
     """A sample from p(x_{t-1} | x_t); its mean at t = 0 (Ho et al. 2020, algorithm 2)."""
     scale = jnp.where(t == 0, 0.0, jnp.asarray(temperature))
     return p.mean + expand_like(scale, p.mean) * jnp.exp(p.log_variance / 2) * noise
 
 
+@typed
 def ddim_step(
-    schedule: Schedule, x0: Array, x: Array, t: Array, noise: Array | float = 0.0, eta: Array | float = 0.0
-) -> Array:
+    schedule: Schedule,
+    x0: Float[Array, " b *x"],
+    x: Float[Array, " b *x"],
+    t: Int[Array, "*b"],
+    noise: Array | float = 0.0,
+    eta: Array | float = 0.0,
+) -> Float[Array, " b *x"]:
     """x_{t-1} from x_t = x and the predicted image (Song et al. 2021, eq. 12); eta 0 adds no noise, 1 is ancestral."""
     alpha, sigma = schedule.at(t, x)
     abar_prev = rows(schedule.alphas_cumprod_prev, t, x)
@@ -186,7 +203,10 @@ def ddim_step(
     return mean + jnp.where(expand_like(t, x) == 0, 0.0, spread) * noise
 
 
-def ddim_reverse_step(schedule: Schedule, x0: Array, x: Array, t: Array) -> Array:
+@typed
+def ddim_reverse_step(
+    schedule: Schedule, x0: Float[Array, " b *x"], x: Float[Array, " b *x"], t: Int[Array, "*b"]
+) -> Float[Array, " b *x"]:
     """x_{t+1} from x_t = x: `ddim_step` at eta 0 in reverse, from an image to its noise."""
     alpha, sigma = schedule.at(t, x)
     abar = rows(schedule.alphas_cumprod_next, t, x)
@@ -217,7 +237,8 @@ def _exact_tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
     return y, (1 - y * y) * tangents[0]
 
 
-def discretised_log_likelihood(x: Array, p: GaussianParams) -> Array:
+@typed
+def discretised_log_likelihood(x: Float[Array, " b *x"], p: GaussianParams) -> Float[Array, " b *x"]:
     """log p of pixels x in [-1, 1], each an interval of width 2/255 (Ho et al. 2020, eq. 13), in nats."""
     inverse = jnp.exp(-p.log_variance / 2)
     # All published networks approximate the error function by this tanh.
@@ -227,8 +248,11 @@ def discretised_log_likelihood(x: Array, p: GaussianParams) -> Array:
     return jnp.where(x < -0.999, log(above), jnp.where(x > 0.999, log(1 - below), log(above - below)))
 
 
-def vb_terms(schedule: Schedule, x0: Array, x: Array, t: Array, p: GaussianParams) -> Array:
-    """The term of the variational bound at t, in bits per dimension: (b,) (Nichol & Dhariwal 2021, eqs. 4 to 6)."""
+@typed
+def vb_terms(
+    schedule: Schedule, x0: Float[Array, " b *x"], x: Float[Array, " b *x"], t: Int[Array, "*b"], p: GaussianParams
+) -> Float[Array, " b"]:
+    """The term of the variational bound at t, in bits per dimension (Nichol & Dhariwal 2021, eqs. 4 to 6)."""
     kl = normal_kl(posterior(schedule, x0, x, t), p)
     mean = lambda y: y.reshape(y.shape[0], -1).mean(-1) / math.log(2)
     return jnp.where(t == 0, mean(-discretised_log_likelihood(x0, p)), mean(kl))

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, Num, typed
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
-from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing, VarianceBound
+from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
 from t2i_jax.noise.schedule import NAMES, Schedule, expand_like, stratified
 
@@ -39,14 +40,10 @@ class Discrete(Checked):
     rescale_times: bool = False
     """Scale network times to a process of 1000 steps, whatever the number of steps."""
 
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def solver(self) -> str:
-        """Ancestral sampling of the learned reverse chain (Ho et al. 2020, algorithm 2)."""
-        return "ddpm"
+    # Without annotations, so that they are no fields.
+    scale = 1.0
+    solver = "ddpm"
+    """Ancestral sampling of the learned reverse chain (Ho et al. 2020, algorithm 2)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,27 +66,26 @@ class Discrete(Checked):
     def time_levels(self) -> int:
         return 1000 if self.rescale_times else self.steps
 
-    @property
-    def variance_bound(self) -> VarianceBound:
-        return self._variance_bound
-
-    def _variance_bound(self, x0: Array, x: Array, t: Array, prediction: Array, v: Array, predicts: Predicts) -> Array:
+    def variance_bound(self, x0: Array, x: Array, t: Array, prediction: Array, v: Array, predicts: Predicts) -> Array:
         p = p_mean_variance(self.tables, prediction, x, t, v=v, predicts=predicts)
         return vb_terms(self.tables, x0, x, t, p)
 
     def same_noise(self, other: NoiseProcess) -> bool:
         return self == other
 
-    def quantile(self, u: Array) -> Array:
-        """Quantiles int (b,) of training times at u (b,) in (0, 1); all steps are equally likely."""
+    @typed
+    def quantile(self, u: Float[Array, " b"]) -> Int[Array, " b"]:
+        """Quantiles of training times at u in (0, 1); all steps are equally likely."""
         return jnp.clip(jnp.floor(u * self.steps).astype(jnp.int32), 0, self.steps - 1)
 
-    def sample_time(self, key: Array, b: int) -> Array:
-        """Training times int (b,), stratified over the batch."""
+    @typed
+    def sample_time(self, key: Array, b: int) -> Int[Array, " {b}"]:
+        """Training times, stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
-        """alpha and sigma at times t (b,), shaped to multiply `like`; fractional times are interpolated between two
+    @typed
+    def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
+        """alpha and sigma at times t, shaped to multiply `like`; fractional times are interpolated between two
         steps."""
         if jnp.issubdtype(t.dtype, jnp.integer):
             return self.tables.at(t, like)
@@ -102,7 +98,8 @@ class Discrete(Checked):
         alpha, sigma = table(self.tables.alpha), table(self.tables.sigma)
         return alpha / jnp.hypot(alpha, sigma), sigma / jnp.hypot(alpha, sigma)
 
-    def network_time(self, t: Array) -> Array:
+    @typed
+    def network_time(self, t: Num[Array, "*b"]) -> Num[Array, "*b"]:
         """The time input of the network."""
         return t * (1000 / self.steps) if self.rescale_times else t
 
@@ -152,22 +149,11 @@ class Flow(Checked):
     max_steps: Size = 1000
     """Maximum number of sampling steps."""
 
-    @property
-    def scale(self) -> float:
-        return 1.0
-
-    @property
-    def solver(self) -> str:
-        """Euler: one evaluation per step along nearly straight paths, as in published models (Esser et al. 2024)."""
-        return "euler"
-
-    @property
-    def starts_from_pure_noise(self) -> bool:
-        return True
-
-    @property
-    def variance_bound(self) -> None:
-        return None
+    scale = 1.0
+    solver = "euler"
+    """Euler: one evaluation per step along nearly straight paths, as in published models (Esser et al. 2024)."""
+    starts_from_pure_noise = True
+    variance_bound = None
 
     @property
     def time_levels(self) -> int | None:
@@ -179,21 +165,25 @@ class Flow(Checked):
     def shifted(self, t: T) -> T:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
-    def quantile(self, u: Array) -> Array:
-        """Quantiles (b,) in (0, 1) of training times at u (b,) in (0, 1)."""
+    @typed
+    def quantile(self, u: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Quantiles in (0, 1) of training times at u in (0, 1)."""
         if self.times == "uniform":
             return self.shifted(1e-5 + (1 - 1e-5) * u)
         return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u)))
 
-    def sample_time(self, key: Array, b: int) -> Array:
-        """Training times (b,) in (0, 1), stratified over the batch."""
+    @typed
+    def sample_time(self, key: Array, b: int) -> Float[Array, " {b}"]:
+        """Training times in (0, 1), stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
+    @typed
+    def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
         t = expand_like(t, like)
         return 1 - t, t
 
-    def network_time(self, t: Array) -> Array:
+    @typed
+    def network_time(self, t: Num[Array, "*b"]) -> Num[Array, "*b"]:
         return 1 - t if self.toward else 1000 * t
 
     def timesteps(self, steps: Array | int, stride: Array | bool = False, spacing: Spacing = "default") -> SamplingGrid:
@@ -231,22 +221,11 @@ class EDM(Checked):
     max_steps: Size = 1000
     """Maximum number of sampling steps."""
 
-    @property
-    def solver(self) -> str:
-        """Heun's method, as in Karras et al. (2022, algorithm 1)."""
-        return "heun"
-
-    @property
-    def starts_from_pure_noise(self) -> bool:
-        return False
-
-    @property
-    def time_levels(self) -> None:
-        return None
-
-    @property
-    def variance_bound(self) -> None:
-        return None
+    solver = "heun"
+    """Heun's method, as in Karras et al. (2022, algorithm 1)."""
+    starts_from_pure_noise = False
+    time_levels = None
+    variance_bound = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,19 +240,23 @@ class EDM(Checked):
     def same_noise(self, other: NoiseProcess) -> bool:
         return isinstance(other, EDM) and self.data == other.data
 
-    def quantile(self, u: Array) -> Array:
-        """Quantiles (b,) of log s in training at u (b,) in (0, 1)."""
+    @typed
+    def quantile(self, u: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Quantiles of log s in training at u in (0, 1)."""
         return self.mean + self.std * jax.scipy.special.ndtri(u)
 
-    def sample_time(self, key: Array, b: int) -> Array:
-        """log s (b,) in training, stratified over the batch."""
+    @typed
+    def sample_time(self, key: Array, b: int) -> Float[Array, " {b}"]:
+        """log s in training, stratified over the batch."""
         return self.quantile(stratified(key, b))
 
-    def alpha_sigma(self, t: Array, like: Array) -> tuple[Array, Array]:
+    @typed
+    def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
         angle = jnp.arctan(jnp.exp(expand_like(t, like)) / self.data)
         return jnp.cos(angle), jnp.sin(angle)
 
-    def network_time(self, t: Array) -> Array:
+    @typed
+    def network_time(self, t: Num[Array, "*b"]) -> Num[Array, "*b"]:
         """c_noise = log(s) / 4, times 1000 to match the frequencies of time embeddings."""
         return 250 * t
 
@@ -299,8 +282,15 @@ class EDM(Checked):
         return along(self.network_time(jnp.log(ratio * self.data)), jnp.cos(angle), jnp.sin(angle), steps, ends)
 
 
-def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: SamplingGrid | None = None) -> SamplingGrid:
-    """The grid through these stops (n + 1,), with the variances of its steps; from stop `steps` on it is at the clean
+@typed
+def along(
+    t: Num[Array, " n"],
+    alpha: Float[Array, " n"],
+    sigma: Float[Array, " n"],
+    steps: Array | int,
+    ends: SamplingGrid | None = None,
+) -> SamplingGrid:
+    """The grid through these stops, with the variances of its steps; from stop `steps` on it is at the clean
     end, alpha = 1 and sigma = 0. ends: a grid whose first stop and clean end replace those given."""
     n = jnp.arange(len(t))
     if ends is not None:
@@ -313,8 +303,9 @@ def along(t: Array, alpha: Array, sigma: Array, steps: Array | int, ends: Sampli
     return SamplingGrid(t, alpha, sigma, jnp.log(jnp.maximum(low, 1e-20)), jnp.log(high), jnp.asarray(steps, jnp.int32))
 
 
-def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Array:
-    """sigma / alpha (n + 1,) of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
+@typed
+def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Float[Array, " n"]:
+    """sigma / alpha of stops spaced by `karras` or `log_snr`, from that of `path` down to `least` at stop
     `path.steps` - 1; the value at stop 0 is meaningless where `path` begins in pure noise.
 
     Errors: ValueError for another spacing.

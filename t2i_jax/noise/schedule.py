@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, Num, typed
 
 Table = np.ndarray | Array
 
@@ -102,7 +101,7 @@ class Schedule:
         return self.log_abar.shape[0]
 
     @property
-    def _xp(self) -> Any:
+    def _xp(self) -> ModuleType:
         return np if isinstance(self.log_abar, np.ndarray) else jnp
 
     @cached_property
@@ -168,19 +167,21 @@ class Schedule:
         step = self._xp.sqrt(1 - self.betas)
         return step * self._xp.expm1(self._log_prev) / self._xp.expm1(self.log_abar)
 
-    def at(self, t: Array, like: Array) -> tuple[Array, Array]:
+    @typed
+    def at(self, t: Int[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
         """alpha_t and sigma_t, shaped to multiply `like`."""
         return rows(self.alpha, t, like), rows(self.sigma, t, like)
 
 
-def rows(table: Table, t: Array, like: Array) -> Array:
+@typed
+def rows(table: Table, t: Int[Array, "*b"], like: Num[Array, "*x"]) -> Float[Array, "..."]:
     """A table at times t in fp32, with trailing dimensions to broadcast against `like`."""
     return expand_like(jnp.asarray(table, jnp.float32)[t], like)
 
 
 @typed
 def stratified(key: Array, b: int) -> Float[Array, " {b}"]:
-    """Random numbers (b,) in (0, 1), one in each of b equal intervals, in random order; each is marginally uniform.
+    """Random numbers in (0, 1), one in each of b equal intervals, in random order; each is marginally uniform.
 
     Means over them have less variance than over independent numbers (Kingma et al. 2021, VDM, appendix I.1).
     """
@@ -193,19 +194,19 @@ def stratified(key: Array, b: int) -> Float[Array, " {b}"]:
 
 @typed
 def midpoints(b: int) -> Float[Array, " {b}"]:
-    """The midpoints (b,) of b equal intervals of (0, 1): a fixed grid, for losses that are compared with each other."""
+    """The midpoints of b equal intervals of (0, 1): a fixed grid, for losses that are compared with each other."""
     return (jnp.arange(b) + 0.5) / b
 
 
 @typed
 def spread(key: Array, b: int, train: bool) -> Float[Array, " {b}"]:
-    """Numbers (b,) in (0, 1) for the quantile function of times: `stratified` in training, else `midpoints`."""
+    """Numbers in (0, 1) for the quantile function of times: `stratified` in training, else `midpoints`."""
     return stratified(key, b) if train else midpoints(b)
 
 
 @typed
 def spread_of_each(key: Array, repeat: int, n: int, train: bool) -> Float[Array, "{repeat} {n}"]:
-    """Numbers (repeat, n) in (0, 1), for `repeat` training times of each of n tokens: each column has one number in
+    """Numbers in (0, 1), for `repeat` training times of each of n tokens: each column has one number in
     each of `repeat` equal intervals. Uniform within the intervals in training, else on a fixed even lattice."""
     if train:
         inside = jax.random.uniform(key, (repeat, n), minval=2.0**-22, maxval=1 - 2.0**-22)
@@ -221,26 +222,18 @@ def expand_like(x: Array | float, like: Array) -> Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim)) if x.ndim else x
 
 
-def _linear(steps: int) -> np.ndarray:
-    return np.linspace(0.1 / steps, 20 / steps, steps)
-
-
 def _cosine(steps: int) -> np.ndarray:
     abar = lambda u: np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - abar(np.arange(1, steps + 1) / steps) / abar(np.arange(steps) / steps), CAP)
 
 
-def _sigmoid(steps: int) -> np.ndarray:
-    return (0.1 + 19.9 / (1 + np.exp(-np.linspace(-6, 6, steps)))) / steps
-
-
 NAMES = {
-    "linear": _linear,
+    "linear": lambda steps: np.linspace(0.1 / steps, 20 / steps, steps),
     "cosine": _cosine,
     "squaredcos_cap_v2": _cosine,
     "scaled_linear": lambda steps: np.linspace(0.85**0.5, 12**0.5, steps) ** 2 / steps,
     "quadratic": lambda steps: np.linspace(0.1**0.5, 20**0.5, steps) ** 2 / steps,
-    "sigmoid": _sigmoid,
+    "sigmoid": lambda steps: (0.1 + 19.9 / (1 + np.exp(-np.linspace(-6, 6, steps)))) / steps,
     "constant": lambda steps: np.full(steps, 20 / steps),
     "jsd": lambda steps: 1.0 / np.linspace(steps, 1, steps),
 }

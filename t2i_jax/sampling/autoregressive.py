@@ -40,7 +40,7 @@ def segments_of(depth: int) -> int:
     return max(1, min(SEGMENTS, 48 // depth))
 
 
-class Autoregressive(BaseFamily):
+class Autoregressive(BaseFamily[ARSampler]):
     """The members of a family that samples its codes in raster order."""
 
     vocabulary: int

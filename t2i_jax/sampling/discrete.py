@@ -11,22 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.noise.categorical import draw
 from t2i_jax.noise.discrete import Chain, gumbel
 from t2i_jax.sampling.options import DiscreteSampler
 
 
+@typed
 def reverse(
     chain: Chain,
     guess: Callable[[Array, Array, Array], Array],
-    x: Array,
+    x: Int[Array, "b l"],
     noise: Callable[[Array], tuple[Array, Array]],
     options: DiscreteSampler,
     stay: Callable[[Array], Array] = lambda x: x,
     report: Callable[..., None] = lambda *_: None,
     draw_code: Callable[[Array, Array], Array] = draw,
-) -> Array:
-    """Sample clean codes int (b, l) from x (b, l) at the end of the chain.
+) -> Int[Array, "b l"]:
+    """Sample clean codes from x at the end of the chain.
 
     guess: (x_t, t, share of the steps done) -> log p(x_0 | x_t) (b, l, K + 1), guided and truncated.
     noise: step index -> numbers (b, l, 2) from `categorical.uniform` for the codes, and uniform ones (b, l) for the
@@ -58,10 +60,17 @@ def reverse(
     return jnp.minimum(x, chain.codes - 1)
 
 
+@typed
 def unmask_step(
-    chain: Chain, log_x0: Array, x: Array, u: Array, codes: Array, places: Array, options: DiscreteSampler
-) -> Array:
-    """x (b, l) after drawing, from p(x_0), the masked positions that are due after a share u of the steps.
+    chain: Chain,
+    log_x0: Float[Array, "b l v"],
+    x: Int[Array, "b l"],
+    u: Array,
+    codes: Float[Array, "b l r"],
+    places: Float[Array, "b l"],
+    options: DiscreteSampler,
+) -> Int[Array, "b l"]:
+    """x after drawing, from p(x_0), the masked positions that are due after a share u of the steps.
 
     The authors tabulate their number for four T and 1024 tokens; this formula reproduces it for their schedule.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import Array
 
-from t2i_jax.core.types import Capabilities, Family
+from t2i_jax.core.arrays import Bool, Float, Int, typed
+from t2i_jax.core.fields import values
+from t2i_jax.core.types import Capabilities, Family, SamplingOptions
 from t2i_jax.noise.schedule import expand_like
 
 T = TypeVar("T")
@@ -24,11 +26,10 @@ def is_guided(can: Capabilities, guided: bool | None) -> bool:
     return can.unconditional if guided is None else guided
 
 
-def guidance_flags(family: Family, options: Any) -> dict[str, bool]:
-    """Static kwargs that skip the unconditional branch when guidance is 1, which halves the cost."""
-    if not family.capabilities.guidance:
-        return {}
-    return {"guided": False} if bool(np.all(np.asarray(options.guidance) == 1)) else {}
+def guided_by(family: Family, options: SamplingOptions) -> bool | None:
+    """The argument `guided` of `Family.sample`: False for a guidance of 1, which needs no unconditional branch."""
+    plain = family.capabilities.guidance and np.all(np.asarray(values(options)["guidance"]) == 1)
+    return False if plain else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Branches:
         """Arrays (b, ...) of a pytree with each row repeated once per branch: (b n, ...)."""
         return jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=self.count), inputs)
 
-    def dropped(self, b: int) -> Array:
-        """Which rows are unconditional: bool (b n)."""
+    @typed
+    def dropped(self, b: int) -> Bool[Array, " n"]:
+        """Which of the b n rows are unconditional."""
         return jnp.tile(jnp.arange(self.count) == 1, b)
 
     def split(self, outputs: Array) -> tuple[Array, Array | None]:
@@ -64,8 +66,11 @@ class Branches:
         return self.split(network(*self.rows(inputs)))
 
 
-def guide(value: Array, null: Array | None, scale: Array | float, channels: int = 0) -> Array:
-    """null + scale (value - null) on predictions (b, i, j, c); exactly `value` at scale 1 (Ho & Salimans 2022, eq. 6).
+@typed
+def guide(
+    value: Float[Array, "*b c"], null: Float[Array, "*b c"] | None, scale: Array | float, channels: int = 0
+) -> Float[Array, "*b c"]:
+    """null + scale (value - null) on predictions; exactly `value` at scale 1 (Ho & Salimans 2022, eq. 6).
 
     `null` is the prediction without the condition, or by a worse model (Karras et al. 2024, autoguidance); None returns
     `value`. scale: a scalar or (b,). channels: if not 0, guide only the first `channels` channels; released samplers of
@@ -77,7 +82,8 @@ def guide(value: Array, null: Array | None, scale: Array | float, channels: int 
     return moved if not channels else jnp.where(jnp.arange(value.shape[-1]) < channels, moved, value)
 
 
-def rescale(guided: Array, value: Array, share: Array | float) -> Array:
+@typed
+def rescale(guided: Float[Array, " b *x"], value: Float[Array, " b *x"], share: Array | float) -> Float[Array, " b *x"]:
     """`guided`, rescaled per image towards the standard deviation of `value` by `share` (Lin et al. 2024, eqs. 15 and
     16)."""
     axes = tuple(range(1, value.ndim))
@@ -91,8 +97,11 @@ def within(scale: Array | float, at: Array | float, start: Array | float, stop: 
     return jnp.where((at >= jnp.asarray(start) - 1e-6) & (at < jnp.asarray(stop) - 1e-6), scale, 1.0)
 
 
-def classifier_gradient(log_p: Callable[[Array], Array], x: Array, scale: Array | float) -> Array:
-    """scale times the gradient of log p(condition | x) with respect to x, for log_p: (b, ...) -> (b,).
+@typed
+def classifier_gradient(
+    log_p: Callable[[Array], Array], x: Float[Array, " b *x"], scale: Array | float
+) -> Float[Array, " b *x"]:
+    """scale times the gradient of log p(condition | x) with respect to x, for log_p (b,) of x.
 
     With a classifier of noised images this is classifier guidance (Dhariwal & Nichol 2021), with the similarity of
     noised image and caption it is that of GLIDE (Nichol et al. 2022, section 2.3).
@@ -100,6 +109,7 @@ def classifier_gradient(log_p: Callable[[Array], Array], x: Array, scale: Array 
     return expand_like(scale, x) * jax.grad(lambda x: log_p(x).sum())(x)
 
 
-def of_class(logits: Array, label: Array) -> Array:
-    """log p(label) (b,) from logits (b, v)."""
+@typed
+def of_class(logits: Float[Array, "b v"], label: Int[Array, " b"]) -> Float[Array, " b"]:
+    """log p(label)."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), label[:, None], 1)[:, 0]

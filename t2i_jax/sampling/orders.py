@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.fields import Checked, Finite, Positive, Range
 from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.options import SHAPES, MaskedSampler, Shape
@@ -71,53 +72,49 @@ class Permutation:
     by_confidence: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
 
-    def draw(self, key: Array, length: int) -> Array:
+    @typed
+    def draw(self, key: Array, length: int) -> Int[Array, " {length}"]:
         return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sets:
+class Sets(Permutation):
     """A random permutation for each image, in growing sets (Li et al. 2024)."""
 
     one_at_a_time: ClassVar[bool] = False
-    by_confidence: ClassVar[bool] = False
-    fixed: ClassVar[bool] = False
-
-    def draw(self, key: Array, length: int) -> Array:
-        return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Confidence:
+class Confidence(Sets):
     """Growing sets; each takes the tokens of highest confidence among all hidden ones (Chang et al. 2022).
 
     Needs a head that knows the probability of its samples.
     """
 
-    one_at_a_time: ClassVar[bool] = False
     by_confidence: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
-
-    def draw(self, key: Array, length: int) -> Array:
-        return jnp.argsort(jax.random.uniform(key, (length,)))
 
 
 Order = Raster | Permutation | Sets | Confidence
 
 
-def with_known_last(orders: Array, known: Array) -> Array:
-    """Orders (b, L) with the positions that `known` (b, L) marks moved to the end, the others as they were."""
+@typed
+def with_known_last(orders: Int[Array, "b t"], known: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Orders with the positions that `known` marks moved to the end, the others as they were."""
     moved = jnp.argsort(jnp.take_along_axis(known, orders, 1), axis=1, stable=True)
     return jnp.take_along_axis(orders, moved, 1)
 
 
-def hidden_by(orders: Array, remaining: Array) -> Array:
-    """Mask bool (b, L) of the first `remaining` (b,) positions of each order (b, L)."""
+@typed
+def hidden_by(orders: Int[Array, "b t"], remaining: Int[Array, " b"]) -> Bool[Array, "b t"]:
+    """Mask of the first `remaining` positions of each order."""
     return jnp.argsort(orders, axis=1) < remaining[:, None]
 
 
-def by_confidence(orders: Array, remaining: Array, score: Array) -> Array:
-    """Orders (b, L) whose first `remaining` (b,) positions are sorted by their score (b, L), the most confident last.
+@typed
+def by_confidence(
+    orders: Int[Array, "b t"], remaining: Int[Array, " b"], score: Float[Array, "b t"]
+) -> Int[Array, "b t"]:
+    """Orders whose first `remaining` positions are sorted by their score, the most confident last.
 
     score: indexed by position.
     """
@@ -145,8 +142,9 @@ class MaskRate(Checked):
         """Maximum number of visible tokens."""
         return length - int(np.ceil(self.low * length)) if self.kind == "normal" else length - 1
 
-    def draw(self, key: Array, b: int, length: int, train: bool = True) -> Array:
-        """Number of tokens to hide, int (b,), 1 to L; outside of training, spread evenly over the distribution of
+    @typed
+    def draw(self, key: Array, b: int, length: int, train: bool = True) -> Int[Array, " {b}"]:
+        """Number of tokens to hide, 1 to L; outside of training, spread evenly over the distribution of
         rates."""
         u = spread(key, b, train)
         if self.kind == "normal":
@@ -161,6 +159,7 @@ class MaskRate(Checked):
         return jnp.clip(count, length - self.visible(length), length).astype(jnp.int32)
 
 
-def orders_of(order: TokenOrder, keys: Array, length: int) -> Array:
-    """An order for each key: int (b, L)."""
+@typed
+def orders_of(order: TokenOrder, keys: Array, length: int) -> Int[Array, "b {length}"]:
+    """An order for each key."""
     return jax.vmap(partial(order.draw, length=length))(keys)

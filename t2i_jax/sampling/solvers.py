@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.noise import SamplingGrid
 from t2i_jax.noise.schedule import expand_like
 
@@ -78,18 +79,19 @@ class Rounds:
     """standard normal numbers like x: the initial noise is 1 / sqrt(2) times these plus as much of others"""
 
 
+@typed
 def solve(
     step: Step,
     denoise: Denoise,
-    x: Array,
+    x: Float[Array, " b *x"],
     path: SamplingGrid,
     noise: Noise,
     eta: Array | float = 0.0,
     start: Array | int = 0,
     on_step: Callable[[Array, Array], Array] = lambda x, i: x,
     rounds: Rounds | None = None,
-) -> Array:
-    """Solve from x (b, ...) at stop `start` to the last stop, in `path.steps - start` steps.
+) -> Float[Array, " b *x"]:
+    """Solve from x at stop `start` to the last stop, in `path.steps - start` steps.
 
     eta: share of new noise, for solvers that use it; a scalar or (b,). on_step(x, i): applied to the x of stop i.
     rounds: run at each stop before its step; multistep solvers then take first-order steps.
@@ -97,15 +99,15 @@ def solve(
     eta = jnp.asarray(eta, jnp.float32)
     past = SolverState(x, jnp.zeros_like(x), jnp.zeros_like(x), jnp.bool_(True), jnp.bool_(True))
 
-    def body(i: Array, carry: tuple[Array, SolverState, Any]) -> tuple[Array, SolverState, Any]:
+    def body(i: Array, carry: tuple[Array, SolverState, Array | None]) -> tuple[Array, SolverState, Array | None]:
         x, past, shared = carry
-        if rounds is not None:
+        if rounds is not None and shared is not None:
             x, shared = _renewed(rounds, denoise, path, i, x, shared)
             # x has left the trajectory of the multistep solver's state.
             moved = rounds.count > 0
             past = past._replace(first=past.first | moved, second=past.second | moved)
         x, past = step(path, i, x, denoise, past, noise, eta)
-        if rounds is not None:
+        if rounds is not None and shared is not None:
             # A solver shrinks noise by the ratio of sigma / alpha where x is pure noise, and less elsewhere:
             # keep the part of the old noise that remains in x, and draw the rest of n_old anew.
             ratio = jnp.exp(log_ratio(path, i) - log_ratio(path, i + 1))

@@ -13,9 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import expand_like
 from t2i_jax.sampling.options import ARSampler
@@ -25,7 +24,7 @@ from t2i_jax.sampling.options import ARSampler
 def filter_logits(
     logits: Float[Array, "*b v"], temperature: Array | float, top_k: Array | int, top_p: Array | float
 ) -> Float[Array, "*b v"]:
-    """Weights (..., v) fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
+    """Weights fp32, the largest 1: exp of the logits after temperature, top-k and top-p, in that order.
 
     Top-p sums the probabilities that remain after top-k, and keeps a token while those above it sum to at most p
     (Holtzman et al. 2020); equal logits are kept or dropped together.
@@ -46,7 +45,7 @@ def filter_logits(
 
 @typed
 def sample_token(logits: Float[Array, "*b v"], options: ARSampler, uniform: Float[Array, "*b"]) -> Int[Array, "*b"]:
-    """Token ids (...) int32 from guided logits (..., v) and one uniform number in [0, 1) per row."""
+    """Token ids int32 from guided logits and one uniform number in [0, 1) per row."""
     drawn = draw(filter_logits(logits, options.temperature, options.top_k, options.top_p), uniform)
     greedy = expand_like(options.greedy, uniform)
     best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
@@ -55,7 +54,7 @@ def sample_token(logits: Float[Array, "*b v"], options: ARSampler, uniform: Floa
 
 @typed
 def uniforms(keys: Array, positions: Int[Array, " t"]) -> Float[Array, "t b"]:
-    """Uniform numbers (t, b) for positions (t,): each from `fold_in(image key, position)`, independent of the batch."""
+    """Uniform numbers of positions: each from `fold_in(image key, position)`, independent of the batch."""
     one = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
     return jax.vmap(lambda position: jax.vmap(one, (0, None))(keys, position))(positions)
 

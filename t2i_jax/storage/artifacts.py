@@ -12,9 +12,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar, cast
 
 import jax
 import numpy as np
@@ -30,7 +29,7 @@ from t2i_jax.core.outputs import check_parent, check_utf8
 from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
 from t2i_jax.core.sharding import shardings
 from t2i_jax.core.specs import Shaped
-from t2i_jax.core.types import Trainable
+from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.remote import download, resolve_path
@@ -38,13 +37,14 @@ from t2i_jax.storage.remote import download, resolve_path
 T = TypeVar("T")
 M = TypeVar("M", bound=nnx.Module)
 R = TypeVar("R")
+C = TypeVar("C", bound=Trainable, covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Artifact:
+class Artifact(Generic[C]):
     """A model with its weights, and what it was trained with."""
 
-    config: Any
+    config: C
     """the family or codec: `core.narrow` says which"""
     model: nnx.Module
     text: Tokenizer | None = None
@@ -67,7 +67,7 @@ def load_artifact(
     host: bool = False,
     mesh: Mesh | None = None,
     dtypes: Callable[[Trainable], Mapping[str, DTypeLike]] = lambda _: {},
-) -> Artifact:
+) -> Artifact[Trainable]:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
     `folder` may be in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for a
@@ -96,23 +96,30 @@ def load_artifact(
         return dataclasses.replace(there.artifact, model=model, step=step)
 
 
-def load_codec(folder: str | Path, host: bool = False, mesh: Mesh | None = None) -> Artifact:
+def load_codec(folder: str | Path, host: bool = False, mesh: Mesh | None = None) -> Artifact[Codec]:
     """The codec in a folder, as `load_artifact` reads it. Errors: also `ConfigError` where it holds no codec."""
     artifact = load_artifact(folder, host, mesh)
     if not artifact.config.capabilities.codec:
         raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no codec")
-    return artifact
+    return cast(Artifact[Codec], artifact)
+
+
+class ReadWeights(Protocol):
+    """(shardings of all weights by name, a function of each weight) -> the step and the results by name."""
+
+    def __call__(
+        self, layout: Mapping[str, Sharding], use: Callable[[str, Array], R], /
+    ) -> tuple[int, dict[str, R]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenArtifact:
     """A model in a folder whose weights are not read yet: `artifact.model` holds shapes."""
 
-    artifact: Artifact
+    artifact: Artifact[Trainable]
     source: Path
     """folder of the weights"""
-    read: Callable[[Mapping[str, Sharding], Callable[[str, Array], Any]], tuple[int, dict[str, Any]]]
-    """(shardings of all weights by name, a function of each weight) -> the step and the results by name"""
+    read: ReadWeights
 
 
 def open_artifact(path: str | Path) -> OpenArtifact:
@@ -127,17 +134,19 @@ def open_artifact(path: str | Path) -> OpenArtifact:
     if weights.exists():
         content = released(folder)
         try:
-            arrays: Any = tensorfile.content(weights)
+            arrays = tensorfile.content(weights)
+            if not isinstance(arrays, tensorfile.SafeTensors):
+                raise ValueError(f"{weights}: is a PyTorch file; a released model has a safetensors file")
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
-        codec = str(folder / content["codec"]) if content.get("codec") else ""
+        codec = str(folder / name) if (name := content.get("codec")) else ""
         text, model = resolve_files(content.get("text"), folder), abstract(content["model"])
         made = Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
         return OpenArtifact(made, weights, lambda lay, use: (made.step, from_file(arrays, weights, model, lay, use)))
     experiment = stored(folder)
     text, model = resolve_files(experiment.text, folder), abstract(experiment.model)
     codec = find_artifact(experiment.codec, folder)
-    made = Artifact(experiment.model, model, text, codec, 0, experiment.data.image_size)
+    made = Artifact(experiment.model, model, text, codec, 0, values(experiment.data)["image_size"])
     return OpenArtifact(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
 
 
@@ -159,7 +168,7 @@ def from_run(
 
 
 def from_file(
-    arrays: Mapping[str, Array],
+    arrays: tensorfile.SafeTensors,
     source: Path,
     model: nnx.Module,
     layout: Mapping[str, Sharding],
@@ -168,14 +177,11 @@ def from_file(
     """The weights of a released model, with the shardings of `layout`, through `use`: one device's part at a time."""
     wanted = named(model)
     try:
-        lazy = isinstance(arrays, tensorfile.SafeTensors)
-        check_fits(wanted, arrays.shapes if lazy else arrays, str(source))
+        check_fits(wanted, arrays.shapes, str(source))
         made = {}
         for name, v in wanted.items():
-            dtype = v.get_value().dtype
-            part = partial(arrays.part, name) if lazy else np.asarray(arrays[name]).__getitem__
-            cast = lambda index, part=part, dtype=dtype: np.asarray(part(index), dtype)
-            made[name] = use(name, jax.make_array_from_callback(v.shape, layout[name], cast))
+            part = lambda index, name=name, dtype=v.get_value().dtype: np.asarray(arrays.part(name, index), dtype)
+            made[name] = use(name, jax.make_array_from_callback(v.shape, layout[name], part))
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
     return made
@@ -188,20 +194,39 @@ def config_of(folder: str | Path) -> Trainable:
     return stored(Path(folder)).model
 
 
-def released(folder: Path) -> dict[str, Any]:
+class Released(TypedDict):
+    """The content of the config.json of a released model."""
+
+    model: Trainable
+    text: NotRequired[Tokenizer | None]
+    codec: NotRequired[str]
+    step: NotRequired[int]
+    image_size: NotRequired[int]
+
+
+class StoredRun(Protocol):
+    """The members of a run's `training.experiment.Experiment` that are read here."""
+
+    model: Trainable
+    text: Tokenizer | None
+    codec: str
+    data: object
+
+
+def released(folder: Path) -> Released:
     """The contents of a released model's config.json. Errors: `ConfigError` where it is another program's."""
     content = read_stored(folder / "config.json")
     if not isinstance(content, dict) or not dataclasses.is_dataclass(content.get("model")):
         raise ConfigError(f"{folder}: its config.json is not that of a released model of t2i_jax")
-    return content
+    return cast(Released, content)
 
 
-def stored(folder: Path) -> Any:
+def stored(folder: Path) -> StoredRun:
     """The experiment of a run. Errors: `ConfigError` where its config.json is another program's."""
     experiment = read_stored(folder / "config.json")
     if not dataclasses.is_dataclass(experiment) or "model" not in {f.name for f in dataclasses.fields(experiment)}:
         raise ConfigError(f"{folder}: its config.json is not that of a run of t2i_jax")
-    return experiment
+    return cast(StoredRun, experiment)
 
 
 def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -218,7 +243,7 @@ def assign(config: HasInit[M], arrays: dict[str, np.ndarray], source: Path) -> M
         raise CheckpointError(str(error)) from error
 
 
-def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
+def save_artifact(artifact: Artifact[Trainable], folder: str | Path, card: str) -> None:
     """Write a released model; the folder appears whole or not at all, and none is overwritten."""
     weights = named(artifact.model)
 
@@ -231,7 +256,7 @@ def save_artifact(artifact: Artifact, folder: str | Path, card: str) -> None:
 
 
 def copy_artifact(
-    source: str | Path, folder: str | Path, card: Callable[[Artifact], str], config: Trainable | None = None
+    source: str | Path, folder: str | Path, card: Callable[[Artifact[Trainable]], str], config: Trainable | None = None
 ) -> None:
     """Write the model of a run, or a released one, as a released model, one weight after the other: no more than
     one of them is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
@@ -246,7 +271,10 @@ def copy_artifact(
 
 
 def _save(
-    artifact: Artifact, fill: Callable[[tensorfile.Use], int], folder: str | Path, card: Callable[[Artifact], str]
+    artifact: Artifact[Trainable],
+    fill: Callable[[tensorfile.Use], int],
+    folder: str | Path,
+    card: Callable[[Artifact[Trainable]], str],
 ) -> None:
     """Write a released model whose weights `fill` writes; it returns their step."""
     folder = Path(folder)

@@ -9,9 +9,9 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NotRequired, Protocol, Self, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import checkpoint_managers as managers
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 from rich.markup import escape
 
 from t2i_jax.core.config import ConfigError
@@ -48,8 +49,20 @@ class State(Protocol):
 
 S = TypeVar("S", bound=State)
 R = TypeVar("R")
-Meta = dict[str, Any]
-"""what is stored besides the arrays, as JSON"""
+Shapes = dict[str, list[list[int] | str]]
+"""shape and dtype of each array"""
+
+
+class Meta(TypedDict):
+    """What is stored besides the arrays, as JSON."""
+
+    position: int
+    arrays: Shapes
+    checksums: NotRequired[dict[str, int]]
+    metrics: NotRequired[dict[str, float]]
+    crc32: NotRequired[int]
+
+
 Lay = Callable[[Path, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
@@ -92,7 +105,7 @@ class Checkpoints:
         self.folder = where.absolute() if isinstance(where, Path) else where
         self.folder.mkdir(parents=True, exist_ok=True)
         self.best = Best.parse(best) if best else None
-        policies: list[Any] = [managers.LatestN(keep)]
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(keep)]
         policies += [managers.EveryNSteps(every)] if every else []
         policies += [self.best] if self.best else []
         options = ocp.CheckpointManagerOptions(
@@ -139,11 +152,10 @@ class Checkpoints:
         state, if it was evaluated."""
         self._settle()
         flat = state.flat()
-        meta: Meta = {"position": position, "checksums": checksums(flat)}
-        meta["arrays"] = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}
-        meta["metrics"] = dict(metrics or {})
+        arrays: Shapes = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}
+        meta = Meta(position=position, arrays=arrays, checksums=checksums(flat), metrics=dict(metrics or {}))
         if self.best:
-            self._measure(step, meta["metrics"])
+            self._measure(step, metrics or {})
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(meta | {"crc32": crc32(meta)})
         )
@@ -227,7 +239,7 @@ class Checkpoints:
         """
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
-            error, meta, found, fresh = None, {}, {}, {}
+            error, meta, found, fresh = None, Meta(position=0, arrays={}), {}, {}
             try:
                 meta = self._meta(step)
                 fresh = self._fits(step, meta["arrays"], target)
@@ -272,7 +284,7 @@ class Checkpoints:
 
     def _newest(
         self,
-        choose: Callable[[Mapping[str, jax.ShapeDtypeStruct]], dict[str, str]],
+        choose: Callable[[Iterable[str]], dict[str, str]],
         lay: Lay,
         use: Callable[[str, jax.Array], R],
         together: bool = False,
@@ -282,7 +294,7 @@ class Checkpoints:
         failures = []
         for step in [only] if only is not None else reversed(self.steps()):
             made: dict[str, R] = {}
-            error, meta, chosen, wanted = None, {}, {}, {}
+            error, meta, chosen, wanted = None, Meta(position=0, arrays={}), {}, {}
             try:
                 meta = self._meta(step)
                 chosen = choose(meta["arrays"])
@@ -377,7 +389,7 @@ class Checkpoints:
         multihost_utils.sync_global_devices(f"set aside {step}")
         self.manager.reload()
 
-    def _fits(self, step: int, saved: Meta, target: State) -> dict[str, jax.Array]:
+    def _fits(self, step: int, saved: Shapes, target: State) -> dict[str, jax.Array]:
         """The abstract arrays of what follows the parameters (optimisers, average, running norms) that the checkpoint
         lacks. Errors: `ConfigError` where it lacks others."""
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in target.flat().items()}
@@ -400,7 +412,7 @@ class Checkpoints:
         return fresh
 
     @staticmethod
-    def _saved(saved: Meta, target: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    def _saved(saved: Shapes, target: State) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
         """What to read of a checkpoint: its arrays, placed as `target` where that has them, else on every device."""
         wanted = target.flat()
         layouts = (v.sharding for v in wanted.values())
@@ -437,7 +449,7 @@ class Best:
             "'min val/loss', 'max val/accuracy'"
         )
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> Sequence[bool]:
+    def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: object) -> Sequence[bool]:
         steps = [c.step for c in checkpoints if c.step in self.values]
         best = max(steps, key=lambda step: (self.sign * self.values[step], step), default=None)
         return [c.step == best for c in checkpoints]

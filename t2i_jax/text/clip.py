@@ -31,7 +31,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Table, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 from t2i_jax.text.bpe import BytePairs, read_pairs
 from t2i_jax.text.cut import Limited
 
@@ -166,13 +166,13 @@ class TextTower(nnx.Module):
         """ids int (b, s) -> (b, s, d), after the last norm; padding needs no mask, since it follows the text."""
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
-        return self.norm(apply_stack(self.blocks, x, mask=causal(s))[0])
+        return self.norm(scan_stack(self.blocks, x, mask=causal(s)))
 
     def before(self, ids: Array) -> Array:
         """ids int (b, s) -> (b, s, d), the input of the last block."""
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
-        return apply_stack(jax.tree.map(lambda w: w[:-1], self.blocks), x, mask=causal(s))[0]
+        return scan_stack(jax.tree.map(lambda w: w[:-1], self.blocks), x, mask=causal(s))
 
     def embed(self, ids: Array) -> Array:
         """ids int (b, s) -> embeddings (b, k), not normalised."""
@@ -200,7 +200,7 @@ class ImageTower(nnx.Module):
         x = rearrange(self.patches(x), "b i j d -> b (i j) d")
         first = jnp.broadcast_to(self.first[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
         x = jnp.concatenate([first, x], 1) + self.positions[...]
-        return apply_stack(self.blocks, shard(self.before(x), "batch", "length", None))[0]
+        return scan_stack(self.blocks, shard(self.before(x), "batch", "length", None))
 
     def embed(self, x: Array) -> Array:
         """Images (b, i, j, c) -> embeddings (b, k), not normalised."""

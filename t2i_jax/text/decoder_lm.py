@@ -29,7 +29,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 from t2i_jax.text.cut import Limited
 
 KINDS = ("llama", "qwen2", "qwen3")
@@ -220,5 +220,5 @@ class DecoderLMNetwork(nnx.Module):
         x, t = shard(self.words(ids), "batch", "length", None), ids.shape[1]
         if self.blocks is not None:
             angles = self.shape.angles(t)
-            x, _ = apply_stack(self.blocks, x, rotary=(jnp.cos(angles), jnp.sin(angles)), mask=causal(t))
+            x = scan_stack(self.blocks, x, rotary=(jnp.cos(angles), jnp.sin(angles)), mask=causal(t))
         return x if self.norm is None else self.norm(x)

@@ -16,7 +16,7 @@ from jax import Array
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
-from t2i_jax.nn.transformer import Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.wordpiece import WordPiece
 
@@ -104,4 +104,4 @@ class MiniLMEncoder(nnx.Module):
 
     def __call__(self, ids: Array, mask: Array) -> Array:
         x = self.words(ids) + self.positions[: ids.shape[1]] + self.types[0]
-        return apply_stack(self.blocks, self.norm(x), mask=mask[:, None, None])[0]
+        return scan_stack(self.blocks, self.norm(x), mask=mask[:, None, None])

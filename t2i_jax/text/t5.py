@@ -21,7 +21,7 @@ from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
 from t2i_jax.interop.names import to_ours
 from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
-from t2i_jax.nn.transformer import GATED, Transformer, apply_stack, stack
+from t2i_jax.nn.transformer import GATED, Transformer, scan_stack, stack
 from t2i_jax.text.clean import clean_twice
 from t2i_jax.text.cut import Limited
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -164,7 +164,7 @@ class T5Encoder(nnx.Module):
         x = shard(self.words(ids), "batch", "length", None)
         bias = self.relative[...][buckets(ids.shape[1], self.shape.buckets, self.shape.distance)]
         bias = rearrange(bias, "t s n -> 1 n t s")
-        return self.norm(apply_stack(self.blocks, x, mask=mask[:, None, None], bias=bias)[0])
+        return self.norm(scan_stack(self.blocks, x, mask=mask[:, None, None], bias=bias))
 
 
 def buckets(t: int, count: int, distance: int) -> np.ndarray:

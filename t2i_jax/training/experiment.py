@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,12 @@ from t2i_jax.core.narrow import (
 )
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import Codec
+from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.data.pipeline import Data
 from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
 from t2i_jax.storage.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
+from t2i_jax.training.step import Frozen, Prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Train(Checked):
 class Experiment(Checked):
     """The content of a config file: `t2i train FILE` trains `model` on `data`."""
 
-    model: Any  # a `Trainable`, whose dataclass tyro finds
+    model: Trainable
     """a family or a codec: a dataclass with `init` and `objectives`"""
     data: Data
     train: Train = Train()
@@ -109,9 +110,9 @@ class Experiment(Checked):
     def __post_init__(self):
         if isinstance(self.codec, os.PathLike):
             object.__setattr__(self, "codec", os.fspath(self.codec))
-        super().__post_init__()
         with refused("Experiment.model"):
             as_trainable(self.model)
+        super().__post_init__()
         if self.text is not None:
             with refused("Experiment.text"):
                 as_tokenizer(self.text)
@@ -128,12 +129,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return found
 
 
-def frozen_parts(experiment: Experiment) -> tuple[Frozen, Artifact | None]:
+def frozen_parts(experiment: Experiment) -> tuple[dict[str, object], Artifact[Codec] | None]:
     """The frozen models of an experiment, on the host, by name; and the codec as loaded.
 
     Names: `codec`, `text`, and `loss` for networks used only by the loss (the model's `frozen()`).
     """
-    parts, codec = {}, None
+    parts: dict[str, object] = {}
+    codec = None
     if experiment.codec:
         codec = load_codec(experiment.codec, host=True)
         if experiment.model.capabilities.family:
@@ -158,7 +160,7 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
     codes, images = spec.pop("codes", None), spec.pop("image", None)
     images = codec.batch_spec()["image"] if codes is not None and codec is not None else images
     if codes is not None and len(codes.shape) == 3:
-        latents = FieldSpec((*codes.shape[:2], 2 * codes.shape[2]), "float32")
+        latents = FieldSpec((*codes.shape[:2], codes.shape[2] and 2 * codes.shape[2]), "float32")
         several = {"codes": codes, "latents": latents} | ({} if images is None else {"image": images})
     else:
         several = {k: v for k, v in {"codes": codes, "image": images}.items() if v is not None}
@@ -174,11 +176,6 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
             ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
             spec = {"text": ids, "text_mask": mask} | spec
     return spec
-
-
-Frozen = dict[str, Any]
-"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read"""
-Prepare = Callable[[Frozen, dict[str, Array], Array], dict[str, Array]]
 
 
 def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from t2i_jax.core.params import Named, rebuild
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
-from t2i_jax.training.step import loss_inputs, step_keys
+from t2i_jax.training.step import Metrics, loss_inputs, step_keys
 
 if TYPE_CHECKING:
     from t2i_jax.training.loop import Trainer
@@ -38,7 +38,7 @@ class Guard:
     def __init__(self, trainer: Trainer, skipped: int = 0):
         self.trainer, self.skipped, self.row = trainer, skipped, 0
 
-    def look(self, step: int, metrics: Mapping[str, Any], state: TrainState, position: int) -> bool:
+    def look(self, step: int, metrics: Metrics, state: TrainState, position: int) -> bool:
         """Whether a step changed nothing: a call of all processes.
 
         state: the newest one. position: where the step's batch begins in the data. Errors: `NotFinite` where it is one

@@ -6,15 +6,16 @@ import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 
-from t2i_jax.core.config import ConfigError, changes, differences, read_stored, to_json, write_stored
+from t2i_jax.core.config import ConfigError, changes, differences, to_json, write_stored
 from t2i_jax.core.fields import free_fields
 from t2i_jax.core.migration import VERSION, Json
 from t2i_jax.core.outputs import write_text
 from t2i_jax.storage.artifacts import bundle_files
+from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.objectives import by_optimizer, updates
 from t2i_jax.training.records import read
 
@@ -33,14 +34,14 @@ class History:
     fields.
     """
 
-    def __init__(self, experiment: Any, folder: Path, resumed: bool, accept: bool = False):
-        self.experiment, self.folder, self.old = experiment, folder, None
+    def __init__(self, experiment: Experiment, folder: Path, resumed: bool, accept: bool = False):
+        self.experiment, self.folder, self.old = experiment, folder, experiment
         self.changes: dict[str, tuple[Json, Json]] = {}
         path = folder / "config.json"
         if not resumed or not path.exists():
             return
         # A field that is newer than the run had the value that is its default now.
-        self.old = read_stored(path)
+        self.old = load_experiment(path)
         old, new = to_json(self.old), to_json(experiment)
         self.changes = changes(old, new)
         free = free_fields(self.old) | free_fields(experiment)
@@ -82,10 +83,10 @@ class History:
         return said
 
 
-def learning_rates(experiment: Any, step: int) -> dict[str, float]:
+def learning_rates(experiment: Experiment, step: int) -> dict[str, float]:
     """The learning rate of the update that follows `step`, by optimiser."""
     train, rates = experiment.train, {}
     for name, objectives in by_optimizer(experiment.model.objectives()).items():
         schedule = train.optimizer_of(name).learning_rates(max(updates(objectives, train.steps), 1))
-        rates[name] = float(schedule(updates(objectives, step)))
+        rates[name] = float(np.asarray(schedule(updates(objectives, step))))
     return rates

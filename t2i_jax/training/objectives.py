@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 from flax import nnx
@@ -16,7 +15,7 @@ from t2i_jax.core.params import Named
 from t2i_jax.core.types import LossOutput, Objective, Trainable
 
 Objectives = Mapping[str, Objective]
-Forward = Callable[[Any, Any, Array, Array, bool], object]
+Forward = Callable[[nnx.Module, Mapping[str, object], Array, Array, bool], object]
 """`core.types.SharesForward.forward`"""
 
 
@@ -109,12 +108,12 @@ def losses(
     objectives: Objectives,
     forward: Forward | None,
     model: nnx.Module,
-    batch: dict[str, Any],
+    batch: Mapping[str, object],
     key: Array,
     step: Array,
     train: bool,
 ) -> dict[str, LossOutput]:
     """Outputs of all objectives' losses at one model."""
     if forward is not None:
-        batch = batch | {"outputs": forward(model, batch, key, step, train)}
+        batch = {**batch, "outputs": forward(model, batch, key, step, train)}
     return {name: o.loss(model, batch, key, step, train) for name, o in objectives.items()}

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
@@ -44,7 +44,7 @@ class Optimizer(Checked):
     """regular expression: parameters with matching names are not decayed either"""
     clip: NotNegative = 1.0
     """bound of the global gradient norm; 0: no clipping"""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, object] = dataclasses.field(default_factory=dict)
     """further arguments of the optax function"""
 
     @property
@@ -76,7 +76,7 @@ class Optimizer(Checked):
         one."""
         make = self._find()
         known = inspect.signature(make).parameters
-        ours: dict[str, Any] = {"b1": self.b1, "b2": self.b2, "weight_decay": self.weight_decay}
+        ours: dict[str, object] = {"b1": self.b1, "b2": self.b2, "weight_decay": self.weight_decay}
         for decay in ("mask", "weight_decay_mask"):
             if decay in known:
                 ours[decay] = self.decayed

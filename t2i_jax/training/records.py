@@ -6,11 +6,18 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from t2i_jax.core.config import ConfigError
+
+
+class Line(TypedDict):
+    """A line of a metrics file; its other fields are numbers by name."""
+
+    step: int
+    skipped: NotRequired[int]
 
 
 class Records:
@@ -64,7 +71,7 @@ class Records:
             self.wandb.finish()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Line]:
     """The lines of a metrics file; a last line that a kill cut short is left out."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:

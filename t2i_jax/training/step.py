@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,23 @@ from t2i_jax.training.spikes import find_spike
 from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
+Frozen = Mapping[str, object]
+"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read"""
+Prepare = Callable[[Frozen, dict[str, Array], Array], dict[str, Array]]
 
 
 def make_step(
     abstract: nnx.Module,
     objectives: Objectives,
     optimizers: Mapping[str, optax.GradientTransformation],
-    prepare: Callable[[Any, dict[str, Array], Array], dict[str, Array]] = lambda frozen, batch, key: batch,
+    prepare: Prepare = lambda frozen, batch, key: batch,
     forward: Forward | None = None,
     *,
     seed: int = 0,
     accumulate: int = 1,
     ema: float = 0.0,
     spike: float = 0.0,
-) -> Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Frozen, dict[str, Array]], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     abstract: the model with abstract leaves, for its structure.
@@ -131,7 +134,7 @@ def make_step(
         grads = jax.tree.map(lambda x: x / accumulate, grads)
         return grads, jax.tree.map(lambda m: m.mean(0), metrics), carried
 
-    def step(state: TrainState, frozen: Mapping[str, object], batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Frozen, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         key, draw = step_keys(seed, state.step)
         batch = prepare(frozen, batch, draw)
 
@@ -190,7 +193,7 @@ def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
     return key, apart(key)
 
 
-def loss_inputs(frozen: Mapping[str, object]) -> dict[str, object]:
+def loss_inputs(frozen: Frozen) -> dict[str, object]:
     """Frozen networks used only by the loss (a perceptual network), as batch entries."""
     return {"frozen": frozen["loss"]} if frozen and frozen.get("loss") is not None else {}
 
