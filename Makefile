@@ -13,6 +13,8 @@ T2I    := $(BIN)/t2i
 RUN    := runs/quickstart
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+# Packages are installed uncompiled: without files of bytecode each process would parse all that it imports, for 2 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install quickstart compare quick test test-all durations check format clean
 help:
@@ -61,15 +63,16 @@ QUICK  := $(HOST:%=tests/test_%.py) tests/published/test_table.py \
 quick: install ## the tests of the host and one of each family: a few minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(QUICK)
 
-# Files in their order: those of a few long tests would come last, when one process has nothing more to do.
-test: install ## all tests but the slow ones, in about 20 minutes on 2 cores
+# Files in the order of `tests/conftest.py`: else those of a few long tests come last, when one process has no more to do.
+test: install ## all tests but the slow ones, in about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: install ## the long tests too: kills, many processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-durations: install ## measure each test file by itself and write the tables of docs/testing.md
-	$(BIN)/python -m tests.fixtures.durations
+durations: install ## measure the tests of `make test` and write the tables of docs/testing.md
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' --cpu-times=.cache/times.json
+	$(BIN)/python -m tests.fixtures.durations .cache/times.json
 
 check: install ## format, lint and types
 	$(BIN)/ruff format --check .
