@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
 
 TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
@@ -37,14 +35,14 @@ def describe(tensors: Tensors, head_dim: int = 64) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
-    """GLIDE's names for a `models.noised_clip.NoisedCLIP`."""
+def table(patch: int, timed: bool) -> Table:
+    """GLIDE's names for a `models.noised_clip.NoisedCLIP`; timed: it knows how noisy an image is."""
     norm = lambda ours, theirs: {f"{ours}.w": source(f"{theirs}.g"), f"{ours}.b": source(f"{theirs}.b")}
     lines = {
         "table.w": source(f"{TEXT}input.w_voc"),
         "text_position": source(f"{TEXT}input.w_pos"),
-        "patches.w": source(f"{IMAGE}input.patch_proj", layout="d c p q -> (p q c) d", p=config.patch, q=config.patch),
-        "start": source(f"{IMAGE}input.{'w_t' if config.times else 'pred_state'}"),
+        "patches.w": source(f"{IMAGE}input.patch_proj", layout="d c p q -> (p q c) d", p=patch, q=patch),
+        "start": source(f"{IMAGE}input.{'w_t' if timed else 'pred_state'}"),
         "image_position": source(f"{IMAGE}input.w_pos"),
     } | norm("image_norm", f"{IMAGE}input.ln")
     for ours, theirs in {"text": TEXT, "image": IMAGE}.items():

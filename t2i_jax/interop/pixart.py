@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
+from t2i_jax.networks.dit import DiT
 
 PLACES = "pos_embed.pos_embed"
 """Where older files keep the positions; newer ones leave them out."""
@@ -53,7 +52,7 @@ def describe(tensors: Tensors) -> Fields:
     }
 
 
-def settings(config: Mapping[str, Any]) -> Fields:
+def settings(config: Fields) -> Fields:
     """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`, `stretch`, `eps`.
 
     Errors: ValueError naming a field with an unsupported value.
@@ -77,22 +76,17 @@ def side_of(tensors: Tensors, patch: int) -> int:
     return patch * math.isqrt(tensors[PLACES].shape[1]) if PLACES in tensors else 0
 
 
-def table(network: Any) -> Table:
+def table(network: DiT) -> Table:
     """PixArt's names for a `networks.dit.DiT` with cross-attention and shared modulation."""
     p, h = network.patch, network.transformer.head_size
-    lines = {
+    return {
         "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),
         "embed.b": source("pos_embed.proj.bias"),
         "positions": source(PLACES, layout="1 t d -> t d"),
         "table": source("scale_shift_table"),
         "condition.null": source("null_features"),
         "blocks.image.table": source(f"{BLOCK}scale_shift_table"),
+        **by_head("blocks.image.attention.qkv", [f"{BLOCK}attn1.to_{x}." for x in "qkv"], h=h),
+        **by_head("blocks.cross.kv", [f"{BLOCK}attn2.to_{x}." for x in "kv"], h=h),
+        **layers(PARTS, LINEAR),
     }
-    for ours, letters, theirs in (("image.attention.qkv", "qkv", "attn1"), ("cross.kv", "kv", "attn2")):
-        for end, letter in (("weight", "d"), ("bias", "")):
-            names = [f"{BLOCK}{theirs}.to_{x}.{end}" for x in letters]
-            lines[f"blocks.{ours}.{end[0]}"] = source(*names, layout=f"a (n h) {letter} -> {letter} (n a h)", h=h)
-    for ours, theirs in PARTS.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    return lines
