@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax.core.conditions import Tokenizer
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.core.types import Trainable
 from t2i_jax.interop import huggingface
@@ -93,14 +94,14 @@ def formats() -> dict[str, Format]:
 
 
 def find(name: str) -> Format:
-    """The format of that name, hyphens or underscores. Errors: ValueError with the known ones."""
+    """The format of that name, hyphens or underscores. Errors: `ConfigError` with the known ones."""
     known = formats()
     for spelling in (name, name.lower().replace("_", "-"), name.lower().replace("-", "_")):
         if spelling in known:
             return known[spelling]
     near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
+    raise ConfigError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 
 
 def read(path: str | os.PathLike, name: str) -> Tensors:

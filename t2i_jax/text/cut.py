@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import re
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 import numpy as np
 
 from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import ENCODER, Checked
 from t2i_jax.core.specs import BatchSpec
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,15 @@ NAMED = 3
 """Number of captions in a warning."""
 SHOWN = 40
 """Characters shown of each."""
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 (n, length) of rows that are no longer, filled up with `pad`, and the mask bool (n, length) of the
+    others."""
+    ids, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], mask[n, : len(row)] = row, True
+    return ids, mask
 
 
 class Limited(Tokenizer, Protocol):
@@ -54,6 +65,22 @@ class Limited(Tokenizer, Protocol):
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Which rows bool (n,) have no padding: captions that fill the length, and may be longer."""
         return np.all(mask, axis=-1)
+
+
+class LimitedEncoder(Limited, Protocol):
+    """The same, with a frozen encoder."""
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderEncoder(Checked, LimitedEncoder):
+    """The same, with files in a folder in Hugging Face's layout."""
+
+    folder: Annotated[str, ENCODER]
+    """in the layout of Hugging Face; of CLIP also that of open_clip, or a file with OpenAI's names"""
 
 
 def limited(text: Tokenizer | None) -> Limited | None:
