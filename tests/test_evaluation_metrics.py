@@ -8,7 +8,6 @@ import pytest
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.metrics import (
     GaussianFit,
-    bits_per_token,
     blocks,
     frechet,
     inception_score,
@@ -119,10 +118,6 @@ def test_ssim_equals_brute_force():
                 values.append(up / ((ma**2 + mb**2 + 2.55**2) * (va + vb + 7.65**2)))
     np.testing.assert_allclose(ssim(x, y), np.mean(values), rtol=1e-9)
     np.testing.assert_allclose(ssim(x, x), 1)
-
-
-def test_bits_per_token():
-    assert bits_per_token(np.log([1 / 8, 1 / 2]) * 4, 4) == pytest.approx(2)
 
 
 def test_retrieval_of_equal_pictures_is_first():

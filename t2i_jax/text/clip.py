@@ -20,8 +20,10 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 from PIL import Image
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.params import abstract, named
@@ -218,7 +220,8 @@ class CLIP(nnx.Module):
         return jnp.exp(self.logit_scale[...]) * unit(self.image.embed(images)) @ unit(self.text.embed(ids)).T
 
 
-def unit(x: Array) -> Array:
+@typed
+def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
     """x scaled to length 1 over the last dimension; zeros stay zero."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -388,7 +391,8 @@ def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -
 # --------------------------------------------------------------------------------------------------------- images
 
 
-def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
+@typed
+def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> Float[np.ndarray, "n {size} {size} 3"]:
     """Images, or uint8 (i, j, 3), preprocessed as in OpenAI's program: float32 (n, size, size, 3).
 
     The short side is resized to `size` with pillow's bicubic filter, the centre is cropped, colours are standardised.
@@ -404,7 +408,8 @@ def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> n
     return (np.stack(rows).astype(np.float32) / 255 - MEAN) / STD
 
 
-def as_seen(images: Array, size: int = 224) -> Array:
+@typed
+def as_seen(images: Float[Array, "b i j 3"], size: int = 224) -> Float[Array, "b {size} {size} 3"]:
     """The same for images (b, i, j, 3) in [-1, 1] on the device, which are cropped first.
 
     Like pillow it resizes columns, then rows, and rounds to bytes after each; no gradient passes.

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Annotated, Protocol, cast
 
 import numpy as np
+from jaxtyping import Bool, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, Checked
@@ -26,7 +28,10 @@ SHOWN = 40
 """Characters shown of each."""
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+@typed
+def padded(
+    rows: Sequence[Sequence[int]], length: int, pad: int = 0
+) -> tuple[Int[np.ndarray, "n {length}"], Bool[np.ndarray, "n {length}"]]:
     """Ids int32 (n, length) of rows that are no longer, filled up with `pad`, and the mask bool (n, length) of the
     others."""
     ids, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)

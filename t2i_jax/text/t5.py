@@ -13,7 +13,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.sharding import shard
 from t2i_jax.interop import huggingface
@@ -151,7 +153,8 @@ class T5Encoder(nnx.Module):
         return self.norm(apply_stack(self.blocks, x, mask=mask[:, None, None], bias=bias)[0])
 
 
-def buckets(t: int, count: int, distance: int) -> np.ndarray:
+@typed
+def buckets(t: int, count: int, distance: int) -> Int[np.ndarray, "{t} {t}"]:
     """Bucket int (t, t) of key s relative to query t (Raffel et al. 2020, section 2.1).
 
     The lower half of the buckets is for keys to the left, the upper for keys to the right. In each half the first half
