@@ -12,8 +12,7 @@ import numpy as np
 
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
-from t2i_jax.data.records import DataError, Record, as_captions
-from t2i_jax.data.sources import Reader
+from t2i_jax.data.records import DataError, Reader, Record, as_captions
 from t2i_jax.data.transforms import choose_caption, to_square
 
 log = logging.getLogger(__name__)

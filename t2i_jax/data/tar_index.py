@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -70,6 +70,20 @@ class Entry:
     """then the index itself"""
 
 
+class Header(TypedDict):
+    """The first line of an index."""
+
+    size: int
+    mtime_ns: int
+    samples: int
+    columns: dict[str, int | tuple[str, int]]
+    cut: NotRequired[str]
+    kind: NotRequired[str]
+    keys: NotRequired[int]
+    """these three of `Scan`, where the tar cannot be read to its end"""
+    ignored: NotRequired[list[str]]
+
+
 class Table:
     """An index as it is read: whole numbers in named columns, memory-mapped.
 
@@ -78,19 +92,22 @@ class Table:
 
     def __init__(self, data: bytes | mmap.mmap):
         self.data, self.start = data, data.find(b"\n") + 1
-        self.header: dict[str, Any] = json.loads(bytes(data[: self.start])) if self.start else {}
-        if not isinstance(self.header, dict) or self.header.get(FORMAT) != VERSION:
+        header: Header | None = json.loads(bytes(data[: self.start])) if self.start else None
+        if not isinstance(header, dict) or header.get(FORMAT) != VERSION:
             raise ValueError("it is of another kind")
         if bytes(data[-len(END) :]) != END:
             raise ValueError("it is cut short")
+        if not isinstance(columns := header.get("columns"), dict):
+            raise ValueError("its first line is damaged: it has no columns")
         try:
             self.columns: dict[str, int | tuple[np.dtype, int]] = {
                 name: stored if isinstance(stored, int) else (np.dtype(stored[0]), self.start + int(stored[1]))
-                for name, stored in self.header["columns"].items()
+                for name, stored in columns.items()
             }
-            self.samples, size = int(self.header["samples"]), int(self.header["size"])
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            self.samples, size = int(header["samples"]), int(header["size"])
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"its first line is damaged: {error}") from error
+        self.header = header
         for stored in self.columns.values():
             if isinstance(stored, tuple) and stored[1] + self.samples * stored[0].itemsize > len(data):
                 raise ValueError("it is cut short")
