@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
     args, rest = read_arguments(SampleBench, arguments, "t2i bench sample", some=True)
     if args.model is not None:
-        return _any_family(args, rest)
+        return _any_family(args, args.model, rest)
     if rest:
         raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
     published = args.shape in OF_AR and args.shape.startswith("llamagen")
@@ -190,8 +190,7 @@ def main(arguments: list[str]) -> None:
     print_results("sample", [about | r for r in results], shown, args.out)
 
 
-def _any_family(args: SampleBench, overrides: list[str]) -> None:
-    path: Any = args.model
+def _any_family(args: SampleBench, path: Path, overrides: list[str]) -> None:
     given, default = values(args), values(SampleBench())
     odd = [n for n in (*OF_SHAPE, "shape") if given[n] != default[n]]
     if odd:

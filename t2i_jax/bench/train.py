@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,10 @@ class TrainBench(Checked):
     """write the result as JSON"""
 
 
-def prepared(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
+A = TypeVar("A", bound=TrainBench)
+
+
+def prepared(kind: type[A], arguments: list[str], prog: str) -> tuple[A, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
     args, rest = read_arguments(kind, arguments, prog, some=True)
     experiment = load_experiment(args.config, rest)

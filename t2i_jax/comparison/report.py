@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from t2i_jax.bench.measure import Result
 from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
 from t2i_jax.core import image_files
@@ -48,7 +48,7 @@ def plot_of(out: Path, sweep: str) -> Path:
 
 def write(
     comparison: Comparison,
-    found: dict[str, Any],
+    found: Result,
     ruler: ReferenceSet,
     sheets: Mapping[str, np.ndarray],
     out: Path,

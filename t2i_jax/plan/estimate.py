@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
@@ -25,6 +25,7 @@ from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.ready import Batch, abstract_setup, depths, size_of, tokens_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.state import TrainState
 
 BETWEEN = "all-reduce between slices"
 HIDDEN = "the network is assumed to overlap the products completely: MFU is an upper bound"
@@ -35,7 +36,7 @@ UNSCANNED = "its layers are not scanned: what they keep for the backward pass is
 class Traced:
     """A step traced once on one device; every mesh is arithmetic on it."""
 
-    target: Any
+    target: TrainState
     flops: float
     """of a step, recomputation included"""
     model_flops: float
@@ -75,9 +76,9 @@ def trace(experiment: Experiment, batch: Batch) -> Traced:
     return Traced(made.trainer.target, work, model, kept, largest, _moved(jaxpr))
 
 
-def _size(aval: Any) -> float:
-    # Abstract values of JAX need have neither a shape (tokens) nor a size of their numbers (keys).
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
+def _size(aval: object) -> float:
+    # Tokens have no shape.
+    return float(math.prod(aval.shape) * aval.dtype.itemsize) if isinstance(aval, ShapedArray) else 0.0
 
 
 def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
@@ -139,7 +140,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
 
 def held(tree: object, sizes: dict[str, int]) -> float:
     """Bytes of a tree on one chip of a mesh, under the rules of `core.sharding`."""
-    mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     layout = shardings(tree, mesh)
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return float(sum(one(x, s) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -72,7 +71,7 @@ class Plan:
             chip_hours=hours * self.chips,
         )
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> Mapping[str, object]:
         return dataclasses.asdict(self) | {"fits": self.fits}
 
 
