@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax.bench.measure import Result, interleaved, print_results, read_arguments, table
+from t2i_jax.bench.measure import Arguments, Result, interleaved, print_results, read_arguments, table
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError
-from t2i_jax.core.fields import Checked, Range, Size, Workers
+from t2i_jax.core.fields import Range, Size, Workers
 from t2i_jax.core.params import abstract
 from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
@@ -141,7 +141,7 @@ def need(size: str, chip: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataBench(Checked):
+class DataBench(Arguments):
     """Examples a second from image files and from codes, against what chips consume. All data are made for the run.
 
     Example: t2i bench data --workers 2 --out data.json
@@ -158,8 +158,6 @@ class DataBench(Checked):
     repeats: Size = 3
     chips: tuple[str, ...] = ("v5e", "v5p", "h100")
     shapes: tuple[str, ...] = ("llamagen-b", "llamagen-xl")
-    out: Path | None = None
-    """write the results as JSON"""
 
 
 ROWS: dict[str, Callable[[Result], str]] = {

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.measure import read_arguments
+from t2i_jax.bench.measure import Arguments, read_arguments
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Range, values
+from t2i_jax.core.fields import Range, values
 from t2i_jax.core.noise import NoiseProcess, SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow
@@ -87,13 +87,9 @@ def error_within(solver: str, path: SamplingGrid, mean: Array, std: Array, size:
     return (jnp.abs(x[0] - path.alpha[stop] * mean) + jnp.abs(jnp.linalg.norm(x[1:]) - spread(stop))) / spread(stop)
 
 
-def path_of(process: NoiseProcess, steps: int, spacing: Spacing = "default") -> SamplingGrid:
-    """The stops as a sampler has them, compiled for every number of steps at once."""
-    return _path(process, jnp.int32(steps), spacing)
-
-
 @partial(jax.jit, static_argnames=("process", "spacing"))
-def _path(process: NoiseProcess, steps: Array, spacing: Spacing) -> SamplingGrid:
+def path_of(process: NoiseProcess, steps: Array, spacing: Spacing = "default") -> SamplingGrid:
+    """The stops as a sampler has them, compiled for every number of steps at once."""
     return process.timesteps(steps, spacing=spacing)
 
 
@@ -102,7 +98,7 @@ def compared(
 ) -> dict[str, float]:
     """`std` over the true one, error of the `mean` in units of it, and `off`: the larger difference of the two from
     `recursion` over the same stops, in the same units. size: of the program, at least steps + 2; one is compiled."""
-    (solver, eta), path = KINDS[kind], path_of(process, steps, spacing)
+    (solver, eta), path = KINDS[kind], path_of(process, jnp.int32(steps), spacing)
     found = law(np.asarray(drawn(solver, path, mean, std, size or steps + 2, eta), np.float64))
     alpha, sigma = (np.asarray(x, np.float64)[: steps + 1] for x in (path.alpha, path.sigma))
     expected = recursion(solver, eta, alpha, sigma, mean, std)
@@ -113,7 +109,7 @@ def compared(
 def order(kind: str, process: NoiseProcess, steps: int, mean: float, std: float, size: int = 0) -> float:
     """log2 of how much smaller the error within the path becomes by twice as many steps, at stops even in time."""
     (solver, eta), counts = KINDS[kind], (steps, 2 * steps)
-    paths = [path_of(process, n, "even") for n in counts]
+    paths = [path_of(process, jnp.int32(n), "even") for n in counts]
     few, more = (float(error_within(solver, path, mean, std, size or 2 * steps + 2, eta)) for path in paths)
     return float(np.log2(few / more))
 
@@ -172,7 +168,7 @@ def inpainted(process: NoiseProcess, solver: str, steps: Array, resample: Array)
 
 
 @dataclasses.dataclass(frozen=True)
-class SolverBench(Checked):
+class SolverBench(Arguments):
     """What every solver makes of images N(mean, std^2), along every process, with the best possible network.
 
     Example: t2i bench solvers --steps 10 20 50 --std 0.3

@@ -100,16 +100,20 @@ def run(arguments: list[str]) -> None:
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)
-    if not args.classifier and _names(rest, "--classifier-scale"):
-        raise config.ConfigError("--classifier-scale without --classifier: which model is to guide?")
-    if jax.process_count() > 1 and (args.watch or args.rerank):
-        raise config.ConfigError("--watch and --rerank work in one process alone")
-    if args.autoguide and guidance_flags(pipeline.family, options):
-        raise config.ConfigError("--autoguide with guidance 1: nothing guides; add --guidance 2")
-    if not args.image and _names(rest, "--strength"):
-        raise config.ConfigError("--strength without --image: of which image?")
-    if args.mask and not args.image:
-        raise config.ConfigError("--mask without --image: where to draw anew, but of which image?")
+    flags = {word.partition("=")[0] for word in rest}
+    refused = {
+        "--classifier-scale without --classifier: which model is to guide?": (
+            not args.classifier and "--classifier-scale" in flags
+        ),
+        "--watch and --rerank work in one process alone": jax.process_count() > 1 and (args.watch or args.rerank),
+        "--autoguide with guidance 1: nothing guides; add --guidance 2": (
+            args.autoguide and guidance_flags(pipeline.family, options)
+        ),
+        "--strength without --image: of which image?": not args.image and "--strength" in flags,
+        "--mask without --image: where to draw anew, but of which image?": args.mask and not args.image,
+    }
+    for message in [message for message, wrong in refused.items() if wrong][:1]:
+        raise config.ConfigError(message)
     edit, guides, upsampler = None, [], None
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
@@ -136,8 +140,3 @@ def run(arguments: list[str]) -> None:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
-
-
-def _names(words: list[str], flag: str) -> bool:
-    """Whether a command line has a flag."""
-    return any(word.partition("=")[0] == flag for word in words)

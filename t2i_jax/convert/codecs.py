@@ -103,11 +103,8 @@ def _judge(tensors: Tensors) -> DiscriminatorConfig:
     return DiscriminatorConfig(tensors["main.0.weight"].shape[0], kernels - 2)
 
 
-def _usage(config: VQGAN) -> dict[str, np.ndarray]:
-    """The last codes seen, which LlamaGen saves with its weights for its log."""
-    return {"quantize.codebook_used": np.zeros(65536, np.float32)}
-
-
+USED = {"quantize.codebook_used": np.zeros(65536, np.float32)}
+"""The last codes seen, which LlamaGen saves with its weights for its log."""
 STAGE = "first_stage_model."
 """Prefix of the codec in a checkpoint of a next-token model of taming-transformers."""
 
@@ -117,7 +114,7 @@ FORMATS = {
         table_of("llamagen"),
         vqgan.IGNORED,
         needed=(vqgan.needed("llamagen"),),
-        buffers=_usage,
+        buffers=lambda config: USED,
         title="LlamaGen's tokenizers VQ-16, VQ-8",
         example="vq_ds16_c2i.pt",
     ),

@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -307,31 +308,23 @@ def _scans(
             except OSError as error:
                 yield tar, error
         return
-    tars, lock = iter(order), threading.Lock()
-    results: queue.SimpleQueue[tuple[Path, Entry | Scan | Exception] | None] = queue.SimpleQueue()
-    processes: list[_Process] = []
+    processes, idle = [_Process() for _ in range(workers)], queue.SimpleQueue[_Process]()
+    for process in processes:
+        idle.put(process)
 
-    def drive(process: _Process) -> None:
-        while True:
-            with lock:
-                tar = next(tars, None)
-            if tar is None:
-                break
-            results.put((tar, made(tar) or process.scan(tar, endings)))
-        results.put(None)
+    def one(tar: Path) -> tuple[Path, Entry | Scan | Exception]:
+        process = idle.get()
+        try:
+            return tar, made(tar) or process.scan(tar, endings)
+        finally:
+            idle.put(process)
 
+    pool = ThreadPoolExecutor(workers, "tar index")
     try:
-        for _ in range(workers):
-            processes.append(_Process())
-            threading.Thread(target=drive, args=processes[-1:], name="tar index", daemon=True).start()
-        while workers:
-            if (result := results.get()) is None:
-                workers -= 1
-            else:
-                yield result
+        for done in as_completed([pool.submit(one, tar) for tar in order]):
+            yield done.result()
     finally:
-        with lock:
-            tars = iter(())
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.end()
 

@@ -21,6 +21,7 @@ from t2i_jax.evaluation.alignment import rank
 from t2i_jax.evaluation.features import batches
 from t2i_jax.evaluation.report import Number, aligned
 from t2i_jax.nn.layers import Linear
+from t2i_jax.nn.transformer import drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,6 @@ def head(
     first, second = layers
     y = second(drop(jax.nn.gelu(first(drop(x, dropout, keys[0]))), dropout, keys[1]))
     return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
-
-
-@typed
-def drop(x: Float[Array, "*b"], share: float, key: Array | None) -> Float[Array, "*b"]:
-    """Dropout; none without a key."""
-    return x if key is None else jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0)
 
 
 @typed
