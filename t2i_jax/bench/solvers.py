@@ -4,6 +4,7 @@ against the true law, order of convergence, what the spacing of the stops change
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -214,16 +215,15 @@ def main(arguments: list[str]) -> None:
         "# Solvers on Gaussian images",
         "",
         f"Made by `t2i bench solvers{options} --out {args.out or 'FILE.md'}`.",
+        ABOUT.format(few=ORDERED, more=2 * ORDERED),
     ]
-    lines += [ABOUT.format(few=ORDERED, more=2 * ORDERED)]
     if args.out:
         lines += [f"![error against steps]({args.out.with_suffix('.png').name})", ""]
     size, errors = max(*args.steps, 2 * ORDERED) + 2, {}
     for std in args.std:
         for name, process in PROCESSES.items():
             lines += [f"## {name}, mean {args.mean:g}, std {std:g}", ""]
-            lines += ["| | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in args.steps) + " | off | order |"]
-            lines += ["|---" + "|---:" * (len(args.steps) + 2) + "|"]
+            lines += heading([*(f"{n} step{'s' * (n > 1)}" for n in args.steps), "off", "order"])
             for kind in KINDS:
                 cells = [compared(kind, process, n, args.mean, std, size=size) for n in args.steps]
                 errors[std, name, kind] = [abs(c["std"] - 1) + abs(c["mean"]) for c in cells]
@@ -233,8 +233,7 @@ def main(arguments: list[str]) -> None:
                 off = f"{max(c['off'] for c in cells):.0e} | {measured:.1f}"
                 lines += [f"| {title} | " + " | ".join(shown) + f" | {off} |"]
             lines += ["", "Standard deviation over the true one, by the spacing of the stops:", ""]
-            lines += ["| | " + " | ".join(f"{s}, {n}" for s in SPACINGS for n in FEW) + " |"]
-            lines += ["|---" + "|---:" * len(SPACINGS) * len(FEW) + "|"]
+            lines += heading([f"{s}, {n}" for s in SPACINGS for n in FEW])
             for kind in ("ddim", "heun", "dpm++", "dpm++sde", "unipc"):
                 found = [compared(kind, process, n, args.mean, std, s, size)["std"] for s in SPACINGS for n in FEW]
                 lines += [f"| {kind} | " + " | ".join(f"{x:.3f}" for x in found) + " |"]
@@ -244,6 +243,11 @@ def main(arguments: list[str]) -> None:
     if args.out:
         write_markdown(args.out, text)
         plot(errors, args.steps, args.std, args.out.with_suffix(".png"))
+
+
+def heading(columns: Sequence[str]) -> list[str]:
+    """The first lines of a table in Markdown."""
+    return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
 
 
 INPAINTING = """
@@ -261,8 +265,8 @@ come the errors of the solver and, in practice, of the network.
 def inpainting() -> list[str]:
     """Lines of the page: a row a process and solver."""
     columns = [(n, k) for n in (24, 100) for k in (1, 2, 4, 10)]
-    lines = [INPAINTING.format(correlation=CORRELATION, known=KNOWN)]
-    lines += ["| | " + " | ".join(f"{n} steps, {k}" for n, k in columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    about = INPAINTING.format(correlation=CORRELATION, known=KNOWN)
+    lines = [about, *heading([f"{n} steps, {k}" for n, k in columns])]
     for name, process in PROCESSES.items():
         for solver in dict.fromkeys((process.solver, "ddim", "dpm++")):
             cells = [inpainted(process, solver, jnp.int32(n), jnp.int32(k)) for n, k in columns]

@@ -118,12 +118,21 @@ def _pixart(
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
-    kind: Fields = {"size": side, "whole": False, "shared": True, "cross_norm": False}
-    kind["conditioning"] = Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention")
-    kind["positions"] = SinCosPositions(stretch or max(side[0] // 64, 1))
+    kind: Fields = {
+        "size": side,
+        "whole": False,
+        "shared": True,
+        "cross_norm": False,
+        "conditioning": Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention"),
+        "positions": SinCosPositions(stretch or max(side[0] // 64, 1)),
+    }
     network = with_fields(DiT(), **(kind | found | {"heads": heads, "eps": eps}))
-    family: Fields = {"process": Discrete("linear"), "solver": "dpm++", "compute": Compute(dtype)}
-    family["sampling"] = DiffusionSampler(steps=20, guidance=4.5, eta=0.0)
+    family: Fields = {
+        "process": Discrete("linear"),
+        "solver": "dpm++",
+        "compute": Compute(dtype),
+        "sampling": DiffusionSampler(steps=20, guidance=4.5, eta=0.0),
+    }
     return with_fields(Diffusion(network), **(family | fields))
 
 
@@ -179,12 +188,20 @@ def _third(
     found = third.describe(tensors)
     summary, dim = found.pop("summary"), found.pop("dim")
     encoded = CrossAttnFeatures(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
-    kind = {"conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"), "learn_variance": False}
-    kind |= {"size": _side(size), "heads": heads or found["width"] // 64}
+    kind: Fields = {
+        "conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"),
+        "learn_variance": False,
+        "size": _side(size),
+        "heads": heads or found["width"] // 64,
+    }
     network = with_fields(DiT(), **(found | kind))
-    family: Fields = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
-    family["compute"] = Compute(dtype)
-    family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
+    family: Fields = {
+        "process": Flow(shift=shift),
+        "predicts": "velocity",
+        "solver": "euler",
+        "compute": Compute(dtype),
+        "sampling": DiffusionSampler(steps=28, guidance=7.0, eta=0.0),
+    }
     return with_fields(Diffusion(network), **(family | fields))
 
 

@@ -47,20 +47,9 @@ Field = Literal["image", "label", "codes", "latents", "features", "text_mask"]
 PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
 ARRAYS: tuple[Field, ...] = ("label", "codes", "latents", *PER_CAPTION)
 DIRECTIONAL_WORDS = (
-    "left",
-    "right",
-    "flag",
-    "text",
-    "letter",
-    "letters",
-    "word",
-    "words",
-    "sign",
-    "button",
-    "symbol",
-    "logo",
-)
-DIRECTIONAL_WORDS += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
+    "left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo", "number",
+    "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow",
+)  # fmt: skip
 TRIES = 100
 """Broken records in a row that end a run."""
 TRIES_SMALL = 10_000

@@ -101,13 +101,10 @@ class TarReader(Parts):
         text, extra, label = (read(at + table.value(m, row), table.value(f"{m}_size", row)) for m in MEMBERS[1:])
         key = self.key(i)
         record: Record = {"image": image, "key": key.removeprefix(mend(f"{entry.tar.parent}/"))}
-        if self.caption == "txt":
-            record["captions"] = as_captions(text, self._instead(extra) if text is None else "")
-        else:
-            record["captions"] = self._field(extra)
-        if self.fields:
-            found = _object(extra)
-            record |= {name: found[name] for name in self.fields if name in found}
+        missing = self._instead(extra) if text is None else ""
+        record["captions"] = as_captions(text, missing) if self.caption == "txt" else self._field(extra)
+        found = _object(extra) if self.fields else {}
+        record |= {name: found[name] for name in self.fields if name in found}
         if label is not None:
             record["label"] = _label(label)
         return record

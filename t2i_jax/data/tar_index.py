@@ -227,9 +227,12 @@ class _Folder:
     ) -> Entry:
         """Write the index of a tar file, with columns `more`, whole or not at all."""
         samples, whole = len(found.columns["image"]), not found.cut
-        about: dict[str, object] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        about |= {"cut": found.cut, "kind": found.kind, "keys": found.keys} if found.cut else {}
-        about |= {"ignored": [mend(name) for name in found.ignored]} if found.ignored else {}
+        about: dict[str, object] = {
+            "size": state.st_size,
+            "mtime_ns": state.st_mtime_ns,
+            **({"cut": found.cut, "kind": found.kind, "keys": found.keys} if found.cut else {}),
+            **({"ignored": [mend(name) for name in found.ignored]} if found.ignored else {}),
+        }
         data = encode_table(about, {**(more or {}), **found.columns})
         name = f"{_name(tar)}.{_state(state)}{self.settings}.{samples}{'' if whole else 'c'}"
         fault: OSError | None = None

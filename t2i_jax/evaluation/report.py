@@ -74,9 +74,15 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        lines = [f"# {self.title}", "", "| measure | value | baselines |", "|---|---:|---|"]
-        lines += [f"| {name} | {value} | {baselines} |" for name, value, baselines in self.rows()]
-        lines += ["", *(f"- {k}: {v}" for k, v in self.facts.items())]
+        lines = [
+            f"# {self.title}",
+            "",
+            "| measure | value | baselines |",
+            "|---|---:|---|",
+            *(f"| {name} | {value} | {baselines} |" for name, value, baselines in self.rows()),
+            "",
+            *(f"- {k}: {v}" for k, v in self.facts.items()),
+        ]
         return "\n".join(lines) + "\n"
 
 

@@ -144,8 +144,8 @@ def evaluate_codec(
         rows = codec.spec.code.values
         share = np.bincount(codes.reshape(-1), minlength=rows) / codes.size
         entropy = -sum(p * math.log(p) for p in share[share > 0])
-        numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(rows)})}
-        numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(rows)})}
+        measured = {"used": float((share > 0).mean()), "perplexity": math.exp(entropy)}
+        numbers |= {f"codebook/{k}": Number(v, "higher", {"codes": float(rows)}) for k, v in measured.items()}
     captions = [title(r) for r in records]
     sheet = image_files.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
     image_files.save_png(sheet, out / "samples.png")

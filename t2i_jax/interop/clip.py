@@ -9,8 +9,10 @@ PATCH = "d c i j -> i j c d"
 OPEN_CLIP = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a folder of open_clip."""
-PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio"}
-PLAIN |= {"patch_size", "image_size", "patch_dropout", "context_length", "vocab_size"}
+PLAIN = {
+    "embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio",
+    "patch_size", "image_size", "patch_dropout", "context_length", "vocab_size",
+}  # fmt: skip
 """Fields there of a network that is OpenAI's, but for its sizes and its activation."""
 NEEDED = ("token_embedding.weight", "visual.conv1.weight", "positional_embedding")
 """Names that every file of OpenAI has."""
@@ -21,6 +23,7 @@ IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_ma
 
 def huggingface_table(text_head: int, image_head: int) -> Table:
     """The names of `transformers` for a `t2i_jax.text.clip.Clip`, whose towers have heads of these sizes."""
+    norms = {"text.norm": "text_model.final_layer_norm", "image.before": "vision_model.pre_layrnorm"}
     lines = {
         "text.words.w": source("text_model.embeddings.token_embedding.weight"),
         "text.positions": source("text_model.embeddings.position_embedding.weight"),
@@ -30,9 +33,8 @@ def huggingface_table(text_head: int, image_head: int) -> Table:
         "image.positions": source("vision_model.embeddings.position_embedding.weight"),
         "image.out.w": source("visual_projection.weight", layout=LINEAR),
         "logit_scale": source("logit_scale"),
+        **layers(norms | {"image.norm": "vision_model.post_layernorm"}),
     }
-    norms = {"text.norm": "text_model.final_layer_norm", "image.before": "vision_model.pre_layrnorm"}
-    lines |= layers(norms | {"image.norm": "vision_model.post_layernorm"})
     for ours, theirs, head in (("text", "text_model", text_head), ("image", "vision_model", image_head)):
         layer = f"{theirs}.encoder.layers.{{}}."
         lines |= by_head(f"{ours}.blocks.attention.qkv", [f"{layer}self_attn.{p}_proj." for p in "qkv"], h=head)
@@ -51,8 +53,8 @@ def openai_table(text_head: int, image_head: int) -> Table:
         "image.positions": source("visual.positional_embedding"),
         "image.out.w": source("visual.proj"),
         "logit_scale": source("logit_scale"),
+        **layers({"text.norm": "ln_final", "image.before": "visual.ln_pre", "image.norm": "visual.ln_post"}),
     }
-    lines |= layers({"text.norm": "ln_final", "image.before": "visual.ln_pre", "image.norm": "visual.ln_post"})
     for ours, theirs, head in (("text", "", text_head), ("image", "visual.", image_head)):
         layer = f"{theirs}transformer.resblocks.{{}}."
         lines |= by_head(f"{ours}.blocks.attention.qkv", [f"{layer}attn.in_proj_"], "(a n h)", a=3, h=head)

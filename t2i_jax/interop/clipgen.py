@@ -29,8 +29,8 @@ def table(head: int, output_bias: bool) -> Table:
     linears = {"attention.out": "self_attn.out_proj", "mlp.into": "linear1", "mlp.out": "linear2"}
     norms = {"norm": "norm", "blocks.attention_norm": f"{layer}norm1", "blocks.mlp_norm": f"{layer}norm2"}
     lines = mingpt.around({ours: layer + theirs for ours, theirs in linears.items()}, norms, output_bias)
-    lines |= by_head("blocks.attention.qkv", [f"{layer}self_attn.in_proj_"], "(a n h)", a=3, h=head)
-    return lines | layers({"condition.out": "cond_proj"}, LINEAR)
+    qkv = by_head("blocks.attention.qkv", [f"{layer}self_attn.in_proj_"], "(a n h)", a=3, h=head)
+    return lines | qkv | layers({"condition.out": "cond_proj"}, LINEAR)
 
 
 def buffers(positions: int, depth: int) -> dict[str, np.ndarray]:

@@ -156,14 +156,19 @@ def table(transformer: Transformer, words: int, codes: int, *, token_shift: bool
         if transformer.sandwich_norm:
             norms[f"blocks.{branch}_out_norm"] = f"{LAYER}{n}.fn.norm_out"
     lines |= layers(norms)
-    if tied:
-        lines["text_tokens.w"] = source("to_logits.1.weight", **text)
-        lines["image_tokens.w"] = source("to_logits.1.weight", **image)
-    else:
-        lines |= {"text_tokens.w": source("text_emb.weight"), "image_tokens.w": source("image_emb.weight")}
-        lines |= {"text_head": linear("to_logits.1", **text), "image_head": linear("to_logits.1", **image)}
-    if axial:
-        lines["text_places"] = source("text_pos_emb.weight")
-        lines["row_places"] = source("image_pos_emb.weights.0", layout="1 h 1 d -> h d")
-        lines["column_places"] = source("image_pos_emb.weights.1", layout="1 1 w d -> w d")
-    return lines
+    shared = {
+        "text_tokens.w": source("to_logits.1.weight", **text),
+        "image_tokens.w": source("to_logits.1.weight", **image),
+    }
+    apart = {
+        "text_tokens.w": source("text_emb.weight"),
+        "image_tokens.w": source("image_emb.weight"),
+        "text_head": linear("to_logits.1", **text),
+        "image_head": linear("to_logits.1", **image),
+    }
+    places = {
+        "text_places": source("text_pos_emb.weight"),
+        "row_places": source("image_pos_emb.weights.0", layout="1 h 1 d -> h d"),
+        "column_places": source("image_pos_emb.weights.1", layout="1 1 w d -> w d"),
+    }
+    return {**lines, **(shared if tied else apart), **(places if axial else {})}

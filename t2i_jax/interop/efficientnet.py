@@ -36,8 +36,11 @@ def efficientnet_from(weights: Mapping[str, np.ndarray], source: str = "the stat
     """The network from a state dict under the names of `efficientnet_lite_pytorch`."""
     units = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     for i, expand in enumerate(expand for repeat, _, _, expand, _ in STAGES for _ in range(repeat)):
-        parts = {"expand": ("_expand_conv", "_bn0")} if expand > 1 else {}
-        parts |= {"depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
+        parts = {
+            **({"expand": ("_expand_conv", "_bn0")} if expand > 1 else {}),
+            "depthwise": ("_depthwise_conv", "_bn1"),
+            "project": ("_project_conv", "_bn2"),
+        }
         units |= {
             f"blocks.{i}.{part}": (f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for part, (conv, norm) in parts.items()
         }

@@ -63,8 +63,8 @@ def table(classes: int, encoder_heads: int, decoder_heads: int) -> Table:
     for part, heads in (("encoder", encoder_heads), ("decoder", decoder_heads)):
         block = f"{part}_blocks.{{}}"
         norms |= {f"{part}.attention_norm": f"{block}.norm1", f"{part}.mlp_norm": f"{block}.norm2"}
-        linears |= {f"{part}.attention.out": f"{block}.attn.proj"}
-        linears |= {f"{part}.mlp.into": f"{block}.mlp.fc1", f"{part}.mlp.out": f"{block}.mlp.fc2"}
+        parts = {"attention.out": "attn.proj", "mlp.into": "mlp.fc1", "mlp.out": "mlp.fc2"}
+        linears |= {f"{part}.{ours}": f"{block}.{theirs}" for ours, theirs in parts.items()}
         lines |= by_head(f"{part}.attention.qkv", [f"{block}.attn.qkv."], "(a n h)", a=3, n=heads)
     net, block = "diffloss.net", "diffloss.net.res_blocks.{}"
     norms |= {"head.blocks.norm": f"{block}.in_ln"}

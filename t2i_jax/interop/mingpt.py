@@ -49,13 +49,14 @@ def table(head: int, output_bias: bool) -> Table:
 
 def around(linears: Mapping[str, str], norms: Mapping[str, str], output_bias: bool) -> dict[str, Source]:
     """Lines of such GPTs for all but queries, keys and values; linears (of blocks), norms: their names by ours."""
-    lines = {
+    return {
         "tokens.w": source("tok_emb.weight"),
         "positions": source("pos_emb", layout="1 t d -> t d"),
         "output": source("head.weight", layout=LINEAR),
+        **layers({f"blocks.{ours}": theirs for ours, theirs in linears.items()}, LINEAR),
+        **layers(norms),
+        **({"output_bias": source("head.bias")} if output_bias else {}),
     }
-    lines |= layers({f"blocks.{ours}": theirs for ours, theirs in linears.items()}, LINEAR) | layers(norms)
-    return lines | ({"output_bias": source("head.bias")} if output_bias else {})
 
 
 def buffers(positions: int, depth: int, bidirectional_prefix: int) -> dict[str, np.ndarray]:

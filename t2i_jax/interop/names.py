@@ -124,11 +124,13 @@ def source(
     return Source(names, layout, sizes, rows, height, parts)
 
 
-def layers(names: Mapping[str, str], layout: str = "", biases: bool = True) -> dict[str, Source]:
+def layers(
+    names: Mapping[str, str], layout: str = "", biases: bool = True, ends: tuple[str, str] = ("weight", "bias")
+) -> dict[str, Source]:
     """Lines of layers, by our name and theirs: their `.weight` is our `.w`, in this layout, and their `.bias` our `.b`,
-    if they have biases."""
-    lines = {f"{ours}.w": source(f"{theirs}.weight", layout=layout) for ours, theirs in names.items()}
-    return lines | {f"{ours}.b": source(f"{theirs}.bias") for ours, theirs in names.items() if biases}
+    if they have biases; ends: other words for these."""
+    lines = {f"{ours}.w": source(f"{theirs}.{ends[0]}", layout=layout) for ours, theirs in names.items()}
+    return lines | {f"{ours}.b": source(f"{theirs}.{ends[1]}") for ours, theirs in names.items() if biases}
 
 
 def by_head(
@@ -160,8 +162,8 @@ def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: st
     tensors with numbers that are not finite.
     Errors: ValueError that lists variables without a line, and missing, unused, quantised or wrongly shaped tensors.
     """
-    wanted, used, wrong, read, narrow = named(model), set(), [], [], set()
-    wrong += [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
+    wanted, used, read, narrow = named(model), set(), [], set()
+    wrong = [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
     wrong += [f"{ours}: a line of the table, but nothing in the model" for ours in table.keys() - wanted.keys()]
     found = {}
     for ours, line in table.items():

@@ -11,6 +11,14 @@ PLACES = "pos_embed.pos_embed"
 """Where older files keep the positions; newer ones leave them out."""
 NEEDED = ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight")
 """Names that every such file has."""
+ONLY = {
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "attention_type": "default",
+}
+"""Fields of config.json for which only these values are supported."""
 BLOCK = "transformer_blocks.{}."
 PARTS = {
     "time.into": "adaln_single.emb.timestep_embedder.linear_1",
@@ -57,9 +65,7 @@ def settings(config: Fields) -> Fields:
 
     Errors: ValueError naming a field with an unsupported value.
     """
-    only = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "attention_bias": True}
-    only |= {"norm_elementwise_affine": False, "attention_type": "default"}
-    for field, known in only.items():
+    for field, known in ONLY.items():
         if config.get(field, known) != known:
             raise ValueError(f"transformer/config.json: {field} is {config[field]!r}; what can be read is {known!r}")
     side = config.get("sample_size", 128)

@@ -23,8 +23,8 @@ def table(names: Container[str], head_dim: int, gated: bool) -> Table:
         "blocks.attention.out": ATTENTION + "o",
         "blocks.mlp.into": MLP + ("wi_1" if gated else "wi"),
         "blocks.mlp.out": MLP + "wo",
+        **({"blocks.mlp.gate": MLP + "wi_0"} if gated else {}),
     }
-    linears |= {"blocks.mlp.gate": MLP + "wi_0"} if gated else {}
     norms = {"blocks.attention_norm": BLOCK + "0.layer_norm", "blocks.mlp_norm": BLOCK + "1.layer_norm"}
     return {
         "words.w": source(shared if shared in names else "encoder.embed_tokens.weight"),

@@ -62,10 +62,8 @@ def describe(
         side = math.isqrt(shape(mask)[-1]) if mask in tensors else 16
         grid = (side, side)
     learned = f"{first}ln1.emb.weight" in tensors
-    if learned:
-        steps = shape(f"{first}ln1.emb.weight")[0]
-    else:
-        steps = steps or (shape("log_at")[0] if "log_at" in tensors else 100)
+    scheduled = shape("log_at")[0] if "log_at" in tensors else 100
+    steps = shape(f"{first}ln1.emb.weight")[0] if learned else steps or scheduled
     conv = f"{first}mlp.conv1.weight" in tensors
     rows = lambda side: shape(f"transformer.content_emb.{side}_emb.weight")[0]
     fields: Fields = {
@@ -145,11 +143,14 @@ def buffers(chain: Chain, depth: int, importance: bool, context: int) -> dict[st
     """Buffers of the published program: logs of its schedule, an unused mask of `context` vectors, and, where the model
     has none, an empty history of losses."""
     s = chain.schedule
+    near, far = {"a": s.a, "b": s.b, "c": s.c}, {"a": s.alpha_bar, "b": s.beta_bar, "c": s.gamma_bar}
     with np.errstate(divide="ignore"):
-        found = {f"log_{x}t": np.log(y) for x, y in zip("abc", (s.a, s.b, s.c), strict=True)}
-        far = (s.alpha_bar, s.beta_bar, s.gamma_bar)
-        found |= {f"log_cumprod_{x}t": np.log(y) for x, y in zip("abc", far, strict=True)}
-        found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.gamma_bar)}
+        found = {
+            **{f"log_{x}t": np.log(y) for x, y in near.items()},
+            **{f"log_cumprod_{x}t": np.log(y) for x, y in far.items()},
+            "log_1_min_ct": np.log1p(-s.c),
+            "log_1_min_cumprod_ct": np.log1p(-s.gamma_bar),
+        }
     found |= {} if importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
     if context:
         found |= {f"{BLOCK.format(n)}attn2.mask": np.tril(np.ones((1, 1, context, context))) for n in range(depth)}

@@ -123,9 +123,16 @@ class Clip:
 
         text = tower("transformer.", shape["positional_embedding"][1], text_head or head)
         image = tower("visual.transformer.", width, head)
-        sizes = {"dim": shape["visual.proj"][1], "vocabulary": shape["token_embedding.weight"][0]}
-        sizes |= {"length": shape["positional_embedding"][0], "size": grid * patch, "patch": patch}
-        return cls(text, image, channels=channels, **sizes)
+        return cls(
+            text,
+            image,
+            dim=shape["visual.proj"][1],
+            vocabulary=shape["token_embedding.weight"][0],
+            length=shape["positional_embedding"][0],
+            size=grid * patch,
+            patch=patch,
+            channels=channels,
+        )
 
 
 def _transformer(config: Fields, part: str, width: int, heads: int, mlp: int) -> Transformer:

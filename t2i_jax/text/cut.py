@@ -114,8 +114,8 @@ def unread(text: Limited, captions: Sequence[str]) -> str:
     if not long:
         return ""
     parts = [f"{shown(c)} by {n}, not read from {shown(c[end(text, c) :].lstrip())} on" for c, n in long[:NAMED]]
-    parts += [f"and {len(long) - NAMED} more"] if len(long) > NAMED else []
-    return f"{type(text).__name__} reads {text.room} tokens; longer are {'; '.join(parts)}"
+    more = [f"and {len(long) - NAMED} more"] if len(long) > NAMED else []
+    return f"{type(text).__name__} reads {text.room} tokens; longer are {'; '.join(parts + more)}"
 
 
 def end(text: Limited, caption: str) -> int:
