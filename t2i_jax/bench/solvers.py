@@ -276,14 +276,10 @@ def inpainting() -> list[str]:
 
 def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ...], stds: tuple[float, ...], out: File):
     """Errors against steps, one panel a process and a standard deviation."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(stds), len(PROCESSES), figsize=(3 * len(PROCESSES), 3 * len(stds)), sharex=True, sharey=True, squeeze=False
-    )
+    figure = Figure((3 * len(PROCESSES), 3 * len(stds)), layout="tight")
+    panels = figure.subplots(len(stds), len(PROCESSES), sharex=True, sharey=True, squeeze=False)
     for row, std in zip(panels, stds, strict=True):
         for panel, name in zip(row, PROCESSES, strict=True):
             for kind in DRAWN:
@@ -295,6 +291,4 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
     for row in panels:
         row[0].set_ylabel("error of std and mean")
     panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(out, dpi=80, metadata={"Software": MAKER})
-    pyplot.close(figure)

@@ -114,18 +114,15 @@ def run(arguments: list[str]) -> None:
     }
     for message in [message for message, wrong in refused.items() if wrong][:1]:
         raise config.ConfigError(message)
-    edit, guides, upsampler = None, [], None
+    edit = None
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
         edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
             pipeline.tokens_to_keep(edit)
-    if args.classifier:
-        guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh))
-    if args.autoguide:
-        guides.append(Autoguidance.load(args.autoguide, mesh=pipeline.mesh))
-    if args.upsample:
-        upsampler = Pipeline.load(args.upsample, mesh)
+    wanted = ((ClassifierGuidance, args.classifier), (Autoguidance, args.autoguide))
+    guides = [kind.load(run, mesh=pipeline.mesh) for kind, run in wanted if run]
+    upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
     sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler)
     judge = None
     if args.rerank:

@@ -158,6 +158,6 @@ class Examples:
     def summary(self) -> str:
         """How many of the records that were read are left out, and why; empty where none is."""
         tally = self.tally
-        reasons = [f"{tally.broken} as broken"] if tally.broken else []
-        reasons += [f"{tally.small} as under Data.smallest_side = {self.smallest_side}"] if tally.small else []
+        counts = {"broken": tally.broken, f"under Data.smallest_side = {self.smallest_side}": tally.small}
+        reasons = [f"{count} as {why}" for why, count in counts.items() if count]
         return f"of {tally.seen} records are left out: {', '.join(reasons)}" if reasons else ""

@@ -34,18 +34,11 @@ class Recent(Generic[K, T]):
 
     def __init__(self, make: Callable[[K], T], most: int):
         self.make, self.most = make, most
-        self._cold()
-
-    def _cold(self) -> None:
         self.kept: OrderedDict[K, _Slot[T]] = OrderedDict()
         self.lock = threading.Lock()
 
-    def __getstate__(self):
-        return self.make, self.most
-
-    def __setstate__(self, state):
-        self.make, self.most = state
-        self._cold()
+    def __reduce__(self):
+        return Recent, (self.make, self.most)
 
     def __getitem__(self, key: K) -> T:
         with self.lock:
@@ -71,11 +64,8 @@ class Files(Generic[K, T]):
     def __init__(self, make: Callable[[K], T]):
         self.make, self.reader = make, object()  # another reader may mean another file of that name
 
-    def __getstate__(self):
-        return self.make
-
-    def __setstate__(self, state):
-        self.make, self.reader = state, object()
+    def __reduce__(self):
+        return Files, (self.make,)
 
     def __getitem__(self, path: K) -> T:
         return cast(T, _open()[self.reader, self.make, path])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from flax import nnx
 
@@ -55,6 +54,13 @@ POOLS = {
     "spatial": {"head.into": "out.0", "head.out": "out.2"},
     "spatial_v2": {"head.into": "out.0", "head.norm": "out.1", "head.out": "out.3"},
 }
+POOL_PARTS = {
+    "adaptive": {"norm"},
+    "attention": {"norm", "position"},
+    "spatial": {"into"},
+    "spatial_v2": {"into", "norm"},
+}
+"""Which of these parts the head of a classifier has, by how it pools."""
 
 
 def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
@@ -148,7 +154,8 @@ def table(model: nnx.Module) -> Table:
     """The published name and layout of each variable of a UNet, or of a classifier of noised images."""
     variables = named(model)
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
-    pool = next((p for p, lines in POOLS.items() if _is(p, variables)), "") if "head.out.w" in variables else ""
+    has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
+    pool = next((pool for pool, parts in POOL_PARTS.items() if parts == has), "") if "head.out.w" in variables else ""
 
     whole = WHOLE | {f"condition.{k}": v for k, v in TEXT.items()} | POOLS.get(pool, {})
     whole |= {} if "condition.position" in variables else {"condition.table": "label_emb"}
@@ -187,17 +194,3 @@ def table(model: nnx.Module) -> Table:
         return LINEAR if variable.ndim == 2 else ""
 
     return {k: source(theirs(k), layout=layout(k, v)) for k, v in variables.items()}
-
-
-def _is(pool: str, variables: Iterable[str]) -> bool:
-    """Whether the head of a classifier pools like that, by what it has."""
-    has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
-    return (
-        has
-        == {
-            "adaptive": {"norm"},
-            "attention": {"norm", "position"},
-            "spatial": {"into"},
-            "spatial_v2": {"into", "norm"},
-        }[pool]
-    )

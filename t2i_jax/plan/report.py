@@ -132,9 +132,8 @@ def table(plan: Plan) -> Table:
 
 def ranking(plans: Sequence[Plan], title: str) -> Table:
     """Several plans, a line each, best first."""
-    out, columns = Table(title=title), columns_of(plans)
-    for name in columns:
-        out.add_column(name)
+    columns = columns_of(plans)
+    out = Table(*columns, title=title)
     for plan in plans:
         out.add_row(*(cell(plan) for cell in columns.values()))
     return out
