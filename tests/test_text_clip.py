@@ -143,7 +143,7 @@ def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
     with pytest.raises(ValueError, match="timm_model_name='convnext' makes another network"):
         clip.load(tmp_path / "oc")
     for faulty, fault in (({}, "no objects vision_cfg"), ({"vision_cfg": image, "text_cfg": {"heads": 0}}, "positive")):
-        told.write_text(json.dumps({"model_cfg": faulty}))
+        config_file.write_text(json.dumps({"model_cfg": faulty}))
         with pytest.raises(ValueError, match=f"open_clip_config.json cannot be read: .*{fault}"):
             clip.load(tmp_path / "oc")
     with pytest.raises(ValueError, match="has the activation gelu; it cannot be read with 'quick_gelu'"):

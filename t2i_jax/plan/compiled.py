@@ -84,19 +84,15 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     overlapped = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.sampled() if sample else made.trainer.target
-    notes = []
-    if costs.unknown_loops:
-        notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
-    if costs.unknown_kernels:
-        notes.append(f"products inside these kernels are not counted: {', '.join(costs.unknown_kernels)}")
-    traffic = f"{spared / 2**30:.3g} GiB of HBM traffic"
-    notes.append(f"on-chip memory spares at least {traffic}; with more rows on a chip it may not")
-    analysis = compiled.cost_analysis() or {}
-    once = analysis.get("flops", 0.0)
-    notes.append(
+    loops, kernels = costs.unknown_loops, ", ".join(costs.unknown_kernels)
+    once = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    notes = [
+        *([f"{loops} loops whose length depends on data are counted once"] if loops else []),
+        *([f"products inside these kernels are not counted: {kernels}"] if kernels else []),
+        f"on-chip memory spares at least {spared / 2**30:.3g} GiB of HBM traffic; with more rows on a chip it may not",
         f"the compiler's own count, which takes each loop's body once: {once:.4g} FLOPs; the products of its program "
-        f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}"
-    )
+        f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}",
+    ]
     return Plan(
         topology=str(topology),
         mesh=sizes,
