@@ -23,7 +23,7 @@ rng = np.random.default_rng(0)
 
 
 def gaussian(mean, covariance) -> GaussianFit:
-    return GaussianFit(np.asarray(mean, float), np.asarray(covariance, float), 100)
+    return GaussianFit(np.asarray(mean, float), np.asarray(covariance, float))
 
 
 def test_frechet_of_a_set_with_itself_is_zero():

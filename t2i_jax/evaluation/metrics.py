@@ -13,18 +13,17 @@ from t2i_jax.core.arrays import typed
 
 @dataclasses.dataclass(frozen=True)
 class GaussianFit:
-    """Mean (d,) and covariance (d, d) of n feature vectors, float64."""
+    """Mean (d,) and covariance (d, d) of feature vectors, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    n: int
 
     @classmethod
     def of(cls, features: np.ndarray) -> "GaussianFit":
         """The Gaussian of features (n, d). Errors: `ValueError` for fewer than two."""
         check_features(features, 2)
         x = features.astype(np.float64)
-        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), len(x))
+        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
     def root(self) -> np.ndarray:
         """The symmetric square root of the covariance; rounding below zero counts as zero."""
