@@ -105,8 +105,9 @@ class TarReader(Parts):
         record["captions"] = as_captions(text, missing) if self.caption == "txt" else self._field(extra)
         found = _object(extra) if self.fields else {}
         record |= {name: found[name] for name in self.fields if name in found}
-        if label is not None:
-            record["label"] = _label(label)
+        if label is not None:  # what is no number a model of classes refuses
+            text = label.decode("utf-8", "replace").strip()
+            record["label"] = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
         return record
 
     def _instead(self, extra: bytes | None) -> str:
@@ -163,9 +164,3 @@ def _object(extra: bytes | None) -> dict[str, object]:
     if not isinstance(found, dict):
         raise DataError(f"the .json member is no JSON object, but a {type(found).__name__}")
     return found
-
-
-def _label(label: bytes) -> int | str:
-    """The number of a .cls member, or what else it holds, which a model of classes refuses."""
-    text = label.decode("utf-8", "replace").strip()
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
