@@ -104,6 +104,11 @@ class FreeHead:
         return drawn, mean if self.knows_probability else None
 
 
+def without_head(family: Family) -> Family:
+    """A family with its head replaced by a `FreeHead`."""
+    return with_fields(family, head=FreeHead(values(family)["head"]))
+
+
 def bench_drawing(
     experiment: Experiment, batch: int, guided: bool = True, repeats: int = 3, eager: bool = False
 ) -> Result:
@@ -119,8 +124,7 @@ def bench_drawing(
     keys = image_keys(range(batch))
     model, options = weights(family.init), family.options()
     static = guidance_flags(family, options) if guided else {"guided": False}
-    free = with_fields(family, head=FreeHead(values(family)["head"])) if family.capabilities.token_head else family
-    families = {"seconds": family} | ({"cut": free} if family.capabilities.token_head else {})
+    families = {"seconds": family} | ({"cut": without_head(family)} if family.capabilities.token_head else {})
 
     def program(family: Family) -> Callable[..., object]:
         return lambda *arguments: family.sample(*arguments, **static)
