@@ -80,7 +80,7 @@ class Format(Generic[C]):
     holds them is read as one file"""
     folder: Callable[[Path], Folder] | None = None
     """reads a folder with settings, where the format has such folders"""
-    fit_text: Callable[[Any, Tokenizer], Tokenizer] | None = None
+    fit_text: Callable[[C, Tokenizer], Tokenizer] | None = None
     """(configuration, tokenizer of the folder) -> the tokenizer with what hints have set"""
 
 

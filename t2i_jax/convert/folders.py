@@ -32,7 +32,7 @@ from t2i_jax.text.damsm import DamsmText
 from t2i_jax.text.decoder_lm import DecoderLM
 from t2i_jax.text.t5 import T5
 
-E = TypeVar("E", bound=FolderEncoder)
+E = TypeVar("E", bound=FolderEncoder | DamsmText)
 FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that a published file, or hints that do not fit it, may cause."""
 
@@ -147,7 +147,7 @@ def text_side(words: str) -> Tokenizer:
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
-    kinds: dict[str, tuple[type[FolderEncoder], Fields]] = {
+    kinds: dict[str, tuple[type[FolderEncoder] | type[DamsmText], Fields]] = {
         "t5": (T5, {"clean": True}),
         "clip": (ClipEmbedding, {}),
         "clip-tokens": (ClipText, {"normalise": True}),
@@ -170,7 +170,7 @@ def encoder(kind: type[E], words: str, said: str, **fields: object) -> E:
     path, *settings = words.split(",")
     if not path or not Path(path).exists():
         raise ConfigError(f"{said}: there is no '{path}'; it names a folder as `--help` says, or a file")
-    known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in ("folder", "path")]
     given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
         raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")

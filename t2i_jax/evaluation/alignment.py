@@ -68,11 +68,12 @@ def retrieve(
     return rank(scores, np.array([place[concept] for concept in wanted]))
 
 
+@typed
 def retrieve_captions(
-    codes: np.ndarray,
-    sentences: np.ndarray,
+    codes: Float[np.ndarray, "n d"],
+    sentences: Float[np.ndarray, "n d"],
     classes: Sequence[Hashable],
-    others: np.ndarray,
+    others: Float[np.ndarray, "m d"],
     other_classes: Sequence[Hashable],
     choices: int = 100,
     seed: int = 0,

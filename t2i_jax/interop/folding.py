@@ -33,8 +33,8 @@ def network(
 ) -> M:
     """The network that `build(key)` would make, with the weights of a state dict.
 
-    units: our names of convolutions, and theirs of the convolution and its norm; fc: of the last matrix, if there is one. needed, what,
-    source: as for `names.require`. Errors: ValueError naming what is missing.
+    units: our names of convolutions, and theirs of the convolution and its norm; fc: theirs of the last matrix, "" if
+    there is none. needed, what, source: as for `names.require`. Errors: ValueError naming what is missing.
     """
     require(weights, needed, what, source)
     arrays: dict[str, np.ndarray] = {}

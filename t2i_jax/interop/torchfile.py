@@ -86,7 +86,7 @@ def read_pickle(path: str | os.PathLike) -> object:
 
     try:
         with path.open("rb") as file:
-            return _Unpickler(file, path, storage, "refuse").load()
+            return _PlainUnpickler(file, path, storage).load()
     except TorchFileError:
         raise
     except PICKLE_ERRORS as error:
@@ -202,6 +202,19 @@ class _Unpickler(pickle.Unpickler):
             _, offset, count = view[0]
             return whole[offset : offset + count]
         return whole
+
+
+class _PlainUnpickler(_Unpickler):
+    """Refuses other classes."""
+
+    def find_class(self, module: str, name: str) -> object:
+        found = super().find_class(module, name)
+        if isinstance(found, type) and issubclass(found, StandIn):
+            raise TorchFileError(
+                f"{self.path}: holds an object of {found.name}; only tensors, numbers, strings, lists and dicts are "
+                "admitted"
+            )
+        return found
 
 
 def _read_zip(path: Path, archive: zipfile.ZipFile) -> object:
