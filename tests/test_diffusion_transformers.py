@@ -109,7 +109,7 @@ def test_three_encoders_are_one_text(tmp_path):
     text = resolve_files(moved, away)
     ids = np.concatenate([text.first(["cat"])[0], text.second(["cat"])[0], [[7, 8, 1, 0, 0]]], 1)
     found = jax.jit(text.features)(text.load(), ids, np.ones(ids.shape, bool))
-    assert found.shape == (1, text.length, text.dim)
+    assert found.shape == (1, *text.feature_shape)
     with torch.no_grad():
         said = [clip(torch.tensor(ids[:, :6]), output_hidden_states=True) for clip in clips]
         pooled = torch.cat([s.text_embeds for s in said], -1).numpy()

@@ -8,7 +8,6 @@ import pytest
 from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.metrics import (
     GaussianFit,
-    bits_per_token,
     blocks,
     frechet,
     inception_score,
@@ -24,7 +23,7 @@ rng = np.random.default_rng(0)
 
 
 def gaussian(mean, covariance) -> GaussianFit:
-    return GaussianFit(np.asarray(mean, float), np.asarray(covariance, float), 100)
+    return GaussianFit(np.asarray(mean, float), np.asarray(covariance, float))
 
 
 def test_frechet_of_a_set_with_itself_is_zero():
@@ -119,10 +118,6 @@ def test_ssim_equals_brute_force():
                 values.append(up / ((ma**2 + mb**2 + 2.55**2) * (va + vb + 7.65**2)))
     np.testing.assert_allclose(ssim(x, y), np.mean(values), rtol=1e-9)
     np.testing.assert_allclose(ssim(x, x), 1)
-
-
-def test_bits_per_token():
-    assert bits_per_token(np.log([1 / 8, 1 / 2]) * 4, 4) == pytest.approx(2)
 
 
 def test_retrieval_of_equal_pictures_is_first():

@@ -18,7 +18,7 @@ PIXELS = FeatureNetwork("pixels", batch=32).load()
 
 def measure(generated):
     captions = CAPTIONS[TEST].tolist()
-    return evaluate_pictures(generated, IMAGES[TEST], captions, IMAGES[TRAIN], [PIXELS], progress=False)
+    return evaluate_pictures(generated, IMAGES[TEST], captions, IMAGES[TRAIN], [PIXELS])
 
 
 def test_generation_orders_sets_as_the_eye_does():
@@ -37,15 +37,15 @@ def test_generation_orders_sets_as_the_eye_does():
 
 def test_features_do_not_depend_on_the_batch():
     few, many = FeatureNetwork("pixels", batch=7).load(), PIXELS
-    np.testing.assert_allclose(few(IMAGES[:20], False), many(IMAGES[:20], False), rtol=1e-6)
-    assert many(IMAGES[:20], False).shape == (20, 16 * 16 * 3) and many(IMAGES[:20], False).dtype == np.float32
+    np.testing.assert_allclose(few(IMAGES[:20]), many(IMAGES[:20]), rtol=1e-6)
+    assert many(IMAGES[:20]).shape == (20, 16 * 16 * 3) and many(IMAGES[:20]).dtype == np.float32
 
 
 def test_reconstruction():
     original = IMAGES[:20]
     noisy = lambda s: np.clip(original + np.random.default_rng(0).normal(0, s, original.shape), 0, 255).astype(np.uint8)
     distance = lambda a, b: np.abs(a - b).mean((1, 2, 3))
-    a, b = (evaluate_reconstruction(original, noisy(s), distance, [PIXELS], batch=8, progress=False) for s in (5, 30))
+    a, b = (evaluate_reconstruction(original, noisy(s), distance, [PIXELS], batch=8) for s in (5, 30))
     assert a["psnr"].value > b["psnr"].value > b["psnr"].baselines["flat colour"]
     assert a["ssim"].value > b["ssim"].value > b["ssim"].baselines["flat colour"]
     assert a["perceptual"].value < b["perceptual"].value

@@ -70,7 +70,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     asked = "label" in condition.batch_spec()
     pipeline = Pipeline.place(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
     reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
-    spaces = [FeatureNetwork("pixels")]
+    spaces = [FeatureNetwork("pixels").load()]
     matching = None
     if text is not None:
         dots = lambda images: images.reshape(len(images), -1)[:, :5].astype(np.float32)

@@ -88,7 +88,7 @@ def test_perceptual_distance():
 
 def torchvision_file(folder, rng):
     tensors, index, c = {}, 0, 3
-    for count, f in zip(vgg.COUNTS, (4, 6, 8, 8, 8), strict=True):
+    for count, f in zip(map(len, vgg.CONVS), (4, 6, 8, 8, 8), strict=True):
         for _ in range(count):
             tensors[f"features.{index}.weight"] = rng.normal(size=(f, c, 3, 3)).astype(np.float32)
             tensors[f"features.{index}.bias"] = rng.normal(size=f).astype(np.float32)
@@ -107,7 +107,7 @@ def test_torchvision_weights(tmp_path):
     x = np.random.default_rng(1).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     y = torch.from_numpy((x - vgg.LPIPS_SHIFT) / vgg.LPIPS_SCALE).permute(0, 3, 1, 2)
     index = 0
-    for tap, count in zip(features(ours, x), vgg.COUNTS, strict=True):
+    for tap, count in zip(features(ours, x), map(len, vgg.CONVS), strict=True):
         for _ in range(count):
             w, b = (torch.from_numpy(tensors[f"features.{index}.{n}"]) for n in ("weight", "bias"))
             y = torch.relu(torch.nn.functional.conv2d(y, w, b, padding=1))

@@ -142,6 +142,10 @@ def test_files_do_not_tell_their_activation_but_folders_do(tmp_path):
     config_file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="timm_model_name='convnext' makes another network"):
         clip.load(tmp_path / "oc")
+    for faulty, fault in (({}, "no objects vision_cfg"), ({"vision_cfg": image, "text_cfg": {"heads": 0}}, "positive")):
+        config_file.write_text(json.dumps({"model_cfg": faulty}))
+        with pytest.raises(ValueError, match=f"open_clip_config.json cannot be read: .*{fault}"):
+            clip.load(tmp_path / "oc")
     with pytest.raises(ValueError, match="has the activation gelu; it cannot be read with 'quick_gelu'"):
         ClipText(str(tmp_path / "hf"), activation="quick_gelu").load()
     with pytest.raises(ValueError, match="activation 'tanh' is not one of quick_gelu, gelu"):
@@ -238,7 +242,7 @@ def test_what_is_wrong_is_told(tmp_path, folder):
 def test_features_of_captions(folder):
     text, long = ClipText(str(folder)), ClipText(str(folder), normalise=True)
     ids, mask = text(["a cat", "", "a very long caption of many words"])
-    assert ids.shape == (3, 12) == mask.shape and text.dim == 32 and text.length == 12
+    assert ids.shape == (3, 12) == mask.shape and text.feature_shape == (12, 32)
     assert mask.all(1).tolist() == [True, False, True] and not mask[1].any()
     assert ids[0, 0] == 514 and ids[0, 2:4].tolist() == [513, 515] and not ids[0, 4:].any() and ids[2, -1] == 515
     assert (ClipText(str(folder), pad=515)(["a"])[0][0, 2:] == 515).all()
@@ -251,7 +255,7 @@ def test_features_of_captions(folder):
 def test_embeddings_of_captions_and_pictures_have_length_one(folder):
     text = ClipEmbedding(str(folder))
     ids, mask = text(["a cat", ""])
-    assert ids.shape == (2, 12) and mask.tolist() == [[True], [False]] and text.dim == 20
+    assert ids.shape == (2, 12) and mask.tolist() == [[True], [False]] and text.feature_shape == (1, 20)
     model = text.load()
     images = jax.random.uniform(jax.random.key(0), (3, 32, 48, 3), minval=-1)
     a = jax.jit(text.features)(model, ids, mask)

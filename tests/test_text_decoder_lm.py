@@ -40,7 +40,7 @@ def test_hidden_states_are_those_of_transformers(kind, tmp_path):
         found = jax.jit(text.features)(decoder, ids, np.ones((2, 12), bool))
         close = wanted[layer].numpy()
         np.testing.assert_allclose(found, close, atol=1e-4 * np.abs(close).max())
-    assert text.dim == 32
+    assert text.feature_shape[1] == 32
     layer = text.shape.transformer
     kinds = dict(zip(("bias", "out_bias"), layer.biases, strict=True)) | {"qk_norm": layer.qk_norm, "last": False}
     back = to_theirs(decoder, table(layer.heads, layer.num_kv_heads, layer.head_size, **kinds))

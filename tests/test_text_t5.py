@@ -44,7 +44,7 @@ def test_features_are_those_of_the_original(tmp_path, name):
         expected = original(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long())
     text = T5(str(tmp_path))
     found = np.asarray(jax.jit(text.features)(text.load(), ids, mask))
-    assert found.dtype == np.float32 and text.dim == 24
+    assert found.dtype == np.float32 and text.feature_shape[1] == 24
     np.testing.assert_allclose(found[mask], expected.last_hidden_state.numpy()[mask], atol=3e-5, rtol=1e-4)
 
 

@@ -82,23 +82,19 @@ class Settled(torch.nn.Module):
 def test_a_module_saved_whole_is_its_state_dict(tmp_path, modern):
     net = Settled()
     torch.save({"net": net}, tmp_path / "n.pkl", _use_new_zipfile_serialization=modern)
-    found = dict(tensors_below(read_torch(tmp_path / "n.pkl", unknown="stand-in")["net"]))
+    found = dict(tensors_below(read_torch(tmp_path / "n.pkl")["net"]))
     assert found.keys() == net.state_dict().keys()
     for name, value in net.state_dict().items():
         np.testing.assert_array_equal(found[name], value.numpy())
         assert found[name].dtype == value.numpy().dtype
-    with pytest.raises(TorchFileError, match="Settled"):
-        read_torch(tmp_path / "n.pkl")
 
 
 @pytest.mark.parametrize("modern", [True, False], ids=["zip", "legacy"])
-def test_code_is_refused_and_never_run(tmp_path, capfd, modern):
+def test_code_is_never_run(tmp_path, capfd, modern):
     saved = {"w": torch.ones(2), "callback": Harmful()}
     torch.save(saved, tmp_path / "h.pth", _use_new_zipfile_serialization=modern)
-    with pytest.raises(TorchFileError, match=r"posix\.system|nt\.system"):
-        read_torch(tmp_path / "h.pth")
-    loaded = read_torch(tmp_path / "h.pth", unknown="stand-in")
-    assert isinstance(loaded["callback"], StandIn)
+    loaded = read_torch(tmp_path / "h.pth")
+    assert isinstance(loaded["callback"], StandIn) and loaded["callback"].name in ("posix.system", "nt.system")
     np.testing.assert_array_equal(loaded["w"], np.ones(2))
     assert "harm" not in capfd.readouterr().out
 

@@ -53,6 +53,7 @@ class Denoiser:
             raise ValueError(f"the comparison in PyTorch is of a DiT's velocities by Euler's steps: not {odd[0]}")
         network: Any = config.network
         self.torch, self.f, self.config, self.network = torch, torch.nn.functional, config, network
+        self.model = model
         linear = lambda m: (tensor(np.asarray(m.w[...]).T), tensor(m.b[...]))
         self.embed, self.out, self.last = linear(model.embed), linear(model.out), linear(model.modulation)
         self.positions, self.time = (

@@ -10,18 +10,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from rich.table import Table
 
-from t2i_jax.bench.measure import Result, print_results, read_arguments, write
+from t2i_jax.bench.measure import Arguments, Result, print_results, read_arguments, write
 from t2i_jax.bench.sample import bench_sample, decode_bound
 from t2i_jax.bench.train import bench_train
 from t2i_jax.core.family import with_fields
-from t2i_jax.core.fields import Checked, Positive, Size, Sizes
+from t2i_jax.core.fields import Positive, Size, Sizes
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
@@ -169,7 +168,7 @@ def share(figure: float | None, goal: float, of: str) -> Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckBench(Checked):
+class CheckBench(Arguments):
     """Check this accelerator: every kernel against reference attention, the train step of a next-token model of 0.8B,
     and its decoding, each with its goal.
 
@@ -185,8 +184,6 @@ class CheckBench(Checked):
     seconds: Positive = 420.0
     """after so many no check is started; those left over are reported and not passed"""
     repeats: Size = 3
-    out: Path | None = None
-    """write the results as JSON, anew after each of them"""
 
 
 def main(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
+    Arguments,
     Measure,
     Result,
     interleaved,
@@ -25,7 +26,7 @@ from t2i_jax.bench.measure import (
 )
 from t2i_jax.core import flops
 from t2i_jax.core.config import refused
-from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.fields import Size
 from t2i_jax.core.narrow import as_codec
 from t2i_jax.core.types import Codec
 from t2i_jax.training.experiment import load_experiment
@@ -77,7 +78,7 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecBench(Checked):
+class CodecBench(Arguments):
     """Images a second through the codec that a config trains, or that it reads its codes from.
 
     Fields of the config can be set as for `train`. Example: t2i bench codec configs/quickstart_codec.py --batch 8
@@ -88,8 +89,6 @@ class CodecBench(Checked):
     repeats: Size = 5
     eager: bool = False
     """measure the same VQGAN in eager PyTorch on the CPU too, which has to be installed"""
-    out: Path | None = None
-    """write the results as JSON"""
 
 
 ROWS: dict[str, Callable[[Result], str]] = {

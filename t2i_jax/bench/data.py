@@ -13,20 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
 from PIL import Image
 
-from t2i_jax.bench.measure import Result, interleaved, print_results, read_arguments, table
+from t2i_jax.bench.measure import Arguments, Result, interleaved, print_results, read_arguments, table
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError
-from t2i_jax.core.fields import Checked, Range, Size, Workers
+from t2i_jax.core.fields import Range, Size, Workers
 from t2i_jax.core.params import abstract
 from t2i_jax.data.images import draft_side
 from t2i_jax.data.pipeline import Data
-from t2i_jax.data.records import write_records
+from t2i_jax.data.records import Record, write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.plan.chips import CHIPS
 from t2i_jax.presets import OF_AR
@@ -90,7 +90,7 @@ def bench_codes(grid: int, features: tuple[int, int], count: int, workers: int, 
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     rng = np.random.default_rng(0)
-    fields: dict[str, Any] = {"codes": rng.integers(0, 16384, (grid, grid)).astype(np.uint16)}
+    fields: Record = {"codes": rng.integers(0, 16384, (grid, grid)).astype(np.uint16)}
     if features[0]:
         fields["features"] = rng.standard_normal((1, *features), np.float32).astype(np.float16)
     with tempfile.TemporaryDirectory() as name:
@@ -141,7 +141,7 @@ def need(size: str, chip: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataBench(Checked):
+class DataBench(Arguments):
     """Examples a second from image files and from codes, against what chips consume. All data are made for the run.
 
     Example: t2i bench data --workers 2 --out data.json
@@ -158,8 +158,6 @@ class DataBench(Checked):
     repeats: Size = 3
     chips: tuple[str, ...] = ("v5e", "v5p", "h100")
     shapes: tuple[str, ...] = ("llamagen-b", "llamagen-xl")
-    out: Path | None = None
-    """write the results as JSON"""
 
 
 ROWS: dict[str, Callable[[Result], str]] = {

@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,8 @@ from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, l
 from t2i_jax.bench.train import random_batch
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.family import with_fields
+from t2i_jax.core.fields import values
 from t2i_jax.core.keys import image_keys
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.narrow import as_family
@@ -103,9 +104,9 @@ class FreeHead:
         return drawn, mean if self.knows_probability else None
 
 
-def without_head(family: Any) -> Family:
+def without_head(family: Family) -> Family:
     """A family with its head replaced by a `FreeHead`."""
-    return dataclasses.replace(family, head=FreeHead(family.head))
+    return with_fields(family, head=FreeHead(values(family)["head"]))
 
 
 def bench_drawing(
@@ -159,11 +160,11 @@ def bench_drawing(
 
 
 def _in_pytorch(
-    family: Any, model: Any, condition: dict[str, np.ndarray], options: SamplingOptions, both: bool, b: int
+    family: Family, model: nnx.Module, condition: dict[str, np.ndarray], options: SamplingOptions, both: bool, b: int
 ) -> Measure:
     with refused("--eager"):
         theirs = baseline("denoising").Denoiser(family, model)
-    known, null = (model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
+    known, null = (theirs.model.read(condition, jnp.full(b, dropped)).pooled for dropped in (False, True))
     unconditional = null if both else None
     noise = jax.random.normal(jax.random.key(0), (b, *family.sample_spec().shape))
     return lambda: seconds(lambda: theirs.sample(known, unconditional, options, noise))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,17 @@ from rich.table import Table
 
 from t2i_jax.core import config
 from t2i_jax.core.console import stdout
+from t2i_jax.core.fields import Checked
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.outputs import check_free, local, write_json
 
 
-class Arguments(Protocol):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Checked):
     """Arguments that all benchmarks have."""
 
-    @property
-    def out(self) -> Path | None: ...
+    out: Path | None = None
+    """write the results as JSON"""
 
 
 A = TypeVar("A", bound=Arguments)

@@ -72,10 +72,6 @@ def _ddim(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int
     return np.append(alpha[i + 1] * found + (sigma[i + 1] ** 2 - new**2) ** 0.5 * eps, new)
 
 
-def _ancestral(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
-    return _ddim(x, x0, alpha, sigma, 1.0, i)
-
-
 def _euler(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int) -> Array:
     """dy / ds = (y - x_0) / s with y = x / alpha and s = sigma / alpha (Karras et al. 2022, eq. 3)."""
     found = x0(x, i)
@@ -101,7 +97,13 @@ def _heun(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, i: int
     return np.append(guess, 0.0)
 
 
-SINGLE = {"ddpm": _ddpm, "ddim": _ddim, "ancestral": _ancestral, "euler": _euler, "heun": _heun}
+SINGLE = {
+    "ddpm": _ddpm,
+    "ddim": _ddim,
+    "ancestral": lambda x, x0, alpha, sigma, eta, i: _ddim(x, x0, alpha, sigma, 1.0, i),
+    "euler": _euler,
+    "heun": _heun,
+}
 
 
 # -- multistep solvers, of first order where lambda is infinite, in the first step and in the last
@@ -129,10 +131,6 @@ def _dpm(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: 
             x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (np.exp(-h) - 1) * d
         before = found
     return x
-
-
-def _dpm_sde(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
-    return _dpm(x, x0, alpha, sigma, 1.0, noise)
 
 
 def _unipc(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise: Array) -> Array:
@@ -168,4 +166,8 @@ def _unipc(x: Array, x0: Denoiser, alpha: Array, sigma: Array, eta: float, noise
     return x
 
 
-MULTISTEP = {"dpm++": _dpm, "dpm++sde": _dpm_sde, "unipc": _unipc}
+MULTISTEP = {
+    "dpm++": _dpm,
+    "dpm++sde": lambda x, x0, alpha, sigma, eta, noise: _dpm(x, x0, alpha, sigma, 1.0, noise),
+    "unipc": _unipc,
+}

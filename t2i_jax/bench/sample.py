@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
+    Arguments,
     Result,
     interleaved,
     limits,
@@ -34,7 +35,7 @@ from t2i_jax.bench.measure import (
     weights,
 )
 from t2i_jax.core.config import ConfigError, refused
-from t2i_jax.core.fields import Checked, Count, Range, Size, Sizes, values
+from t2i_jax.core.fields import Count, Range, Size, Sizes, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.models.ar import AR
 from t2i_jax.nn.decode import int8_weights
@@ -50,16 +51,14 @@ def decode_bound(config: AR, rows: int, flops: float, bandwidth: float, int8: bo
     attention = shape.width * shape.head_size * 2 * (shape.heads + shape.num_kv_heads)
     weights = shape.depth * (attention + 3 * shape.width * shape.mlp_dim) + shape.width * config.vocabulary
     step = max(2 * weights * rows / flops, weights * (1 if int8 else size) / bandwidth)
-    per_token = rows * shape.depth * 2 * shape.num_kv_heads * shape.head_size * size
-    seen = sum(config.prefix_length + i for i in range(1, config.length + 1))
-    return config.length * step + seen * per_token / bandwidth
+    read = sum(cache_bytes(config, rows, i) for i in range(1, config.length + 1))
+    return config.length * step + read / bandwidth
 
 
-def cache_bytes(config: AR, rows: int) -> int:
-    """Bytes of the keys and values of `rows` rows when the last token is drawn."""
+def cache_bytes(config: AR, rows: int, drawn: int) -> int:
+    """Bytes of the keys and values of `rows` rows when so many tokens are drawn."""
     shape, size = config.transformer, jnp.dtype(config.compute.dtype).itemsize
-    per_token = rows * shape.depth * 2 * shape.num_kv_heads * shape.head_size * size
-    return per_token * (config.prefix_length + config.length)
+    return rows * shape.depth * 2 * shape.num_kv_heads * shape.head_size * size * (config.prefix_length + drawn)
 
 
 def bench_sample(
@@ -80,7 +79,9 @@ def bench_sample(
     memory of a CPU's machine cannot hold.
     """
     if jax.default_backend() == "cpu":
-        check_memory(f"a batch of {batch}: its keys and values", cache_bytes(config, batch * (1 + guided)))
+        check_memory(
+            f"a batch of {batch}: its keys and values", cache_bytes(config, batch * (1 + guided), config.length)
+        )
     model = weights(config.init)
     count = sum(x.size for x in jax.tree.leaves(model))
     labels = jnp.arange(batch, dtype=jnp.int32)
@@ -118,7 +119,7 @@ def bench_sample(
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleBench(Checked):
+class SampleBench(Arguments):
     """Draw images with random weights, against the limits of this machine.
 
     Of a config, a run or a released model the sampler runs with its own options; fields of the config can be set as for
@@ -145,8 +146,6 @@ class SampleBench(Checked):
     """measure the same in eager PyTorch on the CPU too, which has to be installed; of a config with a `Diffusion` by a
     DiT along a flow with --model.solver euler"""
     repeats: Size = 3
-    out: Path | None = None
-    """write the results as JSON"""
 
 
 OF_SHAPE = ("grid", "vocabulary", "segments", "top_p", "dtype", "int8")
@@ -168,7 +167,7 @@ def main(arguments: list[str]) -> None:
     """`t2i bench sample ...`: one column a batch size, and one more with int8."""
     args, rest = read_arguments(SampleBench, arguments, "t2i bench sample", some=True)
     if args.model is not None:
-        return _any_family(args, rest)
+        return _any_family(args, args.model, rest)
     if rest:
         raise ConfigError(f"t2i bench sample: {' '.join(rest)}: fields can be set of a config, and none was named")
     published = args.shape in OF_AR and args.shape.startswith("llamagen")
@@ -190,8 +189,7 @@ def main(arguments: list[str]) -> None:
     print_results("sample", [about | r for r in results], shown, args.out)
 
 
-def _any_family(args: SampleBench, overrides: list[str]) -> None:
-    path: Any = args.model
+def _any_family(args: SampleBench, path: Path, overrides: list[str]) -> None:
     given, default = values(args), values(SampleBench())
     odd = [n for n in (*OF_SHAPE, "shape") if given[n] != default[n]]
     if odd:

@@ -4,6 +4,7 @@ against the true law, order of convergence, what the spacing of the stops change
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path as File
 from typing import Annotated
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.bench.measure import read_arguments
+from t2i_jax.bench.measure import Arguments, read_arguments
 from t2i_jax.bench.recursion import law, recursion
 from t2i_jax.core.console import stdout
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Range, values
+from t2i_jax.core.fields import Range, values
 from t2i_jax.core.noise import NoiseProcess, SamplingGrid, Spacing
 from t2i_jax.core.outputs import MAKER, check_free, is_ours, write_markdown
 from t2i_jax.noise.processes import EDM, Discrete, Flow
@@ -87,13 +88,9 @@ def error_within(solver: str, path: SamplingGrid, mean: Array, std: Array, size:
     return (jnp.abs(x[0] - path.alpha[stop] * mean) + jnp.abs(jnp.linalg.norm(x[1:]) - spread(stop))) / spread(stop)
 
 
-def path_of(process: NoiseProcess, steps: int, spacing: Spacing = "default") -> SamplingGrid:
-    """The stops as a sampler has them, compiled for every number of steps at once."""
-    return _path(process, jnp.int32(steps), spacing)
-
-
 @partial(jax.jit, static_argnames=("process", "spacing"))
-def _path(process: NoiseProcess, steps: Array, spacing: Spacing) -> SamplingGrid:
+def path_of(process: NoiseProcess, steps: Array, spacing: Spacing = "default") -> SamplingGrid:
+    """The stops as a sampler has them, compiled for every number of steps at once."""
     return process.timesteps(steps, spacing=spacing)
 
 
@@ -102,7 +99,7 @@ def compared(
 ) -> dict[str, float]:
     """`std` over the true one, error of the `mean` in units of it, and `off`: the larger difference of the two from
     `recursion` over the same stops, in the same units. size: of the program, at least steps + 2; one is compiled."""
-    (solver, eta), path = KINDS[kind], path_of(process, steps, spacing)
+    (solver, eta), path = KINDS[kind], path_of(process, jnp.int32(steps), spacing)
     found = law(np.asarray(drawn(solver, path, mean, std, size or steps + 2, eta), np.float64))
     alpha, sigma = (np.asarray(x, np.float64)[: steps + 1] for x in (path.alpha, path.sigma))
     expected = recursion(solver, eta, alpha, sigma, mean, std)
@@ -113,7 +110,7 @@ def compared(
 def order(kind: str, process: NoiseProcess, steps: int, mean: float, std: float, size: int = 0) -> float:
     """log2 of how much smaller the error within the path becomes by twice as many steps, at stops even in time."""
     (solver, eta), counts = KINDS[kind], (steps, 2 * steps)
-    paths = [path_of(process, n, "even") for n in counts]
+    paths = [path_of(process, jnp.int32(n), "even") for n in counts]
     few, more = (float(error_within(solver, path, mean, std, size or 2 * steps + 2, eta)) for path in paths)
     return float(np.log2(few / more))
 
@@ -172,7 +169,7 @@ def inpainted(process: NoiseProcess, solver: str, steps: Array, resample: Array)
 
 
 @dataclasses.dataclass(frozen=True)
-class SolverBench(Checked):
+class SolverBench(Arguments):
     """What every solver makes of images N(mean, std^2), along every process, with the best possible network.
 
     Example: t2i bench solvers --steps 10 20 50 --std 0.3
@@ -218,16 +215,15 @@ def main(arguments: list[str]) -> None:
         "# Solvers on Gaussian images",
         "",
         f"Made by `t2i bench solvers{options} --out {args.out or 'FILE.md'}`.",
+        ABOUT.format(few=ORDERED, more=2 * ORDERED),
     ]
-    lines += [ABOUT.format(few=ORDERED, more=2 * ORDERED)]
     if args.out:
         lines += [f"![error against steps]({args.out.with_suffix('.png').name})", ""]
     size, errors = max(*args.steps, 2 * ORDERED) + 2, {}
     for std in args.std:
         for name, process in PROCESSES.items():
             lines += [f"## {name}, mean {args.mean:g}, std {std:g}", ""]
-            lines += ["| | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in args.steps) + " | off | order |"]
-            lines += ["|---" + "|---:" * (len(args.steps) + 2) + "|"]
+            lines += heading([*(f"{n} step{'s' * (n > 1)}" for n in args.steps), "off", "order"])
             for kind in KINDS:
                 cells = [compared(kind, process, n, args.mean, std, size=size) for n in args.steps]
                 errors[std, name, kind] = [abs(c["std"] - 1) + abs(c["mean"]) for c in cells]
@@ -237,8 +233,7 @@ def main(arguments: list[str]) -> None:
                 off = f"{max(c['off'] for c in cells):.0e} | {measured:.1f}"
                 lines += [f"| {title} | " + " | ".join(shown) + f" | {off} |"]
             lines += ["", "Standard deviation over the true one, by the spacing of the stops:", ""]
-            lines += ["| | " + " | ".join(f"{s}, {n}" for s in SPACINGS for n in FEW) + " |"]
-            lines += ["|---" + "|---:" * len(SPACINGS) * len(FEW) + "|"]
+            lines += heading([f"{s}, {n}" for s in SPACINGS for n in FEW])
             for kind in ("ddim", "heun", "dpm++", "dpm++sde", "unipc"):
                 found = [compared(kind, process, n, args.mean, std, s, size)["std"] for s in SPACINGS for n in FEW]
                 lines += [f"| {kind} | " + " | ".join(f"{x:.3f}" for x in found) + " |"]
@@ -248,6 +243,11 @@ def main(arguments: list[str]) -> None:
     if args.out:
         write_markdown(args.out, text)
         plot(errors, args.steps, args.std, args.out.with_suffix(".png"))
+
+
+def heading(columns: Sequence[str]) -> list[str]:
+    """The first lines of a table in Markdown."""
+    return ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
 
 
 INPAINTING = """
@@ -265,8 +265,8 @@ come the errors of the solver and, in practice, of the network.
 def inpainting() -> list[str]:
     """Lines of the page: a row a process and solver."""
     columns = [(n, k) for n in (24, 100) for k in (1, 2, 4, 10)]
-    lines = [INPAINTING.format(correlation=CORRELATION, known=KNOWN)]
-    lines += ["| | " + " | ".join(f"{n} steps, {k}" for n, k in columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    about = INPAINTING.format(correlation=CORRELATION, known=KNOWN)
+    lines = [about, *heading([f"{n} steps, {k}" for n, k in columns])]
     for name, process in PROCESSES.items():
         for solver in dict.fromkeys((process.solver, "ddim", "dpm++")):
             cells = [inpainted(process, solver, jnp.int32(n), jnp.int32(k)) for n, k in columns]
@@ -276,14 +276,10 @@ def inpainting() -> list[str]:
 
 def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ...], stds: tuple[float, ...], out: File):
     """Errors against steps, one panel a process and a standard deviation."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(stds), len(PROCESSES), figsize=(3 * len(PROCESSES), 3 * len(stds)), sharex=True, sharey=True, squeeze=False
-    )
+    figure = Figure((3 * len(PROCESSES), 3 * len(stds)), layout="tight")
+    panels = figure.subplots(len(stds), len(PROCESSES), sharex=True, sharey=True, squeeze=False)
     for row, std in zip(panels, stds, strict=True):
         for panel, name in zip(row, PROCESSES, strict=True):
             for kind in DRAWN:
@@ -295,6 +291,4 @@ def plot(errors: dict[tuple[float, str, str], list[float]], steps: tuple[int, ..
     for row in panels:
         row[0].set_ylabel("error of std and mean")
     panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(out, dpi=80, metadata={"Software": MAKER})
-    pyplot.close(figure)

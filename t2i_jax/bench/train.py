@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import (
     EAGER,
     LIMITS,
+    Arguments,
     Measure,
     Result,
     interleaved,
@@ -31,7 +32,7 @@ from t2i_jax.bench.measure import (
 )
 from t2i_jax.core import flops
 from t2i_jax.core.config import refused
-from t2i_jax.core.fields import Checked, Size, values
+from t2i_jax.core.fields import Size, values
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.sharding import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
@@ -136,7 +137,7 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainBench(Checked):
+class TrainBench(Arguments):
     """The train step of a config, on random batches of the shapes that it reads: how fast it is without its data.
 
     Of several processes (launchers start it as they start `train`) the first one reports the result of all.
@@ -151,11 +152,12 @@ class TrainBench(Checked):
     repeats: Size = 5
     eager: bool = False
     """measure the same step in eager PyTorch on the CPU too, which has to be installed; of an `AR` on classes"""
-    out: Path | None = None
-    """write the result as JSON"""
 
 
-def prepared(kind: type, arguments: list[str], prog: str) -> tuple[Any, Experiment, Batch]:
+A = TypeVar("A", bound=TrainBench)
+
+
+def prepared(kind: type[A], arguments: list[str], prog: str) -> tuple[A, Experiment, Batch]:
     """The command's arguments, the experiment with the other ones set, and the shapes of its batch."""
     args, rest = read_arguments(kind, arguments, prog, some=True)
     experiment = load_experiment(args.config, rest)

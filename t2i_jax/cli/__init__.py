@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from t2i_jax.cli.shared import Lines, console, fail
+from t2i_jax.core.console import console
 from t2i_jax.core.errors import did_you_mean
 
 COMMANDS = {
@@ -29,6 +30,20 @@ TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
 USAGE += "\n\n`t2i COMMAND --help` lists all arguments; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
+
+
+class Lines(logging.Handler):
+    """Prints log records as lines of the console, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(message: str, status: int = 2) -> None:
+    # Arguments may be of any length; the error has to stay visible.
+    message = re.sub(r"\S{300,}", lambda found: f"{found[0][:120]}...{found[0][-40:]}", message)
+    console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,17 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
         prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
-    except NoCluster as error:
-        fail(f"t2i {arguments[0]}: {error}")
-    try:
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
-    except NotWritten as error:
+    except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        os._exit(2)  # at an orderly exit the writers that failed would print their tracebacks once more
-    except PeerLost as error:
-        console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        os._exit(STATUS)  # an orderly exit waits for the others
-    except (ConfigError, DataError, CheckpointError, NotFinite, ImportError, OSError) as error:
+        # An orderly exit waits for lost processes, and writers that failed would print their tracebacks once more.
+        os._exit(STATUS if isinstance(error, PeerLost) else 2)
+    except (ConfigError, DataError, CheckpointError, NoCluster, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except ValueError as error:
         if not str(error).startswith("embedded null"):  # Python's error for such a path, whatever opens it

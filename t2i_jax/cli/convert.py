@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from t2i_jax.cli.shared import console, local, parse_some
-from t2i_jax.convert import folders
+from t2i_jax.convert import find, folders
+from t2i_jax.convert.hints import parse
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.narrow import as_family
 
@@ -57,7 +58,8 @@ def run(arguments: list[str]) -> None:
         return
     text = folders.text_side(args.text) if args.text else None
     codec = str(args.codec) if args.codec else ""
-    artifact = folders.to_folder(args.format, args.weights, args.out, folders.hints(args.format, rest), codec, text)
+    given = parse(args.format, find(args.format), rest)
+    artifact = folders.to_folder(args.format, args.weights, args.out, given, codec, text)
     needs = artifact.config.capabilities.family and not codec
     needs = needs and as_family(artifact.config).sample_spec().kind != "pixels"
     console.print(f"{args.out}: converted" + ("; give --codec to draw images with it" * needs), soft_wrap=True)

@@ -116,12 +116,9 @@ def run(arguments: list[str]) -> None:
         edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
             pipeline.tokens_to_keep(edit)
-    if args.classifier:
-        guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh))
-    if args.autoguide:
-        guides.append(Autoguidance.load(args.autoguide, mesh=pipeline.mesh))
-    if args.upsample:
-        upsampler = Pipeline.load(args.upsample, mesh)
+    wanted = ((ClassifierGuidance, args.classifier), (Autoguidance, args.autoguide))
+    guides = [kind.load(run, mesh=pipeline.mesh) for kind, run in wanted if run]
+    upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
     sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler)
     judge = None
     if args.rerank:
@@ -136,8 +133,3 @@ def run(arguments: list[str]) -> None:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
-
-
-def _names(words: list[str], flag: str) -> bool:
-    """Whether a command line has a flag."""
-    return any(word.partition("=")[0] == flag for word in words)

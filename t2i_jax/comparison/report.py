@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from t2i_jax.bench.measure import Result
 from t2i_jax.comparison.measure import ReferenceSet
 from t2i_jax.comparison.plan import Comparison, Sweep
 from t2i_jax.core import image_files
@@ -48,7 +48,7 @@ def plot_of(out: Path, sweep: str) -> Path:
 
 def write(
     comparison: Comparison,
-    found: dict[str, Any],
+    found: Result,
     ruler: ReferenceSet,
     sheets: Mapping[str, np.ndarray],
     out: Path,
@@ -106,12 +106,10 @@ def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12)
 
 def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mapping[str, float], path: Path) -> None:
     """Quality over the swept option, and quality over seconds per image."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    figure = Figure((14, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = (
         ("pixels/top1", "retrieval top-1, pixels", sweep.field),
         ("efficientnet_lite0/frechet", "Fréchet distance, EfficientNet", sweep.field),
@@ -131,4 +129,3 @@ def plot(sweep: Sweep, points: Mapping[str, list[dict[str, float]]], real: Mappi
     axes[0].legend()
     figure.suptitle(sweep.title)
     figure.savefig(path, dpi=80, metadata={"Software": MAKER})
-    pyplot.close(figure)

@@ -7,13 +7,14 @@ import gc
 import hashlib
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
 
+from t2i_jax.bench.measure import Result
 from t2i_jax.comparison.measure import ReferenceSet, measure
 from t2i_jax.comparison.plan import Comparison, Variant
 from t2i_jax.comparison.report import files_of, write
@@ -30,7 +31,7 @@ from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.loop import Trainer, train
 
 
-def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> dict[str, Any]:
+def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> Result:
     """Do the remaining work of a comparison, and write OUT.md, OUT.json and images.
 
     folder: where the runs are trained, and where each measured number is kept until its configuration changes.
@@ -42,7 +43,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> d
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
     for name, experiment in trained.items():
         check_length(experiment, folder / name)
-    found: dict[str, Any] = {
+    found: Result = {
         "title": comparison.title,
         "flops": comparison.flops,
         "runs": {},
@@ -137,7 +138,7 @@ class ResultCache:
         console.print(title, {k: round(v, 4) for k, v in brief.items() if k.endswith(("top1", "frechet", "image"))})
         return values, made
 
-    def sampler(self, line: Variant, settings: dict[str, Any]) -> Sampler:
+    def sampler(self, line: Variant, settings: Mapping[str, object]) -> Sampler:
         """Each model is loaded once."""
         folder = self.folder.parent
         if line.run not in self.pipelines:

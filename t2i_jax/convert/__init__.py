@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax.core.conditions import Tokenizer
-from t2i_jax.core.params import abstract
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.core.types import Trainable
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Fields, Table, Tensors, to_ours, to_theirs
@@ -45,14 +46,18 @@ class Folder(NamedTuple):
     """its tokenizer or text encoder"""
 
 
+C = TypeVar("C", bound=HasInit)
+"""the configuration of a model"""
+
+
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Format(Generic[C]):
     """One kind of published file."""
 
-    describe: Callable[..., Any]
+    describe: Callable[..., C]
     """(tensors, **hints) -> the configuration whose model they fill; tensors may be abstract. Hints are keyword-only,
     say what shapes cannot, and default to the released values."""
-    table: Callable[[Any], Table]
+    table: Callable[[C], Table]
     """configuration -> the name and layout of each variable in the file"""
     unused: str = ""
     """regular expression of names in the file that are ignored"""
@@ -62,7 +67,7 @@ class Format:
     """regular expressions of other names of the same tensors, and the names that the table has"""
     part: str = ""
     """prefix of its names in a file that holds other models too"""
-    buffers: Callable[[Any], Mapping[str, np.ndarray]] | None = None
+    buffers: Callable[[C], Mapping[str, np.ndarray]] | None = None
     """configuration -> tensors that the published program expects besides the weights, and computes itself"""
     title: str = ""
     """a description for help texts"""
@@ -75,7 +80,7 @@ class Format:
     holds them is read as one file"""
     folder: Callable[[Path], Folder] | None = None
     """reads a folder with settings, where the format has such folders"""
-    fit_text: Callable[[Any, Tokenizer], Tokenizer] | None = None
+    fit_text: Callable[[C, Tokenizer], Tokenizer] | None = None
     """(configuration, tokenizer of the folder) -> the tokenizer with what hints have set"""
 
 
@@ -89,14 +94,14 @@ def formats() -> dict[str, Format]:
 
 
 def find(name: str) -> Format:
-    """The format of that name, hyphens or underscores. Errors: ValueError with the known ones."""
+    """The format of that name, hyphens or underscores. Errors: `ConfigError` with the known ones."""
     known = formats()
     for spelling in (name, name.lower().replace("_", "-"), name.lower().replace("-", "_")):
         if spelling in known:
             return known[spelling]
     near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
     meant = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
+    raise ConfigError(f"there is no format {name!r}; {meant}known are {', '.join(sorted(known))}")
 
 
 def read(path: str | os.PathLike, name: str) -> Tensors:
@@ -128,7 +133,7 @@ def alike(tensors: Tensors) -> list[str]:
     return [name for name, format in formats().items() if format.needed and holds(tensors, *format.needed)]
 
 
-def convert(name: str, tensors: Tensors, file: str = "the file", **hints: Any) -> tuple[Trainable, nnx.Module]:
+def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object) -> tuple[Trainable, nnx.Module]:
     """The configuration and the model of a published file's tensors (arrays, or `jax.ShapeDtypeStruct`s for a check).
 
     Errors: ValueError that lists every missing, unused or wrongly shaped name.

@@ -7,7 +7,8 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clipgen, llamagen, mingpt
 from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.ar import AR
-from t2i_jax.networks.condition import PrefixTokens
+from t2i_jax.networks.condition import ClassEmbedder, PrefixTokens
+from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.presets import GPT
 from t2i_jax.sampling.options import ARSampler
 
@@ -45,10 +46,15 @@ def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int =
     return with_fields(MINGPT, **(published | clipgen.describe(tensors, heads) | fields))
 
 
+def _learned(config: AR) -> int:
+    """Rows of the table of positions."""
+    return config.positions.count if isinstance(config.positions, LearnedPositions) else 0
+
+
 FORMATS = {
     "llamagen": Format(
         _llamagen,
-        llamagen.table,
+        lambda config: llamagen.table(config.transformer, isinstance(config.conditioning.what, ClassEmbedder)),
         llamagen.UNUSED,
         needed=(llamagen.NEEDED,),
         title="LlamaGen's next-token models, class- or caption-conditional",
@@ -56,20 +62,20 @@ FORMATS = {
     ),
     "taming-gpt": Format(
         _mingpt,
-        mingpt.table,
+        lambda config: mingpt.table(config.transformer.head_size, config.output_bias),
         mingpt.UNUSED,
         needed=(mingpt.NEEDED,),
         part=mingpt.PART,
-        buffers=mingpt.buffers,
+        buffers=lambda c: mingpt.buffers(_learned(c), c.transformer.depth, c.bidirectional_prefix),
         title="minGPT on the codes of taming-transformers",
         example="cin_transformer.ckpt --codec models/taming-vqgan",
     ),
     "clipgen": Format(
         _clipgen,
-        clipgen.table,
+        lambda config: clipgen.table(config.transformer.head_size, config.output_bias),
         clipgen.UNUSED,
         needed=(clipgen.NEEDED,),
-        buffers=clipgen.buffers,
+        buffers=lambda config: clipgen.buffers(_learned(config), config.transformer.depth),
         title="CLIP-GEN's next-token model on one CLIP embedding",
         example="gpt_coco.pt --codec models/clipgen-vqgan --text clip:FOLDER",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -13,8 +12,7 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
-from t2i_jax.core.params import abstract
-from t2i_jax.core.types import Trainable
+from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.interop import vqgan
 from t2i_jax.interop.names import Fields, Table, Tensors, require
 
@@ -55,7 +53,7 @@ def _llamagen(
     return _codec(tensors, "llamagen", quantizer, groups=groups, eps=eps, training=fields)
 
 
-def _taming(
+def taming(
     tensors: Tensors,
     *,
     legacy: bool = False,
@@ -64,7 +62,9 @@ def _taming(
     eps: float = 1e-6,
     **fields: object,
 ) -> VQGAN:
-    """legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were. beta: 0.25
+    """A VQGAN of taming-transformers.
+
+    legacy: train with `beta` on the pull of the codebook instead of the encoder, as released models were. beta: 0.25
     unless given, and 1 for a codebook that is a moving average."""
     averaged = any(name.endswith("cluster_size") for name in tensors)
     beta = (1.0 if averaged else 0.25) if beta is None else beta
@@ -73,7 +73,7 @@ def _taming(
     return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
 
-def _gumbel(
+def gumbel(
     tensors: Tensors,
     *,
     kl: float = 1e-8,
@@ -82,6 +82,7 @@ def _gumbel(
     eps: float = 1e-6,
     **fields: object,
 ) -> VQGAN:
+    """A Gumbel VQGAN of taming-transformers."""
     quantizer = partial(GumbelConfig, kl=kl, temperature=temperature)
     return _codec(tensors, "taming", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
@@ -91,8 +92,9 @@ def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: floa
     return _codec(tensors, "clipgen", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
 
-def _table(config: VQGAN, style: vqgan.Style) -> Table:
-    return vqgan.table(abstract(config), style)
+def table_of(style: vqgan.Style) -> Callable[[HasInit], Table]:
+    """The names of convolutional codecs in one style."""
+    return lambda config: vqgan.table(abstract(config), style)
 
 
 def _judge(tensors: Tensors) -> DiscriminatorConfig:
@@ -101,36 +103,50 @@ def _judge(tensors: Tensors) -> DiscriminatorConfig:
     return DiscriminatorConfig(tensors["main.0.weight"].shape[0], kernels - 2)
 
 
-def _judge_table(config: DiscriminatorConfig) -> Table:
-    return vqgan.discriminator(abstract(config))
-
-
-def _format(describe: Callable[..., Trainable], style: vqgan.Style, **fields: Any) -> Format:
-    return Format(describe, partial(_table, style=style), vqgan.IGNORED, (vqgan.needed(style),), **fields)
-
-
-def _usage(config: VQGAN) -> dict[str, np.ndarray]:
-    """The last codes seen, which LlamaGen saves with its weights for its log."""
-    return {"quantize.codebook_used": np.zeros(65536, np.float32)}
-
-
+USED = {"quantize.codebook_used": np.zeros(65536, np.float32)}
+"""The last codes seen, which LlamaGen saves with its weights for its log."""
 STAGE = "first_stage_model."
 """Prefix of the codec in a checkpoint of a next-token model of taming-transformers."""
 
 FORMATS = {
-    "llamagen-vq": _format(
-        _llamagen, "llamagen", buffers=_usage, title="LlamaGen's tokenizers VQ-16, VQ-8", example="vq_ds16_c2i.pt"
+    "llamagen-vq": Format(
+        _llamagen,
+        table_of("llamagen"),
+        vqgan.IGNORED,
+        needed=(vqgan.needed("llamagen"),),
+        buffers=lambda config: USED,
+        title="LlamaGen's tokenizers VQ-16, VQ-8",
+        example="vq_ds16_c2i.pt",
     ),
-    "taming-vqgan": _format(
-        _taming, "taming", part=STAGE, title="VQGAN of taming-transformers", example="vqgan_imagenet_f16_16384.ckpt"
+    "taming-vqgan": Format(
+        taming,
+        table_of("taming"),
+        vqgan.IGNORED,
+        needed=(vqgan.needed("taming"),),
+        part=STAGE,
+        title="VQGAN of taming-transformers",
+        example="vqgan_imagenet_f16_16384.ckpt",
     ),
-    "taming-gumbel": _format(
-        _gumbel, "taming", part=STAGE, title="Gumbel VQGAN of taming-transformers", example="vqgan_gumbel_f8.ckpt"
+    "taming-gumbel": Format(
+        gumbel,
+        table_of("taming"),
+        vqgan.IGNORED,
+        needed=(vqgan.needed("taming"),),
+        part=STAGE,
+        title="Gumbel VQGAN of taming-transformers",
+        example="vqgan_gumbel_f8.ckpt",
     ),
-    "clipgen-vqgan": _format(_clipgen, "clipgen", title="CLIP-GEN's VQGAN", example="vqgan_coco.pt"),
+    "clipgen-vqgan": Format(
+        _clipgen,
+        table_of("clipgen"),
+        vqgan.IGNORED,
+        needed=(vqgan.needed("clipgen"),),
+        title="CLIP-GEN's VQGAN",
+        example="vqgan_coco.pt",
+    ),
     "taming-discriminator": Format(
         _judge,
-        _judge_table,
+        lambda config: vqgan.discriminator(abstract(config)),
         vqgan.IGNORED,
         needed=(JUDGE,),
         part="loss.discriminator.",

@@ -6,10 +6,9 @@ encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from flax import nnx
 
 from t2i_jax import convert
 from t2i_jax.convert import Folder, Format
+from t2i_jax.convert.gaussian import network_of
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.noise import Predicts
 from t2i_jax.core.params import abstract
@@ -24,7 +24,7 @@ from t2i_jax.core.types import Compute, Trainable
 from t2i_jax.interop import huggingface, pixart
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.interop import stable_diffusion_3 as third
-from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
 from t2i_jax.networks.dit import DiT
@@ -78,14 +78,11 @@ def _stable_diffusion(
     return with_fields(Diffusion(network), **(family | fields))
 
 
-def _ends(tensors: Tensors, *, head_dim: int | None = None, **hints: Any) -> tuple[Tensors, Fields]:
+def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
     """The ends of attentions as the table has them, whichever way this file keeps them."""
-    config = _stable_diffusion(tensors, head_dim=head_dim, **hints).network
-    return published.squared(tensors, published.linear(config)), hints | {"head_dim": head_dim}
-
-
-def _network(config: Diffusion) -> Table:
-    return published.table(abstract(config), config.network)
+    given: Fields = hints
+    network = network_of(_stable_diffusion(tensors, **given), UNet)
+    return published.squared(tensors, published.linear(network)), given
 
 
 def _folder(path: Path) -> Folder:
@@ -121,17 +118,26 @@ def _pixart(
     found = pixart.describe(tensors)
     length, dim = tensors["null_features"].shape[0], found.pop("dim")
     side = _side(size or pixart.side_of(tensors, found["patch"]))
-    kind: Fields = {"size": side, "whole": False, "shared": True, "cross_norm": False}
-    kind["conditioning"] = Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention")
-    kind["positions"] = SinCosPositions(stretch or max(side[0] // 64, 1))
+    kind: Fields = {
+        "size": side,
+        "whole": False,
+        "shared": True,
+        "cross_norm": False,
+        "conditioning": Conditioning(TextFeatures(dim, length, trained_null=False, bias=True), "cross_attention"),
+        "positions": SinCosPositions(stretch or max(side[0] // 64, 1)),
+    }
     network = with_fields(DiT(), **(kind | found | {"heads": heads, "eps": eps}))
-    family: Fields = {"process": Discrete("linear"), "solver": "dpm++", "compute": Compute(dtype)}
-    family["sampling"] = DiffusionSampler(steps=20, guidance=4.5, eta=0.0)
+    family: Fields = {
+        "process": Discrete("linear"),
+        "solver": "dpm++",
+        "compute": Compute(dtype),
+        "sampling": DiffusionSampler(steps=20, guidance=4.5, eta=0.0),
+    }
     return with_fields(Diffusion(network), **(family | fields))
 
 
 def _pixart_whole(
-    tensors: Tensors, *, length: int = 120, size: int | tuple[int, int] = 0, stretch: float = 0.0, **hints: Any
+    tensors: Tensors, *, length: int = 120, size: int | tuple[int, int] = 0, stretch: float = 0.0, **hints: object
 ) -> tuple[Tensors, Fields]:
     """Positions are counted where a file has none. Without the features of an empty caption there is no guidance."""
     tensors, found = dict(tensors), pixart.describe(tensors)
@@ -182,16 +188,24 @@ def _third(
     found = third.describe(tensors)
     summary, dim = found.pop("summary"), found.pop("dim")
     encoded = CrossAttnFeatures(dim, length + 1, trained_null=False, kept_null="null_features" in tensors)
-    kind = {"conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"), "learn_variance": False}
-    kind |= {"size": _side(size), "heads": heads or found["width"] // 64}
+    kind: Fields = {
+        "conditioning": Conditioning(PooledAndTokenFeatures(encoded, summary), "joint"),
+        "learn_variance": False,
+        "size": _side(size),
+        "heads": heads or found["width"] // 64,
+    }
     network = with_fields(DiT(), **(found | kind))
-    family: Fields = {"process": Flow(shift=shift), "predicts": "velocity", "solver": "euler"}
-    family["compute"] = Compute(dtype)
-    family["sampling"] = DiffusionSampler(steps=28, guidance=7.0, eta=0.0)
+    family: Fields = {
+        "process": Flow(shift=shift),
+        "predicts": "velocity",
+        "solver": "euler",
+        "compute": Compute(dtype),
+        "sampling": DiffusionSampler(steps=28, guidance=7.0, eta=0.0),
+    }
     return with_fields(Diffusion(network), **(family | fields))
 
 
-def _third_whole(tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: Any) -> tuple[Tensors, Fields]:
+def _third_whole(tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints: object) -> tuple[Tensors, Fields]:
     patch, side = third.describe(tensors)["patch"], _side(size)
     return third.completed(tensors, (side[0] // patch, side[1] // patch)), hints | {"size": side}
 
@@ -236,10 +250,6 @@ def _clip(path: Path, which: str = "") -> ClipText:
     )
 
 
-def _dit_table(names: ModuleType) -> Callable[[Diffusion], Table]:
-    return lambda config: names.table(config.network)
-
-
 def _codec(path: Path) -> tuple[Trainable, nnx.Module]:
     """The KL autoencoder of a folder: its configuration and its model."""
     read = convert.find("kl_diffusers").folder
@@ -251,7 +261,7 @@ def _codec(path: Path) -> tuple[Trainable, nnx.Module]:
 FORMATS = {
     "stable-diffusion": Format(
         _stable_diffusion,
-        _network,
+        lambda config: published.table(abstract(config), network_of(config, UNet)),
         needed=(published.NEEDED,),
         adapt=_ends,
         folder=_folder,
@@ -260,7 +270,7 @@ FORMATS = {
     ),
     "stable-diffusion-3": Format(
         _third,
-        _dit_table(third),
+        lambda config: third.table(network_of(config, DiT)),
         needed=(third.NEEDED,),
         adapt=_third_whole,
         folder=_third_folder,
@@ -269,7 +279,7 @@ FORMATS = {
     ),
     "pixart": Format(
         _pixart,
-        _dit_table(pixart),
+        lambda config: pixart.table(network_of(config, DiT)),
         needed=(pixart.NEEDED,),
         adapt=_pixart_whole,
         folder=_pixart_folder,

@@ -1,13 +1,11 @@
 """Formats of discrete diffusion models."""
 
-from typing import Any
-
 import numpy as np
 
-from t2i_jax.convert import Format
-from t2i_jax.convert.codecs import FORMATS as CODECS
+from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.convert import Format, codecs
 from t2i_jax.core.family import with_fields
-from t2i_jax.interop import vq_diffusion
+from t2i_jax.interop import vq_diffusion, vqgan
 from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.models.vq_diffusion import VQDiffusion
@@ -44,34 +42,44 @@ def _vq_diffusion(
     return with_fields(VQDiffusion(), **(found | fields))
 
 
-def _codec(tensors: Tensors, **fields: object) -> Any:
-    return CODECS["taming-gumbel" if "quantize.proj.weight" in tensors else "taming-vqgan"].describe(tensors, **fields)
+def _codec(tensors: Tensors, **fields: object) -> VQGAN:
+    describe, given = codecs.gumbel if "quantize.proj.weight" in tensors else codecs.taming, Fields(fields)
+    return describe(tensors, **given)
 
 
 def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: object) -> tuple[Tensors, Fields]:
     """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
     not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
-    full_to_used: Any = content(used) if isinstance(used, str) else used
-    return vq_diffusion.codec_tensors(tensors, full_to_used), fields
+    table = content(used) if isinstance(used, str) else used
+    return vq_diffusion.codec_tensors(tensors, None if table is None else np.asarray(table)), fields
 
 
 FORMATS = {
     "vq_diffusion": Format(
         _vq_diffusion,
-        vq_diffusion.table,
+        lambda config: vq_diffusion.table(
+            config.transformer,
+            config.conditioning.what,
+            learned_times=config.times == "learned",
+            class_norm=config.rows > 0,
+            conv_mlp=config.conv_mlp,
+            importance=config.importance,
+        ),
         vq_diffusion.UNUSED,
         needed=(vq_diffusion.NEEDED,),
         part=vq_diffusion.PART,
-        buffers=vq_diffusion.buffers,
+        buffers=lambda c: vq_diffusion.buffers(
+            c.chain, c.transformer.depth, c.importance, c.length if c.by_tokens else 0
+        ),
         title="VQ-Diffusion: captions (COCO, CUB-200, ITHQ), classes (ImageNet), faces (FFHQ)",
         example="coco_learnable.pth --codec models/vq_diffusion-codec --text clip-tokens:FOLDER",
     ),
     "vq_diffusion-codec": Format(
         _codec,
-        CODECS["taming-vqgan"].table,
-        CODECS["taming-vqgan"].unused,
-        needed=(*CODECS["taming-vqgan"].needed, vq_diffusion.CODEC_NEEDED),
-        part=CODECS["taming-vqgan"].part,
+        codecs.table_of("taming"),
+        vqgan.IGNORED,
+        needed=(vqgan.needed("taming"), vq_diffusion.CODEC_NEEDED),
+        part=codecs.STAGE,
         adapt=_used,
         title="the codec of a VQ-Diffusion model, with the codes that it knows: a Gumbel VQGAN, a VQGAN, or ITHQ's own",
         example="vqgan_gumbel_f8.ckpt --used taming_vqvae_2887.pt",

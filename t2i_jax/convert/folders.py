@@ -6,27 +6,33 @@ import dataclasses
 import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
-from t2i_jax.convert.hints import check_fields, check_values, parse, text_of, unknown
+from t2i_jax.convert.hints import check_fields, check_values, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
-from t2i_jax.core.narrow import as_codec, as_family, check_codes
+from t2i_jax.core.narrow import as_codec, as_family, check_codes, text_encoder
 from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
+from t2i_jax.text.clip import ClipEmbedding, ClipText
+from t2i_jax.text.cut import FolderEncoder
+from t2i_jax.text.damsm import DamsmText
+from t2i_jax.text.decoder_lm import DecoderLM
+from t2i_jax.text.t5 import T5
 
+E = TypeVar("E", bound=FolderEncoder | DamsmText)
 FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 """Errors that a published file, or hints that do not fit it, may cause."""
 
@@ -45,7 +51,7 @@ def to_folder(
     Where `weights` is a folder that holds all three, its own codec and text are taken unless others are given.
     Errors: `ConfigError` for an unknown format or hint, and for a file that lacks names, has others, or other shapes.
     """
-    format = find(name)
+    format = convert.find(name)
     if Path(out).exists():  # before the work, not after it
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
@@ -56,7 +62,8 @@ def to_folder(
         codec_in(codec)
     found = None
     try:
-        found = _opened(name, Path(weights))
+        folder = format.folder if Path(weights).is_dir() else None
+        found = folder(Path(weights)) if folder else convert.Folder(convert.read(weights, name), {})
         config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
         check_fields(config, hints)
         if text is not None:
@@ -94,22 +101,16 @@ def _fault(
     return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
 
 
-def _check_text(config: Trainable, text: Any) -> None:
+def _check_text(config: Trainable, text: Tokenizer) -> None:
     """Errors: ValueError where a text encoder does not fit a model; those of the encoder's files."""
     spec = config.batch_spec()
     if not {"features", "text"} & spec.keys():
         raise ValueError(f"a {type(config).__name__} without captions takes no --text")
     if "features" in spec:
-        gives, reads = text.feature_shape, spec["features"].shape
+        gives, reads = text_encoder(text).feature_shape, spec["features"].shape
         if gives != reads:
             said = "{} vectors of {} numbers a caption"
             raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")
-
-
-def _opened(name: str, path: Path) -> convert.Folder:
-    """The tensors of a published file, or the contents of a published folder."""
-    folder = convert.find(name).folder
-    return folder(path) if folder and path.is_dir() else convert.Folder(convert.read(path, name), {})
 
 
 def to_file(name: str, folder: str | Path, out: str | Path) -> None:
@@ -117,7 +118,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
 
     Errors: `ConfigError` where the model is not one that the format can hold.
     """
-    out, format = Path(out), find(name)
+    out, format = Path(out), convert.find(name)
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: safetensors is written; the name has to end in .safetensors")
     if out.exists():
@@ -139,19 +140,6 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     temporary.replace(out)
 
 
-def find(name: str) -> convert.Format:
-    """`convert.find` with a `ConfigError`, which the command line prints."""
-    try:
-        return convert.find(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def hints(name: str, arguments: Sequence[str]) -> Fields:
-    """`--grid 24 24`, `--heads=16`, `--legacy` as values by name. Errors: `ConfigError` for a hint that is none."""
-    return parse(name, find(name), arguments)
-
-
 def text_side(words: str) -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
     length 1), `lm:FOLDER` (hidden states of a language model) or `damsm:FOLDER` (a run or a converted DAMSM) names,
@@ -159,21 +147,22 @@ def text_side(words: str) -> Tokenizer:
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
-    from t2i_jax.text.clip import ClipEmbedding, ClipText
-    from t2i_jax.text.damsm import DamsmText
-    from t2i_jax.text.decoder_lm import DecoderLM
-    from t2i_jax.text.t5 import T5
-
-    kinds = {"t5": (T5, {"clean": True}), "clip": (ClipEmbedding, {}), "clip-tokens": (ClipText, {"normalise": True})}
-    kinds |= {"lm": (DecoderLM, {}), "damsm": (DamsmText, {})}
+    kinds: dict[str, tuple[type[FolderEncoder] | type[DamsmText], Fields]] = {
+        "t5": (T5, {"clean": True}),
+        "clip": (ClipEmbedding, {}),
+        "clip-tokens": (ClipText, {"normalise": True}),
+        "lm": (DecoderLM, {}),
+        "damsm": (DamsmText, {}),
+    }
     kind, _, rest = words.partition(":")
     if kind not in kinds:
         known = ", ".join(f"{k}:FOLDER" for k in kinds)
         raise ConfigError(f"--text {words}: it is one of {known}; `t2i convert --help` says which folders these are")
-    return encoder(kinds[kind][0], rest, f"--text {words}", **kinds[kind][1])
+    encodes, fields = kinds[kind]
+    return encoder(encodes, rest, f"--text {words}", **fields)
 
 
-def encoder(kind: Any, words: str, said: str, **fields: object) -> Any:
+def encoder(kind: type[E], words: str, said: str, **fields: object) -> E:
     """A text encoder of a class, from its path and comma-separated fields: `vit_b_32.pt,activation=gelu`.
 
     said: prefix of errors. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
@@ -181,13 +170,13 @@ def encoder(kind: Any, words: str, said: str, **fields: object) -> Any:
     path, *settings = words.split(",")
     if not path or not Path(path).exists():
         raise ConfigError(f"{said}: there is no '{path}'; it names a folder as `--help` says, or a file")
-    known = [f.name for f in dataclasses.fields(kind) if f.name != "folder"]
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in ("folder", "path")]
     given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
         raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
     with refused(said):
         check_values(kind, given)
-        return kind(path, **(fields | given))
+        return dataclasses.replace(kind(path), **(fields | given))
 
 
 def help_text() -> str:
@@ -221,9 +210,10 @@ def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(artifact.model))
     rows = "\n".join(f"| {name} | {value} |" for name, value in values(artifact.config).items())
     prompt = "7" if "label" in artifact.config.batch_spec() else '"a prompt"'
+    title = convert.find(name).title or name
     sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if artifact.config.capabilities.family else ""
     return (
         f"# {out.name}\n\n{type(artifact.config).__name__}, {count / 1e6:.1f} M parameters, converted from "
-        f"`{weights.name}` ({find(name).title or name}). The licence is that of the published weights.\n\n{sample}"
+        f"`{weights.name}` ({title}). The licence is that of the published weights.\n\n{sample}"
         f"| field | value |\n|---|---|\n{rows}\n"
     )

@@ -1,11 +1,11 @@
 """Formats of Gaussian diffusion: DiT, guided-diffusion (ADM) and its classifiers, GLIDE and its noise-aware CLIP."""
 
-from typing import Any
+from typing import TypeVar
 
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.noise import NoiseProcess
-from t2i_jax.core.params import abstract
+from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.interop import adm, dit, glide
 from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
@@ -63,12 +63,13 @@ def _unet(
 
 
 def _adm(
-    tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: NoiseProcess | None = None, **hints: Any
+    tensors: Tensors, *, schedule: str = "", steps: int = 1000, process: NoiseProcess | None = None, **hints: object
 ) -> Diffusion:
     """hints: `size`, `blocks`, `heads` or `head_dim`, `up_heads`, `qkv_first` of `_unet`, and fields of the network."""
     table = tensors.get("label_emb.weight")
     classes = None if table is None else Conditioning(ClassEmbedder(table.shape[0], null=False), dropout=0.0)
-    network = _unet(tensors, conditioning=classes, **hints)
+    fields: Fields = {"conditioning": classes, **hints}
+    network = _unet(tensors, **fields)
     schedule = schedule or ("cosine" if network.multipliers == (1, 2, 3, 4) and network.width == 192 else "linear")
     return Diffusion(
         network,
@@ -77,13 +78,15 @@ def _adm(
     )
 
 
-def _adm_classifier(tensors: Tensors, *, size: int = 0, schedule: str = "", steps: int = 1000, **hints: Any) -> Any:
+def _adm_classifier(
+    tensors: Tensors, *, size: int = 0, schedule: str = "", steps: int = 1000, **hints: object
+) -> NoisedClassifier:
     """As `_adm`. The released one for 64 pixels belongs to a cosine schedule, the others to a linear one."""
     head = adm.describe_pool(tensors)
-    trunk = _unet(tensors, size=size, **({"head_dim": 64, "qkv_first": False} | hints))
+    fields: Fields = {"head_dim": 64, "qkv_first": False} | hints
+    trunk = _unet(tensors, size, **fields)
     if head["side"]:
-        side = head["side"] * 2 ** (len(trunk.multipliers) - 1)
-        trunk = _unet(tensors, size=side, **({"head_dim": 64, "qkv_first": False} | hints))
+        trunk = _unet(tensors, head["side"] * 2 ** (len(trunk.multipliers) - 1), **fields)
     schedule = schedule or ("cosine" if len(trunk.multipliers) == 4 else "linear")
     return NoisedClassifier(trunk, head["classes"], head["pool"], Discrete(schedule, steps))
 
@@ -95,14 +98,14 @@ def _glide(
     schedule: str = "",
     steps: int = 1000,
     process: NoiseProcess | None = None,
-    **hints: Any,
+    **hints: object,
 ) -> Diffusion:
     """text_heads: of the caption encoder; else as `_adm`."""
     text = adm.describe_text(tensors)
     captions = GlideCaptions(**text, heads=text_heads or max(1, text["width"] // 64))
     read = {"conditioning": Conditioning(captions, dropout=0.2), "context": text["width"], "pool": "last"}
-    hints = read | {"qkv_first": False} | hints
-    network = _unet(tensors, **hints)
+    fields: Fields = read | {"qkv_first": False} | hints
+    network = _unet(tensors, **fields)
     schedule = schedule or ("linear" if "low_res" in network.extra_inputs else "cosine")
     return Diffusion(
         network,
@@ -119,28 +122,38 @@ def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> No
     return with_fields(NoisedCLIP(), **(found | fields))
 
 
-def _network_table(config: Diffusion) -> Table:
+N = TypeVar("N", DiT, UNet)
+
+
+def network_of(config: Diffusion, kind: type[N]) -> N:
+    """The network of a diffusion model. Errors: ValueError for one of another kind."""
+    if not isinstance(config.network, kind):
+        raise ValueError(f"its network is a {type(config.network).__name__}, not a {kind.__name__}")
+    return config.network
+
+
+def _adm_table(config: HasInit) -> Table:
     return adm.table(abstract(config))
 
 
 FORMATS = {
     "dit": Format(
         _dit,
-        lambda config: dit.table(config.network),
+        lambda config: dit.table(network_of(config, DiT)),
         needed=(dit.NEEDED,),
         title="DiT, by the class, on the codes of Stable Diffusion's autoencoder",
         example="DiT-XL-2-256x256.pt --codec models/kl_diffusers",
     ),
     "sit": Format(
         _sit,
-        lambda config: dit.table(config.network),
+        lambda config: dit.table(network_of(config, DiT)),
         needed=(dit.NEEDED,),
         title="SiT: DiT's networks trained on a flow",
         example="SiT-XL-2-256x256.pt --codec models/kl_diffusers",
     ),
     "adm": Format(
         _adm,
-        _network_table,
+        _adm_table,
         needed=(adm.NEEDED,),
         part="unet.",
         title="the UNets of guided-diffusion (ADM), upsamplers included",
@@ -148,7 +161,7 @@ FORMATS = {
     ),
     "adm_classifier": Format(
         _adm_classifier,
-        _network_table,
+        _adm_table,
         needed=(adm.NEEDED,),
         part="classifier.",
         title="the classifiers of noised images of guided-diffusion, for `t2i sample --classifier`",
@@ -156,7 +169,7 @@ FORMATS = {
     ),
     "glide": Format(
         _glide,
-        _network_table,
+        _adm_table,
         needed=(adm.NEEDED,),
         part="unet.",
         title="GLIDE: its base model and its upsampler",
@@ -164,7 +177,7 @@ FORMATS = {
     ),
     "glide_clip": Format(
         _glide_clip,
-        glide.table,
+        lambda config: glide.table(config.patch, config.times > 0),
         unused=r"^(?!clip_)",
         needed=glide.NEEDED,
         files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},

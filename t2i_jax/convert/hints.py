@@ -11,7 +11,6 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from t2i_jax.convert import Format
 from t2i_jax.core.config import ConfigError
@@ -46,7 +45,7 @@ def parse(name: str, format: Format, arguments: Sequence[str]) -> Fields:
     values = {key: value(words) for key, words in found.items()}
     for key, one in values.items():
         said = " ".join((f"--{key.replace('_', '-')}", *found[key]))
-        _check(said, one, known.get(key, Any))
+        _check(said, one, known.get(key, object))
         kind = known.get(key, float)
         counts = [] if float in (kind, *typing.get_args(kind)) else one if isinstance(one, tuple) else [one]
         if any(isinstance(n, int) and n < 0 for n in counts):
@@ -108,7 +107,7 @@ def suits(value: object, kind: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind in (None, types.NoneType):
         return value is None
-    return kind in (Any, object) or not isinstance(kind, type) or isinstance(value, kind)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def value(words: Sequence[str]) -> object:

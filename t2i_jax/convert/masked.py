@@ -6,16 +6,15 @@ import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Folder, Format
+from t2i_jax.convert.codecs import table_of
 from t2i_jax.core.family import with_fields
-from t2i_jax.core.params import abstract
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.interop import huggingface, kl, mar, vqgan
-from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.presets import MAR
@@ -68,10 +67,6 @@ def _kl_folder(path: Path) -> Folder:
     return Folder(huggingface.Weights(path, vqgan.needed("diffusers")), hints)
 
 
-def _kl_table(config: KL, style: vqgan.Style) -> Table:
-    return vqgan.table(abstract(config), style)
-
-
 def _mar(
     tensors: Tensors,
     *,
@@ -94,33 +89,43 @@ def _mar(
     return with_fields(Masked(), **(found | fields))
 
 
-def _kl_format(style: vqgan.Style, **fields: Any) -> Format:
-    needed = (vqgan.needed(style),)
-    return Format(partial(_kl, style=style), partial(_kl_table, style=style), kl.UNUSED, needed, **fields)
-
-
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of 2022 for the matrices of attention, and today's."""
 
 FORMATS = {
     "mar": Format(
         _mar,
-        mar.table,
+        lambda config: mar.table(
+            config.conditioning.what.spec.classes or 0, config.transformer.heads, config.decoding.heads
+        ),
         mar.UNUSED,
         needed=(mar.NEEDED,),
         title="MAR: base, large and huge, by the class",
         example="mar_base/checkpoint-last.pth --codec models/kl",
     ),
-    "kl": _kl_format("taming", title="KL autoencoders of MAR and latent-diffusion", example="kl16.ckpt"),
-    "kl_diffusers": _kl_format(
-        "diffusers",
+    "kl": Format(
+        partial(_kl, style="taming"),
+        table_of("taming"),
+        kl.UNUSED,
+        needed=(vqgan.needed("taming"),),
+        title="KL autoencoders of MAR and latent-diffusion",
+        example="kl16.ckpt",
+    ),
+    "kl_diffusers": Format(
+        partial(_kl, style="diffusers"),
+        table_of("diffusers"),
+        kl.UNUSED,
+        needed=(vqgan.needed("diffusers"),),
         folder=_kl_folder,
         renames=tuple((rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.") for old, new in OLDER.items()),
         title="KL autoencoders of diffusers: a folder, which has the scale of the codes, or its file alone",
         example="sd-vae-ft-mse/",
     ),
-    "kl_diffusers_2022": _kl_format(
-        "diffusers_2022",
+    "kl_diffusers_2022": Format(
+        partial(_kl, style="diffusers_2022"),
+        table_of("diffusers_2022"),
+        kl.UNUSED,
+        needed=(vqgan.needed("diffusers_2022"),),
         folder=_kl_folder,
         title="the same in the names of 2022, for --back: `kl_diffusers` reads them too",
         example="sd-vae-ft-mse/",

@@ -7,7 +7,7 @@ from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.interop import dalle_pytorch, mindalle, openai_dvae
-from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.sampling.options import ARSampler
 
@@ -17,10 +17,6 @@ def _openai_dvae(tensors: Tensors, **fields: object) -> DVAE:
     network = {k: found[k] for k in ("channels", "groups", "blocks", "code") if k in found}
     known = {"codes": found["codes"], "half": found["half"], "network": OpenAIdVAE(**network)}
     return with_fields(DVAE(), **(known | fields))
-
-
-def _openai_dvae_table(config: DVAE) -> Table:
-    return openai_dvae.table(abstract(config))
 
 
 def _mindalle(tensors: Tensors, *, heads: int = 0, **fields: object) -> Stream:
@@ -64,14 +60,10 @@ def _dalle_pytorch_vae(tensors: Tensors, **fields: object) -> DVAE:
     return with_fields(DVAE(), **({"codes": found["codes"], "network": network} | trained | fields))
 
 
-def _dalle_pytorch_vae_table(config: DVAE) -> Table:
-    return dalle_pytorch.vae_table(abstract(config))
-
-
 FORMATS = {
     "openai_dvae": Format(
         _openai_dvae,
-        _openai_dvae_table,
+        lambda config: openai_dvae.table(abstract(config)),
         needed=openai_dvae.NEEDED,
         title="the discrete VAE of DALL-E: a folder with encoder.pkl and decoder.pkl, or one of them alone",
         example="FOLDER",
@@ -79,14 +71,21 @@ FORMATS = {
     ),
     "mindalle": Format(
         _mindalle,
-        mindalle.table,
+        lambda config: mindalle.table(config.transformer),
         needed=(mindalle.NEEDED,),
         title="minDALL-E's Transformer over text and image tokens",
         example="stage2_last.ckpt --codec models/taming-vqgan",
     ),
     "dalle_pytorch": Format(
         _dalle_pytorch,
-        dalle_pytorch.table,
+        lambda config: dalle_pytorch.table(
+            config.transformer,
+            config.condition.num_embeddings,
+            config.vocabulary,
+            token_shift=config.token_shift,
+            tied=config.tied,
+            axial=config.positions == "axial",
+        ),
         dalle_pytorch.UNUSED,
         needed=dalle_pytorch.NEEDED,
         renames=dalle_pytorch.RENAMES,
@@ -95,7 +94,7 @@ FORMATS = {
     ),
     "dalle_pytorch_vae": Format(
         _dalle_pytorch_vae,
-        _dalle_pytorch_vae_table,
+        lambda config: dalle_pytorch.vae_table(abstract(config)),
         dalle_pytorch.VAE_UNUSED,
         needed=(dalle_pytorch.VAE_NEEDED,),
         renames=dalle_pytorch.VAE_RENAMES,

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -123,7 +123,7 @@ def fit(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     return P(*(names if dim % size(names) == 0 else None for dim, names in zip(shape, spec, strict=False)))
 
 
-def shardings(tree: T, mesh: Mesh) -> T:
+def shardings(tree: T, mesh: Mesh | AbstractMesh) -> T:
     """A sharding per array from its axis names; stacked layers get a leading None, unnamed arrays are replicated."""
 
     def rule(v):

@@ -12,8 +12,7 @@ import numpy as np
 
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
-from t2i_jax.data.records import DataError, Record, as_captions
-from t2i_jax.data.sources import Reader
+from t2i_jax.data.records import DataError, Reader, Record, as_captions
 from t2i_jax.data.transforms import choose_caption, to_square
 
 log = logging.getLogger(__name__)
@@ -159,6 +158,6 @@ class Examples:
     def summary(self) -> str:
         """How many of the records that were read are left out, and why; empty where none is."""
         tally = self.tally
-        reasons = [f"{tally.broken} as broken"] if tally.broken else []
-        reasons += [f"{tally.small} as under Data.smallest_side = {self.smallest_side}"] if tally.small else []
+        counts = {"broken": tally.broken, f"under Data.smallest_side = {self.smallest_side}": tally.small}
+        reasons = [f"{count} as {why}" for why, count in counts.items() if count]
         return f"of {tally.seen} records are left out: {', '.join(reasons)}" if reasons else ""

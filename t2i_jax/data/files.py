@@ -34,18 +34,11 @@ class Recent(Generic[K, T]):
 
     def __init__(self, make: Callable[[K], T], most: int):
         self.make, self.most = make, most
-        self._cold()
-
-    def _cold(self) -> None:
         self.kept: OrderedDict[K, _Slot[T]] = OrderedDict()
         self.lock = threading.Lock()
 
-    def __getstate__(self):
-        return self.make, self.most
-
-    def __setstate__(self, state):
-        self.make, self.most = state
-        self._cold()
+    def __reduce__(self):
+        return Recent, (self.make, self.most)
 
     def __getitem__(self, key: K) -> T:
         with self.lock:
@@ -71,11 +64,8 @@ class Files(Generic[K, T]):
     def __init__(self, make: Callable[[K], T]):
         self.make, self.reader = make, object()  # another reader may mean another file of that name
 
-    def __getstate__(self):
-        return self.make
-
-    def __setstate__(self, state):
-        self.make, self.reader = state, object()
+    def __reduce__(self):
+        return Files, (self.make,)
 
     def __getitem__(self, path: K) -> T:
         return cast(T, _open()[self.reader, self.make, path])
@@ -166,7 +156,7 @@ def contents(folder: str) -> str:
         found = sorted((e.name, e.is_dir()) for e in islice(entries, 100_000) if not e.name.startswith("."))
     parts = kinds([name for name, is_folder in found if not is_folder])
     if folders := [name for name, is_folder in found if is_folder]:
-        parts += f"{', and ' if parts else ''}folders: {_some(folders)}"
+        parts += f"{', and ' if parts else ''}folders: {some(folders)}"
     return f"it holds {parts}" if parts else "it is empty"
 
 
@@ -176,7 +166,7 @@ def kinds(names: Iterable[str]) -> str:
     for name in names:
         by_ending.setdefault(ending(name), []).append(name)
     most = sorted(by_ending.items(), key=lambda item: -len(item[1]))
-    words = [f"{len(n)} {end or 'without an ending'} ({_some(n)})" for end, n in most[:6]]
+    words = [f"{len(n)} {end or 'without an ending'} ({some(n)})" for end, n in most[:6]]
     return ", ".join(words + ([f"and {len(most) - 6} more kinds"] if len(most) > 6 else []))
 
 
@@ -186,7 +176,8 @@ def ending(name: str) -> str:
     return (os.path.splitext(stem)[1] if end in (".gz", ".bz2", ".xz", ".zst") else "") + end
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first three of several names."""
     return mend(", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))
 
 

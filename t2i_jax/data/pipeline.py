@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -33,34 +33,23 @@ from t2i_jax.core.specs import BatchSpec, check_example
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
-from t2i_jax.data.order import Order, Rows
-from t2i_jax.data.records import DataError, Record
-from t2i_jax.data.sources import Concat, Mixture, Reader, Source
+from t2i_jax.data.order import Order, Parts, Rows
+from t2i_jax.data.records import DataError, Reader, Record
+from t2i_jax.data.sources import Concat, Mixture, Source
 from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-Facts = dict[str, Any]
+Facts = dict[str, int | str]
 """what is known of a split, for printing"""
 Field = Literal["image", "label", "codes", "latents", "features", "text_mask"]
 PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
 ARRAYS: tuple[Field, ...] = ("label", "codes", "latents", *PER_CAPTION)
 DIRECTIONAL_WORDS = (
-    "left",
-    "right",
-    "flag",
-    "text",
-    "letter",
-    "letters",
-    "word",
-    "words",
-    "sign",
-    "button",
-    "symbol",
-    "logo",
-)
-DIRECTIONAL_WORDS += ("number", "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow")
+    "left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo", "number",
+    "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow",
+)  # fmt: skip
 TRIES = 100
 """Broken records in a row that end a run."""
 TRIES_SMALL = 10_000
@@ -136,7 +125,8 @@ class Data(Checked):
         if position < 0:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
         share = len(rows) / self.batch_size
-        check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", self._size() * share)
+        least = self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
+        check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", least * share)
         text = text if spec is None or "text" in spec else None
         reader = self._open(split, text is not None)
         source = self.split(split)
@@ -144,9 +134,9 @@ class Data(Checked):
         if isinstance(source, Mixture) and isinstance(reader, Concat):
             sizes, weights = [len(r) for r in reader.readers], source.weights
         order = Order(sizes, weights, self.seed)
-        examples = _Examples(self, reader, order, np.cumsum([0, *sizes]), text, split == "train", spec)
+        examples = _Examples(self, reader, order, Parts(sizes), text, split == "train", spec)
 
-        def stream(done: int) -> Iterator[_Made]:
+        def stream(done: int) -> Iterator[Collated]:
             """The batches after the first `done` of them, each with what was wrong on the way."""
             places = Rows(position + done * self.batch_size, self.batch_size, rows)
             made = grain.MapDataset.source(places).map(examples).batch(len(rows), batch_fn=collate)
@@ -172,10 +162,6 @@ class Data(Checked):
         small = self.smallest_side
         return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
 
-    def _size(self) -> int:
-        """Bytes of a batch at least."""
-        return self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
-
     def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, Facts]:
         """How many `records` each split has, and a digest of the `names` of some; stored with a run to recognise
         its data. Errors: `DataError`."""
@@ -200,7 +186,7 @@ class Data(Checked):
             return self.held_out
         return _split(self.source, split)
 
-    def _watched(self, stream: Generator[_Made], tally: Tally) -> Generator[Batch]:
+    def _watched(self, stream: Generator[Collated], tally: Tally) -> Generator[Batch]:
         with closing(stream):
             for batch, faults, small in stream:
                 for fault in (fault for several in faults for fault in several):
@@ -268,13 +254,17 @@ def _parse_flags() -> None:
 
 
 class _Made(NamedTuple):
-    """An example or a batch, and the faults of the records that it replaces."""
+    """An example, and the records that it replaces."""
 
     arrays: Batch
-    faults: list[Any]
-    """of an example its broken records, of a batch the broken records of each example"""
+    faults: list[str]
+    """the broken ones"""
     small: list[str]
     """images that are too small"""
+
+
+Collated = tuple[Batch, list[list[str]], list[str]]
+"""a batch, the broken records of each example, and the images that are too small"""
 
 
 class _Unusable(Exception):
@@ -288,16 +278,15 @@ class _Examples:
     data: Data
     reader: Reader
     order: Order
-    starts: np.ndarray
-    """where the sources begin, and the end"""
+    sources: Parts
     text: Tokenizer | None
     augment: bool
     spec: BatchSpec | None
 
     def __call__(self, g: int) -> _Made:
         first, faults, small = self.order[g], [], []
-        part = int(np.searchsorted(self.starts, first, side="right")) - 1
-        start, stop = self.starts[part : part + 2].tolist()
+        part, _ = self.sources.part(first)
+        start, stop = self.sources.starts[part : part + 2].tolist()
         for i in chain(range(first, stop), range(start, first)):
             record: Record = {}
             try:
@@ -373,7 +362,7 @@ def numbers(name: str, value: object) -> np.ndarray:
     return x.astype(np.int32) if whole else x
 
 
-def collate(examples: Sequence[_Made]) -> _Made:
+def collate(examples: Sequence[_Made]) -> Collated:
     """Examples to one batch."""
     batch: Batch = {}
     for name in dict.fromkeys(name for example in examples for name in example.arrays):
@@ -381,4 +370,4 @@ def collate(examples: Sequence[_Made]) -> _Made:
         if len(shapes) > 1:
             raise DataError(f"records of one batch differ in '{name}': its shapes are {', '.join(sorted(shapes))}")
         batch[name] = np.stack([e.arrays[name] for e in examples])
-    return _Made(batch, [e.faults for e in examples], [name for e in examples for name in e.small])
+    return batch, [e.faults for e in examples], [name for e in examples for name in e.small]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,23 @@ from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
 INDEX = "index.json"
+
+
+class Reader(Protocol):
+    """Random access to records, by many threads at once; worker processes get a pickled copy."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Record: ...
+
+    def key(self, i: int) -> str:
+        """The name of an unreadable record: its file, and its position there."""
+        ...
+
+    def notes(self, captions: bool) -> list[str]:
+        """Remarks on the source: which files are not read; or, on captions, how many are missing and where they are
+        looked for."""
+        return []
 
 
 class Captions(list[str]):
@@ -111,15 +128,11 @@ def decode(data: bytes) -> Record:
         at = start + entry["at"]
         if "bytes" in entry:
             return data[at : at + entry["bytes"]]
-        dtype = _dtype(entry["dtype"])
+        dtype = np.dtype(entry["dtype"])  # NumPy knows those of ml_dtypes once that is imported
         count = int(np.prod(entry["shape"], dtype=np.int64))
         return np.frombuffer(data, dtype, count, at).reshape(entry["shape"])
 
     return {name: value(entry) for name, entry in json.loads(data[4:start]).items()}
-
-
-def _dtype(name: str) -> np.dtype:
-    return np.dtype(name)  # NumPy knows those of ml_dtypes once that is imported
 
 
 def may_become(path: Path) -> None:

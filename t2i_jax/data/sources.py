@@ -14,36 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.core.text import decode_text
 from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
+from t2i_jax.data.order import Parts
 from t2i_jax.data.parquet import ParquetReader
-from t2i_jax.data.records import INDEX, DataError, Record, as_captions, clean_captions, decode, shard_name
+from t2i_jax.data.records import INDEX, DataError, Reader, Record, as_captions, clean_captions, decode, shard_name
 from t2i_jax.data.tar import TarReader
 
 FEATURES = "features.json"
 """Describes the records of a data set that tfds prepared."""
-
-
-class Reader(Protocol):
-    """Random access to records, by many threads at once; worker processes get a pickled copy."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Record: ...
-
-    def key(self, i: int) -> str:
-        """The name of an unreadable record: its file, and its position there."""
-        ...
-
-    def notes(self, captions: bool) -> list[str]:
-        """Remarks on the source: which files are not read; or, on captions, how many are missing and where they are
-        looked for."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,8 +69,10 @@ class ArrayRecord:
             raise DataError(f"{self.path}: this folder has no {INDEX}: no data set was written here")
         try:
             splits = read_json(index)["splits"]
+            if not isinstance(splits, dict) or not all(isinstance(about, dict) for about in splits.values()):
+                raise ValueError("its splits are no objects")
             shards = {split: (int(about["shards"]), about.get("order")) for split, about in splits.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             kind = sniff_file(index)
             raise DataError(f"{index}: this is no index of a data set; it is {kind or 'damaged'}") from error
         readers = []
@@ -139,22 +123,19 @@ def _count(path: Path) -> int:
         raise DataError(f"{path}: this is no whole ArrayRecord file ({f'it is {kind}' if kind else error})") from error
 
 
-class ArrayRecords:
+class ArrayRecords(Parts):
     """The bytes of records in parts of ArrayRecord files: (path, first record, records) of each."""
 
     def __init__(self, parts: Sequence[tuple[str, int, int]]):
+        super().__init__(count for _, _, count in parts)
         self.parts = list(parts)
-        self.starts = np.cumsum([0, *(count for _, _, count in parts)])
         self.files: Files[str, RecordFile] = Files(_open_records)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
     def place(self, i: int) -> tuple[str, int]:
         """The file of a record, and its number there."""
-        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        part, number = self.part(i)
         path, first, _ = self.parts[part]
-        return path, first + i - int(self.starts[part])
+        return path, first + number
 
     def __getitem__(self, i: int) -> bytes:
         path, number = self.place(i)
@@ -162,7 +143,7 @@ class ArrayRecords:
 
 
 @dataclass
-class _Interleaved:
+class _Interleaved(Reader):
     """Records that were dealt to shards in turn, in the order in which they were written."""
 
     reader: ArrayRecords
@@ -179,9 +160,6 @@ class _Interleaved:
     def key(self, i: int) -> str:
         path, number = self.reader.place(self._stored(i))
         return f"{path}:{number}"
-
-    def notes(self, captions: bool) -> list[str]:
-        return []
 
     def __getitem__(self, i: int) -> Record:
         record = decode(self.reader[self._stored(i)])
@@ -303,9 +281,9 @@ class Tfds:
 
 
 @dataclass
-class _TfdsReader:
+class _TfdsReader(Reader):
     config: Tfds
-    reader: Any
+    reader: Sequence[Record]
     names: Sequence[str]
     texts: Sequence[str]
     """which of the fields are strings; tfds gives them as bytes"""
@@ -316,9 +294,6 @@ class _TfdsReader:
     def key(self, i: int) -> str:
         return f"{self.config.name}:{self.config.split}:{i}"
 
-    def notes(self, captions: bool) -> list[str]:
-        return []
-
     def __getitem__(self, i: int) -> Record:
         config, example = self.config, self.reader[i]
         record: Record = {"key": self.key(i)} | {name: example[name] for name in config.fields}
@@ -326,7 +301,7 @@ class _TfdsReader:
         if config.label:
             record["label"] = int(example[config.label])
         if config.captions:
-            value = example
+            value: Any = example
             for part in config.captions.split("/"):
                 value = [v[part] for v in value] if isinstance(value, list) else value[part]
             record["captions"] = as_captions(value)
@@ -382,27 +357,20 @@ class Strided:
         return self.reader[i * self.every]
 
 
-class Concat:
+class Concat(Parts):
     """Readers in turn, one after the other."""
 
     def __init__(self, readers: Sequence[Reader]):
+        super().__init__(map(len, readers))
         self.readers = readers
-        self.starts = np.cumsum([0, *(len(r) for r in readers)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _place(self, i: int) -> tuple[Reader, int]:
-        which = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.readers[which], int(i - self.starts[which])
 
     def key(self, i: int) -> str:
-        reader, row = self._place(i)
-        return reader.key(row)
+        part, row = self.part(i)
+        return self.readers[part].key(row)
 
     def notes(self, captions: bool) -> list[str]:
         return [note for reader in self.readers for note in reader.notes(captions)]
 
     def __getitem__(self, i: int) -> Record:
-        reader, row = self._place(i)
-        return reader[row]
+        part, row = self.part(i)
+        return self.readers[part][row]

@@ -12,14 +12,12 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from t2i_jax.core.sniff import PACKED
 from t2i_jax.core.tar_scan import BLOCK, MEMBERS
 from t2i_jax.core.text import decode_text, mend
 from t2i_jax.data.files import Descriptor, Files, kinds
+from t2i_jax.data.order import Parts
 from t2i_jax.data.records import Captions, DataError, Record, as_captions
 from t2i_jax.data.tar_index import Entry, index_tars, open_table, raise_error
 
@@ -30,7 +28,7 @@ LOOKED_AT = 100
 """Tar files that are looked at to say how many samples have no captions."""
 
 
-class TarReader:
+class TarReader(Parts):
     """Samples of tar files; reading one sample touches nothing but its own bytes.
 
     Errors: `DataError` where there is no sample, for a file that is no tar, and for one that is cut short unless
@@ -55,23 +53,19 @@ class TarReader:
 
         entries = index_tars(shards, seen=check)
         self.entries = [entries[tar] for tar in shards]
-        self.starts = np.cumsum([0, *(entry.samples for entry in self.entries)])
+        super().__init__(entry.samples for entry in self.entries)
         self.files, self.tables = Files(Descriptor), Files(open_table)
         if not len(self):
             names = [name for entry in self.entries for name in self.tables[entry].header.get("ignored", ())]
             has = f"they hold {kinds(names)}" if names else "they are empty"
             raise DataError(f"{shards[0]}: no sample with an image (KEY.jpg, .png, .webp, ...) in the tar files; {has}")
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
     def _place(self, i: int) -> tuple[Entry, int]:
         """The tar file of sample i, and its number there."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        i %= len(self)
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        return self.entries[shard], i - int(self.starts[shard])
+        shard, row = self.part(i % len(self))
+        return self.entries[shard], row
 
     def key(self, i: int) -> str:
         """The tar file and the name of the image in it, without its ending."""
@@ -107,15 +101,13 @@ class TarReader:
         text, extra, label = (read(at + table.value(m, row), table.value(f"{m}_size", row)) for m in MEMBERS[1:])
         key = self.key(i)
         record: Record = {"image": image, "key": key.removeprefix(mend(f"{entry.tar.parent}/"))}
-        if self.caption == "txt":
-            record["captions"] = as_captions(text, self._instead(extra) if text is None else "")
-        else:
-            record["captions"] = self._field(extra)
-        if self.fields:
-            found = _object(extra)
-            record |= {name: found[name] for name in self.fields if name in found}
-        if label is not None:
-            record["label"] = _label(label)
+        missing = self._instead(extra) if text is None else ""
+        record["captions"] = as_captions(text, missing) if self.caption == "txt" else self._field(extra)
+        found = _object(extra) if self.fields else {}
+        record |= {name: found[name] for name in self.fields if name in found}
+        if label is not None:  # what is no number a model of classes refuses
+            text = label.decode("utf-8", "replace").strip()
+            record["label"] = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
         return record
 
     def _instead(self, extra: bytes | None) -> str:
@@ -141,13 +133,14 @@ class TarReader:
 def fault_of_tar(entry: Entry, skipped: bool = False) -> str:
     """Why the tar file of an index cannot be read to its end, and what can be done, or is done if it is skipped."""
     about = open_table(entry).header
-    if about["kind"]:
-        unpack = "; unpack it, as records are read in any order" if about["kind"] in PACKED else ""
-        return f"{entry.tar}: no tar file: it is {about['kind']}{'; it is left out' if skipped else unpack}"
+    kind, cut = about.get("kind", ""), about.get("cut")
+    if kind:
+        unpack = "; unpack it, as records are read in any order" if kind in PACKED else ""
+        return f"{entry.tar}: no tar file: it is {kind}{'; it is left out' if skipped else unpack}"
     if skipped:
-        return f"{entry.tar}: cut short ({about['cut']}); going on with its first {entry.samples} samples"
+        return f"{entry.tar}: cut short ({cut}); going on with its first {entry.samples} samples"
     return (
-        f"{entry.tar}: the tar file is cut short or damaged after {about['keys']} samples ({about['cut']}); "
+        f"{entry.tar}: the tar file is cut short or damaged after {about.get('keys')} samples ({cut}); "
         "fetch it again, or set TarShards.truncated to 'skip'"
     )
 
@@ -160,7 +153,7 @@ def _name(header: bytes) -> str:
         return tar.next().name
 
 
-def _object(extra: bytes | None) -> dict[str, Any]:
+def _object(extra: bytes | None) -> dict[str, object]:
     """The .json member of a sample. Errors: `DataError` where it is no JSON object."""
     if extra is None:
         return {}
@@ -171,9 +164,3 @@ def _object(extra: bytes | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DataError(f"the .json member is no JSON object, but a {type(found).__name__}")
     return found
-
-
-def _label(label: bytes) -> int | str:
-    """The number of a .cls member, or what else it holds, which a model of classes refuses."""
-    text = label.decode("utf-8", "replace").strip()
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text

@@ -30,9 +30,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -70,6 +71,20 @@ class Entry:
     """then the index itself"""
 
 
+class Header(TypedDict):
+    """The first line of an index."""
+
+    size: int
+    mtime_ns: int
+    samples: int
+    columns: dict[str, int | tuple[str, int]]
+    cut: NotRequired[str]
+    kind: NotRequired[str]
+    keys: NotRequired[int]
+    """these three of `Scan`, where the tar cannot be read to its end"""
+    ignored: NotRequired[list[str]]
+
+
 class Table:
     """An index as it is read: whole numbers in named columns, memory-mapped.
 
@@ -78,19 +93,22 @@ class Table:
 
     def __init__(self, data: bytes | mmap.mmap):
         self.data, self.start = data, data.find(b"\n") + 1
-        self.header: dict[str, Any] = json.loads(bytes(data[: self.start])) if self.start else {}
-        if not isinstance(self.header, dict) or self.header.get(FORMAT) != VERSION:
+        header: Header | None = json.loads(bytes(data[: self.start])) if self.start else None
+        if not isinstance(header, dict) or header.get(FORMAT) != VERSION:
             raise ValueError("it is of another kind")
         if bytes(data[-len(END) :]) != END:
             raise ValueError("it is cut short")
+        if not isinstance(columns := header.get("columns"), dict):
+            raise ValueError("its first line is damaged: it has no columns")
         try:
             self.columns: dict[str, int | tuple[np.dtype, int]] = {
                 name: stored if isinstance(stored, int) else (np.dtype(stored[0]), self.start + int(stored[1]))
-                for name, stored in self.header["columns"].items()
+                for name, stored in columns.items()
             }
-            self.samples, size = int(self.header["samples"]), int(self.header["size"])
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            self.samples, size = int(header["samples"]), int(header["size"])
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"its first line is damaged: {error}") from error
+        self.header = header
         for stored in self.columns.values():
             if isinstance(stored, tuple) and stored[1] + self.samples * stored[0].itemsize > len(data):
                 raise ValueError("it is cut short")
@@ -209,9 +227,12 @@ class _Folder:
     ) -> Entry:
         """Write the index of a tar file, with columns `more`, whole or not at all."""
         samples, whole = len(found.columns["image"]), not found.cut
-        about: dict[str, object] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        about |= {"cut": found.cut, "kind": found.kind, "keys": found.keys} if found.cut else {}
-        about |= {"ignored": [mend(name) for name in found.ignored]} if found.ignored else {}
+        about: dict[str, object] = {
+            "size": state.st_size,
+            "mtime_ns": state.st_mtime_ns,
+            **({"cut": found.cut, "kind": found.kind, "keys": found.keys} if found.cut else {}),
+            **({"ignored": [mend(name) for name in found.ignored]} if found.ignored else {}),
+        }
         data = encode_table(about, {**(more or {}), **found.columns})
         name = f"{_name(tar)}.{_state(state)}{self.settings}.{samples}{'' if whole else 'c'}"
         fault: OSError | None = None
@@ -290,31 +311,23 @@ def _scans(
             except OSError as error:
                 yield tar, error
         return
-    tars, lock = iter(order), threading.Lock()
-    results: queue.SimpleQueue[tuple[Path, Entry | Scan | Exception] | None] = queue.SimpleQueue()
-    processes: list[_Process] = []
+    processes, idle = [_Process() for _ in range(workers)], queue.SimpleQueue[_Process]()
+    for process in processes:
+        idle.put(process)
 
-    def drive(process: _Process) -> None:
-        while True:
-            with lock:
-                tar = next(tars, None)
-            if tar is None:
-                break
-            results.put((tar, made(tar) or process.scan(tar, endings)))
-        results.put(None)
+    def one(tar: Path) -> tuple[Path, Entry | Scan | Exception]:
+        process = idle.get()
+        try:
+            return tar, made(tar) or process.scan(tar, endings)
+        finally:
+            idle.put(process)
 
+    pool = ThreadPoolExecutor(workers, "tar index")
     try:
-        for _ in range(workers):
-            processes.append(_Process())
-            threading.Thread(target=drive, args=processes[-1:], name="tar index", daemon=True).start()
-        while workers:
-            if (result := results.get()) is None:
-                workers -= 1
-            else:
-                yield result
+        for done in as_completed([pool.submit(one, tar) for tar in order]):
+            yield done.result()
     finally:
-        with lock:
-            tars = iter(())
+        pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.end()
 

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.evaluation.metrics import check_features
 
 
@@ -66,11 +68,12 @@ def retrieve(
     return rank(scores, np.array([place[concept] for concept in wanted]))
 
 
+@typed
 def retrieve_captions(
-    codes: np.ndarray,
-    sentences: np.ndarray,
+    codes: Float[np.ndarray, "n d"],
+    sentences: Float[np.ndarray, "n d"],
     classes: Sequence[Hashable],
-    others: np.ndarray,
+    others: Float[np.ndarray, "m d"],
     other_classes: Sequence[Hashable],
     choices: int = 100,
     seed: int = 0,
@@ -96,11 +99,14 @@ def retrieve_captions(
     return rank(np.concatenate(scores, 1), np.zeros(len(codes), int))
 
 
-def rank(scores: np.ndarray, truth: np.ndarray) -> Retrieval:
+@typed
+def rank(scores: Float[np.ndarray, "n m"], truth: Int[np.ndarray, " n"]) -> Retrieval:
     """Ranks of the choices `truth` (n,) in scores (n, choices); ties count against them."""
     own = np.take_along_axis(scores, truth[:, None], 1)
     return Retrieval((scores >= own).sum(1), scores.shape[1])
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+@typed
+def unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Rows scaled to length 1; zeros stay zero."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -1,20 +1,43 @@
 """Named feature spaces: images to vectors, the same way for every model that is measured."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
 from jax import Array
-from rich.progress import track
+from jax.typing import ArrayLike
+from jaxtyping import Float, Shaped, UInt8
 
+from t2i_jax.core.arrays import typed
+from t2i_jax.core.console import bar
 from t2i_jax.interop.efficientnet import load_efficientnet
 from t2i_jax.interop.inception import load_inception
 
 SIZES = {"efficientnet_lite0": 128, "inception": 299, "pixels": 16}
+
+
+def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows int (size,) of each batch of `count` things, and how many are its own: the last batch is filled up with the
+    last row, so that one program serves all."""
+    for at in range(0, count, size):
+        yield np.minimum(np.arange(at, at + size), count - 1), min(size, count - at)
+
+
+@typed
+def in_batches(
+    function: Callable[[np.ndarray], ArrayLike], images: Shaped[np.ndarray, " n *x"], size: int, title: str
+) -> Shaped[np.ndarray, " n *y"]:
+    """`function`, by which no image depends on others, over batches of one size, with a bar."""
+    parts = []
+    with bar() as progress:
+        task = progress.add_task(title, total=len(images))
+        for rows, count in batches(len(images), size):
+            parts.append(np.asarray(function(images[rows]))[:count])
+            progress.advance(task, count)
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +51,9 @@ class Space:
     classify: Callable[[Array], Array] | None = None
     """features (n, d) -> class logits (n, v); None where the space has no classifier"""
 
-    def __call__(self, images: np.ndarray, progress: bool = True) -> np.ndarray:
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         check_images(images)
-        n = len(images)
-        chunks = []
-        starts = range(0, n, self.batch)
-        silent = not progress or not rich.get_console().is_terminal
-        for start in track(starts, f"features: {self.name}", transient=True, disable=silent):
-            chunk = images[start : start + self.batch]
-            # The last batch is padded, not compiled for; features of an image do not depend on the others.
-            fill = np.zeros((self.batch - len(chunk), *chunk.shape[1:]), np.uint8)
-            chunks.append(self.apply(np.concatenate([chunk, fill])))
-        return np.concatenate([np.asarray(c) for c in chunks])[:n]
+        return in_batches(self.apply, images, self.batch, f"features: {self.name}")
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Class logits (n, v) from the features of this space. Errors: `ValueError` where it has no classifier."""
@@ -88,7 +102,8 @@ class FeatureNetwork:
         return Space(self.title, self.batch, lambda x: step(model, x), jax.jit(model.logits))
 
 
-def pixels(images: Array, size: int) -> Array:
+@typed
+def pixels(images: UInt8[Array, "b i j 3"], size: int) -> Float[Array, "b {size}*{size}*3"]:
     """uint8 (b, i, j, 3) -> the images averaged down to `size`, as vectors in [0, 1] (b, size * size * 3)."""
     x = jax.image.resize(images.astype(jnp.float32), (len(images), size, size, 3), "linear", antialias=True)
     return x.reshape(len(images), -1) / 255

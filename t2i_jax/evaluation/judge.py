@@ -13,11 +13,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.keys import seed_key
 from t2i_jax.evaluation.alignment import rank
+from t2i_jax.evaluation.features import batches
 from t2i_jax.evaluation.report import Number, aligned
 from t2i_jax.nn.layers import Linear
+from t2i_jax.nn.transformer import drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +59,25 @@ class Heads(nnx.Module):
         return head(self.image, images, dropout, keys[:2]), head(self.text, texts, dropout, keys[2:])
 
 
-def head(layers: Sequence[Linear], x: Array, dropout: float, keys: list) -> Array:
+@typed
+def head(
+    layers: Sequence[Linear], x: Float[Array, "b d"], dropout: float, keys: Sequence[Array | None]
+) -> Float[Array, "b k"]:
+    """Unit vectors (b, width) of features (b, d), by two layers with GELU between."""
     first, second = layers
     y = second(drop(jax.nn.gelu(first(drop(x, dropout, keys[0]))), dropout, keys[1]))
     return y / jnp.linalg.norm(y, axis=-1, keepdims=True)
 
 
-def drop(x: Array, share: float, key: Array | None) -> Array:
-    return x if key is None else jnp.where(jax.random.bernoulli(key, 1 - share, x.shape), x / (1 - share), 0)
-
-
-def contrast(heads: Heads, images: Array, texts: Array, concepts: Array, dropout: float, key: Array) -> Array:
+@typed
+def contrast(
+    heads: Heads,
+    images: Float[Array, "b d"],
+    texts: Float[Array, "b k"],
+    concepts: Int[Array, " b"],
+    dropout: float,
+    key: Array,
+) -> Float[Array, ""]:
     """Symmetric cross-entropy of the similarities (Radford et al. 2021, figure 3); equal captions share the target."""
     a, b = heads(images, texts, dropout, key)
     logits = jnp.exp(heads.scale[...]) * a @ b.T
@@ -75,7 +87,10 @@ def contrast(heads: Heads, images: Array, texts: Array, concepts: Array, dropout
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def fit(images: Array, texts: Array, concepts: Array, config: JudgeConfig, key: Array) -> Heads:
+@typed
+def fit(
+    images: Float[Array, "n d"], texts: Float[Array, "n k"], concepts: Int[Array, " n"], config: JudgeConfig, key: Array
+) -> Heads:
     """Heads trained on features (n, d) and (n, k); pairs of equal `concepts` (n,) count as each other's match."""
     init_key, order_key, drop_key = jax.random.split(key, 3)
     n, batch = len(images), min(config.batch, len(images))
@@ -155,10 +170,8 @@ def minilm_texts(length: int = 32, batch: int = 64) -> Callable[[Sequence[str]],
 
     def features(captions: Sequence[str]) -> np.ndarray:
         parts = []
-        for start in range(0, len(captions), batch):
-            chunk = list(captions[start : start + batch])
-            ids, mask = text(chunk + [""] * (batch - len(chunk)))
-            parts.append(np.asarray(sentence(model, ids, mask))[: len(chunk)])
+        for rows, count in batches(len(captions), batch):
+            parts.append(np.asarray(sentence(model, *text([captions[int(i)] for i in rows])))[:count])
         return np.concatenate(parts)
 
     return features

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from t2i_jax.evaluation.alignment import retrieve_captions, unit
+from t2i_jax.evaluation.features import batches
 from t2i_jax.evaluation.report import Number
 from t2i_jax.text.damsm import DamsmText, load_image_encoder
 
@@ -35,12 +36,8 @@ class Matching:
         look = jax.jit(lambda model, x: model(x.astype(np.float32) / 127.5 - 1)[1])
 
         def batched(step: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
-            """`step` over batches of one size, the last one filled up."""
-            parts = []
-            for at in range(0, len(arrays[0]), batch_size):
-                places = np.minimum(np.arange(at, at + batch_size), len(arrays[0]) - 1)
-                parts.append(np.asarray(step(*(x[places] for x in arrays)))[: len(arrays[0]) - at])
-            return np.concatenate(parts)
+            rows = batches(len(arrays[0]), batch_size)
+            return np.concatenate([np.asarray(step(*(x[some] for x in arrays)))[:count] for some, count in rows])
 
         return cls(
             lambda pictures: batched(lambda x: look(images, x), pictures),

@@ -1,7 +1,6 @@
 """Measures of sets of images and of pairs of images, in float64 on the host."""
 
 import dataclasses
-import math
 
 import numpy as np
 from scipy.ndimage import correlate1d
@@ -13,18 +12,17 @@ from t2i_jax.core.arrays import Float, typed
 
 @dataclasses.dataclass(frozen=True)
 class GaussianFit:
-    """Mean (d,) and covariance (d, d) of n feature vectors, float64."""
+    """Mean (d,) and covariance (d, d) of feature vectors, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    n: int
 
     @classmethod
     def of(cls, features: np.ndarray) -> "GaussianFit":
         """The Gaussian of features (n, d). Errors: `ValueError` for fewer than two."""
         check_features(features, 2)
         x = features.astype(np.float64)
-        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)), len(x))
+        return cls(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
     def root(self) -> np.ndarray:
         """The symmetric square root of the covariance; rounding below zero counts as zero."""
@@ -45,7 +43,8 @@ def frechet(a: GaussianFit, b: GaussianFit) -> float:
     return max(float(distance), 0.0)
 
 
-def principal(real: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+@typed
+def principal(real: np.ndarray, dimensions: int) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d k"]]:
     """Mean (d,) and principal directions (d, k) of real features (n, d); k is `dimensions`, or what n images span.
 
     With fewer images than features a covariance is mostly unseen; its leading directions are not.
@@ -123,7 +122,8 @@ def blocks(x: np.ndarray, size: int = 1024) -> list[np.ndarray]:
     return [x[i : i + size] for i in range(0, len(x), size)]
 
 
-def inception_score(logits: np.ndarray) -> float:
+@typed
+def inception_score(logits: Float[np.ndarray, "n v"]) -> float:
     """exp E KL(p(y|x) || p(y)) from class logits (n, v) (Salimans et al. 2016), over all images at once."""
     logits = logits.astype(np.float64)
     logp = logits - logits.max(1, keepdims=True)
@@ -181,11 +181,3 @@ def check_pairs(real: np.ndarray, other: np.ndarray) -> None:
         raise ValueError(
             f"two sets of uint8 (n, i, j, 3) are wanted, not {real.dtype} {real.shape} and {other.dtype} {other.shape}"
         )
-
-
-# --- Likelihoods
-
-
-def bits_per_token(log_likelihood: np.ndarray, tokens: int) -> float:
-    """Mean bits per token from summed log-likelihoods in nats (n,) of sequences of `tokens` tokens each."""
-    return float(-np.mean(np.asarray(log_likelihood, np.float64)) / (tokens * math.log(2)))

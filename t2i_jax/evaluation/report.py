@@ -12,9 +12,8 @@ from rich.table import Table
 from t2i_jax.core.fields import values
 from t2i_jax.core.outputs import write_json, write_markdown
 from t2i_jax.evaluation.alignment import Retrieval, retrieve
-from t2i_jax.evaluation.features import FeatureNetwork, Space, check_images
+from t2i_jax.evaluation.features import Space, check_images
 from t2i_jax.evaluation.metrics import (
-    NEIGHBOURS,
     GaussianFit,
     frechet,
     inception_score,
@@ -25,7 +24,8 @@ from t2i_jax.evaluation.metrics import (
     ssim,
 )
 
-SPACES = (FeatureNetwork("efficientnet_lite0"), FeatureNetwork("pixels"))
+COMPONENTS = 128
+"""Principal directions of the Frechet distance of sets with fewer images than features."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,15 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        lines = [f"# {self.title}", "", "| measure | value | baselines |", "|---|---:|---|"]
-        lines += [f"| {name} | {value} | {baselines} |" for name, value, baselines in self.rows()]
-        lines += ["", *(f"- {k}: {v}" for k, v in self.facts.items())]
+        lines = [
+            f"# {self.title}",
+            "",
+            "| measure | value | baselines |",
+            "|---|---:|---|",
+            *(f"| {name} | {value} | {baselines} |" for name, value, baselines in self.rows()),
+            "",
+            *(f"- {k}: {v}" for k, v in self.facts.items()),
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -85,25 +91,16 @@ def evaluate_pictures(
     real: np.ndarray,
     captions: Sequence[str],
     train_real: np.ndarray,
-    spaces: Sequence[FeatureNetwork | Space] = SPACES,
-    *,
-    real_captions: Sequence[str] | None = None,
-    components: int = 128,
-    neighbours: int = NEIGHBOURS,
-    progress: bool = True,
+    spaces: Sequence[Space],
 ) -> dict[str, Number]:
     """Measures of generated images against real ones, in every space.
 
     Args:
         generated: uint8 (n, i, j, 3), one image per caption.
-        real: uint8 (m, i, j, 3), real images that were not trained on; one or more of every caption.
-        captions: n prompts; those of `real` too, in order, unless `real_captions` are given.
+        real: uint8 (n, i, j, 3), real images that were not trained on, of the same captions in the same order.
+        captions: n prompts.
         train_real: uint8 (p, i, j, 3), training images: the baseline of every distance is that of as many of these in
             place of the generated ones. No more than needed are used.
-        spaces: feature spaces, loaded or to be loaded.
-        components: the Frechet distance is taken along so many principal directions of the training images where
-            there are fewer images than features.
-        neighbours: k of precision and recall.
 
     Returns:
         `SPACE/frechet`, `/kernel_distance`, `/precision`, `/recall`, `/density`, `/coverage`, `/inception_score` (where
@@ -114,44 +111,45 @@ def evaluate_pictures(
     """
     for name, images in {"generated": generated, "real": real, "train_real": train_real}.items():
         check_images(images, name)
-    real_captions = captions if real_captions is None else real_captions
-    for name, images, texts in (("generated", generated, captions), ("real", real, real_captions)):
-        if len(images) != len(texts):
-            raise ValueError(f"{name}: {len(images)} images with {len(texts)} captions")
-    needed = max(len(generated), 4 * components)
+    for name, images in {"generated": generated, "real": real}.items():
+        if len(images) != len(captions):
+            raise ValueError(f"{name}: {len(images)} images with {len(captions)} captions")
+    needed = max(len(generated), 4 * COMPONENTS)
     train_real = train_real[np.random.default_rng(0).permutation(len(train_real))[:needed]]
     numbers: dict[str, Number] = {}
     for space in spaces:
-        space = space.load() if isinstance(space, FeatureNetwork) else space
-        g, r, t = (space(x, progress) for x in (generated, real, train_real))
-        found = {**compare(g, r, t, components, neighbours), **aligned(retrieve(g, r, captions, real_captions))}
+        g, r, t = (space(x) for x in (generated, real, train_real))
+        found = {**compare(g, r, t), **aligned(retrieve(g, r, captions, captions))}
         if space.classify is not None:
-            score = lambda features, space=space: inception_score(space.logits(features))
-            found["inception_score"] = Number(score(g), "higher", {"real": score(r)})
+            ours, theirs = (inception_score(space.logits(features)) for features in (g, r))
+            found["inception_score"] = Number(ours, "higher", {"real": theirs})
         numbers |= {f"{space.name}/{name}": number for name, number in found.items()}
     return numbers
 
 
-def compare(
-    generated: np.ndarray, real: np.ndarray, train: np.ndarray, components: int = 128, neighbours: int = NEIGHBOURS
-) -> dict[str, Number]:
+def compare(generated: np.ndarray, real: np.ndarray, train: np.ndarray) -> dict[str, Number]:
     """Distances of features generated (n, d) and real (m, d), with those of `train` (p, d) and real as baselines."""
     # Distances depend on the number of images, so the baseline has as many.
     stand_in = train[np.random.default_rng(0).permutation(len(train))[: len(generated)]]
-    project = lambda x: x
-    if min(len(generated), len(real)) <= real.shape[1]:
-        mean, directions = principal(train, components)
-        project = lambda x: (x - mean) @ directions
-    target = GaussianFit.of(project(real))
-    fd = lambda x: frechet(GaussianFit.of(project(x)), target)
+    fd = _frechet_to(real, train if min(len(generated), len(real)) <= real.shape[1] else None)
     numbers = {
         "frechet": Number(fd(generated), "lower", {"real": fd(stand_in)}),
         "kernel_distance": Number(kernel_distance(generated, real), "lower", {"real": kernel_distance(stand_in, real)}),
     }
-    theirs = values(overlap(real, stand_in, neighbours))
-    for name, value in values(overlap(real, generated, neighbours)).items():
+    theirs = values(overlap(real, stand_in))
+    for name, value in values(overlap(real, generated)).items():
         numbers[name] = Number(value, "higher", {"real": theirs[name]})
     return numbers
+
+
+def _frechet_to(real: np.ndarray, spanning: np.ndarray | None) -> Callable[[np.ndarray], float]:
+    """Features (n, d) -> their Frechet distance to real ones, along the principal directions of `spanning` if given."""
+    project = lambda x: x
+    if spanning is not None:
+        mean, directions = principal(spanning, COMPONENTS)
+        project = lambda x: (x - mean) @ directions
+    target = GaussianFit.of(project(real))
+    return lambda x: frechet(GaussianFit.of(project(x)), target)
 
 
 def aligned(found: Retrieval, **real: Retrieval) -> dict[str, Number]:
@@ -169,32 +167,26 @@ def evaluate_reconstruction(
     real: np.ndarray,
     reconstructed: np.ndarray,
     perceptual: Callable[[np.ndarray, np.ndarray], object] | None = None,
-    spaces: Sequence[FeatureNetwork | Space] = (),
+    spaces: Sequence[Space] = (),
     *,
-    components: int = 128,
     batch: int = 64,
-    progress: bool = True,
 ) -> dict[str, Number]:
     """Measures of reconstructed images against their originals, with one flat colour per image as baseline.
 
     Args:
         real, reconstructed: uint8 (n, i, j, 3) in the same order.
         perceptual: two float arrays (b, i, j, 3) in [-1, 1] -> distance per image (b,) or their mean.
-        spaces: feature spaces of the Frechet distance of the two sets (`SPACE/frechet`), of sets with more images than
-            `components` directions.
+        spaces: of the Frechet distance of the two sets (`SPACE/frechet`).
+        batch: images that `perceptual` gets at once.
 
     Returns:
         `psnr` in dB, `ssim`, `perceptual` where it is given, means over images.
     """
     flat = np.broadcast_to(np.round(real.mean((1, 2), keepdims=True)).astype(np.uint8), real.shape)
-    both = lambda measure: (
-        float(measure(real, reconstructed).mean()),
-        {"flat colour": float(measure(real, flat).mean())},
+    measured = lambda measure, better: Number(
+        float(measure(real, reconstructed).mean()), better, {"flat colour": float(measure(real, flat).mean())}
     )
-    value, baseline = both(psnr)
-    numbers = {"psnr": Number(value, "higher", baseline)}
-    value, baseline = both(ssim)
-    numbers["ssim"] = Number(value, "higher", baseline)
+    numbers = {"psnr": measured(psnr, "higher"), "ssim": measured(ssim, "higher")}
     if perceptual is not None:
         signed = lambda x: x.astype(np.float32) / 127.5 - 1
 
@@ -203,17 +195,11 @@ def evaluate_reconstruction(
             values = [np.asarray(perceptual(signed(a[p]), signed(b[p]))).mean() * len(a[p]) for p in parts]
             return np.sum(values) / len(a)
 
-        value, baseline = both(measure)
-        numbers["perceptual"] = Number(value, "lower", baseline)
+        numbers["perceptual"] = measured(measure, "lower")
     for space in spaces:
-        space = space.load() if isinstance(space, FeatureNetwork) else space
-        r, o, f = (space(x, progress) for x in (real, reconstructed, flat))
-        if len(r) <= r.shape[1]:
-            mean, directions = principal(r, components)
-            r, o, f = ((x - mean) @ directions for x in (r, o, f))
-        target = GaussianFit.of(r)
-        baseline = {"flat colour": frechet(GaussianFit.of(f), target)}
-        numbers[f"{space.name}/frechet"] = Number(frechet(GaussianFit.of(o), target), "lower", baseline)
+        r, o, f = (space(x) for x in (real, reconstructed, flat))
+        fd = _frechet_to(r, r if len(r) <= r.shape[1] else None)
+        numbers[f"{space.name}/frechet"] = Number(fd(o), "lower", {"flat colour": fd(f)})
     return numbers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from jax import Array
 from t2i_jax.core import image_files as files
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.data.images import open_image
+from t2i_jax.evaluation.features import batches
 from t2i_jax.text.clip import CLIP, ClipEmbedding
 
 
@@ -50,15 +51,13 @@ class Reranker:
         scores = np.einsum("nk,nmk->nm", read, seen)
         return np.argsort(-scores, axis=1, kind="stable"), scores
 
-    def _batched(self, function, *arrays: np.ndarray) -> np.ndarray:
-        """`function` over rows, a batch at a time; the last batch is filled up, so that one program serves all."""
+    def _batched(self, function: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+        """`function` over rows, a batch at a time."""
         found = []
         with jax.set_mesh(self.mesh):
-            for at in range(0, len(arrays[0]), self.batch_size):
-                some = [a[at : at + self.batch_size] for a in arrays]
-                count = len(some[0])
-                some = [np.concatenate([a, a[-1:].repeat(self.batch_size - count, 0)]) for a in some]
-                found.append(to_host(function(self.model, *put_on_mesh(some, batch_sharding(self.mesh))))[:count])
+            for rows, count in batches(len(arrays[0]), self.batch_size):
+                some = put_on_mesh([a[rows] for a in arrays], batch_sharding(self.mesh))
+                found.append(to_host(function(self.model, *some))[:count])
         return np.concatenate(found)
 
 
@@ -78,11 +77,10 @@ def keep_best(
         images = np.stack([np.asarray(open_image(path)) for path in own])
         order, scores = rerank([prompt], images[None])
         for i in order[0, :count]:
-            about = {k: v for k, v in files.read_png_text(own[i]).items() if k != "Description"}
-            about["score"] = f"{scores[0, i]:.4f}"
+            about = {k: v for k, v in files.read_png_text(own[i]).items() if k not in ("Description", "Software")}
             best.append(images[i])
             captions.append(prompt)
-            notes.append({k: v for k, v in about.items() if k != "Software"})
+            notes.append(about | {"score": f"{scores[0, i]:.4f}"})
     kept = [out / f"{i:05d}.png" for i in range(len(best))]
     files.claim(kept, notes, ("grid.png",))
     for path, image, prompt, about in zip(kept, best, captions, notes, strict=True):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
+from jaxtyping import UInt8
 from PIL import Image
 
 from t2i_jax.codecs import losses
 from t2i_jax.core import config, image_files
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.image_files import to_uint8
@@ -22,7 +23,7 @@ from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.records import DataError, Record, title
-from t2i_jax.evaluation.features import FeatureNetwork, Space
+from t2i_jax.evaluation.features import FeatureNetwork, Space, batches, in_batches
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS
 from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
@@ -110,28 +111,16 @@ def reads_classes(family: Family) -> bool:
     return "label" in family.condition_spec()
 
 
-def images_of(records: Sequence[Record]) -> np.ndarray:
+@typed
+def images_of(records: Sequence[Record]) -> UInt8[np.ndarray, "n i j 3"]:
     return np.stack([r["image"] for r in records])
-
-
-def in_batches(function: Callable[[np.ndarray], ArrayLike], images: np.ndarray, size: int, title: str) -> np.ndarray:
-    """`function` over batches of one size, the last one filled up, with a bar."""
-    parts = []
-    with bar() as progress:
-        task = progress.add_task(title, total=len(images))
-        for at in range(0, len(images), size):
-            some = images[at : at + size]
-            filled = np.concatenate([some, np.repeat(some[-1:], size - len(some), 0)])
-            parts.append(np.asarray(function(filled))[: len(some)])
-            progress.advance(task, len(some))
-    return np.concatenate(parts)
 
 
 def evaluate_codec(
     artifact: Artifact,
     reference: Experiment,
     out: Path,
-    spaces: Sequence[FeatureNetwork | Space],
+    spaces: Sequence[Space],
     count: int,
     size: int,
 ) -> Report:
@@ -155,8 +144,8 @@ def evaluate_codec(
         rows = codec.spec.code.values
         share = np.bincount(codes.reshape(-1), minlength=rows) / codes.size
         entropy = -sum(p * math.log(p) for p in share[share > 0])
-        numbers |= {"codebook/used": Number(float((share > 0).mean()), "higher", {"codes": float(rows)})}
-        numbers |= {"codebook/perplexity": Number(math.exp(entropy), "higher", {"codes": float(rows)})}
+        measured = {"used": float((share > 0).mean()), "perplexity": math.exp(entropy)}
+        numbers |= {f"codebook/{k}": Number(v, "higher", {"codes": float(rows)}) for k, v in measured.items()}
     captions = [title(r) for r in records]
     sheet = image_files.side_by_side(real[:32], made[:32], captions[:32], names=("real", "codec"))
     image_files.save_png(sheet, out / "samples.png")
@@ -205,7 +194,7 @@ def evaluate_family(
     pipeline: Pipeline,
     reference: Experiment,
     out: Path,
-    spaces: Sequence[FeatureNetwork | Space],
+    spaces: Sequence[Space],
     count: int,
     size: int,
     seed: int,
@@ -228,14 +217,13 @@ def evaluate_family(
                 f"{name}: {len(records)} can be used, and what is measured needs at least {NEIGHBOURS + 1}; "
                 "see --count and the data"
             )
-    space = [s.load() if isinstance(s, FeatureNetwork) else s for s in spaces]
     numbers: dict[str, Number] = {}
     sheets, drawn, seconds = [], 0, 0.0
     critic = None
     if judge:
         from t2i_jax.evaluation.judge import RetrievalJudge, minilm_texts
 
-        critic = RetrievalJudge.train(space[-1], minilm_texts(), images_of(train), [r["captions"][0] for r in train])
+        critic = RetrievalJudge.train(spaces[-1], minilm_texts(), images_of(train), [r["captions"][0] for r in train])
     for name, records in sets.items():
         prompts, real = prompts_of(records, pipeline.family), images_of(records)
         seeds = range(seed, seed + len(prompts))
@@ -245,7 +233,7 @@ def evaluate_family(
             on_progress = lambda done, _, task=task, progress=progress: progress.update(task, completed=done)
             made = pipeline.sample(prompts, seeds, options, size, on_progress)
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
-        found = evaluate_pictures(made, real, prompts, images_of(train), space)
+        found = evaluate_pictures(made, real, prompts, images_of(train), spaces)
         found |= critic.evaluate(made, prompts, real) if critic else {}
         if matching is not None:
             asked = [title(r) for r in records] if reads_classes(pipeline.family) else prompts
@@ -287,12 +275,11 @@ def bits_per_token(
 
     total = 0.0
     images = images_of(records)
-    for at in range(0, len(records), size):
-        places = np.minimum(np.arange(at, at + size), len(records) - 1)
+    for rows, count in batches(len(records), size):
         with jax.set_mesh(pipeline.mesh):
-            condition = condition_of(family, pipeline.text, [prompts[int(i)] for i in places])
-            bits = score(pipeline.parts, images[places], condition)
-        total += float(to_host(bits)[: len(records) - at].sum())
+            condition = condition_of(family, pipeline.text, [prompts[int(i)] for i in rows])
+            bits = score(pipeline.parts, images[rows], condition)
+        total += float(to_host(bits)[:count].sum())
     uniform = sum(math.log2(n) for n in code.sizes)
     return {"bits_per_token": Number(total / len(records), "lower", {"uniform": uniform})}
 

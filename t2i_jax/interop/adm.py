@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from flax import nnx
 
@@ -22,6 +21,16 @@ BLOCK = {
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "shortcut": "skip_connection",
+    "halved": "op",
+    "doubled.conv": "conv",
+}
+WHOLE = {
+    "time.into": "time_embed.0",
+    "time.out": "time_embed.2",
+    "stem": "input_blocks.0.0",
+    "norm": "out.0",
+    "out": "out.2",
+    "pool": "transformer_proj",
 }
 ATTENTION = {"norm": "norm", "qkv": "qkv", "context": "encoder_kv", "out": "proj_out"}
 TEXT = {
@@ -45,6 +54,13 @@ POOLS = {
     "spatial": {"head.into": "out.0", "head.out": "out.2"},
     "spatial_v2": {"head.into": "out.0", "head.norm": "out.1", "head.out": "out.3"},
 }
+POOL_PARTS = {
+    "adaptive": {"norm"},
+    "attention": {"norm", "position"},
+    "spatial": {"into"},
+    "spatial_v2": {"into", "norm"},
+}
+"""Which of these parts the head of a classifier has, by how it pools."""
 
 
 def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
@@ -138,46 +154,30 @@ def table(model: nnx.Module) -> Table:
     """The published name and layout of each variable of a UNet, or of a classifier of noised images."""
     variables = named(model)
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
-    pool = next((p for p, lines in POOLS.items() if _is(p, variables)), "") if "head.out.w" in variables else ""
+    has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
+    pool = next((pool for pool, parts in POOL_PARTS.items() if parts == has), "") if "head.out.w" in variables else ""
 
-    def inside(rest: str) -> str:
-        part, leaf = rest.rsplit(".", 1)
-        part = {"halved": "op", "doubled.conv": "conv"}.get(part) or BLOCK.get(part, part)
-        return f"{part}.{'weight' if leaf == 'w' else 'bias'}"
+    whole = WHOLE | {f"condition.{k}": v for k, v in TEXT.items()} | POOLS.get(pool, {})
+    whole |= {} if "condition.position" in variables else {"condition.table": "label_emb"}
+    alone = {"condition.position": "positional_embedding", "condition.padding": "padding_embedding"}
 
-    def attention(rest: str) -> str:
-        part, leaf = rest.rsplit(".", 1)
-        return f"{ATTENTION[part]}.{'weight' if leaf == 'w' else 'bias'}"
+    def layer(ours: str) -> str:
+        if m := re.match(r"(down|up)\.(\d+)\.(block|attention|resample)\.(.*)", ours):
+            way, n, part, rest = m.groups()
+            after = {"block": 0, "attention": 1}.get(part, 1 + (n in attends))
+            down = f"input_blocks.{int(n) + 1}.{int(part == 'attention')}"
+            place = down if way == "down" else f"output_blocks.{n}.{after}"
+            return f"{place}.{ATTENTION[rest] if part == 'attention' else BLOCK.get(rest, rest)}"
+        if m := re.match(r"(before|after|attention)\.(.*)", ours):
+            place, names = {"before": (0, BLOCK), "attention": (1, ATTENTION), "after": (2, BLOCK)}[m[1]]
+            return f"middle_block.{place}.{names.get(m[2], m[2])}"
+        return whole[ours]
 
     def theirs(name: str) -> str:
-        if m := re.match(r"(down|up)\.(\d+)\.(block|attention|resample)\.(.*)", name):
-            way, n, part, rest = m.groups()
-            if way == "down":
-                place = f"input_blocks.{int(n) + 1}.{int(part == 'attention')}"
-            else:
-                place = f"output_blocks.{n}.{ {'block': 0, 'attention': 1}.get(part, 1 + (n in attends)) }"
-            return f"{place}.{attention(rest) if part == 'attention' else inside(rest)}"
-        if m := re.match(r"(before|after)\.(.*)", name):
-            return f"middle_block.{ {'before': 0, 'after': 2}[m[1]] }.{inside(m[2])}"
-        if m := re.match(r"attention\.(.*)", name):
-            return f"middle_block.1.{attention(m[1])}"
-        if name in ("condition.position", "condition.padding"):
-            return {"position": "positional_embedding", "padding": "padding_embedding"}[name[10:]]
-        if name == "head.position":
-            return POOLS[pool][name]
-        part, leaf = name.rsplit(".", 1)
-        whole = {
-            "time.into": "time_embed.0",
-            "time.out": "time_embed.2",
-            "stem": "input_blocks.0.0",
-            "norm": "out.0",
-            "out": "out.2",
-            "pool": "transformer_proj",
-        }
-        whole |= {f"condition.{k}": v for k, v in TEXT.items()} | POOLS.get(pool, {})
-        if "condition.position" not in variables:
-            whole["condition.table"] = "label_emb"
-        return f"{whole[part]}.{'weight' if leaf == 'w' else 'bias'}"
+        if name in alone or name == "head.position":
+            return (alone | POOLS.get(pool, {}))[name]
+        ours, leaf = name.rsplit(".", 1)
+        return f"{layer(ours)}.{'weight' if leaf == 'w' else 'bias'}"
 
     def layout(name: str, variable: nnx.Variable) -> str:
         flat = r"(attention|head)\.(qkv|context|out)\.w$"
@@ -194,17 +194,3 @@ def table(model: nnx.Module) -> Table:
         return LINEAR if variable.ndim == 2 else ""
 
     return {k: source(theirs(k), layout=layout(k, v)) for k, v in variables.items()}
-
-
-def _is(pool: str, variables: Iterable[str]) -> bool:
-    """Whether the head of a classifier pools like that, by what it has."""
-    has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
-    return (
-        has
-        == {
-            "adaptive": {"norm"},
-            "attention": {"norm", "position"},
-            "spatial": {"into"},
-            "spatial_v2": {"into", "norm"},
-        }[pool]
-    )

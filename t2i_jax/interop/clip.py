@@ -1,18 +1,18 @@
 """Names of CLIP (Radford et al. 2021): those of Hugging Face and those of OpenAI's files."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from t2i_jax.interop.huggingface import Weights, settings
-from t2i_jax.interop.names import LINEAR, Fields, Source, Table, source
+from t2i_jax.interop.names import LINEAR, Fields, Source, Table, Tensors, by_head, layers, source
 
 PATCH = "d c i j -> i j c d"
 OPEN_CLIP = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Files of a folder of open_clip."""
-PLAIN = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio"}
-PLAIN |= {"patch_size", "image_size", "patch_dropout", "context_length", "vocab_size"}
+PLAIN = {
+    "embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "layers", "width", "head_width", "heads", "mlp_ratio",
+    "patch_size", "image_size", "patch_dropout", "context_length", "vocab_size",
+}  # fmt: skip
 """Fields there of a network that is OpenAI's, but for its sizes and its activation."""
 NEEDED = ("token_embedding.weight", "visual.conv1.weight", "positional_embedding")
 """Names that every file of OpenAI has."""
@@ -23,6 +23,7 @@ IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_ma
 
 def huggingface_table(text_head: int, image_head: int) -> Table:
     """The names of `transformers` for a `t2i_jax.text.clip.Clip`, whose towers have heads of these sizes."""
+    norms = {"text.norm": "text_model.final_layer_norm", "image.before": "vision_model.pre_layrnorm"}
     lines = {
         "text.words.w": source("text_model.embeddings.token_embedding.weight"),
         "text.positions": source("text_model.embeddings.position_embedding.weight"),
@@ -32,15 +33,11 @@ def huggingface_table(text_head: int, image_head: int) -> Table:
         "image.positions": source("vision_model.embeddings.position_embedding.weight"),
         "image.out.w": source("visual_projection.weight", layout=LINEAR),
         "logit_scale": source("logit_scale"),
+        **layers(norms | {"image.norm": "vision_model.post_layernorm"}),
     }
-    lines |= _both("text.norm", "text_model.final_layer_norm")
-    lines |= _both("image.before", "vision_model.pre_layrnorm") | _both("image.norm", "vision_model.post_layernorm")
     for ours, theirs, head in (("text", "text_model", text_head), ("image", "vision_model", image_head)):
         layer = f"{theirs}.encoder.layers.{{}}."
-        for part, letters in (("weight", "d"), ("bias", "")):
-            names = [f"{layer}self_attn.{p}_proj.{part}" for p in "qkv"]
-            layout = f"a (n h) {letters} -> {letters} (n a h)"
-            lines[f"{ours}.blocks.attention.qkv.{part[0]}"] = source(*names, layout=layout, h=head)
+        lines |= by_head(f"{ours}.blocks.attention.qkv", [f"{layer}self_attn.{p}_proj." for p in "qkv"], h=head)
         lines |= _layer(ours, layer, "self_attn.out_proj", "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
     return lines
 
@@ -56,20 +53,16 @@ def openai_table(text_head: int, image_head: int) -> Table:
         "image.positions": source("visual.positional_embedding"),
         "image.out.w": source("visual.proj"),
         "logit_scale": source("logit_scale"),
+        **layers({"text.norm": "ln_final", "image.before": "visual.ln_pre", "image.norm": "visual.ln_post"}),
     }
-    lines |= _both("text.norm", "ln_final") | _both("image.before", "visual.ln_pre")
-    lines |= _both("image.norm", "visual.ln_post")
     for ours, theirs, head in (("text", "", text_head), ("image", "visual.", image_head)):
         layer = f"{theirs}transformer.resblocks.{{}}."
-        for part, letters in (("weight", "d"), ("bias", "")):
-            layout = f"(a n h) {letters} -> {letters} (n a h)"
-            name = f"{layer}attn.in_proj_{part}"
-            lines[f"{ours}.blocks.attention.qkv.{part[0]}"] = source(name, layout=layout, a=3, h=head)
+        lines |= by_head(f"{ours}.blocks.attention.qkv", [f"{layer}attn.in_proj_"], "(a n h)", a=3, h=head)
         lines |= _layer(ours, layer, "attn.out_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2")
     return lines
 
 
-def openai_tensors(path: str | Path) -> Mapping[str, Any]:
+def openai_tensors(path: str | Path) -> Tensors:
     """The tensors of one of OpenAI's files, a TorchScript archive, or of a state dict in a PyTorch or safetensors file,
     or in a folder of open_clip.
 
@@ -92,27 +85,28 @@ def open_clip(folder: str | Path) -> Fields:
 
     Errors: ValueError for settings that make another network than OpenAI's.
     """
-    path = Path(folder) / OPEN_CLIP
-    try:
-        config = settings(path)
-        model = config.get("model_cfg", config)
-        image, text = model["vision_cfg"], model["text_cfg"]
-        heads = image.get("head_width", 64), text.get("width", 512) // text.get("heads", 8)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{OPEN_CLIP} cannot be read: {type(error).__name__} {error}") from error
+    config = settings(Path(folder) / OPEN_CLIP)
+    model = config.get("model_cfg", config)
+    image, text = (model.get(part) if isinstance(model, dict) else None for part in ("vision_cfg", "text_cfg"))
+    if not isinstance(image, dict) or not isinstance(text, dict):
+        raise ValueError(f"{OPEN_CLIP} cannot be read: it has no objects vision_cfg and text_cfg")
+    numbers = (image.get("head_width", 64), text.get("width", 512), text.get("heads", 8))
+    if not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ValueError(f"{OPEN_CLIP} cannot be read: head_width, width and heads are {numbers}, not positive numbers")
     for part, fields in {"": model, "vision_cfg.": image, "text_cfg.": text}.items():
         if other := sorted(k for k, v in fields.items() if v and k not in PLAIN):
             said = f"{part}{other[0]}={fields[other[0]]!r}"
             raise ValueError(f"{OPEN_CLIP}: {said} makes another network; towers of plain Transformers are read")
-    return {"head": heads[0], "text_head": heads[1], "activation": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-
-
-def _both(ours: str, theirs: str, layout: str = "") -> dict[str, Source]:
-    return {f"{ours}.w": source(f"{theirs}.weight", layout=layout), f"{ours}.b": source(f"{theirs}.bias")}
+    head, width, heads = numbers
+    return {
+        "head": head,
+        "text_head": width // heads,
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+    }
 
 
 def _layer(ours: str, layer: str, out: str, into: str, back: str, first: str, second: str) -> dict[str, Source]:
-    lines = _both(f"{ours}.blocks.attention_norm", layer + first) | _both(f"{ours}.blocks.mlp_norm", layer + second)
-    for name, theirs in (("attention.out", out), ("mlp.into", into), ("mlp.out", back)):
-        lines |= _both(f"{ours}.blocks.{name}", layer + theirs, LINEAR)
-    return lines
+    norms = {"attention_norm": first, "mlp_norm": second}
+    linears = {"attention.out": out, "mlp.into": into, "mlp.out": back}
+    place = lambda names: {f"{ours}.blocks.{part}": layer + theirs for part, theirs in names.items()}
+    return layers(place(norms)) | layers(place(linears), LINEAR)

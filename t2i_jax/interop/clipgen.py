@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from t2i_jax.interop import mingpt
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require
 from t2i_jax.networks.condition import PooledFeatures
 
 NEEDED = ("cond_proj.weight", "tok_emb.weight", "blocks.0.encoder.self_attn.in_proj_weight")
@@ -25,22 +23,17 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
     return found | {"condition": PooledFeatures(tensors["cond_proj.weight"].shape[1])}
 
 
-def table(config: Any) -> Table:
-    """CLIP-GEN's names for a `models.ar.AR`."""
+def table(head: int, output_bias: bool) -> Table:
+    """CLIP-GEN's names for a `models.ar.AR` with heads of this size."""
     layer = "blocks.{}.encoder."
     linears = {"attention.out": "self_attn.out_proj", "mlp.into": "linear1", "mlp.out": "linear2"}
     norms = {"norm": "norm", "blocks.attention_norm": f"{layer}norm1", "blocks.mlp_norm": f"{layer}norm2"}
-    lines = mingpt.around(config, layer, linears, norms) | {
-        f"blocks.attention.qkv.{kind[0]}": source(
-            f"{layer}self_attn.in_proj_{kind}", layout=f"(a n h){d} ->{d} (n a h)", a=3, h=config.transformer.head_size
-        )
-        for kind, d in mingpt.KINDS.items()
-    }
-    condition = {"condition.out.w": source("cond_proj.weight", layout=LINEAR)}
-    return lines | condition | {"condition.out.b": source("cond_proj.bias")}
+    lines = mingpt.around({ours: layer + theirs for ours, theirs in linears.items()}, norms, output_bias)
+    qkv = by_head("blocks.attention.qkv", [f"{layer}self_attn.in_proj_"], "(a n h)", a=3, h=head)
+    return lines | qkv | layers({"condition.out": "cond_proj"}, LINEAR)
 
 
-def buffers(config: Any) -> dict[str, np.ndarray]:
-    """The masks that CLIP-GEN saves with its weights, one a layer; True hides."""
-    mask = ~np.tril(np.ones((config.positions.count,) * 2, bool))
-    return {f"blocks.{n}.mask": mask for n in range(config.transformer.depth)}
+def buffers(positions: int, depth: int) -> dict[str, np.ndarray]:
+    """The masks (positions, positions) that CLIP-GEN saves with its weights, one a layer; True hides."""
+    mask = ~np.tril(np.ones((positions, positions), bool))
+    return {f"blocks.{n}.mask": mask for n in range(depth)}

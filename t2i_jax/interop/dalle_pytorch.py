@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from t2i_jax.core.params import named
-from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, by_head, layers, require, source
+from t2i_jax.nn.transformer import Transformer
 
 UNUSED = r"^vae\.|^transformer\.pos_emb$|mask$"
 VAE_UNUSED = r"^(text_emb|image_emb|text_pos_emb|image_pos_emb|to_logits|transformer)\."
@@ -127,26 +127,22 @@ def branches(shift: bool) -> tuple[str, str]:
     return f"0.fn.fn.fn.{wrapped}", f"1.fn.fn.{wrapped}"
 
 
-def table(config: Any) -> Table:
-    """The published name and layout of each variable of a `models.stream.Stream`."""
-    rows, total, f = (
-        config.condition.num_embeddings,
-        config.condition.num_embeddings + config.vocabulary,
-        config.transformer.mlp_dim,
-    )
+def table(transformer: Transformer, words: int, codes: int, *, token_shift: bool, tied: bool, axial: bool) -> Table:
+    """The published name and layout of each variable of a `models.stream.Stream`.
+
+    words, codes: ids of text and of images; axial: learned positions of rows and columns.
+    """
+    rows, total, f = words, words + codes, transformer.mlp_dim
     text, image = {"rows": np.arange(rows), "height": total}, {"rows": np.arange(rows, total), "height": total}
-    attention, mlp = (LAYER + name for name in branches(config.token_shift))
+    attention, mlp = (LAYER + name for name in branches(token_shift))
     linear = lambda name, **place: source(f"{name}.weight", layout=LINEAR, **place)
     lines = {
         "text_bias": source("to_logits.1.bias", **text),
         "image_bias": source("to_logits.1.bias", **image),
-        "blocks.attention.qkv.w": source(
-            f"{attention}to_qkv.weight", layout="(a n h) d -> d (n a h)", a=3, h=config.transformer.head_size
+        **by_head(
+            "blocks.attention.qkv", [f"{attention}to_qkv."], "(a n h)", biases=False, a=3, h=transformer.head_size
         ),
-        "blocks.attention.out.w": linear(f"{attention}to_out.0"),
-        "blocks.attention.out.b": source(f"{attention}to_out.0.bias"),
-        "blocks.mlp.out.w": linear(f"{mlp}net.3"),
-        "blocks.mlp.out.b": source(f"{mlp}net.3.bias"),
+        **layers({"blocks.attention.out": f"{attention}to_out.0", "blocks.mlp.out": f"{mlp}net.3"}, LINEAR),
         "blocks.attention_scale": source(f"{LAYER}0.scale", layout="1 1 d -> d"),
         "blocks.mlp_scale": source(f"{LAYER}1.scale", layout="1 1 d -> d"),
     }
@@ -157,18 +153,22 @@ def table(config: Any) -> Table:
     norms = {"norm": "to_logits.0"}
     for n, branch in enumerate(("attention", "mlp")):
         norms[f"blocks.{branch}_norm"] = f"{LAYER}{n}.fn.norm"
-        if config.transformer.sandwich_norm:
+        if transformer.sandwich_norm:
             norms[f"blocks.{branch}_out_norm"] = f"{LAYER}{n}.fn.norm_out"
-    for ours, theirs in norms.items():
-        lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}
-    if config.tied:
-        lines["text_tokens.w"] = source("to_logits.1.weight", **text)
-        lines["image_tokens.w"] = source("to_logits.1.weight", **image)
-    else:
-        lines |= {"text_tokens.w": source("text_emb.weight"), "image_tokens.w": source("image_emb.weight")}
-        lines |= {"text_head": linear("to_logits.1", **text), "image_head": linear("to_logits.1", **image)}
-    if config.positions == "axial":
-        lines["text_places"] = source("text_pos_emb.weight")
-        lines["row_places"] = source("image_pos_emb.weights.0", layout="1 h 1 d -> h d")
-        lines["column_places"] = source("image_pos_emb.weights.1", layout="1 1 w d -> w d")
-    return lines
+    lines |= layers(norms)
+    shared = {
+        "text_tokens.w": source("to_logits.1.weight", **text),
+        "image_tokens.w": source("to_logits.1.weight", **image),
+    }
+    apart = {
+        "text_tokens.w": source("text_emb.weight"),
+        "image_tokens.w": source("image_emb.weight"),
+        "text_head": linear("to_logits.1", **text),
+        "image_head": linear("to_logits.1", **image),
+    }
+    places = {
+        "text_places": source("text_pos_emb.weight"),
+        "row_places": source("image_pos_emb.weights.0", layout="1 h 1 d -> h d"),
+        "column_places": source("image_pos_emb.weights.1", layout="1 1 w d -> w d"),
+    }
+    return {**lines, **(shared if tied else apart), **(places if axial else {})}

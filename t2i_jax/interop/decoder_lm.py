@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Table, source
+from t2i_jax.interop.names import LINEAR, Table, by_kv_head, layers, source
 
 NEEDED = ("model.embed_tokens.weight",)
 """Names that every such file has."""
@@ -26,24 +26,21 @@ def table(heads: int, kv_heads: int, head: int, *, bias: bool, out_bias: bool, q
     turned = np.arange(head).reshape(2, -1).T.reshape(-1)
     blocks = np.arange((n + 2 * m) * head).reshape(-1, head)
     blocks[: n + m] = blocks[: n + m, turned]
-    parts = np.split(blocks, [n, n + m])
-    rows = np.concatenate([part.reshape(m, -1) for part in parts], 1).reshape(-1)
+    rows = by_kv_head(blocks, n, m)
     joined = {"rows": rows, "height": len(rows), "parts": (n * head, m * head, m * head)}
     names = [f"{layer}self_attn.{p}_proj" for p in "qkv"]
     lines = {
         "words.w": source("model.embed_tokens.weight"),
         "blocks.attention_norm.w": source(f"{layer}input_layernorm.weight"),
         "blocks.attention.qkv.w": source(*(f"{name}.weight" for name in names), layout=LINEAR, **joined),
-        "blocks.attention.out.w": source(f"{layer}self_attn.o_proj.weight", layout=LINEAR),
         "blocks.mlp_norm.w": source(f"{layer}post_attention_layernorm.weight"),
-        "blocks.mlp.gate.w": source(f"{layer}mlp.gate_proj.weight", layout=LINEAR),
-        "blocks.mlp.into.w": source(f"{layer}mlp.up_proj.weight", layout=LINEAR),
-        "blocks.mlp.out.w": source(f"{layer}mlp.down_proj.weight", layout=LINEAR),
     }
+    lines |= layers({"blocks.attention.out": f"{layer}self_attn.o_proj"}, LINEAR, out_bias)
+    mlp = {"gate": "gate_proj", "into": "up_proj", "out": "down_proj"}
+    mlp = {f"blocks.mlp.{ours}": f"{layer}mlp.{theirs}" for ours, theirs in mlp.items()}
+    lines |= layers(mlp, LINEAR, biases=False)
     if bias:
         lines["blocks.attention.qkv.b"] = source(*(f"{name}.bias" for name in names), **joined)
-    if out_bias:
-        lines["blocks.attention.out.b"] = source(f"{layer}self_attn.o_proj.bias")
     for letter in "qk" if qk_norm else "":
         theirs = f"{layer}self_attn.{letter}_norm.weight"
         lines[f"blocks.attention.{letter}_norm.w"] = source(theirs, rows=turned, height=head)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numpy as np
-
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
+from t2i_jax.networks.dit import DiT
 
 NEEDED = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
 """Names that every such file has."""
@@ -38,23 +36,9 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
     }
 
 
-def by_head(heads: int, head_dim: int) -> np.ndarray:
-    """Rows of [queries, keys, values] of all heads, in the order in which each head has its three together."""
-    return np.arange(3 * heads * head_dim).reshape(3, heads, head_dim).swapaxes(0, 1).reshape(-1)
-
-
-def table(network: Any) -> Table:
+def table(network: DiT) -> Table:
     """DiT's names for a `networks.dit.DiT` that classes modulate."""
-    rows = by_head(network.transformer.heads, network.transformer.head_size)
-    lines = {
-        "embed.w": source("x_embedder.proj.weight", layout="d c p q -> (p q c) d", p=network.patch, q=network.patch),
-        "embed.b": source("x_embedder.proj.bias"),
-        "positions": source("pos_embed", layout="1 t d -> t d"),
-        "condition.table.w": source("y_embedder.embedding_table.weight"),
-        "blocks.image.attention.qkv.w": source("blocks.{}.attn.qkv.weight", layout=LINEAR, rows=rows, height=len(rows)),
-        "blocks.image.attention.qkv.b": source("blocks.{}.attn.qkv.bias", rows=rows, height=len(rows)),
-    }
-    for ours, theirs in {
+    linears = {
         "time.into": "t_embedder.mlp.0",
         "time.out": "t_embedder.mlp.2",
         "blocks.image.attention.out": "blocks.{}.attn.proj",
@@ -63,7 +47,13 @@ def table(network: Any) -> Table:
         "blocks.image.modulation": "blocks.{}.adaLN_modulation.1",
         "modulation": "final_layer.adaLN_modulation.1",
         "out": "final_layer.linear",
-    }.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    return lines
+    }
+    heads = network.transformer.heads
+    return {
+        "embed.w": source("x_embedder.proj.weight", layout="d c p q -> (p q c) d", p=network.patch, q=network.patch),
+        "embed.b": source("x_embedder.proj.bias"),
+        "positions": source("pos_embed", layout="1 t d -> t d"),
+        "condition.table.w": source("y_embedder.embedding_table.weight"),
+        **by_head("blocks.image.attention.qkv", ["blocks.{}.attn.qkv."], "(a n h)", a=3, n=heads),
+        **layers(linears, LINEAR),
+    }

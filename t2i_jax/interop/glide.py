@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, layers, require, source
 
 TEXT, IMAGE = "clip_text.blocks.", "clip_image.blocks."
+LINEARS = {"q": "f_attn.f_q", "v": "f_attn.f_v", "out": "f_attn.f_c", "into": "f_mlp.f_1", "back": "f_mlp.f_2"}
+"""Of a block, those with biases."""
 WHOLE = f"{TEXT}input.w_voc", f"{IMAGE}input.patch_proj"
 NEEDED = (WHOLE, ("blocks.input.w_voc",), ("blocks.input.patch_proj",))
 """Names that both files in one have, that of captions, and that of images."""
@@ -37,31 +37,23 @@ def describe(tensors: Tensors, head_dim: int = 64) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
-    """GLIDE's names for a `models.noised_clip.NoisedCLIP`."""
-    norm = lambda ours, theirs: {f"{ours}.w": source(f"{theirs}.g"), f"{ours}.b": source(f"{theirs}.b")}
-    lines = {
+def table(patch: int, timed: bool) -> Table:
+    """GLIDE's names for a `models.noised_clip.NoisedCLIP`; timed: it knows how noisy an image is."""
+    norms = {"image_norm": f"{IMAGE}input.ln"}
+    linears, plain = {}, {}
+    for ours, theirs in {"text": TEXT, "image": IMAGE}.items():
+        block, place = f"{theirs}block_{{}}.", f"{ours}.blocks."
+        norms |= {f"{ours}.norm": f"{theirs}output.ln"}
+        norms |= {f"{place}attention_norm": f"{block}f_attn.ln", f"{place}mlp_norm": f"{block}f_mlp.ln"}
+        plain |= {f"{ours}.out": f"{theirs}output.f", f"{place}k": f"{block}f_attn.f_k"}
+        linears |= {place + part: block + name for part, name in LINEARS.items()}
+    return {
         "table.w": source(f"{TEXT}input.w_voc"),
         "text_position": source(f"{TEXT}input.w_pos"),
-        "patches.w": source(f"{IMAGE}input.patch_proj", layout="d c p q -> (p q c) d", p=config.patch, q=config.patch),
-        "start": source(f"{IMAGE}input.{'w_t' if config.times else 'pred_state'}"),
+        "patches.w": source(f"{IMAGE}input.patch_proj", layout="d c p q -> (p q c) d", p=patch, q=patch),
+        "start": source(f"{IMAGE}input.{'w_t' if timed else 'pred_state'}"),
         "image_position": source(f"{IMAGE}input.w_pos"),
-    } | norm("image_norm", f"{IMAGE}input.ln")
-    for ours, theirs in {"text": TEXT, "image": IMAGE}.items():
-        lines |= norm(f"{ours}.norm", f"{theirs}output.ln")
-        lines[f"{ours}.out.w"] = source(f"{theirs}output.f.w", layout=LINEAR)
-        block = f"{theirs}block_{{}}."
-        lines |= norm(f"{ours}.blocks.attention_norm", f"{block}f_attn.ln")
-        lines |= norm(f"{ours}.blocks.mlp_norm", f"{block}f_mlp.ln")
-        for part, name in {
-            "q": "f_attn.f_q",
-            "k": "f_attn.f_k",
-            "v": "f_attn.f_v",
-            "out": "f_attn.f_c",
-            "into": "f_mlp.f_1",
-            "back": "f_mlp.f_2",
-        }.items():
-            lines[f"{ours}.blocks.{part}.w"] = source(f"{block}{name}.w", layout=LINEAR)
-            if part != "k":
-                lines[f"{ours}.blocks.{part}.b"] = source(f"{block}{name}.b")
-    return lines
+        **layers(norms, ends=("g", "b")),
+        **layers(linears, LINEAR, ends=("w", "b")),
+        **layers(plain, LINEAR, biases=False, ends=("w", "b")),
+    }

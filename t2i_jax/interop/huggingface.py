@@ -6,10 +6,11 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
+from t2i_jax.interop.names import Fields
 from t2i_jax.interop.tensorfile import Lazy, Reader, SafeTensors, content
 from t2i_jax.interop.wrapping import located
 
@@ -29,14 +30,14 @@ OTHERS = r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|tra
 """Beginnings of the names of files that accompany weights and hold none."""
 
 
-class Settings(dict[str, Any]):
+class Settings(Fields):
     """The fields of a JSON file. Errors: ValueError naming file and field for one that it lacks."""
 
-    def __init__(self, path: Path, fields: dict[str, Any]):
+    def __init__(self, path: Path, fields: Fields):
         super().__init__(fields)
         self.path = path
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> NoReturn:
         raise ValueError(f"{self.path}: has no '{key}'; it has {', '.join(list(self)[:8]) or 'no fields'}")
 
 

@@ -8,13 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from t2i_jax.core.params import assemble, named
+from t2i_jax.core.params import named
 from t2i_jax.features.classifiers import Inception, InceptionV3
-from t2i_jax.interop.folding import folded
+from t2i_jax.interop.folding import network
 from t2i_jax.interop.huggingface import Weights
-from t2i_jax.interop.names import require, warn_not_finite
 
-EPS = 1e-3
 NEEDED = ("Conv2d_1a_3x3.conv.weight", "fc.weight")
 """Names that every such file has."""
 
@@ -26,13 +24,8 @@ def load_inception(path: str | Path) -> InceptionV3:
 
 def inception_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> InceptionV3:
     """The network from a state dict under torchvision's names: `Mixed_5b.branch1x1.conv.weight`, `.bn.weight`, ..."""
-    require(weights, NEEDED, "not the Inception network of pytorch-fid", source)
-    try:
-        arrays = _convolutions(weights) | {"fc.w": weights["fc.weight"].T, "fc.b": weights["fc.bias"]}
-    except KeyError as missing:
-        raise ValueError(f"{source} is not the Inception network of pytorch-fid: it has no {missing}") from None
-    warn_not_finite(arrays.items(), source)
-    return assemble(InceptionV3, arrays, source)
+    what = "not the Inception network of pytorch-fid"
+    return network(InceptionV3, weights, _units(), "fc", NEEDED, what, source)
 
 
 def load_trunk(path: str | Path) -> Inception:
@@ -42,19 +35,11 @@ def load_trunk(path: str | Path) -> Inception:
 
 def trunk_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> Inception:
     """The convolutions alone, with torchvision's poolings, from a state dict under torchvision's names."""
-    require(weights, NEEDED[:1], "no Inception-v3 of torchvision", source)
-    try:
-        arrays = _convolutions(weights)
-    except KeyError as missing:
-        raise ValueError(f"{source} is no Inception-v3 of torchvision: it has no {missing}") from None
-    warn_not_finite(arrays.items(), source)
-    return assemble(partial(Inception, kind="torchvision"), arrays, source)
+    build, what = partial(Inception, kind="torchvision"), "no Inception-v3 of torchvision"
+    return network(build, weights, _units(), "", NEEDED[:1], what, source)
 
 
-def _convolutions(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of `Inception` by name. Errors: KeyError for a missing tensor."""
+def _units() -> dict[str, tuple[str, str]]:
+    """Our names of convolutions, and theirs of the convolution and its norm."""
     names = named(jax.eval_shape(partial(Inception, kind="torchvision"), jax.random.key(0)))
-    arrays = {}
-    for unit in sorted({name.rpartition(".")[0] for name in names}):
-        arrays[f"{unit}.w"], arrays[f"{unit}.b"] = folded(weights, f"{unit}.conv", f"{unit}.bn", EPS)
-    return arrays
+    return {unit: (f"{unit}.conv", f"{unit}.bn") for unit in {name.rpartition(".")[0] for name in names}}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_kv_head, layers, require, source
 from t2i_jax.networks.condition import ClassEmbedder, TextFeatures
 from t2i_jax.nn.positions import RotaryPositions
+from t2i_jax.nn.transformer import Transformer
 
 NEEDED = ("tok_embeddings.weight", "layers.0.attention.wqkv.weight")
 """Names that every such file has."""
@@ -47,29 +46,27 @@ def describe(tensors: Tensors, head_dim: int = 0, null: bool = True) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
-    """LlamaGen's names for a `models.ar.AR`."""
-    layer = "layers.{}."
-    n, m, h = config.transformer.heads, config.transformer.num_kv_heads, config.transformer.head_size
-    # Their rows are all queries, then all keys, then all values; ours go by key-value head.
-    blocks = np.arange((n + 2 * m) * h).reshape(-1, h)
-    parts = np.split(blocks, [n, n + m])
-    rows = np.concatenate([part.reshape(m, -1) for part in parts], 1).reshape(-1)
-    lines = {
-        "tokens.w": source("tok_embeddings.weight"),
-        "norm.w": source("norm.weight"),
-        "output": source("output.weight", layout=LINEAR),
-        "blocks.attention_norm.w": source(f"{layer}attention_norm.weight"),
-        "blocks.attention.qkv.w": source(f"{layer}attention.wqkv.weight", layout=LINEAR, rows=rows, height=len(rows)),
-        "blocks.attention.out.w": source(f"{layer}attention.wo.weight", layout=LINEAR),
-        "blocks.mlp_norm.w": source(f"{layer}ffn_norm.weight"),
+def table(transformer: Transformer, classes: bool) -> Table:
+    """LlamaGen's names for a `models.ar.AR`; classes: it is conditioned on a class, else on features of a caption."""
+    layer, n, m = "layers.{}.", transformer.heads, transformer.num_kv_heads
+    # Their rows are all queries, then all keys, then all values.
+    rows = by_kv_head(np.arange((n + 2 * m) * transformer.head_size).reshape(n + 2 * m, -1), n, m)
+    norms = {"norm": "norm", "blocks.attention_norm": f"{layer}attention_norm", "blocks.mlp_norm": f"{layer}ffn_norm"}
+    linears = {
+        "blocks.attention.out": f"{layer}attention.wo",
+        "blocks.mlp.gate": f"{layer}feed_forward.w1",
+        "blocks.mlp.into": f"{layer}feed_forward.w3",
+        "blocks.mlp.out": f"{layer}feed_forward.w2",
     }
-    for ours, theirs in {"gate": "w1", "into": "w3", "out": "w2"}.items():
-        lines[f"blocks.mlp.{ours}.w"] = source(f"{layer}feed_forward.{theirs}.weight", layout=LINEAR)
-    if isinstance(config.conditioning.what, ClassEmbedder):
-        return lines | {"condition.table.w": source("cls_embedding.embedding_table.weight")}
-    return lines | {
-        "condition.null": source("cls_embedding.uncond_embedding"),
-        "condition.into.w": source("cls_embedding.cap_proj.fc1.weight", layout=LINEAR),
-        "condition.out.w": source("cls_embedding.cap_proj.fc2.weight", layout=LINEAR),
+    if not classes:
+        linears |= {f"condition.{ours}": f"cls_embedding.cap_proj.fc{n}" for n, ours in enumerate(("into", "out"), 1)}
+    table = {"condition.table.w": source("cls_embedding.embedding_table.weight")}
+    null = {"condition.null": source("cls_embedding.uncond_embedding")}
+    return {
+        "tokens.w": source("tok_embeddings.weight"),
+        "output": source("output.weight", layout=LINEAR),
+        "blocks.attention.qkv.w": source(f"{layer}attention.wqkv.weight", layout=LINEAR, rows=rows, height=len(rows)),
+        **layers(norms, biases=False),
+        **layers(linears, LINEAR, biases=False),
+        **(table if classes else null),
     }

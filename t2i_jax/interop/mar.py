@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
 
 HEADS = {1280: 16}  # by width; heads of 64 elsewhere
 NEEDED = (
@@ -50,10 +49,10 @@ def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
+def table(classes: int, encoder_heads: int, decoder_heads: int) -> Table:
     """MAR's names for a `models.masked.Masked` with a diffusion head."""
     lines = {
-        "condition.table.w": source("class_emb.weight", "fake_latent", parts=(config.conditioning.what.count, 1)),
+        "condition.table.w": source("class_emb.weight", "fake_latent", parts=(classes, 1)),
         "mask_token": source("mask_token", layout="1 1 d -> d"),
         "encoder_position": source("encoder_pos_embed_learned", layout="1 t d -> t d"),
         "decoder_position": source("decoder_pos_embed_learned", layout="1 t d -> t d"),
@@ -61,14 +60,12 @@ def table(config: Any) -> Table:
     }
     norms = {"entrance_norm": "z_proj_ln", "encoder_norm": "encoder_norm", "decoder_norm": "decoder_norm"}
     linears = {"entrance": "z_proj", "widen": "decoder_embed"}
-    qkv = "(a n h) d -> d (n a h)"
-    for part, heads in (("encoder", config.transformer.heads), ("decoder", config.decoding.heads)):
+    for part, heads in (("encoder", encoder_heads), ("decoder", decoder_heads)):
         block = f"{part}_blocks.{{}}"
         norms |= {f"{part}.attention_norm": f"{block}.norm1", f"{part}.mlp_norm": f"{block}.norm2"}
-        linears |= {f"{part}.attention.out": f"{block}.attn.proj"}
-        linears |= {f"{part}.mlp.into": f"{block}.mlp.fc1", f"{part}.mlp.out": f"{block}.mlp.fc2"}
-        lines[f"{part}.attention.qkv.w"] = source(f"{block}.attn.qkv.weight", layout=qkv, a=3, n=heads)
-        lines[f"{part}.attention.qkv.b"] = source(f"{block}.attn.qkv.bias", layout="(a n h) -> (n a h)", a=3, n=heads)
+        parts = {"attention.out": "attn.proj", "mlp.into": "mlp.fc1", "mlp.out": "mlp.fc2"}
+        linears |= {f"{part}.{ours}": f"{block}.{theirs}" for ours, theirs in parts.items()}
+        lines |= by_head(f"{part}.attention.qkv", [f"{block}.attn.qkv."], "(a n h)", a=3, n=heads)
     net, block = "diffloss.net", "diffloss.net.res_blocks.{}"
     norms |= {"head.blocks.norm": f"{block}.in_ln"}
     linears |= {
@@ -82,6 +79,4 @@ def table(config: Any) -> Table:
         "head.modulation": f"{net}.final_layer.adaLN_modulation.1",
         "head.out": f"{net}.final_layer.linear",
     }
-    lines |= {f"{ours}.w": source(f"{theirs}.weight", layout=LINEAR) for ours, theirs in linears.items()}
-    lines |= {f"{ours}.w": source(f"{theirs}.weight") for ours, theirs in norms.items()}
-    return lines | {f"{ours}.b": source(f"{theirs}.bias") for ours, theirs in (norms | linears).items()}
+    return lines | layers(linears, LINEAR) | layers(norms)

@@ -1,8 +1,7 @@
 """Names of minDALL-E's Transformer over text and image tokens (Kakao Brain 2021), and its configuration."""
 
-from typing import Any
-
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
+from t2i_jax.nn.transformer import Transformer
 
 NEEDED = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_img.weight", "blocks.0.mlp.0.weight")
 """Names that every such file has."""
@@ -32,30 +31,19 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
+def table(transformer: Transformer) -> Table:
     """The published name and layout of each variable of a `models.stream.Stream`."""
-    block, n = "blocks.{}.", config.transformer.heads
+    block, (qkv_bias, out_bias) = "blocks.{}.", transformer.biases
     qkv = [f"{block}attn.{name}." for name in ("query", "key", "value")]
-    lines = {
+    return {
         "text_tokens.w": source("tok_emb_txt.weight"),
         "image_tokens.w": source("tok_emb_img.weight"),
         "text_places": source("pos_emb_txt.weight"),
         "image_places": source("pos_emb_img.weight"),
         "text_head": source("head_txt.weight", layout=LINEAR),
         "image_head": source("head_img.weight", layout=LINEAR),
-        "blocks.attention.qkv.w": source(*(f"{name}weight" for name in qkv), layout="a (n h) d -> d (n a h)", n=n),
+        **by_head("blocks.attention.qkv", qkv, biases=qkv_bias, n=transformer.heads),
+        **layers({"blocks.attention.out": f"{block}attn.proj"}, LINEAR, out_bias),
+        **layers({"blocks.mlp.into": f"{block}mlp.0", "blocks.mlp.out": f"{block}mlp.2"}, LINEAR, transformer.bias),
+        **layers({"blocks.attention_norm": f"{block}ln1", "blocks.mlp_norm": f"{block}ln2", "norm": "ln_f"}),
     }
-    qkv_bias, out_bias = config.transformer.biases
-    if qkv_bias:
-        biases = source(*(f"{name}bias" for name in qkv), layout="a (n h) -> (n a h)", n=n)
-        lines["blocks.attention.qkv.b"] = biases
-    linear = {"attention.out": ("attn.proj", out_bias)}
-    linear |= {"mlp.into": ("mlp.0", config.transformer.bias), "mlp.out": ("mlp.2", config.transformer.bias)}
-    for ours, (theirs, bias) in linear.items():
-        lines[f"blocks.{ours}.w"] = source(f"{block}{theirs}.weight", layout=LINEAR)
-        if bias:
-            lines[f"blocks.{ours}.b"] = source(f"{block}{theirs}.bias")
-    norms = {"blocks.attention_norm": f"{block}ln1", "blocks.mlp_norm": f"{block}ln2", "norm": "ln_f"}
-    for ours, theirs in norms.items():
-        lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}
-    return lines

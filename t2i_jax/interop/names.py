@@ -57,14 +57,12 @@ class Source(NamedTuple):
         """One layer's tensors as one array of ours."""
         if self.parts:
             tensors = [pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]]
-        joined: Any = tensors[0] if len(tensors) == 1 else tensors  # einops takes lists
+        joined = tensors[0] if len(tensors) == 1 else rearrange(tensors, "a ... -> a ...")
         if self.rows is not None:
             if joined.shape[0] != self.height:
                 raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
             joined = joined[self.rows]
-        if not self.layout:
-            return joined
-        return rearrange(joined, self.layout, **self.sizes)
+        return rearrange(joined, self.layout, **self.sizes) if self.layout else joined
 
     def theirs(self, array: np.ndarray) -> list[np.ndarray]:
         """The tensors that `ours` would make `array` of."""
@@ -81,7 +79,7 @@ class Source(NamedTuple):
 M = TypeVar("M", bound=nnx.Module)
 Table = Mapping[str, Source]
 Fields = dict[str, Any]
-"""Fields of a configuration by name."""
+"""Fields of a configuration by name, ours or that of a published JSON file."""
 Tensors = Mapping[str, np.ndarray]
 """Arrays, or abstract ones, by name."""
 
@@ -126,6 +124,36 @@ def source(
     return Source(names, layout, sizes, rows, height, parts)
 
 
+def layers(
+    names: Mapping[str, str], layout: str = "", biases: bool = True, ends: tuple[str, str] = ("weight", "bias")
+) -> dict[str, Source]:
+    """Lines of layers, by our name and theirs: their `.weight` is our `.w`, in this layout, and their `.bias` our `.b`,
+    if they have biases; ends: other words for these."""
+    lines = {f"{ours}.w": source(f"{theirs}.{ends[0]}", layout=layout) for ours, theirs in names.items()}
+    return lines | {f"{ours}.b": source(f"{theirs}.{ends[1]}") for ours, theirs in names.items() if biases}
+
+
+def by_head(
+    ours: str, theirs: Sequence[str], rows: str = "a (n h)", biases: bool = True, **sizes: int
+) -> dict[str, Source]:
+    """Lines of queries, keys and values (or of two of them), which are one matrix of ours, head by head.
+
+    theirs: what comes before `weight` and `bias` in their names. rows: einops pattern of the outputs, "a (n h)" of one
+    tensor each and "(a n h)" of one for all. sizes: of the pattern.
+    """
+    ends = {"weight": " d", "bias": ""} if biases else {"weight": " d"}
+    return {
+        f"{ours}.{end[0]}": Source(tuple(name + end for name in theirs), f"{rows}{d} ->{d} (n a h)", sizes)
+        for end, d in ends.items()
+    }
+
+
+def by_kv_head(rows: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """Rows int (n + 2 m, h) of all queries, keys and values, in our order: by key-value head, each with its queries."""
+    parts = np.split(rows, [heads, heads + kv_heads])
+    return np.concatenate([part.reshape(kv_heads, -1) for part in parts], 1).reshape(-1)
+
+
 def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: str = "the file") -> M:
     """`model` (abstract or not) with `tensors` in the place of its variables, in the dtypes of the variables.
 
@@ -134,8 +162,8 @@ def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: st
     tensors with numbers that are not finite.
     Errors: ValueError that lists variables without a line, and missing, unused, quantised or wrongly shaped tensors.
     """
-    wanted, used, wrong, read, narrow = named(model), set(), [], [], set()
-    wrong += [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
+    wanted, used, read, narrow = named(model), set(), [], set()
+    wrong = [f"{ours}: the table has no line for it" for ours in wanted.keys() - table.keys()]
     wrong += [f"{ours}: a line of the table, but nothing in the model" for ours in table.keys() - wanted.keys()]
     found = {}
     for ours, line in table.items():

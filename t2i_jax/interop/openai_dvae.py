@@ -1,7 +1,6 @@
 """Names of DALL-E's discrete VAE: its encoder, its decoder, or both under `encoder.` and `decoder.`."""
 
 import re
-from typing import Any
 
 from flax import nnx
 
@@ -43,9 +42,10 @@ def describe(tensors: Tensors) -> Fields:
     return fields if half == "encoder" else fields | {"code": tensors["decoder.blocks.input.w"].shape[0]}
 
 
-def table(model: Any) -> Table:
+def table(model: nnx.Module) -> Table:
     """The published name and layout of each variable of a `codecs.dvae.DVAE` with a `OpenAIdVAE` network."""
-    alone = model.encoder is None or model.decoder is None
+    variables = named(model)
+    alone = len({name.split(".")[0] for name in variables} & {"encoder", "decoder"}) == 1
 
     def line(name: str, variable: nnx.Variable) -> Source:
         if name == "codebook.w":
@@ -56,4 +56,4 @@ def table(model: Any) -> Table:
             theirs = re.sub(pattern, to, theirs)
         return source(theirs.split(".", 1)[1] if alone else theirs, layout=layout)
 
-    return {name: line(name, variable) for name, variable in named(model).items()}
+    return {name: line(name, variable) for name, variable in variables.items()}

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
+from t2i_jax.networks.dit import DiT
 
 PLACES = "pos_embed.pos_embed"
 """Where older files keep the positions; newer ones leave them out."""
 NEEDED = ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight")
 """Names that every such file has."""
+ONLY = {
+    "activation_fn": "gelu-approximate",
+    "norm_type": "ada_norm_single",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "attention_type": "default",
+}
+"""Fields of config.json for which only these values are supported."""
 BLOCK = "transformer_blocks.{}."
 PARTS = {
     "time.into": "adaln_single.emb.timestep_embedder.linear_1",
@@ -53,14 +60,12 @@ def describe(tensors: Tensors) -> Fields:
     }
 
 
-def settings(config: Mapping[str, Any]) -> Fields:
+def settings(config: Fields) -> Fields:
     """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`, `stretch`, `eps`.
 
     Errors: ValueError naming a field with an unsupported value.
     """
-    only = {"activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "attention_bias": True}
-    only |= {"norm_elementwise_affine": False, "attention_type": "default"}
-    for field, known in only.items():
+    for field, known in ONLY.items():
         if config.get(field, known) != known:
             raise ValueError(f"transformer/config.json: {field} is {config[field]!r}; what can be read is {known!r}")
     side = config.get("sample_size", 128)
@@ -77,22 +82,17 @@ def side_of(tensors: Tensors, patch: int) -> int:
     return patch * math.isqrt(tensors[PLACES].shape[1]) if PLACES in tensors else 0
 
 
-def table(network: Any) -> Table:
+def table(network: DiT) -> Table:
     """PixArt's names for a `networks.dit.DiT` with cross-attention and shared modulation."""
     p, h = network.patch, network.transformer.head_size
-    lines = {
+    return {
         "embed.w": source("pos_embed.proj.weight", layout="d c p q -> (p q c) d", p=p, q=p),
         "embed.b": source("pos_embed.proj.bias"),
         "positions": source(PLACES, layout="1 t d -> t d"),
         "table": source("scale_shift_table"),
         "condition.null": source("null_features"),
         "blocks.image.table": source(f"{BLOCK}scale_shift_table"),
+        **by_head("blocks.image.attention.qkv", [f"{BLOCK}attn1.to_{x}." for x in "qkv"], h=h),
+        **by_head("blocks.cross.kv", [f"{BLOCK}attn2.to_{x}." for x in "kv"], h=h),
+        **layers(PARTS, LINEAR),
     }
-    for ours, letters, theirs in (("image.attention.qkv", "qkv", "attn1"), ("cross.kv", "kv", "attn2")):
-        for end, letter in (("weight", "d"), ("bias", "")):
-            names = [f"{BLOCK}{theirs}.to_{x}.{end}" for x in letters]
-            lines[f"blocks.{ours}.{end[0]}"] = source(*names, layout=f"a (n h) {letter} -> {letter} (n a h)", h=h)
-    for ours, theirs in PARTS.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    return lines

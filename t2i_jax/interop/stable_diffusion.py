@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
+import jax
 import numpy as np
 from flax import nnx
 
 from t2i_jax.core.params import named
-from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Source, Table, Tensors, require, source
+from t2i_jax.networks.unet import UNet
 
 NEEDED = (
     "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -36,6 +37,7 @@ TRANSFORMER = {
     "mlp_norm": "norm3",
     "mlp.out": "ff.net.2",
 }
+A = TypeVar("A", np.ndarray, jax.ShapeDtypeStruct)
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -109,7 +111,7 @@ def describe(tensors: Tensors) -> Fields:
     }
 
 
-def settings(config: Mapping[str, Any]) -> Fields:
+def settings(config: Fields) -> Fields:
     """Fields of the network that `unet/config.json` has and the shapes have not.
 
     Errors: ValueError naming a field with an unsupported value.
@@ -142,7 +144,7 @@ def settings(config: Mapping[str, Any]) -> Fields:
     return found | {"head_dim": int(next(iter(heads)))}
 
 
-def schedule(config: Mapping[str, Any]) -> Fields:
+def schedule(config: Fields) -> Fields:
     """What `scheduler/scheduler_config.json` says: `schedule`, `steps`, `zero_terminal_snr`, `predicts`.
 
     Errors: ValueError naming a field with an unknown value.
@@ -164,22 +166,23 @@ def schedule(config: Mapping[str, Any]) -> Fields:
 def squared(tensors: Tensors, linear: bool) -> dict[str, np.ndarray]:
     """The tensors with the ends of all attentions as matrices (`linear`, as in versions 2), or as 1x1 convolutions."""
 
-    def like(name: str, x: Any) -> Any:
+    def like(name: str, x: A) -> A:
         if not re.search(r"attentions\.\d+\.proj_(in|out)\.weight$", name):
             return x
         shape = x.shape[:2] if linear else (*x.shape[:2], 1, 1)
-        # An abstract array has a shape, and no method of an array.
-        return x.reshape(shape) if hasattr(x, "reshape") else type(x)(shape, x.dtype)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+        return x.reshape(shape)
 
     return {name: like(name, x) for name, x in tensors.items()}
 
 
-def linear(config: Any) -> bool:
+def linear(config: UNet) -> bool:
     """Whether a UNet has matrices at the ends of its attentions: versions 2 do, whose heads have one width."""
     return config.head_dim > 0
 
 
-def table(model: nnx.Module, config: Any) -> Table:
+def table(model: nnx.Module, config: UNet) -> Table:
     """The name and layout in diffusers of each variable of a UNet with Transformer blocks. config: of the network."""
     lines, period = {}, config.blocks + 1
     for name, variable in named(model).items():
@@ -208,7 +211,7 @@ def table(model: nnx.Module, config: Any) -> Table:
     return lines
 
 
-def _attention(place: str, rest: str, config: Any, variable: nnx.Variable) -> object:
+def _attention(place: str, rest: str, config: UNet, variable: nnx.Variable) -> Source:
     """The line of a variable of a `SpatialTransformer`."""
     ours, leaf = rest.rsplit(".", 1)
     end = "weight" if leaf == "w" else "bias"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
+from t2i_jax.networks.condition import PooledAndTokenFeatures
+from t2i_jax.networks.dit import DiT
 
 PLACES = "pos_embed.pos_embed"
 NEEDED = (PLACES, "context_embedder.weight", "transformer_blocks.0.attn.add_k_proj.weight")
@@ -29,6 +30,7 @@ STREAMS = {
 }
 QKV = {"image": "attn.to_{}", "text": "attn.add_{}_proj"}
 NORMS = {"image": "attn.norm_{}", "text": "attn.norm_added_{}"}
+A = TypeVar("A", np.ndarray, jax.ShapeDtypeStruct)
 
 
 def describe(tensors: Tensors) -> Fields:
@@ -52,7 +54,7 @@ def describe(tensors: Tensors) -> Fields:
     }
 
 
-def settings(config: Mapping[str, Any]) -> Fields:
+def settings(config: Fields) -> Fields:
     """Fields that `transformer/config.json` has and the shapes have not: `heads`, `size`."""
     side = config.get("sample_size", 128)
     return {"heads": config["num_attention_heads"], "size": (side, side)}
@@ -84,7 +86,7 @@ def completed(tensors: Tensors, grid: tuple[int, int]) -> dict[str, np.ndarray]:
     return whole
 
 
-def _rows(x: np.ndarray, axis: int, rows: np.ndarray) -> Any:
+def _rows(x: A, axis: int, rows: np.ndarray) -> A:
     """Rows of x along an axis, zeros where they are -1; x may be abstract."""
     shape = (*x.shape[:axis], len(rows), *x.shape[axis + 1 :])
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -93,7 +95,7 @@ def _rows(x: np.ndarray, axis: int, rows: np.ndarray) -> Any:
     return np.where(known, np.take(x, np.maximum(rows, 0), axis), np.zeros((), x.dtype))
 
 
-def table(network: Any) -> Table:
+def table(network: DiT) -> Table:
     """Stable Diffusion 3's names for a `networks.dit.DiT` with joint attention."""
     p, h, d = network.patch, network.transformer.head_size, network.transformer.width
     swapped = np.roll(np.arange(2 * d), d)  # their last norm has the scale first
@@ -104,7 +106,7 @@ def table(network: Any) -> Table:
         "modulation.w": source("norm_out.linear.weight", layout=LINEAR, rows=swapped, height=2 * d),
         "modulation.b": source("norm_out.linear.bias", rows=swapped, height=2 * d),
     }
-    if network.conditioning.what.encoded.kept_null:
+    if isinstance(text := network.conditioning.what, PooledAndTokenFeatures) and text.encoded.kept_null:
         lines["condition.encoded.null"] = source("null_features")
     parts = dict(PARTS)
     for stream, names in STREAMS.items():
@@ -115,13 +117,7 @@ def table(network: Any) -> Table:
             f"{ours}mlp.into": f"{BLOCK}{names['mlp']}.net.0.proj",
             f"{ours}mlp.out": f"{BLOCK}{names['mlp']}.net.2",
         }
-        for end, letter in (("weight", "d"), ("bias", "")):
-            qkv = [f"{BLOCK}{QKV[stream].format(x)}.{end}" for x in "qkv"]
-            layout = f"a (n h) {letter} -> {letter} (n a h)"
-            lines[f"{ours}attention.qkv.{end[0]}"] = source(*qkv, layout=layout, h=h)
-        for x in "qk" if network.transformer.qk_norm else "":
-            lines[f"{ours}attention.{x}_norm.w"] = source(f"{BLOCK}{NORMS[stream].format(x)}.weight")
-    for ours, theirs in parts.items():
-        lines[f"{ours}.w"] = source(f"{theirs}.weight", layout=LINEAR)
-        lines[f"{ours}.b"] = source(f"{theirs}.bias")
-    return lines
+        lines |= by_head(f"{ours}attention.qkv", [f"{BLOCK}{QKV[stream].format(x)}." for x in "qkv"], h=h)
+        norms = {f"{ours}attention.{x}_norm": BLOCK + NORMS[stream].format(x) for x in "qk"}
+        lines |= layers(norms, biases=False) if network.transformer.qk_norm else {}
+    return lines | layers(parts, LINEAR)

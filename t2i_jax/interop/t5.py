@@ -2,7 +2,7 @@
 
 from collections.abc import Container
 
-from t2i_jax.interop.names import LINEAR, Table, source
+from t2i_jax.interop.names import LINEAR, Table, by_head, layers, source
 
 NEEDED = ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.final_layer_norm.weight")
 """Names that every such file has."""
@@ -19,19 +19,17 @@ def table(names: Container[str], head_dim: int, gated: bool) -> Table:
     names: of the file, which has the word embeddings once or twice.
     """
     shared = "shared.weight"
-    lines = {
+    linears = {
+        "blocks.attention.out": ATTENTION + "o",
+        "blocks.mlp.into": MLP + ("wi_1" if gated else "wi"),
+        "blocks.mlp.out": MLP + "wo",
+        **({"blocks.mlp.gate": MLP + "wi_0"} if gated else {}),
+    }
+    norms = {"blocks.attention_norm": BLOCK + "0.layer_norm", "blocks.mlp_norm": BLOCK + "1.layer_norm"}
+    return {
         "words.w": source(shared if shared in names else "encoder.embed_tokens.weight"),
         "relative": source(ATTENTION.format(0) + "relative_attention_bias.weight"),
-        "norm.w": source("encoder.final_layer_norm.weight"),
-        "blocks.attention_norm.w": source(BLOCK + "0.layer_norm.weight"),
-        "blocks.attention.qkv.w": source(
-            *(f"{ATTENTION}{p}.weight" for p in "qkv"), layout="a (n h) d -> d (n a h)", h=head_dim
-        ),
-        "blocks.attention.out.w": source(ATTENTION + "o.weight", layout=LINEAR),
-        "blocks.mlp_norm.w": source(BLOCK + "1.layer_norm.weight"),
-        "blocks.mlp.into.w": source(MLP + ("wi_1" if gated else "wi") + ".weight", layout=LINEAR),
-        "blocks.mlp.out.w": source(MLP + "wo.weight", layout=LINEAR),
+        **by_head("blocks.attention.qkv", [f"{ATTENTION}{p}." for p in "qkv"], biases=False, h=head_dim),
+        **layers(linears, LINEAR, biases=False),
+        **layers(norms | {"norm": "encoder.final_layer_norm"}, biases=False),
     }
-    if gated:
-        lines["blocks.mlp.gate.w"] = source(MLP + "wi_0.weight", layout=LINEAR)
-    return lines

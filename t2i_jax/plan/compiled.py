@@ -7,7 +7,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -58,17 +57,14 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
     live = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    measured: dict[str, Any] = {
-        "temporaries": float(memory.temp_size_in_bytes),
-        "peak": float(live + memory.generated_code_size_in_bytes),
-        "compile_seconds": took,
-    }
+    temporaries, peak = float(memory.temp_size_in_bytes), float(live + memory.generated_code_size_in_bytes)
     if costs is None:
         if sample:
             raise ConfigError(f"the program of the sampler cannot be read: {unread}")
         counted = estimate(experiment, trace(experiment, batch), topology, sizes)
         note = f"only memory is the compiler's, the rest is counted: its program cannot be read: {unread}"
-        return dataclasses.replace(counted, method=f"compiled for {kind}", notes=(*counted.notes, note), **measured)
+        notes, measured = (*counted.notes, note), {"temporaries": temporaries, "peak": peak, "compile_seconds": took}
+        return dataclasses.replace(counted, method=f"compiled for {kind}", notes=notes, **measured)
     places = [tuple(d.coords) for d in mesh.devices.flat]
     network, exposed, between, kinds = 0.0, 0.0, 0.0, {}
     for c in costs.collectives:
@@ -88,19 +84,15 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
     overlapped = max((network - exposed) / REACHED["network"], between / REACHED["network"] / BACKWARD)
     model = 0.0 if sample else made.trainer.flops(made.batch) / mesh.size  # pyright: ignore[reportArgumentType]
     target = made.sampled() if sample else made.trainer.target
-    notes = []
-    if costs.unknown_loops:
-        notes.append(f"{costs.unknown_loops} loops whose length depends on data are counted once")
-    if costs.unknown_kernels:
-        notes.append(f"products inside these kernels are not counted: {', '.join(costs.unknown_kernels)}")
-    traffic = f"{spared / 2**30:.3g} GiB of HBM traffic"
-    notes.append(f"on-chip memory spares at least {traffic}; with more rows on a chip it may not")
-    analysis = compiled.cost_analysis() or {}
-    once = analysis.get("flops", 0.0)
-    notes.append(
+    loops, kernels = costs.unknown_loops, ", ".join(costs.unknown_kernels)
+    once = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    notes = [
+        *([f"{loops} loops whose length depends on data are counted once"] if loops else []),
+        *([f"products inside these kernels are not counted: {kernels}"] if kernels else []),
+        f"on-chip memory spares at least {spared / 2**30:.3g} GiB of HBM traffic; with more rows on a chip it may not",
         f"the compiler's own count, which takes each loop's body once: {once:.4g} FLOPs; the products of its program "
-        f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}"
-    )
+        f"counted so: {costs.flops_once:.4g}; as often as loops run: {costs.flops:.4g}",
+    ]
     return Plan(
         topology=str(topology),
         mesh=sizes,
@@ -126,7 +118,9 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         chips=mesh.size // chip.devices,
         peak_flops=chip.flops,
         notes=(*topology.notes, *notes),
-        **measured,
+        temporaries=temporaries,
+        peak=peak,
+        compile_seconds=took,
     ).finished()
 
 
@@ -168,7 +162,7 @@ def plan_by_shallow_copies(experiment: Experiment, batch: Batch, topology: Topol
     two, four = (compile_plan(e, batch, topology, sample) for e in shallow)
     line = lambda a, b: a + (b - a) * (depth - 2) / 2
     numbers = values(two), values(four)
-    fields: dict[str, Any] = {
+    fields = {
         f.name: line(*(n[f.name] for n in numbers))
         for f in dataclasses.fields(Plan)
         if f.type == "float" and f.name not in ("capacity", "peak_flops", "mfu")

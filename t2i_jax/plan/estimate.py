@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
@@ -19,12 +19,12 @@ from t2i_jax.core import flops, jaxprs
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
 from t2i_jax.core.sharding import MESH_AXES, MeshConfig, shardings
-from t2i_jax.core.types import Trainable
 from t2i_jax.nn import kernels
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
 from t2i_jax.plan.ready import Batch, abstract_setup, depths, size_of, tokens_of
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.state import TrainState
 
 BETWEEN = "all-reduce between slices"
 HIDDEN = "the network is assumed to overlap the products completely: MFU is an upper bound"
@@ -35,7 +35,7 @@ UNSCANNED = "its layers are not scanned: what they keep for the backward pass is
 class Traced:
     """A step traced once on one device; every mesh is arithmetic on it."""
 
-    target: Any
+    target: TrainState
     flops: float
     """of a step, recomputation included"""
     model_flops: float
@@ -75,9 +75,9 @@ def trace(experiment: Experiment, batch: Batch) -> Traced:
     return Traced(made.trainer.target, work, model, kept, largest, _moved(jaxpr))
 
 
-def _size(aval: Any) -> float:
-    # Abstract values of JAX need have neither a shape (tokens) nor a size of their numbers (keys).
-    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 4) if hasattr(aval, "shape") else 0.0
+def _size(aval: object) -> float:
+    # Tokens have no shape.
+    return float(math.prod(aval.shape) * aval.dtype.itemsize) if isinstance(aval, ShapedArray) else 0.0
 
 
 def _kept(jaxpr: core.Jaxpr) -> tuple[float, float]:
@@ -139,7 +139,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
 
 def held(tree: object, sizes: dict[str, int]) -> float:
     """Bytes of a tree on one chip of a mesh, under the rules of `core.sharding`."""
-    mesh: Any = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     layout = shardings(tree, mesh)
     one = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return float(sum(one(x, s) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)))
@@ -147,29 +147,26 @@ def held(tree: object, sizes: dict[str, int]) -> float:
 
 def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: dict[str, int]) -> Plan:
     """The plan of a step by arithmetic."""
-    chip, n = topology.chip, topology.size
+    chip, n, model, target = topology.chip, topology.size, experiment.model, traced.target
     d, f, t = (sizes[a] for a in MESH_AXES)
-    target = traced.target
-    params = held(target.params, sizes)
-    state = held(target, sizes)
+    params, state = held(target.params, sizes), held(target, sizes)
     rows = d * f
-    itemsize = 2 if experiment.model.compute.dtype == "bfloat16" else 4
+    itemsize = 2 if model.compute.dtype == "bfloat16" else 4
     accumulate = experiment.train.accumulate
     # What loops keep is split with the batch, not over `tensor`: the residual stream is whole on every chip of it.
     activations = (traced.kept + 3 * traced.largest / t) / rows / accumulate
     gradients = params
-    copies = (
-        params * f * itemsize / 4 / max(layers(experiment.model), 1) * 2
-    )  # of the layer that is gathered, and the next
-
     whole = params * f * itemsize / 4  # parameters that one chip computes with
-    stream = activations_of(experiment, itemsize) / rows
+    layers = max(sum(depths(model).values()), 1)  # of all stacks together
+    copies = 2 * whole / layers  # of the layer that is gathered, and the next
+    # The residual stream, where the model says its width and length.
+    stream = experiment.data.batch_size * size_of(model, "width") * tokens_of(model) * itemsize / rows
     inner = sizes | {"data": d // topology.slices}  # within a slice
     moved = [
         ("all-gather", "fsdp", f, 2 * accumulate * whole),
         ("reduce-scatter", "fsdp", f, accumulate * params * f),
         ("all-reduce", "data", inner["data"], params),
-        ("all-reduce", "tensor", t, 4 * layers(experiment.model) * stream),
+        ("all-reduce", "tensor", t, 4 * layers * stream),
     ]
     network, exposed, kinds = 0.0, 0.0, {}
     for kind, axis, group, size in moved:
@@ -192,7 +189,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         topology=str(topology),
         mesh=sizes,
         batch=experiment.data.batch_size,
-        remat=experiment.model.compute.remat,
+        remat=model.compute.remat,
         what="train step",
         method="estimated by arithmetic, nothing was compiled",
         capacity=chip.memory,
@@ -214,7 +211,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         mfu=0.0,
         chips=n // chip.devices,
         peak_flops=chip.flops,
-        notes=(UNSCANNED,) * (not depths(experiment.model)) + (HIDDEN,) * (not topology.compiled) + topology.notes,
+        notes=(UNSCANNED,) * (not depths(model)) + (HIDDEN,) * (not topology.compiled) + topology.notes,
     ).finished()
 
 
@@ -227,14 +224,3 @@ def wire(topology: Topology, sizes: dict[str, int], axis: str) -> float:
     inner = math.prod(sizes[a] for a in MESH_AXES[MESH_AXES.index(axis) :])
     # A ring over several nodes leaves a node through the network cards of all of its chips at once.
     return chip.link if inner <= chip.node else chip.network * min(chip.node, sizes[axis])
-
-
-def layers(model: Trainable) -> int:
-    """Layers of a model, all its stacks together; at least 1."""
-    return max(sum(depths(model).values()), 1)
-
-
-def activations_of(experiment: Experiment, itemsize: int) -> float:
-    """Bytes of the residual stream of a whole batch, where the model says its width and length."""
-    model = experiment.model
-    return float(experiment.data.batch_size * size_of(model, "width") * tokens_of(model) * itemsize)

@@ -120,7 +120,7 @@ def traffic(i: Instruction, within: Computation, computations: dict[str, Computa
     if i.op != "fusion":
         return i.size(hbm=True) + sum(o.size(hbm=True) for o in operands)
     inner = computations[called(computations, i, "calls")]
-    given = {int(j.text[1:].split(")")[0]): j.name for j in inner.values() if j.op == "parameter"}
+    given = {j.number: j.name for j in inner.values() if j.op == "parameter"}
     read = (min(_read(inner, given[n], computations), o.size(hbm=True)) for n, o in enumerate(operands) if n in given)
     end = root(inner)
     results = [inner[n] for n in end.operands] if end.op == "tuple" else [end]
@@ -151,7 +151,7 @@ def _read(inner: Computation, name: str, computations: dict[str, Computation]) -
             total += _read(inner, j.name, computations)
         elif j.op == "fusion":
             nested = computations[called(computations, j, "calls")]
-            given = {int(p.text[1:].split(")")[0]): p.name for p in nested.values() if p.op == "parameter"}
+            given = {p.number: p.name for p in nested.values() if p.op == "parameter"}
             total += sum(_read(nested, given[n], computations) for n, o in enumerate(j.operands) if o == name)
         else:
             return math.inf
@@ -217,8 +217,7 @@ def between_slices(i: Instruction) -> str:
 
 def offloaded(i: Instruction) -> list[str]:
     """The computations that another core of the chip carries out for an instruction, as SparseCores do collectives."""
-    listed = re.search(r"called_computations=\{([^}]*)\}", i.text) if i.op == "custom-call" else None
-    return re.findall(r"[\w.\-]+", listed.group(1)) if listed else []
+    return i.listed("called_computations") if i.op == "custom-call" else []
 
 
 def count(text: str) -> Costs:
@@ -264,9 +263,8 @@ def _count(computations: dict[str, Computation], entry: str) -> Costs:
             elif i.op in ("call", "async-start"):
                 yield from walk(called(computations, i, "to_apply", "calls"), times)
             elif i.op == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", i.text)
-                listed = re.findall(r"[\w.\-]+", branches.group(1)) if branches else []
-                for branch in listed or [called(computations, i, f"{c}_computation") for c in ("true", "false")]:
+                two = lambda i: [called(computations, i, f"{c}_computation") for c in ("true", "false")]
+                for branch in i.listed("branch_computations") or two(i):
                     yield from walk(branch, times)
 
     for i, within, name, times in walk(entry, 1):

@@ -50,6 +50,16 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([^\s,]+)", self.text)
         return found.group(1) if found else ""
 
+    def listed(self, name: str) -> list[str]:
+        """The names of an attribute that lists several."""
+        found = re.search(rf"\b{name}=\{{([^}}]*)\}}", self.text)
+        return re.findall(r"[\w.\-]+", found.group(1)) if found else []
+
+    @property
+    def number(self) -> int:
+        """Of a parameter."""
+        return int(self.text[1:].split(")")[0])
+
 
 def width(dtype: str) -> float:
     """Bytes of one number."""
@@ -155,7 +165,7 @@ def trips(computations: dict[str, Computation], within: Computation, loop: Instr
     if test.op == "fusion":  # the comparison inside: its parameters are the operands of the fusion
         values = computations[called(computations, test, "calls")]
         outer, test = test, root(values)
-        place = lambda i: condition[outer.operands[int(i.text[1:].split(")")[0])]]
+        place = lambda i: condition[outer.operands[i.number]]
     else:
         place = lambda i: i
     if test.op != "compare" or len(test.operands) != 2:

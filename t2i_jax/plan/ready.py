@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.family import with_fields
+from t2i_jax.core.fields import values
 from t2i_jax.core.narrow import as_family, learns_from_images, token_by_token
 from t2i_jax.core.platform import tpu_compiler_alone
 from t2i_jax.core.sharding import RULES, Device, batch_sharding, fit
@@ -24,9 +26,10 @@ from t2i_jax.core.types import CachedNetwork, SamplingOptions, Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
 from t2i_jax.training.experiment import Experiment
-from t2i_jax.training.loop import Trainer, with_shardings
+from t2i_jax.training.loop import Trainer
 from t2i_jax.training.state import TrainState
 
+T = TypeVar("T")
 Batch = dict[str, jax.ShapeDtypeStruct]
 
 NO_COMPILER = (
@@ -180,8 +183,8 @@ class AbstractSetup:
 def abstract_setup(experiment: Experiment, batch: Batch, mesh: Mesh) -> AbstractSetup:
     """Errors: `ConfigError` where the batch does not fit the mesh, and what a trainer says."""
     trainer = Trainer(without_parts(experiment, batch), Path("plan"), mesh)
-    layout: Any = dict.fromkeys(batch, batch_sharding(mesh))
-    return AbstractSetup(trainer, with_shardings(batch, layout), mesh)
+    split = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=batch_sharding(mesh)) for k, v in batch.items()}
+    return AbstractSetup(trainer, split, mesh)
 
 
 def sizes_of(model: Trainable, name: str) -> dict[str, int]:
@@ -193,14 +196,14 @@ def sizes_of(model: Trainable, name: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
 
-    def look(fields: Mapping[str, object], at: str) -> None:
-        for key, value in fields.items():
-            if key in ("network", "trunk", "transformer", "decoder") and isinstance(value, Mapping):
+    def look(config: object, at: str) -> None:
+        for key, value in values(config).items():
+            if key in ("network", "trunk", "transformer", "decoder") and dataclasses.is_dataclass(value):
                 look(value, f"{at}{key}.")
             elif (key == name or key.endswith(f"_{name}")) and isinstance(value, int) and value:
                 found[at + key] = value
 
-    look(dataclasses.asdict(model), "")  # pyright: ignore[reportArgumentType]
+    look(model, "")
     return found
 
 
@@ -232,8 +235,7 @@ def shallow_copy_of_model(model: Trainable, layers: int) -> Trainable:
     return model
 
 
-def replaced(model: Any, path: str, value: int) -> Any:
+def replaced(config: T, path: str, value: int) -> T:
     """The configuration with another value at a path of `sizes_of`."""
     head, _, rest = path.partition(".")
-    part = getattr(model, head)  # a path is a name: reflection
-    return dataclasses.replace(model, **{head: replaced(part, rest, value) if rest else value})
+    return with_fields(config, **{head: replaced(values(config)[head], rest, value) if rest else value})

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -72,7 +71,7 @@ class Plan:
             chip_hours=hours * self.chips,
         )
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> Mapping[str, object]:
         return dataclasses.asdict(self) | {"fits": self.fits}
 
 
@@ -105,6 +104,8 @@ def table(plan: Plan) -> Table:
     out = Table("per chip", "", title=f"{plan.what} on {plan.topology}, {mesh_name(plan.mesh)}, batch {plan.batch}")
     share = lambda n: f"{size(n)}  ({n / plan.capacity:.0%} of {size(plan.capacity)})"
     training = {"optimiser state": size(plan.optimizer), "all state": share(plan.state)}
+    between = {"network between slices at the peak": span(plan.between_seconds)} if plan.between_seconds else {}
+    hours = f"{span(plan.hours * 3600)}, {plan.chip_hours:.4g} chip-hours"
     rows = {
         "parameters": size(plan.parameters),
         **({"keys and values": size(plan.cache)} if plan.what == "sampler" else training),
@@ -112,23 +113,16 @@ def table(plan: Plan) -> Table:
         "peak HBM": share(plan.peak) + ("" if plan.fits else "  DOES NOT FIT"),
         "FLOPs": f"{plan.flops:.4g}  (without recomputation {plan.model_flops:.4g})",
         "HBM traffic": size(plan.bytes),
-    }
-    rows |= {f"{k} x {int(c['count'])}": size(c["bytes"]) for k, c in plan.collectives.items()}
-    rows |= {
+        **{f"{k} x {int(c['count'])}": size(c["bytes"]) for k, c in plan.collectives.items()},
         "compute at the peak": span(plan.compute_seconds),
         "HBM at the peak": span(plan.memory_seconds),
         "network at the peak": span(plan.network_seconds),
-    }
-    if plan.between_seconds:
-        rows["network between slices at the peak"] = span(plan.between_seconds)
-    rows |= {
+        **between,
         "expected time": span(plan.step_seconds),
         "expected MFU": f"{plan.mfu:.0%}",
+        **({f"to {plan.images:.3g} images": hours} if plan.images else {}),
+        **({"compiled in": span(plan.compile_seconds)} if plan.compile_seconds else {}),
     }
-    if plan.images:
-        rows[f"to {plan.images:.3g} images"] = f"{span(plan.hours * 3600)}, {plan.chip_hours:.4g} chip-hours"
-    if plan.compile_seconds:
-        rows["compiled in"] = span(plan.compile_seconds)
     for name, cell in rows.items():
         out.add_row(name, cell)
     notes = (plan.method, measured(plan), *([f"batch: {plan.data}"] if plan.data else []), *plan.notes)
@@ -138,9 +132,8 @@ def table(plan: Plan) -> Table:
 
 def ranking(plans: Sequence[Plan], title: str) -> Table:
     """Several plans, a line each, best first."""
-    out, columns = Table(title=title), columns_of(plans)
-    for name in columns:
-        out.add_column(name)
+    columns = columns_of(plans)
+    out = Table(*columns, title=title)
     for plan in plans:
         out.add_row(*(cell(plan) for cell in columns.values()))
     return out

@@ -14,6 +14,7 @@ from tokenizers import Regex, models, pre_tokenizers
 
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.text.clean import tidy
+from t2i_jax.text.cut import padded
 
 PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -79,11 +80,7 @@ class BytePairs:
 
     def encode(self, captions: Sequence[str], length: int = 77, pad: int = 0) -> np.ndarray:
         """Ids int32 (n, length): start, the caption, end, then `pad`; a long caption is cut before the end."""
-        rows = np.full((len(captions), length), pad, np.int32)
-        for row, caption in zip(rows, captions, strict=True):
-            ids = [self.first, *self(caption)[: length - 2], self.last]
-            row[: len(ids)] = ids
-        return rows
+        return padded([[self.first, *self(c)[: length - 2], self.last] for c in captions], length, pad)[0]
 
     def _word(self, word: str) -> tuple[int, ...]:
         """The ids of a word of `words`; start and end are no text to merge."""

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,25 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 from PIL import Image
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import TextSpec
-from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.params import abstract, named
 from t2i_jax.core.sharding import shard
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
-from t2i_jax.interop.names import Table, to_ours
+from t2i_jax.interop.names import Fields, Table, Tensors, to_ours
 from t2i_jax.nn.attention import causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.nn.transformer import Transformer, scan_stack, stack
+from t2i_jax.nn.transformer import Activation, Block, Transformer, scan_stack, stack
 from t2i_jax.text.bpe import BytePairs, read_pairs
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import FolderEncoder
 
 MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
-ACTIVATIONS: dict[str, Any] = {
+ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -68,7 +70,7 @@ class Clip:
         return CLIP(self, key)
 
     @classmethod
-    def of_huggingface(cls, config: Mapping[str, Any]) -> Clip:
+    def of_huggingface(cls, config: Fields) -> Clip:
         """From the fields of config.json; that of a text tower alone leaves the image tower at its defaults, and may
         have no `dim`.
 
@@ -96,9 +98,7 @@ class Clip:
         )
 
     @classmethod
-    def of_openai(
-        cls, tensors: Mapping[str, Any], head: int = 64, activation: str = "quick_gelu", text_head: int = 0
-    ) -> Clip:
+    def of_openai(cls, tensors: Tensors, head: int = 64, activation: str = "quick_gelu", text_head: int = 0) -> Clip:
         """From the tensor shapes of one of OpenAI's files.
 
         head: size of a head, 64 in all released files; text_head: that of the text tower, if it differs. activation: as
@@ -115,21 +115,27 @@ class Clip:
         width, channels, patch, _ = shape["visual.conv1.weight"]
         grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
 
-        kind = {"norm": "layer", "activation": activation_of(activation), "bias": True}
-
         def tower(prefix: str, width: int, head: int) -> Transformer:
             blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
             mlp = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
-            return Transformer(width, len(blocks), width // head, mlp=mlp, **kind)
+            kind = activation_of(activation)
+            return Transformer(width, len(blocks), width // head, mlp=mlp, norm="layer", activation=kind, bias=True)
 
         text = tower("transformer.", shape["positional_embedding"][1], text_head or head)
         image = tower("visual.transformer.", width, head)
-        sizes = {"dim": shape["visual.proj"][1], "vocabulary": shape["token_embedding.weight"][0]}
-        sizes |= {"length": shape["positional_embedding"][0], "size": grid * patch, "patch": patch}
-        return cls(text, image, channels=channels, **sizes)
+        return cls(
+            text,
+            image,
+            dim=shape["visual.proj"][1],
+            vocabulary=shape["token_embedding.weight"][0],
+            length=shape["positional_embedding"][0],
+            size=grid * patch,
+            patch=patch,
+            channels=channels,
+        )
 
 
-def _transformer(config: Mapping[str, Any], part: str, width: int, heads: int, mlp: int) -> Transformer:
+def _transformer(config: Fields, part: str, width: int, heads: int, mlp: int) -> Transformer:
     try:
         activation = activation_of(config.get("hidden_act", "quick_gelu"))
     except ValueError as error:
@@ -164,15 +170,16 @@ class TextTower(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         """ids int (b, s) -> (b, s, d), after the last norm; padding needs no mask, since it follows the text."""
-        s = ids.shape[1]
-        x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
-        return self.norm(scan_stack(self.blocks, x, mask=causal(s)))
+        return self.norm(self._after(self.blocks, ids))
 
     def before(self, ids: Array) -> Array:
         """ids int (b, s) -> (b, s, d), the input of the last block."""
+        return self._after(jax.tree.map(lambda w: w[:-1], self.blocks), ids)
+
+    def _after(self, blocks: Block, ids: Array) -> Array:
         s = ids.shape[1]
         x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
-        return scan_stack(jax.tree.map(lambda w: w[:-1], self.blocks), x, mask=causal(s))
+        return scan_stack(blocks, x, mask=causal(s))
 
     def embed(self, ids: Array) -> Array:
         """ids int (b, s) -> embeddings (b, k), not normalised."""
@@ -220,7 +227,8 @@ class CLIP(nnx.Module):
         return jnp.exp(self.logit_scale[...]) * unit(self.image.embed(images)) @ unit(self.text.embed(ids)).T
 
 
-def unit(x: Array) -> Array:
+@typed
+def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
     """x scaled to length 1 over the last dimension; zeros stay zero."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
@@ -228,7 +236,7 @@ def unit(x: Array) -> Array:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Mapping[str, Any], Table]:
+def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Tensors, Table]:
     """The sizes, the tensors and their table, of a folder (Hugging Face, open_clip) or a file with OpenAI's names.
 
     head, activation: size of a head, and `hidden_act`, which files do not record; defaults are OpenAI's, with
@@ -240,7 +248,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
         config, table = Clip.of_huggingface(huggingface.config(path)), published.huggingface_table
         tensors = huggingface.Weights(path, *published.FOLDER_NEEDED)
     else:
-        hints: dict[str, Any] = {"head": head, "activation": activation or "quick_gelu"}
+        hints: Fields = {"head": head, "activation": activation or "quick_gelu"}
         try:
             tensors = published.openai_tensors(path)
             config = Clip.of_openai(tensors, **(published.open_clip(path) if path.is_dir() else hints))
@@ -252,7 +260,7 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     return config, tensors, table(config.text.head_size, config.image.head_size)
 
 
-def activation_of(name: str) -> Any:
+def activation_of(name: str) -> Activation:
     """Our name of a published `hidden_act`. Errors: ValueError listing the known ones."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
@@ -278,12 +286,14 @@ def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
 # --------------------------------------------------------------------------------------------------------- captions
 
 
-class _Captions(Limited):
+@dataclasses.dataclass(frozen=True)
+class _Captions(FolderEncoder):
     """A text side that uses byte pairs, and cuts before the end token."""
 
-    folder: str
-    vocabulary: str
-    activation: str
+    vocabulary: Annotated[str, VOCABULARY] = ""
+    """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
+    activation: str = ""
+    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
 
     @property
     def room(self) -> int:
@@ -305,16 +315,10 @@ class _Captions(Limited):
 class ClipText(_Captions):
     """Captions as features of every token, after the last norm: the context of VQ-Diffusion and similar models."""
 
-    folder: Annotated[str, ENCODER]
-    """in the layout of Hugging Face or open_clip, or a file with OpenAI's names"""
     normalise: bool = False
     """scale every token's vector to length 1, as VQ-Diffusion does"""
     pad: int = 0
     """id after the end; released programs use 0 or the end token, 49407"""
-    vocabulary: Annotated[str, VOCABULARY] = ""
-    """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
-    activation: str = ""
-    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and a mask bool (n, s).
@@ -326,17 +330,8 @@ class ClipText(_Captions):
         return ids, np.broadcast_to(filled[:, None], ids.shape).copy()
 
     @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
-
-    @property
     def feature_shape(self) -> tuple[int, int]:
-        return self.length, self.dim
-
-    @property
-    def dim(self) -> int:
-        """Size k of a feature vector."""
-        return sizes(self.folder, self.activation).text.width
+        return self.length, sizes(self.folder, self.activation).text.width
 
     @property
     def length(self) -> int:
@@ -362,15 +357,6 @@ class ClipText(_Captions):
 class ClipEmbedding(_Captions):
     """One vector of length 1: of the image in training, of the caption in sampling (Wang et al. 2022, CLIP-GEN)."""
 
-    folder: Annotated[str, ENCODER]
-    """in the layout of Hugging Face or open_clip, or a file with OpenAI's names"""
-    vocabulary: Annotated[str, VOCABULARY] = ""
-    """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
-    activation: str = ""
-    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
-
-    length = 1
-
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, 1) of non-empty captions.
 
@@ -385,12 +371,7 @@ class ClipEmbedding(_Captions):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        return self.length, self.dim
-
-    @property
-    def dim(self) -> int:
-        """Size k of an embedding."""
-        return sizes(self.folder, self.activation).dim
+        return 1, sizes(self.folder, self.activation).dim
 
     def load(self) -> CLIP:
         """Both towers in fp32, on the host. Errors: those of `load`."""
@@ -417,7 +398,8 @@ def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -
 # --------------------------------------------------------------------------------------------------------- images
 
 
-def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> np.ndarray:
+@typed
+def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> Float[np.ndarray, "n {size} {size} 3"]:
     """Images, or uint8 (i, j, 3), preprocessed as in OpenAI's program: float32 (n, size, size, 3).
 
     The short side is resized to `size` with pillow's bicubic filter, the centre is cropped, colours are standardised.
@@ -433,7 +415,8 @@ def preprocess(images: Sequence[Image.Image | np.ndarray], size: int = 224) -> n
     return (np.stack(rows).astype(np.float32) / 255 - MEAN) / STD
 
 
-def as_seen(images: Array, size: int = 224) -> Array:
+@typed
+def as_seen(images: Float[Array, "b i j 3"], size: int = 224) -> Float[Array, "b {size} {size} 3"]:
     """The same for images (b, i, j, 3) in [-1, 1] on the device, which are cropped first.
 
     Like pillow it resizes columns, then rows, and rounds to bytes after each; no gradient passes.

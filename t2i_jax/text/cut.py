@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import re
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 import numpy as np
+from jaxtyping import Bool, Int
 
+from t2i_jax.core.arrays import typed
 from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import ENCODER, Checked
 from t2i_jax.core.specs import BatchSpec
 
 log = logging.getLogger(__name__)
@@ -22,6 +26,18 @@ NAMED = 3
 """Number of captions in a warning."""
 SHOWN = 40
 """Characters shown of each."""
+
+
+@typed
+def padded(
+    rows: Sequence[Sequence[int]], length: int, pad: int = 0
+) -> tuple[Int[np.ndarray, "n {length}"], Bool[np.ndarray, "n {length}"]]:
+    """Ids int32 (n, length) of rows that are no longer, filled up with `pad`, and the mask bool (n, length) of the
+    others."""
+    ids, mask = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], mask[n, : len(row)] = row, True
+    return ids, mask
 
 
 class Limited(Tokenizer, Protocol):
@@ -56,6 +72,22 @@ class Limited(Tokenizer, Protocol):
         return np.all(mask, axis=-1)
 
 
+class LimitedEncoder(Limited, Protocol):
+    """The same, with a frozen encoder."""
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, limited=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderEncoder(Checked, LimitedEncoder):
+    """The same, with files in a folder in Hugging Face's layout."""
+
+    folder: Annotated[str, ENCODER]
+    """in the layout of Hugging Face; of CLIP also that of open_clip, or a file with OpenAI's names"""
+
+
 def limited(text: Tokenizer | None) -> Limited | None:
     """The tokenizer as a `Limited` if it declares that it counts unread tokens; None for others."""
     return cast(Limited, text) if text is not None and text.spec.limited else None
@@ -82,8 +114,8 @@ def unread(text: Limited, captions: Sequence[str]) -> str:
     if not long:
         return ""
     parts = [f"{shown(c)} by {n}, not read from {shown(c[end(text, c) :].lstrip())} on" for c, n in long[:NAMED]]
-    parts += [f"and {len(long) - NAMED} more"] if len(long) > NAMED else []
-    return f"{type(text).__name__} reads {text.room} tokens; longer are {'; '.join(parts)}"
+    more = [f"and {len(long) - NAMED} more"] if len(long) > NAMED else []
+    return f"{type(text).__name__} reads {text.room} tokens; longer are {'; '.join(parts + more)}"
 
 
 def end(text: Limited, caption: str) -> int:

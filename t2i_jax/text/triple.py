@@ -10,9 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.conditions import TextSpec
 from t2i_jax.text.clip import ClipText, TextTower
-from t2i_jax.text.cut import Limited
+from t2i_jax.text.cut import LimitedEncoder
 from t2i_jax.text.t5 import T5, T5Encoder
 
 END = 1
@@ -20,7 +19,7 @@ END = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Triple(Limited):
+class Triple(LimitedEncoder):
     """Captions as a pooled vector, then the concatenated CLIP vectors of each token, then those of T5."""
 
     first: ClipText
@@ -38,14 +37,6 @@ class Triple(Limited):
         empty = ~parts[2][1].any(1)
         ids[empty, self.first.length + self.second.length] = END  # T5's encoding of an empty text
         return ids, np.broadcast_to(~empty[:, None], ids.shape).copy()
-
-    @property
-    def spec(self) -> TextSpec:
-        return TextSpec(features=True, limited=True)
-
-    @property
-    def feature_shape(self) -> tuple[int, int]:
-        return self.length, self.dim
 
     @property
     def room(self) -> int:
@@ -67,9 +58,8 @@ class Triple(Limited):
         return self.first, self.second, self.t5
 
     @property
-    def dim(self) -> int:
-        """Size k of a feature vector, that of T5."""
-        return self.t5.dim
+    def feature_shape(self) -> tuple[int, int]:
+        return self.length, self.t5.feature_shape[1]
 
     @property
     def length(self) -> int:
@@ -88,7 +78,7 @@ class Triple(Limited):
         """
         n, m = self.first.length, self.second.length
         a, b, c = ids[:, :n], ids[:, n : n + m], ids[:, n + m :]
-        wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, self.dim - x.shape[-1])))
+        wide = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, self.feature_shape[1] - x.shape[-1])))
         whole = jnp.concatenate([model.first.embed(a), model.second.embed(b)], -1)[:, None]
         tokens = jnp.concatenate([model.first.before(a), model.second.before(b)], -1)
         last = model.t5(c, jnp.ones(c.shape, bool)).astype(jnp.float32)
