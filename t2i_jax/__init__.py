@@ -1,4 +1,4 @@
-"""Text-to-image generation in JAX: codecs, autoregression, masked generation, diffusion; from a laptop to a pod.
+"""Text-to-image generation in JAX: codecs, autoregression, masked generation, diffusion, GANs; from a laptop to a pod.
 
     import t2i_jax as t2i
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.ar import AR as AR
     from t2i_jax.models.damsm import DAMSM as DAMSM
     from t2i_jax.models.diffusion import Diffusion as Diffusion
+    from t2i_jax.models.gan import GAN as GAN
     from t2i_jax.models.masked import Masked as Masked
     from t2i_jax.models.stream import Stream as Stream
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
@@ -51,8 +52,11 @@ if TYPE_CHECKING:
     from t2i_jax.networks.condition import Conditioning as Conditioning
     from t2i_jax.networks.condition import CrossAttnFeatures as CrossAttnFeatures
     from t2i_jax.networks.condition import PooledFeatures as PooledFeatures
+    from t2i_jax.networks.condition import SentenceAndWords as SentenceAndWords
     from t2i_jax.networks.condition import TextFeatures as TextFeatures
     from t2i_jax.networks.dit import DiT as DiT
+    from t2i_jax.networks.one_stage import OneStage as OneStage
+    from t2i_jax.networks.one_way import OneWay as OneWay
     from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
     from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
@@ -91,11 +95,15 @@ _PUBLIC = {
     "models.ar": "AR",
     "models.damsm": "DAMSM",
     "models.diffusion": "Diffusion",
+    "models.gan": "GAN",
     "models.masked": "Masked",
     "models.stream": "Stream",
     "models.vq_diffusion": "VQDiffusion",
-    "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures TextFeatures",
+    "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
+    " TextFeatures",
     "networks.dit": "DiT",
+    "networks.one_stage": "OneStage",
+    "networks.one_way": "OneWay",
     "networks.unet": "UNet",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
     "nn.transformer": "Transformer",

@@ -31,7 +31,7 @@ from t2i_jax.edits import Edit, digest, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
-from t2i_jax.sampler import OnPreview, OnProgress, Program, Sampler, check_codec, encode
+from t2i_jax.sampler import OnPreview, OnProgress, Program, Sampler, check_codec, encode, interpolation
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
 from t2i_jax.text.cut import check_vocabulary
 
@@ -138,13 +138,42 @@ class Pipeline:
         inputs = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if isinstance(prompts, str | int) and seeds is not None:
             inputs *= len(seeds)
+        sampler = self.sampler(self._chosen(options), edit=edit, guides=guides, upsampler=upsampler)
+        return sampler.sample([str(p) for p in inputs], seeds, batch_size, on_progress, on_preview)
+
+    def interpolate(
+        self,
+        prompts: str | int | Sequence[str | int],
+        *,
+        seeds: int | Sequence[int] = 0,
+        count: int = 8,
+        batch_size: int = 16,
+        on_progress: OnProgress | None = None,
+        **options: object,
+    ) -> np.ndarray:
+        """Images uint8 (n, i, j, 3) on the way along prompts, seeds or both: `count` from each to the next.
+
+        prompts, seeds: one of each pair is an end; one prompt or one seed serves all ends. options: as in a call.
+        Errors: `ConfigError` for a family without the capability `interpolation`, ValueError for fewer than two ends.
+        """
+        several = [str(p) for p in ([prompts] if isinstance(prompts, str | int) else prompts)]
+        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+        ends = max(len(several), len(numbers))
+        if not {len(several), len(numbers)} <= {1, ends}:
+            raise ValueError(f"{len(several)} prompts and {len(numbers)} seeds: as many of each, or one")
+        several = several * (ends if len(several) == 1 else 1)
+        numbers = numbers * (ends if len(numbers) == 1 else 1)
+        way = interpolation(list(zip(several, numbers, strict=True)), count)
+        some, own, toward = zip(*way, strict=True)
+        return self.sampler(self._chosen(options)).sample(some, own, batch_size, on_progress, toward=toward)
+
+    def _chosen(self, options: Mapping[str, object]) -> SamplingOptions:
+        """The default options, but for those given. Errors: `ConfigError` for one that the family does not have."""
         names = [field.name for field in dataclasses.fields(self.options)]
         if unknown := [name for name in options if name not in names]:
             hint = did_you_mean(unknown[0], names) or f"; there are {', '.join(names)}"
             raise ConfigError(f"a {type(self.family).__name__} has no sampling option '{unknown[0]}'{hint}")
-        chosen = dataclasses.replace(self.options, **options)
-        sampler = self.sampler(chosen, edit=edit, guides=guides, upsampler=upsampler)
-        return sampler.sample([str(p) for p in inputs], seeds, batch_size, on_progress, on_preview)
+        return dataclasses.replace(self.options, **options)
 
     def sample(
         self,

@@ -12,10 +12,14 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.heads import DiffusionHead
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.stream import Stream
 from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
+from t2i_jax.networks.one_way import OneWay
 from t2i_jax.noise.processes import Discrete
+from t2i_jax.sampling.options import GANSampler
 
 LLAMA = AR().transformer
 """RMSNorm, SwiGLU, no biases (Touvron et al. 2023), as LlamaGen."""
@@ -78,11 +82,21 @@ OF_DIFFUSION: dict[str, Diffusion] = {
     "dit-xl": _dit(1152, 28, 16),  # 675 M
 }
 """DiT with patches of 2, on 32 x 32 latents of 4 channels."""
+OF_GAN: dict[str, GAN] = {
+    "dfgan": GAN(sampling=GANSampler(0.88, 2.0)),  # 10 M, and 7 M of the discriminator
+    "ssagan": GAN(
+        OneStage(width=64, block=SemanticSpatial()),
+        OneWay(64, 16),
+        penalty=GradientPenalty(apart=True),
+        mismatched="next",
+    ),  # 29 M, and 80 M of the discriminator
+}
+"""GANs of 256 x 256 pixels on the sentences of DAMSM; SSA-GAN is trained with `matching`, too."""
 
-PRESETS: dict[str, AR | Stream | Masked | Diffusion] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION
+PRESETS: dict[str, AR | Stream | Masked | Diffusion | GAN] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN
 
 
-def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion:
+def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion | GAN:
     """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
 
     Errors: `ConfigError` for an unknown name or field.

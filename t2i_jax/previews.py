@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -21,7 +22,7 @@ from t2i_jax.core.keys import image_keys
 from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.data.records import title
-from t2i_jax.sampler import Sampler
+from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.training.loop import Trainer
@@ -96,8 +97,9 @@ def sample_to_folder(
     columns: int,
     scale: int,
     watch: bool = False,
+    toward: Sequence[Between] | None = None,
 ) -> None:
-    """One PNG per (prompt, seed) and a captioned grid of the first ones.
+    """One PNG per (prompt, seed) and a captioned grid of the first ones; toward: for each, as in `Sampler.sample`.
 
     Each PNG stores its prompt, seed and options; a job whose PNG exists already with the same ones is skipped: an
     interrupted run goes on. Images of an earlier call move to a folder of their own. watch: show progress within a
@@ -108,6 +110,10 @@ def sample_to_folder(
     settings = plain_options(sampler.options)
     files = [out / f"{i:05d}.png" for i in range(len(jobs))]
     about = [{"prompt": p, "seed": str(s), "options": json.dumps(settings)} | dict(sampler.about) for p, s in jobs]
+    titles = [prompt for prompt, _ in jobs]
+    if toward is not None:
+        about = [a | {"toward": json.dumps(dataclasses.asdict(t))} for a, t in zip(about, toward, strict=True)]
+        titles = [t.title(prompt) for t, prompt in zip(toward, titles, strict=True)]
     main, watch = jax.process_index() == 0, watch and jax.process_count() == 1
     # Only the first process writes, and may be the only one that sees the files.
     made, refusal = [False] * len(jobs), None
@@ -129,9 +135,10 @@ def sample_to_folder(
             if not written:  # the first batch
                 moments[share] = codes[:8]
 
-        for images in sampler.batches(prompts, seeds, batch_size, preview if watch else None):
+        others = None if toward is None else [toward[i] for i in todo]
+        for images in sampler.batches(prompts, seeds, batch_size, preview if watch else None, others):
             for i, image in zip(todo[written:], images, strict=False) if main else ():
-                image_files.save_png(image, files[i], [jobs[i][0]], about[i])
+                image_files.save_png(image, files[i], [titles[i]], about[i])
             written += len(images)
             progress.update(task, completed=len(jobs) - len(todo) + written)
     multihost_utils.sync_global_devices("sample: all images are written")
@@ -141,7 +148,7 @@ def sample_to_folder(
         growing(sampler, dict(sorted(moments.items())), prompts[:8], out / "growing.png", scale)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
-    sheet = image_files.grid(images, [jobs[i][0] for i in first], columns=columns if columns > 1 else 0, scale=scale)
+    sheet = image_files.grid(images, titles[: len(first)], columns=columns if columns > 1 else 0, scale=scale)
     image_files.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
 

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from t2i_jax.core.conditions import Tokenizer
+from t2i_jax.core.conditions import Batch, Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart, image_keys
+from t2i_jax.core.narrow import interpolates
 from t2i_jax.core.sharding import batch_sharding, put_on_mesh, to_host
-from t2i_jax.core.types import Classifier, Codec, Family, SamplingOptions
+from t2i_jax.core.types import Classifier, Codec, Family, SamplingOptions, Toward
 from t2i_jax.guides import Guide
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
@@ -54,6 +57,7 @@ class Program:
         keys: Array,
         options: SamplingOptions,
         progress: Progress | None = None,
+        toward: Toward | None = None,
     ) -> Array:
         """Samples (b, *grid, ...) of the family.
 
@@ -65,6 +69,9 @@ class Program:
         more: dict[str, object] = jax.tree.map(lambda x: jnp.repeat(x, len(keys), 0), edit)
         if "guide_model" in parts:
             more["guide_model"] = parts["guide_model"]
+        if toward is not None:
+            there = with_features(self.text, parts, dict(toward.condition))
+            more["toward"] = dataclasses.replace(toward, condition=there)
         if self.classifier:
             more["classifier"] = jax.tree_util.Partial(self.classifier.log_p, parts["classifier"])
         return self.family.sample(parts["model"], condition, keys, options, guided=guided, progress=progress, **more)
@@ -79,8 +86,10 @@ def _sample(
     keys: Array,
     options: SamplingOptions,
     progress: Progress | None,
+    toward: Toward | None = None,
 ) -> Array:
-    return _decode(program.codec, parts["codec"], program.codes(guided, parts, condition, keys, options, progress))
+    codes = program.codes(guided, parts, condition, keys, options, progress, toward)
+    return _decode(program.codec, parts["codec"], codes)
 
 
 def _decode(codec: Codec | None, model: object, codes: Array) -> Array:
@@ -94,6 +103,33 @@ _decode_alone = jax.jit(_decode, static_argnums=0)
 def encode(codec: Codec, model: nnx.Module, images: Array) -> Array:
     """Codes of images (b, i, j, 3) in [-1, 1]."""
     return codec.encode(model, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Where an image lies between its own prompt and seed and others."""
+
+    prompt: str
+    seed: int
+    share: float
+    """in [0, 1]: 0 is its own, 1 the others"""
+
+    def title(self, prompt: str) -> str:
+        """A caption of the image whose own prompt is `prompt`."""
+        if prompt == self.prompt or self.share == 0:
+            return prompt
+        return self.prompt if self.share == 1 else f"{self.share:.0%}"
+
+
+def interpolation(ends: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int, Between]]:
+    """The images on the way along `ends`, each a prompt and a seed: `count` from each end to the next, both included.
+
+    Errors: ValueError for fewer than two ends or images.
+    """
+    if len(ends) < 2 or count < 2:
+        raise ValueError(f"an interpolation of {count} images between {len(ends)} ends: at least 2 of each")
+    legs = enumerate(pairwise(ends))  # the end of a leg is the start of the next one
+    return [(*a, Between(*b, n / (count - 1))) for leg, (a, b) in legs for n in range(min(leg, 1), count)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,11 +155,13 @@ class Sampler:
         batch_size: int = 16,
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
+        toward: Sequence[Between] | None = None,
     ) -> np.ndarray:
-        """Images uint8 (n, i, j, 3), one per prompt; image m depends on prompt m and seed m alone.
+        """Images uint8 (n, i, j, 3), one per prompt; image m depends on prompt m, seed m and `toward` m alone.
 
         seeds: 0, 1, ... by default. on_progress: is called within a batch too if there is `on_preview`. on_preview:
-        needs a host callback in the program.
+        needs a host callback in the program. toward: draw each image between its prompt and seed and these; for a
+        family with the capability `interpolation`.
         """
         made: list[np.ndarray] = []
         done = lambda: sum(map(len, made))
@@ -134,7 +172,7 @@ class Sampler:
             if on_preview:
                 on_preview(share, codes)
 
-        for images in self.batches(prompts, seeds, batch_size, on_preview and preview):
+        for images in self.batches(prompts, seeds, batch_size, on_preview and preview, toward):
             made.append(images)
             if on_progress:
                 on_progress(done(), len(prompts))
@@ -146,8 +184,11 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
         on_preview: OnPreview | None = None,
+        toward: Sequence[Between] | None = None,
     ) -> Iterator[np.ndarray]:
         """The images of `sample`, one batch after the other; prompts that are cut are logged first."""
+        if toward is not None:
+            interpolates(self.program.family)
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
@@ -164,7 +205,8 @@ class Sampler:
                     on_preview(share, codes[:count])
 
             whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
-            images = self.generate(*whole, on_preview and preview)
+            others = toward and [*toward[at : at + size], *toward[at : at + size][-1:] * short]
+            images = self.generate(*whole, on_preview and preview, toward=others)
             if self.upsampler:
                 images = self.upsampler.generate(*whole, low_res=to_host(images))
             yield to_host(images)[:count]
@@ -175,8 +217,10 @@ class Sampler:
         seeds: Sequence[int],
         on_preview: OnPreview | None = None,
         low_res: np.ndarray | None = None,
+        toward: Sequence[Between] | None = None,
     ) -> Array:
-        """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale."""
+        """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale. toward: as in
+        `sample`."""
         family = self.program.family
         if low_res is None and family.capabilities.super_resolution:
             raise ConfigError("this model enlarges images: sample the model that makes them, with --upsample")
@@ -189,8 +233,18 @@ class Sampler:
             data = jax.device_get(jax.random.key_data(keys))
             condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(family, self.options))
+            others = None if toward is None else self._others(toward)
             with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
-                return _sample(self.program, self.guided, dict(self.parts), condition, keys, arrays, progress)
+                parts = dict(self.parts)
+                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others)
+
+    def _others(self, toward: Sequence[Between]) -> Toward:
+        """The other ends of a batch, on the mesh."""
+        data = jax.device_get(jax.random.key_data(image_keys([end.seed for end in toward])))
+        share = np.asarray([end.share for end in toward], np.float32)
+        there = self.condition([end.prompt for end in toward]), data, share
+        condition, data, share = put_on_mesh(there, batch_sharding(self.mesh))
+        return Toward(cast(Batch, condition), jax.random.wrap_key_data(data), cast(Array, share))
 
     @property
     def guided(self) -> bool | None:

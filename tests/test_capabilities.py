@@ -15,6 +15,7 @@ from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.core.types import Toward
 from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.networks.condition import ClassEmbedder
@@ -39,11 +40,12 @@ NARROW = {
     "autoguidance": narrow.autoguided,
     "int8": narrow.int8_sampling,
     "frozen_networks": narrow.uses_frozen_networks,
+    "interpolation": narrow.interpolates,
     "measures_scale": narrow.measures_scale,
     "shared_forward": narrow.shares_forward,
 }
 GAN_8 = GAN((8, 8), width=8, noise=4, condition=ClassEmbedder(3))
-ALL = FAMILIES | {"histogram": toys.Histogram(), "gan": GAN_8}
+ALL = FAMILIES | {"histogram": toys.Histogram(), "example": GAN_8}
 DRAW = [name for name, config in ALL.items() if config.capabilities.family]
 
 
@@ -109,6 +111,8 @@ def test_what_is_declared_works(name):
         assert jax.eval_shape(sample, model, model).shape == (2, *spec.shape)
     if can.int8:
         drawn(jax.eval_shape(int8_weights, model))
+    if can.interpolation:
+        drawn(toward=Toward(condition, keys, jnp.ones(2)))
     if can.likelihood:
         codes = {"codes": jnp.zeros((2, *spec.shape), spec.code.dtype)}
         nats = jax.eval_shape(config.log_likelihood, model, condition | codes)
@@ -168,11 +172,18 @@ def test_a_family_of_the_protocol_alone_is_planned(histogram):
     assert plan.fits and plan.parameters == 4 * 2 * 2 * 2 * 8
 
 
-@pytest.mark.parametrize("flags", ["--int8", "--image", "--image --mask", "--classifier", "--autoguide", "--upsample"])
+@pytest.mark.parametrize(
+    "flags", ["--int8", "--image", "--image --mask", "--classifier", "--autoguide", "--upsample", "--interpolate"]
+)
 def test_the_command_refuses_what_is_not_declared(histogram, capsys, tmp_path, flags):
     _, folder = histogram
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("RGB").save(tmp_path / "image.png")
-    value = {"--int8": [], "--image": [tmp_path / "image.png"], "--mask": [tmp_path / "image.png"]}
+    value = {
+        "--int8": [],
+        "--interpolate": [3],
+        "--image": [tmp_path / "image.png"],
+        "--mask": [tmp_path / "image.png"],
+    }
     words = [str(w) for flag in flags.split() for w in (flag, *value.get(flag, [folder / "released"]))]
     with pytest.raises(SystemExit) as stopped:
         main(["sample", str(folder / "released"), "1", "--out", str(tmp_path / "out"), *words])

@@ -14,7 +14,7 @@ from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.fields import Checked, Range, Seed, Size
-from t2i_jax.core.narrow import as_family
+from t2i_jax.core.narrow import as_family, interpolates
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
@@ -24,6 +24,7 @@ from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
+from t2i_jax.sampler import Between, interpolation
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.storage.artifacts import config_of
@@ -75,6 +76,9 @@ class SampleArguments(Checked):
     """run of a worse model, smaller or less trained, for autoguidance: it replaces the unconditional branch"""
     upsample: Path | None = None
     """run folder or released model of an upsampler, with its own sampling options"""
+    interpolate: Annotated[int | None, Range(2, 1_000_000)] = None
+    """images from each prompt to the next, both included, or from each of `count` seeds of one prompt to the next; for
+    GANs"""
     watch: bool = False
     """show progress within a batch, and intermediate images in growing.png; compiled at each start"""
 
@@ -126,10 +130,35 @@ def run(arguments: list[str]) -> None:
             text = encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}")
             judge = Reranker(text, batch_size=args.batch_size)
     drawn = max(args.count, args.candidates or 16) if judge else args.count
-    jobs = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)]
+    jobs, toward = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)], None
+    if args.interpolate:
+        jobs, toward = _between(args, prompts, pipeline)
+        drawn = len(jobs) // args.count if len(prompts) > 1 else len(jobs)
     folder = args.out / "candidates" if judge else args.out
-    sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch)
+    sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch, toward)
     if judge:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
+
+
+def _between(
+    args: SampleArguments, prompts: list[str], pipeline: Pipeline
+) -> tuple[list[tuple[str, int]], list[Between]]:
+    """What `--interpolate` draws: the images of each way, and their other ends."""
+    with config.refused(f"--interpolate {args.interpolate}"):
+        interpolates(pipeline.family)
+    if args.rerank or args.upsample:
+        raise config.ConfigError("--interpolate with --rerank or --upsample: these read one prompt per image")
+    seeds = [args.seed + n for n in range(args.count)]
+    if len(prompts) == 1 and args.count == 1:
+        raise config.ConfigError("--interpolate with one prompt and one seed: give several prompts, or --count 2")
+    ways = [[(prompt, seed) for prompt in prompts] for seed in seeds]
+    ways = ways if len(prompts) > 1 else [[(prompts[0], seed) for seed in seeds]]
+    steps = [step for ends in ways for step in interpolation(ends, args.interpolate or 2)]
+    return [(prompt, seed) for prompt, seed, _ in steps], [toward for _, _, toward in steps]
+
+
+def _names(words: list[str], flag: str) -> bool:
+    """Whether a command line has a flag."""
+    return any(word.partition("=")[0] == flag for word in words)

@@ -17,6 +17,7 @@ from t2i_jax.core.types import (
     Codec,
     Family,
     GaussianFamily,
+    Interpolates,
     Likelihood,
     MeasuresScale,
     SharesForward,
@@ -129,6 +130,12 @@ def int8_sampling(config: Trainable) -> Family:
     return cast(
         Family, _declares(config, "int8", "has no int8 weights: they are for models that sample token by token")
     )
+
+
+def interpolates(config: Trainable) -> Interpolates:
+    """Narrow to `Interpolates`. Errors: `ConfigError` for a config that draws no images between prompts or seeds."""
+    what = "draws no images between two prompts or seeds; a GAN does"
+    return cast(Interpolates, _declares(config, "interpolation", what))
 
 
 def as_tokenizer(value: object) -> Tokenizer:

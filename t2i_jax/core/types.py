@@ -47,6 +47,19 @@ class Progress:
     """scalar int32"""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Toward:
+    """The argument `toward` of `Interpolates.sample`: the other end of an interpolation, and how far on the way."""
+
+    condition: Batch
+    """the condition at the other end, a row for each image"""
+    keys: Array
+    """(b,)"""
+    share: Array
+    """(b,) in [0, 1]: 0 is the condition and the key of the call itself, 1 those here"""
+
+
 # -- training
 
 
@@ -141,6 +154,8 @@ class Capabilities:
     """its field `head` samples each token: a `heads.TokenHead`, which may be replaced"""
     int8: bool = False
     """samples with int8 matrices"""
+    interpolation: bool = False
+    """`Interpolates`: `sample` takes `toward`, another condition and other noise"""
 
     remat: tuple[Remat, ...] = ()
     """choices of `compute.remat` besides none"""
@@ -315,6 +330,24 @@ class Likelihood(Family[M, O], Protocol[M, O]):
 
     def log_likelihood(self, model: M, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
+        ...
+
+
+class Interpolates(Family[M, O], Protocol[M, O]):
+    """A family whose images change smoothly with the condition and the noise."""
+
+    def sample(
+        self,
+        model: M,
+        condition: Batch,
+        keys: Array,
+        options: O | None = None,
+        *,
+        guided: bool | None = None,
+        progress: Progress | None = None,
+        toward: Toward | None = None,
+    ) -> Array:
+        """As `Family.sample`; toward: draw images between this condition and noise, and others."""
         ...
 
 

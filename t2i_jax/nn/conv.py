@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax import Array
 
@@ -65,17 +65,17 @@ FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution.
+    """Nearest-neighbour doubling and a 3x3 convolution to f channels, c unless given.
 
     Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps.
     Four of those cost 4/9 of the arithmetic, and the large input is never materialised.
     """
 
-    def __init__(self, c: int, key: Array):
-        self.conv = Conv(c, c, key)
+    def __init__(self, c: int, key: Array, f: int | None = None, bias: bool = True):
+        self.conv = Conv(c, c if f is None else f, key, bias=bias)
 
     @typed
-    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j c"]:
+    def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j f"]:
         fold = jnp.asarray(FOLD)
         w = jnp.einsum("par,qes,rscf->pqaecf", fold, fold, self.conv.w[...]).astype(x.dtype)
 
@@ -86,6 +86,16 @@ class Upsample(nnx.Module):
         y = jnp.stack([jnp.stack([phase(p, q) for q in (0, 1)]) for p in (0, 1)])
         y = rearrange(y, "p q b i j c -> b (i p) (j q) c")
         return y if self.conv.b is None else y + self.conv.b[...].astype(x.dtype)
+
+
+def nearest(x: Array) -> Array:
+    """Nearest-neighbour doubling: (b, i, j, c) -> (b, 2i, 2j, c)."""
+    return repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
+
+
+def halve(x: Array) -> Array:
+    """Means of squares of 2 x 2 positions: (b, 2i, 2j, c) -> (b, i, j, c)."""
+    return rearrange(x, "b (i p) (j q) c -> b i p j q c", p=2, q=2).mean((2, 4))
 
 
 @typed

@@ -58,7 +58,8 @@ def with_kernel(experiment: Experiment) -> Experiment:
     Splash attention represents all of them: the products are the same, and none stores the attention weights.
     """
     model = experiment.model
-    if model.compute.attention == "auto" and tokens_of(model) >= kernels.LONG:
+    chosen = model.capabilities.attention and model.compute.attention == "auto"
+    if chosen and tokens_of(model) >= kernels.LONG:
         model = model.with_compute(dataclasses.replace(model.compute, attention="splash"))
     return dataclasses.replace(experiment, model=model)
 

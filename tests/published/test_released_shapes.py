@@ -23,6 +23,8 @@ FORMATS = {
     r"adm_classifier_.*": "adm_classifier",
     r"adm_\d.*": "adm",
     r"glide_.*": "glide",
+    r"dfgan_netG": "dfgan",
+    r"ssagan_netG": "ssagan",
     r"damsm_.*|dfgan_text_encoder_.*": "damsm",
 }
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
@@ -35,6 +37,8 @@ CASES = [pytest.param(file, marks=pytest.mark.slow if re.fullmatch(LONG, file) e
 @pytest.mark.parametrize("file", CASES)
 def test_a_released_file_is_taken_whole(file):
     tensors, format = tensors_of(file), find(KNOWN[file])
+    for pattern, to in format.renames:
+        tensors = {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
     config, model = convert(KNOWN[file], tensors)
     buffers = sum(t.size for k, t in tensors.items() if re.search(format.unused, k)) if format.unused else 0
     table = format.table(config)
@@ -48,3 +52,16 @@ def test_a_released_file_is_taken_whole(file):
     abstract = jax.eval_shape(config.init, jax.random.key(0))
     with pytest.raises(ValueError, match="(?s)missing.*unknown: unused"):
         jax.eval_shape(lambda tensors: to_ours(abstract, tensors, table, format.unused), broken)
+
+
+@pytest.mark.parametrize("parts", [("dfgan_netG", "dfgan_netD", "dfgan_netC"), ("ssagan_netG", "ssagan_netD")])
+def test_both_players_of_a_gan_are_taken_whole(parts):
+    """Under the keys of a checkpoint, or from files beside each other; what is not used is given back, too."""
+    format = find(parts[0].partition("_")[0])
+    several = {part.partition("_")[2]: tensors_of(part) for part in parts}
+    named = lambda part, name: f"{part}.{name.removeprefix('module.')}"
+    tensors = {named(part, name): t for part, some in several.items() for name, t in some.items()}
+    config, _ = convert(parts[0].partition("_")[0], tensors)
+    table = format.table(config)
+    assert tensors.keys() == {line.names[0] for line in table.values()} | format.buffers(config).keys()
+    assert config.network.size == (256, 256) and config.condition.dim == 256

@@ -1,0 +1,309 @@
+"""One-stage GANs: a generator from noise and a sentence, and a discriminator of images that match their sentence.
+
+DF-GAN (Tao et al. 2022, arXiv:2008.05865) and SSA-GAN (Liao et al. 2022, arXiv:2104.00567) share the discriminator, its
+hinge losses and the penalty on its gradient; they differ in the blocks of the generator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Checked, NotNegative, Positive, Range, Size
+from t2i_jax.core.params import named, rebuild
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
+from t2i_jax.networks.condition import SentenceAndWords, check_vectors
+from t2i_jax.networks.damsm import ImageEncoder
+from t2i_jax.networks.one_stage import OneStage, OneStageGenerator
+from t2i_jax.networks.one_way import OneWay, OneWayDiscriminator
+from t2i_jax.nn.adversarial import Adversary, fooling, gradient_penalty, input_gradients, judgement
+from t2i_jax.nn.layers import ModelState, replace
+from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
+from t2i_jax.nn.matching import matching_losses
+from t2i_jax.sampling.interpolation import lerp, slerp
+from t2i_jax.sampling.options import GANSampler
+from t2i_jax.sampling.progress import report
+from t2i_jax.text.damsm import load_image_encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientPenalty(Checked):
+    """weight mean |g|^power, g the gradient of the discriminator's logit at real images with their own sentences.
+
+    The default is the matching-aware penalty of DF-GAN (Tao et al. 2022, eq. 2).
+    """
+
+    weight: NotNegative = 2.0
+    power: Positive = 6.0
+    sentence: bool = True
+    """g is by the image and by the sentence; False: by the image alone"""
+    apart: bool = False
+    """an update of its own after that of the other losses, as in SSA-GAN; else a term of their sum"""
+    every: Size = 1
+    """training steps from one penalty to the next; above 1 it is an update of its own"""
+
+
+R1 = GradientPenalty(5.0, 2.0, sentence=False)
+"""gamma / 2 |g|^2 by the image, gamma = 10 (Mescheder et al. 2018, arXiv:1801.04406, eq. 9)."""
+
+
+class Painted(NamedTuple):
+    """What the objectives share: the images of a step."""
+
+    images: Array
+    """(b, i, j, 3) in [-1, 1], fp32"""
+    state: dict[str, Array]
+    """the generator's new running statistics, by name"""
+
+
+@dataclasses.dataclass(frozen=True)
+class GAN(BaseFamily):
+    """A one-stage generator, its discriminator, and their losses.
+
+    A condition with parameters has those of the generator and those of the discriminator. One without a summary vector
+    is summarised by the mean of its tokens.
+    """
+
+    network: OneStage = OneStage()
+    """the generator"""
+    discriminator: OneWay | None = OneWay()
+    """None: of published files without one, which cannot be trained on"""
+    condition: Condition = SentenceAndWords()
+    """class, caption or features: those of DAMSM, or of any other frozen encoder"""
+    sentence: Size = 256
+    """size of the sentence vector, for conditions that are projected"""
+    adversary: Adversary = "hinge"
+    penalty: GradientPenalty | None = GradientPenalty()
+    mismatched: Literal["rolled", "next"] = "rolled"
+    """the discriminator's images with sentences of other images: that of the image before, the last one's for the first
+    (DF-GAN); or that of the next, and none for the last (SSA-GAN). Equal sentences do match, and do not count"""
+    alternating: bool = True
+    """the generator learns from the discriminator as updated in the same step; else both from those before it"""
+    matching: str = ""
+    """run, released model or published file of the DAMSM whose text encoder gives the condition: the generator learns
+    from its image encoder, too; empty: none"""
+    matching_weight: NotNegative = 0.05
+    """weight of the four losses of words and sentences"""
+    gammas: Annotated[tuple[float, float, float], Range(low=0)] = (5.0, 5.0, 10.0)
+    """their factors gamma1, gamma2 and gamma3"""
+    align_corners: bool = False
+    """how images are resized for a published file of `matching` (`text.damsm.load_image_encoder`)"""
+    compute: Compute = Compute()
+    sampling: Annotated[GANSampler, FREE] = GANSampler()
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_vectors(self.condition)
+        if self.matching and not isinstance(self.condition, SentenceAndWords):
+            raise ConfigError("GAN.matching: it compares words with images, so the condition is SentenceAndWords")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Supported features beyond training."""
+        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching), interpolation=True)
+
+    def sample_spec(self) -> SampleSpec:
+        return SampleSpec(self.network.size, CodeSpec("float32", (3,)))
+
+    def condition_spec(self) -> BatchSpec:
+        return self.condition.batch_spec()
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields of a training batch: `image`, the condition, and with `matching` maybe the class of each image, whose
+        others are no negatives."""
+        label = {"label": FieldSpec((), "int32", 0, optional=True)} if self.matching else {}
+        return {"image": self.sample_spec().field, **label, **self.condition_spec(), "weight": WEIGHT}
+
+    def init(self, key: Array) -> GANNetwork:
+        return GANNetwork(self, key)
+
+    def frozen(self) -> ImageEncoder:
+        """The image encoder of `matching`, which the generator's loss reads as `batch["frozen"]`."""
+        return load_image_encoder(self.matching, self.align_corners)
+
+    def objectives(self) -> dict[str, Objective[GANNetwork, Batch]]:
+        """The discriminator, its penalty where that is an update of its own, and the generator.
+
+        Errors: `ConfigError` without a discriminator.
+        """
+        if self.discriminator is None:
+            raise ConfigError("GAN.discriminator is None: this GAN samples, and cannot be trained")
+        found = {"discriminator": Objective(self.discriminator_loss, ("discriminator",))}
+        if self.penalty is not None and self._apart:
+            found["penalty"] = Objective(
+                self.penalty_loss, ("discriminator",), "discriminator", self.penalty.every, ("discriminator",)
+            )
+        after = tuple(found) if self.alternating else ()
+        return found | {"generator": Objective(self.generator_loss, ("generator",), after=after)}
+
+    @property
+    def _apart(self) -> bool:
+        return self.penalty is not None and (self.penalty.apart or self.penalty.every > 1)
+
+    def forward(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> Painted:
+        """The images of a step: one for each example, of its condition and new noise."""
+        generator, count = model.generator, len(batch["image"])
+        z = jax.random.normal(key, (count, self.network.noise))
+        painting, after = generator(z, generator.read(batch, count).pooled, train)
+        old = named(generator)
+        state = {k: v for k, v in named(after).items() if isinstance(v, ModelState)}
+        new = {k: v for k, v in state.items() if v.get_value() is not old[k].get_value()}
+        return Painted(painting.images, {k: v[...] for k, v in new.items()})
+
+    def discriminator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
+        """Real pairs against generated images and mismatched pairs, which count half each; and the penalty.
+
+        With hinges: mean max(0, 1 - D(x, s)) + mean max(0, 1 + D(G(z, s), s)) / 2 + mean max(0, 1 + D(x, s')) / 2 (Tao
+        et al. 2022, eq. 1).
+        """
+        judge, images = model.judge, batch["image"]
+        weight = row_weights(batch, len(images))
+        sentence = judge.read(batch, len(images)).pooled
+        penalty = jnp.zeros(())
+        if self.penalty is None or self._apart:
+            features = judge.features(images)
+            real = judge.logits(features, sentence)
+        else:
+            real, features, each = self._penalised(judge, images, sentence, self.penalty)
+            penalty = weighted_mean(each, weight)
+        painted = jax.lax.stop_gradient(_painted(batch).images)
+        fake = judge.logits(judge.features(painted), sentence)
+        others, apart = self._mismatched(sentence, weight)
+        wrong = judge.logits(features, others)
+        terms = {
+            "real": weighted_mean(judgement(real, True, self.adversary), weight),
+            "fake": weighted_mean(judgement(fake, False, self.adversary), weight),
+            "mismatched": weighted_mean(judgement(wrong, False, self.adversary), apart),
+            "penalty": penalty,
+        }
+        loss = terms["real"] + (terms["fake"] + terms["mismatched"]) / 2 + penalty
+        means = {"logit_real": weighted_mean(real, weight), "logit_fake": weighted_mean(fake, weight)}
+        return LossOutput(loss, {"loss": loss, **terms, **means})
+
+    def penalty_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
+        """The penalty alone."""
+        assert self.penalty is not None
+        judge, images = model.judge, batch["image"]
+        each = self._penalised(judge, images, judge.read(batch, len(images)).pooled, self.penalty)[2]
+        loss = row_mean(each, batch)
+        return LossOutput(loss, {"loss": loss})
+
+    def generator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
+        """-mean D(G(z, s), s) with hinges, and the term of `matching`; the returned state holds the running
+        statistics."""
+        judge, (images, state) = model.judge, _painted(batch)
+        logits = judge.logits(judge.features(images), judge.read(batch, len(images)).pooled)
+        terms = {"adversarial": row_mean(fooling(logits, self.adversary), batch)}
+        loss = terms["adversarial"]
+        if self.matching:
+            terms["matching"] = self.matched(cast(ImageEncoder, batch["frozen"]), model, batch, images)
+            loss = loss + self.matching_weight * terms["matching"]
+        return LossOutput(loss, {"loss": loss, **terms}, _with_state(model, state) if state else None)
+
+    def matched(self, encoder: ImageEncoder, model: GANNetwork, batch: Batch, images: Array) -> Array:
+        """The sum of the four losses of matching images to their captions, without weight.
+
+        Errors: `ConfigError` for an encoder of another space than the words.
+        """
+        context, (regions, code) = model.generator.read(batch, len(images)), encoder(images)
+        if regions.shape[-1] != context.tokens.shape[-1]:
+            sizes = f"its regions have {regions.shape[-1]} numbers, the words {context.tokens.shape[-1]}"
+            raise ConfigError(f"GAN.matching: {sizes}; the condition is to be of the same DAMSM")
+        mask = context.mask & (row_weights(batch, len(images))[:, None] > 0)
+        pairs = context.tokens, mask, context.pooled, regions, code
+        losses = matching_losses(*pairs, batch.get("label"), *self.gammas)
+        return jnp.sum(jnp.stack(list(losses.values())))
+
+    def _penalised(
+        self, judge: OneWayDiscriminator, images: Array, sentence: Array, penalty: GradientPenalty
+    ) -> tuple[Array, Array, Array]:
+        """Logits (b,) and features of real pairs, and the penalty (b,)."""
+        features, back = jax.vjp(judge.features, images)
+        logits, (by_features, by_sentence) = input_gradients(judge.logits, features, sentence)
+        gradients = (*back(by_features), *((by_sentence,) if penalty.sentence else ()))
+        return logits, features, penalty.weight * gradient_penalty(gradients, penalty.power)
+
+    def _mismatched(self, sentence: Array, weight: Array) -> tuple[Array, Array]:
+        """For each image a sentence of another one (b, k), and the weight (b,) of the pair."""
+        shift = 1 if self.mismatched == "rolled" else -1
+        others = jnp.roll(sentence, shift, 0)
+        weight = weight * jnp.roll(weight, shift) * jnp.any(others != sentence, -1)
+        return others, weight if self.mismatched == "rolled" else weight * (jnp.arange(len(weight)) < len(weight) - 1)
+
+    def sample(
+        self,
+        model: GANNetwork,
+        condition: Batch,
+        keys: Array,
+        options: GANSampler | None = None,
+        *,
+        guided: bool | None = None,
+        progress: Progress | None = None,
+        toward: Toward | None = None,
+    ) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1], one for each row of the condition and each key of `keys` (b,).
+
+        toward: draw them on the way to another condition, the sentence on the line and the noise on the arc between
+        both.
+        """
+        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress, toward)
+
+
+@partial(jax.jit, static_argnames="config")
+def _sample(
+    config: GAN,
+    model: GANNetwork,
+    condition: Batch,
+    keys: Array,
+    options: GANSampler,
+    progress: Progress | None,
+    toward: Toward | None,
+) -> Array:
+    def inputs(condition: Batch, keys: Array) -> tuple[Array, Array]:
+        return options.noise(keys, config.network.noise), model.generator.read(condition, len(keys)).pooled
+
+    z, sentence = inputs(condition, keys)
+    if toward is not None:
+        other, after = inputs(toward.condition, toward.keys)
+        z, sentence = slerp(z, other, toward.share), lerp(sentence, after, toward.share)
+    images = model.generator(z, sentence, False)[0].images
+    report(progress, jnp.int32(1), 1, images)
+    return images
+
+
+class GANNetwork(nnx.Module):
+    """The parameters of a `GAN`."""
+
+    def __init__(self, config: GAN, key: Array):
+        keys, network, judge = jax.random.split(key), config.network, config.discriminator
+        what = config.condition, config.sentence
+        self.generator: OneStageGenerator = network.init(*what, keys[0], config.compute)
+        self.discriminator: OneWayDiscriminator | None = (
+            None if judge is None else judge.init(network.size, *what, keys[1], config.compute)
+        )
+
+    @property
+    def judge(self) -> OneWayDiscriminator:
+        """The discriminator of a GAN that has one."""
+        assert self.discriminator is not None
+        return self.discriminator
+
+
+def _painted(batch: Batch) -> Painted:
+    return cast(Painted, batch["outputs"])
+
+
+def _with_state(model: GANNetwork, state: dict[str, Array]) -> GANNetwork:
+    """The model with new running statistics of its generator."""
+    new = {k: v.replace(state[k]) if k in state else v for k, v in named(model.generator).items()}
+    return replace(model, generator=rebuild(model.generator, new))
