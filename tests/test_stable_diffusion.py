@@ -11,7 +11,7 @@ from t2i_jax.cli import main
 from t2i_jax.convert import convert, diffusers, restore
 from t2i_jax.core.keys import image_keys
 from t2i_jax.interop import stable_diffusion as published
-from t2i_jax.networks.dit import Context
+from t2i_jax.networks.condition import Context
 from t2i_jax.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")

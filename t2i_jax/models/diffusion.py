@@ -27,8 +27,8 @@ from t2i_jax.core.noise import NoiseProcess, Predicts
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
-from t2i_jax.networks.condition import ClassEmbedder, dropped_rows
-from t2i_jax.networks.dit import Context, DiT, DiTNetwork
+from t2i_jax.networks.condition import ClassEmbedder, Context, dropped_rows
+from t2i_jax.networks.dit import DiT, DiTNetwork
 from t2i_jax.networks.unet import UNet, UNetNetwork
 from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.noise.gaussian import clipped, join, loss_weight, split

@@ -8,7 +8,7 @@ and a mask. `PrefixTokens` are ids of the image's own vocabulary, which the netw
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from t2i_jax.core.arrays import typed
-from t2i_jax.core.conditions import Batch, Condition, ConditionSpec
+from t2i_jax.core.conditions import Batch, Condition, ConditionSpec, ConditionTokens, SummarizedTokens
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Share, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
@@ -473,6 +473,38 @@ class PrefixIds(nnx.Module):
         given = value(batch, "label")[:, None] if alone else value(batch, "prefix")
         same_length("prefix", given.shape[1], self.config.length)
         return jnp.where(drop[:, None], 0, given), jnp.ones(given.shape, bool)
+
+
+class Context(NamedTuple):
+    """An encoded condition."""
+
+    pooled: Array
+    """(b, d), one vector of the whole condition"""
+    tokens: Array
+    """(b, s, d)"""
+    mask: Array
+    """(b, s): which tokens may be read"""
+
+
+@typed
+def read_context(
+    condition: Condition, module: ConditionTokens, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike
+) -> Context:
+    """The condition of a batch by its module: `pooled` is its summary vector, or the mean of its tokens.
+
+    drop: bool (b,) marks rows that get the unconditional one.
+    """
+    tokens, mask = module(batch, drop, dtype)
+    if condition.spec.gives_summary:
+        return Context(cast(SummarizedTokens, module).whole(batch, drop), tokens, mask)
+    return Context(pooled(tokens, mask), tokens, mask)
+
+
+@typed
+def pooled(tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b d"]:
+    """The mean of the unmasked tokens of (b, s, d): (b, d) fp32."""
+    seen = mask[..., None].astype(jnp.float32)
+    return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
 
 
 def check_vectors(condition: Condition, width: int = 0) -> None:

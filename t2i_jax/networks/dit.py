@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, NamedTuple, cast
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 
 from t2i_jax.core.arrays import typed
-from t2i_jax.core.conditions import Batch, SummarizedTokens
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Grid, Range, Size
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind, Compute, Remat
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, check_vectors, read_context
 from t2i_jax.nn.attention import Padding, Rotary, attend, rotate
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.layers import Linear, ModelState, normal, param
@@ -92,24 +92,6 @@ class DiT(Checked):
 
     def init(self, key: Array, compute: Compute = Compute()) -> DiTNetwork:
         return DiTNetwork(self, key, compute)
-
-
-class Context(NamedTuple):
-    """The encoded condition, computed once and read at every step."""
-
-    pooled: Array
-    """(b, d), added to the embedding of the time"""
-    tokens: Array
-    """(b, s, d)"""
-    mask: Array
-    """(b, s): which tokens may be read"""
-
-
-@typed
-def pooled(tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b d"]:
-    """The mean of the unmasked tokens of (b, s, d): (b, d) fp32."""
-    seen = mask[..., None].astype(jnp.float32)
-    return (tokens * seen).sum(1) / jnp.maximum(seen.sum(1), 1)
 
 
 class DiTStream(nnx.Module):
@@ -249,12 +231,8 @@ class DiTNetwork(nnx.Module):
 
     def read(self, batch: Batch, drop: Array) -> Context:
         """Encode the condition of a batch: `drop` (b,) marks rows that get the unconditional one."""
-        tokens, mask = self.condition(batch, drop, self.compute.dtype)
-        if not self.config.whole:
-            return Context(jnp.zeros((len(drop), self.config.transformer.width)), tokens, mask)
-        if self.config.conditioning.what.spec.gives_summary:
-            return Context(cast(SummarizedTokens, self.condition).whole(batch, drop), tokens, mask)
-        return Context(pooled(tokens, mask), tokens, mask)
+        found = read_context(self.config.conditioning.what, self.condition, batch, drop, self.compute.dtype)
+        return found if self.config.whole else found._replace(pooled=jnp.zeros_like(found.pooled))
 
     @typed
     def tokens(self, x: Float[Array, "b i j c"]) -> Float[Array, "b t d"]:

@@ -23,8 +23,7 @@ from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, R
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute, Remat
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, value
-from t2i_jax.networks.dit import Context, pooled
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, check_vectors, pooled, value
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
