@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from t2i_jax.core.arrays import typed
+from t2i_jax.nn.layers import at_least_fp32
 
 
 def hinge_discriminator(real: Array, fake: Array) -> Array:
@@ -25,6 +27,22 @@ def vanilla_discriminator(real: Array, fake: Array) -> Array:
 def hinge_generator(fake: Array) -> Array:
     """Loss of the generator: the negated mean logit of its images."""
     return -jnp.mean(fake)
+
+
+Adversary = Literal["hinge", "vanilla"]
+"""Losses of both players: hinges, or the cross-entropy of real and fake, which does not saturate for the generator."""
+
+
+def judgement(logits: Array, real: bool, adversary: Adversary) -> Array:
+    """Loss of the discriminator at each logit, whose image (and condition) is real, or is not: of the shape of the
+    logits, fp32."""
+    signed = at_least_fp32(logits) if real else -at_least_fp32(logits)
+    return jax.nn.relu(1 - signed) if adversary == "hinge" else jax.nn.softplus(-signed)
+
+
+def fooling(logits: Array, adversary: Adversary) -> Array:
+    """Loss of the generator at the logit of each of its images: of the shape of the logits, fp32."""
+    return -at_least_fp32(logits) if adversary == "hinge" else jax.nn.softplus(-at_least_fp32(logits))
 
 
 def input_gradients(judge: Callable[..., Array], *inputs: Array) -> tuple[Array, tuple[Array, ...]]:

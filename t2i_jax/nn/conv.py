@@ -63,14 +63,14 @@ FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution: (b, i, j, c) -> (b, 2i, 2j, c).
+    """Nearest-neighbour doubling and a 3x3 convolution: (b, i, j, c) -> (b, 2i, 2j, f), f = c unless given.
 
     Doubled pixels are equal, so the outputs of each parity are a 2x2 convolution of the small image with summed taps.
     Four of those cost 4/9 of the arithmetic, and the large input is never materialised.
     """
 
-    def __init__(self, c: int, key: Array):
-        self.conv = Conv(c, c, key)
+    def __init__(self, c: int, key: Array, f: int | None = None, bias: bool = True):
+        self.conv = Conv(c, c if f is None else f, key, bias=bias)
 
     def __call__(self, x: Array) -> Array:
         fold = jnp.asarray(FOLD)

@@ -1,0 +1,177 @@
+"""Formats of text-to-image GANs in stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from jax import Array
+
+from t2i_jax.convert import Format
+from t2i_jax.core.family import with_fields
+from t2i_jax.core.fields import Checked
+from t2i_jax.core.params import abstract
+from t2i_jax.interop import staged_gan
+from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.interop.staged_gan import Style
+from t2i_jax.models.staged_gan import ALONE, PAIRS, StagedGAN, Terms
+from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures, SentenceAndWords
+from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
+from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+
+
+def _vector(size: int) -> CrossAttnFeatures | ClassEmbedder:
+    """The condition of a model that reads one vector of a caption, unconditional for size 0."""
+    return CrossAttnFeatures(size, 1, trained_null=False) if size else ClassEmbedder(0)
+
+
+def _augmentation(network: Fields, **fields: Any) -> Fields:
+    size = network.pop("augmentation")
+    return {"augmentation": Augmentation(size, **fields)} if size else {}
+
+
+def _judge(found: Fields, **fields: Any) -> ScaleDiscriminator | None:
+    """None where the file has no discriminators."""
+    return ScaleDiscriminator(**found["discriminator"], **fields) if "discriminator" in found else None
+
+
+def _words(tensors: Tensors, style: Style, *, words: int = 18, **fields: object) -> StagedGAN:
+    """words: per caption, 18 for birds, 15 for AttnGAN and 12 for DM-GAN on COCO."""
+    found = staged_gan.describe(tensors, style)
+    network: Fields = found["network"]
+    block = WordAttention if style == "attngan" else DynamicMemory
+    stages = tuple(block(residuals) for residuals in network.pop("residuals"))
+    generator = StagedGenerator(stages=stages, **_augmentation(network), **network)
+    judge = _judge(found, norm="spectral" if style == "dmgan" else "batch")
+    condition = SentenceAndWords(found["words"], words)
+    config = StagedGAN(network=generator, discriminator=judge, condition=condition, wrong="shifted")
+    return with_fields(config, **fields)
+
+
+def _joint(
+    tensors: Tensors, *, kl: float = 2.0, uncond_loss: float = 1.0, color: float | None = None, **fields: object
+) -> StagedGAN:
+    """kl, uncond_loss, color: weights of the training, KL, UNCOND_LOSS and COLOR_LOSS in the published programs; color
+    is 0 for models of captions and 50 for unconditional ones."""
+    found = staged_gan.describe(tensors, "stackgan_v2")
+    network, conditional = found["network"], found["words"] > 0
+    stages = tuple(Joint(residuals) for residuals in network.pop("residuals"))
+    generator = StagedGenerator(stages=stages, **_augmentation(network), **network)
+    alone = Terms(1.0, 1.0, 1.0, uncond_loss, uncond_loss, uncond_loss) if uncond_loss else PAIRS
+    config = StagedGAN(
+        network=generator,
+        discriminator=_judge(found, condition_first=True),
+        condition=_vector(found["words"]),
+        judged="mean" if conditional else "sentence",
+        terms=(alone if conditional else ALONE,),
+        fool_alone=uncond_loss if conditional else 1.0,
+        wrong="images",
+        kl=kl,
+        color=(0.0 if conditional else 50.0) if color is None else color,
+    )
+    return with_fields(config, **fields)
+
+
+def _two(tensors: Tensors, *, kl: float = 2.0, **fields: object) -> StagedGAN:
+    """kl: weight of the KL of each stage in the training."""
+    found = staged_gan.describe(tensors, "stackgan")
+    network: Fields = found["network"]
+    stages = (Redraw(**network.pop("redraw")),)
+    augmentation = _augmentation(network, gate="relu")
+    generator = StagedGenerator(stages=stages, gate="relu", noise_first=True, **augmentation, **network)
+    config = StagedGAN(
+        network=generator,
+        discriminator=_judge(found, alone="last"),
+        condition=_vector(found["words"]),
+        judged="mean",
+        terms=(PAIRS, Terms()),
+        wrong="shifted",
+        kl=kl,
+    )
+    return with_fields(config, **fields)
+
+
+def _table(config: StagedGAN, style: Style) -> Table:
+    return staged_gan.table(abstract(config), style, config.network.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfOneScale(Checked):
+    """A discriminator of one scale, as a file of its own."""
+
+    config: ScaleDiscriminator
+    size: int
+    """rows and columns of its images"""
+    c: int
+    """size of its condition, 0 for none"""
+
+    def init(self, key: Array) -> Judge:
+        return self.config.init(self.size, self.c, True, key)
+
+
+def _of_one_scale(tensors: Tensors, style: Style) -> OfOneScale:
+    found = staged_gan.describe_discriminator(tensors, style)
+    alone = "all" if found["alone"] else "none"
+    norm, first = "spectral" if style == "dmgan" else "batch", style == "stackgan_v2"
+    return OfOneScale(ScaleDiscriminator(found["width"], norm, alone, first), found["size"], found["c"])
+
+
+def _table_of_one_scale(config: OfOneScale, style: Style) -> Table:
+    return staged_gan.discriminator(abstract(config), style, config.size)
+
+
+FILES = {r"netG(_.*)?": "netG.", r"netD_?0(_.*)?": "netD0.", r"netD_?1(_.*)?": "netD1.", r"netD_?2(_.*)?": "netD2."}
+"""Files that the programs save beside each other; those of the discriminators may lack."""
+
+
+def _format(describe: Any, style: Style, **fields: Any) -> Format:
+    return Format(
+        describe,
+        partial(_table, style=style),
+        staged_gan.UNUSED,
+        needed=(staged_gan.GENERATOR[style],),
+        renames=((r"^module\.", ""),),
+        **fields,
+    )
+
+
+def _format_of_one_scale(style: Style, title: str, example: str) -> Format:
+    return Format(
+        partial(_of_one_scale, style=style),
+        partial(_table_of_one_scale, style=style),
+        staged_gan.UNUSED,
+        needed=(staged_gan.DISCRIMINATOR[style],),
+        renames=((r"^module\.", ""),),
+        title=f"{title}: the discriminator of one scale",
+        example=example,
+    )
+
+
+FORMATS = {
+    "stackgan": _format(_two, "stackgan", title="StackGAN, both stages: the generator", example="netG_epoch_120.pth"),
+    "stackgan_v2": _format(
+        _joint,
+        "stackgan_v2",
+        files=FILES,
+        title="StackGAN++ (StackGAN-v2): the generator, or a folder with its discriminators",
+        example="birds/netG_210000.pth",
+    ),
+    "attngan": _format(
+        partial(_words, style="attngan"),
+        "attngan",
+        files=FILES,
+        title="AttnGAN: the generator, or a folder with its discriminators",
+        example="bird_AttnGAN2.pth",
+    ),
+    "dmgan": _format(
+        partial(_words, style="dmgan"),
+        "dmgan",
+        files=FILES,
+        title="DM-GAN: the generator, or a folder with its discriminators",
+        example="netG_epoch_600.pth",
+    ),
+    "stackgan_v2-discriminator": _format_of_one_scale("stackgan_v2", "StackGAN++", "birds/netD0.pth"),
+    "attngan-discriminator": _format_of_one_scale("attngan", "AttnGAN", "netD0.pth"),
+    "dmgan-discriminator": _format_of_one_scale("dmgan", "DM-GAN", "netD0.pth"),
+}
