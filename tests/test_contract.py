@@ -66,7 +66,7 @@ def test_held_out_losses_are_of_the_model_alone(name):
     batch = batch_for(none)
 
     def program(config, train):
-        loss = lambda m, b: config.loss(m, b, jax.random.key(1), train).loss
+        loss = lambda m, b: [o.loss for o in losses_of(config, m, b, jax.random.key(1), 3, train).values()]
         text = str(jax.make_jaxpr(loss)(abstract(config), batch))
         return re.sub("0x[0-9a-f]+", "", text)
 
@@ -203,7 +203,9 @@ def test_latents_are_no_images():
         Pipeline.place(config, fresh(config), None, None).sample(["0"])
 
 
-@pytest.mark.parametrize("name", models_that_draw(lambda c: not c.capabilities.super_resolution))
+@pytest.mark.parametrize(
+    "name", models_that_draw(lambda c: c.capabilities.guidance and not c.capabilities.super_resolution)
+)
 def test_no_guidance_by_a_branch_that_was_never_learned(name):
     """Without dropped conditions in training, a sampler leaves the unconditional branch out unless it is asked for."""
     config = with_fields(FAMILIES[name], condition_dropout=0.0)

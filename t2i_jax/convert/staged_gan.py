@@ -15,7 +15,7 @@ from t2i_jax.core.params import abstract
 from t2i_jax.interop import staged_gan
 from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.interop.staged_gan import Style
-from t2i_jax.models.staged_gan import ALONE, PAIRS, StagedGAN, Terms
+from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures, SentenceAndWords
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
@@ -58,14 +58,15 @@ def _joint(
     network, conditional = found["network"], found["words"] > 0
     stages = tuple(Joint(residuals) for residuals in network.pop("residuals"))
     generator = StagedGenerator(stages=stages, **_augmentation(network), **network)
-    alone = Terms(1.0, 1.0, 1.0, uncond_loss, uncond_loss, uncond_loss) if uncond_loss else PAIRS
+    u = uncond_loss
+    captioned = dataclasses.replace(SUMS, real_alone=u, wrong_alone=u, fake_alone=u) if u else PAIRS
     config = StagedGAN(
         network=generator,
         discriminator=_judge(found, condition_first=True),
         condition=_vector(found["words"]),
         judged="mean" if conditional else "sentence",
-        terms=(alone if conditional else ALONE,),
-        fool_alone=uncond_loss if conditional else 1.0,
+        terms=(captioned if conditional else ALONE,),
+        fool_alone=u if conditional else 1.0,
         wrong="images",
         kl=kl,
         color=(0.0 if conditional else 50.0) if color is None else color,

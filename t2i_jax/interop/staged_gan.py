@@ -1,5 +1,8 @@
-"""Names and shapes of the files of StackGAN, StackGAN++ (StackGAN-v2), AttnGAN and DM-GAN: a generator, a
-discriminator, or all of them in one under `netG.`, `netD0.`, ... (`stage2_G.`, `stage1_D.`, `stage2_D.` for StackGAN)."""
+"""Names and shapes of the files of StackGAN, StackGAN++ (StackGAN-v2), AttnGAN and DM-GAN.
+
+A file holds a generator, a discriminator, or all of them under `netG.`, `netD0.`, ... (for StackGAN `stage2_G.`,
+`stage1_D.`, `stage2_D.`).
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,8 @@ def table(model: nnx.Module, style: Style, sizes: tuple[int, ...]) -> Table:
             return _line(generator + _generator(name.removeprefix("generator.network."), style), variable)
         _, scale, rest = name.split(".", 2)
         prefix = f"stage{int(scale) + 1}_D." if style == "stackgan" else f"netD{scale}."
-        return _line(prefix + _judge(rest, style, sizes[int(scale)], alone_only(variables, scale)), variable)
+        alone = f"discriminators.{scale}.matching.w" not in variables
+        return _line(prefix + _judge(rest, style, sizes[int(scale)], alone), variable)
 
     return {name: line(name, variable) for name, variable in variables.items()}
 
@@ -105,11 +109,6 @@ def discriminator(model: nnx.Module, style: Style, size: int) -> Table:
     variables = named(model)
     alone = not any(name.startswith("matching.") for name in variables)
     return {name: _line(_judge(name, style, size, alone), variable) for name, variable in variables.items()}
-
-
-def alone_only(variables: dict[str, nnx.Variable], scale: str) -> bool:
-    """Whether the discriminator of a scale reads no condition."""
-    return f"discriminators.{scale}.matching.w" not in variables
 
 
 def _generator(name: str, style: Style) -> str:

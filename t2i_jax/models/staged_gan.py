@@ -52,6 +52,11 @@ class Terms(Checked):
     fake_alone: NotNegative = 1 / 3
     """images of the generator without caption"""
 
+    @property
+    def alone(self) -> bool:
+        """Whether images alone have a weight."""
+        return bool(self.real_alone or self.wrong_alone or self.fake_alone)
+
 
 PAIRS = Terms(1.0, 0.5, 0.5, 0.0, 0.0, 0.0)
 """Of StackGAN's first stage, and of StackGAN++ without the loss on images alone."""
@@ -150,6 +155,14 @@ class StagedGAN(BaseFamily):
             raise ConfigError("matching: an unconditional model has no words to match")
         if not self.terms:
             raise ConfigError("terms: at least those of one scale")
+        for n in range(len(self.network.sizes)) if self.discriminator and self.is_conditional else ():
+            last = n == len(self.network.sizes) - 1
+            if self.terms_of(n).alone and not self.discriminator.judges_alone(last):
+                raise ConfigError(f"terms of scale {n}: images alone, which discriminator.alone leaves out there")
+
+    def terms_of(self, scale: int) -> Terms:
+        """The terms of the discriminator of a scale."""
+        return self.terms[min(scale, len(self.terms) - 1)]
 
     @property
     def is_conditional(self) -> bool:
@@ -294,7 +307,7 @@ class StagedGAN(BaseFamily):
 
     def weighed(self, means: dict[str, Array], scale: int) -> tuple[Array, dict[str, Array]]:
         """The loss of a scale: the sum of the means that have a weight; and these means."""
-        weights = values(self.terms[min(scale, len(self.terms) - 1)])
+        weights = values(self.terms_of(scale))
         terms = {k: v for k, v in means.items() if weights[k]}
         return sum((weights[k] * v for k, v in terms.items()), jnp.zeros(())), terms
 

@@ -32,6 +32,10 @@ class ScaleDiscriminator(Checked):
     condition_first: bool = False
     """order of the channels that it joins: condition and features, or features and condition"""
 
+    def judges_alone(self, last: bool) -> bool:
+        """Whether a conditional discriminator has a head for images alone; last: that of the largest scale."""
+        return self.alone == "all" or (self.alone == "last" and last)
+
     def init(self, size: int, c: int, last: bool, key: Array) -> Judge:
         """size: rows and columns of the image; c: size of the condition, 0 for none; last: the largest scale."""
         return Judge(self, size, c, last, key)
@@ -56,7 +60,7 @@ class Judge(nnx.Module):
         self.joint = block(config, c + wide, wide, 1, False, next(keys)) if c else None
         logit = lambda key: Conv(wide, 1, key, kernel=4, padding="VALID")
         self.matching = logit(next(keys)) if c else None
-        self.alone = logit(next(keys)) if not c or config.alone == "all" or (config.alone == "last" and last) else None
+        self.alone = logit(next(keys)) if not c or config.judges_alone(last) else None
 
     @staticmethod
     def _block(config: ScaleDiscriminator, c: int, f: int, stride: int, first: bool, key: Array) -> ConvBlock:

@@ -178,7 +178,7 @@ def dmgan(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def judgements(model):
-        painted, ours, judges, slopes = paint(model, context), {}, [], []
+        painted, ours, slopes = paint(model, context), {}, []
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             size, c = stage.image.shape[1], context.pooled
             x = enlarged(inputs[f"real{size}_low"], size)
