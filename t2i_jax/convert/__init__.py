@@ -71,8 +71,10 @@ class Format:
     adapt: Callable[..., tuple[Tensors, Fields]] | None = None
     """(tensors, **hints) -> the tensors that the table names, and the other hints: for a file that needs another one"""
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """stems of several published files that make one model, and the prefix of the names of each: a folder that
-    holds them is read as one file"""
+    """regular expressions of the stems of several published files that make one model, and the prefix of the names of
+    each: a folder that holds them is read as one file"""
+    optional: tuple[str, ...] = ()
+    """those of `files` that may be missing"""
     folder: Callable[[Path], Folder] | None = None
     """reads a folder with settings, where the format has such folders"""
     fit_text: Callable[[Any, Tokenizer], Tokenizer] | None = None
@@ -109,11 +111,13 @@ def read(path: str | os.PathLike, name: str) -> Tensors:
     path, format = Path(path), find(name)
     if not path.is_dir() or not format.files:
         return dict(huggingface.Weights(path, *format.needed, part=format.part))
-    found = {stem: sorted(file for file in path.iterdir() if file.stem == stem) for stem in format.files}
+    there = sorted(path.iterdir())
+    found = {stem: [file for file in there if re.fullmatch(stem, file.stem)] for stem in format.files}
+    found = {stem: files for stem, files in found.items() if files or stem not in format.optional}
     for stem, files in found.items():
         if len(files) != 1:
-            wanted, there = " and ".join(format.files), ", ".join(file.name for file in files) or "none"
-            raise ValueError(f"{path}: {name} is read from one file each of {wanted}; of {stem} there is {there}")
+            wanted, several = " and ".join(format.files), ", ".join(file.name for file in files) or "none"
+            raise ValueError(f"{path}: {name} is read from one file each of {wanted}; of {stem} there is {several}")
     parts = {stem: unwrapped(content(file), format, str(file)) for stem, (file,) in found.items()}
     return {f"{format.files[stem]}{name}": tensor for stem, part in parts.items() for name, tensor in part.items()}
 

@@ -122,17 +122,21 @@ def _table_of_one_scale(config: OfOneScale, style: Style) -> Table:
     return staged_gan.discriminator(abstract(config), style, config.size)
 
 
-FILES = {r"netG(_.*)?": "netG.", r"netD_?0(_.*)?": "netD0.", r"netD_?1(_.*)?": "netD1.", r"netD_?2(_.*)?": "netD2."}
-"""Files that the programs save beside each other; those of the discriminators may lack."""
+JUDGES = {rf"netD_?{n}(_.*)?": f"netD{n}." for n in range(3)}
+FILES = {r"netG(_.*)?": "netG.", **JUDGES}
+"""Files that the programs save beside each other."""
 
 
 def _format(describe: Any, style: Style, **fields: Any) -> Format:
+    bare = staged_gan.GENERATOR[style]
+    together = tuple(f"{staged_gan.WHOLE.get(style, 'netG.')}{name}" for name in bare)
     return Format(
         describe,
         partial(_table, style=style),
         staged_gan.UNUSED,
-        needed=(staged_gan.GENERATOR[style],),
+        needed=(together, bare),
         renames=((r"^module\.", ""),),
+        optional=tuple(JUDGES),
         **fields,
     )
 

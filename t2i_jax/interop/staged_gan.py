@@ -33,6 +33,9 @@ DISCRIMINATOR: dict[Style, tuple[str, ...]] = {
 }
 """Names that every discriminator has."""
 
+WHOLE: dict[str, str] = {"stackgan": "stage2_G."}
+"""Prefix of the generator where a file holds discriminators too, unless `netG.`."""
+
 NORM = {"w": "weight", "b": "bias", "mean": "running_mean", "var": "running_var"}
 RESIDUAL = (
     (r"residuals\.(\d+)\.inner\.conv\.", r"residual.\1.block.0."),
@@ -91,7 +94,7 @@ def table(model: nnx.Module, style: Style, sizes: tuple[int, ...]) -> Table:
     """
     variables = named(model)
     judged = any(name.startswith("discriminators.") for name in variables)
-    generator = {"stackgan": "stage2_G."}.get(style, "netG.") if judged else ""
+    generator = WHOLE.get(style, "netG.") if judged else ""
 
     def line(name: str, variable: nnx.Variable) -> Source:
         if name.startswith("generator.network."):
@@ -179,7 +182,7 @@ def describe(tensors: Tensors, style: Style) -> Fields:
 
     Errors: ValueError where a name that every such file has is not there.
     """
-    whole = "stage2_G." if style == "stackgan" else "netG."
+    whole = WHOLE.get(style, "netG.")
     prefix = whole if any(name.startswith(whole) for name in tensors) else ""
     require(tensors, [f"{prefix}{name}" for name in GENERATOR[style]], f"no generator of {style}")
     shape = lambda name: tuple(tensors[f"{prefix}{name}"].shape)
