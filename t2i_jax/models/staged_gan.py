@@ -23,7 +23,7 @@ from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
-from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_condition
+from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Painting, StagedGenerator
 from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, judgement
@@ -233,7 +233,7 @@ class StagedGAN(BaseFamily):
         context = None
         if model.generator.condition is not None:
             nothing = jnp.zeros(len(noise), bool)
-            context = read_condition(self.condition, model.generator.condition, batch, nothing, self.compute.dtype)
+            context = read_context(self.condition, model.generator.condition, batch, nothing, self.compute.dtype)
         stages, network = model.generator.network(context, noise, augmentation, self.compute.dtype, train)
         return Painted(stages, context, replace(model.generator, network=network))
 

@@ -24,6 +24,12 @@ FORMATS = {
     r"adm_\d.*": "adm",
     r"glide_.*": "glide",
     r"damsm_.*|dfgan_text_encoder_.*": "damsm",
+    r"attngan_.*_G": "attngan",
+    r"attngan_.*_D\d": "attngan-discriminator",
+    r"dmgan_.*_G": "dmgan",
+    r"dmgan_D\d": "dmgan-discriminator",
+    r"stackgan_v2_.*_G": "stackgan_v2",
+    r"stackgan_v2_.*_D\d": "stackgan_v2-discriminator",
 }
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
 LONG = r"dit_.*|adm_.*|glide_.*"
@@ -35,6 +41,8 @@ CASES = [pytest.param(file, marks=pytest.mark.slow if re.fullmatch(LONG, file) e
 @pytest.mark.parametrize("file", CASES)
 def test_a_released_file_is_taken_whole(file):
     tensors, format = tensors_of(file), find(KNOWN[file])
+    for pattern, to in format.renames:
+        tensors = {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
     config, model = convert(KNOWN[file], tensors)
     buffers = sum(t.size for k, t in tensors.items() if re.search(format.unused, k)) if format.unused else 0
     table = format.table(config)
