@@ -127,6 +127,15 @@ FILES = {r"netG(_.*)?": "netG.", **JUDGES}
 """Files that the programs save beside each other."""
 
 
+PARALLEL = (r"^module\.", "")
+SPECTRAL = (r"(img_code_\w+\.\d+|jointConv\.0)\.(?:module\.)?(bias|weight_bar|weight_u|weight_v)$", r"\1.module.\2")
+"""The wrapper of DM-GAN's spectral norm, which readers of files take for one of parallel training."""
+
+
+def _renames(style: Style) -> tuple[tuple[str, str], ...]:
+    return (PARALLEL, SPECTRAL) if style == "dmgan" else (PARALLEL,)
+
+
 def _format(describe: Any, style: Style, **fields: Any) -> Format:
     bare = staged_gan.GENERATOR[style]
     together = tuple(f"{staged_gan.WHOLE.get(style, 'netG.')}{name}" for name in bare)
@@ -135,7 +144,7 @@ def _format(describe: Any, style: Style, **fields: Any) -> Format:
         partial(_table, style=style),
         staged_gan.UNUSED,
         needed=(together, bare),
-        renames=((r"^module\.", ""),),
+        renames=_renames(style),
         optional=tuple(JUDGES),
         **fields,
     )
@@ -146,8 +155,8 @@ def _format_of_one_scale(style: Style, title: str, example: str) -> Format:
         partial(_of_one_scale, style=style),
         partial(_table_of_one_scale, style=style),
         staged_gan.UNUSED,
-        needed=(staged_gan.DISCRIMINATOR[style],),
-        renames=((r"^module\.", ""),),
+        needed=(tuple(name.replace(".module.", ".") for name in staged_gan.DISCRIMINATOR[style]),),
+        renames=_renames(style),
         title=f"{title}: the discriminator of one scale",
         example=example,
     )
