@@ -1,4 +1,4 @@
-"""Text-to-image generation in JAX: codecs, autoregression, masked generation, diffusion; from a laptop to a pod.
+"""Text-to-image generation in JAX: codecs, autoregression, masked generation, diffusion, GANs; from a laptop to a pod.
 
     import t2i_jax as t2i
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.damsm import DAMSM as DAMSM
     from t2i_jax.models.diffusion import Diffusion as Diffusion
     from t2i_jax.models.masked import Masked as Masked
+    from t2i_jax.models.staged_gan import StagedGAN as StagedGAN
     from t2i_jax.models.stream import Stream as Stream
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.condition import PooledFeatures as PooledFeatures
     from t2i_jax.networks.condition import TextFeatures as TextFeatures
     from t2i_jax.networks.dit import DiT as DiT
+    from t2i_jax.networks.staged_generator import StagedGenerator as StagedGenerator
     from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
     from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
@@ -92,10 +94,12 @@ _PUBLIC = {
     "models.damsm": "DAMSM",
     "models.diffusion": "Diffusion",
     "models.masked": "Masked",
+    "models.staged_gan": "StagedGAN",
     "models.stream": "Stream",
     "models.vq_diffusion": "VQDiffusion",
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures TextFeatures",
     "networks.dit": "DiT",
+    "networks.staged_generator": "StagedGenerator",
     "networks.unet": "UNet",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
     "nn.transformer": "Transformer",

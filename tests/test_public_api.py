@@ -63,6 +63,8 @@ NAMES = {
     "PooledFeatures",
     "SentencePiece",
     "SoftmaxHead",
+    "StagedGAN",
+    "StagedGenerator",
     "Stream",
     "T5",
     "TarShards",

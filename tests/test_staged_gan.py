@@ -24,11 +24,13 @@ from t2i_jax.networks.staged_generator import (
 )
 from t2i_jax.nn.layers import Conv
 from t2i_jax.nn.spectral import SpectralConv
+from t2i_jax.presets import PRESETS
 from t2i_jax.sampling.progress import listening
 from t2i_jax.training.objectives import under
 from t2i_jax.training.state import carried_of
 from t2i_jax.training.step import written
 from tests.fixtures.families import FAMILIES, STAGES, batch_for, fresh, losses_of
+from tests.fixtures.released import tensors_of
 
 MEMORY = FAMILIES["staged-gan-memory"]
 
@@ -122,6 +124,22 @@ def test_a_folder_of_generator_and_discriminators_is_read_as_one_and_written_bac
     assert restore("dmgan", alone, generator).keys() == {k.removeprefix("netG.") for k in tensors if "netG" in k}
     with pytest.raises(ConfigError, match="only samples"):
         alone.objectives()
+
+
+def test_presets_have_the_sizes_of_released_files():
+    for name, file in {"attngan": "attngan_bird", "attngan-coco": "attngan_coco", "dmgan-coco": "dmgan_coco"}.items():
+        config, _ = convert(name.split("-")[0], tensors_of(f"{file}_G"))
+        assert config.network == PRESETS[name].network
+
+
+def test_losses_and_images_are_fp32_where_the_rest_is_bf16():
+    config = with_fields(MEMORY, dtype="bfloat16")
+    batch, model = batch_for(config), abstract(config)
+    outputs = jax.eval_shape(lambda m, b: losses_of(config, m, b, jax.random.key(0), 3), model, batch)
+    assert all(output.loss.dtype == jnp.float32 for output in outputs.values())
+    painted = jax.eval_shape(lambda m, b: config.forward(m, b, jax.random.key(0), jnp.int32(0)), model, batch)
+    assert {(stage.image.dtype, stage.features.dtype) for stage in painted.stages} == {(jnp.float32, jnp.bfloat16)}
+    assert jax.tree.map(lambda x: x.dtype, painted.generator) == jax.tree.map(lambda x: x.dtype, model.generator)
 
 
 def test_terms_are_summed_with_their_weights():

@@ -15,38 +15,29 @@ from t2i_jax.core.params import abstract
 from t2i_jax.interop import staged_gan
 from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.interop.staged_gan import Style
-from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
-from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures, SentenceAndWords
+from t2i_jax.models.staged_gan import PAIRS, SUMS, StagedGAN
+from t2i_jax.networks.condition import CrossAttnFeatures, SentenceAndWords
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
-from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+from t2i_jax.networks.staged_generator import DynamicMemory, Joint, Redraw, Stage, WordAttention
+from t2i_jax.presets import OF_STAGED_GAN
 
 
-def _vector(size: int) -> CrossAttnFeatures | ClassEmbedder:
-    """The condition of a model that reads one vector of a caption, unconditional for size 0."""
-    return CrossAttnFeatures(size, 1, trained_null=False) if size else ClassEmbedder(0)
-
-
-def _augmentation(network: Fields, **fields: Any) -> Fields:
-    size = network.pop("augmentation")
-    return {"augmentation": Augmentation(size, **fields)} if size else {}
-
-
-def _judge(found: Fields, **fields: Any) -> ScaleDiscriminator | None:
-    """None where the file has no discriminators."""
-    return ScaleDiscriminator(**found["discriminator"], **fields) if "discriminator" in found else None
+def _of(base: StagedGAN, found: Fields, stages: tuple[Stage, ...]) -> StagedGAN:
+    """A released model with the sizes of a file, and without discriminators where the file has none."""
+    network, judge = found["network"], base.discriminator
+    augmentation = dataclasses.replace(base.network.augmentation, size=network["augmentation"] or 1)
+    network = network | {"augmentation": augmentation, "stages": stages}
+    judge = dataclasses.replace(judge, **found["discriminator"]) if judge and "discriminator" in found else None
+    return dataclasses.replace(base, network=dataclasses.replace(base.network, **network), discriminator=judge)
 
 
 def _words(tensors: Tensors, style: Style, *, words: int = 18, **fields: object) -> StagedGAN:
-    """words: per caption, 18 for birds, 15 for AttnGAN and 12 for DM-GAN on COCO."""
+    """words: per caption, 18 for birds; on COCO 15 for AttnGAN and 12 for DM-GAN."""
     found = staged_gan.describe(tensors, style)
-    network: Fields = found["network"]
     block = WordAttention if style == "attngan" else DynamicMemory
-    stages = tuple(block(residuals) for residuals in network.pop("residuals"))
-    generator = StagedGenerator(stages=stages, **_augmentation(network), **network)
-    judge = _judge(found, norm="spectral" if style == "dmgan" else "batch")
+    stages = tuple(block(residuals) for residuals in found["network"].pop("residuals"))
     condition = SentenceAndWords(found["words"], words)
-    config = StagedGAN(network=generator, discriminator=judge, condition=condition, wrong="shifted")
-    return with_fields(config, **fields)
+    return with_fields(_of(OF_STAGED_GAN[style], found, stages), **({"condition": condition} | fields))
 
 
 def _joint(
@@ -55,42 +46,26 @@ def _joint(
     """kl, uncond_loss, color: weights of the training, KL, UNCOND_LOSS and COLOR_LOSS in the published programs; color
     is 0 for models of captions and 50 for unconditional ones."""
     found = staged_gan.describe(tensors, "stackgan_v2")
-    network, conditional = found["network"], found["words"] > 0
-    stages = tuple(Joint(residuals) for residuals in network.pop("residuals"))
-    generator = StagedGenerator(stages=stages, **_augmentation(network), **network)
-    u = uncond_loss
-    captioned = dataclasses.replace(SUMS, real_alone=u, wrong_alone=u, fake_alone=u) if u else PAIRS
-    config = StagedGAN(
-        network=generator,
-        discriminator=_judge(found, condition_first=True),
-        condition=_vector(found["words"]),
-        judged="mean" if conditional else "sentence",
-        terms=(captioned if conditional else ALONE,),
-        fool_alone=u if conditional else 1.0,
-        wrong="images",
-        kl=kl,
-        color=(0.0 if conditional else 50.0) if color is None else color,
-    )
-    return with_fields(config, **fields)
+    stages = tuple(Joint(residuals) for residuals in found["network"].pop("residuals"))
+    base = OF_STAGED_GAN["stackgan-v2" if found["words"] else "stackgan-v2-alone"]
+    training: Fields = {"kl": kl, "color": base.color if color is None else color}
+    if found["words"]:
+        u = uncond_loss
+        terms = dataclasses.replace(SUMS, real_alone=u, wrong_alone=u, fake_alone=u) if u else PAIRS
+        training |= {"condition": _sentence(found["words"]), "terms": (terms,), "fool_alone": u}
+    return with_fields(_of(base, found, stages), **(training | fields))
 
 
 def _two(tensors: Tensors, *, kl: float = 2.0, **fields: object) -> StagedGAN:
     """kl: weight of the KL of each stage in the training."""
     found = staged_gan.describe(tensors, "stackgan")
-    network: Fields = found["network"]
-    stages = (Redraw(**network.pop("redraw")),)
-    augmentation = _augmentation(network, gate="relu")
-    generator = StagedGenerator(stages=stages, gate="relu", noise_first=True, **augmentation, **network)
-    config = StagedGAN(
-        network=generator,
-        discriminator=_judge(found, alone="last"),
-        condition=_vector(found["words"]),
-        judged="mean",
-        terms=(PAIRS, Terms()),
-        wrong="shifted",
-        kl=kl,
-    )
-    return with_fields(config, **fields)
+    config = _of(OF_STAGED_GAN["stackgan"], found, (Redraw(**found["network"].pop("redraw")),))
+    return with_fields(config, **({"condition": _sentence(found["words"]), "kl": kl} | fields))
+
+
+def _sentence(size: int) -> CrossAttnFeatures:
+    """One vector of a caption, as it is."""
+    return CrossAttnFeatures(size, 1, trained_null=False)
 
 
 def _table(config: StagedGAN, style: Style) -> Table:
