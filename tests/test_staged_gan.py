@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from t2i_jax.convert import convert, read, restore
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
 from t2i_jax.models.staged_gan import ALONE, StagedGAN, color_differences, shrunk
 from t2i_jax.networks.condition import ClassEmbedder, SentenceAndWords
