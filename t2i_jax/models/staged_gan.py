@@ -26,7 +26,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Painting, StagedGenerator
-from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, judgement
+from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, gradient_penalty, input_gradients, judgement
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.matching import matching_losses
 from t2i_jax.sampling.options import GANSampler
@@ -127,6 +127,11 @@ class StagedGAN(BaseFamily):
     """wrong pairs: features of real images with the caption of the next; the same without the last pair, as AttnGAN and
     DM-GAN; or real images rolled by one, which pass the whole discriminator, as StackGAN++"""
     adversary: Adversary = "vanilla"
+    penalty: NotNegative = 0.0
+    """weight of half the squared gradient of each discriminator's logits at real images (R1, Mescheder et al. 2018),
+    which is an update of its own by the discriminator's optimizer"""
+    penalty_every: Size = 1
+    """training steps from one such update to the next"""
     kl: NotNegative = 1.0
     """weight of the mean KL of the conditioning augmentations from N(0, 1)"""
     color: NotNegative = 0.0
@@ -202,13 +207,19 @@ class StagedGAN(BaseFamily):
         return load_image_encoder(self.matching)
 
     def objectives(self) -> dict[str, Objective[StagedGANNetwork, LossBatch]]:
-        """The discriminators, and the generator after them. Errors: `ConfigError` without discriminators."""
+        """The discriminators, their penalties, and the generator after them.
+
+        Errors: `ConfigError` without discriminators.
+        """
         if self.discriminator is None:
             raise ConfigError("discriminator None: a generator alone cannot be trained, it only samples")
-        found = {
-            f"discriminator{n}": Objective(partial(self.discriminator_loss, scale=n), (f"discriminators.{n}",))
-            for n in range(len(self.network.sizes))
-        }
+        found: dict[str, Objective[StagedGANNetwork, LossBatch]] = {}
+        for n in range(len(self.network.sizes)):
+            name, params = f"discriminator{n}", (f"discriminators.{n}",)
+            found[name] = Objective(partial(self.discriminator_loss, scale=n), params)
+            if self.penalty:
+                loss = partial(self.penalty_loss, scale=n)
+                found[f"penalty{n}"] = Objective(loss, params, name, self.penalty_every, after=(name,))
         after = () if self.simultaneous else tuple(found)
         return {**found, "generator": Objective(self.generator_loss, ("generator",), after=after)}
 
@@ -266,6 +277,34 @@ class StagedGAN(BaseFamily):
         judges = [judge if n == scale else other for n, other in enumerate(model.discriminators)]
         return LossOutput(loss, {"loss": loss, **metrics}, replace(model, discriminators=nnx.List(judges)))
 
+    def penalty_loss(
+        self,
+        model: StagedGANNetwork,
+        batch: LossBatch,
+        key: Array,
+        step: Array,
+        train: bool = True,
+        *,
+        scale: int,
+    ) -> LossOutput:
+        """penalty / 2 |g|^2, g the gradient of the logits of real images, with and without captions, by the images.
+
+        Norms use their running statistics, so that each logit depends on its own image alone.
+        """
+        judge, condition = model.discriminators[scale], self.judged_condition(batch["outputs"], scale)
+
+        def logits(images: Array) -> Array:
+            features, after = judge.features(images.astype(self.compute.dtype), False)
+            found = jnp.zeros(len(images)) if after.alone is None else after.judges_alone(features)
+            if condition is not None:
+                found = found + after.matches(features, condition.astype(self.compute.dtype), False)[0]
+            return found
+
+        _, slopes = input_gradients(logits, shrunk(batch["image"], self.network.sizes[scale]))
+        weight = batch.get("weight", jnp.ones(len(batch["image"])))
+        loss = self.penalty / 2 * mean(gradient_penalty(slopes), weight)
+        return LossOutput(loss, {"loss": loss})
+
     def judge(
         self,
         judge: Judge,
@@ -315,8 +354,7 @@ class StagedGAN(BaseFamily):
         self, model: StagedGANNetwork, batch: LossBatch, key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Loss of the generator: to fool every discriminator, and the terms that have a weight."""
-        painted, weight = batch["outputs"], batch.get("weight")
-        weight = jnp.ones(len(batch["image"])) if weight is None else weight
+        painted, weight = batch["outputs"], batch.get("weight", jnp.ones(len(batch["image"])))
         terms = self.fooled(model, painted, weight, train) | self.regularised(painted, weight)
         loss = sum(terms.values(), jnp.zeros(()))
         if self.matching:
