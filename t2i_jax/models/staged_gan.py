@@ -436,8 +436,8 @@ def _sample(
     options: GANSampler,
     progress: Progress | None,
 ) -> Array:
-    drawn = options.noise(keys, config.network.noise + config.augmentation_noise)
-    noise, augmentation = jnp.split(drawn, [config.network.noise], -1)
+    z = options.noise(keys, config.network.noise + config.augmentation_noise)
+    noise, augmentation = jnp.split(z, [config.network.noise], -1)
     stages = config.paint(model, condition, noise, augmentation).stages
     for n, stage in enumerate(stages):
         times = config.network.size // stage.image.shape[1]

@@ -283,7 +283,7 @@ class RefiningStage(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Redraw(Checked):
-    """A stage that draws the image anew at four times the size: it encodes the image, joins a code of its own and
+    """A stage that makes the image anew at four times the size: it encodes the image, joins a code of its own and
     decodes (StackGAN's second stage). No gradient goes into the image: the stages are trained apart."""
 
     width: Size = 192

@@ -252,16 +252,16 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
         (total, (metrics, painted)), slope = jax.value_and_grad(generator_loss, has_aux=True)(model)
         ours = images(painted, "_train") | {"G_total": total}
         ours["G_adversarial"] = sum(v for k, v in metrics.items() if k.startswith("adversarial"))
-        pictures, slopes, judges = [stage.image for stage in painted.stages], [], []
-        for n in range(1, len(pictures)):
-            ours[f"like_mu{n}"], ours[f"like_cov{n}"] = color_differences(pictures[n], pictures[n - 1])
-        for n, picture in enumerate(pictures):
-            real = enlarged(inputs["real_low"], picture.shape[1])
-            wrong = enlarged(inputs["wrong_low"], picture.shape[1]) if conditional else None
+        made, slopes, judges = [stage.image for stage in painted.stages], [], []
+        for n in range(1, len(made)):
+            ours[f"like_mu{n}"], ours[f"like_cov{n}"] = color_differences(made[n], made[n - 1])
+        for n, image in enumerate(made):
+            real = enlarged(inputs["real_low"], image.shape[1])
+            wrong = enlarged(inputs["wrong_low"], image.shape[1]) if conditional else None
 
-            def judge_loss(judge, n=n, picture=picture, real=real, wrong=wrong):
+            def judge_loss(judge, n=n, image=image, real=real, wrong=wrong):
                 condition = config.judged_condition(painted, n)
-                means, after = config.judge(judge, real, picture, condition, train=True, wrong=wrong)
+                means, after = config.judge(judge, real, image, condition, train=True, wrong=wrong)
                 return config.weighed(means, n)[0], after
 
             value, pull, after = jax.vjp(judge_loss, model.discriminators[n], has_aux=True)
