@@ -1,5 +1,7 @@
 """GANs in stages: what their parts compute, keep and refuse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from t2i_jax.networks.staged_generator import (
     attended,
     published_mask,
 )
+from t2i_jax.nn.adversarial import gaussian_kl
 from t2i_jax.nn.layers import Conv
 from t2i_jax.nn.spectral import SpectralConv
 from t2i_jax.presets import PRESETS
@@ -147,7 +150,11 @@ def test_losses_and_images_are_fp32_where_the_rest_is_bf16():
 def test_terms_are_summed_with_their_weights():
     condition, real = jnp.ones((4, 8)), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     config = StagedGAN(
-        StagedGenerator(**STAGES, stages=(Joint(1),)), ScaleDiscriminator(4), ClassEmbedder(3), width=8, wrong="rolled"
+        StagedGenerator(**STAGES, stages=(Joint(1),)),
+        ScaleDiscriminator(4),
+        ClassEmbedder(3),
+        sentence=8,
+        wrong="rolled",
     )
     judge = fresh(config).discriminators[0]
     means, _ = config.judge(judge, real, real, condition, train=False)
@@ -187,6 +194,16 @@ def test_a_penalty_is_an_update_of_its_own_whose_gradient_is_of_second_order(nor
     kernel = (first.conv if norm == "spectral" else first).w[...]
     assert value > 0 and np.isfinite(kernel).all() and jnp.abs(kernel).max() > 0
     assert not jnp.abs(judge.alone.b[...]).max()  # a bias of the logits has no slope
+
+
+def test_the_divergence_of_an_augmentation_counts_once():
+    config = dataclasses.replace(MEMORY, kl=2.0)
+    z, eps = jax.random.normal(jax.random.key(0), (2, 4, 4))
+    condition = {k: v for k, v in batch_for(config).items() if k in config.condition_spec()}
+    painted = jax.jit(lambda m: config.paint(m, condition, z, eps))(fresh(config))
+    code = painted.stages[0].code
+    found = config.regularised(painted, jnp.ones(4))["kl"]
+    np.testing.assert_allclose(found, 2 * gaussian_kl(code.mean, code.log_variance).mean(), rtol=1e-6)
 
 
 def test_colors_of_an_image_and_of_its_smaller_copy_agree():

@@ -112,8 +112,8 @@ class StagedGAN(BaseFamily):
     """of every scale; None: none, as in a file of the generator alone, and the model only samples"""
     condition: Condition = SentenceAndWords()
     """`ClassEmbedder(0)`: an unconditional model"""
-    width: Size = 256
-    """size of the words of a condition that is learned with the generator"""
+    sentence: Size = 256
+    """size of the sentence and of its words, for conditions that are projected"""
     judged: Literal["sentence", "mean"] = "sentence"
     """what discriminators read of the condition: the sentence, or the mean of the conditioning augmentation, through
     which the generator's loss has a gradient"""
@@ -176,7 +176,7 @@ class StagedGAN(BaseFamily):
     @property
     def word_size(self) -> int:
         """Size of words and sentence; 0 for an unconditional model."""
-        return self.condition.token_width(self.width) if self.is_conditional else 0
+        return self.condition.token_width(self.sentence) if self.is_conditional else 0
 
     @property
     def capabilities(self) -> Capabilities:
@@ -235,7 +235,7 @@ class StagedGAN(BaseFamily):
     @property
     def augmentation_noise(self) -> int:
         """Size of the noise of the conditioning augmentations."""
-        return self.network.augmentation.size * self.network.augmentations if self.is_conditional else 0
+        return self.network.augmentation.size * sum(self.network.augments) if self.is_conditional else 0
 
     def paint(
         self, model: StagedGANNetwork, batch: Batch, noise: Array, augmentation: Array, train: bool = False
@@ -358,13 +358,12 @@ class StagedGAN(BaseFamily):
         terms = self.fooled(model, painted, weight, train) | self.regularised(painted, weight)
         loss = sum(terms.values(), jnp.zeros(()))
         if self.matching:
-            terms |= {f"matching/{k}": v for k, v in self.matched(painted, batch).items()}
+            terms |= {f"matching/{k}": v for k, v in self.matched(painted, batch, weight).items()}
             loss = loss + self.matching_weight * sum(v for k, v in terms.items() if k.startswith("matching/"))
         return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=painted.generator))
 
     def fooled(self, model: StagedGANNetwork, painted: Painted, weight: Array, train: bool = True) -> dict[str, Array]:
-        """The weighted loss by each discriminator, by the name of its scale; they are as they were before this step's
-        calls or updates, whichever is passed, and keep no statistics of these calls."""
+        """The weighted loss by each discriminator, by the name of its scale. They keep no statistics of these calls."""
         found = {}
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             features, judge = judge.features(stage.image.astype(self.compute.dtype), train)
@@ -379,21 +378,19 @@ class StagedGAN(BaseFamily):
 
     def regularised(self, painted: Painted, weight: Array) -> dict[str, Array]:
         """The weighted KL of the conditioning augmentations, and the weighted consistency of colours."""
-        terms, last = {}, None
-        for stage in painted.stages:
-            if stage.code is not None and stage.code is not last and self.kl:
-                kl = mean(gaussian_kl(stage.code.mean, stage.code.log_variance), weight)
-                terms["kl"] = terms.get("kl", 0.0) + self.kl * kl
-            last = stage.code
+        terms: dict[str, Array] = {}
+        codes = [stage.code for stage, own in zip(painted.stages, self.network.augments, strict=True) if own]
+        divergences = [gaussian_kl(code.mean, code.log_variance) for code in codes if code is not None]
+        if self.kl and divergences:
+            terms["kl"] = self.kl * mean(sum(divergences, jnp.zeros(())), weight)
         if self.color and len(painted.stages) > 1:
             images = [stage.image for stage in painted.stages]
-            terms["color"] = self.color * sum(
-                m + 5 * c for m, c in map(color_differences, images[1:], map(jax.lax.stop_gradient, images))
-            )
+            pairs = map(color_differences, images[1:], map(jax.lax.stop_gradient, images))
+            terms["color"] = self.color * sum((means + 5 * covariances for means, covariances in pairs), jnp.zeros(()))
         return terms
 
-    def matched(self, painted: Painted, batch: LossBatch) -> dict[str, Array]:
-        """The four losses of matching the last image to its caption, without weight.
+    def matched(self, painted: Painted, batch: LossBatch, weight: Array) -> dict[str, Array]:
+        """The four losses of matching the last image to its caption, unweighted, among the examples of weight not 0.
 
         Errors: ValueError if the batch has no image encoder; `ConfigError` for one of another space than the words.
         """
@@ -405,7 +402,7 @@ class StagedGAN(BaseFamily):
         if regions.shape[-1] != words.shape[-1]:
             sizes = f"its regions have {regions.shape[-1]} numbers, the words {words.shape[-1]}"
             raise ConfigError(f"matching: {sizes}; the condition is to be of the same DAMSM")
-        mask = context.mask
+        mask = context.mask & (weight > 0)[:, None]
         return matching_losses(words, mask, sentence, regions, code, batch.get("label"), *self.gammas)
 
     # -- sampling
@@ -451,7 +448,7 @@ class ConditionalGenerator(nnx.Module):
 
     def __init__(self, config: StagedGAN, key: Array):
         keys = jax.random.split(key)
-        self.condition = config.condition.init(keys[0], config.width) if config.is_conditional else None
+        self.condition = config.condition.init(keys[0], config.sentence) if config.is_conditional else None
         self.network = config.network.init(config.word_size, keys[1])
 
 

@@ -337,7 +337,7 @@ class StagedGenerator(Checked):
     """Sizes and stages of a generator. By default those of AttnGAN for birds: 64, 128 and 256 pixels a side."""
 
     size: Size = 256
-    """rows and columns of the last image, 4 times a power of two"""
+    """rows and columns of the last image, a power of two"""
     width: Size = 32
     """channels of the features of the first image; doubled at each halving of the size down to 4 x 4"""
     noise: Size = 100
@@ -373,13 +373,9 @@ class StagedGenerator(Checked):
         return int(math.log2(self.sizes[0] // 4))
 
     @property
-    def augmentations(self) -> int:
-        """Conditioning augmentations of a conditional generator."""
-        return 1 + self.redraws
-
-    @property
-    def redraws(self) -> bool:
-        return bool(self.stages) and isinstance(self.stages[-1], Redraw)
+    def augments(self) -> tuple[bool, ...]:
+        """The stages of a conditional generator that have a conditioning augmentation of their own."""
+        return True, *(isinstance(stage, Redraw) for stage in self.stages)
 
     def check_condition(self, conditional: bool) -> None:
         """Errors: `ConfigError` for stages that need a condition where there is none."""
