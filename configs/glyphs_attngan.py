@@ -6,14 +6,13 @@
 DM-GAN's stage is `DynamicMemory(1)`, with `norm="spectral"`; StackGAN++'s is `Joint(1)`, with `judged="mean"`.
 """
 
-from t2i_jax.text.damsm import DamsmText
-
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.staged_gan import StagedGAN
 from t2i_jax.networks.condition import SentenceAndWords
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
 from t2i_jax.networks.staged_generator import StagedGenerator, WordAttention
+from t2i_jax.text.damsm import DamsmText
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 

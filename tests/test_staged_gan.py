@@ -200,7 +200,7 @@ def test_the_divergence_of_an_augmentation_counts_once():
     config = dataclasses.replace(MEMORY, kl=2.0)
     z, eps = jax.random.normal(jax.random.key(0), (2, 4, 4))
     condition = {k: v for k, v in batch_for(config).items() if k in config.condition_spec()}
-    painted = jax.jit(lambda m: config.paint(m, condition, z, eps))(fresh(config))
+    painted = jax.jit(lambda m: m.generator(condition, z, eps))(fresh(config))
     code = painted.stages[0].code
     found = config.regularised(painted, jnp.ones(4))["kl"]
     np.testing.assert_allclose(found, 2 * gaussian_kl(code.mean, code.log_variance).mean(), rtol=1e-6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Literal, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,16 @@ from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
+from t2i_jax.networks.damsm import ImageEncoder
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Painting, StagedGenerator
 from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, gradient_penalty, input_gradients, judgement
 from t2i_jax.nn.layers import replace
+from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.nn.matching import matching_losses
 from t2i_jax.sampling.options import GANSampler
 from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.text.damsm import load_image_encoder
 
 # -- the terms of the losses
 
@@ -66,14 +69,6 @@ ALONE = Terms(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 """Of an unconditional StackGAN++."""
 
 
-class Matching(Protocol):
-    """A frozen image encoder of the space of the condition's words (`text.damsm.load_image_encoder`)."""
-
-    def __call__(self, images: Array) -> tuple[Array, Array]:
-        """Images float (b, i, j, 3) in [-1, 1] -> regions (b, r, k) and a code (b, k)."""
-        ...
-
-
 class Painted(NamedTuple):
     """What the generator makes of a batch, for the losses of all objectives."""
 
@@ -93,7 +88,8 @@ class LossBatch(TypedDict):
     label: NotRequired[Array]
     """int (b,), classes whose captions are no negatives of each other in the matching loss"""
     weight: NotRequired[Array]
-    frozen: NotRequired[Matching]
+    frozen: NotRequired[ImageEncoder]
+    """of `frozen()`, if there is a matching loss"""
 
 
 # -- the family
@@ -200,10 +196,8 @@ class StagedGAN(BaseFamily):
         """A model with fresh parameters."""
         return StagedGANNetwork(self, key)
 
-    def frozen(self) -> Matching:
+    def frozen(self) -> ImageEncoder:
         """The image encoder of `matching`, which the generator's loss reads as `batch["frozen"]`."""
-        from t2i_jax.text.damsm import load_image_encoder
-
         return load_image_encoder(self.matching)
 
     def objectives(self) -> dict[str, Objective[StagedGANNetwork, LossBatch]]:
@@ -230,23 +224,12 @@ class StagedGAN(BaseFamily):
         b, noises = len(batch["image"]), jax.random.split(key)
         noise = jax.random.normal(noises[0], (b, self.network.noise))
         augmentation = jax.random.normal(noises[1], (b, self.augmentation_noise))
-        return self.paint(model, batch, noise, augmentation, train)
+        return model.generator(batch, noise, augmentation, train)
 
     @property
     def augmentation_noise(self) -> int:
         """Size of the noise of the conditioning augmentations."""
         return self.network.augmentation.size * sum(self.network.augments) if self.is_conditional else 0
-
-    def paint(
-        self, model: StagedGANNetwork, batch: Batch, noise: Array, augmentation: Array, train: bool = False
-    ) -> Painted:
-        """The images of all stages, from the condition's fields of a batch and given noise (b, n), (b, m c)."""
-        context = None
-        if model.generator.condition is not None:
-            nothing = jnp.zeros(len(noise), bool)
-            context = read_context(self.condition, model.generator.condition, batch, nothing, self.compute.dtype)
-        stages, network = model.generator.network(context, noise, augmentation, self.compute.dtype, train)
-        return Painted(stages, context, replace(model.generator, network=network))
 
     def judged_condition(self, painted: Painted, scale: int, by_generator: bool = False) -> Array | None:
         """What the discriminator of a scale reads of the condition, (b, c); None for an unconditional model."""
@@ -268,7 +251,7 @@ class StagedGAN(BaseFamily):
         scale: int,
     ) -> LossOutput:
         """Loss of the discriminator of one scale on real images, wrong pairs and the generator's images."""
-        painted, weight = batch["outputs"], batch.get("weight")
+        painted, weight = batch["outputs"], self.weights(batch)
         real = shrunk(batch["image"], self.network.sizes[scale])
         fake = jax.lax.stop_gradient(painted.stages[scale].image)
         condition = self.judged_condition(painted, scale)
@@ -301,8 +284,8 @@ class StagedGAN(BaseFamily):
             return found
 
         _, slopes = input_gradients(logits, shrunk(batch["image"], self.network.sizes[scale]))
-        weight = batch.get("weight", jnp.ones(len(batch["image"])))
-        loss = self.penalty / 2 * mean(gradient_penalty(slopes), weight)
+        weight = self.weights(batch)
+        loss = self.penalty / 2 * weighted_mean(gradient_penalty(slopes), weight)
         return LossOutput(loss, {"loss": loss})
 
     def judge(
@@ -337,12 +320,17 @@ class StagedGAN(BaseFamily):
                 pairs["wrong"] = seen["real"][:end], other[0], weight[:end] * other[1]
             for kind, (features, caption, share) in pairs.items():
                 logits, judge = judge.matches(features, cast(caption), train)
-                means[kind] = mean(judgement(logits, kind == "real", self.adversary), share)
+                means[kind] = weighted_mean(judgement(logits, kind == "real", self.adversary), share)
         if judge.alone is not None:
             for kind, features in seen.items():
                 logits = judge.judges_alone(features)
-                means[f"{kind}_alone"] = mean(judgement(logits, kind != "fake", self.adversary), weight)
+                means[f"{kind}_alone"] = weighted_mean(judgement(logits, kind != "fake", self.adversary), weight)
         return means, judge
+
+    @staticmethod
+    def weights(batch: LossBatch) -> Array:
+        """The weight (b,) of each example."""
+        return row_weights({"weight": batch["weight"]} if "weight" in batch else {}, len(batch["image"]))
 
     def weighed(self, means: dict[str, Array], scale: int) -> tuple[Array, dict[str, Array]]:
         """The loss of a scale: the sum of the means that have a weight; and these means."""
@@ -354,7 +342,7 @@ class StagedGAN(BaseFamily):
         self, model: StagedGANNetwork, batch: LossBatch, key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Loss of the generator: to fool every discriminator, and the terms that have a weight."""
-        painted, weight = batch["outputs"], batch.get("weight", jnp.ones(len(batch["image"])))
+        painted, weight = batch["outputs"], self.weights(batch)
         terms = self.fooled(model, painted, weight, train) | self.regularised(painted, weight)
         loss = sum(terms.values(), jnp.zeros(()))
         if self.matching:
@@ -370,9 +358,10 @@ class StagedGAN(BaseFamily):
             condition, terms = self.judged_condition(painted, n, by_generator=True), jnp.zeros(())
             if condition is not None and self.fool:
                 logits, _ = judge.matches(features, condition.astype(self.compute.dtype), train)
-                terms = terms + self.fool * mean(fooling(logits, self.adversary), weight)
+                terms = terms + self.fool * weighted_mean(fooling(logits, self.adversary), weight)
             if judge.alone is not None and self.fool_alone:
-                terms = terms + self.fool_alone * mean(fooling(judge.judges_alone(features), self.adversary), weight)
+                logits = judge.judges_alone(features)
+                terms = terms + self.fool_alone * weighted_mean(fooling(logits, self.adversary), weight)
             found[f"adversarial{n}"] = terms
         return found
 
@@ -382,7 +371,7 @@ class StagedGAN(BaseFamily):
         codes = [stage.code for stage, own in zip(painted.stages, self.network.augments, strict=True) if own]
         divergences = [gaussian_kl(code.mean, code.log_variance) for code in codes if code is not None]
         if self.kl and divergences:
-            terms["kl"] = self.kl * mean(sum(divergences, jnp.zeros(())), weight)
+            terms["kl"] = self.kl * weighted_mean(sum(divergences, jnp.zeros(())), weight)
         if self.color and len(painted.stages) > 1:
             images = [stage.image for stage in painted.stages]
             pairs = map(color_differences, images[1:], map(jax.lax.stop_gradient, images))
@@ -435,7 +424,7 @@ def _sample(
 ) -> Array:
     z = options.noise(keys, config.network.noise + config.augmentation_noise)
     noise, augmentation = jnp.split(z, [config.network.noise], -1)
-    stages = config.paint(model, condition, noise, augmentation).stages
+    stages = model.generator(condition, noise, augmentation).stages
     for n, stage in enumerate(stages):
         times = config.network.size // stage.image.shape[1]
         large = repeat(stage.image, "b i j c -> b (i p) (j q) c", p=times, q=times)
@@ -448,8 +437,17 @@ class ConditionalGenerator(nnx.Module):
 
     def __init__(self, config: StagedGAN, key: Array):
         keys = jax.random.split(key)
+        self.config = config
         self.condition = config.condition.init(keys[0], config.sentence) if config.is_conditional else None
         self.network = config.network.init(config.word_size, keys[1])
+
+    def __call__(self, batch: Batch, noise: Array, augmentation: Array, train: bool = False) -> Painted:
+        """The images of all stages, from the condition's fields of a batch, and noise (b, n) and (b, m c)."""
+        dtype, context = self.config.compute.dtype, None
+        if self.condition is not None:
+            context = read_context(self.config.condition, self.condition, batch, jnp.zeros(len(noise), bool), dtype)
+        stages, network = self.network(context, noise, augmentation, dtype, train)
+        return Painted(stages, context, replace(self, network=network))
 
 
 class StagedGANNetwork(nnx.Module):
@@ -465,11 +463,6 @@ class StagedGANNetwork(nnx.Module):
             if judge
             else []
         )
-
-
-def mean(x: Array, weight: Array) -> Array:
-    """The weighted mean of (b,)."""
-    return jnp.sum(x * weight) / jnp.maximum(weight.sum(), 1)
 
 
 def shrunk(images: Array, size: int) -> Array:

@@ -231,7 +231,7 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def evaluated(model):
-        painted = config.paint(model, batch, noise, eps)
+        painted = model.generator(batch, noise, eps)
         ours = images(painted) | (codes(painted) if conditional else {})
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             seen, _ = opinions(
@@ -245,7 +245,7 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def trained(model):
         def generator_loss(model):
-            painted = config.paint(model, batch, noise, eps, train=True)
+            painted = model.generator(batch, noise, eps, train=True)
             output = config.generator_loss(model, {"image": noise, "outputs": painted}, KEY, STEP)
             return output.loss, (output.metrics, painted)
 
@@ -281,12 +281,12 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
 
 def stackgan(oracle: Oracle) -> dict[str, Any]:
     inputs = {k: jnp.asarray(v) for k, v in oracle.inputs.items()}
-    config, model = convert("stackgan", oracle.tensors)
+    _, model = convert("stackgan", oracle.tensors)
 
     @jax.jit
     def run(model):
         eps = jnp.concatenate([inputs["ca_noise_stage1"], inputs["ca_noise_stage2"]], -1)
-        painted = config.paint(model, {"features": inputs["text_emb"][:, None]}, inputs["noise"], eps)
+        painted = model.generator({"features": inputs["text_emb"][:, None]}, inputs["noise"], eps)
         ours = {}
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             seen, _ = opinions(judge, stage.image, stage.code.mean)
