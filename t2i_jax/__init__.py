@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.diffusion import Diffusion as Diffusion
     from t2i_jax.models.gan import GAN as GAN
     from t2i_jax.models.masked import Masked as Masked
+    from t2i_jax.models.staged_gan import StagedGAN as StagedGAN
     from t2i_jax.models.stream import Stream as Stream
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.dit import DiT as DiT
     from t2i_jax.networks.one_stage import OneStage as OneStage
     from t2i_jax.networks.one_way import OneWay as OneWay
+    from t2i_jax.networks.staged_generator import StagedGenerator as StagedGenerator
     from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
     from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
@@ -97,6 +99,7 @@ _PUBLIC = {
     "models.diffusion": "Diffusion",
     "models.gan": "GAN",
     "models.masked": "Masked",
+    "models.staged_gan": "StagedGAN",
     "models.stream": "Stream",
     "models.vq_diffusion": "VQDiffusion",
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
@@ -104,6 +107,7 @@ _PUBLIC = {
     "networks.dit": "DiT",
     "networks.one_stage": "OneStage",
     "networks.one_way": "OneWay",
+    "networks.staged_generator": "StagedGenerator",
     "networks.unet": "UNet",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
     "nn.transformer": "Transformer",

@@ -14,10 +14,14 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
+from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.models.stream import Stream
+from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures, SentenceAndWords
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
+from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
+from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.options import GANSampler
 
@@ -93,10 +97,61 @@ OF_GAN: dict[str, GAN] = {
 }
 """GANs of 256 x 256 pixels on the sentences of DAMSM; SSA-GAN is trained with `matching`, too."""
 
-PRESETS: dict[str, AR | Stream | Masked | Diffusion | GAN] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN
+_ATTNGAN = StagedGAN(wrong="shifted")
+_DMGAN = replace(
+    _ATTNGAN,
+    network=StagedGenerator(width=64, stages=2 * (DynamicMemory(2),)),
+    discriminator=ScaleDiscriminator(32, "spectral"),
+)
+_STACKGAN_V2 = StagedGAN(
+    StagedGenerator(width=64, stages=2 * (Joint(2),), augmentation=Augmentation(128)),
+    ScaleDiscriminator(64, condition_first=True),
+    CrossAttnFeatures(1024, 1, trained_null=False),
+    judged="mean",
+    terms=(SUMS,),
+    wrong="images",
+    kl=2.0,
+)
+OF_STAGED_GAN: dict[str, StagedGAN] = {
+    "stackgan": StagedGAN(
+        StagedGenerator(
+            width=96, stages=(Redraw(192, 4),), augmentation=Augmentation(128, "relu"), gate="relu", noise_first=True
+        ),
+        ScaleDiscriminator(96, alone="last"),
+        CrossAttnFeatures(1024, 1, trained_null=False),
+        judged="mean",
+        terms=(PAIRS, Terms()),
+        wrong="shifted",
+        kl=2.0,
+    ),
+    "stackgan-v2": _STACKGAN_V2,  # 21 M
+    "stackgan-v2-alone": replace(
+        _STACKGAN_V2, condition=ClassEmbedder(0), judged="sentence", terms=(ALONE,), color=50.0
+    ),  # 16 M, without captions
+    "attngan": _ATTNGAN,  # 7 M, birds
+    "attngan-coco": replace(
+        _ATTNGAN,
+        network=StagedGenerator(width=48, stages=2 * (WordAttention(3),)),
+        discriminator=ScaleDiscriminator(96),
+        condition=SentenceAndWords(256, 15),
+        matching_weight=50.0,
+    ),  # 14 M
+    "dmgan": _DMGAN,  # 21 M, birds
+    "dmgan-coco": replace(
+        _DMGAN,
+        network=StagedGenerator(width=64, stages=2 * (DynamicMemory(3),)),
+        condition=SentenceAndWords(256, 12),
+        matching_weight=50.0,
+    ),  # 22 M
+}
+"""GANs in stages, of 256 x 256 pixels. AttnGAN and DM-GAN are trained with `matching`, too."""
+
+PRESETS: dict[str, AR | Stream | Masked | Diffusion | GAN | StagedGAN] = (
+    OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN
+)
 
 
-def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion | GAN:
+def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion | GAN | StagedGAN:
     """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
 
     Errors: `ConfigError` for an unknown name or field.

@@ -67,6 +67,8 @@ NAMES = {
     "SentenceAndWords",
     "SentencePiece",
     "SoftmaxHead",
+    "StagedGAN",
+    "StagedGenerator",
     "Stream",
     "T5",
     "TarShards",

@@ -486,7 +486,10 @@ class Context(NamedTuple):
     """(b, s): which tokens may be read"""
 
 
-def read_context(condition: Condition, module: ConditionTokens, batch: Batch, drop: Array, dtype: DTypeLike) -> Context:
+@typed
+def read_context(
+    condition: Condition, module: ConditionTokens, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike
+) -> Context:
     """The condition of a batch by its module: `pooled` is its summary vector, or the mean of its tokens.
 
     drop: bool (b,) marks rows that get the unconditional one.

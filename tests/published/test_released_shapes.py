@@ -26,6 +26,12 @@ FORMATS = {
     r"dfgan_netG": "dfgan",
     r"ssagan_netG": "ssagan",
     r"damsm_.*|dfgan_text_encoder_.*": "damsm",
+    r"attngan_.*_G": "attngan",
+    r"attngan_.*_D\d": "attngan-discriminator",
+    r"dmgan_.*_G": "dmgan",
+    r"dmgan_D\d": "dmgan-discriminator",
+    r"stackgan_v2_.*_G": "stackgan_v2",
+    r"stackgan_v2_.*_D\d": "stackgan_v2-discriminator",
 }
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
 LONG = r"dit_.*|adm_.*|glide_.*"

@@ -1,0 +1,486 @@
+"""Text-to-image GANs in stages, each of whose images has a discriminator of its own.
+
+One family for StackGAN (Zhang et al. 2017, arXiv:1612.03242), StackGAN++ (Zhang et al. 2018, arXiv:1710.10916), AttnGAN
+(Xu et al. 2018, arXiv:1711.10485) and DM-GAN (Zhu et al. 2019, arXiv:1904.01310). `networks/staged_generator.py` has
+their stages; the terms of their losses are values of the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
+
+import jax
+import jax.numpy as jnp
+from einops import reduce, repeat
+from flax import nnx
+from jax import Array
+
+from t2i_jax.core.conditions import Batch, Condition
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import BaseFamily
+from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
+from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
+from t2i_jax.networks.damsm import ImageEncoder
+from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
+from t2i_jax.networks.staged_generator import Painting, StagedGenerator
+from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, gradient_penalty, input_gradients, judgement
+from t2i_jax.nn.layers import replace
+from t2i_jax.nn.losses import row_weights, weighted_mean
+from t2i_jax.nn.matching import matching_losses
+from t2i_jax.sampling.options import GANSampler
+from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.text.damsm import load_image_encoder
+
+# -- the terms of the losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms(Checked):
+    """Weights of the means that a discriminator's loss is a sum of; the default is AttnGAN's and DM-GAN's."""
+
+    real: NotNegative = 1 / 2
+    """real images with their captions"""
+    wrong: NotNegative = 1 / 3
+    """real images with captions of others, which are to be fake"""
+    fake: NotNegative = 1 / 3
+    """images of the generator with the captions that they were made for"""
+    real_alone: NotNegative = 1 / 2
+    """real images without caption"""
+    wrong_alone: NotNegative = 0.0
+    """the real images of wrong pairs without caption, which are to be real"""
+    fake_alone: NotNegative = 1 / 3
+    """images of the generator without caption"""
+
+    @property
+    def alone(self) -> bool:
+        """Whether images alone have a weight."""
+        return bool(self.real_alone or self.wrong_alone or self.fake_alone)
+
+
+PAIRS = Terms(1.0, 0.5, 0.5, 0.0, 0.0, 0.0)
+"""Of StackGAN's first stage, and of StackGAN++ without the loss on images alone."""
+SUMS = Terms(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+"""Of StackGAN++."""
+ALONE = Terms(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+"""Of an unconditional StackGAN++."""
+
+
+class Painted(NamedTuple):
+    """What the generator makes of a batch, for the losses of all objectives."""
+
+    stages: tuple[Painting, ...]
+    context: Context | None
+    generator: ConditionalGenerator
+    """with the running statistics after this batch"""
+
+
+class LossBatch(TypedDict):
+    """What the losses read of a batch, besides the fields of the condition."""
+
+    image: Array
+    """float (b, i, j, 3) in [-1, 1]"""
+    outputs: Painted
+    """of `forward`"""
+    label: NotRequired[Array]
+    """int (b,), classes whose captions are no negatives of each other in the matching loss"""
+    weight: NotRequired[Array]
+    frozen: NotRequired[ImageEncoder]
+    """of `frozen()`, if there is a matching loss"""
+
+
+# -- the family
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedGAN(BaseFamily):
+    """A generator in stages, a discriminator for each of its images, and their losses.
+
+    Objectives: `discriminator0`, `discriminator1`, ..., from the smallest image on, and `generator`, after them. Only
+    the discriminator's own objective keeps its running statistics and its power iterations.
+    """
+
+    network: StagedGenerator = StagedGenerator()
+    discriminator: ScaleDiscriminator | None = ScaleDiscriminator()
+    """of every scale; None: none, as in a file of the generator alone, and the model only samples"""
+    condition: Condition = SentenceAndWords()
+    """`ClassEmbedder(0)`: an unconditional model"""
+    sentence: Size = 256
+    """size of the sentence and of its words, for conditions that are projected"""
+    judged: Literal["sentence", "mean"] = "sentence"
+    """what discriminators read of the condition: the sentence, or the mean of the conditioning augmentation, through
+    which the generator's loss has a gradient"""
+    terms: tuple[Terms, ...] = (Terms(),)
+    """of each discriminator's loss; the last serves all further scales"""
+    fool: NotNegative = 1.0
+    """weight of the generator's loss at images with captions"""
+    fool_alone: NotNegative = 1.0
+    """the same at images alone"""
+    wrong: Literal["rolled", "shifted", "images"] = "rolled"
+    """wrong pairs: features of real images with the caption of the next; the same without the last pair, as AttnGAN and
+    DM-GAN; or real images rolled by one, which pass the whole discriminator, as StackGAN++"""
+    adversary: Adversary = "vanilla"
+    penalty: NotNegative = 0.0
+    """weight of half the squared gradient of each discriminator's logits at real images (R1, Mescheder et al. 2018),
+    which is an update of its own by the discriminator's optimizer"""
+    penalty_every: Size = 1
+    """training steps from one such update to the next"""
+    kl: NotNegative = 1.0
+    """weight of the mean KL of the conditioning augmentations from N(0, 1)"""
+    color: NotNegative = 0.0
+    """weight of the squared differences of the colours' means, and of their covariances five times, between an image
+    and the next smaller one (StackGAN++, eq. 7)"""
+    matching: str = ""
+    """run or released folder, or published file, of the DAMSM whose text encoder gives the condition: its image encoder
+    judges the last image; empty: none"""
+    matching_weight: NotNegative = 5.0
+    """weight of the four losses of words and sentences (AttnGAN, eq. 14)"""
+    gammas: tuple[float, float, float] = (4.0, 5.0, 10.0)
+    """their factors gamma1, gamma2 and gamma3"""
+    simultaneous: bool = False
+    """all objectives are computed at the same parameters; else the generator's after the discriminators' updates"""
+    compute: Compute = Compute()
+    sampling: Annotated[GANSampler, FREE] = GANSampler()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.network.check_condition(self.is_conditional)
+        if self.is_conditional:
+            check_vectors(self.condition)
+        if self.judged == "mean" and not self.is_conditional:
+            raise ConfigError("judged 'mean': an unconditional model has no conditioning augmentation")
+        if self.matching and not self.is_conditional:
+            raise ConfigError("matching: an unconditional model has no words to match")
+        if not self.terms:
+            raise ConfigError("terms: at least those of one scale")
+        for n in range(len(self.network.sizes)) if self.discriminator and self.is_conditional else ():
+            last = n == len(self.network.sizes) - 1
+            if self.terms_of(n).alone and not self.discriminator.judges_alone(last):
+                raise ConfigError(f"terms of scale {n}: images alone, which discriminator.alone leaves out there")
+
+    def terms_of(self, scale: int) -> Terms:
+        """The terms of the discriminator of a scale."""
+        return self.terms[min(scale, len(self.terms) - 1)]
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.condition.spec.classes != 0
+
+    @property
+    def word_size(self) -> int:
+        """Size of words and sentence; 0 for an unconditional model."""
+        return self.condition.token_width(self.sentence) if self.is_conditional else 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Supported features beyond training."""
+        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching))
+
+    def sample_spec(self) -> SampleSpec:
+        """Shape and dtype of a sample: pixels."""
+        return SampleSpec((self.network.size, self.network.size), CodeSpec("float32", (3,)))
+
+    def condition_spec(self) -> BatchSpec:
+        """Batch fields that `sample` reads."""
+        return self.condition.batch_spec()
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields of a training batch; other captions of the same `label` are no negatives of the matching loss."""
+        label = {"label": FieldSpec((), "int32", 0, optional=True)} if self.matching else {}
+        return {"image": self.sample_spec().field, **label, **self.condition_spec(), "weight": WEIGHT}
+
+    def init(self, key: Array) -> StagedGANNetwork:
+        """A model with fresh parameters."""
+        return StagedGANNetwork(self, key)
+
+    def frozen(self) -> ImageEncoder:
+        """The image encoder of `matching`, which the generator's loss reads as `batch["frozen"]`."""
+        return load_image_encoder(self.matching)
+
+    def objectives(self) -> dict[str, Objective[StagedGANNetwork, LossBatch]]:
+        """The discriminators, their penalties, and the generator after them.
+
+        Errors: `ConfigError` without discriminators.
+        """
+        if self.discriminator is None:
+            raise ConfigError("discriminator None: a generator alone cannot be trained, it only samples")
+        found: dict[str, Objective[StagedGANNetwork, LossBatch]] = {}
+        for n in range(len(self.network.sizes)):
+            name, params = f"discriminator{n}", (f"discriminators.{n}",)
+            found[name] = Objective(partial(self.discriminator_loss, scale=n), params)
+            if self.penalty:
+                loss = partial(self.penalty_loss, scale=n)
+                found[f"penalty{n}"] = Objective(loss, params, name, self.penalty_every, after=(name,))
+        after = () if self.simultaneous else tuple(found)
+        return {**found, "generator": Objective(self.generator_loss, ("generator",), after=after)}
+
+    # -- training
+
+    def forward(self, model: StagedGANNetwork, batch: Batch, key: Array, step: Array, train: bool = True) -> Painted:
+        """The images of a batch, one for each caption, by the generator as it is."""
+        b, noises = len(batch["image"]), jax.random.split(key)
+        noise = jax.random.normal(noises[0], (b, self.network.noise))
+        augmentation = jax.random.normal(noises[1], (b, self.augmentation_noise))
+        return model.generator(batch, noise, augmentation, train)
+
+    @property
+    def augmentation_noise(self) -> int:
+        """Size of the noise of the conditioning augmentations."""
+        return self.network.augmentation.size * sum(self.network.augments) if self.is_conditional else 0
+
+    def judged_condition(self, painted: Painted, scale: int, by_generator: bool = False) -> Array | None:
+        """What the discriminator of a scale reads of the condition, (b, c); None for an unconditional model."""
+        if painted.context is None:
+            return None
+        code = painted.stages[scale].code
+        if self.judged == "mean" and code is not None:
+            return code.mean if by_generator else jax.lax.stop_gradient(code.mean)
+        return jax.lax.stop_gradient(painted.context.pooled)
+
+    def discriminator_loss(
+        self,
+        model: StagedGANNetwork,
+        batch: LossBatch,
+        key: Array,
+        step: Array,
+        train: bool = True,
+        *,
+        scale: int,
+    ) -> LossOutput:
+        """Loss of the discriminator of one scale on real images, wrong pairs and the generator's images."""
+        painted, weight = batch["outputs"], self.weights(batch)
+        real = shrunk(batch["image"], self.network.sizes[scale])
+        fake = jax.lax.stop_gradient(painted.stages[scale].image)
+        condition = self.judged_condition(painted, scale)
+        means, judge = self.judge(model.discriminators[scale], real, fake, condition, train, weight=weight)
+        loss, metrics = self.weighed(means, scale)
+        judges = [judge if n == scale else other for n, other in enumerate(model.discriminators)]
+        return LossOutput(loss, {"loss": loss, **metrics}, replace(model, discriminators=nnx.List(judges)))
+
+    def penalty_loss(
+        self,
+        model: StagedGANNetwork,
+        batch: LossBatch,
+        key: Array,
+        step: Array,
+        train: bool = True,
+        *,
+        scale: int,
+    ) -> LossOutput:
+        """penalty / 2 |g|^2, g the gradient of the logits of real images, with and without captions, by the images.
+
+        Norms use their running statistics, so that each logit depends on its own image alone.
+        """
+        judge, condition = model.discriminators[scale], self.judged_condition(batch["outputs"], scale)
+
+        def logits(images: Array) -> Array:
+            features, after = judge.features(images.astype(self.compute.dtype), False)
+            found = jnp.zeros(len(images)) if after.alone is None else after.judges_alone(features)
+            if condition is not None:
+                found = found + after.matches(features, condition.astype(self.compute.dtype), False)[0]
+            return found
+
+        _, slopes = input_gradients(logits, shrunk(batch["image"], self.network.sizes[scale]))
+        weight = self.weights(batch)
+        loss = self.penalty / 2 * weighted_mean(gradient_penalty(slopes), weight)
+        return LossOutput(loss, {"loss": loss})
+
+    def judge(
+        self,
+        judge: Judge,
+        real: Array,
+        fake: Array,
+        condition: Array | None,
+        train: bool,
+        wrong: Array | None = None,
+        weight: Array | None = None,
+    ) -> tuple[dict[str, Array], Judge]:
+        """The mean loss at each kind of image, by its name in `Terms`, and the renewed discriminator.
+
+        real, fake, wrong: images float (b, i, j, 3) in [-1, 1]; wrong, with `wrong` "images", are by default the real
+        ones rolled by one. condition: (b, c). weight: of each example (b,), 1 by default.
+        """
+        weight = jnp.ones(len(real)) if weight is None else weight
+        cast = lambda x: x.astype(self.compute.dtype)
+        seen, by_image = {}, self.wrong == "images" and condition is not None
+        seen["real"], judge = judge.features(cast(real), train)
+        if by_image:
+            wrong = jnp.roll(real, 1, 0) if wrong is None else wrong
+            seen["wrong"], judge = judge.features(cast(wrong), train)
+        seen["fake"], judge = judge.features(cast(fake), train)
+        means: dict[str, Array] = {}
+        if condition is not None:
+            pairs = {k: (h, condition, weight) for k, h in seen.items()}
+            if not by_image:
+                end = -1 if self.wrong == "shifted" else len(real)
+                other = [jnp.roll(x, -1, 0)[:end] for x in (condition, weight)]
+                pairs["wrong"] = seen["real"][:end], other[0], weight[:end] * other[1]
+            for kind, (features, caption, share) in pairs.items():
+                logits, judge = judge.matches(features, cast(caption), train)
+                means[kind] = weighted_mean(judgement(logits, kind == "real", self.adversary), share)
+        if judge.alone is not None:
+            for kind, features in seen.items():
+                logits = judge.judges_alone(features)
+                means[f"{kind}_alone"] = weighted_mean(judgement(logits, kind != "fake", self.adversary), weight)
+        return means, judge
+
+    @staticmethod
+    def weights(batch: LossBatch) -> Array:
+        """The weight (b,) of each example."""
+        return row_weights({"weight": batch["weight"]} if "weight" in batch else {}, len(batch["image"]))
+
+    def weighed(self, means: dict[str, Array], scale: int) -> tuple[Array, dict[str, Array]]:
+        """The loss of a scale: the sum of the means that have a weight; and these means."""
+        weights = values(self.terms_of(scale))
+        terms = {k: v for k, v in means.items() if weights[k]}
+        return sum((weights[k] * v for k, v in terms.items()), jnp.zeros(())), terms
+
+    def generator_loss(
+        self, model: StagedGANNetwork, batch: LossBatch, key: Array, step: Array, train: bool = True
+    ) -> LossOutput:
+        """Loss of the generator: to fool every discriminator, and the terms that have a weight."""
+        painted, weight = batch["outputs"], self.weights(batch)
+        terms = self.fooled(model, painted, weight, train) | self.regularised(painted, weight)
+        loss = sum(terms.values(), jnp.zeros(()))
+        if self.matching:
+            terms |= {f"matching/{k}": v for k, v in self.matched(painted, batch, weight).items()}
+            loss = loss + self.matching_weight * sum(v for k, v in terms.items() if k.startswith("matching/"))
+        return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=painted.generator))
+
+    def fooled(self, model: StagedGANNetwork, painted: Painted, weight: Array, train: bool = True) -> dict[str, Array]:
+        """The weighted loss by each discriminator, by the name of its scale. They keep no statistics of these calls."""
+        found = {}
+        for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
+            features, judge = judge.features(stage.image.astype(self.compute.dtype), train)
+            condition, terms = self.judged_condition(painted, n, by_generator=True), jnp.zeros(())
+            if condition is not None and self.fool:
+                logits, _ = judge.matches(features, condition.astype(self.compute.dtype), train)
+                terms = terms + self.fool * weighted_mean(fooling(logits, self.adversary), weight)
+            if judge.alone is not None and self.fool_alone:
+                logits = judge.judges_alone(features)
+                terms = terms + self.fool_alone * weighted_mean(fooling(logits, self.adversary), weight)
+            found[f"adversarial{n}"] = terms
+        return found
+
+    def regularised(self, painted: Painted, weight: Array) -> dict[str, Array]:
+        """The weighted KL of the conditioning augmentations, and the weighted consistency of colours."""
+        terms: dict[str, Array] = {}
+        codes = [stage.code for stage, own in zip(painted.stages, self.network.augments, strict=True) if own]
+        divergences = [gaussian_kl(code.mean, code.log_variance) for code in codes if code is not None]
+        if self.kl and divergences:
+            terms["kl"] = self.kl * weighted_mean(sum(divergences, jnp.zeros(())), weight)
+        if self.color and len(painted.stages) > 1:
+            images = [stage.image for stage in painted.stages]
+            pairs = map(color_differences, images[1:], map(jax.lax.stop_gradient, images))
+            terms["color"] = self.color * sum((means + 5 * covariances for means, covariances in pairs), jnp.zeros(()))
+        return terms
+
+    def matched(self, painted: Painted, batch: LossBatch, weight: Array) -> dict[str, Array]:
+        """The four losses of matching the last image to its caption, unweighted, among the examples of weight not 0.
+
+        Errors: ValueError if the batch has no image encoder; `ConfigError` for one of another space than the words.
+        """
+        context, encoder = painted.context, batch.get("frozen")
+        if encoder is None or context is None:
+            raise ValueError('a matching loss needs batch["frozen"], which `StagedGAN.frozen()` gives')
+        regions, code = encoder(painted.stages[-1].image)
+        words, sentence = map(jax.lax.stop_gradient, (context.tokens, context.pooled))
+        if regions.shape[-1] != words.shape[-1]:
+            sizes = f"its regions have {regions.shape[-1]} numbers, the words {words.shape[-1]}"
+            raise ConfigError(f"matching: {sizes}; the condition is to be of the same DAMSM")
+        mask = context.mask & (weight > 0)[:, None]
+        return matching_losses(words, mask, sentence, regions, code, batch.get("label"), *self.gammas)
+
+    # -- sampling
+
+    def sample(
+        self,
+        model: StagedGANNetwork,
+        condition: Batch,
+        keys: Array,
+        options: GANSampler | None = None,
+        *,
+        guided: bool | None = None,
+        progress: Progress | None = None,
+    ) -> Array:
+        """Images float (b, i, j, 3) in [-1, 1] of the last stage, for each row of the condition and key of `keys` (b,).
+
+        `progress` gets the image of each stage, enlarged to the size of the last.
+        """
+        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress)
+
+
+@partial(jax.jit, static_argnames="config")
+def _sample(
+    config: StagedGAN,
+    model: StagedGANNetwork,
+    condition: Batch,
+    keys: Array,
+    options: GANSampler,
+    progress: Progress | None,
+) -> Array:
+    z = options.noise(keys, config.network.noise + config.augmentation_noise)
+    noise, augmentation = jnp.split(z, [config.network.noise], -1)
+    stages = model.generator(condition, noise, augmentation).stages
+    for n, stage in enumerate(stages):
+        times = config.network.size // stage.image.shape[1]
+        large = repeat(stage.image, "b i j c -> b (i p) (j q) c", p=times, q=times)
+        report(progress, jnp.int32(n + 1), len(stages), large)
+    return stages[-1].image
+
+
+class ConditionalGenerator(nnx.Module):
+    """The condition, None for an unconditional model, and the generator that reads it."""
+
+    def __init__(self, config: StagedGAN, key: Array):
+        keys = jax.random.split(key)
+        self.config = config
+        self.condition = config.condition.init(keys[0], config.sentence) if config.is_conditional else None
+        self.network = config.network.init(config.word_size, keys[1])
+
+    def __call__(self, batch: Batch, noise: Array, augmentation: Array, train: bool = False) -> Painted:
+        """The images of all stages, from the condition's fields of a batch, and noise (b, n) and (b, m c)."""
+        dtype, context = self.config.compute.dtype, None
+        if self.condition is not None:
+            context = read_context(self.config.condition, self.condition, batch, jnp.zeros(len(noise), bool), dtype)
+        stages, network = self.network(context, noise, augmentation, dtype, train)
+        return Painted(stages, context, replace(self, network=network))
+
+
+class StagedGANNetwork(nnx.Module):
+    """The parameters of a `StagedGAN`."""
+
+    def __init__(self, config: StagedGAN, key: Array):
+        sizes, judge = config.network.sizes, config.discriminator
+        keys, c = jax.random.split(key, 1 + len(sizes)), config.word_size
+        c = config.network.augmentation.size if c and config.judged == "mean" else c
+        self.generator = ConditionalGenerator(config, keys[0])
+        self.discriminators = nnx.List(
+            [judge.init(size, c, size == sizes[-1], k) for size, k in zip(sizes, keys[1:], strict=True)]
+            if judge
+            else []
+        )
+
+
+def shrunk(images: Array, size: int) -> Array:
+    """Images (b, i, j, c) of a size that is a multiple of `size`, by the means of squares: (b, size, size, c)."""
+    times = images.shape[1] // size
+    return reduce(images, "b (i p) (j q) c -> b i j c", "mean", p=times, q=times)
+
+
+def colors(images: Array) -> tuple[Array, Array]:
+    """Means (b, 3) and covariances (b, 3, 3) of the pixels of images (b, i, j, 3)."""
+    average = images.mean((1, 2))
+    away = images - average[:, None, None]
+    return average, jnp.einsum("bijc,bijd->bcd", away, away) / (images.shape[1] * images.shape[2])
+
+
+def color_differences(images: Array, others: Array) -> tuple[Array, Array]:
+    """Mean squared differences of the colours' means, and of their covariances, between images of any two sizes."""
+    mean_difference, covariance_difference = (
+        jnp.mean((a - b) ** 2) for a, b in zip(colors(images), colors(others), strict=True)
+    )
+    return mean_difference, covariance_difference
