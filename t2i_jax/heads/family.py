@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 from einops import rearrange
@@ -14,7 +15,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import Grid, Size
 from t2i_jax.core.specs import BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, O
+from t2i_jax.core.types import Capabilities
 from t2i_jax.heads.draws import ImageKeys
 from t2i_jax.heads.head import TokenHead
 from t2i_jax.networks.condition import Conditioning, check_vectors
@@ -26,8 +27,10 @@ from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Order, orders_of
 from t2i_jax.sampling.progress import Progress
 
+A = TypeVar("A", bound=ARSampler)
 
-class HeadFamily(BaseFamily[O]):
+
+class HeadFamily(BaseFamily[A]):
     """The members of a family whose head samples each token of a grid, in the order of the config."""
 
     grid: Grid

@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from jax import Array
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, VOCABULARY, Checked, Size
+from t2i_jax.core.narrow import uses_frozen_networks
 from t2i_jax.features.trunks import InceptionTrunk
 from t2i_jax.interop import damsm as published
 from t2i_jax.interop.inception import trunk_from
 from t2i_jax.interop.names import to_ours
-from t2i_jax.networks.damsm import DAMSMNetwork, ImageEncoder, ImageHeads, WordEncoder
+from t2i_jax.networks.damsm import DAMSMNetwork, ImageEncoder, ImageHeads, Trunk, WordEncoder
 from t2i_jax.storage.artifacts import Artifact, load_artifact, on_host, open_artifact
 from t2i_jax.text.cut import Limited, LimitedEncoder, limited, padded
 
@@ -146,7 +147,8 @@ def load_image_encoder(path: str | Path, align_corners: bool = True) -> ImageEnc
         if (heads := _network(artifact, path).image) is None:
             raise ConfigError(f"{path}: holds the text encoder of a DAMSM alone")
         with on_host():
-            return ImageEncoder(artifact.config.frozen(), heads)  # a config of DAMSMNetwork is a `models.damsm.DAMSM`
+            trunk = uses_frozen_networks(artifact.config).frozen()  # of a DAMSMNetwork's config, `models.damsm.DAMSM`
+            return ImageEncoder(cast(Trunk, trunk), heads)
     with on_host():
         tensors = dict(published.read(path))
         found = published.describe(tensors)
