@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from tests.fixtures import deprecations
 from tests.fixtures.durations import CPUTimes, file_of, recorded
 
-# Tests compile much and compute little: the compiler is asked for less. The older emitters of fused loops take a third
-# of the time of the newer ones, and code that is not split up costs fewer CPU seconds.
+# Tests compile much and compute little: the compiler is asked for less. With the older emitters of fused loops it
+# takes a third to a half of the time, and code that is not split up costs fewer CPU seconds.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 FLAGS += " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
@@ -39,7 +40,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Files that take long come first: no process has one of them left when the others have nothing more to do."""
     seconds = recorded()
-    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), 0.0))
+    items.sort(key=lambda item: -seconds.get(file_of(item.nodeid), math.inf))
 
 
 @pytest.fixture(autouse=True)
