@@ -27,10 +27,10 @@ experiment = Experiment(
     train=Train(
         steps=6000,
         # Without momentum, and the discriminator faster than the generator, as published.
-        optimizer=Optimizer("adam", 4e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0),
+        optimizer=Optimizer("adam", 1e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0),
         optimizers={
             "discriminator": Optimizer(
-                "adam", 8e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0
+                "adam", 4e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0
             )
         },
         ema=0.998,

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Shaped, UInt8
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Shaped, UInt8, typed
 from t2i_jax.core.console import bar
 from t2i_jax.interop.efficientnet import load_efficientnet
 from t2i_jax.interop.inception import load_inception

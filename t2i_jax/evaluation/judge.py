@@ -13,9 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.keys import seed_key
 from t2i_jax.evaluation.alignment import rank
 from t2i_jax.evaluation.features import batches

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from t2i_jax.codecs import losses
 from t2i_jax.core import config, image_files
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import UInt8, typed
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.image_files import to_uint8

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, Shaped, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Grid, Size
 from t2i_jax.core.sharding import shard

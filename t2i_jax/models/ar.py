@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
-from jaxtyping import Bool, Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Count, Grid, NotNegative, Range, Rate, Share, Size
 from t2i_jax.core.sharding import shard

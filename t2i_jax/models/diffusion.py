@@ -16,9 +16,8 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Shaped
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Shaped, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size

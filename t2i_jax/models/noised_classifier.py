@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Num
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.noise import NoiseProcess

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int, Num
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Finite, Layers, Size
 from t2i_jax.core.noise import NoiseProcess

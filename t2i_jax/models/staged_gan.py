@@ -17,6 +17,7 @@ from einops import reduce, repeat
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
@@ -465,13 +466,15 @@ class StagedGANNetwork(nnx.Module):
         )
 
 
-def shrunk(images: Array, size: int) -> Array:
+@typed
+def shrunk(images: Float[Array, "b i j c"], size: int) -> Float[Array, "b {size} {size} c"]:
     """Images (b, i, j, c) of a size that is a multiple of `size`, by the means of squares: (b, size, size, c)."""
     times = images.shape[1] // size
     return reduce(images, "b (i p) (j q) c -> b i j c", "mean", p=times, q=times)
 
 
-def colors(images: Array) -> tuple[Array, Array]:
+@typed
+def colors(images: Float[Array, "b i j 3"]) -> tuple[Float[Array, "b 3"], Float[Array, "b 3 3"]]:
     """Means (b, 3) and covariances (b, 3, 3) of the pixels of images (b, i, j, 3)."""
     average = images.mean((1, 2))
     away = images - average[:, None, None]

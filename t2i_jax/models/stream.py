@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import FREE, Checked, Count, Finite, Grid, NotNegative, Share, Size
 from t2i_jax.core.sharding import shard

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Grid, NotNegative

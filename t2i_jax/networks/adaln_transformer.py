@@ -12,9 +12,8 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int, Num
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, Num, typed
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind
 from t2i_jax.nn.attention import Rotary

@@ -17,9 +17,8 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.conditions import Batch, Condition, ConditionSpec, ConditionTokens, SummarizedTokens
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Layers, Share, Size

@@ -18,9 +18,8 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Num
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Grid, Range, Size
 from t2i_jax.core.keys import apart

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Layers, Size
 from t2i_jax.core.specs import BatchSpec

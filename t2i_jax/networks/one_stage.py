@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Grid, Layers, Size

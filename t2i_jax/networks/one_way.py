@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from einops import repeat
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.sharding import shard

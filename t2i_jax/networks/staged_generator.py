@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import SAMPLED, Checked, Layers, Size
 from t2i_jax.core.sharding import shard
@@ -174,7 +175,10 @@ class WordAttentionMixer(nnx.Module):
         return (jnp.concatenate([h, read], -1), {"attention": attention}), self
 
 
-def attended(h: Array, keys: Array, values: Array, mask: Array) -> tuple[Array, Array]:
+@typed
+def attended(
+    h: Float[Array, "b i j w"], keys: Float[Array, "b s w"], values: Float[Array, "b s w"], mask: Bool[Array, "b ... s"]
+) -> tuple[Float[Array, "b i j w"], Float[Array, "b i j s"]]:
     """Values (b, s, w) read by positions h (b, i, j, w) by the softmax of <h, key>: (b, i, j, w), and the attention
     (b, i, j, s) fp32; mask: bool (b, s), or (b, i j, s)."""
     logits = jnp.einsum("bijw,bsw->bijs", h, keys, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
@@ -430,7 +434,8 @@ class Generator(nnx.Module):
         return tuple(paintings), replace(self, first=first, stages=nnx.List(stages))
 
 
-def published_mask(mask: Array, positions: int) -> Array:
+@typed
+def published_mask(mask: Bool[Array, "b s"], positions: int) -> Bool[Array, "b p s"]:
     """The mask (b, p, s) of words for each of p positions that the programs of AttnGAN and DM-GAN use: row r p + n of
     their product, of image r and position n, has the mask of caption (r p + n) mod b."""
     b = len(mask)

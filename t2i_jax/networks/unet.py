@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Num
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.batch_norm import BatchNorm
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, replace
@@ -87,7 +88,8 @@ class NormedResidual(nnx.Module):
         return y, replace(self, inner=inner, outer=outer)
 
 
-def with_vector(h: Array, code: Array, first: bool) -> Array:
+@typed
+def with_vector(h: Float[Array, "b i j w"], code: Float[Array, "b c"], first: bool) -> Float[Array, "b i j w+c"]:
     """Features (b, i, j, w) with a vector (b, c) at every position, before or after their own channels."""
     spread = jnp.broadcast_to(code.astype(h.dtype)[:, None, None], (*h.shape[:3], code.shape[-1]))
     return jnp.concatenate([spread, h] if first else [h, spread], -1)

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.nn.layers import at_least_fp32
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float
 
+from t2i_jax.core.arrays import Bool, Float
 from t2i_jax.core.sharding import shard
 from t2i_jax.nn.layers import Linear
 

@@ -8,6 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.layers import Conv, ModelState, normal, replace
 
 
@@ -27,7 +28,8 @@ class SpectralConv(nnx.Module):
         self.u = ModelState(_unit(normal(keys[0], (f,), 1.0)))
         self.v = ModelState(_unit(normal(keys[1], tuple(rows), 1.0)))
 
-    def __call__(self, x: Array) -> tuple[Array, SpectralConv]:
+    @typed
+    def __call__(self, x: Float[Array, "b i j c"]) -> tuple[Float[Array, "b k l f"], SpectralConv]:
         kernel = self.conv.w[...]
         w = rearrange(kernel, "i j c f -> (i j c) f")
         v = _unit(jax.lax.stop_gradient(w) @ self.u[...])

@@ -20,10 +20,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
 from PIL import Image
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.params import abstract, named

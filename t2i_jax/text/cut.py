@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Annotated, Protocol, cast
 
 import numpy as np
-from jaxtyping import Bool, Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Bool, Int, typed
 from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, Checked

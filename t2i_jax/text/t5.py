@@ -13,9 +13,8 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array
-from jaxtyping import Int
 
-from t2i_jax.core.arrays import typed
+from t2i_jax.core.arrays import Int, typed
 from t2i_jax.core.fields import VOCABULARY
 from t2i_jax.core.sharding import shard
 from t2i_jax.interop import huggingface
