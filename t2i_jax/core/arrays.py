@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from jaxtyping import Bool, Float, Int, Integer, Key, Num, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Key, Num, Shaped, UInt8
 
-__all__ = ["CHECKED", "Bool", "Float", "Int", "Integer", "Key", "Num", "Shaped", "typed"]
+__all__ = ["CHECKED", "Bool", "Float", "Int", "Integer", "Key", "Num", "Shaped", "UInt8", "typed"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
