@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
