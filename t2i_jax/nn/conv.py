@@ -88,13 +88,15 @@ class Upsample(nnx.Module):
         return y if self.conv.b is None else y + self.conv.b[...].astype(x.dtype)
 
 
-def nearest(x: Array) -> Array:
-    """Nearest-neighbour doubling: (b, i, j, c) -> (b, 2i, 2j, c)."""
+@typed
+def nearest(x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j c"]:
+    """Nearest-neighbour doubling."""
     return repeat(x, "b i j c -> b (i p) (j q) c", p=2, q=2)
 
 
-def halve(x: Array) -> Array:
-    """Means of squares of 2 x 2 positions: (b, 2i, 2j, c) -> (b, i, j, c)."""
+@typed
+def halve(x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
+    """Means of squares of 2 x 2 positions."""
     return rearrange(x, "b (i p) (j q) c -> b i p j q c", p=2, q=2).mean((2, 4))
 
 
