@@ -464,9 +464,10 @@ class ConditionalGenerator(nnx.Module):
 
 
 def between(here: Context, there: Context, share: Array) -> Context:
-    """The condition between two, at `share` (b,) of the way; words that either has may be read."""
+    """The condition between two, at `share` (b,) of the way; on it, words that either has may be read."""
     tokens = lerp(here.tokens, there.tokens, share).astype(here.tokens.dtype)
-    return Context(lerp(here.pooled, there.pooled, share), tokens, here.mask | there.mask)
+    mask = (here.mask & (share < 1)[:, None]) | (there.mask & (share > 0)[:, None])
+    return Context(lerp(here.pooled, there.pooled, share), tokens, mask)
 
 
 class StagedGANNetwork(nnx.Module):
