@@ -191,7 +191,7 @@ def test_a_penalty_is_an_update_of_its_own_whose_gradient_is_of_second_order(nor
     penalty = objectives["penalty0"]
     assert (penalty.optimizer, penalty.every) == ("discriminator0", 4)
     assert objectives["generator"].after == ("discriminator0", "penalty0")
-    model, batch = fresh(config), batch_for(config)
+    model, batch = fresh(config), jax.tree.map(jnp.asarray, batch_for(config))
 
     @jax.jit
     def slope(model):
