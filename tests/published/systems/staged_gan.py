@@ -57,7 +57,7 @@ def running(name: str, config: Any, model: Any, painted: Painted, oracle: Oracle
     found, layer = {}, ""
     for array in sorted(oracle.outputs):
         if kind := re.match(r"train_(running_mean|running_var)", array):
-            layer = oracle.told(array, r"(netG(?:\.\w+)+)", layer)
+            layer = oracle.read_note(array, r"(netG(?:\.\w+)+)", layer)
             found[array] = tensors[f"{layer}.{kind[1]}"][: len(oracle.outputs[array])]
     return found
 
