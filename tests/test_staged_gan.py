@@ -12,6 +12,7 @@ from t2i_jax.convert import convert, read, restore
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
+from t2i_jax.core.types import Toward
 from t2i_jax.models.staged_gan import ALONE, StagedGAN, color_differences, shrunk
 from t2i_jax.networks.condition import ClassEmbedder, SentenceAndWords
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
@@ -63,6 +64,15 @@ def test_an_image_depends_on_its_own_caption_and_key():
     turned = MEMORY.sample(fresh(MEMORY), {k: v[::-1] for k, v in condition.items()}, keys[::-1])
     np.testing.assert_allclose(images, turned[::-1], atol=1e-5)
     assert np.abs(images[0] - images[1]).max() > 0.01
+
+
+def test_the_ends_of_a_way_are_the_images_themselves():
+    condition, keys = arguments(MEMORY)
+    others = {k: v[::-1] for k, v in condition.items()}, keys[::-1]
+    ends = MEMORY.sample(fresh(MEMORY), condition, keys, toward=Toward(*others, jnp.asarray([0.0, 0.5, 1.0])))
+    images = MEMORY.sample(fresh(MEMORY), condition, keys)
+    # The first is its own, the second lies between equal ends, and the third is the first of the others.
+    np.testing.assert_allclose(ends, images[np.asarray([0, 1, 0])], atol=1e-5)
 
 
 def test_words_that_are_masked_are_not_read_and_a_caption_may_have_none():
@@ -181,7 +191,7 @@ def test_a_penalty_is_an_update_of_its_own_whose_gradient_is_of_second_order(nor
     penalty = objectives["penalty0"]
     assert (penalty.optimizer, penalty.every) == ("discriminator0", 4)
     assert objectives["generator"].after == ("discriminator0", "penalty0")
-    model, batch = fresh(config), batch_for(config)
+    model, batch = fresh(config), jax.tree.map(jnp.asarray, batch_for(config))
 
     @jax.jit
     def slope(model):
@@ -200,7 +210,7 @@ def test_the_divergence_of_an_augmentation_counts_once():
     config = dataclasses.replace(MEMORY, kl=2.0)
     z, eps = jax.random.normal(jax.random.key(0), (2, 4, 4))
     condition = {k: v for k, v in batch_for(config).items() if k in config.condition_spec()}
-    painted = jax.jit(lambda m: m.generator(condition, z, eps))(fresh(config))
+    painted = jax.jit(lambda m: m.generator(m.generator.read(condition, 4), z, eps))(fresh(config))
     code = painted.stages[0].code
     found = config.regularised(painted, jnp.ones(4))["kl"]
     np.testing.assert_allclose(found, 2 * gaussian_kl(code.mean, code.log_variance).mean(), rtol=1e-6)

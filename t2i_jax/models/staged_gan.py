@@ -23,7 +23,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
 from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
 from t2i_jax.networks.damsm import ImageEncoder
 from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
@@ -32,8 +32,9 @@ from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, gradient_pen
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.nn.matching import matching_losses
+from t2i_jax.sampling.interpolation import lerp, slerp
 from t2i_jax.sampling.options import GANSampler
-from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.sampling.progress import report
 from t2i_jax.text.damsm import load_image_encoder
 
 # -- the terms of the losses
@@ -178,7 +179,7 @@ class StagedGAN(BaseFamily):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching))
+        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching), interpolation=True)
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample: pixels."""
@@ -225,7 +226,7 @@ class StagedGAN(BaseFamily):
         b, noises = len(batch["image"]), jax.random.split(key)
         noise = jax.random.normal(noises[0], (b, self.network.noise))
         augmentation = jax.random.normal(noises[1], (b, self.augmentation_noise))
-        return model.generator(batch, noise, augmentation, train)
+        return model.generator(model.generator.read(batch, b), noise, augmentation, train)
 
     @property
     def augmentation_noise(self) -> int:
@@ -406,12 +407,14 @@ class StagedGAN(BaseFamily):
         *,
         guided: bool | None = None,
         progress: Progress | None = None,
+        toward: Toward | None = None,
     ) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] of the last stage, for each row of the condition and key of `keys` (b,).
 
-        `progress` gets the image of each stage, enlarged to the size of the last.
+        `progress` gets the image of each stage, enlarged to the size of the last. toward: images on the way to another
+        condition, its sentence and words on the line and the noise on the arc between both.
         """
-        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress)
+        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress, toward)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -422,10 +425,16 @@ def _sample(
     keys: Array,
     options: GANSampler,
     progress: Progress | None,
+    toward: Toward | None,
 ) -> Array:
-    z = options.noise(keys, config.network.noise + config.augmentation_noise)
+    draw = lambda keys: options.noise(keys, config.network.noise + config.augmentation_noise)
+    context, z = model.generator.read(condition, len(keys)), draw(keys)
+    if toward is not None:
+        z, there = slerp(z, draw(toward.keys), toward.share), model.generator.read(toward.condition, len(keys))
+        if context is not None and there is not None:
+            context = between(context, there, toward.share)
     noise, augmentation = jnp.split(z, [config.network.noise], -1)
-    stages = model.generator(condition, noise, augmentation).stages
+    stages = model.generator(context, noise, augmentation).stages
     for n, stage in enumerate(stages):
         times = config.network.size // stage.image.shape[1]
         large = repeat(stage.image, "b i j c -> b (i p) (j q) c", p=times, q=times)
@@ -442,13 +451,23 @@ class ConditionalGenerator(nnx.Module):
         self.condition = config.condition.init(keys[0], config.sentence) if config.is_conditional else None
         self.network = config.network.init(config.word_size, keys[1])
 
-    def __call__(self, batch: Batch, noise: Array, augmentation: Array, train: bool = False) -> Painted:
-        """The images of all stages, from the condition's fields of a batch, and noise (b, n) and (b, m c)."""
-        dtype, context = self.config.compute.dtype, None
-        if self.condition is not None:
-            context = read_context(self.config.condition, self.condition, batch, jnp.zeros(len(noise), bool), dtype)
-        stages, network = self.network(context, noise, augmentation, dtype, train)
+    def read(self, batch: Batch, b: int) -> Context | None:
+        """The encoded condition of a batch of b rows; None for an unconditional model."""
+        if self.condition is None:
+            return None
+        return read_context(self.config.condition, self.condition, batch, jnp.zeros(b, bool), self.config.compute.dtype)
+
+    def __call__(self, context: Context | None, noise: Array, augmentation: Array, train: bool = False) -> Painted:
+        """The images of all stages, from an encoded condition, and noise (b, n) and (b, m c)."""
+        stages, network = self.network(context, noise, augmentation, self.config.compute.dtype, train)
         return Painted(stages, context, replace(self, network=network))
+
+
+def between(here: Context, there: Context, share: Array) -> Context:
+    """The condition between two, at `share` (b,) of the way; on it, words that either has may be read."""
+    tokens = lerp(here.tokens, there.tokens, share).astype(here.tokens.dtype)
+    mask = (here.mask & (share < 1)[:, None]) | (there.mask & (share > 0)[:, None])
+    return Context(lerp(here.pooled, there.pooled, share), tokens, mask)
 
 
 class StagedGANNetwork(nnx.Module):

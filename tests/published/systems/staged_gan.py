@@ -57,7 +57,7 @@ def running(name: str, config: Any, model: Any, painted: Painted, oracle: Oracle
     found, layer = {}, ""
     for array in sorted(oracle.outputs):
         if kind := re.match(r"train_(running_mean|running_var)", array):
-            layer = oracle.told(array, r"(netG(?:\.\w+)+)", layer)
+            layer = oracle.read_note(array, r"(netG(?:\.\w+)+)", layer)
             found[array] = tensors[f"{layer}.{kind[1]}"][: len(oracle.outputs[array])]
     return found
 
@@ -76,8 +76,7 @@ def painter(oracle: Oracle) -> Callable[..., Painted]:
 
     def paint(model: Any, context: Context, train: bool = False, rows: int | None = None) -> Painted:
         few = jax.tree.map(lambda x: x[:rows], context)
-        stages, network = model.generator.network(few, noise[:rows], eps[:rows], "float32", train)
-        return Painted(stages, few, replace(model.generator, network=network))
+        return model.generator(few, noise[:rows], eps[:rows], train)
 
     return paint
 
@@ -231,7 +230,7 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
 
     @jax.jit
     def evaluated(model):
-        painted = model.generator(batch, noise, eps)
+        painted = model.generator(model.generator.read(batch, len(noise)), noise, eps)
         ours = images(painted) | (codes(painted) if conditional else {})
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             seen, _ = opinions(
@@ -245,7 +244,7 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def trained(model):
         def generator_loss(model):
-            painted = model.generator(batch, noise, eps, train=True)
+            painted = model.generator(model.generator.read(batch, len(noise)), noise, eps, train=True)
             output = config.generator_loss(model, {"image": noise, "outputs": painted}, KEY, STEP)
             return output.loss, (output.metrics, painted)
 
@@ -286,7 +285,8 @@ def stackgan(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def run(model):
         eps = jnp.concatenate([inputs["ca_noise_stage1"], inputs["ca_noise_stage2"]], -1)
-        painted = model.generator({"features": inputs["text_emb"][:, None]}, inputs["noise"], eps)
+        context = model.generator.read({"features": inputs["text_emb"][:, None]}, len(eps))
+        painted = model.generator(context, inputs["noise"], eps)
         ours = {}
         for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
             seen, _ = opinions(judge, stage.image, stage.code.mean)
