@@ -70,7 +70,7 @@ def in_chunks(
     z: Float[Array, "b t d"],
     others: tuple[Shaped[Array, "b t"], ...],
     chunk: int = 0,
-) -> tuple[Float[Array, "b t"], ...]:
+) -> tuple[Shaped[Array, "b t"], ...]:
     """`score(head(z), *others)`, `chunk` tokens of each row at a time.
 
     The fp32 logits (b, t, v) are never materialised whole, nor in the backward pass, which recomputes those of each
