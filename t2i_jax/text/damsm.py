@@ -17,7 +17,7 @@ from jax import Array
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, VOCABULARY, Checked, Size
-from t2i_jax.core.narrow import uses_frozen_networks
+from t2i_jax.core.types import UsesFrozenNetworks
 from t2i_jax.features.trunks import InceptionTrunk
 from t2i_jax.interop import damsm as published
 from t2i_jax.interop.inception import trunk_from
@@ -147,8 +147,8 @@ def load_image_encoder(path: str | Path, align_corners: bool = True) -> ImageEnc
         if (heads := _network(artifact, path).image) is None:
             raise ConfigError(f"{path}: holds the text encoder of a DAMSM alone")
         with on_host():
-            trunk = uses_frozen_networks(artifact.config).frozen()  # of a DAMSMNetwork's config, `models.damsm.DAMSM`
-            return ImageEncoder(cast(Trunk, trunk), heads)
+            # The config of a DAMSMNetwork is a `models.damsm.DAMSM`, whose trunk may be without weights.
+            return ImageEncoder(cast(Trunk, cast(UsesFrozenNetworks, artifact.config).frozen()), heads)
     with on_host():
         tensors = dict(published.read(path))
         found = published.describe(tensors)
