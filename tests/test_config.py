@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +120,9 @@ def test_options_that_may_be_arrays_are_numbers_on_the_command_line():
     options = config.override(ARSampler(), ["--guidance=2", "--top-k", "5", "--greedy"])
     assert options == ARSampler(guidance=2.0, top_k=5, greedy=True)
     assert config.override(ARSampler(greedy=True), ["--greedy", "false"]) == ARSampler()
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_every_file_of_configs_builds_what_it_is_run_for(file):
+    found = config.load(file)
+    assert type(found).__name__ == ("Comparison" if file.stem.startswith("compare_") else "Experiment")

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class MiniLM(Checked, LimitedEncoder):
     """tokens per caption, including [CLS] and [SEP]; longer captions are cut; at most 512"""
     pooled: bool = False
     """one vector per caption instead of one per token"""
+    dim: ClassVar[int] = SHAPE.width
+    """size of a vector"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, s) of non-padding; an empty caption is all padding.
