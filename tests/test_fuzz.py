@@ -5,6 +5,7 @@ T2I_FUZZ_SEED chooses others; a failure prints the seed and the command line.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -193,10 +194,9 @@ def wrong_names(draw: Any) -> list[str]:
 def wrong_paths(draw: Any, world: World) -> list[str]:
     """A path that is missing, or leads to something else."""
     leaf = draw(st.sampled_from(OFTEN))
-    named: list[Any] = [
-        f for f, kind in LEAVES[leaf].__annotations__.items() if "Path" in str(kind) or "File" in str(kind)
-    ]
-    named = [f"--{n.replace('_', '-')}" for n in named if "Positional" not in str(LEAVES[leaf].__annotations__[n])]
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(LEAVES[leaf])}
+    files = [n for n, kind in kinds.items() if ("Path" in kind or "File" in kind) and "Positional" not in kind]
+    named: list[Any] = [f"--{n.replace('_', '-')}" for n in files]
     named += positions(leaf) * 2
     named += ["--codec", "--data.source.path"] if leaf in CONFIGURED else []
     named += ["--back"] if leaf == ("convert",) else ["--rerank"] if leaf == ("sample",) else []
