@@ -75,7 +75,7 @@ def close(found, was):
     if np.issubdtype(was.dtype, np.integer):
         assert np.array_equal(found, was)
     else:
-        np.testing.assert_allclose(found, was, rtol=0, atol=2 / 255)
+        np.testing.assert_allclose(found, was, rtol=1e-6, atol=2 / 255)  # latents may be in the thousands
 
 
 def test_a_released_model_draws_what_it_did(old):
