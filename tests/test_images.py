@@ -506,6 +506,16 @@ def test_masks_of_one_bit_floats_and_booleans():
     np.testing.assert_array_equal(open_mask(saved(Image.fromarray(PAINT).convert("P"))), TOP)
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB"])
+def test_masks_of_other_colour_spaces(mode):
+    painted = Image.fromarray(np.dstack([PAINT] * 3))
+    if mode == "LAB":
+        stored = Image.merge("LAB", [Image.fromarray(PAINT), *[Image.new("L", (16, 16), 128)] * 2])
+    else:
+        stored = painted.convert(mode)
+    np.testing.assert_array_equal(open_mask(saved(stored, "TIFF")), TOP)
+
+
 def test_a_mask_is_turned_as_its_image():
     stored = Image.fromarray(PAINT).transpose(Image.Transpose.ROTATE_90)
     np.testing.assert_array_equal(open_mask(saved(stored, exif=exif(6))), TOP)

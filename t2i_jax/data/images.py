@@ -97,7 +97,8 @@ def open_mask(mask: ImageSource) -> np.ndarray:
         with _naming(mask):
             return open_mask(Path(mask).read_bytes())
     grey, alpha, *_ = _planes(mask, by_values=True)
-    light = _full(np.asarray(grey.convert("L"))) * (_full(np.asarray(alpha)) / 255 if alpha else 1.0)
+    grey = grey.getchannel("L") if grey.mode == "LAB" else grey.convert("L")
+    light = _full(np.asarray(grey)) * (_full(np.asarray(alpha)) / 255 if alpha else 1.0)
     marked = light > 127
     if not marked.any():
         raise DataError(f"the mask marks nothing to draw: white marks, and its brightest is {light.max():.0f} of 255")
