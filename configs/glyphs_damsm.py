@@ -1,4 +1,4 @@
-"""Captions and 64x64 glyphs of ten styles in one space, for text-to-image GANs: a DAMSM, an hour on two cores.
+"""Captions and 64x64 glyphs of ten styles in one space, for text-to-image GANs: a DAMSM.
 
     t2i data build glyphs --out data/glyphs_all --size 64 --styles all
     t2i data vocab configs/glyphs_damsm.py --out data/glyphs_all/vocabulary.model

@@ -92,12 +92,12 @@ OF_GAN: dict[str, GAN] = {
         OneStage(width=64, block=SemanticSpatial()),
         OneWay(64, 16),
         penalty=GradientPenalty(apart=True),
-        mismatched="next",
+        mismatched="shifted",
     ),  # 29 M, and 80 M of the discriminator
 }
 """GANs of 256 x 256 pixels on the sentences of DAMSM; SSA-GAN is trained with `matching`, too."""
 
-_ATTNGAN = StagedGAN(wrong="shifted")
+_ATTNGAN = StagedGAN(mismatched="shifted")
 _DMGAN = replace(
     _ATTNGAN,
     network=StagedGenerator(width=64, stages=2 * (DynamicMemory(2),)),
@@ -109,7 +109,7 @@ _STACKGAN_V2 = StagedGAN(
     CrossAttnFeatures(1024, 1, trained_null=False),
     judged="mean",
     terms=(SUMS,),
-    wrong="images",
+    mismatched="images",
     kl=2.0,
 )
 OF_STAGED_GAN: dict[str, StagedGAN] = {
@@ -121,7 +121,7 @@ OF_STAGED_GAN: dict[str, StagedGAN] = {
         CrossAttnFeatures(1024, 1, trained_null=False),
         judged="mean",
         terms=(PAIRS, Terms()),
-        wrong="shifted",
+        mismatched="shifted",
         kl=2.0,
     ),
     "stackgan-v2": _STACKGAN_V2,  # 21 M

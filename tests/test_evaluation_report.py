@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.evaluation.features import FeatureNetwork
-from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
 
 DATA = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")
 ORDER = np.random.default_rng(0).permutation(256)
@@ -18,7 +18,7 @@ PIXELS = FeatureNetwork("pixels", batch=32).load()
 
 def measure(generated):
     captions = CAPTIONS[TEST].tolist()
-    return evaluate_pictures(generated, IMAGES[TEST], captions, IMAGES[TRAIN], [PIXELS])
+    return evaluate_images(generated, IMAGES[TEST], captions, IMAGES[TRAIN], [PIXELS])
 
 
 def test_generation_orders_sets_as_the_eye_does():
@@ -69,9 +69,9 @@ def test_report_on_disk(tmp_path):
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="generated: 60 images with 59 captions"):
-        evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 59, IMAGES[TRAIN], [PIXELS])
+        evaluate_images(IMAGES[TEST], IMAGES[TEST], ["x"] * 59, IMAGES[TRAIN], [PIXELS])
     with pytest.raises(ValueError, match="train_real: uint8"):
-        evaluate_pictures(IMAGES[TEST], IMAGES[TEST], ["x"] * 60, IMAGES[TRAIN] / 255, [PIXELS])
+        evaluate_images(IMAGES[TEST], IMAGES[TEST], ["x"] * 60, IMAGES[TRAIN] / 255, [PIXELS])
     with pytest.raises(ValueError, match=r"features\.weights"):
         FeatureNetwork("inception").load()
     with pytest.raises(ValueError, match=r"features\.name='vgg'"):

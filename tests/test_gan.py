@@ -50,8 +50,8 @@ def test_padding_of_a_batch_changes_no_loss():
     padded["weight"] = np.asarray([1, 1, 1, 0], np.float32)
     loss = jax.jit(lambda m, b, b2: PLAIN.discriminator_loss(m, b | {"outputs": b2}, KEY, STEP, False).metrics)
     images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
-    short = loss(fresh(PLAIN), batch, gan.Painted(images[:3], {}))
-    long = loss(fresh(PLAIN), padded, gan.Painted(images, {}))
+    short = loss(fresh(PLAIN), batch, gan.GeneratedImages(images[:3], fresh(PLAIN).generator))
+    long = loss(fresh(PLAIN), padded, gan.GeneratedImages(images, fresh(PLAIN).generator))
     # Of three mismatched pairs two are left: the first image's sentence was that of the last.
     for name in ("real", "fake", "penalty", "logit_real"):
         np.testing.assert_allclose(short[name], long[name], rtol=1e-5)
@@ -119,7 +119,7 @@ def test_words_and_regions_enter_the_loss_of_the_generator():
     shown = lambda images: (images[:, :2].reshape(len(images), -1, 6)[..., :5], images[:, 0, :2].reshape(-1, 6)[:, :5])
 
     def loss(images, encoder):
-        given = batch | {"outputs": gan.Painted(images, {}), "frozen": encoder}
+        given = batch | {"outputs": gan.GeneratedImages(images, model.generator), "frozen": encoder}
         return config.generator_loss(model, given, KEY, STEP, True)
 
     found = loss(images, shown)

@@ -119,7 +119,7 @@ def test_a_folder_of_generator_and_discriminators_is_read_as_one_and_written_bac
         StagedGenerator(16, 2, 4, (DynamicMemory(1),), Augmentation(4)),
         ScaleDiscriminator(2, norm="spectral"),
         SentenceAndWords(6, 3),
-        wrong="shifted",
+        mismatched="shifted",
     )
     model = fresh(config)
     tensors = restore("dmgan", config, model)
@@ -151,10 +151,10 @@ def test_losses_and_images_are_fp32_where_the_rest_is_bf16():
     batch, model = batch_for(config), abstract(config)
     outputs = jax.eval_shape(lambda m, b: losses_of(config, m, b, jax.random.key(0), 3), model, batch)
     assert all(output.loss.dtype == jnp.float32 for output in outputs.values())
-    painted = jax.eval_shape(lambda m, b: config.forward(m, b, jax.random.key(0), jnp.int32(0)), model, batch)
-    assert all(stage.image.dtype == jnp.float32 for stage in painted.stages)
-    assert all(stage.features.dtype == jnp.bfloat16 for stage in painted.stages)
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(painted.generator))
+    outputs = jax.eval_shape(lambda m, b: config.forward(m, b, jax.random.key(0), jnp.int32(0)), model, batch)
+    assert all(stage.image.dtype == jnp.float32 for stage in outputs.stages)
+    assert all(stage.features.dtype == jnp.bfloat16 for stage in outputs.stages)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(outputs.generator))
 
 
 def test_terms_are_summed_with_their_weights():
@@ -164,7 +164,7 @@ def test_terms_are_summed_with_their_weights():
         ScaleDiscriminator(4),
         ClassEmbedder(3),
         sentence=8,
-        wrong="rolled",
+        mismatched="rolled",
     )
     judge = fresh(config).discriminators[0]
     means, _ = config.judge(judge, real, real, condition, train=False)
@@ -210,9 +210,9 @@ def test_the_divergence_of_an_augmentation_counts_once():
     config = dataclasses.replace(MEMORY, kl=2.0)
     z, eps = jax.random.normal(jax.random.key(0), (2, 4, 4))
     condition = {k: v for k, v in batch_for(config).items() if k in config.condition_spec()}
-    painted = jax.jit(lambda m: m.generator(m.generator.read(condition, 4), z, eps))(fresh(config))
-    code = painted.stages[0].code
-    found = config.regularised(painted, jnp.ones(4))["kl"]
+    outputs = jax.jit(lambda m: m.generator(m.generator.read(condition, 4), z, eps))(fresh(config))
+    code = outputs.stages[0].code
+    found = config.regularised(outputs, jnp.ones(4))["kl"]
     np.testing.assert_allclose(found, 2 * gaussian_kl(code.mean, code.log_variance).mean(), rtol=1e-6)
 
 

@@ -9,9 +9,11 @@ from typing import Annotated
 import tyro
 
 from t2i_jax import comparison
-from t2i_jax.cli.shared import console, local, parse
 from t2i_jax.core import config
+from t2i_jax.core.config import parse
+from t2i_jax.core.console import console
 from t2i_jax.core.fields import LARGEST, Checked, Range
+from t2i_jax.core.outputs import local
 
 
 @dataclasses.dataclass(frozen=True)

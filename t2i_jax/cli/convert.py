@@ -8,11 +8,12 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert import find, folders
 from t2i_jax.convert.hints import parse
-from t2i_jax.core.config import ConfigError
+from t2i_jax.core.config import ConfigError, parse_some
+from t2i_jax.core.console import console
 from t2i_jax.core.narrow import as_family
+from t2i_jax.core.outputs import local
 
 
 @dataclasses.dataclass(frozen=True)

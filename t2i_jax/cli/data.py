@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from t2i_jax.cli.shared import console, local, parse, parse_some
-from t2i_jax.core.config import ConfigError
-from t2i_jax.core.console import bar
+from t2i_jax.core.config import ConfigError, parse, parse_some
+from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size
+from t2i_jax.core.outputs import local
 from t2i_jax.data.files import files_of
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import Entry, index_tars

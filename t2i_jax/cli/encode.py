@@ -7,8 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.cli.shared import local, parse_some
+from t2i_jax.core.config import parse_some
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.outputs import local
 from t2i_jax.encode import encode_splits
 from t2i_jax.training.experiment import load_experiment
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from t2i_jax.cli.shared import local, parse_some
+from t2i_jax.core.config import parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.evaluation.run import evaluate_folder
 from t2i_jax.plan import read_mesh

@@ -9,10 +9,10 @@ import jax
 import tyro
 
 from t2i_jax import plan as plans
-from t2i_jax.cli.shared import console, local, parse_some
-from t2i_jax.core.console import stdout
+from t2i_jax.core.config import parse_some
+from t2i_jax.core.console import console, stdout
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
-from t2i_jax.core.outputs import check_free
+from t2i_jax.core.outputs import check_free, local
 from t2i_jax.training.experiment import load_experiment
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.cli.shared import console, local, parse
+from t2i_jax.core.config import parse
+from t2i_jax.core.console import console
+from t2i_jax.core.outputs import local
 from t2i_jax.release import release as release_run
 
 

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import tyro
 
-from t2i_jax.cli.shared import console, local, parse_some
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
+from t2i_jax.core.config import parse_some
+from t2i_jax.core.console import console
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.core.narrow import as_family, interpolates
+from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask

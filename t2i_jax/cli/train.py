@@ -9,8 +9,9 @@ import jax
 import tyro
 
 from t2i_jax.api import train
-from t2i_jax.cli.shared import console, parse_some
 from t2i_jax.core import config
+from t2i_jax.core.config import parse_some
+from t2i_jax.core.console import console
 from t2i_jax.training.experiment import load_experiment
 
 

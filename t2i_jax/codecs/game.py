@@ -24,7 +24,7 @@ from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.features.vgg import Trunk
 from t2i_jax.interop import vgg
-from t2i_jax.nn import adversarial
+from t2i_jax.nn.adversarial import Adversary, generator_loss, mean_discriminator_loss
 from t2i_jax.nn.layers import replace
 
 
@@ -91,7 +91,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
     """weight of the adversarial loss; 0: no discriminator"""
     adaptive: bool = False
     """scale it so that its gradient at the last layer is as large as that of the reconstruction loss"""
-    adversary: Literal["hinge", "vanilla"] = "hinge"
+    adversary: Adversary = "hinge"
     """loss of the discriminator: hinge, or the cross-entropy of real and fake"""
     start: Count = 20_000
     """step from which the discriminator is trained and its loss used"""
@@ -167,7 +167,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
             terms["perceptual"] = losses.perceptual(trunk, compute(images), compute(y)).mean()
             return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
 
-        fool = lambda y: adversarial.hinge_generator(model.discriminator(y.astype(self.dtype))[0].astype(jnp.float32))
+        fool = lambda y: generator_loss(model.discriminator(y.astype(self.dtype))[0], "hinge").mean()
         loss, metrics = faithful(y)
         metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
         if self.adversarial:
@@ -176,9 +176,9 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
                 paint = lambda w: replace(decoder, out=replace(decoder.out, w=w)).decode_head(jax.lax.stop_gradient(h))
                 last = decoder.out.w[...]
                 weight *= losses.adaptive_weight(lambda w: faithful(paint(w))[0], lambda w: fool(paint(w)), last)
-            fooling = fool(y)
-            loss = loss + weight * fooling
-            metrics |= {"adversarial": fooling, "adversarial_weight": weight}
+            adversarial = fool(y)
+            loss = loss + weight * adversarial
+            metrics |= {"adversarial": adversarial, "adversarial_weight": weight}
         return loss, metrics
 
     def discriminator_loss(
@@ -191,8 +191,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(jax.lax.stop_gradient(batch["outputs"].image).astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
-        loss_of = adversarial.hinge_discriminator if self.adversary == "hinge" else adversarial.vanilla_discriminator
-        loss = (step >= self.start) * loss_of(real, fake)
+        loss = (step >= self.start) * mean_discriminator_loss(real, fake, self.adversary)
         return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
 
 

@@ -68,7 +68,7 @@ def _format(describe: Callable[..., GAN], style: one_stage_gan.Style, title: str
 
 
 FILES = {r"netG(_.*)?": "netG.", r"netD(_.*)?": "netD."}
-"""Files that SSA-GAN saves beside each other."""
+"""Files that SSA-GAN saves in one folder."""
 
 FORMATS = {
     "dfgan": _format(_dfgan, "dfgan", "DF-GAN: the generator and the discriminator", "state_epoch_1220.pth"),

@@ -17,7 +17,7 @@ from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.interop.staged_gan import Style
 from t2i_jax.models.staged_gan import PAIRS, SUMS, StagedGAN
 from t2i_jax.networks.condition import CrossAttnFeatures, SentenceAndWords
-from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
+from t2i_jax.networks.staged_discriminator import ScaleDiscriminator, ScaleDiscriminatorNetwork
 from t2i_jax.networks.staged_generator import DynamicMemory, Joint, Redraw, Stage, WordAttention
 from t2i_jax.presets import OF_STAGED_GAN
 
@@ -52,7 +52,7 @@ def _joint(
     if found["words"]:
         u = uncond_loss
         terms = dataclasses.replace(SUMS, real_alone=u, wrong_alone=u, fake_alone=u) if u else PAIRS
-        training |= {"condition": _sentence(found["words"]), "terms": (terms,), "fool_alone": u}
+        training |= {"condition": _sentence(found["words"]), "terms": (terms,), "adversarial_alone": u}
     return with_fields(_of(base, found, stages), **(training | fields))
 
 
@@ -82,7 +82,7 @@ class OfOneScale(Checked):
     c: int
     """size of its condition, 0 for none"""
 
-    def init(self, key: Array) -> Judge:
+    def init(self, key: Array) -> ScaleDiscriminatorNetwork:
         return self.config.init(self.size, self.c, True, key)
 
 
@@ -99,7 +99,7 @@ def _table_of_one_scale(config: OfOneScale, style: Style) -> Table:
 
 JUDGES = {rf"netD_?{n}(_.*)?": f"netD{n}." for n in range(3)}
 FILES = {r"netG(_.*)?": "netG.", **JUDGES}
-"""Files that the programs save beside each other."""
+"""Files that the programs save in one folder."""
 
 
 PARALLEL = (r"^module\.", "")

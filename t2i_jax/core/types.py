@@ -6,6 +6,7 @@ Protocols are for readers and the type checker. At run time objects are not insp
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -292,13 +293,13 @@ class DecodeState(Protocol):
 class CachedNetwork(nnx.Module, Generic[S]):
     """A network that predicts the tokens of an image one by one, and keeps what it computed of those before."""
 
+    @abc.abstractmethod
     def prefill(self, condition: Batch, dropped: Array) -> tuple[Array, S]:
         """Logits (b, v) of token 0, and the state; dropped: bool (b,), rows without their condition."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, state: S, codes: Array, i: Array | int) -> tuple[Array, S]:
         """Logits (b, v) of token i + 1 from the codes int (b,) of token i, and the new state."""
-        raise NotImplementedError
 
 
 class TokenByToken(Family[N, O], Protocol[N, O]):

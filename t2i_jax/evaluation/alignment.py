@@ -90,7 +90,7 @@ def retrieve_captions(
     apart = [np.flatnonzero(theirs != kind) for kind in own]
     choices = min(choices, 1 + min(map(len, apart)))
     if choices < 2:
-        raise ValueError("R-precision: all captions are of one class, and there is none to tell them from")
+        raise ValueError("R-precision: all captions are of one class, and there are no others to compare with")
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.choice(some, choices - 1, replace=False) for some in apart])
     codes, sentences, others = unit(codes), unit(sentences), unit(others)

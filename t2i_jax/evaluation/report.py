@@ -86,7 +86,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def evaluate_pictures(
+def evaluate_images(
     generated: np.ndarray,
     real: np.ndarray,
     captions: Sequence[str],

@@ -25,7 +25,7 @@ from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space, batches, in_batches
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS
-from t2i_jax.evaluation.report import Number, Report, evaluate_pictures, evaluate_reconstruction
+from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
 from t2i_jax.models.damsm import DAMSM
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
@@ -170,7 +170,7 @@ def evaluate_matching(matching: Matching, reference: Experiment, out: Path, coun
 
 
 def classes_of(records: Sequence[Record]) -> list[Hashable]:
-    """What tells captions apart: the label, or the first caption of a record without one."""
+    """The class of each record's caption: the label, or the first caption of a record without one."""
     return [int(r["label"]) if "label" in r else title(r) for r in records]
 
 
@@ -232,7 +232,7 @@ def evaluate_family(
             on_progress = lambda done, _, task=task, progress=progress: progress.update(task, completed=done)
             made = pipeline.sample(prompts, seeds, options, size, on_progress)
             seconds, drawn = seconds + time.perf_counter() - began, drawn + len(prompts)
-        found = evaluate_pictures(made, real, prompts, images_of(train), spaces)
+        found = evaluate_images(made, real, prompts, images_of(train), spaces)
         found |= critic.evaluate(made, prompts, real) if critic else {}
         if matching is not None:
             asked = [title(r) for r in records] if reads_classes(pipeline.family) else prompts

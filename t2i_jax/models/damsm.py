@@ -221,9 +221,3 @@ class DAMSM(Checked):
     ) -> LossOutput:
         """The same sum."""
         return LossOutput(self.text_loss(model, batch, key, step, train).loss, {})
-
-    def loss(self, model: DAMSMNetwork, batch: EncoderBatch, key: Array, train: bool = True) -> LossOutput:
-        """The loss of a batch with its own forward pass."""
-        step = jnp.int32(0)
-        outputs = self.forward(model, batch, key, step, train)
-        return self.text_loss(model, MatchingBatch(**batch, outputs=outputs), key, step, train)

@@ -19,17 +19,15 @@ from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, NotNegative, Positive, Range, Size
-from t2i_jax.core.params import named, rebuild
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
 from t2i_jax.networks.condition import SentenceAndWords, check_vectors
-from t2i_jax.networks.damsm import ImageEncoder
+from t2i_jax.networks.damsm import ImageEncoder, caption_losses
 from t2i_jax.networks.one_stage import OneStage, OneStageGenerator
 from t2i_jax.networks.one_way import OneWay, OneWayDiscriminator
-from t2i_jax.nn.adversarial import Adversary, fooling, gradient_penalty, input_gradients, judgement
-from t2i_jax.nn.layers import ModelState, replace
+from t2i_jax.nn.adversarial import Adversary, discriminator_loss, generator_loss, gradient_penalty, input_gradients
+from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
-from t2i_jax.nn.matching import matching_losses
 from t2i_jax.sampling.interpolation import lerp, slerp
 from t2i_jax.sampling.options import GANSampler
 from t2i_jax.sampling.progress import report
@@ -57,13 +55,13 @@ R1 = GradientPenalty(5.0, 2.0, sentence=False)
 """gamma / 2 |g|^2 by the image, gamma = 10 (Mescheder et al. 2018, arXiv:1801.04406, eq. 9)."""
 
 
-class Painted(NamedTuple):
+class GeneratedImages(NamedTuple):
     """What the objectives share: the images of a step."""
 
     images: Array
     """(b, i, j, 3) in [-1, 1], fp32"""
-    state: dict[str, Array]
-    """the generator's new running statistics, by name"""
+    generator: OneStageGenerator
+    """with the running statistics after these images"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ class GAN(BaseFamily):
     """size of the sentence vector, for conditions that are projected"""
     adversary: Adversary = "hinge"
     penalty: GradientPenalty | None = GradientPenalty()
-    mismatched: Literal["rolled", "next"] = "rolled"
+    mismatched: Literal["rolled", "shifted"] = "rolled"
     """the discriminator's images with sentences of other images: that of the image before, the last one's for the first
     (DF-GAN); or that of the next, and none for the last (SSA-GAN). Equal sentences do match, and do not count"""
     alternating: bool = True
@@ -150,15 +148,12 @@ class GAN(BaseFamily):
     def _apart(self) -> bool:
         return self.penalty is not None and (self.penalty.apart or self.penalty.every > 1)
 
-    def forward(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> Painted:
+    def forward(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> GeneratedImages:
         """The images of a step: one for each example, of its condition and new noise."""
         generator, count = model.generator, len(batch["image"])
         z = jax.random.normal(key, (count, self.network.noise))
-        painting, after = generator(z, generator.read(batch, count).pooled, train)
-        old = named(generator)
-        state = {k: v for k, v in named(after).items() if isinstance(v, ModelState)}
-        new = {k: v for k, v in state.items() if v.get_value() is not old[k].get_value()}
-        return Painted(painting.images, {k: v[...] for k, v in new.items()})
+        output, after = generator(z, generator.read(batch, count).pooled, train)
+        return GeneratedImages(output.images, after)
 
     def discriminator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
         """Real pairs against generated images and mismatched pairs, which count half each; and the penalty.
@@ -176,14 +171,14 @@ class GAN(BaseFamily):
         else:
             real, features, each = self._penalised(judge, images, sentence, self.penalty)
             penalty = weighted_mean(each, weight)
-        painted = jax.lax.stop_gradient(_painted(batch).images)
-        fake = judge.logits(judge.features(painted), sentence)
+        generated = jax.lax.stop_gradient(_generated(batch).images)
+        fake = judge.logits(judge.features(generated), sentence)
         others, apart = self._mismatched(sentence, weight)
         wrong = judge.logits(features, others)
         terms = {
-            "real": weighted_mean(judgement(real, True, self.adversary), weight),
-            "fake": weighted_mean(judgement(fake, False, self.adversary), weight),
-            "mismatched": weighted_mean(judgement(wrong, False, self.adversary), apart),
+            "real": weighted_mean(discriminator_loss(real, True, self.adversary), weight),
+            "fake": weighted_mean(discriminator_loss(fake, False, self.adversary), weight),
+            "mismatched": weighted_mean(discriminator_loss(wrong, False, self.adversary), apart),
             "penalty": penalty,
         }
         loss = terms["real"] + (terms["fake"] + terms["mismatched"]) / 2 + penalty
@@ -201,28 +196,20 @@ class GAN(BaseFamily):
     def generator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
         """-mean D(G(z, s), s) with hinges, and the term of `matching`; the returned state holds the running
         statistics."""
-        judge, (images, state) = model.judge, _painted(batch)
+        judge, (images, generator) = model.judge, _generated(batch)
         logits = judge.logits(judge.features(images), judge.read(batch, len(images)).pooled)
-        terms = {"adversarial": row_mean(fooling(logits, self.adversary), batch)}
+        terms = {"adversarial": row_mean(generator_loss(logits, self.adversary), batch)}
         loss = terms["adversarial"]
         if self.matching:
-            terms["matching"] = self.matched(cast(ImageEncoder, batch["frozen"]), model, batch, images)
+            encoder = cast(ImageEncoder, batch["frozen"])
+            terms["matching"] = sum(self.matched(encoder, model, batch, images).values(), jnp.zeros(()))
             loss = loss + self.matching_weight * terms["matching"]
-        return LossOutput(loss, {"loss": loss, **terms}, _with_state(model, state) if state else None)
+        return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=generator))
 
-    def matched(self, encoder: ImageEncoder, model: GANNetwork, batch: Batch, images: Array) -> Array:
-        """The sum of the four losses of matching images to their captions, without weight.
-
-        Errors: `ConfigError` for an encoder of another space than the words.
-        """
-        context, (regions, code) = model.generator.read(batch, len(images)), encoder(images)
-        if regions.shape[-1] != context.tokens.shape[-1]:
-            sizes = f"its regions have {regions.shape[-1]} numbers, the words {context.tokens.shape[-1]}"
-            raise ConfigError(f"GAN.matching: {sizes}; the condition is to be of the same DAMSM")
-        mask = context.mask & (row_weights(batch, len(images))[:, None] > 0)
-        pairs = context.tokens, mask, context.pooled, regions, code
-        losses = matching_losses(*pairs, batch.get("label"), *self.gammas)
-        return jnp.sum(jnp.stack(list(losses.values())))
+    def matched(self, encoder: ImageEncoder, model: GANNetwork, batch: Batch, images: Array) -> dict[str, Array]:
+        """The four losses of matching images to their captions, unweighted: `networks.damsm.caption_losses`."""
+        context, weight = model.generator.read(batch, len(images)), row_weights(batch, len(images))
+        return caption_losses(encoder, context, images, weight, batch.get("label"), self.gammas)
 
     def _penalised(
         self, judge: OneWayDiscriminator, images: Array, sentence: Array, penalty: GradientPenalty
@@ -299,11 +286,5 @@ class GANNetwork(nnx.Module):
         return self.discriminator
 
 
-def _painted(batch: Batch) -> Painted:
-    return cast(Painted, batch["outputs"])
-
-
-def _with_state(model: GANNetwork, state: dict[str, Array]) -> GANNetwork:
-    """The model with new running statistics of its generator."""
-    new = {k: v.replace(state[k]) if k in state else v for k, v in named(model.generator).items()}
-    return replace(model, generator=rebuild(model.generator, new))
+def _generated(batch: Batch) -> GeneratedImages:
+    return cast(GeneratedImages, batch["outputs"])

@@ -25,13 +25,19 @@ from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
 from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
-from t2i_jax.networks.damsm import ImageEncoder
-from t2i_jax.networks.staged_discriminator import Judge, ScaleDiscriminator
-from t2i_jax.networks.staged_generator import Painting, StagedGenerator
-from t2i_jax.nn.adversarial import Adversary, fooling, gaussian_kl, gradient_penalty, input_gradients, judgement
+from t2i_jax.networks.damsm import ImageEncoder, caption_losses
+from t2i_jax.networks.staged_discriminator import ScaleDiscriminator, ScaleDiscriminatorNetwork
+from t2i_jax.networks.staged_generator import StagedGenerator, StageOutput
+from t2i_jax.nn.adversarial import (
+    Adversary,
+    discriminator_loss,
+    gaussian_kl,
+    generator_loss,
+    gradient_penalty,
+    input_gradients,
+)
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_weights, weighted_mean
-from t2i_jax.nn.matching import matching_losses
 from t2i_jax.sampling.interpolation import lerp, slerp
 from t2i_jax.sampling.options import GANSampler
 from t2i_jax.sampling.progress import report
@@ -71,10 +77,10 @@ ALONE = Terms(0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 """Of an unconditional StackGAN++."""
 
 
-class Painted(NamedTuple):
+class GeneratedStages(NamedTuple):
     """What the generator makes of a batch, for the losses of all objectives."""
 
-    stages: tuple[Painting, ...]
+    stages: tuple[StageOutput, ...]
     context: Context | None
     generator: ConditionalGenerator
     """with the running statistics after this batch"""
@@ -85,7 +91,7 @@ class LossBatch(TypedDict):
 
     image: Array
     """float (b, i, j, 3) in [-1, 1]"""
-    outputs: Painted
+    outputs: GeneratedStages
     """of `forward`"""
     label: NotRequired[Array]
     """int (b,), classes whose captions are no negatives of each other in the matching loss"""
@@ -117,13 +123,14 @@ class StagedGAN(BaseFamily):
     which the generator's loss has a gradient"""
     terms: tuple[Terms, ...] = (Terms(),)
     """of each discriminator's loss; the last serves all further scales"""
-    fool: NotNegative = 1.0
+    adversarial: NotNegative = 1.0
     """weight of the generator's loss at images with captions"""
-    fool_alone: NotNegative = 1.0
+    adversarial_alone: NotNegative = 1.0
     """the same at images alone"""
-    wrong: Literal["rolled", "shifted", "images"] = "rolled"
-    """wrong pairs: features of real images with the caption of the next; the same without the last pair, as AttnGAN and
-    DM-GAN; or real images rolled by one, which pass the whole discriminator, as StackGAN++"""
+    mismatched: Literal["rolled", "shifted", "images"] = "rolled"
+    """wrong pairs: features of real images with the caption of the image before, the last one's for the first; with
+    that of the next, and none for the last (AttnGAN, DM-GAN); or captions with the image before, which passes the whole
+    discriminator (StackGAN++)"""
     adversary: Adversary = "vanilla"
     penalty: NotNegative = 0.0
     """weight of half the squared gradient of each discriminator's logits at real images (R1, Mescheder et al. 2018),
@@ -142,8 +149,8 @@ class StagedGAN(BaseFamily):
     """weight of the four losses of words and sentences (AttnGAN, eq. 14)"""
     gammas: tuple[float, float, float] = (4.0, 5.0, 10.0)
     """their factors gamma1, gamma2 and gamma3"""
-    simultaneous: bool = False
-    """all objectives are computed at the same parameters; else the generator's after the discriminators' updates"""
+    alternating: bool = True
+    """the generator learns from the discriminators as updated in the same step; else all from those before it"""
     compute: Compute = Compute()
     sampling: Annotated[GANSampler, FREE] = GANSampler()
 
@@ -216,12 +223,14 @@ class StagedGAN(BaseFamily):
             if self.penalty:
                 loss = partial(self.penalty_loss, scale=n)
                 found[f"penalty{n}"] = Objective(loss, params, name, self.penalty_every, after=(name,))
-        after = () if self.simultaneous else tuple(found)
+        after = tuple(found) if self.alternating else ()
         return {**found, "generator": Objective(self.generator_loss, ("generator",), after=after)}
 
     # -- training
 
-    def forward(self, model: StagedGANNetwork, batch: Batch, key: Array, step: Array, train: bool = True) -> Painted:
+    def forward(
+        self, model: StagedGANNetwork, batch: Batch, key: Array, step: Array, train: bool = True
+    ) -> GeneratedStages:
         """The images of a batch, one for each caption, by the generator as it is."""
         b, noises = len(batch["image"]), jax.random.split(key)
         noise = jax.random.normal(noises[0], (b, self.network.noise))
@@ -233,14 +242,14 @@ class StagedGAN(BaseFamily):
         """Size of the noise of the conditioning augmentations."""
         return self.network.augmentation.size * sum(self.network.augments) if self.is_conditional else 0
 
-    def judged_condition(self, painted: Painted, scale: int, by_generator: bool = False) -> Array | None:
+    def judged_condition(self, outputs: GeneratedStages, scale: int, by_generator: bool = False) -> Array | None:
         """What the discriminator of a scale reads of the condition, (b, c); None for an unconditional model."""
-        if painted.context is None:
+        if outputs.context is None:
             return None
-        code = painted.stages[scale].code
+        code = outputs.stages[scale].code
         if self.judged == "mean" and code is not None:
             return code.mean if by_generator else jax.lax.stop_gradient(code.mean)
-        return jax.lax.stop_gradient(painted.context.pooled)
+        return jax.lax.stop_gradient(outputs.context.pooled)
 
     def discriminator_loss(
         self,
@@ -253,10 +262,10 @@ class StagedGAN(BaseFamily):
         scale: int,
     ) -> LossOutput:
         """Loss of the discriminator of one scale on real images, wrong pairs and the generator's images."""
-        painted, weight = batch["outputs"], self.weights(batch)
+        outputs, weight = batch["outputs"], self.weights(batch)
         real = shrunk(batch["image"], self.network.sizes[scale])
-        fake = jax.lax.stop_gradient(painted.stages[scale].image)
-        condition = self.judged_condition(painted, scale)
+        fake = jax.lax.stop_gradient(outputs.stages[scale].image)
+        condition = self.judged_condition(outputs, scale)
         means, judge = self.judge(model.discriminators[scale], real, fake, condition, train, weight=weight)
         loss, metrics = self.weighed(means, scale)
         judges = [judge if n == scale else other for n, other in enumerate(model.discriminators)]
@@ -292,22 +301,22 @@ class StagedGAN(BaseFamily):
 
     def judge(
         self,
-        judge: Judge,
+        judge: ScaleDiscriminatorNetwork,
         real: Array,
         fake: Array,
         condition: Array | None,
         train: bool,
         wrong: Array | None = None,
         weight: Array | None = None,
-    ) -> tuple[dict[str, Array], Judge]:
+    ) -> tuple[dict[str, Array], ScaleDiscriminatorNetwork]:
         """The mean loss at each kind of image, by its name in `Terms`, and the renewed discriminator.
 
-        real, fake, wrong: images float (b, i, j, 3) in [-1, 1]; wrong, with `wrong` "images", are by default the real
-        ones rolled by one. condition: (b, c). weight: of each example (b,), 1 by default.
+        real, fake, wrong: images float (b, i, j, 3) in [-1, 1]; wrong, with `mismatched` "images", are by default the
+        real ones rolled by one. condition: (b, c). weight: of each example (b,), 1 by default.
         """
         weight = jnp.ones(len(real)) if weight is None else weight
         cast = lambda x: x.astype(self.compute.dtype)
-        seen, by_image = {}, self.wrong == "images" and condition is not None
+        seen, by_image = {}, self.mismatched == "images" and condition is not None
         seen["real"], judge = judge.features(cast(real), train)
         if by_image:
             wrong = jnp.roll(real, 1, 0) if wrong is None else wrong
@@ -317,16 +326,19 @@ class StagedGAN(BaseFamily):
         if condition is not None:
             pairs = {k: (h, condition, weight) for k, h in seen.items()}
             if not by_image:
-                end = -1 if self.wrong == "shifted" else len(real)
-                other = [jnp.roll(x, -1, 0)[:end] for x in (condition, weight)]
-                pairs["wrong"] = seen["real"][:end], other[0], weight[:end] * other[1]
+                if self.mismatched == "shifted":
+                    pairs["wrong"] = seen["real"][:-1], condition[1:], weight[:-1] * weight[1:]
+                else:
+                    pairs["wrong"] = seen["real"], jnp.roll(condition, 1, 0), weight * jnp.roll(weight, 1)
             for kind, (features, caption, share) in pairs.items():
                 logits, judge = judge.matches(features, cast(caption), train)
-                means[kind] = weighted_mean(judgement(logits, kind == "real", self.adversary), share)
+                means[kind] = weighted_mean(discriminator_loss(logits, kind == "real", self.adversary), share)
         if judge.alone is not None:
             for kind, features in seen.items():
                 logits = judge.judges_alone(features)
-                means[f"{kind}_alone"] = weighted_mean(judgement(logits, kind != "fake", self.adversary), weight)
+                means[f"{kind}_alone"] = weighted_mean(
+                    discriminator_loss(logits, kind != "fake", self.adversary), weight
+                )
         return means, judge
 
     @staticmethod
@@ -344,57 +356,54 @@ class StagedGAN(BaseFamily):
         self, model: StagedGANNetwork, batch: LossBatch, key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Loss of the generator: to fool every discriminator, and the terms that have a weight."""
-        painted, weight = batch["outputs"], self.weights(batch)
-        terms = self.fooled(model, painted, weight, train) | self.regularised(painted, weight)
+        outputs, weight = batch["outputs"], self.weights(batch)
+        terms = self.fooled(model, outputs, weight, train) | self.regularised(outputs, weight)
         loss = sum(terms.values(), jnp.zeros(()))
         if self.matching:
-            terms |= {f"matching/{k}": v for k, v in self.matched(painted, batch, weight).items()}
+            terms |= {f"matching/{k}": v for k, v in self.matched(outputs, batch, weight).items()}
             loss = loss + self.matching_weight * sum(v for k, v in terms.items() if k.startswith("matching/"))
-        return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=painted.generator))
+        return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=outputs.generator))
 
-    def fooled(self, model: StagedGANNetwork, painted: Painted, weight: Array, train: bool = True) -> dict[str, Array]:
+    def fooled(
+        self, model: StagedGANNetwork, outputs: GeneratedStages, weight: Array, train: bool = True
+    ) -> dict[str, Array]:
         """The weighted loss by each discriminator, by the name of its scale. They keep no statistics of these calls."""
         found = {}
-        for n, (judge, stage) in enumerate(zip(model.discriminators, painted.stages, strict=True)):
+        for n, (judge, stage) in enumerate(zip(model.discriminators, outputs.stages, strict=True)):
             features, judge = judge.features(stage.image.astype(self.compute.dtype), train)
-            condition, terms = self.judged_condition(painted, n, by_generator=True), jnp.zeros(())
-            if condition is not None and self.fool:
+            condition, terms = self.judged_condition(outputs, n, by_generator=True), jnp.zeros(())
+            if condition is not None and self.adversarial:
                 logits, _ = judge.matches(features, condition.astype(self.compute.dtype), train)
-                terms = terms + self.fool * weighted_mean(fooling(logits, self.adversary), weight)
-            if judge.alone is not None and self.fool_alone:
+                terms = terms + self.adversarial * weighted_mean(generator_loss(logits, self.adversary), weight)
+            if judge.alone is not None and self.adversarial_alone:
                 logits = judge.judges_alone(features)
-                terms = terms + self.fool_alone * weighted_mean(fooling(logits, self.adversary), weight)
+                terms = terms + self.adversarial_alone * weighted_mean(generator_loss(logits, self.adversary), weight)
             found[f"adversarial{n}"] = terms
         return found
 
-    def regularised(self, painted: Painted, weight: Array) -> dict[str, Array]:
+    def regularised(self, outputs: GeneratedStages, weight: Array) -> dict[str, Array]:
         """The weighted KL of the conditioning augmentations, and the weighted consistency of colours."""
         terms: dict[str, Array] = {}
-        codes = [stage.code for stage, own in zip(painted.stages, self.network.augments, strict=True) if own]
+        codes = [stage.code for stage, own in zip(outputs.stages, self.network.augments, strict=True) if own]
         divergences = [gaussian_kl(code.mean, code.log_variance) for code in codes if code is not None]
         if self.kl and divergences:
             terms["kl"] = self.kl * weighted_mean(sum(divergences, jnp.zeros(())), weight)
-        if self.color and len(painted.stages) > 1:
-            images = [stage.image for stage in painted.stages]
+        if self.color and len(outputs.stages) > 1:
+            images = [stage.image for stage in outputs.stages]
             pairs = map(color_differences, images[1:], map(jax.lax.stop_gradient, images))
             terms["color"] = self.color * sum((means + 5 * covariances for means, covariances in pairs), jnp.zeros(()))
         return terms
 
-    def matched(self, painted: Painted, batch: LossBatch, weight: Array) -> dict[str, Array]:
-        """The four losses of matching the last image to its caption, unweighted, among the examples of weight not 0.
+    def matched(self, outputs: GeneratedStages, batch: LossBatch, weight: Array) -> dict[str, Array]:
+        """The four losses of matching the last image to its caption, unweighted: `networks.damsm.caption_losses`.
 
-        Errors: ValueError if the batch has no image encoder; `ConfigError` for one of another space than the words.
+        Errors: ValueError if the batch has no image encoder.
         """
-        context, encoder = painted.context, batch.get("frozen")
+        context, encoder = outputs.context, batch.get("frozen")
         if encoder is None or context is None:
             raise ValueError('a matching loss needs batch["frozen"], which `StagedGAN.frozen()` gives')
-        regions, code = encoder(painted.stages[-1].image)
-        words, sentence = map(jax.lax.stop_gradient, (context.tokens, context.pooled))
-        if regions.shape[-1] != words.shape[-1]:
-            sizes = f"its regions have {regions.shape[-1]} numbers, the words {words.shape[-1]}"
-            raise ConfigError(f"matching: {sizes}; the condition is to be of the same DAMSM")
-        mask = context.mask & (weight > 0)[:, None]
-        return matching_losses(words, mask, sentence, regions, code, batch.get("label"), *self.gammas)
+        image, classes = outputs.stages[-1].image, batch.get("label")
+        return caption_losses(encoder, context, image, weight, classes, self.gammas)
 
     # -- sampling
 
@@ -457,10 +466,12 @@ class ConditionalGenerator(nnx.Module):
             return None
         return read_context(self.config.condition, self.condition, batch, jnp.zeros(b, bool), self.config.compute.dtype)
 
-    def __call__(self, context: Context | None, noise: Array, augmentation: Array, train: bool = False) -> Painted:
+    def __call__(
+        self, context: Context | None, noise: Array, augmentation: Array, train: bool = False
+    ) -> GeneratedStages:
         """The images of all stages, from an encoded condition, and noise (b, n) and (b, m c)."""
         stages, network = self.network(context, noise, augmentation, self.config.compute.dtype, train)
-        return Painted(stages, context, replace(self, network=network))
+        return GeneratedStages(stages, context, replace(self, network=network))
 
 
 def between(here: Context, there: Context, share: Array) -> Context:

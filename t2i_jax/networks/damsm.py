@@ -10,7 +10,10 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.networks.condition import Context
 from t2i_jax.nn.layers import Embedding, Linear
+from t2i_jax.nn.matching import matching_losses
 from t2i_jax.nn.recurrent import Bidirectional, Cell
 from t2i_jax.nn.transformer import drop
 
@@ -70,3 +73,24 @@ class ImageEncoder(nnx.Module):
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
         return self.heads(*self.trunk(images))
+
+
+def caption_losses(
+    encoder: ImageEncoder,
+    context: Context,
+    images: Array,
+    weight: Array,
+    classes: Array | None,
+    gammas: tuple[float, float, float],
+) -> dict[str, Array]:
+    """The four losses of `nn.matching.matching_losses` of images (b, i, j, 3) and the captions that they were made for,
+    among the examples of weight (b,) not 0; the gradient is by the images alone.
+
+    Errors: `ConfigError` for an encoder of another space than the words.
+    """
+    regions, code = encoder(images)
+    words, sentence = map(jax.lax.stop_gradient, (context.tokens, context.pooled))
+    if regions.shape[-1] != words.shape[-1]:
+        sizes = f"its regions have {regions.shape[-1]} numbers, the words {words.shape[-1]}"
+        raise ConfigError(f"matching: {sizes}; the condition is to be of the same DAMSM")
+    return matching_losses(words, context.mask & (weight > 0)[:, None], sentence, regions, code, classes, *gammas)

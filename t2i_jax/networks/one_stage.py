@@ -108,7 +108,7 @@ class OneStage(Checked):
         return OneStageGenerator(self, condition, sentence, key, compute)
 
 
-class Painting(NamedTuple):
+class OneStageOutput(NamedTuple):
     """What a generator makes."""
 
     images: Array
@@ -138,7 +138,7 @@ class OneStageGenerator(nnx.Module):
         """Encode the condition of a batch of `count` rows."""
         return read_context(self.what, self.condition, batch, jnp.zeros(count, bool), self.compute.dtype)
 
-    def __call__(self, z: Array, sentence: Array, train: bool) -> tuple[Painting, OneStageGenerator]:
+    def __call__(self, z: Array, sentence: Array, train: bool) -> tuple[OneStageOutput, OneStageGenerator]:
         """Noise (b, k) and sentences (b, k') -> images; and the generator with new running statistics."""
         config, dtype, masks, blocks = self.config, self.compute.dtype, [], []
         z, sentence, (rows, columns) = z.astype(dtype), sentence.astype(dtype), config.start
@@ -155,7 +155,7 @@ class OneStageGenerator(nnx.Module):
             blocks.append(block)
         x, norm = (x, None) if self.norm is None else self.norm(x, train)
         images = jnp.tanh(self.out(leaky(x)).astype(jnp.float32))
-        return Painting(images, tuple(masks)), replace(self, blocks=nnx.List(blocks), mask=predictor, norm=norm)
+        return OneStageOutput(images, tuple(masks)), replace(self, blocks=nnx.List(blocks), mask=predictor, norm=norm)
 
 
 class Affine(nnx.Module):

@@ -36,12 +36,12 @@ class ScaleDiscriminator(Checked):
         """Whether a conditional discriminator has a head for images alone; last: that of the largest scale."""
         return self.alone == "all" or (self.alone == "last" and last)
 
-    def init(self, size: int, c: int, last: bool, key: Array) -> Judge:
+    def init(self, size: int, c: int, last: bool, key: Array) -> ScaleDiscriminatorNetwork:
         """size: rows and columns of the image; c: size of the condition, 0 for none; last: the largest scale."""
-        return Judge(self, size, c, last, key)
+        return ScaleDiscriminatorNetwork(self, size, c, last, key)
 
 
-class Judge(nnx.Module):
+class ScaleDiscriminatorNetwork(nnx.Module):
     """Images (b, i, j, 3) in [-1, 1] -> features (b, 4, 4, d) -> logits, high for real and matching.
 
     Every call returns the renewed module too: norms have running statistics or a power iteration.
@@ -71,12 +71,12 @@ class Judge(nnx.Module):
             return ConvBlock(SpectralConv(conv, keys[1]), None, "leaky")
         return ConvBlock(conv, None if first else BatchNorm(f, keys[1]), "leaky")
 
-    def features(self, images: Array, train: bool) -> tuple[Array, Judge]:
+    def features(self, images: Array, train: bool) -> tuple[Array, ScaleDiscriminatorNetwork]:
         """Features (b, 4, 4, d) of images, in their dtype."""
         h, trunk = in_turn(self.trunk, images, train)
         return h, replace(self, trunk=trunk)
 
-    def matches(self, features: Array, condition: Array, train: bool) -> tuple[Array, Judge]:
+    def matches(self, features: Array, condition: Array, train: bool) -> tuple[Array, ScaleDiscriminatorNetwork]:
         """Logits (b,) fp32 of features with a condition (b, c). Errors: ValueError for an unconditional one."""
         if self.joint is None or self.matching is None:
             raise ValueError("an unconditional discriminator reads no condition")

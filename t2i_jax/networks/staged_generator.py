@@ -1,4 +1,4 @@
-"""Generators in stages: a small image first, then stages that refine its features at twice the size and paint anew.
+"""Generators in stages: a small image first, then stages that refine its features at twice the size.
 
 StackGAN (Zhang et al. 2017, arXiv:1612.03242), StackGAN++ (Zhang et al. 2018, arXiv:1710.10916), AttnGAN (Xu et al.
 2018, arXiv:1711.10485) and DM-GAN (Zhu et al. 2019, arXiv:1904.01310) differ in what a refining stage mixes into the
@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
     """noise of the conditioning augmentations, one after the other (b, m c)"""
 
 
-class Painting(NamedTuple):
+class StageOutput(NamedTuple):
     """What a stage gives."""
 
     features: Array
@@ -93,7 +93,7 @@ class Painting(NamedTuple):
 
 
 Mixed = tuple[Array, Mapping[str, Array]]
-"""features (b, i, j, 2 f) of a stage that ends with f channels, and `Painting.seen`"""
+"""features (b, i, j, 2 f) of a stage that ends with f channels, and `StageOutput.seen`"""
 
 
 class Mixer(Protocol):
@@ -152,7 +152,7 @@ class JointMixer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class WordAttention(Checked):
-    """Every position attends to the projected words, and reads the sum beside its features (AttnGAN, eq. 2)."""
+    """Every position attends to the projected words, and reads the sum along with its features (AttnGAN, eq. 2)."""
 
     residuals: Layers = 2
 
@@ -246,14 +246,14 @@ class FirstStage(nnx.Module):
         self.up = nnx.List([doubling(w >> n, (w >> n) // 2, gate, keys) for n in range(config.doublings)])
         self.out = Conv(config.width, 3, next(keys), bias=False)
 
-    def __call__(self, code: Code | None, inputs: Inputs, train: bool) -> tuple[Painting, FirstStage]:
+    def __call__(self, code: Code | None, inputs: Inputs, train: bool) -> tuple[StageOutput, FirstStage]:
         parts = [inputs.noise] if code is None else [code.sample, inputs.noise]
         y = jnp.concatenate(parts[::-1] if self.config.noise_first else parts, -1).astype(inputs.noise.dtype)
         y, norm = self.norm(self.fc(y), train)
         # The gate splits channels, which are counted first in the features of the linear layer.
         y = ACTIVATIONS[self.config.gate](rearrange(y, "b (c i j) -> b i j c", i=4, j=4))
         h, up = in_turn(self.up, shard(y, "batch", None, None, None), train)
-        return Painting(h, paint(self.out, h), code, {}), replace(self, norm=norm, up=up)
+        return StageOutput(h, to_image(self.out, h), code, {}), replace(self, norm=norm, up=up)
 
 
 def doubling(c: int, f: int, gate: Gate, keys: Iterator[Array]) -> ConvBlock:
@@ -262,7 +262,7 @@ def doubling(c: int, f: int, gate: Gate, keys: Iterator[Array]) -> ConvBlock:
     return ConvBlock(Upsample(c, next(keys), wide, bias=False), BatchNorm(wide, next(keys)), gate)
 
 
-def paint(out: Conv, h: Array) -> Array:
+def to_image(out: Conv, h: Array) -> Array:
     """The image (b, i, j, 3) in [-1, 1], fp32, of features (b, i, j, w)."""
     return jnp.tanh(at_least_fp32(out(h)))
 
@@ -277,12 +277,14 @@ class RefiningStage(nnx.Module):
         self.up = doubling(mixed, mixed // 2, config.gate, keys)
         self.out = Conv(mixed // 2, 3, next(keys), bias=False)
 
-    def __call__(self, last: Painting, inputs: Inputs, train: bool) -> tuple[Painting, RefiningStage]:
+    def __call__(self, last: StageOutput, inputs: Inputs, train: bool) -> tuple[StageOutput, RefiningStage]:
         code = inputs.noise if last.code is None else last.code.sample
         (h, seen), mixer = self.mixer(shard(last.features, "batch", None, None, None), code, inputs, train)
         h, residuals = in_turn(self.residuals, h, train)
         h, up = self.up(h, train)
-        return Painting(h, paint(self.out, h), last.code, seen), replace(self, mixer=mixer, residuals=residuals, up=up)
+        return StageOutput(h, to_image(self.out, h), last.code, seen), replace(
+            self, mixer=mixer, residuals=residuals, up=up
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +314,7 @@ class RedrawingStage(nnx.Module):
         self.up = nnx.List([doubling(w >> n, w >> n + 1, gate, keys) for n in range(self.DOUBLINGS)])
         self.out = Conv(w >> self.DOUBLINGS, 3, next(keys), bias=False)
 
-    def __call__(self, last: Painting, inputs: Inputs, train: bool) -> tuple[Painting, RedrawingStage]:
+    def __call__(self, last: StageOutput, inputs: Inputs, train: bool) -> tuple[StageOutput, RedrawingStage]:
         code = self.augmenting(inputs.context.pooled, inputs.augmentation[:, -self.augmenting.config.size :])
         x = jax.lax.stop_gradient(last.image).astype(inputs.noise.dtype)
         h, down = in_turn(self.down, jax.nn.relu(self.stem(x)), train)
@@ -320,7 +322,7 @@ class RedrawingStage(nnx.Module):
         h, residuals = in_turn(self.residuals, h, train)
         h, up = in_turn(self.up, h, train)
         after = replace(self, down=down, mixer=mixer, residuals=residuals, up=up)
-        return Painting(h, paint(self.out, h), code, seen), after
+        return StageOutput(h, to_image(self.out, h), code, seen), after
 
 
 def halving(c: int, f: int, gate: Gate, keys: Iterator[Array]) -> ConvBlock:
@@ -398,7 +400,7 @@ def enlargement(stage: Stage) -> int:
 
 
 class Generator(nnx.Module):
-    """A condition and noise -> `Painting` of every stage, and the renewed generator."""
+    """A condition and noise -> `StageOutput` of every stage, and the renewed generator."""
 
     def __init__(self, config: StagedGenerator, k: int, key: Array):
         keys, c = jax.random.split(key, 2 + len(config.stages)), config.augmentation.size if k else config.noise
@@ -416,22 +418,22 @@ class Generator(nnx.Module):
 
     def __call__(
         self, context: Context | None, noise: Array, augmentation: Array, dtype: DTypeLike, train: bool
-    ) -> tuple[tuple[Painting, ...], Generator]:
+    ) -> tuple[tuple[StageOutput, ...], Generator]:
         """context: sentence and words, None for an unconditional generator; noise: (b, n) fp32; augmentation: noise of
         the conditioning augmentations (b, m c) fp32, one after the other; dtype: of the computation."""
         inputs = Inputs(context, noise.astype(dtype), augmentation)
         code = None
         if self.augmenting is not None and context is not None:
             code = self.augmenting(context.pooled, augmentation[:, : self.config.augmentation.size])
-        painting, first = self.first(code, inputs, train)
-        paintings, stages = [painting], []
+        output, first = self.first(code, inputs, train)
+        outputs, stages = [output], []
         for size, stage in zip(self.config.sizes, self.stages, strict=False):
             if self.config.published_masks and context is not None:
                 inputs = inputs._replace(context=context._replace(mask=published_mask(context.mask, size**2)))
-            painting, after = stage(painting, inputs, train)
-            paintings.append(painting)
+            output, after = stage(output, inputs, train)
+            outputs.append(output)
             stages.append(after)
-        return tuple(paintings), replace(self, first=first, stages=nnx.List(stages))
+        return tuple(outputs), replace(self, first=first, stages=nnx.List(stages))
 
 
 @typed

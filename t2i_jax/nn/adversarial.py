@@ -12,35 +12,32 @@ from jax import Array
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.layers import at_least_fp32
 
-
-def hinge_discriminator(real: Array, fake: Array) -> Array:
-    """Hinge loss of the discriminator: logits above 1 for real and below -1 for fake cost nothing (Lim & Ye 2017)."""
-    return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
-
-
-def vanilla_discriminator(real: Array, fake: Array) -> Array:
-    """Loss of the discriminator: half the binary cross-entropy of real and fake (Goodfellow et al. 2014)."""
-    return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
-
-
-def hinge_generator(fake: Array) -> Array:
-    """Loss of the generator: the negated mean logit of its images."""
-    return -jnp.mean(fake)
-
-
 Adversary = Literal["hinge", "vanilla"]
-"""Losses of both players: hinges, or the cross-entropy of real and fake, which does not saturate for the generator."""
+"""Losses of both players: hinges, or the cross-entropy of real and fake."""
 
 
-def judgement(logits: Array, real: bool, adversary: Adversary) -> Array:
+def discriminator_loss(logits: Array, real: bool, adversary: Adversary) -> Array:
     """Loss of the discriminator at each logit, whose image (and condition) is real, or is not: of the shape of the
-    logits, fp32."""
+    logits, fp32.
+
+    hinge: max(0, 1 - D) for real and max(0, 1 + D) for fake (Lim & Ye 2017); vanilla: the cross-entropy (Goodfellow et
+    al. 2014).
+    """
     signed = at_least_fp32(logits) if real else -at_least_fp32(logits)
     return jax.nn.relu(1 - signed) if adversary == "hinge" else jax.nn.softplus(-signed)
 
 
-def fooling(logits: Array, adversary: Adversary) -> Array:
-    """Loss of the generator at the logit of each of its images: of the shape of the logits, fp32."""
+def mean_discriminator_loss(real: Array, fake: Array, adversary: Adversary) -> Array:
+    """Half the sum of the mean losses at logits of real and of fake images, a scalar."""
+    at_real, at_fake = discriminator_loss(real, True, adversary), discriminator_loss(fake, False, adversary)
+    return (at_real.mean() + at_fake.mean()) / 2
+
+
+def generator_loss(logits: Array, adversary: Adversary) -> Array:
+    """Loss of the generator at the logit of each of its images: of the shape of the logits, fp32.
+
+    hinge: -D; vanilla: the cross-entropy of taking it for real, which does not saturate.
+    """
     return -at_least_fp32(logits) if adversary == "hinge" else jax.nn.softplus(-at_least_fp32(logits))
 
 

@@ -1,4 +1,4 @@
-"""Matching of captions and images: words attend to regions, and pairs are told from all others of the batch.
+"""Matching of captions and images: words attend to regions, and each pair is compared with all others of the batch.
 
 This is the deep attentional multimodal similarity of AttnGAN (Xu et al. 2018, arXiv:1711.10485, section 3.2).
 """

@@ -12,7 +12,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vgg
-from t2i_jax.nn import adversarial
+from t2i_jax.nn.adversarial import generator_loss, mean_discriminator_loss
 from tests.published.parity import InDouble, Oracle
 
 
@@ -118,9 +118,6 @@ def clip_gen_vqgan(oracle: Oracle) -> dict[str, Any]:
 def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
     meta, inputs = oracle.config, oracle.inputs
     _, judge = convert("taming-discriminator", oracle.tensors)
-    loss_of = {"hinge": adversarial.hinge_discriminator, "vanilla": adversarial.vanilla_discriminator}[
-        meta["disc_loss"]
-    ]
     real, h = nhwc(inputs["inputs"]), nhwc(inputs["last_feature"])
     last = rearrange(jnp.asarray(inputs["last_layer_weight"]), "f c i j -> i j c f")
     steps = sorted(int(name.split("step")[1]) for name in oracle.outputs if name.startswith("gen_loss_step"))
@@ -130,7 +127,7 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
         paint = lambda w: jax.lax.conv_general_dilated(h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         seen = meta.get("perceptual_weight", 1.0) * jnp.mean(inputs["perceptual_value"])
         faithful = lambda w: losses.reconstruction(real, paint(w), "l1") + seen
-        fool = lambda w: adversarial.hinge_generator(judge(paint(w))[0])
+        fool = lambda w: generator_loss(judge(paint(w))[0], "hinge").mean()
         weight = meta["disc_weight"] * losses.adaptive_weight(faithful, fool, last)
         ours = {"recon": nchw(paint(last))}
         ours |= {f"disc_logits_real_{k}": nchw(judge(real, k == "train")[0]) for k in ("train", "eval")}
@@ -141,7 +138,8 @@ def taming_vqloss(oracle: Oracle) -> dict[str, Any]:
             loss, slope = jax.value_and_grad(total)(last)
             ours |= {f"gen_loss_step{step}": loss, f"d_weight_step{step}": weight, f"nll_step{step}": faithful(last)}
             ours[f"grad_last_layer_step{step}"] = rearrange(slope, "i j c f -> f c i j")
-            ours[f"disc_loss_step{step}"] = on * loss_of(judge(real)[0], judge(paint(last))[0])
+            logits = judge(real)[0], judge(paint(last))[0]
+            ours[f"disc_loss_step{step}"] = on * mean_discriminator_loss(*logits, meta["disc_loss"])
         return ours
 
     return play(judge, last)

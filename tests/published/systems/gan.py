@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.family import with_fields
-from t2i_jax.models.gan import GAN, GANNetwork, Painted
+from t2i_jax.models.gan import GAN, GANNetwork, GeneratedImages
 from t2i_jax.networks.damsm import ImageEncoder
 from t2i_jax.nn.adversarial import gradient_penalty, input_gradients
 from t2i_jax.sampling.options import GANSampler
@@ -38,9 +38,9 @@ def dfgan(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def play(model: GANNetwork) -> tuple[dict[str, Any], GANNetwork, GANNetwork]:
         fake = model.generator(z, sentence, True)[0].images
-        told, by_judge = _game(config.discriminator_loss, model, batch, fake)
+        outcome, by_judge = _game(config.discriminator_loss, model, batch, fake)
         paint = lambda m: m.generator(z, sentence, True)[0].images
-        fooled, by_painter = jax.value_and_grad(lambda m: _of(config.generator_loss, m, batch, paint(m)).loss)(model)
+        fooled, by_generator = jax.value_and_grad(lambda m: _of(config.generator_loss, m, batch, paint(m)).loss)(model)
         judge = model.judge
         features = judge.features(batch["image"])
         ours = {
@@ -52,10 +52,12 @@ def dfgan(oracle: Oracle) -> dict[str, Any]:
         }
         ours |= {"pred_real": _map(judge.logits(features, sentence))}
         ours |= {"pred_fake": _map(judge.logits(judge.features(fake), sentence))}
-        return ours | _terms(told) | {"errD": told["loss"]}, by_judge, by_painter
+        return ours | _terms(outcome) | {"errD": outcome["loss"]}, by_judge, by_generator
 
-    ours, by_judge, by_painter = play(model)
-    ours |= _gradients("dfgan", config, by_judge, "grad.netD.") | _gradients("dfgan", config, by_painter, "grad.netG.")
+    ours, by_judge, by_generator = play(model)
+    ours |= _gradients("dfgan", config, by_judge, "grad.netD.") | _gradients(
+        "dfgan", config, by_generator, "grad.netG."
+    )
     # The published draw is SciPy's; ours is of the same law.
     seed = int(re.sub(r"\D", "", next(name for name in oracle.outputs if name.startswith("truncated_noise"))))
     name, law = f"truncated_noise_seed{seed}", config.sampling
@@ -86,8 +88,8 @@ def ssagan(oracle: Oracle) -> dict[str, Any]:
         ours |= _blocks(config, generator, z, sentence, made.masks)
         features = judge.features(real)
         ours |= {"real_features": nchw(features), "pred_real": _map(judge.logits(features, sentence))}
-        told, by_judge = _game(config.discriminator_loss, model, batch, made.images)
-        ours |= _terms(told) | {"errD": told["loss"]}
+        outcome, by_judge = _game(config.discriminator_loss, model, batch, made.images)
+        ours |= _terms(outcome) | {"errD": outcome["loss"]}
         features, back = jax.vjp(judge.features, real)
         by_features, by_sentence = input_gradients(judge.logits, features, sentence)[1]
         ours["ma_gp_norms"] = gradient_penalty((*back(by_features), by_sentence), 1.0)
@@ -97,13 +99,13 @@ def ssagan(oracle: Oracle) -> dict[str, Any]:
             painting, after = model.generator(z, sentence, True)
             return _of(config.generator_loss, model, batch, painting.images).loss, (painting, after)
 
-        (loss, (painting, after)), by_painter = jax.value_and_grad(fool, has_aux=True)(model)
+        (loss, (painting, after)), by_generator = jax.value_and_grad(fool, has_aux=True)(model)
         of_block = after.blocks[int(which[0])]
         statistics = (of_block.norm1 if which[1] == "0" else of_block.norm2).norm
         ours |= {"ma_gp": penalty, "errG": loss, "fake_train": nchw(painting.images)}
         ours |= {f"mask{side}_train": nchw(painting.masks[-1])}
         ours |= {"train_running_mean": statistics.mean[...], "train_running_var": statistics.var[...]}
-        return ours, by_judge, by_painter, by_penalty
+        return ours, by_judge, by_generator, by_penalty
 
     ours, *slopes = play(model)
     for gradients, prefix in zip(slopes, ("grad.netD.", "grad.netG.", "grad_ma_gp.netD."), strict=True):
@@ -115,7 +117,7 @@ def ssagan(oracle: Oracle) -> dict[str, Any]:
         matching = with_fields(config, matching="its encoder", gammas=(meta["GAMMA1"], meta["GAMMA2"], meta["GAMMA3"]))
         shown = cast(ImageEncoder, lambda images: (regions, code))
         classes = {"label": jnp.asarray(inputs["class_ids"])}
-        return meta["LAMBDA"] * matching.matched(shown, model, batch | classes, real)
+        return meta["LAMBDA"] * sum(matching.matched(shown, model, batch | classes, real).values())
 
     regions = rearrange(jnp.asarray(inputs["region_features"]), "b k i j -> b (i j) k")
     ours["damsm"], by_images = jax.value_and_grad(match, (0, 1))(regions, jnp.asarray(inputs["image_code"]))
@@ -136,17 +138,17 @@ def _batch(images: jax.Array, sentence: ArrayLike, words: ArrayLike) -> dict[str
 
 
 def _of(loss: Any, model: GANNetwork, batch: dict[str, jax.Array], fake: jax.Array) -> Any:
-    return loss(model, batch | {"outputs": Painted(fake, {})}, *AT, True)
+    return loss(model, batch | {"outputs": GeneratedImages(fake, model.generator)}, *AT, True)
 
 
 def _game(loss: Any, model: GANNetwork, batch: dict[str, jax.Array], fake: jax.Array) -> tuple[Any, GANNetwork]:
     """The metrics of a loss of the discriminator, and its gradients."""
 
-    def told(model: GANNetwork) -> tuple[jax.Array, Any]:
+    def outcome(model: GANNetwork) -> tuple[jax.Array, Any]:
         output = _of(loss, model, batch, fake)
         return output.loss, output.metrics
 
-    (_, metrics), slopes = jax.value_and_grad(told, has_aux=True)(model)
+    (_, metrics), slopes = jax.value_and_grad(outcome, has_aux=True)(model)
     return metrics, slopes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange, reduce, repeat
 
 from t2i_jax.convert import convert, restore
-from t2i_jax.models.staged_gan import Painted, color_differences, colors
+from t2i_jax.models.staged_gan import GeneratedStages, color_differences, colors
 from t2i_jax.networks.condition import Context
 from t2i_jax.nn.adversarial import gaussian_kl
 from t2i_jax.nn.layers import replace
@@ -36,21 +36,21 @@ def strided(ours: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
     return ours
 
 
-def images(painted: Painted, suffix: str = "") -> dict[str, Any]:
+def images(painted: GeneratedStages, suffix: str = "") -> dict[str, Any]:
     return {f"fake{stage.image.shape[1]}{suffix}": nchw(stage.image) for stage in painted.stages}
 
 
 def enlarged(low: np.ndarray, size: int) -> jax.Array:
-    """tanh of a small image, enlarged to a size by repetition: what stands for a real image."""
+    """tanh of a small image, enlarged to a size by repetition: in place of a real image."""
     times = size // low.shape[2]
     return jnp.tanh(repeat(nhwc(low), "b i j c -> b (i p) (j q) c", p=times, q=times))
 
 
-def asked(slopes: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
+def wanted(slopes: dict[str, Any], oracle: Oracle) -> dict[str, Any]:
     return {f"grad.{k}": v for k, v in slopes.items() if f"grad.{k}" in oracle.outputs}
 
 
-def running(name: str, config: Any, model: Any, painted: Painted, oracle: Oracle) -> dict[str, Any]:
+def running(name: str, config: Any, model: Any, painted: GeneratedStages, oracle: Oracle) -> dict[str, Any]:
     """The generator's running statistics after one forward pass: `train_running_*`, of the layer that the line about
     the array names, or of the one before."""
     tensors = restore(name, config, replace(model, generator=painted.generator))
@@ -70,11 +70,11 @@ def sentences_and_words(oracle: Oracle) -> tuple[Context, Context]:
     return context, context._replace(mask=jnp.ones_like(context.mask))
 
 
-def painter(oracle: Oracle) -> Callable[..., Painted]:
+def painter(oracle: Oracle) -> Callable[..., GeneratedStages]:
     """(model, context, train, rows) -> the images of the generator from the folder's noise."""
     noise, eps = (jnp.asarray(oracle.inputs[k]) for k in ("noise", "ca_noise"))
 
-    def paint(model: Any, context: Context, train: bool = False, rows: int | None = None) -> Painted:
+    def paint(model: Any, context: Context, train: bool = False, rows: int | None = None) -> GeneratedStages:
         few = jax.tree.map(lambda x: x[:rows], context)
         return model.generator(few, noise[:rows], eps[:rows], train)
 
@@ -101,7 +101,7 @@ def matched(oracle: Oracle, context: Context) -> dict[str, Any]:
     return ours | {"grad.word_emb": rearrange(slopes[1], "b s k -> b k s"), "grad.sent_emb": slopes[2]}
 
 
-def codes(painted: Painted) -> dict[str, Any]:
+def codes(painted: GeneratedStages) -> dict[str, Any]:
     code = painted.stages[0].code
     return {
         "mu": code.mean,
@@ -213,16 +213,16 @@ def dmgan(oracle: Oracle) -> dict[str, Any]:
     (total, (metrics, painted)), slope = trained(model)
     ours |= images(painted, "_train") | {"G_total": total, "G_loss": total - metrics["kl"]}
     ours |= running("dmgan", config, model, painted, oracle)
-    ours |= asked(restore("dmgan", config, slope), oracle)
+    ours |= wanted(restore("dmgan", config, slope), oracle)
     judged = replace(slope, discriminators=type(model.discriminators)(slopes))
-    ours |= asked({k: v for k, v in restore("dmgan", config, judged).items() if k.startswith("netD")}, oracle)
+    ours |= wanted({k: v for k, v in restore("dmgan", config, judged).items() if k.startswith("netD")}, oracle)
     return strided(ours, oracle) | matched(oracle, context)
 
 
 def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
-    inputs, told = oracle.inputs, oracle.config
-    conditional = bool(told["B_CONDITION"])
-    hints = {"kl": float(told["KL"]), "uncond_loss": float(told["UNCOND_LOSS"]), "color": float(told["COLOR_LOSS"])}
+    inputs, meta = oracle.inputs, oracle.config
+    conditional = bool(meta["B_CONDITION"])
+    hints = {"kl": float(meta["KL"]), "uncond_loss": float(meta["UNCOND_LOSS"]), "color": float(meta["COLOR_LOSS"])}
     config, model = convert("stackgan_v2", oracle.tensors, **hints)
     noise = jnp.asarray(inputs["noise"])
     eps = jnp.asarray(inputs["ca_noise"]) if conditional else jnp.zeros((len(noise), 0))
@@ -274,7 +274,7 @@ def stackgan_v2(oracle: Oracle) -> dict[str, Any]:
     many = type(model.discriminators)
     after = restore("stackgan_v2", config, replace(model, discriminators=many(judges)))
     ours |= {f"D{n}_running_mean": after[f"netD{n}.img_code_s16.3.running_mean"] for n in range(len(judges))}
-    ours |= asked(restore("stackgan_v2", config, replace(slope, discriminators=many(slopes))), oracle)
+    ours |= wanted(restore("stackgan_v2", config, replace(slope, discriminators=many(slopes))), oracle)
     return strided(ours, oracle)
 
 
