@@ -13,7 +13,7 @@ from t2i_jax import comparison
 from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.comparison.measure import ReferenceSet, work
 from t2i_jax.comparison.report import table, write
-from t2i_jax.comparison.run import check_length
+from t2i_jax.comparison.run import averaged, check_length
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.core.family import with_fields
@@ -134,6 +134,22 @@ def test_a_report_tells_every_number(tmp_path):
     assert table({"x": {"pixels/top1": 0.0}}, {"pixels/top1": ("p", "{:.2f}")})[2] == "| x | 0 |"
 
 
+def test_repeats_are_trainings_of_other_seeds_and_their_table_has_intervals():
+    experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")), Train(seed=4))
+    each = Comparison("", "", {"a": experiment, "b": experiment}, experiment, 1e9, repeats=3).repeated()
+    assert [(name, run, e.train.seed) for name, (run, e) in each.items()] == [
+        *(("a", "a", 4), ("b", "b", 4)),
+        *(("a, repeat 1", "a", 5), ("b, repeat 1", "b", 5)),
+        *(("a, repeat 2", "a", 6), ("b, repeat 2", "b", 6)),
+    ]
+    # Of 1, 2, 3: the mean 2, the deviation 1, Student's t of two degrees of freedom 4.303.
+    found = averaged([{"pixels/top1": 1.0 + n, "steps": 7.0} for n in range(3)])
+    assert found["pixels/top1"] == 2 and found["pixels/top1/interval"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    columns = {"steps": ("steps", "{:.0f}"), "pixels/top1": ("p", "{:.2f}")}
+    assert table({"x": found}, columns)[2] == "| x | 7 | 2.00 ± 2.48 |"
+    assert averaged([{"steps": 7.0}]) == {"steps": 7.0}
+
+
 def test_a_sweep_of_a_run_that_is_not_there_says_which_are():
     experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
     sweep = Sweep("Steps", "steps", (2,), {"ours": Variant("b")})
@@ -142,7 +158,7 @@ def test_a_sweep_of_a_run_that_is_not_there_says_which_are():
     sweep = Sweep("Pull", "pull", (2,), {"ours": Variant("a", classifier="c")})
     with pytest.raises(ConfigError, match=r"sweeps.s.ours: there is no run 'c'; there are none"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, {"s": sweep})
-    with pytest.raises(ConfigError, match="two batches"):
+    with pytest.raises(ConfigError, match="multiple of batch_size 3"):
         Comparison("", "", {"a": experiment}, experiment, 1e9, count=4, batch_size=3)
 
 
@@ -154,13 +170,14 @@ def test_what_was_trained_and_measured_is_not_done_again(tmp_path, monkeypatch):
     captions = [c for record in data.examples() for c in record["captions"]]
     train_vocabulary(captions, tmp_path / "words.model", size=300)
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
-    condition = CaptionEncoder(words.vocabulary, 8, width=16, depth=1, heads=2)
+    condition = CaptionEncoder(words.pieces, 8, width=16, depth=1, heads=2)
     network = with_fields(NETWORK, size=(16, 16), condition=condition)
     model = dataclasses.replace(MODEL, network=network)
     experiment = Experiment(model, data, Train(evaluate_batches=1), text=words)
     sweeps = {"steps": Sweep("Steps", "steps", (1, 2), {"heun": Variant("a", family={"solver": "heun"})})}
-    wanted = Comparison("T", "A", {"a": experiment}, experiment, 5e8, sweeps, count=8, batch_size=4)
+    wanted = Comparison("T", "A", {"a": experiment}, experiment, 5e8, sweeps, count=8, batch_size=4, repeats=2)
     first = comparison.run(wanted, tmp_path / "runs", tmp_path / "out")
     assert first["runs"]["a"]["steps"] > 2 and 0 < first["runs"]["a"]["share_of_limit"] < 1
+    assert "steps/interval" in first["runs"]["a"] and (tmp_path / "runs" / "a, repeat 1" / "config.json").exists()
     monkeypatch.setattr(ReferenceSet, "draw", None)
     assert comparison.run(wanted, tmp_path / "runs", tmp_path / "out")["sweeps"] == first["sweeps"]

@@ -117,7 +117,7 @@ def test_codec_and_stream_train_on_captions_and_draw(tmp_path):
     codec = dataclasses.replace(STRIDED, kl=0.01)
     train(Experiment(codec, data, Train(steps=2, **settings)), tmp_path / "codec")
     words = SentencePiece(str(tmp_path / "words.model"), length=8)
-    text = StreamText(words.vocabulary, 8, start=True, unique_padding=True)
+    text = StreamText(words.pieces, 8, start=True, unique_padding=True)
     stream = with_fields(
         Stream(),
         vocabulary=12,

@@ -51,23 +51,23 @@ class ReferenceSet:
         return numbers
 
     def draw(self, sampler: Sampler, title: str) -> tuple[np.ndarray, float]:
-        """Images for all prompts (or their classes), and the median seconds of a batch, the first left out.
+        """Images for all prompts (or their classes), and the seconds an image of the median batch, once compiled.
 
         Text features and decoding are part of it, as they are for a user.
         """
         size, made, taken = self.comparison.batch_size, [], []
         prompts = prompts_of(self.records, sampler.program.family)
-        prompts = prompts[: len(prompts) // size * size]
+        next(sampler.batches(prompts, range(len(prompts)), size))  # compiles
         seeds = range(self.comparison.seed, self.comparison.seed + len(prompts))
         with bar() as progress:
             task = progress.add_task(title, total=len(prompts))
             began = time.perf_counter()
             for images in sampler.batches(prompts, seeds, size):
                 made.append(images)
-                taken.append(time.perf_counter() - began)
-                progress.advance(task, size)
+                taken.append((time.perf_counter() - began) / len(images))
+                progress.advance(task, len(images))
                 began = time.perf_counter()
-        return np.concatenate(made), statistics.median(taken[1:])
+        return np.concatenate(made), statistics.median(taken)
 
 
 def work(sampler: Sampler, prompts: Sequence[str]) -> float:
@@ -87,9 +87,9 @@ def measure(ruler: ReferenceSet, sampler: Sampler, title: str) -> tuple[dict[str
     size = ruler.comparison.batch_size
     each = work(sampler, prompts_of(ruler.records[:size], sampler.program.family)) / size
     speed = {
-        "seconds_per_image": seconds / size,
+        "seconds_per_image": seconds,
         "gflops_per_image": each / 1e9,
         "flops_limit": limit,
-        "share_of_limit": each / (limit * sampler.mesh.size) * size / seconds,
+        "share_of_limit": each / (limit * sampler.mesh.size) / seconds,
     }
     return ruler.judge(made) | speed, made

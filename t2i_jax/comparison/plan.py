@@ -60,6 +60,19 @@ class Comparison(Checked):
     batch_size: Size = 25
     """images drawn at once; the speed is that of such a batch"""
     seed: Seed = 0
+    """of the images' noise"""
+    repeats: Size = 1
+    """trainings of each run, the seed of each one above that of the one before: the table of runs has their means, with
+    intervals of 95 %; sweeps are of the first"""
+
+    def repeated(self) -> dict[str, tuple[str, Experiment]]:
+        """Each training by the name of its folder: the run that it is one of, and what is trained."""
+        found = {}
+        for n in range(self.repeats):
+            for name, experiment in self.runs.items():
+                train = dataclasses.replace(experiment.train, seed=experiment.train.seed + n)
+                found[f"{name}, repeat {n}" if n else name] = name, dataclasses.replace(experiment, train=train)
+        return found
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,10 +87,7 @@ class Comparison(Checked):
                     odd = sorted(given.keys() - values(value).keys())
                     if odd:
                         raise ConfigError(f"sweeps.{name}.{label}: {type(value).__name__} has no field '{odd[0]}'")
-        if self.count < 2 * self.batch_size or self.count % self.batch_size:
-            raise ConfigError(
-                f"count {self.count}: a multiple of batch_size {self.batch_size}, at least two batches; the first is "
-                "not timed"
-            )
+        if self.count % self.batch_size:
+            raise ConfigError(f"count {self.count}: must be a multiple of batch_size {self.batch_size}")
         if self.count <= NEIGHBOURS:
             raise ConfigError(f"count {self.count}: what is measured needs at least {NEIGHBOURS + 1} images")

@@ -22,6 +22,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "pixels/frechet": ("Fréchet, pixels", "{:.2f}"),
     "efficientnet_lite0/precision": ("precision", "{:.2f}"),
     "efficientnet_lite0/recall": ("recall", "{:.2f}"),
+    "efficientnet_lite0/coverage": ("coverage", "{:.2f}"),
     "seconds_per_image": ("s / image", "{:.3f}"),
     "gflops_per_image": ("GFLOP / image", "{:.2f}"),
     "share_of_limit": ("of FLOP limit", "{:.0%}"),
@@ -64,7 +65,8 @@ def write(
         "counted. "
         f"{len(ruler.prompts)} images each, of known concepts in words that were not trained on; retrieval finds the "
         f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few images "
-        "compare within this page only. Speed is that of a batch of "
+        "compare within this page only. "
+        f"{_repeats(comparison.repeats)}Speed is that of a batch of "
         f"{comparison.batch_size}, text and decoding included, against the best matrix product before and after.",
         "",
         *table({**found["runs"], "real images": found["real"]}, {**RUN_COLUMNS, **COLUMNS}),
@@ -85,10 +87,22 @@ def write(
     write_markdown(out.with_suffix(".md"), "\n".join(lines))
 
 
+def _repeats(count: int) -> str:
+    if count == 1:
+        return ""
+    return f"Numbers are means over {count} trainings with different seeds, ± half of an interval of 95 %. "
+
+
 def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Rows of Markdown, without columns that no row has."""
+    """Rows of Markdown, without columns that no row has. An interval follows its mean, but for what does not vary."""
     used = {k: c for k, c in columns.items() if any(k in numbers for numbers in rows.values())}
-    cell = lambda numbers, k, form: form.format(numbers[k]) if numbers.get(k) else "-" if k not in numbers else "0"
+
+    def cell(numbers: Mapping[str, float], k: str, form: str) -> str:
+        if k not in numbers:
+            return "-"
+        interval = numbers.get(f"{k}/interval", 0.0)
+        return (form.format(numbers[k]) if numbers[k] else "0") + (f" ± {form.format(interval)}" if interval else "")
+
     lines = ["| | " + " | ".join(title for title, _ in used.values()) + " |", "|---|" + "---:|" * len(used)]
     for name, numbers in rows.items():
         lines.append(f"| {name} | " + " | ".join(cell(numbers, k, form) for k, (_, form) in used.items()) + " |")

@@ -6,13 +6,15 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
+from scipy.special import stdtrit
 
 from t2i_jax.bench.measure import Result
 from t2i_jax.comparison.measure import ReferenceSet, measure
@@ -39,7 +41,8 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
     """
     check_free(*files_of(comparison, out))
     ruler = ReferenceSet(comparison)
-    every = {**comparison.runs, **comparison.guides}
+    repeated = comparison.repeated()
+    every = {**{name: experiment for name, (_, experiment) in repeated.items()}, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
     for name, experiment in trained.items():
         check_length(experiment, folder / name)
@@ -50,16 +53,20 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
         "guides": {},
         "sweeps": {},
     }
+    known: dict[str, dict[str, float]] = {}
     for name, experiment in trained.items():
         console.rule(f"{name}: {experiment.train.steps} steps")
         train(experiment, folder / name)
-        found["runs" if name in comparison.runs else "guides"][name] = facts(experiment, folder / name)
+        known[name] = facts(experiment, folder / name)
         gc.collect()
     sheets: dict[str, np.ndarray] = {}
     with_memory = ResultCache(folder / "measured", comparison, trained, ruler)
-    for name in comparison.runs:
+    for name in repeated:
         numbers, sheets[name] = with_memory(Variant(name), {}, name)
-        found["runs"][name] |= numbers
+        known[name] |= numbers
+    for run in comparison.runs:
+        found["runs"][run] = averaged([known[name] for name, (of, _) in repeated.items() if of == run])
+    found["guides"] = {name: known[name] for name in comparison.guides}
     for name, sweep in comparison.sweeps.items():
         found["sweeps"][name] = {}
         for label, line in sweep.lines.items():
@@ -67,7 +74,17 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
             found["sweeps"][name][label] = points
     ceiling = ruler.judge(ruler.real) | {"seconds_per_image": 0.0}
     found |= {"real": ceiling, "chance": 1 / len(ruler.prompts), "device": jax.devices()[0].device_kind}
-    write(comparison, found, ruler, sheets, out, command)
+    write(comparison, found, ruler, {name: sheets[name] for name in comparison.runs}, out, command)
+    return found
+
+
+def averaged(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over trainings; and of more than one `NAME/interval`, half of the interval of 95 % by Student's t."""
+    names = [name for name in each[0] if all(name in numbers for numbers in each)]
+    found = {name: statistics.fmean(numbers[name] for numbers in each) for name in names}
+    if len(each) > 1:
+        half = stdtrit(len(each) - 1, 0.975) / math.sqrt(len(each))
+        found |= {f"{name}/interval": half * statistics.stdev(numbers[name] for numbers in each) for name in names}
     return found
 
 
@@ -98,7 +115,8 @@ def check_length(experiment: Experiment, folder: Path) -> None:
 
 
 def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
-    """Size and speed of a trained run: parameters, steps, and the minutes that its steps took at their median rate."""
+    """Size and speed of a trained run: parameters, steps, and the minutes that its steps took at their median rate, but
+    for a run too short to have one."""
     model = abstract(experiment.model)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rates = [r["images_per_second"] for r in records if "images_per_second" in r]
@@ -107,7 +125,7 @@ def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(model)),
         "steps": experiment.train.steps,
-        "training_minutes": seen / statistics.median(rates) / 60,
+        **({"training_minutes": seen / statistics.median(rates) / 60} if rates else {}),
         **held_out,
     }
 
