@@ -262,6 +262,21 @@ def test_precomputed_arrays_pass_through(tmp_path):
     np.testing.assert_array_equal(first["features"][:, 0, 0], 10 * first["codes"][:, 0, 0])
 
 
+def test_swapped_captions_are_those_of_one_other_record(tmp_path):
+    row = lambda i: {"codes": np.full((1,), i), "captions": ["x" * (1 + i)], "features": np.full((1, 1, 1), i)}
+    write_records(tmp_path / "r", [row(i) for i in range(8)])
+    data = Data(ArrayRecord(str(tmp_path / "r")), batch_size=8, fields=("codes",), swapped_captions=True)
+    pairs = [
+        {(int(code[0]), int(text[0])) for code, text in zip(batch["codes"], batch["text"], strict=True)}
+        for batch in take(data, 3)
+    ]
+    assert pairs[0] == pairs[1] == pairs[2]
+    assert sorted(text - 1 for _, text in pairs[0]) == list(range(8)) and all(c + 1 != t for c, t in pairs[0])
+    (batch,) = take(dataclasses.replace(data, fields=("codes", "features")), 1, text=None)
+    assert not np.any(batch["features"][:, 0, 0] == batch["codes"][:, 0])
+    assert data.examples()[3]["captions"] == ["xxxx"]  # what is measured with has its own
+
+
 def test_stored_features_that_are_not_wanted_leave_captions_to_the_tokenizer(tmp_path):
     row = {"codes": np.zeros((2, 2)), "features": np.zeros((1, 3, 4)), "text_mask": np.ones((1, 3), bool)}
     write_records(tmp_path / "r", [row | {"captions": ["a cat"]}] * 4)

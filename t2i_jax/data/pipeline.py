@@ -35,7 +35,7 @@ from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
 from t2i_jax.data.order import Order, Parts, Rows
 from t2i_jax.data.records import DataError, Reader, Record
-from t2i_jax.data.sources import Concat, Mixture, Source
+from t2i_jax.data.sources import Concat, Mixture, Source, Swapped
 from t2i_jax.data.transforms import choose_caption, may_flip, to_square
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,9 @@ class Data(Checked):
     """Words of captions that a mirrored image would contradict."""
     caption: Literal["random", "first"] = "random"
     """Which of several captions an example gets when training."""
+    swapped_captions: bool = False
+    """Train each image with the captions of another one, always the same: a control, which cannot learn what captions
+    say."""
     empty_captions: bool = False
     """Take a record without a caption, with the caption "" (the unconditional one of many models); else it is broken
     where captions are needed."""
@@ -134,6 +137,7 @@ class Data(Checked):
         if isinstance(source, Mixture) and isinstance(reader, Concat):
             sizes, weights = [len(r) for r in reader.readers], source.weights
         order = Order(sizes, weights, self.seed)
+        reader = Swapped(reader, self.seed) if self.swapped_captions and split == "train" else reader
         examples = _Examples(self, reader, order, Parts(sizes), text, split == "train", spec)
 
         def stream(done: int) -> Iterator[Collated]:

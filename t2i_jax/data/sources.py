@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from t2i_jax.core.config import read_json
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.core.text import decode_text
@@ -355,6 +357,34 @@ class Strided:
 
     def __getitem__(self, i: int) -> Record:
         return self.reader[i * self.every]
+
+
+OF_CAPTIONS = ("captions", "features", "text_mask")
+"""What a record says of its image in words, and what was computed from the words."""
+
+
+class Swapped:
+    """Records with the captions of other records, the same ones whenever they are read."""
+
+    def __init__(self, reader: Reader, seed: int):
+        self.reader = reader
+        order = np.random.default_rng(seed).permutation(len(reader))
+        self.other = np.empty_like(order)
+        self.other[order] = np.roll(order, 1)  # one cycle: no record keeps its own
+
+    def key(self, i: int) -> str:
+        return self.reader.key(i)
+
+    def notes(self, captions: bool) -> list[str]:
+        return self.reader.notes(captions)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int) -> Record:
+        other = self.reader[int(self.other[i])]
+        kept = {name: value for name, value in self.reader[i].items() if name not in OF_CAPTIONS}
+        return kept | {name: other[name] for name in OF_CAPTIONS if name in other}
 
 
 class Concat(Parts):
