@@ -9,6 +9,7 @@ from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.metrics import (
     GaussianFit,
     blocks,
+    distinct,
     frechet,
     inception_score,
     kernel_distance,
@@ -86,6 +87,13 @@ def test_overlap_by_brute_force(monkeypatch):
     np.testing.assert_allclose(found.density, np.mean([inside(p, x) for p in y]) / k)
     hit = [min(np.linalg.norm(p - q) for q in y) <= r for p, r in zip(x, reach(x), strict=True)]
     assert found.coverage == np.mean(hit)
+
+
+def test_images_of_one_prompt_are_counted_as_far_as_they_differ():
+    real = np.arange(40.0)[:, None] * [[2.0, 0.0]]  # each two from its nearest
+    assert distinct(real[:7], real) == 7 and distinct(np.zeros((9, 2)), real) == 1
+    modes = np.repeat([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0]], 5, axis=0)
+    assert distinct(modes + rng.uniform(-0.5, 0.5, modes.shape), real) == 3
 
 
 def test_inception_score_limits():

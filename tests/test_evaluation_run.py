@@ -22,6 +22,8 @@ from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import Experiment
 from tests.fixtures import toys
 
+SPLITS = ("train", "test", "test_combo")
+
 
 def as_png(image):
     file = io.BytesIO()
@@ -39,7 +41,7 @@ class Letters:
         return ids, np.ones(ids.shape, bool)
 
 
-def data(folder, captions=True, broken=(4,)):
+def data(folder, captions=True, broken=(4,), splits=("train", "test")):
     rng = np.random.default_rng(0)
     records = [
         {
@@ -49,7 +51,7 @@ def data(folder, captions=True, broken=(4,)):
             "key": f"{split}{n}",
             "split": split,
         }
-        for split in ("train", "test")
+        for split in splits
         for n in range(9)
     ]
     for n in broken:  # these are left out
@@ -69,17 +71,18 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     text = None if isinstance(condition, ClassEmbedder) else Letters()
     asked = "label" in condition.batch_spec()
     pipeline = Pipeline.place(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
-    reference = Experiment(family, data(tmp_path / "records", captions=text is not None))
+    reference = Experiment(family, data(tmp_path / "records", text is not None, splits=SPLITS))
     spaces = [FeatureNetwork("pixels").load()]
     matching = None
     if text is not None:
         dots = lambda images: images.reshape(len(images), -1)[:, :5].astype(np.float32)
         matching = Matching(dots, lambda captions: text(captions)[0].astype(np.float32))
-    report = evaluate_family(pipeline, reference, tmp_path, spaces, 8, 8, 0, family.options(), False, matching)
+    report = evaluate_family(pipeline, reference, tmp_path, spaces, 8, 8, 0, family.options(), False, matching, 3)
     measured = {k.split("/", 1)[1] for k in report.numbers if "matching" in k}
     assert measured == ({"matching/r_precision", "matching/cosine"} if matching else set())
-    names = {"known classes"} if asked else {"new words", "new concepts"}
-    assert {k.split("/")[0] for k in report.numbers} == names
+    names = {"known classes"} if asked else {"new words", "new concepts", "new combinations"}
+    assert {k.split("/")[0] for k in report.numbers} == names | {"noises"}
+    assert 1 <= report.numbers["noises/pixels@16/distinct"].value <= 3 and (tmp_path / "noises.png").exists()
     bits = [n.value for k, n in report.numbers.items() if k.endswith("bits_per_token")]
     assert len(bits) == len(names) and all(0 < b < 10 for b in bits)
     assert report.facts["images"] == dict.fromkeys(names, 8)

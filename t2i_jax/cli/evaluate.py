@@ -31,11 +31,14 @@ class EvaluateArguments(Checked):
     data: str = ""
     """config whose data is the reference; the run's own unless given"""
     count: Annotated[int, Range(low=2)] = 100
-    """images per set of prompts: captions of the training concepts in new words, and concepts held out"""
+    """images per set of prompts: captions of the training concepts in new words, concepts held out, and held-out pairs
+    of known concepts and styles"""
     batch_size: Size = 50
     seed: Seed = 0
     spaces: tuple[str, ...] = ("pixels", "efficientnet_lite0")
     """feature spaces; `inception:FILE` with the weights that pytorch-fid uses"""
+    noises: Annotated[int, Range(low=0)] = 0
+    """also draw so many images of each of eight prompts, and count those that differ; shown in noises.png"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun"""
     mesh: str = ""
@@ -59,6 +62,7 @@ def run(arguments: list[str]) -> None:
         spaces=args.spaces,
         judge=args.judge,
         matching=args.matching,
+        noises=args.noises,
         solver=args.solver,
         mesh=read_mesh(args.mesh, MeshConfig()) if args.mesh else None,
         options=rest,

@@ -117,6 +117,22 @@ def distances(a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float
     return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0))
 
 
+@typed
+def distinct(images: Float[np.ndarray, "n k"], real: Float[np.ndarray, "m k"]) -> int:
+    """How many images differ from each other, by their features and those of real ones.
+
+    Taken in turn, one counts that is as far from all that were counted as the median real image is from the nearest
+    other real one.
+    """
+    check_features(real, 2)
+    nearest = np.concatenate([np.partition(distances(rows, real), 1, axis=1)[:, 1] for rows in blocks(real)])
+    apart, kept = distances(images, images) >= np.median(nearest), [0]
+    for i in range(1, len(images)):
+        if apart[i, kept].all():
+            kept.append(i)
+    return len(kept)
+
+
 def blocks(x: np.ndarray, size: int = 1024) -> list[np.ndarray]:
     """The rows of x in portions, so that matrices quadratic in images fit in memory."""
     return [x[i : i + size] for i in range(0, len(x), size)]

@@ -24,7 +24,7 @@ from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import FeatureNetwork, Space, batches, in_batches
 from t2i_jax.evaluation.matching import Matching
-from t2i_jax.evaluation.metrics import NEIGHBOURS
+from t2i_jax.evaluation.metrics import NEIGHBOURS, distinct
 from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
 from t2i_jax.models.damsm import DAMSM
 from t2i_jax.pipeline import Pipeline
@@ -45,6 +45,7 @@ def evaluate_folder(
     spaces: Sequence[str] = ("pixels", "efficientnet_lite0"),
     judge: bool = False,
     matching: str = "",
+    noises: int = 0,
     solver: str = "",
     mesh: MeshConfig | None = None,
     options: Sequence[str] = (),
@@ -52,10 +53,11 @@ def evaluate_folder(
     """Measure the codec or the model in `folder` against real images; write a report and a grid to `out`.
 
     reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM, for
-    R-precision. solver: another than that of the family. mesh: for the model; that of the reference unless given.
+    R-precision. noises: images of each of some prompts, whose variety is measured, and shown in `noises.png`; 0: none.
+    solver: another than that of the family. mesh: for the model; that of the reference unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
-    check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
+    check_free(*(out / name for name in ("report.json", "report.md", "samples.png", "noises.png")))
     kind = open_artifact(folder).artifact.config
     batch_size = min(batch_size, count)
     if reference is None:
@@ -75,7 +77,9 @@ def evaluate_folder(
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
-        report = evaluate_family(pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge, matcher)
+        report = evaluate_family(
+            pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge, matcher, noises
+        )
     report.save(out / "report.json")
     stdout().print(report.table())
     stdout().print(f"{out / 'report.json'}, {out / 'report.md'}, {out / 'samples.png'}")
@@ -200,14 +204,16 @@ def evaluate_family(
     options: SamplingOptions,
     judge: bool,
     matching: Matching | None = None,
+    noises: int = 0,
 ) -> Report:
-    """Images for captions that were never trained on, in two sets: known concepts in new words, held-out concepts; or
-    for the classes of training images."""
+    """Images for captions that were never trained on, in sets: known concepts in new words, held-out concepts, and
+    where the data has them held-out pairs of known concepts and styles; or for the classes of training images."""
     captions = not reads_classes(pipeline.family) and bool(pipeline.family.condition_spec())
     compared = judge or matching is not None
     train = records_of(reference, "train", 2000, compared)
     known = records_of(reference, "train", count, captions or compared)
-    every = {"new words": known, "new concepts": records_of(reference, "test", count, captions or compared)}
+    held_out = lambda split: records_of(reference, split, count, captions or compared)
+    every = {"new words": known, "new concepts": held_out("test"), "new combinations": held_out("test_combo")}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
     for name, records in {"training images": train, **sets}.items():
@@ -242,6 +248,8 @@ def evaluate_family(
         found |= bits_per_token(pipeline, records, said, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(image_files.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
+    if noises:
+        numbers |= variety(pipeline, next(iter(sets.values())), images_of(train), spaces, noises, size, options, out)
     image_files.save_png(stacked(sheets), out / "samples.png")
     family = pipeline.family
     facts = {
@@ -254,6 +262,43 @@ def evaluate_family(
         "device": jax.devices()[0].device_kind,
     }
     return Report(f"{type(pipeline.family).__name__}: images for captions", numbers, facts)
+
+
+def variety(
+    pipeline: Pipeline,
+    records: Sequence[Record],
+    real: np.ndarray,
+    spaces: Sequence[Space],
+    noises: int,
+    size: int,
+    options: SamplingOptions,
+    out: Path,
+    asked: int = 8,
+) -> dict[str, Number]:
+    """`noises/SPACE/distinct`: how many of a prompt's images differ, the mean over `asked` prompts; a generator that
+    ignores its noise has 1, as many real images of all prompts are the baseline. The first of them are in
+    `noises.png`."""
+    chosen = [records[int(i)] for i in np.linspace(0, len(records) - 1, min(asked, len(records))).round()]
+    prompts = prompts_of(chosen, pipeline.family)
+    several = [prompt for prompt in prompts for _ in range(noises)]
+    with bar() as progress:
+        task = progress.add_task("sampling: noises", total=len(several))
+        on_progress = lambda done, _: progress.update(task, completed=done)
+        made = pipeline.sample(several, range(len(several)), options, size, on_progress)
+    each = made.reshape(len(prompts), noises, *made.shape[1:])
+    shown = min(noises, 10)
+    titles = [prompt if n == 0 else "" for prompt in prompts for n in range(shown)]
+    image_files.save_png(
+        image_files.grid(each[:, :shown].reshape(-1, *made.shape[1:]), titles, columns=shown), out / "noises.png"
+    )
+    numbers = {}
+    for space in spaces:
+        known = space(real)
+        found = [distinct(space(images), known) for images in each]
+        stand_in = known[np.random.default_rng(0).permutation(len(known))[:noises]]
+        theirs = {"real": float(distinct(stand_in, known)), "images": float(noises)}
+        numbers[f"noises/{space.name}/distinct"] = Number(float(np.mean(found)), "higher", theirs)
+    return numbers
 
 
 def bits_per_token(
