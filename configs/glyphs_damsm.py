@@ -26,14 +26,14 @@ experiment = Experiment(
     model=DAMSM(vocabulary=1000, length=WORDS, trunk=EfficientNet(128)),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=64, crop="random", smallest_crop=0.9),
     train=Train(
-        steps=3000,
+        steps=1200,
         optimizer=OPTIMIZER,
         # The gradient of the recurrent layer alone is clipped.
         optimizers={"text": replace(OPTIMIZER, clip=0.25)},
-        evaluate_every=500,
+        evaluate_every=300,
         evaluate_batches=8,
         preview_every=0,
-        save_every=500,
+        save_every=300,
     ),
     text=SentencePiece("data/glyphs_all/vocabulary.model", length=WORDS),
 )
