@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 from typing import cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +75,10 @@ class Program:
             more["toward"] = dataclasses.replace(toward, condition=there)
         if self.classifier:
             more["classifier"] = jax.tree_util.Partial(self.classifier.log_p, parts["classifier"])
-        return self.family.sample(parts["model"], condition, keys, options, guided=guided, progress=progress, **more)
+        codes = self.family.sample(parts["model"], condition, keys, options, guided=guided, progress=progress, **more)
+        wanted, name = self.family.sample_spec(), type(self.family).__name__
+        chex.assert_shape(codes, (len(keys), *wanted.shape), custom_message=f"{name}.sample, by its sample_spec")
+        return codes
 
 
 @partial(jax.jit, static_argnames=("program", "guided"))
@@ -93,7 +97,9 @@ def _sample(
 
 
 def _decode(codec: Codec | None, model: object, codes: Array) -> Array:
-    return to_uint8(codec.decode(model, codes) if codec else codes)
+    images = codec.decode(model, codes) if codec else codes
+    chex.assert_shape(images, (len(codes), None, None, 3), custom_message=f"{type(codec).__name__}.decode")
+    return to_uint8(images)
 
 
 _decode_alone = jax.jit(_decode, static_argnums=0)

@@ -129,6 +129,12 @@ class Fixed(toys.Plain):
         return dict(self.named)
 
 
+def test_a_loss_that_is_no_single_number_is_named():
+    each = Objective(lambda m, batch, key, step, train: LossOutput(jnp.stack([m.x[...], m.y[...]]), {}), ("x",))
+    with pytest.raises(AssertionError, match="the loss of the objective 'a'"):
+        play({"a": each}, 1)
+
+
 def writing(**counts):
     """An objective that counts in these arrays."""
     count = lambda m: replace(m, **{k: named(m)[k][...] + n for k, n in counts.items()})

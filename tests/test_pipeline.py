@@ -99,6 +99,20 @@ def test_a_pipeline_is_frozen():
     np.testing.assert_array_equal(other("0", steps=4), pipeline_of(9)("0", steps=4))
 
 
+class Cropped(type(FAMILY)):
+    """Says that its samples are larger than they are."""
+
+    def sample(self, model, condition, keys, options=None, **more):
+        return super().sample(model, condition, keys, options, **more)[:, 1:]
+
+
+def test_a_family_that_breaks_its_word_is_named():
+    family = Cropped(**{f.name: getattr(FAMILY, f.name) for f in dataclasses.fields(FAMILY)})
+    pipe = t2i.Pipeline.place(family, weights(FAMILY), mesh=MeshConfig(1))
+    with pytest.raises(AssertionError, match=r"\(1, 3, 4, 3\) but.*\(1, 4, 4, 3\).*Cropped.sample, by its sample_"):
+        pipe(["0"], seeds=[0], steps=1)
+
+
 def test_guides_that_do_not_go_together_are_refused():
     guide = t2i.Autoguidance(Artifact(FAMILY, {}))
     with pytest.raises(t2i.ConfigError, match="two guides of one kind"):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -84,9 +85,12 @@ def make_step(
             objective = objectives[name]
             mine = under(objective.params, params)
 
-            def loss(mine: Named, outputs: object, objective=objective) -> tuple[Array, tuple[Metrics, Named]]:
+            def loss(
+                mine: Named, outputs: object, objective=objective, name=name
+            ) -> tuple[Array, tuple[Metrics, Named]]:
                 seen = batch if forward is None else batch | {"outputs": outputs}
                 output = objective.loss(model(mine), seen, key, step, True)
+                chex.assert_rank(output.loss, 0, custom_message=f"the loss of the objective '{name}'")
                 return output.loss, ({"loss": output.loss, **output.metrics}, written(output, carried))
 
             def gradient(mine=mine, loss=loss) -> tuple[Named, Metrics, Named]:
