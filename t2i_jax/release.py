@@ -29,19 +29,21 @@ def card(artifact: Artifact, name: str) -> str:
     )
 
 
-def release(run: str | Path, out: str | Path, scale: bool = False) -> None:
+def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = False) -> None:
     """Write the model or the codec of a run as a released model.
 
     scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder mean 0 and variance
-    1, and release it with them. Errors: `ConfigError`, `CheckpointError`.
+    1, and release it with them. half: write weights in bf16, in half of the space.
+
+    Errors: `ConfigError`, `CheckpointError`.
     """
     check_new(out)
     about = lambda artifact: card(artifact, Path(out).name)
     if scale:
         artifact = with_measured_scale(load_artifact(run), run)
-        save_artifact(artifact, out, about(artifact))
+        save_artifact(artifact, out, about(artifact), half)
     else:
-        copy_artifact(run, out, about)
+        copy_artifact(run, out, about, half=half)
 
 
 def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:

@@ -2,10 +2,22 @@
 
 from pathlib import Path
 
+import chex
+import jax
+import jax.numpy as jnp
 import pytest
 
-from t2i_jax.storage.artifacts import find_artifact, resolve_files
+from t2i_jax.core.params import named
+from t2i_jax.storage.artifacts import (
+    Artifact,
+    copy_artifact,
+    find_artifact,
+    load_artifact,
+    resolve_files,
+    save_artifact,
+)
 from t2i_jax.text.sentencepiece import SentencePiece
+from tests.fixtures import toys
 
 
 @pytest.fixture
@@ -36,3 +48,20 @@ def test_a_vocabulary_is_found_from_any_folder(run, tmp_path, monkeypatch):
     (run / "vocabulary.model").touch()
     assert resolve_files(SentencePiece("words.model"), run).path == str(run / "vocabulary.model")
     assert resolve_files(SentencePiece("none.model"), tmp_path).path == "none.model"
+
+
+def test_a_released_model_has_half_the_bytes_in_bf16_and_so_has_its_codec(tmp_path):
+    model = toys.Squares()
+    codec = Artifact(model, model.init(jax.random.key(0)))
+    save_artifact(codec, tmp_path / "codec", "", half=True)
+    family = toys.Identity()
+    whole = Artifact(family, family.init(jax.random.key(1)), codec=str(tmp_path / "codec"))
+    save_artifact(whole, tmp_path / "whole", "")
+    copy_artifact(tmp_path / "whole", tmp_path / "half", lambda _: "", half=True)
+    rounded = {k: v[...].astype("bfloat16").astype(v[...].dtype) for k, v in named(whole.model).items()}
+    read = named(load_artifact(tmp_path / "half").model)
+    assert any(v.dtype == jnp.float32 for v in rounded.values())
+    chex.assert_trees_all_equal({k: v[...] for k, v in read.items()}, rounded)
+    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
+    assert size("half") < size("whole") - sum(2 * v.size for v in rounded.values() if v.dtype == jnp.float32) + 64
+    assert size("half/codec") == size("whole/codec") == size("codec")

@@ -24,9 +24,11 @@ class ReleaseArguments:
     out: Path
     scale: bool = False
     """of a KL autoencoder: measure the scale and shift of its codes on the run's images, and release it with them"""
+    half: bool = False
+    """write weights in bf16, in half of the space; they are read as fp32"""
 
 
 def run(arguments: list[str]) -> None:
     args = parse(ReleaseArguments, arguments, "t2i release")
-    release_run(args.run, local(args.out), args.scale)
+    release_run(args.run, local(args.out), args.scale, args.half)
     console.print(f"{args.out}: released; it can be moved anywhere")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -243,8 +244,8 @@ def assign(config: HasInit[M], arrays: dict[str, np.ndarray], source: Path) -> M
         raise CheckpointError(str(error)) from error
 
 
-def save_artifact(artifact: Artifact[Trainable], folder: str | Path, card: str) -> None:
-    """Write a released model; the folder appears whole or not at all, and none is overwritten."""
+def save_artifact(artifact: Artifact[Trainable], folder: str | Path, card: str, half: bool = False) -> None:
+    """Write a released model; the folder appears whole or not at all, and none is overwritten. half: in bf16."""
     weights = named(artifact.model)
 
     def fill(put: tensorfile.Use) -> int:
@@ -252,22 +253,27 @@ def save_artifact(artifact: Artifact[Trainable], folder: str | Path, card: str) 
             put(name, v[...])
         return artifact.step
 
-    _save(artifact, fill, folder, lambda _: card)
+    _save(artifact, fill, folder, lambda _: card, half)
 
 
 def copy_artifact(
-    source: str | Path, folder: str | Path, card: Callable[[Artifact[Trainable]], str], config: Trainable | None = None
+    source: str | Path,
+    folder: str | Path,
+    card: Callable[[Artifact[Trainable]], str],
+    config: Trainable | None = None,
+    half: bool = False,
 ) -> None:
     """Write the model of a run, or a released one, as a released model, one weight after the other: no more than
     one of them is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
-    config: another of its kind, with other fields of those that no training depends on.
+    config: another of its kind, with other fields of those that no training depends on. half: weights of fp32 are
+    written in bf16, those of its codec too; what reads them computes in fp32 as before.
 
     Errors: as `load_artifact` and `save_artifact`.
     """
     there = open_artifact(source)
     layout = dict.fromkeys(named(there.artifact.model), on_cpu())
     artifact = dataclasses.replace(there.artifact, config=config or there.artifact.config)
-    _save(artifact, lambda put: there.read(layout, put)[0], folder, card)
+    _save(artifact, lambda put: there.read(layout, put)[0], folder, card, half)
 
 
 def _save(
@@ -275,15 +281,17 @@ def _save(
     fill: Callable[[tensorfile.Use], int],
     folder: str | Path,
     card: Callable[[Artifact[Trainable]], str],
+    half: bool,
 ) -> None:
-    """Write a released model whose weights `fill` writes; it returns their step."""
+    """Write a released model whose weights `fill` writes; it returns their step. half: in bf16."""
     folder = Path(folder)
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as scratch:
         temporary = Path(scratch, "model")
         temporary.mkdir()
-        shapes = {k: v.get_value() for k, v in named(artifact.model).items()}
+        kept = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if half and x.dtype == jnp.float32 else x.dtype)
+        shapes = {k: kept(v.get_value()) for k, v in named(artifact.model).items()}
         step = tensorfile.write(temporary / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
         text = bundle_files(artifact.text, temporary, whole=True)
@@ -293,7 +301,7 @@ def _save(
         (temporary / "README.md").write_text(card(artifact))
         if artifact.codec:
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
-            copy_artifact(artifact.codec, temporary / "codec", about)
+            copy_artifact(artifact.codec, temporary / "codec", about, half=half)
         os.replace(temporary, folder)
 
 
