@@ -9,21 +9,23 @@ from dataclasses import replace
 
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.family import with_fields
-from t2i_jax.heads import DiffusionHead
+from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.models.stream import Stream
-from t2i_jax.networks.condition import ClassEmbedder, CrossAttnFeatures, SentenceAndWords
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, CrossAttnFeatures, SentenceAndWords
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.sampling.options import GANSampler
+from t2i_jax.sampling.options import GANSampler, MaskedSampler
+from t2i_jax.sampling.orders import Confidence, MaskRate
 
 LLAMA = AR().transformer
 """RMSNorm, SwiGLU, no biases (Touvron et al. 2023), as LlamaGen."""
@@ -32,6 +34,8 @@ GPT = Stream().transformer
 COGVIEW = replace(GPT, sandwich_norm=True, pb_relax=True)
 MAR = Masked().transformer
 """LayerNorm, GELU, biases, dropout (Li et al. 2024)."""
+BERT = Transformer(768, 24, 16, norm="layer", eps=1e-12, post_norm=True, activation="gelu_tanh", bias=True, dropout=0.1)
+"""LayerNorm after the residual sum, GELU, biases, dropout (Devlin et al. 2019), as MaskGIT."""
 ADALN = DiT().transformer
 """Blocks of DiT (Peebles & Xie 2023)."""
 
@@ -74,10 +78,25 @@ OF_STREAM: dict[str, Stream] = {
         attention=("row", "column", "row", "row"),
     ),  # 12 B
 }
+MASKGIT = Masked(
+    head=SoftmaxHead(1024, label_smoothing=0.1),
+    order=Confidence(),
+    rate=MaskRate("cosine", least=0.5),
+    transformer=BERT,
+    reads="all",
+    tied=True,
+    buffer=1,
+    conditioning=Conditioning(ClassEmbedder(1000, null=False), dropout=0.0),
+    average="images",
+    sampling=MaskedSampler(guidance=1.0, iterations=8, original=True),
+)
+"""MaskGIT (Chang et al. 2022) on 16 x 16 codes, as released: without an unconditional branch."""
 OF_MASKED: dict[str, Masked] = {
     "mar-b": _mar(768, 12, 12, DiffusionHead(width=1024, depth=6)),  # 208 M
     "mar-l": _mar(1024, 16, 16, DiffusionHead(width=1280, depth=8)),  # 478 M
     "mar-h": _mar(1280, 20, 16, DiffusionHead(width=1536, depth=12)),  # 942 M
+    "maskgit": MASKGIT,  # 172 M
+    "maskgit-512": replace(MASKGIT, grid=(32, 32), sampling=replace(MASKGIT.sampling, iterations=12)),  # 173 M
 }
 OF_DIFFUSION: dict[str, Diffusion] = {
     "dit-s": _dit(384, 12, 6),  # 33 M

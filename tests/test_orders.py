@@ -33,13 +33,13 @@ def test_orders_are_permutations_of_their_own_key(order):
 
 
 def test_the_published_schedule():
-    counts = remaining(256, 64)
+    counts = remaining(256, MaskedSampler())
     assert counts[:13].tolist() == list(range(255, 242, -1)), "one token in each of the first steps"
     assert counts[-9:].tolist() == [49, 43, 37, 31, 25, 18, 12, 6, 0]
-    assert remaining(256, 256).tolist() == list(range(255, -1, -1))
-    assert remaining(6, 40).tolist() == [5, 4, 3, 2, 1, 0], "no more steps than tokens"
-    assert remaining(16, 1).tolist() == [0]
-    assert remaining(100, 4, "linear").tolist() == [75, 50, 25, 0]
+    assert remaining(256, MaskedSampler(iterations=256)).tolist() == list(range(255, -1, -1))
+    assert remaining(6, MaskedSampler(iterations=40)).tolist() == [5, 4, 3, 2, 1, 0], "no more steps than tokens"
+    assert remaining(16, MaskedSampler(iterations=1)).tolist() == [0]
+    assert remaining(100, MaskedSampler(iterations=4, shape=1)).tolist() == [75, 50, 25, 0]
 
 
 @pytest.mark.parametrize("total", [64, 256, 576, 1000])

@@ -12,12 +12,12 @@ from t2i_jax.codecs.kl import KL
 from t2i_jax.convert import Folder, Format
 from t2i_jax.convert.codecs import table_of
 from t2i_jax.core.family import with_fields
-from t2i_jax.heads import DiffusionHead
-from t2i_jax.interop import huggingface, kl, mar, vqgan
+from t2i_jax.heads import DiffusionHead, SoftmaxHead
+from t2i_jax.interop import huggingface, kl, mar, maskgit, vqgan
 from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
-from t2i_jax.presets import MAR
+from t2i_jax.presets import BERT, MAR, OF_MASKED
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,29 @@ def _mar(
     return with_fields(Masked(), **(found | fields))
 
 
+def _maskgit(
+    tensors: Tensors,
+    *,
+    codes: int = maskgit.CODES,
+    grid: tuple[int, int] | None = None,
+    eps: float = BERT.eps,
+    dropout: float = BERT.dropout,
+    label_smoothing: float = 0.1,
+    **fields: object,
+) -> Masked:
+    """codes: how many of the table's words are codes of the codec. grid: where it is no square."""
+    found = maskgit.describe(tensors, codes, grid)
+    released = OF_MASKED["maskgit-512" if found["grid"] == (32, 32) else "maskgit"]
+    return with_fields(
+        released,
+        grid=found["grid"],
+        head=SoftmaxHead(codes, label_smoothing),
+        transformer=dataclasses.replace(BERT, **found["transformer"], eps=eps, dropout=dropout),
+        condition=ClassEmbedder(found["classes"], null=False),
+        **fields,
+    )
+
+
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names of 2022 for the matrices of attention, and today's."""
 
@@ -102,6 +125,15 @@ FORMATS = {
         needed=(mar.NEEDED,),
         title="MAR: base, large and huge, by the class",
         example="mar_base/checkpoint-last.pth --codec models/kl",
+    ),
+    "maskgit": Format(
+        _maskgit,
+        lambda config: maskgit.table(
+            config.head.vocabulary, config.conditioning.what.spec.classes or 0, config.transformer.heads
+        ),
+        needed=(maskgit.TRANSFORMER,),
+        title="MaskGIT's Transformer, 256 and 512, by the class",
+        example="maskgit_imagenet256_checkpoint --codec models/maskgit-vqgan",
     ),
     "kl": Format(
         partial(_kl, style="taming"),

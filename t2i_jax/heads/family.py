@@ -41,7 +41,6 @@ class HeadFamily(BaseFamily[A]):
     order: Order
     transformer: Transformer
     conditioning: Conditioning
-    """a prefix of the image"""
     draw: Callable[..., Array]
     """(model, condition, x, keep, orders, draws, options, both, progress) -> tokens (b, L, *code): those of x where
     `keep` bool (b, L), the others sampled; traced. both: the `Branches`; the rest as in `sample`"""
@@ -49,8 +48,13 @@ class HeadFamily(BaseFamily[A]):
     def __post_init__(self):
         super().__post_init__()
         _ = self.sample_spec()  # rejects a patch that no token can be made of
-        self.conditioning.route(type(self).__name__, "prefix")
+        self.conditioning.route(type(self).__name__, *self.routes)
         check_vectors(self.conditioning.what, self.transformer.width)
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """How the network may read the condition (`Conditioning.via`), the default first."""
+        return ("prefix",)
 
     @property
     def capabilities(self) -> Capabilities:

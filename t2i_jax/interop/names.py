@@ -125,12 +125,16 @@ def source(
 
 
 def layers(
-    names: Mapping[str, str], layout: str = "", biases: bool = True, ends: tuple[str, str] = ("weight", "bias")
+    names: Mapping[str, str],
+    layout: str = "",
+    biases: bool = True,
+    ends: tuple[str, str] = ("weight", "bias"),
+    between: str = ".",
 ) -> dict[str, Source]:
     """Lines of layers, by our name and theirs: their `.weight` is our `.w`, in this layout, and their `.bias` our `.b`,
-    if they have biases; ends: other words for these."""
-    lines = {f"{ours}.w": source(f"{theirs}.{ends[0]}", layout=layout) for ours, theirs in names.items()}
-    return lines | {f"{ours}.b": source(f"{theirs}.{ends[1]}") for ours, theirs in names.items() if biases}
+    if they have biases; ends: other words for these; between: what stands before these words."""
+    lines = {f"{ours}.w": source(f"{theirs}{between}{ends[0]}", layout=layout) for ours, theirs in names.items()}
+    return lines | {f"{ours}.b": source(f"{theirs}{between}{ends[1]}") for ours, theirs in names.items() if biases}
 
 
 def by_head(

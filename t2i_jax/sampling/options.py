@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from types import ModuleType
 from typing import Annotated, Literal, Self, get_args, get_origin, get_type_hints
 
 import jax
@@ -78,14 +78,36 @@ class ARSampler(GuidedOptions):
         return within(1 + (self.guidance - 1) * u, done / total, self.guidance_start, self.guidance_stop)
 
 
-Shape = Literal["cosine", "linear", "square"]
+Shape = Literal["cosine", "linear", "power", "log", "exp"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+IN_FLOAT64 = ("cosine", "linear", "power")
+"""Shapes that do not depend on the number of tokens."""
 
-SHAPES: dict[Shape, Callable[[np.ndarray, int], np.ndarray]] = {
-    "cosine": lambda i, n: np.cos(np.pi / 2.0 * i / n),  # operations in the order of published samplers
-    "linear": lambda i, n: 1 - i / n,
-    "square": lambda i, n: 1 - (i / n) ** 2,
-}
-"""Share of the tokens that is still hidden after i of n steps (Chang et al. 2022, MaskGIT, 3.3)."""
+
+def share_hidden(
+    shape: Shape,
+    i: np.ndarray | Array,
+    n: int = 1,
+    total: Array | float = 2.0,
+    power: Array | float = 2.0,
+    steps: ModuleType = jnp,
+) -> Array:
+    """Share of `total` tokens that is still hidden after i of n steps (Chang et al. 2022, MaskGIT, 3.3).
+
+    power: exponent of the shape of that name. steps: the module that computes, jax.numpy or NumPy, which has float64.
+    """
+    if shape == "cosine":
+        share = steps.cos(math.pi / 2 * i / n)  # operations in the order of published samplers
+    elif shape == "linear":
+        share = 1 - i / n
+    elif shape == "power":
+        share = 1 - (i / n) ** power
+    elif shape == "log":
+        share = -steps.log2(i / n) / steps.log2(total)
+    else:
+        share = 1 - steps.exp2(-steps.log2(total) * (1 - i / n))
+    return steps.clip(share, 1e-6, 1.0)
+
 
 BOUND = 1024
 """Maximum number of steps of a schedule."""
@@ -102,7 +124,15 @@ class MaskedSampler(ARSampler):
     """Number of steps, in each of which a set of tokens becomes known; the same for all images. Capped at the number of
     tokens."""
     shape: int | Array = 0
-    """Shape of the schedule, an index into `SHAPES`: 0 cosine, 1 linear, 2 square."""
+    """Shape of the schedule, an index into `SHAPES`: 0 cosine, 1 linear, 2 power, 3 log, 4 exp."""
+    power: Annotated[float | Array, Range(above=0)] = 2.0
+    """Exponent of the shape `power`: 1 - u^power of the tokens are hidden after a share u of the steps."""
+    start: Annotated[int | Array, Range(0, BOUND - 1)] = 0
+    """First step of the schedule, the same for all images. An edit of MaskGIT begins at 2 of 12, with a choice of
+    tokens that is less random, and with the share of the unknown tokens that step 2 leaves hidden."""
+    original: bool | Array = False
+    """Count as the released MaskGIT does: shares in fp32, whose rounding says where a share is a whole number of
+    tokens, and with a token that stays hidden, and is sampled again, until the last step."""
     choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
     """Temperature of the noise on confidence, annealed to 0 at the last step."""
 
@@ -112,12 +142,16 @@ class MaskedSampler(ARSampler):
         The schedule is computed here, in float64: whether a share of the tokens falls just short of an integer depends
         on bits that fp32 does not have. Errors: ValueError for too many iterations, or none, and for an unknown shape.
         """
-        steps, shape = int(self.iterations), int(self.shape)
+        steps, shape, start = int(self.iterations), int(self.shape), int(self.start)
         if not 1 <= steps <= BOUND:
             raise ValueError(f"iterations {steps}: 1 to {BOUND}")
         if not 0 <= shape < len(SHAPES):
             raise ValueError(f"shape {shape}: {', '.join(f'{n} {name}' for n, name in enumerate(SHAPES))}")
-        share = np.append(list(SHAPES.values())[shape](np.arange(1, steps), steps), np.zeros(BOUND + 1 - steps))
+        if not 0 <= start < steps:
+            raise ValueError(f"start {start}: 0 to {steps - 1}, the last of the {steps} iterations")
+        share = np.zeros(BOUND)
+        if SHAPES[shape] in IN_FLOAT64:
+            share[: steps - 1] = share_hidden(SHAPES[shape], np.arange(1, steps), steps, 2, float(self.power), np)
         high = np.round(share * 2**12) / 2**12
         return MaskedSchedule(
             **values(super().arrays()), hidden=jnp.asarray(np.stack([high, share - high]), jnp.float32)
@@ -143,9 +177,23 @@ class MaskedSchedule(MaskedSampler):
         high, low = self.hidden[0, step], self.hidden[1, step]
         whole = total * high  # exact in fp32 up to 4096 tokens, so the remainder decides
         floor = jnp.floor(whole)
-        wanted = (floor + jnp.floor(whole - floor + total * low)).astype(jnp.int32)
+        wanted = floor + jnp.floor(whole - floor + total * low)
+        in_fp32 = self.original | (self.shape >= len(IN_FLOAT64))
+        wanted = jnp.where(in_fp32, jnp.floor(total * self.share(step, total)), wanted).astype(jnp.int32)
         after = jnp.minimum(now - 1, jnp.maximum(wanted, 1))
+        after = jnp.where(self.original, jnp.maximum(after, jnp.minimum(now, 1)), after)
         return jnp.maximum(jnp.where(step + 1 >= self.iterations, 0, after), 0)
+
+    def share(self, step: Array, total: Array) -> Array:
+        """Share of `total` tokens int (b,) that is hidden after `step`, in fp32 as the released MaskGIT computes it."""
+        done = (step + 1) / self.iterations
+        shares = [share_hidden(shape, done, 1, total.astype(jnp.float32), self.power) for shape in SHAPES]
+        return jnp.stack(jnp.broadcast_arrays(*shares))[self.shape]
+
+    def trips(self, most: Array) -> Array:
+        """Number of steps that sample at most `most` tokens of an image, int scalar."""
+        count = self.iterations - self.start
+        return jnp.where(self.original, count, jnp.minimum(most, count))
 
 
 @jax.tree_util.register_dataclass

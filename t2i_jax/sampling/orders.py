@@ -19,16 +19,16 @@ from jax import Array
 from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.fields import Checked, Finite, Positive, Range
 from t2i_jax.noise.schedule import spread
-from t2i_jax.sampling.options import SHAPES, MaskedSampler, Shape
+from t2i_jax.sampling.options import MaskedSampler
 
 
-def remaining(total: int, iterations: int, shape: Shape = "cosine") -> np.ndarray:
+def remaining(total: int, options: MaskedSampler) -> np.ndarray:
     """Tokens hidden after each step of a schedule, down to 0: int (n,)."""
-    options = MaskedSampler(iterations=iterations, shape=list(SHAPES).index(shape)).arrays()
-    step = jax.jit(lambda i, now: options.remaining(i, jnp.asarray(total), now))
+    schedule = options.arrays()
+    after = jax.jit(lambda i, now: schedule.remaining(i, jnp.asarray(total), now))
     now, found = jnp.asarray(total), []
     while now > 0:
-        now = step(jnp.asarray(len(found)), now)
+        now = after(jnp.asarray(int(options.start) + len(found)), now)
         found.append(int(now))
     return np.asarray(found)
 
@@ -137,10 +137,13 @@ class MaskRate(Checked):
     std: Positive = 0.25
     low: Annotated[float, Range(low=0, below=1)] = 0.7
     """smallest share of `normal`; the largest is 1"""
+    least: Annotated[float, Range(low=0, below=1)] = 0.0
+    """smaller shares of `cosine` are raised to this one (0.5 in MaskGIT)"""
 
     def visible(self, length: int) -> int:
         """Maximum number of visible tokens."""
-        return length - int(np.ceil(self.low * length)) if self.kind == "normal" else length - 1
+        low = {"normal": self.low, "cosine": self.least, "uniform": 0.0}[self.kind]
+        return length - max(int(np.ceil(low * length)), 1)
 
     @typed
     def draw(self, key: Array, b: int, length: int, train: bool = True) -> Int[Array, " {b}"]:
