@@ -17,14 +17,14 @@ from jax import Array
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
-from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.features.vgg import Trunk
 from t2i_jax.interop import vgg
-from t2i_jax.nn.adversarial import Adversary, generator_loss, mean_discriminator_loss
+from t2i_jax.nn.adversarial import Adversary, generator_loss, gradient_penalty, input_gradients, mean_discriminator_loss
 from t2i_jax.nn.layers import replace
 
 
@@ -44,7 +44,7 @@ class AutoencoderModel(nnx.Module, Generic[A]):
 
     def __init__(self, autoencoder: A, config: AutoencoderTraining[A, C], key: Array):
         self.autoencoder = autoencoder
-        self.discriminator = Discriminator(config.discriminator, key) if config.adversarial else None
+        self.discriminator = config.discriminator.init(key) if config.adversarial else None
 
 
 class Reconstruction(NamedTuple, Generic[C]):
@@ -79,6 +79,8 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
 
     pixels: Literal["l1", "l2"] = "l2"
     """distance between pixels in the reconstruction loss"""
+    pixel_weight: NotNegative = 1.0
+    """its weight; pixels are in [-1, 1], and a quarter of a mean square is that of pixels in [0, 1]"""
     perceptual: NotNegative = 1.0
     """weight of the perceptual loss; 0 turns it off and needs no weights file"""
     perceptual_blocks: Annotated[int, Range(1, 5)] = 5
@@ -93,9 +95,14 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
     """scale it so that its gradient at the last layer is as large as that of the reconstruction loss"""
     adversary: Adversary = "hinge"
     """loss of the discriminator: hinge, or the cross-entropy of real and fake"""
+    generator_adversary: Adversary = "hinge"
+    """adversarial loss of the autoencoder: -D, or the cross-entropy of taking reconstructions for real"""
+    r1: NotNegative = 0.0
+    """weight of |g|^2, g the gradient of the discriminator's logits by a real image (Mescheder et al. 2018), for
+    discriminators without BatchNorm"""
     start: Count = 20_000
     """step from which the discriminator is trained and its loss used"""
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    discriminator: DiscriminatorConfig | StyleDiscriminatorConfig = DiscriminatorConfig()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """dtype of the convolutions; latents and losses are fp32, or float64 with float64 (for gradient checks)"""
 
@@ -157,17 +164,18 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         def faithful(y: Array) -> tuple[Array, dict[str, Array]]:
             """Reconstruction and perceptual loss of an image, and its terms."""
             terms = {self.pixels: losses.reconstruction(images, y, self.pixels)}
+            loss = self.pixel_weight * terms[self.pixels]
             if not self.perceptual:
-                return terms[self.pixels], terms
+                return loss, terms
             if trunk is None:
                 raise ValueError(
                     f'a perceptual loss needs batch["frozen"], which `{type(self).__name__}.frozen()` gives'
                 )
             compute = lambda x: x.astype(self.dtype)
             terms["perceptual"] = losses.perceptual(trunk, compute(images), compute(y)).mean()
-            return terms[self.pixels] + self.perceptual * terms["perceptual"], terms
+            return loss + self.perceptual * terms["perceptual"], terms
 
-        fool = lambda y: generator_loss(model.discriminator(y.astype(self.dtype))[0], "hinge").mean()
+        fool = lambda y: generator_loss(model.discriminator(y.astype(self.dtype))[0], self.generator_adversary).mean()
         loss, metrics = faithful(y)
         metrics |= {"psnr": losses.psnr(images, jnp.clip(y, -1, 1))}
         if self.adversarial:
@@ -191,8 +199,14 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         real, judge = model.discriminator(batch["image"].astype(self.dtype))
         fake, judge = judge(jax.lax.stop_gradient(batch["outputs"].image).astype(self.dtype))
         real, fake = real.astype(jnp.float32), fake.astype(jnp.float32)
-        loss = (step >= self.start) * mean_discriminator_loss(real, fake, self.adversary)
-        return LossOutput(loss, {"real": real.mean(), "fake": fake.mean()}, replace(model, discriminator=judge))
+        loss, metrics = mean_discriminator_loss(real, fake, self.adversary), {"real": real.mean(), "fake": fake.mean()}
+        if self.r1:
+            logits = lambda images: jnp.sum(
+                model.discriminator(images.astype(self.dtype))[0], tuple(range(1, real.ndim))
+            )
+            metrics["r1"] = gradient_penalty(input_gradients(logits, batch["image"])[1]).mean()
+            loss = loss + self.r1 * metrics["r1"]
+        return LossOutput((step >= self.start) * loss, metrics, replace(model, discriminator=judge))
 
 
 @typed

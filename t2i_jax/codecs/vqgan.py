@@ -23,6 +23,7 @@ from t2i_jax.codecs.game import (
 )
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.core.arrays import Float, Int, typed
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import LossOutput
@@ -38,6 +39,16 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     quantizer: QuantizerConfig | GumbelConfig = QuantizerConfig()
+    convolutions: bool = True
+    """1x1 convolutions between the code and the autoencoder"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.convolutions and self.quantizer.dim != self.autoencoder.latent:
+            raise ConfigError(
+                f"quantizer.dim {self.quantizer.dim} without convolutions: autoencoder.latent is "
+                f"{self.autoencoder.latent}"
+            )
 
     @property
     def vocabulary(self) -> int:
@@ -76,8 +87,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
         """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
         part = model.autoencoder
-        features = part.decoder(part.from_code(self.embed(model, codes).astype(self.dtype)))
-        return at_least_fp32(features)
+        return at_least_fp32(part.decoder(part.entered(self.embed(model, codes).astype(self.dtype))))
 
     @typed
     def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
@@ -93,7 +103,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         Errors: `ValueError` for a size that is no multiple of `factor`.
         """
         x = shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None)
-        return model.autoencoder.to_code(model.autoencoder.encoder(x))
+        return model.autoencoder.left(model.autoencoder.encoder(x))
 
     def forward(
         self, model: AutoencoderModel[VQAutoencoder], batch: ImageBatch, key: Array, step: Array, train: bool = True
@@ -105,7 +115,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         part = model.autoencoder
         z = self.latents(model, batch["image"])
         vectors, codes, loss, metrics = part.quantizer(z, jax.random.split(key)[0], step)
-        h = part.decoder.features(part.from_code(vectors.astype(self.dtype)))
+        h = part.decoder.features(part.entered(vectors.astype(self.dtype)))
         return Reconstruction(at_least_fp32(part.decoder.decode_head(h)), h, (z, codes, loss, metrics))
 
     def generator_loss(
@@ -125,13 +135,21 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
 
 
 class VQAutoencoder(DecoderNetwork):
-    """Encoder, quantiser and decoder, with 1x1 convolutions to and from the width of the codes."""
+    """Encoder, quantiser and decoder, and maybe 1x1 convolutions to and from the width of the codes."""
 
     def __init__(self, config: VQGAN, key: Array):
         keys = jax.random.split(key, 5)
         latent, k = config.autoencoder.latent, config.quantizer.dim
         self.encoder = Encoder(config.autoencoder, keys[0])
-        self.to_code = Conv(latent, k, keys[1], kernel=1)
+        self.to_code = Conv(latent, k, keys[1], kernel=1) if config.convolutions else None
         self.quantizer = config.quantizer.init(keys[2])
-        self.from_code = Conv(k, latent, keys[3], kernel=1)
+        self.from_code = Conv(k, latent, keys[3], kernel=1) if config.convolutions else None
         self.decoder = Decoder(config.autoencoder, keys[4])
+
+    def left(self, h: Array) -> Array:
+        """Vectors (b, h, w, k) before quantisation from the output of the encoder."""
+        return h if self.to_code is None else self.to_code(h)
+
+    def entered(self, vectors: Array) -> Array:
+        """Input of the decoder from vectors of codes (b, h, w, k)."""
+        return vectors if self.from_code is None else self.from_code(vectors)

@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
-from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import Format
 from t2i_jax.core.params import HasInit, abstract
-from t2i_jax.interop import vqgan
+from t2i_jax.interop import maskgit, vqgan
 from t2i_jax.interop.names import Fields, Table, Tensors, require
 
 JUDGE = ("main.0.weight", "main.2.weight")
@@ -92,6 +92,50 @@ def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: floa
     return _codec(tensors, "clipgen", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
 
+MASKGIT: Fields = {
+    "pixel_weight": 0.25,
+    "perceptual": 0.1,
+    "adversarial": 0.1,
+    "adversary": "vanilla",
+    "generator_adversary": "vanilla",
+    "r1": 20.0,
+    "start": 0,
+    "discriminator": StyleDiscriminatorConfig(),
+}
+"""How MaskGIT's codecs were trained: its pixels are in [0, 1], so that squares of gradients by them are 4 times as
+large, and its loss of the discriminator is twice this library's."""
+
+
+def _maskgit(
+    tensors: Tensors,
+    *,
+    beta: float = 0.25,
+    entropy: float = 0.1,
+    temperature: float = 0.01,
+    groups: int = 32,
+    eps: float = 1e-6,
+    **fields: object,
+) -> VQGAN:
+    found = maskgit.describe_vqgan(tensors)
+    autoencoder = AutoencoderConfig(
+        **found["autoencoder"],
+        attention=(),
+        middle_attention=False,
+        groups=groups,
+        eps=eps,
+        down="average",
+        bias=False,
+        shortcut_of="branch",
+        out_kernel=1,
+        unit_range=True,
+    )
+    quantizer = QuantizerConfig(
+        **found["quantizer"], normalize=False, commitment=beta, entropy=entropy, temperature=temperature
+    )
+    training = MASKGIT | {"adversarial": 0.0}  # the file holds no discriminator
+    return VQGAN(autoencoder, quantizer, convolutions=False, **(training | fields))
+
+
 def table_of(style: vqgan.Style) -> Callable[[HasInit], Table]:
     """The names of convolutional codecs in one style."""
     return lambda config: vqgan.table(abstract(config), style)
@@ -143,6 +187,20 @@ FORMATS = {
         needed=(vqgan.needed("clipgen"),),
         title="CLIP-GEN's VQGAN",
         example="vqgan_coco.pt",
+    ),
+    "maskgit-vqgan": Format(
+        _maskgit,
+        lambda config: maskgit.vqgan_table(abstract(config)),
+        needed=(maskgit.VQGAN,),
+        title="MaskGIT's tokenizers, 256 and 512",
+        example="tokenizer_imagenet256_checkpoint",
+    ),
+    "maskgit-discriminator": Format(
+        lambda tensors: StyleDiscriminatorConfig(maskgit.discriminator_widths(tensors)),
+        lambda config: maskgit.discriminator_table(len(config.widths) - 1),
+        needed=(maskgit.JUDGE,),
+        title="the discriminator of MaskGIT's tokenizer",
+        example="discriminator_checkpoint",
     ),
     "taming-discriminator": Format(
         _judge,

@@ -129,7 +129,7 @@ FORMATS = {
     "maskgit": Format(
         _maskgit,
         lambda config: maskgit.table(
-            config.head.vocabulary, config.conditioning.what.spec.classes or 0, config.transformer.heads
+            config.head.code.sizes[0], config.conditioning.what.spec.classes or 0, config.transformer.heads
         ),
         needed=(maskgit.TRANSFORMER,),
         title="MaskGIT's Transformer, 256 and 512, by the class",

@@ -59,6 +59,8 @@ def sniff(head: bytes) -> str:
         return "a NumPy archive (.npz)" if first.endswith(b".npy") else "a zip file"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle (an old PyTorch file?)"
+    if is_msgpack(head):
+        return "a msgpack file (a checkpoint of Flax?)"
     if head[257:262] == b"ustar":
         return "a tar file"
     for magic, name in MAGIC:
@@ -71,6 +73,13 @@ def sniff(head: bytes) -> str:
     if not head.strip(b"\0"):
         return "a file of NUL bytes"
     return _text(head.removeprefix(b"\xef\xbb\xbf").lstrip())
+
+
+def is_msgpack(head: bytes) -> bool:
+    """Whether a file begins as a msgpack dictionary with a name in it, as checkpoints of Flax do."""
+    size = {0xDE: 3, 0xDF: 5}.get(head[0] if head else 0, 1)  # of what says how many names there are
+    short = size > 1 or 0x81 <= head[:1].ljust(1)[0] <= 0x8F
+    return short and (head[size : size + 1].ljust(1, b"\0")[0] in {*range(0xA1, 0xC0), 0xD9})
 
 
 def pointer(head: bytes) -> str:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
+from flax import nnx
 
+from t2i_jax.core.params import named
 from t2i_jax.interop.names import Fields, Table, Tensors, layers, require, source
 
 WORDS = "params/Embed_0/word_embeddings/embedding"
@@ -21,6 +24,11 @@ TRANSFORMER = (WORDS, POSITIONS, QUERY.format(0), INNER.format(0), "params/MlmLa
 """Names that every Transformer has."""
 DENSE, NORM = ("kernel", "bias"), ("scale", "bias")
 """Words for the parameters of a layer."""
+KERNEL = "params/{}/{}/kernel"
+VQGAN = (*(KERNEL.format(part, "ResBlock_0/Conv_0") for part in ("encoder", "decoder")), "params/quantizer/codebook")
+"""Names that every VQGAN has."""
+JUDGE = ("params/ResBlock_0/Conv_2/kernel", "params/Dense_1/kernel")
+"""Names that every discriminator has."""
 CODES = 1024
 """Codes of the released models; their other words are 1000 classes and the mask token."""
 
@@ -93,3 +101,93 @@ def table(codes: int, classes: int, heads: int) -> Table:
 def _count(tensors: Tensors, prefix: str) -> int:
     """How many layers have names that begin with `prefix` and a number."""
     return len({found[1] for name in tensors if (found := re.match(rf"{re.escape(prefix)}(\d+)/", name))})
+
+
+# -- the VQGAN and its discriminator
+
+INSIDE = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "norm2": "GroupNorm_1", "conv2": "Conv_1", "shortcut": "Conv_2"}
+"""Layers of a residual block of autoencoders."""
+
+
+def describe_vqgan(tensors: Tensors) -> dict[str, Fields]:
+    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder and quantiser.
+
+    Errors: ValueError where names are missing, and for numbers of layers that the released program does not make.
+    """
+    require(tensors, VQGAN, "no VQGAN of MaskGIT")
+    out = lambda name: tuple(tensors[name].shape)[-1]
+    levels = _count(tensors, "params/decoder/Conv_") - 1
+    blocks, odd = divmod(_count(tensors, "params/encoder/ResBlock_"), levels + 1)
+    if odd or _count(tensors, "params/encoder/Conv_") != 2 or levels < 1:
+        raise ValueError("the encoder has other layers than the released ones: it halves images by means")
+    first = KERNEL.format("encoder", "Conv_0")
+    widths = [out(KERNEL.format("encoder", f"ResBlock_{n * blocks}/Conv_1")) for n in range(levels)]
+    if any(width % out(first) for width in widths):
+        raise ValueError(f"widths {widths} of the levels are no multiples of the {out(first)} of the first layer")
+    codes, dim = tensors["params/quantizer/codebook"].shape
+    return {
+        "autoencoder": {
+            "channels": out(first),
+            "multipliers": tuple(width // out(first) for width in widths),
+            "blocks": blocks,
+            "decoder_blocks": blocks,
+            "middle_blocks": blocks,
+            "latent": dim,
+        },
+        "quantizer": {"codes": codes, "dim": dim},
+    }
+
+
+def vqgan_table(model: nnx.Module) -> Table:
+    """The name of each variable of a VQGAN with the layers of MaskGIT's, without its discriminator."""
+    names = [name for name in named(model) if not name.startswith("discriminator.")]
+    place = {part: _numbered(names, part) for part in ("encoder", "decoder")}
+
+    ups = sum(name.endswith("resample.conv.w") for name in names)
+
+    def theirs(name: str) -> str:
+        _, part, *words, kind = name.split(".")
+        if part == "quantizer":
+            return "params/quantizer/codebook"
+        *block, layer = words
+        if layer in INSIDE:
+            where = f"ResBlock_{place[part].index(block)}/{INSIDE[layer]}"
+        elif layer == "norm":
+            where = "GroupNorm_0"
+        elif layer == "conv":  # after nearest-neighbour doubling
+            where = f"Conv_{int(block[1]) + 1}"
+        else:
+            where = f"Conv_{0 if layer == 'stem' else 1 if part == 'encoder' else ups + 1}"
+        end = {"w": "scale" if "norm" in layer else "kernel", "b": "bias"}[kind]
+        return f"params/{part}/{where}/{end}"
+
+    return {name: source(theirs(name)) for name in names}
+
+
+def _numbered(names: Sequence[str], part: str) -> list[list[str]]:
+    """The words before the layers of each residual block of encoder or decoder, in the order of execution."""
+    inside = [name.split(".")[2:-1] for name in names if name.startswith(f"autoencoder.{part}.")]
+    blocks = {tuple(words[:-1]) for words in inside if words[-1] in INSIDE}
+    number = lambda word: int(word) if word.isdigit() else word
+    levels_last = lambda words: (words[0] == "levels") == (part == "decoder")
+    return [list(words) for words in sorted(blocks, key=lambda w: (levels_last(w), [number(word) for word in w]))]
+
+
+def discriminator_table(blocks: int) -> Table:
+    """Names for a `codecs.discriminator.StyleDiscriminator` of so many blocks."""
+    names = {"stem": "Conv_0", "conv": "Conv_1", "hidden": "Dense_0", "out": "Dense_1"}
+    inside = {"conv1": "Conv_0", "conv2": "Conv_2"}
+    for n in range(blocks):
+        names |= {f"blocks.{n}.{ours}": f"ResBlock_{n}/{theirs}" for ours, theirs in inside.items()}
+    named = layers({ours: f"params/{theirs}" for ours, theirs in names.items()}, ends=DENSE, between="/")
+    shortcuts = {f"blocks.{n}.shortcut.w": source(f"params/ResBlock_{n}/Conv_1/kernel") for n in range(blocks)}
+    return named | shortcuts
+
+
+def discriminator_widths(tensors: Tensors) -> tuple[int, ...]:
+    """Channels at each resolution of a discriminator, that of the images first. Errors: ValueError where names are
+    missing."""
+    require(tensors, JUDGE, "no discriminator of MaskGIT")
+    count = _count(tensors, "params/ResBlock_")
+    blocks = [f"params/ResBlock_{n}/Conv_2/kernel" for n in range(count)]
+    return tuple(tensors[name].shape[-1] for name in ("params/Conv_0/kernel", *blocks))

@@ -1,4 +1,4 @@
-"""One file of weights, whatever its ending: safetensors, or what `torch.save` wrote; and safetensors written."""
+"""One file of weights, whatever its ending: safetensors, written too, or what `torch.save` or Flax wrote."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 from jax.typing import ArrayLike
 
-from t2i_jax.core.sniff import sniff_file
+from t2i_jax.core.sniff import is_msgpack, sniff_file
 from t2i_jax.core.specs import Shaped
+from t2i_jax.interop.msgpackfile import read_msgpack
 from t2i_jax.interop.torchfile import read_torch
 
 DTYPES: dict[str, type[np.generic]] = {
@@ -145,7 +146,8 @@ def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[
 
 
 def content(path: str | os.PathLike) -> object:
-    """What a file of weights holds: `SafeTensors`, or the object that `torch.save` wrote, other classes inert.
+    """What a file of weights holds: `SafeTensors`, the object that `torch.save` wrote, other classes inert, or what
+    `flax.serialization` wrote.
 
     The first bytes say which of them it is, not the ending.
     Errors: OSError; ValueError that says what the file is where it holds no weights.
@@ -159,7 +161,10 @@ def content(path: str | os.PathLike) -> object:
         return SafeTensors(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return read_torch(path)
-    raise ValueError(f"{path}: is {sniff_file(path) or 'of no known kind'}, not a safetensors or PyTorch file")
+    if is_msgpack(head):
+        return read_msgpack(path)
+    what = sniff_file(path) or "of no known kind"
+    raise ValueError(f"{path}: is {what}, not a safetensors or PyTorch file, nor one of Flax")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Convolutional blocks of autoencoders, NHWC: residual block, attention over positions, resampling, patches."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -9,23 +11,40 @@ from jax import Array
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.layers import Conv, GroupNorm
 
+Shortcut = Literal["input", "branch"]
+"""What the shortcut of a residual block reads where the number of channels changes."""
+
 
 class ResBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where f is not c."""
+    """x + h with h = conv(silu(norm(conv(silu(norm(x)))))); where f is not c, the 1x1 shortcut W x + h.
 
-    def __init__(self, c: int, f: int, key: Array, *, groups: int = 32, eps: float = 1e-6):
+    shortcut_of: "branch" is W h + h instead, without x, as in the released codecs of MaskGIT.
+    """
+
+    def __init__(
+        self,
+        c: int,
+        f: int,
+        key: Array,
+        *,
+        groups: int = 32,
+        eps: float = 1e-6,
+        bias: bool = True,
+        shortcut_of: Shortcut = "input",
+    ):
         first, second, third = jax.random.split(key, 3)
         self.norm1 = GroupNorm(c, groups, eps)
-        self.conv1 = Conv(c, f, first)
+        self.conv1 = Conv(c, f, first, bias=bias)
         self.norm2 = GroupNorm(f, groups, eps)
-        self.conv2 = Conv(f, f, second)
-        self.shortcut = Conv(c, f, third, kernel=1) if c != f else None
+        self.conv2 = Conv(f, f, second, bias=bias)
+        self.of_branch = shortcut_of == "branch"
+        self.shortcut = Conv(f if self.of_branch else c, f, third, kernel=1, bias=bias) if c != f else None
 
     @typed
     def __call__(self, x: Float[Array, "b i j c"]) -> Float[Array, "b i j f"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return y + (x if self.shortcut is None else self.shortcut(y if self.of_branch else x))
 
 
 class SpatialAttention(nnx.Module):
@@ -98,6 +117,19 @@ def nearest(x: Float[Array, "b i j c"]) -> Float[Array, "b 2*i 2*j c"]:
 def halve(x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
     """Means of squares of 2 x 2 positions."""
     return rearrange(x, "b (i p) (j q) c -> b i p j q c", p=2, q=2).mean((2, 4))
+
+
+@typed
+def blur_halve(x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
+    """Every other position of x blurred by (1, 3, 3, 1) / 8 along both sides, with zeros outside (Zhang 2019); even
+    sides."""
+
+    def halved(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(1, 1) if n == axis else (0, 0) for n in range(4)])
+        taps = [jax.lax.slice_in_dim(x, n, x.shape[axis] - 2 + (n > 0) + (n > 1), 2, axis) for n in range(4)]
+        return (taps[0] + 3 * taps[1] + 3 * taps[2] + taps[3]) / 8
+
+    return halved(halved(x, 1), 2)
 
 
 @typed

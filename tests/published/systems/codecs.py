@@ -1,4 +1,4 @@
-"""Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN."""
+"""Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN, MaskGIT."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ import numpy as np
 from einops import rearrange
 
 from t2i_jax.codecs import losses
+from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.convert import convert, restore
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vgg
-from t2i_jax.nn.adversarial import generator_loss, mean_discriminator_loss
+from t2i_jax.nn.adversarial import generator_loss, gradient_penalty, input_gradients, mean_discriminator_loss
 from tests.published.parity import InDouble, Oracle
 
 
@@ -22,6 +23,19 @@ def nhwc(x: Any) -> jax.Array:
 
 def nchw(x: Any) -> jax.Array:
     return rearrange(x, "b i j c -> b c i j")
+
+
+def trained(
+    format: str, config: VQGAN, model: Any, images: jax.Array, dtype: str
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Loss and metrics of a training step, and the gradient under published names, computed in `dtype`."""
+    exact = with_fields(config, dtype=dtype)
+    double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), model)
+    batch = {"image": jnp.asarray(np.asarray(images), dtype)}
+    at = jax.random.key(0), jnp.int32(0)
+    objective = lambda m: exact.generator_loss(m, batch | {"outputs": exact.forward(m, batch, *at)}, *at)[:2]
+    (total, metrics), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(double)
+    return *jax.device_get((total, metrics)), restore(format, config, slopes)
 
 
 def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
@@ -37,23 +51,14 @@ def llamagen_vq(oracle: Oracle) -> dict[str, Any]:
         vectors = config.embed(model, ids)
         return z, config.encode(model, images), vectors, config.decode(model, ids)
 
-    def trained(dtype):
-        exact = with_fields(config, dtype=dtype)
-        double = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), dtype), model)
-        batch = {"image": jnp.asarray(np.asarray(images), dtype)}
-        at = jax.random.key(0), jnp.int32(0)
-        objective = lambda m: exact.generator_loss(m, batch | {"outputs": exact.forward(m, batch, *at)}, *at)[:2]
-        (total, metrics), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(double)
-        return *jax.device_get((total, metrics)), restore("llamagen-vq", config, slopes)
-
     z, ids, vectors, picture = forward(model, jnp.asarray(outputs["ids"]))
     ours = {"pre_quant": nchw(z), "ids": ids, "quantized": nchw(vectors)}
     ours |= dict.fromkeys(("recon", "forward", "decode_code"), nchw(picture))
     ours["codebook_normalized"] = config.embed(model, jnp.arange(config.vocabulary))
     # The entropy term divides distances by 0.01: fp32 gradients of two programs, both right, are up to 4e-4 apart.
     with jax.enable_x64(True):
-        total, metrics, slopes = trained("float64")
-    rounded = trained("float32")[2]
+        total, metrics, slopes = trained("llamagen-vq", config, model, images, "float64")
+    rounded = trained("llamagen-vq", config, model, images, "float32")[2]
     ours |= {"train_vq_loss": metrics["commitment"], "train_commit_loss": meta["beta"] * metrics["commitment"]}
     ours |= {"train_entropy_loss": ratio * metrics["entropy"], "train_total": total}
     return ours | {f"grad.{k}": InDouble(v, rounded[k]) for k, v in slopes.items() if f"grad.{k}" in outputs}
@@ -154,7 +159,55 @@ def lpips_head(oracle: Oracle) -> dict[str, Any]:
     return {"scaled_image": nchw(scaled), "lpips": np.asarray(distance).reshape(-1, 1, 1, 1)}
 
 
+def maskgit_vqgan(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    part = lambda name: {k.removeprefix(name): v for k, v in oracle.tensors.items() if k.startswith(name)}
+    hints = {"beta": meta["commitment_cost"], "groups": meta["groups"], "eps": meta["norm_eps"], "perceptual": 0.0}
+    hints["temperature"] = meta["entropy_temperature"]
+    config, model = convert("maskgit-vqgan", part("tokenizer/"), entropy=meta["entropy_loss_ratio"], **hints)
+    plain = convert("maskgit-vqgan", part("tokenizer/"), entropy=0.0, **hints)
+    images, unit = 2 * inputs["image"] - 1, lambda images: (images + 1) / 2
+
+    @jax.jit
+    def forward(model, ids):
+        ours = {"latent": config.latents(model, images), "ids": config.encode(model, images)}
+        ours |= {"quantized": config.embed(model, ids), "recon": unit(config.decode(model, ids))}
+        return ours | {"decode_ids": unit(config.decode(model, ids[:1, ::-1]))}
+
+    ours = forward(model, jnp.asarray(outputs["ids"]))
+    total, metrics, slopes = trained("maskgit-vqgan", config, model, images, "float32")
+    terms = {"e_latent_loss": config.quantizer.commitment * metrics["commitment"]}
+    terms |= {"q_latent_loss": metrics["commitment"], "entropy_loss": config.quantizer.entropy * metrics["entropy"]}
+    ours |= terms | {"quantizer_loss": sum(terms.values()), "loss": total}
+    without = trained("maskgit-vqgan", *plain, images, "float32")[2]
+    with jax.enable_x64(True):
+        exact = trained("maskgit-vqgan", config, model, images, "float64")[2]
+    ours |= {f"grad.{k}": v for k, v in without.items()}
+    ours |= {f"grad_full.{k}": InDouble(v, slopes[k]) for k, v in exact.items()}
+
+    judge_config, judge = convert("maskgit-discriminator", part("discriminator/"))
+    cost = float(oracle.read_note("r1_penalty", r"([\d.]+) \* mean", "10"))
+
+    @jax.jit
+    def play(judge):
+        def loss(judge):
+            real, fake = judge(inputs["disc_real"])[0], judge(inputs["disc_fake"])[0]
+            slope = input_gradients(lambda x: judge(x)[0][:, 0], inputs["disc_real"])[1]
+            r1 = cost * gradient_penalty(slope).mean()
+            ours = {"disc_real_logit": real, "disc_fake_logit": fake, "r1_penalty": r1}
+            ours["gen_loss"] = generator_loss(fake, "vanilla").mean()
+            return 2 * mean_discriminator_loss(real, fake, "vanilla") + r1, ours
+
+        (total, ours), slopes = jax.value_and_grad(loss, has_aux=True)(judge)
+        return ours | {"disc_loss": total}, slopes
+
+    found, slopes = play(judge)
+    named = restore("maskgit-discriminator", judge_config, slopes)
+    return ours | found | {f"grad.disc.{k}": v for k, v in named.items()}
+
+
 SYSTEMS = {
+    "maskgit_vqgan": maskgit_vqgan,
     "llamagen_vq": llamagen_vq,
     "taming_vqgan": taming_vqgan,
     "taming_vqgan_gumbel": taming_gumbel,

@@ -1,4 +1,4 @@
-"""Masked and any-order models: MAR and its KL autoencoder, MaskGIT and its VQGAN."""
+"""Masked and any-order models: MAR and its KL autoencoder, MaskGIT."""
 
 import dataclasses
 import itertools
