@@ -132,8 +132,8 @@ def _maskgit(
     quantizer = QuantizerConfig(
         **found["quantizer"], normalize=False, commitment=beta, entropy=entropy, temperature=temperature
     )
-    training = MASKGIT | {"adversarial": 0.0}  # the file holds no discriminator
-    return VQGAN(autoencoder, quantizer, convolutions=False, **(training | fields))
+    training: Fields = MASKGIT | {"adversarial": 0.0} | fields  # the file holds no discriminator
+    return VQGAN(autoencoder, quantizer, convolutions=False, **training)
 
 
 def table_of(style: vqgan.Style) -> Callable[[HasInit], Table]:

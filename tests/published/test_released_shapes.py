@@ -18,6 +18,8 @@ FORMATS = {
     r"clip_gen_vqgan": "clipgen-vqgan",
     r"vq_diffusion_.*": "vq_diffusion",
     r"mindalle_.*": "mindalle",
+    r"maskgit_transformer_.*": "maskgit",
+    r"maskgit_tokenizer_.*": "maskgit-vqgan",
     r"openai_dvae_.*": "openai_dvae",
     r"dit_.*": "dit",
     r"adm_classifier_.*": "adm_classifier",
