@@ -21,8 +21,8 @@ DTYPES = {np.dtype(kind).name: np.dtype(kind) for kind in (ml_dtypes.bfloat16, *
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
 """Extensions of flax.serialization."""
 CHUNKED = "__msgpack_chunked_array__"
-LONGEST = 1024
-"""Items of a list. The reader takes memory for as many as a file says, before it reads them."""
+LONGEST = {"max_array_len": 4096, "max_map_len": 4096}
+"""Bounds on items: memory is taken for as many as a file says, before they are read."""
 
 
 def read_msgpack(path: str | os.PathLike) -> dict[str, object]:
@@ -31,25 +31,27 @@ def read_msgpack(path: str | os.PathLike) -> dict[str, object]:
     Arrays are read-only NumPy arrays, bfloat16 as in `ml_dtypes`. Errors: ValueError naming the file where it is cut
     short, damaged, or holds no dictionary.
     """
-    path = Path(path)
+    path, flat = Path(path), {}
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            content = msgpack.unpackb(whole, ext_hook=_extension, object_pairs_hook=_dictionary, max_array_len=LONGEST)
+            content = msgpack.unpackb(whole, ext_hook=_extension, object_pairs_hook=_dictionary, **LONGEST)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of arrays")
+        _flatten(content, (), flat)
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        raise ValueError(f"{path}: cut short, damaged, or no msgpack file of Flax ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a msgpack file that holds a {type(content).__name__}, not a dictionary of arrays")
-    flat: dict[str, object] = {}
-    _flatten(content, (), flat)
+        raise ValueError(f"{path}: cut short, damaged, or no checkpoint of Flax ({error})") from error
     return flat
 
 
 def _flatten(content: Mapping[str, object], keys: tuple[str, ...], into: dict[str, object]) -> None:
     for key, value in content.items():
+        name = "/".join((*keys, key))
         if isinstance(value, dict):
             _flatten(value, (*keys, key), into)
+        elif name in into:
+            raise ValueError(f"{name!r} is there twice")
         else:
-            into["/".join((*keys, key))] = value
+            into[name] = value
 
 
 def _dictionary(pairs: list[tuple[str, object]]) -> dict[str, object] | np.ndarray:
@@ -82,9 +84,9 @@ def _extension(code: int, data: bytes) -> object:
         return complex(*msgpack.unpackb(data, max_array_len=2))
     if code not in (ARRAY, SCALAR):
         raise ValueError(f"an extension of kind {code}, which is not of Flax")
-    shape, kind, buffer = msgpack.unpackb(data, raw=True, max_array_len=LONGEST)
+    shape, kind, buffer = msgpack.unpackb(data, raw=True, **LONGEST)
     name = kind.decode() if isinstance(kind, bytes) else str(kind)
     if name not in DTYPES or not isinstance(shape, list) or not isinstance(buffer, bytes):
-        raise ValueError(f"an array of kind {name}")
+        raise ValueError(f"an array of kind {name!r}")
     array = _shaped(np.frombuffer(buffer, DTYPES[name]), shape)
     return array if code == ARRAY else array[()]
