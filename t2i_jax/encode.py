@@ -145,7 +145,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     if not frozen:
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
     frozen = put_on_mesh(frozen, shardings(frozen, mesh))
-    store = jax.jit(make_store(codec.config if codec else None, experiment.text))
+    store = jax.jit(make_store(codec.config if codec else None, experiment.text, experiment.model.batch_spec()))
     seen = codec or learns_from_images(experiment.text)
 
     def ready(**arrays: Sequence[np.ndarray] | np.ndarray) -> Record:

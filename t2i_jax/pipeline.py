@@ -22,6 +22,7 @@ from t2i_jax.core.narrow import (
     check_codes,
     gives_features,
     int8_sampling,
+    negative_prompts,
     super_resolution,
     text_encoder,
 )
@@ -32,6 +33,7 @@ from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
 from t2i_jax.sampler import OnPreview, OnProgress, Program, Sampler, check_codec, encode, interpolation
+from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
 from t2i_jax.text.cut import check_vocabulary
 
@@ -124,6 +126,7 @@ class Pipeline:
         edit: Edit | None = None,
         guides: Sequence[Guide] = (),
         upsampler: Pipeline | None = None,
+        negative: str | int = "",
         batch_size: int = 16,
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
@@ -138,7 +141,8 @@ class Pipeline:
         inputs = [prompts] if isinstance(prompts, str | int) else list(prompts)
         if isinstance(prompts, str | int) and seeds is not None:
             inputs *= len(seeds)
-        sampler = self.sampler(self._chosen(options), edit=edit, guides=guides, upsampler=upsampler)
+        chosen, away = self._chosen(options), str(negative)
+        sampler = self.sampler(chosen, edit=edit, guides=guides, upsampler=upsampler, negative=away)
         return sampler.sample([str(p) for p in inputs], seeds, batch_size, on_progress, on_preview)
 
     def interpolate(
@@ -193,13 +197,15 @@ class Pipeline:
         edit: Edit | None = None,
         guides: Sequence[Guide] = (),
         upsampler: Pipeline | None = None,
+        negative: str = "",
     ) -> Sampler:
         """A sampler with these options, by default those of the family.
 
         edit: of a given image, for all prompts. guides: at most one of a kind. upsampler: the second stage of a cascade
         (Ho et al. 2022), a super-resolution pipeline; it reads the same prompts, samples with its own options, and uses
-        the same seeds with other noise. Errors: `ConfigError` for what the family cannot do, guides that do not match
-        it.
+        the same seeds with other noise. negative: a prompt to guide away from, in the place of the unconditional
+        branch; the second stage reads it too, if it can. Errors: `ConfigError` for what the family cannot do, guides
+        that do not match it.
         """
         options = self.options if options is None else options
         about, parts = dict(self.about), self.parts
@@ -218,11 +224,17 @@ class Pipeline:
             about |= guide.about
         if upsampler:
             about |= {"upsampler": f"{upsampler.about.get('model', '')}, {upsampler.options}"}
-        second = upsampler and upsampler.sampler()
+        if negative:
+            negative_prompts(self.family)
+            if guided_by(self.family, options) is False:
+                raise ConfigError("a negative prompt with guidance 1: nothing guides")
+            about |= {"negative": negative}
+        both = upsampler and upsampler.family.capabilities.negative
+        second = upsampler and upsampler.sampler(negative=negative if both else "")
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
         encoder = self.text if gives_features(self.text) else None
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
-        return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, about)
+        return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, negative, about)
 
     def tokens_to_keep(self, edit: Edit) -> np.ndarray:
         """Which tokens an edit keeps, bool (1, rows, columns). Errors: `ConfigError` for an edit of other images than

@@ -16,7 +16,15 @@ from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.models.stream import Stream
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, CrossAttnFeatures, SentenceAndWords
+from t2i_jax.networks.condition import (
+    ClassEmbedder,
+    Conditioning,
+    CrossAttnFeatures,
+    Joined,
+    LowCodes,
+    SentenceAndWords,
+    TextFeatures,
+)
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
@@ -91,12 +99,30 @@ MASKGIT = Masked(
     sampling=MaskedSampler(guidance=1.0, iterations=8, original=True),
 )
 """MaskGIT (Chang et al. 2022) on 16 x 16 codes, as released: without an unconditional branch."""
+_MUSE = Masked(
+    head=SoftmaxHead(8192),
+    order=Confidence(),
+    rate=MaskRate("cosine"),
+    transformer=replace(MAR, width=2048, depth=48, heads=16),
+    reads="all",
+    conditioning=Conditioning(TextFeatures(4096, 128), via="cross_attention"),
+    sampling=MaskedSampler(guidance=4.0, iterations=24),
+)
+_MUSE_SR = replace(
+    _MUSE,
+    grid=(64, 64),
+    transformer=replace(MAR, width=1024, depth=32, heads=16),
+    conditioning=Conditioning(Joined((TextFeatures(4096, 128), LowCodes())), via="cross_attention"),
+    sampling=MaskedSampler(guidance=4.0, iterations=8),
+)
 OF_MASKED: dict[str, Masked] = {
     "mar-b": _mar(768, 12, 12, DiffusionHead(width=1024, depth=6)),  # 208 M
     "mar-l": _mar(1024, 16, 16, DiffusionHead(width=1280, depth=8)),  # 478 M
     "mar-h": _mar(1280, 20, 16, DiffusionHead(width=1536, depth=12)),  # 942 M
     "maskgit": MASKGIT,  # 172 M
     "maskgit-512": replace(MASKGIT, grid=(32, 32), sampling=replace(MASKGIT.sampling, iterations=12)),  # 173 M
+    "muse": _MUSE,  # 3 B
+    "muse-sr": _MUSE_SR,  # 0.8 B
 }
 OF_DIFFUSION: dict[str, Diffusion] = {
     "dit-s": _dit(384, 12, 6),  # 33 M

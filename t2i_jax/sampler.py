@@ -29,7 +29,7 @@ from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.sampling.progress import Progress, listening
 from t2i_jax.text.cut import limited, unread
-from t2i_jax.training.experiment import with_features
+from t2i_jax.training.experiment import with_features, with_low_codes
 
 log = logging.getLogger(__name__)
 
@@ -59,20 +59,23 @@ class Program:
         options: SamplingOptions,
         progress: Progress | None = None,
         toward: Toward | None = None,
+        negative: dict[str, Array] | None = None,
     ) -> Array:
         """Samples (b, *grid, ...) of the family.
 
         guided: static, as in `Family.sample`. parts: `model`; `text`, the weights of a text encoder; of an edit `known`
         and `keep` (1, ...); of guides `classifier` and `guide_model`.
         """
-        condition = with_features(self.text, parts, condition)
+        ready = lambda condition: with_features(self.text, parts, dict(condition))
+        condition = with_low_codes(self.family.condition_spec(), self.codec, parts, ready(condition))
         edit = {k: parts[k] for k in ("known", "keep") if k in parts}
         more: dict[str, object] = jax.tree.map(lambda x: jnp.repeat(x, len(keys), 0), edit)
         if "guide_model" in parts:
             more["guide_model"] = parts["guide_model"]
         if toward is not None:
-            there = with_features(self.text, parts, dict(toward.condition))
-            more["toward"] = dataclasses.replace(toward, condition=there)
+            more["toward"] = dataclasses.replace(toward, condition=ready(toward.condition))
+        if negative is not None:
+            more["negative"] = ready(negative)
         if self.classifier:
             more["classifier"] = jax.tree_util.Partial(self.classifier.log_p, parts["classifier"])
         codes = self.family.sample(parts["model"], condition, keys, options, guided=guided, progress=progress, **more)
@@ -91,8 +94,9 @@ def _sample(
     options: SamplingOptions,
     progress: Progress | None,
     toward: Toward | None = None,
+    negative: dict[str, Array] | None = None,
 ) -> Array:
-    codes = program.codes(guided, parts, condition, keys, options, progress, toward)
+    codes = program.codes(guided, parts, condition, keys, options, progress, toward, negative)
     return _decode(program.codec, parts["codec"], codes)
 
 
@@ -151,6 +155,8 @@ class Sampler:
     guides: tuple[Guide, ...] = ()
     upsampler: Sampler | None = None
     """of the second stage"""
+    negative: str = ""
+    """prompt that images are guided away from; empty: none"""
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """metadata of images: all that they depend on besides prompt, seed and options"""
 
@@ -199,7 +205,7 @@ class Sampler:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt")
         check_codec(self.program.family, self.program.codec)
-        self.log_unread(prompts)
+        self.log_unread([*prompts, self.negative] if self.negative else prompts)
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = -(-max(shards, min(batch_size, len(prompts))) // shards) * shards
         for at in range(0, len(prompts), size):
@@ -241,8 +247,15 @@ class Sampler:
             keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(family, self.options))
             others = None if toward is None else self._others(toward)
             with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
-                parts = dict(self.parts)
-                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others)
+                parts, away = dict(self.parts), self._away(len(prompts))
+                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others, away)
+
+    def _away(self, count: int) -> dict[str, Array] | None:
+        """The negative prompt, a row for each image, on the mesh."""
+        if not self.negative:
+            return None
+        condition = condition_of(self.program.family, self.text, [self.negative] * count)
+        return cast(dict[str, Array], put_on_mesh(condition, batch_sharding(self.mesh)))
 
     def _others(self, toward: Sequence[Between]) -> Toward:
         """The other ends of a batch, on the mesh."""

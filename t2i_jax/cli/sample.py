@@ -76,6 +76,8 @@ class SampleArguments(Checked):
     """run of a classifier or an image-text model of noised images, for classifier guidance: --classifier-scale 3"""
     autoguide: Path | None = None
     """run of a worse model, smaller or less trained, for autoguidance: it replaces the unconditional branch"""
+    negative: str = ""
+    """a prompt that images are guided away from, in the place of the unconditional branch; for masked models"""
     upsample: Path | None = None
     """run folder or released model of an upsampler, with its own sampling options"""
     interpolate: Annotated[int | None, Range(2, 1_000_000)] = None
@@ -125,7 +127,8 @@ def run(arguments: list[str]) -> None:
     wanted = ((ClassifierGuidance, args.classifier), (Autoguidance, args.autoguide))
     guides = [kind.load(run, mesh=pipeline.mesh) for kind, run in wanted if run]
     upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
-    sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler)
+    away = mend(args.negative).replace("\0", " ")
+    sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler, negative=away)
     judge = None
     if args.rerank:
         with config.refused(f"--rerank {args.rerank}"):

@@ -101,6 +101,11 @@ def inpainting(config: Trainable) -> Family:
     return cast(Family, _declares(config, "inpaint", "keeps no part of an image"))
 
 
+def negative_prompts(config: Trainable) -> Family:
+    """Check for negative prompts. Errors: `ConfigError` for a config that cannot be guided away from a prompt."""
+    return cast(Family, _declares(config, "negative", "takes no negative prompt; a masked model does"))
+
+
 def image_to_image(config: Trainable) -> Family:
     """Check for image-to-image sampling. Errors: `ConfigError` for a config that cannot start from an image."""
     what = "keeps nothing of an image without a mask; a Gaussian diffusion can"

@@ -143,6 +143,8 @@ class Capabilities:
     """`sample` takes `known` and `keep`: samples (b, *grid, ...), and a bool (b, rows, columns) of tokens to keep"""
     inpaint_prefix: bool = False
     """it can keep only the first tokens in raster order"""
+    negative: bool = False
+    """`sample` takes `negative`, a condition whose branch takes the place of the unconditional one"""
     init_image: bool = False
     """`sample` takes `known` without `keep`, and its options have a `strength`"""
     super_resolution: bool = False

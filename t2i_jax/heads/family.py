@@ -64,6 +64,7 @@ class HeadFamily(BaseFamily[A]):
             unconditional=self.conditioning.dropout > 0,
             guidance=True,
             inpaint=True,
+            negative=True,
             token_head=True,
             remat=REMATS,
             attention=True,
@@ -88,6 +89,7 @@ class HeadFamily(BaseFamily[A]):
         known: Array | None = None,
         keep: Array | None = None,
         guided: bool | None = None,
+        negative: Batch | None = None,
         orders: Array | None = None,
         draws: ImageKeys | None = None,
         progress: Progress | None = None,
@@ -101,13 +103,14 @@ class HeadFamily(BaseFamily[A]):
             causal model in raster order sees only those that come before; else known tokens are read first.
         guided: False skips the unconditional branch, whatever the options say, which halves the cost. None skips it if
             `conditioning.dropout` is 0, since no unconditional branch was trained.
+        negative: a condition to guide away from, in the place of the unconditional branch.
         orders: int (b, L), each a permutation read from its end; replaces those that `order` samples.
         draws: source of the head's random numbers; replaces `heads.ImageKeys`.
         progress: its listener is called with (steps done, all steps, codes).
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
-        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
-        return _sample(self, model, condition, keys, known, keep, orders, draws, options, guided, progress)
+        options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided, negative)
+        return _sample(self, model, condition, keys, known, keep, negative, orders, draws, options, guided, progress)
 
 
 @partial(jax.jit, static_argnames=("config", "guided"))
@@ -118,6 +121,7 @@ def _sample(
     keys: Array,
     known: Array,
     keep: Array,
+    negative: Batch | None,
     orders: Array | None,
     draws: ImageKeys | None,
     options: ARSampler,
@@ -128,5 +132,5 @@ def _sample(
     orders = orders_of(config.order, own[:, 0], config.length) if orders is None else orders
     draws = ImageKeys(own[:, 1]) if draws is None else draws
     x, keep = to_tokens(known, config.patch), rearrange(keep, "b h w -> b (h w)")
-    x = config.draw(model, condition, x, keep, orders, draws, options, Branches(guided), progress)
+    x = config.draw(model, condition, x, keep, orders, draws, options, Branches(guided, negative), progress)
     return from_tokens(x, config.grid, config.patch)

@@ -118,7 +118,7 @@ class AnyOrder(HeadFamily[ARSampler]):
         b, length, model, rows = len(x), self.length, weight_stationary(model), both.rows
         places = jnp.flip(orders if self.order.fixed else with_known_last(orders, keep), 1)
         place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
-        z, state = model.prefill(rows(condition), both.dropped(b), rows(place(0)))
+        z, state = model.prefill(*both.conditions(condition, b), rows(place(0)))
 
         def sampled(x: Array, z: Array, k: Array | int) -> Array:
             """Codes after sampling the k-th token of the order from z (b n, 1, d)."""

@@ -8,6 +8,7 @@ and a mask. `PrefixTokens` are ids of the image's own vocabulary, which the netw
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple, cast
 
 import jax
@@ -21,7 +22,7 @@ from jax.typing import DTypeLike
 from t2i_jax.core.arrays import Bool, Float, Int, typed
 from t2i_jax.core.conditions import Batch, Condition, ConditionSpec, ConditionTokens, SummarizedTokens
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Count, Layers, Share, Size
+from t2i_jax.core.fields import Checked, Count, Grid, Layers, Share, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
 from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
@@ -472,6 +473,108 @@ class PrefixIds(nnx.Module):
         given = value(batch, "label")[:, None] if alone else value(batch, "prefix")
         same_length("prefix", given.shape[1], self.config.length)
         return jnp.where(drop[:, None], 0, given), jnp.ones(given.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowCodes(BaseCondition):
+    """Codes of a small image, a token each, read by a bidirectional Transformer: the condition of the second stage of
+    Muse (Chang et al. 2023, 2.4).
+
+    They are codes by the codec of the image itself. The unconditional branch has them, too.
+    """
+
+    vocabulary: Size = 8192
+    """number of codes of the codec"""
+    grid: Grid = (16, 16)
+    """rows and columns of codes"""
+    width: Size = 1024
+    depth: Layers = 16
+    heads: Size = 16
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.grid)
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields that it reads of a batch."""
+        return {"low_codes": FieldSpec(self.grid, "int32", 0, self.vocabulary - 1)}
+
+    def init(self, key: Array, width: int) -> LowCodeTokens:
+        return LowCodeTokens(self, key, width)
+
+
+class LowCodeTokens(nnx.Module):
+    """`low_codes` int (b, h, w) -> tokens (b, h w, d), all visible; `drop` has no effect."""
+
+    def __init__(self, config: LowCodes, key: Array, width: int):
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.table = Embedding(config.vocabulary, config.width, keys[0])
+        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
+        self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
+        self.norm = RMSNorm(config.width)
+        self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
+
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        codes = ids(batch, "low_codes", self.config.vocabulary).reshape(len(drop), -1)
+        same_length("low_codes", codes.shape[1], self.config.length)
+        x = scan_stack(self.blocks, (self.table(codes) + self.position[...]).astype(dtype))
+        return self.out(self.norm(x)), jnp.ones(codes.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined(BaseCondition):
+    """The tokens of several conditions, one after the other: a caption, and the codes of a small image."""
+
+    parts: tuple[Condition, ...] = (TextFeatures(), LowCodes())
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = [name for part in self.parts for name in part.batch_spec()]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"parts: two of them read '{double[0]}'")
+        if not self.parts or any(part.spec.gives_ids for part in self.parts):
+            raise ConfigError("parts: conditions that give vectors are joined, at least one")
+
+    @property
+    def spec(self) -> ConditionSpec:
+        every = [part.spec for part in self.parts]
+        return ConditionSpec(
+            has_null=all(spec.has_null for spec in every), has_padding=any(spec.has_padding for spec in every)
+        )
+
+    @property
+    def length(self) -> int:
+        return sum(part.length for part in self.parts)
+
+    def token_width(self, width: int) -> int:
+        widths = [part.token_width(width) for part in self.parts]
+        return next((other for other in widths if other != width), width)
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields that its parts read of a batch."""
+        return {name: field for part in self.parts for name, field in part.batch_spec().items()}
+
+    def init(self, key: Array, width: int) -> JoinedTokens:
+        return JoinedTokens(self, key, width)
+
+
+class JoinedTokens(nnx.Module):
+    """The tokens (b, s, d) of all parts, and which of them are visible."""
+
+    def __init__(self, config: Joined, key: Array, width: int):
+        keys = jax.random.split(key, len(config.parts))
+        self.parts = nnx.List([part.init(key, width) for part, key in zip(config.parts, keys, strict=True)])
+
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        tokens, valid = zip(*(part(batch, drop, dtype) for part in self.parts), strict=True)
+        return jnp.concatenate(tokens, 1), jnp.concatenate(valid, 1)
 
 
 class Context(NamedTuple):

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from jax import Array
 
 from t2i_jax.core.arrays import Bool, Float, Int, typed
+from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import values
 from t2i_jax.core.types import Capabilities, Family, SamplingOptions
 from t2i_jax.noise.schedule import expand_like
@@ -21,9 +22,10 @@ from t2i_jax.noise.schedule import expand_like
 T = TypeVar("T")
 
 
-def is_guided(can: Capabilities, guided: bool | None) -> bool:
-    """Whether to compute the unconditional branch: `guided`, or for None whether the family has learned one."""
-    return can.unconditional if guided is None else guided
+def is_guided(can: Capabilities, guided: bool | None, negative: Batch | None = None) -> bool:
+    """Whether to compute a second branch: `guided`, or for None whether there is a negative condition or the family has
+    learned an unconditional branch."""
+    return (negative is not None or can.unconditional) if guided is None else guided
 
 
 def guided_by(family: Family, options: SamplingOptions) -> bool | None:
@@ -41,6 +43,9 @@ class Branches:
     """
 
     guided: bool
+    negative: Batch | None = None
+    """a condition, b rows, whose branch takes the place of the unconditional one: a negative prompt (Chang et al. 2023,
+    Muse, 2.7); fields that it does not have are those of the other branch"""
 
     @property
     def count(self) -> int:
@@ -49,6 +54,15 @@ class Branches:
     def rows(self, inputs: T) -> T:
         """Arrays (b, ...) of a pytree with each row repeated once per branch: (b n, ...)."""
         return jax.tree.map(lambda x: repeat(x, "b ... -> (b n) ...", n=self.count), inputs)
+
+    def conditions(self, condition: Batch, b: int) -> tuple[Batch, Array]:
+        """The condition of each of the b n rows, and which of them are unconditional, bool (b n,)."""
+        dropped = self.dropped(b)
+        if self.negative is None or not self.guided:
+            return self.rows(condition), dropped
+        both = {**condition, **self.negative}
+        pairs = {k: rearrange([condition[k], x], "n b ... -> (b n) ...") for k, x in both.items() if k in condition}
+        return pairs, jnp.zeros_like(dropped)
 
     @typed
     def dropped(self, b: int) -> Bool[Array, " n"]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import jax
@@ -168,6 +169,8 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
     spec |= {k: optional(v, one_of) if one_of else v for k, v in several.items()}
     if "image" in spec:  # bytes until they are on the devices
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
+    if "low_codes" in spec and images is not None:
+        spec["low_codes"] = optional(spec["low_codes"])
     if "features" in spec and experiment.text is not None:
         spec["features"] = optional(spec["features"])
         if learns_from_images(experiment.text):  # images are the training signal, and captions are not read
@@ -178,8 +181,10 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
     return spec
 
 
-def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
+def make_prepare(codec: Codec | None, text: Tokenizer | None, spec: BatchSpec = MappingProxyType({})) -> Prepare:
     """The part of a step before any gradient: (frozen, batch, key) -> batch with float images, codes and text features.
+
+    spec: of the batches that the model reads.
 
     Anything already in the data (codes, latents, features of an encoded data set) is not recomputed. Codes of a KL
     autoencoder are sampled from its posterior with the key. With a text encoder that has `image_features`, the features
@@ -187,7 +192,7 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
     """
 
     def prepare(frozen: Frozen, batch: dict[str, Array], key: Array) -> dict[str, Array]:
-        batch = with_features(text, frozen, as_floats(batch))
+        batch = with_low_codes(spec, codec, frozen, with_features(text, frozen, as_floats(batch)))
         if "latents" in batch:
             batch["codes"] = draw_codes(batch.pop("latents"), key)
         if codec is not None and "image" in batch:
@@ -198,13 +203,15 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None) -> Prepare:
     return prepare
 
 
-def make_store(codec: Codec | None, text: Tokenizer | None) -> Callable[[Frozen, dict[str, Array]], dict[str, Array]]:
+def make_store(
+    codec: Codec | None, text: Tokenizer | None, spec: BatchSpec = MappingProxyType({})
+) -> Callable[[Frozen, dict[str, Array]], dict[str, Array]]:
     """The arrays that `t2i encode` stores for a batch: (frozen, batch) -> codes or latents, features and their mask."""
 
     def store(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
-        batch = with_features(text, frozen, as_floats(batch))
+        batch = with_low_codes(spec, codec, frozen, with_features(text, frozen, as_floats(batch)))
         kept = codec.to_store(frozen["codec"], batch["image"]) if codec is not None and "image" in batch else {}
-        return kept | {k: batch[k] for k in ("features", "text_mask") if k in batch}
+        return kept | {k: batch[k] for k in ("low_codes", "features", "text_mask") if k in batch}
 
     return store
 
@@ -214,6 +221,17 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
     if "image" not in batch:
         return dict(batch)
     return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1}
+
+
+def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with the codes of the small image, if the model reads them and the batch has none: of its `low_res`
+    float (b, i, j, 3), or of its `image`, downscaled to as many pixels as `low_codes` of the spec has codes for."""
+    small = batch.get("low_res", batch.get("image"))
+    if "low_codes" not in spec or "low_codes" in batch or codec is None or small is None:
+        return batch
+    rows, columns = (n * codec.spec.factor for n in spec["low_codes"].shape if n is not None)
+    small = jax.image.resize(small, (len(small), rows, columns, 3), "linear")
+    return batch | {"low_codes": codec.encode(frozen["codec"], small)}
 
 
 def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:

@@ -108,7 +108,7 @@ class Trainer:
             codec = self.codec.config if self.codec else None
             self.spec = record_spec(experiment, codec)
             self.checked = False
-            self.prepare = make_prepare(codec, experiment.text)
+            self.prepare = make_prepare(codec, experiment.text, experiment.model.batch_spec())
             step = make_step(
                 self.abstract,
                 self.objectives,
