@@ -99,7 +99,7 @@ MASKGIT = Masked(
     sampling=MaskedSampler(guidance=1.0, iterations=8, original=True),
 )
 """MaskGIT (Chang et al. 2022) on 16 x 16 codes, as released: without an unconditional branch."""
-_MUSE = Masked(
+MUSE = Masked(
     head=SoftmaxHead(8192),
     order=Confidence(),
     rate=MaskRate("cosine"),
@@ -108,8 +108,8 @@ _MUSE = Masked(
     conditioning=Conditioning(TextFeatures(4096, 128), via="cross_attention"),
     sampling=MaskedSampler(guidance=4.0, iterations=24),
 )
-_MUSE_SR = replace(
-    _MUSE,
+MUSE_SR = replace(
+    MUSE,
     grid=(64, 64),
     transformer=replace(MAR, width=1024, depth=32, heads=16),
     conditioning=Conditioning(Joined((TextFeatures(4096, 128), LowCodes())), via="cross_attention"),
@@ -121,8 +121,8 @@ OF_MASKED: dict[str, Masked] = {
     "mar-h": _mar(1280, 20, 16, DiffusionHead(width=1536, depth=12)),  # 942 M
     "maskgit": MASKGIT,  # 172 M
     "maskgit-512": replace(MASKGIT, grid=(32, 32), sampling=replace(MASKGIT.sampling, iterations=12)),  # 173 M
-    "muse": _MUSE,  # 3 B
-    "muse-sr": _MUSE_SR,  # 0.8 B
+    "muse": MUSE,  # 3 B
+    "muse-sr": MUSE_SR,  # 0.8 B
 }
 OF_DIFFUSION: dict[str, Diffusion] = {
     "dit-s": _dit(384, 12, 6),  # 33 M

@@ -34,6 +34,7 @@ CODES = SoftmaxHead(7)
 VECTORS = DiffusionHead(dim=2, width=8, depth=1, steps=20, respacing="3", repeat=2)
 TINY = dict(grid=(2, 3), width=8, depth=1, heads=2, condition=ClassEmbedder(3), dropout=0.0)
 BIDIRECTIONAL = TINY | dict(buffer=2, decoder=with_fields(MAR, width=8, depth=1, heads=2, dropout=0.0), size_buckets=2)
+STACK = TINY | dict(reads="all", rate=MaskRate("cosine", least=0.5))
 
 CELLS = {
     f"{name} {type(head).__name__}": with_fields(family(), **shape, order=order, head=head, **rest)
@@ -49,6 +50,10 @@ MORE = {
     "MaskGIT": with_fields(
         Masked(), **BIDIRECTIONAL | {"depth": 0}, order=Confidence(), head=CODES, rate=MaskRate("cosine")
     ),
+    "one stack": with_fields(
+        Masked(), **STACK, post_norm=True, tied=True, buffer=1, order=Confidence(), head=CODES, average="images"
+    ),
+    "one stack crossed": with_fields(Masked(), **STACK, via="cross_attention", head=VECTORS),
     "masked raster": with_fields(Masked(), **BIDIRECTIONAL, order=Raster(), head=CODES),
     "masked flow": with_fields(Masked(), **BIDIRECTIONAL, order=Sets(), head=FlowHead(2, 8, 1, steps=2, repeat=1)),
     "masked mixture": with_fields(Masked(), **BIDIRECTIONAL, order=Sets(), head=MixtureHead(2, 3)),
@@ -283,3 +288,26 @@ def test_released_files_are_taken_whole(name):
     config, model = convert("mar", tensors_of(name))
     assert sum(x.size for x in jax.tree.leaves(model)) == released()[name]["numel_params"]
     assert config.grid == (16, 16) and config.buffer == 64 and config.conditioning.what == ClassEmbedder(1000)
+
+
+def test_a_stack_of_all_tokens_refuses_what_it_does_not_have():
+    for fields, says in (
+        ({"decoder": MAR}, "there is no decoder"),
+        ({"depth": 0}, "it needs layers"),
+        ({"tied": True, "head": VECTORS}, "a SoftmaxHead only"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            with_fields(Masked(), **STACK | fields)
+    with pytest.raises(ConfigError, match="Masked has prefix"):
+        with_fields(Masked(), **TINY, via="cross_attention")
+
+
+def test_a_tied_table_scores_words_in_training_and_codes_in_sampling():
+    config = ALL["one stack"]
+    model = filled(config)
+    z = jnp.ones((2, 8))
+    whole, codes = model.output()(z), model.output(whole=False)(z)
+    assert whole.shape == (2, 7 + 4 + 1) and codes.shape == (2, 7)  # 3 classes, none, and the mask token
+    np.testing.assert_allclose(whole[:, :7], codes, rtol=1e-6)
+    rows = np.concatenate([model.entrance.w[...], model.condition.table.w[...], model.mask_token[...][None]])
+    np.testing.assert_allclose(whole, z @ rows.T + model.output_bias[...], rtol=1e-5)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.sampling.options import MaskedSampler
+from t2i_jax.sampling.options import SHAPES, MaskedSampler
 from t2i_jax.sampling.orders import (
     Confidence,
     MaskRate,
@@ -58,6 +58,24 @@ def test_counts_are_those_of_float64(total):
 
     for steps in (3, 12, 39, 51, 63, 64):  # of some, two thirds of the way is a hair short of a half in float64
         assert ours(MaskedSampler(iterations=steps).arrays())[:steps].tolist() == published(steps)
+
+
+def test_the_schedule_of_the_released_maskgit():
+    """Shares in fp32, and a token that stays hidden until the last step."""
+    original = lambda total, steps, **more: remaining(total, MaskedSampler(iterations=steps, original=True, **more))
+    assert original(256, 8).tolist() == [251, 236, 212, 181, 142, 97, 49, 0]
+    assert original(256, 12)[7] == 127, "a share of a half, a hair short in fp32"
+    assert original(3, 6).tolist() == [2, 1, 1, 1, 1, 0]
+    np.testing.assert_array_equal(original(100, 12, start=2), [92, 86, 79, 70, 60, 49, 38, 25, 13, 0])
+    with pytest.raises(ValueError, match="start 12: 0 to 11"):
+        MaskedSampler(iterations=12, start=12).arrays()
+
+
+def test_shapes_of_schedules():
+    counts = lambda shape, **more: remaining(256, MaskedSampler(iterations=4, shape=SHAPES.index(shape), **more))
+    assert counts("power", power=1.0).tolist() == counts("linear").tolist() == [192, 128, 64, 0]
+    assert counts("log").tolist() == [64, 32, 13, 0]  # -log2(i / 4) of the 8 bits
+    assert counts("exp").tolist() == [252, 240, 192, 0]  # all but 256^(i / 4)
 
 
 def test_hidden_positions_are_read_from_the_front_and_known_ones_stand_last():
