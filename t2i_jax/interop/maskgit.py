@@ -43,7 +43,10 @@ def describe(tensors: Tensors, codes: int = CODES, grid: tuple[int, int] | None 
     shape = lambda name: tuple(tensors[name].shape)
     words, length = shape(WORDS)[0], shape(POSITIONS)[0] - 1
     if not 0 < codes < words - 1:
-        raise ValueError(f"codes {codes}: the table has {words} words, which are codes, classes and the mask token")
+        raise ValueError(
+            f"codes {codes}: the table has {words} words, which are codes, classes and the mask token; say by codes= "
+            "how many are codes"
+        )
     side = math.isqrt(length)
     if math.prod(grid or (side, side)) != length:
         how = f"grid {grid} has {math.prod(grid)}" if grid else "no square: say their rows and columns by grid="

@@ -447,7 +447,7 @@ class MaskedTransformer(HiddenTokenNetwork):
         self.norm = None if shape.post_norm else shape.normalise()
         self.transform = Linear(d, d, keys[5], axes=("embed", None)) if config.tied else None
         self.transform_norm = shape.normalise() if config.tied else None
-        self.output_bias = param(jnp.zeros(sum(map(len, self.tables())))) if config.tied else None
+        self.output_bias = param(jnp.zeros(sum(map(len, self.tables()))), None) if config.tied else None
         self.head = None if config.tied else config.head.init(keys[6], d)
 
     def tables(self, whole: bool = True) -> list[Array]:

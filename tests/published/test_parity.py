@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from tests.fixtures.families import ALL, SYSTEMS
 from tests.fixtures.released import MISSING, OUTPUTS
 from tests.published.parity import SMALL, InDouble, Oracle, check, compare, systems
@@ -22,6 +22,9 @@ def folders(parent: Path | None) -> dict[str, Path]:
 
 
 KEPT, LARGE = folders(SMALL), folders(OUTPUTS)
+
+JUDGES = (DiscriminatorConfig, StyleDiscriminatorConfig)
+"""Configurations of networks that are no models."""
 
 CASES = [
     pytest.param(name, marks=() if name in KEPT.keys() & systems().keys() else pytest.mark.slow)
@@ -39,7 +42,7 @@ def test_every_published_array(name):
     assert lines and all(line.passed for line in lines), "\n" + "\n".join(map(str, lines))
     cases = [ALL[case] for case in SYSTEMS[oracle.meta["system"]]]
     claims = lambda config: (type(config), config.capabilities.family, config.capabilities.likelihood)
-    models = {claims(config) for _, config in seen if not isinstance(config, DiscriminatorConfig)}
+    models = {claims(config) for _, config in seen if not isinstance(config, JUDGES)}
     assert models <= {claims(case) for case in cases}
 
 
