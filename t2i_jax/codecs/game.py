@@ -19,6 +19,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.autoencoder import Decoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.core.arrays import Float, typed
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
@@ -105,6 +106,11 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
     discriminator: DiscriminatorConfig | StyleDiscriminatorConfig = DiscriminatorConfig()
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """dtype of the convolutions; latents and losses are fp32, or float64 with float64 (for gradient checks)"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.r1 and isinstance(self.discriminator, DiscriminatorConfig) and self.discriminator.norm == "batch":
+            raise ConfigError("r1: BatchNorm makes a logit depend on other images; discriminator.norm is group or none")
 
     @property
     @abc.abstractmethod

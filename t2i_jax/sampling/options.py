@@ -125,6 +125,8 @@ class MaskedSampler(ARSampler):
     tokens."""
     shape: int | Array = 0
     """Shape of the schedule, an index into `SHAPES`: 0 cosine, 1 linear, 2 power, 3 log, 4 exp."""
+    choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
+    """Temperature of the noise on confidence, annealed to 0 at the last step."""
     power: Annotated[float | Array, Range(above=0)] = 2.0
     """Exponent of the shape `power`: 1 - u^power of the tokens are hidden after a share u of the steps."""
     start: Annotated[int | Array, Range(0, BOUND - 1)] = 0
@@ -133,8 +135,6 @@ class MaskedSampler(ARSampler):
     original: bool | Array = False
     """Count as the released MaskGIT does: shares in fp32, whose rounding says where a share is a whole number of
     tokens, and with a token that stays hidden, and is sampled again, until the last step."""
-    choice_temperature: Annotated[float | Array, Range(low=0)] = 4.5
-    """Temperature of the noise on confidence, annealed to 0 at the last step."""
 
     def arrays(self) -> MaskedSchedule:
         """The same options as arrays of one dtype per field, with their schedule.
