@@ -10,6 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from flax.serialization import msgpack_serialize
 from PIL import Image
 from safetensors.numpy import save
 
@@ -55,6 +56,7 @@ KINDS = {
     "a NumPy array file": lambda: saved(np.save, np.ones(3)),
     "a Python pickle (an old PyTorch file?)": lambda: pickle.dumps([1]),
     "a safetensors file": lambda: save({"a": np.ones(3, np.float32)}),
+    "a msgpack file (a checkpoint of Flax?)": lambda: msgpack_serialize({"params": {"w": np.ones(3)}}),
     "a PNG image": lambda: image("PNG"),
     "a JPEG image": lambda: image("JPEG"),
     "a WebP image": lambda: image("WEBP"),
@@ -89,3 +91,7 @@ def test_any_bytes_are_looked_at_without_an_error():
     rng = np.random.default_rng(0)
     for n in range(400):
         assert isinstance(sniff(rng.bytes(n % 40)), str)
+
+
+def test_text_of_other_encodings_is_no_checkpoint():
+    assert not any("msgpack" in sniff(text.encode("shift-jis")) for text in ("ぁい", "いぁ", "。"))

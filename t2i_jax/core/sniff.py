@@ -76,10 +76,13 @@ def sniff(head: bytes) -> str:
 
 
 def is_msgpack(head: bytes) -> bool:
-    """Whether a file begins as a msgpack dictionary with a name in it, as checkpoints of Flax do."""
-    size = {0xDE: 3, 0xDF: 5}.get(head[0] if head else 0, 1)  # of what says how many names there are
-    short = size > 1 or 0x81 <= head[:1].ljust(1)[0] <= 0x8F
-    return short and (head[size : size + 1].ljust(1, b"\0")[0] in {*range(0xA1, 0xC0), 0xD9})
+    """Whether a file begins as a msgpack dictionary whose first name is a short ASCII word, as checkpoints of Flax
+    do."""
+    if not head:
+        return False
+    at = {0xDE: 3, 0xDF: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8F else len(head))  # after the number of names
+    name = head[at + 1 : at + 1 + (head[at] & 0x1F)] if at < len(head) and 0xA1 <= head[at] <= 0xBF else b""
+    return name.isascii() and name.decode("latin1").isprintable() and bool(name)
 
 
 def pointer(head: bytes) -> str:
