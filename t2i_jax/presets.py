@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.discriminator import StyleDiscriminatorConfig
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.family import with_fields
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
@@ -99,6 +103,30 @@ MASKGIT = Masked(
     sampling=MaskedSampler(guidance=1.0, iterations=8, original=True),
 )
 """MaskGIT (Chang et al. 2022) on 16 x 16 codes, as released: without an unconditional branch."""
+MASKGIT_VQGAN = VQGAN(
+    AutoencoderConfig(
+        decoder_blocks=2,
+        attention=(),
+        middle_attention=False,
+        down="average",
+        bias=False,
+        shortcut_of="branch",
+        out_kernel=1,
+        unit_range=True,
+    ),
+    QuantizerConfig(1024, 256, normalize=False, entropy=0.1),
+    convolutions=False,
+    pixel_weight=0.25,
+    perceptual=0.1,
+    adversarial=0.1,
+    adversary="vanilla",
+    generator_adversary="vanilla",
+    r1=20.0,
+    start=0,
+    discriminator=StyleDiscriminatorConfig(),
+)
+"""The codec of MaskGIT (55 M) and how it was trained, on 256 x 256 pixels. Its pixels are in [0, 1], so that squares of
+gradients by them are 4 times as large, and its loss of the discriminator is twice that of this library."""
 MUSE = Masked(
     head=SoftmaxHead(8192),
     order=Confidence(),

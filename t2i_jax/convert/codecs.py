@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from t2i_jax.convert import Format
 from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.interop import maskgit, vqgan
 from t2i_jax.interop.names import Fields, Table, Tensors, require
+from t2i_jax.presets import MASKGIT_VQGAN
 
 JUDGE = ("main.0.weight", "main.2.weight")
 """Names that every PatchGAN has."""
@@ -92,20 +94,6 @@ def _clipgen(tensors: Tensors, *, beta: float = 0.2, groups: int = 32, eps: floa
     return _codec(tensors, "clipgen", quantizer, groups=groups, eps=eps, training=TAMING | fields)
 
 
-MASKGIT: Fields = {
-    "pixel_weight": 0.25,
-    "perceptual": 0.1,
-    "adversarial": 0.1,
-    "adversary": "vanilla",
-    "generator_adversary": "vanilla",
-    "r1": 20.0,
-    "start": 0,
-    "discriminator": StyleDiscriminatorConfig(),
-}
-"""How MaskGIT's codecs were trained: its pixels are in [0, 1], so that squares of gradients by them are 4 times as
-large, and its loss of the discriminator is twice this library's."""
-
-
 def _maskgit(
     tensors: Tensors,
     *,
@@ -116,24 +104,14 @@ def _maskgit(
     eps: float = 1e-6,
     **fields: object,
 ) -> VQGAN:
-    found = maskgit.describe_vqgan(tensors)
-    autoencoder = AutoencoderConfig(
-        **found["autoencoder"],
-        attention=(),
-        middle_attention=False,
-        groups=groups,
-        eps=eps,
-        down="average",
-        bias=False,
-        shortcut_of="branch",
-        out_kernel=1,
-        unit_range=True,
-    )
-    quantizer = QuantizerConfig(
-        **found["quantizer"], normalize=False, commitment=beta, entropy=entropy, temperature=temperature
-    )
-    training: Fields = MASKGIT | {"adversarial": 0.0} | fields  # the file holds no discriminator
-    return VQGAN(autoencoder, quantizer, convolutions=False, **training)
+    found, released = maskgit.describe_vqgan(tensors), MASKGIT_VQGAN
+    weights = {"commitment": beta, "entropy": entropy, "temperature": temperature}
+    parts: Fields = {
+        "autoencoder": dataclasses.replace(released.autoencoder, **found["autoencoder"], groups=groups, eps=eps),
+        "quantizer": dataclasses.replace(released.quantizer, **found["quantizer"], **weights),
+        "adversarial": 0.0,  # the file holds no discriminator
+    }
+    return dataclasses.replace(released, **parts | fields)
 
 
 def table_of(style: vqgan.Style) -> Callable[[HasInit], Table]:

@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Masked(HeadFamily[MaskedSampler]):
-    """An encoder of known tokens, a decoder of all, a head, an order, and their training settings."""
+    """A bidirectional Transformer, a head, an order, and their training settings."""
 
     grid: Grid = (16, 16)
     """Rows and columns of tokens."""
@@ -70,7 +70,8 @@ class Masked(HeadFamily[MaskedSampler]):
     transformer: Transformer = Transformer(
         768, 12, 12, norm="layer", eps=1e-6, activation="gelu", bias=True, dropout=0.1
     )
-    """The encoder; with a depth of 0 there is none, and only its width and norm count."""
+    """The one stack, with reads "all"; else the encoder, and with a depth of 0 there is none, and only its width and
+    norm count."""
     decoder: Transformer | None = None
     """None: like the encoder."""
     reads: Literal["known", "all"] = "known"
@@ -88,8 +89,8 @@ class Masked(HeadFamily[MaskedSampler]):
     """The class, a caption or features, as a prefix of the image (via "prefix", the default). With reads "all" every
     layer may cross-attend to it instead ("cross_attention"), as in Muse."""
     size_buckets: Annotated[Size, FREE] = 4
-    """Number of sequence lengths compiled for the encoder in the sampler, chosen by the number of known tokens. 1: the
-    encoder always reads the full length."""
+    """Number of sequence lengths compiled for an encoder of known tokens in the sampler, chosen by their number. 1: it
+    always reads the full length."""
     average: Literal["tokens", "images"] = "tokens"
     """The loss is the mean over all hidden tokens of a batch, or over its images of the mean of each (MaskGIT)."""
     compute: Compute = Compute()
