@@ -30,7 +30,7 @@ experiment = Experiment(
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=32),
     train=Train(
         steps=1500,
-        optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=100, final=0.05, weight_decay=0.01),
+        optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
         evaluate_every=500,
         preview_every=500,
