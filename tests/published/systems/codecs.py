@@ -166,7 +166,7 @@ def maskgit_vqgan(oracle: Oracle) -> dict[str, Any]:
     hints["temperature"] = meta["entropy_temperature"]
     config, model = convert("maskgit-vqgan", part("tokenizer/"), entropy=meta["entropy_loss_ratio"], **hints)
     plain = convert("maskgit-vqgan", part("tokenizer/"), entropy=0.0, **hints)
-    images, unit = 2 * inputs["image"] - 1, lambda images: (images + 1) / 2
+    images, unit = 2 * jnp.asarray(inputs["image"]) - 1, lambda images: (images + 1) / 2
 
     @jax.jit
     def forward(model, ids):
@@ -186,13 +186,14 @@ def maskgit_vqgan(oracle: Oracle) -> dict[str, Any]:
     ours |= {f"grad_full.{k}": InDouble(v, slopes[k]) for k, v in exact.items()}
 
     judge_config, judge = convert("maskgit-discriminator", part("discriminator/"))
+    reals, fakes = jnp.asarray(inputs["disc_real"]), jnp.asarray(inputs["disc_fake"])
     cost = float(oracle.read_note("r1_penalty", r"([\d.]+) \* mean", "10"))
 
     @jax.jit
     def play(judge):
         def loss(judge):
-            real, fake = judge(inputs["disc_real"])[0], judge(inputs["disc_fake"])[0]
-            slope = input_gradients(lambda x: judge(x)[0][:, 0], inputs["disc_real"])[1]
+            real, fake = judge(reals)[0], judge(fakes)[0]
+            slope = input_gradients(lambda x: judge(x)[0][:, 0], reals)[1]
             r1 = cost * gradient_penalty(slope).mean()
             ours = {"disc_real_logit": real, "disc_fake_logit": fake, "r1_penalty": r1}
             ours["gen_loss"] = generator_loss(fake, "vanilla").mean()
