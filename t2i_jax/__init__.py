@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from t2i_jax.api import train as train
     from t2i_jax.codecs.dvae import DVAE as DVAE
     from t2i_jax.codecs.kl import KL as KL
+    from t2i_jax.codecs.taesd import TAESD as TAESD
     from t2i_jax.codecs.vqgan import VQGAN as VQGAN
     from t2i_jax.core.errors import ConfigError as ConfigError
     from t2i_jax.core.errors import DataError as DataError
@@ -85,6 +86,7 @@ _PUBLIC = {
     "api": "load train",
     "codecs.dvae": "DVAE",
     "codecs.kl": "KL",
+    "codecs.taesd": "TAESD",
     "codecs.vqgan": "VQGAN",
     "core.errors": "ConfigError DataError",
     "core.family": "with_fields",

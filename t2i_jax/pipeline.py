@@ -236,6 +236,20 @@ class Pipeline:
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, negative, about)
 
+    def other_codec(self, folder: str | Path) -> Artifact[Codec]:
+        """A codec for the model's codes besides its own, on the same mesh: a small one, for intermediate images.
+
+        folder: a run or a released codec. Errors: `ConfigError` for a model of pixels, a codec of other codes, and one
+        that makes no images.
+        """
+        codec = load_codec(folder, mesh=self.mesh)
+        if self.codec is None:
+            raise ConfigError(f"{folder}: the model draws pixels, which need no codec")
+        check_codes(self.family, codec.config, str(folder))
+        if not codec.config.spec.decodes:
+            raise ConfigError(f"{folder} holds the encoder of a codec alone, which makes no images")
+        return codec
+
     def tokens_to_keep(self, edit: Edit) -> np.ndarray:
         """Which tokens an edit keeps, bool (1, rows, columns). Errors: `ConfigError` for an edit of other images than
         the model's, or that it cannot do."""

@@ -21,10 +21,12 @@ from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import image_keys
 from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
+from t2i_jax.core.types import Codec
 from t2i_jax.data.records import title
 from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
+from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.loop import Trainer
 from t2i_jax.training.state import TrainState
 
@@ -98,12 +100,14 @@ def sample_to_folder(
     scale: int,
     watch: bool = False,
     toward: Sequence[Between] | None = None,
+    codec: Artifact[Codec] | None = None,
 ) -> None:
     """One PNG per (prompt, seed) and a captioned grid of the first ones; toward: for each, as in `Sampler.sample`.
 
     Each PNG stores its prompt, seed and options; a job whose PNG exists already with the same ones is skipped: an
     interrupted run goes on. Images of an earlier call move to a folder of their own. watch: show progress within a
-    batch, and intermediate images in `growing.png`. Errors: `ConfigError` where a file would be replaced that this
+    batch, and intermediate images in `growing.png`, which `codec` decodes, if given, in place of the pipeline's own.
+    Errors: `ConfigError` where a file would be replaced that this
     command did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +149,7 @@ def sample_to_folder(
     if not main:
         return
     if moments:
-        growing(sampler, dict(sorted(moments.items())), prompts[:8], out / "growing.png", scale)
+        growing(sampler, dict(sorted(moments.items())), prompts[:8], out / "growing.png", scale, codec)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
     sheet = image_files.grid(images, titles[: len(first)], columns=columns if columns > 1 else 0, scale=scale)
@@ -153,11 +157,18 @@ def sample_to_folder(
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
 
 
-def growing(sampler: Sampler, moments: dict[float, np.ndarray], prompts: Sequence[str], file: Path, scale: int) -> None:
+def growing(
+    sampler: Sampler,
+    moments: dict[float, np.ndarray],
+    prompts: Sequence[str],
+    file: Path,
+    scale: int,
+    codec: Artifact[Codec] | None,
+) -> None:
     """A sheet of intermediate images: a row each, and a column for each of at most eight times."""
     shares = list(moments)
     chosen = [shares[i] for i in np.unique(np.linspace(0, len(shares) - 1, 8).round().astype(int))]
-    frames = np.stack([sampler.decode(moments[share]) for share in chosen], 1)
+    frames = np.stack([sampler.decode(moments[share], codec) for share in chosen], 1)
     titles = [f"{share:.0%}" if share < 1 else prompt for prompt in prompts[: len(frames)] for share in chosen]
     sheet = image_files.grid(frames.reshape(-1, *frames.shape[2:]), titles, columns=len(chosen), scale=scale)
     image_files.save_png(sheet, file)

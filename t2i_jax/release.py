@@ -32,8 +32,8 @@ def card(artifact: Artifact, name: str) -> str:
 def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = False) -> None:
     """Write the model or the codec of a run as a released model.
 
-    scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder mean 0 and variance
-    1, and release it with them. half: write weights in bf16, in half of the space.
+    scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder or a TAESD mean 0
+    and variance 1, and release it with them. half: write weights in bf16, in half of the space.
 
     Errors: `ConfigError`, `CheckpointError`.
     """
@@ -50,7 +50,7 @@ def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, 
     """The codec of a run with the scale and shift measured on `count` of its images."""
     experiment = config.load(run)
     if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
-        raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder alone")
+        raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder or a TAESD alone")
     examples = experiment.data.examples("train")
     found = [record["image"] for record in examples.spaced(count) if "image" in record]
     if not found:

@@ -28,6 +28,7 @@ from t2i_jax.guides import Guide
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.sampling.progress import Progress, listening
+from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.text.cut import limited, unread
 from t2i_jax.training.experiment import with_features, with_low_codes
 
@@ -270,10 +271,12 @@ class Sampler:
         """Whether to compute the unconditional branch, as in `Family.sample`."""
         return guided_by(self.program.family, self.options)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Images uint8 (b, i, j, 3) of codes, or of images as floats."""
+    def decode(self, codes: np.ndarray, codec: Artifact[Codec] | None = None) -> np.ndarray:
+        """Images uint8 (b, i, j, 3) of codes, or of images as floats; codec: another than the pipeline's own, of the
+        same codes."""
+        config, model = (codec.config, codec.model) if codec else (self.program.codec, self.parts["codec"])
         with jax.set_mesh(self.mesh):
-            return to_host(_decode_alone(self.program.codec, self.parts["codec"], codes))
+            return to_host(_decode_alone(config, model, codes))
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The condition of the model and of its guides, on the host. Errors: as of `condition_of`."""

@@ -71,6 +71,7 @@ NAMES = {
     "StagedGenerator",
     "Stream",
     "T5",
+    "TAESD",
     "TarShards",
     "TextFeatures",
     "Tfds",

@@ -23,7 +23,7 @@ class ReleaseArguments:
     run: tyro.conf.Positional[Path]
     out: Path
     scale: bool = False
-    """of a KL autoencoder: measure the scale and shift of its codes on the run's images, and release it with them"""
+    """of a KL autoencoder or a TAESD: measure the scale and shift of its codes on the run's images, for the release"""
     half: bool = False
     """write weights in bf16, in half of the space; they are read as fp32"""
 

@@ -85,6 +85,9 @@ class SampleArguments(Checked):
     GANs"""
     watch: bool = False
     """show progress within a batch, and intermediate images in growing.png; compiled at each start"""
+    watch_codec: Path | None = None
+    """run or released codec that decodes these images in place of the model's own: a small one of the same codes, as a
+    converted TAESD"""
 
 
 def run(arguments: list[str]) -> None:
@@ -118,6 +121,9 @@ def run(arguments: list[str]) -> None:
         raise config.ConfigError("--strength without --image: of which image?")
     if args.mask and not args.image:
         raise config.ConfigError("--mask without --image: where to draw anew, but of which image?")
+    if args.watch_codec and not args.watch:
+        raise config.ConfigError("--watch-codec without --watch: which images is it to decode?")
+    watched = pipeline.other_codec(args.watch_codec) if args.watch_codec else None
     edit, guides, upsampler = None, [], None
     if args.image:
         image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
@@ -140,7 +146,7 @@ def run(arguments: list[str]) -> None:
         jobs, toward = _between(args, prompts, pipeline)
         drawn = len(jobs) // args.count if len(prompts) > 1 else len(jobs)
     folder = args.out / "candidates" if judge else args.out
-    sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch, toward)
+    sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch, toward, watched)
     if judge:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)

@@ -1,5 +1,6 @@
 """The convolutional encoder and decoder that VQGAN and KL autoencoders share (Esser et al. 2021, arXiv:2012.09841)."""
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Literal, TypedDict
@@ -177,8 +178,26 @@ class Encoder(nnx.Module):
         return self.out(jax.nn.silu(self.norm(self.middle(x))))
 
 
-class Decoder(nnx.Module):
-    """A grid of vectors of `latent` channels to images: (h*factor, w*factor)."""
+class ImageDecoder(nnx.Module):
+    """Base of decoders, codes to images (h*factor, w*factor); losses read the last convolution on its own."""
+
+    out: Conv
+
+    @abc.abstractmethod
+    def features(self, z: Array) -> Array:
+        """Input of the last convolution; the adaptive adversarial weight needs gradients at that layer."""
+
+    @abc.abstractmethod
+    def decode_head(self, features: Array) -> Array:
+        """The last convolution."""
+
+    @typed
+    def __call__(self, z: Float[Array, "b h w k"]) -> Float[Array, "b i j 3"]:
+        return self.decode_head(self.features(z))
+
+
+class Decoder(ImageDecoder):
+    """A grid of vectors of `latent` channels to images."""
 
     def __init__(self, config: AutoencoderConfig, key: Array):
         keys = jax.random.split(key, 3 + len(config.multipliers))
@@ -200,17 +219,11 @@ class Decoder(nnx.Module):
         self.out = Conv(widths[-1], 3 * config.patch**2, keys[2])
 
     def features(self, z: Array) -> Array:
-        """Input of the last convolution; the adaptive adversarial weight needs gradients at that layer."""
         x = self.middle(self.stem(z))
         for level in self.levels:
             x = level(x)
         return jax.nn.silu(self.norm(x))
 
     def decode_head(self, features: Array) -> Array:
-        """The last convolution: images, about [-1, 1]."""
         images = unpatchify(self.out(features), self.patch)
         return 2 * images - 1 if self.unit_range else images
-
-    @typed
-    def __call__(self, z: Float[Array, "b h w k"]) -> Float[Array, "b i j 3"]:
-        return self.decode_head(self.features(z))

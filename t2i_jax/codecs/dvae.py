@@ -27,6 +27,7 @@ from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Po
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.nn.conv import Residual
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 
 
@@ -340,18 +341,6 @@ class DVAEDecoder(nnx.Module):
 # -- DALLE-pytorch
 
 
-class Residual(nnx.Module):
-    """x + conv1(relu(conv3(relu(conv3(x))))): (b, i, j, c) -> (b, i, j, c)."""
-
-    def __init__(self, c: int, key: Array):
-        keys = jax.random.split(key, 3)
-        self.convs = nnx.List([Conv(c, c, k, kernel=n) for k, n in zip(keys, (3, 3, 1), strict=True)])
-
-    def __call__(self, x: Array) -> Array:
-        first, second, third = self.convs
-        return x + third(jax.nn.relu(second(jax.nn.relu(first(x)))))
-
-
 class Doubling(nnx.Module):
     """Transposed 4x4 convolution of stride 2: (b, i, j, c) -> (b, 2i, 2j, f)."""
 
@@ -382,7 +371,7 @@ class Down(nnx.Module):
                 for n in range(config.layers)
             ]
         )
-        self.blocks = nnx.List([Residual(c, keys[config.layers + n]) for n in range(config.blocks)])
+        self.blocks = nnx.List([Residual(c, keys[config.layers + n], kernels=(3, 3, 1)) for n in range(config.blocks)])
         self.out = Conv(c, codes, keys[-1], kernel=1)
 
     def __call__(self, x: Array) -> Array:
@@ -400,7 +389,7 @@ class Up(nnx.Module):
         keys, c = jax.random.split(key, config.layers + config.blocks + 2), config.channels
         self.stem = Conv(config.code, c, keys[-2], kernel=1) if config.blocks else None
         first = c if config.blocks else config.code
-        self.blocks = nnx.List([Residual(c, keys[config.layers + n]) for n in range(config.blocks)])
+        self.blocks = nnx.List([Residual(c, keys[config.layers + n], kernels=(3, 3, 1)) for n in range(config.blocks)])
         self.layers = nnx.List([Doubling(c if n else first, c, keys[n]) for n in range(config.layers)])
         self.out = Conv(c, outputs, keys[-1], kernel=1)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.codecs import losses
-from t2i_jax.codecs.autoencoder import Decoder
+from t2i_jax.codecs.autoencoder import ImageDecoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.errors import ConfigError
@@ -32,7 +32,7 @@ from t2i_jax.nn.layers import replace
 class DecoderNetwork(nnx.Module):
     """Base of autoencoders: the losses read the last convolution of their decoder."""
 
-    decoder: Decoder
+    decoder: ImageDecoder
 
 
 A = TypeVar("A", bound=DecoderNetwork)

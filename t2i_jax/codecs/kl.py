@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -26,6 +25,7 @@ from t2i_jax.codecs.game import (
     Reconstruction,
     check_size,
 )
+from t2i_jax.codecs.scale import standardising
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.fields import Count, Finite, NotNegative, Positive
 from t2i_jax.core.sharding import shard
@@ -159,16 +159,11 @@ class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
     def measure(self, model: AutoencoderModel[KLAutoencoder], batches: Iterable[ArrayLike]) -> tuple[float, float]:
         """(scale, shift) that give the codes of these images, batches of (b, i, j, 3), mean 0 and variance 1."""
 
-        @jax.jit
-        def sums(images):
+        def moments(images: Array) -> tuple[Array, Array]:
             q = self.posterior(model, images)
             return jnp.mean(q.mean), jnp.mean(q.mean**2 + jnp.exp(q.logvar))
 
-        found = np.asarray([jax.device_get(sums(jnp.asarray(images))) for images in batches], np.float64)
-        if not len(found):
-            raise ValueError("there are no images to measure the scale on")
-        mean, square = found.mean(0)
-        return float((square - mean**2) ** -0.5), float(mean)
+        return standardising(moments, batches)
 
     def forward(
         self, model: AutoencoderModel[KLAutoencoder], batch: ImageBatch, key: Array, step: Array, train: bool = True

@@ -1,20 +1,23 @@
-"""Formats of convolutional codecs with discrete codes."""
+"""Formats of convolutional codecs: with discrete codes, and small ones of the latents of others."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
+from t2i_jax.codecs.taesd import TAESD, DecoderLevels, EncoderLevels
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.convert import Format
+from t2i_jax.convert import Folder, Format, read
+from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import HasInit, abstract
-from t2i_jax.interop import maskgit, vqgan
+from t2i_jax.interop import huggingface, maskgit, taesd, vqgan
 from t2i_jax.interop.names import Fields, Table, Tensors, require
 from t2i_jax.presets import MASKGIT_VQGAN
 
@@ -125,6 +128,22 @@ def _judge(tensors: Tensors) -> DiscriminatorConfig:
     return DiscriminatorConfig(tensors["main.0.weight"].shape[0], kernels - 2)
 
 
+def _taesd(tensors: Tensors, **fields: object) -> TAESD:
+    found = taesd.describe(tensors)
+    encoder = None if found["encoder"] is None else EncoderLevels(**found["encoder"])
+    config = TAESD(found["channels"], encoder, DecoderLevels(**found["decoder"]), adversarial=0.0)
+    return with_fields(config, **fields)
+
+
+def _taesd_folder(path: Path) -> Folder:
+    """A folder of diffusers, or one with the two files of the original."""
+    if not (path / "config.json").is_file():
+        return Folder(read(path, "taesd"), {})
+    told = huggingface.config(path)
+    hints = {ours: told[theirs] for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))}
+    return Folder(huggingface.Weights(path, *taesd.NEEDED), {k: v for k, v in hints.items() if v is not None})
+
+
 USED = {"quantize.codebook_used": np.zeros(65536, np.float32)}
 """The last codes seen, which LlamaGen saves with its weights for its log."""
 STAGE = "first_stage_model."
@@ -179,6 +198,18 @@ FORMATS = {
         needed=(maskgit.JUDGE,),
         title="the discriminator of MaskGIT's tokenizer",
         example="discriminator_checkpoint",
+    ),
+    "taesd": Format(
+        _taesd,
+        lambda config: taesd.table(abstract(config)),
+        needed=taesd.NEEDED,
+        title="TAESD, TAEF and TAESANA: a folder with the encoder and the decoder (github.com/madebyollin/taesd), a "
+        "decoder alone, or diffusers' folder",
+        example="taef2/",
+        adapt=lambda tensors, **hints: (taesd.sides(tensors), hints),
+        files={".*encoder": "encoder.", ".*decoder": "decoder."},
+        optional=(".*encoder",),
+        folder=_taesd_folder,
     ),
     "taming-discriminator": Format(
         _judge,

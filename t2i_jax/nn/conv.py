@@ -47,6 +47,18 @@ class ResBlock(nnx.Module):
         return y + (x if self.shortcut is None else self.shortcut(y if self.of_branch else x))
 
 
+class Residual(nnx.Module):
+    """x + conv(relu(conv(relu(conv(x))))), without a norm: (b, i, j, c) -> (b, i, j, c)."""
+
+    def __init__(self, c: int, key: Array, *, kernels: tuple[int, int, int]):
+        keys = jax.random.split(key, 3)
+        self.convs = nnx.List([Conv(c, c, k, kernel=n) for k, n in zip(keys, kernels, strict=True)])
+
+    def __call__(self, x: Array) -> Array:
+        first, second, third = self.convs
+        return x + third(jax.nn.relu(second(jax.nn.relu(first(x)))))
+
+
 class SpatialAttention(nnx.Module):
     """Single-head attention among all positions, with a residual."""
 

@@ -50,6 +50,11 @@ class Oracle:
     def tensors(self) -> dict[str, np.ndarray]:
         return load_file(self.path / "weights.safetensors")
 
+    @property
+    def released(self) -> Path:
+        """The folder of the released files that it was made with, where it has no weights of its own."""
+        return (self.path / self.meta["weights_files"][0]).parent
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:

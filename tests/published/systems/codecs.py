@@ -1,4 +1,4 @@
-"""Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN, MaskGIT."""
+"""Codecs with discrete codes, and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN, MaskGIT; TAEF2."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from einops import rearrange
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.convert import convert, restore
+from t2i_jax.convert import convert, read, restore
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import vgg
 from t2i_jax.nn.adversarial import generator_loss, gradient_penalty, input_gradients, mean_discriminator_loss
@@ -207,7 +207,22 @@ def maskgit_vqgan(oracle: Oracle) -> dict[str, Any]:
     return ours | found | {f"grad.disc.{k}": v for k, v in named.items()}
 
 
+def taef2(oracle: Oracle) -> dict[str, Any]:
+    images, wide = nhwc(oracle.inputs["image"]), nhwc(oracle.inputs["latents_wide"])
+    config, model = convert("taesd", read(oracle.released, "taesd"))
+
+    @jax.jit
+    def forward(model, images, latents, wide):
+        shown = lambda codes: (config.decode(model, codes) + 1) / 2
+        slope = jax.grad(lambda z: jnp.mean(shown(z) ** 2))(latents)
+        ours = {"latents": config.encode(model, 2 * images - 1), "recon": shown(latents), "recon_wide": shown(wide)}
+        return {k: nchw(v) for k, v in (ours | {"grad.latents": slope}).items()}
+
+    return forward(model, images, nhwc(oracle.outputs["latents"]), wide)
+
+
 SYSTEMS = {
+    "taef2": taef2,
     "maskgit_vqgan": maskgit_vqgan,
     "llamagen_vq": llamagen_vq,
     "taming_vqgan": taming_vqgan,
