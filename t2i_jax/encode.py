@@ -34,6 +34,8 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
+from t2i_jax.text.clip import ClipEmbedding
+from t2i_jax.text.retrieval import Neighbours
 from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import raise_peer_lost
 
@@ -179,6 +181,36 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
             yield from batch(some)
 
     return encoded
+
+
+def encode_database(experiment: Experiment, out: str | Path, split: str = "train", batch_size: int = 128) -> int:
+    """Write the embeddings fp32 (n, k), not normalised, of a split's images by the CLIP of the config: `.npy`.
+
+    It is the `database` of `text.retrieval.Neighbours`. Gives the number of images. Errors: `ConfigError` for a config
+    without such a text, a file that is there, and several processes; `DataError` where no image can be read.
+    """
+    text, out = experiment.text, Path(out)
+    clip = text.clip if isinstance(text, Neighbours) else text
+    if not isinstance(clip, ClipEmbedding):
+        raise ConfigError("--database: the embeddings are those of the config's `text`, Neighbours or ClipEmbedding")
+    if out.suffix != ".npy" or out.exists():
+        raise ConfigError(f"{out}: a file to write, .npy, that is not there yet")
+    if jax.process_count() > 1:
+        raise ConfigError("--database works in one process alone")
+    check_parent(out)
+    examples, model = experiment.data.examples(split), clip.load()
+    embed = jax.jit(lambda model, images: clip.embed_images(model, images.astype(np.float32) / 127.5 - 1))
+    records, parts = iter(examples), []
+    while some := [record["image"] for record in islice(records, batch_size) if "image" in record]:
+        images = np.stack(some + some[-1:] * (batch_size - len(some)))
+        parts.append(np.asarray(embed(model, images), np.float32)[: len(some)])
+    if not parts:
+        raise DataError(f"the split '{split}' has no images that can be read")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}")
+    np.save(temporary, np.concatenate(parts))
+    temporary.replace(out)
+    return sum(map(len, parts))
 
 
 def small(x: np.ndarray) -> np.ndarray:

@@ -1,11 +1,8 @@
 """CLIP as judge of candidates, and models that learn from pictures and draw for captions."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
 from t2i_jax.core.family import with_fields
@@ -14,35 +11,20 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.encode import encode_splits
 from t2i_jax.evaluation.rerank import Reranker, keep_best
-from t2i_jax.interop.clip import huggingface_table
-from t2i_jax.interop.names import to_theirs
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import PooledFeatures
-from t2i_jax.nn.transformer import Transformer
 from t2i_jax.storage.artifacts import Artifact, save_artifact
-from t2i_jax.text.clip import Clip, ClipEmbedding
+from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.training.experiment import make_prepare
 from t2i_jax.training.loop import train
 from tests.fixtures import toys
-
-BLOCK = Transformer(16, 1, 2, norm="layer", activation="quick_gelu", bias=True)
-TINY = Clip(BLOCK, BLOCK, dim=12, vocabulary=516, length=8, end=515, size=8, patch=4)
+from tests.fixtures.clip_files import random_clip
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A random CLIP in a folder as Hugging Face lays it out."""
-    path = tmp_path_factory.mktemp("clip")
-    part = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": 516, "max_position_embeddings": 8, "eos_token_id": 515}
-    config = {"text_config": part | words, "vision_config": part | {"image_size": 8, "patch_size": 4}}
-    (path / "config.json").write_text(json.dumps(config | {"projection_dim": 12}))
-    (path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    rng = np.random.default_rng(0)
-    draw = lambda a: (0.3 * rng.normal(size=a.shape)).astype(np.float32)
-    model = jax.tree.map(draw, jax.eval_shape(TINY.init, jax.random.key(0)))
-    save_file(to_theirs(model, huggingface_table(8, 8)), path / "model.safetensors")
-    return ClipEmbedding(str(path))
+    return ClipEmbedding(random_clip(tmp_path_factory.mktemp("clip")))
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ class ConvertArguments:
     Further flags are values that the file lacks, as --grid 24 24, and fields of the configuration.
 
     --text names the frozen encoder of captions: t5:FOLDER, lm:FOLDER (hidden states of a Llama- or Qwen-shaped language
-    model), clip:PATH (one vector), clip-tokens:PATH or damsm:FOLDER (a run or a converted DAMSM). The others are
-    folders as Hugging Face or open_clip lay them out or, for CLIP, a file with OpenAI's names. Such a file lacks its
-    activation: those that open_clip trained with plain GELU, as most on LAION-2B and DataComp, need
+    model), clip:PATH (one vector), clip-tokens:PATH, damsm:FOLDER (a run or a converted DAMSM) or
+    neighbours:PATH,database=FILE (the nearest of a database of a CLIP's vectors, .npy, .npz or a folder of them). The
+    others are folders as Hugging Face or open_clip lay them out or, for CLIP, a file with OpenAI's names. Such a file
+    lacks its activation: those that open_clip trained with plain GELU, as most on LAION-2B and DataComp, need
     clip:FILE,activation=gelu.
     """
 
@@ -37,8 +38,8 @@ class ConvertArguments:
     codec: Path | None = None
     """run or released codec that makes images of the model's codes; it is copied into the folder"""
     text: str = ""
-    """frozen text encoder of the model: t5:FOLDER, lm:FOLDER, clip:PATH, clip-tokens:PATH, damsm:FOLDER, its fields
-    after commas"""
+    """frozen text encoder of the model: t5:FOLDER, lm:FOLDER, clip:PATH, clip-tokens:PATH, damsm:FOLDER,
+    neighbours:PATH, its fields after commas"""
     back: bool = False
     """write a run or a released model as a published file"""
 

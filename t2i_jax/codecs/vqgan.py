@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
@@ -22,7 +23,7 @@ from t2i_jax.codecs.game import (
     check_size,
 )
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
-from t2i_jax.core.arrays import Float, Int, typed
+from t2i_jax.core.arrays import Float, Int, Num, typed
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
@@ -41,6 +42,9 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     quantizer: QuantizerConfig | GumbelConfig = QuantizerConfig()
     convolutions: bool = True
     """1x1 convolutions between the code and the autoencoder"""
+    continuous: bool = False
+    """codes are the vectors before quantisation, which `decode` quantises: latents of a diffusion (Rombach et al.
+    2022)"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,7 +67,8 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     @property
     def spec(self) -> CodecSpec:
         """Shape and dtype of the codes of an image."""
-        return CodecSpec(self.factor, CodeSpec("int32", sizes=(self.vocabulary,)))
+        ids, vectors = CodeSpec("int32", sizes=(self.vocabulary,)), CodeSpec("float32", (self.quantizer.dim,))
+        return CodecSpec(self.factor, vectors if self.continuous else ids)
 
     def init(self, key: Array) -> AutoencoderModel[VQAutoencoder]:
         first, second = jax.random.split(key)
@@ -72,21 +77,23 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     @typed
     def encode(
         self, model: AutoencoderModel[VQAutoencoder], images: Float[Array, "b i j 3"], key: Array | None = None
-    ) -> Int[Array, "b h w"]:
-        """Codes int32 below `vocabulary`, (i/factor, j/factor), of images in [-1, 1].
+    ) -> Num[Array, "b h w *k"]:
+        """Codes int32 below `vocabulary`, or fp32 vectors, (i/factor, j/factor), of images in [-1, 1].
 
         Deterministic; the key is ignored.
         """
-        return model.autoencoder.quantizer.codes(self.latents(model, images))
+        z = self.latents(model, images)
+        return z.astype(jnp.float32) if self.continuous else model.autoencoder.quantizer.codes(z)
 
     def to_store(self, model: AutoencoderModel[VQAutoencoder], images: Array) -> dict[str, Array]:
         """Arrays to store for the images: `codes`."""
         return {"codes": self.encode(model, images)}
 
     @typed
-    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
+    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Num[Array, "b h w *k"]) -> Float[Array, "b i j 3"]:
         """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
         part = model.autoencoder
+        codes = part.quantizer.codes(codes) if self.continuous else codes
         return at_least_fp32(part.decoder(part.entered(self.embed(model, codes).astype(self.dtype))))
 
     @typed

@@ -30,6 +30,7 @@ from t2i_jax.text.clip import ClipEmbedding, ClipText
 from t2i_jax.text.cut import FolderEncoder
 from t2i_jax.text.damsm import DamsmText
 from t2i_jax.text.decoder_lm import DecoderLM
+from t2i_jax.text.retrieval import Neighbours
 from t2i_jax.text.t5 import T5
 
 E = TypeVar("E", bound=FolderEncoder | DamsmText)
@@ -142,8 +143,8 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
 
 def text_side(words: str) -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
-    length 1), `lm:FOLDER` (hidden states of a language model) or `damsm:FOLDER` (a run or a converted DAMSM) names,
-    with fields of it set as `encoder` has it.
+    length 1), `lm:FOLDER` (hidden states of a language model), `damsm:FOLDER` (a run or a converted DAMSM) or
+    `neighbours:PATH` (of a CLIP's vector in a database) names, with fields of it set as `encoder` has it.
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
@@ -155,11 +156,28 @@ def text_side(words: str) -> Tokenizer:
         "damsm": (DamsmText, {}),
     }
     kind, _, rest = words.partition(":")
+    if kind == "neighbours":
+        return neighbours(rest, f"--text {words}")
     if kind not in kinds:
-        known = ", ".join(f"{k}:FOLDER" for k in kinds)
+        known = ", ".join(f"{k}:FOLDER" for k in (*kinds, "neighbours"))
         raise ConfigError(f"--text {words}: it is one of {known}; `t2i convert --help` says which folders these are")
     encodes, fields = kinds[kind]
     return encoder(encodes, rest, f"--text {words}", **fields)
+
+
+def neighbours(words: str, said: str) -> Neighbours:
+    """Neighbours of the embeddings of a CLIP, from its path and comma-separated fields of both:
+    `vit_b_32.pt,database=FILE,neighbours=3`. Errors: as of `encoder`."""
+    path, *settings = words.split(",")
+    mine = {f.name for f in dataclasses.fields(Neighbours)} - {"clip"}
+    ours, others = ([x for x in settings if (x.partition("=")[0] in mine) == own] for own in (True, False))
+    given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in ours)}
+    if not Path(str(given.get("database", ""))).exists() or "database" not in given:
+        raise ConfigError(f"{said}: database=FILE is wanted, embeddings of images by this CLIP")
+    clip = encoder(ClipEmbedding, ",".join((path, *others)), said)
+    with refused(said):
+        check_values(Neighbours, given)
+        return Neighbours(clip, **given)
 
 
 def encoder(kind: type[E], words: str, said: str, **fields: object) -> E:

@@ -1,17 +1,18 @@
-"""Formats of Gaussian diffusion: DiT, guided-diffusion (ADM) and its classifiers, GLIDE and its noise-aware CLIP."""
+"""Formats of Gaussian diffusion: DiT, guided-diffusion (ADM), its classifiers, GLIDE, its noise-aware CLIP, RDM."""
 
+import dataclasses
 from typing import TypeVar
 
 from t2i_jax.convert import Format
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.params import HasInit, abstract
-from t2i_jax.interop import adm, dit, glide
+from t2i_jax.interop import adm, dit, glide, ldm
 from t2i_jax.interop.names import Fields, Table, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
 from t2i_jax.models.noised_clip import NoisedCLIP
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, CrossAttnFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
 from t2i_jax.networks.unet import UNet
@@ -115,6 +116,31 @@ def _glide(
     )
 
 
+def _rdm(
+    tensors: Tensors,
+    *,
+    size: int = 0,
+    head_dim: int = 32,
+    length: int = 0,
+    last: float = 0.0,
+    **fields: object,
+) -> Diffusion:
+    """Values that do not follow from shapes are those of the released model of this width of the context, 768 of the
+    one for 768 pixels. size: side of the latents; length: vectors that the network reads; last: noise variance of the
+    last step."""
+    found: Fields = ldm.describe(tensors)
+    large = found["context"] == 768
+    read = CrossAttnFeatures(found["context"], length or (11 if large else 4), trained_null=False, zero_null=True)
+    found |= {"size": (size or (48 if large else 64),) * 2, "head_dim": head_dim, "conditioning": Conditioning(read)}
+    sampling = DiffusionSampler(50, guidance=5.0) if large else DiffusionSampler(100, guidance=2.0)
+    published: Fields = {
+        "process": Discrete("scaled_linear", ends=(0.0015, last or (0.015 if large else 0.0195))),
+        "solver": "ddim",
+        "sampling": dataclasses.replace(sampling, spacing="leading"),
+    }
+    return with_fields(Diffusion(with_fields(UNet(), **found)), **(published | fields))
+
+
 def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> NoisedCLIP:
     """Both files in one, under `clip_text.` and `clip_image.`."""
     found: Fields = glide.describe(tensors, head_dim)
@@ -174,6 +200,14 @@ FORMATS = {
         part="unet.",
         title="GLIDE: its base model and its upsampler",
         example="base.pt",
+    ),
+    "rdm": Format(
+        _rdm,
+        lambda config: ldm.table(abstract(config), network_of(config, UNet)),
+        needed=(ldm.NEEDED,),
+        part="model.diffusion_model.",
+        title="retrieval-augmented diffusion (RDM), and its model of 768 pixels in latent-diffusion",
+        example="model.ckpt --codec models/kl --text neighbours:ViT-B-32.pt,database=openimages",
     ),
     "glide_clip": Format(
         _glide_clip,

@@ -69,7 +69,7 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
     """A frozen encoder of captions and images into a shared space."""
 
     def image_features(self, model: M, images: Array) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> features (b, 1, k)."""
+        """Images float (b, i, j, 3) in [-1, 1] -> features (b, s', k)."""
         ...
 
 

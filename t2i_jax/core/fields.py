@@ -109,6 +109,7 @@ class File:
 
 
 VOCABULARY, ENCODER = File("vocabulary"), File("text", large=True)
+DATABASE = File("database", large=True)
 """For fields such as path: Annotated[str, VOCABULARY]."""
 
 

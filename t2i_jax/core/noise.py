@@ -11,13 +11,17 @@ Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
 """Prediction type of a network at x_t; see `noise.gaussian.split`."""
 
 
-Spacing = Literal["default", "even", "karras", "log_snr"]
+Spacing = Literal["default", "even", "karras", "log_snr", "leading"]
 """Spacing of the stops of a sampling grid: the process' default, even in its own time, even in (sigma / alpha)^(1 / 7)
 (Karras et al. 2022, eq. 5), or even in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
 
 `karras` and `log_snr` end at the least noise of the process: that of the first step of Discrete, of `low` of EDM, of
 the last of `max_steps` steps of Flow. Where a grid begins in pure noise, or nearly (alpha below `processes.NOISE`),
 log(alpha / sigma) is -inf: they keep the first two stops of the default grid and space the others from the second on.
+
+`leading`, of discrete steps alone, is that of latent diffusion's samplers (Rombach et al. 2022): every k-th step, k = T
+// steps, from the second on, which may be more than `steps` of them, and the last stop has the noise of the first step.
+In diffusers it is "leading" with an offset of 1, and `set_alpha_to_one` False.
 """
 
 

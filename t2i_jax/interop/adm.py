@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from flax import nnx
 
 from t2i_jax.core.params import named
-from t2i_jax.interop.names import CONV, LINEAR, Fields, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
 
 NEEDED = ("input_blocks.0.0.weight", "time_embed.0.weight", "input_blocks.1.0.in_layers.2.weight")
 """Names that every such file has."""
@@ -90,7 +91,7 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
         "width": width,
         "multipliers": multipliers,
         "blocks": blocks,
-        "attention": tuple(2**n for n, name in enumerate(first) if f"{name}.1.qkv.weight" in tensors),
+        "attention": tuple(2**n for n, name in enumerate(first) if f"{name}.1.norm.weight" in tensors),
         "scale_shift": shape(f"{first[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
         "resample": next((k for k, name in kinds.items() if name in tensors), "mean") if levels > 1 else "block",
         "extra_inputs": known[extra],
@@ -150,8 +151,14 @@ def describe_pool(tensors: Tensors) -> Fields:
     raise ValueError("no pooling that is known among the names out.*: this is no classifier of guided-diffusion")
 
 
-def table(model: nnx.Module) -> Table:
-    """The published name and layout of each variable of a UNet, or of a classifier of noised images."""
+Attention = Callable[[str, str, nnx.Variable], Source]
+"""(published name of an attention and a dot, name of a variable in ours, the variable) -> its line."""
+
+
+def table(model: nnx.Module, attention: Attention | None = None) -> Table:
+    """The published name and layout of each variable of a UNet, or of a classifier of noised images.
+
+    attention: gives the lines of attentions that are not guided-diffusion's own."""
     variables = named(model)
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
     has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
@@ -193,4 +200,11 @@ def table(model: nnx.Module) -> Table:
             return "f c 1 -> c f"
         return LINEAR if variable.ndim == 2 else ""
 
-    return {k: source(theirs(k), layout=layout(k, v)) for k, v in variables.items()}
+    def line(name: str, variable: nnx.Variable) -> Source:
+        m = re.match(r"(?:(?P<way>down|up)\.(?P<n>\d+)\.)?attention\.(?P<rest>.*)", name)
+        if attention is None or m is None:
+            return source(theirs(name), layout=layout(name, variable))
+        place = {"down": lambda n: f"input_blocks.{n + 1}.1.", "up": lambda n: f"output_blocks.{n}.1."}
+        return attention(place[m["way"]](int(m["n"])) if m["way"] else "middle_block.1.", m["rest"], variable)
+
+    return {k: line(k, v) for k, v in variables.items()}

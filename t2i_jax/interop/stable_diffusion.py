@@ -201,7 +201,7 @@ def table(model: nnx.Module, config: UNet) -> Table:
             part, rest = "", name
             place = ""
         if part == "attention":
-            lines[name] = _attention(place, rest, config, variable)
+            lines[name] = attention(place, rest, config, variable, LINEAR if linear(config) else POINTWISE)
             continue
         ours, leaf = rest.rsplit(".", 1)
         if part == "resample":
@@ -211,13 +211,13 @@ def table(model: nnx.Module, config: UNet) -> Table:
     return lines
 
 
-def _attention(place: str, rest: str, config: UNet, variable: nnx.Variable) -> Source:
-    """The line of a variable of a `SpatialTransformer`."""
+def attention(place: str, rest: str, config: UNet, variable: nnx.Variable, matrix: str) -> Source:
+    """The line of a variable of a `SpatialTransformer`, under names that begin with `place`; matrix: layout of its
+    ends."""
     ours, leaf = rest.rsplit(".", 1)
     end = "weight" if leaf == "w" else "bias"
     if not ours.startswith("blocks."):
         theirs = {"into": "proj_in", "out": "proj_out"}.get(ours, ours)
-        matrix = LINEAR if linear(config) else POINTWISE
         return source(f"{place}{theirs}.{end}", layout=matrix if variable.ndim == 2 else "")
     ours, block = ours.removeprefix("blocks."), f"{place}transformer_blocks.{{}}."
     if ours in ("attention.qkv", "cross.kv"):

@@ -86,7 +86,7 @@ def located(content: object, *needed: tuple[str, ...], part: str = "", file: str
         log.warning(f"{file}: '{lost[0]}' does not hold this model by its names; {best} is taken")
     if others:
         log.warning(f"{file}: the weights under {best} are taken, not those under {', '.join(map(str, others))}")
-    return _tensors(best, file)
+    return _tensors(_averaged(best), file)
 
 
 def holds(tensors: Tensors, *needed: tuple[str, ...]) -> bool:
@@ -129,6 +129,19 @@ def _tensors(place: Place, file: str) -> Lazy:
             f"{', '.join(sorted(WRAPPERS))} alone; it is not clear which is meant"
         )
     return Lazy({name.removeprefix(place.prefix): readers[0] for name, readers in mine.items()})
+
+
+def _averaged(place: Place) -> Place:
+    """The place with averaged weights of latent diffusion instead, if the file has them for all of its names.
+
+    They are `model_ema.` and the names within `model.` without their dots.
+    """
+    readers = place.node.readers
+    mine = [name for name in readers if name.startswith(place.prefix)]
+    flat = {name: f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in mine}
+    if not place.prefix.startswith("model.") or not all(name in readers for name in flat.values()):
+        return place
+    return Place(Node(place.node.keys, {name: readers[average] for name, average in flat.items()}), place.prefix)
 
 
 def _kind(content: object) -> str:

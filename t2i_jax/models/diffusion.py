@@ -152,9 +152,13 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def check(self, options: DiffusionSampler) -> None:
         """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
+        if options.spacing == "leading" and not isinstance(self.process, Discrete):
+            raise ValueError("spacing 'leading': it is one of discrete steps, and this process has none")
 
     def loop_trips(self, options: DiffusionSampler) -> int:
         """Number of solver steps."""
+        if options.spacing == "leading":
+            return int(self.process.timesteps(options.steps, spacing="leading").steps)
         return int(options.steps)
 
     def init(self, key: Array) -> Network:
@@ -426,4 +430,5 @@ def _sample(
     step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
     x = pin(hold(x, start, normal(kept, start))) if keep is not None else x
     x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
+    x = x if keep is None else jnp.where(keep[..., None], clean, x)  # a grid may end in some noise
     return x / config.process.scale

@@ -278,10 +278,12 @@ class CrossAttnFeatures(BaseCondition):
     """learn the unconditional features; else they are `null_features` of the batch, those of an empty caption"""
     kept_null: bool = False
     """store the features of an empty caption in the model, not trained: those of a loaded checkpoint"""
+    zero_null: bool = False
+    """the unconditional features are zeros, as of models of retrieved features (Blattmann et al. 2022)"""
 
     @property
     def spec(self) -> ConditionSpec:
-        return ConditionSpec(has_null=self.trained_null or self.kept_null)
+        return ConditionSpec(has_null=self.trained_null or self.kept_null or self.zero_null)
 
     def batch_spec(self) -> BatchSpec:
         """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to know
@@ -293,8 +295,8 @@ class CrossAttnFeatures(BaseCondition):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.trained_null and self.kept_null:
-            raise ValueError("trained_null and kept_null: unconditional features are trained or kept, not both")
+        if self.trained_null + self.kept_null + self.zero_null > 1:
+            raise ValueError("trained_null, kept_null, zero_null: one kind of unconditional features at most")
 
     def token_width(self, width: int) -> int:
         return self.dim
@@ -324,6 +326,8 @@ class CrossAttnFeatureTokens(nnx.Module):
         empty = drop if "text_mask" not in batch else drop | ~value(batch, "text_mask").any(1)
         if self.null is not None:
             x = jnp.where(empty[:, None, None], self.null[...], x)
+        elif self.config.zero_null:
+            x = jnp.where(empty[:, None, None], 0, x)
         elif "null_features" in batch:
             x = jnp.where(drop[:, None, None], batch["null_features"], x)
         return x.astype(dtype), jnp.ones(x.shape[:2], bool)

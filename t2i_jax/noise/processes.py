@@ -21,7 +21,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
 from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
-from t2i_jax.noise.schedule import NAMES, Schedule, expand_like, stratified
+from t2i_jax.noise.schedule import BETWEEN, NAMES, Schedule, expand_like, stratified
 
 NOISE = 1e-3
 
@@ -39,6 +39,9 @@ class Discrete(Checked):
     """End in pure noise (Lin et al. 2024); requires predicting v."""
     rescale_times: bool = False
     """Scale network times to a process of 1000 steps, whatever the number of steps."""
+    ends: tuple[float, float] | None = None
+    """First and last noise variance of 1000 steps, of a schedule of `noise.schedule.BETWEEN`; None: those of its
+    paper."""
 
     # Without annotations, so that they are no fields.
     scale = 1.0
@@ -49,10 +52,14 @@ class Discrete(Checked):
         super().__post_init__()
         if self.schedule not in NAMES:
             raise ConfigError(f"schedule {self.schedule!r}: one of {', '.join(NAMES)}")
+        if self.ends is not None and not 0 < self.ends[0] <= self.ends[1] < 1:
+            raise ConfigError(f"ends {self.ends}: first and last variance, above 0, rising, below 1")
+        if self.ends is not None and self.schedule not in BETWEEN:
+            raise ConfigError(f"ends {self.ends}: schedule {self.schedule!r} has none; {', '.join(BETWEEN)} have")
 
     @cached_property
     def tables(self) -> Schedule:
-        return Schedule.named(self.schedule, self.steps, zero_terminal_snr=self.zero_terminal_snr)
+        return Schedule.named(self.schedule, self.steps, zero_terminal_snr=self.zero_terminal_snr, ends=self.ends)
 
     @property
     def max_steps(self) -> int:
@@ -107,10 +114,16 @@ class Discrete(Checked):
         """Reverse grid of `steps` of the steps: the first, the last and evenly spaced ones between; with `stride` every
         k-th step from the first (as in published DDIM samplers), if some k gives that many.
 
-        Other spacings stop between steps, at fractional times.
+        `leading` ends at the noise of step 0, see `Schedule.leading`. Other spacings stop between steps, at fractional
+        times.
         """
-        schedule = self.tables.strided(steps, self.max_steps, stride if spacing == "default" else False)
-        place = steps - 1 - jnp.arange(self.max_steps + 1)
+        if spacing == "leading":
+            schedule, steps = self.tables.leading(steps, self.max_steps)
+            first = steps  # of the entries, the last stop is entry 0
+        else:
+            schedule = self.tables.strided(steps, self.max_steps, stride if spacing == "default" else False)
+            first = steps - 1
+        place = first - jnp.arange(self.max_steps + 1)
         index, end = jnp.maximum(place, 0), place < 0
         at = lambda table: jnp.asarray(table, jnp.float32)[index]
         path = SamplingGrid(
@@ -121,7 +134,7 @@ class Discrete(Checked):
             at(schedule.log_betas)[:-1],
             jnp.asarray(steps, jnp.int32),
         )
-        if spacing == "default":
+        if spacing in ("default", "leading"):
             return path
         if spacing == "even":
             t = jnp.maximum(place, 0) * ((self.steps - 1) / jnp.maximum(steps - 1, 1))
@@ -311,6 +324,8 @@ def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Floa
     Errors: ValueError for another spacing.
     """
     bend = {"karras": (lambda x: x ** (1 / 7), lambda y: y**7), "log_snr": (jnp.log, jnp.exp)}
+    if spacing == "leading":
+        raise ValueError("spacing 'leading': it is one of discrete steps, which this process has not")
     if spacing not in bend:
         raise ValueError(f"spacing {spacing!r} is not one of {', '.join(get_args(Spacing))}")
     forth, back = bend[spacing]

@@ -52,16 +52,27 @@ class Schedule:
             return cls(np.cumsum(np.log1p(-betas)), np.arange(len(betas)), len(betas))
 
     @classmethod
-    def named(cls, name: str, steps: int = 1000, *, zero_terminal_snr: bool = False) -> Schedule:
+    def named(
+        cls,
+        name: str,
+        steps: int = 1000,
+        *,
+        zero_terminal_snr: bool = False,
+        ends: tuple[float, float] | None = None,
+    ) -> Schedule:
         """A schedule by name: `linear` (Ho et al. 2020), `cosine` (Nichol & Dhariwal 2021, eq. 17; also
         `squaredcos_cap_v2`), `scaled_linear` (Rombach et al. 2022), `sigmoid`, `quadratic`, `constant`, `jsd`.
 
         zero_terminal_snr: shift and scale alpha so that no signal is left at the last step (Lin et al. 2024, algorithm
-        1). Errors: ValueError for an unknown name, or for so few steps that a beta exceeds 1.
+        1). ends: first and last variance in 1000 steps, of a schedule of `BETWEEN`; None: the paper's. Errors:
+        ValueError for an unknown name, for ends of another schedule, or for so few steps that a beta exceeds 1.
         """
         if name not in NAMES:
             raise ValueError(f"noise schedule {name!r} is not one of {', '.join(NAMES)}")
-        schedule = cls.of(NAMES[name](steps))
+        if ends is not None and name not in BETWEEN:
+            raise ValueError(f"noise schedule {name!r} has no ends; {', '.join(BETWEEN)} have")
+        low, high = (1000 * end for end in ends or (0, 0))
+        schedule = cls.of(BETWEEN[name](steps, low, high) if ends else NAMES[name](steps))
         return schedule.with_zero_terminal_snr() if zero_terminal_snr else schedule
 
     def with_zero_terminal_snr(self) -> Schedule:
@@ -94,6 +105,22 @@ class Schedule:
         wide = -(-(last + 1) // steps)
         whole = stride & (steps > 1) & ((steps - 1) * wide <= last)
         index = jnp.clip(jnp.where(whole, place * wide, even), 0, last)
+        return self._gathered(index)
+
+    def leading(self, steps: Array | int, bound: int) -> tuple[Schedule, Array]:
+        """Steps 0 and 1, 1 + k, 1 + 2 k, ... for k = T // steps, in tables (bound,), and the number of those from 1 on,
+        which is not always `steps`; traced. Entries after them repeat the last of them.
+
+        Samplers of latent diffusion go along these from the noisiest to step 0 (Rombach et al. 2022).
+        """
+        last = len(self) - 1
+        wide = jnp.maximum((last + 1) // jnp.asarray(steps, jnp.int32), 1)
+        count = jnp.maximum((last - 1) // wide + 1, 1)
+        place = jnp.minimum(jnp.arange(bound), count)
+        return self._gathered(jnp.where(place == 0, 0, jnp.minimum(1 + (place - 1) * wide, last))), count
+
+    def _gathered(self, index: Array) -> Schedule:
+        """The process of these steps, traced."""
         gather = lambda table, dtype: jnp.asarray(table, dtype)[index]
         return Schedule(gather(self.log_abar, jnp.float32), gather(self.timestep_map, jnp.int32), self.original)
 
@@ -227,12 +254,23 @@ def _cosine(steps: int) -> np.ndarray:
     return np.minimum(1 - abar(np.arange(1, steps + 1) / steps) / abar(np.arange(steps) / steps), CAP)
 
 
+def _linear(steps: int, low: float, high: float) -> np.ndarray:
+    return np.linspace(low / steps, high / steps, steps)
+
+
+def _squared(steps: int, low: float, high: float) -> np.ndarray:
+    """Roots of the variances are evenly spaced; "linear" of latent diffusion's configurations."""
+    return np.linspace(low**0.5, high**0.5, steps) ** 2 / steps
+
+
+BETWEEN = {"linear": _linear, "scaled_linear": _squared, "quadratic": _squared}
+"""Functions from the number of steps, and the first and the last variance times that number, to the variances."""
 NAMES = {
-    "linear": lambda steps: np.linspace(0.1 / steps, 20 / steps, steps),
+    "linear": lambda steps: _linear(steps, 0.1, 20),
     "cosine": _cosine,
     "squaredcos_cap_v2": _cosine,
-    "scaled_linear": lambda steps: np.linspace(0.85**0.5, 12**0.5, steps) ** 2 / steps,
-    "quadratic": lambda steps: np.linspace(0.1**0.5, 20**0.5, steps) ** 2 / steps,
+    "scaled_linear": lambda steps: _squared(steps, 0.85, 12),
+    "quadratic": lambda steps: _squared(steps, 0.1, 20),
     "sigmoid": lambda steps: (0.1 + 19.9 / (1 + np.exp(-np.linspace(-6, 6, steps)))) / steps,
     "constant": lambda steps: np.full(steps, 20 / steps),
     "jsd": lambda steps: 1.0 / np.linspace(steps, 1, steps),

@@ -382,7 +382,11 @@ class ClipEmbedding(_Captions):
 
     def image_features(self, model: CLIP, images: Array) -> Array:
         """The embedding of each image: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
-        return unit(model.image.embed(as_seen(images, sizes(self.folder, self.activation).size)))[:, None]
+        return unit(self.embed_images(model, images))[:, None]
+
+    def embed_images(self, model: CLIP, images: Array) -> Array:
+        """The same as (b, k), not normalised."""
+        return model.image.embed(as_seen(images, sizes(self.folder, self.activation).size))
 
 
 def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:

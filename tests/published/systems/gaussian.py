@@ -1,4 +1,4 @@
-"""Gaussian diffusion: DiT, guided-diffusion, GLIDE."""
+"""Gaussian diffusion: DiT, guided-diffusion, GLIDE, RDM."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from t2i_jax.convert import convert, restore
+from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.core.family import with_fields
 from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.networks.dit import sincos_2d
@@ -17,7 +17,9 @@ from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import Schedule
-from t2i_jax.sampling import guidance
+from t2i_jax.sampling import guidance, solvers
+from t2i_jax.sampling.guidance import Branches
+from t2i_jax.text.retrieval import nearest, retrieved
 from tests.published.parity import Oracle
 
 
@@ -351,4 +353,46 @@ def glide(oracle: Oracle) -> dict[str, Any]:
     return {k: np.asarray(v) for k, v in run().items()} | {"timestep_map": few.timestep_map}
 
 
-SYSTEMS = {"dit": dit, "guided_diffusion": guided_diffusion, "glide": glide}
+def rdm(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    context, normalised = outputs["context"], meta["mode"] == "rdm768"
+    hints = heads_of(meta) | {"size": meta["image_size"], "length": context.shape[1]}
+    tensors = unwrapped(oracle.tensors, find("rdm"))
+    config, model = convert("rdm", tensors, **hints)
+    ends = meta["linear_start"], meta["linear_end"]
+    config = dataclasses.replace(config, process=dataclasses.replace(config.process, ends=ends))
+    database, query = jnp.asarray(inputs["database"]), jnp.asarray(inputs["query"])
+    ours = {"nn_ids": nearest(database, query, outputs["nn_ids"].shape[1])}
+    ours["context"] = retrieved(database, query, context.shape[1] - 1, normalise=normalised)
+    x, eps, z = (ours_layout(inputs[k]) for k in ("x", "eps", "z"))
+    t, nobody = jnp.asarray(inputs["t"]), jnp.zeros(len(x), bool)
+    batch, noise = {"features": ours["context"]}, ours_layout(inputs["step_noise"])
+    path = config.process.timesteps(meta["steps"], spacing="leading")
+    ours |= {"betas": config.process.tables.betas, "alphas_cumprod": config.process.tables.alphas_cumprod}
+    ours["ddim_timesteps"] = np.asarray(path.t)[: int(path.steps)][::-1]
+
+    @jax.jit
+    def objective(model):
+        return config.losses(model, x, t, eps, batch, nobody)["loss"].mean()
+
+    @jax.jit
+    def drawn(model, eta):
+        both = Branches(True)
+        everything = both.rows(batch)
+        read = model.read(everything, both.dropped(len(x)))
+
+        def denoise(x, i):
+            out, null = both(lambda x, t: model(x, t, read), x, jnp.full(len(x), path.t[i]))
+            guided = guidance.guide(out, null, meta["scale"])
+            return config.denoised(guided, None, x, path.alpha[i], path.sigma[i], False)
+
+        return theirs_layout(solvers.solve(solvers.ddim, denoise, z, path, lambda i: noise[i], eta))
+
+    forward = jax.jit(lambda model, dropped: theirs_layout(model(x, t, model.read(batch, dropped))))
+    ours |= {"model_out": forward(model, nobody), "model_out_null": forward(model, ~nobody)}
+    ours["loss"], slopes = jax.value_and_grad(objective)(model)
+    ours |= {f"grad.model.diffusion_model.{k}": v for k, v in restore("rdm", config, slopes).items()}
+    return ours | {f"ddim_eta{eta}_final": drawn(model, float(eta)) for eta in (0, 1)}
+
+
+SYSTEMS = {"dit": dit, "guided_diffusion": guided_diffusion, "glide": glide, "rdm": rdm}
