@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from t2i_jax.api import load as load
     from t2i_jax.api import train as train
+    from t2i_jax.codecs.clusters import ColorClusters as ColorClusters
     from t2i_jax.codecs.dvae import DVAE as DVAE
     from t2i_jax.codecs.kl import KL as KL
     from t2i_jax.codecs.taesd import TAESD as TAESD
@@ -72,10 +73,12 @@ if TYPE_CHECKING:
     from t2i_jax.pipeline import Pipeline as Pipeline
     from t2i_jax.presets import PRESETS as PRESETS
     from t2i_jax.presets import preset as preset
+    from t2i_jax.text.clip import ClipEmbedding as ClipEmbedding
     from t2i_jax.text.clip import ClipText as ClipText
     from t2i_jax.text.damsm import CaptionWords as CaptionWords
     from t2i_jax.text.damsm import DamsmText as DamsmText
     from t2i_jax.text.minilm import MiniLM as MiniLM
+    from t2i_jax.text.retrieval import Neighbours as Neighbours
     from t2i_jax.text.sentencepiece import SentencePiece as SentencePiece
     from t2i_jax.text.t5 import T5 as T5
     from t2i_jax.training.experiment import Experiment as Experiment
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "api": "load train",
+    "codecs.clusters": "ColorClusters",
     "codecs.dvae": "DVAE",
     "codecs.kl": "KL",
     "codecs.taesd": "TAESD",
@@ -118,9 +122,10 @@ _PUBLIC = {
     "core.types": "Compute",
     "pipeline": "Pipeline",
     "presets": "PRESETS preset",
-    "text.clip": "ClipText",
+    "text.clip": "ClipEmbedding ClipText",
     "text.damsm": "CaptionWords DamsmText",
     "text.minilm": "MiniLM",
+    "text.retrieval": "Neighbours",
     "text.sentencepiece": "SentencePiece",
     "text.t5": "T5",
     "training.experiment": "Experiment Train",

@@ -34,9 +34,10 @@ from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.sampling.options import GANSampler, MaskedSampler
+from t2i_jax.sampling.options import ARSampler, GANSampler, MaskedSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate
 
 LLAMA = AR().transformer
@@ -65,6 +66,19 @@ def _dit(width: int, depth: int, heads: int) -> Diffusion:
     return Diffusion(network, Discrete("linear"), guided_channels=3)
 
 
+def _imagegpt(width: int, depth: int, heads: int) -> AR:
+    """Every pixel of 32 x 32 is a code, one of 512 clusters of colours."""
+    shape = replace(LLAMA, width=width, depth=depth, heads=heads, activation="quick_gelu", bias=True)
+    return AR(
+        vocabulary=512,
+        grid=(32, 32),
+        transformer=shape,
+        conditioning=Conditioning(ClassEmbedder(0), dropout=0.0),
+        positions=LearnedPositions(),
+        sampling=ARSampler(guidance=1.0),
+    )
+
+
 OF_AR: dict[str, AR] = {
     "1M": _ar(128, 4, 4, 384),
     "5M": _ar(256, 6, 4, 704),
@@ -77,6 +91,9 @@ OF_AR: dict[str, AR] = {
     "llamagen-3b": _ar(3200, 24, 32, 8704),
     "llamagen-xxxl": _ar(2560, 48, 40, 6912),  # 3.9 B
     "llamagen-7b": _ar(4096, 32, 32, 11008),
+    "imagegpt-s": _imagegpt(512, 24, 8),  # 76 M
+    "imagegpt-m": _imagegpt(1024, 36, 8),  # 455 M
+    "imagegpt-l": _imagegpt(1536, 48, 16),  # 1.4 B
     "20B": _ar(6144, 52, 48, 16384, kv_heads=8),  # the size of the largest Parti
 }
 """Next-token models; parameter counts exclude the condition."""

@@ -1,18 +1,22 @@
 """Formats of next-token models."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from t2i_jax.convert import Format
+from t2i_jax.codecs.clusters import ColorClusters
+from t2i_jax.codecs.quantize import QuantizerConfig
+from t2i_jax.convert import Folder, Format, convert
 from t2i_jax.core.family import with_fields
-from t2i_jax.interop import clipgen, llamagen, mingpt
-from t2i_jax.interop.names import Fields, Tensors
+from t2i_jax.interop import clipgen, huggingface, imagegpt, llamagen, mingpt
+from t2i_jax.interop.names import Fields, Tensors, require, source
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder, PrefixTokens
 from t2i_jax.nn.positions import LearnedPositions
-from t2i_jax.presets import GPT
+from t2i_jax.presets import GPT, OF_AR
 from t2i_jax.sampling.options import ARSampler
 
 MINGPT = AR(transformer=replace(GPT, dropout=0.1))
+IMAGEGPT = OF_AR["imagegpt-s"]
 
 
 def _llamagen(
@@ -46,6 +50,31 @@ def _clipgen(tensors: Tensors, *, grid: tuple[int, int] = (16, 16), heads: int =
     return with_fields(MINGPT, **(published | clipgen.describe(tensors, heads) | fields))
 
 
+def _imagegpt(tensors: Tensors, *, heads: int = 0, eps: float = 1e-5, **fields: object) -> AR:
+    return with_fields(IMAGEGPT, **({"eps": eps} | imagegpt.describe(tensors, heads) | fields))
+
+
+def _imagegpt_folder(path: Path) -> Folder:
+    """A folder of transformers, with the clusters of colours if it has them."""
+    colors = imagegpt.clusters(path)
+    codec = None if colors is None else convert("imagegpt-clusters", colors, str(path))
+    tensors = huggingface.Weights(path, imagegpt.NEEDED)
+    return Folder(tensors, imagegpt.settings(huggingface.config(path)), codec)
+
+
+def _clusters(tensors: Tensors, **fields: object) -> ColorClusters:
+    require(tensors, (imagegpt.CLUSTERS,), "no clusters of colours")
+    count, dim = tensors[imagegpt.CLUSTERS].shape
+    return with_fields(ColorClusters(QuantizerConfig(count, dim, normalize=False)), **fields)
+
+
+def _clusters_folder(path: Path) -> Folder:
+    colors = imagegpt.clusters(path)
+    if colors is None:
+        raise ValueError(f"{path}: has neither a preprocessor_config.json nor a kmeans_centers.npy")
+    return Folder(colors, {})
+
+
 def _learned(config: AR) -> int:
     """Rows of the table of positions."""
     return config.positions.count if isinstance(config.positions, LearnedPositions) else 0
@@ -69,6 +98,23 @@ FORMATS = {
         buffers=lambda c: mingpt.buffers(_learned(c), c.transformer.depth, c.bidirectional_prefix),
         title="minGPT on the codes of taming-transformers",
         example="cin_transformer.ckpt --codec models/taming-vqgan",
+    ),
+    "imagegpt": Format(
+        _imagegpt,
+        lambda config: imagegpt.table(config.vocabulary, config.transformer.head_size),
+        imagegpt.UNUSED,
+        needed=(imagegpt.NEEDED,),
+        folder=_imagegpt_folder,
+        title="Image GPT as transformers keeps it: a folder, which has the clusters of colours, or its file alone",
+        example="imagegpt-small/",
+    ),
+    "imagegpt-clusters": Format(
+        _clusters,
+        lambda config: {"quantizer.codebook": source(imagegpt.CLUSTERS)},
+        needed=((imagegpt.CLUSTERS,),),
+        folder=_clusters_folder,
+        title="the clusters of colours of Image GPT: its folder, or one with kmeans_centers.npy",
+        example="imagegpt-small/",
     ),
     "clipgen": Format(
         _clipgen,

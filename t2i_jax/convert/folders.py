@@ -171,13 +171,13 @@ def neighbours(words: str, said: str) -> Neighbours:
     path, *settings = words.split(",")
     mine = {f.name for f in dataclasses.fields(Neighbours)} - {"clip"}
     ours, others = ([x for x in settings if (x.partition("=")[0] in mine) == own] for own in (True, False))
-    given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in ours)}
+    given: Fields = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in ours)}
     if not Path(str(given.get("database", ""))).exists() or "database" not in given:
         raise ConfigError(f"{said}: database=FILE is wanted, embeddings of images by this CLIP")
     clip = encoder(ClipEmbedding, ",".join((path, *others)), said)
     with refused(said):
         check_values(Neighbours, given)
-        return Neighbours(clip, **given)
+        return dataclasses.replace(Neighbours(clip, ""), **given)
 
 
 def encoder(kind: type[E], words: str, said: str, **fields: object) -> E:

@@ -1,4 +1,4 @@
-"""Next-token models: LlamaGen, minGPT of taming-transformers, CLIP-GEN."""
+"""Next-token models: LlamaGen, minGPT of taming-transformers, CLIP-GEN, Image GPT."""
 
 import dataclasses
 import math
@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.convert import convert, restore
+from t2i_jax.core.image_files import to_uint8
 from t2i_jax.networks.condition import CrossAttnFeatures, PrefixTokens
+from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.losses import cross_entropy
+from t2i_jax.nn.transformer import unstack
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.tokens import filter_logits
@@ -186,4 +189,36 @@ def clip_gen(oracle: Oracle) -> dict[str, Any]:
     return ours | {"greedy_tokens": codes[:, 0]}
 
 
-SYSTEMS = {"llamagen_c2i": llamagen, "llamagen_t2i": llamagen, "taming_gpt": taming_gpt, "clip_gen": clip_gen}
+def image_gpt(oracle: Oracle) -> dict[str, Any]:
+    meta, inputs, outputs = oracle.config, oracle.inputs, oracle.outputs
+    config, model = convert("imagegpt", oracle.tensors, heads=meta["n_head"], eps=meta["layer_norm_epsilon"])
+    colors, table = convert("imagegpt-clusters", {"clusters": inputs["clusters"]})
+    ids = colors.encode(table, jnp.asarray(inputs["image"], jnp.float32) / 127.5 - 1)
+    ours = {"ids": ids.reshape(len(ids), -1), "picture": to_uint8(colors.decode(table, ids))}
+    batch = {"codes": jnp.asarray(outputs["ids"]).reshape(-1, *config.grid)}
+    nobody = jnp.zeros(len(ids), bool)
+
+    def objective(model):
+        logits = model.logits(model(batch, nobody))
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(outputs["ids"])[..., None], 2)
+        return nll.mean(), logits
+
+    @jax.jit
+    def first(model):
+        x = jnp.concatenate([model.read({}, nobody).tokens, model.embed(jnp.asarray(outputs["ids"])[:, :-1])], 1)
+        return unstack(model.blocks)[0](model.add_positions(x, 0), mask=Causal(None, 1))[0]
+
+    (loss, logits), slopes = jax.jit(jax.value_and_grad(objective, has_aux=True))(model)
+    keys, greedy = jax.random.split(jax.random.key(0), len(ids)), ARSampler(guidance=1.0, greedy=True)
+    ours |= {"loss": loss, "logits": logits, "block_out": first(model)}
+    ours["greedy_tokens"] = config.sample(model, {}, keys, greedy).reshape(len(ids), -1)
+    return ours | {f"grad.{k}": v for k, v in restore("imagegpt", config, slopes).items()}
+
+
+SYSTEMS = {
+    "llamagen_c2i": llamagen,
+    "llamagen_t2i": llamagen,
+    "taming_gpt": taming_gpt,
+    "clip_gen": clip_gen,
+    "imagegpt": image_gpt,
+}

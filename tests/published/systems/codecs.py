@@ -1,4 +1,4 @@
-"""Codecs with discrete codes and the losses that train them: LlamaGen, taming-transformers, CLIP-GEN, MaskGIT; TAEF2."""
+"""Codecs with discrete codes and their losses: LlamaGen, taming-transformers, CLIP-GEN, MaskGIT; TAEF2."""
 
 from pathlib import Path
 from typing import Any
