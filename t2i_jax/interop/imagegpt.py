@@ -65,11 +65,11 @@ def table(vocabulary: int, head: int) -> Table:
     Matrices are (in, out); the last row of the table of codes is the start token.
     """
     layer = "transformer.h.{}."
-    codes = {"height": vocabulary + 1}
+    wte = lambda rows: source("transformer.wte.weight", rows=rows, height=vocabulary + 1)
     qkv = {"w": ("weight", "d "), "b": ("bias", "")}
     return {
-        "tokens.w": source("transformer.wte.weight", rows=np.arange(vocabulary), **codes),
-        "condition.table.w": source("transformer.wte.weight", rows=np.asarray([vocabulary]), **codes),
+        "tokens.w": wte(np.arange(vocabulary)),
+        "condition.table.w": wte(np.asarray([vocabulary])),
         "positions": source("transformer.wpe.weight"),
         "output": source("lm_head.weight", layout=LINEAR),
         **layers({"norm": "transformer.ln_f"}, biases=False),

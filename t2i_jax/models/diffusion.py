@@ -406,7 +406,8 @@ def _sample(
 
     x, start = normal(first, 0), jnp.int32(0)
     clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale
-    noised = lambda i, eps: path.alpha[i] * clean + path.sigma[i] * eps
+    # A grid may end in some noise, which what is known does not have.
+    noised = lambda i, eps: jnp.where(i < path.steps, path.alpha[i] * clean + path.sigma[i] * eps, clean)
     hold = lambda x, i, eps: x if keep is None else jnp.where(keep[..., None], noised(i, eps), x)
     pin = lambda x: shard(x, "batch", None, None, None)
     rounds = None
@@ -430,5 +431,4 @@ def _sample(
     step, noise = SOLVERS[config.solver], lambda i: normal(later, i)
     x = pin(hold(x, start, normal(kept, start))) if keep is not None else x
     x = solvers.solve(step, denoise, x, path, noise, eta, start, between, rounds)
-    x = x if keep is None else jnp.where(keep[..., None], clean, x)  # a grid may end in some noise
     return x / config.process.scale
