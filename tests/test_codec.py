@@ -89,6 +89,15 @@ def test_codes_and_images(model):
         CODEC.encode(model, jnp.zeros((1, 7, 8, 3)))
 
 
+def test_codes_may_be_the_vectors_that_are_quantised_in_decoding(model):
+    """The latents of a diffusion over a VQGAN."""
+    vectors = dataclasses.replace(CODEC, continuous=True)
+    codes = jit(vectors.encode)(model, BATCH["image"])
+    assert codes.dtype == jnp.float32 and codes.shape[1:] == (4, 4, *vectors.spec.code.shape)
+    whole = jit(CODEC.decode)(model, jit(CODEC.encode)(model, BATCH["image"]))
+    np.testing.assert_allclose(jit(vectors.decode)(model, codes), whole, atol=1e-5)
+
+
 @pytest.mark.parametrize(("v", "chunk"), [(5, 1024), (37, 8), (16, 8)])
 def test_nearest_is_brute_force(v, chunk):
     z, rows = jax.random.normal(KEY, (50, 3)), jax.random.normal(jax.random.key(1), (v, 3))
