@@ -15,7 +15,7 @@ from jax import Array
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.fields import Checked, NotNegative, Positive, Rate, Size
 from t2i_jax.core.keys import apart
-from t2i_jax.nn.layers import Linear, ModelState, at_least_fp32, normal, param, replace
+from t2i_jax.nn.layers import Linear, ModelState, at_least_fp32, normal, param, replace, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class QuantizerConfig(Checked):
     """width of a row"""
     normalize: bool = True
     """normalise vectors and rows to unit length before comparing them (Yu et al. 2022, arXiv:2110.04627)"""
+    cosine: bool = False
+    """compare by angle, but leave rows as long as they are"""
     commitment: NotNegative = 0.25
     """weight of the loss that moves the encoder's vectors to their rows"""
     codebook: NotNegative = 1.0
@@ -114,11 +116,6 @@ def counts(codes: Int[Array, "*b"], v: int) -> Float[Array, " {v}"]:
     return jnp.zeros(v).at[codes.reshape(-1)].add(1.0)
 
 
-@typed
-def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 class Quantizer(nnx.Module):
     """A codebook of v rows of width k; vectors are float (..., k), codes int32 (...)."""
 
@@ -142,8 +139,9 @@ class Quantizer(nnx.Module):
     @typed
     def codes(self, z: Float[Array, "*b k"]) -> Int[Array, "*b"]:
         """The nearest rows, int32."""
-        z = self.prepare(z)
-        return nearest(z.reshape(-1, z.shape[-1]), self.rows()).reshape(z.shape[:-1])
+        z, rows = self.prepare(z), self.rows()
+        z, rows = (unit(z), unit(rows)) if self.config.cosine else (z, rows)
+        return nearest(z.reshape(-1, z.shape[-1]), rows).reshape(z.shape[:-1])
 
     @typed
     def vectors(self, codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:

@@ -1,7 +1,8 @@
 """VQGAN: an autoencoder with discrete codes, trained with pixel, perceptual and adversarial losses.
 
 Esser, Rombach & Ommer 2021 (arXiv:2012.09841); low-dimensional codes of unit length as in ViT-VQGAN and LlamaGen (Yu et
-al. 2022, arXiv:2110.04627; Sun et al. 2024, arXiv:2406.06525).
+al. 2022, arXiv:2110.04627; Sun et al. 2024, arXiv:2406.06525); codes of several scales as in VAR (Tian et al. 2024,
+arXiv:2404.02905).
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from t2i_jax.codecs.game import (
     Reconstruction,
     check_size,
 )
+from t2i_jax.codecs.multiscale import MultiScaleConfig
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.core.arrays import Float, Int, Num, typed
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.fields import Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.specs import CodecSpec, CodeSpec
+from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
 from t2i_jax.core.types import LossOutput
 from t2i_jax.nn.layers import Conv, at_least_fp32, replace
 
 QuantizedCode = tuple[Array, Array, Array, dict[str, Array]]
-"""vectors before quantisation (b, h, w, k), codes (b, h, w), loss and metrics of the quantiser"""
+"""vectors before quantisation (b, h, w, k), codes (b, h, w) or (b, L), loss and metrics of the quantiser"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,12 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     """The codec and its training settings. The defaults are the VQ-16 of LlamaGen."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
-    quantizer: QuantizerConfig | GumbelConfig = QuantizerConfig()
+    quantizer: QuantizerConfig | GumbelConfig | MultiScaleConfig = QuantizerConfig()
+    """one code a position, or maps of codes of several sizes (`codecs.multiscale`)"""
     convolutions: bool = True
-    """1x1 convolutions between the code and the autoencoder"""
+    """convolutions between the code and the autoencoder"""
+    kernel: Size = 1
+    """their side"""
     continuous: bool = False
     """codes are the vectors before quantisation, which `decode` quantises: latents of a diffusion (Rombach et al.
     2022)"""
@@ -68,7 +74,21 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     def spec(self) -> CodecSpec:
         """Shape and dtype of the codes of an image."""
         ids, vectors = CodeSpec("int32", sizes=(self.vocabulary,)), CodeSpec("float32", (self.quantizer.dim,))
-        return CodecSpec(self.factor, vectors if self.continuous else ids)
+        if self.continuous:
+            return CodecSpec(self.factor, vectors)
+        return CodecSpec(self.factor, ids, scales=self.scales)
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Sides of the maps of codes, where there are several."""
+        return self.quantizer.scales if isinstance(self.quantizer, MultiScaleConfig) else ()
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields of a training batch: images whose sides are multiples of `factor`, or those of all `scales`."""
+        if not self.scales:
+            return super().batch_spec()
+        side = self.factor * self.scales[-1]
+        return {"image": FieldSpec((side, side, 3), "float32")}
 
     def init(self, key: Array) -> AutoencoderModel[VQAutoencoder]:
         first, second = jax.random.split(key)
@@ -77,8 +97,9 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     @typed
     def encode(
         self, model: AutoencoderModel[VQAutoencoder], images: Float[Array, "b i j 3"], key: Array | None = None
-    ) -> Num[Array, "b h w *k"]:
-        """Codes int32 below `vocabulary`, or fp32 vectors, (i/factor, j/factor), of images in [-1, 1].
+    ) -> Num[Array, " b *n"]:
+        """Codes int32 below `vocabulary`, (i/factor, j/factor), or (L,) of all `scales`, of images in [-1, 1]; or fp32
+        vectors (i/factor, j/factor, k).
 
         Deterministic; the key is ignored.
         """
@@ -90,15 +111,15 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         return {"codes": self.encode(model, images)}
 
     @typed
-    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Num[Array, "b h w *k"]) -> Float[Array, "b i j 3"]:
-        """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
+    def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Num[Array, " b *n"]) -> Float[Array, "b i j 3"]:
+        """Images, about [-1, 1], of codes: (h*factor, w*factor) of (h, w) codes."""
         part = model.autoencoder
         codes = part.quantizer.codes(codes) if self.continuous else codes
         return at_least_fp32(part.decoder(part.entered(self.embed(model, codes).astype(self.dtype))))
 
     @typed
-    def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
-        """The vectors of codes."""
+    def embed(self, model: AutoencoderModel[VQAutoencoder], codes: Int[Array, "*b"]) -> Float[Array, "*c k"]:
+        """The vectors of codes; (b, h, w, k) of those of all `scales` together."""
         return model.autoencoder.quantizer.vectors(codes)
 
     @typed
@@ -142,15 +163,15 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
 
 
 class VQAutoencoder(DecoderNetwork):
-    """Encoder, quantiser and decoder, and maybe 1x1 convolutions to and from the width of the codes."""
+    """Encoder, quantiser and decoder, and maybe convolutions to and from the width of the codes."""
 
     def __init__(self, config: VQGAN, key: Array):
         keys = jax.random.split(key, 5)
         latent, k = config.autoencoder.latent, config.quantizer.dim
         self.encoder = Encoder(config.autoencoder, keys[0])
-        self.to_code = Conv(latent, k, keys[1], kernel=1) if config.convolutions else None
+        self.to_code = Conv(latent, k, keys[1], kernel=config.kernel) if config.convolutions else None
         self.quantizer = config.quantizer.init(keys[2])
-        self.from_code = Conv(k, latent, keys[3], kernel=1) if config.convolutions else None
+        self.from_code = Conv(k, latent, keys[3], kernel=config.kernel) if config.convolutions else None
         self.decoder = Decoder(config.autoencoder, keys[4])
 
     def left(self, h: Array) -> Array:

@@ -30,7 +30,7 @@ from t2i_jax.interop.names import Fields, Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
-MODULES = ("ar", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "masked", "staged_gan", "stream")
+MODULES = ("ar", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "masked", "staged_gan", "stream", "var")
 """Modules of this package that define FORMATS."""
 
 
@@ -82,6 +82,8 @@ class Format(Generic[C]):
     """those of `files` that may be missing"""
     folder: Callable[[Path], Folder] | None = None
     """reads a folder with settings, where the format has such folders"""
+    alone: Callable[[nnx.Module], nnx.Module] | None = None
+    """the model without the part that the file lacks, a copy of its codec's vectors (`core.types.ReadsCodec`)"""
     fit_text: Callable[[C, Tokenizer], Tokenizer] | None = None
     """(configuration, tokenizer of the folder) -> the tokenizer with what hints have set"""
 
@@ -148,7 +150,7 @@ def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object
     if format.adapt is not None:
         tensors, hints = format.adapt(tensors, **hints)
     config = format.describe(tensors, **hints)
-    model = abstract(config)
+    model = held(format, abstract(config))
     fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)
     if any(isinstance(t, jax.ShapeDtypeStruct) for t in tensors.values()):
         return config, jax.eval_shape(fill, dict(tensors))
@@ -157,4 +159,10 @@ def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object
 
 def restore(name: str, config: Trainable, model: nnx.Module) -> dict[str, np.ndarray]:
     """The model's variables (or gradients) under the published names, in the published layouts."""
-    return to_theirs(model, find(name).table(config))
+    format = find(name)
+    return to_theirs(held(format, model), format.table(config))
+
+
+def held(format: Format, model: nnx.Module) -> nnx.Module:
+    """The part of a model that files of the format hold."""
+    return model if format.alone is None else format.alone(model)

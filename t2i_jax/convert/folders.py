@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
@@ -20,7 +21,7 @@ from t2i_jax.convert.hints import value as value_of
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
-from t2i_jax.core.narrow import as_codec, as_family, check_codes, text_encoder
+from t2i_jax.core.narrow import as_codec, as_family, check_codes, reads_codec, text_encoder
 from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
@@ -67,6 +68,8 @@ def to_folder(
         found = folder(Path(weights)) if folder else convert.Folder(convert.read(weights, name), {})
         config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
         check_fields(config, hints)
+        if config.capabilities.reads_codec:
+            model = _with_codec(config, model, codec)
         if text is not None:
             _check_text(config, text)
         elif found.text is not None:
@@ -102,6 +105,14 @@ def _fault(
     return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
 
 
+def _with_codec(config: Trainable, model: nnx.Module, codec: str) -> nnx.Module:
+    """The model with the vectors of the codec in a folder. Errors: ValueError without one."""
+    if not codec:
+        raise ValueError(f"a {type(config).__name__} reads the vectors of its codec: give --codec")
+    part = load_codec(codec, host=True)
+    return reads_codec(config).with_codec(model, part.config, part.model)
+
+
 def _check_text(config: Trainable, text: Tokenizer) -> None:
     """Errors: ValueError where a text encoder does not fit a model; those of the encoder's files."""
     spec = config.batch_spec()
@@ -130,7 +141,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     except FAULTS as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no {name}{why}") from error
-    unmapped = sorted(named(artifact.model).keys() ^ table.keys())
+    unmapped = sorted(named(convert.held(format, artifact.model)).keys() ^ table.keys())
     if unmapped:
         raise ConfigError(f"{folder} cannot be exported as {name}: unmapped variables: {', '.join(unmapped[:8])}")
     tensors = convert.restore(name, artifact.config, artifact.model)

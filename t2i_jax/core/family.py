@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Generic, Self, TypeVar
 
@@ -36,7 +35,7 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
     @property
     def length(self) -> int:
         """Tokens of an image."""
-        return math.prod(self.sample_spec().tokens)
+        return self.sample_spec().length
 
     def with_compute(self, compute: Compute) -> Self:
         """The same model with other compute options."""

@@ -20,6 +20,7 @@ from t2i_jax.core.types import (
     Interpolates,
     Likelihood,
     MeasuresScale,
+    ReadsCodec,
     SharesForward,
     TokenByToken,
     Trainable,
@@ -58,6 +59,9 @@ def check_codes(family: Family, codec: Codec, name: str, exact: bool = False) ->
     A family may have more codes than its codec, such as a start token or a padded table, unless `exact`. Errors:
     `ConfigError` if they do not match.
     """
+    if (mine := family.sample_spec().scales) != (its := codec.spec.scales):
+        maps = lambda scales: f"maps of sides {', '.join(map(str, scales))}" if scales else "one map of codes"
+        raise ConfigError(f"{name} has {maps(its)}, the model {maps(mine)}: this is not its codec")
     ours, theirs = family.sample_spec().code, codec.spec.code
     fits = (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and all(
         a >= b for a, b in zip(ours.sizes, theirs.sizes, strict=True)
@@ -121,6 +125,11 @@ def classifier_guided(config: Trainable) -> GaussianFamily:
     """Check for classifier guidance. Errors: `ConfigError` for a config that does not support it."""
     what = "is not guided by a classifier; a Gaussian diffusion is"
     return cast(GaussianFamily, _declares(config, "classifier_guidance", what))
+
+
+def reads_codec(config: Trainable) -> ReadsCodec:
+    """Narrow to `ReadsCodec`. Errors: `ConfigError` for a config whose network reads no vectors of its codec."""
+    return cast(ReadsCodec, _declares(config, "reads_codec", "has no part of its codec in its network"))
 
 
 def autoguided(config: Trainable) -> GaussianFamily:

@@ -165,8 +165,8 @@ class CodeSpec:
             raise ConfigError(f"patch {patch}: a code of {size} cannot be made of those of {patch}x{patch} positions")
         return CodeSpec(self.dtype, (self.shape[0] // patch**2,), self.sizes[:: patch**2])
 
-    def field(self, grid: tuple[int, int]) -> FieldSpec:
-        """The codes of an image, rows x columns, as a field of a batch."""
+    def field(self, grid: tuple[int, ...]) -> FieldSpec:
+        """The codes of an image, such as rows x columns, as a field of a batch."""
         if not self.is_discrete:
             return FieldSpec((*grid, *self.shape), "float32")
         return FieldSpec((*grid, *self.shape), "int32", 0, max(self.sizes) - 1)
@@ -182,6 +182,9 @@ class SampleSpec:
     """code of one position"""
     patch: int = 1
     """side of a token of the model, in positions; `grid` is a multiple of it"""
+    scales: tuple[int, ...] = ()
+    """sides of several maps of codes, the last that of `grid`: a sample is all their codes, one map after the other,
+    each in raster order; (): it is one map"""
 
     @property
     def kind(self) -> Literal["tokens", "latents", "pixels"]:
@@ -195,19 +198,29 @@ class SampleSpec:
         return self.grid[0] // self.patch, self.grid[1] // self.patch
 
     @property
+    def length(self) -> int:
+        """Number of tokens of the model."""
+        return sum(n * n for n in self.scales) or math.prod(self.tokens)
+
+    @property
     def field(self) -> FieldSpec:
         """Samples as a field of a batch."""
-        return self.code.field(self.grid)
+        return self.code.field(self.places)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample."""
-        return (*self.grid, *self.code.shape)
+        return (*self.places, *self.code.shape)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Shape of the codes of one sample: rows and columns, or the codes of all scales in one dimension."""
+        return (self.length,) if self.scales else self.grid
 
 
 @dataclasses.dataclass(frozen=True)
 class CodecSpec:
-    """The codes of an image of any size whose sides are multiples of `factor`."""
+    """The codes of an image of any size whose sides are multiples of `factor`, or of one size where it has `scales`."""
 
     factor: int
     """pixels per code along each side"""
@@ -215,3 +228,5 @@ class CodecSpec:
     encodes: bool = True
     decodes: bool = True
     """False for an encoder alone, as some published files hold"""
+    scales: tuple[int, ...] = ()
+    """sides of several maps of codes, as of a `SampleSpec`: images are square, of `factor` times the last"""

@@ -153,6 +153,8 @@ class Capabilities:
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
     """`GaussianFamily`, whose `sample` takes a weaker model in place of the unconditional branch"""
+    reads_codec: bool = False
+    """`ReadsCodec`: its network reads vectors of its codec, which it keeps a copy of"""
     token_head: bool = False
     """its field `head` samples each token: a `heads.TokenHead`, which may be replaced"""
     int8: bool = False
@@ -333,6 +335,17 @@ class Likelihood(Family[M, O], Protocol[M, O]):
 
     def log_likelihood(self, model: M, batch: Batch) -> Array:
         """log p(codes | condition) of each image in nats: (b,) fp32."""
+        ...
+
+
+class ReadsCodec(Family[M, O], Protocol[M, O]):
+    """A family whose network reads the vectors of its codec: the model holds a copy of them, which is not trained."""
+
+    def with_codec(self, model: M, codec: Codec, weights: nnx.Module) -> M:
+        """The model with the vectors of a codec, from its configuration and weights; traced or not.
+
+        Errors: `ConfigError` for a codec of another kind, or whose vectors have other shapes.
+        """
         ...
 
 

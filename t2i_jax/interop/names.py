@@ -45,6 +45,13 @@ class Source(NamedTuple):
     """rows that the whole tensor has, where `rows` says"""
     parts: tuple[int, ...] = ()
     """rows of each of several matrices that this variable concatenates; else they are a new dimension"""
+    axis: int = 0
+    """dimension of the tensor that `rows` count"""
+
+    @property
+    def places(self) -> tuple[slice | np.ndarray | None, ...]:
+        """The index of `rows` in the whole tensor."""
+        return (*(slice(None),) * self.axis, self.rows)
 
     @property
     def stacked(self) -> bool:
@@ -59,9 +66,9 @@ class Source(NamedTuple):
             tensors = [pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]]
         joined = tensors[0] if len(tensors) == 1 else rearrange(tensors, "a ... -> a ...")
         if self.rows is not None:
-            if joined.shape[0] != self.height:
-                raise ValueError(f"{joined.shape[0]} rows where {self.height} are wanted")
-            joined = joined[self.rows]
+            if joined.shape[self.axis] != self.height:
+                raise ValueError(f"{joined.shape[self.axis]} rows where {self.height} are wanted")
+            joined = joined[self.places]
         return rearrange(joined, self.layout, **self.sizes) if self.layout else joined
 
     def theirs(self, array: np.ndarray) -> list[np.ndarray]:
@@ -114,14 +121,16 @@ def source(
     rows: np.ndarray | None = None,
     height: int = 0,
     parts: tuple[int, ...] = (),
+    axis: int = 0,
     **sizes: int,
 ) -> Source:
     """A line of a table: their name or names, the einops pattern to ours, and sizes that the pattern needs.
 
     rows, height: the rows that the variable is of a tensor with `height` rows. All variables of a tensor together make
-    it whole again. parts: rows of several matrices that our variable concatenates.
+    it whole again. parts: rows of several matrices that our variable concatenates. axis: the dimension of the tensor
+    that its rows are.
     """
-    return Source(names, layout, sizes, rows, height, parts)
+    return Source(names, layout, sizes, rows, height, parts, axis)
 
 
 def layers(
@@ -241,7 +250,8 @@ def to_theirs(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
         if line.rows is None or line.parts:
             whole[name] = array
         else:
-            whole.setdefault(name, np.zeros((line.height, *array.shape[1:]), array.dtype))[line.rows] = array
+            shape = (*array.shape[: line.axis], line.height, *array.shape[line.axis + 1 :])
+            whole.setdefault(name, np.zeros(shape, array.dtype))[line.places] = array
     return whole
 
 

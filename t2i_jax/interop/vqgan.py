@@ -1,5 +1,5 @@
-"""Names of published convolutional codecs: LlamaGen's, CLIP-GEN's, taming-transformers', which others share, and those
-of diffusers, whose older files call the matrices of attention otherwise."""
+"""Names of published convolutional codecs: LlamaGen's, CLIP-GEN's, taming-transformers', which others share, VAR's, and
+those of diffusers, whose older files call the matrices of attention otherwise."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flax import nnx
 from t2i_jax.core.params import Named, named
 from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, require, source
 
-Style = Literal["llamagen", "taming", "clipgen", "diffusers", "diffusers_2022"]
+Style = Literal["llamagen", "taming", "var", "clipgen", "diffusers", "diffusers_2022"]
 
 # Buffers, training losses, and other parts that published files hold besides the codec.
-IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$|quantize\.embedding_avg$"
+IGNORED = r"^loss\.|^discriminator\.|codebook_used$|num_batches_tracked$|quantize\.embedding_avg$|ema_vocab_hit_SV$"
 
 # From our dotted names to theirs, in this order. LEVEL is the number of a level in their order.
 COMMON = (
@@ -50,6 +50,13 @@ DIFFUSERS = (
     (r"^encoder\.levels\.", "encoder.down_blocks."),
     (r"^decoder\.levels\.", "decoder.up_blocks."),
 )
+TAMING = (
+    (r"\.middle\.block(\d)\.", r".mid.block_\1."),
+    (r"\.middle\.attention\.", ".mid.attn_1."),
+    (r"\.levels\.(\d+)\.blocks\.", r".levels.\1.block."),
+    (r"^encoder\.levels\.", "encoder.down."),
+    (r"^decoder\.levels\.", "decoder.up."),
+)
 STYLES: dict[str, tuple[tuple[str, str], ...]] = {
     "llamagen": (
         (r"\.middle\.block1\.", ".mid.0."),
@@ -58,12 +65,11 @@ STYLES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.levels\.(\d+)\.blocks\.", r".levels.\1.res."),
         (r"\.levels\.(\d+)\.", r".conv_blocks.\1."),
     ),
-    "taming": (
-        (r"\.middle\.block(\d)\.", r".mid.block_\1."),
-        (r"\.middle\.attention\.", ".mid.attn_1."),
-        (r"\.levels\.(\d+)\.blocks\.", r".levels.\1.block."),
-        (r"^encoder\.levels\.", "encoder.down."),
-        (r"^decoder\.levels\.", "decoder.up."),
+    "taming": TAMING,
+    "var": (
+        *TAMING,
+        (r"^quantizer\.codebook\.codebook$", "quantize.embedding.weight"),
+        (r"^quantizer\.convolutions\.", "quantize.quant_resi.qresi_ls."),
     ),
     "diffusers": (
         *DIFFUSERS,
@@ -139,8 +145,10 @@ IN_DIFFUSERS = Shapes(
     "conv1",
     "encoder.mid_block.attentions.0.group_norm",
 )
+IN_TAMING = Shapes("encoder.down", "decoder.up", "block", "attn", "conv1", "encoder.mid.attn_1.norm", True)
 SHAPES: dict[Style, Shapes] = {
-    "taming": Shapes("encoder.down", "decoder.up", "block", "attn", "conv1", "encoder.mid.attn_1.norm", True),
+    "taming": IN_TAMING,
+    "var": IN_TAMING,
     "llamagen": Shapes("encoder.conv_blocks", "decoder.conv_blocks", "res", "attn", "conv1", "encoder.mid.1.norm"),
     "clipgen": Shapes("encoder.down", "decoder.up", "block", "attn", "block.2", "encoder.mid.1.norm"),
     "diffusers": IN_DIFFUSERS,
@@ -219,7 +227,19 @@ def _nested(names: Named, style: Style) -> Table:
         name = name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
         return name.replace("quantize.embedding.weight", "quantize.embedding") if averaged else name
 
-    return {name: _line(theirs(name), v) for name, v in names.items()}
+    lines = {name: _line(theirs(name), v) for name, v in names.items()}
+    return lines | _fused(lines, names) if style == "var" else lines
+
+
+def _fused(lines: Table, names: Named) -> Table:
+    """The lines of attention whose queries, keys and values are one tensor."""
+    found = {}
+    for name, line in lines.items():
+        if place := re.fullmatch(r"(.*\.attn(?:_1|\.\d+)\.)([qkv])(\.\w+)", line.names[0]):
+            f = names[name].shape[-1]
+            rows = np.arange(f) + f * "qkv".index(place[2])
+            found[name] = source(f"{place[1]}qkv{place[3]}", layout=line.layout, rows=rows, height=3 * f)
+    return found
 
 
 def _clipgen(names: Named) -> Table:

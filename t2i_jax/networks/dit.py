@@ -26,12 +26,12 @@ from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind, Compute, Remat
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, check_vectors, read_context
-from t2i_jax.nn.attention import Padding, Rotary, attend, rotate
+from t2i_jax.nn.attention import MaskSpec, Padding, Rotary, attend, rotate
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.layers import Linear, ModelState, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
 from t2i_jax.nn.positions import RotaryPositions, SinCosPositions, sincos_2d
-from t2i_jax.nn.transformer import MLP, REMAT, REMATS, Attention, Transformer, drop
+from t2i_jax.nn.transformer import MLP, REMAT, REMATS, Attention, Cache, Transformer, drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,7 @@ class DiT(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        self.transformer.check_plain(
-            "DiT", "post_norm", "scale", "rope_values", "sandwich_norm", "layer_scale", "pb_relax"
-        )
+        self.transformer.check_plain("DiT", "post_norm", "rope_values", "sandwich_norm", "layer_scale", "pb_relax")
         check_vectors(self.conditioning.what, self.transformer.width)
         if any(side % self.patch for side in self.size):
             raise ValueError(f"size {self.size} cannot be cut into patches of {self.patch}")
@@ -93,14 +91,33 @@ class DiT(Checked):
         return DiTNetwork(self, key, compute)
 
 
+@dataclasses.dataclass(frozen=True)
+class ModulatedBlock:
+    """Shape and kind of a block whose norms are modulated by a condition."""
+
+    transformer: Transformer
+    via: str = "modulation"
+    """how the tokens of the condition are read: "joint" and "cross_attention" are parts of the block"""
+    shared: bool = False
+    """blocks share the matrix of the modulation"""
+    cross_norm: bool = True
+    """normalise the input of the queries of cross-attention"""
+    attention: AttentionKind = "auto"
+    """implementation of attention"""
+
+    def stack(self, key: Array) -> DiTBlock:
+        """The blocks as one whose arrays have a leading layer axis."""
+        return jax.vmap(lambda k: DiTBlock(self, k))(jax.random.split(key, self.transformer.depth))
+
+
 class DiTStream(nnx.Module):
     """Attention and MLP of one kind of tokens, with their modulation by the condition."""
 
-    def __init__(self, config: DiT, key: Array, kind: AttentionKind):
+    def __init__(self, config: ModulatedBlock, key: Array):
         keys = jax.random.split(key, 3)
         d, transformer = config.transformer.width, config.transformer
         self.norm = transformer.normalise(affine=False)
-        self.attention = Attention(transformer, keys[0], kind)
+        self.attention = Attention(transformer, keys[0], config.attention)
         self.mlp, self.dropout = MLP(transformer, keys[1]), transformer.dropout
         self.modulation = None if config.shared else Linear(d, 6 * d, keys[2], std=0.0)
         self.table = param(normal(keys[2], (6, d), d**-0.5), None, "embed") if config.shared else None
@@ -115,15 +132,14 @@ class DiTStream(nnx.Module):
     def heads(self, x: Array, rotary: Rotary | None = None) -> tuple[Array, ...]:
         """Queries (b, t, n, h), keys and values (b, t, m, h), at the positions of `rotary`."""
         q, k, v = self.attention.read(x)
-        if self.attention.q_norm is not None and self.attention.k_norm is not None:
-            q, k = self.attention.q_norm(q), self.attention.k_norm(k)
+        q, k = self.attention.normalised(q, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         return tuple(shard(a, "batch", None, "heads", None) for a in (q, k, v))
 
-    def mixed(self, q: Array, k: Array, v: Array, mask: Padding | None) -> Array:
+    def mixed(self, q: Array, k: Array, v: Array, mask: MaskSpec | Array | None) -> Array:
         """Attention of queries to keys and values: (b, t, n, h)."""
-        return attend(q, k, v, mask, kind=self.attention.kernel)
+        return attend(q, k, v, mask, self.attention.scale, kind=self.attention.kernel)
 
     def attended(self, x: Array, mixed: Array, gate: Array, key: Array | None) -> Array:
         """x plus the gated projection of its attention output `mixed` (b, t, n, h)."""
@@ -140,8 +156,8 @@ class DiTStream(nnx.Module):
 class DiTCrossAttention(nnx.Module):
     """x + attention from x (b, t, d) to tokens y (b, s, d); adds zero before training."""
 
-    def __init__(self, config: DiT, key: Array, kind: AttentionKind):
-        keys = jax.random.split(key, 3)
+    def __init__(self, config: ModulatedBlock, key: Array):
+        keys, kind = jax.random.split(key, 3), config.attention
         d = config.transformer.width
         self.norm = config.transformer.normalise() if config.cross_norm else None
         self.q = Linear(d, d, keys[0], axes=("embed", "heads"))
@@ -161,11 +177,11 @@ class DiTCrossAttention(nnx.Module):
 class DiTBlock(nnx.Module):
     """One block; which of `image`, `text` and `cross` it has depends on how text is read."""
 
-    def __init__(self, config: DiT, key: Array, kind: AttentionKind):
+    def __init__(self, config: ModulatedBlock, key: Array):
         keys = jax.random.split(key, 3)
-        self.image = DiTStream(config, keys[0], kind)
-        self.text = DiTStream(config, keys[1], kind) if config.via == "joint" else None
-        self.cross = DiTCrossAttention(config, keys[2], kind) if config.via == "cross_attention" else None
+        self.image = DiTStream(config, keys[0])
+        self.text = DiTStream(config, keys[1]) if config.via == "joint" else None
+        self.cross = DiTCrossAttention(config, keys[2]) if config.via == "cross_attention" else None
 
     def __call__(
         self,
@@ -173,21 +189,25 @@ class DiTBlock(nnx.Module):
         y: Array,
         c: Array,
         mask: Array,
-        own: Array | None = None,
+        own: MaskSpec | Array | None = None,
         rotary: Rotary | None = None,
         key: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """x (b, t, d) with mask `own` (b, t) at the positions of `rotary`, tokens y (b, s, d) with mask `mask` (b, s),
-        and c (b, d).
+        cache: Cache | None = None,
+    ) -> tuple[Array, Array, Cache | None]:
+        """x (b, t, d) with mask `own` at the positions of `rotary`, tokens y (b, s, d) with mask `mask` (b, s), and c
+        (b, d).
 
-        c is (b, 6 d) where blocks share the matrix of the modulation. No dropout without a key. Returns the new x and
-        y.
+        c is (b, 6 d) where blocks share the matrix of the modulation. No dropout without a key. With a cache, keys and
+        values of x are written at `cache.at`, as in `nn.transformer.Block`, but for "joint". Returns the new x and y,
+        and the cache.
         """
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         parts = self.image.modulations(c)
         q, k, v = self.image.heads(modulate(self.image.norm(x), *parts[:2]), rotary)
         if self.text is None:
-            mixed = self.image.mixed(q, k, v, None if own is None else Padding(own))
+            if cache is not None:
+                cache, k, v = cache.extend(k, v)
+            mixed = self.image.mixed(q, k.astype(q.dtype), v.astype(q.dtype), own)
             x = self.image.attended(x, mixed, parts[2], keys[0])
         else:
             text_parts = self.text.modulations(c)
@@ -199,7 +219,8 @@ class DiTBlock(nnx.Module):
             x = self.image.attended(x, mixed[:, y.shape[1] :], parts[2], keys[0])
         if self.cross is not None:
             x = self.cross(x, y, mask)
-        return shard(self.image.fed(x, *parts[3:], key=keys[1]), "batch", "length", None), shard(y, "batch", None, None)
+        x = shard(self.image.fed(x, *parts[3:], key=keys[1]), "batch", "length", None)
+        return x, shard(y, "batch", None, None), cache
 
 
 def _behind(mask: Array, x: Array) -> Array:
@@ -212,7 +233,7 @@ class DiTNetwork(nnx.Module):
 
     def __init__(self, config: DiT, key: Array, compute: Compute):
         keys = jax.random.split(key, 6)
-        d, square, depth = config.transformer.width, config.patch**2 * config.channels, config.transformer.depth
+        d, square = config.transformer.width, config.patch**2 * config.channels
         self.config, self.compute = config, compute
         # Xavier initialisation of a dense layer (Glorot & Bengio 2010), although it is a strided convolution.
         self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
@@ -221,7 +242,8 @@ class DiTNetwork(nnx.Module):
         self.positions = None if table is None else ModelState(table, axes=(None, "embed"))
         self.time = TimeEmbedding(d, keys[1], waves=config.frequency_dim)
         self.condition = config.conditioning.what.init(keys[2], d)
-        self.blocks = jax.vmap(lambda k: DiTBlock(config, k, compute.attention))(jax.random.split(keys[3], depth))
+        kind = ModulatedBlock(config.transformer, config.via, config.shared, config.cross_norm, compute.attention)
+        self.blocks = kind.stack(keys[3])
         self.norm = config.transformer.normalise(affine=False)
         self.shared = Linear(d, 6 * d, apart(key)) if config.shared else None
         self.modulation = None if config.shared else Linear(d, 2 * d, keys[4], std=0.0)
@@ -253,7 +275,7 @@ class DiTNetwork(nnx.Module):
         length, y, mask = x.shape[1], context.tokens.astype(x.dtype), context.mask
         c, own = (self.time(t) + context.pooled).astype(x.dtype), None
         if config.via == "context":
-            own, x = _behind(mask, x), jnp.concatenate([y, x], 1)
+            own, x = Padding(_behind(mask, x)), jnp.concatenate([y, x], 1)
         rotary = None
         if isinstance(config.positions, RotaryPositions):
             rotary = config.positions.table(config.grid, config.transformer.head_size, x.shape[1] - length)
@@ -261,7 +283,7 @@ class DiTNetwork(nnx.Module):
         modulation = c if self.shared is None else self.shared(jax.nn.silu(c))
 
         def run(block: DiTBlock, x: Array, y: Array, key: Array | None) -> tuple[Array, Array]:
-            return block(x, y, modulation, mask, own, rotary, key)
+            return block(x, y, modulation, mask, own, rotary, key)[:2]
 
         if self.compute.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.compute.remat], prevent_cse=False)

@@ -103,6 +103,12 @@ def matmul(x: Float[Array, "*b d"], w: nnx.Variable | Int8, dtype: DTypeLike | N
     return multiply(x, values) if axes is None else product(multiply, x, values, axes)
 
 
+@typed
+def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
+    """x divided by its length, or by 1e-12 where that is more."""
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))  # 0 has a gradient, unlike of a norm
+
+
 class Linear(nnx.Module):
     """y = x W + b over the last dimension. `std=None`: fan-in scaling; `std=0`: zeros."""
 

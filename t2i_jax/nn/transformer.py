@@ -28,7 +28,7 @@ from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind, Remat
 from t2i_jax.nn import kernels
 from t2i_jax.nn.attention import MaskSpec, Rotary, attend, rotate
-from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, param, remat_elementwise
+from t2i_jax.nn.layers import LayerNorm, Linear, RMSNorm, at_least_fp32, matmul, param, remat_elementwise, unit
 from t2i_jax.nn.stationary import stays
 
 Activation = Literal["swiglu", "geglu", "geglu_exact", "relu", "gelu", "gelu_tanh", "quick_gelu"]
@@ -81,12 +81,17 @@ class Transformer(Checked):
     bias: bool = False
     qkv_bias: bool | None = None
     """of queries, keys and values; None: like `bias`"""
+    key_bias: bool = True
+    """keys have the bias that queries and values have; else theirs stays at zero"""
     out_bias: bool | None = None
     """of the output of attention; None: like `bias`"""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head (Dehghani et al. 2023)"""
+    cosine: bool = False
+    """queries and keys have length 1; their products are multiplied by a learned factor per head, 4 at first and 100 at
+    most (Liu et al. 2022, Swin Transformer V2, 3.2)"""
     scale: NotNegative = 0.0
-    """factor on attention logits; 0: head_dim^-1/2"""
+    """factor on attention logits; 0: head_dim^-1/2, or 1 with `cosine`"""
     rope_values: bool = False
     """apply rotary positions to values too"""
     sandwich_norm: bool = False
@@ -105,6 +110,8 @@ class Transformer(Checked):
             raise ValueError(f"width {self.width} cannot be split into heads {self.heads}; set head_dim")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.qk_norm and self.cosine:
+            raise ValueError("qk_norm and cosine: queries and keys are normalised in one way")
 
     @property
     def num_kv_heads(self) -> int:
@@ -222,7 +229,10 @@ class Attention(nnx.Module):
         self.out = Linear(n * h, config.width, keys[1], bias=out_bias, axes=("heads", "embed"))
         self.q_norm = RMSNorm(h, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.eps) if config.qk_norm else None
-        self.kv_heads, self.head_dim, self.scale = m, h, config.scale or h**-0.5
+        self.log_factor = param(jnp.full(n, math.log(4.0)), None) if config.cosine else None
+        self.kv_heads, self.head_dim = m, h
+        self.scale = config.scale or (1.0 if config.cosine else h**-0.5)
+        self.key_bias = config.key_bias
         self.turn_values, self.relax = config.rope_values, 32 if config.pb_relax else 1
         self.kernel: AttentionKind = kernel
 
@@ -241,8 +251,22 @@ class Attention(nnx.Module):
             return q, k, v
         # Split the matrix, not its output, which is far larger for many rows.
         parts = lambda i: jax.tree.map(lambda a: rearrange(apart(a)[i], "... m g h -> ... (m g h)"), self.qkv)
-        q, k, v = (rearrange(parts(i)(x), "b t (n h) -> b t n h", h=self.head_dim) for i in range(3))
+        # Without gradient, the bias of keys stays at the zeros that it begins with.
+        read = lambda i, part: part(x) if i != 1 or self.key_bias else matmul(x, part.w)
+        q, k, v = (rearrange(read(i, parts(i)), "b t (n h) -> b t n h", h=self.head_dim) for i in range(3))
         return q, k, v
+
+    @typed
+    def normalised(
+        self, q: Float[Array, "b t n h"], k: Float[Array, "b t m h"]
+    ) -> tuple[Float[Array, "b t n h"], Float[Array, "b t m h"]]:
+        """Queries and keys with the lengths that their products are taken at."""
+        if self.q_norm is not None and self.k_norm is not None:
+            return self.q_norm(q), self.k_norm(k)
+        if self.log_factor is None:
+            return q, k
+        factor = jnp.exp(jnp.minimum(self.log_factor[...], math.log(100.0)))[:, None]
+        return (unit(at_least_fp32(q)) * factor).astype(q.dtype), unit(at_least_fp32(k)).astype(k.dtype)
 
     def __call__(
         self,
@@ -253,8 +277,7 @@ class Attention(nnx.Module):
         bias: Float[Array, "_ n t s"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         q, k, v = self.read(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.normalised(q, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
             v = rotate(v, *rotary) if self.turn_values else v

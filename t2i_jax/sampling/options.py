@@ -73,9 +73,37 @@ class ARSampler(GuidedOptions):
 
     def guidance_at(self, done: Array | int, total: Array | int) -> Array:
         """The scale for the token after `done` of `total`: a scalar, or (b,)."""
-        u = ((done + 1) / total) ** jnp.asarray(self.guidance_power, jnp.float32)
+        return within(self._grown((done + 1) / total), done / total, self.guidance_start, self.guidance_stop)
+
+    def _grown(self, u: Array | float) -> Array:
+        """The scale at a share u of the sequence."""
+        u = u ** jnp.asarray(self.guidance_power, jnp.float32)
         u = jnp.where(self.guidance_cosine, (1 - jnp.cos(math.pi * u)) / 2, u)
-        return within(1 + (self.guidance - 1) * u, done / total, self.guidance_start, self.guidance_stop)
+        return 1 + (self.guidance - 1) * u
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaleSampler(ARSampler):
+    """Options of sampling scale by scale; every field is a number, or one per image (b,), and is traced.
+
+    The defaults are those for which VAR reports FID; for pictures a guidance of 5 to 6 is usual. Published programs
+    write cfg for s - 1.
+    """
+
+    guidance: Annotated[float | Array, Range()] = dataclasses.field(default=2.5, kw_only=True)
+    """Scale s of y' + s (y - y'), reached at the last scale; 1: no guidance. One number, or one per image (b,)."""
+    guidance_power: Annotated[float | Array, Range(low=0)] = 1.0
+    """The scale grows as 1 + (s - 1) u^power, u from 0 at the first scale to 1 at the last: 0 constant, 1 linear."""
+    top_k: Annotated[int | Array, Range(0, LARGEST)] = 900
+    """Keep the k largest logits, and ties with the k-th; 0 keeps all."""
+    top_p: Annotated[float | Array, Range(0, 1)] = 0.96
+    """Keep the smallest set of most probable tokens whose sum exceeds p; 1 keeps all."""
+
+    def guidance_at(self, done: Array | int, total: Array | int) -> Array:
+        """The scale after `done` of `total` maps of codes: a scalar, or (b,)."""
+        u = done / jnp.maximum(total - 1, 1)
+        return within(self._grown(u), done / total, self.guidance_start, self.guidance_stop)
 
 
 Shape = Literal["cosine", "linear", "power", "log", "exp"]

@@ -26,7 +26,7 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import seed_key
 from t2i_jax.core.memory import check_memory
-from t2i_jax.core.narrow import learns_from_images
+from t2i_jax.core.narrow import learns_from_images, reads_codec
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.params import abstract, rebuild
 from t2i_jax.core.platform import shared_cache
@@ -120,8 +120,8 @@ class Trainer:
                 ema=train.ema,
                 spike=train.spike,
             )
-            self.init = lambda key: create(
-                experiment.model.init,
+            self.init = lambda key, codec: create(
+                lambda key: self._fresh(key, codec),
                 self.objectives,
                 self.optimizers,
                 key,
@@ -129,7 +129,8 @@ class Trainer:
                 spikes=train.spike > 0,
             )
             # The key is made under eval_shape too: the devices of a plan cannot make one.
-            target = jax.eval_shape(lambda: self.init(jax.random.key(0)))
+            self.read = self.frozen.get("codec") if experiment.model.capabilities.reads_codec else None
+            target = jax.eval_shape(lambda codec: self.init(jax.random.key(0), codec), self.read)
             # Without out_shardings an Auto mesh would replicate the moments, and eval_shape drops shardings.
             self.layout = shardings(target, self.mesh)
             self.target = with_shardings(target, self.layout)
@@ -146,7 +147,17 @@ class Trainer:
             check_memory("model: its parameters and their optimizer state", size)
         with jax.set_mesh(self.mesh):
             init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
-            return init(seed_key(self.experiment.train.seed))
+            return init(seed_key(self.experiment.train.seed), self.read)
+
+    def _fresh(self, key: jax.Array, codec: nnx.Module | None) -> nnx.Module:
+        """A model with fresh parameters, and with the vectors of the codec of these weights where it reads them."""
+        config = self.experiment.model
+        model = config.init(key)
+        if not config.capabilities.reads_codec:
+            return model
+        if self.codec is None or codec is None:
+            raise ConfigError(f"codec: a {type(config).__name__} reads the vectors of its codec, and none is set")
+        return reads_codec(config).with_codec(model, self.codec.config, codec)
 
     def model(self, state: TrainState) -> nnx.Module:
         """The model to evaluate and sample: with averaged parameters if the run keeps them."""
