@@ -42,6 +42,7 @@ NARROW = {
     "frozen_networks": narrow.uses_frozen_networks,
     "interpolation": narrow.interpolates,
     "measures_scale": narrow.measures_scale,
+    "reads_codec": narrow.reads_codec,
     "shared_forward": narrow.shares_forward,
 }
 GAN_8 = GAN((8, 8), width=8, noise=4, condition=ClassEmbedder(3))

@@ -13,7 +13,7 @@ from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import abstract
-from t2i_jax.core.specs import FieldSpec, check_batch, check_example
+from t2i_jax.core.specs import FieldSpec, SampleSpec, check_batch, check_example
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
@@ -154,10 +154,11 @@ def test_any_width_of_integers_and_floats_is_taken():
 
 @pytest.mark.parametrize("name", CODECS)
 def test_a_codec_does_what_it_declares(name):
-    config, images = CODECS[name], jax.ShapeDtypeStruct((2, 8, 12, 3), np.float32)
-    model, grid = abstract(config), (8 // config.spec.factor, 12 // config.spec.factor)
+    config, spec = CODECS[name], CODECS[name].spec
+    model, grid = abstract(config), (spec.scales[-1:] * 2 or (8 // spec.factor, 12 // spec.factor))
+    images = jax.ShapeDtypeStruct((2, *(n * spec.factor for n in grid), 3), np.float32)
     codes = jax.eval_shape(config.encode, model, images)
-    check_batch({"codes": config.spec.code.field(grid)}, {"codes": codes})
+    check_batch({"codes": SampleSpec(grid, spec.code, scales=spec.scales).field}, {"codes": codes})
     made = jax.eval_shape(config.decode, model, codes)
     assert (made.shape, made.dtype) == (images.shape, images.dtype)
     assert jax.eval_shape(config.to_store, model, images).keys() <= {"codes", "latents"}
