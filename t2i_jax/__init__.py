@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.masked import Masked as Masked
     from t2i_jax.models.staged_gan import StagedGAN as StagedGAN
     from t2i_jax.models.stream import Stream as Stream
+    from t2i_jax.models.var import VAR as VAR
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
     from t2i_jax.networks.condition import ClassEmbedder as ClassEmbedder
@@ -107,6 +108,7 @@ _PUBLIC = {
     "models.masked": "Masked",
     "models.staged_gan": "StagedGAN",
     "models.stream": "Stream",
+    "models.var": "VAR",
     "models.vq_diffusion": "VQDiffusion",
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
     " TextFeatures",

@@ -20,6 +20,7 @@ from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.models.stream import Stream
+from t2i_jax.models.var import VAR
 from t2i_jax.networks.condition import (
     ClassEmbedder,
     Conditioning,
@@ -77,6 +78,11 @@ def _imagegpt(width: int, depth: int, heads: int) -> AR:
         positions=LearnedPositions(),
         sampling=ARSampler(guidance=1.0),
     )
+
+
+def _var(depth: int) -> VAR:
+    shape = replace(VAR().transformer, width=64 * depth, depth=depth, heads=depth)
+    return VAR(transformer=shape, drop_path=0.1 * depth / 24)
 
 
 OF_AR: dict[str, AR] = {
@@ -236,12 +242,26 @@ OF_STAGED_GAN: dict[str, StagedGAN] = {
 }
 """GANs in stages, of 256 x 256 pixels. AttnGAN and DM-GAN are trained with `matching`, too."""
 
-PRESETS: dict[str, AR | Stream | Masked | Diffusion | GAN | StagedGAN] = (
-    OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN
-)
+OF_VAR: dict[str, VAR] = {
+    "var-d16": _var(16),  # 310 M
+    "var-d20": _var(20),  # 601 M
+    "var-d24": _var(24),  # 1.0 B
+    "var-d30": _var(30),  # 2.0 B
+    "var-d36": replace(
+        _var(36),
+        quantizer=replace(VAR().quantizer, scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
+        shared=True,
+    ),  # 2.4 B, 512 x 512 pixels
+    "var-d16-text": replace(
+        _var(16), conditioning=Conditioning(TextFeatures(1024, 64), via="cross_attention")
+    ),  # features of a T5-large
+}
+"""Next-scale models of 256 x 256 pixels, if not said otherwise; those of classes are published."""
+Preset = AR | Stream | Masked | Diffusion | GAN | StagedGAN | VAR
+PRESETS: dict[str, Preset] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_VAR
 
 
-def preset(name: str, **fields: object) -> AR | Stream | Masked | Diffusion | GAN | StagedGAN:
+def preset(name: str, **fields: object) -> Preset:
     """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
 
     Errors: `ConfigError` for an unknown name or field.

@@ -17,6 +17,7 @@ from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
+from t2i_jax.models.var import VAR
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.networks.condition import (
     ClassEmbedder,
@@ -33,7 +34,7 @@ from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.sampling.orders import Permutation
-from tests.fixtures.families import CAPTIONS, DENOISER, SMALL, UNET, batch_for
+from tests.fixtures.families import CAPTIONS, DENOISER, SCALES, SMALL, UNET, batch_for
 
 WIDTH = 16
 
@@ -130,6 +131,9 @@ FAMILIES = {
     "vq-diffusion": lambda c: with_fields(VQDiffusion(), chain=Chain(16, 10), **SMALL, condition=c),
     "unet": lambda c: Diffusion(with_fields(UNet(), **UNET, channels=3, context=WIDTH, condition=c)),
     "dit": lambda c: Diffusion(with_fields(DiT(), size=(4, 4), channels=3, **DENOISER, condition=c)),
+    "var": lambda c: with_fields(
+        VAR(), quantizer=SCALES, width=WIDTH, depth=1, heads=2, condition=c, via="cross_attention"
+    ),
 }
 
 

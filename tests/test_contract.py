@@ -28,6 +28,7 @@ from tests.fixtures.families import ALL, CODECS, FAMILIES, batch_for, fresh, los
 
 REGULAR = {
     "dropout": 0.5,
+    "drop_path": 0.5,
     "token_dropout": 0.5,
     "condition_dropout": 0.9,
     "corruption": 0.9,

@@ -80,6 +80,7 @@ NAMES = {
     "Tfds",
     "Train",
     "UNet",
+    "VAR",
     "VQDiffusion",
     "VQGAN",
     "load",

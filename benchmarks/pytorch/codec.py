@@ -23,6 +23,8 @@ class Codec:
         torch = pytorch()
         if not isinstance(config, VQGAN) or not isinstance(config.quantizer, QuantizerConfig):
             raise ValueError("the comparison in PyTorch is of a VQGAN whose codes are the nearest rows")
+        if config.quantizer.cosine:
+            raise ValueError("the comparison in PyTorch is of codes that are not found by angle: not quantizer.cosine")
         if config.dtype != "float32":
             raise ValueError("the comparison in PyTorch is of float32: not dtype")
         part, self.torch, self.f = model.autoencoder, torch, torch.nn.functional

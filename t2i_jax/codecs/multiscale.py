@@ -151,7 +151,10 @@ class MultiScaleQuantizer(nnx.Module):
     @typed
     def vectors(self, codes: Int[Array, "b n"]) -> Float[Array, "b h w k"]:
         """The sum of what all codes add."""
-        return sum(self.added(part, n) for n, part in enumerate(self.split(codes)))
+        total = jnp.zeros(())
+        for n, part in enumerate(self.split(codes)):
+            total = total + self.added(part, n)
+        return total
 
     @typed
     def inputs(self, codes: Int[Array, "b n"]) -> Float[Array, "b m k"]:

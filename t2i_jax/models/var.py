@@ -25,7 +25,7 @@ from t2i_jax.core.arrays import Bool, Float, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Range
+from t2i_jax.core.fields import FREE, Range, Rate
 from t2i_jax.core.params import abstract, is_variable, named, rebuild
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
@@ -65,6 +65,9 @@ class VAR(BaseFamily[ScaleSampler]):
     shared: bool = False
     """One matrix computes the shifts, scales and gates of all blocks, and each block adds a learned table; else each
     block has a matrix."""
+    drop_path: Rate = 0.0
+    """Probability with which an example goes on without a branch of the last block, in training; it falls to 0 at the
+    first one (Huang et al. 2016, stochastic depth). VAR has 0.1 depth / 24."""
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     compute: Compute = Compute()
     sampling: Annotated[ScaleSampler, FREE] = ScaleSampler()
@@ -141,7 +144,7 @@ class VAR(BaseFamily[ScaleSampler]):
         """Mean cross-entropy of the codes of all scales, and metrics.
 
         batch: `codes` int (b, L), the condition's fields, and optionally `weight` (b,), 0 for examples to ignore.
-        train: False turns off dropout, dropped conditions and smoothing; static.
+        train: False turns off dropout, dropped branches and conditions, and smoothing; static.
         """
         keys = jax.random.split(key)
         dropped = dropped_rows(keys[0], self.conditioning.dropout, len(batch["codes"]), train)
@@ -282,14 +285,18 @@ class VARNetwork(nnx.Module):
         levels = np.repeat(np.arange(len(self.config.scales)), np.square(self.config.scales))
         mask = jnp.asarray(levels[:, None] >= levels)[None, None]
 
-        def run(block: DiTBlock, x: Array, key: Array | None) -> Array:
-            return block(x, read.tokens, read.modulation, read.mask, mask, key=key)[0]
+        def run(block: DiTBlock, x: Array, key: Array | None, skip: Array | None) -> Array:
+            return block(x, read.tokens, read.modulation, read.mask, mask, key=key, skip=skip)[0]
 
-        if self.config.compute.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT[self.config.compute.remat], prevent_cse=False)
-        keys = None if key is None else jax.random.split(key, self.config.transformer.depth)
-        x = shard(x, "batch", "length", None)
-        x, _ = jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.blocks, keys))
+        config, depth = self.config, self.config.transformer.depth
+        if config.compute.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[config.compute.remat], prevent_cse=False)
+        keys = None if key is None else jax.random.split(key, depth)
+        skips = jnp.linspace(0, config.drop_path, depth) if config.drop_path and key is not None else None
+        layers = self.blocks, keys, skips
+        x, _ = jax.lax.scan(
+            lambda x, layer: (run(layer[0], x, *layer[1:]), None), shard(x, "batch", "length", None), layers
+        )
         return self._finish(x, read)
 
     @typed

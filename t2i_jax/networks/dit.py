@@ -141,16 +141,22 @@ class DiTStream(nnx.Module):
         """Attention of queries to keys and values: (b, t, n, h)."""
         return attend(q, k, v, mask, self.attention.scale, kind=self.attention.kernel)
 
-    def attended(self, x: Array, mixed: Array, gate: Array, key: Array | None) -> Array:
+    def attended(self, x: Array, mixed: Array, gate: Array, key: Array | None, skip: Array | None = None) -> Array:
         """x plus the gated projection of its attention output `mixed` (b, t, n, h)."""
-        return x + self._branch(self.attention.out(rearrange(mixed, "b t n h -> b t (n h)")), gate, key)
+        return x + self._branch(self.attention.out(rearrange(mixed, "b t n h -> b t (n h)")), gate, key, skip)
 
-    def fed(self, x: Array, shift: Array, scale: Array, gate: Array, *, key: Array | None) -> Array:
+    def fed(
+        self, x: Array, shift: Array, scale: Array, gate: Array, *, key: Array | None, skip: Array | None = None
+    ) -> Array:
         """x plus the gated MLP of it."""
-        return x + self._branch(self.mlp(modulate(self.norm(x), shift, scale)), gate, key)
+        return x + self._branch(self.mlp(modulate(self.norm(x), shift, scale)), gate, key, skip)
 
-    def _branch(self, y: Array, gate: Array, key: Array | None) -> Array:
-        return checkpoint_name(drop(y, self.dropout, key) * gate[:, None].astype(y.dtype), "branch")
+    def _branch(self, y: Array, gate: Array, key: Array | None, skip: Array | None) -> Array:
+        y = drop(y, self.dropout, key) * gate[:, None].astype(y.dtype)
+        if key is not None and skip is not None:
+            kept = jax.random.bernoulli(apart(key), 1 - skip, (len(y), 1, 1))
+            y = jnp.where(kept, y / (1 - skip), 0).astype(y.dtype)
+        return checkpoint_name(y, "branch")
 
 
 class DiTCrossAttention(nnx.Module):
@@ -193,13 +199,15 @@ class DiTBlock(nnx.Module):
         rotary: Rotary | None = None,
         key: Array | None = None,
         cache: Cache | None = None,
+        skip: Array | None = None,
     ) -> tuple[Array, Array, Cache | None]:
         """x (b, t, d) with mask `own` at the positions of `rotary`, tokens y (b, s, d) with mask `mask` (b, s), and c
         (b, d).
 
         c is (b, 6 d) where blocks share the matrix of the modulation. No dropout without a key. With a cache, keys and
-        values of x are written at `cache.at`, as in `nn.transformer.Block`, but for "joint". Returns the new x and y,
-        and the cache.
+        values of x are written at `cache.at`, as in `nn.transformer.Block`, but for "joint". skip: probability with
+        which a row goes on without a branch (Huang et al. 2016, stochastic depth). Returns the new x and y, and the
+        cache.
         """
         keys = (None,) * 4 if key is None else jax.random.split(key, 4)
         parts = self.image.modulations(c)
@@ -208,7 +216,7 @@ class DiTBlock(nnx.Module):
             if cache is not None:
                 cache, k, v = cache.extend(k, v)
             mixed = self.image.mixed(q, k.astype(q.dtype), v.astype(q.dtype), own)
-            x = self.image.attended(x, mixed, parts[2], keys[0])
+            x = self.image.attended(x, mixed, parts[2], keys[0], skip)
         else:
             text_parts = self.text.modulations(c)
             text = self.text.heads(modulate(self.text.norm(y), *text_parts[:2]))
@@ -219,7 +227,7 @@ class DiTBlock(nnx.Module):
             x = self.image.attended(x, mixed[:, y.shape[1] :], parts[2], keys[0])
         if self.cross is not None:
             x = self.cross(x, y, mask)
-        x = shard(self.image.fed(x, *parts[3:], key=keys[1]), "batch", "length", None)
+        x = shard(self.image.fed(x, *parts[3:], key=keys[1], skip=skip), "batch", "length", None)
         return x, shard(y, "batch", None, None), cache
 
 

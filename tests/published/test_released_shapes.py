@@ -32,6 +32,8 @@ FORMATS = {
     r"attngan_.*_D\d": "attngan-discriminator",
     r"dmgan_.*_G": "dmgan",
     r"dmgan_D\d": "dmgan-discriminator",
+    r"var_d\d+": "var",
+    r"var_vqvae": "var-vqvae",
     r"stackgan_v2_.*_G": "stackgan_v2",
     r"stackgan_v2_.*_D\d": "stackgan_v2-discriminator",
 }

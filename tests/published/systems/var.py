@@ -100,7 +100,7 @@ def var(oracle: Oracle) -> dict[str, Any]:
         options = ScaleSampler(
             guidance=1 + said["cfg"], top_k=int(said["top_k"]), top_p=said["top_p"] or 1.0, greedy="greedy" in name
         )
-        noise = jnp.zeros_like(inputs["sample_gumbel"]) if "greedy" in name else inputs["sample_gumbel"]
+        noise = None if "greedy" in name else inputs["sample_gumbel"]
         keys = jax.random.split(jax.random.key(0), b)
         ids = config.sample(model, {"label": inputs["labels"]}, keys, options, guided=True, noise=noise)
         ours[name] = ids
