@@ -30,13 +30,13 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_scales"), image_size=32, batch_size=32),
     train=Train(
-        steps=800,
+        steps=900,
         # Muon wants rates ten times those of Adam, which moves the tables.
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.98,
-        evaluate_every=400,
-        preview_every=400,
-        save_every=400,
+        evaluate_every=450,
+        preview_every=450,
+        save_every=450,
     ),
     codec="runs/glyphs/scales",
     text=MiniLM(16, pooled=True),

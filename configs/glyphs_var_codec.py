@@ -24,11 +24,11 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=32),
     train=Train(
-        steps=800,
+        steps=1000,
         optimizer=Optimizer(learning_rate=3e-3, warmup=60, final=0.05, weight_decay=0.01),
         ema=0.99,
-        evaluate_every=400,
-        preview_every=400,
-        save_every=400,
+        evaluate_every=500,
+        preview_every=500,
+        save_every=500,
     ),
 )

@@ -62,7 +62,7 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     needs_codec = "image" in batch and "codes" not in batch
     needs_text = "features" not in batch and "text" in batch
     by_pictures = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
-    codec = experiment.codec if needs_codec or experiment.model.capabilities.reads_codec else ""
+    codec = experiment.codec if needs_codec else ""
     text = experiment.text if needs_text or by_pictures else None
     return dataclasses.replace(experiment, codec=codec, text=text)
 

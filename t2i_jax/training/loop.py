@@ -129,7 +129,11 @@ class Trainer:
                 spikes=train.spike > 0,
             )
             # The key is made under eval_shape too: the devices of a plan cannot make one.
-            self.read = self.frozen.get("codec") if experiment.model.capabilities.reads_codec else None
+            reads = experiment.model.capabilities.reads_codec
+            if reads and self.codec is None and mesh is None:
+                kind = type(experiment.model).__name__
+                raise ConfigError(f"codec: a {kind} reads the vectors of its codec, and none is set")
+            self.read = self.frozen.get("codec") if reads else None
             target = jax.eval_shape(lambda codec: self.init(jax.random.key(0), codec), self.read)
             # Without out_shardings an Auto mesh would replicate the moments, and eval_shape drops shardings.
             self.layout = shardings(target, self.mesh)
@@ -153,10 +157,8 @@ class Trainer:
         """A model with fresh parameters, and with the vectors of the codec of these weights where it reads them."""
         config = self.experiment.model
         model = config.init(key)
-        if not config.capabilities.reads_codec:
-            return model
         if self.codec is None or codec is None:
-            raise ConfigError(f"codec: a {type(config).__name__} reads the vectors of its codec, and none is set")
+            return model
         return reads_codec(config).with_codec(model, self.codec.config, codec)
 
     def model(self, state: TrainState) -> nnx.Module:
