@@ -95,6 +95,7 @@ def var(oracle: Oracle) -> dict[str, Any]:
     ours = forward(model) | {"loss": total, "loss_smoothed": smoothed}
     ours |= grads(restore("var", config, slopes), outputs)
 
+    pictures = jax.jit(lambda weights, ids: nchw(jnp.clip(decoder.decode(weights, ids), -1, 1) + 1) / 2)
     for name in (name for name in outputs if re.fullmatch("tokens_[a-z]+", name)):
         said = {k: float(oracle.read_note(name, rf"{k}=([\d.]+)", "0")) for k in ("cfg", "top_k", "top_p")}
         options = ScaleSampler(
@@ -104,8 +105,7 @@ def var(oracle: Oracle) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(0), b)
         ids = config.sample(model, {"label": inputs["labels"]}, keys, options, guided=True, noise=noise)
         ours[name] = ids
-        picture = jax.jit(decoder.decode)(weights, ids)
-        ours[name.replace("tokens", "image")] = nchw(jnp.clip(picture, -1, 1) + 1) / 2
+        ours[name.replace("tokens", "image")] = pictures(weights, ids)
     for name in outputs:
         if found := re.fullmatch(r"filtered_probs_k(\d+)_p([\d.]+)", name):
             kept = filter_logits(inputs["filter_logits"], 1.0, int(found[1]), float(found[2]) or 1.0)
