@@ -228,7 +228,7 @@ def _nested(names: Named, style: Style) -> Table:
         return name.replace("quantize.embedding.weight", "quantize.embedding") if averaged else name
 
     lines = {name: _line(theirs(name), v) for name, v in names.items()}
-    return lines | _fused(lines, names) if style == "var" else lines
+    return {**lines, **_fused(lines, names)} if style == "var" else lines
 
 
 def _fused(lines: Table, names: Named) -> Table:
