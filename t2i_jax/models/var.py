@@ -136,7 +136,8 @@ class VAR(BaseFamily[ScaleSampler]):
             )
         found = {name.removeprefix("autoencoder.quantizer."): v for name, v in named(weights).items()}
         empty = abstract(self.quantizer)
-        return model.with_vectors(rebuild(empty, {name: found[name] for name in named(empty)}))
+        wide = {name: v.replace(found[name][...].astype(v.dtype)) for name, v in named(empty).items()}
+        return model.with_vectors(rebuild(empty, wide))
 
     # -- training
 
