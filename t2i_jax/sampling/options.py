@@ -88,7 +88,7 @@ class ScaleSampler(ARSampler):
     """Options of sampling scale by scale; every field is a number, or one per image (b,), and is traced.
 
     The defaults are those for which VAR reports FID; for pictures a guidance of 5 to 6 is usual. Published programs
-    write cfg for s - 1.
+    write cfg for s - 1. Their `more_smooth` draws mixtures of vectors, which are no codes, and is not offered.
     """
 
     guidance: Annotated[float | Array, Range()] = dataclasses.field(default=2.5, kw_only=True)
