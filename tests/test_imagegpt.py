@@ -114,3 +114,9 @@ def test_bytes_of_clusters_come_back():
     np.testing.assert_array_equal(to_uint8(config.decode(model, codes)), exact)
     with pytest.raises(ConfigError, match="dim=3"):
         ColorClusters(QuantizerConfig(8, 4, normalize=False))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("imagegpt-s", 76), ("imagegpt-m", 455), ("imagegpt-l", 1362)])
+def test_sizes_are_the_published_ones(name, millions):
+    model = jax.eval_shape(preset(name).init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(model)) / 1e6 == pytest.approx(millions, rel=0.01)
