@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from t2i_jax.heads import SoftmaxHead as SoftmaxHead
     from t2i_jax.models.any_order import AnyOrder as AnyOrder
     from t2i_jax.models.ar import AR as AR
+    from t2i_jax.models.coarse_to_fine import CoarseToFine as CoarseToFine
     from t2i_jax.models.damsm import DAMSM as DAMSM
     from t2i_jax.models.diffusion import Diffusion as Diffusion
     from t2i_jax.models.gan import GAN as GAN
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.condition import SentenceAndWords as SentenceAndWords
     from t2i_jax.networks.condition import TextFeatures as TextFeatures
     from t2i_jax.networks.dit import DiT as DiT
+    from t2i_jax.networks.local import LocalTransformer as LocalTransformer
     from t2i_jax.networks.one_stage import OneStage as OneStage
     from t2i_jax.networks.one_way import OneWay as OneWay
     from t2i_jax.networks.staged_generator import StagedGenerator as StagedGenerator
@@ -102,6 +104,7 @@ _PUBLIC = {
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",
+    "models.coarse_to_fine": "CoarseToFine",
     "models.damsm": "DAMSM",
     "models.diffusion": "Diffusion",
     "models.gan": "GAN",
@@ -113,6 +116,7 @@ _PUBLIC = {
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
     " TextFeatures",
     "networks.dit": "DiT",
+    "networks.local": "LocalTransformer",
     "networks.one_stage": "OneStage",
     "networks.one_way": "OneWay",
     "networks.staged_generator": "StagedGenerator",

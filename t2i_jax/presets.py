@@ -15,11 +15,12 @@ from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.family import with_fields
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.ar import AR
+from t2i_jax.models.coarse_to_fine import CoarseToFine
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
-from t2i_jax.models.stream import Stream
+from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.var import VAR
 from t2i_jax.networks.condition import (
     ClassEmbedder,
@@ -31,14 +32,16 @@ from t2i_jax.networks.condition import (
     TextFeatures,
 )
 from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.local import LocalTransformer
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+from t2i_jax.networks.understanding import Understanding
 from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.sampling.options import ARSampler, GANSampler, MaskedSampler
+from t2i_jax.sampling.options import ARSampler, CoarseToFineSampler, GANSampler, MaskedSampler, StreamSampler
 from t2i_jax.sampling.orders import Confidence, MaskRate
 
 LLAMA = AR().transformer
@@ -46,6 +49,8 @@ LLAMA = AR().transformer
 GPT = Stream().transformer
 """LayerNorm, GELU, biases (Radford et al. 2019), as minDALL-E."""
 COGVIEW = replace(GPT, sandwich_norm=True, pb_relax=True)
+COGVIEW2 = LocalTransformer().transformer
+"""Sandwich LayerNorm and GELU by tanh (Ding et al. 2022)."""
 MAR = Masked().transformer
 """LayerNorm, GELU, biases, dropout (Li et al. 2024)."""
 BERT = Transformer(768, 24, 16, norm="layer", eps=1e-12, post_norm=True, activation="gelu_tanh", bias=True, dropout=0.1)
@@ -107,11 +112,42 @@ OF_STREAM: dict[str, Stream] = {
     "stream-5M": Stream(transformer=GPT),
     "mindalle": Stream(transformer=replace(GPT, width=1536, depth=42, heads=24)),  # 1.3 B
     "cogview": Stream(transformer=replace(COGVIEW, width=2560, depth=48, heads=40), tied=True, one_softmax=True),  # 4 B
+    "coglm": Stream(
+        vocabulary=20000,
+        grid=(20, 20),
+        condition=StreamText(130000, 110, bidirectional=True, end=125653),
+        transformer=replace(COGVIEW2, width=3072, depth=48, heads=48),
+        tied=True,
+        one_softmax=True,
+        places=(513, 511),
+        understanding=Understanding(125654),
+        clusters=500,
+        condition_dropout=0.0,
+        sampling=StreamSampler(guidance=1.0, temperature=1.15, text_weight=1.4, top_clusters=16),
+    ),  # 6 B
     "dalle": Stream(
         transformer=replace(GPT, width=3968, depth=64, heads=62),
         positions="axial",
         attention=("row", "column", "row", "row"),
     ),  # 12 B
+}
+OF_COARSE_TO_FINE: dict[str, CoarseToFine] = {
+    "cogview2": CoarseToFine(
+        OF_STREAM["coglm"],
+        direct=LocalTransformer(
+            OF_STREAM["coglm"].transformer, hidden=125653, own_attention=True, places=1024, coarse_place=513
+        ),
+        refiner=LocalTransformer(OF_STREAM["coglm"].transformer, "text", 16, hidden=125653, places=1024),
+        clusters=500,
+        sampling=CoarseToFineSampler(
+            guidance=1.0,
+            temperature=1.15,
+            text_weight=1.4,
+            top_clusters=16,
+            direct_top_clusters=100,
+            direct_cluster_temperature=0.89,
+        ),
+    )
 }
 MASKGIT = Masked(
     head=SoftmaxHead(1024, label_smoothing=0.1),
@@ -257,8 +293,10 @@ OF_VAR: dict[str, VAR] = {
     ),  # features of a T5-large
 }
 """Next-scale models of 256 x 256 pixels, if not said otherwise; those of classes are published."""
-Preset = AR | Stream | Masked | Diffusion | GAN | StagedGAN | VAR
-PRESETS: dict[str, Preset] = OF_AR | OF_STREAM | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_VAR
+Preset = AR | Stream | CoarseToFine | Masked | Diffusion | GAN | StagedGAN | VAR
+PRESETS: dict[str, Preset] = (
+    OF_AR | OF_STREAM | OF_COARSE_TO_FINE | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_VAR
+)
 
 
 def preset(name: str, **fields: object) -> Preset:

@@ -10,6 +10,7 @@ import pytest
 
 from t2i_jax.core.family import with_fields
 from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.networks.understanding import Understanding, sees, weights
 from t2i_jax.presets import PRESETS, preset
 from t2i_jax.sampling.guidance import guide
 from t2i_jax.sampling.options import ARSampler
@@ -34,12 +35,23 @@ COGVIEW = with_fields(PLAIN, sandwich_norm=True, pb_relax=True, embedding_gradie
 TURNED = with_fields(
     DALLE, positions="rotary", rope_values=True, tied=True, depth=2, attention=("full",), sandwich_norm=True
 )
+COGLM = with_fields(
+    PLAIN,
+    condition=StreamText(11, S, bidirectional=True, end=10),
+    sandwich_norm=True,
+    tied=True,
+    one_softmax=True,
+    places=(S + 3, L + 2),
+    condition_dropout=0.0,
+)
 ALL = {"plain": PLAIN, "dalle": DALLE, "cogview": COGVIEW, "turned": TURNED}
 
 
 def logits_of(config, model, batch, dropped=None):
     """Logits of the text tokens and of the codes, each given all preceding tokens."""
-    w, x = model(config.condition(batch, jnp.zeros(B, bool) if dropped is None else dropped), batch["codes"])
+    dropped = jnp.zeros(B, bool) if dropped is None else dropped
+    text, real = config.condition(batch, dropped), config.condition.real(batch, dropped)
+    w, x = model(text, batch["codes"], real=real, text_weight=batch.get("text_weight"))
     return model.text_logits(w), model.image_logits(x)
 
 
@@ -202,12 +214,61 @@ def test_relaxed_precision_and_smaller_embedding_gradients_leave_the_loss():
     np.testing.assert_allclose(small_slopes.image_tokens.w[...], 0.1 * slopes.image_tokens.w[...], rtol=1e-4, atol=1e-7)
 
 
+# -- text in both directions
+
+
+def test_bidirectional_text_is_read_whole_and_its_padding_is_not():
+    model, batch = model_for(COGLM), batch_for()
+    image = forward(COGLM, model, batch)[1]
+    for i in range(S):
+        ids = batch["text"].at[:, i].set(batch["text"][:, i] % 9 + 1)
+        differ = np.abs(forward(COGLM, model, batch | {"text": ids})[1] - image).max((1, 2)) > 1e-6
+        np.testing.assert_array_equal(differ, batch["text_mask"][:, i])
+    codes = batch["codes"].at[:, 1, 0].add(1) % 13
+    np.testing.assert_array_equal(moved(forward(COGLM, model, batch | {"codes": codes})[1], image), np.arange(L) > 3)
+    weighted = forward(COGLM, model, batch | {"text_weight": jnp.array([0.0, 1.0, 0.0])})[1]
+    assert (np.abs(weighted - image).max((1, 2)) > 1e-6).tolist() == [False, True, False]
+
+
+def test_the_other_task_predicts_captions_and_patches_from_the_image():
+    task, grid, s = Understanding(9, patch=2, area=0.5), (5, 6), 3
+    patches = jax.jit(task.draw, static_argnums=(1, 2))(jax.random.key(0), 40, grid)
+    inside, predicts = (np.asarray(x).reshape(40, *grid) for x in patches)
+    assert not inside[:, -1].any() and not inside[:, :, -1].any() and inside.any(0)[:-1, :-1].all()
+    assert (inside.sum((1, 2)) <= 4 * int(0.5 * 30 / 4)).all() and len(np.unique(inside, axis=0)) > 30
+    right = np.roll(inside, -1, 2)
+    assert (predicts <= (inside & right)).all() and predicts.any((1, 2)).all()
+    mask, flat = np.asarray(sees(patches.inside, s))[0, 0], inside[0].ravel()
+    for q, k in np.ndindex(mask.shape):
+        if q < s:
+            wanted = k >= s or k <= q
+        else:
+            wanted = k >= s and (not flat[k - s] or (flat[q - s] and k <= q))
+        assert mask[q, k] == wanted, (q, k)
+    real = jnp.array([[True, True, False]] * 2)
+    some = jax.tree.map(lambda x: x[:2], patches)
+    of_caption = np.asarray(weights(jnp.array([True, True]), real, some))
+    np.testing.assert_array_equal(of_caption, np.concatenate([real, np.zeros((2, 1)), predicts[:2].reshape(2, -1)], 1))
+    of_image = np.asarray(weights(jnp.array([False, False]), real, some))
+    np.testing.assert_array_equal(of_image[0], (np.arange(4 + 30) >= 3) & (np.arange(4 + 30) < 33))
+
+
+def test_without_the_other_task_the_loss_is_that_of_the_image():
+    batch, key = batch_for(), jax.random.key(2)
+    of = lambda share: dataclasses.replace(COGLM, understanding=Understanding(9, share, patch=1, area=0.5))
+    model = model_for(COGLM)
+    np.testing.assert_allclose(loss(of(0.0), model, batch, key).loss, loss(COGLM, model, batch, key).loss, rtol=1e-5)
+    both, other = (float(loss(of(share), model, batch, key).loss) for share in (0.5, 1.0))
+    assert np.isfinite([both, other]).all() and both != other
+
+
 # -- sampling
 
 
-@every
+@pytest.mark.parametrize("config", [*ALL.values(), COGLM], ids=[*ALL, "coglm"])
 def test_decoding_gives_the_logits_of_the_forward(config):
     model, batch, dropped = model_for(config), batch_for(), jnp.array([False, True, False])
+    batch |= {"text_weight": jnp.array([1.4, 0.5, 0.0])} if config is COGLM else {}
 
     @jax.jit
     def decoded():
@@ -290,3 +351,13 @@ def test_what_cannot_be_says_why():
         dataclasses.replace(PLAIN, attention=("axial_row",))
     with pytest.raises(ValueError, match="width 18, no multiple of 4"):
         with_fields(PLAIN, token_shift=True, width=18)
+    task = Understanding(9)
+    for wrong, says in (
+        (dict(attention=("row",)), "full attention"),
+        (dict(places=(S, 0)), f"{S} positions for {S + 1} tokens"),
+        (dict(clusters=14), "13 codes"),
+        (dict(understanding=task), "less than the rows"),
+        (dict(understanding=task, one_softmax=False), "one_softmax"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dataclasses.replace(COGLM, **wrong)

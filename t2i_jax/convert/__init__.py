@@ -30,7 +30,20 @@ from t2i_jax.interop.names import Fields, Table, Tensors, to_ours, to_theirs
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
-MODULES = ("ar", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "masked", "staged_gan", "stream", "var")
+MODULES = (
+    "ar",
+    "coarse_to_fine",
+    "codecs",
+    "damsm",
+    "diffusers",
+    "discrete",
+    "gan",
+    "gaussian",
+    "masked",
+    "staged_gan",
+    "stream",
+    "var",
+)
 """Modules of this package that define FORMATS."""
 
 

@@ -68,7 +68,7 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
 
 
 T = TypeVar("T")
-PARTS = ("network", "transformer", "conditioning", "compute", "positions")
+PARTS = ("network", "transformer", "conditioning", "compute", "positions", "coarse")
 """Fields of a configuration that hold a configuration whose fields need no path: `heads` is that of `transformer`."""
 NAMES = {
     "condition": ("conditioning", "what"),

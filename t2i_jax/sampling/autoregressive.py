@@ -10,12 +10,14 @@ whose state is a dataclass with `caches` and `grow(count)`, which makes room for
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
@@ -64,6 +66,22 @@ class Autoregressive(BaseFamily[ARSampler]):
             attention=True,
             loss_chunk=True,
         )
+
+    @abc.abstractmethod
+    def init(self, key: Array) -> CachedNetwork: ...
+
+    @property
+    def draws(self) -> int:
+        """Uniform numbers that a code is drawn with."""
+        return 1
+
+    def draw(self, model: nnx.Module, logits: Array, options: ARSampler, uniform: Array) -> Array:
+        """Codes int32 (b,) from guided logits (b, v) and uniform numbers (draws, b); traced."""
+        return sample_token(logits, options, uniform[0])
+
+    def with_options(self, condition: Batch, options: ARSampler, b: int) -> Batch:
+        """The condition of b images, with what the network reads of the options."""
+        return condition
 
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
@@ -117,12 +135,13 @@ def _sample(
     b, length = keys.shape[0], config.length
     both = Branches(guided)
     known, keep = (rearrange(x, "b h w -> b (h w)") for x in (known, keep))
-    uniform = uniforms(keys, jnp.arange(length))
+    uniform = rearrange(uniforms(keys, jnp.arange(config.draws * length)), "(n l) b -> n l b", l=length)
+    condition = config.with_options(condition, options, b)
 
     def pick(logits: Array, i: Array | int) -> Array:
         """Token i of each image, from logits of all rows."""
         logits = guide(*both.split(shard(logits, "batch", None)), options.guidance_at(i, length))
-        return jnp.where(keep[:, i], known[:, i], sample_token(logits, options, uniform[i]))
+        return jnp.where(keep[:, i], known[:, i], config.draw(model, logits, options, uniform[:, i]))
 
     def step(carry: tuple[Array, object], i: Array) -> tuple[tuple[Array, object], None]:
         codes, caches = carry

@@ -106,6 +106,41 @@ class ScaleSampler(ARSampler):
         return within(self._grown(u), done / total, self.guidance_start, self.guidance_stop)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamSampler(ARSampler):
+    """Options of sampling codes after text in one stream, whose codes may be in clusters (Ding et al. 2022, CogView2);
+    every field is a number, or one per image (b,), and is traced."""
+
+    text_weight: Annotated[float | Array, Range()] = 0.0
+    """Added to the attention scores of the tokens of the text: images follow it more."""
+    top_clusters: Annotated[int | Array, Range(0, LARGEST)] = 0
+    """Draw one of the clusters of largest probability, this many of them, and then a code in it, in place of top_k and
+    top_p; 0: codes are drawn at once."""
+    cluster_temperature: Annotated[float | Array, Range(low=0)] = 1.0
+    """Also divides the logits of the codes in the drawn cluster."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CoarseToFineSampler(StreamSampler):
+    """Options of sampling coarse codes in one stream, fine ones directly of them, and these again in parts (Ding et al.
+    2022, CogView2); all are traced."""
+
+    direct_temperature: Annotated[float | Array, Range(low=0)] = 1.0
+    """Temperature of the fine codes."""
+    direct_top_k: Annotated[int | Array, Range(0, LARGEST)] = 0
+    """Keep the k largest logits of a fine code; 0 keeps all."""
+    direct_top_clusters: Annotated[int | Array, Range(0, LARGEST)] = 0
+    """As `top_clusters`, for fine codes."""
+    direct_cluster_temperature: Annotated[float | Array, Range(low=0)] = 1.0
+    """As `cluster_temperature`, for fine codes."""
+    refinements: Annotated[int | Array, Range(0, LARGEST)] = 6
+    """Times that a part of the fine codes is drawn again; the same for all images, at most the rounds of the model."""
+    refine_temperature: Annotated[float | Array, Range(low=0)] = 1.0
+    """Temperature of the codes that are drawn again."""
+
+
 Shape = Literal["cosine", "linear", "power", "log", "exp"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 IN_FLOAT64 = ("cosine", "linear", "power")

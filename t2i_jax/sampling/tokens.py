@@ -17,7 +17,7 @@ from jax import Array
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.noise.categorical import inverse_cdf as draw
 from t2i_jax.noise.schedule import expand_like
-from t2i_jax.sampling.options import ARSampler
+from t2i_jax.sampling.options import ARSampler, StreamSampler
 
 
 @typed
@@ -50,6 +50,38 @@ def sample_token(logits: Float[Array, "*b v"], options: ARSampler, uniform: Floa
     greedy = expand_like(options.greedy, uniform)
     best = lambda: jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), drawn)
     return jax.lax.cond(greedy.any(), best, lambda: drawn)  # argmax is slow on CPUs
+
+
+@typed
+def sample_in_clusters(
+    logits: Float[Array, "*b v"],
+    options: StreamSampler,
+    uniform: Float[Array, " two *b"],
+    clusters: Int[Array, " v"],
+    count: int,
+) -> Int[Array, "*b"]:
+    """Token ids int32 from guided logits and two uniform numbers per row: first a cluster, then a token in it.
+
+    The probability of a cluster is that of its tokens together; it is drawn among the `top_clusters` most probable ones
+    (Ding et al. 2022, CogView2). Without these, and where `greedy`, it is `sample_token` with the first number.
+    clusters: that of each token, 0 .. count - 1.
+    """
+    of, temper = jnp.asarray(options.top_clusters), lambda x: jnp.maximum(expand_like(x, logits), 1e-5)
+
+    def in_two() -> Array:
+        x = logits.astype(jnp.float32) / temper(options.temperature)
+        p = jnp.matmul(jax.nn.softmax(x), jax.nn.one_hot(clusters, count), precision="highest")
+        order = jnp.argsort(-p, -1)
+        kept = jnp.where(jnp.arange(count) < expand_like(of, p), jnp.take_along_axis(p, order, -1), 0.0)
+        chosen = jnp.take_along_axis(order, draw(kept, uniform[0])[..., None], -1)
+        gap = jnp.where(clusters == chosen, x, -jnp.inf)
+        gap = (gap - gap.max(-1, keepdims=True)) / temper(options.cluster_temperature)
+        drawn = draw(jnp.exp(gap), uniform[1])
+        plain = expand_like((of == 0) | jnp.asarray(options.greedy), drawn)
+        return jax.lax.cond(plain.any(), lambda: jnp.where(plain, at_once(), drawn), lambda: drawn)
+
+    at_once = lambda: sample_token(logits, options, uniform[0])
+    return jax.lax.cond(jnp.any(of > 0), in_two, at_once)
 
 
 @typed
