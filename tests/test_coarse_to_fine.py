@@ -145,6 +145,7 @@ class Words:
         return ids, ids > 0
 
 
+@pytest.mark.slow
 def test_it_is_trained_from_images_and_captions_and_draws_large_images(tmp_path):
     """Its coarse codes are computed in training, or stored by `t2i encode` beside the others."""
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import jax
@@ -340,16 +340,16 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         text; None: all. text_weight: as in `StreamSampler`. z: (b, s or s - 1, d), without the first token if there is
         no start token, and (b, L, d).
         """
-        config, keys = self.config, (None, None) if key is None else jax.random.split(key)
         codes = rearrange(codes, "b h w -> b (h w)")[:, :-1]  # the last code predicts nothing
         x = jnp.concatenate([self.embed_text(text), self.embed_codes(codes, self.cells(), 0)], 1)
         t = x.shape[1]
-        x = self.apply_blocks(x, self.causal(real, t), self.bias(text_weight, t, t), keys)
-        return x[:, : config.condition.text_length - 1], x[:, self.prefix - 1 :]
+        x = self.apply_blocks(x, self.causal(real, t), self.bias(text_weight, t, t), key)
+        return x[:, : self.config.condition.text_length - 1], x[:, self.prefix - 1 :]
 
-    def apply_blocks(self, x: Array, mask: Array | MaskSpec, bias: Array | None, keys: Sequence[Array | None]) -> Array:
-        """z of embedded tokens (b, t, d); keys: two, for dropout."""
+    def apply_blocks(self, x: Array, mask: Array | MaskSpec, bias: Array | None, key: Array | None) -> Array:
+        """z of embedded tokens (b, t, d); key: for dropout."""
         config, place = self.config, jnp.arange(x.shape[1])
+        keys = (None, None) if key is None else jax.random.split(key)
         x = config.embedding_gradient * x + (1 - config.embedding_gradient) * jax.lax.stop_gradient(x)
         return scan_stack(
             self.blocks,
@@ -382,7 +382,7 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         x = jnp.concatenate([first, self.embed_codes(codes, self.cells(), 0)], 1)
         generated = Causal(self.valid(real, t), s, self.config.condition.text_length).dense(t)
         mask = jnp.where(other[:, None, None, None], sees(inside, s), generated)
-        return self.apply_blocks(x, mask, None, jax.random.split(key))
+        return self.apply_blocks(x, mask, None, key)
 
     @typed
     def text_logits(self, z: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
