@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.masked import Masked as Masked
     from t2i_jax.models.staged_gan import StagedGAN as StagedGAN
     from t2i_jax.models.stream import Stream as Stream
+    from t2i_jax.models.unclip import UnCLIP as UnCLIP
     from t2i_jax.models.var import VAR as VAR
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
@@ -63,7 +64,10 @@ if TYPE_CHECKING:
     from t2i_jax.networks.local import LocalTransformer as LocalTransformer
     from t2i_jax.networks.one_stage import OneStage as OneStage
     from t2i_jax.networks.one_way import OneWay as OneWay
+    from t2i_jax.networks.prior import EmbeddingPrior as EmbeddingPrior
     from t2i_jax.networks.staged_generator import StagedGenerator as StagedGenerator
+    from t2i_jax.networks.unclip import CaptionAndTokens as CaptionAndTokens
+    from t2i_jax.networks.unclip import ImageAndCaption as ImageAndCaption
     from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
     from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from t2i_jax.pipeline import Pipeline as Pipeline
     from t2i_jax.presets import PRESETS as PRESETS
     from t2i_jax.presets import preset as preset
+    from t2i_jax.text.clip import ClipCaption as ClipCaption
     from t2i_jax.text.clip import ClipEmbedding as ClipEmbedding
     from t2i_jax.text.clip import ClipText as ClipText
     from t2i_jax.text.damsm import CaptionWords as CaptionWords
@@ -111,6 +116,7 @@ _PUBLIC = {
     "models.masked": "Masked",
     "models.staged_gan": "StagedGAN",
     "models.stream": "Stream",
+    "models.unclip": "UnCLIP",
     "models.var": "VAR",
     "models.vq_diffusion": "VQDiffusion",
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
@@ -120,6 +126,8 @@ _PUBLIC = {
     "networks.one_stage": "OneStage",
     "networks.one_way": "OneWay",
     "networks.staged_generator": "StagedGenerator",
+    "networks.prior": "EmbeddingPrior",
+    "networks.unclip": "CaptionAndTokens ImageAndCaption",
     "networks.unet": "UNet",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
     "nn.transformer": "Transformer",
@@ -128,7 +136,7 @@ _PUBLIC = {
     "core.types": "Compute",
     "pipeline": "Pipeline",
     "presets": "PRESETS preset",
-    "text.clip": "ClipEmbedding ClipText",
+    "text.clip": "ClipCaption ClipEmbedding ClipText",
     "text.damsm": "CaptionWords DamsmText",
     "text.minilm": "MiniLM",
     "text.retrieval": "Neighbours",

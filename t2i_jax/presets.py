@@ -21,6 +21,7 @@ from t2i_jax.models.gan import GAN, GradientPenalty
 from t2i_jax.models.masked import Masked
 from t2i_jax.models.staged_gan import ALONE, PAIRS, SUMS, StagedGAN, Terms
 from t2i_jax.models.stream import Stream, StreamText
+from t2i_jax.models.unclip import UnCLIP
 from t2i_jax.models.var import VAR
 from t2i_jax.networks.condition import (
     ClassEmbedder,
@@ -35,13 +36,24 @@ from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.local import LocalTransformer
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
+from t2i_jax.networks.prior import EmbeddingPrior
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator
 from t2i_jax.networks.staged_generator import Augmentation, DynamicMemory, Joint, Redraw, StagedGenerator, WordAttention
+from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption
 from t2i_jax.networks.understanding import Understanding
+from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.sampling.options import ARSampler, CoarseToFineSampler, GANSampler, MaskedSampler, StreamSampler
+from t2i_jax.sampling.options import (
+    ARSampler,
+    CoarseToFineSampler,
+    DiffusionSampler,
+    GANSampler,
+    MaskedSampler,
+    StreamSampler,
+    UnCLIPSampler,
+)
 from t2i_jax.sampling.orders import Confidence, MaskRate
 
 LLAMA = AR().transformer
@@ -293,9 +305,56 @@ OF_VAR: dict[str, VAR] = {
     ),  # features of a T5-large
 }
 """Next-scale models of 256 x 256 pixels, if not said otherwise; those of classes are published."""
-Preset = AR | Stream | CoarseToFine | Masked | Diffusion | GAN | StagedGAN | VAR
+_CAPTION = CrossAttnFeatures(768, 78)
+"""Embedding and tokens of a caption by CLIP ViT-L/14."""
+_KARLO_PRIOR = Diffusion(
+    EmbeddingPrior(conditioning=Conditioning(CaptionAndTokens(_CAPTION))),
+    Discrete("cosine"),
+    "x0",
+    "fixed_small",
+    clip_range=10.0,
+    sampling=DiffusionSampler(25, guidance=4.0, clip=True),
+)
+_KARLO_DECODER = Diffusion(
+    UNet(
+        width=320,
+        blocks=3,
+        head_dim=64,
+        conditioning=Conditioning(ImageAndCaption(_CAPTION)),
+        context=1536,
+        pool="summary",
+    ),
+    Discrete("cosine"),
+    guided_channels=3,
+    sampling=DiffusionSampler(50, guidance=8.0, clip=True),
+)
+OF_UNCLIP: dict[str, UnCLIP | Diffusion] = {
+    "karlo": UnCLIP(_KARLO_PRIOR, _KARLO_DECODER, sampling=UnCLIPSampler(50, guidance=8.0, clip=True)),
+    "karlo-sr": Diffusion(
+        UNet(
+            (256, 256),
+            width=320,
+            blocks=3,
+            attention=(),
+            middle_attention=False,
+            scale_shift=False,
+            conditioning=None,
+            extra_inputs=("low_res",),
+            upscaling="cubic",
+            learn_variance=False,
+            last_times=1,
+        ),
+        Discrete("cosine"),
+        variance="fixed_small",
+        upscale=4,
+        sampling=DiffusionSampler(7, guidance=1.0, clip=True),
+    ),  # 1.4 B
+}
+"""unCLIP of 64 x 64 pixels, 1.0 B of the prior and 0.9 B of the decoder, and what enlarges them to 256 x 256."""
+
+Preset = AR | Stream | CoarseToFine | Masked | Diffusion | GAN | StagedGAN | UnCLIP | VAR
 PRESETS: dict[str, Preset] = (
-    OF_AR | OF_STREAM | OF_COARSE_TO_FINE | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_VAR
+    OF_AR | OF_STREAM | OF_COARSE_TO_FINE | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_UNCLIP | OF_VAR
 )
 
 

@@ -30,9 +30,11 @@ from t2i_jax.networks.condition import (
 )
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption, NoisedImageAndTokens
 from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.layers import Linear
 from t2i_jax.noise.discrete import Chain
+from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.orders import Permutation
 from tests.fixtures.families import CAPTIONS, DENOISER, SCALES, SMALL, UNET, batch_for
 
@@ -79,6 +81,10 @@ CONDITIONS = {
     "sentence and words": SentenceAndWords(5, 6),
     "paired": PooledAndTokenFeatures(CrossAttnFeatures(5, 6), 4),
     "paired, null of the batch": PooledAndTokenFeatures(CrossAttnFeatures(5, 6, trained_null=False), 4),
+    "a caption for a prior": CaptionAndTokens(CrossAttnFeatures(5, 6)),
+    "an image and a caption": ImageAndCaption(CrossAttnFeatures(5, 6), summary=12),
+    "an image and a caption, null of the batch": ImageAndCaption(CrossAttnFeatures(5, 6, trained_null=False)),
+    "a noised image and tokens": NoisedImageAndTokens(CrossAttnFeatures(5, 6), 4, 12, Discrete("cosine", 20)),
     "padded captions": GlideCaptions(20, 6, 16, 1, 2),
     "padding read as it is": GlideCaptions(20, 6, 16, 1, 2, padding=False),
     "a start token": PrefixTokens(1),
@@ -118,7 +124,7 @@ def test_a_condition_gives_what_it_declares(name):
     found = model(alone, two, jnp.float32)[0]
     assert np.array_equal(found, dropped) == spec.has_null
     if spec.gives_summary:
-        assert model.whole(batch, two).shape == (4, condition.token_width(WIDTH))
+        assert model.whole(batch, two).shape == (4, spec.summary_width or condition.token_width(WIDTH))
 
 
 FAMILIES = {

@@ -28,16 +28,17 @@ from t2i_jax.interop.names import Fields, Tensors
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, PooledAndTokenFeatures, TextFeatures
 from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.unclip import NoisedImageAndTokens
 from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.positions import SinCosPositions, sincos_2d
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
-from t2i_jax.text.clip import ClipText
+from t2i_jax.text.clip import ClipCaption, ClipText
 from t2i_jax.text.t5 import T5
 from t2i_jax.text.triple import Triple
 
 
-def _stable_diffusion(
+def stable_diffusion_config(
     tensors: Tensors,
     *,
     size: int | tuple[int, int] = 0,
@@ -59,6 +60,9 @@ def _stable_diffusion(
     second = found["context"] != 768
     head_dim = (64 if second else 0) if head_dim is None else head_dim
     kept = "null_features" in tensors
+    encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)
+    image = tensors.get(published.IMAGE)
+    what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
     network = UNet(
         **found,
         size=_side(size or (96 if second else 64)),
@@ -66,7 +70,7 @@ def _stable_diffusion(
         head_dim=head_dim,
         groups=groups,
         eps=eps,
-        conditioning=Conditioning(CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)),
+        conditioning=Conditioning(what),
     )
     family: Fields = {
         "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
@@ -81,11 +85,11 @@ def _stable_diffusion(
 def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
     """The ends of attentions as the table has them, whichever way this file keeps them."""
     given: Fields = hints
-    network = network_of(_stable_diffusion(tensors, **given), UNet)
+    network = network_of(stable_diffusion_config(tensors, **given), UNet)
     return published.squared(tensors, published.linear(network)), given
 
 
-def _folder(path: Path) -> Folder:
+def stable_diffusion_folder(path: Path) -> Folder:
     """A UNet's folder, or the one that has it as `unet/` among the other parts."""
     part = path / "unet"
     if not part.is_dir():
@@ -94,9 +98,9 @@ def _folder(path: Path) -> Folder:
     hints |= published.schedule(huggingface.settings(path / "scheduler" / "scheduler_config.json"))
     text, tensors = None, dict(huggingface.Weights(part, published.NEEDED))
     if (path / "text_encoder").is_dir():
-        text = _clip(path)
-        tensors["null_features"], hints["length"] = _nothing(text), text.length
-    codec = _codec(path / "vae") if (path / "vae").is_dir() else None
+        text = clip_of(path)
+        tensors["null_features"], hints["length"] = empty_caption(text), text.length
+    codec = codec_of(path / "vae") if (path / "vae").is_dir() else None
     return Folder(tensors, hints, codec, text)
 
 
@@ -167,7 +171,7 @@ def _pixart_folder(path: Path) -> Folder:
         ids[0, 0], mask[0, 0] = 1, True
         end = np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0, 0]
         tensors["null_features"] = np.repeat(end[None], text.length, 0)
-    return Folder(tensors, hints, _codec(path / "vae") if (path / "vae").is_dir() else None, text)
+    return Folder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
 
 
 # ----------------------------------------------------------------------------------------------- Stable Diffusion 3
@@ -219,9 +223,9 @@ def _third_folder(path: Path) -> Folder:
     if (path / "text_encoder_3").is_dir():
         spiece = str(path / "tokenizer_3" / "spiece.model")
         t5 = T5(str(path / "text_encoder_3"), 256, vocabulary=spiece)
-        text = Triple(_clip(path), _clip(path, "_2"), t5)
-        tensors["null_features"], hints["length"] = _nothing(text), text.length - 1
-    return Folder(tensors, hints, _codec(path / "vae") if (path / "vae").is_dir() else None, text)
+        text = Triple(clip_of(path), clip_of(path, "_2"), t5)
+        tensors["null_features"], hints["length"] = empty_caption(text), text.length - 1
+    return Folder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
 
 
 # ---------------------------------------------------------------------------------------------------- what they share
@@ -231,13 +235,13 @@ def _side(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _nothing(text: ClipText | Triple) -> np.ndarray:
+def empty_caption(text: ClipText | ClipCaption | Triple) -> np.ndarray:
     """Features (s, k) of an empty caption."""
     ids, mask = text([""])
     return np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0]
 
 
-def _clip(path: Path, which: str = "") -> ClipText:
+def clip_of(path: Path, which: str = "") -> ClipText:
     """A CLIP of a folder, with the list of merges and the padding of its tokeniser."""
     room = path / f"tokenizer{which}"
     merges = room / "merges.txt"
@@ -250,7 +254,7 @@ def _clip(path: Path, which: str = "") -> ClipText:
     )
 
 
-def _codec(path: Path) -> tuple[Trainable, nnx.Module]:
+def codec_of(path: Path) -> tuple[Trainable, nnx.Module]:
     """The KL autoencoder of a folder: its configuration and its model."""
     read = convert.find("kl_diffusers").folder
     assert read is not None
@@ -260,11 +264,11 @@ def _codec(path: Path) -> tuple[Trainable, nnx.Module]:
 
 FORMATS = {
     "stable-diffusion": Format(
-        _stable_diffusion,
+        stable_diffusion_config,
         lambda config: published.table(abstract(config), network_of(config, UNet)),
         needed=(published.NEEDED,),
         adapt=_ends,
-        folder=_folder,
+        folder=stable_diffusion_folder,
         title="Stable Diffusion 1.x and 2.x as diffusers keeps them",
         example="stable-diffusion-v1-5/",
     ),

@@ -27,7 +27,7 @@ from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
-from t2i_jax.text.clip import ClipEmbedding, ClipText
+from t2i_jax.text.clip import ClipCaption, ClipEmbedding, ClipText
 from t2i_jax.text.cut import FolderEncoder
 from t2i_jax.text.damsm import DamsmText
 from t2i_jax.text.decoder_lm import DecoderLM
@@ -154,8 +154,9 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
 
 def text_side(words: str) -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
-    length 1), `lm:FOLDER` (hidden states of a language model), `damsm:FOLDER` (a run or a converted DAMSM) or
-    `neighbours:PATH` (of a CLIP's vector in a database) names, with fields of it set as `encoder` has it.
+    length 1), `clip-caption:PATH` (both, as they are), `lm:FOLDER` (hidden states of a language model), `damsm:FOLDER`
+    (a run or a converted DAMSM) or `neighbours:PATH` (of a CLIP's vector in a database) names, with fields of it set as
+    `encoder` has it.
 
     Errors: `ConfigError` for other kinds, paths and fields.
     """
@@ -163,6 +164,7 @@ def text_side(words: str) -> Tokenizer:
         "t5": (T5, {"clean": True}),
         "clip": (ClipEmbedding, {}),
         "clip-tokens": (ClipText, {"normalise": True}),
+        "clip-caption": (ClipCaption, {}),
         "lm": (DecoderLM, {}),
         "damsm": (DamsmText, {}),
     }

@@ -15,6 +15,7 @@ from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, CrossAttnFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.prior import EmbeddingPrior
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
@@ -148,7 +149,7 @@ def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> No
     return with_fields(NoisedCLIP(), **(found | fields))
 
 
-N = TypeVar("N", DiT, UNet)
+N = TypeVar("N", DiT, UNet, EmbeddingPrior)
 
 
 def network_of(config: Diffusion, kind: type[N]) -> N:

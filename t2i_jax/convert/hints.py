@@ -62,10 +62,16 @@ def takes(format: Format) -> Fields:
 def unknown(name: str, format: Format, key: str) -> str:
     """The error of a hint that a format does not take, with the nearest that it takes."""
     made = inspect.signature(format.describe, eval_str=True).return_annotation
-    fields = names_of(made()) if dataclasses.is_dataclass(made) and isinstance(made, type) else []
+    fields = names_of(made()) if dataclasses.is_dataclass(made) and isinstance(made, type) and _optional(made) else []
     near = difflib.get_close_matches(key, [*takes(format), *fields, *FLAGS], 1, 0.6)
     meant = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
     return f"{name} takes no hint --{key.replace('_', '-')}{meant}"
+
+
+def _optional(kind: type) -> bool:
+    """Whether all fields of a dataclass have defaults."""
+    missing = dataclasses.MISSING
+    return all(f.default is not missing or f.default_factory is not missing for f in dataclasses.fields(kind))
 
 
 def check_fields(config: object, given: Collection[str]) -> None:

@@ -44,6 +44,9 @@ class TextSpec:
     """`TextEncoder`: computes features of ids, so models do not embed the ids"""
     image_features: bool = False
     """`ImageTextEncoder`: images have features in the same space, which replace those of captions in training"""
+    image_embedding: bool = False
+    """`ImageTextEncoder`: in training, the embedding of an image is `image_features` of the batch, besides the features
+    of its caption"""
     limited: bool = False
     """`text.cut.Limited`: counts the tokens of a caption that are cut off"""
 
@@ -69,7 +72,8 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
     """A frozen encoder of captions and images into a shared space."""
 
     def image_features(self, model: M, images: Array) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] -> features (b, s', k)."""
+        """Images float (b, i, j, 3) in [-1, 1] -> features (b, s', k) that replace those of captions, or an embedding
+        (b, k) besides them."""
         ...
 
 
@@ -88,6 +92,8 @@ class ConditionSpec:
     """tokens are ids (b, s) of the image's own vocabulary, which the network embeds itself"""
     gives_summary: bool = False
     """`SummarizedTokens`: has a vector that summarises all tokens"""
+    summary_width: int = 0
+    """size of that vector, if it is not that of a token"""
     classes: int | None = None
     """number of classes that `label` indexes; 0: unconditional; None: a condition other than a class"""
 

@@ -169,6 +169,11 @@ def learns_from_images(text: Tokenizer | None) -> bool:
     return text is not None and text.spec.image_features
 
 
+def embeds_images(text: Tokenizer | None) -> bool:
+    """Whether training reads embeddings of images besides captions."""
+    return text is not None and text.spec.image_embedding
+
+
 def text_encoder(text: Tokenizer | None) -> TextEncoder:
     """Narrow to `TextEncoder`. Errors: `ConfigError` for a tokenizer without features, and if there is no text."""
     if not gives_features(text):
@@ -178,7 +183,7 @@ def text_encoder(text: Tokenizer | None) -> TextEncoder:
 
 def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder:
     """Narrow to `ImageTextEncoder`. Errors: `ConfigError` for a text that does not read images."""
-    if not learns_from_images(text):
+    if not learns_from_images(text) and not embeds_images(text):
         raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
     return cast(ImageTextEncoder, text)
 

@@ -92,6 +92,7 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
         "multipliers": multipliers,
         "blocks": blocks,
         "attention": tuple(2**n for n, name in enumerate(first) if f"{name}.1.norm.weight" in tensors),
+        "middle_attention": "middle_block.1.in_layers.2.weight" not in tensors,
         "scale_shift": shape(f"{first[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
         "resample": next((k for k, name in kinds.items() if name in tensors), "mean") if levels > 1 else "block",
         "extra_inputs": known[extra],
@@ -155,11 +156,14 @@ Attention = Callable[[str, str, nnx.Variable], Source]
 """(published name of an attention and a dot, name of a variable in ours, the variable) -> its line."""
 
 
-def table(model: nnx.Module, attention: Attention | None = None) -> Table:
+def table(model: nnx.Module, attention: Attention | None = None, condition: Table | None = None) -> Table:
     """The published name and layout of each variable of a UNet, or of a classifier of noised images.
 
-    attention: gives the lines of attentions that are not guided-diffusion's own."""
-    variables = named(model)
+    attention: gives the lines of attentions that are not guided-diffusion's own. condition: lines of the condition,
+    under `condition.`, if it is neither a class nor GLIDE's caption.
+    """
+    variables = {k: v for k, v in named(model).items() if condition is None or not k.startswith("condition.")}
+    middle = ("before", "attention", "after") if "attention.norm.w" in variables else ("before", "after")
     attends = {m[1] for m in (re.match(r"up\.(\d+)\.attention\.", name) for name in variables) if m}
     has = {part for part in ("norm", "position", "into") if any(k.startswith(f"head.{part}") for k in variables)}
     pool = next((pool for pool, parts in POOL_PARTS.items() if parts == has), "") if "head.out.w" in variables else ""
@@ -176,8 +180,8 @@ def table(model: nnx.Module, attention: Attention | None = None) -> Table:
             place = down if way == "down" else f"output_blocks.{n}.{after}"
             return f"{place}.{ATTENTION[rest] if part == 'attention' else BLOCK.get(rest, rest)}"
         if m := re.match(r"(before|after|attention)\.(.*)", ours):
-            place, names = {"before": (0, BLOCK), "attention": (1, ATTENTION), "after": (2, BLOCK)}[m[1]]
-            return f"middle_block.{place}.{names.get(m[2], m[2])}"
+            names = ATTENTION if m[1] == "attention" else BLOCK
+            return f"middle_block.{middle.index(m[1])}.{names.get(m[2], m[2])}"
         return whole[ours]
 
     def theirs(name: str) -> str:
@@ -207,4 +211,4 @@ def table(model: nnx.Module, attention: Attention | None = None) -> Table:
         place = {"down": lambda n: f"input_blocks.{n + 1}.1.", "up": lambda n: f"output_blocks.{n}.1."}
         return attention(place[m["way"]](int(m["n"])) if m["way"] else "middle_block.1.", m["rest"], variable)
 
-    return {k: line(k, v) for k, v in variables.items()}
+    return {k: line(k, v) for k, v in variables.items()} | dict(condition or {})

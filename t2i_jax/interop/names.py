@@ -146,6 +146,16 @@ def layers(
     return lines | {f"{ours}.b": source(f"{theirs}{between}{ends[1]}") for ours, theirs in names.items() if biases}
 
 
+def under(table: Table, ours: str = "", theirs: str = "") -> dict[str, Source]:
+    """The lines of a part of a model, whose names begin with `ours` in ours and with `theirs` in theirs."""
+    return {f"{ours}{k}": v._replace(names=tuple(f"{theirs}{n}" for n in v.names)) for k, v in table.items()}
+
+
+def below(tensors: Tensors, prefix: str) -> dict[str, np.ndarray]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def by_head(
     ours: str, theirs: Sequence[str], rows: str = "a (n h)", biases: bool = True, **sizes: int
 ) -> dict[str, Source]:

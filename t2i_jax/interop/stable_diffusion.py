@@ -27,7 +27,18 @@ WHOLE = {
     "stem": "conv_in",
     "norm": "conv_norm_out",
     "out": "conv_out",
+    "condition.into": "class_embedding.linear_1",
+    "condition.out": "class_embedding.linear_2",
 }
+ALONE = {
+    "condition.null": source("null_features"),
+    "condition.encoded.null": source("null_features"),
+    "condition.mean": source("image_mean", layout="1 d -> d"),
+    "condition.std": source("image_std", layout="1 d -> d"),
+}
+"""Lines of a condition; those of the statistics of embeddings are of another file than the UNet."""
+IMAGE = "class_embedding.linear_1.weight"
+"""Name of the projection of an image's embedding, in Stable unCLIP."""
 TRANSFORMER = {
     "attention_norm": "norm1",
     "attention.out": "attn1.to_out.0",
@@ -52,7 +63,7 @@ ONLY = {
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
     "dual_cross_attention": (False, None),
-    "class_embed_type": (None,),
+    "class_embed_type": (None, "projection"),
     "num_class_embeds": (None,),
     "addition_embed_type": (None,),
     "encoder_hid_dim": (None,),
@@ -106,7 +117,7 @@ def describe(tensors: Tensors) -> Fields:
         "context": shape("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1],
         "scale_shift": False,
         "resample": "conv",
-        "pool": "none",
+        "pool": "summary" if IMAGE in tensors else "none",
         "learn_variance": False,
     }
 
@@ -186,8 +197,8 @@ def table(model: nnx.Module, config: UNet) -> Table:
     """The name and layout in diffusers of each variable of a UNet with Transformer blocks. config: of the network."""
     lines, period = {}, config.blocks + 1
     for name, variable in named(model).items():
-        if name == "condition.null":
-            lines[name] = source("null_features")
+        if name in ALONE:
+            lines[name] = ALONE[name]
             continue
         if m := re.match(r"(down|up)\.(\d+)\.(block|attention|resample)\.(.*)", name):
             level, n = divmod(int(m[2]), period)

@@ -28,7 +28,8 @@ from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpe
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, Context, dropped_rows
 from t2i_jax.networks.dit import DiT, DiTNetwork
-from t2i_jax.networks.unet import UNet, UNetNetwork
+from t2i_jax.networks.prior import EmbeddingPrior, EmbeddingPriorNetwork
+from t2i_jax.networks.unet import ExpertUNets, UNet, UNetNetwork
 from t2i_jax.nn.losses import row_weights, weighted_mean
 from t2i_jax.noise.gaussian import clipped, join, loss_weight, split
 from t2i_jax.noise.processes import Discrete
@@ -40,14 +41,14 @@ from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.sampling.progress import Progress, report
 from t2i_jax.sampling.solvers import SOLVERS, Denoised
 
-Network = DiTNetwork | UNetNetwork
+Network = DiTNetwork | UNetNetwork | ExpertUNets | EmbeddingPriorNetwork
 
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(BaseFamily[DiffusionSampler]):
     """A network, the noise process it reverses, and its training settings."""
 
-    network: DiT | UNet = DiT()
+    network: DiT | UNet | EmbeddingPrior = DiT()
     process: NoiseProcess = Discrete()
     predicts: Predicts = "eps"
     variance: Annotated[Literal["fixed_large", "fixed_small"], FREE] = "fixed_large"
@@ -68,6 +69,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     noise_aug: Share = 0.0
     """Maximum noise that training adds to the low-resolution image, 1 being pure noise. The level is sampled per row,
     so that a sampler may choose it (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
+    clip_range: Annotated[Positive, FREE] = 1.0
+    """Bound of the predicted image where options ask to `clip` it: 1 for images."""
     solver: Annotated[str, FREE] = "own"
     """A key of `sampling.solvers.SOLVERS`; `own` becomes the default of the process: ddpm for Discrete, euler for Flow,
     heun for EDM."""
@@ -112,12 +115,13 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
+        several = math.prod(self.grid) > 1  # of one position, an embedding, no part can be kept
         return Capabilities(
             family=True,
             unconditional=self.condition_dropout > 0,
             guidance=True,
-            inpaint=True,
-            init_image=True,
+            inpaint=several,
+            init_image=several,
             super_resolution=self.is_super_resolution,
             classifier_guidance=True,
             autoguidance=True,
@@ -247,7 +251,7 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         self, model: Network, x: Array, time: Array, context: Context, batch: Batch, key: Array | None = None
     ) -> Array:
         """The network's output for x, with the extra inputs of the batch concatenated."""
-        return model(join_inputs(x, batch, self.network.extra_inputs), time, context, key)
+        return model(join_inputs(x, batch, self.network.extra_inputs, self.network.upscaling), time, context, key)
 
     def _parts(self, out: Array) -> tuple[Array, Array | None]:
         """The prediction, and the output for the variance."""
@@ -319,7 +323,7 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         """x_0 and eps implied by the network's prediction at x = alpha x_0 + sigma eps; eps is recomputed where x_0 is
         clipped."""
         x0, eps = split(self.predicts, prediction, x, alpha, sigma)
-        near = clipped(x0 / self.process.scale, clip) * self.process.scale
+        near = clipped(x0 / self.process.scale, clip, self.clip_range) * self.process.scale
         eps = jnp.where(expand_like(clip, x), (x - alpha * near) / sigma, eps)
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
@@ -337,11 +341,13 @@ def noise_low_res(
 
 
 @typed
-def join_inputs(x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...]) -> Float[Array, "b i j k"]:
+def join_inputs(
+    x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...], upscaling: Literal["linear", "cubic"] = "linear"
+) -> Float[Array, "b i j k"]:
     """x (b, i, j, c) concatenated with the extra inputs in `names`.
 
     `inpaint` adds the batch's `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1, and that mask, both zero
-    if absent; `low_res` adds `low_res` (b, i', j', c), upscaled bilinearly.
+    if absent; `low_res` adds `low_res` (b, i', j', c), upscaled bilinearly, or by Keys' cubic kernel.
     """
     parts = [x]
     if "inpaint" in names:
@@ -352,7 +358,7 @@ def join_inputs(x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...]
             raise ValueError(
                 f"the batch has no 'low_res', the small image to enlarge. It has: {', '.join(sorted(batch))}"
             )
-        parts.append(jax.image.resize(batch["low_res"], x.shape, "linear", antialias=False))
+        parts.append(jax.image.resize(batch["low_res"], x.shape, upscaling, antialias=False))
     return jnp.concatenate(parts, -1) if len(parts) > 1 else x
 
 

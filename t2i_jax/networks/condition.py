@@ -616,13 +616,14 @@ def pooled(tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Arr
 def check_vectors(condition: Condition, width: int = 0) -> None:
     """Check that a condition gives vectors, of this width unless it is 0.
 
-    Errors: `ConfigError` if it gives ids, or vectors of another width.
+    Errors: `ConfigError` if it gives ids, or vectors or a summary vector of another width.
     """
     if condition.spec.gives_ids:
         name = type(condition).__name__
         raise ConfigError(f"condition {name} gives no vectors; ClassEmbedder, CaptionEncoder and TextFeatures do")
-    if width and (given := condition.token_width(width)) != width:
-        raise ConfigError(f"condition: vectors of {given} numbers; width={width} is needed")
+    for given in (condition.token_width(width), condition.spec.summary_width or width):
+        if width and given != width:
+            raise ConfigError(f"condition: vectors of {given} numbers; width={width} is needed")
 
 
 @typed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class DiT(Checked):
     learn_variance: bool = True
     """Also predict the variance of the reverse step, in a second half of the output channels."""
 
+    upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
     remats: ClassVar[tuple[Remat, ...]] = REMATS
     chooses_attention: ClassVar[bool] = True
 

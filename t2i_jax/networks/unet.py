@@ -18,11 +18,20 @@ from jax import Array
 
 from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute, Remat
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, check_vectors, pooled, value
+from t2i_jax.networks.condition import (
+    ClassEmbedder,
+    Conditioning,
+    Context,
+    check_vectors,
+    pooled,
+    read_context,
+    value,
+)
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, GroupNorm, Linear
@@ -44,6 +53,8 @@ class UNet(Checked):
     """Residual blocks per level."""
     attention: Sizes = (2, 4, 8)
     """Downsampling factors of the levels that have attention."""
+    middle_attention: bool = True
+    """Whether there is attention at the lowest resolution, between encoder and decoder."""
     heads: Size = 4
     head_dim: Count = 0
     """Width of a head, which determines their number; 0: `heads` heads."""
@@ -65,14 +76,21 @@ class UNet(Checked):
     context: Count = 0
     """Width of the tokens that attention reads and whose `pool` is added to the time; 0: the condition is only
     added."""
-    pool: Literal["mean", "last", "none"] = "mean"
+    pool: Literal["mean", "last", "summary", "none"] = "mean"
+    """What of the condition is added to the embedding of the time: the mean of its tokens, or the last, projected where
+    there is a `context`; or its own summary vector, unprojected."""
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
     """Images of the batch that the network reads besides the noised one: a masked image with its mask, a low-resolution
     one."""
+    upscaling: Literal["linear", "cubic"] = "linear"
+    """How the `low_res` image is upscaled to the size of the noised one; cubic: Keys' kernel, a = -0.5."""
     noise_aug_conditioning: bool = False
     """Condition on the noise level of the `low_res` image, `low_res_noise` of the batch."""
     learn_variance: bool = True
     """Also predict the variance of the reverse step, in a second half of the output channels."""
+    last_times: Count = 0
+    """Number of times, from the least noisy on, that a second UNet denoises (Balaji et al. 2022, eDiff-I: expert
+    denoisers); 0: one UNet for all. Times of the network are compared: 1 is the last step of a Discrete process."""
     groups: Size = 32
     eps: Positive = 1e-5
 
@@ -91,8 +109,18 @@ class UNet(Checked):
             raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
         if self.pool == "none" and not self.context:
             raise ValueError("pool 'none' without a context: the condition would be read nowhere")
+        if self.pool == "summary":
+            self._check_summary()
         if self.noise_aug_conditioning and "low_res" not in self.extra_inputs:
             raise ValueError("noise_aug_conditioning=True requires 'low_res' in extra_inputs")
+
+    def _check_summary(self) -> None:
+        spec = None if self.conditioning is None else self.conditioning.what.spec
+        if spec is None or not spec.gives_summary:
+            raise ConfigError("pool 'summary': the condition has no summary vector")
+        if spec.summary_width != self.embedding:
+            given = f"of {spec.summary_width} numbers; the embedding of the time has {self.embedding} (4 width)"
+            raise ConfigError(f"pool 'summary': the condition has a vector {given}")
 
     @property
     def channels_in(self) -> int:
@@ -116,8 +144,8 @@ class UNet(Checked):
             raise ValueError(f"{c} channels cannot be split into {count} heads")
         return count
 
-    def init(self, key: Array, compute: Compute = Compute()) -> UNetNetwork:
-        return UNetNetwork(self, key, compute)
+    def init(self, key: Array, compute: Compute = Compute()) -> UNetNetwork | ExpertUNets:
+        return (ExpertUNets if self.last_times else UNetNetwork)(self, key, compute)
 
 
 @typed
@@ -287,7 +315,8 @@ class UNetEncoder(nnx.Module):
                 kept.append(c)
         self.down = nnx.List(down)
         self.before = TimedResBlock(config, c, c, next(keys))
-        self.attention = attention_of(config, c, next(keys))
+        middle = next(keys)
+        self.attention = attention_of(config, c, middle) if config.middle_attention else None
         self.after = TimedResBlock(config, c, c, next(keys))
         self.kept = tuple(kept)
 
@@ -304,7 +333,8 @@ class UNetEncoder(nnx.Module):
         for stage, k in zip(self.down, keys, strict=False):
             x = run(stage, x, e, context, k)
             skips.append(x)
-        x = self.attention(self.before(x, e, keys[-2]), context)
+        x = self.before(x, e, keys[-2])
+        x = x if self.attention is None else self.attention(x, context)
         return shard(self.after(x, e, keys[-1]), "batch", None, None, None), skips
 
 
@@ -316,7 +346,7 @@ class UNetNetwork(UNetEncoder):
         super().__init__(config, next(keys), compute)
         width = config.context or config.embedding
         self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
-        pools = config.context and config.pool != "none"
+        pools = config.context and config.pool in ("mean", "last")
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
         noise = lambda: TimeEmbedding(config.embedding, apart(key), waves=config.width)
         self.noise = noise() if config.noise_aug_conditioning else None
@@ -343,6 +373,8 @@ class UNetNetwork(UNetEncoder):
         if self.condition is None:
             nothing = jnp.zeros((len(drop), 1, self.config.embedding))
             return Context(nothing[:, 0], nothing, jnp.zeros((len(drop), 1), bool))
+        if self.config.pool == "summary" and self.config.conditioning is not None:
+            return read_context(self.config.conditioning.what, self.condition, batch, drop, self.compute.dtype)
         tokens, mask = self.condition(batch, drop, self.compute.dtype)
         if self.config.pool == "none":
             return Context(jnp.zeros((len(drop), self.config.embedding)), tokens, mask)
@@ -364,3 +396,35 @@ class UNetNetwork(UNetEncoder):
         for stage, k in zip(self.up, ups, strict=True):
             x = run(stage, jnp.concatenate([x, skips.pop()], -1), e, context, k)
         return self.out(jax.nn.silu(self.norm(x))).astype(jnp.float32)
+
+
+class ExpertUNets(nnx.Module):
+    """The parameters of two UNets: `last` denoises the `last_times` least noisy times, `first` all others."""
+
+    def __init__(self, config: UNet, key: Array, compute: Compute):
+        keys = jax.random.split(key)
+        self.first, self.last = (UNetNetwork(config, k, compute) for k in keys)
+        self.last_times = config.last_times
+
+    def read(self, batch: Batch, drop: Array) -> Context:
+        """Encode the condition of a batch for both, stacked: `drop` (b,) marks rows that get the unconditional one."""
+        return jax.tree.map(lambda *x: jnp.stack(x), self.first.read(batch, drop), self.last.read(batch, drop))
+
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "b i j c"],
+        t: Num[Array, " b"],
+        context: Context,
+        key: Array | None = None,
+    ) -> Float[Array, "b i j k"]:
+        """As a `UNetNetwork`; a network that no row of the batch is for is not evaluated."""
+        late = t < self.last_times
+
+        def denoised(n: int, network: UNetNetwork, needed: Array) -> Array:
+            run = lambda: network(x, t, jax.tree.map(lambda y: y[n], context), key)
+            shape = jax.eval_shape(run)
+            return jax.lax.cond(needed, run, lambda: jnp.zeros(shape.shape, shape.dtype))
+
+        first, last = denoised(0, self.first, ~late.all()), denoised(1, self.last, late.any())
+        return jnp.where(late[:, None, None, None], last, first)

@@ -159,21 +159,22 @@ def p_mean_variance(
     predicts: Predicts = "eps",
     variance: Variance = "learned_range",
     clip: bool | Array = False,
+    clip_range: float = 1.0,
 ) -> GaussianParams:
     """The network's p(x_{t-1} | x_t = x) (Ho et al. 2020, eq. 11); `x0` is the predicted image.
 
     prediction, v: the network's prediction and its variance output. clip: clip the predicted image to
-    [-1, 1].
+    [-clip_range, clip_range].
     """
     x0, _ = split(predicts, prediction, x, *schedule.at(t, x))
-    x0 = clipped(x0, clip)
+    x0 = clipped(x0, clip, clip_range)
     return posterior(schedule, x0, x, t)._replace(log_variance=log_variance(schedule, variance, v, x, t))
 
 
 @typed
-def clipped(x0: Float[Array, " b *x"], clip: bool | Array) -> Float[Array, " b *x"]:
-    """x0, clipped to [-1, 1] where `clip` (a scalar or (b,)) is True."""
-    return jnp.where(expand_like(clip, x0), jnp.clip(x0, -1, 1), x0)
+def clipped(x0: Float[Array, " b *x"], clip: bool | Array, bound: float = 1.0) -> Float[Array, " b *x"]:
+    """x0, clipped to [-bound, bound] where `clip` (a scalar or (b,)) is True."""
+    return jnp.where(expand_like(clip, x0), jnp.clip(x0, -bound, bound), x0)
 
 
 @typed

@@ -363,6 +363,20 @@ class DiffusionSampler(GuidedOptions):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class UnCLIPSampler(DiffusionSampler):
+    """Options of the decoder of unCLIP, and of its prior."""
+
+    prior_steps: Annotated[int | Array, Range(1, LARGEST)] = 25
+    """Steps of the prior's solver."""
+    prior_guidance: Annotated[float | Array, Range()] = 4.0
+    """Scale of the prior's guidance; 1: no guidance. One number, or one per image (b,)."""
+    image_noise: Annotated[int | Array, Range(0, LARGEST)] = 0
+    """Noise level of the embedding, for a decoder that reads it noised, below the number of levels; (b,): more of it
+    lets images vary more."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class GANSampler(Options):
     """Options of a generator that makes an image in one evaluation; both are numbers, or one per image (b,)."""
 

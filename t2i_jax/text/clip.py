@@ -182,8 +182,12 @@ class TextTower(nnx.Module):
 
     def embed(self, ids: Array) -> Array:
         """ids int (b, s) -> embeddings (b, k), not normalised."""
+        return self.summarise(self(ids), ids)
+
+    def summarise(self, x: Array, ids: Array) -> Array:
+        """The embeddings (b, k), not normalised, of captions whose tokens are x (b, s, d)."""
         at = jnp.argmax(ids if self.end is None else ids == self.end, -1)
-        return self.out(jnp.take_along_axis(self(ids), at[:, None, None], 1)[:, 0])
+        return self.out(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0])
 
 
 class ImageTower(nnx.Module):
@@ -282,6 +286,16 @@ def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     return config, to_ours(abstract(config), tensors, table, published.IGNORED, str(path))
 
 
+def load_text(path: str | Path, activation: str = "") -> TextTower:
+    """The text tower alone, in fp32, on the host; of a folder or a file that may have no other."""
+    config, tensors, table = read(path, activation=activation)
+    tower = abstract(config).text
+    if "embeddings.token_embedding.weight" in tensors:  # newer folders of a text tower alone
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    lines = {name: table[f"text.{name}"] for name in named(tower)}
+    return to_ours(tower, tensors, lines, ignore=".", file=str(path))
+
+
 # --------------------------------------------------------------------------------------------------------- captions
 
 
@@ -339,12 +353,7 @@ class ClipText(_Captions):
 
     def load(self) -> TextTower:
         """The text tower in fp32, on the host. Errors: those of `read`, and ValueError for wrong tensors."""
-        config, tensors, table = read(self.folder, activation=self.activation)
-        tower = abstract(config).text
-        if "embeddings.token_embedding.weight" in tensors:  # newer folders of a text tower alone
-            tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
-        lines = {name: table[f"text.{name}"] for name in named(tower)}
-        return to_ours(tower, tensors, lines, ignore=".", file=self.folder)
+        return load_text(self.folder, self.activation)
 
     def features(self, model: TextTower, ids: Array, mask: Array) -> Array:
         """One vector per token: (b, s) ids and mask -> (b, s, k) fp32."""
@@ -389,7 +398,58 @@ class ClipEmbedding(_Captions):
         return model.image.embed(as_seen(images, sizes(self.folder, self.activation).size))
 
 
-def _encode(text: ClipText | ClipEmbedding, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class ClipCaption(_Captions):
+    """The embedding of a caption, then its tokens, padding masked; of an image its embedding: what unCLIP reads (Ramesh
+    et al. 2022)."""
+
+    images: bool = True
+    """whether there is a tower of images, which training needs; False: the text tower alone, for sampling"""
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and a mask bool (n, s), True from start to end: two tokens of an empty caption.
+
+        Errors: ImportError if the vocabulary is missing.
+        """
+        ids, _ = _encode(self, captions, 0)
+        return ids, np.arange(ids.shape[1]) <= np.argmax(ids == self.pairs.last, 1)[:, None]
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return np.all(mask, axis=-1)
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, image_embedding=self.images, limited=True)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Errors: ValueError for a CLIP whose tokens are not as wide as its embeddings."""
+        found = sizes(self.folder, self.activation)
+        if found.dim != found.text.width:
+            raise ValueError(
+                f"{self.folder}: its tokens have {found.text.width} numbers, its embeddings {found.dim}: one size is "
+                "needed"
+            )
+        return 1 + found.length, found.dim
+
+    def load(self) -> CLIP | TextTower:
+        """Both towers, or that of text, in fp32, on the host. Errors: those of `load`."""
+        if not self.images:
+            return load_text(self.folder, self.activation)
+        return load(self.folder, activation=self.activation)[1]
+
+    def features(self, model: CLIP | TextTower, ids: Array, mask: Array) -> Array:
+        """Embedding, not normalised, and tokens after the last norm: (b, s) ids -> (b, 1 + s, k) fp32."""
+        tower = model.text if isinstance(model, CLIP) else model
+        x = tower(ids)
+        return jnp.concatenate([tower.summarise(x, ids)[:, None], x], 1)
+
+    def image_features(self, model: CLIP, images: Array) -> Array:
+        """The embedding of each image, not normalised: (b, i, j, c) in [-1, 1] -> (b, k) fp32."""
+        return model.image.embed(as_seen(images, sizes(self.folder, self.activation).size))
+
+
+def _encode(text: _Captions, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids (n, s), and which captions (n,) have any ids between start and end."""
     pairs, config = text.pairs, sizes(text.folder, text.activation)
     ids = pairs.encode(captions, config.length, pad)

@@ -23,6 +23,7 @@ from t2i_jax.core.narrow import (
     as_tokenizer,
     as_trainable,
     check_codes,
+    embeds_images,
     gives_features,
     image_text_encoder,
     learns_from_images,
@@ -171,6 +172,8 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "low_codes" in spec and images is not None:
         spec["low_codes"] = optional(spec["low_codes"])
+    if "image_features" in spec and embeds_images(experiment.text):
+        spec["image_features"] = optional(spec["image_features"])
     if "features" in spec and experiment.text is not None:
         spec["features"] = optional(spec["features"])
         if learns_from_images(experiment.text):  # images are the training signal, and captions are not read
@@ -211,7 +214,8 @@ def make_store(
     def store(frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
         batch = with_low_codes(spec, codec, frozen, with_features(text, frozen, as_floats(batch)))
         kept = codec.to_store(frozen["codec"], batch["image"]) if codec is not None and "image" in batch else {}
-        return kept | {k: batch[k] for k in ("low_codes", "features", "text_mask") if k in batch}
+        kept_names = ("low_codes", "features", "text_mask", "image_features")
+        return kept | {k: batch[k] for k in kept_names if k in batch}
 
     return store
 
@@ -236,6 +240,9 @@ def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: 
 
 def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
     """A batch with features of its images or captions, if the text encoder computes them and the batch has none."""
+    if embeds_images(text) and "image" in batch and "image_features" not in batch:
+        embedding = image_text_encoder(text).image_features(frozen["text"], batch["image"])
+        batch = batch | {"image_features": embedding}
     if "features" in batch or not gives_features(text):
         return batch
     if "image" in batch and learns_from_images(text):

@@ -25,6 +25,9 @@ FORMATS = {
     r"adm_classifier_.*": "adm_classifier",
     r"adm_\d.*": "adm",
     r"glide_.*": "glide",
+    r"karlo_prior": "karlo_prior",
+    r"karlo_decoder": "karlo_decoder",
+    r"karlo_sr": "karlo_sr",
     r"dfgan_netG": "dfgan",
     r"ssagan_netG": "ssagan",
     r"damsm_.*|dfgan_text_encoder_.*": "damsm",
@@ -38,7 +41,7 @@ FORMATS = {
     r"stackgan_v2_.*_D\d": "stackgan_v2-discriminator",
 }
 """Which format a file of names and shapes belongs to, by its name; those of MAR are in its own tests."""
-LONG = r"dit_.*|adm_.*|glide_.*"
+LONG = r"dit_.*|adm_.*|glide_.*|karlo_.*"
 
 KNOWN = {file: format for file in released() for name, format in FORMATS.items() if re.fullmatch(name, file)}
 CASES = [pytest.param(file, marks=pytest.mark.slow if re.fullmatch(LONG, file) else ()) for file in KNOWN]
