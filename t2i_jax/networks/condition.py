@@ -133,7 +133,26 @@ class CaptionEncoder(BaseCondition):
         return CaptionTokens(self, key, width)
 
 
-class CaptionTokens(nnx.Module):
+class EncodedIds(nnx.Module):
+    """A bidirectional Transformer over embedded ids, projected to the width of the network."""
+
+    def __init__(self, config: CaptionEncoder | LowCodes, keys: Array, width: int):
+        self.table = Embedding(config.vocabulary, config.width, keys[0])
+        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
+        self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
+        self.norm = RMSNorm(config.width)
+        self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
+
+    @typed
+    def encoded(
+        self, ids: Int[Array, "b s"], dtype: DTypeLike, mask: Bool[Array, "b s"] | None = None
+    ) -> Float[Array, "b s d"]:
+        """A vector for each id; mask: those that are read."""
+        x = (self.table(ids) + self.position[...]).astype(dtype)
+        return self.out(self.norm(scan_stack(self.blocks, x, mask=None if mask is None else mask[:, None, None])))
+
+
+class CaptionTokens(EncodedIds):
     """`text` int (b, s) and `text_mask` bool (b, s) -> tokens (b, s, d), all visible.
 
     Padding positions get learned vectors (Nichol et al. 2022, GLIDE). A dropped or empty caption is all padding.
@@ -141,12 +160,8 @@ class CaptionTokens(nnx.Module):
 
     def __init__(self, config: CaptionEncoder, key: Array, width: int):
         keys = jax.random.split(key, 5)
+        super().__init__(config, keys, width)
         self.config = config
-        self.table = Embedding(config.vocabulary, config.width, keys[0])
-        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
-        self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
-        self.norm = RMSNorm(config.width)
-        self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
         self.padding = param(normal(keys[4], (config.length, width)), None, "embed")
 
     @typed
@@ -154,9 +169,8 @@ class CaptionTokens(nnx.Module):
         self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
     ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         text, mask = caption(batch, drop, self.config.vocabulary, self.config.length)
-        x = (self.table(text) + self.position[...]).astype(dtype)
-        x = scan_stack(self.blocks, x, mask=mask[:, None, None])
-        tokens = jnp.where(mask[..., None], self.out(self.norm(x)), self.padding[...].astype(dtype))
+        tokens = self.encoded(text, dtype, mask)
+        tokens = jnp.where(mask[..., None], tokens, self.padding[...].astype(dtype))
         return tokens, jnp.ones_like(mask)
 
 
@@ -507,17 +521,12 @@ class LowCodes(BaseCondition):
         return LowCodeTokens(self, key, width)
 
 
-class LowCodeTokens(nnx.Module):
+class LowCodeTokens(EncodedIds):
     """`low_codes` int (b, h, w) -> tokens (b, h w, d), all visible; `drop` has no effect."""
 
     def __init__(self, config: LowCodes, key: Array, width: int):
-        keys = jax.random.split(key, 4)
+        super().__init__(config, jax.random.split(key, 4), width)
         self.config = config
-        self.table = Embedding(config.vocabulary, config.width, keys[0])
-        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
-        self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
-        self.norm = RMSNorm(config.width)
-        self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
 
     @typed
     def __call__(
@@ -525,8 +534,7 @@ class LowCodeTokens(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         codes = ids(batch, "low_codes", self.config.vocabulary).reshape(len(drop), -1)
         same_length("low_codes", codes.shape[1], self.config.length)
-        x = scan_stack(self.blocks, (self.table(codes) + self.position[...]).astype(dtype))
-        return self.out(self.norm(x)), jnp.ones(codes.shape, bool)
+        return self.encoded(codes, dtype), jnp.ones(codes.shape, bool)
 
 
 @dataclasses.dataclass(frozen=True)
