@@ -311,3 +311,5 @@ def test_a_tied_table_scores_words_in_training_and_codes_in_sampling():
     np.testing.assert_allclose(whole[:, :7], codes, rtol=1e-6)
     rows = np.concatenate([model.entrance.w[...], model.condition.table.w[...], model.mask_token[...][None]])
     np.testing.assert_allclose(whole, z @ rows.T + model.output_bias[...], rtol=1e-5)
+    other, y = filled(with_fields(config, activation="relu")), jnp.linspace(-1, 1, 48).reshape(2, 3, 8)
+    np.testing.assert_allclose(other.finish(y), other.transform_norm(jax.nn.relu(other.transform(y))), rtol=1e-6)

@@ -37,7 +37,7 @@ from t2i_jax.nn.layers import Embedding, Linear, matmul, normal, param
 from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
-from t2i_jax.nn.transformer import Transformer, drop, scan_stack, stack
+from t2i_jax.nn.transformer import ACTIVATIONS, Transformer, drop, scan_stack, stack
 from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import MaskedSampler, MaskedSchedule
 from t2i_jax.sampling.orders import (
@@ -78,9 +78,10 @@ class Masked(HeadFamily[MaskedSampler]):
     """What `transformer` reads: known tokens, and the decoder all; or all, with mask tokens at hidden positions and no
     decoder."""
     tied: bool = False
-    """The output matrix is the table of codes, after one more layer, LN(gelu(W z + b)), as in BERT and MaskGIT. In
-    training it also has the rows of classes and of the mask token, which are no codes: they are in the softmax, and
-    get their part of label smoothing. It needs reads "all" and a `SoftmaxHead`."""
+    """The output matrix is the table of codes, after one more layer, LN(f(W z + b)) with the activation f of the blocks
+    (the inner one if that is gated), as in BERT and MaskGIT. In training it also has the rows of classes and of the
+    mask token, which are no codes: they are in the softmax, and get their part of label smoothing. It needs reads "all"
+    and a `SoftmaxHead`."""
     positions: LearnedPositions | RotaryPositions = LearnedPositions()
     """Learned vectors at the inputs of encoder, decoder and head, or rotated queries and keys in both."""
     buffer: Size = 64
@@ -520,7 +521,8 @@ class MaskedTransformer(HiddenTokenNetwork):
         y = y if self.norm is None else self.norm(y)
         if self.transform is None or self.transform_norm is None:
             return y
-        return shard(self.transform_norm(jax.nn.gelu(self.transform(y))), "batch", "length", None)
+        activation = ACTIVATIONS[self.config.transformer.activation]
+        return shard(self.transform_norm(activation(self.transform(y))), "batch", "length", None)
 
 
 class TiedOutput(nnx.Module):
