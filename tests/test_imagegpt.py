@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from t2i_jax.codecs.clusters import ColorClusters
 from t2i_jax.codecs.quantize import QuantizerConfig
-from t2i_jax.convert import convert, restore
+from t2i_jax.convert import convert, read, restore
 from t2i_jax.convert.folders import to_file, to_folder
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.image_files import to_uint8
@@ -47,11 +47,15 @@ def test_a_folder_gives_model_and_colours(folder, tmp_path):
     assert images.shape == (2, 2, 2, 3)
     assert set(map(tuple, images.reshape(-1, 3))) <= set(map(tuple, np.asarray(to_uint8(COLORS))))
     to_file("imagegpt", tmp_path / "model", tmp_path / "back.safetensors")
-    again, _ = convert("imagegpt", random("imagegpt", SMALL), heads=2)
-    assert again == artifact.config
+    again, wanted = read(tmp_path / "back.safetensors", "imagegpt"), random("imagegpt", SMALL)
+    assert again.keys() == wanted.keys() and all((again[name] == wanted[name]).all() for name in wanted)
+    assert convert("imagegpt", again, heads=2)[0] == artifact.config
     # The table of OpenAI's file alone.
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match="neither a preprocessor_config"):
+        to_folder("imagegpt-clusters", folder, tmp_path / "colors", {})
+    np.save(folder / "kmeans_centers.npy", COLORS[0])
+    with pytest.raises(ConfigError, match=r"clusters of shape \(3,\)"):
         to_folder("imagegpt-clusters", folder, tmp_path / "colors", {})
     np.save(folder / "kmeans_centers.npy", COLORS)
     colors = to_folder("imagegpt-clusters", folder, tmp_path / "colors", {})

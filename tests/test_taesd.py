@@ -110,6 +110,9 @@ def test_folders_and_files_are_read_and_written(tmp_path):
     save_file({later(k): v for k, v in tensors.items()}, hub / "diffusion_pytorch_model.safetensors")
     (hub / "config.json").write_text('{"scaling_factor": 0.5, "shift_factor": 0.25}')
     scaled = to_folder("taesd", hub, tmp_path / "scaled", {})
+    (hub / "config.json").write_text('{"act_fn": "silu"}')
+    with pytest.raises(ConfigError, match="act_fn is 'silu'"):
+        to_folder("taesd", hub, tmp_path / "none", {})
     assert scaled.config == dataclasses.replace(SMALL, scale=0.5, shift=0.25)
     np.testing.assert_allclose(scaled.config.encode(scaled.model, images), (codes - 0.25) / 2, rtol=0.02, atol=0.02)
     (published / "taef0_decoder.safetensors").unlink()

@@ -140,6 +140,7 @@ def _taesd_folder(path: Path) -> Folder:
     if not (path / "config.json").is_file():
         return Folder(read(path, "taesd"), {})
     told = huggingface.config(path)
+    huggingface.check_supported(told, taesd.ONLY)
     hints = {ours: told[theirs] for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))}
     return Folder(huggingface.Weights(path, *taesd.NEEDED), {k: v for k, v in hints.items() if v is not None})
 

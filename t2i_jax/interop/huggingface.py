@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -55,6 +55,14 @@ def settings(path: str | Path) -> Settings:
 def config(folder: str | Path) -> Settings:
     """The contents of `config.json`. Errors: FileNotFoundError without it, ValueError where it cannot be read."""
     return settings(Path(folder) / "config.json")
+
+
+def check_supported(fields: Fields, known: Mapping[str, tuple[object, ...]], file: str = "config.json") -> None:
+    """Errors: ValueError naming a field of a JSON file with another value than the known ones; it may lack the
+    field."""
+    for field, values in known.items():
+        if field in fields and fields[field] not in values:
+            raise ValueError(f"{file}: {field} is {fields[field]!r}; what can be read is {values[0]!r}")
 
 
 class Found(NamedTuple):

@@ -20,10 +20,10 @@ CLUSTERS = "clusters"
 HEADS = {1536: 16}
 """by width, of released models; 8 elsewhere"""
 ONLY = {
-    "activation_function": "quick_gelu",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+    "activation_function": ("quick_gelu",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
 }
 """Fields of config.json for which only these values are supported."""
 
@@ -53,9 +53,7 @@ def describe(tensors: Tensors, heads: int = 0) -> Fields:
 
 def settings(config: Fields) -> Fields:
     """Fields that `config.json` has and the shapes have not. Errors: ValueError naming an unsupported value."""
-    for field, known in ONLY.items():
-        if config.get(field, known) != known:
-            raise ValueError(f"config.json: {field} is {config[field]!r}; what can be read is {known!r}")
+    huggingface.check_supported(config, ONLY)
     return {"heads": config["n_head"], "eps": config.get("layer_norm_epsilon", 1e-5)}
 
 
@@ -87,11 +85,14 @@ def table(vocabulary: int, head: int) -> Table:
 
 def clusters(folder: Path) -> Tensors | None:
     """The clusters (n, 3) of a folder, colours in [-1, 1]: of its preprocessor_config.json, or of OpenAI's
-    kmeans_centers.npy; None without both."""
+    kmeans_centers.npy; None without both. Errors: ValueError for a table of another shape."""
     if (folder / "preprocessor_config.json").is_file():
         found = huggingface.settings(folder / "preprocessor_config.json")["clusters"]
     elif (folder / "kmeans_centers.npy").is_file():
         found = np.load(folder / "kmeans_centers.npy", allow_pickle=False)
     else:
         return None
-    return {CLUSTERS: np.asarray(found, np.float32)}
+    table = np.asarray(found, np.float32)
+    if table.ndim != 2 or table.shape[1] != 3:
+        raise ValueError(f"{folder}: clusters of shape {table.shape}; a row of three numbers for each colour is wanted")
+    return {CLUSTERS: table}

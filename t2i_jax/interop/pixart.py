@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import LINEAR, Fields, Table, Tensors, by_head, layers, require, source
 from t2i_jax.networks.dit import DiT
 
@@ -12,11 +13,11 @@ PLACES = "pos_embed.pos_embed"
 NEEDED = ("pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight")
 """Names that every such file has."""
 ONLY = {
-    "activation_fn": "gelu-approximate",
-    "norm_type": "ada_norm_single",
-    "attention_bias": True,
-    "norm_elementwise_affine": False,
-    "attention_type": "default",
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_single",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "attention_type": ("default",),
 }
 """Fields of config.json for which only these values are supported."""
 BLOCK = "transformer_blocks.{}."
@@ -65,9 +66,7 @@ def settings(config: Fields) -> Fields:
 
     Errors: ValueError naming a field with an unsupported value.
     """
-    for field, known in ONLY.items():
-        if config.get(field, known) != known:
-            raise ValueError(f"transformer/config.json: {field} is {config[field]!r}; what can be read is {known!r}")
+    huggingface.check_supported(config, ONLY, "transformer/config.json")
     side = config.get("sample_size", 128)
     return {
         "heads": config.get("num_attention_heads", 16),

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax.core.params import named
+from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Source, Table, Tensors, require, source
 from t2i_jax.networks.unet import UNet
 
@@ -127,9 +128,7 @@ def settings(config: Fields) -> Fields:
 
     Errors: ValueError naming a field with an unsupported value.
     """
-    for field, known in ONLY.items():
-        if field in config and config[field] not in known:
-            raise ValueError(f"unet/config.json: {field} is {config[field]!r}; what can be read is {known[0]!r}")
+    huggingface.check_supported(config, ONLY, "unet/config.json")
     down, up = (tuple(config.get(f"{way}_block_types", ())) for way in ("down", "up"))
     mirrored = tuple(kind.replace("Down", "Up") for kind in reversed(down))
     if any(kind not in DOWN for kind in down) or up != mirrored:

@@ -19,6 +19,8 @@ NEEDED = (
     ("0.weight", "2.weight", "4.conv.0.weight"),
 )
 """Names that both sides in one file have, those of diffusers, those of a decoder alone, and of an encoder alone."""
+ONLY = {"act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,)}
+"""Fields of diffusers' config.json, and the values of them that are supported."""
 LAYER = re.compile(r"^autoencoder\.(encoder|decoder)\.(stem|out|layers\.\d+)")
 INSIDE = (
     (r"\.residual\.convs\.(\d)\.", lambda m: f".conv.{2 * int(m[1])}."),

@@ -125,9 +125,9 @@ class DecoderLMShape:
         fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
         if missing := [k for k in fields if k not in config]:
             raise ValueError(f"config.json has no {', '.join(missing)}")
-        for field, known in {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}.items():
-            if config.get(field, known) != known:
-                raise ValueError(f"config.json: {field} is {config[field]!r}; what can be read is {known!r}")
+        huggingface.check_supported(
+            config, {"hidden_act": ("silu",), "mlp_bias": (False,), "use_sliding_window": (False,)}
+        )
         depth = config["num_hidden_layers"]
         if not -depth - 1 <= layer <= depth:
             raise ValueError(f"layer {layer}: this model has hidden states 0 to {depth}, or {-depth - 1} to -1")
