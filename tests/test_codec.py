@@ -11,10 +11,11 @@ import pytest
 from einops import repeat
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig, Decoder, Encoder
-from t2i_jax.codecs.discriminator import DiscriminatorConfig
+from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.codecs.quantize import GumbelConfig, Quantizer, QuantizerConfig, nearest, usage
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core import flops
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig, batch_sharding
 from t2i_jax.nn.conv import Upsample, patchify, unpatchify
@@ -96,6 +97,13 @@ def test_codes_may_be_the_vectors_that_are_quantised_in_decoding(model):
     assert codes.dtype == jnp.float32 and codes.shape[1:] == (4, 4, *vectors.spec.code.shape)
     whole = jit(CODEC.decode)(model, jit(CODEC.encode)(model, BATCH["image"]))
     np.testing.assert_allclose(jit(vectors.decode)(model, codes), whole, atol=1e-5)
+
+
+def test_a_discriminator_of_one_size_names_it():
+    with pytest.raises(ConfigError, match="reads 8 x 8 pixels"):
+        StyleDiscriminatorConfig((4, 4)).init(KEY)(jnp.zeros((1, 16, 16, 3)))
+    with pytest.raises(ConfigError, match="at least that of 4 x 4"):
+        StyleDiscriminatorConfig(())
 
 
 @pytest.mark.parametrize(("v", "chunk"), [(5, 1024), (37, 8), (16, 8)])

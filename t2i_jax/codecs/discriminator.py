@@ -11,6 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax import Array
 
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Range, Size, Sizes
 from t2i_jax.nn.batch_norm import BatchNorm
 from t2i_jax.nn.conv import blur_halve
@@ -80,6 +81,11 @@ class StyleDiscriminatorConfig(Checked):
     widths: Sizes = (64, 128, 256, 512, 512, 512, 512)
     """channels at each resolution, from that of the images, each half of the one before, to 4 x 4"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.widths:
+            raise ConfigError("widths (): one number a resolution, at least that of 4 x 4")
+
     @property
     def size(self) -> int:
         """Side of the images."""
@@ -103,9 +109,9 @@ class StyleDiscriminator(nnx.Module):
         self.out = Linear(last, 1, keys[3], std=None, axes=(None, None))
 
     def __call__(self, images: Array, train: bool = True) -> tuple[Array, "StyleDiscriminator"]:
-        """Logits, and the discriminator, which has no statistics. Errors: ValueError for images of another size."""
+        """Logits, and the discriminator, which has no statistics. Errors: `ConfigError` for images of another size."""
         if images.shape[1:3] != (self.size, self.size):
-            raise ValueError(
+            raise ConfigError(
                 f"images of {images.shape[1:3]}: this discriminator reads {self.size} x {self.size} pixels"
             )
         x = jax.nn.leaky_relu(self.stem(images), 0.2)
@@ -117,7 +123,7 @@ class StyleDiscriminator(nnx.Module):
 
 
 class StyleBlock(nnx.Module):
-    """(shortcut(x) + conv(half(conv(x)))) / sqrt(2), at half the resolution."""
+    """(shortcut(half(x)) + conv(half(conv(x)))) / sqrt(2): (b, i, j, c) -> (b, i/2, j/2, f)."""
 
     def __init__(self, c: int, f: int, key: Array):
         first, second, third = jax.random.split(key, 3)

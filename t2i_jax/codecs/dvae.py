@@ -23,6 +23,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.game import check_size
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.arrays import Float, Int, typed
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
@@ -160,10 +161,10 @@ class DVAE(Checked):
     def logits(self, model: DVAEModel, images: Float[Array, "b i j 3"]) -> Float[Array, "b h w v"]:
         """log q(code | image) up to a constant, fp32.
 
-        Errors: `ValueError` for a size that is no multiple of `factor`, and if there is no encoder.
+        Errors: `ValueError` for a size that is no multiple of `factor`, `ConfigError` if there is no encoder.
         """
         if model.encoder is None:
-            raise ValueError(f"half={self.half!r}: this model has no encoder")
+            raise ConfigError(f"half={self.half!r}: this codec has no encoder")
         x = shard(self.mapped(check_size(images, self.factor)).astype(self.dtype), "batch", None, None, None)
         return model.encoder(x)
 
@@ -171,7 +172,7 @@ class DVAE(Checked):
     def decode_head(self, model: DVAEModel, vectors: Float[Array, "b h w k"]) -> Float[Array, "b i j o"]:
         """The `outputs` numbers of the decoder for each pixel, fp32."""
         if model.decoder is None:
-            raise ValueError(f"half={self.half!r}: this model has no decoder")
+            raise ConfigError(f"half={self.half!r}: this codec has no decoder")
         return model.decoder(vectors.astype(self.dtype)).astype(jnp.float32)
 
     def mapped(self, images: Array) -> Array:

@@ -28,6 +28,7 @@ from t2i_jax.codecs.game import (
 )
 from t2i_jax.codecs.scale import standardising
 from t2i_jax.core.arrays import Float, typed
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Finite, Positive, Range, Size, Sizes
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import CodecSpec, CodeSpec
@@ -53,7 +54,7 @@ class Levels(Checked):
     def __post_init__(self):
         super().__post_init__()
         if not self.channels or len(self.channels) != len(self.blocks):
-            raise ValueError(f"channels {self.channels} and blocks {self.blocks}: one number a level in each")
+            raise ConfigError(f"channels {self.channels} and blocks {self.blocks}: one number a level in each")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class EncoderLevels(Levels):
     def __post_init__(self):
         super().__post_init__()
         if self.entry and self.entry[-1] != self.channels[0]:
-            raise ValueError(f"entry {self.entry}: it ends with the channels of the first level, {self.channels[0]}")
+            raise ConfigError(f"entry {self.entry}: it ends with the channels of the first level, {self.channels[0]}")
 
     @property
     def factor(self) -> int:
@@ -103,7 +104,7 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
     def __post_init__(self):
         super().__post_init__()
         if self.encoder and self.encoder.factor != self.decoder.factor:
-            raise ValueError(
+            raise ConfigError(
                 f"encoder.channels {self.encoder.channels} with entry {self.encoder.entry} makes a code of "
                 f"{self.encoder.factor} pixels, decoder.channels {self.decoder.channels} an image of "
                 f"{self.decoder.factor} per code"
@@ -134,8 +135,8 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
     ) -> Float[Array, "b h w k"]:
         """Codes (i/factor, j/factor) fp32 of images in [-1, 1]; those of a published model are in about [-3, 3].
 
-        Deterministic; the key is ignored. Errors: `ValueError` for a size that is no multiple of `factor`, and if there
-        is no encoder.
+        Deterministic; the key is ignored. Errors: `ValueError` for a size that is no multiple of `factor`,
+        `ConfigError` if there is no encoder.
         """
         return (self.latents(model, images).astype(jnp.float32) - self.shift) * self.scale
 
@@ -158,7 +159,7 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
         """Codes before shift and scale, in the dtype of the convolutions."""
         encoder = model.autoencoder.encoder
         if encoder is None:
-            raise ValueError("encoder=None: this model makes images of codes, but no codes of images")
+            raise ConfigError("encoder=None: this codec makes images of codes, but no codes of images")
         return encoder(shard(check_size(images, self.factor).astype(self.dtype), "batch", None, None, None))
 
     def measure(self, model: AutoencoderModel[TinyAutoencoder], batches: Iterable[ArrayLike]) -> tuple[float, float]:
