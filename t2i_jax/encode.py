@@ -14,10 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.core.config import ConfigError, differences, read_json, read_migrated, stored_form
+from t2i_jax.core.config import ConfigError, differences, read_json, read_migrated, refused, stored_form
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
@@ -34,9 +35,10 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
+from t2i_jax.storage.artifacts import on_host
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.retrieval import Neighbours
-from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
+from t2i_jax.training.experiment import Experiment, as_floats, frozen_parts, make_store
 from t2i_jax.training.watch import raise_peer_lost
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ WORK = "work.json"
 def encode_splits(
     experiment: Experiment, out: str | Path, splits: Sequence[str], batch_size: int, block: int = 8192
 ) -> Record:
-    """Write an ArrayRecord data set of `codes` (with a codec) and `features` (with a frozen text encoder).
+    """Write an ArrayRecord data set of `codes` (with a codec), `low_codes` (if the model reads them) and `features`
+    (with a frozen text encoder).
 
     Codes are of images cropped at the centre; without a codec the images stay with the records as they are. Captions,
     keys and licences stay too, and the records keep their order; features have a row for each caption. Broken records,
@@ -198,8 +201,11 @@ def encode_database(experiment: Experiment, out: str | Path, split: str = "train
     if jax.process_count() > 1:
         raise ConfigError("--database works in one process alone")
     check_parent(out)
-    examples, model = experiment.data.examples(split), clip.load()
-    embed = jax.jit(lambda model, images: clip.embed_images(model, images.astype(np.float32) / 127.5 - 1))
+    examples = experiment.data.examples(split)
+    with refused("text"), on_host():
+        model = clip.load()
+    model = jax.tree.map(jnp.asarray, model)  # on the device once, not with each batch
+    embed = jax.jit(lambda model, images: clip.embed_images(model, as_floats({"image": images})["image"]))
     records, parts = iter(examples), []
     while some := [record["image"] for record in islice(records, batch_size) if "image" in record]:
         images = np.stack(some + some[-1:] * (batch_size - len(some)))

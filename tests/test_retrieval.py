@@ -74,7 +74,9 @@ def test_databases_are_arrays_and_folders_of_them(tmp_path):
     np.save(tmp_path / "flat.npy", rows[0])
     (tmp_path / "text.npy").write_text("no array")
     np.savez(tmp_path / "other.npz", img_id=rows)
-    for name, said in {"flat.npy": "floats", "text.npy": "no array", "other.npz": "embedding"}.items():
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:50])
+    cases = {"flat.npy": "floats", "text.npy": "no array", "other.npz": "embedding", "cut.npz": "no array"}
+    for name, said in cases.items():
         with pytest.raises(ConfigError, match=said):
             read_database(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no .npz"):

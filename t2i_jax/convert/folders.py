@@ -185,7 +185,7 @@ def neighbours(words: str, said: str) -> Neighbours:
     mine = {f.name for f in dataclasses.fields(Neighbours)} - {"clip"}
     ours, others = ([x for x in settings if (x.partition("=")[0] in mine) == own] for own in (True, False))
     given: Fields = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in ours)}
-    if not Path(str(given.get("database", ""))).exists() or "database" not in given:
+    if "database" not in given or not Path(str(given["database"])).exists():
         raise ConfigError(f"{said}: database=FILE is wanted, embeddings of images by this CLIP")
     clip = encoder(ClipEmbedding, ",".join((path, *others)), said)
     with refused(said):

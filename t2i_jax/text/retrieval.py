@@ -7,6 +7,8 @@ et al. 2022, arXiv:2204.11824); KNN-Diffusion reads both embedding and neighbour
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -65,7 +67,7 @@ def read_database(path: str | Path) -> np.ndarray:
         try:
             content = np.load(file, allow_pickle=False)
             parts.append(content if isinstance(content, np.ndarray) else content["embedding"])
-        except (ValueError, KeyError, EOFError) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(f"{file}: no array of embeddings, or `embedding` of a .npz file ({error})") from error
     if any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] or part.dtype.kind != "f" for part in parts):
         shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[:4])
@@ -74,7 +76,7 @@ def read_database(path: str | Path) -> np.ndarray:
 
 
 class Retriever(nnx.Module):
-    """The towers of a CLIP, and a database of its embeddings (n, k)."""
+    """The towers of a CLIP, and a database of its embeddings, fp32 (n, k)."""
 
     def __init__(self, clip: CLIP, database: Array):
         self.clip, self.database = clip, ModelState(database, axes=(None, None))
