@@ -114,6 +114,11 @@ class Pipeline:
         return self.family.options()
 
     @property
+    def reads_negative(self) -> bool:
+        """Whether a negative prompt has an effect on the family with these options."""
+        return self.family.capabilities.negative and guided_by(self.family, self.options) is not False
+
+    @property
     def parts(self) -> dict[str, object]:
         """The weights: `model`; `codec` and `text`, the text encoder's, or None."""
         return {"model": self.model, "codec": self.codec and self.codec.model, "text": self.encoder}
@@ -204,8 +209,8 @@ class Pipeline:
         edit: of a given image, for all prompts. guides: at most one of a kind. upsampler: the second stage of a cascade
         (Ho et al. 2022), a super-resolution pipeline; it reads the same prompts, samples with its own options, and uses
         the same seeds with other noise. negative: a prompt to guide away from, in the place of the unconditional
-        branch; the second stage reads it too, if it can. Errors: `ConfigError` for what the family cannot do, guides
-        that do not match it.
+        branch; the second stage reads it too, if it can and is guided. Errors: `ConfigError` for what the family
+        cannot do, guides that do not match it.
         """
         options = self.options if options is None else options
         about, parts = dict(self.about), self.parts
@@ -229,8 +234,7 @@ class Pipeline:
             if guided_by(self.family, options) is False:
                 raise ConfigError("a negative prompt with guidance 1: nothing guides")
             about |= {"negative": negative}
-        both = upsampler and upsampler.family.capabilities.negative
-        second = upsampler and upsampler.sampler(negative=negative if both else "")
+        second = upsampler and upsampler.sampler(negative=negative if upsampler.reads_negative else "")
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
         encoder = self.text if gives_features(self.text) else None
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))

@@ -44,6 +44,8 @@ def test_a_cascade_of_codes():
     images = base([0, 1], upsampler=upsampler, negative=1)
     assert images.shape == (2, 16, 16, 3)
     np.testing.assert_array_equal(images, base([0, 1], upsampler=upsampler, negative=1))
+    plain = dataclasses.replace(UPSAMPLER, sampling=MaskedSampler(guidance=1.0, iterations=2))
+    assert base.sampler(upsampler=pipeline(plain), negative="1").upsampler.negative == ""
     with pytest.raises(ConfigError, match="enlarges images"):
         upsampler([0])
 
@@ -57,8 +59,9 @@ def test_low_codes_are_of_the_small_image_by_the_codec():
     np.testing.assert_array_equal(ready["low_codes"], small)
     assert ready["codes"].shape == (3, 4, 4) and "image" not in ready
     assert make_store(codec, None, spec)({"codec": {}}, batch).keys() == {"codes", "low_codes"}
-    given = {"low_codes": small + 0, "codes": np.zeros((3, 4, 4), np.int32)}
-    assert make_prepare(codec, None, spec)({"codec": {}}, given, jax.random.key(0))["low_codes"] is not None
+    given = batch | {"low_codes": 7 - small}  # of the data set, not computed again
+    ready = make_prepare(codec, None, spec)({"codec": {}}, given, jax.random.key(0))
+    np.testing.assert_array_equal(ready["low_codes"], 7 - small)
     experiment = dataclasses.replace(toys.experiment(), model=UPSAMPLER)
     assert record_spec(experiment, codec)["low_codes"].optional
     assert not record_spec(experiment, None)["low_codes"].optional
