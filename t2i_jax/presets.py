@@ -207,6 +207,7 @@ MUSE = Masked(
     conditioning=Conditioning(TextFeatures(4096, 128), via="cross_attention"),
     sampling=MaskedSampler(guidance=4.0, iterations=24),
 )
+"""The base model of Muse (Chang et al. 2023) on 16 x 16 codes, by all vectors of a T5-XXL."""
 MUSE_SR = replace(
     MUSE,
     grid=(64, 64),
@@ -214,6 +215,8 @@ MUSE_SR = replace(
     conditioning=Conditioning(Joined((TextFeatures(4096, 128), LowCodes())), via="cross_attention"),
     sampling=MaskedSampler(guidance=4.0, iterations=8),
 )
+"""Its second stage, on 64 x 64 codes. Muse has one codec for each stage; here the codec of the large image also makes
+the 16 x 16 codes of the small one."""
 OF_MASKED: dict[str, Masked] = {
     "mar-b": _mar(768, 12, 12, DiffusionHead(width=1024, depth=6)),  # 208 M
     "mar-l": _mar(1024, 16, 16, DiffusionHead(width=1280, depth=8)),  # 478 M

@@ -58,7 +58,7 @@ def test_a_file_of_flax_converts_as_its_tensors_do(tmp_path):
     read = convert.read(written(tree, tmp_path / "maskgit_checkpoint"), "maskgit")
     assert read.keys() == tensors.keys()
     assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
-    with pytest.raises(ValueError, match="2 words|28 words"):
+    with pytest.raises(ValueError, match="28 words"):
         convert.convert("maskgit", read)  # 1024 codes are more than it has words
 
 

@@ -203,7 +203,8 @@ class MaskedSampler(ARSampler):
         """The same options as arrays of one dtype per field, with their schedule.
 
         The schedule is computed here, in float64: whether a share of the tokens falls just short of an integer depends
-        on bits that fp32 does not have. Errors: ValueError for too many iterations, or none, and for an unknown shape.
+        on bits that fp32 does not have. Shapes that depend on the number of tokens, log and exp, are computed in the
+        program, in fp32. Errors: ValueError for too many iterations, or none, and for an unknown shape.
         """
         steps, shape, start = int(self.iterations), int(self.shape), int(self.start)
         if not 1 <= steps <= BOUND:
