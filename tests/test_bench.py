@@ -1,5 +1,6 @@
 """Benchmarks: bounds by hand, the same numbers from the PyTorch loop, and every command in small."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -27,6 +28,8 @@ from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.attention import attend
 from t2i_jax.plan.chips import CHIPS, chip_of
+from tests.fixtures import toys
+from tests.fixtures.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +168,20 @@ def test_what_is_cut_is_the_head_and_nothing_of_the_network(head):
         once = 8 * 16  # of z, which is the same at all steps
         products = once + 5 * (sum(int(np.prod(s)) for s in matrices) - once)
     assert count(family) - count(drawing.without_head(family)) == 2 * rows * tokens * products
+
+
+@pytest.mark.parametrize("name", ["masked-bert", "masked-upsampler"])
+def test_one_stack_is_measured_with_and_without_its_head(name):
+    """A tied table, and the codes of a small image as a condition."""
+    family = FAMILIES[name]
+    model = jax.eval_shape(family.init, jax.random.key(0))
+    condition = drawing.random_condition(dataclasses.replace(toys.experiment(), model=family), 2)
+    keys, options = jax.random.split(jax.random.key(1), 2), family.options()
+
+    def count(f):
+        return flops.count(lambda m: f.sample(m, condition, keys, options), model, trips=f.loop_trips(options))
+
+    assert 0 < count(drawing.without_head(family)) < count(family)
 
 
 def checked(words: list[str], tmp_path: Path) -> dict[str, dict]:

@@ -112,6 +112,8 @@ def test_what_is_declared_works(name):
         assert jax.eval_shape(sample, model, model).shape == (2, *spec.shape)
     if can.int8:
         drawn(jax.eval_shape(int8_weights, model))
+    if can.negative:
+        drawn(negative=condition)
     if can.interpolation:
         drawn(toward=Toward(condition, keys, jnp.ones(2)))
     if can.likelihood:
@@ -133,6 +135,7 @@ def test_a_pipeline_refuses_what_is_not_declared(name):
         "classifier_guidance": {"guides": [ClassifierGuidance(Artifact(FAMILIES["classifier"], {}))]},
         "autoguidance": {"guides": [Autoguidance(Artifact(config, {}))]},
         "super_resolution": {"upsampler": pipeline},
+        "negative": {"negative": "1"},
     }
     for flag, argument in asked.items():
         if not dataclasses.asdict(can)[flag]:

@@ -73,8 +73,11 @@ def test_conditions_are_joined():
     assert config.from_json(config.to_json(UPSAMPLER)) == UPSAMPLER
     with pytest.raises(ConfigError, match="two of them read 'label'"):
         Joined((ClassEmbedder(2), ClassEmbedder(3)))
-    with pytest.raises(ConfigError, match="codes 0 to 7"):
-        dataclasses.replace(UPSAMPLER, head=SoftmaxHead(9))
+    in_any_order = dataclasses.replace(ANY_ORDER, conditioning=dataclasses.replace(ANY_ORDER.conditioning, what=both))
+    for family in (UPSAMPLER, in_any_order):
+        assert family.capabilities.super_resolution
+        with pytest.raises(ConfigError, match="codes 0 to 7"):
+            dataclasses.replace(family, head=SoftmaxHead(9))
     assert Joined((TextFeatures(5, 6), SMALL)).spec.has_padding
 
 

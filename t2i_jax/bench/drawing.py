@@ -31,7 +31,7 @@ from t2i_jax.core.specs import CodeSpec
 from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import Folder
-from t2i_jax.heads import PositionKeys, TokenHead
+from t2i_jax.heads import PositionKeys, SoftmaxHead, TokenHead
 from t2i_jax.plan.ready import batch_shapes
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import ARSampler
@@ -62,7 +62,7 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
         check_memory(f"a batch of {batch}", sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values()))
     reads = family.condition_spec()
     condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
-    if family.capabilities.super_resolution:
+    if family.capabilities.super_resolution and "low_codes" not in condition:
         i, j, c = family.sample_spec().shape
         condition["low_res"] = np.zeros((batch, -(-i // 4), -(-j // 4), c), np.float32)
     return condition
@@ -104,9 +104,21 @@ class FreeHead:
         return drawn, mean if self.knows_probability else None
 
 
+@dataclasses.dataclass(frozen=True)
+class FreeSoftmaxHead(SoftmaxHead):
+    """The same of a `SoftmaxHead`, as families with a tied table need one."""
+
+    def sample(
+        self, module: nnx.Module, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
+    ) -> tuple[Array, Array | None]:
+        """Codes that depend on the whole of z, and a score."""
+        return FreeHead(self).sample(module, z, null, draws, guidance, options)
+
+
 def without_head(family: Family) -> Family:
-    """A family with its head replaced by a `FreeHead`."""
-    return with_fields(family, head=FreeHead(values(family)["head"]))
+    """A family with its head replaced by one that samples at no cost."""
+    head = values(family)["head"]
+    return with_fields(family, head=FreeSoftmaxHead(**values(head)) if type(head) is SoftmaxHead else FreeHead(head))
 
 
 def bench_drawing(

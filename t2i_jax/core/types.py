@@ -148,7 +148,7 @@ class Capabilities:
     init_image: bool = False
     """`sample` takes `known` without `keep`, and its options have a `strength`"""
     super_resolution: bool = False
-    """upsamples a low-resolution image, `low_res` of its condition"""
+    """enlarges a small image, `low_res` of its condition, or its codes, `low_codes`"""
     classifier_guidance: bool = False
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False

@@ -29,7 +29,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Capabilities, Compute, LossOutput
+from t2i_jax.core.types import Compute, LossOutput
 from t2i_jax.heads import DiffusionHead, HeadFamily, ImageKeys, SoftmaxHead, TokenHead
 from t2i_jax.networks.condition import ClassEmbedder, ClassTokens, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
@@ -111,18 +111,8 @@ class Masked(HeadFamily[MaskedSampler]):
             raise ConfigError("transformer.depth 0 is a model without encoder: it needs a `decoder` with layers")
         if self.tied and not (self.reads == "all" and isinstance(self.head, SoftmaxHead)):
             raise ConfigError('tied: the table is the output matrix with reads "all" and a SoftmaxHead only')
-        low = self.condition_spec().get("low_codes")
-        if low is not None and self.head.code.field(self.grid).high != low.high:
-            raise ConfigError(
-                f"the condition reads codes 0 to {low.high} of small images: the head has {self.head.code}"
-            )
         if isinstance(self.positions, LearnedPositions) and self.positions.count:
             raise ConfigError("positions.count: the tables of Masked have a row for each token")
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return dataclasses.replace(super().capabilities, super_resolution="low_codes" in self.condition_spec())
 
     @property
     def routes(self) -> tuple[str, ...]:
