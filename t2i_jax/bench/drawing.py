@@ -68,6 +68,13 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
     return condition
 
 
+def free_sample(code: CodeSpec, z: Array, null: Array | None) -> tuple[Array, Array]:
+    """Codes (b, m, *code) and the mean (b, m) of z and null (b, m, d), on whose whole they depend."""
+    mean = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
+    drawn = jnp.broadcast_to(mean.reshape(*mean.shape, *(1 for _ in code.shape)), (*mean.shape, *code.shape))
+    return (drawn > 0).astype(jnp.int32) if code.is_discrete else drawn, mean
+
+
 @dataclasses.dataclass(frozen=True)
 class FreeHead:
     """A head with the parameters of another one that samples at no cost, from all of its inputs."""
@@ -97,10 +104,7 @@ class FreeHead:
         self, module: nnx.Module, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
         """Codes that depend on the whole of z, and a score where the other head has one."""
-        mean = z.astype(jnp.float32).mean(-1) + (0 if null is None else null.astype(jnp.float32).mean(-1))
-        shape = self.code.shape
-        drawn = jnp.broadcast_to(mean.reshape(*mean.shape, *(1 for _ in shape)), (*mean.shape, *shape))
-        drawn = (drawn > 0).astype(jnp.int32) if self.code.is_discrete else drawn
+        drawn, mean = free_sample(self.code, z, null)
         return drawn, mean if self.knows_probability else None
 
 
@@ -110,9 +114,9 @@ class FreeSoftmaxHead(SoftmaxHead):
 
     def sample(
         self, module: nnx.Module, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array, Array]:
         """Codes that depend on the whole of z, and a score."""
-        return FreeHead(self).sample(module, z, null, draws, guidance, options)
+        return free_sample(self.code, z, null)
 
 
 def without_head(family: Family) -> Family:
