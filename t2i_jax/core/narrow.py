@@ -118,7 +118,7 @@ def image_to_image(config: Trainable) -> Family:
 
 def super_resolution(config: Trainable) -> Family:
     """Check for super-resolution. Errors: `ConfigError` for a config that does not upsample images."""
-    what = "reads no small image, 'low_res' or 'low_codes', so it cannot make images larger"
+    what = "is no second stage of a cascade, which reads a small image, so it cannot make images larger"
     return cast(Family, _declares(config, "super_resolution", what))
 
 
