@@ -109,7 +109,7 @@ class ColorClusters(Checked):
 
 
 class ColorTable(nnx.Module):
-    """The clusters."""
+    """The clusters, fp32 (codes, 3) in [-1, 1]."""
 
     def __init__(self, config: ColorClusters, key: Array):
         self.quantizer = Quantizer(config.quantizer, key)

@@ -228,8 +228,9 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
 
 
 def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
-    """A batch with the codes of the small image, if the model reads them and the batch has none: of its `low_res`
-    float (b, i, j, 3), or of its `image`, downscaled to as many pixels as `low_codes` of the spec has codes for."""
+    """A batch with the codes of the small image, `low_codes` int (b, h, w), if the model reads them and the batch has
+    none: of its `low_res` float (b, i, j, 3) in [-1, 1], or of its `image`, scaled to as many pixels as `low_codes` of
+    the spec has codes for."""
     small = batch.get("low_res", batch.get("image"))
     if "low_codes" not in spec or "low_codes" in batch or codec is None or small is None:
         return batch
