@@ -26,7 +26,7 @@ experiment = Experiment(
         MultiScaleConfig(QuantizerConfig(512, 8, normalize=False), scales=(1, 2, 3, 4, 6, 8)),
         transformer=replace(VAR().transformer, width=192, depth=4, heads=4),
         conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)),
-        sampling=ScaleSampler(guidance=2.0, temperature=0.7, top_k=0, top_p=1.0),
+        sampling=ScaleSampler(guidance=1.0, temperature=0.25, top_k=0, top_p=1.0),
     ),
     data=Data(ArrayRecord("data/glyphs_scales"), image_size=32, batch_size=32),
     train=Train(
