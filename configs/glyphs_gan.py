@@ -6,8 +6,8 @@
 
 The text is that of the DAMSM of `glyphs_damsm.py`. Any other frozen encoder serves: `text=MiniLM(16, pooled=True)` with
 `condition=CrossAttnFeatures(MiniLM.dim, 1, trained_null=False)`. With SSA-GAN's blocks instead: `OneStage(..., block=
-SemanticSpatial(32))`; with R1 in place of the matching-aware penalty: `penalty=R1`; with the losses of DAMSM, at three
-times the time of a step: `matching="runs/glyphs/damsm"`.
+SemanticSpatial(32))`; with R1 in place of the matching-aware penalty: `penalty=R1`; with the losses of DAMSM:
+`matching="runs/glyphs/damsm"`. What was tried is in docs/results/gan.md.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 # Without momentum, and the discriminator faster than the generator, as published. At twice the generator's rate the
-# images become white within 200 steps, and stay so: tanh has no slope there.
+# images are white by step 250, and stay so: tanh has no slope there.
 OPTIMIZER = Optimizer("adam", 1e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0)
 
 experiment = Experiment(

@@ -103,7 +103,8 @@ def _sample(
 
 def _decode(codec: Codec | None, model: object, codes: Array) -> Array:
     images = codec.decode(model, codes) if codec else codes
-    chex.assert_shape(images, (len(codes), None, None, 3), custom_message=f"{type(codec).__name__}.decode")
+    maker = f"{type(codec).__name__}.decode" if codec else "a sample that no codec decodes"
+    chex.assert_shape(images, (len(codes), None, None, 3), custom_message=maker)
     return to_uint8(images)
 
 

@@ -64,8 +64,8 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
     for name in repeated:
         numbers, sheets[name] = with_memory(Variant(name), {}, name)
         known[name] |= numbers
-    for run in comparison.runs:
-        found["runs"][run] = averaged([known[name] for name, (of, _) in repeated.items() if of == run])
+    for whole in comparison.runs:
+        found["runs"][whole] = averaged([known[name] for name, (of, _) in repeated.items() if of == whole])
     found["guides"] = {name: known[name] for name in comparison.guides}
     for name, sweep in comparison.sweeps.items():
         found["sweeps"][name] = {}

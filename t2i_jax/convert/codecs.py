@@ -139,9 +139,9 @@ def _taesd_folder(path: Path) -> Folder:
     """A folder of diffusers, or one with the two files of the original."""
     if not (path / "config.json").is_file():
         return Folder(read(path, "taesd"), {})
-    told = huggingface.config(path)
-    huggingface.check_supported(told, taesd.ONLY)
-    hints = {ours: told[theirs] for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))}
+    given = huggingface.config(path)
+    huggingface.check_supported(given, taesd.ONLY)
+    hints = {ours: given[theirs] for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))}
     return Folder(huggingface.Weights(path, *taesd.NEEDED), {k: v for k, v in hints.items() if v is not None})
 
 

@@ -57,7 +57,8 @@ def evaluate_folder(
     solver: another than that of the family. mesh: for the model; that of the reference unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
-    check_free(*(out / name for name in ("report.json", "report.md", "samples.png", "noises.png")))
+    check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
+    check_free(*([out / "noises.png"] if noises else []))
     kind = open_artifact(folder).artifact.config
     batch_size = min(batch_size, count)
     if reference is None:

@@ -114,7 +114,7 @@ class CoarseToFine(BaseFamily[CoarseToFineSampler]):
         return SampleSpec(self.grid, CodeSpec("int32", sizes=(self.coarse.vocabulary,)))
 
     def condition_spec(self) -> BatchSpec:
-        """Batch fields that `sample` reads; which text is padding is always told."""
+        """Batch fields that `sample` reads; the mask of padding is needed."""
         spec = self.coarse.condition_spec()
         return {**spec, "text_mask": dataclasses.replace(spec["text_mask"], optional=False)}
 
