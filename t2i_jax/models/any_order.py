@@ -25,7 +25,7 @@ from t2i_jax.heads import HeadFamily, ImageKeys, SoftmaxHead, TokenHead
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.decode import prepare_layers_for_decode
-from t2i_jax.nn.layers import normal, param
+from t2i_jax.nn.layers import normal, position_table
 from t2i_jax.nn.losses import row_mean
 from t2i_jax.nn.stationary import lookup, weight_stationary
 from t2i_jax.nn.tokens import from_tokens, to_tokens
@@ -161,8 +161,8 @@ class AnyOrderNetwork(nnx.Module):
         self.config, keys, d = config, jax.random.split(key, 6), config.transformer.width
         self.condition = config.conditioning.what.init(keys[0], d)
         self.entrance = config.head.entrance(keys[1], d)
-        self.position = param(normal(keys[2], (config.length, d)), None, "embed")
-        self.target = param(normal(keys[3], (config.length, d)), None, "embed")
+        self.position = position_table(normal(keys[2], (config.length, d)), config.grid)
+        self.target = position_table(normal(keys[3], (config.length, d)), config.grid)
         self.blocks = stack(config.transformer, keys[4], config.compute.attention)
         self.norm = config.transformer.normalise()
         self.head = config.head.init(keys[5], d)

@@ -25,7 +25,7 @@ from t2i_jax.core.types import CachedNetwork, Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows
 from t2i_jax.nn.attention import Causal, Rotary
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
+from t2i_jax.nn.layers import Embedding, matmul, normal, param, position_table, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_layers, drop, scale_residuals, scan_stack, stack
@@ -189,7 +189,8 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         self.start = param(normal(jax.random.fold_in(key, 4), (d,)), "embed") if cross else None
         learned = config.positions if isinstance(config.positions, LearnedPositions) else None
         rows = (learned and learned.count) or config.prefix_length + config.length - 1
-        self.positions = None if learned is None else param(jnp.zeros((rows, d)), None, "embed")
+        prefix = config.prefix_length
+        self.positions = None if learned is None else position_table(jnp.zeros((rows, d)), config.grid, prefix=prefix)
         self.blocks = stack(shape, keys[2], config.compute.attention, d if cross else 0)
         scale_residuals(self.blocks)
         self.norm = shape.normalise()

@@ -33,7 +33,7 @@ from t2i_jax.core.types import Compute, LossOutput
 from t2i_jax.heads import DiffusionHead, HeadFamily, ImageKeys, SoftmaxHead, TokenHead
 from t2i_jax.networks.condition import ClassEmbedder, ClassTokens, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
-from t2i_jax.nn.layers import Embedding, Linear, matmul, normal, param
+from t2i_jax.nn.layers import Embedding, Linear, matmul, normal, param, position_table
 from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
 from t2i_jax.nn.positions import LearnedPositions, RotaryPositions
 from t2i_jax.nn.tokens import from_tokens, to_tokens
@@ -329,20 +329,24 @@ class MaskedNetwork(HiddenTokenNetwork):
         keys = jax.random.split(key, 10)
         super().__init__(config, keys[0])
         encoder, decoder, kernel = config.transformer, config.decoding, config.compute.attention
-        d, f, total = encoder.width, decoder.width, config.condition_tokens + config.length
+        d, f, prefix = encoder.width, decoder.width, config.condition_tokens
         learned = isinstance(config.positions, LearnedPositions)
-        table = lambda key, rows, width: param(normal(key, (rows, width)), None, "embed") if learned else None
+        table = lambda key, prefix, width: (
+            position_table(normal(key, (prefix + config.length, width)), config.grid, prefix=prefix)
+            if learned
+            else None
+        )
         self.entrance = config.head.entrance(keys[1], d)
-        self.encoder_position = table(keys[2], total, d)
+        self.encoder_position = table(keys[2], prefix, d)
         self.entrance_norm = encoder.normalise()
         self.encoder = stack(encoder, keys[3], kernel) if encoder.depth else None
         self.encoder_norm = encoder.normalise()
         self.widen = Linear(d, f, keys[4], std=None, axes=("embed", "mlp"))
         self.mask_token = param(normal(keys[5], (f,)), "embed")
-        self.decoder_position = table(keys[6], total, f)
+        self.decoder_position = table(keys[6], prefix, f)
         self.decoder = stack(decoder, keys[7], kernel)
         self.decoder_norm = decoder.normalise()
-        self.head_position = table(keys[8], config.length, f)
+        self.head_position = table(keys[8], 0, f)
         self.head = config.head.init(keys[9], f)
 
     def output(self, whole: bool = True) -> nnx.Module:
@@ -429,11 +433,12 @@ class MaskedTransformer(HiddenTokenNetwork):
     def __init__(self, config: Masked, key: Array):
         keys = jax.random.split(key, 7)
         super().__init__(config, keys[0])
-        shape, length = config.transformer, config.condition_tokens + config.length
+        shape, prefix = config.transformer, config.condition_tokens
         d, cross, learned = shape.width, config.is_cross_attended, isinstance(config.positions, LearnedPositions)
         self.entrance = config.head.entrance(keys[1], d)
         self.mask_token = param(normal(keys[2], (d,)), "embed")
-        self.position = param(normal(keys[3], (length, d)), None, "embed") if learned else None
+        table = normal(keys[3], (prefix + config.length, d)) if learned else None
+        self.position = None if table is None else position_table(table, config.grid, prefix=prefix)
         self.entrance_norm = shape.normalise()
         self.blocks = stack(shape, keys[4], config.compute.attention, d if cross else 0)
         self.norm = None if shape.post_norm else shape.normalise()

@@ -20,7 +20,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, sin
 from t2i_jax.networks.condition import ids
 from t2i_jax.networks.unet import UNet, UNetEncoder
 from t2i_jax.nn.attention import attend
-from t2i_jax.nn.layers import GroupNorm, Linear, normal, param
+from t2i_jax.nn.layers import GroupNorm, Linear, normal, position_table
 from t2i_jax.nn.losses import cross_entropy, row_mean
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import spread
@@ -134,9 +134,9 @@ class AttentionPool(nnx.Module):
     def __init__(self, config: UNet, c: int, classes: int, key: Array):
         keys = jax.random.split(key, 3)
         factor = 2 ** (len(config.multipliers) - 1)
-        places = (config.size[0] // factor) * (config.size[1] // factor)
+        rows, columns = config.size[0] // factor, config.size[1] // factor
         self.norm = GroupNorm(c, config.groups, config.eps)
-        self.position = param(normal(keys[0], (places + 1, c), c**-0.5), None, None)
+        self.position = position_table(normal(keys[0], (rows * columns + 1, c), c**-0.5), (rows, columns), prefix=1)
         self.qkv = Linear(c, 3 * c, keys[1], std=None, axes=(None, "heads"))
         self.out = Linear(c, classes, keys[2], std=None, axes=("heads", None))
         self.count = c // config.head_dim if config.head_dim else config.heads

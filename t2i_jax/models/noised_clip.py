@@ -20,7 +20,7 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, sin
 from t2i_jax.networks.condition import ids, text_spec, value
 from t2i_jax.nn.attention import attend, causal
 from t2i_jax.nn.conv import patchify
-from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, normal, param, position_table
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.noise.schedule import spread
 
@@ -163,14 +163,14 @@ class CLIPNetwork(nnx.Module):
 
     def __init__(self, config: NoisedCLIP, key: Array):
         keys = jax.random.split(key, 8)
-        d, e, places = config.text_width, config.image_width, 1 + (config.size // config.patch) ** 2
+        d, e, side = config.text_width, config.image_width, config.size // config.patch
         self.config = config
         self.table = Embedding(config.vocabulary, d, keys[0])
-        self.text_position = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
+        self.text_position = position_table(normal(keys[1], (config.length, d), 0.01))
         self.text = Tower(d, config.text_depth, config.text_heads, config.dim, keys[2])
         self.patches = Linear(3 * config.patch**2, e, keys[3], bias=False, axes=(None, "embed"))
         self.start = param(normal(keys[4], (config.times, e) if config.times else (e,), e**-0.5), None)
-        self.image_position = param(normal(keys[5], (places, e), e**-0.5), None, "embed")
+        self.image_position = position_table(normal(keys[5], (side**2 + 1, e), e**-0.5), (side, side), prefix=1)
         self.image_norm = LayerNorm(e)
         self.image = Tower(e, config.image_depth, config.image_heads, config.dim, keys[6])
 

@@ -34,7 +34,7 @@ from t2i_jax.networks.condition import dropped_rows, ids, same_length, text_spec
 from t2i_jax.networks.understanding import Understanding, sees, targets, weights
 from t2i_jax.nn.attention import Causal, MaskSpec, Rotary, rotary_text_grid
 from t2i_jax.nn.decode import DecodeLinear, prepare_layers_for_decode
-from t2i_jax.nn.layers import Embedding, ModelState, matmul, normal, param, transposed
+from t2i_jax.nn.layers import Embedding, ModelState, matmul, normal, param, position_table, transposed
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean, row_weights, weighted_mean
 from t2i_jax.nn.transformer import (
     Block,
@@ -300,16 +300,16 @@ class StreamNetwork(CachedNetwork[StreamDecodeState]):
         self.config, self.prefix = config, config.condition.prefix_length
         self.text_tokens = Embedding(rows, d, keys[0])
         self.image_tokens = Embedding(config.vocabulary, d, keys[1])
-        places = lambda key, *shape: param(normal(key, (*shape, d)), *(None,) * len(shape), "embed")
+        places = lambda key, n, *maps: position_table(normal(key, (n, d)), *maps)
         learned = config.positions != "rotary"
         self.text_places = places(keys[2], config.places[0] or self.prefix) if learned else None
         own = config.positions == "learned"
-        self.image_places = places(keys[3], config.places[1] or config.length) if own else None
+        self.image_places = places(keys[3], config.places[1] or config.length, config.grid) if own else None
         labels = jnp.arange(config.vocabulary, dtype=jnp.int32) % max(config.clusters, 1)
         self.clusters = ModelState(labels) if config.clusters else None
         axial = config.positions == "axial"
         self.row_places, self.column_places = (
-            places(k, n) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
+            places(k, n, (n, 1)) if axial else None for k, n in zip(jax.random.split(keys[3]), config.grid, strict=True)
         )
         self.blocks = stack(shape, keys[4], config.compute.attention)
         scale_residuals(self.blocks)

@@ -32,7 +32,7 @@ from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Codec, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows, read_context
 from t2i_jax.networks.dit import DiTBlock, ModulatedBlock
-from t2i_jax.nn.layers import Linear, ModelState, normal, param
+from t2i_jax.nn.layers import Linear, ModelState, normal, param, position_table
 from t2i_jax.nn.losses import chunked_cross_entropy, row_mean
 from t2i_jax.nn.modulation import modulate
 from t2i_jax.nn.transformer import REMAT, REMATS, Cache, Transformer
@@ -246,8 +246,9 @@ class VARNetwork(nnx.Module):
         self.condition = config.conditioning.what.init(keys[0], d)
         self.vectors: MultiScaleQuantizer | None = _untrained(quantizer.init(keys[1]))
         self.embed = Linear(quantizer.dim, d, keys[2], std=None, axes=(None, "embed"))
-        self.start = param(normal(keys[3], (quantizer.ends[0], d)), None, "embed")
-        self.positions = param(normal(keys[4], (quantizer.ends[-1], d)), None, "embed")
+        maps = [(n, n) for n in quantizer.scales]
+        self.start = position_table(normal(keys[3], (quantizer.ends[0], d)), maps[0])
+        self.positions = position_table(normal(keys[4], (quantizer.ends[-1], d)), *maps)
         self.levels = param(normal(keys[5], (len(quantizer.scales), d)), None, "embed")
         self.blocks = config.block.stack(keys[6])
         self.shared = Linear(d, 6 * d, keys[7]) if config.shared else None

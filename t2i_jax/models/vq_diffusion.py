@@ -29,7 +29,7 @@ from t2i_jax.core.specs import BatchSpec, CodeSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.adaln_transformer import AdaLN, apply_blocks, stack_blocks
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, check_vectors, dropped_rows, ids
-from t2i_jax.nn.layers import Embedding, Linear, ModelState, normal, param, replace
+from t2i_jax.nn.layers import Embedding, Linear, ModelState, normal, position_table, replace
 from t2i_jax.nn.losses import chunked_cross_entropy, in_chunks, row_mean, row_weights
 from t2i_jax.nn.positions import AxialPositions, RotaryPositions
 from t2i_jax.nn.transformer import REMATS, Transformer
@@ -320,11 +320,11 @@ class VQDiffusionNetwork(nnx.Module):
     def __init__(self, config: VQDiffusion, key: Array):
         self.config, keys, d = config, jax.random.split(key, 6), config.transformer.width
         self.condition = config.conditioning.what.init(keys[0], d) if config.by_tokens else None
-        self.tokens = Embedding(config.chain.codes + 1, d, keys[1])
+        self.tokens = Embedding(config.chain.codes + 1, d, keys[1], special=1)
         axial = config.positions if isinstance(config.positions, AxialPositions) else None
         rows, columns = (axial and axial.grid) or config.grid
-        self.rows = param(normal(keys[2], (rows, d)), None, "embed") if axial else None
-        self.columns = param(normal(keys[3], (columns, d)), None, "embed") if axial else None
+        self.rows = position_table(normal(keys[2], (rows, d)), (rows, 1)) if axial else None
+        self.columns = position_table(normal(keys[3], (columns, d)), (columns, 1)) if axial else None
         self.blocks = stack_blocks(config.block, keys[4])
         self.norm = config.transformer.normalise()
         self.output = Linear(d, config.chain.codes, keys[5], axes=("embed", "vocab"))

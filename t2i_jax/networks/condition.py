@@ -24,7 +24,7 @@ from t2i_jax.core.conditions import Batch, Condition, ConditionSpec, ConditionTo
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Grid, Layers, Share, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec, missing
-from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param
+from t2i_jax.nn.layers import Embedding, Linear, ModelState, RMSNorm, normal, param, position_table
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 
 
@@ -81,7 +81,7 @@ class ClassTokens(nnx.Module):
     """`label` int (b,) -> one token (b, 1, d), always visible."""
 
     def __init__(self, config: ClassEmbedder, key: Array, width: int):
-        self.config, self.table = config, Embedding(config.count + config.null, width, key)
+        self.config, self.table = config, Embedding(config.count + config.null, width, key, special=int(config.null))
 
     @typed
     def __call__(
@@ -136,9 +136,9 @@ class CaptionEncoder(BaseCondition):
 class EncodedIds(nnx.Module):
     """A bidirectional Transformer over embedded ids, projected to the width of the network."""
 
-    def __init__(self, config: CaptionEncoder | LowCodes, keys: Array, width: int):
+    def __init__(self, config: CaptionEncoder | LowCodes, keys: Array, width: int, *maps: tuple[int, int]):
         self.table = Embedding(config.vocabulary, config.width, keys[0])
-        self.position = param(normal(keys[1], (config.length, config.width)), None, "embed")
+        self.position = position_table(normal(keys[1], (config.length, config.width)), *maps)
         self.blocks = stack(Transformer(config.width, config.depth, config.heads), keys[2])
         self.norm = RMSNorm(config.width)
         self.out = Linear(config.width, width, keys[3], bias=False, axes=("embed", None))
@@ -162,7 +162,7 @@ class CaptionTokens(EncodedIds):
         keys = jax.random.split(key, 5)
         super().__init__(config, keys, width)
         self.config = config
-        self.padding = param(normal(keys[4], (config.length, width)), None, "embed")
+        self.padding = position_table(normal(keys[4], (config.length, width)))
 
     @typed
     def __call__(
@@ -525,7 +525,7 @@ class LowCodeTokens(EncodedIds):
     """`low_codes` int (b, h, w) -> tokens (b, h w, d), all visible; `drop` has no effect."""
 
     def __init__(self, config: LowCodes, key: Array, width: int):
-        super().__init__(config, jax.random.split(key, 4), width)
+        super().__init__(config, jax.random.split(key, 4), width, config.grid)
         self.config = config
 
     @typed

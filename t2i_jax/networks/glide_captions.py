@@ -15,7 +15,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Layers, Size
 from t2i_jax.core.specs import BatchSpec
 from t2i_jax.networks.condition import BaseCondition, caption, text_spec
-from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
+from t2i_jax.nn.layers import Embedding, LayerNorm, normal, position_table
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
 
 
@@ -49,11 +49,11 @@ class GlideCaptionTokens(nnx.Module):
         keys = jax.random.split(key, 4)
         self.config = config
         self.table = Embedding(config.vocabulary, config.width, keys[0])
-        self.position = param(normal(keys[1], (config.length, config.width), 0.01), None, "embed")
+        self.position = position_table(normal(keys[1], (config.length, config.width), 0.01))
         shape = Transformer(config.width, config.depth, config.heads, norm="layer", activation="gelu", bias=True)
         self.blocks = stack(shape, keys[2])
         self.norm = LayerNorm(config.width) if config.final_norm else None
-        self.padding = param(normal(keys[3], (config.length, config.width)), None, "embed") if config.padding else None
+        self.padding = position_table(normal(keys[3], (config.length, config.width))) if config.padding else None
 
     @typed
     def __call__(

@@ -24,7 +24,7 @@ from t2i_jax.core.fields import Checked, Count, Range, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute
 from t2i_jax.nn.attention import MaskSpec, Rotary, attend
-from t2i_jax.nn.layers import Embedding, matmul, normal, param, transposed
+from t2i_jax.nn.layers import Embedding, matmul, normal, position_table, transposed
 from t2i_jax.nn.transformer import Attention, Cache, Transformer, drop, scale_residuals, scan_stack, stack
 
 
@@ -154,12 +154,12 @@ class LocalNetwork(nnx.Module):
         count = self.first + coarse[0] * coarse[1] if self.coarse else config.text
         if 0 < config.places < count or self.first < config.text:
             raise ConfigError(f"LocalTransformer.places {config.places}: {count} are needed, the first for the text")
-        table = lambda key, n: param(normal(key, (n, d)), None, "embed")
+        maps = () if self.coarse is None else (coarse,)
         self.text_tokens, self.image_tokens = Embedding(words, d, keys[0]), Embedding(codes, d, keys[1])
         if config.hidden >= words:
             raise ConfigError(f"LocalTransformer.hidden {config.hidden}: one of the {words} ids of text")
-        self.places = table(keys[2], config.places or count)
-        self.fine_places = table(keys[3], fine[0] * fine[1])
+        self.places = position_table(normal(keys[2], (config.places or count, d)), *maps, prefix=self.first)
+        self.fine_places = position_table(normal(keys[3], (fine[0] * fine[1], d)), fine)
         self.blocks = stack(shape, keys[4])
         layers = jax.random.split(keys[5], shape.depth)
         self.blocks.attention = jax.vmap(lambda key: LocalAttention(config, self.coarse, fine, key))(layers)

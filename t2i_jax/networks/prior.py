@@ -19,7 +19,7 @@ from t2i_jax.core.types import Compute, Remat
 from t2i_jax.networks.condition import Conditioning, Context, check_vectors, read_context
 from t2i_jax.networks.unclip import CaptionAndTokens
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.layers import Linear, normal, param
+from t2i_jax.nn.layers import Linear, normal, param, position_table
 from t2i_jax.nn.modulation import TimeEmbedding
 from t2i_jax.nn.transformer import REMATS, Transformer, scan_stack, stack
 
@@ -63,7 +63,7 @@ class EmbeddingPriorNetwork(nnx.Module):
         self.time = TimeEmbedding(d, keys[1], waves=d)
         self.embed = Linear(k, d, keys[2], axes=(None, "embed"))
         self.last = param(normal(keys[3], (d,)), "embed")
-        self.positions = param(normal(keys[4], (what.length + 3, d), 0.01), None, "embed")
+        self.positions = position_table(normal(keys[4], (what.length + 3, d), 0.01))
         self.blocks = stack(config.transformer, keys[5], compute.attention)
         self.norm = config.transformer.normalise() if config.final_norm else None
         self.out = Linear(d, k, keys[6], axes=("embed", None))

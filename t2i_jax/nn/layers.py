@@ -34,6 +34,13 @@ def param(value: Array, *axes: str | None) -> nnx.Param:
     return nnx.Param(value, axes=axes)
 
 
+def position_table(table: Array, *maps: tuple[int, int], prefix: int = 0) -> nnx.Param:
+    """A trainable table (n, d) of position vectors: `prefix` rows, then those of each of `maps`, rows and columns of
+    tokens in raster order; without `maps` those of a sequence. Training from weights of another grid resizes it by
+    them (`training/start.py`)."""
+    return nnx.Param(table, axes=("length", "embed"), maps=maps, prefix=prefix)
+
+
 def replace(module: M, **values: object) -> M:
     """A copy of `module` in which the named attributes hold `values`: arrays or an `Int8` for variables, modules for
     modules."""
@@ -132,10 +139,10 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of v rows."""
+    """A table of v rows, of which the last `special` ones stand for no id of a vocabulary: a mask, no class."""
 
-    def __init__(self, v: int, d: int, key: Array, *, std: float = 0.02):
-        self.w = param(normal(key, (v, d), std), "vocab", "embed")
+    def __init__(self, v: int, d: int, key: Array, *, std: float = 0.02, special: int = 0):
+        self.w = nnx.Param(normal(key, (v, d), std), axes=("vocab", "embed"), special=special)
 
     @typed
     def __call__(self, ids: Integer[Array, "*b"]) -> Float[Array, "*b d"]:

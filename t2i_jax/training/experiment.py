@@ -46,6 +46,13 @@ class Train(Checked):
 
     steps: Annotated[Size, FREE] = 1000
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    start: str = ""
+    """run or released model (as of `t2i convert`) whose weights the run begins with, wherever they fit; the optimizer,
+    the average and the count of steps are new. Empty: none"""
+    frozen: tuple[str, ...] = ()
+    """dotted names, or prefixes of names (such as `condition`), of parameters that do not change"""
+    rates: Mapping[str, NotNegative] = dataclasses.field(default_factory=dict)
+    """factors of the learning rate by dotted names or their prefixes, the longest that fits; others have 1"""
     optimizer: Optimizer = Optimizer()
     optimizers: Mapping[str, Optimizer] = dataclasses.field(default_factory=dict)
     """optimizers of single objectives (such as `discriminator`), by name, if they differ from `optimizer`"""

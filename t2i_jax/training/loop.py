@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,8 +50,11 @@ from t2i_jax.training.objectives import (
     prefix,
     stages,
     updates,
+    without,
 )
+from t2i_jax.training.optimizer import with_rates
 from t2i_jax.training.records import Records
+from t2i_jax.training.start import Start, read_start
 from t2i_jax.training.state import TrainState, create, params_of
 from t2i_jax.training.step import loss_inputs, make_step, step_keys
 from t2i_jax.training.watch import raise_peer_lost, watchdog
@@ -80,18 +83,21 @@ class Trainer:
         self.experiment, self.folder = experiment, Path(folder)
         train = experiment.train
         self.mesh: Mesh = experiment.mesh.build() if mesh is None else mesh
-        self.objectives = experiment.model.objectives()
-        shared = by_optimizer(self.objectives)
+        objectives = experiment.model.objectives()
+        shared = by_optimizer(objectives)
         for name in train.optimizers:
             if name not in shared:
                 raise ConfigError(f"train.optimizers: there is no optimizer '{name}', only {', '.join(shared)}")
         lengths = {name: max(updates(several, train.steps), 1) for name, several in shared.items()}
-        self.optimizers = {name: train.optimizer_of(name).build(n) for name, n in lengths.items()}
+        build = lambda name: with_rates(train.optimizer_of(name).build(lengths[name]), train.rates)
+        self.optimizers = {name: build(name) for name in shared}
         self.forward = forward_of(experiment.model)
         with refused("model"):
             self.abstract = abstract(experiment.model)
         params = params_of(self.abstract)
-        check_objectives(self.objectives, params)
+        check_objectives(objectives, params)
+        self.objectives = without(train.frozen, objectives, params)
+        check_paths("train.rates", tuple(train.rates), params)
         check_paths("train.ema_params", train.ema_params, params)
         parts = experiment.data.batch_size % (train.accumulate * self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         if parts:
@@ -120,8 +126,8 @@ class Trainer:
                 ema=train.ema,
                 spike=train.spike,
             )
-            self.init = lambda key, codec: create(
-                lambda key: self._fresh(key, codec),
+            self.init = lambda key, codec, start=None, values={}: create(
+                lambda key: self._fresh(key, codec, start, values),
                 self.objectives,
                 self.optimizers,
                 key,
@@ -142,21 +148,33 @@ class Trainer:
             self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, whole))
             self.evaluate_step = jax.jit(self._losses, out_shardings=whole)
 
-    def start(self) -> TrainState:
-        """The state before the first step."""
+    def start(self, begun: Start | None = None) -> TrainState:
+        """The state before the first step. begun: the weights that the run begins with, where they fit."""
         # Hundreds of independent random draws that run once: the CPU compiler would take a minute to optimise them.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         if jax.default_backend() == "cpu" and jax.process_count() == 1:
             size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.target))
             check_memory("model: its parameters and their optimizer state", size)
         with jax.set_mesh(self.mesh):
-            init = jax.jit(self.init, out_shardings=self.layout, compiler_options=options)
-            return init(seed_key(self.experiment.train.seed), self.read)
+            init = lambda key, codec, values: self.init(key, codec, begun, values)
+            init = jax.jit(init, out_shardings=self.layout, compiler_options=options)
+            return init(seed_key(self.experiment.train.seed), self.read, begun.values if begun else {})
 
-    def _fresh(self, key: jax.Array, codec: nnx.Module | None) -> nnx.Module:
-        """A model with fresh parameters, and with the vectors of the codec of these weights where it reads them."""
+    def begin(self) -> Start | None:
+        """The weights of `train.start`; None where it is empty. Errors: as `read_start`."""
+        if not self.experiment.train.start:
+            return None
+        layout = {k: v.get_value() for k, v in (self.layout.params | self.layout.carried).items()}
+        return read_start(self.experiment, self.abstract, layout)
+
+    def _fresh(
+        self, key: jax.Array, codec: nnx.Module | None, start: Start | None, values: Mapping[str, jax.Array]
+    ) -> nnx.Module:
+        """A model with fresh parameters, those of a start in their places, and with the vectors of the codec of these
+        weights where it reads them."""
         config = self.experiment.model
         model = config.init(key)
+        model = model if start is None else start.into(model, values)
         if self.codec is None or codec is None:
             return model
         return reads_codec(config).with_codec(model, self.codec.config, codec)
@@ -303,9 +321,14 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
         beat = stack.enter_context(watchdog(t.stuck_after))
         stack.enter_context(reporting(beat))
         restored = checkpoints.restore(trainer.target)
-        state, position = restored if restored else (trainer.start(), 0)
+        begun = None if restored else trainer.begin()
+        state, position = restored if restored else (trainer.start(begun), 0)
         done = int(state.step)
         main = jax.process_index() == 0
+        if begun and main:
+            write_json(folder / "start.json", begun.report())
+        for line in begun.lines() if begun else ():
+            say(line)
         history.note(done, say)
         records = (
             stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
@@ -61,6 +62,22 @@ def check_objectives(objectives: Objectives, params: Named) -> None:
         if len({tuple(under(o.params, params)) for o in several}) > 1:
             raise ConfigError(f"objectives that share the optimizer '{name}' must have the same params")
     stages(objectives)
+
+
+def without(frozen: tuple[str, ...], objectives: Objectives, params: Named) -> dict[str, Objective]:
+    """The objectives with the names of all their parameters but those under the paths of `frozen`.
+
+    Errors: `ConfigError` for a path without parameters, and for an objective that has no other ones.
+    """
+    check_paths("train.frozen", frozen, params)
+    fixed = under(frozen, params) if frozen else {}
+    found = {}
+    for name, objective in objectives.items():
+        paths = tuple(k for k in under(objective.params, params) if k not in fixed)
+        if not paths:
+            raise ConfigError(f"train.frozen: it leaves the objective '{name}' no parameters to train")
+        found[name] = dataclasses.replace(objective, params=paths) if frozen else objective
+    return found
 
 
 def stages(objectives: Objectives) -> list[list[str]]:

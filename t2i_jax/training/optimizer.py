@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import jax
 import optax
@@ -113,6 +113,19 @@ class Optimizer(Checked):
             return rank(v) >= 2 and read and not excepted
 
         return {k: rule(k, v) for k, v in params.items()}
+
+
+def with_rates(optimizer: optax.GradientTransformation, rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """An optimizer whose updates of parameters under the paths of `rates`, the longest that fits, are multiplied."""
+
+    def factor(name: str) -> float:
+        return rates[max((path for path in rates if name == path or name.startswith(f"{path}.")), key=len, default="")]
+
+    def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return {name: optax.tree.scale(factor(name), update) for name, update in cast(Named, updates).items()}
+
+    rates = {"": 1.0, **rates}
+    return optax.chain(optimizer, optax.stateless(scaled)) if len(rates) > 1 else optimizer
 
 
 def axes_of(v: nnx.Variable) -> tuple[str | None, ...]:
