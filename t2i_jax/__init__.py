@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.unclip import CaptionAndTokens as CaptionAndTokens
     from t2i_jax.networks.unclip import ImageAndCaption as ImageAndCaption
     from t2i_jax.networks.unet import UNet as UNet
+    from t2i_jax.nn.lora import LoRA as LoRA
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
     from t2i_jax.nn.positions import LearnedPositions as LearnedPositions
     from t2i_jax.nn.positions import RotaryPositions as RotaryPositions
@@ -129,6 +130,7 @@ _PUBLIC = {
     "networks.prior": "EmbeddingPrior",
     "networks.unclip": "CaptionAndTokens ImageAndCaption",
     "networks.unet": "UNet",
+    "nn.lora": "LoRA",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",
     "nn.transformer": "Transformer",
     "noise.processes": "Discrete EDM Flow",

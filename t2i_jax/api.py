@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from t2i_jax.core.config import refused
 from t2i_jax.core.narrow import as_family
@@ -14,12 +16,18 @@ from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.loop import train as train_run
 
 
-def load(model: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
+def load(
+    model: str | Path,
+    mesh: MeshConfig = MeshConfig(),
+    int8: bool = False,
+    lora: Mapping[str, float] = MappingProxyType({}),
+) -> Pipeline:
     """The pipeline of a run folder or a released model, local or in an object store.
 
-    int8: matrices of 8-bit integers, for models that sample token by token. Errors: `ConfigError`.
+    int8: matrices of 8-bit integers, for models that sample token by token. lora: folders of adapters, runs with
+    `train.lora` or released ones, and the factor of each. Errors: `ConfigError`.
     """
-    return Pipeline.load(model, mesh, int8)
+    return Pipeline.load(model, mesh, int8, lora)
 
 
 def train(experiment: Experiment, run: str | Path, accept_changes: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
 from t2i_jax.sampler import OnPreview, OnProgress, Program, Sampler, check_codec, encode, interpolation
 from t2i_jax.sampling.guidance import guided_by
+from t2i_jax.storage.adapters import read_adapter
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
 from t2i_jax.text.cut import check_vocabulary
 
@@ -87,16 +89,25 @@ class Pipeline:
         return cls(family, model, codec, text, encoder, devices)
 
     @classmethod
-    def load(cls, folder: str | Path, mesh: MeshConfig = MeshConfig(), int8: bool = False) -> Pipeline:
+    def load(
+        cls,
+        folder: str | Path,
+        mesh: MeshConfig = MeshConfig(),
+        int8: bool = False,
+        lora: Mapping[str, float] = MappingProxyType({}),
+    ) -> Pipeline:
         """The pipeline of a run folder or a released model; each shard of an array is read for the device that holds
         it.
 
-        int8: matrices as integers and scales (`nn.decode.int8_weights`), for models that sample token by token. Errors:
-        `ConfigError` if the folder holds no family, or one without support for `int8`.
+        int8: matrices as integers and scales (`nn.decode.int8_weights`), for models that sample token by token. lora:
+        folders of adapters that are added to the weights, and the factor of each. Errors: `ConfigError` if the folder
+        holds no family, or one without support for `int8`, and for adapters of another model.
         """
         with refused():
             devices = mesh.build()
-        artifact = load_artifact(folder, mesh=devices, dtypes=(lambda _: {}) if int8 else cast_dtypes)
+        adapters = [(read_adapter(path), factor) for path, factor in lora.items()]
+        dtypes = (lambda _: {}) if int8 else cast_dtypes
+        artifact = load_artifact(folder, mesh=devices, dtypes=dtypes, lora=adapters)
         with refused(str(folder)):
             family = int8_sampling(artifact.config) if int8 else as_family(artifact.config)
         codec = load_codec(artifact.codec, mesh=devices) if artifact.codec else None
@@ -105,6 +116,7 @@ class Pipeline:
         if int8:  # drop the float weights
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
+        about |= {"lora": ", ".join(f"{path} x {factor:g}" for path, factor in lora.items())} if lora else {}
         pipeline = cls.place(family, artifact.model, codec, artifact.text, mesh)
         return dataclasses.replace(pipeline, folder=folder, step=artifact.step, about=about)
 

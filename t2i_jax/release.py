@@ -12,7 +12,9 @@ from t2i_jax.core import config
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import values
 from t2i_jax.core.narrow import measures_scale
-from t2i_jax.storage.artifacts import Artifact, check_new, copy_artifact, load_artifact, save_artifact
+from t2i_jax.core.outputs import check_new
+from t2i_jax.storage.adapters import Adapter, lora_of, read_adapter, save_adapter
+from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 
 
@@ -29,21 +31,38 @@ def card(artifact: Artifact, name: str) -> str:
     )
 
 
-def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = False) -> None:
-    """Write the model or the codec of a run as a released model.
+def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = False, merge: bool = False) -> None:
+    """Write the model or the codec of a run as a released model; of a run with `train.lora` the adapters alone.
 
     scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder or a TAESD mean 0
-    and variance 1, and release it with them. half: write weights in bf16, in half of the space.
+    and variance 1, and release it with them. half: write weights in bf16, in half of the space. merge: the model that
+    a run with `train.lora` adapts, with its adapters added.
 
     Errors: `ConfigError`, `CheckpointError`.
     """
     check_new(out)
     about = lambda artifact: card(artifact, Path(out).name)
-    if scale:
+    lora = lora_of(run)
+    if merge and lora is None:
+        raise ConfigError(f"{run}: --merge is for a run with train.lora, which it has not")
+    if lora is not None and not merge:
+        adapter = read_adapter(run)
+        save_adapter(adapter, out, adapter_card(adapter, Path(out).name), half)
+    elif scale:
         artifact = with_measured_scale(load_artifact(run), run)
         save_artifact(artifact, out, about(artifact), half)
     else:
         copy_artifact(run, out, about, half=half)
+
+
+def adapter_card(adapter: Adapter, name: str) -> str:
+    """The model card of released adapters."""
+    count, lora = sum(x.size for x in adapter.arrays.values()) / 1e6, adapter.lora
+    return (
+        f"# {name}\n\nAdapters of a {type(adapter.config).__name__} of t2i_jax: rank {lora.rank}, alpha "
+        f"{lora.alpha:g}, {count:.2f} M numbers, step {adapter.step}.\n\n"
+        f'```\nt2i sample MODEL "a prompt" --lora {name}\n```\n'
+    )
 
 
 def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, batch: int = 64) -> Artifact:

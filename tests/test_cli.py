@@ -19,7 +19,7 @@ from t2i_jax.comparison.report import files_of
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import stdout
 from t2i_jax.core.family import with_fields
-from t2i_jax.core.outputs import write_json, write_markdown
+from t2i_jax.core.outputs import check_new, write_json, write_markdown
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data.records import may_become
 from t2i_jax.models.diffusion import Diffusion
@@ -29,7 +29,7 @@ from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import DiffusionSampler, MaskedSampler, validate_options
-from t2i_jax.storage.artifacts import Artifact, check_new, save_artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.storage.remote import resolve_path
 from t2i_jax.training.loop import check_run
 from tests.fixtures import toys

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.storage.artifacts import load_artifact, stored
+from t2i_jax.storage.artifacts import load_artifact
+from t2i_jax.storage.stored import stored
 from t2i_jax.training import loop
 from tests.fixtures.families import batch_for
 

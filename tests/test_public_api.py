@@ -18,6 +18,7 @@ NAMES = {
     "Compute",
     "Conditioning",
     "LearnedPositions",
+    "LoRA",
     "PRESETS",
     "RotaryPositions",
     "SinCosPositions",

@@ -24,11 +24,13 @@ class ReleaseArguments:
     out: Path
     scale: bool = False
     """of a KL autoencoder or a TAESD: measure the scale and shift of its codes on the run's images, for the release"""
+    merge: bool = False
+    """of a run with train.lora: write the model with its adapters added; else the adapters alone"""
     half: bool = False
     """write weights in bf16, in half of the space; they are read as fp32"""
 
 
 def run(arguments: list[str]) -> None:
     args = parse(ReleaseArguments, arguments, "t2i release")
-    release_run(args.run, local(args.out), args.scale, args.half)
+    release_run(args.run, local(args.out), args.scale, args.half, args.merge)
     console.print(f"{args.out}: released; it can be moved anywhere")

@@ -62,6 +62,8 @@ class SampleArguments(Checked):
     device draws its own images unless given"""
     int8: bool = False
     """int8 weights: a quarter of the memory, nearly the same images; not for every family"""
+    lora: tuple[str, ...] = ()
+    """folders of adapters, runs with train.lora or released ones, each with its factor: runs/style=0.8"""
     rerank: str = ""
     """a CLIP (folder or file) that chooses the `count` best of `candidates` images per prompt, with fields of it set
     after commas: vit_b_32.pt,activation=gelu"""
@@ -90,6 +92,17 @@ class SampleArguments(Checked):
     converted TAESD"""
 
 
+def _factor(lora: str) -> tuple[str, float]:
+    """The folder and the factor of `FOLDER=FACTOR`, or of a folder alone, whose factor is 1."""
+    folder, _, factor = lora.rpartition("=")
+    if not folder:
+        return lora, 1.0
+    try:
+        return folder, float(factor)
+    except ValueError:
+        raise config.ConfigError(f"--lora {lora}: {factor!r} is no number; it is FOLDER=FACTOR") from None
+
+
 def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
         family = as_family(config_of(arguments[0]))
@@ -107,7 +120,7 @@ def run(arguments: list[str]) -> None:
     if args.candidates is not None and not args.rerank:
         raise config.ConfigError("--candidates without --rerank: nothing chooses among them; --count draws several")
     mesh = read_mesh(args.mesh, MeshConfig())
-    pipeline = Pipeline.load(args.model, mesh, args.int8)
+    pipeline = Pipeline.load(args.model, mesh, args.int8, dict(_factor(lora) for lora in args.lora))
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)

@@ -95,3 +95,11 @@ def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mappi
 def write_markdown(path: str | os.PathLike, text: str) -> None:
     """Write Markdown that names this library as its maker."""
     write_text(path, f"{text.rstrip()}\n\n{STAMP}\n")
+
+
+def check_new(folder: str | os.PathLike) -> None:
+    """Errors: `ConfigError` where a released model would replace something."""
+    if os.path.lexists(folder):
+        raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
+    check_utf8(Path(folder))
+    check_parent(Path(folder))

@@ -4,9 +4,12 @@ Every module is an immutable pytree: it is built from sizes and a key, and `__ca
 dimensions of a parameter for `t2i_jax.core.sharding`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
+from types import EllipsisType
 from typing import Literal, TypeVar
 
 import jax
@@ -27,6 +30,10 @@ class ModelState(nnx.Variable):
     A loss that updates state returns the model with the new values as `LossOutput.state`; the trainer takes over only
     its `ModelState` leaves.
     """
+
+
+class Fixed(nnx.Variable):
+    """A parameter that nothing trains, beside adapters that are trained (`nn/lora.py`)."""
 
 
 def param(value: Array, *axes: str | None) -> nnx.Param:
@@ -90,6 +97,61 @@ class Int8(nnx.Module):
         self.q = nnx.Variable(jnp.round(w[...] / scale).astype(jnp.int8), axes=axes)
         self.scale = nnx.Variable(scale[..., 0, :], axes=axes[1:])
 
+    def columns(self, choose: Callable[[Array], Array]) -> Int8:
+        """Some columns, which `choose` takes from the last dimension of an array."""
+        return replace(self, q=choose(self.q[...]), scale=choose(self.scale[...]))
+
+
+class LowRank(nnx.Module):
+    """A matrix (..., d, f) or kernel W as W + scale A B, of which A (..., d, r) and B (..., r, f) are trained (Hu et
+    al. 2021, 4.1). It is read like the parameter that it replaces.
+
+    B begins at 0, so W is as it was.
+    """
+
+    def __init__(self, w: nnx.Param, rank: int, scale: float, dropout: float, key: Array):
+        shape, axes = w.shape, w.get_metadata()["axes"]
+        stack = shape[: len(shape) - len(axes)]
+        self.base = Fixed(w.get_value(), **w.get_metadata())
+        # Uniform with variance 1 / (3 fan-in), as the layers of the published adapters begin.
+        bound = math.prod(shape[len(stack) : -1]) ** -0.5
+        self.a = param(jax.random.uniform(key, (*shape[:-1], rank), minval=-bound, maxval=bound), *axes[:-1], None)
+        self.b = param(jnp.zeros((*stack, rank, shape[-1])), None, axes[-1])
+        self.scale, self.dropout = scale, dropout
+        self.masks: nnx.Variable | None = nnx.data(None)
+
+    @staticmethod
+    def product(a: Array, b: Array) -> Array:
+        """A B of a matrix or of a kernel, whose B has no dimensions of pixels."""
+        b = b.reshape(*b.shape[:-2], *(1,) * (a.ndim - b.ndim), *b.shape[-2:])
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    def __getitem__(self, index: EllipsisType) -> Array:
+        base = self.base[...]
+        return (base + self.scale * self.product(self.a[...], self.b[...])).astype(base.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def with_masks(self, key: Array) -> LowRank:
+        """The same, with the keys of the inputs that it drops: one for each matrix of a stack."""
+        stack = self.b.shape[:-2]
+        keys = jax.random.split(key, stack) if stack else key
+        return replace(self, masks=nnx.Variable(jax.random.key_data(keys)))
+
+    def columns(self, choose: Callable[[Array], Array]) -> LowRank:
+        """Some columns, which `choose` takes from the last dimension of an array."""
+        return replace(self, base=choose(self.base[...]), b=choose(self.b[...]))
+
+    def multiply(self, x: Array, dtype: DTypeLike) -> Array:
+        """x W, in `dtype`."""
+        low = x
+        if self.masks is not None:
+            keep = jax.random.bernoulli(jax.random.wrap_key_data(self.masks[...]), 1 - self.dropout, x.shape)
+            low = jnp.where(keep, x / (1 - self.dropout), 0)
+        return matmul(x, self.base, dtype) + self.scale * matmul(matmul(low, self.a), self.b, dtype)
+
 
 def transposed(w: nnx.Variable) -> nnx.Variable:
     """Transpose a table (v, d) to the output matrix (d, v)."""
@@ -97,12 +159,16 @@ def transposed(w: nnx.Variable) -> nnx.Variable:
 
 
 @typed
-def matmul(x: Float[Array, "*b d"], w: nnx.Variable | Int8, dtype: DTypeLike | None = None) -> Float[Array, "*b f"]:
+def matmul(
+    x: Float[Array, "*b d"], w: nnx.Variable | Int8 | LowRank, dtype: DTypeLike | None = None
+) -> Float[Array, "*b f"]:
     """x w for a matrix (d, f), in `dtype`, or in that of x, accumulated in at least fp32.
 
     Products with an `Int8` are scaled after the sum, which is exact for a scale per column.
     """
     dtype = x.dtype if dtype is None else dtype
+    if isinstance(w, LowRank):
+        return w.multiply(x, dtype)
     if isinstance(w, Int8):
         return (matmul(x, w.q, jnp.float32) * w.scale[...]).astype(dtype)
     axes, multiply = stationary_axes(w), partial(jnp.matmul, preferred_element_type=dtype)
@@ -132,6 +198,11 @@ class Linear(nnx.Module):
         w = fan_in(key, (d, f)) if std is None else normal(key, (d, f), std)
         self.w = param(w, *axes)  # or an `Int8` for sampling
         self.b = param(jnp.zeros(f), axes[1]) if bias else None
+
+    def columns(self, choose: Callable[[Array], Array]) -> Linear:
+        """The layer of some of its outputs, which `choose` takes from the last dimension of an array."""
+        w = self.w.columns(choose) if isinstance(self.w, LowRank | Int8) else choose(self.w[...])
+        return replace(self, w=w, **({} if self.b is None else {"b": choose(self.b[...])}))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         y = matmul(x, self.w)

@@ -250,7 +250,8 @@ class Attention(nnx.Module):
             q, k, v = (rearrange(a, "b t m g h -> b t (m g) h") for a in apart(self.qkv(x)))
             return q, k, v
         # Split the matrix, not its output, which is far larger for many rows.
-        parts = lambda i: jax.tree.map(lambda a: rearrange(apart(a)[i], "... m g h -> ... (m g h)"), self.qkv)
+        qkv = self.qkv
+        parts = lambda i: qkv.columns(lambda a: rearrange(apart(a)[i], "... m g h -> ... (m g h)"))
         # Without gradient, the bias of keys stays at the zeros that it begins with.
         read = lambda i, part: part(x) if i != 1 or self.key_bias else matmul(x, part.w)
         q, k, v = (rearrange(read(i, parts(i)), "b t (n h) -> b t n h", h=self.head_dim) for i in range(3))

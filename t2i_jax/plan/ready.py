@@ -144,6 +144,8 @@ class AbstractSetup:
     def lower_sample(self) -> jax.stages.Lowered:
         """The sampler with its own options, on the state's parameters, lowered for the mesh."""
         trainer = self.trainer
+        if trainer.experiment.train.lora.rank:
+            raise ConfigError("--sample: adapters are added before sampling; plan it without train.lora")
         with refused("--sample"):
             family = as_family(trainer.experiment.model)
         size, state = self.trainer.experiment.data.batch_size, self.sampled()

@@ -11,29 +11,33 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, NotRequired, Protocol, TypedDict, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from t2i_jax.core.conditions import Tokenizer
-from t2i_jax.core.config import ConfigError, read_stored, write_stored
+from t2i_jax.core.config import ConfigError, write_stored
 from t2i_jax.core.fields import File, files, values
-from t2i_jax.core.outputs import check_parent, check_utf8
+from t2i_jax.core.outputs import check_new
 from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
 from t2i_jax.core.sharding import shardings
 from t2i_jax.core.specs import Shaped
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop import tensorfile
+from t2i_jax.nn.lora import LoRA, added
+from t2i_jax.storage import adapters
+from t2i_jax.storage.adapters import Adapter
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.remote import download, resolve_path
+from t2i_jax.storage.stored import released, stored
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nnx.Module)
@@ -68,13 +72,14 @@ def load_artifact(
     host: bool = False,
     mesh: Mesh | None = None,
     dtypes: Callable[[Trainable], Mapping[str, DTypeLike]] = lambda _: {},
+    lora: Sequence[tuple[Adapter, float]] = (),
 ) -> Artifact[Trainable]:
     """The model in a run folder (its newest checkpoint, averaged weights where it keeps them) or a released folder.
 
     `folder` may be in an object store (`gs://...`, `s3://...`). host: leave the weights in this machine's memory, for a
     caller that distributes them over devices. mesh: read each part of them onto the devices that hold it there; a call
     of all its processes, of which none reads more than its own. dtypes: from the configuration to the dtypes of weights
-    that are cast as soon as they are on the mesh.
+    that are cast as soon as they are on the mesh. lora: adapters that are added to the weights, each with its factor.
 
     Errors: `ConfigError` for a folder that is neither, naming what is missing; `CheckpointError` for weights that
     cannot be read or belong to another model.
@@ -82,11 +87,13 @@ def load_artifact(
     with on_host() if host else contextlib.nullcontext():
         there = open_artifact(folder)
         layout: dict[str, Sharding] = dict.fromkeys(named(there.artifact.model), on_cpu())
-        use: Callable[[str, Array], np.ndarray] = lambda _, x: np.asarray(x)
+        adapters.check_adapters(there.artifact.config, lora)
+        use: Callable[[str, Array], np.ndarray] = lambda k, x: np.asarray(adapters.with_adapters(k, x, lora))
         if mesh is not None:
             layout = {k: v.get_value() for k, v in named(shardings(there.artifact.model, mesh)).items()}
             cast = dtypes(there.artifact.config)
-            use = lambda k, x: jax.block_until_ready(x.astype(cast.get(k, x.dtype)))
+            whole = lambda k, x: adapters.with_adapters(k, x, lora)
+            use = lambda k, x: jax.block_until_ready(whole(k, x).astype(cast.get(k, x.dtype)))
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             step, arrays = there.read(layout, use)
         if mesh is None:
@@ -144,11 +151,42 @@ def open_artifact(path: str | Path) -> OpenArtifact:
         text, model = resolve_files(content.get("text"), folder), abstract(content["model"])
         made = Artifact(content["model"], model, text, codec, content.get("step", 0), content.get("image_size", 0))
         return OpenArtifact(made, weights, lambda lay, use: (made.step, from_file(arrays, weights, model, lay, use)))
+    if (folder / adapters.FILE).exists():
+        raise ConfigError(f"{folder}: holds adapters alone; give their model, and these by --lora {folder}")
     experiment = stored(folder)
     text, model = resolve_files(experiment.text, folder), abstract(experiment.model)
     codec = find_artifact(experiment.codec, folder)
     made = Artifact(experiment.model, model, text, codec, 0, values(experiment.data)["image_size"])
-    return OpenArtifact(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
+    if not experiment.train.lora.rank:
+        return OpenArtifact(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
+    base, lora = open_artifact(find_artifact(experiment.train.start, folder)), experiment.train.lora
+    read = lambda lay, use: from_adapters(where, base, made.config, lora, lay, use)
+    return OpenArtifact(made, where / "checkpoints", read)
+
+
+def from_adapters(
+    folder: Path,
+    base: OpenArtifact,
+    config: Trainable,
+    lora: LoRA,
+    layout: Mapping[str, Sharding],
+    use: Callable[[str, Array], R],
+) -> tuple[int, dict[str, R]]:
+    """The step and the weights of a run that trains adapters: those of its start, with the adapters of its newest sound
+    checkpoint added, sharded as `layout` says, through `use`."""
+    step, mine = adapters.from_run(folder, config, lora, layout)
+    result = {k: use(k, mine[k]) for k in layout if k in mine}
+    rest = set(layout) - set(result)
+
+    def one(name: str, x: Array) -> None:
+        if name in rest:
+            result[name] = use(name, added(name, x, mine, lora.scale))
+
+    # An array that was trained whole may have another shape in the start.
+    anywhere = next(iter(layout.values()))
+    anywhere = NamedSharding(anywhere.mesh, PartitionSpec()) if isinstance(anywhere, NamedSharding) else anywhere
+    base.read({k: layout[k] if k in rest else anywhere for k in named(base.artifact.model)}, one)
+    return step, result
 
 
 def from_run(
@@ -193,41 +231,6 @@ def config_of(folder: str | Path) -> Trainable:
     if (Path(folder) / "model.safetensors").exists():
         return released(Path(folder))["model"]
     return stored(Path(folder)).model
-
-
-class Released(TypedDict):
-    """The content of the config.json of a released model."""
-
-    model: Trainable
-    text: NotRequired[Tokenizer | None]
-    codec: NotRequired[str]
-    step: NotRequired[int]
-    image_size: NotRequired[int]
-
-
-class StoredRun(Protocol):
-    """The members of a run's `training.experiment.Experiment` that are read here."""
-
-    model: Trainable
-    text: Tokenizer | None
-    codec: str
-    data: object
-
-
-def released(folder: Path) -> Released:
-    """The contents of a released model's config.json. Errors: `ConfigError` where it is another program's."""
-    content = read_stored(folder / "config.json")
-    if not isinstance(content, dict) or not dataclasses.is_dataclass(content.get("model")):
-        raise ConfigError(f"{folder}: its config.json is not that of a released model of t2i_jax")
-    return cast(Released, content)
-
-
-def stored(folder: Path) -> StoredRun:
-    """The experiment of a run. Errors: `ConfigError` where its config.json is another program's."""
-    experiment = read_stored(folder / "config.json")
-    if not dataclasses.is_dataclass(experiment) or "model" not in {f.name for f in dataclasses.fields(experiment)}:
-        raise ConfigError(f"{folder}: its config.json is not that of a run of t2i_jax")
-    return cast(StoredRun, experiment)
 
 
 def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -303,14 +306,6 @@ def _save(
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
             copy_artifact(artifact.codec, temporary / "codec", about, half=half)
         os.replace(temporary, folder)
-
-
-def check_new(folder: str | Path) -> None:
-    """Errors: `ConfigError` where a released model would replace something."""
-    if os.path.lexists(folder):
-        raise ConfigError(f"{folder}: exists already; choose another folder for the released model")
-    check_utf8(Path(folder))
-    check_parent(Path(folder))
 
 
 def bundle_files(text: T, folder: Path, whole: bool = False) -> T:

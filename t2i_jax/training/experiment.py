@@ -34,6 +34,7 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.data.pipeline import Data
+from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
 from t2i_jax.storage.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
@@ -51,6 +52,8 @@ class Train(Checked):
     the average and the count of steps are new. Empty: none"""
     frozen: tuple[str, ...] = ()
     """dotted names, or prefixes of names (such as `condition`), of parameters that do not change"""
+    lora: LoRA = LoRA()
+    """with a rank: adapters of the weights of `start`, which do not change and are in no checkpoint"""
     rates: Mapping[str, NotNegative] = dataclasses.field(default_factory=dict)
     """factors of the learning rate by dotted names or their prefixes, the longest that fits; others have 1"""
     optimizer: Optimizer = Optimizer()
@@ -94,6 +97,8 @@ class Train(Checked):
         super().__post_init__()
         if 0 < self.spike <= 1:
             raise ConfigError(f"train.spike {self.spike:g}: 0, or above 1, for half of all norms are above their mean")
+        if self.lora.rank and not self.start:
+            raise ConfigError("train.lora adapts a model that is there: set train.start")
         if self.keep_best and Best.parse(self.keep_best) and not self.evaluate_every:
             raise ConfigError("train.keep_best needs held-out losses: set train.evaluate_every")
 

@@ -18,7 +18,7 @@ from t2i_jax.core.params import Named, rebuild
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
 from t2i_jax.training.state import TrainState
-from t2i_jax.training.step import Metrics, loss_inputs, step_keys
+from t2i_jax.training.step import Metrics, base_of, loss_inputs, step_keys
 
 if TYPE_CHECKING:
     from t2i_jax.training.loop import Trainer
@@ -128,7 +128,7 @@ def first_operation(trainer: Trainer, state: TrainState, step: int, position: in
     key, draw = step_keys(trainer.experiment.train.seed, step - 1)
 
     def forward(state, frozen, batch):
-        model = rebuild(trainer.abstract, {**state.params, **state.carried})
+        model = rebuild(trainer.abstract, {**base_of(frozen), **state.params, **state.carried})
         batch = trainer.prepare(frozen, batch, draw) | loss_inputs(frozen)
         found = losses(trainer.objectives, trainer.forward, model, batch, key, state.step, True)
         return [output.loss for output in found.values()]

@@ -24,19 +24,20 @@ from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, read_json, refused, to_json
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
-from t2i_jax.core.keys import seed_key
+from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.narrow import learns_from_images, reads_codec
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
-from t2i_jax.core.params import abstract, rebuild
+from t2i_jax.core.params import Named, abstract, named, rebuild
 from t2i_jax.core.platform import shared_cache
 from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings
 from t2i_jax.core.specs import check_batch
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
-from t2i_jax.storage.artifacts import stored
+from t2i_jax.nn.lora import adapted, fixed_of, merged
 from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.storage.remote import CACHE_FOLDER, resolve_path, staged_dir
+from t2i_jax.storage.stored import stored
 from t2i_jax.text.cut import check_vocabulary, noticing
 from t2i_jax.training.experiment import Experiment, Frozen, frozen_parts, make_prepare, record_spec
 from t2i_jax.training.guard import Guard
@@ -56,7 +57,7 @@ from t2i_jax.training.optimizer import with_rates
 from t2i_jax.training.records import Records
 from t2i_jax.training.start import Start, read_start
 from t2i_jax.training.state import TrainState, create, params_of
-from t2i_jax.training.step import loss_inputs, make_step, step_keys
+from t2i_jax.training.step import base_of, loss_inputs, make_step, step_keys
 from t2i_jax.training.watch import raise_peer_lost, watchdog
 
 Preview = Callable[["Trainer", TrainState, int], np.ndarray | None]
@@ -93,7 +94,10 @@ class Trainer:
         self.optimizers = {name: build(name) for name in shared}
         self.forward = forward_of(experiment.model)
         with refused("model"):
-            self.abstract = abstract(experiment.model)
+            self.plain = abstract(experiment.model)
+        lora = lambda model, key: adapted(model, train.lora, key) if train.lora.rank else model
+        with refused("train.lora"):
+            self.abstract = jax.eval_shape(lora, self.plain, jax.eval_shape(lambda: jax.random.key(0)))
         params = params_of(self.abstract)
         check_objectives(objectives, params)
         self.objectives = without(train.frozen, objectives, params)
@@ -140,6 +144,9 @@ class Trainer:
                 kind = type(experiment.model).__name__
                 raise ConfigError(f"codec: a {kind} reads the vectors of its codec, and none is set")
             self.read = self.frozen.get("codec") if reads else None
+            self.begun = self._read_start() if train.lora.rank and mesh is None else None
+            if train.lora.rank:
+                self.frozen["base"] = self._base()
             target = jax.eval_shape(lambda codec: self.init(jax.random.key(0), codec), self.read)
             # Without out_shardings an Auto mesh would replicate the moments, and eval_shape drops shardings.
             self.layout = shardings(target, self.mesh)
@@ -162,10 +169,29 @@ class Trainer:
 
     def begin(self) -> Start | None:
         """The weights of `train.start`; None where it is empty. Errors: as `read_start`."""
-        if not self.experiment.train.start:
-            return None
-        layout = {k: v.get_value() for k, v in (self.layout.params | self.layout.carried).items()}
-        return read_start(self.experiment, self.abstract, layout)
+        return self.begun or (self._read_start() if self.experiment.train.start else None)
+
+    def _read_start(self) -> Start:
+        layout = {k: v.get_value() for k, v in named(shardings(self.plain, self.mesh)).items()}
+        return read_start(self.experiment, self.plain, layout)
+
+    def _base(self) -> Named:
+        """The parameters that adapters leave as they are; abstract for a plan. `begun` forgets them."""
+        seed, begun = self.experiment.train.seed, self.begun
+        make = lambda key, codec, values: fixed_of(self._fresh(key, codec, begun, values))
+        base = jax.eval_shape(lambda codec: make(jax.random.key(0), codec, {}), self.read)
+        layout = shardings(base, self.mesh)
+        if begun is None:
+            return with_shardings(base, layout)
+        lost = [k for k in (*begun.new, *begun.resized) if k in base or f"{k}.base" in base]
+        if lost:
+            raise ConfigError(
+                f"train.lora: {', '.join(lost[:4])} are not as in {begun.source}, and adapters do not train them: "
+                "name them in train.lora.whole"
+            )
+        base = jax.jit(make, out_shardings=layout)(seed_key(seed), self.read, begun.values)
+        self.begun = begun.without(k.removesuffix(".base") for k in base)
+        return base
 
     def _fresh(
         self, key: jax.Array, codec: nnx.Module | None, start: Start | None, values: Mapping[str, jax.Array]
@@ -175,13 +201,17 @@ class Trainer:
         config = self.experiment.model
         model = config.init(key)
         model = model if start is None else start.into(model, values)
-        if self.codec is None or codec is None:
-            return model
-        return reads_codec(config).with_codec(model, self.codec.config, codec)
+        if self.codec is not None and codec is not None:
+            model = reads_codec(config).with_codec(model, self.codec.config, codec)
+        lora = self.experiment.train.lora
+        return adapted(model, lora, apart(key)) if lora.rank else model
 
-    def model(self, state: TrainState) -> nnx.Module:
-        """The model to evaluate and sample: with averaged parameters if the run keeps them."""
-        return rebuild(self.abstract, {**state.params, **(state.ema or {}), **state.carried})
+    def model(self, state: TrainState, frozen: Frozen | None = None) -> nnx.Module:
+        """The model to evaluate and sample: with averaged parameters if the run keeps them, and without adapters, which
+        are added to its matrices. frozen: as arguments of a compiled function."""
+        base = base_of(self.frozen if frozen is None else frozen)
+        model = rebuild(self.abstract, {**base, **state.params, **(state.ema or {}), **state.carried})
+        return merged(model) if self.experiment.train.lora.rank else model
 
     def check(self, batch: dict[str, np.ndarray]) -> None:
         """Check the shapes and dtypes of the prepared batch once, before the first loss.
@@ -216,7 +246,7 @@ class Trainer:
 
     def _losses(self, state: TrainState, frozen: Frozen, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         key, draw = step_keys(0, 0)  # the same for all batches and evaluations
-        model, inputs, metrics = self.model(state), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
+        model, inputs, metrics = self.model(state, frozen), self.prepare(frozen, batch, draw) | loss_inputs(frozen), {}
         found = losses(self.objectives, self.forward, model, inputs, key, state.step, False)
         for name, output in found.items():
             numbers = {"loss": output.loss, **output.metrics}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -44,7 +44,10 @@ class Start:
 
     source: str
     step: int
+    taken: tuple[str, ...]
+    """names of the arrays that are as in the other model"""
     values: Mapping[str, Array]
+    """those and the resized ones"""
     parts: Mapping[str, Part]
     """where those of `values` that were resized go"""
     resized: Mapping[str, str]
@@ -67,12 +70,17 @@ class Start:
 
         return rebuild(model, {name: one(name, v) for name, v in named(model).items()})
 
+    def without(self, names: Iterable[str]) -> Start:
+        """The same without the values of these arrays, which are held elsewhere."""
+        gone = set(names)
+        return dataclasses.replace(self, values={k: v for k, v in self.values.items() if k not in gone})
+
     def report(self) -> dict[str, object]:
         """The content of the run's `start.json`."""
         return {
             "from": self.source,
             "step": self.step,
-            "taken": [k for k in self.values if k not in self.resized],
+            "taken": list(self.taken),
             "resized": dict(self.resized),
             "new": dict(self.new),
             "unused": list(self.unused),
@@ -81,7 +89,7 @@ class Start:
 
     def lines(self) -> list[str]:
         """The same in few lines."""
-        count, total = len(self.values) - len(self.resized), len(self.values) + len(self.new)
+        count, total = len(self.taken), len(self.taken) + len(self.resized) + len(self.new)
         of = f"{self.source}, step {self.step}" if self.step else self.source
         found = [f"train.start: {count} of {total} arrays are those of {of}", *self.notes]
         for what, several in (("resized", self.resized), ("new", self.new)):
@@ -132,7 +140,8 @@ def read_start(experiment: Experiment, model: nnx.Module, layout: Mapping[str, N
         kinds = type(there.artifact.config).__name__, type(experiment.model).__name__
         raise ConfigError(f"train.start: {source} holds a {kinds[0]}, none of whose arrays this {kinds[1]} has")
     unused = tuple(k for k in theirs if k not in mine)
-    return Start(str(source), step, values, parts, resized, new, unused, _notes(experiment, there.artifact))
+    taken = tuple(k for k in values if k not in parts)
+    return Start(str(source), step, taken, values, parts, resized, new, unused, _notes(experiment, there.artifact))
 
 
 def _shape(v: nnx.Variable) -> str:

@@ -18,6 +18,7 @@ from t2i_jax.core.config import ConfigError
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.params import Named, rebuild
 from t2i_jax.core.types import LossOutput, Objective
+from t2i_jax.nn.lora import with_masks
 from t2i_jax.training.objectives import (
     Forward,
     Objectives,
@@ -32,7 +33,8 @@ from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
 Frozen = Mapping[str, object]
-"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read"""
+"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read; and `base`, the parameters by name
+that adapters leave as they are"""
 Prepare = Callable[[Frozen, dict[str, Array], Array], dict[str, Array]]
 
 
@@ -70,8 +72,8 @@ def make_step(
 
     def gradients(stage: Sequence[str], params: Named, carried: Named, step: Array, frozen, batch, key):
         """Per objective of a stage: gradients by name, metrics; and the model state after this batch."""
-        batch = batch | loss_inputs(frozen)
-        model = lambda mine: rebuild(abstract, {**params, **mine, **carried})
+        batch, base = batch | loss_inputs(frozen), base_of(frozen)
+        model = lambda mine: with_masks(rebuild(abstract, {**base, **params, **mine, **carried}), apart(key))
         grads, metrics, after = {}, {}, dict(carried)
         shared: Named = {}
         outputs, back = None, None
@@ -195,6 +197,11 @@ def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
     """The key of a step's losses, and that of `prepare`."""
     key = jax.random.fold_in(seed_key(seed), step)
     return key, apart(key)
+
+
+def base_of(frozen: Frozen) -> Named:
+    """The parameters that adapters leave as they are."""
+    return cast(Named, frozen.get("base", {}))
 
 
 def loss_inputs(frozen: Frozen) -> dict[str, object]:
