@@ -19,7 +19,8 @@ from t2i_jax.core.params import named
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.alignment import retrieve_captions
 from t2i_jax.features.classifiers import PADDED, Inception
-from t2i_jax.models.damsm import DAMSM, Pixels
+from t2i_jax.features.trunks import EfficientNetTrunk, PixelTrunk
+from t2i_jax.models.damsm import DAMSM, EfficientNet, Pixels
 from t2i_jax.models.damsm import Inception as InceptionConfig
 from t2i_jax.networks.condition import SentenceAndWords
 from t2i_jax.nn.resize import aligned_bilinear
@@ -185,6 +186,23 @@ def test_a_published_image_encoder_has_its_trunk_in_the_file(tmp_path):
     np.testing.assert_array_equal(ours.heads.code.b[...], np.arange(8))
     with pytest.raises(ConfigError, match="Inception needs a file"):
         InceptionConfig().load()
+
+
+class Ones:
+    """An EfficientNet-Lite0 whose features are 1."""
+
+    def maps(self, images, size):
+        return jnp.ones((len(images), size // 16, size // 16, 112)), jnp.ones((len(images), 1280))
+
+
+def test_a_trunk_may_give_colours_too():
+    images = jnp.linspace(-1, 1, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3)
+    regions, whole = EfficientNetTrunk(Ones(), 64, PixelTrunk(16, 4))(images)
+    assert (regions.shape[-1], whole.shape[-1]) == EfficientNet(64, pixels=16).widths == (112 + 48, 1280 + 768)
+    np.testing.assert_array_equal(regions[..., :112], 1)
+    np.testing.assert_allclose(whole[:, 1280:].mean(-1), images.mean((1, 2, 3)), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"EfficientNet\.pixels 10: a multiple of the 4 regions of a side"):
+        EfficientNet(64, pixels=10)
 
 
 def test_images_are_resized_corner_to_corner():

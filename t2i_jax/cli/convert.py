@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from t2i_jax.convert import find, folders
+from t2i_jax.convert import adapters, find, folders
 from t2i_jax.convert.hints import parse
 from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.console import console
 from t2i_jax.core.narrow import as_family
 from t2i_jax.core.outputs import local
+from t2i_jax.release import adapter_card
+from t2i_jax.storage.adapters import FILE as ADAPTER_FILE
+from t2i_jax.storage.adapters import read_adapter, save_adapter
+from t2i_jax.storage.artifacts import config_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,11 @@ class ConvertArguments:
     neighbours:PATH, its fields after commas"""
     back: bool = False
     """write a run or a released model as a published file"""
+    lora: Path | None = None
+    """WEIGHTS are adapters (of PEFT, diffusers or Kohya's scripts) of this converted model: write a folder for
+    t2i sample --lora"""
+    names: Literal["diffusers", "kohya", "peft"] = "diffusers"
+    """with --back, of adapters: whose names the file has"""
 
 
 def run(arguments: list[str]) -> None:
@@ -54,6 +64,15 @@ def run(arguments: list[str]) -> None:
     local(args.out)
     if args.back and (rest or args.text or args.codec):
         raise ConfigError(f"--back takes no hints, no --text and no --codec: {' '.join(rest) or '--text, --codec'}")
+    if args.lora is not None:
+        adapter = adapters.read_published(args.weights, args.format, config_of(args.lora))
+        save_adapter(adapter, args.out, adapter_card(adapter, args.out.name))
+        console.print(f"{args.out}: converted; t2i sample {args.lora} --lora {args.out}", soft_wrap=True)
+        return
+    if args.back and (args.weights / ADAPTER_FILE).exists():
+        adapters.write_published(read_adapter(args.weights), args.format, args.out, args.names)
+        console.print(f"{args.out}: written in the names of {args.names}", soft_wrap=True)
+        return
     if args.back:
         folders.to_file(args.format, args.weights, args.out)
         console.print(f"{args.out}: written in the names of {args.format}", soft_wrap=True)

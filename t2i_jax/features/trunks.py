@@ -15,14 +15,18 @@ from t2i_jax.nn.resize import aligned_bilinear
 class EfficientNetTrunk(nnx.Module):
     """EfficientNet-Lite0: images (b, i, j, 3) in [-1, 1] -> regions (b, size/16, size/16, 112) and the whole (b, 1280).
 
-    size: side that images are resized to, bicubic.
+    size: side that images are resized to, bicubic. pixels: what is joined to both.
     """
 
-    def __init__(self, network: EfficientNetLite0, size: int):
-        self.network, self.size = network, size
+    def __init__(self, network: EfficientNetLite0, size: int, pixels: PixelTrunk | None = None):
+        self.network, self.size, self.pixels = network, size, pixels
 
     def __call__(self, images: Array) -> tuple[Array, Array]:
-        return self.network.maps((images + 1) * 127.5, self.size)
+        found = self.network.maps((images + 1) * 127.5, self.size)
+        if self.pixels is None:
+            return found
+        regions, whole = (jnp.concatenate(pair, -1) for pair in zip(found, self.pixels(images), strict=True))
+        return regions, whole
 
 
 class InceptionTrunk(nnx.Module):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import LARGEST, Checked, Count, Positive, Rate, Size
+from t2i_jax.core.fields import LARGEST, Checked, Count, Positive, Range, Rate, Size
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.features.trunks import EfficientNetTrunk, InceptionTrunk, PixelTrunk
@@ -26,17 +26,35 @@ from t2i_jax.nn.recurrent import Cell
 class EfficientNet(Checked):
     """EfficientNet-Lite0 (ImageNet-1k), for images of any size."""
 
-    size: Size = 128
+    size: Annotated[int, Range(16, LARGEST)] = 128
     """side that images are resized to; there are (size / 16)^2 regions"""
     weights: str = ""
     """weights file; empty: the installed package"""
+    pixels: Count = 0
+    """pixels along a side of the image, averaged down, that the heads read too: its features hardly know colours. A
+    multiple of size / 16; 0: none"""
 
-    widths = (112, 1280)
     has_weights = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pixels % (self.size // 16):
+            raise ConfigError(
+                f"EfficientNet.pixels {self.pixels}: a multiple of the {self.size // 16} regions of a side"
+            )
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return 112 + 3 * self._patch**2, 1280 + 3 * self.pixels**2
+
+    @property
+    def _patch(self) -> int:
+        return self.pixels // (self.size // 16)
 
     def load(self) -> EfficientNetTrunk:
         """The network with its weights. Errors: `FileNotFoundError`, `ValueError` name what is missing."""
-        return EfficientNetTrunk(load_efficientnet(self.weights or None), self.size)
+        pixels = PixelTrunk(self.pixels, self._patch) if self.pixels else None
+        return EfficientNetTrunk(load_efficientnet(self.weights or None), self.size, pixels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,13 +96,18 @@ def read_adapter(path: str | Path) -> Adapter:
     `CheckpointError`."""
     where = resolve_path(path)
     folder = download(where)
+    if folder.is_file() or (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{path}: another program's; first: t2i convert FORMAT {path} --lora MODEL --out DIR")
     if not (folder / "config.json").exists():
         raise ConfigError(f"{path}: no adapters: there is no config.json in it")
     if (folder / FILE).exists():
         found = cast(ReleasedAdapter, read_stored(folder / "config.json"))
         try:
             arrays = dict(cast(tensorfile.SafeTensors, tensorfile.content(folder / FILE)))
-            check_fits(trained_shapes(found["model"], found["lora"]), arrays, str(folder / FILE))
+            shapes = trained_shapes(found["model"], found["lora"])
+            # Adapters from another program have none of the state that a run carries.
+            wanted = {k: v for k, v in shapes.items() if isinstance(v, nnx.Param) or k in arrays}
+            check_fits(wanted, arrays, str(folder / FILE))
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         return Adapter(found["model"], found["lora"], arrays, found["step"])
