@@ -15,18 +15,21 @@ from t2i_jax.core.narrow import measures_scale
 from t2i_jax.core.outputs import check_new
 from t2i_jax.storage.adapters import Adapter, lora_of, read_adapter, save_adapter
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, save_artifact
+from t2i_jax.storage.hub import hub_metadata
 from t2i_jax.training.experiment import Experiment
 
 
 def card(artifact: Artifact, name: str) -> str:
     """The model card of a released family or codec."""
     kind = type(artifact.config).__name__
+    head = hub_metadata(kind, "text-to-image" if artifact.config.capabilities.family else "")
     if not artifact.config.capabilities.family:
-        return f"# {name}\n\n{kind}, step {artifact.step}.\n"
+        return f"{head}# {name}\n\n{kind}, step {artifact.step}.\n"
     count = sum(x.size for x in jax.tree.leaves(artifact.model)) / 1e6
     fields = "\n".join(f"| {k} | {v} |" for k, v in values(artifact.config).items())
     return (
-        f"# {name}\n\nA text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
+        f"{head}# {name}\n\n"
+        f"A text-to-image model of t2i_jax: {kind}, {count:.1f} M parameters, step {artifact.step}.\n\n"
         f'```\nt2i sample {name} "a prompt"\n```\n\n| field | value |\n|---|---|\n{fields}\n'
     )
 
@@ -57,11 +60,11 @@ def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = 
 
 def adapter_card(adapter: Adapter, name: str) -> str:
     """The model card of released adapters."""
-    count, lora = sum(x.size for x in adapter.arrays.values()) / 1e6, adapter.lora
+    count, lora, kind = sum(x.size for x in adapter.arrays.values()) / 1e6, adapter.lora, type(adapter.config).__name__
     return (
-        f"# {name}\n\nAdapters of a {type(adapter.config).__name__} of t2i_jax: rank {lora.rank}, alpha "
-        f"{lora.alpha:g}, {count:.2f} M numbers, step {adapter.step}.\n\n"
-        f'```\nt2i sample MODEL "a prompt" --lora {name}\n```\n'
+        f"{hub_metadata(kind, 'text-to-image', 'lora')}# {name}\n\n"
+        f"Adapters of a {kind} of t2i_jax: rank {lora.rank}, alpha {lora.alpha:g}, {count:.2f} M numbers, step "
+        f'{adapter.step}.\n\n```\nt2i sample MODEL "a prompt" --lora {name}\n```\n'
     )
 
 

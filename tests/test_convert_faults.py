@@ -63,8 +63,8 @@ FAULTS = {
     "mar dit.safetensors --out out": "its names are those of dit, sit",
     # weights
     "dit nowhere.pt --out out": "nowhere.pt: there is no such file or folder",
-    "dit someone/model --out out": "files on a hub have to be downloaded first",
-    "dit https://some.where/model.pt --out out": "there is no such file or folder",
+    "dit someone/model --out out": "there is no such file or folder; a hub",
+    "dit https://some.where/model.pt --out out": "paths are local, or begin with gs:// or s3://",
     "dit empty --out out": "empty: no weights in it",
     "dit hf --out out": "it holds config.json",
     "dit text.txt --out out": "text.txt: is a text file",

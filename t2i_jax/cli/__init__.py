@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "several models with equal compute, in one report",
     "convert": "a published checkpoint to a released model, and back",
     "release": "a run to a released model: one folder that can be moved",
+    "push": "a released model to a hub",
     "plan": "memory, time and collectives of a run, without its chips",
     "bench": "speeds against the limits of this machine",
 }

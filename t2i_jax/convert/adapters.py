@@ -24,6 +24,7 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.adapters import Adapter
+from t2i_jax.storage.hub import readable
 
 log = logging.getLogger(__name__)
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -36,7 +37,7 @@ def read_published(path: str | Path, format: str, config: Trainable) -> Adapter:
     path: a file, or a folder as PEFT and diffusers write it, whose settings say alpha. Matrices that are one here give
     one adapter of the summed ranks. Errors: `ConfigError` for what is no such file, or of another model.
     """
-    path = Path(path)
+    path = readable(path)
     file = next((path / name for name in FILES if (path / name).exists()), path)
     alpha: Callable[[str], float | None] = lambda _: None
     try:

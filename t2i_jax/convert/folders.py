@@ -27,6 +27,7 @@ from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
 from t2i_jax.interop.wrapping import holds
 from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
+from t2i_jax.storage.hub import hub_metadata, readable
 from t2i_jax.text.clip import ClipCaption, ClipEmbedding, ClipText
 from t2i_jax.text.cut import FolderEncoder
 from t2i_jax.text.damsm import DamsmText
@@ -53,11 +54,11 @@ def to_folder(
     Where `weights` is a folder that holds all three, its own codec and text are taken unless others are given.
     Errors: `ConfigError` for an unknown format or hint, and for a file that lacks names, has others, or other shapes.
     """
-    format = convert.find(name)
+    format, weights = convert.find(name), readable(weights)
     if Path(out).exists():  # before the work, not after it
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
-        raise ConfigError(f"{weights}: there is no such file or folder; files on a hub have to be downloaded first")
+        raise ConfigError(f"{weights}: there is no such file or folder; a hub's is hf://org/name/file")
     if (settings := Path(weights, "config.json")).is_file() and "t2i_jax." in settings.read_text("utf-8", "replace"):
         raise ConfigError(f"{weights}: is a run or a released model already; --back makes a published file of it")
     if codec:
@@ -242,9 +243,10 @@ def _card(name: str, weights: Path, out: Path, artifact: Artifact) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in values(artifact.config).items())
     prompt = "7" if "label" in artifact.config.batch_spec() else '"a prompt"'
     title = convert.find(name).title or name
+    head = hub_metadata(type(artifact.config).__name__, "text-to-image" if artifact.config.capabilities.family else "")
     sample = f"```\nt2i sample {out.name} {prompt}\n```\n\n" if artifact.config.capabilities.family else ""
     return (
-        f"# {out.name}\n\n{type(artifact.config).__name__}, {count / 1e6:.1f} M parameters, converted from "
+        f"{head}# {out.name}\n\n{type(artifact.config).__name__}, {count / 1e6:.1f} M parameters, converted from "
         f"`{weights.name}` ({title}). The licence is that of the published weights.\n\n{sample}"
         f"| field | value |\n|---|---|\n{rows}\n"
     )

@@ -27,7 +27,8 @@ from t2i_jax.interop import tensorfile
 from t2i_jax.nn.layers import ModelState
 from t2i_jax.nn.lora import LoRA, adapted, added
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
-from t2i_jax.storage.remote import download, resolve_path
+from t2i_jax.storage.hub import readable
+from t2i_jax.storage.remote import download
 from t2i_jax.storage.stored import stored
 
 FILE = "adapter.safetensors"
@@ -83,7 +84,7 @@ def from_run(
 
 def lora_of(path: str | Path) -> LoRA | None:
     """`train.lora` of a run that has adapters; None for anything else."""
-    folder = download(resolve_path(path))
+    folder = download(readable(path))
     alone = (folder / "model.safetensors").exists() or (folder / FILE).exists()
     if alone or not (folder / "config.json").exists():
         return None
@@ -94,7 +95,7 @@ def lora_of(path: str | Path) -> LoRA | None:
 def read_adapter(path: str | Path) -> Adapter:
     """The adapters of a run, or released ones. Errors: `ConfigError` for a folder of something else,
     `CheckpointError`."""
-    where = resolve_path(path)
+    where = readable(path)
     folder = download(where)
     if folder.is_file() or (folder / "adapter_config.json").exists():
         raise ConfigError(f"{path}: another program's; first: t2i convert FORMAT {path} --lora MODEL --out DIR")

@@ -36,7 +36,8 @@ from t2i_jax.nn.lora import LoRA, added
 from t2i_jax.storage import adapters
 from t2i_jax.storage.adapters import Adapter
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
-from t2i_jax.storage.remote import download, resolve_path
+from t2i_jax.storage.hub import readable
+from t2i_jax.storage.remote import download
 from t2i_jax.storage.stored import released, stored
 
 T = TypeVar("T")
@@ -132,7 +133,7 @@ class OpenArtifact:
 
 def open_artifact(path: str | Path) -> OpenArtifact:
     """The artifact that `load_artifact` reads. Errors: as there."""
-    where = resolve_path(path)
+    where = readable(path)
     folder = download(where)
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"

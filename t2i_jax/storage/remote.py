@@ -42,7 +42,9 @@ def resolve_path(path: str | Path) -> Path:
         return Path(re.sub("^//+", "/", str(path)))  # two slashes, which POSIX keeps, are no path to TensorStore
     scheme, rest = found.groups()
     if scheme not in STORES:
-        raise ConfigError(f"{path}: paths are local, or begin with {' or '.join(s + '://' for s in STORES)}")
+        known = " or ".join(s + "://" for s in STORES)
+        hub = "; a hub is read, and written by t2i push" if scheme == "hf" else ""
+        raise ConfigError(f"{path}: paths are local, or begin with {known}{hub}")
     package, extra = STORES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{scheme}://{rest}: needs the package {package}: pip install 't2i_jax[{extra}]'")
