@@ -96,7 +96,19 @@ def test_alpha_and_names_of_each_kind(tmp_path):
     np.testing.assert_allclose(found["kohya"], found["peft"] / 2, atol=1e-5)
 
 
-def test_what_is_refused(tmp_path, capsys):
+def test_alpha_in_the_header_of_a_file(tmp_path):
+    """diffusers writes PEFT's settings there."""
+    config, module = FAMILIES["dit"], "transformer.blocks.0.attn.qkv"
+    tensors = {f"{module}.lora_A.weight": np.ones((2, 16), np.float32), f"{module}.lora_B.weight": np.ones((48, 2))}
+    for pattern, scale in (({}, 2), ({"transformer.alpha_pattern": {"attn.qkv": 6}}, 3)):
+        said = {"transformer.r": 2, "transformer.lora_alpha": 4} | pattern
+        file = tmp_path / f"{scale}.safetensors"
+        save_file(tensors, file, {"lora_adapter_metadata": json.dumps(said)})
+        (found,) = deltas(read_published(file, "dit", config)).values()
+        np.testing.assert_allclose(found, scale * 2, rtol=1e-5)
+
+
+def test_what_is_refused(tmp_path):
     config = FAMILIES["dit"]
     other = {"transformer.blocks.9.attn.qkv.lora_A.weight": np.zeros((2, 16), np.float32)}
     dora = {"transformer.blocks.0.attn.qkv.dora_scale": np.zeros((48, 1), np.float32)}

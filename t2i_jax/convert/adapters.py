@@ -41,11 +41,14 @@ def read_published(path: str | Path, format: str, config: Trainable) -> Adapter:
     file = next((path / name for name in FILES if (path / name).exists()), path)
     alpha: Callable[[str], float | None] = lambda _: None
     try:
-        if (settings := path / "adapter_config.json").exists():
-            alpha = _alpha(json.loads(settings.read_text()))
         content = tensorfile.content(file)
         if not isinstance(content, tensorfile.SafeTensors):
             raise ValueError(f"{file}: a safetensors file is wanted")
+        if (settings := path / "adapter_config.json").exists():
+            alpha = _alpha(json.loads(settings.read_text()))
+        elif said := content.metadata.get("lora_adapter_metadata"):  # of diffusers, for each part of its pipeline
+            parts = {re.sub(r"^(unet|transformer)\.", "", k): v for k, v in json.loads(said).items()}
+            alpha = _alpha(parts) if "lora_alpha" in parts else alpha
         lines = _lines(config, format)
         changes, text = read_changes(
             content, {module for _, _, _, modules in lines for module in modules}, alpha, str(file)
@@ -58,7 +61,7 @@ def read_published(path: str | Path, format: str, config: Trainable) -> Adapter:
 
 
 def _alpha(settings: Fields) -> Callable[[str], float]:
-    """The alpha of each module by the settings of PEFT."""
+    """The alpha of each module by the settings of PEFT's `LoraConfig`."""
     patterns = settings.get("alpha_pattern") or {}
     root = math.sqrt(settings["r"]) if settings.get("use_rslora") else 1.0
 

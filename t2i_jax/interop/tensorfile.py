@@ -93,6 +93,9 @@ class SafeTensors(Lazy):
         if size < whole:
             raise ValueError(f"{path}: cut short: {size} of {whole} bytes; fetch it again")
         self.path, self.offsets = path, {name: 8 + length + start for name, (_, _, start, _) in spans.items()}
+        said = entries.get("__metadata__")
+        self.metadata: dict[str, str] = said if isinstance(said, dict) else {}
+        """what the program that wrote the file says of it"""
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         readers: dict[str, Reader] = {}
         for name, (kind, shape, start, end) in spans.items():
