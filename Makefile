@@ -54,7 +54,7 @@ compare: quickstart ## what papers claim of their models, tried at equal compute
 
 # Tests of the host, which compile little, and of each family that what it declares works, as shapes.
 HOST   := artifacts comparison config data evaluation_metrics evaluation_report faulty_records fields folder \
-          history house images indexing interop_names jaxprs keys launch migration optimizer parquet \
+          history images import_layers indexing interop_names jaxprs keys launch migration optimizer parquet \
           picture_side pictures public_api read_text remote retention schedulers sniff tar tar_index text_bpe \
           text_clean text_sentencepiece torchfile versions weights
 QUICK  := $(HOST:%=tests/test_%.py) tests/published/test_table.py \
@@ -79,7 +79,7 @@ check: install ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: install ## put the code into the house's form
+format: install ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -18,10 +18,9 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import named
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.alignment import retrieve_captions
-from t2i_jax.features.classifiers import PADDED, Inception
+from t2i_jax.features.classifiers import PADDED, InceptionLayers
 from t2i_jax.features.trunks import EfficientNetTrunk, PixelTrunk
-from t2i_jax.models.damsm import DAMSM, EfficientNet, Pixels
-from t2i_jax.models.damsm import Inception as InceptionConfig
+from t2i_jax.models.damsm import DAMSM, EfficientNet, Inception, Pixels
 from t2i_jax.networks.condition import SentenceAndWords
 from t2i_jax.nn.resize import aligned_bilinear
 from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
@@ -159,7 +158,7 @@ def test_published_files_are_read_and_converted(words, tmp_path):
 
 
 def test_a_published_image_encoder_has_its_trunk_in_the_file(tmp_path):
-    units = jax.eval_shape(lambda key: Inception(key, "torchvision"), jax.random.key(0))
+    units = jax.eval_shape(lambda key: InceptionLayers(key, "torchvision"), jax.random.key(0))
     tensors = {"emb_features.weight": np.zeros((8, 768, 1, 1), np.float16)}
     tensors |= {
         "emb_cnn_code.weight": np.zeros((8, 2048), np.float16),
@@ -185,7 +184,7 @@ def test_a_published_image_encoder_has_its_trunk_in_the_file(tmp_path):
     assert encoder.trunk.align_corners and not ours.trunk.align_corners
     np.testing.assert_array_equal(ours.heads.code.b[...], np.arange(8))
     with pytest.raises(ConfigError, match="Inception needs a file"):
-        InceptionConfig().load()
+        Inception().load()
 
 
 class Ones:

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from t2i_jax.codecs import losses
 from t2i_jax.codecs.discriminator import Discriminator, DiscriminatorConfig
-from t2i_jax.features.vgg import Trunk, features
+from t2i_jax.features.vgg import VGGTrunk, features
 from t2i_jax.interop import vgg
 from t2i_jax.nn.adversarial import generator_loss, mean_discriminator_loss
 from t2i_jax.nn.batch_norm import BatchNorm
@@ -69,7 +69,7 @@ def test_psnr():
 def trunk():
     rng = np.random.default_rng(0)
     conv = lambda c, f: (rng.normal(size=(3, 3, c, f), scale=0.3).astype(np.float32), np.zeros(f, np.float32))
-    return Trunk(np.zeros(3, np.float32), ((conv(3, 4),), (conv(4, 6),)), (np.ones(4), np.ones(6)))
+    return VGGTrunk(np.zeros(3, np.float32), ((conv(3, 4),), (conv(4, 6),)), (np.ones(4), np.ones(6)))
 
 
 def test_perceptual_distance():

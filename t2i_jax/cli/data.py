@@ -20,7 +20,7 @@ from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.core.outputs import local
 from t2i_jax.data.files import files_of
 from t2i_jax.data.tar import fault_of_tar
-from t2i_jax.data.tar_index import Entry, index_tars
+from t2i_jax.data.tar_index import TarEntry, index_tars
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 from t2i_jax.training.experiment import load_experiment
 
@@ -134,7 +134,7 @@ def index(arguments: list[str]) -> None:
     with bar() as progress:
         task = progress.add_task("indexing", total=len(shards))
 
-        def seen(tar: Path, entry: Entry | Exception) -> None:
+        def seen(tar: Path, entry: TarEntry | Exception) -> None:
             progress.update(task, advance=1)
             if isinstance(entry, Exception):
                 broken.append(str(entry) if str(tar) in str(entry) else f"{tar}: {entry}")

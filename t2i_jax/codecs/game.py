@@ -23,7 +23,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, NotNegative, Range
 from t2i_jax.core.specs import BatchSpec, FieldSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
-from t2i_jax.features.vgg import Trunk
+from t2i_jax.features.vgg import VGGTrunk
 from t2i_jax.interop import vgg
 from t2i_jax.nn.adversarial import Adversary, generator_loss, gradient_penalty, input_gradients, mean_discriminator_loss
 from t2i_jax.nn.layers import replace
@@ -65,12 +65,12 @@ class ImageBatch(TypedDict):
     """float (b, i, j, 3) in [-1, 1]"""
 
 
-class LossBatch(ImageBatch, Generic[C]):
+class ReconstructionBatch(ImageBatch, Generic[C]):
     """What the losses read of a batch."""
 
     outputs: Reconstruction[C]
     """of `forward`"""
-    frozen: NotRequired[Trunk]
+    frozen: NotRequired[VGGTrunk]
     """of `frozen()`, if there is a perceptual loss"""
 
 
@@ -144,15 +144,15 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
 
     @abc.abstractmethod
     def generator_loss(
-        self, model: AutoencoderModel[A], batch: LossBatch[C], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel[A], batch: ReconstructionBatch[C], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Loss of the autoencoder."""
 
-    def frozen(self) -> Trunk:
+    def frozen(self) -> VGGTrunk:
         """The perceptual network, which is frozen; the losses read it as `batch["frozen"]`."""
         return vgg.load(self.perceptual_weights, self.perceptual_heads, self.perceptual_blocks)
 
-    def objectives(self) -> dict[str, Objective[AutoencoderModel[A], LossBatch[C]]]:
+    def objectives(self) -> dict[str, Objective[AutoencoderModel[A], ReconstructionBatch[C]]]:
         """The autoencoder, and the discriminator if there is one."""
         generator = Objective(self.generator_loss, ("autoencoder",))
         if not self.adversarial:
@@ -161,7 +161,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         return {"generator": generator, "discriminator": discriminator}
 
     def picture_loss(
-        self, model: AutoencoderModel[A], batch: LossBatch[C], step: Array
+        self, model: AutoencoderModel[A], batch: ReconstructionBatch[C], step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Reconstruction + perceptual + adversarial: -> (loss, metrics)."""
         images, (y, h, _) = batch["image"], batch["outputs"]
@@ -196,7 +196,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         return loss, metrics
 
     def discriminator_loss(
-        self, model: AutoencoderModel[A], batch: LossBatch[C], key: Array, step: Array, train: bool = True
+        self, model: AutoencoderModel[A], batch: ReconstructionBatch[C], key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """The discriminator's loss on real images and on the reconstructions of this step.
 

@@ -21,8 +21,8 @@ from t2i_jax.codecs.game import (
     AutoencoderTraining,
     DecoderNetwork,
     ImageBatch,
-    LossBatch,
     Reconstruction,
+    ReconstructionBatch,
     check_size,
 )
 from t2i_jax.codecs.scale import standardising
@@ -178,7 +178,7 @@ class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
     def generator_loss(
         self,
         model: AutoencoderModel[KLAutoencoder],
-        batch: LossBatch[SampledCode],
+        batch: ReconstructionBatch[SampledCode],
         key: Array,
         step: Array,
         train: bool = True,

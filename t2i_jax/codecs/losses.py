@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from t2i_jax.core.arrays import Float, typed
-from t2i_jax.features.vgg import Trunk, Weights, features
+from t2i_jax.features.vgg import VGGTrunk, Weights, features
 from t2i_jax.nn.layers import at_least_fp32
 
 
@@ -42,7 +42,7 @@ def psnr(x: Float[Array, "b i j c"], y: Float[Array, "b i j c"]) -> Float[Array,
 
 
 @typed
-def perceptual(trunk: Trunk, x: Float[Array, "b i j 3"], y: Float[Array, "b i j 3"]) -> Float[Array, " b"]:
+def perceptual(trunk: VGGTrunk, x: Float[Array, "b i j 3"], y: Float[Array, "b i j 3"]) -> Float[Array, " b"]:
     """LPIPS of images in [-1, 1], 0 for equal ones (Zhang et al. 2018, arXiv:1801.03924)."""
     return compare(features(trunk, x), features(trunk, y), trunk.heads)
 

@@ -22,8 +22,8 @@ from t2i_jax.codecs.game import (
     AutoencoderTraining,
     DecoderNetwork,
     ImageBatch,
-    LossBatch,
     Reconstruction,
+    ReconstructionBatch,
     check_size,
 )
 from t2i_jax.codecs.scale import standardising
@@ -182,7 +182,7 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
     def generator_loss(
         self,
         model: AutoencoderModel[TinyAutoencoder],
-        batch: LossBatch[Array],
+        batch: ReconstructionBatch[Array],
         key: Array,
         step: Array,
         train: bool = True,

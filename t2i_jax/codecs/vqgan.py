@@ -19,8 +19,8 @@ from t2i_jax.codecs.game import (
     AutoencoderTraining,
     DecoderNetwork,
     ImageBatch,
-    LossBatch,
     Reconstruction,
+    ReconstructionBatch,
     check_size,
 )
 from t2i_jax.codecs.multiscale import MultiScaleConfig
@@ -149,7 +149,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
     def generator_loss(
         self,
         model: AutoencoderModel[VQAutoencoder],
-        batch: LossBatch[QuantizedCode],
+        batch: ReconstructionBatch[QuantizedCode],
         key: Array,
         step: Array,
         train: bool = True,

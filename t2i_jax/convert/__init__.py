@@ -37,7 +37,7 @@ MODULES = (
 """Modules of this package that define FORMATS."""
 
 
-class Folder(NamedTuple):
+class ModelFolder(NamedTuple):
     """The contents of a published folder."""
 
     tensors: Tensors
@@ -83,7 +83,7 @@ class Format(Generic[C]):
     each: a folder that holds them is read as one file"""
     optional: tuple[str, ...] = ()
     """those of `files` that may be missing"""
-    folder: Callable[[Path], Folder] | None = None
+    folder: Callable[[Path], ModelFolder] | None = None
     """reads a folder with settings, where the format has such folders"""
     alone: Callable[[nnx.Module], nnx.Module] | None = None
     """the model without the part that the file lacks, a copy of its codec's vectors (`core.types.ReadsCodec`)"""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t2i_jax.codecs.clusters import ColorClusters
 from t2i_jax.codecs.quantize import QuantizerConfig
-from t2i_jax.convert import Folder, Format, convert
+from t2i_jax.convert import Format, ModelFolder, convert
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clipgen, huggingface, imagegpt, llamagen, mingpt
 from t2i_jax.interop.names import Fields, Tensors, require, source
@@ -54,12 +54,12 @@ def _imagegpt(tensors: Tensors, *, heads: int = 0, eps: float = 1e-5, **fields: 
     return with_fields(IMAGEGPT, **({"eps": eps} | imagegpt.describe(tensors, heads) | fields))
 
 
-def _imagegpt_folder(path: Path) -> Folder:
+def _imagegpt_folder(path: Path) -> ModelFolder:
     """A folder of transformers, with the clusters of colours if it has them."""
     colors = imagegpt.clusters(path)
     codec = None if colors is None else convert("imagegpt-clusters", colors, str(path))
     tensors = huggingface.Weights(path, imagegpt.NEEDED)
-    return Folder(tensors, imagegpt.settings(huggingface.config(path)), codec)
+    return ModelFolder(tensors, imagegpt.settings(huggingface.config(path)), codec)
 
 
 def _clusters(tensors: Tensors, **fields: object) -> ColorClusters:
@@ -68,11 +68,11 @@ def _clusters(tensors: Tensors, **fields: object) -> ColorClusters:
     return with_fields(ColorClusters(QuantizerConfig(count, dim, normalize=False)), **fields)
 
 
-def _clusters_folder(path: Path) -> Folder:
+def _clusters_folder(path: Path) -> ModelFolder:
     colors = imagegpt.clusters(path)
     if colors is None:
         raise ValueError(f"{path}: has neither a preprocessor_config.json nor a kmeans_centers.npy")
-    return Folder(colors, {})
+    return ModelFolder(colors, {})
 
 
 def _learned(config: AR) -> int:

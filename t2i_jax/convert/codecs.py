@@ -14,7 +14,7 @@ from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminator
 from t2i_jax.codecs.quantize import GumbelConfig, QuantizerConfig
 from t2i_jax.codecs.taesd import TAESD, DecoderLevels, EncoderLevels
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.convert import Folder, Format, read
+from t2i_jax.convert import Format, ModelFolder, read
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.interop import huggingface, maskgit, taesd, vqgan
@@ -135,14 +135,14 @@ def _taesd(tensors: Tensors, **fields: object) -> TAESD:
     return with_fields(config, **fields)
 
 
-def _taesd_folder(path: Path) -> Folder:
+def _taesd_folder(path: Path) -> ModelFolder:
     """A folder of diffusers, or one with the two files of the original."""
     if not (path / "config.json").is_file():
-        return Folder(read(path, "taesd"), {})
+        return ModelFolder(read(path, "taesd"), {})
     given = huggingface.config(path)
     huggingface.check_supported(given, taesd.ONLY)
     hints = {ours: given[theirs] for ours, theirs in (("scale", "scaling_factor"), ("shift", "shift_factor"))}
-    return Folder(huggingface.Weights(path, *taesd.NEEDED), {k: v for k, v in hints.items() if v is not None})
+    return ModelFolder(huggingface.Weights(path, *taesd.NEEDED), {k: v for k, v in hints.items() if v is not None})
 
 
 USED = {"quantize.codebook_used": np.zeros(65536, np.float32)}

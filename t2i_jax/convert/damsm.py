@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import cast
 
-from t2i_jax.convert import Folder, Format
+from t2i_jax.convert import Format, ModelFolder
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import damsm
 from t2i_jax.interop.names import Fields, Tensors
@@ -34,7 +34,7 @@ def _damsm(
     return with_fields(DAMSM(), **(found | {"length": length, "trunk": network} | fields))
 
 
-def _folder(path: Path) -> Folder:
+def _folder(path: Path) -> ModelFolder:
     """A folder with one file each of both encoders, and the dictionary if it is there."""
 
     def one(pattern: str, needed: bool) -> Path | None:
@@ -47,7 +47,7 @@ def _folder(path: Path) -> Folder:
     text, image, words = one(TEXT, True), one(IMAGE, False), one(WORDS, False)
     hints: Fields = {} if image is None else {"trunk": str(image.resolve())}
     tensors = {k: v for file in (text, image) if file is not None for k, v in damsm.read(file).items()}
-    return Folder(tensors, hints, text=CaptionWords(str(words)) if words else None)
+    return ModelFolder(tensors, hints, text=CaptionWords(str(words)) if words else None)
 
 
 FORMATS = {

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax import convert
-from t2i_jax.convert import Folder, Format
+from t2i_jax.convert import Format, ModelFolder
 from t2i_jax.convert.gaussian import network_of
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.noise import Predicts
@@ -89,11 +89,11 @@ def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
     return published.squared(tensors, published.linear(network)), given
 
 
-def stable_diffusion_folder(path: Path) -> Folder:
+def stable_diffusion_folder(path: Path) -> ModelFolder:
     """A UNet's folder, or the one that has it as `unet/` among the other parts."""
     part = path / "unet"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path, published.NEEDED), published.settings(huggingface.config(path)))
+        return ModelFolder(huggingface.Weights(path, published.NEEDED), published.settings(huggingface.config(path)))
     hints = published.settings(huggingface.config(part))
     hints |= published.schedule(huggingface.settings(path / "scheduler" / "scheduler_config.json"))
     text, tensors = None, dict(huggingface.Weights(part, published.NEEDED))
@@ -101,7 +101,7 @@ def stable_diffusion_folder(path: Path) -> Folder:
         text = clip_of(path)
         tensors["null_features"], hints["length"] = empty_caption(text), text.length
     codec = codec_of(path / "vae") if (path / "vae").is_dir() else None
-    return Folder(tensors, hints, codec, text)
+    return ModelFolder(tensors, hints, codec, text)
 
 
 # ---------------------------------------------------------------------------------------------------------- PixArt
@@ -156,10 +156,10 @@ def _pixart_whole(
     return tensors, hints | {"size": side, "stretch": stretch}
 
 
-def _pixart_folder(path: Path) -> Folder:
+def _pixart_folder(path: Path) -> ModelFolder:
     part = path / "transformer"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path, pixart.NEEDED), pixart.settings(huggingface.config(path)))
+        return ModelFolder(huggingface.Weights(path, pixart.NEEDED), pixart.settings(huggingface.config(path)))
     hints, tensors = pixart.settings(huggingface.config(part)), dict(huggingface.Weights(part, pixart.NEEDED))
     sigma = "Sigma" in huggingface.settings(path / "model_index.json").get("_class_name", "")
     hints["length"], text = 300 if sigma else 120, None
@@ -171,7 +171,7 @@ def _pixart_folder(path: Path) -> Folder:
         ids[0, 0], mask[0, 0] = 1, True
         end = np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0, 0]
         tensors["null_features"] = np.repeat(end[None], text.length, 0)
-    return Folder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
+    return ModelFolder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
 
 
 # ----------------------------------------------------------------------------------------------- Stable Diffusion 3
@@ -214,10 +214,10 @@ def _third_whole(tensors: Tensors, *, size: int | tuple[int, int] = 128, **hints
     return third.completed(tensors, (side[0] // patch, side[1] // patch)), hints | {"size": side}
 
 
-def _third_folder(path: Path) -> Folder:
+def _third_folder(path: Path) -> ModelFolder:
     part = path / "transformer"
     if not part.is_dir():
-        return Folder(huggingface.Weights(path, third.NEEDED), third.settings(huggingface.config(path)))
+        return ModelFolder(huggingface.Weights(path, third.NEEDED), third.settings(huggingface.config(path)))
     hints, tensors, text = third.settings(huggingface.config(part)), dict(huggingface.Weights(part, third.NEEDED)), None
     hints["shift"] = huggingface.settings(path / "scheduler" / "scheduler_config.json").get("shift", 1.0)
     if (path / "text_encoder_3").is_dir():
@@ -225,7 +225,7 @@ def _third_folder(path: Path) -> Folder:
         t5 = T5(str(path / "text_encoder_3"), 256, vocabulary=spiece)
         text = Triple(clip_of(path), clip_of(path, "_2"), t5)
         tensors["null_features"], hints["length"] = empty_caption(text), text.length - 1
-    return Folder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
+    return ModelFolder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
 
 
 # ---------------------------------------------------------------------------------------------------- what they share

@@ -66,7 +66,7 @@ def to_folder(
     found = None
     try:
         folder = format.folder if Path(weights).is_dir() else None
-        found = folder(Path(weights)) if folder else convert.Folder(convert.read(weights, name), {})
+        found = folder(Path(weights)) if folder else convert.ModelFolder(convert.read(weights, name), {})
         config, model = convert.convert(name, found.tensors, str(weights), **(found.hints | dict(hints)))
         check_fields(config, hints)
         if config.capabilities.reads_codec:
@@ -91,7 +91,7 @@ def _fault(
     format: convert.Format,
     weights: object,
     error: Exception,
-    found: convert.Folder | None,
+    found: convert.ModelFolder | None,
     hints: Mapping[str, object],
 ) -> str:
     """Why a file could not be converted."""

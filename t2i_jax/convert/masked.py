@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
 from t2i_jax.codecs.kl import KL
-from t2i_jax.convert import Folder, Format
+from t2i_jax.convert import Format, ModelFolder
 from t2i_jax.convert.codecs import table_of
 from t2i_jax.core.family import with_fields
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
@@ -58,13 +58,13 @@ def _kl(
     return with_fields(KL(), **(weights | found | fields))
 
 
-def _kl_folder(path: Path) -> Folder:
+def _kl_folder(path: Path) -> ModelFolder:
     """An autoencoder of diffusers with its settings, or the folder of a whole model, of which it is the `vae/`."""
     path = path / "vae" if (path / "vae").is_dir() else path
     config = huggingface.config(path)
     hints = {"groups": config.get("norm_num_groups", 32), "scale": config.get("scaling_factor", 0.18215)}
     hints["shift"] = config.get("shift_factor") or 0.0
-    return Folder(huggingface.Weights(path, vqgan.needed("diffusers")), hints)
+    return ModelFolder(huggingface.Weights(path, vqgan.needed("diffusers")), hints)
 
 
 def _mar(

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from t2i_jax.convert import Folder, Format, read
+from t2i_jax.convert import Format, ModelFolder, read
 from t2i_jax.convert.diffusers import empty_caption, stable_diffusion_config, stable_diffusion_folder
 from t2i_jax.convert.gaussian import network_of
 from t2i_jax.core.family import with_fields
@@ -120,7 +120,7 @@ def _whole(
     return UnCLIP(prior, decoder, candidates, decoder.compute, sampling)
 
 
-def _folder(path: Path) -> Folder:
+def _folder(path: Path) -> ModelFolder:
     """The files of a release: both parts, CLIP, which encodes captions, and statistics of embeddings; or a folder as
     diffusers lays it out, with the text tower of CLIP alone."""
     if (path / "prior").is_dir():
@@ -131,7 +131,7 @@ def _folder(path: Path) -> Folder:
         tensors |= {f"{part}{k}": v for k, v in read(found[part.removesuffix(".")], name).items()}
     merges = path / "merges.txt"
     text = ClipCaption(str(found["CLIP"]), vocabulary=str(merges) if merges.is_file() else "")
-    return Folder(tensors | dict(karlo.statistics(found["statistics"])) | _nulls(text), {}, None, text)
+    return ModelFolder(tensors | dict(karlo.statistics(found["statistics"])) | _nulls(text), {}, None, text)
 
 
 def _nulls(text: ClipCaption) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def _nulls(text: ClipCaption) -> dict[str, np.ndarray]:
     return dict.fromkeys((f"{part}{karlo.NULL}" for part in karlo.PARTS), empty_caption(text))
 
 
-def _diffusers(path: Path) -> Folder:
+def _diffusers(path: Path) -> ModelFolder:
     of_decoder = huggingface.config(path / "decoder")
     read_part = lambda part, needed: dict(huggingface.Weights(path / part, needed))
     unet, projection = read_part("decoder", published.UNET_NEEDED), read_part("text_proj", published.PROJECTION_NEEDED)
@@ -148,7 +148,7 @@ def _diffusers(path: Path) -> Folder:
     tensors |= {f"decoder.{k}": v for k, v in published.decoder(unet, projection, head_dim).items()}
     text = _caption_text(path)
     hints |= {"head_dim": head_dim, "size": of_decoder.get("sample_size") or 0}
-    return Folder(tensors | _nulls(text), hints, None, text)
+    return ModelFolder(tensors | _nulls(text), hints, None, text)
 
 
 def _prior_of(path: Path) -> tuple[dict[str, np.ndarray], Fields]:
@@ -193,7 +193,7 @@ def _stable_table(config: UnCLIP) -> Table:
     return karlo.whole_table(_prior_table(cast(Diffusion, config.prior)), named)
 
 
-def _stable_folder(path: Path) -> Folder:
+def _stable_folder(path: Path) -> ModelFolder:
     """A folder of diffusers with a prior, and a Stable Diffusion that reads embeddings of images."""
     whole, (tensors, hints) = stable_diffusion_folder(path), _prior_of(path)
     if not isinstance(whole.text, ClipText) or stable_diffusion.IMAGE not in whole.tensors:
@@ -204,18 +204,18 @@ def _stable_folder(path: Path) -> Folder:
     tensors |= {f"decoder.{k}": v for k, v in squared.items()}
     text = ClipPair(_caption_text(path, "prior_"), whole.text)
     tensors[f"prior.{karlo.NULL}"] = empty_caption(text.prior)
-    return Folder(tensors, hints | whole.hints, whole.codec, text)
+    return ModelFolder(tensors, hints | whole.hints, whole.codec, text)
 
 
-def _upsampler_folder(path: Path) -> Folder:
+def _upsampler_folder(path: Path) -> ModelFolder:
     """A folder as diffusers lays it out, with both UNets; or one with Karlo's file."""
     if not (path / "super_res_first").is_dir():
-        return Folder(read(path, "karlo_sr"), {})
+        return ModelFolder(read(path, "karlo_sr"), {})
     first, last = (
         dict(huggingface.Weights(path / part, published.UNET_NEEDED)) for part in ("super_res_first", "super_res_last")
     )
     side = huggingface.config(path / "super_res_first").get("sample_size") or 256
-    return Folder(published.upsampler(first, last), {"size": side})
+    return ModelFolder(published.upsampler(first, last), {"size": side})
 
 
 FILES = {

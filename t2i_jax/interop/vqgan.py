@@ -123,7 +123,7 @@ def discriminator(model: nnx.Module) -> Table:
     return _judge(named(model), "main.")
 
 
-class Shapes(NamedTuple):
+class AutoencoderShapes(NamedTuple):
     """The names by which a style of files shows the sizes of an autoencoder."""
 
     down: str
@@ -137,7 +137,7 @@ class Shapes(NamedTuple):
     """the levels of the decoder are counted from the finest, the last to run"""
 
 
-IN_DIFFUSERS = Shapes(
+IN_DIFFUSERS = AutoencoderShapes(
     "encoder.down_blocks",
     "decoder.up_blocks",
     "resnets",
@@ -145,12 +145,14 @@ IN_DIFFUSERS = Shapes(
     "conv1",
     "encoder.mid_block.attentions.0.group_norm",
 )
-IN_TAMING = Shapes("encoder.down", "decoder.up", "block", "attn", "conv1", "encoder.mid.attn_1.norm", True)
-SHAPES: dict[Style, Shapes] = {
+IN_TAMING = AutoencoderShapes("encoder.down", "decoder.up", "block", "attn", "conv1", "encoder.mid.attn_1.norm", True)
+SHAPES: dict[Style, AutoencoderShapes] = {
     "taming": IN_TAMING,
     "var": IN_TAMING,
-    "llamagen": Shapes("encoder.conv_blocks", "decoder.conv_blocks", "res", "attn", "conv1", "encoder.mid.1.norm"),
-    "clipgen": Shapes("encoder.down", "decoder.up", "block", "attn", "block.2", "encoder.mid.1.norm"),
+    "llamagen": AutoencoderShapes(
+        "encoder.conv_blocks", "decoder.conv_blocks", "res", "attn", "conv1", "encoder.mid.1.norm"
+    ),
+    "clipgen": AutoencoderShapes("encoder.down", "decoder.up", "block", "attn", "block.2", "encoder.mid.1.norm"),
     "diffusers": IN_DIFFUSERS,
     "diffusers_2022": IN_DIFFUSERS,
 }

@@ -86,7 +86,7 @@ class GeneratedStages(NamedTuple):
     """with the running statistics after this batch"""
 
 
-class LossBatch(TypedDict):
+class StagedBatch(TypedDict):
     """What the losses read of a batch, besides the fields of the condition."""
 
     image: Array
@@ -209,14 +209,14 @@ class StagedGAN(BaseFamily):
         """The image encoder of `matching`, which the generator's loss reads as `batch["frozen"]`."""
         return load_image_encoder(self.matching)
 
-    def objectives(self) -> dict[str, Objective[StagedGANNetwork, LossBatch]]:
+    def objectives(self) -> dict[str, Objective[StagedGANNetwork, StagedBatch]]:
         """The discriminators, their penalties, and the generator after them.
 
         Errors: `ConfigError` without discriminators.
         """
         if self.discriminator is None:
             raise ConfigError("discriminator None: a generator alone cannot be trained, it only samples")
-        found: dict[str, Objective[StagedGANNetwork, LossBatch]] = {}
+        found: dict[str, Objective[StagedGANNetwork, StagedBatch]] = {}
         for n in range(len(self.network.sizes)):
             name, params = f"discriminator{n}", (f"discriminators.{n}",)
             found[name] = Objective(partial(self.discriminator_loss, scale=n), params)
@@ -254,7 +254,7 @@ class StagedGAN(BaseFamily):
     def discriminator_loss(
         self,
         model: StagedGANNetwork,
-        batch: LossBatch,
+        batch: StagedBatch,
         key: Array,
         step: Array,
         train: bool = True,
@@ -274,7 +274,7 @@ class StagedGAN(BaseFamily):
     def penalty_loss(
         self,
         model: StagedGANNetwork,
-        batch: LossBatch,
+        batch: StagedBatch,
         key: Array,
         step: Array,
         train: bool = True,
@@ -342,7 +342,7 @@ class StagedGAN(BaseFamily):
         return means, judge
 
     @staticmethod
-    def weights(batch: LossBatch) -> Array:
+    def weights(batch: StagedBatch) -> Array:
         """The weight (b,) of each example."""
         return row_weights({"weight": batch["weight"]} if "weight" in batch else {}, len(batch["image"]))
 
@@ -353,7 +353,7 @@ class StagedGAN(BaseFamily):
         return sum((weights[k] * v for k, v in terms.items()), jnp.zeros(())), terms
 
     def generator_loss(
-        self, model: StagedGANNetwork, batch: LossBatch, key: Array, step: Array, train: bool = True
+        self, model: StagedGANNetwork, batch: StagedBatch, key: Array, step: Array, train: bool = True
     ) -> LossOutput:
         """Loss of the generator: to fool every discriminator, and the terms that have a weight."""
         outputs, weight = batch["outputs"], self.weights(batch)
@@ -394,7 +394,7 @@ class StagedGAN(BaseFamily):
             terms["color"] = self.color * sum((means + 5 * covariances for means, covariances in pairs), jnp.zeros(()))
         return terms
 
-    def matched(self, outputs: GeneratedStages, batch: LossBatch, weight: Array) -> dict[str, Array]:
+    def matched(self, outputs: GeneratedStages, batch: StagedBatch, weight: Array) -> dict[str, Array]:
         """The four losses of matching the last image to its caption, unweighted: `networks.damsm.caption_losses`.
 
         Errors: ValueError if the batch has no image encoder.

@@ -102,7 +102,7 @@ class Mixer(Protocol):
     def __call__(self, h: Array, code: Array, inputs: Inputs, train: bool) -> tuple[Mixed, Self]: ...
 
 
-class Block(Protocol):
+class StageBlock(Protocol):
     """The config of a block that begins a refining stage."""
 
     @property
@@ -268,9 +268,9 @@ def to_image(out: Conv, h: Array) -> Array:
 
 
 class RefiningStage(nnx.Module):
-    """Features and image of a stage -> those of twice the size: a `Block`, residual blocks, doubling."""
+    """Features and image of a stage -> those of twice the size: a `StageBlock`, residual blocks, doubling."""
 
-    def __init__(self, block: Block, config: StagedGenerator, w: int, c: int, k: int, key: Array):
+    def __init__(self, block: StageBlock, config: StagedGenerator, w: int, c: int, k: int, key: Array):
         keys, mixed = iter(jax.random.split(key, 4 + block.residuals)), block.mixed(w)
         self.mixer = block.init(w, c, k, config.gate, next(keys))
         self.residuals = nnx.List([NormedResidual(mixed, config.gate, next(keys)) for _ in range(block.residuals)])

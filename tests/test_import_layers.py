@@ -1,4 +1,4 @@
-"""The floors of the house: what may import what, and what may never be imported."""
+"""The layers of the package: what may import what, what may never be imported, and that names are unique."""
 
 import ast
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-HOUSE = Path(__file__).parent.parent / "t2i_jax"
+PACKAGE = Path(__file__).parent.parent / "t2i_jax"
 
-# Lowest floor first; a room may import rooms of its own floor's name and of floors before it, never of later ones.
-FLOORS = [
+# Lowest layer first; a package may import itself and those of layers before it, never of its own or of later ones.
+LAYERS = [
     ("core",),
     ("noise",),
     ("nn",),
@@ -43,33 +43,33 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     return name.split(".")[1] if name.startswith("t2i_jax.") else ""
 
 
-FILES = sorted(HOUSE.rglob("*.py"))
-FLOOR = {r: i for i, floor in enumerate(FLOORS) for r in floor}
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYER = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(HOUSE)))
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_go_down(file):
-    mine = file.relative_to(HOUSE).parts[0].removesuffix(".py")
+    mine = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if mine == "__init__":
         return
-    assert mine in FLOOR, f"{mine} stands on no floor: add it to FLOORS and to ARCHITECTURE.md"
+    assert mine in LAYER, f"{mine} is in no layer: add it to LAYERS and to ARCHITECTURE.md"
     for name in imports(file):
-        other = room(name)
-        if other and other in FLOOR and other != mine:
-            assert FLOOR[other] < FLOOR[mine], f"{file.name} ({mine}) imports {name}, a layer that is not below it"
+        other = package(name)
+        if other and other in LAYER and other != mine:
+            assert LAYER[other] < LAYER[mine], f"{file.name} ({mine}) imports {name}, a layer that is not below it"
 
 
-@pytest.mark.parametrize("file", sorted((HOUSE / "models").glob("*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((PACKAGE / "models").glob("*.py")), ids=lambda f: f.name)
 def test_families_do_not_know_each_other(file):
-    others = {f"t2i_jax.models.{f.stem}" for f in (HOUSE / "models").glob("*.py") if f != file}
+    others = {f"t2i_jax.models.{f.stem}" for f in (PACKAGE / "models").glob("*.py") if f != file}
     assert not others & imports(file)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(HOUSE)))
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_no_private_or_stateful_interfaces(file):
     names = imports(file)
     assert not any(n.startswith("jax._src") for n in names)
@@ -78,9 +78,19 @@ def test_no_private_or_stateful_interfaces(file):
         assert word not in text
 
 
+def test_no_two_public_classes_share_a_name():
+    """`config.json`, errors and readers name classes by their last name alone."""
+    found = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
 def test_importing_the_library_brings_no_extra():
     modules = [
-        ".".join(("t2i_jax", *f.relative_to(HOUSE).with_suffix("").parts)) for f in FILES if f.stem != "__init__"
+        ".".join(("t2i_jax", *f.relative_to(PACKAGE).with_suffix("").parts)) for f in FILES if f.stem != "__init__"
     ]
     code = "import importlib, sys, jax\nknown = set(sys.modules)\n"  # jax imports libtpu where it is installed
     code += f"for m in {modules}: importlib.import_module(m)\n"
