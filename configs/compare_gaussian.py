@@ -30,7 +30,7 @@ TEXT = MiniLM(16, pooled=True)
 CONDITION = TextFeatures(MiniLM.dim, 1)
 CONCEPTS = 1900
 """Classes at most; each image shows another."""
-PICTURES = Data(ArrayRecord("data/glyphs", every=12), image_size=32, batch_size=16)
+DATA = Data(ArrayRecord("data/glyphs", every=12), image_size=32, batch_size=16)
 # Patches of 4x4 pixels make as many tokens as the latents have.
 PIXELS: dict[str, Any] = dict(size=(32, 32), channels=3, patch=4)
 LATENTS: dict[str, Any] = dict(size=(8, 8), channels=8, patch=1)
@@ -45,7 +45,7 @@ def dit(shape: dict[str, Any], condition: Condition = CONDITION, **fields: Any) 
 def trained(model: Diffusion, latent: bool) -> Experiment:
     return Experiment(
         model,
-        dataclasses.replace(PICTURES, source=ArrayRecord("data/glyphs_latents", every=12)) if latent else PICTURES,
+        dataclasses.replace(DATA, source=ArrayRecord("data/glyphs_latents", every=12)) if latent else DATA,
         Train(
             optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.01),
             ema=0.98,
@@ -80,13 +80,13 @@ runs = {
 }
 MAIN, EPS, PIXEL, CLASSES = "latent DiT, flow", "latent DiT, eps", "pixel DiT, flow", "pixel DiT, flow, classes"
 
-# Tells classes of noised images apart.
+# Classifies noised images.
 classifier = Experiment(
     NoisedClassifier(dataclasses.replace(unet, width=24, conditioning=None), CONCEPTS, "adaptive", Flow()),
-    dataclasses.replace(PICTURES, batch_size=32),
+    dataclasses.replace(DATA, batch_size=32),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
 )
-# Tells captions of noised images apart, by words of its own.
+# Compares captions with noised images, by a tokenizer of its own.
 judge = Experiment(
     NoisedCLIP(
         vocabulary=1000,
@@ -102,7 +102,7 @@ judge = Experiment(
         scale=20.0,
         process=Flow(),
     ),
-    dataclasses.replace(PICTURES, batch_size=64),
+    dataclasses.replace(DATA, batch_size=64),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),
     text=SentencePiece("data/glyphs/vocabulary.model", length=16),
 )
@@ -114,7 +114,7 @@ One sentence with other words: what is noised (pixels, or the latents of a small
 predicts (noise, v, velocity), which network. Each has about 2 M parameters and equal training compute.
 """,
     runs=runs,
-    reference=Experiment(runs[MAIN].model, PICTURES),
+    reference=Experiment(runs[MAIN].model, DATA),
     guides={"image-text model": judge, "classifier": classifier},
     flops=6e12,
     sweeps={
@@ -152,9 +152,9 @@ predicts (noise, v, velocity), which network. Each has about 2 M parameters and 
                 "with guidance 2": Variant(CLASSES, classifier="classifier"),
                 "unconditional by class": Variant(CLASSES, {"guidance": 0.0}, classifier="classifier"),
             },
-            about="Guidance 0 leaves the model without its condition, so that the classifier alone says what to draw.",
+            about="Guidance 0 leaves the model without its condition, so that the classifier alone decides.",
         ),
-        "pull": Sweep(
+        "image_text": Sweep(
             "Guidance by an image-text model of noised images",
             "classifier_scale",
             (0.0, 1.0, 3.0),

@@ -25,7 +25,7 @@ experiment = Experiment(
         token_dropout=0.0,
         compute=Compute("bfloat16", remat="branches", loss_chunk=64),
     ),
-    data=Data(ArrayRecord("data/pictures_codes"), image_size=256, batch_size=512),
+    data=Data(ArrayRecord("data/images_codes"), image_size=256, batch_size=512),
     train=Train(steps=300_000, optimizer=Optimizer("adamw", 3e-4, warmup=5000), ema=0.0, save_every=2000),
     mesh=MeshConfig(data=-1),
 )

@@ -290,8 +290,8 @@ class Sampler:
         """Log which prompts have a part that no model reads."""
         texts = (self.text, *(guide.text for guide in self.guides), self.upsampler and self.upsampler.text)
         for text in dict.fromkeys(filter(None, map(limited, texts))):
-            if said := unread(text, prompts):
-                log.warning(f"prompts are cut: {said}; what is not read changes no image")
+            if cut := unread(text, prompts):
+                log.warning(f"prompts are cut: {cut}; what is not read changes no image")
 
 
 def check_codec(family: Family, codec: Codec | None) -> None:

@@ -109,7 +109,7 @@ MODELS = {
         pytest.param("train", "model", ("of_limit", "model_flops"), marks=pytest.mark.slow),
         ("plan", "model", ("planned", "of_planned", "counted_bytes")),
         ("codec --batch 2", "codec", ("of_limit", "flops_per_image")),
-        ("data --side 32 --image-size 16 --pictures 8 --records 64 --repeats 1", "", ("per_core", "cores_a_chip")),
+        ("data --side 32 --image-size 16 --images 8 --records 64 --repeats 1", "", ("per_core", "cores_a_chip")),
     ],
     ids=lambda x: x.split()[0] if isinstance(x, str) and x else "",
 )

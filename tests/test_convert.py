@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_told(models, tmp_path, capfd):
     assert "no codec" in error_of(capfd, "llamagen", models / "c2i.pt", *out, "--codec", models / "model")
     other = dataclasses.replace(LLAMA, vocabulary=21)
     with pytest.raises(ConfigError, match="20 codes, the model 21"):
-        folders.picture_side(other, str(models / "codec"))
+        folders.image_side(other, str(models / "codec"))
     assert "VQGAN" in error_of(capfd, "llamagen", models / "codec", "--back", "--out", tmp_path / "x.safetensors")
     assert "exists already" in error_of(capfd, "llamagen", models / "c2i.pt", "--out", models / "model")
 

@@ -232,7 +232,7 @@ def test_every_kind_learns_and_reads_its_text(family):
 
 
 @pytest.mark.slow
-def test_a_classifier_and_an_image_text_model_pull(model):
+def test_a_classifier_and_an_image_text_model_guide(model):
     classifier = NoisedClassifier(with_fields(LITTLE, size=(4, 4), conditioning=None), 3)
     small = NoisedCLIP(
         20,

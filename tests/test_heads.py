@@ -298,7 +298,7 @@ def test_draws_of_a_position_are_its_own():
 
 
 def test_logits_are_held_in_parts_where_there_are_many(monkeypatch):
-    monkeypatch.setattr(losses, "HELD", 3 * 50 * 3)  # of seven tokens two at a time, and one that is left
+    monkeypatch.setattr(losses, "MOST_LOGITS", 3 * 50 * 3)  # of seven tokens two at a time, and one that is left
     keys = jax.random.split(jax.random.key(0), 3)
     z, x = jax.random.normal(keys[0], (3, 7, 4)), jax.random.randint(keys[1], (3, 7), 0, 50)
     w = jax.random.normal(keys[2], (4, 50))

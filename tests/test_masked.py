@@ -244,7 +244,7 @@ def test_steps_ask_for_what_the_schedule_says():
 
 
 def test_clear_errors():
-    with pytest.raises(ValueError, match="order Confidence needs a head that knows probabilities"):
+    with pytest.raises(ValueError, match="order Confidence needs a head with probabilities"):
         Masked(head=VECTORS, order=Confidence())
     with pytest.raises(ValueError, match="patch 2: a code of one number"):
         Masked(head=CODES, patch=2)

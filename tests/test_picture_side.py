@@ -12,7 +12,7 @@ from t2i_jax.codecs.dvae import DVAE, DALLEPytorchVAE, OpenAIdVAE
 from t2i_jax.codecs.kl import KL
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
-from t2i_jax.convert.folders import picture_side
+from t2i_jax.convert.folders import image_side
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.data import ArrayRecord, Data
@@ -97,19 +97,19 @@ def test_the_side_is_that_of_what_is_drawn_and_other_codecs_are_refused(folders,
     family, fitting = FAMILIES[name]
     for codec, config in CODECS.items():
         if codec in fitting:
-            assert picture_side(family, str(folders / codec)) == drawn(family, config)[1]
+            assert image_side(family, str(folders / codec)) == drawn(family, config)[1]
         else:
             with pytest.raises(ConfigError, match="this is not its codec"):
-                picture_side(family, str(folders / codec))
+                image_side(family, str(folders / codec))
             mine, its = family.sample_spec().code, config.spec.code
             larger = bool(mine.sizes) and (mine.shape == its.shape) and mine.sizes > its.sizes > ()
             refused = contextlib.nullcontext() if larger else pytest.raises(ConfigError, match="this is not its codec")
             with refused:  # a run may have more code numbers than its codec
                 frozen_parts(Experiment(family, Data(ArrayRecord("nowhere")), codec=str(folders / codec)))
-    assert picture_side(family, "") == 0
+    assert image_side(family, "") == 0
 
 
 def test_what_draws_nothing_takes_no_codec(folders):
     for config in (NoisedCLIP(), CODECS["vqgan"]):
         with pytest.raises(ConfigError, match="draws no images, so it takes no codec"):
-            picture_side(config, str(folders / "vqgan"))
+            image_side(config, str(folders / "vqgan"))

@@ -530,7 +530,7 @@ def test_accumulation_must_divide_the_batch():
 # ---------------------------------------------------------------------------------------------------------- shallow
 
 
-def test_twins_are_shallow_and_otherwise_the_same():
+def test_shallow_copies_are_shallow_and_otherwise_the_same():
     assert shallow_copy_of_model(SMALL, 2) == with_fields(SMALL, depth=2)
     deep = Diffusion(with_fields(DiT(), size=(8, 8), width=32, depth=9, heads=2))
     assert (
@@ -550,14 +550,14 @@ def linear(e, batch, topology, sample=False):
     )
 
 
-def test_twins_lie_on_the_line_of_the_whole(monkeypatch):
+def test_shallow_copies_are_on_the_line_of_the_whole(monkeypatch):
     from t2i_jax.plan import compiled
 
     monkeypatch.setattr(compiled, "compile_plan", linear)
     batch, _ = plans.batch_of(EXPERIMENT, encoded=True)
     made = plans.plan_by_shallow_copies(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"))
     assert made.flops == 31 and made.collectives == {"all-gather": {"count": 6, "bytes": 63}}
-    assert "twins of 2 and 4 layers" in made.method
+    assert "shallow copies of 2 and 4 layers" in made.method
     sampler = plans.plan_by_shallow_copies(EXPERIMENT, batch, plans.Topology.read("v5e:2x2"), sample=True)
     assert set(sampler.notes) - set(made.notes) and "on-chip memory between tokens" in sampler.notes[-1]
     with pytest.raises(ConfigError, match="above 4"):
@@ -603,15 +603,15 @@ def test_a_sweep_of_a_diffusion_transformer_tries_its_policies():
     assert peak("full") < peak("none")
 
 
-def test_a_sweep_compiles_twins_where_asked(monkeypatch):
+def test_a_sweep_compiles_shallow_copies_where_asked(monkeypatch):
     module = importlib.import_module("t2i_jax.plan.compiled")
     monkeypatch.setattr(module, "compile_plan", linear)
     where = plans.Topology.read("v5e:2x2")
     options = {"sweeping": True, "compiles": 1, "batch_sizes": (16,), "encoded": True, "shallow": True}
     best = plans.run(EXPERIMENT, where, **options)[0]
-    assert "twins of 2 and 4 layers" in best.method and best.flops == 31
+    assert "shallow copies of 2 and 4 layers" in best.method and best.flops == 31
     for topology, counted in ((where, True), (plans.Topology.read("h100:8"), False)):
-        with pytest.raises(ConfigError, match="--twin: its models are compiled"):
+        with pytest.raises(ConfigError, match="--shallow: its models are compiled"):
             plans.run(EXPERIMENT, topology, shallow=True, counted=counted)
 
 

@@ -235,7 +235,7 @@ def test_what_is_wrong_is_told(tmp_path, folder):
         clip.load(bad)
     ClipText(str(bad)).load()  # the tower of pictures is not asked for
     (bad / "merges.txt").write_text("#\n" + "a b\n" * 300)
-    with pytest.raises(ValueError, match="the vocabulary gives id 813, the model knows 516"):
+    with pytest.raises(ValueError, match="the vocabulary gives id 813, the model has 516"):
         ClipText(str(bad))(["a"])
 
 

@@ -47,7 +47,7 @@ class Decoder:
             raise ValueError(f"the comparison in PyTorch is of models on class labels as published: not {odd[0]}")
         n, m, h = shape.heads, shape.num_kv_heads, shape.head_size
         self.torch, self.config = torch, config
-        # Their matrices are (out, in), and columns of queries, keys and values stand apart.
+        # Their matrices are (out, in), and columns of queries, keys and values are separate.
         turned = lambda w: tensor(np.asarray(w[...]).T)
 
         def block(i: int) -> dict[str, Any]:

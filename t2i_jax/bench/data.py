@@ -34,7 +34,7 @@ from t2i_jax.presets import OF_AR
 MFU = 0.5
 
 
-def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
+def draw_images(folder: Path, suffix: str, count: int, size: int) -> int:
     """Images size x size of soft shapes with some grain, each with a caption; returns their bytes an image.
 
     They compress about as photographs do: neither flat colour nor noise.
@@ -46,9 +46,9 @@ def draw_pictures(folder: Path, suffix: str, count: int, size: int) -> int:
             (size, size), Image.Resampling.BICUBIC
         )
         grain = rng.normal(0, 6, (size, size, 1))
-        picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
         file = folder / f"{i:05d}.{suffix}"
-        picture.save(file, quality=90) if suffix == "jpg" else picture.save(file)
+        image.save(file, quality=90) if suffix == "jpg" else image.save(file)
         file.with_suffix(".txt").write_text(f"image {i}\n")
         total += file.stat().st_size
     return total // count
@@ -65,10 +65,10 @@ def rate(batches: Iterator[object], size: int, wanted: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers: int, repeats: int) -> Result:
+def bench_images(suffix: str, side: int, image_size: int, count: int, workers: int, repeats: int) -> Result:
     """Images of `side` from files to crops of `image_size`: examples/s, and decodes/s of pillow alone."""
     with tempfile.TemporaryDirectory() as name:
-        size = draw_pictures(Path(name), suffix, count, side)
+        size = draw_images(Path(name), suffix, count, side)
         files = [f.read_bytes() for f in sorted(Path(name).glob(f"*.{suffix}"))]
         data = Data(Folder(name), image_size=image_size, batch_size=16, crop="random", workers=workers, threads=1)
 
@@ -77,9 +77,9 @@ def bench_pictures(suffix: str, side: int, image_size: int, count: int, workers:
         def alone() -> float:
             start = time.perf_counter()
             for file in files:
-                picture = Image.open(io.BytesIO(file))
-                picture.draft(None, (needed, needed))
-                picture.load()
+                image = Image.open(io.BytesIO(file))
+                image.draft(None, (needed, needed))
+                image.load()
             return len(files) / (time.perf_counter() - start)
 
         return _measured(f"{suffix}, {side} to {image_size}", data, size, alone, count, workers, repeats)
@@ -151,7 +151,7 @@ class DataBench(Arguments):
     """of the images in the files"""
     image_size: Annotated[int, Range(1, 8192)] = 256
     """of the crops"""
-    pictures: Size = 128
+    images: Size = 128
     records: Size = 4096
     workers: Workers = 0
     """processes that make batches; 0: one thread of this one"""
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
     for flag, given, known in (("--chips", a.chips, CHIPS), ("--shapes", a.shapes, OF_AR)):
         if odd := [name for name in given if name not in known]:
             raise ConfigError(f"{flag} {odd[0]!r}: one of {', '.join(known)}")
-    results = [bench_pictures(s, a.side, a.image_size, a.pictures, a.workers, a.repeats) for s in ("jpg", "png")]
+    results = [bench_images(s, a.side, a.image_size, a.images, a.workers, a.repeats) for s in ("jpg", "png")]
     results += [bench_codes(16, f, a.records, a.workers, a.repeats) for f in ((0, 0), (120, 2048))]
     rows = dict(ROWS)
     for shape in a.shapes:

@@ -131,8 +131,8 @@ def _in_pytorch(experiment: Experiment, batch: dict[str, jax.Array]) -> Measure:
             raise ValueError(f"the comparison in PyTorch is of AdamW on whole batches: not train.{odd[0]}")
         if missing := {"label", "codes"} - set(batch):
             raise ValueError(f"the comparison in PyTorch learns codes of classes; the batch has no {min(missing)}")
-        twin = baseline("autoregressive")
-        theirs = twin.Training(twin.Decoder(family, weights(family.init)), ema=experiment.train.ema)
+        eager_torch = baseline("autoregressive")
+        theirs = eager_torch.Training(eager_torch.Decoder(family, weights(family.init)), ema=experiment.train.ema)
     return lambda: seconds(lambda: theirs.step(batch["label"], batch["codes"]))
 
 

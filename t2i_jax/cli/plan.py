@@ -40,9 +40,9 @@ class PlanArguments(Checked):
     """of the sweep; the config's own, twice and four times it unless given"""
     compiles: Size = 3
     """how many of the sweep's best are compiled"""
-    twin: bool = False
+    shallow: bool = False
     """compile models of 2 and 4 layers instead and scale by depth: for the samplers of deep models, whose compile grows
-    with the layers; that of a train step does not, as it scans them. A UNet has no one depth, and no twins"""
+    with the layers; that of a train step does not, as it scans them. A UNet has no one depth, and no such copies"""
     estimate: bool = False
     """count for TPUs too and compile nothing: seconds in place of minutes"""
     images: Positive = 1e9
@@ -71,7 +71,7 @@ def run(arguments: list[str]) -> None:
         sweeping=args.sweep,
         batch_sizes=args.batch_sizes,
         compiles=args.compiles,
-        shallow=args.twin,
+        shallow=args.shallow,
         counted=args.estimate,
         images=args.images,
         inputs=args.inputs,

@@ -160,7 +160,7 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         discriminator = Objective(self.discriminator_loss, ("discriminator",), start=self.start)
         return {"generator": generator, "discriminator": discriminator}
 
-    def picture_loss(
+    def image_loss(
         self, model: AutoencoderModel[A], batch: ReconstructionBatch[C], step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """Reconstruction + perceptual + adversarial: -> (loss, metrics)."""

@@ -185,7 +185,7 @@ class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
     ) -> LossOutput:
         """Reconstruction + perceptual + KL + adversarial."""
         images, (q, z) = batch["image"], batch["outputs"].code
-        distance, metrics = self.picture_loss(model, batch, step)
+        distance, metrics = self.image_loss(model, batch, step)
         kl = q.kl().mean()
         loss = distance + self.kl * kl * len(images) / images.size
         return LossOutput(loss, metrics | {"kl": kl, "std": jnp.std(z)})

@@ -188,7 +188,7 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
         train: bool = True,
     ) -> LossOutput:
         """Reconstruction + perceptual + adversarial; the decoder's limit keeps the codes in its range."""
-        loss, metrics = self.picture_loss(model, batch, step)
+        loss, metrics = self.image_loss(model, batch, step)
         return LossOutput(loss, metrics | {"std": jnp.std(at_least_fp32(batch["outputs"].code))})
 
 

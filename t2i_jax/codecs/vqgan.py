@@ -157,7 +157,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         """Reconstruction + perceptual + quantisation + adversarial; the returned state holds the codebook."""
         part = model.autoencoder
         z, codes, loss, metrics = batch["outputs"].code
-        distance, terms = self.picture_loss(model, batch, step)
+        distance, terms = self.image_loss(model, batch, step)
         moved = replace(part, quantizer=part.quantizer.moved(z, codes, jax.random.split(key)[1]))
         return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 

@@ -78,18 +78,18 @@ def work(sampler: Sampler, prompts: Sequence[str]) -> float:
         return flops.count(partial(program.codes, sampler.guided), *arguments, trips=program.family.loop_trips(options))
 
 
-def measure(ruler: ReferenceSet, sampler: Sampler, title: str) -> tuple[dict[str, float], np.ndarray]:
+def measure(reference: ReferenceSet, sampler: Sampler, title: str) -> tuple[dict[str, float], np.ndarray]:
     """All numbers of one variant, its speed and the limit measured at the same time, and the images."""
     product = limits(sampler.program.family.compute.dtype)["flops"]
     before = max(product() for _ in range(3))
-    made, seconds = ruler.draw(sampler, title)
+    made, seconds = reference.draw(sampler, title)
     limit = max(before, *(product() for _ in range(3)))
-    size = ruler.comparison.batch_size
-    each = work(sampler, prompts_of(ruler.records[:size], sampler.program.family)) / size
+    size = reference.comparison.batch_size
+    each = work(sampler, prompts_of(reference.records[:size], sampler.program.family)) / size
     speed = {
         "seconds_per_image": seconds,
         "gflops_per_image": each / 1e9,
         "flops_limit": limit,
         "share_of_limit": each / (limit * sampler.mesh.size) / seconds,
     }
-    return ruler.judge(made) | speed, made
+    return reference.judge(made) | speed, made

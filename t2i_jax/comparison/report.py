@@ -50,22 +50,22 @@ def plot_of(out: Path, sweep: str) -> Path:
 def write(
     comparison: Comparison,
     found: Result,
-    ruler: ReferenceSet,
+    reference: ReferenceSet,
     sheets: Mapping[str, np.ndarray],
     out: Path,
     command: str,
 ) -> None:
     """OUT.md, OUT.json, OUT.png (images) and OUT_SWEEP.png (plots)."""
     write_json(out.with_suffix(".json"), found)
-    image_files.save_png(sheet(ruler, sheets), out.with_suffix(".png"))
+    image_files.save_png(sheet(reference, sheets), out.with_suffix(".png"))
     lines = [f"# {comparison.title}", "", comparison.about.strip(), ""]
     lines += [f"Made by `{command}` on {found['device']}.", ""] if command else []
     lines += [
         f"Each model was trained with {comparison.flops:.3g} FLOPs: three times its forward passes, frozen parts not "
         "counted. "
-        f"{len(ruler.prompts)} images each, of known concepts in words that were not trained on; retrieval finds the "
-        f"concept among {len(ruler.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few images "
-        "compare within this page only. "
+        f"{len(reference.prompts)} images each, of known concepts in words that were not trained on; retrieval finds "
+        f"the concept among {len(reference.prompts)}, by chance {found['chance']:.2g}. Fréchet distances of so few "
+        "images compare within this page only. "
         f"{_repeats(comparison.repeats)}Speed is that of a batch of "
         f"{comparison.batch_size}, text and decoding included, against the best matrix product before and after.",
         "",
@@ -109,12 +109,12 @@ def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, tuple[s
     return lines
 
 
-def sheet(ruler: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Image.Image:
+def sheet(reference: ReferenceSet, sheets: Mapping[str, np.ndarray], rows: int = 12) -> Image.Image:
     """A row a prompt: the real image, then that of each run."""
-    chosen = np.linspace(0, len(ruler.prompts) - 1, rows).round().astype(int)
-    columns = {"real": ruler.real, **sheets}
+    chosen = np.linspace(0, len(reference.prompts) - 1, rows).round().astype(int)
+    columns = {"real": reference.real, **sheets}
     images = np.stack([images[chosen] for images in columns.values()], 1)
-    names = [f"{name}: {ruler.prompts[i]}" if name == "real" else name for i in chosen for name in columns]
+    names = [f"{name}: {reference.prompts[i]}" if name == "real" else name for i in chosen for name in columns]
     return image_files.grid(images.reshape(-1, *images.shape[2:]), names, columns=len(columns), scale=3)
 
 

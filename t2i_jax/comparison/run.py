@@ -40,7 +40,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
     Returns the contents of OUT.json.
     """
     check_free(*files_of(comparison, out))
-    ruler = ReferenceSet(comparison)
+    reference = ReferenceSet(comparison)
     repeated = comparison.repeated()
     every = {**{name: experiment for name, (_, experiment) in repeated.items()}, **comparison.guides}
     trained = {name: equal(e, comparison.flops, folder / name) for name, e in every.items()}
@@ -60,7 +60,7 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
         known[name] = facts(experiment, folder / name)
         gc.collect()
     sheets: dict[str, np.ndarray] = {}
-    with_memory = ResultCache(folder / "measured", comparison, trained, ruler)
+    with_memory = ResultCache(folder / "measured", comparison, trained, reference)
     for name in repeated:
         numbers, sheets[name] = with_memory(Variant(name), {}, name)
         known[name] |= numbers
@@ -72,9 +72,9 @@ def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> R
         for label, line in sweep.lines.items():
             points = [with_memory(line, {sweep.field: v}, f"{label}, {sweep.field} {v:g}")[0] for v in sweep.values]
             found["sweeps"][name][label] = points
-    ceiling = ruler.judge(ruler.real) | {"seconds_per_image": 0.0}
-    found |= {"real": ceiling, "chance": 1 / len(ruler.prompts), "device": jax.devices()[0].device_kind}
-    write(comparison, found, ruler, {name: sheets[name] for name in comparison.runs}, out, command)
+    ceiling = reference.judge(reference.real) | {"seconds_per_image": 0.0}
+    found |= {"real": ceiling, "chance": 1 / len(reference.prompts), "device": jax.devices()[0].device_kind}
+    write(comparison, found, reference, {name: sheets[name] for name in comparison.runs}, out, command)
     return found
 
 
@@ -133,8 +133,8 @@ def facts(experiment: Experiment, folder: Path) -> dict[str, float]:
 class ResultCache:
     """Results by all that they depend on: nothing is sampled twice, and no outdated result is used."""
 
-    def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], ruler: ReferenceSet):
-        self.folder, self.comparison, self.runs, self.ruler = folder, comparison, runs, ruler
+    def __init__(self, folder: Path, comparison: Comparison, runs: dict[str, Experiment], reference: ReferenceSet):
+        self.folder, self.comparison, self.runs, self.reference = folder, comparison, runs, reference
         self.pipelines: dict[str, Pipeline] = {}
         self.classifiers: dict[str, ClassifierGuidance] = {}
 
@@ -142,13 +142,13 @@ class ResultCache:
         settings = {**line.options, **more}
         drawn = (self.comparison.count, self.comparison.batch_size, self.comparison.seed)
         models = [to_json(self.runs[name]) for name in (line.run, line.classifier) if name]
-        depends = [models, to_json(dict(line.family)), settings, drawn, self.ruler.prompts]
+        depends = [models, to_json(dict(line.family)), settings, drawn, self.reference.prompts]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         numbers, sheet = self.folder / f"{key}.json", self.folder / f"{key}.png"
         if numbers.exists() and sheet.exists():
             tall = np.asarray(Image.open(sheet))
-            return json.loads(numbers.read_text()), tall.reshape(self.ruler.real.shape)
-        values, made = measure(self.ruler, self.sampler(line, settings), title)
+            return json.loads(numbers.read_text()), tall.reshape(self.reference.real.shape)
+        values, made = measure(self.reference, self.sampler(line, settings), title)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_png(made.reshape(-1, *made.shape[2:]), sheet)
         numbers.write_text(json.dumps(values))

@@ -1,6 +1,6 @@
 """Published checkpoints to models of this library, and back.
 
-`t2i_jax.interop` knows published names and layouts; here each published format is bound to the configuration that
+`t2i_jax.interop` has published names and layouts; here each published format is bound to the configuration that
 its tensors belong to. `convert("llamagen", read(path))` gives the configuration and the model, the released size
 recognised from the shapes; `restore` gives the published names back.
 """
@@ -153,7 +153,7 @@ def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object
     if format.adapt is not None:
         tensors, hints = format.adapt(tensors, **hints)
     config = format.describe(tensors, **hints)
-    model = held(format, abstract(config))
+    model = part_in_files(format, abstract(config))
     fill = lambda tensors: to_ours(model, tensors, format.table(config), format.unused, file)
     if any(isinstance(t, jax.ShapeDtypeStruct) for t in tensors.values()):
         return config, jax.eval_shape(fill, dict(tensors))
@@ -163,9 +163,9 @@ def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object
 def restore(name: str, config: Trainable, model: nnx.Module) -> dict[str, np.ndarray]:
     """The model's variables (or gradients) under the published names, in the published layouts."""
     format = find(name)
-    return to_theirs(held(format, model), format.table(config))
+    return to_theirs(part_in_files(format, model), format.table(config))
 
 
-def held(format: Format, model: nnx.Module) -> nnx.Module:
+def part_in_files(format: Format, model: nnx.Module) -> nnx.Module:
     """The part of a model that files of the format hold."""
     return model if format.alone is None else format.alone(model)

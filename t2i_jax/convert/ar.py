@@ -22,8 +22,8 @@ IMAGEGPT = OF_AR["imagegpt-s"]
 def _llamagen(
     tensors: Tensors, *, grid: tuple[int, int] = (16, 16), head_dim: int = 0, null: bool = True, **fields: object
 ) -> AR:
-    """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not know it. null: the table of
-    classes has a row for none."""
+    """grid: (16, 16) for 256 pixels, (24, 24) for 384, (32, 32) for 512; the file does not record it. null: the table
+    of classes has a row for none."""
     found: Fields = {"grid": grid} | llamagen.describe(tensors, head_dim, null)
     found |= {} if null else {"condition_dropout": 0.0}
     return with_fields(AR(), **(found | fields))

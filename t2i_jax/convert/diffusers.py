@@ -243,13 +243,13 @@ def empty_caption(text: ClipText | ClipCaption | Triple) -> np.ndarray:
 
 def clip_of(path: Path, which: str = "") -> ClipText:
     """A CLIP of a folder, with the list of merges and the padding of its tokeniser."""
-    room = path / f"tokenizer{which}"
-    merges = room / "merges.txt"
-    pad = huggingface.settings(room / "special_tokens_map.json").get("pad_token", "<|endoftext|>")
+    folder = path / f"tokenizer{which}"
+    merges = folder / "merges.txt"
+    pad = huggingface.settings(folder / "special_tokens_map.json").get("pad_token", "<|endoftext|>")
     pad = pad["content"] if isinstance(pad, Mapping) else pad
     return ClipText(
         str(path / f"text_encoder{which}"),
-        pad=huggingface.settings(room / "vocab.json")[pad],
+        pad=huggingface.settings(folder / "vocab.json")[pad],
         vocabulary=str(merges) if merges.exists() else "",
     )
 

@@ -48,8 +48,8 @@ def _codec(tensors: Tensors, **fields: object) -> VQGAN:
 
 
 def _used(tensors: Tensors, *, used: str | np.ndarray | None = None, **fields: object) -> tuple[Tensors, Fields]:
-    """used: the authors' file, or array, that maps all codes of the codec to those that the model knows, where it does
-    not know them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
+    """used: the authors' file, or array, that maps all codes of the codec to those that the model has, where it does
+    not have them all: `taming_vqvae_2887.pt` for captions, `taming_vqvae_974.pt` for ImageNet."""
     table = content(used) if isinstance(used, str) else used
     return vq_diffusion.codec_tensors(tensors, None if table is None else np.asarray(table)), fields
 
@@ -81,7 +81,7 @@ FORMATS = {
         needed=(vqgan.needed("taming"), vq_diffusion.CODEC_NEEDED),
         part=codecs.STAGE,
         adapt=_used,
-        title="the codec of a VQ-Diffusion model, with the codes that it knows: a Gumbel VQGAN, a VQGAN, or ITHQ's own",
+        title="the codec of a VQ-Diffusion model, with the codes that it has: a Gumbel VQGAN, a VQGAN, or ITHQ's own",
         example="vqgan_gumbel_f8.ckpt --used taming_vqvae_2887.pt",
     ),
 }

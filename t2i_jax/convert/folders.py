@@ -77,11 +77,11 @@ def to_folder(
             text = format.fit_text(config, found.text) if format.fit_text else found.text
     except FAULTS as error:
         raise ConfigError(_fault(name, format, weights, error, found, hints)) from error
-    with tempfile.TemporaryDirectory() as room:
+    with tempfile.TemporaryDirectory() as temporary:
         if found.codec and not codec:
-            codec = f"{room}/codec"
+            codec = f"{temporary}/codec"
             save_artifact(Artifact(*found.codec), codec, f"# {type(found.codec[0]).__name__}\n")
-        artifact = Artifact(config, model, text, codec, image_size=picture_side(config, codec))
+        artifact = Artifact(config, model, text, codec, image_size=image_side(config, codec))
         save_artifact(artifact, out, _card(name, Path(weights), Path(out), artifact))
     return dataclasses.replace(artifact, codec=str(Path(out, "codec")) if codec else "")
 
@@ -95,15 +95,15 @@ def _fault(
     hints: Mapping[str, object],
 ) -> str:
     """Why a file could not be converted."""
-    said = str(error)
-    if (m := re.search(r"(?:unexpected keyword argument|has no field) '(\w+)'", said)) and m[1] in hints:
+    message = str(error)
+    if (m := re.search(r"(?:unexpected keyword argument|has no field) '(\w+)'", message)) and m[1] in hints:
         return unknown(name, format, m[1])
     if not isinstance(error, ValueError | OSError):  # wrapped in the message of the code that raised it
-        said = f"its tensors are not as they should be ({type(error).__name__}: {error})"
-        said += f", or the hints {text_of(hints)} do not suit it" if hints else ""
+        message = f"its tensors are not as they should be ({type(error).__name__}: {error})"
+        message += f", or the hints {text_of(hints)} do not suit it" if hints else ""
     if found and not holds(found.tensors, *format.needed) and (others := convert.alike(found.tensors)):
-        said += f"; its names are those of {', '.join(others)}"
-    return f"{name}: {said}" if str(weights) in said else f"{weights} as {name}: {said}"
+        message += f"; its names are those of {', '.join(others)}"
+    return f"{name}: {message}" if str(weights) in message else f"{weights} as {name}: {message}"
 
 
 def _with_codec(config: Trainable, model: nnx.Module, codec: str) -> nnx.Module:
@@ -122,8 +122,8 @@ def _check_text(config: Trainable, text: Tokenizer) -> None:
     if "features" in spec:
         gives, reads = text_encoder(text).feature_shape, spec["features"].shape
         if gives != reads:
-            said = "{} vectors of {} numbers a caption"
-            raise ValueError(f"--text gives {said.format(*gives)}; the model reads {said.format(*reads)}")
+            shape = "{} vectors of {} numbers a caption"
+            raise ValueError(f"--text gives {shape.format(*gives)}; the model reads {shape.format(*reads)}")
 
 
 def to_file(name: str, folder: str | Path, out: str | Path) -> None:
@@ -142,7 +142,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     except FAULTS as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise ConfigError(f"{folder} holds a {type(artifact.config).__name__}, which is no {name}{why}") from error
-    unmapped = sorted(named(convert.held(format, artifact.model)).keys() ^ table.keys())
+    unmapped = sorted(named(convert.part_in_files(format, artifact.model)).keys() ^ table.keys())
     if unmapped:
         raise ConfigError(f"{folder} cannot be exported as {name}: unmapped variables: {', '.join(unmapped[:8])}")
     tensors = convert.restore(name, artifact.config, artifact.model)
@@ -179,7 +179,7 @@ def text_side(words: str) -> Tokenizer:
     return encoder(encodes, rest, f"--text {words}", **fields)
 
 
-def neighbours(words: str, said: str) -> Neighbours:
+def neighbours(words: str, option: str) -> Neighbours:
     """Neighbours of the embeddings of a CLIP, from its path and comma-separated fields of both:
     `vit_b_32.pt,database=FILE,neighbours=3`. Errors: as of `encoder`."""
     path, *settings = words.split(",")
@@ -187,26 +187,26 @@ def neighbours(words: str, said: str) -> Neighbours:
     ours, others = ([x for x in settings if (x.partition("=")[0] in mine) == own] for own in (True, False))
     given: Fields = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in ours)}
     if "database" not in given or not Path(str(given["database"])).exists():
-        raise ConfigError(f"{said}: database=FILE is wanted, embeddings of images by this CLIP")
-    clip = encoder(ClipEmbedding, ",".join((path, *others)), said)
-    with refused(said):
+        raise ConfigError(f"{option}: database=FILE is wanted, embeddings of images by this CLIP")
+    clip = encoder(ClipEmbedding, ",".join((path, *others)), option)
+    with refused(option):
         check_values(Neighbours, given)
         return dataclasses.replace(Neighbours(clip, ""), **given)
 
 
-def encoder(kind: type[E], words: str, said: str, **fields: object) -> E:
+def encoder(kind: type[E], words: str, option: str, **fields: object) -> E:
     """A text encoder of a class, from its path and comma-separated fields: `vit_b_32.pt,activation=gelu`.
 
-    said: prefix of errors. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
+    option: prefix of errors. Errors: `ConfigError` for a path that is not there, and for fields of no such class.
     """
     path, *settings = words.split(",")
     if not path or not Path(path).exists():
-        raise ConfigError(f"{said}: there is no '{path}'; it names a folder as `--help` says, or a file")
+        raise ConfigError(f"{option}: there is no '{path}'; it names a folder as `--help` says, or a file")
     known = [f.name for f in dataclasses.fields(kind) if f.name not in ("folder", "path")]
     given = {key: value_of([value]) for key, _, value in (setting.partition("=") for setting in settings)}
     if wrong := given.keys() - set(known):
-        raise ConfigError(f"{said}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
-    with refused(said):
+        raise ConfigError(f"{option}: {kind.__name__} has no field {min(wrong)}; it has {', '.join(known)}")
+    with refused(option):
         check_values(kind, given)
         return dataclasses.replace(kind(path), **(fields | given))
 
@@ -219,7 +219,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def picture_side(config: Trainable, codec: str) -> int:
+def image_side(config: Trainable, codec: str) -> int:
     """Side of the images, 0 without a codec. Errors: `ConfigError` where configuration and codec do not fit."""
     if not codec:
         return 0

@@ -175,10 +175,10 @@ def _sheet(
             x = gap + column * (cell + gap)
             for s, images in enumerate(sets):
                 # Pixels stay squares: smoothing would flatter the images.
-                picture = Image.fromarray(images[k]).resize((width, height), Image.Resampling.NEAREST)
+                tile = Image.fromarray(images[k]).resize((width, height), Image.Resampling.NEAREST)
                 left = x + s * (width + joint)
                 draw.rectangle((left - 1, y - 1, left + width, y + height), outline=FRAME)
-                image.paste(picture, (left, y))
+                image.paste(tile, (left, y))
             for number, text in enumerate(texts[k]):
                 draw.text((x + cell / 2, y + height + 6 + number * line), text, INK, font, anchor="ma")
         y += height + space + gap

@@ -87,8 +87,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mapping[str, object]]) -> None:
     """Write an object, or a list of them, as JSON that names this library as its maker."""
-    said = [{"made_by": MAKER, **one} for one in (value if isinstance(value, list) else [value])]
-    text = json.dumps(said if isinstance(value, list) else said[0], indent=1, ensure_ascii=False, default=str)
+    marked = [{"made_by": MAKER, **one} for one in (value if isinstance(value, list) else [value])]
+    text = json.dumps(marked if isinstance(value, list) else marked[0], indent=1, ensure_ascii=False, default=str)
     write_text(path, text + "\n")
 
 

@@ -54,7 +54,7 @@ ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_AC
 
 
 def tpu_compiler_alone() -> None:
-    """Tell libtpu that it is here to compile, for chips that are elsewhere. What the environment says already stays."""
+    """Configure libtpu to compile for absent chips. What the environment says already stays."""
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
 
@@ -93,7 +93,7 @@ def shared_cache(folder: str) -> Iterator[None]:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or before[CACHE] not in (None, "", local_cache()):
         yield
         return
-    # XLA writes its own caches without JAX, and knows no object stores.
+    # XLA writes its own caches without JAX, and not to object stores.
     settings = {CACHE: folder, XLA_CACHES: "" if "://" in folder else before[XLA_CACHES]}
     try:
         _set_cache(settings)

@@ -96,7 +96,7 @@ SOURCES = {
     "prefix": "the caller: the first tokens of the sequence",
     "low_res": "the caller: the small image to enlarge; or `upscale` of the model makes it of the image",
     "low_codes": "the codec of the experiment, from images, or a data set that `t2i encode` has written",
-    "low_res_noise": "the caller, who knows how noisy the small image is",
+    "low_res_noise": "the caller: the noise level of the small image",
 }
 """Source of each field of a batch."""
 

@@ -181,8 +181,8 @@ class Compute(Checked):
     attention: AttentionKind = "auto"
     """implementation of self-attention over whole sequences"""
     loss_chunk: Annotated[int, FREE] = 0
-    """tokens per image whose logits are in memory at a time; 0: all, or as many as the budget `nn.losses.HELD` allows;
-    below 0: all"""
+    """tokens per image whose logits are in memory at a time; 0: all, or as `nn.losses.MOST_LOGITS` allows; below
+    0: all"""
 
     def check(self, capabilities: Capabilities, float64: bool = False) -> None:
         """Errors: `ConfigError` for an option that a model of these capabilities does not have."""

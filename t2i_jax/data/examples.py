@@ -124,15 +124,15 @@ class Examples:
     def block(self, start: int, stop: int, threads: int = 0) -> Iterator[Record]:
         """The usable records of start ... stop - 1, read ahead by `threads` threads."""
         rows = grain.MapDataset.range(start, stop).map(self.read)
-        said = self.captions
+        warned = self.captions
         for record, fault, small in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
             if not self._taken(fault, small):
                 continue
-            if not (said or record.get("captions", True)):
+            if not (warned or record.get("captions", True)):
                 found = as_captions(record["captions"])
                 why = found.fault or found.missing
                 log.warning("there are records without a caption, the first: %s (%s)", record.get("key"), why)
-                said = True
+                warned = True
             yield record
 
     def spaced(self, count: int) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Indexes of tar files: where the samples of each lie, found once and kept.
+"""Indexes of tar files: where the samples of each are, found once and kept.
 
 The index of `shards/00000.tar` is a file of its own in `shards/.t2i-index`, or in the user's cache where that folder
 cannot be written. Its name is `TAR.STATE.SAMPLES`: STATE has the size and the time of the tar and a digest of what
@@ -187,7 +187,7 @@ def index_tars(shards: Sequence[Path], workers: int = 0, seen: Seen = raise_erro
 
 
 class _Folder:
-    """A folder of tar files, and the places where their indexes can lie."""
+    """A folder of tar files, and the places where their indexes may be."""
 
     def __init__(self, path: str):
         self.path = Path(path)

@@ -126,22 +126,22 @@ class RetrievalJudge:
         cls,
         images: Callable[[np.ndarray], np.ndarray],
         texts: Callable[[Sequence[str]], np.ndarray],
-        pictures: np.ndarray,
+        samples: np.ndarray,
         captions: Sequence[str],
         config: JudgeConfig = JudgeConfig(),
         seed: int = 0,
     ) -> RetrievalJudge:
         """The judge that learned from the training images uint8 (n, i, j, 3) and their n captions."""
-        if len(pictures) != len(captions) or len(captions) < 2:
-            raise ValueError(f"a judge learns from pairs: {len(pictures)} images with {len(captions)} captions")
-        features, concepts = images(pictures), np.unique(np.asarray(captions), return_inverse=True)[1]
+        if len(samples) != len(captions) or len(captions) < 2:
+            raise ValueError(f"a judge learns from pairs: {len(samples)} images with {len(captions)} captions")
+        features, concepts = images(samples), np.unique(np.asarray(captions), return_inverse=True)[1]
         mean, std = features.mean(0), np.maximum(features.std(0), 1e-3)
         heads = fit((features - mean) / std, texts(captions), concepts, config, seed_key(seed))
         return cls(images, texts, heads, mean, std)
 
-    def similarity(self, pictures: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    def similarity(self, samples: np.ndarray, captions: Sequence[str]) -> np.ndarray:
         """Cosine (n, m) of images uint8 (n, i, j, 3) and m captions."""
-        features = (self.images(pictures) - self.mean) / self.std
+        features = (self.images(samples) - self.mean) / self.std
         a, b = self.heads(jnp.asarray(features), jnp.asarray(self.texts(captions)))
         return np.asarray(a @ b.T)
 

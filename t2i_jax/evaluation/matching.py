@@ -40,13 +40,13 @@ class Matching:
             return np.concatenate([np.asarray(step(*(x[some] for x in arrays)))[:count] for some, count in rows])
 
         return cls(
-            lambda pictures: batched(lambda x: look(images, x), pictures),
-            lambda said: batched(lambda *x: read(captions, *x), *text(list(said))),
+            lambda samples: batched(lambda x: look(images, x), samples),
+            lambda texts: batched(lambda *x: read(captions, *x), *text(list(texts))),
         )
 
     def evaluate(
         self,
-        pictures: np.ndarray,
+        samples: np.ndarray,
         real: np.ndarray | None,
         captions: Sequence[str],
         classes: Sequence[Hashable],
@@ -67,7 +67,7 @@ class Matching:
         own = sentences[: len(captions)]
         numbers: dict[str, tuple[float, float]] = {}
         chance = 0.0
-        for name, images in (("", pictures), *([("real", real)] if real is not None else [])):
+        for name, images in (("", samples), *([("real", real)] if real is not None else [])):
             codes = self.codes(images)
             found = retrieve_captions(codes, own, classes, sentences, kinds, CHOICES)
             numbers[name] = found.top(1), float(np.sum(unit(codes) * unit(own), 1).mean())

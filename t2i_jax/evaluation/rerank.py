@@ -35,19 +35,19 @@ class Reranker:
     def _embed(self, model: CLIP, images: Array) -> Array:
         return self.text.image_features(model, images.astype(jnp.float32) / 127.5 - 1)[:, 0]
 
-    def __call__(self, prompts: Sequence[str], pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 (n, m, i, j, 3), m for each of n prompts -> their order int (n, m), best first, and scores
         float (n, m), the cosines of image and prompt. Ties keep their order.
 
         Errors: ValueError for another shape or dtype.
         """
         n = len(prompts)
-        if pictures.dtype != np.uint8 or pictures.ndim != 5 or len(pictures) != n:
+        if samples.dtype != np.uint8 or samples.ndim != 5 or len(samples) != n:
             raise ValueError(
-                f"images are uint8 (n, m, i, j, 3) for n = {n} prompts, not {pictures.dtype} {pictures.shape}"
+                f"images are uint8 (n, m, i, j, 3) for n = {n} prompts, not {samples.dtype} {samples.shape}"
             )
         read = self._batched(self._read, *self.text(list(prompts)))
-        seen = self._batched(self._look, pictures.reshape(-1, *pictures.shape[2:])).reshape(n, -1, read.shape[-1])
+        seen = self._batched(self._look, samples.reshape(-1, *samples.shape[2:])).reshape(n, -1, read.shape[-1])
         scores = np.einsum("nk,nmk->nm", read, seen)
         return np.argsort(-scores, axis=1, kind="stable"), scores
 

@@ -165,11 +165,11 @@ def evaluate_matching(matching: Matching, reference: Experiment, out: Path, coun
     numbers: dict[str, Number] = {}
     sheets = []
     for name, records in sets.items():
-        real, asked = images_of(records), [wording(r) for r in records]
+        real, captions = images_of(records), [wording(r) for r in records]
         others = [title(r) for r in train]
-        found = matching.evaluate(real, None, asked, classes_of(records), others, classes_of(train))
+        found = matching.evaluate(real, None, captions, classes_of(records), others, classes_of(train))
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
-        sheets.append(image_files.grid(real[:32], asked[:32]))
+        sheets.append(image_files.grid(real[:32], captions[:32]))
     image_files.save_png(stacked(sheets), out / "samples.png")
     return Report("DAMSM: captions of images", numbers, {"images": {name: len(some) for name, some in sets.items()}})
 
@@ -242,11 +242,11 @@ def evaluate_family(
         found = evaluate_images(made, real, prompts, images_of(train), spaces)
         found |= critic.evaluate(made, prompts, real) if critic else {}
         if matching is not None:
-            asked = [title(r) for r in records] if reads_classes(pipeline.family) else prompts
+            wanted = [title(r) for r in records] if reads_classes(pipeline.family) else prompts
             others = [title(r) for r in train]
-            found |= matching.evaluate(made, real, asked, classes_of(records), others, classes_of(train))
-        said = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
-        found |= bits_per_token(pipeline, records, said, size)
+            found |= matching.evaluate(made, real, wanted, classes_of(records), others, classes_of(train))
+        texts = prompts if reads_classes(pipeline.family) else [title(r) for r in records]
+        found |= bits_per_token(pipeline, records, texts, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(image_files.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
     if noises:

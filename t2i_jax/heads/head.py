@@ -45,7 +45,7 @@ class TokenHead(Protocol[M]):
     def sample(
         self, module: M, z: Array, null: Array | None, draws: PositionKeys, guidance: Array, options: ARSampler
     ) -> tuple[Array, Array | None]:
-        """Codes (b, m, *code.shape), and a score (b, m): log p(x | z) where the head knows it, else None.
+        """Codes (b, m, *code.shape), and a score (b, m): log p(x | z) where the head has it, else None.
 
         z: (b, m, d). null: z of the unconditional branch. draws: random keys of the m tokens. guidance: scale (b,).
         options: traced.

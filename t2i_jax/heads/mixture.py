@@ -70,12 +70,12 @@ def guided(law: MixtureParams, null: MixtureParams, scale: Array) -> MixturePara
     proper = precision + more * (sharp - null_sharp) > 0.01 * precision
     sharp, null_sharp = jnp.where(proper, sharp, precision), jnp.where(proper, null_sharp, precision)
     total = precision + more * (sharp - null_sharp)
-    pull = more * (sharp * (mean - law.mean) - null_sharp * (null_mean - law.mean))
+    shift = more * (sharp * (mean - law.mean) - null_sharp * (null_mean - law.mean))
     mass = 0.5 * jnp.sum(
-        pull**2 / total + jnp.log(precision / total), -1
+        shift**2 / total + jnp.log(precision / total), -1
     )  # log of the integral of the shifted component
     logits = jax.nn.log_softmax(law.logits) + expand_like(scale - 1, here) * (here - there) + mass
-    return MixtureParams(logits, law.mean + pull / total, -0.5 * jnp.log(total))
+    return MixtureParams(logits, law.mean + shift / total, -0.5 * jnp.log(total))
 
 
 @dataclasses.dataclass(frozen=True)

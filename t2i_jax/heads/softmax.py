@@ -28,8 +28,8 @@ class SoftmaxHead(Checked):
     """number of codes of the codec"""
     label_smoothing: Annotated[float, Range(low=0, below=1)] = 0.0
     loss_chunk: Annotated[int, FREE] = 0
-    """tokens per image whose logits are held at a time in training; 0: all, or as many as fit `nn.losses.HELD`; below
-    0: all"""
+    """tokens per image whose logits are in memory at a time in training; 0: all, or as many as `nn.losses.MOST_LOGITS`
+    allows; below 0: all"""
 
     knows_probability = True  # no field
 

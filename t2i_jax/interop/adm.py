@@ -65,7 +65,7 @@ POOL_PARTS = {
 
 
 def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network.
 
     blocks: residual blocks a level, where the shapes allow several numbers. channels: of an image.
     Errors: ValueError where the names are not those of such a model.

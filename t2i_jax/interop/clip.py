@@ -95,8 +95,8 @@ def open_clip(folder: str | Path) -> Fields:
         raise ValueError(f"{OPEN_CLIP} cannot be read: head_width, width and heads are {numbers}, not positive numbers")
     for part, fields in {"": model, "vision_cfg.": image, "text_cfg.": text}.items():
         if other := sorted(k for k, v in fields.items() if v and k not in PLAIN):
-            said = f"{part}{other[0]}={fields[other[0]]!r}"
-            raise ValueError(f"{OPEN_CLIP}: {said} makes another network; towers of plain Transformers are read")
+            field = f"{part}{other[0]}={fields[other[0]]!r}"
+            raise ValueError(f"{OPEN_CLIP}: {field} makes another network; towers of plain Transformers are read")
     head, width, heads = numbers
     return {
         "head": head,

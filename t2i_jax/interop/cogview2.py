@@ -32,8 +32,8 @@ NORMS = {
 
 def describe(tensors: Tensors, prefix: str = "", heads: int = 0) -> Fields:
     """Sizes of one of the networks: `words` (ids of all kinds), `places`, and the fields of its `Transformer`; of a
-    network of fine tokens also `grid` and `own_attention`. The file does not know the number of heads; 0 gives each of
-    them 64 channels."""
+    network of fine tokens also `grid` and `own_attention`. The file does not record the number of heads; 0 gives each
+    of them 64 channels."""
     require(tensors, [prefix + name for name in NEEDED], "no Transformer of CogView2")
     words, width = tensors[f"{prefix}transformer.word_embeddings.weight"].shape
     shape = {

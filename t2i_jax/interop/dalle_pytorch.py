@@ -70,8 +70,8 @@ def describe(
     tensors: Tensors, heads: int = 8, grid: tuple[int, int] | None = None, text_length: int = 0, codes: int = 0
 ) -> Fields:
     """The fields of the family that the shapes of `tensors` (arrays or abstract) belong to; those of the text under
-    `text`. The file does not know the number of heads. With rotary positions it does not know the grid nor the length
-    of the text, with a shared matrix and without its dVAE it does not know the number of codes.
+    `text`. The file does not record the number of heads. With rotary positions it records neither the grid nor the
+    length of the text; with a shared matrix and without its dVAE, not the number of codes.
 
     Errors: ValueError that says what is missing.
     """
@@ -86,15 +86,15 @@ def describe(
         text_length = tensors["text_pos_emb.weight"].shape[0] - 1
         grid = (tensors["image_pos_emb.weights.0"].shape[1], tensors["image_pos_emb.weights.1"].shape[2])
     if grid is None:
-        raise ValueError("rotary_emb=True: the file does not know the grid of codes; give it as `grid`")
+        raise ValueError("rotary_emb=True: the file does not record the grid of codes; give it as `grid`")
     if not text_length and "transformer.pos_emb" in tensors:
         text_length = tensors["transformer.pos_emb"].shape[1] - 1 - grid[0] * grid[1]
     if not text_length:
-        raise ValueError("rotary_emb=True: the file does not know the length of the text; give it as `text_length`")
+        raise ValueError("rotary_emb=True: the file does not record the length of the text; give it as `text_length`")
     if tied and not codes:
         if "vae.codebook.weight" not in tensors:
             raise ValueError(
-                "share_input_output_emb=True: the file does not know the number of codes; give it as `codes`"
+                "share_input_output_emb=True: the file does not record the number of codes; give it as `codes`"
             )
         codes = tensors["vae.codebook.weight"].shape[0]
     rows = total - codes if tied else tensors["text_emb.weight"].shape[0]

@@ -1,4 +1,4 @@
-"""Names of DiT's diffusion Transformers (Peebles & Xie 2023), and what their shapes say."""
+"""Names of DiT's diffusion Transformers (Peebles & Xie 2023), and sizes by their shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEEDED = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.wei
 
 
 def describe(tensors: Tensors, heads: int = 0) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network.
 
     The number of heads does not follow: `heads`, 0 for that of the released model of this width.
     Errors: ValueError where a name that every such file has is not there.

@@ -38,7 +38,7 @@ def describe(tensors: Tensors, head_dim: int = 64) -> Fields:
 
 
 def table(patch: int, timed: bool) -> Table:
-    """GLIDE's names for a `models.noised_clip.NoisedCLIP`; timed: it knows how noisy an image is."""
+    """GLIDE's names for a `models.noised_clip.NoisedCLIP`; timed: it reads the noise level of an image."""
     norms = {"image_norm": f"{IMAGE}input.ln"}
     linears, plain = {}, {}
     for ours, theirs in {"text": TEXT, "image": IMAGE}.items():

@@ -163,7 +163,7 @@ def _shards(index: Path) -> list[Path]:
     return _there(index.parent, files, f"{index.name} names")
 
 
-def _there(folder: Path, names: list[str], said: str) -> list[Path]:
+def _there(folder: Path, names: list[str], source: str) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder}: {said} {', '.join(missing)}, which is not there")
+        raise FileNotFoundError(f"{folder}: {source} {', '.join(missing)}, which is not there")
     return [folder / name for name in names]

@@ -1,4 +1,4 @@
-"""Names of Image GPT (Chen et al. 2020) in transformers, and what its shapes, settings and clusters of colours say."""
+"""Names of Image GPT (Chen et al. 2020) in transformers, and sizes by shapes, settings and clusters of colours."""
 
 from __future__ import annotations
 

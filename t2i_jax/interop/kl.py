@@ -1,4 +1,4 @@
-"""What the shapes of published KL autoencoders say; their names are those of `interop.vqgan`."""
+"""Sizes by the shapes of published KL autoencoders; their names are those of `interop.vqgan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNUSED = vqgan.IGNORED + r"|^model_ema\."
 
 
 def describe(tensors: Tensors, style: vqgan.Style) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the codec and its autoencoder.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the codec and its autoencoder.
 
     Errors: ValueError where a name that every such file has is not there.
     """

@@ -1,4 +1,4 @@
-"""Names of latent diffusion's UNets with Transformer blocks (Rombach et al. 2022), and what their shapes say."""
+"""Names of latent diffusion's UNets with Transformer blocks (Rombach et al. 2022), and sizes by their shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEEDED = (*adm.NEEDED, f"{BLOCKS}0.attn2.to_k.weight", "out.2.weight")
 
 
 def describe(tensors: Tensors) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network.
 
     Neither the attention heads nor the side of the latents follow. Errors: ValueError where the names are not those of
     such a model.

@@ -1,4 +1,4 @@
-"""Names of MAR (Li et al. 2024) and what their shapes say."""
+"""Names of MAR (Li et al. 2024) and sizes by their shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNUSED = r"^diffloss\.(train|gen)_diffusion"
 
 
 def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say; `head` holds those of the diffusion head.
+    """The sizes given by the shapes of `tensors` (arrays or abstract); `head` holds those of the diffusion head.
 
     Errors: ValueError where names are missing, or where the number of tokens is no square and no `grid` is given.
     """
@@ -27,7 +27,7 @@ def describe(tensors: Tensors, grid: tuple[int, int] | None = None) -> Fields:
     length = shape("diffusion_pos_embed_learned")[1]
     side = math.isqrt(length)
     if grid is None and side**2 != length:
-        raise ValueError(f"{length} tokens are no square: say their rows and columns by grid=")
+        raise ValueError(f"{length} tokens are no square: give their rows and columns as grid=")
     if grid is not None and math.prod(grid) != length:
         raise ValueError(f"grid {grid} has {math.prod(grid)} tokens, the file has {length}")
     count = lambda prefix: len({n.removeprefix(prefix).split(".")[0] for n in tensors if n.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""Names of the Flax checkpoints of MaskGIT (Chang et al. 2022), and what their shapes say.
+"""Names of the Flax checkpoints of MaskGIT (Chang et al. 2022), and sizes by their shapes.
 
 Names of nested dictionaries are joined by "/". Dense layers and convolutions have the layout of this library.
 """
@@ -34,7 +34,7 @@ CODES = 1024
 
 
 def describe(tensors: Tensors, codes: int = CODES, grid: tuple[int, int] | None = None) -> Fields:
-    """The sizes that the shapes of a Transformer's `tensors` (arrays or abstract) say.
+    """The sizes given by the shapes of a Transformer's `tensors` (arrays or abstract).
 
     codes: how many of the words are codes. grid: rows and columns of tokens, where they are no square. Errors:
     ValueError where names are missing, and for numbers of codes and tokens that do not fit.
@@ -44,12 +44,12 @@ def describe(tensors: Tensors, codes: int = CODES, grid: tuple[int, int] | None 
     words, length = shape(WORDS)[0], shape(POSITIONS)[0] - 1
     if not 0 < codes < words - 1:
         raise ValueError(
-            f"codes {codes}: the table has {words} words, which are codes, classes and the mask token; say by codes= "
+            f"codes {codes}: the table has {words} words, which are codes, classes and the mask token; give codes= "
             "how many are codes"
         )
     side = math.isqrt(length)
     if math.prod(grid or (side, side)) != length:
-        how = f"grid {grid} has {math.prod(grid)}" if grid else "no square: say their rows and columns by grid="
+        how = f"grid {grid} has {math.prod(grid)}" if grid else "no square: give their rows and columns as grid="
         raise ValueError(f"the file has positions of {length} tokens: {how}")
     width, heads, head_dim = shape(QUERY.format(0))
     return {
@@ -113,7 +113,7 @@ INSIDE = {"norm1": "GroupNorm_0", "conv1": "Conv_0", "norm2": "GroupNorm_1", "co
 
 
 def describe_vqgan(tensors: Tensors) -> dict[str, Fields]:
-    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder and quantiser.
+    """From the shapes of `tensors` (arrays or abstract): fields of autoencoder and quantiser.
 
     Errors: ValueError where names are missing, and for numbers of layers that the released program does not make.
     """

@@ -9,7 +9,7 @@ NEEDED = ("tok_emb_txt.weight", "tok_emb_img.weight", "pos_emb_img.weight", "blo
 
 def describe(tensors: Tensors, heads: int = 0) -> Fields:
     """The fields of the family that the shapes of `tensors` (arrays or abstract) belong to; those of the text under
-    `text`. The file does not know the number of heads; 0 gives each of them 64 channels."""
+    `text`. The file does not record the number of heads; 0 gives each of them 64 channels."""
     require(tensors, NEEDED, "no Transformer of minDALL-E")
     vocabulary, width = tensors["tok_emb_img.weight"].shape
     length = tensors["pos_emb_img.weight"].shape[0]

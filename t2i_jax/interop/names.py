@@ -141,7 +141,7 @@ def layers(
     between: str = ".",
 ) -> dict[str, Source]:
     """Lines of layers, by our name and theirs: their `.weight` is our `.w`, in this layout, and their `.bias` our `.b`,
-    if they have biases; ends: other words for these; between: what stands before these words."""
+    if they have biases; ends: other names for these; between: what separates them from the name."""
     lines = {f"{ours}.w": source(f"{theirs}{between}{ends[0]}", layout=layout) for ours, theirs in names.items()}
     return lines | {f"{ours}.b": source(f"{theirs}{between}{ends[1]}") for ours, theirs in names.items() if biases}
 
@@ -204,9 +204,9 @@ def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: st
                 continue
             parts = [tensors[name] for name in layers[-1]]
             narrow |= {name for name, part in zip(layers[-1], parts, strict=True) if "float8" in str(part.dtype)}
-            array, misfit = _fit(line, layers[-1], parts, ours, variable)
+            array, mismatch = _fit(line, layers[-1], parts, ours, variable)
             arrays.append(array)
-            wrong += misfit
+            wrong += mismatch
         if not wrong:
             array = rearrange(arrays, "l ... -> l ...") if line.stacked else arrays[0]
             if array.dtype != variable.dtype:

@@ -1,4 +1,4 @@
-"""Names of DF-GAN (Tao et al. 2022) and SSA-GAN (Liao et al. 2022), and what their shapes say."""
+"""Names of DF-GAN (Tao et al. 2022) and SSA-GAN (Liao et al. 2022), and sizes by their shapes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def needed(style: Style) -> tuple[str, ...]:
 
 
 def describe(tensors: Tensors, style: Style) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say: `network` and `discriminator`, None where it lacks, as
+    """From the shapes of `tensors` (arrays or abstract): `network` and `discriminator`, None where it lacks, as
     fields of theirs; `sentence`, the size of a sentence vector; and of the blocks `layers`, or `mask_width`.
 
     Errors: ValueError where a name that every such file has is not there.

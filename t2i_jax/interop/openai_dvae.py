@@ -21,7 +21,7 @@ NAMES = (
 
 
 def describe(tensors: Tensors) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say: half, codes, channels, groups, blocks, code."""
+    """From the shapes of `tensors` (arrays or abstract): half, codes, channels, groups, blocks, code."""
     if "encoder.blocks.input.w" in tensors:
         half, encoder, decoder = "both", "encoder.", "decoder."
     else:

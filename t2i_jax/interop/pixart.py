@@ -1,4 +1,4 @@
-"""Names of PixArt's Transformers in diffusers (Chen et al. 2024: alpha, Sigma), and what shapes and settings say."""
+"""Names of PixArt's Transformers in diffusers (Chen et al. 2024: alpha, Sigma), and sizes by shapes and settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARTS = {
 
 
 def describe(tensors: Tensors) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` of the text.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network, and `dim` of the text.
 
     Errors: ValueError where the names are not those of such a model.
     """

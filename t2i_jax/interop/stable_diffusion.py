@@ -1,4 +1,4 @@
-"""Names of Stable Diffusion's UNets (Rombach et al. 2022) in diffusers, and what their shapes and settings say."""
+"""Names of Stable Diffusion's UNets (Rombach et al. 2022) in diffusers, and sizes by shapes and settings."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ ONLY = {
 
 
 def describe(tensors: Tensors) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network.
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network.
 
     Neither the attention heads nor the side of the latents follow.
     Errors: ValueError where the names are not those of such a model.

@@ -1,4 +1,4 @@
-"""Names of Stable Diffusion 3's Transformers in diffusers (Esser et al. 2024), and what shapes and settings say."""
+"""Names of Stable Diffusion 3's Transformers in diffusers (Esser et al. 2024), and sizes by shapes and settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ A = TypeVar("A", np.ndarray, jax.ShapeDtypeStruct)
 
 
 def describe(tensors: Tensors) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say, as fields of the network, and `dim` and
+    """The sizes given by the shapes of `tensors` (arrays or abstract), as fields of the network, and `dim` and
     `summary` of the text. Errors: ValueError where the names are not those of such a model."""
     require(tensors, NEEDED, "no Transformer of Stable Diffusion 3")
     if any(".attn2." in name for name in tensors):

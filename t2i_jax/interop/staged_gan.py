@@ -177,7 +177,7 @@ def _line(name: str, variable: nnx.Variable) -> Source:
 
 
 def describe(tensors: Tensors, style: Style) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say: `words`, the size of sentence and words, 0 without a
+    """From the shapes of `tensors` (arrays or abstract): `words`, the size of sentence and words, 0 without a
     condition; `network` and `discriminator`, fields of their configurations.
 
     Errors: ValueError where a name that every such file has is not there.

@@ -50,7 +50,7 @@ def sides(tensors: Tensors) -> Tensors:
 
 
 def describe(tensors: Tensors) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say: channels of a code, sizes of decoder and encoder."""
+    """From the shapes of `tensors` (arrays or abstract): channels of a code, sizes of decoder and encoder."""
     decoder, channels = _levels(tensors, "decoder", 1), tensors["decoder.1.weight"].shape[1]
     encoder = _levels(tensors, "encoder", 0) if "encoder.0.weight" in tensors else None
     return {"channels": channels, "encoder": encoder, "decoder": decoder}

@@ -45,7 +45,7 @@ Readers = Mapping[str, Reader]
 
 
 class TensorEntry(TypedDict):
-    """What the header of a safetensors file says of a tensor."""
+    """The entry of a tensor in the header of a safetensors file."""
 
     dtype: str
     shape: list[int]
@@ -123,7 +123,7 @@ Use = Callable[[str, ArrayLike], object]
 def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[[Use], R], about: str) -> R:
     """A safetensors file of arrays of these shapes and dtypes, whose bytes come one array after the other: `fill(put)`
     calls `put(name, array)` for each, in any order, and again for one that is to be written anew. Returns what `fill`
-    does. about: the program that writes the file. Errors: ValueError for a dtype that the format does not know.
+    does. about: the program that writes the file. Errors: ValueError for a dtype that the format lacks.
     """
     kinds = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": about}}

@@ -175,7 +175,7 @@ ADMITTED: dict[str, Callable[..., object]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names of `ADMITTED` and the storage types; storages come from `storage(key, dtype, count)`."""
+    """Admits the names of `ADMITTED` and the storage types; storages come from `storage(key, dtype, count)`."""
 
     def __init__(self, file: IO[bytes], path: Path, storage: Callable[[str, np.dtype, int], np.ndarray]):
         super().__init__(file, encoding="utf-8")
@@ -195,7 +195,7 @@ class _Unpickler(pickle.Unpickler):
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":  # a class with its source, older format
             return pid[1]
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
-            raise TorchFileError(f"{self.path}: refers to {pid!r}, which is no storage this reader knows")
+            raise TorchFileError(f"{self.path}: refers to {pid!r}, which is no storage of a known kind")
         _, kind, key, _, count, *view = pid
         whole = self.storage(str(key), kind.dtype, int(count))
         if view and view[0] is not None:  # legacy: a storage that is a window into another

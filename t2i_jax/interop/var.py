@@ -1,4 +1,4 @@
-"""Names of VAR's next-scale Transformers (Tian et al. 2024), and what their shapes say."""
+"""Names of VAR's next-scale Transformers (Tian et al. 2024), and sizes by their shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORDER = (4, 2, 0, 5, 3, 1)
 
 
 def describe(tensors: Tensors, scales: tuple[int, ...] = (), heads: int = 0) -> Fields:
-    """The sizes that the shapes of `tensors` (arrays or abstract) say: `scales`, `codes` and `dim` of the quantiser,
+    """The sizes given by the shapes of `tensors` (arrays or abstract): `scales`, `codes` and `dim` of the quantiser,
     `classes`, and fields of the network.
 
     scales: (): those that the file's own table of levels says, or those of a released model of this length. heads: 0:

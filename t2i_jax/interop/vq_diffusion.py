@@ -159,7 +159,7 @@ def buffers(chain: Chain, depth: int, importance: bool, context: int) -> dict[st
 
 def used_codes(full_to_used: np.ndarray) -> np.ndarray:
     """Which code of the codec each code of the model is: int (used,), from the file that maps every code of the codec
-    (8192, say) to one of those the model knows (2887): the first that maps there, as the authors have it.
+    (8192, say) to one of those that the model has (2887): the first that maps there, as the authors have it.
 
     Errors: ValueError where some used code has no code of the codec.
     """

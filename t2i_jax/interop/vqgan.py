@@ -166,7 +166,7 @@ def needed(style: Style) -> tuple[str, ...]:
 
 
 def autoencoder(tensors: Tensors, style: Style) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say of encoder and decoder, as fields of `AutoencoderConfig`.
+    """Sizes of encoder and decoder from the shapes of `tensors` (arrays or abstract), as fields of `AutoencoderConfig`.
 
     Errors: ValueError where a name that every such file has is not there.
     """
@@ -197,7 +197,7 @@ def autoencoder(tensors: Tensors, style: Style) -> Fields:
 
 
 def describe(tensors: Tensors, style: Style) -> Fields:
-    """What the shapes of `tensors` (arrays or abstract) say: fields of autoencoder, quantiser and discriminator.
+    """From the shapes of `tensors` (arrays or abstract): fields of autoencoder, quantiser and discriminator.
 
     Errors: ValueError where a name that every such file has is not there.
     """

@@ -91,7 +91,7 @@ class AnyOrder(HeadFamily[ARSampler]):
     ) -> Float[Array, " b"]:
         """log p(codes | condition) of each image in nats, in the orders (b, L) (default: raster): (b,) fp32.
 
-        Errors: ValueError if the head does not know the probability of a code.
+        Errors: ValueError if the head has no probability of a code.
         """
         if not self.head.knows_probability:
             raise ValueError(f"a {type(self.head).__name__} gives no probability of a code; SoftmaxHead does")

@@ -405,10 +405,10 @@ def _sample(
         denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)
         if classifier is None:
             return denoised
-        pull = guidance.classifier_gradient(
+        gradient = guidance.classifier_gradient(
             lambda x: classifier(x, jnp.full(b, time), condition), x, options.classifier_scale
         )
-        return denoised._replace(classifier_gradient=pull)
+        return denoised._replace(classifier_gradient=gradient)
 
     x, start = normal(first, 0), jnp.int32(0)
     clean = jnp.float32(0) if known is None else known.astype(jnp.float32) * config.process.scale

@@ -102,7 +102,7 @@ class Masked(HeadFamily[MaskedSampler]):
         super().__post_init__()
         if self.order.by_confidence and not self.head.knows_probability:
             raise ValueError(
-                f"order {type(self.order).__name__} needs a head that knows probabilities, as SoftmaxHead; "
+                f"order {type(self.order).__name__} needs a head with probabilities, as SoftmaxHead; "
                 f"a {type(self.head).__name__} gives none"
             )
         if self.reads == "all" and (self.decoder or not self.transformer.depth):

@@ -43,7 +43,7 @@ class UnCLIP(BaseFamily[UnCLIPSampler]):
     """A prior and a decoder: Gaussian diffusions of the embedding and of the image.
 
     The embedding of an image, `image_features`, is a condition of the decoder, and after `(z - mean) / std` the sample
-    of the prior, an image of one position. A decoder may read it noised, at a level that it knows (`image_noise`).
+    of the prior, an image of one position. A decoder may read it noised, with its noise level (`image_noise`).
 
     Both read the same `features` of a caption, or each its own: those of the prior then come first.
     """

@@ -49,10 +49,10 @@ class AdaNorm(nnx.Module):
     """
 
     def __init__(
-        self, d: int, count: int, key: Array, *, waves: bool = False, over: Literal["layer", "instance"] = "layer"
+        self, d: int, count: int, key: Array, *, sinusoidal: bool = False, over: Literal["layer", "instance"] = "layer"
     ):
         keys = jax.random.split(key)
-        self.table = None if waves else Embedding(count, d, keys[0])
+        self.table = None if sinusoidal else Embedding(count, d, keys[0])
         self.out = Linear(d, 2 * d, keys[1], axes=("embed", None))
         self.norm = LayerNorm(d, affine=False)
         self.count, self.width, self.over = count, d, over
@@ -96,7 +96,7 @@ class AdaLNBlock(nnx.Module):
 
     def __init__(self, config: AdaLN, key: Array):
         shape, keys = config.transformer, jax.random.split(key, 6)
-        timed = lambda key: AdaNorm(shape.width, config.steps, key, waves=config.sinusoidal)
+        timed = lambda key: AdaNorm(shape.width, config.steps, key, sinusoidal=config.sinusoidal)
         self.attention_norm, self.attention = timed(keys[0]), Attention(shape, keys[1], config.attention)
         self.cross_norm = timed(keys[2]) if config.context else None
         self.cross = CrossAttention(shape, config.context, keys[3]) if config.context else None

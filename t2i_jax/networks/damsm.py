@@ -35,7 +35,7 @@ class WordEncoder(nnx.Module):
         self.rnn = Bidirectional(embed, dim // 2, keys[1], cell)
 
     def __call__(self, text: Array, mask: Array, dropout: float = 0.0, key: Array | None = None) -> tuple[Array, Array]:
-        """Ids and mask (b, s), True for the first n words of a row -> words (b, s, k), zeros behind the end, and the
+        """Ids and mask (b, s), True for the first n words of a row -> words (b, s, k), zeros after the end, and the
         sentence (b, k). dropout: of the embeddings, with a key."""
         return self.rnn(drop(self.table(text), dropout, key), mask)
 

@@ -249,7 +249,7 @@ class DiTNetwork(nnx.Module):
         stretch = config.positions.stretch if isinstance(config.positions, SinCosPositions) else None
         table = None if stretch is None else jnp.asarray(sincos_2d(config.grid, d, stretch))
         self.positions = None if table is None else ModelState(table, axes=(None, "embed"))
-        self.time = TimeEmbedding(d, keys[1], waves=config.frequency_dim)
+        self.time = TimeEmbedding(d, keys[1], frequency_dim=config.frequency_dim)
         self.condition = config.conditioning.what.init(keys[2], d)
         kind = ModulatedBlock(config.transformer, config.via, config.shared, config.cross_norm, compute.attention)
         self.blocks = kind.stack(keys[3])

@@ -1,4 +1,4 @@
-"""A Transformer of image tokens that see their neighbours alone, beside text and the tokens of a smaller image.
+"""A Transformer of image tokens that see their neighbours alone, and text and the tokens of a smaller image.
 
 CogView2's super-resolution (Ding et al. 2022, arXiv:2204.14217): the sequence is [text][coarse tokens][fine tokens].
 Text and coarse tokens have ordinary attention among themselves. A fine token sees a window of fine tokens around it
@@ -43,7 +43,7 @@ class LocalTransformer(Checked):
     window: Annotated[int, Range(1, 1023)] = 5
     """columns of the window of fine tokens, which has 2 window - 1 rows, and sides of that of coarse ones; odd"""
     hidden: Count = 0
-    """id, among those of text, of the token that stands for a hidden code; that of padding, which no token sees, is
+    """id, among those of text, of the token that replaces a hidden code; that of padding, which no token sees, is
     free"""
     own_attention: bool = False
     """fine tokens have queries, keys, values and an output matrix of their own"""

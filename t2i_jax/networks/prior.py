@@ -60,7 +60,7 @@ class EmbeddingPriorNetwork(nnx.Module):
         d, k, what = config.transformer.width, config.channels, config.conditioning.what
         self.config, self.compute = config, compute
         self.condition = what.init(keys[0], d)
-        self.time = TimeEmbedding(d, keys[1], waves=d)
+        self.time = TimeEmbedding(d, keys[1], frequency_dim=d)
         self.embed = Linear(k, d, keys[2], axes=(None, "embed"))
         self.last = param(normal(keys[3], (d,)), "embed")
         self.positions = position_table(normal(keys[4], (what.length + 3, d), 0.01))

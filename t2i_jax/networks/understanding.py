@@ -1,7 +1,7 @@
 """The other task of CogLM (Ding et al. 2022, arXiv:2204.14217, 3.1): a caption after its image, and codes in patches.
 
 The image comes first: its codes outside of random patches are seen by all tokens, those inside by later ones inside
-alone. The caption, after a start token, sees the whole image and what stands before. Predicted are the caption, and the
+alone. The caption, after a start token, sees the whole image and the tokens before. Predicted are the caption, and the
 codes of a patch but for its first column, each from the token on its left.
 """
 

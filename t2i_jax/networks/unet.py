@@ -300,7 +300,7 @@ class UNetEncoder(nnx.Module):
     def __init__(self, config: UNet, key: Array, compute: Compute):
         keys = iter(jax.random.split(key, 6 + len(config.multipliers) * (config.blocks + 1)))
         self.config, self.compute = config, compute
-        self.time = TimeEmbedding(config.embedding, next(keys), waves=config.width)
+        self.time = TimeEmbedding(config.embedding, next(keys), frequency_dim=config.width)
         c = config.at(0)
         self.stem = Conv(config.channels_in, c, next(keys))
         down, kept = [], [c]
@@ -348,7 +348,7 @@ class UNetNetwork(UNetEncoder):
         self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
         pools = config.context and config.pool in ("mean", "last")
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
-        noise = lambda: TimeEmbedding(config.embedding, apart(key), waves=config.width)
+        noise = lambda: TimeEmbedding(config.embedding, apart(key), frequency_dim=config.width)
         self.noise = noise() if config.noise_aug_conditioning else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):

@@ -13,7 +13,7 @@ from t2i_jax.core.arrays import Float, typed
 from t2i_jax.nn.layers import at_least_fp32
 
 Adversary = Literal["hinge", "vanilla"]
-"""Losses of both players: hinges, or the cross-entropy of real and fake."""
+"""Losses of generator and discriminator: hinges, or the cross-entropy of real and fake."""
 
 
 def discriminator_loss(logits: Array, real: bool, adversary: Adversary) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 from t2i_jax.core.arrays import Float, Int, Shaped, typed
 from t2i_jax.core.conditions import Batch
 
-HELD = 2**28
+MOST_LOGITS = 2**28
 """Upper bound on the logits that a device holds at a time where `chunk` is 0: 1 GiB."""
 
 
@@ -74,14 +74,14 @@ def in_chunks(
     """`score(head(z), *others)`, `chunk` tokens of each row at a time.
 
     The fp32 logits (b, t, v) are never materialised whole, nor in the backward pass, which recomputes those of each
-    chunk. chunk 0: all at once if a device then holds at most HELD logits, else as many tokens as that allows; below 0:
+    chunk. chunk 0: all at once if that is at most MOST_LOGITS on a device, else as many tokens as it allows; below 0:
     all.
     """
     b, t = z.shape[:2]
     if chunk == 0:
         v = jax.eval_shape(head, z).shape[-1]
-        room = HELD * max(jax.sharding.get_abstract_mesh().size, 1) // (b * v)
-        chunk = t if room >= t else 1 << max(room.bit_length() - 1, 0)
+        fitting = MOST_LOGITS * max(jax.sharding.get_abstract_mesh().size, 1) // (b * v)
+        chunk = t if fitting >= t else 1 << max(fitting.bit_length() - 1, 0)
     one = lambda z, *others: score(head(z), *others)
     if chunk < 0 or chunk >= t:
         return one(z, *others)

@@ -23,15 +23,15 @@ def sinusoid(t: Num[Array, " b"], d: int, period: float = 10000.0) -> Float[Arra
 class TimeEmbedding(nnx.Module):
     """Linear, SiLU, Linear of the sinusoidal embedding of a time."""
 
-    def __init__(self, d: int, key: Array, *, waves: int = 256, std: float = 0.02):
+    def __init__(self, d: int, key: Array, *, frequency_dim: int = 256, std: float = 0.02):
         keys = jax.random.split(key)
-        self.into = Linear(waves, d, keys[0], std=std, axes=(None, "mlp"))
+        self.into = Linear(frequency_dim, d, keys[0], std=std, axes=(None, "mlp"))
         self.out = Linear(d, d, keys[1], std=std, axes=("mlp", "embed"))
-        self.waves = waves
+        self.frequency_dim = frequency_dim
 
     @typed
     def __call__(self, t: Num[Array, " b"]) -> Float[Array, "b d"]:
-        return self.out(jax.nn.silu(self.into(sinusoid(t, self.waves))))
+        return self.out(jax.nn.silu(self.into(sinusoid(t, self.frequency_dim))))
 
 
 @typed

@@ -1,4 +1,4 @@
-"""How a network knows the position of a token in the grid of an image."""
+"""How a network gets the position of a token in the grid of an image."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Bidirectional(nnx.Module):
         """Outputs of each position, forward and backward concatenated (k = 2 hidden), and the last state of both.
 
         mask: the first n positions of each row, which may be in any order. The backward direction begins at position
-        n - 1; behind the end outputs are 0, and so are all of a row with n = 0.
+        n - 1; after the end outputs are 0, and so are all of a row with n = 0.
         """
         turned = lambda x: jnp.take_along_axis(x, _turned(mask)[..., None], 1)
         inputs = jax.vmap(lambda one, x: one.inner(x))(self.directions, jnp.stack([x, turned(x)]))

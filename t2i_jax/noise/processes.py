@@ -33,7 +33,7 @@ class Discrete(Checked):
     """A chain of discrete noising steps (Ho et al. 2020)."""
 
     schedule: str = "linear"
-    """A name that `Schedule.named` knows."""
+    """A name of `Schedule.named`."""
     steps: Size = 1000
     zero_terminal_snr: bool = False
     """End in pure noise (Lin et al. 2024); requires predicting v."""

@@ -17,7 +17,7 @@ from t2i_jax.core.sharding import MESH_AXES
 from t2i_jax.core.types import Trainable
 from t2i_jax.plan import hlo
 from t2i_jax.plan.chips import BACKWARD, REACHED, WIRE, Topology
-from t2i_jax.plan.estimate import estimate, held, trace
+from t2i_jax.plan.estimate import bytes_on_chip, estimate, trace
 from t2i_jax.plan.ready import Batch, abstract_setup, depths, devices_of, shallow_copy_of_model
 from t2i_jax.plan.report import Plan
 from t2i_jax.training.experiment import Experiment
@@ -101,9 +101,9 @@ def compile_plan(experiment: Experiment, batch: Batch, topology: Topology, sampl
         what="sampler" if sample else "train step",
         method=f"compiled for {kind}",
         capacity=chip.memory,
-        parameters=held(target.params, sizes),
-        optimizer=0.0 if sample else held(target.optimizer, sizes),
-        state=held(target.params if sample else target, sizes),
+        parameters=bytes_on_chip(target.params, sizes),
+        optimizer=0.0 if sample else bytes_on_chip(target.optimizer, sizes),
+        state=bytes_on_chip(target.params if sample else target, sizes),
         cache=made.cache() if sample else 0.0,
         flops=costs.flops,
         model_flops=model or costs.flops,
@@ -145,15 +145,15 @@ def read(compiled: jax.stages.Compiled, folder: Path) -> tuple[hlo.Costs | None,
 
 
 def depth_of(model: Trainable) -> int:
-    """The depth that twins are scaled to. Errors: `ConfigError` for a model that has no twins."""
+    """The depth to which shallow copies are scaled. Errors: `ConfigError` for a model without one depth."""
     deep = set(depths(model).values())
     if len(deep) != 1 or min(deep) <= 4:
-        raise ConfigError(f"--twin: needs one depth above 4; this model has {depths(model) or 'none'}")
+        raise ConfigError(f"--shallow: needs one depth above 4; this model has {depths(model) or 'none'}")
     return deep.pop()
 
 
 def plan_by_shallow_copies(experiment: Experiment, batch: Batch, topology: Topology, sample: bool = False) -> Plan:
-    """The plan of a deep model from two shallow twins of it, of 2 and 4 layers, on the line through both.
+    """The plan of a deep model from two shallow copies of it, of 2 and 4 layers, on the line through both.
 
     Errors: `ConfigError` for a model whose depths differ or that has none, and those of `compile_plan`.
     """
@@ -175,7 +175,7 @@ def plan_by_shallow_copies(experiment: Experiment, batch: Batch, topology: Topol
         for k in two.collectives | four.collectives
     }
     fields["compile_seconds"] = two.compile_seconds + four.compile_seconds
-    method = f"{four.method}: twins of 2 and 4 layers, scaled linearly to {depth}"
+    method = f"{four.method}: shallow copies of 2 and 4 layers, scaled linearly to {depth}"
     # A sampler reads all weights at each token; a train step's activations leave no room for them.
     few = "few layers' weights may stay in on-chip memory between tokens: the whole model's HBM traffic is larger then"
     notes = (*four.notes, few) if sample else four.notes

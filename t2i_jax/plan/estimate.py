@@ -138,7 +138,7 @@ def resolved(mesh: MeshConfig, topology: Topology) -> dict[str, int]:
     return sizes
 
 
-def held(tree: object, sizes: dict[str, int]) -> float:
+def bytes_on_chip(tree: object, sizes: dict[str, int]) -> float:
     """Bytes of a tree on one chip of a mesh, under the rules of `core.sharding`."""
     mesh = AbstractMesh(tuple(sizes[a] for a in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     layout = shardings(tree, mesh)
@@ -150,7 +150,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
     """The plan of a step by arithmetic."""
     chip, n, model, target = topology.chip, topology.size, experiment.model, traced.target
     d, f, t = (sizes[a] for a in MESH_AXES)
-    params, state = held(target.params, sizes), held(target, sizes)
+    params, state = bytes_on_chip(target.params, sizes), bytes_on_chip(target, sizes)
     rows = d * f
     itemsize = 2 if model.compute.dtype == "bfloat16" else 4
     accumulate = experiment.train.accumulate
@@ -195,7 +195,7 @@ def estimate(experiment: Experiment, traced: Traced, topology: Topology, sizes: 
         method="estimated by arithmetic, nothing was compiled",
         capacity=chip.memory,
         parameters=params,
-        optimizer=held(target.optimizer, sizes),
+        optimizer=bytes_on_chip(target.optimizer, sizes),
         state=state,
         temporaries=activations + gradients + copies,
         peak=state + activations + gradients + copies,

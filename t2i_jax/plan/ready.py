@@ -61,9 +61,9 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     """The experiment without the frozen parts that this batch does not need."""
     needs_codec = "image" in batch and "codes" not in batch
     needs_text = "features" not in batch and "text" in batch
-    by_pictures = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
+    by_images = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
     codec = experiment.codec if needs_codec else ""
-    text = experiment.text if needs_text or by_pictures else None
+    text = experiment.text if needs_text or by_images else None
     return dataclasses.replace(experiment, codec=codec, text=text)
 
 

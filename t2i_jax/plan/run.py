@@ -54,7 +54,7 @@ def run(
         raise ConfigError("--sample: a sampler is planned by the TPU compiler alone, and not in a sweep")
     if shallow:
         if counted or not topology.compiled:
-            raise ConfigError("--twin: its models are compiled, and nothing is with --estimate or for GPUs")
+            raise ConfigError("--shallow: its models are compiled, and nothing is with --estimate or for GPUs")
         depth_of(experiment.model)
     batch, whence = batch_of(experiment, inputs, encoded)
     if sweeping:

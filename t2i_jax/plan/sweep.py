@@ -62,7 +62,8 @@ def sweep(
 ) -> list[Plan]:
     """Plans that fit, by images per second, compiled ones first. `compiles`: how many are compiled.
 
-    sizes: batch sizes; the experiment's own, twice and four times it unless given. shallow: compile twins of the model.
+    sizes: batch sizes; the experiment's own, twice and four times it unless given. shallow: compile shallow
+    copies of the model.
     Errors: `ConfigError` if none fits.
     """
     own = experiment.data.batch_size

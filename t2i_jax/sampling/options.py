@@ -87,7 +87,7 @@ class ARSampler(GuidedOptions):
 class ScaleSampler(ARSampler):
     """Options of sampling scale by scale; every field is a number, or one per image (b,), and is traced.
 
-    The defaults are those for which VAR reports FID; for pictures a guidance of 5 to 6 is usual. Published programs
+    The defaults are those for which VAR reports FID; to the eye a guidance of 5 to 6 is usual. Published programs
     write cfg for s - 1. Their `more_smooth` draws mixtures of vectors, which are no codes, and is not offered.
     """
 

@@ -42,7 +42,7 @@ class TokenOrder(Protocol):
     one_at_a_time: ClassVar[bool]
     """tokens are sampled one at a time, not in sets"""
     by_confidence: ClassVar[bool]
-    """a set takes the tokens with the highest confidence; needs a head that knows probabilities"""
+    """a set takes the tokens with the highest confidence; needs a head with probabilities"""
     fixed: ClassVar[bool]
     """the same for all images, regardless of known tokens: they cannot be read first"""
 
@@ -88,7 +88,7 @@ class Sets(Permutation):
 class Confidence(Sets):
     """Growing sets; each takes the tokens of highest confidence among all hidden ones (Chang et al. 2022).
 
-    Needs a head that knows the probability of its samples.
+    Needs a head that gives the probability of its samples.
     """
 
     by_confidence: ClassVar[bool] = True

@@ -31,7 +31,7 @@ from t2i_jax.core.sharding import all_processes_agree
 from t2i_jax.storage.checksums import checksums
 from t2i_jax.storage.remote import resolve_path
 
-HELD = 2**27
+MOST_BYTES = 2**27
 """Bytes of weights that are read at a time."""
 
 
@@ -275,7 +275,7 @@ class Checkpoints:
         is one, else the parameters. Nothing else is read.
 
         lay: from the folder and the shapes of all weights to their shardings, before any is read. use: called
-        with each weight once it is read and verified; at most `HELD` bytes, or one weight, are held until then.
+        with each weight once it is read and verified; at most `MOST_BYTES` bytes, or one weight, are held until then.
         together: the shardings are of devices of several processes, which all call this.
         """
         part = lambda saved, prefix: {k.removeprefix(prefix): k for k in saved if k.startswith(prefix)}
@@ -470,16 +470,16 @@ def on_cpu() -> jax.sharding.Sharding:
 
 
 def groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-    """Names of arrays to read at a time: no more than `HELD` bytes of this process, or one array."""
-    group, held = [], 0
+    """Names of arrays to read at a time: no more than `MOST_BYTES` bytes of this process, or one array."""
+    group, total = [], 0
     for name, x in wanted.items():
         assert x.sharding is not None
         size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
-        if group and held + size > HELD:
+        if group and total + size > MOST_BYTES:
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(name)
-        held += size
+        total += size
     yield group
 
 

@@ -454,7 +454,7 @@ def _encode(text: _Captions, captions: Sequence[str], pad: int) -> tuple[np.ndar
     pairs, config = text.pairs, sizes(text.folder, text.activation)
     ids = pairs.encode(captions, config.length, pad)
     if ids.size and ids.max() >= config.vocabulary:
-        raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model knows {config.vocabulary}")
+        raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model has {config.vocabulary}")
     return ids, ids[:, 1] != pairs.last
 
 

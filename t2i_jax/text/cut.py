@@ -145,7 +145,7 @@ def noticing(text: Tokenizer | None) -> Tokenizer | None:
 
 class _Noticing:
     def __init__(self, text: Limited):
-        self.text, self.said = text, False
+        self.text, self.warned = text, False
 
     @property
     def spec(self) -> TextSpec:
@@ -153,9 +153,9 @@ class _Noticing:
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = self.text(captions)
-        if not self.said:
+        if not self.warned:
             long = list(itertools.compress(captions, self.text.full(ids, mask)))
-            if said := unread(self.text, long):
-                log.warning(f"captions are cut: {said}; further ones are not named")
-                self.said = True
+            if cut := unread(self.text, long):
+                log.warning(f"captions are cut: {cut}; further ones are not named")
+                self.warned = True
         return ids, mask

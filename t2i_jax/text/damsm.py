@@ -43,7 +43,7 @@ class CaptionWords(Checked, Limited):
     """words per caption: 18 for birds; 15 for COCO, 12 in DM-GAN"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s), 0 behind the end, and the mask bool (n, s) of words.
+        """Ids int32 (n, s), 0 after the end, and the mask bool (n, s) of words.
 
         Errors: FileNotFoundError without the dictionary, ValueError if it cannot be read.
         """
@@ -124,7 +124,7 @@ class DamsmText(Checked, LimitedEncoder):
         return encoder
 
     def features(self, model: WordEncoder, ids: Array, mask: Array) -> Array:
-        """The sentence, then one vector per word, zeros behind the end: (b, s) ids and mask -> (b, 1 + s, k) fp32."""
+        """The sentence, then one vector per word, zeros after the end: (b, s) ids and mask -> (b, 1 + s, k) fp32."""
         return model.features(ids, mask)
 
     @functools.cached_property

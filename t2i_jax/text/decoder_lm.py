@@ -180,8 +180,8 @@ def _tokenizer(folder: str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no narrower type
         what = sniff_file(path)
-        said = f"is {what}, not a tokenizer" if what != "a JSON file" else f"cannot be read as a tokenizer: {error}"
-        raise ValueError(f"{path}: {said}") from error
+        fault = f"is {what}, not a tokenizer" if what != "a JSON file" else f"cannot be read as a tokenizer: {error}"
+        raise ValueError(f"{path}: {fault}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

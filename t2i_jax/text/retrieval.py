@@ -84,7 +84,7 @@ class Retriever(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours(Checked, LimitedEncoder):
-    """Embeddings of a database that lie nearest to that of a caption or of an image.
+    """Embeddings of a database nearest to that of a caption or of an image.
 
     In sampling they follow the embedding of the caption where `query` is set. In training they are those of the image,
     nearest first, as many features as in sampling; with `own` the first is the embedding of the image.

@@ -81,19 +81,19 @@ def nan_report(
     the state that are not.
     """
     before = f", nor are those of the {row - 1} steps before it" if row > 1 else ""
-    said = [f"step {step}: the loss or a gradient is not finite{before}; none of that changed the run"]
+    messages = [f"step {step}: the loss or a gradient is not finite{before}; none of that changed the run"]
     bad = names_of({name: ~np.isfinite(v) for name, v in norms.items()})
     if broken:
-        said.append("arrays of the run that are not finite: " + shortened(broken))
+        messages.append("arrays of the run that are not finite: " + shortened(broken))
     if bad:
         everywhere = len(bad) == sum(max(v.size, 1) for v in norms.values())
-        said.append("gradients that are not finite: " + ("all of them" if everywhere else shortened(bad)))
+        messages.append("gradients that are not finite: " + ("all of them" if everywhere else shortened(bad)))
     if not broken:
-        said.append("first operation that made one: " + first_operation(trainer, state, step, position))
-    said.append("usual cures: a lower optimizer.learning_rate, a longer warmup, optimizer.clip, qk_norm, z_loss")
+        messages.append("first operation that made one: " + first_operation(trainer, state, step, position))
+    messages.append("usual cures: a lower optimizer.learning_rate, a longer warmup, optimizer.clip, qk_norm, z_loss")
     if not broken:
-        said.append("train.tolerate is how many such steps in a row are passed over")
-    return "; ".join(said)
+        messages.append("train.tolerate is how many such steps in a row are passed over")
+    return "; ".join(messages)
 
 
 def not_finite(trainer: Trainer, state: TrainState) -> list[str]:

@@ -72,15 +72,16 @@ class History:
 
     def _rates(self, step: int) -> list[str]:
         """Messages on the learning rates after `step`, where they differ or depend on a changed length."""
-        said, old, new = [], learning_rates(self.old, step), learning_rates(self.experiment, step)
+        messages, old, new = [], learning_rates(self.old, step), learning_rates(self.experiment, step)
         train = self.experiment.train
         for name, rate in new.items():
             ends = train.optimizer_of(name).ends and "train.steps" in self.changes
             if name in old and (ends or rate != old[name]):
                 whose = f" of {name}" if len(new) > 1 else ""
                 length = f": its schedule ends at step {train.steps}" if ends else ""
-                said.append(f"after step {step} the learning rate{whose} was {old[name]:.4g} and is {rate:.4g}{length}")
-        return said
+                line = f"after step {step} the learning rate{whose} was {old[name]:.4g} and is {rate:.4g}{length}"
+                messages.append(line)
+        return messages
 
 
 def learning_rates(experiment: Experiment, step: int) -> dict[str, float]:

@@ -421,9 +421,9 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             nonlocal clock
             began = time.perf_counter()
             if preview and t.preview_every and (step % t.preview_every == 0 or step == t.steps):
-                picture = preview(trainer, state, step)
-                if records and picture is not None:
-                    records.picture(step, "samples", picture)
+                drawn = preview(trainer, state, step)
+                if records and drawn is not None:
+                    records.image(step, "samples", drawn)
             clock += time.perf_counter() - began
 
         for step, batch in zip(range(done + 1, t.steps + 1), trainer.batches(position), strict=False):

@@ -92,11 +92,11 @@ class Optimizer(Checked):
         return optax.chain(optax.clip_by_global_norm(self.clip), tx) if self.clip else tx
 
     def _find(self) -> Callable[..., optax.GradientTransformation]:
-        for room in (optax, contrib):
-            make = getattr(room, self.name, None)  # the user may name any optimizer of optax
+        for package in (optax, contrib):
+            make = getattr(package, self.name, None)  # the user may name any optimizer of optax
             if callable(make) and "learning_rate" in inspect.signature(make).parameters:
                 return make  # pyright: ignore[reportReturnType]
-        names = [n for room in (optax, contrib) for n in dir(room) if n.islower() and not n.startswith("_")]
+        names = [n for package in (optax, contrib) for n in dir(package) if n.islower() and not n.startswith("_")]
         near = difflib.get_close_matches(self.name, names, 3, 0.4)
         raise ConfigError(f"optimizer.name '{self.name}' is no optimiser of optax; did you mean {' or '.join(near)}?")
 

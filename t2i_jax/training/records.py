@@ -56,7 +56,7 @@ class Records:
         if self.wandb:
             self.wandb.log(dict(metrics), step=step)
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Log an image, uint8 (i, j, 3)."""
         self.board.add_image(name, image, step, dataformats="HWC")
         if self.wandb:

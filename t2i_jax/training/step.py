@@ -97,10 +97,10 @@ def make_step(
 
             def gradient(mine=mine, loss=loss) -> tuple[Named, Metrics, Named]:
                 if back is None or not mine.keys() & shared.keys():
-                    value, pull, (found, fresh) = jax.vjp(lambda p: loss(p, outputs), mine, has_aux=True)
-                    return pull(jnp.ones_like(value))[0], found, fresh
-                value, pull, (found, fresh) = jax.vjp(loss, mine, outputs, has_aux=True)
-                own, through = pull(jnp.ones_like(value))
+                    value, pullback, (found, fresh) = jax.vjp(lambda p: loss(p, outputs), mine, has_aux=True)
+                    return pullback(jnp.ones_like(value))[0], found, fresh
+                value, pullback, (found, fresh) = jax.vjp(loss, mine, outputs, has_aux=True)
+                own, through = pullback(jnp.ones_like(value))
                 (through,) = back(through)
                 own |= {k: optax.tree.add(own[k], through[k]) for k in mine.keys() & through.keys()}
                 return own, found, fresh

@@ -39,7 +39,7 @@ def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Ca
                 who = f"process {jax.process_index()} of {jax.process_count()}"
                 print(
                     f"{who}: nothing was finished for {limit:.0f} s since {done}: it hangs, or waits for one that "
-                    "does. It stops here; the same command goes on from the last checkpoint. Its threads stand at:",
+                    "does. It stops here; the same command goes on from the last checkpoint. Its threads are at:",
                     file=sys.stderr,
                     flush=True,
                 )

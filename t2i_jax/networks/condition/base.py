@@ -53,7 +53,7 @@ def ids(batch: Batch, name: str, count: int) -> Array:
     if not isinstance(x, Tracer):
         known = np.asarray(x)
         if known.size and (known.min() < 0 or known.max() >= count):
-            raise ConfigError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model knows 0 .. {count - 1}")
+            raise ConfigError(f"'{name}' holds ids {known.min()} .. {known.max()}; the model has 0 .. {count - 1}")
     return x
 
 

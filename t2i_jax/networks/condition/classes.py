@@ -68,7 +68,7 @@ class PrefixTokens(BaseCondition):
         return ConditionSpec(gives_ids=True)
 
     def batch_spec(self) -> BatchSpec:
-        """Fields that it reads of a batch; the model that embeds these ids knows the number of ids."""
+        """Fields that it reads of a batch; the model that embeds the ids bounds them."""
         prefix = FieldSpec((self.length,), "int32", 0, optional=self.length == 1)
         label = FieldSpec((), "int32", 0, optional=True)
         return {"prefix": prefix, "label": label} if self.length == 1 else {"prefix": prefix}

@@ -144,7 +144,7 @@ class CrossAttnFeatures(BaseCondition):
         return ConditionSpec(has_null=self.trained_null or self.kept_null or self.zero_null)
 
     def batch_spec(self) -> BatchSpec:
-        """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to know
+        """Fields that it reads of a batch: unconditional features only where the model has none; the mask only to find
         whether there is text."""
         features = FieldSpec((self.length, self.dim), "float32", optional=True)
         null = {} if self.spec.has_null else {"null_features": features}
