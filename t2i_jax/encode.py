@@ -23,7 +23,7 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
 from t2i_jax.core.narrow import gives_features, learns_from_images
-from t2i_jax.core.outputs import check_parent, write_text
+from t2i_jax.core.outputs import check_parent, whole_file, write_text
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.data.records import (
     INDEX,
@@ -212,10 +212,8 @@ def encode_database(experiment: Experiment, out: str | Path, split: str = "train
         parts.append(np.asarray(embed(model, images), np.float32)[: len(some)])
     if not parts:
         raise DataError(f"the split '{split}' has no images that can be read")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    np.save(temporary, np.concatenate(parts))
-    temporary.replace(out)
+    with whole_file(out) as temporary, temporary.open("wb") as file:  # of a path, NumPy would change the ending
+        np.save(file, np.concatenate(parts))
     return sum(map(len, parts))
 
 

@@ -12,7 +12,7 @@ from t2i_jax.core import flops
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.nn import attention, transformer
-from t2i_jax.nn.attention import causal, rotary_1d, rotary_2d, with_prefix
+from t2i_jax.nn.attention import causal, frequencies, rotary_2d, with_prefix
 from t2i_jax.nn.transformer import REMAT, Block, Cache, Transformer, drop, unstack
 
 KEY = jax.random.key(0)
@@ -28,6 +28,11 @@ def stack(config, depth):
 
 def random(shape, n=0):
     return jax.random.normal(jax.random.fold_in(KEY, n), shape)
+
+
+def line(length, head_dim):
+    """Angles of positions 0 .. length - 1."""
+    return jnp.arange(length)[:, None] * frequencies(head_dim // 2)
 
 
 def qkv(n=6, m=6, t=5, s=7):
@@ -98,14 +103,14 @@ def test_rotary_angles():
     frequency = 100.0 ** (-2 * np.arange(2) / 4)  # half of a head of 8 turns with the row, half with the column
     expected = [np.concatenate([i * frequency, j * frequency]) for i in range(2) for j in range(3)]
     np.testing.assert_allclose(rotary_2d((2, 3), 8, base=100.0), np.stack(expected), rtol=1e-6)
-    np.testing.assert_allclose(rotary_1d(3, 4)[2], [2, 0.02], rtol=1e-6)
+    np.testing.assert_allclose(line(3, 4)[2], [2, 0.02], rtol=1e-6)
     with pytest.raises(ValueError, match="head_dim 6"):
         rotary_2d((2, 2), 6)
 
 
 @pytest.mark.parametrize("kind", ["line", "grid"])
 def test_rotated_products_depend_on_the_distance_only(kind):
-    angles = rotary_1d(36, 16) if kind == "line" else rotary_2d((6, 6), 16)
+    angles = line(36, 16) if kind == "line" else rotary_2d((6, 6), 16)
     q, k = (
         rotate(jnp.broadcast_to(random((16,), n), (1, 36, 1, 16)), jnp.cos(angles), jnp.sin(angles)) for n in (1, 2)
     )
@@ -118,7 +123,7 @@ def test_rotated_products_depend_on_the_distance_only(kind):
 
 
 def test_rotation_keeps_lengths_and_takes_positions_per_row():
-    x, angles = random((2, 6, 3, 8)), jnp.stack([rotary_1d(6, 8), rotary_1d(6, 8) + 1])
+    x, angles = random((2, 6, 3, 8)), jnp.stack([line(6, 8), line(6, 8) + 1])
     turned = rotate(x, jnp.cos(angles), jnp.sin(angles))
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     alone = rotate(x[1:], jnp.cos(angles[1]), jnp.sin(angles[1]))
@@ -141,7 +146,7 @@ LAYERS = {
     "bert": Transformer(32, 1, 4, norm="layer", activation="gelu_tanh", bias=True, post_norm=True),
 }
 T = 7
-ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [rotary_1d(T, c.head_size)]}
+ROTARY = {name: (jnp.cos(a), jnp.sin(a)) for name, c in LAYERS.items() for a in [line(T, c.head_size)]}
 
 
 @pytest.mark.parametrize("kind", ["grouped", "bert"])

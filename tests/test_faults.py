@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t2i_jax.core.params import named
 from t2i_jax.data.records import write_records
-from t2i_jax.storage.artifacts import run_weights
+from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.training import records
 from tests.fixtures.processes import started
 
@@ -73,10 +74,11 @@ def curve(folder):
 def same(a: Path, b: Path, tolerance=0.0):
     np.testing.assert_allclose(list(curve(a).values()), list(curve(b).values()), rtol=tolerance)
     assert list(curve(a)) == list(curve(b))
-    (step, x), (other, y) = run_weights(a), run_weights(b)
-    assert step == other and x.keys() == y.keys()
+    one, other = load_artifact(a), load_artifact(b)
+    x, y = named(one.model), named(other.model)
+    assert one.step == other.step and x.keys() == y.keys()
     for name in x:
-        np.testing.assert_allclose(x[name], y[name], rtol=tolerance, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(x[name][...], y[name][...], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 def kill_at(process, run: Path, when: random.Random):

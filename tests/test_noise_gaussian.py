@@ -137,7 +137,7 @@ def test_processes_agree_with_their_paths(process):
     path = jax.jit(lambda n: process.timesteps(n))(12)
     assert path.sigma[12] == 0 and path.alpha[12] == 1 and int(path.steps) == 12
     assert (np.diff(path.sigma[:13]) < 0).all() and (np.diff(path.alpha[:13]) > 0).all()
-    t = process.sample_time(jax.random.key(0), 4000)
+    t = process.quantile(stratified(jax.random.key(0), 4000))
     alpha, sigma = process.alpha_sigma(t, jnp.zeros((4000, 1)))
     assert alpha.shape == (4000, 1) and (sigma >= 0).all() and (sigma <= 1.00001).all()
     assert np.isfinite(process.network_time(t)).all() and float(sigma.std()) > 0.1
@@ -155,10 +155,8 @@ TRAINED = {
 @pytest.mark.parametrize("name", TRAINED)
 def test_times_of_a_batch_are_stratified_and_each_alone_has_its_law(name):
     process, cdf = TRAINED[name]
-    b, draw = 25, jax.jit(process.sample_time, static_argnums=1)
-    drawn = np.asarray(
-        jax.jit(jax.vmap(lambda k: process.sample_time(k, b)))(jax.random.split(jax.random.key(0), 2000))
-    )
+    b, draw = 25, jax.jit(lambda key, b: process.quantile(stratified(key, b)), static_argnums=1)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda k: draw(k, b)))(jax.random.split(jax.random.key(0), 2000)))
     assert (draw(jax.random.key(3), b) != draw(jax.random.key(4), b)).any()
     if name == "discrete":  # 50 times in 25 strata of two
         assert (np.sort(drawn // 2, 1) == np.arange(b)).all()

@@ -16,16 +16,16 @@ from t2i_jax.codecs import losses
 from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig, usage
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked
-from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.core.family import BaseCodec
+from t2i_jax.core.specs import CodecSpec, CodeSpec
+from t2i_jax.core.types import Compute, LossOutput, Objective
 from t2i_jax.nn.layers import replace
 
 COLORS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class ColorClusters(Checked):
+class ColorClusters(BaseCodec["ColorTable"]):
     """The codec and its training settings. The defaults make k-means of batches: clusters are running means of the
     colours nearest to them, begin at colours of the first batch, and are restarted where nothing is near."""
 
@@ -53,11 +53,6 @@ class ColorClusters(Checked):
         """Shape and dtype of the codes of an image."""
         return CodecSpec(1, CodeSpec("int32", sizes=(self.vocabulary,)))
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return Capabilities(codec=True)
-
     def with_compute(self, compute: Compute) -> ColorClusters:
         """The same codec with other settings of the computation."""
         compute.check(self.capabilities)
@@ -76,18 +71,10 @@ class ColorClusters(Checked):
         """
         return model.quantizer.codes(images)
 
-    def to_store(self, model: ColorTable, images: Array) -> dict[str, Array]:
-        """Arrays to store for the images: `codes`."""
-        return {"codes": self.encode(model, images)}
-
     @typed
     def decode(self, model: ColorTable, codes: Int[Array, "b i j"]) -> Float[Array, "b i j 3"]:
         """Images fp32, about [-1, 1], of codes."""
         return model.quantizer.vectors(codes).astype(jnp.float32)
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch: images of any size."""
-        return {"image": FieldSpec((None, None, COLORS), "float32")}
 
     def objectives(self) -> dict[str, Objective]:
         return {"codec": Objective(self.loss)}

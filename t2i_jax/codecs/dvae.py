@@ -24,10 +24,11 @@ from t2i_jax.codecs.game import check_size
 from t2i_jax.codecs.quantize import usage
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import BaseCodec
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Layers, NotNegative, Positive, Range, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.specs import BatchSpec, CodecSpec, CodeSpec, FieldSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
+from t2i_jax.core.specs import CodecSpec, CodeSpec
+from t2i_jax.core.types import Compute, LossOutput, Objective
 from t2i_jax.nn.conv import Residual
 from t2i_jax.nn.layers import Conv, Embedding, fan_in, param
 
@@ -86,7 +87,7 @@ class DALLEPytorchVAE(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class DVAE(Checked):
+class DVAE(BaseCodec["DVAEModel"]):
     """The codec and its training settings. The defaults are DALL-E's."""
 
     codes: Size = 8192
@@ -143,10 +144,6 @@ class DVAE(Checked):
         """
         return jnp.argmax(self.logits(model, images), -1).astype(jnp.int32)
 
-    def to_store(self, model: DVAEModel, images: Array) -> dict[str, Array]:
-        """Arrays to store for the images: `codes`."""
-        return {"codes": self.encode(model, images)}
-
     @typed
     def decode(self, model: DVAEModel, codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
         """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
@@ -189,11 +186,6 @@ class DVAE(Checked):
     # -- training
 
     @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return Capabilities(codec=True)
-
-    @property
     def compute(self) -> Compute:
         """Settings of the computation."""
         return Compute(self.dtype)
@@ -202,10 +194,6 @@ class DVAE(Checked):
         """The same codec with other settings of the computation."""
         compute.check(self.capabilities)
         return dataclasses.replace(self, dtype=compute.dtype)
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch: images whose sides are multiples of `factor`."""
-        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     def objectives(self) -> dict[str, Objective]:
         return {"codec": Objective(self.loss)}

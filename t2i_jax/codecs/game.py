@@ -20,8 +20,8 @@ from t2i_jax.codecs.autoencoder import ImageDecoder
 from t2i_jax.codecs.discriminator import DiscriminatorConfig, StyleDiscriminatorConfig
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Count, NotNegative, Range
-from t2i_jax.core.specs import BatchSpec, FieldSpec
+from t2i_jax.core.family import BaseCodec
+from t2i_jax.core.fields import Count, NotNegative, Range
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective
 from t2i_jax.features.vgg import VGGTrunk
 from t2i_jax.interop import vgg
@@ -75,7 +75,7 @@ class ReconstructionBatch(ImageBatch, Generic[C]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
+class AutoencoderTraining(BaseCodec[AutoencoderModel[A]], Generic[A, C]):
     """Training settings of an autoencoder; a codec inherits these fields and the losses."""
 
     pixels: Literal["l1", "l2"] = "l2"
@@ -113,11 +113,6 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
             raise ConfigError("r1: BatchNorm makes a logit depend on other images; discriminator.norm is group or none")
 
     @property
-    @abc.abstractmethod
-    def factor(self) -> int:
-        """Pixels per code along a side."""
-
-    @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         return Capabilities(codec=True, frozen_networks=self.perceptual > 0, shared_forward=True)
@@ -131,10 +126,6 @@ class AutoencoderTraining(Checked, abc.ABC, Generic[A, C]):
         """The same codec with other settings of the computation."""
         compute.check(self.capabilities, float64=True)
         return dataclasses.replace(self, dtype=compute.dtype)
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch: images whose sides are multiples of `factor`."""
-        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
     @abc.abstractmethod
     def forward(

@@ -140,10 +140,6 @@ class TAESD(AutoencoderTraining["TinyAutoencoder", Array]):
         """
         return (self.latents(model, images).astype(jnp.float32) - self.shift) * self.scale
 
-    def to_store(self, model: AutoencoderModel[TinyAutoencoder], images: Array) -> dict[str, Array]:
-        """Arrays to store for the images: `codes` fp32."""
-        return {"codes": self.encode(model, images)}
-
     @typed
     def decode(
         self, model: AutoencoderModel[TinyAutoencoder], codes: Float[Array, "b h w k"]

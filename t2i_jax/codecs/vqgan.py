@@ -106,10 +106,6 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         z = self.latents(model, images)
         return z.astype(jnp.float32) if self.continuous else model.autoencoder.quantizer.codes(z)
 
-    def to_store(self, model: AutoencoderModel[VQAutoencoder], images: Array) -> dict[str, Array]:
-        """Arrays to store for the images: `codes`."""
-        return {"codes": self.encode(model, images)}
-
     @typed
     def decode(self, model: AutoencoderModel[VQAutoencoder], codes: Num[Array, " b *n"]) -> Float[Array, "b i j 3"]:
         """Images, about [-1, 1], of codes: (h*factor, w*factor) of (h, w) codes."""

@@ -26,7 +26,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.core.types import Trainable
 from t2i_jax.interop import huggingface
-from t2i_jax.interop.names import Fields, Table, Tensors, to_ours, to_theirs
+from t2i_jax.interop.names import Fields, Table, Tensors, renamed, to_ours, to_theirs
 from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
@@ -148,8 +148,8 @@ def convert(name: str, tensors: Tensors, file: str = "the file", **hints: object
     Errors: ValueError that lists every missing, unused or wrongly shaped name.
     """
     format = find(name)
-    for pattern, to in format.renames:
-        tensors = {re.sub(pattern, to, name): tensor for name, tensor in tensors.items()}
+    if format.renames:
+        tensors = {renamed(name, format.renames): tensor for name, tensor in tensors.items()}
     if format.adapt is not None:
         tensors, hints = format.adapt(tensors, **hints)
     config = format.describe(tensors, **hints)

@@ -22,6 +22,7 @@ from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
 from t2i_jax.core.narrow import as_codec, as_family, check_codes, reads_codec, text_encoder
+from t2i_jax.core.outputs import whole_file
 from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
@@ -147,10 +148,8 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
         raise ConfigError(f"{folder} cannot be exported as {name}: unmapped variables: {', '.join(unmapped[:8])}")
     tensors = convert.restore(name, artifact.config, artifact.model)
     tensors |= format.buffers(artifact.config) if format.buffers else {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}")
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
-    temporary.replace(out)
+    with whole_file(out) as temporary:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def text_side(words: str) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The members that most families have in common, and fields of their configs by name."""
+"""The members that most families, and most codecs, have in common, and fields of their configs by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Generic, Self, TypeVar
 
+from jax import Array
+
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.fields import Checked, values
-from t2i_jax.core.specs import WEIGHT, BatchSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, O, Objective, single_objective
+from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec, SampleSpec
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, M, O, Objective, single_objective
 
 
 class BaseFamily(Checked, abc.ABC, Generic[O]):
@@ -65,6 +67,35 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
     def loop_trips(self, options: O) -> int | Sequence[tuple[int, ...]]:
         """1: every loop of the sampler has a static length."""
         return 1
+
+
+class BaseCodec(Checked, abc.ABC, Generic[M]):
+    """A codec of images of any size that stores its codes; a subclass overrides what differs.
+
+    It is a convenience: `core.types.Codec` is what other code needs. M: its module.
+    """
+
+    @property
+    @abc.abstractmethod
+    def factor(self) -> int:
+        """Pixels per code along a side."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Supported features beyond training."""
+        return Capabilities(codec=True)
+
+    @abc.abstractmethod
+    def encode(self, model: M, images: Array, key: Array | None = None) -> Array:
+        """Codes of images (b, i, j, 3) in [-1, 1]."""
+
+    def to_store(self, model: M, images: Array) -> dict[str, Array]:
+        """Arrays to store for the images: `codes`."""
+        return {"codes": self.encode(model, images)}
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields of a training batch: images whose sides are multiples of `factor`."""
+        return {"image": FieldSpec((None, None, 3), "float32", multiple=self.factor)}
 
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from t2i_jax.core.console import console
-from t2i_jax.core.outputs import MAKER, check_free, is_ours
+from t2i_jax.core.outputs import MAKER, check_free, is_ours, whole_file
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -89,14 +89,8 @@ def save_png(
         chunks.add_itxt("Description", text)
     for key, value in (metadata or {}).items():
         chunks.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path) as temporary:
         image.save(temporary, "PNG", pnginfo=chunks, optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_png_text(path: str | os.PathLike) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from t2i_jax.core.errors import ConfigError
@@ -76,13 +77,23 @@ def is_ours(path: Path) -> bool:
     return STAMP.encode() in data or (data.startswith(b"# ") and b"\nMade by `t2i " in data[:1000])
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a file in UTF-8 atomically; creates its folder. Bytes of a file name that are not UTF-8 are escaped."""
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write in the block, which becomes `path` at its end, and is removed if it fails; creates its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all. Bytes of a file name that are not UTF-8 are escaped."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mapping[str, object]]) -> None:

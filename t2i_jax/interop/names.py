@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -144,6 +144,16 @@ def layers(
     if they have biases; ends: other names for these; between: what separates them from the name."""
     lines = {f"{ours}.w": source(f"{theirs}{between}{ends[0]}", layout=layout) for ours, theirs in names.items()}
     return lines | {f"{ours}.b": source(f"{theirs}{between}{ends[1]}") for ours, theirs in names.items() if biases}
+
+
+Rename = str | Callable[[re.Match[str]], str]
+
+
+def renamed(name: str, rules: Iterable[tuple[str, Rename]]) -> str:
+    """The name after `rules`, which are regular expressions and what replaces them, one after the other."""
+    for pattern, to in rules:
+        name = re.sub(pattern, to, name)
+    return name
 
 
 def under(table: Table, ours: str = "", theirs: str = "") -> dict[str, Source]:

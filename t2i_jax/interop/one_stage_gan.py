@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from t2i_jax.core.params import Named, named
-from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, LINEAR, Fields, Source, Table, Tensors, renamed, require, source
 
 Style = Literal["dfgan", "ssagan"]
 
@@ -148,9 +147,7 @@ def buffers(model: nnx.Module, style: Style) -> dict[str, np.ndarray]:
 
 
 def _theirs(name: str, style: Style) -> str:
-    for pattern, to in COMMON + STYLES[style] + ENDS:
-        name = re.sub(pattern, to, name)
-    return name
+    return renamed(name, COMMON + STYLES[style] + ENDS)
 
 
 def _line(name: str, variable: nnx.Variable, start: tuple[int, int]) -> Source:

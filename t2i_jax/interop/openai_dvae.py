@@ -5,7 +5,7 @@ import re
 from flax import nnx
 
 from t2i_jax.core.params import named
-from t2i_jax.interop.names import CONV, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, Fields, Source, Table, Tensors, renamed, require, source
 
 NEEDED = (("encoder.blocks.input.w", "decoder.blocks.input.w"), ("blocks.input.w",))
 """Names that both halves in one file have, or one half alone."""
@@ -48,12 +48,8 @@ def table(model: nnx.Module) -> Table:
     alone = len({name.split(".")[0] for name in variables} & {"encoder", "decoder"}) == 1
 
     def line(name: str, variable: nnx.Variable) -> Source:
-        if name == "codebook.w":
-            theirs, layout = name, "k v 1 1 -> v k"
-        else:
-            theirs, layout = name, CONV if variable.ndim == 4 else ""
-        for pattern, to in NAMES:
-            theirs = re.sub(pattern, to, theirs)
+        layout = "k v 1 1 -> v k" if name == "codebook.w" else CONV if variable.ndim == 4 else ""
+        theirs = renamed(name, NAMES)
         return source(theirs.split(".", 1)[1] if alone else theirs, layout=layout)
 
     return {name: line(name, variable) for name, variable in variables.items()}

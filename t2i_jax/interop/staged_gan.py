@@ -7,13 +7,24 @@ A file holds a generator, a discriminator, or all of them under `netG.`, `netD0.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Literal
 
 from flax import nnx
 
 from t2i_jax.core.params import named
-from t2i_jax.interop.names import CONV, LINEAR, POINTWISE, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import (
+    CONV,
+    LINEAR,
+    POINTWISE,
+    Fields,
+    Rename,
+    Source,
+    Table,
+    Tensors,
+    renamed,
+    require,
+    source,
+)
 
 Style = Literal["stackgan", "stackgan_v2", "attngan", "dmgan"]
 UNUSED = r"num_batches_tracked$|^stub_image_encoder\."
@@ -43,7 +54,6 @@ RESIDUAL = (
     (r"residuals\.(\d+)\.outer\.conv\.", r"residual.\1.block.3."),
     (r"residuals\.(\d+)\.outer\.norm\.", r"residual.\1.block.4."),
 )
-Rename = str | Callable[[re.Match[str]], str]
 TREE: tuple[tuple[str, Rename], ...] = (
     (r"^augmenting\.", "ca_net."),
     (r"^first\.fc\.", "h_net1.fc.0."),
@@ -115,9 +125,7 @@ def discriminator(model: nnx.Module, style: Style, size: int) -> Table:
 
 
 def _generator(name: str, style: Style) -> str:
-    for pattern, to in TWO_STAGES if style == "stackgan" else TREE:
-        name = re.sub(pattern, to, name)
-    return _suffix(name)
+    return _suffix(renamed(name, TWO_STAGES if style == "stackgan" else TREE))
 
 
 def _suffix(name: str) -> str:

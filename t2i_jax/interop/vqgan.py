@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from t2i_jax.core.params import Named, named
-from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, require, source
+from t2i_jax.interop.names import CONV, POINTWISE, Fields, Source, Table, Tensors, renamed, require, source
 
 Style = Literal["llamagen", "taming", "var", "clipgen", "diffusers", "diffusers_2022"]
 
@@ -222,8 +222,7 @@ def _nested(names: Named, style: Style) -> Table:
     gumbel, averaged = (any(n.endswith(f"quantizer.{part}") for n in names) for part in ("project.w", "sizes"))
 
     def theirs(name: str) -> str:
-        for pattern, to in COMMON + STYLES[style]:
-            name = re.sub(pattern, to, name)
+        name = renamed(name, COMMON + STYLES[style])
         if SHAPES[style].finest_first:
             name = re.sub(r"(?<=^decoder\.up\.)\d+", lambda n: str(last - int(n[0])), name)
         name = name.replace("quantize.embedding.", "quantize.embed.") if gumbel else name
@@ -261,9 +260,7 @@ def _clipgen(names: Named) -> Table:
             number = words[5] if kind != "resample" else "999"
             rest = words[5:] if kind == "resample" else words[6:]
             words = ["autoencoder", part, parts[part], str(place[part, level, number, kind]), *rest]
-        theirs = ".".join(words)
-        for pattern, to in CLIPGEN:
-            theirs = re.sub(pattern, to, theirs)
+        theirs = renamed(".".join(words), CLIPGEN)
         if theirs.endswith(("in_proj_weight", "in_proj_bias")):
             f = variable.shape[-1]
             rows = np.arange(f) + f * "qkv".index(words[-2])

@@ -141,14 +141,8 @@ def causal(t: int, s: int | None = None, start: Array | int = 0) -> Bool[Array, 
 
 @typed
 def frequencies(count: int, base: float = 10000.0) -> Float[Array, " {count}"]:
-    """base^(-j / count) for j = 0 .. count - 1."""
+    """base^(-j / count) for j = 0 .. count - 1: rotations of a head with 2 count channels (Su et al. 2021, eq. 15)."""
     return base ** (-jnp.arange(count, dtype=jnp.float32) / count)
-
-
-@typed
-def rotary_1d(length: int, head_dim: int, base: float = 10000.0) -> Float[Array, "{length} {head_dim}//2"]:
-    """Angles of positions 0 .. length - 1 (Su et al. 2021, eq. 15)."""
-    return jnp.arange(length)[:, None] * frequencies(head_dim // 2, base)
 
 
 @typed

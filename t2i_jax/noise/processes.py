@@ -21,7 +21,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
 from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
-from t2i_jax.noise.schedule import BETWEEN, NAMES, Schedule, expand_like, stratified
+from t2i_jax.noise.schedule import BETWEEN, NAMES, Schedule, expand_like
 
 NOISE = 1e-3
 
@@ -84,11 +84,6 @@ class Discrete(Checked):
     def quantile(self, u: Float[Array, " b"]) -> Int[Array, " b"]:
         """Quantiles of training times at u in (0, 1); all steps are equally likely."""
         return jnp.clip(jnp.floor(u * self.steps).astype(jnp.int32), 0, self.steps - 1)
-
-    @typed
-    def sample_time(self, key: Array, b: int) -> Int[Array, " {b}"]:
-        """Training times, stratified over the batch."""
-        return self.quantile(stratified(key, b))
 
     @typed
     def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
@@ -186,11 +181,6 @@ class Flow(Checked):
         return self.shifted(jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u)))
 
     @typed
-    def sample_time(self, key: Array, b: int) -> Float[Array, " {b}"]:
-        """Training times in (0, 1), stratified over the batch."""
-        return self.quantile(stratified(key, b))
-
-    @typed
     def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:
         t = expand_like(t, like)
         return 1 - t, t
@@ -257,11 +247,6 @@ class EDM(Checked):
     def quantile(self, u: Float[Array, " b"]) -> Float[Array, " b"]:
         """Quantiles of log s in training at u in (0, 1)."""
         return self.mean + self.std * jax.scipy.special.ndtri(u)
-
-    @typed
-    def sample_time(self, key: Array, b: int) -> Float[Array, " {b}"]:
-        """log s in training, stratified over the batch."""
-        return self.quantile(stratified(key, b))
 
     @typed
     def alpha_sigma(self, t: Num[Array, "*b"], like: Float[Array, " b *x"]) -> tuple[Array, Array]:

@@ -234,12 +234,6 @@ def config_of(folder: str | Path) -> Trainable:
     return stored(Path(folder)).model
 
 
-def run_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """The step and the weights (averaged where there is an average) of a run's newest checkpoint, on the host."""
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
-        return checkpoints.weights(lambda _, shapes: dict.fromkeys(shapes, on_cpu()), lambda _, x: np.asarray(x))
-
-
 def assign(config: HasInit[M], arrays: dict[str, np.ndarray], source: Path) -> M:
     """The model of `config` that holds `arrays` by dotted name. Errors: `CheckpointError` lists what is wrong."""
     try:

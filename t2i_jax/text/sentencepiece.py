@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.fields import LARGEST, VOCABULARY, Checked, Range
-from t2i_jax.core.outputs import check_parent
+from t2i_jax.core.outputs import check_parent, whole_file
 from t2i_jax.core.sniff import HEAD, sniff
 from t2i_jax.text.cut import Limited, padded
 
@@ -71,10 +71,8 @@ def train_vocabulary(
     check_vocabulary_file(out)
     if out.exists() and out.read_bytes() != model.getvalue():
         raise ConfigError(f"{out}: holds another vocabulary, which models may read; remove it or choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".part")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(out)
+    with whole_file(out) as temporary:
+        temporary.write_bytes(model.getvalue())
     return _load_bytes(model.getvalue()).get_piece_size()
 
 

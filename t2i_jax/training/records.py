@@ -11,6 +11,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.outputs import write_text
 
 
 class Line(TypedDict):
@@ -25,11 +26,8 @@ class Records:
 
     def __init__(self, folder: Path, step: int, config: object = None, wandb: bool = False):
         self.path = folder / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(self.path) if line["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         from tensorboardX import SummaryWriter  # imports torch if installed, so only when a run begins
 
         self.skipped = int(next((line["skipped"] for line in reversed(kept) if "skipped" in line), 0))
