@@ -134,7 +134,7 @@ def test_moving_averages_by_hand():
     q = Quantizer(QuantizerConfig(codes=2, dim=1, normalize=False, decay=0.75), KEY)
     q = replace(q, codebook=jnp.array([[0.0], [10.0]]), sizes=jnp.array([4.0, 2.0]))
     z = jnp.array([[1.0], [2.0], [3.0]])
-    after = q.moved(z, q.codes(z), KEY)
+    after = q.ema_update(z, q.codes(z), KEY)
     np.testing.assert_allclose(after.sizes[...], [0.75 * 4 + 0.25 * 3, 0.75 * 2])
     np.testing.assert_allclose(after.codebook[...], [[0.25 * 6 / 3.75], [10.0]])
     assert isinstance(q.codebook, ModelState) and isinstance(after.codebook, ModelState)
@@ -146,15 +146,15 @@ def test_dead_rows_restart_at_vectors_of_the_batch():
     rows = jnp.array([[0.0, 0.0], [9.0, 9.0], [50.0, 0.0], [0.0, 50.0]])
     q = replace(q, codebook=rows, sizes=jnp.array([4.0, 4.0, 0.0, 0.1]))
     z = jax.random.normal(KEY, (16, 2))
-    after = q.moved(z, q.codes(z), KEY)
+    after = q.ema_update(z, q.codes(z), KEY)
     moved = after.codebook[...]
     assert (moved[1] == rows[1]).all()  # alive, though this batch left it out
     for dead in (2, 3):
         assert (moved[dead] == z).all(-1).any()
         assert after.sizes[dead] == 16 / 4
-    assert not (q.moved(z, q.codes(z), jax.random.key(9)).codebook[...] == moved).all()  # drawn with the key
+    assert not (q.ema_update(z, q.codes(z), jax.random.key(9)).codebook[...] == moved).all()  # drawn with the key
     far = replace(q, codebook=rows + 100, sizes=jnp.zeros(4))  # a codebook that all vectors miss
-    assert len(jnp.unique(far.codes(z))) == 1 and len(jnp.unique(far.moved(z, far.codes(z), KEY).codes(z))) > 1
+    assert len(jnp.unique(far.codes(z))) == 1 and len(jnp.unique(far.ema_update(z, far.codes(z), KEY).codes(z))) > 1
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -163,9 +163,9 @@ def test_a_row_without_vectors_keeps_its_value(normalize, decay):
     """For longer than its cluster size has a number in fp32."""
     q = Quantizer(QuantizerConfig(codes=6, dim=2, normalize=normalize, decay=decay), KEY)
     every = jax.random.normal(KEY, (6, 2))
-    q = q.moved(every, q.codes(every), KEY)
+    q = q.ema_update(every, q.codes(every), KEY)
     first = jnp.broadcast_to(q.rows()[2], (8, 2))  # from now on everything falls on one row
-    step = lambda q, key: (q.moved(first, q.codes(first), key), q.codes(first))
+    step = lambda q, key: (q.ema_update(first, q.codes(first), key), q.codes(first))
     after, codes = jit(lambda q, keys: jax.lax.scan(step, q, keys))(q, jax.random.split(KEY, 12_000))
     unused = np.setdiff1d(np.arange(6), codes)
     assert len(unused) >= 4 and (after.sizes[...][unused] == 0).any()
@@ -186,7 +186,7 @@ def test_a_fresh_codebook_starts_from_the_first_batch(normalize, count):
     config = QuantizerConfig(codes=64, dim=4, normalize=normalize, decay=0.9)
     start = Quantizer(config, KEY)
     z = clusters(KEY, count)
-    move = jit(lambda q, z, key: q.moved(z, q.codes(z), key))
+    move = jit(lambda q, z, key: q.ema_update(z, q.codes(z), key))
     q = move(start, z, KEY)
     rows, known = np.asarray(q.codebook[...]), np.asarray(q.prepare(z))
     distance = np.linalg.norm(rows[:, None] - known, axis=-1).min(1)
@@ -206,7 +206,7 @@ def test_a_fresh_codebook_starts_from_the_first_batch(normalize, count):
 def test_a_codebook_starts_from_the_first_part_of_a_batch_that_is_accumulated():
     q = Quantizer(QuantizerConfig(codes=8, dim=2, decay=0.9), KEY)
     parts, keys = jax.random.normal(KEY, (3, 16, 2)), jax.random.split(KEY, 3)
-    move = lambda q, part: q.moved(part[0], q.codes(part[0]), part[1])
+    move = lambda q, part: q.ema_update(part[0], q.codes(part[0]), part[1])
     scanned = jit(lambda q: jax.lax.scan(lambda q, part: (move(q, part), None), q, (parts, keys))[0])(q)
     for part in zip(parts, keys, strict=True):
         q = move(q, part)
@@ -220,7 +220,7 @@ def test_statistics_are_those_of_the_whole_batch():
     z = jax.random.normal(KEY, (16, 4, 2))
     for codes in (8, 100):
         q = Quantizer(QuantizerConfig(codes=codes, dim=2, decay=0.9, revive=0.5), KEY)
-        move = jax.jit(lambda q, z: q.moved(z, q.codes(z), KEY))
+        move = jax.jit(lambda q, z: q.ema_update(z, q.codes(z), KEY))
         whole = [move(q, z), move(move(q, z), z[::-1])]
         with jax.set_mesh(mesh):
             first = move(q, jax.device_put(z, batch_sharding(mesh)))

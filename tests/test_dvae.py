@@ -72,10 +72,10 @@ def test_the_laplace_density_has_mass_one_and_its_mode_is_the_image():
     for place, scale in ((0.0, 0.5), (-1.0, 0.3)):
         nll = jax.vmap(lambda x: losses.logit_laplace(x, place, math.log(scale)))(x)  # noqa: B023
         np.testing.assert_allclose(jnp.trapezoid(jnp.exp(-nll), x), 1, atol=2e-3)
-    mapped = POOLED.mapped(IMAGES)
+    mapped = POOLED.to_logit_space(IMAGES)
     assert mapped.min() >= 0.1 and mapped.max() <= 0.9
     place = jnp.log(mapped) - jnp.log1p(-mapped)
-    np.testing.assert_allclose(POOLED.seen(jnp.concatenate([place, 0 * place], -1)), IMAGES, atol=1e-5)
+    np.testing.assert_allclose(POOLED.from_logit_space(jnp.concatenate([place, 0 * place], -1)), IMAGES, atol=1e-5)
 
 
 def test_divergence_is_that_from_equal_codes():

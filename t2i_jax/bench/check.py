@@ -139,6 +139,7 @@ def train_check(sizing: Sizing, batch: int, repeats: int) -> Result:
 
 
 def of_decode(batch: int) -> str:
+    """The name of the figure of decoding in a batch."""
     return "decode alone" if batch == 1 else "decode"
 
 
@@ -218,6 +219,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shown(results: list[Result], title: str) -> Table:
+    """The table of figures, goals and what passed."""
     out = Table("check", "figure", "goal", "of", "", "seconds", title=title)
     word = {True: "passed", False: "NOT PASSED", None: "no claim"}
     for r in results:

@@ -91,7 +91,7 @@ class ColorClusters(BaseCodec["ColorTable"]):
         decoded = self.decode(model, codes)
         distance = losses.reconstruction(images, decoded, "l2")
         metrics = {"l2": distance, "psnr": losses.psnr(images, decoded), **usage(codes, self.vocabulary)}
-        moved = replace(model, quantizer=model.quantizer.moved(images, codes, key)) if train else model
+        moved = replace(model, quantizer=model.quantizer.ema_update(images, codes, key)) if train else model
         return LossOutput(distance, metrics, moved)
 
 

@@ -147,7 +147,7 @@ class DVAE(BaseCodec["DVAEModel"]):
     @typed
     def decode(self, model: DVAEModel, codes: Int[Array, "b h w"]) -> Float[Array, "b i j 3"]:
         """Images, about [-1, 1], of codes: (h*factor, w*factor)."""
-        return self.seen(self.decode_head(model, self.embed(model, codes)))
+        return self.from_logit_space(self.decode_head(model, self.embed(model, codes)))
 
     @typed
     def embed(self, model: DVAEModel, codes: Int[Array, "*b"]) -> Float[Array, "*b k"]:
@@ -162,7 +162,7 @@ class DVAE(BaseCodec["DVAEModel"]):
         """
         if model.encoder is None:
             raise ConfigError(f"half={self.half!r}: this codec has no encoder")
-        x = shard(self.mapped(check_size(images, self.factor)).astype(self.dtype), "batch", None, None, None)
+        x = shard(self.to_logit_space(check_size(images, self.factor)).astype(self.dtype), "batch", None, None, None)
         return model.encoder(x)
 
     @typed
@@ -172,13 +172,13 @@ class DVAE(BaseCodec["DVAEModel"]):
             raise ConfigError(f"half={self.half!r}: this codec has no decoder")
         return model.decoder(vectors.astype(self.dtype)).astype(jnp.float32)
 
-    def mapped(self, images: Array) -> Array:
+    def to_logit_space(self, images: Array) -> Array:
         """Encoder input for images: kept away from the ends of (0, 1) for the logit (A.3)."""
         return 0.5 + 0.4 * images if self.pixels == "laplace" else images
 
     @typed
-    def seen(self, y: Float[Array, "b i j o"]) -> Float[Array, "b i j 3"]:
-        """The image of a decoder output: the inverse of `mapped` at the mode of the density."""
+    def from_logit_space(self, y: Float[Array, "b i j o"]) -> Float[Array, "b i j 3"]:
+        """The image of a decoder output: the inverse of `to_logit_space` at the mode of the density."""
         if self.pixels != "laplace":
             return y
         return jnp.clip((jax.nn.sigmoid(y[..., :3]) - 0.5) / 0.4, -1, 1)
@@ -207,7 +207,7 @@ class DVAE(BaseCodec["DVAEModel"]):
         y = self.relaxed(model, logits, gumbel, self.temperature_at(step))
         distance, divergence = self.terms(batch["image"], y, logits)
         weight = self.kl * (jnp.clip(step / self.kl_warmup, 0, 1) if self.kl_warmup else 1.0)
-        image = jnp.clip(self.seen(y), -1, 1)
+        image = jnp.clip(self.from_logit_space(y), -1, 1)
         metrics = {self.pixels: distance, "kl": divergence, "psnr": losses.psnr(batch["image"], image)}
         return LossOutput(distance + weight * divergence, metrics | usage(jnp.argmax(logits, -1), self.codes))
 
@@ -241,7 +241,7 @@ class DVAE(BaseCodec["DVAEModel"]):
         logq = jax.nn.log_softmax(logits)
         divergence = (jnp.exp(logq) * (logq + math.log(self.codes))).sum((1, 2, 3)).mean()
         if self.pixels == "laplace":
-            return losses.logit_laplace(self.mapped(images), y[..., :3], y[..., 3:]), divergence
+            return losses.logit_laplace(self.to_logit_space(images), y[..., :3], y[..., 3:]), divergence
         return losses.reconstruction(images, y, self.pixels), divergence
 
 

@@ -189,14 +189,14 @@ class MultiScaleQuantizer(nnx.Module):
         metrics = {"commitment": commitment, **usage(codes, config.codes)}
         return z + fixed(scales[-1].total - z), codes, loss, metrics
 
-    def moved(self, z: Array, codes: Array, key: Array) -> MultiScaleQuantizer:
+    def ema_update(self, z: Array, codes: Array, key: Array) -> MultiScaleQuantizer:
         """The quantiser after a batch: a codebook of moving averages follows the vectors of all scales."""
         if not self.config.codebook.decay:
             return self
         scales = self.walk(jax.lax.stop_gradient(self.codebook.prepare(z)), codes)
         rests = jnp.concatenate([scale.rest.reshape(-1, self.config.dim) for scale in scales])
         chosen = jnp.concatenate([scale.codes.reshape(-1) for scale in scales])
-        return replace(self, codebook=self.codebook.moved(rests, chosen, key))
+        return replace(self, codebook=self.codebook.ema_update(rests, chosen, key))
 
 
 def _joined(maps: list[Array]) -> Array:

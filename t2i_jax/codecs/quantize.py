@@ -113,6 +113,7 @@ def usage(codes: Int[Array, "*b"], v: int) -> dict[str, Array]:
 
 @typed
 def counts(codes: Int[Array, "*b"], v: int) -> Float[Array, " {v}"]:
+    """How often each of v codes occurs, fp32 (v,)."""
     return jnp.zeros(v).at[codes.reshape(-1)].add(1.0)
 
 
@@ -181,7 +182,7 @@ class Quantizer(nnx.Module):
         mean = p.mean(0)
         return each + jnp.sum(mean * jnp.log(mean + 1e-5))
 
-    def moved(self, z: Array, codes: Array, key: Array) -> "Quantizer":
+    def ema_update(self, z: Array, codes: Array, key: Array) -> "Quantizer":
         """The quantiser after a batch: moving averages of cluster sizes and sums (appendix A.1), dead rows revived.
 
         z: (..., k), encoder outputs; codes: int (...), their rows. The first batch initialises a fresh codebook with
@@ -269,6 +270,6 @@ class GumbelQuantizer(nnx.Module):
         metrics = {"kl": kl, "temperature": temperature, **usage(codes, self.config.codes)}
         return weights @ self.rows(), codes, self.config.kl * kl, metrics
 
-    def moved(self, z: Array, codes: Array, key: Array) -> "GumbelQuantizer":
+    def ema_update(self, z: Array, codes: Array, key: Array) -> "GumbelQuantizer":
         """Itself: its codebook follows gradients."""
         return self

@@ -154,7 +154,7 @@ class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
         part = model.autoencoder
         z, codes, loss, metrics = batch["outputs"].code
         distance, terms = self.image_loss(model, batch, step)
-        moved = replace(part, quantizer=part.quantizer.moved(z, codes, jax.random.split(key)[1]))
+        moved = replace(part, quantizer=part.quantizer.ema_update(z, codes, jax.random.split(key)[1]))
         return LossOutput(loss + distance, metrics | terms, replace(model, autoencoder=moved))
 
 

@@ -44,6 +44,7 @@ def files_of(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def plot_of(out: Path, sweep: str) -> Path:
+    """The file of a sweep's plot."""
     return out.with_name(f"{out.stem}_{sweep}.png")
 
 

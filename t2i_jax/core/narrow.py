@@ -162,6 +162,7 @@ def as_tokenizer(value: object) -> Tokenizer:
 
 
 def gives_features(text: Tokenizer | None) -> bool:
+    """Whether a text computes features, and not ids alone."""
     return text is not None and text.spec.features
 
 

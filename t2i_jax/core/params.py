@@ -23,6 +23,7 @@ class HasInit(Protocol[M_co]):
 
 
 def is_variable(x: object) -> bool:
+    """Whether a leaf of a model is a variable."""
     return isinstance(x, nnx.Variable)
 
 

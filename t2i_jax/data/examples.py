@@ -57,10 +57,12 @@ def name_of(reader: Reader, i: int, record: Record) -> str:
 
 
 def fault_of(error: Exception) -> str:
+    """An error as one line of a log; errors of the data name themselves."""
     return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
 
 
-def tell_small(name: str, smallest_side: int) -> None:
+def log_small(name: str, smallest_side: int) -> None:
+    """Log, once, that images are smaller than the data wants."""
     say_once(f"images with a side under Data.smallest_side = {smallest_side} are left out and counted; one is {name}")
 
 
@@ -149,7 +151,7 @@ class Examples:
 
     def _taken(self, fault: str, small: bool) -> bool:
         if small and not self.tally.small:
-            tell_small(fault, self.smallest_side)
+            log_small(fault, self.smallest_side)
         elif fault and not small:
             log.warning("broken record, left out: %s", fault)
         self.tally.add([[fault] if fault and not small else []], int(small))

@@ -90,10 +90,11 @@ def codes(hexcode: str) -> str:
 
 
 def slug(text: str) -> str:
+    """Lower case letters and digits, joined by "-"."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub("[’'“”]", "", text.lower())).strip("-")
 
 
-def spoken(label: str) -> str:
+def as_caption(label: str) -> str:
     """A Unicode short name as one would say it: "flag: Chad" -> "flag of Chad", "man: beard" -> "man with beard"."""
     label = re.sub("[“”]", "", label).replace("’", "'")
     if label.startswith(("flag: ", "keycap: ")):
@@ -130,7 +131,7 @@ def twemoji_wheel() -> Iterator[Glyph]:
         flag = 0x1F1E6 <= ord(character[0]) <= 0x1F1FF or key.startswith("1f3f4-e00")
         tone = r" ((?:(?:medium-)?(?:light|dark)|medium) skin tone)"
         tones, base = re.findall(tone, name), re.sub(tone, "", name)
-        base = spoken(f"flag: {base}" if flag else _with_colon(base))
+        base = as_caption(f"flag: {base}" if flag else _with_colon(base))
         label = f"{base} with {' and '.join(tones)}" if tones else base
         group = "flags" if flag else "emoji"
         yield Glyph("twemoji", key, label, base, group, (), files[key])
@@ -191,7 +192,10 @@ def unicode_names(cache: Path) -> dict[str, Name]:
             continue
         for variant in [entry, *entry.get("skins", [])]:
             names[codes(variant["hexcode"])] = Name(
-                spoken(variant["label"]), spoken(entry["label"]), groups[entry["group"]], tuple(entry.get("tags", ()))
+                as_caption(variant["label"]),
+                as_caption(entry["label"]),
+                groups[entry["group"]],
+                tuple(entry.get("tags", ())),
             )
     return names
 
@@ -251,7 +255,7 @@ def _openmoji(style: str, folder: Path, names: dict[str, Name]) -> Iterator[tupl
         key, file = codes(entry["hexcode"]), drawings / f"{entry['hexcode']}.svg"
         name = names.get(key)
         if name is None and entry["group"] == "extras-openmoji" and entry["subgroups"] not in ("brand", "emergency"):
-            label = spoken(entry["annotation"].replace("-", " "))
+            label = as_caption(entry["annotation"].replace("-", " "))
             tags = [t.strip() for t in f"{entry['openmoji_tags']},{entry['tags']}".split(",")]
             name = Name(label, label, entry["subgroups"], tuple(t for t in tags if t))
         if name is not None and file.exists():

@@ -270,6 +270,7 @@ def bucket(*what: str) -> int:
 
 
 def split_of(glyph: Glyph, styled: bool) -> str:
+    """The split of a glyph; styled: whether there are several styles, whose combinations are held out."""
     family = bucket("family", glyph.family)
     if family < 2:
         return ("test", "val")[family]

@@ -30,7 +30,7 @@ import numpy as np
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Seed, Size, Workers
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.specs import BatchSpec, check_example
-from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, name_of, tell_small
+from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, log_small, name_of
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
 from t2i_jax.data.order import Order, Parts, Rows
@@ -196,7 +196,7 @@ class Data(Checked):
                 for fault in (fault for several in faults for fault in several):
                     log.warning("broken record, replaced: %s", fault)
                 if small and not tally.small:
-                    tell_small(small[0], self.smallest_side)
+                    log_small(small[0], self.smallest_side)
                 tally.add(faults, len(small))
                 yield batch
 

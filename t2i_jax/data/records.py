@@ -174,6 +174,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def umask() -> int:
+    """The process's mask of permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -239,4 +240,5 @@ def count_records(path: Path) -> int:
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:
+    """The name of one of the files of a split."""
     return f"{split}-{shard:05d}-of-{shards:05d}.arrayrecord"

@@ -112,11 +112,13 @@ def records_of(experiment: Experiment, split: str, most: int, captions: bool = F
 
 
 def reads_classes(family: Family) -> bool:
+    """Whether the condition of a family is a class."""
     return "label" in family.condition_spec()
 
 
 @typed
 def images_of(records: Sequence[Record]) -> UInt8[np.ndarray, "n i j 3"]:
+    """The images of records, uint8 (n, i, j, 3)."""
     return np.stack([r["image"] for r in records])
 
 

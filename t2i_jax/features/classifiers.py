@@ -219,16 +219,19 @@ def forks(branch: str, steps: tuple) -> list[list[tuple]]:
 
 
 def max_pool(x: Array, stride: int = 2) -> Array:
+    """Maxima of 3x3 windows of (b, i, j, c)."""
     return jax.lax.reduce_window(
         x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), "SAME" if stride == 1 else "VALID"
     )
 
 
 def sum_pool(x: Array) -> Array:
+    """Sums of 3x3 windows of (b, i, j, c), zeros around it."""
     return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
 
 
 def mean_pool(x: Array) -> Array:
+    """Means of 3x3 windows of (b, i, j, c), without the padding."""
     return sum_pool(x) / sum_pool(jnp.ones_like(x[:1, :, :, :1]))
 
 

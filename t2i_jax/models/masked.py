@@ -175,10 +175,10 @@ class Masked(HeadFamily[MaskedSampler]):
         """
         n, buckets = self.length, self.size_buckets if self.reads == "known" else 1
         visible = sorted({-(-n * (k + 1) // buckets) for k in range(buckets)})
-        asked = (
+        set_sizes = (
             [1] if self.order.one_at_a_time else sorted({min(4**k, n) for k in range(1 + math.ceil(math.log(n, 4)))})
         )
-        return visible, asked
+        return visible, set_sizes
 
     def loop_trips(self, options: MaskedSampler) -> list[tuple[int, ...]]:
         """Index of the compiled sizes that each step takes when all tokens are sampled, for those with more than one
@@ -212,21 +212,21 @@ class Masked(HeadFamily[MaskedSampler]):
         start = 0 if order.one_at_a_time else options.start
         step_places = jax.vmap(lambda row, n: row[n])
 
-        visible_sizes, asked_sizes = self.sizes
+        visible_sizes, set_sizes = self.sizes
 
-        def look(size: int, x: Array, hidden: Array) -> Array:
+        def masked_sequence(size: int, x: Array, hidden: Array) -> Array:
             x, hidden = both.rows((x, hidden))
-            return model.look(slots, valid, x, hidden, size)
+            return model.masked_sequence(slots, valid, x, hidden, size)
 
-        def ask(
+        def sample_set(
             size: int, x: Array, z: Array, orders: Array, first: Array, last: Array, i: Array
         ) -> tuple[Array, Array]:
             """Codes with positions `first` to `last` of the order resampled, and their scores (b, L)."""
             number = first[:, None] + jnp.arange(size)
             places = step_places(orders, jnp.minimum(number, length - 1))
-            asked, null = both.split(step_places(z, both.rows(places)))
+            here, null = both.split(step_places(z, both.rows(places)))
             scale = options.guidance_at(length - jnp.maximum(after(i, last), 1) - 1, length)
-            drawn, score = self.head.sample(model.output(whole=False), asked, null, draws.at(i, places), scale, options)
+            drawn, score = self.head.sample(model.output(whole=False), here, null, draws.at(i, places), scale, options)
             into = jnp.where(number < last[:, None], places, length)  # padding beyond the end is dropped
             write = jax.vmap(lambda row, p, value: row.at[p].set(value, mode="drop"))
             scores = jnp.zeros((b, length)) if score is None else write(jnp.zeros((b, length)), into, score)
@@ -239,11 +239,11 @@ class Masked(HeadFamily[MaskedSampler]):
         def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             x, orders, now, i = state
             hidden = hidden_by(orders, now)
-            y = _switch(visible_sizes, jnp.max(length - now), look, x, hidden)
+            y = _switch(visible_sizes, jnp.max(length - now), masked_sequence, x, hidden)
             z = model.decode(y, slots, valid)
             then = after(i, now)
             first = jnp.zeros_like(then) if order.by_confidence else then
-            x, scores = _switch(asked_sizes, jnp.max(now - first), ask, x, z, orders, first, now, i)
+            x, scores = _switch(set_sizes, jnp.max(now - first), sample_set, x, z, orders, first, now, i)
             if order.by_confidence:
                 fading = options.choice_temperature * (1 - (i + 1) / options.iterations)
                 uniform = draws.at(i, jnp.broadcast_to(jnp.arange(length), (b, length))).uniform(1)
@@ -283,7 +283,7 @@ class HiddenTokenNetwork(nnx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         slots, valid = self.read(batch, jnp.zeros(len(hidden), bool) if dropped is None else dropped)
         size = self.config.length if visible is None else visible
-        y = self.look(slots, valid, to_tokens(batch["codes"], self.config.patch), hidden, size, keys[0])
+        y = self.masked_sequence(slots, valid, to_tokens(batch["codes"], self.config.patch), hidden, size, keys[0])
         return self.decode(y, slots, valid, keys[1])
 
     @typed
@@ -309,13 +309,15 @@ class HiddenTokenNetwork(nnx.Module):
         return Padding(jnp.pad(valid, ((0, 0), (0, self.config.length)), constant_values=True))
 
     @abc.abstractmethod
-    def look(self, slots: Array, valid: Array, x: Array, hidden: Array, size: int, key: Array | None = None) -> Array:
+    def masked_sequence(
+        self, slots: Array, valid: Array, x: Array, hidden: Array, size: int, key: Array | None = None
+    ) -> Array:
         """The sequence (b, s + L, d') of condition tokens (b, s, d) and all tokens of x (b, L, *code), with mask tokens
         at the hidden positions; size: upper bound on the visible tokens of a row."""
 
     @abc.abstractmethod
     def decode(self, y: Array, slots: Array, valid: Array, key: Array | None = None) -> Array:
-        """z (b, L, d') of every position from what `look` gives."""
+        """z (b, L, d') of every position from what `masked_sequence` gives."""
 
     @abc.abstractmethod
     def output(self, whole: bool = True) -> nnx.Module:
@@ -354,7 +356,7 @@ class MaskedNetwork(HiddenTokenNetwork):
         return self.head
 
     @typed
-    def look(
+    def masked_sequence(
         self,
         slots: Float[Array, "b s d"],
         valid: Bool[Array, "b s"],
@@ -461,7 +463,7 @@ class MaskedTransformer(HiddenTokenNetwork):
         return TiedOutput(self.tables(whole), self.output_bias[...])
 
     @typed
-    def look(
+    def masked_sequence(
         self,
         slots: Float[Array, "b s d"],
         valid: Bool[Array, "b s"],

@@ -254,6 +254,7 @@ class SemanticSpatialBlock(nnx.Module):
 
 
 def leaky(x: Array) -> Array:
+    """max(x, 0.2 x)."""
     return jax.nn.leaky_relu(x, 0.2)
 
 

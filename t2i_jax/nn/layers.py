@@ -61,6 +61,7 @@ def replace(module: M, **values: object) -> M:
 
 @typed
 def normal(key: Array, shape: tuple[int, ...], std: float = 0.02) -> Float[Array, "..."]:
+    """Numbers of N(0, std^2)."""
     return std * jax.random.normal(key, shape)
 
 

@@ -426,6 +426,7 @@ def stack(config: Transformer, key: Array, kernel: AttentionKind = "auto", conte
 
 
 def depth_of(blocks: Block) -> int:
+    """The number of blocks in a stack."""
     return jax.tree.leaves(blocks)[0].shape[0]
 
 

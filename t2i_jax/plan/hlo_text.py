@@ -24,6 +24,8 @@ _operand = re.compile(r"(?:.*\s)?%([\w.\-]+)((?:#\d+)*)")
 
 @dataclasses.dataclass
 class Instruction:
+    """One line of a computation."""
+
     name: str
     type: str
     op: str
@@ -152,6 +154,7 @@ def _close(text: str, start: int) -> int:
 
 
 def root(computation: Computation) -> Instruction:
+    """The instruction whose value a computation returns."""
     return next(i for i in computation.values() if i.root)
 
 
@@ -194,6 +197,7 @@ def _through(computation: Computation, name: str) -> Instruction:
 
 
 def number(i: Instruction) -> int | None:
+    """The value of an integer constant; None for other instructions."""
     found = re.match(r"\((-?\d+)\)", i.text) if i.op == "constant" else None
     return int(found.group(1)) if found else None
 

@@ -76,6 +76,7 @@ class Plan:
 
 
 def size(n: float) -> str:
+    """Bytes with a unit."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n >= scale:
             return f"{n / scale:.3g} {unit}"
@@ -83,6 +84,7 @@ def size(n: float) -> str:
 
 
 def span(seconds: float) -> str:
+    """Seconds with a unit."""
     for unit, scale in (("d", 86400), ("h", 3600), ("s", 1), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -168,4 +170,5 @@ def markdown(plans: Sequence[Plan]) -> str:
 
 
 def mesh_name(mesh: dict[str, int]) -> str:
+    """The axes of a mesh that split anything."""
     return ", ".join(f"{k} {n}" for k, n in mesh.items() if n > 1) or "one chip"

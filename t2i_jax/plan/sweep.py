@@ -42,10 +42,12 @@ def policies(model: Trainable) -> tuple[str, ...]:
 
 
 def resized(batch: Batch, size: int) -> Batch:
+    """The shapes of a batch of another size."""
     return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
 
 def changed(experiment: Experiment, remat: str, size: int, mesh: MeshConfig | None = None) -> Experiment:
+    """The experiment with another remat policy, batch size and mesh."""
     model = experiment.model.with_compute(dataclasses.replace(experiment.model.compute, remat=remat))
     data = dataclasses.replace(experiment.data, batch_size=size)
     return dataclasses.replace(experiment, model=model, data=data, mesh=mesh or experiment.mesh)

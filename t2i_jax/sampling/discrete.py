@@ -38,12 +38,12 @@ def reverse(
     draw_code: samples int (b, l) from log-probabilities (b, l, K + 1) and the first numbers of `noise`.
     """
     options, b = options.arrays(), x.shape[0]
-    count, moment = timesteps(chain.steps, options)
+    count, times_at = timesteps(chain.steps, options)
     row = lambda number: jnp.broadcast_to(number, (b,))
 
     def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         i, x = carry
-        t, late, s = moment(i)
+        t, late, s = times_at(i)
         log_x0 = guess(x, row(jnp.maximum(t, 0)), i / count)
         codes, places = noise(i)
 
@@ -98,7 +98,7 @@ def timesteps(total: int, options: DiscreteSampler) -> tuple[Array, Callable[[Ar
     n = jnp.maximum(options.stride, 1)
     strides = -(-(total - 1) // n) + 1
 
-    def moment(i: Array) -> tuple[Array, Array, Array]:
+    def times_at(i: Array) -> tuple[Array, Array, Array]:
         t, s = total * (steps - i) // steps - 1, total * (steps - i - 1) // steps - 1
         t = jnp.where(i + 1 == steps, jnp.maximum(t, 0), t)  # the last step always leaves nothing masked
         seen = jnp.maximum(total - 1 - i * n, 0)
@@ -106,4 +106,4 @@ def timesteps(total: int, options: DiscreteSampler) -> tuple[Array, Callable[[Ar
         strided = options.stride > 0
         return jnp.where(strided, seen, t), jnp.where(strided, late, t), jnp.where(strided, late - 1, s)
 
-    return jnp.where(options.stride > 0, strides, steps), moment
+    return jnp.where(options.stride > 0, strides, steps), times_at

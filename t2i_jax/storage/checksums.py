@@ -34,11 +34,13 @@ def checksum(x: Array) -> Array:
 
 @jax.jit
 def one(x: Array) -> Array:
+    """The checksum of one array, on its devices."""
     return checksum(x)
 
 
 @functools.partial(jax.jit, out_shardings=P())
 def combine_checksums(arrays: list[Array]) -> Array:
+    """The checksums of several arrays, on every device of the mesh."""
     return jnp.stack(list(map(checksum, arrays)))
 
 

@@ -133,6 +133,7 @@ def end(text: Limited, caption: str) -> int:
 
 
 def shown(caption: str) -> str:
+    """The start of a caption, quoted."""
     caption = " ".join(caption[: 4 * SHOWN].split())
     return repr(caption if len(caption) <= SHOWN else caption[:SHOWN] + "…")
 

@@ -118,6 +118,7 @@ def names_of(flags: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def shortened(names: list[str]) -> str:
+    """The first `NAMED` names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 

@@ -348,8 +348,8 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
     history = History(experiment, folder, bool(checkpoints.steps()), accept)
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, raise_peer_lost(stack):
         stack.callback(checkpoints.manager.close)
-        beat = stack.enter_context(watchdog(t.stuck_after))
-        stack.enter_context(reporting(beat))
+        heartbeat = stack.enter_context(watchdog(t.stuck_after))
+        stack.enter_context(reporting(heartbeat))
         restored = checkpoints.restore(trainer.target)
         begun = None if restored else trainer.begin()
         state, position = restored if restored else (trainer.start(begun), 0)
@@ -383,7 +383,7 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             nonlocal clock, since
             while len(pending) > limit:
                 step, metrics = pending.popleft()
-                beat(f"step {step}")
+                heartbeat(f"step {step}")
                 begins = position - (len(pending) + 1) * experiment.data.batch_size
                 skipped = guard.look(step, metrics, state, begins)
                 if skipped or step % t.log_every == 0 or step == t.steps:
@@ -449,14 +449,14 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             if due or checkpoints.better(numbers) or checkpoints.again(step):
                 settle(0)
                 checkpoints.save(state, position, step, numbers)
-                beat(f"the save of step {step} was begun")
+                heartbeat(f"the save of step {step} was begun")
             if stop:
                 checkpoints.finish(state, position, step)
                 raise Interrupted(f"stopped at step {step}, saved in {where}; the same command goes on from here", stop)
             if not t.keep_best:
                 evaluate(step)
             look(step)
-            beat(f"what follows step {step}")
+            heartbeat(f"what follows step {step}")
         settle(0)
         if int(state.step) < t.steps:
             raise ConfigError(f"data: the source ended at step {int(state.step)} of {t.steps}")

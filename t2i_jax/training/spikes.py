@@ -16,6 +16,7 @@ RunningNorms = dict[str, dict[str, Array]]
 
 
 def start_norms(objectives: Iterable[str]) -> RunningNorms:
+    """The running means of gradient norms before any step."""
     return {name: {"mean": jnp.zeros((), jnp.float32), "seen": jnp.zeros((), jnp.int32)} for name in objectives}
 
 

@@ -29,7 +29,7 @@ def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Ca
     """
     done, last, over = "the start", time.monotonic(), threading.Event()
 
-    def beat(what: str) -> None:
+    def heartbeat(what: str) -> None:
         nonlocal done, last
         done, last = what, time.monotonic()
 
@@ -51,7 +51,7 @@ def watchdog(limit: float, end: Callable[[int], None] = os._exit) -> Iterator[Ca
     if limit > 0:
         thread.start()
     try:
-        yield beat
+        yield heartbeat
     finally:
         over.set()
 

@@ -68,5 +68,6 @@ def caption(
 
 
 def same_length(name: str, found: int, length: int) -> None:
+    """Errors: `ConfigError` for a field of another length than the condition has."""
     if found != length:
         raise ConfigError(f"'{name}' has {found} slots a row; the condition of the model has length {length}")

@@ -257,7 +257,7 @@ def maskgit(oracle: Oracle) -> dict[str, Any]:
     @jax.jit
     def training(model):
         read = model.read(batch, jnp.zeros(b, bool))
-        embedded = model.look(*read, x, hidden, length)
+        embedded = model.masked_sequence(*read, x, hidden, length)
         first = scan_stack(jax.tree.map(lambda a: a[:1], model.blocks), embedded)
 
         def objective(model):

@@ -29,7 +29,7 @@ def openai_dvae(oracle: Oracle) -> dict[str, Any]:
         logits = config.logits(model, images)
         codes = config.encode(model, images)
         painted = config.decode_head(model, config.embed(model, codes))
-        return config.mapped(images), logits, codes, painted, config.decode(model, codes)
+        return config.to_logit_space(images), logits, codes, painted, config.decode(model, codes)
 
     mapped, logits, codes, painted, seen = run(nhwc(oracle.inputs["image01"]) * 2 - 1)
     return {
