@@ -7,7 +7,6 @@ hinge losses and the penalty on its gradient; they differ in the blocks of the g
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Annotated, Literal, NamedTuple, cast
 
 import jax
@@ -17,10 +16,9 @@ from jax import Array
 
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, NotNegative, Positive, Range, Size
-from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
+from t2i_jax.core.specs import CodeSpec, SampleSpec
+from t2i_jax.core.types import Compute, LossOutput, Objective, Progress, Toward
 from t2i_jax.networks.condition import SentenceAndWords, check_vectors
 from t2i_jax.networks.damsm import ImageEncoder, caption_losses
 from t2i_jax.networks.one_stage import OneStage, OneStageGenerator
@@ -28,6 +26,7 @@ from t2i_jax.networks.one_way import OneWay, OneWayDiscriminator
 from t2i_jax.nn.adversarial import Adversary, discriminator_loss, generator_loss, gradient_penalty, input_gradients
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
+from t2i_jax.sampling.gan import GANFamily
 from t2i_jax.sampling.interpolation import lerp, slerp
 from t2i_jax.sampling.options import GANSampler
 from t2i_jax.sampling.progress import report
@@ -65,7 +64,7 @@ class GeneratedImages(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GAN(BaseFamily):
+class GAN(GANFamily["GANNetwork"]):
     """A one-stage generator, its discriminator, and their losses.
 
     A condition with parameters has those of the generator and those of the discriminator. One without a summary vector
@@ -105,22 +104,8 @@ class GAN(BaseFamily):
         if self.matching and not isinstance(self.condition, SentenceAndWords):
             raise ConfigError("GAN.matching: it compares words with images, so the condition is SentenceAndWords")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching), interpolation=True)
-
     def sample_spec(self) -> SampleSpec:
         return SampleSpec(self.network.size, CodeSpec("float32", (3,)))
-
-    def condition_spec(self) -> BatchSpec:
-        return self.condition.batch_spec()
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch: `image`, the condition, and with `matching` maybe the class of each image, whose
-        others are no negatives."""
-        label = {"label": FieldSpec((), "int32", 0, optional=True)} if self.matching else {}
-        return {"image": self.sample_spec().field, **label, **self.condition_spec(), "weight": WEIGHT}
 
     def init(self, key: Array) -> GANNetwork:
         return GANNetwork(self, key)
@@ -227,45 +212,27 @@ class GAN(BaseFamily):
         weight = weight * jnp.roll(weight, shift) * jnp.any(others != sentence, -1)
         return others, weight if self.mismatched == "rolled" else weight * (jnp.arange(len(weight)) < len(weight) - 1)
 
-    def sample(
+    def generate(
         self,
         model: GANNetwork,
         condition: Batch,
         keys: Array,
-        options: GANSampler | None = None,
-        *,
-        guided: bool | None = None,
-        progress: Progress | None = None,
-        toward: Toward | None = None,
+        options: GANSampler,
+        progress: Progress | None,
+        toward: Toward | None,
     ) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1], one for each row of the condition and each key of `keys` (b,).
+        """The images of `sample`, with traced options."""
 
-        toward: draw them on the way to another condition, the sentence on the line and the noise on the arc between
-        both.
-        """
-        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress, toward)
+        def inputs(condition: Batch, keys: Array) -> tuple[Array, Array]:
+            return options.noise(keys, self.network.noise), model.generator.read(condition, len(keys)).pooled
 
-
-@partial(jax.jit, static_argnames="config")
-def _sample(
-    config: GAN,
-    model: GANNetwork,
-    condition: Batch,
-    keys: Array,
-    options: GANSampler,
-    progress: Progress | None,
-    toward: Toward | None,
-) -> Array:
-    def inputs(condition: Batch, keys: Array) -> tuple[Array, Array]:
-        return options.noise(keys, config.network.noise), model.generator.read(condition, len(keys)).pooled
-
-    z, sentence = inputs(condition, keys)
-    if toward is not None:
-        other, after = inputs(toward.condition, toward.keys)
-        z, sentence = slerp(z, other, toward.share), lerp(sentence, after, toward.share)
-    images = model.generator(z, sentence, False)[0].images
-    report(progress, jnp.int32(1), 1, images)
-    return images
+        z, sentence = inputs(condition, keys)
+        if toward is not None:
+            other, after = inputs(toward.condition, toward.keys)
+            z, sentence = slerp(z, other, toward.share), lerp(sentence, after, toward.share)
+        images = model.generator(z, sentence, False)[0].images
+        report(progress, jnp.int32(1), 1, images)
+        return images
 
 
 class GANNetwork(nnx.Module):

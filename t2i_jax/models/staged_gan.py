@@ -20,10 +20,9 @@ from jax import Array
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Checked, NotNegative, Size, values
-from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, Objective, Progress, Toward
+from t2i_jax.core.specs import CodeSpec, SampleSpec
+from t2i_jax.core.types import Compute, LossOutput, Objective, Progress, Toward
 from t2i_jax.networks.condition import Context, SentenceAndWords, check_vectors, read_context
 from t2i_jax.networks.damsm import ImageEncoder, caption_losses
 from t2i_jax.networks.staged_discriminator import ScaleDiscriminator, ScaleDiscriminatorNetwork
@@ -38,6 +37,7 @@ from t2i_jax.nn.adversarial import (
 )
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_weights, weighted_mean
+from t2i_jax.sampling.gan import GANFamily
 from t2i_jax.sampling.interpolation import lerp, slerp
 from t2i_jax.sampling.options import GANSampler
 from t2i_jax.sampling.progress import report
@@ -104,7 +104,7 @@ class StagedBatch(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class StagedGAN(BaseFamily):
+class StagedGAN(GANFamily["StagedGANNetwork"]):
     """A generator in stages, a discriminator for each of its images, and their losses.
 
     Objectives: `discriminator0`, `discriminator1`, ..., from the smallest image on, and `generator`, after them. Only
@@ -183,23 +183,9 @@ class StagedGAN(BaseFamily):
         """Size of words and sentence; 0 for an unconditional model."""
         return self.condition.token_width(self.sentence) if self.is_conditional else 0
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """Supported features beyond training."""
-        return Capabilities(family=True, shared_forward=True, frozen_networks=bool(self.matching), interpolation=True)
-
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample: pixels."""
         return SampleSpec((self.network.size, self.network.size), CodeSpec("float32", (3,)))
-
-    def condition_spec(self) -> BatchSpec:
-        """Batch fields that `sample` reads."""
-        return self.condition.batch_spec()
-
-    def batch_spec(self) -> BatchSpec:
-        """Fields of a training batch; other captions of the same `label` are no negatives of the matching loss."""
-        label = {"label": FieldSpec((), "int32", 0, optional=True)} if self.matching else {}
-        return {"image": self.sample_spec().field, **label, **self.condition_spec(), "weight": WEIGHT}
 
     def init(self, key: Array) -> StagedGANNetwork:
         """A model with fresh parameters."""
@@ -407,48 +393,29 @@ class StagedGAN(BaseFamily):
 
     # -- sampling
 
-    def sample(
+    def generate(
         self,
         model: StagedGANNetwork,
         condition: Batch,
         keys: Array,
-        options: GANSampler | None = None,
-        *,
-        guided: bool | None = None,
-        progress: Progress | None = None,
-        toward: Toward | None = None,
+        options: GANSampler,
+        progress: Progress | None,
+        toward: Toward | None,
     ) -> Array:
-        """Images float (b, i, j, 3) in [-1, 1] of the last stage, for each row of the condition and key of `keys` (b,).
-
-        `progress` gets the image of each stage, enlarged to the size of the last. toward: images on the way to another
-        condition, its sentence and words on the line and the noise on the arc between both.
-        """
-        return _sample(self, model, condition, keys, (options or self.sampling).arrays(), progress, toward)
-
-
-@partial(jax.jit, static_argnames="config")
-def _sample(
-    config: StagedGAN,
-    model: StagedGANNetwork,
-    condition: Batch,
-    keys: Array,
-    options: GANSampler,
-    progress: Progress | None,
-    toward: Toward | None,
-) -> Array:
-    draw = lambda keys: options.noise(keys, config.network.noise + config.augmentation_noise)
-    context, z = model.generator.read(condition, len(keys)), draw(keys)
-    if toward is not None:
-        z, there = slerp(z, draw(toward.keys), toward.share), model.generator.read(toward.condition, len(keys))
-        if context is not None and there is not None:
-            context = between(context, there, toward.share)
-    noise, augmentation = jnp.split(z, [config.network.noise], -1)
-    stages = model.generator(context, noise, augmentation).stages
-    for n, stage in enumerate(stages):
-        times = config.network.size // stage.image.shape[1]
-        large = repeat(stage.image, "b i j c -> b (i p) (j q) c", p=times, q=times)
-        report(progress, jnp.int32(n + 1), len(stages), large)
-    return stages[-1].image
+        """The images of `sample`, those of the last stage, with traced options."""
+        draw = lambda keys: options.noise(keys, self.network.noise + self.augmentation_noise)
+        context, z = model.generator.read(condition, len(keys)), draw(keys)
+        if toward is not None:
+            z, there = slerp(z, draw(toward.keys), toward.share), model.generator.read(toward.condition, len(keys))
+            if context is not None and there is not None:
+                context = between(context, there, toward.share)
+        noise, augmentation = jnp.split(z, [self.network.noise], -1)
+        stages = model.generator(context, noise, augmentation).stages
+        for n, stage in enumerate(stages):
+            times = self.network.size // stage.image.shape[1]
+            large = repeat(stage.image, "b i j c -> b (i p) (j q) c", p=times, q=times)
+            report(progress, jnp.int32(n + 1), len(stages), large)
+        return stages[-1].image
 
 
 class ConditionalGenerator(nnx.Module):
