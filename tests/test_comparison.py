@@ -119,14 +119,14 @@ def test_work_of_masked_models_is_that_of_the_sizes_which_each_step_takes():
 
 def test_a_report_tells_every_number(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 3), np.uint8)
-    ruler = SimpleNamespace(prompts=[f"thing {i}" for i in range(6)], real=pictures)
+    reference = SimpleNamespace(prompts=[f"thing {i}" for i in range(6)], real=pictures)
     numbers = [dict.fromkeys(NAMES, 0.25 + i) for i in range(2)]
     sweep = Sweep("Steps", "steps", (2, 40), {"ours": Variant("a")})
     experiment = Experiment(MODEL, Data(ArrayRecord("nowhere")))
     wanted = Comparison("Title", "What is asked.", {"a": experiment}, experiment, 1e9, {"steps": sweep})
     found = {"runs": {"a": numbers[0] | {"parameters": 1234}}, "sweeps": {"steps": {"ours": numbers}}}
     found |= {"real": dict.fromkeys(NAMES, 0.0), "chance": 1 / 6, "device": "cpu"}
-    write(wanted, found, ruler, {"a": pictures}, tmp_path / "out", "t2i compare x")  # pyright: ignore
+    write(wanted, found, reference, {"a": pictures}, tmp_path / "out", "t2i compare x")  # pyright: ignore
     text = (tmp_path / "out.md").read_text()
     assert "| a | 1.23e+03 | 0.25 |" in text and "| ours, steps 40 | 1.25 |" in text and "`t2i compare x`" in text
     assert json.loads((tmp_path / "out.json").read_text())["chance"] == 1 / 6

@@ -34,7 +34,7 @@ from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.plan import hlo
-from t2i_jax.plan.estimate import held, resolved
+from t2i_jax.plan.estimate import bytes_on_chip, resolved
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.plan.ready import batch_shapes, depths, shallow_copy_of_model
 from t2i_jax.plan.sweep import changed, meshes, policies, turns
@@ -630,7 +630,7 @@ def test_a_model_larger_than_a_chip_is_sampled_abstractly(depth):
     made = plans.abstract_setup(e, plans.batch_of(e, encoded=True)[0], mesh)
     places, rows = model.length + 1, 2 * 16 // 8
     assert made.cache() == depth * (2 * rows * 8 * places * 128 + 1) * 4  # fp32, and where each cache ends
-    share = held(made.trainer.target.params, dict(mesh.shape))
+    share = bytes_on_chip(made.trainer.target.params, dict(mesh.shape))
     assert share > depth * (2 * 6144**2 + 3 * 6144 * 16384) / 8 * 4
     if depth == 2:  # what the compiler unrolls
         memory = made.lower_sample().compile().memory_analysis()
