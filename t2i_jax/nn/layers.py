@@ -33,7 +33,7 @@ class ModelState(nnx.Variable):
 
 
 class Fixed(nnx.Variable):
-    """A parameter that nothing trains, beside adapters that are trained (`nn/lora.py`)."""
+    """A parameter that is not trained, while adapters are (`nn/lora.py`)."""
 
 
 def param(value: Array, *axes: str | None) -> nnx.Param:
@@ -211,7 +211,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of v rows, of which the last `special` ones stand for no id of a vocabulary: a mask, no class."""
+    """A table of v rows, of which the last `special` ones are for no id of a vocabulary: a mask, no class."""
 
     def __init__(self, v: int, d: int, key: Array, *, std: float = 0.02, special: int = 0):
         self.w = nnx.Param(normal(key, (v, d), std), axes=("vocab", "embed"), special=special)

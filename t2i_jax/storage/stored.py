@@ -1,4 +1,4 @@
-"""What the config.json of a folder says: that of a run, or of a released model."""
+"""The content of the config.json of a folder: of a run, or of a released model."""
 
 from __future__ import annotations
 
