@@ -120,8 +120,8 @@ def test_gradients_are_finite_with_empty_rows(name):
         ("classes", {"label": None}, "no 'label', which the model takes; it comes from a data source"),
         ("captions", {"text_mask": None}, "no 'text_mask', which the model takes; it comes from the tokenizer"),
         ("features", {"features": None}, "no 'features', which the model takes; it comes from a frozen text encoder"),
-        ("classes", {"label": jnp.array([0, 9, 1, 1])}, "'label' holds ids 0 .. 9; the model knows 0 .. 3"),
-        ("captions", {"text": jnp.full((4, S), -1)}, "'text' holds ids -1 .. -1; the model knows 0 .. 49"),
+        ("classes", {"label": jnp.array([0, 9, 1, 1])}, "'label' holds ids 0 .. 9; the model has 0 .. 3"),
+        ("captions", {"text": jnp.full((4, S), -1)}, "'text' holds ids -1 .. -1; the model has 0 .. 49"),
         (
             "captions",
             {"text": BATCH["text"][:, :4]},

@@ -116,22 +116,6 @@ def test_pixels_have_probabilities_that_sum_to_one():
         np.testing.assert_allclose(total, 1, rtol=1e-4)
 
 
-def test_going_up_and_down_by_ddim_returns():
-    s = Schedule.named("linear", 400)
-    start = jnp.asarray([[0.3, -0.2]])
-    alpha, sigma = jnp.asarray(s.alpha, jnp.float32), jnp.asarray(s.sigma, jnp.float32)
-    x0_of = lambda x, t: x * 0.25 * alpha[t] / (0.25 * alpha[t] ** 2 + sigma[t] ** 2)
-
-    @jax.jit
-    def returned(x):
-        at = lambda t: jnp.full(1, t)
-        up = lambda x, t: (gaussian.ddim_reverse_step(s, x0_of(x, t), x, at(t)), None)
-        down = lambda x, t: (gaussian.ddim_step(s, x0_of(x, t), x, at(t)), None)
-        return jax.lax.scan(down, jax.lax.scan(up, x, jnp.arange(10, 60))[0], jnp.arange(60, 10, -1))[0]
-
-    np.testing.assert_allclose(returned(start), start, rtol=2e-2)
-
-
 @pytest.mark.parametrize("process", [Discrete("cosine", 200), Flow(), Flow("uniform", shift=3.0), EDM()], ids=str)
 def test_processes_agree_with_their_paths(process):
     path = jax.jit(lambda n: process.timesteps(n))(12)

@@ -186,34 +186,6 @@ def ddpm_step(
     return p.mean + expand_like(scale, p.mean) * jnp.exp(p.log_variance / 2) * noise
 
 
-@typed
-def ddim_step(
-    schedule: Schedule,
-    x0: Float[Array, " b *x"],
-    x: Float[Array, " b *x"],
-    t: Int[Array, "*b"],
-    noise: Array | float = 0.0,
-    eta: Array | float = 0.0,
-) -> Float[Array, " b *x"]:
-    """x_{t-1} from x_t = x and the predicted image (Song et al. 2021, eq. 12); eta 0 adds no noise, 1 is ancestral."""
-    alpha, sigma = schedule.at(t, x)
-    abar_prev = rows(schedule.alphas_cumprod_prev, t, x)
-    eps = (x - alpha * x0) / sigma
-    spread = expand_like(eta, x) * jnp.sqrt(rows(schedule.posterior_variance, t, x))
-    mean = x0 * jnp.sqrt(abar_prev) + jnp.sqrt(jnp.maximum(1 - abar_prev - spread**2, 0)) * eps
-    return mean + jnp.where(expand_like(t, x) == 0, 0.0, spread) * noise
-
-
-@typed
-def ddim_reverse_step(
-    schedule: Schedule, x0: Float[Array, " b *x"], x: Float[Array, " b *x"], t: Int[Array, "*b"]
-) -> Float[Array, " b *x"]:
-    """x_{t+1} from x_t = x: `ddim_step` at eta 0 in reverse, from an image to its noise."""
-    alpha, sigma = schedule.at(t, x)
-    abar = rows(schedule.alphas_cumprod_next, t, x)
-    return x0 * jnp.sqrt(abar) + jnp.sqrt(1 - abar) * (x - alpha * x0) / sigma
-
-
 # -- the variational bound
 
 

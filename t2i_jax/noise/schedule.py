@@ -136,16 +136,6 @@ class Schedule:
         return self._xp.exp(self.log_abar)
 
     @cached_property
-    def alphas_cumprod_prev(self) -> Table:
-        """abar_{t-1}, 1 before the first step."""
-        return self._xp.exp(self._log_prev)
-
-    @cached_property
-    def alphas_cumprod_next(self) -> Table:
-        """abar_{t+1}, 0 after the last step."""
-        return self._xp.append(self.alphas_cumprod[1:], 0.0)
-
-    @cached_property
     def _log_prev(self) -> Table:
         return self._xp.append(self._xp.zeros(1, self.log_abar.dtype), self.log_abar[:-1])
 

@@ -15,8 +15,8 @@ from t2i_jax.networks.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian
-from t2i_jax.noise.processes import Discrete
-from t2i_jax.noise.schedule import Schedule
+from t2i_jax.noise.processes import Discrete, along
+from t2i_jax.noise.schedule import Schedule, rows
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches
 from t2i_jax.text.retrieval import nearest, retrieved
@@ -42,6 +42,24 @@ def trajectory(schedule: Schedule, step: Any, x: Any, noise: Any) -> jax.Array:
         return x, x
 
     return jax.lax.scan(body, x, jnp.arange(count))[1]
+
+
+def ddim_step(schedule: Schedule, x0: Any, x: Any, t: Any, noise: Any = 0.0, eta: float = 0.0) -> jax.Array:
+    """A step of the sampler's `ddim` on all times of a schedule."""
+    falling = lambda table, end: jnp.append(jnp.asarray(table, jnp.float32)[::-1], end)
+    steps = len(schedule)
+    path = along(jnp.arange(steps + 1), falling(schedule.alpha, 1.0), falling(schedule.sigma, 0.0), steps)
+    alpha, sigma = schedule.at(t, x)
+    found = solvers.Denoised(x0, (x - alpha * x0) / sigma)
+    at = steps - 1 - t[0]
+    return solvers.ddim(path, at, x, lambda x, i: found, None, lambda i: noise, jnp.float32(eta))[0]  # pyright: ignore
+
+
+def ddim_reverse_step(schedule: Schedule, x0: Any, x: Any, t: Any) -> jax.Array:
+    """x_{t+1} from x_t = x: `ddim_step` without noise in reverse, from an image to its noise."""
+    alpha, sigma = schedule.at(t, x)
+    abar = rows(np.append(schedule.alphas_cumprod[1:], 0.0), t, x)
+    return x0 * jnp.sqrt(abar) + jnp.sqrt(1 - abar) * (x - alpha * x0) / sigma
 
 
 def dit(oracle: Oracle) -> dict[str, Any]:
@@ -132,12 +150,12 @@ def dit(oracle: Oracle) -> dict[str, Any]:
 
         def ddim(x, t, network_t, noise, eta=0.0, clip=False):
             x0 = p(fewer, forward(model, x, network_t), x, t, clip).x0
-            return gaussian.ddim_step(fewer, x0, x, t, noise, eta)
+            return ddim_step(fewer, x0, x, t, noise, eta)
 
         def upwards(x, i):
             t = jnp.full(b, i)
             network_t = jnp.asarray(fewer.timestep_map)[t]
-            return gaussian.ddim_reverse_step(fewer, p(fewer, forward(model, x, network_t), x, t).x0, x, t), None
+            return ddim_reverse_step(fewer, p(fewer, forward(model, x, network_t), x, t).x0, x, t), None
 
         out = {"ddpm_traj": trajectory(few, ddpm, z, step_noise)}
         if "ddpm_cfg_final" in outputs:
@@ -258,7 +276,7 @@ def guided_diffusion(oracle: Oracle) -> dict[str, Any]:
             guided_by_classifier = lambda x, t, network_t, noise: gaussian.ddpm_step(
                 shifted(p(few, x, t, network_t), x, t, network_t), t, noise
             )
-            ddim = lambda x, t, network_t, noise: gaussian.ddim_step(fewer, scored(fewer, x, t, network_t), x, t)
+            ddim = lambda x, t, network_t, noise: ddim_step(fewer, scored(fewer, x, t, network_t), x, t)
             out["ddpm_guided_traj"] = trajectory(few, guided_by_classifier, z, step_noise)
             if meta.get("ddim"):
                 out["ddim_guided_traj"] = trajectory(fewer, ddim, z, jnp.zeros((len(fewer), 1)))
