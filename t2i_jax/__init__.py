@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.condition import SentenceAndWords as SentenceAndWords
     from t2i_jax.networks.condition import TextFeatures as TextFeatures
     from t2i_jax.networks.dit import DiT as DiT
+    from t2i_jax.networks.imagen import AttentionPooledFeatures as AttentionPooledFeatures
     from t2i_jax.networks.local import LocalTransformer as LocalTransformer
     from t2i_jax.networks.one_stage import OneStage as OneStage
     from t2i_jax.networks.one_way import OneWay as OneWay
@@ -123,6 +124,7 @@ _PUBLIC = {
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
     " TextFeatures",
     "networks.dit": "DiT",
+    "networks.imagen": "AttentionPooledFeatures",
     "networks.local": "LocalTransformer",
     "networks.one_stage": "OneStage",
     "networks.one_way": "OneWay",

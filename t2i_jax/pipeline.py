@@ -33,7 +33,16 @@ from t2i_jax.edits import Edit, digest, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
-from t2i_jax.sampler import OnPreview, OnProgress, Program, Sampler, check_codec, encode, interpolation
+from t2i_jax.sampler import (
+    OnPreview,
+    OnProgress,
+    Program,
+    Sampler,
+    check_codec,
+    check_threshold,
+    encode,
+    interpolation,
+)
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.storage.adapters import read_adapter
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
@@ -225,6 +234,7 @@ class Pipeline:
         cannot do, guides that do not match it.
         """
         options = self.options if options is None else options
+        check_threshold(self.codec and self.codec.config, options)
         about, parts = dict(self.about), self.parts
         if len({type(guide) for guide in guides}) < len(guides):
             raise ConfigError("two guides of one kind: a model is guided by one of each")

@@ -33,6 +33,7 @@ from t2i_jax.networks.condition import (
     TextFeatures,
 )
 from t2i_jax.networks.dit import DiT
+from t2i_jax.networks.imagen import AttentionPooledFeatures
 from t2i_jax.networks.local import LocalTransformer
 from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
@@ -354,10 +355,71 @@ OF_UNCLIP: dict[str, UnCLIP | Diffusion] = {
     ),  # 1.4 B
 }
 """unCLIP of 64 x 64 pixels, 1.0 B of the prior and 0.9 B of the decoder, and what enlarges them to 256 x 256."""
+_T5 = CrossAttnFeatures(4096, 77)
+"""All vectors of a caption by a T5-XXL, those of padding too."""
+
+
+def _imagen(side: int, network: UNet, width: int, sampling: DiffusionSampler, **fields: object) -> Diffusion:
+    """A stage of a cascade by T5; width: of the embedding of the time."""
+    conditioning = Conditioning(AttentionPooledFeatures(_T5, 64, width))
+    network = replace(network, size=(side, side), conditioning=conditioning, pool="summary")
+    return replace(Diffusion(network, Discrete("cosine"), guided_channels=3, sampling=sampling), **fields)
+
+
+def _upsampled(side: int, network: UNet, width: int, sampling: DiffusionSampler) -> Diffusion:
+    network = replace(network, extra_inputs=("low_res",), noise_aug_conditioning=True)
+    noised = {"upscale": 4, "noise_aug": 1.0, "low_res_process": Discrete("cosine")}
+    return _imagen(side, network, width, sampling, **noised)
+
+
+def _if(width: int) -> Diffusion:
+    network = UNet(width=width, blocks=3, head_dim=64, context=4 * width, context_norm="group", activation="gelu")
+    thresholded = DiffusionSampler(100, guidance=7.0, spacing="smart100", threshold=0.95, threshold_most=1.5)
+    return _imagen(64, network, 4 * width, thresholded)
+
+
+_IMAGEN = UNet(width=512, blocks=3, head_dim=64, context=2048, context_norm="layer", learn_variance=False)
+_EFFICIENT = UNet(
+    width=128,
+    multipliers=(1, 1, 2, 4, 8),
+    level_blocks=(0, 2, 4, 8, 8),
+    attention=(16,),
+    heads=8,
+    resample="conv",
+    resample_first=True,
+    residual_scale=0.7071,
+    context=512,
+    context_norm="layer",
+    learn_variance=False,
+    upscaling="cubic",
+)
+_THRESHOLDED = DiffusionSampler(256, guidance=7.0, threshold=0.995)
+OF_IMAGEN: dict[str, Diffusion] = {
+    "imagen": _imagen(64, _IMAGEN, 2048, _THRESHOLDED),  # 2.3 B
+    "imagen-sr": _upsampled(256, _EFFICIENT, 512, replace(_THRESHOLDED, noise_aug=0.2)),  # 0.8 B
+    "imagen-sr-1024": _upsampled(
+        1024, replace(_EFFICIENT, only_context=(16,)), 512, replace(_THRESHOLDED, noise_aug=0.1)
+    ),
+    "if-i-m": _if(192),  # 372 M
+    "if-i-l": _if(320),  # 936 M
+    "if-i-xl": _if(704),  # 4.3 B
+}
+"""Cascades of pixels by a T5-XXL. The weights of Imagen are not public: its levels and blocks are those of its paper's
+appendix, the width of the context and a skip for every block are ours, which makes the upsamplers larger than its 600 M
+and 400 M. Of DeepFloyd IF here are the first stages; the others are read from their files alone."""
 
 Preset = AR | Stream | CoarseToFine | Masked | Diffusion | GAN | StagedGAN | UnCLIP | VAR
 PRESETS: dict[str, Preset] = (
-    OF_AR | OF_STREAM | OF_COARSE_TO_FINE | OF_MASKED | OF_DIFFUSION | OF_GAN | OF_STAGED_GAN | OF_UNCLIP | OF_VAR
+    OF_AR
+    | OF_STREAM
+    | OF_COARSE_TO_FINE
+    | OF_MASKED
+    | OF_DIFFUSION
+    | OF_GAN
+    | OF_STAGED_GAN
+    | OF_UNCLIP
+    | OF_IMAGEN
+    | OF_VAR
 )
 
 

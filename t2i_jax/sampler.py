@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from t2i_jax.core.conditions import Batch, Tokenizer
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.fields import values
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart, image_keys
 from t2i_jax.core.narrow import interpolates
@@ -298,6 +299,12 @@ def check_codec(family: Family, codec: Codec | None) -> None:
     """Errors: `ConfigError` if the samples are not pixels and there is no codec to decode them."""
     if codec is None and family.sample_spec().kind != "pixels":
         raise ConfigError("the model draws codes and has no codec that makes images of them: convert it with --codec")
+
+
+def check_threshold(codec: Codec | None, options: SamplingOptions) -> None:
+    """Errors: `ConfigError` for options that threshold codes, whose range is that of no image."""
+    if codec is not None and np.any(np.asarray(values(options).get("threshold", 0)) > 0):
+        raise ConfigError("threshold: of models of pixels, whose range is known; this one draws codes of a codec")
 
 
 def condition_of(family: Family, text: Tokenizer | None, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ from t2i_jax.networks.condition import (
 )
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
+from t2i_jax.networks.imagen import AttentionPooledFeatures
 from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption, NoisedImageAndTokens
 from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.layers import Linear
@@ -85,6 +86,10 @@ CONDITIONS = {
     "an image and a caption": ImageAndCaption(CrossAttnFeatures(5, 6), summary=12),
     "an image and a caption, null of the batch": ImageAndCaption(CrossAttnFeatures(5, 6, trained_null=False)),
     "a noised image and tokens": NoisedImageAndTokens(CrossAttnFeatures(5, 6), 4, 12, Discrete("cosine", 20)),
+    "pooled by attention": AttentionPooledFeatures(CrossAttnFeatures(6, 5), 2, 12),
+    "pooled by attention, as they are": AttentionPooledFeatures(
+        CrossAttnFeatures(6, 5, trained_null=False), 3, 12, projected=False
+    ),
     "padded captions": GlideCaptions(20, 6, 16, 1, 2),
     "padding read as it is": GlideCaptions(20, 6, 16, 1, 2, padding=False),
     "a start token": PrefixTokens(1),

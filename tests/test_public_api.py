@@ -28,6 +28,7 @@ NAMES = {
     "AR",
     "AnyOrder",
     "ArrayRecord",
+    "AttentionPooledFeatures",
     "Autoguidance",
     "CaptionEncoder",
     "CaptionWords",

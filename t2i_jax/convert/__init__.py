@@ -32,7 +32,7 @@ from t2i_jax.interop.wrapping import holds, located
 
 MODULES = (
     *("ar", "coarse_to_fine", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "masked"),
-    *("staged_gan", "stream", "unclip", "var"),
+    *("imagen", "staged_gan", "stream", "unclip", "var"),
 )
 """Modules of this package that define FORMATS."""
 

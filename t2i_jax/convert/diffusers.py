@@ -167,10 +167,7 @@ def _pixart_folder(path: Path) -> ModelFolder:
         spiece = str(path / "tokenizer" / "spiece.model")
         text = T5(str(path / "text_encoder"), hints["length"], clean=True, vocabulary=spiece)
         # Their sampler shows only the end token of an empty caption; the same vector at all positions is equivalent.
-        ids, mask = np.zeros((1, text.length), np.int32), np.zeros((1, text.length), bool)
-        ids[0, 0], mask[0, 0] = 1, True
-        end = np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0, 0]
-        tensors["null_features"] = np.repeat(end[None], text.length, 0)
+        tensors["null_features"] = np.repeat(empty_t5_caption(text)[:1], text.length, 0)
     return ModelFolder(tensors, hints, codec_of(path / "vae") if (path / "vae").is_dir() else None, text)
 
 
@@ -239,6 +236,13 @@ def empty_caption(text: ClipText | ClipCaption | Triple) -> np.ndarray:
     """Features (s, k) of an empty caption."""
     ids, mask = text([""])
     return np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0]
+
+
+def empty_t5_caption(text: T5) -> np.ndarray:
+    """Features (s, k) of an empty caption, which is the end token and padding."""
+    ids, mask = np.zeros((1, text.length), np.int32), np.zeros((1, text.length), bool)
+    ids[0, 0], mask[0, 0] = 1, True
+    return np.asarray(jax.jit(text.features)(text.load(), ids, mask))[0].astype(np.float32)
 
 
 def clip_of(path: Path, which: str = "") -> ClipText:

@@ -13,7 +13,7 @@ from t2i_jax.convert.gaussian import network_of
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.fields import values
 from t2i_jax.core.params import abstract
-from t2i_jax.interop import huggingface, karlo, stable_diffusion
+from t2i_jax.interop import adm_diffusers, huggingface, karlo, stable_diffusion
 from t2i_jax.interop import karlo_diffusers as published
 from t2i_jax.interop.names import Fields, Table, Tensors, below, require
 from t2i_jax.models.diffusion import Diffusion
@@ -142,7 +142,7 @@ def _nulls(text: ClipCaption) -> dict[str, np.ndarray]:
 def _diffusers(path: Path) -> ModelFolder:
     of_decoder = huggingface.config(path / "decoder")
     read_part = lambda part, needed: dict(huggingface.Weights(path / part, needed))
-    unet, projection = read_part("decoder", published.UNET_NEEDED), read_part("text_proj", published.PROJECTION_NEEDED)
+    unet, projection = read_part("decoder", adm_diffusers.NEEDED), read_part("text_proj", published.PROJECTION_NEEDED)
     head_dim = of_decoder.get("attention_head_dim", 64)
     tensors, hints = _prior_of(path)
     tensors |= {f"decoder.{k}": v for k, v in published.decoder(unet, projection, head_dim).items()}
@@ -212,7 +212,7 @@ def _upsampler_folder(path: Path) -> ModelFolder:
     if not (path / "super_res_first").is_dir():
         return ModelFolder(read(path, "karlo_sr"), {})
     first, last = (
-        dict(huggingface.Weights(path / part, published.UNET_NEEDED)) for part in ("super_res_first", "super_res_last")
+        dict(huggingface.Weights(path / part, adm_diffusers.NEEDED)) for part in ("super_res_first", "super_res_last")
     )
     side = huggingface.config(path / "super_res_first").get("sample_size") or 256
     return ModelFolder(published.upsampler(first, last), {"size": side})

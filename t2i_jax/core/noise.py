@@ -11,7 +11,9 @@ Predicts = Literal["eps", "x0", "v", "velocity", "drift", "score"]
 """Prediction type of a network at x_t; see `noise.gaussian.split`."""
 
 
-Spacing = Literal["default", "even", "karras", "log_snr", "leading"]
+Named = Literal["fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100"]
+"""Discrete steps that published samplers keep, by their names; see `noise.schedule.SECTIONS`."""
+Spacing = Literal["default", "even", "karras", "log_snr", "leading", Named]
 """Spacing of the stops of a sampling grid: the process' default, even in its own time, even in (sigma / alpha)^(1 / 7)
 (Karras et al. 2022, eq. 5), or even in log(alpha / sigma) (Lu et al. 2022, DPM-Solver).
 
@@ -22,6 +24,8 @@ log(alpha / sigma) is -inf: they keep the first two stops of the default grid an
 `leading`, of discrete steps alone, is that of latent diffusion's samplers (Rombach et al. 2022): every k-th step, k = T
 // steps, from the second on, which may be more than `steps` of them, and the last stop has the noise of the first step.
 In diffusers it is "leading" with an offset of 1, and `set_alpha_to_one` False.
+
+`Named` ones, also of discrete steps alone, have a number of steps of their own.
 """
 
 

@@ -28,12 +28,20 @@ BLOCK = {
 WHOLE = {
     "time.into": "time_embed.0",
     "time.out": "time_embed.2",
+    "noise.into": "aug_proj.0",
+    "noise.out": "aug_proj.2",
     "stem": "input_blocks.0.0",
     "norm": "out.0",
     "out": "out.2",
     "pool": "transformer_proj",
 }
-ATTENTION = {"norm": "norm", "qkv": "qkv", "context": "encoder_kv", "out": "proj_out"}
+ATTENTION = {
+    "norm": "norm",
+    "qkv": "qkv",
+    "context_norm": "norm_encoder",
+    "context": "encoder_kv",
+    "out": "proj_out",
+}
 TEXT = {
     "table": "token_embedding",
     "norm": "final_ln",
@@ -73,9 +81,11 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
     require(tensors, NEEDED, "no UNet of guided-diffusion")
     shape = lambda name: tuple(tensors[name].shape)
     count = 1 + max(int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.", name) for name in tensors) if m)
-    blocks = blocks or _blocks(tensors, count)
-    levels, width = count // (blocks + 1), shape("time_embed.0.weight")[1]
-    first = [f"input_blocks.{level * (blocks + 1) + 1}" for level in range(levels)]
+    several = () if blocks else _level_blocks(tensors, count)
+    blocks = blocks or (several or (_blocks(tensors, count),))[0]
+    levels, width = len(several) or count // (blocks + 1), shape("time_embed.0.weight")[1]
+    before = [sum(several[:level]) + level if several else level * (blocks + 1) for level in range(levels)]
+    first = [f"input_blocks.{n + 1}" for n in before]
     widths = [shape(f"{name}.0.in_layers.2.weight")[0] for name in first]
     ratio = lambda w: w // width if w % width == 0 else w / width
     multipliers = (ratio(shape("input_blocks.0.0.weight")[0]), *(ratio(w) for w in widths[1:]))
@@ -91,13 +101,40 @@ def describe(tensors: Tensors, blocks: int = 0, channels: int = 3) -> Fields:
         "width": width,
         "multipliers": multipliers,
         "blocks": blocks,
+        **({"level_blocks": several} if several else {}),
         "attention": tuple(2**n for n, name in enumerate(first) if f"{name}.1.norm.weight" in tensors),
         "middle_attention": "middle_block.1.in_layers.2.weight" not in tensors,
+        "only_context": _only_context(tensors, first),
         "scale_shift": shape(f"{first[0]}.0.emb_layers.1.weight")[0] == 2 * widths[0],
         "resample": next((k for k, name in kinds.items() if name in tensors), "mean") if levels > 1 else "block",
         "extra_inputs": known[extra],
         "learn_variance": "out.2.weight" in tensors and shape("out.2.weight")[0] == 2 * channels,
     }
+
+
+def _only_context(tensors: Tensors, first: list[str]) -> tuple[int, ...]:
+    """Downsampling factors of attention that gives queries alone; first: the first stage of each level.
+
+    Errors: ValueError where the middle differs from the lowest level.
+    """
+    several = [tensors.get(f"{name}.1.qkv.weight") for name in (*first, "middle_block")]
+    alone = [None if x is None else x.shape[0] == x.shape[1] for x in several]
+    if None not in alone[-2:] and alone[-1] != alone[-2]:
+        raise ValueError("middle_block.1.qkv.weight: positions read each other there or in the last level, not in both")
+    return tuple(2**n for n in range(len(first)) if alone[n] or (alone[-1] and n == len(first) - 1))
+
+
+def _level_blocks(tensors: Tensors, count: int) -> tuple[int, ...]:
+    """Residual blocks of each level, where a level of the decoder ends in resampling; () if all levels have as many."""
+    ends = _ends(tensors)
+    stages = [stop - start for start, stop in zip([-1, *ends], [*ends, count - 1], strict=True)]
+    return () if len(set(stages)) == 1 or not ends else tuple(n - 1 for n in reversed(stages))
+
+
+def _ends(tensors: Tensors) -> list[int]:
+    """Stages of the decoder that end in resampling."""
+    pattern = r"output_blocks\.(\d+)\.(1\.in_layers|1\.conv|2)\."
+    return sorted({int(m[1]) for m in (re.match(pattern, name) for name in tensors) if m})
 
 
 def _blocks(tensors: Tensors, count: int) -> int:
@@ -117,8 +154,7 @@ def _blocks(tensors: Tensors, count: int) -> int:
             return False
         if any(attends(i) or has(f"input_blocks.{i}.0.skip_connection.") for i in changes):
             return False
-        ends = r"output_blocks\.(\d+)\.(1\.in_layers|1\.conv|2)\."
-        found = sorted({int(m[1]) for m in (re.match(ends, name) for name in tensors) if m})
+        found = _ends(tensors)
         return not found or found == list(range(n, count - 1, n + 1))
 
     found = [n for n in range(1, count) if count % (n + 1) == 0 and fits(n)]

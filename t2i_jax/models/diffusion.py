@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import Batch, Condition
@@ -29,11 +30,12 @@ from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.networks.condition import ClassEmbedder, Context, dropped_rows
 from t2i_jax.networks.dit import DiT, DiTNetwork
 from t2i_jax.networks.prior import EmbeddingPrior, EmbeddingPriorNetwork
-from t2i_jax.networks.unet import ExpertUNets, UNet, UNetNetwork
+from t2i_jax.networks.unet import ExpertUNets, UNet, UNetNetwork, Upscaling
 from t2i_jax.nn.losses import row_weights, weighted_mean
-from t2i_jax.noise.gaussian import clipped, join, loss_weight, split
+from t2i_jax.nn.resize import aligned_bilinear
+from t2i_jax.noise.gaussian import clipped, join, loss_weight, split, thresholded
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.noise.schedule import expand_like, spread
+from t2i_jax.noise.schedule import SECTIONS, expand_like, spread
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
@@ -69,6 +71,10 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     noise_aug: Share = 0.0
     """Maximum noise that training adds to the low-resolution image, 1 being pure noise. The level is sampled per row,
     so that a sampler may choose it (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
+    low_res_process: NoiseProcess | None = None
+    """Process of that noise, on the enlarged image: a level is the share of training times that have less of it, and
+    the network's time of the level is in `low_res_noise`, in thousands. None: noise of the level's amplitude, on the
+    small image."""
     clip_range: Annotated[Positive, FREE] = 1.0
     """Bound of the predicted image where options ask to `clip` it: 1 for images."""
     solver: Annotated[str, FREE] = "own"
@@ -156,13 +162,22 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def check(self, options: DiffusionSampler) -> None:
         """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
-        if options.spacing == "leading" and not isinstance(self.process, Discrete):
-            raise ValueError("spacing 'leading': it is one of discrete steps, and this process has none")
+        if options.thresholds and self.sample_spec().kind != "pixels":
+            raise ValueError("threshold: of models of pixels, whose range is known; this one draws other codes")
+        if options.spacing not in ("leading", *SECTIONS):
+            return
+        if not isinstance(self.process, Discrete):
+            raise ValueError(f"spacing {options.spacing!r}: it is one of discrete steps, and this process has none")
+        if options.spacing in SECTIONS:
+            count = len(self.process.tables.respaced(options.spacing))
+            if not isinstance(options.steps, Tracer) and int(options.steps) != count:
+                given = f"steps {int(options.steps)}: spacing {options.spacing!r} is of {count}"
+                raise ValueError(f"{given}; spacing 'default' takes any number")
 
     def loop_trips(self, options: DiffusionSampler) -> int:
         """Number of solver steps."""
-        if options.spacing == "leading":
-            return int(self.process.timesteps(options.steps, spacing="leading").steps)
+        if options.spacing in ("leading", *SECTIONS):
+            return int(self.process.timesteps(options.steps, spacing=options.spacing).steps)
         return int(options.steps)
 
     def init(self, key: Array) -> Network:
@@ -189,7 +204,7 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         if self.is_super_resolution:
             small, draw = self.low_res_of(batch), jax.random.split(keys[2])
             share = self.noise_aug * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
-            batch = {**batch, **noise_low_res(small, share, jax.random.normal(draw[1], small.shape))}
+            batch = {**batch, **self.noised_low_res(small, share, jax.random.normal(draw[1], small.shape))}
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = row_weights(batch, b)
@@ -236,16 +251,31 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def low_res_of(self, batch: Batch) -> Float[Array, "b i j c"]:
         """The low-resolution image (b, i', j', c): the batch's `low_res`, or its `image` (b, i, j, c) downscaled.
 
+        It is enlarged to the size of samples where its noise is that of `low_res_process`.
+
         Errors: ValueError if the batch has neither.
         """
         if "low_res" in batch:
-            return batch["low_res"]
-        if not self.upscale or "image" not in batch:
+            small = batch["low_res"]
+        elif not self.upscale or "image" not in batch:
             there = ", ".join(sorted(batch))
             raise ValueError(f"the batch has no 'low_res', the small image to enlarge. It has: {there}")
-        b, i, j, c = batch["image"].shape
-        small = (b, i // self.upscale, j // self.upscale, c)
-        return jax.image.resize(batch["image"], small, "linear", antialias=True)
+        else:
+            b, i, j, c = batch["image"].shape
+            size = (b, i // self.upscale, j // self.upscale, c)
+            small = jax.image.resize(batch["image"], size, "linear", antialias=True)
+        return small if self.low_res_process is None else enlarged(small, self.grid, self.network.upscaling)
+
+    @typed
+    def noised_low_res(
+        self, small: Float[Array, "b i j c"], level: Float[Array, " b"], noise: Float[Array, "b i j c"]
+    ) -> dict[str, Array]:
+        """What the network reads of a low-resolution image, as `low_res_of` gives it, with noise of levels (b,)."""
+        if self.low_res_process is None:
+            return noise_low_res(small, level, noise)
+        t = self.low_res_process.quantile(level)
+        alpha, sigma = self.low_res_process.alpha_sigma(t, small)
+        return {"low_res": alpha * small + sigma * noise, "low_res_noise": self.low_res_process.network_time(t) / 1000}
 
     def _apply(
         self, model: Network, x: Array, time: Array, context: Context, batch: Batch, key: Array | None = None
@@ -318,13 +348,16 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         )
 
     def denoised(
-        self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, clip: Array | bool
+        self, prediction: Array, v: Array | None, x: Array, alpha: Array, sigma: Array, options: DiffusionSampler
     ) -> Denoised:
-        """x_0 and eps implied by the network's prediction at x = alpha x_0 + sigma eps; eps is recomputed where x_0 is
-        clipped."""
+        """x_0 and eps implied by the network's prediction at x = alpha x_0 + sigma eps; eps is recomputed where options
+        threshold or clip x_0."""
         x0, eps = split(self.predicts, prediction, x, alpha, sigma)
-        near = clipped(x0 / self.process.scale, clip, self.clip_range) * self.process.scale
-        eps = jnp.where(expand_like(clip, x), (x - alpha * near) / sigma, eps)
+        most = math.inf if options.threshold_most is None else options.threshold_most
+        near = thresholded(x0 / self.process.scale, options.threshold, most)
+        near = clipped(near, options.clip, self.clip_range) * self.process.scale
+        bounded = jnp.asarray(options.clip) | (jnp.asarray(options.threshold) > 0)
+        eps = jnp.where(expand_like(bounded, x), (x - alpha * near) / sigma, eps)
         if v is None and self.variance == "fixed_small":
             v = jnp.full_like(x, -1.0)
         return Denoised(near, eps, v)
@@ -342,12 +375,12 @@ def noise_low_res(
 
 @typed
 def join_inputs(
-    x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...], upscaling: Literal["linear", "cubic"] = "linear"
+    x: Float[Array, "b i j c"], batch: Batch, names: tuple[str, ...], upscaling: Upscaling = "linear"
 ) -> Float[Array, "b i j k"]:
     """x (b, i, j, c) concatenated with the extra inputs in `names`.
 
     `inpaint` adds the batch's `inpaint` (b, i, j, c) where `inpaint_mask` (b, i, j, 1) is 1, and that mask, both zero
-    if absent; `low_res` adds `low_res` (b, i', j', c), upscaled bilinearly, or by Keys' cubic kernel.
+    if absent; `low_res` adds `low_res` (b, i', j', c), enlarged.
     """
     parts = [x]
     if "inpaint" in names:
@@ -358,8 +391,35 @@ def join_inputs(
             raise ValueError(
                 f"the batch has no 'low_res', the small image to enlarge. It has: {', '.join(sorted(batch))}"
             )
-        parts.append(jax.image.resize(batch["low_res"], x.shape, upscaling, antialias=False))
+        parts.append(enlarged(batch["low_res"], (x.shape[1], x.shape[2]), upscaling))
     return jnp.concatenate(parts, -1) if len(parts) > 1 else x
+
+
+@typed
+def enlarged(
+    small: Float[Array, "b _ _ c"], size: tuple[int, int], upscaling: Upscaling = "linear"
+) -> Float[Array, "b i j c"]:
+    """A low-resolution image of the given rows and columns; one that has them is returned as it is."""
+    if small.shape[1:3] == size:
+        return small
+    if upscaling == "corners":
+        return aligned_bilinear(small, size)
+    return jax.image.resize(small, (len(small), *size, small.shape[3]), upscaling, antialias=False)
+
+
+def _low_res(
+    config: Diffusion, condition: Batch, keys: Array, options: DiffusionSampler
+) -> Callable[[Array | int], dict[str, Array]]:
+    """What the network reads of the low-resolution image at a stop, whose noise may be renewed there."""
+    folded = jax.vmap(jax.random.fold_in, (0, None))
+    small, own = config.low_res_of(condition), folded(keys, 3)
+    level = jnp.broadcast_to(options.noise_aug, keys.shape)
+
+    def noised(i: Array | int) -> dict[str, Array]:
+        drawn = jnp.where(options.renew_noise_aug, folded(own, i), own)
+        return config.noised_low_res(small, level, jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(drawn))
+
+    return noised
 
 
 @partial(jax.jit, static_argnames=("config", "guided"))
@@ -379,11 +439,8 @@ def _sample(
     b, both = len(keys), Branches(guided and guide_model is None)
     folded = jax.vmap(jax.random.fold_in, (0, None))
     path = config.process.timesteps(options.steps, options.stride, options.spacing)
-    if config.is_super_resolution:
-        small, hidden = config.low_res_of(condition), folded(keys, 3)
-        noise = jax.vmap(lambda k: jax.random.normal(k, small.shape[1:]))(hidden)
-        share = jnp.broadcast_to(options.noise_aug, (b,))
-        condition = {k: v for k, v in condition.items() if k != "image"} | noise_low_res(small, share, noise)
+    low_res = (lambda i: {}) if not config.is_super_resolution else _low_res(config, condition, keys, options)
+    condition = {k: v for k, v in condition.items() if k != "image" or not config.is_super_resolution} | low_res(0)
     everything = both.rows(condition)
     context = model.read(everything, both.dropped(b))
     guide_context = None if guide_model is None else guide_model.read(condition, jnp.zeros(b, bool))
@@ -391,18 +448,19 @@ def _sample(
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
     def denoise(x: Array, i: Array) -> Denoised:
-        alpha, sigma, time = path.alpha[i], path.sigma[i], path.t[i]
-        out, null = both(lambda x, t: config._apply(model, x, t, context, everything), x, jnp.full(b, time))
+        alpha, sigma, time, own = path.alpha[i], path.sigma[i], path.t[i], low_res(i)
+        batch = everything | both.rows(own)
+        out, null = both(lambda x, t: config._apply(model, x, t, context, batch), x, jnp.full(b, time))
         prediction, v = config._parts(out)
         if guided and guide_model is not None and guide_context is not None:
-            null = config._apply(guide_model, x, jnp.full(b, time), guide_context, condition)
+            null = config._apply(guide_model, x, jnp.full(b, time), guide_context, condition | own)
         if null is not None:
             scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
             # A guide model may predict the variance where this one does not, or vice versa.
             other = null[..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)
             prediction = guidance.rescale(moved, prediction, options.guidance_rescale)
-        denoised = config.denoised(prediction, v, x, alpha, sigma, options.clip)
+        denoised = config.denoised(prediction, v, x, alpha, sigma, options)
         if classifier is None:
             return denoised
         gradient = guidance.classifier_gradient(

@@ -2,7 +2,8 @@
 
 Residual blocks are modulated by the time; low resolutions have attention. Attention may read text as further keys and
 values (Nichol et al. 2022, GLIDE), or be replaced by Transformer blocks with cross-attention (Rombach et al. 2022,
-Stable Diffusion).
+Stable Diffusion). Options make it an Efficient UNet (Saharia et al. 2022, Imagen, appendix B): `resample_first`, blocks
+and attention level by level, scaled skips.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax import Array
 from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.fields import Checked, Count, Grid, Layers, Positive, Range, Rate, Size, Sizes
+from t2i_jax.core.fields import DEEPEST, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute, Remat
@@ -34,9 +35,12 @@ from t2i_jax.networks.condition import (
 )
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
-from t2i_jax.nn.layers import Conv, GroupNorm, Linear
-from t2i_jax.nn.modulation import TimeEmbedding
+from t2i_jax.nn.layers import Conv, GroupNorm, LayerNorm, Linear
+from t2i_jax.nn.modulation import SMOOTH, Smooth, TimeEmbedding
 from t2i_jax.nn.transformer import REMAT, Transformer, drop, scan_stack, stack
+
+Upscaling = Literal["linear", "cubic", "corners"]
+"""linear; cubic: Keys' kernel, a = -0.5; corners: linear, the centres of corner pixels mapped to each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +55,14 @@ class UNet(Checked):
     """Channels of each level relative to `width`; each level has half the side of the one before."""
     blocks: Layers = 2
     """Residual blocks per level."""
+    level_blocks: Annotated[tuple[int, ...], Range(0, DEEPEST)] = ()
+    """Residual blocks of each level, 0 for none; (): `blocks` in all. The decoder has one more."""
     attention: Sizes = (2, 4, 8)
     """Downsampling factors of the levels that have attention."""
     middle_attention: bool = True
     """Whether there is attention at the lowest resolution, between encoder and decoder."""
+    only_context: Sizes = ()
+    """Downsampling factors at which positions read the context and not each other."""
     heads: Size = 4
     head_dim: Count = 0
     """Width of a head, which determines their number; 0: `heads` heads."""
@@ -69,6 +77,20 @@ class UNet(Checked):
     """The time scales and shifts the output of the second norm; else it is added to the input of that norm."""
     resample: Literal["block", "conv", "mean"] = "block"
     """Resample inside a residual block, by a convolution, or by mean pooling and nearest neighbours."""
+    resample_first: bool = False
+    """A level of the encoder begins with the change to its size and channels; else that is the end of the level before,
+    with its channels. The decoder changes size at the end of a level."""
+    activation: Smooth = "silu"
+    residual_scale: Positive = 1.0
+    """Factor of the sum x + f(x) of a residual block; 1 / sqrt(2) in Saharia et al. (2021, SR3)."""
+    middle_scale: NotNegative = 0.0
+    """The same of the two blocks between encoder and decoder; 0: as of the others."""
+    skip_scale: Positive = 1.0
+    """Factor of what the decoder reads of the encoder."""
+    time_width: Count = 0
+    """Width of the embedding of time and condition; 0: 4 times `width`."""
+    activated_twice: bool = False
+    """The embedding of time and condition is activated, and again in each block."""
     dropout: Rate = 0.0
     conditioning: Conditioning | None = Conditioning(ClassEmbedder(1000))
     """Its only route is the default: added to the embedding of the time, and read by attention where there is a
@@ -79,11 +101,13 @@ class UNet(Checked):
     pool: Literal["mean", "last", "summary", "none"] = "mean"
     """What of the condition is added to the embedding of the time: the mean of its tokens, or the last, projected where
     there is a `context`; or its own summary vector, unprojected."""
+    context_norm: Literal["none", "group", "layer"] = "none"
+    """Normalisation of the context in each attention: over all its tokens, in groups of channels, or each token."""
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
     """Images of the batch that the network reads besides the noised one: a masked image with its mask, a low-resolution
     one."""
-    upscaling: Literal["linear", "cubic"] = "linear"
-    """How the `low_res` image is upscaled to the size of the noised one; cubic: Keys' kernel, a = -0.5."""
+    upscaling: Upscaling = "linear"
+    """How the `low_res` image is upscaled to the size of the noised one."""
     noise_aug_conditioning: bool = False
     """Condition on the noise level of the `low_res` image, `low_res_noise` of the batch."""
     learn_variance: bool = True
@@ -105,6 +129,11 @@ class UNet(Checked):
             check_vectors(condition)
             if (given := condition.token_width(self.context)) != self.context:
                 raise ValueError(f"context {self.context}: the condition's features are read as they are, {given}")
+        if self.level_blocks and len(self.level_blocks) != len(self.multipliers):
+            raise ValueError(f"level_blocks {self.level_blocks}: one number for each of {len(self.multipliers)} levels")
+        if self.resample_first and self.resample != "conv":
+            raise ValueError(f"resample_first: by a convolution, resample='conv'; not {self.resample!r}")
+        self._check_context()
         if self.transformers and not self.context:
             raise ValueError("transformers: their cross-attention reads tokens of width `context`, which is 0")
         if self.pool == "none" and not self.context:
@@ -114,12 +143,20 @@ class UNet(Checked):
         if self.noise_aug_conditioning and "low_res" not in self.extra_inputs:
             raise ValueError("noise_aug_conditioning=True requires 'low_res' in extra_inputs")
 
+    def _check_context(self) -> None:
+        if (self.only_context or self.context_norm != "none") and (not self.context or self.transformers):
+            raise ConfigError("only_context, context_norm: of attention that reads tokens of width `context` beside x")
+        padded = self.conditioning is not None and self.conditioning.what.spec.has_padding
+        if self.context_norm == "group" and padded:
+            raise ConfigError("context_norm 'group': of all tokens together, where the condition has padding")
+
     def _check_summary(self) -> None:
         spec = None if self.conditioning is None else self.conditioning.what.spec
         if spec is None or not spec.gives_summary:
             raise ConfigError("pool 'summary': the condition has no summary vector")
         if spec.summary_width != self.embedding:
-            given = f"of {spec.summary_width} numbers; the embedding of the time has {self.embedding} (4 width)"
+            wanted = f"{self.embedding}{'' if self.time_width else ' (4 width)'}"
+            given = f"of {spec.summary_width} numbers; the embedding of the time has {wanted}"
             raise ConfigError(f"pool 'summary': the condition has a vector {given}")
 
     @property
@@ -131,11 +168,20 @@ class UNet(Checked):
     @property
     def embedding(self) -> int:
         """Width of the embedding of time and condition."""
-        return 4 * self.width
+        return self.time_width or 4 * self.width
 
     def at(self, level: int) -> int:
         """Channels of a level."""
         return int(self.multipliers[level] * self.width)
+
+    def blocks_at(self, level: int) -> int:
+        """Residual blocks of a level."""
+        return self.level_blocks[level] if self.level_blocks else self.blocks
+
+    @property
+    def stages(self) -> int:
+        """Stages of the decoder, and of the encoder with its first convolution."""
+        return sum(self.blocks_at(level) + 1 for level in range(len(self.multipliers)))
 
     def heads_of(self, c: int, up: bool = False) -> int:
         """Heads of attention over c channels. Errors: ValueError if c is not divisible."""
@@ -161,9 +207,11 @@ def halve(x: Float[Array, "b i j c"]) -> Float[Array, "b i//2 j//2 c"]:
 
 
 class TimedResBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))) modulated by e)): (b, i, j, c), (b, d) -> (b, i', j', f)."""
+    """x + conv(act(norm(conv(act(norm(x)))) modulated by e)), scaled: (b, i, j, c), (b, d) -> (b, i', j', f)."""
 
-    def __init__(self, config: UNet, c: int, f: int, key: Array, change: Literal["", "up", "down"] = ""):
+    def __init__(
+        self, config: UNet, c: int, f: int, key: Array, change: Literal["", "up", "down"] = "", scale: float = 0.0
+    ):
         keys = jax.random.split(key, 4)
         self.norm1 = GroupNorm(c, config.groups, config.eps)
         self.conv1 = Conv(c, f, keys[0])
@@ -172,50 +220,72 @@ class TimedResBlock(nnx.Module):
         self.conv2 = Conv(f, f, keys[2], std=0.0)
         self.shortcut = Conv(c, f, keys[3], kernel=1) if c != f else None
         self.change, self.scale_shift, self.dropout = change, config.scale_shift, config.dropout
+        self.activation, self.scale = config.activation, scale or config.residual_scale
 
     @typed
     def __call__(
         self, x: Float[Array, "b i j c"], e: Float[Array, "b d"], key: Array | None = None
     ) -> Float[Array, "b p q f"]:
         change = {"up": double, "down": halve, "": lambda y: y}[self.change]
-        y = self.conv1(change(jax.nn.silu(self.norm1(x))))
-        e = self.time(jax.nn.silu(e)).astype(y.dtype)[:, None, None]
+        act = SMOOTH[self.activation]
+        y = self.conv1(change(act(self.norm1(x))))
+        e = self.time(act(e)).astype(y.dtype)[:, None, None]
         if self.scale_shift:
             scale, shift = jnp.split(e, 2, -1)
             y = self.norm2(y) * (1 + scale) + shift
         else:
             y = self.norm2(y + e)
-        y = self.conv2(drop(jax.nn.silu(y), self.dropout, key))
+        y = self.conv2(drop(act(y), self.dropout, key))
         x = change(x)
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        y = y + (x if self.shortcut is None else self.shortcut(x))
+        return y if self.scale == 1 else y * self.scale
 
 
 class ContextAttention(nnx.Module):
-    """x + attention among positions and to the tokens of the context, if any: (b, i, j, c) -> (b, i, j, c)."""
+    """x + attention among positions and to the tokens of the context, if any: (b, i, j, c) -> (b, i, j, c).
 
-    def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
+    alone: the context is read alone, and qkv gives queries only.
+    """
+
+    def __init__(self, config: UNet, c: int, key: Array, up: bool = False, alone: bool = False):
         keys = jax.random.split(key, 3)
         self.norm = GroupNorm(c, config.groups, config.eps)
-        self.qkv = Linear(c, 3 * c, keys[0], std=None, axes=(None, "heads"))
+        self.qkv = Linear(c, (1 if alone else 3) * c, keys[0], std=None, axes=(None, "heads"))
+        self.context_norm = _context_norm(config)
         self.context = (
             Linear(config.context, 2 * c, keys[1], std=None, axes=(None, "heads")) if config.context else None
         )
         self.out = Linear(c, c, keys[2], std=0.0, axes=("heads", None))
         self.count = config.heads_of(c, up)
-        self.qkv_first = config.qkv_first
+        self.qkv_first, self.alone = config.qkv_first, alone
 
     @typed
     def __call__(self, x: Float[Array, "b i j c"], context: Context | None) -> Float[Array, "b i j c"]:
         heads = lambda y, order, k: rearrange(y, f"b t ({order} h) -> k b t n h", k=k, n=self.count)
         y = self.qkv(rearrange(self.norm(x), "b i j c -> b (i j) c"))
-        q, k, v = heads(y, "k n" if self.qkv_first else "n k", 3)
-        mask = None
+        q, *own = heads(y, "k n" if self.qkv_first else "n k", 1 if self.alone else 3)
+        mask, pairs = None, [own] if own else []
         if self.context is not None and context is not None:
-            extra = heads(self.context(context.tokens.astype(x.dtype)), "n k", 2)
-            mask = jnp.pad(context.mask, ((0, 0), (0, k.shape[1])), constant_values=True)[:, None, None]
-            k, v = (jnp.concatenate(pair, 1) for pair in zip(extra, (k, v), strict=True))
+            tokens = self._normalised(context.tokens.astype(x.dtype))
+            pairs = [heads(self.context(tokens), "n k", 2), *pairs]
+            count = sum(k.shape[1] for k, _ in pairs) - tokens.shape[1]
+            mask = jnp.pad(context.mask, ((0, 0), (0, count)), constant_values=True)[:, None, None]
+        k, v = (jnp.concatenate(several, 1) for several in zip(*pairs, strict=True))
         y = self.out(rearrange(attend(q, k, v, mask), "b t n h -> b t (n h)"))
         return x + y.reshape(x.shape)
+
+    def _normalised(self, tokens: Array) -> Array:
+        if isinstance(self.context_norm, GroupNorm):
+            return self.context_norm(tokens[:, None])[:, 0]
+        return tokens if self.context_norm is None else self.context_norm(tokens)
+
+
+def _context_norm(config: UNet) -> GroupNorm | LayerNorm | None:
+    if not config.context or config.context_norm == "none":
+        return None
+    if config.context_norm == "group":
+        return GroupNorm(config.context, config.groups, config.eps)
+    return LayerNorm(config.context, config.eps)
 
 
 class SpatialTransformer(nnx.Module):
@@ -247,18 +317,22 @@ class SpatialTransformer(nnx.Module):
         return x + self.out(y).reshape(x.shape)
 
 
-def attention_of(config: UNet, c: int, key: Array, up: bool = False) -> ContextAttention | SpatialTransformer:
-    """The attention module over c channels, for the encoder or (`up`) the decoder."""
-    return (SpatialTransformer if config.transformers else ContextAttention)(config, c, key, up)
+def attention_of(
+    config: UNet, c: int, key: Array, level: int, up: bool = False
+) -> ContextAttention | SpatialTransformer:
+    """The attention module over the c channels of a level, for the encoder or (`up`) the decoder."""
+    if config.transformers:
+        return SpatialTransformer(config, c, key, up)
+    return ContextAttention(config, c, key, up, 2**level in config.only_context)
 
 
 class Resample(nnx.Module):
     """Halve or double the sides, by a convolution or without parameters."""
 
-    def __init__(self, c: int, key: Array, up: bool, convolve: bool):
+    def __init__(self, c: int, f: int, key: Array, up: bool, convolve: bool):
         self.up = up
         self.doubled = Upsample(c, key) if convolve and up else None
-        self.halved = Conv(c, c, key, stride=2, padding=((1, 1), (1, 1))) if convolve and not up else None
+        self.halved = Conv(c, f, key, stride=2, padding=((1, 1), (1, 1))) if convolve and not up else None
 
     def __call__(self, x: Array) -> Array:
         if self.up:
@@ -266,21 +340,26 @@ class Resample(nnx.Module):
         return halve(x) if self.halved is None else self.halved(x)
 
 
+def _time_embedding(config: UNet, key: Array) -> TimeEmbedding:
+    return TimeEmbedding(config.embedding, key, frequency_dim=config.width, activation=config.activation)
+
+
 class UNetStage(nnx.Module):
     """The layers between two skips: a residual block, attention, resampling, or some of them."""
 
     def __init__(
-        self, config: UNet, c: int, f: int, key: Array, *, attends: bool, change: bool = False, up: bool = False
+        self, config: UNet, c: int, level: int, key: Array, *, attends: bool, change: bool = False, up: bool = False
     ):
         keys = jax.random.split(key, 3)
         alone = change and not up  # in the encoder, resampling is a separate stage
+        f = c if alone and not config.resample_first else config.at(level)
         self.block = None if alone else TimedResBlock(config, c, f, keys[0])
-        self.attention = attention_of(config, f, keys[1], up) if attends else None
+        self.attention = attention_of(config, f, keys[1], level, up) if attends else None
         resample = None
         if change and config.resample == "block":
             resample = TimedResBlock(config, f, f, keys[2], "up" if up else "down")
         elif change:
-            resample = Resample(f, keys[2], up, config.resample == "conv")
+            resample = Resample(c if alone else f, f, keys[2], up, config.resample == "conv")
         self.resample = resample
 
     def __call__(self, x: Array, e: Array, context: Context | None, key: Array | None = None) -> Array:
@@ -298,26 +377,30 @@ class UNetEncoder(nnx.Module):
     """The encoder and the middle blocks, shared with the classifier of noised images."""
 
     def __init__(self, config: UNet, key: Array, compute: Compute):
-        keys = iter(jax.random.split(key, 6 + len(config.multipliers) * (config.blocks + 1)))
+        keys = iter(jax.random.split(key, 6 + config.stages))
         self.config, self.compute = config, compute
-        self.time = TimeEmbedding(config.embedding, next(keys), frequency_dim=config.width)
+        self.time = TimeEmbedding(
+            config.embedding, next(keys), frequency_dim=config.width, activation=config.activation
+        )
         c = config.at(0)
         self.stem = Conv(config.channels_in, c, next(keys))
         down, kept = [], [c]
-        for level in range(len(config.multipliers)):
+        last = len(config.multipliers) - 1
+        for level in range(last + 1):
             attends = 2**level in config.attention
-            for _ in range(config.blocks):
-                down.append(UNetStage(config, c, config.at(level), next(keys), attends=attends))
+            for _ in range(config.blocks_at(level)):
+                down.append(UNetStage(config, c, level, next(keys), attends=attends))
                 c = config.at(level)
                 kept.append(c)
-            if level < len(config.multipliers) - 1:
-                down.append(UNetStage(config, c, c, next(keys), attends=False, change=True))
+            if level < last:
+                down.append(UNetStage(config, c, level + 1, next(keys), attends=False, change=True))
+                c = config.at(level + 1) if config.resample_first else c
                 kept.append(c)
         self.down = nnx.List(down)
-        self.before = TimedResBlock(config, c, c, next(keys))
+        self.before = TimedResBlock(config, c, c, next(keys), scale=config.middle_scale)
         middle = next(keys)
-        self.attention = attention_of(config, c, middle) if config.middle_attention else None
-        self.after = TimedResBlock(config, c, c, next(keys))
+        self.attention = attention_of(config, c, middle, last) if config.middle_attention else None
+        self.after = TimedResBlock(config, c, c, next(keys), scale=config.middle_scale)
         self.kept = tuple(kept)
 
     def encode(
@@ -342,21 +425,22 @@ class UNetNetwork(UNetEncoder):
     """The parameters of a `UNet`."""
 
     def __init__(self, config: UNet, key: Array, compute: Compute):
-        keys = iter(jax.random.split(key, 4 + len(config.multipliers) * (config.blocks + 1)))
+        keys = iter(jax.random.split(key, 4 + config.stages))
         super().__init__(config, next(keys), compute)
         width = config.context or config.embedding
         self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
         pools = config.context and config.pool in ("mean", "last")
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
-        noise = lambda: TimeEmbedding(config.embedding, apart(key), frequency_dim=config.width)
+        noise = lambda: TimeEmbedding(
+            config.embedding, apart(key), frequency_dim=config.width, activation=config.activation
+        )
         self.noise = noise() if config.noise_aug_conditioning else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):
-            for n in range(config.blocks + 1):
-                change = level > 0 and n == config.blocks
-                attends, f = 2**level in config.attention, config.at(level)
-                up.append(UNetStage(config, c + kept.pop(), f, next(keys), attends=attends, change=change, up=True))
-                c = f
+            for n in range(config.blocks_at(level) + 1):
+                change, attends = level > 0 and n == config.blocks_at(level), 2**level in config.attention
+                up.append(UNetStage(config, c + kept.pop(), level, next(keys), attends=attends, change=change, up=True))
+                c = config.at(level)
         self.up = nnx.List(up)
         self.norm = GroupNorm(c, config.groups, config.eps)
         self.out = Conv(c, config.channels * (1 + config.learn_variance), next(keys), std=0.0)
@@ -387,15 +471,18 @@ class UNetNetwork(UNetEncoder):
     ) -> Float[Array, "b i j k"]:
         """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         keys = (None, None) if key is None else jax.random.split(key)
+        act = SMOOTH[self.config.activation]
         e = (self.time(t) + context.pooled).astype(self.compute.dtype)
+        e = act(e) if self.config.activated_twice else e
         x, skips = self.encode(x, e, context, keys[0])
         run = lambda stage, *inputs: stage(*inputs)
         if self.compute.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
         ups = [None] * len(self.up) if keys[1] is None else jax.random.split(keys[1], len(self.up))
         for stage, k in zip(self.up, ups, strict=True):
-            x = run(stage, jnp.concatenate([x, skips.pop()], -1), e, context, k)
-        return self.out(jax.nn.silu(self.norm(x))).astype(jnp.float32)
+            skip = skips.pop() if self.config.skip_scale == 1 else skips.pop() * self.config.skip_scale
+            x = run(stage, jnp.concatenate([x, skip], -1), e, context, k)
+        return self.out(act(self.norm(x))).astype(jnp.float32)
 
 
 class ExpertUNets(nnx.Module):

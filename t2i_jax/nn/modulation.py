@@ -1,6 +1,9 @@
 """Embedding of a time or noise level, and modulation by shifts and scales."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +23,27 @@ def sinusoid(t: Num[Array, " b"], d: int, period: float = 10000.0) -> Float[Arra
     return jnp.pad(waves, ((0, 0), (0, d % 2)))
 
 
-class TimeEmbedding(nnx.Module):
-    """Linear, SiLU, Linear of the sinusoidal embedding of a time."""
+Smooth = Literal["silu", "gelu", "gelu_tanh"]
+SMOOTH: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+"""Activations of convolutional networks that read a time."""
 
-    def __init__(self, d: int, key: Array, *, frequency_dim: int = 256, std: float = 0.02):
+
+class TimeEmbedding(nnx.Module):
+    """Linear, activation, Linear of the sinusoidal embedding of a time."""
+
+    def __init__(self, d: int, key: Array, *, frequency_dim: int = 256, std: float = 0.02, activation: Smooth = "silu"):
         keys = jax.random.split(key)
         self.into = Linear(frequency_dim, d, keys[0], std=std, axes=(None, "mlp"))
         self.out = Linear(d, d, keys[1], std=std, axes=("mlp", "embed"))
-        self.frequency_dim = frequency_dim
+        self.frequency_dim, self.activation = frequency_dim, activation
 
     @typed
     def __call__(self, t: Num[Array, " b"]) -> Float[Array, "b d"]:
-        return self.out(jax.nn.silu(self.into(sinusoid(t, self.frequency_dim))))
+        return self.out(SMOOTH[self.activation](self.into(sinusoid(t, self.frequency_dim))))
 
 
 @typed

@@ -178,6 +178,28 @@ def clipped(x0: Float[Array, " b *x"], clip: bool | Array, bound: float = 1.0) -
 
 
 @typed
+def thresholded(
+    x0: Float[Array, " b *x"], quantile: Array | float, most: Array | float = math.inf
+) -> Float[Array, " b *x"]:
+    """clip(x0, -s, s) / s for s the quantile of |x0| of an image, at least 1 and at most `most`: dynamic thresholding
+    (Saharia et al. 2022, Imagen, 2.3).
+
+    quantile, most: scalars or (b,). Where the quantile is 0, x0 is returned as it is; `most` 1 is clipping.
+    """
+
+    def divided() -> Array:
+        sizes = jnp.sort(jnp.abs(x0).reshape(len(x0), -1), 1)
+        last = sizes.shape[1] - 1
+        place = jnp.broadcast_to(quantile, len(x0)) * last
+        low = jnp.clip(place.astype(jnp.int32), 0, last)
+        below, above = (jnp.take_along_axis(sizes, n[:, None], 1)[:, 0] for n in (low, jnp.minimum(low + 1, last)))
+        s = expand_like(jnp.clip(below + (place - low) * (above - below), 1, most), x0)
+        return jnp.where(expand_like(jnp.asarray(quantile) > 0, x0), jnp.clip(x0, -s, s) / s, x0)
+
+    return jax.lax.cond(jnp.any(jnp.asarray(quantile) > 0), divided, lambda: x0)  # to sort takes time
+
+
+@typed
 def ddpm_step(
     p: GaussianParams, t: Int[Array, "*b"], noise: Float[Array, " b *x"], temperature: Array | float = 1.0
 ) -> Float[Array, " b *x"]:

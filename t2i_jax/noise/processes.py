@@ -21,7 +21,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Finite, Positive, Size
 from t2i_jax.core.noise import NoiseProcess, Predicts, SamplingGrid, Spacing
 from t2i_jax.noise.gaussian import p_mean_variance, vb_terms
-from t2i_jax.noise.schedule import BETWEEN, NAMES, Schedule, expand_like
+from t2i_jax.noise.schedule import BETWEEN, NAMES, SECTIONS, Schedule, expand_like
 
 NOISE = 1e-3
 
@@ -109,12 +109,16 @@ class Discrete(Checked):
         """Reverse grid of `steps` of the steps: the first, the last and evenly spaced ones between; with `stride` every
         k-th step from the first (as in published DDIM samplers), if some k gives that many.
 
-        `leading` ends at the noise of step 0, see `Schedule.leading`. Other spacings stop between steps, at fractional
-        times.
+        `leading` ends at the noise of step 0, see `Schedule.leading`. Those of `SECTIONS` have their own number of
+        steps. Other spacings stop between steps, at fractional times.
         """
         if spacing == "leading":
             schedule, steps = self.tables.leading(steps, self.max_steps)
             first = steps  # of the entries, the last stop is entry 0
+        elif spacing in SECTIONS:
+            schedule = self.tables.respaced(spacing)
+            steps = len(schedule)
+            first = steps - 1
         else:
             schedule = self.tables.strided(steps, self.max_steps, stride if spacing == "default" else False)
             first = steps - 1
@@ -129,7 +133,7 @@ class Discrete(Checked):
             at(schedule.log_betas)[:-1],
             jnp.asarray(steps, jnp.int32),
         )
-        if spacing in ("default", "leading"):
+        if spacing in ("default", "leading", *SECTIONS):
             return path
         if spacing == "even":
             t = jnp.maximum(place, 0) * ((self.steps - 1) / jnp.maximum(steps - 1, 1))
@@ -309,8 +313,8 @@ def respaced(path: SamplingGrid, least: float | Array, spacing: Spacing) -> Floa
     Errors: ValueError for another spacing.
     """
     bend = {"karras": (lambda x: x ** (1 / 7), lambda y: y**7), "log_snr": (jnp.log, jnp.exp)}
-    if spacing == "leading":
-        raise ValueError("spacing 'leading': it is one of discrete steps, which this process has not")
+    if spacing in ("leading", *SECTIONS):
+        raise ValueError(f"spacing {spacing!r}: it is one of discrete steps, which this process has not")
     if spacing not in bend:
         raise ValueError(f"spacing {spacing!r} is not one of {', '.join(get_args(Spacing))}")
     forth, back = bend[spacing]

@@ -268,16 +268,31 @@ NAMES = {
 """Functions from the number of steps to the noise variances (steps,); for 1000 steps they are those of the papers."""
 
 
+SECTIONS: dict[str, str] = {
+    "fast27": "10,10,3,2,2",
+    "smart27": "7,4,2,1,2,4,7",
+    "smart50": "10,6,4,3,2,2,3,4,6,10",
+    "smart100": "1,1,1,1,2,2,2,2,2,2,3,3,4,4,5,5,6,7,7,8,9,10,13",
+    "smart185": "1,1,2,2,2,3,3,3,4,5,6,7,8,9,10,11,12,13,14,15,16,18,20",
+    "super27": "1,1,1,1,1,1,1,2,5,13",
+    "super40": "2,2,2,2,2,2,3,4,6,15",
+    "super100": "4,4,6,6,8,8,10,10,14,30",
+}
+"""Steps of each section by name: those of DeepFloyd IF, and GLIDE's fast27, whose last step is two before the noisiest
+(DeepFloyd's program, and diffusers, keep the noisiest under this name)."""
+
+
 def respacing(steps: int, spacing: str) -> list[int]:
     """The indices of the `steps` steps that are kept, in rising order.
 
     `"a,b,c"` cuts the process into equal sections and takes that many steps of each, first and last included; `"ddimN"`
-    takes every k-th step for the smallest k that gives N; `"fast27"` is the spacing of GLIDE. Halves are rounded to
-    even, as in Python. A single step of a section is its first.
+    takes every k-th step for the smallest k that gives N; names are those of `SECTIONS`. Halves are rounded to even, as
+    in Python. A single step of a section is its first.
     Errors: ValueError if that many steps cannot be taken.
     """
-    if spacing == "fast27":
-        return sorted({*respacing(steps, "10,10,3,2,2")} - {steps - 1} | {steps - 3})
+    if spacing in SECTIONS:
+        kept = respacing(steps, SECTIONS[spacing])
+        return sorted({*kept} - {steps - 1} | {steps - 3}) if spacing == "fast27" else kept
     if spacing.startswith("ddim"):
         count = int(spacing.removeprefix("ddim"))
         for stride in range(1, steps):

@@ -302,17 +302,25 @@ class DiffusionSampler(GuidedOptions):
     others."""
     clip: bool | Array = False
     """Clip the predicted image to [-1, 1]."""
+    threshold: Annotated[float | Array, Range(0, 1)] = 0.0
+    """Dynamic thresholding of models of pixels: divide the predicted image by this quantile of its absolute values,
+    where that exceeds 1, and clip it (Saharia et al. 2022, Imagen, 2.3), (b,); 0: none."""
+    threshold_most: Annotated[float | Array | None, Range(low=1)] = None
+    """The most that dynamic thresholding divides by, (b,); None: no bound."""
     stride: bool | Array = False
     """Take every k-th of discrete steps, not the first, the last and evenly spaced ones; with the default spacing
     only."""
     noise_aug: Annotated[float | Array, Range(0, 1)] = 0.0
-    """Noise augmentation of the low-resolution image, as a share of the root of its power, (b,): hides its
-    artefacts."""
+    """Level of the noise on the low-resolution image, (b,): hides its artefacts. A share of the root of its power, or
+    of the steps of the model's `low_res_process`."""
+    renew_noise_aug: bool | Array = False
+    """Draw that noise anew for each step, as DeepFloyd's own program does; else once, as diffusers."""
     strength: Annotated[float | Array, Range(above=0, high=1)] = 1.0
     """Image-to-image: share of the path from noise that is run again on the given image, above 0; 1 ignores the
     image."""
     spacing: Spacing = dataclasses.field(default="default", metadata={"static": True})
-    """Spacing of the stops: the process' default, even in its time, or made for few steps; see `Spacing`."""
+    """Spacing of the stops: the process' default, even in its time, or made for few steps; those of `Named` are of one
+    number of steps each. See `Spacing`."""
     guidance_low_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is at least this; None: from the start. For EDM it is 2 log(data / s)."""
     guidance_high_snr: Annotated[float | Array | None, Range()] = None
@@ -340,8 +348,13 @@ class DiffusionSampler(GuidedOptions):
                 raise ValueError(f"{name} {odd}: {about}{', and above 0' * (name == 'strength')}")
         if not isinstance(self.resample, Tracer) and np.min(self.resample) < 1:
             raise ValueError(f"resample {np.min(self.resample)}: at least 1, the solver's own evaluation of each step")
-        if self.spacing not in get_args(Spacing):
-            raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(get_args(Spacing))}")
+        if self.spacing not in (known := get_args(Spacing)):
+            raise ValueError(f"spacing {self.spacing!r} is not one of {', '.join(known)}")
+
+    @property
+    def thresholds(self) -> bool:
+        """Whether the predicted image is thresholded, as far as that is known (outside of `jit`)."""
+        return not isinstance(self.threshold, Tracer) and bool(np.any(np.asarray(self.threshold) > 0))
 
     def eta_of(self, solver: str) -> Array:
         """The share of new noise in each step of a solver, a scalar or (b,)."""
@@ -357,6 +370,7 @@ class DiffusionSampler(GuidedOptions):
     def arrays(self) -> Self:
         """The same options as arrays: an `eta` of None becomes NaN, and bounds of None become infinite."""
         none = {"eta": math.nan, "guidance_low_snr": -math.inf, "guidance_high_snr": math.inf}
+        none |= {"threshold_most": math.inf}
         given = values(self)
         missing = {k: jnp.float32(v) for k, v in none.items() if given[k] is None}
         return super(DiffusionSampler, dataclasses.replace(self, **missing)).arrays()

@@ -402,7 +402,7 @@ def rdm(oracle: Oracle) -> dict[str, Any]:
         def denoise(x, i):
             out, null = both(lambda x, t: model(x, t, read), x, jnp.full(len(x), path.t[i]))
             guided = guidance.guide(out, null, meta["scale"])
-            return config.denoised(guided, None, x, path.alpha[i], path.sigma[i], False)
+            return config.denoised(guided, None, x, path.alpha[i], path.sigma[i], config.sampling)
 
         return theirs_layout(solvers.solve(solvers.ddim, denoise, z, path, lambda i: noise[i], eta))
 
