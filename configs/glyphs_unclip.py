@@ -55,6 +55,7 @@ experiment = Experiment(
         ),
         candidates=2,
         sampling=UnCLIPSampler(20, guidance=2.0, prior_guidance=2.0),
+        fit_examples=8192,  # mean and standard deviation of embeddings
     ),
     data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=32),
     train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.99),

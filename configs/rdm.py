@@ -8,8 +8,7 @@ nearest neighbour of each, itself, is left out:
     t2i train configs/rdm.py --run runs/glyphs/rdm
     t2i sample runs/glyphs/rdm "a red heart"
 
-KNN-Diffusion (Sheynin et al. 2022) is a `VQDiffusion` with `Conditioning(CrossAttnFeatures(512, 4, trained_null=False,
-zero_null=True))` and `own=True`, which trains on the embedding of the image, too.
+`knn_diffusion.py` trains on the embedding of the image, too, and `rarm.py` is autoregressive.
 """
 
 from t2i_jax.data.pipeline import Data

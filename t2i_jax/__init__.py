@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from t2i_jax.codecs.clusters import ColorClusters as ColorClusters
     from t2i_jax.codecs.dvae import DVAE as DVAE
     from t2i_jax.codecs.kl import KL as KL
+    from t2i_jax.codecs.principal import PrincipalCodes as PrincipalCodes
     from t2i_jax.codecs.taesd import TAESD as TAESD
     from t2i_jax.codecs.vqgan import VQGAN as VQGAN
     from t2i_jax.core.errors import ConfigError as ConfigError
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from t2i_jax.data.sources import Parquet as Parquet
     from t2i_jax.data.sources import TarShards as TarShards
     from t2i_jax.data.sources import Tfds as Tfds
+    from t2i_jax.edits import Blend as Blend
     from t2i_jax.edits import InitImage as InitImage
     from t2i_jax.edits import Inpaint as Inpaint
+    from t2i_jax.edits import Vary as Vary
     from t2i_jax.guides import Autoguidance as Autoguidance
     from t2i_jax.guides import ClassifierGuidance as ClassifierGuidance
     from t2i_jax.heads import DiffusionHead as DiffusionHead
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
     from t2i_jax.networks.staged_generator import StagedGenerator as StagedGenerator
     from t2i_jax.networks.unclip import CaptionAndTokens as CaptionAndTokens
     from t2i_jax.networks.unclip import ImageAndCaption as ImageAndCaption
+    from t2i_jax.networks.unclip import NoisedImageAndTokens as NoisedImageAndTokens
+    from t2i_jax.networks.unclip import Similarity as Similarity
     from t2i_jax.networks.unet import UNet as UNet
     from t2i_jax.nn.lora import LoRA as LoRA
     from t2i_jax.nn.positions import AxialPositions as AxialPositions
@@ -100,13 +105,14 @@ _PUBLIC = {
     "codecs.clusters": "ColorClusters",
     "codecs.dvae": "DVAE",
     "codecs.kl": "KL",
+    "codecs.principal": "PrincipalCodes",
     "codecs.taesd": "TAESD",
     "codecs.vqgan": "VQGAN",
     "core.errors": "ConfigError DataError",
     "core.family": "with_fields",
     "data.pipeline": "Data",
     "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
-    "edits": "InitImage Inpaint",
+    "edits": "Blend InitImage Inpaint Vary",
     "guides": "Autoguidance ClassifierGuidance",
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
@@ -130,7 +136,7 @@ _PUBLIC = {
     "networks.one_way": "OneWay",
     "networks.staged_generator": "StagedGenerator",
     "networks.prior": "EmbeddingPrior",
-    "networks.unclip": "CaptionAndTokens ImageAndCaption",
+    "networks.unclip": "CaptionAndTokens ImageAndCaption NoisedImageAndTokens Similarity",
     "networks.unet": "UNet",
     "nn.lora": "LoRA",
     "nn.positions": "AxialPositions LearnedPositions RotaryPositions SinCosPositions",

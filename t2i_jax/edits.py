@@ -1,14 +1,17 @@
-"""Edits of a given image: arguments of a pipeline."""
+"""Edits of a given image, and images that new ones are to be like: arguments of a pipeline."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
+from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
-from t2i_jax.core.narrow import image_to_image, inpainting
+from t2i_jax.core.fields import Checked, Share
+from t2i_jax.core.narrow import embeds_images, image_to_image, inpainting, learns_from_images
 from t2i_jax.core.types import Codec, Family, SamplingOptions
 from t2i_jax.sampling.inpainting import check_keep
 
@@ -78,6 +81,76 @@ def tokens_to_keep(edit: Edit, family: Family, codec: Codec | None) -> np.ndarra
     return keep
 
 
-def digest(edit: Edit) -> str:
-    """Sixteen hexadecimal digits that identify the image and the mask."""
-    return hashlib.sha256(edit.image.tobytes() + edit.mask.tobytes()).hexdigest()[:16]
+Embed = Callable[[np.ndarray], np.ndarray]
+"""The embedding fp32 (..., k) of an image uint8 (i, j, 3)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vary:
+    """Images like a given one: its embedding takes the place of that of the caption, or of that which a prior draws
+    (Ramesh et al. 2022, DALL-E 2, 3.1)."""
+
+    image: np.ndarray
+    """uint8 (i, j, 3), of any size"""
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        return (self.image,)
+
+    def embedding(self, embed: Embed) -> np.ndarray:
+        """The embedding (..., k)."""
+        return embed(self.image)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blend(Checked):
+    """Images between two given ones, whose embeddings are interpolated along a great circle (Ramesh et al. 2022,
+    3.2)."""
+
+    image: np.ndarray
+    """uint8 (i, j, 3), of any size"""
+    other: np.ndarray
+    share: Share = 0.5
+    """0: like the first; 1: like the other"""
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        return self.image, self.other
+
+    def embedding(self, embed: Embed) -> np.ndarray:
+        """The embedding (..., k)."""
+        return along_circle(embed(self.image), embed(self.other), self.share)
+
+
+Like = Vary | Blend
+
+
+def along_circle(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+    """From vectors a (..., k) to b (..., k) by angle (Shoemake 1985, slerp), and from the length of a to that of b."""
+    lengths = [np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (a, b)]
+    first, last = a / lengths[0], b / lengths[1]
+    angle = np.arccos(np.clip(np.sum(first * last, -1, keepdims=True), -1, 1))
+    near = np.sin(angle) < 1e-4
+    sine = np.where(near, 1, np.sin(angle))
+    weights = [np.where(near, n, np.sin(n * angle) / sine) for n in (1 - share, share)]
+    length = (1 - share) * lengths[0] + share * lengths[1]
+    return ((weights[0] * first + weights[1] * last) * length).astype(np.float32)
+
+
+def embedding_field(family: Family, text: Tokenizer | None) -> str:
+    """The field that embeddings of images are: `features` of the condition, or the argument `image_features`.
+
+    Errors: `ConfigError` for a family that reads no embeddings of images, and a text side that makes none.
+    """
+    if learns_from_images(text) and "features" in family.condition_spec():
+        return "features"
+    if not family.capabilities.image_embedding:
+        raise ConfigError(f"a {type(family).__name__} on this text side reads no embeddings of images; an UnCLIP does")
+    if not embeds_images(text):
+        raise ConfigError("the text side has no encoder of images, only of captions")
+    return "image_features"
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Sixteen hexadecimal digits that identify arrays."""
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]

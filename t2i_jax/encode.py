@@ -22,7 +22,7 @@ from t2i_jax.core.config import ConfigError, differences, read_json, read_migrat
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
-from t2i_jax.core.narrow import gives_features, learns_from_images
+from t2i_jax.core.narrow import embeds_images, gives_features, learns_from_images
 from t2i_jax.core.outputs import check_parent, whole_file, write_text
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.data.records import (
@@ -48,8 +48,8 @@ WORK = "work.json"
 def encode_splits(
     experiment: Experiment, out: str | Path, splits: Sequence[str], batch_size: int, block: int = 8192
 ) -> Record:
-    """Write an ArrayRecord data set of `codes` (with a codec), `low_codes` (if the model reads them) and `features`
-    (with a frozen text encoder).
+    """Write an ArrayRecord data set of `codes` (with a codec), `low_codes` (if the model reads them), `features` (with
+    a frozen text encoder) and `image_features` (with one that embeds images, too).
 
     Codes are of images cropped at the centre; without a codec the images stay with the records as they are. Captions,
     keys and licences stay too, and the records keep their order; features have a row for each caption. Broken records,
@@ -151,7 +151,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
     frozen = put_on_mesh(frozen, shardings(frozen, mesh))
     store = jax.jit(make_store(codec.config if codec else None, experiment.text, experiment.model.batch_spec()))
-    seen = codec or learns_from_images(experiment.text)
+    seen = codec or learns_from_images(experiment.text) or embeds_images(experiment.text)
 
     def ready(**arrays: Sequence[np.ndarray] | np.ndarray) -> Record:
         """The outputs of the frozen parts for up to a batch of rows, padded so that one program serves all."""

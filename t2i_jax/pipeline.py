@@ -22,14 +22,15 @@ from t2i_jax.core.narrow import (
     as_family,
     check_codes,
     gives_features,
+    image_text_encoder,
     int8_sampling,
     negative_prompts,
     super_resolution,
     text_encoder,
 )
-from t2i_jax.core.sharding import MeshConfig, put_on_mesh, shardings
+from t2i_jax.core.sharding import MeshConfig, put_on_mesh, shardings, to_host
 from t2i_jax.core.types import Codec, Family, SamplingOptions
-from t2i_jax.edits import Edit, digest, tokens_to_keep
+from t2i_jax.edits import Blend, Edit, Like, digest, embedding_field, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card
@@ -40,6 +41,7 @@ from t2i_jax.sampler import (
     Sampler,
     check_codec,
     check_threshold,
+    embed,
     encode,
     interpolation,
 )
@@ -153,6 +155,7 @@ class Pipeline:
         guides: Sequence[Guide] = (),
         upsampler: Pipeline | None = None,
         negative: str | int = "",
+        like: Like | None = None,
         batch_size: int = 16,
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
@@ -168,7 +171,7 @@ class Pipeline:
         if isinstance(prompts, str | int) and seeds is not None:
             inputs *= len(seeds)
         chosen, away = self._chosen(options), str(negative)
-        sampler = self.sampler(chosen, edit=edit, guides=guides, upsampler=upsampler, negative=away)
+        sampler = self.sampler(chosen, edit=edit, guides=guides, upsampler=upsampler, negative=away, like=like)
         return sampler.sample([str(p) for p in inputs], seeds, batch_size, on_progress, on_preview)
 
     def interpolate(
@@ -224,14 +227,15 @@ class Pipeline:
         guides: Sequence[Guide] = (),
         upsampler: Pipeline | None = None,
         negative: str = "",
+        like: Like | None = None,
     ) -> Sampler:
         """A sampler with these options, by default those of the family.
 
         edit: of a given image, for all prompts. guides: at most one of a kind. upsampler: the second stage of a cascade
         (Ho et al. 2022), a super-resolution pipeline; it reads the same prompts, samples with its own options, and uses
         the same seeds with other noise. negative: a prompt to guide away from, in the place of the unconditional
-        branch; the second stage reads it too, if it can and is guided. Errors: `ConfigError` for what the family
-        cannot do, guides that do not match it.
+        branch; the second stage reads it too, if it can and is guided. like: images that new ones are to be like, for
+        all prompts. Errors: `ConfigError` for what the family cannot do, guides that do not match it.
         """
         options = self.options if options is None else options
         check_threshold(self.codec and self.codec.config, options)
@@ -245,7 +249,10 @@ class Pipeline:
                 super_resolution(upsampler.family)
         if edit:
             options, parts = edit.override(options), parts | self._put(self._encode(edit))
-            about |= {"held": digest(edit)}
+            about |= {"held": digest(edit.image, edit.mask)}
+        if like:
+            parts |= self._put({embedding_field(self.family, self.text): like.embedding(self._embed)})
+            about |= {"like": digest(*like.images) + (f", {like.share}" if isinstance(like, Blend) else "")}
         for guide in guides:
             options, parts = guide.override(options), parts | self._put(guide.weights)
             about |= guide.about
@@ -291,6 +298,14 @@ class Pipeline:
             with jax.set_mesh(self.mesh):
                 known = encode(codec.config, codec.model, known)
         return {"known": known, "keep": keep}
+
+    def _embed(self, image: np.ndarray) -> np.ndarray:
+        """The embedding fp32 (1, ..., k) of an image. Errors: `ConfigError` for other than uint8 (i, j, 3)."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ConfigError(f"an image {image.dtype} {image.shape}: uint8 (i, j, 3) is needed")
+        text, images = image_text_encoder(self.text), image[None].astype(np.float32) / 127.5 - 1
+        with jax.set_mesh(self.mesh):
+            return to_host(embed(text, self.encoder, images))
 
     def _put(self, tree: dict[str, object]) -> dict[str, object]:
         return put_on_mesh(tree, shardings(tree, self.mesh))

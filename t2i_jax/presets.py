@@ -98,6 +98,19 @@ def _imagegpt(width: int, depth: int, heads: int) -> AR:
     )
 
 
+_RARM = AR(
+    vocabulary=16384,
+    grid=(16, 16),
+    transformer=replace(GPT, width=768, depth=18, heads=12),
+    conditioning=Conditioning(
+        CrossAttnFeatures(512, 4, trained_null=False, zero_null=True), via="cross_attention", dropout=0.0
+    ),
+    positions=LearnedPositions(),
+    sampling=ARSampler(guidance=1.0),
+)
+"""The autoregressive model of Blattmann et al. 2022, by the embeddings of 4 neighbours; its codec has 16384 codes."""
+
+
 def _var(depth: int) -> VAR:
     shape = replace(VAR().transformer, width=64 * depth, depth=depth, heads=depth)
     return VAR(transformer=shape, drop_path=0.1 * depth / 24)
@@ -118,6 +131,7 @@ OF_AR: dict[str, AR] = {
     "imagegpt-s": _imagegpt(512, 24, 8),  # 76 M
     "imagegpt-m": _imagegpt(1024, 36, 8),  # 455 M
     "imagegpt-l": _imagegpt(1536, 48, 16),  # 1.4 B
+    "rarm": _RARM,  # 188 M
     "20B": _ar(6144, 52, 48, 16384, kv_heads=8),  # the size of the largest Parti
 }
 """Next-token models; parameter counts exclude the condition."""

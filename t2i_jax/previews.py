@@ -22,6 +22,7 @@ from t2i_jax.core.keys import image_keys
 from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.core.types import Codec
+from t2i_jax.data.pipeline import PER_CAPTION
 from t2i_jax.data.records import title
 from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
@@ -72,14 +73,17 @@ class Previews:
             self.draw, arguments = jax.jit(reconstruct), (real.astype(np.float32) / 127.5 - 1,)
         else:
             family = as_family(experiment.model)
-            wanted = {"label", "features", "text_mask"} & set(experiment.data.fields) & records[0].keys()
+            reads = family.condition_spec()
+            known = {"label", "features", "text_mask"} | {"image_features"} & reads.keys()
+            wanted = known & set(experiment.data.fields) & records[0].keys()
             stored = {k: [r[k] for r in records] for k in sorted(wanted)}
             # Of features there is a row for each caption, and the image is drawn for the first.
-            condition = {k: np.stack(v if k == "label" else [x[0] for x in v]) for k, v in stored.items()}
+            each = lambda k, v: [x[0] for x in v] if k in PER_CAPTION else v
+            condition = {k: np.stack(each(k, v)) for k, v in stored.items()}
             if experiment.text is not None and "features" not in condition:
                 condition["text"], condition["text_mask"] = experiment.text(captions)
-            if can.super_resolution:
-                condition["image"] = real  # of which the small one is made
+            if can.super_resolution or "image_features" in reads:
+                condition["image"] = real  # of which the small one is made, or its embedding
 
             def sample(model, frozen, condition, keys):
                 condition = trainer.prepare(frozen, condition, jax.random.key(0))

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from t2i_jax.core.conditions import Batch, Tokenizer
+from t2i_jax.core.conditions import Batch, ImageTextEncoder, Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import values
 from t2i_jax.core.image_files import to_uint8
@@ -66,11 +66,15 @@ class Program:
         """Samples (b, *grid, ...) of the family.
 
         guided: static, as in `Family.sample`. parts: `model`; `text`, the weights of a text encoder; of an edit `known`
-        and `keep` (1, ...); of guides `classifier` and `guide_model`.
+        and `keep` (1, ...); of images that new ones are to be like `features` or `image_features` (1, ...); of guides
+        `classifier` and `guide_model`.
         """
         ready = lambda condition: with_features(self.text, parts, dict(condition))
+        if "features" in parts:
+            own = {k: v for k, v in condition.items() if k not in ("text", "text_mask")}
+            condition = own | {"features": jnp.repeat(cast(Array, parts["features"]), len(keys), 0)}
         condition = with_low_codes(self.family.condition_spec(), self.codec, parts, ready(condition))
-        edit = {k: parts[k] for k in ("known", "keep") if k in parts}
+        edit = {k: parts[k] for k in ("known", "keep", "image_features") if k in parts}
         more: dict[str, object] = jax.tree.map(lambda x: jnp.repeat(x, len(keys), 0), edit)
         if "guide_model" in parts:
             more["guide_model"] = parts["guide_model"]
@@ -116,6 +120,12 @@ _decode_alone = jax.jit(_decode, static_argnums=0)
 def encode(codec: Codec, model: nnx.Module, images: Array) -> Array:
     """Codes of images (b, i, j, 3) in [-1, 1]."""
     return codec.encode(model, images)
+
+
+@partial(jax.jit, static_argnums=0)
+def embed(text: ImageTextEncoder, model: nnx.Module, images: Array) -> Array:
+    """Embeddings of images (b, i, j, 3) in [-1, 1]: (b, ..., k)."""
+    return text.image_features(model, images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,7 @@ PUBLISHED = {  # class-conditional, 1000 classes, 16384 codes
 }
 
 
-@pytest.mark.parametrize("size", [size for size in OF_AR if not size.startswith("imagegpt")])
+@pytest.mark.parametrize("size", [size for size in OF_AR if not size.startswith(("imagegpt", "rarm"))])
 def test_sizes_are_what_their_names_say(size):
     shapes = jax.eval_shape(preset(size, vocabulary=16384, grid=(16, 16)).init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6

@@ -15,7 +15,7 @@ from t2i_jax.core import narrow
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import abstract
 from t2i_jax.core.sharding import MeshConfig
-from t2i_jax.core.types import Toward
+from t2i_jax.core.types import Toward, loops_of
 from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.networks.condition import ClassEmbedder
@@ -43,6 +43,7 @@ NARROW = {
     "interpolation": narrow.interpolates,
     "measures_scale": narrow.measures_scale,
     "reads_codec": narrow.reads_codec,
+    "fitted": narrow.fitted,
     "shared_forward": narrow.shares_forward,
 }
 GAN_8 = GAN((8, 8), width=8, noise=4, condition=ClassEmbedder(3))
@@ -86,10 +87,10 @@ def test_what_is_declared_works(name):
     assert {k for k, f in reads.items() if not f.optional} <= condition.keys()
     keys, options = jax.random.split(jax.random.key(0), 2), config.options()
     config.check(options)
-    trips = config.loop_trips(options)
-    assert trips and all(
-        isinstance(n, int) for turn in (trips if isinstance(trips, list) else [(trips,)]) for n in turn
-    )
+    turns = [
+        turn for own in loops_of(config.loop_trips(options)) for turn in (own if isinstance(own, list) else [(own,)])
+    ]
+    assert turns and all(isinstance(n, int) for turn in turns for n in turn)
 
     def drawn(model=model, **more):
         sample = lambda model, condition, keys, options: config.sample(model, condition, keys, options, **more)
@@ -114,6 +115,9 @@ def test_what_is_declared_works(name):
         drawn(jax.eval_shape(int8_weights, model))
     if can.negative:
         drawn(negative=condition)
+    if can.image_embedding:
+        size = config.batch_spec()["image_features"].shape
+        drawn(image_features=jnp.zeros((2, *size)))
     if can.interpolation:
         drawn(toward=Toward(condition, keys, jnp.ones(2)))
     if can.likelihood:

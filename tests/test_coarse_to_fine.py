@@ -231,6 +231,7 @@ def test_what_cannot_be_says_why():
         StreamText(20, end=20)
     with pytest.raises(ConfigError, match="2 rounds"):
         CONFIG.check(CoarseToFineSampler(refinements=3))
+    assert [CONFIG.loop_trips(CoarseToFineSampler(refinements=n)) for n in (0, 2)] == [0, 2]
     for options in ({"top_clusters": 2}, {"direct_top_clusters": 2}):
         with pytest.raises(ConfigError, match="in no clusters"):
             plain = dataclasses.replace(CONFIG, clusters=0, coarse=with_fields(CONFIG.coarse, clusters=0))

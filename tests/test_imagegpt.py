@@ -118,6 +118,9 @@ def test_bytes_of_clusters_come_back():
     np.testing.assert_array_equal(to_uint8(config.decode(model, codes)), exact)
     with pytest.raises(ConfigError, match="dim=3"):
         ColorClusters(QuantizerConfig(8, 4, normalize=False))
+    for name in ("commitment", "codebook", "entropy", "temperature"):
+        with pytest.raises(ConfigError, match=f"quantizer.{name} 3.0: clusters of colours have no such loss"):
+            ColorClusters(QuantizerConfig(8, 3, normalize=False, **{name: 3.0}))
 
 
 @pytest.mark.parametrize(("name", "millions"), [("imagegpt-s", 76), ("imagegpt-m", 455), ("imagegpt-l", 1362)])

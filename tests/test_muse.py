@@ -21,6 +21,7 @@ from t2i_jax.sampling.orders import Confidence, Permutation
 from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.experiment import make_prepare, make_store, record_spec
 from tests.fixtures import toys
+from tests.fixtures.families import FAMILIES
 
 FIELDS = dict(width=8, depth=1, heads=2, dropout=0.0, head=SoftmaxHead(8))
 MASKED = FIELDS | dict(order=Confidence(), reads="all", via="cross_attention", sampling=MaskedSampler(iterations=2))
@@ -79,6 +80,19 @@ def test_conditions_are_joined():
         with pytest.raises(ConfigError, match="codes 0 to 7"):
             dataclasses.replace(family, head=SoftmaxHead(9))
     assert Joined((TextFeatures(5, 6), SMALL)).spec.has_padding
+
+
+def test_other_families_of_codes_are_second_stages_too_and_those_without_are_refused():
+    low, prefix = LowCodes(16, (1, 1), 16, 1, 2), LowCodes(16, (2, 2), 16, 1, 2)
+    for name, what in {"ar": prefix, "vq-diffusion": low}.items():
+        family = with_fields(FAMILIES[name], condition=what, condition_dropout=0.0)
+        assert family.capabilities.super_resolution and "low_codes" in family.condition_spec()
+        with pytest.raises(ConfigError, match="codes 0 to 7 of small images: the model has 16 codes"):
+            with_fields(family, condition=dataclasses.replace(what, vocabulary=8))
+    with pytest.raises(ConfigError, match="codes 0 to 15 of small images: the model has codes of 3 numbers"):
+        with_fields(FAMILIES["dit"], condition=low)
+    with pytest.raises(ConfigError, match="16 codes, in maps of several sizes"):
+        with_fields(FAMILIES["var"], condition=low)
 
 
 def test_branches_have_the_negative_condition_in_turn():

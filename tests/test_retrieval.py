@@ -28,7 +28,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding
-from t2i_jax.text.retrieval import Neighbours, nearest, read_database, retrieved
+from t2i_jax.text.retrieval import Database, Neighbours, nearest, read_database, retrieved
 from t2i_jax.training.loop import train
 from tests.fixtures import toys
 from tests.fixtures.clip_files import random_clip
@@ -53,11 +53,13 @@ def test_the_search_is_by_cosine_and_gives_what_is_stored():
     database *= rng.uniform(0.1, 10, (20, 1)).astype(np.float32)
     cosines = queries @ (database / np.linalg.norm(database, axis=1, keepdims=True)).T
     order = np.argsort(-cosines, 1)
-    database, queries = jnp.asarray(database), jnp.asarray(queries)
+    rows, database, queries = database, Database(jnp.asarray(database)), jnp.asarray(queries)
     np.testing.assert_array_equal(nearest(database, queries, 5), order[:, :5])
+    program = str(jax.make_jaxpr(lambda q: nearest(database, q, 5))(queries))
+    assert "f32[3,1]" in program and "f32[20,1]" not in program  # lengths of queries alone are computed
     found = retrieved(database, queries, 3, skipped=1)
     np.testing.assert_allclose(found[:, 0], queries)
-    np.testing.assert_allclose(found[:, 1:], database[order[:, 1:4]])
+    np.testing.assert_allclose(found[:, 1:], rows[order[:, 1:4]])
     one = retrieved(database, queries, 2, first=False, normalise=True)
     np.testing.assert_allclose(np.linalg.norm(one, axis=-1), np.ones((3, 2)), rtol=1e-5)
 
@@ -92,7 +94,7 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
     ids, mask = map(jnp.asarray, text(["a cat", ""]))
     assert mask.tolist() == [[True], [False]] and text.feature_shape == (3, 12) and text.spec.image_features
     drawn = text.features(model, ids, mask)
-    rows, raw = jnp.asarray(rows), model.clip.text.embed(ids)
+    rows, raw = Database(jnp.asarray(rows)), model.clip.text.embed(ids)
     np.testing.assert_allclose(drawn, retrieved(rows, raw, 2), rtol=1e-5)
     own = clip.embed_images(model.clip, images)
     assert np.abs(np.linalg.norm(own, axis=-1) - 1).min() > 1e-3  # as the database, not normalised

@@ -96,7 +96,7 @@ def test_an_embedding_is_noised_in_units_of_its_spread():
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="image_features"):
         UnCLIP(PRIOR, PRIOR)
-    with pytest.raises(ConfigError, match=r"prior: draws .*; the decoder reads \(5,\)"):
+    with pytest.raises(ConfigError, match=r"prior: draws .*; the decoder needs codes of 5 numbers"):
         UnCLIP(DECODER, DECODER)
     what = ImageAndCaption(CrossAttnFeatures(5, 7), summary=33)
     with pytest.raises(ConfigError, match="33 numbers; the embedding of the time has 32"):

@@ -1,5 +1,6 @@
 """unCLIP as diffusers keeps it: our networks against its classes, and a folder that becomes a model that samples."""
 
+import functools
 import json
 
 import jax
@@ -10,13 +11,19 @@ from PIL import Image
 
 from t2i_jax.cli import main
 from t2i_jax.convert import convert
+from t2i_jax.core.config import ConfigError
+from t2i_jax.core.keys import image_keys
+from t2i_jax.edits import Vary
 from t2i_jax.interop import karlo_diffusers as published
 from t2i_jax.interop import stable_diffusion
 from t2i_jax.models.diffusion import join_inputs
+from t2i_jax.models.unclip import IMAGE_NOISE
 from t2i_jax.noise import gaussian
 from t2i_jax.noise.schedule import Schedule
+from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling import guidance
 from t2i_jax.storage.artifacts import load_artifact
+from t2i_jax.text.clip import preprocess
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers")
@@ -319,13 +326,11 @@ def test_the_unet_of_stable_unclip_is_that_of_diffusers():
         close(ours(model, jnp.full(2, drop)).transpose(0, 3, 1, 2), wanted[n], 1e-4)
 
 
-def test_a_folder_of_stable_unclip_becomes_a_model_that_samples(tmp_path):
+def stable_folder(path, **more):
+    """The folder of a Stable unCLIP without its prior, with `more` parts; and its parts."""
     transformers = pytest.importorskip("transformers")
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-    path = tmp_path / "stable"
-    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 516}
-    sizes |= {"hidden_size": 32, "max_position_embeddings": 8, "eos_token_id": 515, "bos_token_id": 514}
     vae = theirs.AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -333,20 +338,21 @@ def test_a_folder_of_stable_unclip_becomes_a_model_that_samples(tmp_path):
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-    )
+    ).eval()
     parts = {
-        "prior": random(theirs.PriorTransformer(**(PRIOR | {"num_embeddings": 8}))),
-        "prior_scheduler": theirs.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0),
-        "prior_text_encoder": transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(projection_dim=32, **sizes)
-        ),
-        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**CAPTIONS)).eval(),
         "image_normalizer": random(StableUnCLIPImageNormalizer(32)),
         "unet": random(theirs.UNet2DConditionModel(**STABLE)),
-        "scheduler": theirs.DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
+        "scheduler": theirs.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            timestep_spacing="linspace",
+            steps_offset=1,
         ),
         "vae": vae,
+        **more,
     }
     for name, part in parts.items():
         part.save_pretrained(path / name)
@@ -355,9 +361,90 @@ def test_a_folder_of_stable_unclip_becomes_a_model_that_samples(tmp_path):
         (path / name / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
     (path / "tokenizer" / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
     (path / "tokenizer" / "vocab.json").write_text(json.dumps({"!": 0, "<|endoftext|>": 515}))
-    main(["convert", "stable-unclip", str(path), "--out", str(tmp_path / "ours")])
+    return parts
+
+
+CAPTIONS = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 516}
+CAPTIONS |= {"hidden_size": 32, "max_position_embeddings": 8, "eos_token_id": 515, "bos_token_id": 514}
+
+
+def test_a_folder_of_stable_unclip_becomes_a_model_that_samples(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    more = {
+        "prior": random(theirs.PriorTransformer(**(PRIOR | {"num_embeddings": 8}))),
+        "prior_scheduler": theirs.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0),
+        "prior_text_encoder": transformers.CLIPTextModelWithProjection(
+            transformers.CLIPTextConfig(projection_dim=32, **CAPTIONS)
+        ),
+    }
+    stable_folder(tmp_path / "stable", **more)
+    main(["convert", "stable-unclip", str(tmp_path / "stable"), "--out", str(tmp_path / "ours")])
     config = load_artifact(tmp_path / "ours").config
     assert config.noise_levels == 1000 and config.sampling.prior_steps == 25 and config.decoder.predicts == "v"
     made = ["--steps=2", "--prior-steps=2", "--image-noise=10", f"--out={tmp_path / 'made'}"]
     main(["sample", str(tmp_path / "ours"), "a cat", *made])
     assert Image.open(tmp_path / "made" / "00000.png").size == (8, 8)
+
+
+def test_variations_are_those_of_stable_unclip(tmp_path, monkeypatch):
+    """`StableUnCLIPImg2ImgPipeline` with the same noise, from a folder without a prior."""
+    transformers = pytest.importorskip("transformers")
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_unclip_img2img as module
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"image_size": 8, "patch_size": 4, "projection_dim": 32, "hidden_act": "gelu"}
+    seer = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**sizes)).eval()
+    parts = stable_folder(tmp_path / "stable", image_encoder=seer)
+    out, flags = str(tmp_path / "ours"), ["--solver", "euler"]
+    main(["convert", "stable-unclip", str(tmp_path / "stable"), "--out", out, *flags])
+    ours = Pipeline.load(out)
+    assert ours.family.prior is None and ours.family.noise_levels == 1000
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (12, 8, 3)).astype(np.uint8)
+    found = ours(["cat", ""], seeds=[3, 4], like=Vary(image), steps=4, guidance=4.0, image_noise=200)
+
+    keys = image_keys([3, 4])
+    folded = lambda key, *numbers: functools.reduce(jax.random.fold_in, numbers, key)
+    noise = np.stack([jax.random.normal(folded(key, 0, 0), ours.family.decoder.shape) for key in keys])
+    of_image = np.stack([jax.random.normal(folded(key, IMAGE_NOISE), (32,)) for key in keys])
+    seen = preprocess([image], 8).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        z = seer(torch.tensor(seen)).image_embeds.repeat(2, 1)
+        ids, _ = ours.text(["cat", "", ""])
+        features = parts["text_encoder"](torch.tensor(ids)).last_hidden_state
+    np.testing.assert_allclose(ours._embed(image)[0], z[0], atol=1e-4)
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(of_image))
+    pipeline = module.StableUnCLIPImg2ImgPipeline(
+        None,
+        seer,
+        parts["image_normalizer"],
+        theirs.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=1000),
+        None,
+        parts["text_encoder"],
+        parts["unet"],
+        parts["scheduler"],
+        parts["vae"],
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(4)
+    spread = float(pipeline.scheduler.sigmas[0])  # theirs is noise alone times this, ours has all the power of x
+    wanted = pipeline(
+        image_embeds=z,
+        prompt_embeds=features[:2],
+        negative_prompt_embeds=features[2:].repeat(2, 1, 1),
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2) * (1 + spread**2) ** 0.5),
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        noise_level=200,
+        output_type="np",
+    ).images
+    assert np.abs(found / 255 - wanted).max() < 1.5 / 255
+
+    png = tmp_path / "image.png"
+    Image.fromarray(image).save(png)
+    main(["sample", out, "--vary", str(png), "--steps=2", f"--out={tmp_path / 'made'}"])
+    main(["sample", out, "--blend", str(png), str(png), "--share=0.3", "--steps=2", f"--out={tmp_path / 'between'}"])
+    made, between = (np.asarray(Image.open(tmp_path / name / "00000.png")) for name in ("made", "between"))
+    np.testing.assert_allclose(made, between, atol=2)
+    with pytest.raises(ConfigError, match="no prior, which draws embeddings"):
+        ours("cat")

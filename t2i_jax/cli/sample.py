@@ -14,13 +14,13 @@ from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.config import parse_some
 from t2i_jax.core.console import console
-from t2i_jax.core.fields import Checked, Range, Seed, Size
+from t2i_jax.core.fields import Checked, Range, Seed, Share, Size
 from t2i_jax.core.narrow import as_family, interpolates
 from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
-from t2i_jax.edits import InitImage, Inpaint
+from t2i_jax.edits import Blend, InitImage, Inpaint, Vary, embedding_field
 from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.pipeline import Pipeline
@@ -74,6 +74,11 @@ class SampleArguments(Checked):
     it, from its noised version: --strength 0.6"""
     mask: Path | None = None
     """an image of that size, white where to draw"""
+    vary: Path | None = None
+    """an image that new ones are to be like, for models that read embeddings of images; a prompt is not needed"""
+    blend: tuple[Path, Path] | None = None
+    """two images that new ones are to lie between, at `share` of the way"""
+    share: Share = 0.5
     classifier: Path | None = None
     """run of a classifier or an image-text model of noised images, for classifier guidance: --classifier-scale 3"""
     autoguide: Path | None = None
@@ -112,6 +117,12 @@ def run(arguments: list[str]) -> None:
     prompts = [mend(prompt).replace("\0", " ") for prompt in args.text] + (
         read_lines(args.prompts) if args.prompts else []
     )
+    if args.vary and args.blend:
+        raise config.ConfigError("--vary with --blend: images are like one, or between two")
+    if not args.blend and _names(arguments, "--share"):
+        raise config.ConfigError("--share without --blend: of the way between which images?")
+    if not prompts and not args.prompts and (args.vary or args.blend):
+        prompts = [""]
     if not prompts and args.prompts:
         raise config.ConfigError(f"--prompts {args.prompts}: there is no line but blank ones")
     if not prompts:
@@ -139,7 +150,7 @@ def run(arguments: list[str]) -> None:
     watched = pipeline.other_codec(args.watch_codec) if args.watch_codec else None
     edit, guides, upsampler = None, [], None
     if args.image:
-        image, mask = np.asarray(open_image(args.image)), open_mask(args.mask) if args.mask else None
+        image, mask = _opened(args.image), open_mask(args.mask) if args.mask else None
         edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
             pipeline.tokens_to_keep(edit)
@@ -147,7 +158,12 @@ def run(arguments: list[str]) -> None:
     guides = [kind.load(run, mesh=pipeline.mesh) for kind, run in wanted if run]
     upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
     away = mend(args.negative).replace("\0", " ")
-    sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler, negative=away)
+    like = Vary(_opened(args.vary)) if args.vary else None
+    like = Blend(_opened(args.blend[0]), _opened(args.blend[1]), args.share) if args.blend else like
+    if like:
+        with config.refused("--vary" if args.vary else "--blend"):
+            embedding_field(pipeline.family, pipeline.text)
+    sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler, negative=away, like=like)
     judge = None
     if args.rerank:
         with config.refused(f"--rerank {args.rerank}"):
@@ -181,6 +197,11 @@ def _between(
     ways = ways if len(prompts) > 1 else [[(prompts[0], seed) for seed in seeds]]
     steps = [step for ends in ways for step in interpolation(ends, args.interpolate or 2)]
     return [(prompt, seed) for prompt, seed, _ in steps], [toward for _, _, toward in steps]
+
+
+def _opened(path: Path) -> np.ndarray:
+    """An image uint8 (i, j, 3)."""
+    return np.asarray(open_image(path))
 
 
 def _names(words: list[str], flag: str) -> bool:

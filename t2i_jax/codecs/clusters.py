@@ -17,11 +17,14 @@ from t2i_jax.codecs.quantize import Quantizer, QuantizerConfig, usage
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseCodec
+from t2i_jax.core.fields import values
 from t2i_jax.core.specs import CodecSpec, CodeSpec
 from t2i_jax.core.types import Compute, LossOutput, Objective
 from t2i_jax.nn.layers import replace
 
 COLORS = 3
+UNREAD = ("commitment", "codebook", "entropy", "temperature")
+"""Settings of losses that move an encoder or a codebook; here pixels are as they are, and a cluster is their mean."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class ColorClusters(BaseCodec["ColorTable"]):
         super().__post_init__()
         if self.quantizer.dim != COLORS or self.quantizer.normalize:
             raise ConfigError("quantizer: clusters of colours have dim=3 and normalize=False")
+        given, plain = values(self.quantizer), values(QuantizerConfig())
+        if odd := [name for name in UNREAD if given[name] != plain[name]]:
+            raise ConfigError(f"quantizer.{odd[0]} {given[odd[0]]}: clusters of colours have no such loss")
 
     @property
     def vocabulary(self) -> int:

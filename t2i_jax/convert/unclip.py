@@ -24,11 +24,11 @@ from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption
 from t2i_jax.networks.unet import ExpertUNets, UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.options import DiffusionSampler, UnCLIPSampler
-from t2i_jax.text.clip import ClipCaption, ClipText
-from t2i_jax.text.clip_pair import ClipPair
+from t2i_jax.text.clip import ClipCaption, ClipImages, ClipText
+from t2i_jax.text.clip_pair import CaptionsAndImages, ClipPair
 
 COSINE = Discrete("cosine")
-STABLE_NEEDED = (*(f"prior.{name}" for name in karlo.PRIOR_NEEDED), f"decoder.{stable_diffusion.IMAGE}")
+STABLE_NEEDED = (f"decoder.{stable_diffusion.IMAGE}",)
 
 
 def _encoded(tensors: Tensors, dim: int, words: int) -> CrossAttnFeatures:
@@ -177,11 +177,12 @@ def _stable(
     **fields: object,
 ) -> UnCLIP:
     """prior_heads: 0 for heads of width 64. candidates: embeddings drawn for each image. clip_range: of the prior.
-    fields: hints and fields of the decoder, as of stable-diffusion."""
+    fields: hints and fields of the decoder, as of stable-diffusion. Without a prior it makes variations of images."""
     of_prior, of_decoder = (below(tensors, part) for part in ("prior.", "decoder."))
     given: Fields = fields
-    decoder = stable_diffusion_config(of_decoder, **given)
-    prior = _prior(of_prior, heads=prior_heads, null_tokens=null_tokens, clip_range=clip_range)
+    decoder, prior = stable_diffusion_config(of_decoder, **given), None
+    if of_prior:
+        prior = _prior(of_prior, heads=prior_heads, null_tokens=null_tokens, clip_range=clip_range)
     options = dataclasses.replace(UnCLIPSampler(), **values(decoder.sampling))
     sampling = dataclasses.replace(options, steps=20, guidance=10.0)
     return UnCLIP(prior, decoder, candidates, decoder.compute, sampling)
@@ -190,21 +191,31 @@ def _stable(
 def _stable_table(config: UnCLIP) -> Table:
     decoder = cast(Diffusion, config.decoder)
     named = stable_diffusion.table(abstract(decoder), network_of(decoder, UNet))
-    return karlo.whole_table(_prior_table(cast(Diffusion, config.prior)), named)
+    return karlo.whole_table(None if config.prior is None else _prior_table(cast(Diffusion, config.prior)), named)
 
 
 def _stable_folder(path: Path) -> ModelFolder:
-    """A folder of diffusers with a prior, and a Stable Diffusion that reads embeddings of images."""
-    whole, (tensors, hints) = stable_diffusion_folder(path), _prior_of(path)
+    """A folder of diffusers: a Stable Diffusion that reads embeddings of images, with a prior of them, or an encoder of
+    images, or both."""
+    whole, with_prior, with_images = (
+        stable_diffusion_folder(path),
+        *((path / part).is_dir() for part in ("prior", "image_encoder")),
+    )
     if not isinstance(whole.text, ClipText) or stable_diffusion.IMAGE not in whole.tensors:
         raise ValueError(f"{path}: its UNet reads no embedding of an image, or there is no text encoder")
+    if not with_prior and not with_images:
+        raise ValueError(f"{path}: there is neither a prior of embeddings of images nor an image_encoder")
+    tensors, hints = _prior_of(path) if with_prior else ({}, {})
     statistics = huggingface.Weights(path / "image_normalizer", ("mean", "std"))
     decoder = dict(whole.tensors) | {f"image_{name}": statistics[name] for name in ("mean", "std")}
     squared = stable_diffusion.squared(decoder, whole.hints.get("head_dim", 0) > 0)
     tensors |= {f"decoder.{k}": v for k, v in squared.items()}
-    text = ClipPair(_caption_text(path, "prior_"), whole.text)
-    tensors[f"prior.{karlo.NULL}"] = empty_caption(text.prior)
-    return ModelFolder(tensors, hints | whole.hints, whole.codec, text)
+    text: ClipText | ClipPair = whole.text
+    if with_prior:
+        text = ClipPair(_caption_text(path, "prior_"), whole.text)
+        tensors[f"prior.{karlo.NULL}"] = empty_caption(text.prior)
+    both = CaptionsAndImages(text, ClipImages(str(path / "image_encoder"))) if with_images else text
+    return ModelFolder(tensors, hints | whole.hints, whole.codec, both)
 
 
 def _upsampler_folder(path: Path) -> ModelFolder:
@@ -283,8 +294,9 @@ FORMATS = {
         _stable_table,
         needed=(STABLE_NEEDED,),
         folder=_stable_folder,
-        title="Stable unCLIP as diffusers keeps it: Stable Diffusion 2.1 of embeddings of images, with Karlo's prior",
-        example="stable-unclip-2-1-l/",
+        title="Stable unCLIP as diffusers keeps it: Stable Diffusion 2.1 of embeddings of images, with Karlo's prior, "
+        "or an encoder of images for variations of them",
+        example="stable-diffusion-2-1-unclip/",
     ),
     "karlo_prior": Format(
         _prior,

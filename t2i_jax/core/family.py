@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
 from jax import Array
@@ -12,7 +12,7 @@ from jax import Array
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.fields import Checked, values
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec, SampleSpec
-from t2i_jax.core.types import Capabilities, Compute, LossOutput, M, O, Objective, single_objective
+from t2i_jax.core.types import Capabilities, Compute, LossOutput, M, O, Objective, Trips, single_objective
 
 
 class BaseFamily(Checked, abc.ABC, Generic[O]):
@@ -29,6 +29,20 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
     def __post_init__(self):
         super().__post_init__()
         self.compute.check(self.capabilities)
+        if self.reads_low_codes:
+            self._check_low_codes()
+
+    @property
+    def reads_low_codes(self) -> bool:
+        """Whether it is the second stage of a cascade, whose condition is codes of a small image."""
+        return "low_codes" in self.condition_spec()
+
+    def _check_low_codes(self) -> None:
+        """Errors: `ConfigError` where these are not codes of this model's codec, one map of them."""
+        spec, low = self.sample_spec(), self.condition_spec()["low_codes"]
+        if spec.scales or not spec.code.is_discrete or spec.field.high != low.high:
+            its = f"{spec.code}, in maps of several sizes" if spec.scales else str(spec.code)
+            raise ConfigError(f"the condition reads codes 0 to {low.high} of small images: the model has {its}")
 
     @property
     @abc.abstractmethod
@@ -64,7 +78,7 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
     def check(self, options: O) -> None:
         """Raises nothing: the options validate themselves."""
 
-    def loop_trips(self, options: O) -> int | Sequence[tuple[int, ...]]:
+    def loop_trips(self, options: O) -> Trips:
         """1: every loop of the sampler has a static length."""
         return 1
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat, tee
 
 import jax
 from jax.extend import core
 
 from t2i_jax.core import jaxprs
 from t2i_jax.core.sharding import Device
+from t2i_jax.core.types import Once, Trips, loops_of
 
 # Published dense bf16 peaks, FLOP/s per device as JAX counts devices.
 PEAKS = {
@@ -28,18 +30,16 @@ PEAKS = {
 }
 
 
-Trips = float | Sequence[tuple[int, ...]]
-
-
 def count(function: Callable[..., object], *arguments: object, trips: Trips = 1) -> float:
     """FLOPs of one call with arguments of these shapes (abstract ones will do); loops count as often as they run.
 
     A `while_loop`, whose length is not known, counts `trips` times, a `cond` its dearest branch, and what platforms do
-    each in their way (`platform_dependent`) as the default does it. Instead of a number `trips` may say for each turn
-    of the loop which branches the conds of its body take, in the program's order. Errors: `jaxprs.UnknownForm` for a
-    primitive that may compute products and is not known.
+    each in their way (`platform_dependent`) as the default does it. With `InTurn` the first loop that has products
+    counts by the first of its trips, and so on; further ones by the last. Errors: `jaxprs.UnknownForm` for a primitive
+    that may compute products and is not known.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, trips)
+    several = loops_of(trips)
+    return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr, chain(several, repeat(several[-1])))
 
 
 def peak(device: Device) -> float | None:
@@ -47,12 +47,12 @@ def peak(device: Device) -> float | None:
     return next((v for k, v in PEAKS.items() if device.device_kind.startswith(k)), None)
 
 
-def _jaxpr(jaxpr: core.Jaxpr, trips: Trips, taken: Iterator[int] | None = None) -> float:
+def _jaxpr(jaxpr: core.Jaxpr, trips: Iterator[Once], taken: Iterator[int] | None = None) -> float:
     return sum(_form(jaxprs.read(e), trips, taken) for e in jaxpr.eqns)
 
 
-def _form(form: jaxprs.Form, trips: Trips, taken: Iterator[int] | None = None) -> float:
-    """taken: branches of the conds that are still to come."""
+def _form(form: jaxprs.Form, trips: Iterator[Once], taken: Iterator[int] | None = None) -> float:
+    """trips: of the loops that are still to come; taken: branches of the conds that are."""
     match form:
         case None:
             return 0.0
@@ -61,11 +61,15 @@ def _form(form: jaxprs.Form, trips: Trips, taken: Iterator[int] | None = None) -
         case jaxprs.Scan(body, length):
             return length * _jaxpr(body, trips, taken)
         case jaxprs.While(condition, body):
-            if isinstance(trips, float | int):
-                return trips * (_jaxpr(condition, trips, taken) + _jaxpr(body, trips, taken))
-            return sum(_jaxpr(condition, 1) + _jaxpr(body, 1, iter(turn)) for turn in trips)
+            if not _jaxpr(condition, repeat(1)) + _jaxpr(body, repeat(1)):
+                return 0.0
+            own = next(trips)
+            if isinstance(own, float | int):
+                return own * (_jaxpr(condition, repeat(own), taken) + _jaxpr(body, repeat(own), taken))
+            return sum(_jaxpr(condition, repeat(1)) + _jaxpr(body, repeat(1), iter(turn)) for turn in own)
         case jaxprs.Cond(branches):
             chosen = next(taken, None) if taken and len(branches) > 1 else None
-            return max(_jaxpr(b, trips) for b in (branches if chosen is None else branches[chosen : chosen + 1]))
+            several = branches if chosen is None else branches[chosen : chosen + 1]
+            return max(_jaxpr(b, own) for b, own in zip(several, tee(trips, len(several)), strict=True))
         case jaxprs.Call(body, times):
             return times * _jaxpr(body, trips, taken)

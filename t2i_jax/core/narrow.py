@@ -16,6 +16,7 @@ from t2i_jax.core.types import (
     Classifier,
     Codec,
     Family,
+    Fitted,
     GaussianFamily,
     Interpolates,
     Likelihood,
@@ -78,6 +79,11 @@ def uses_frozen_networks(config: Trainable) -> UsesFrozenNetworks:
 def shares_forward(config: Trainable) -> SharesForward:
     """Narrow to `SharesForward`. Errors: `ConfigError` for a config whose objectives share no forward pass."""
     return cast(SharesForward, _declares(config, "shared_forward", "has no forward pass that its objectives share"))
+
+
+def fitted(config: Trainable) -> Fitted:
+    """Narrow to `Fitted`. Errors: `ConfigError` for a config without state that is computed from examples."""
+    return cast(Fitted, _declares(config, "fitted", "has nothing that is fitted to examples before training"))
 
 
 def measures_scale(config: Trainable) -> MeasuresScale:

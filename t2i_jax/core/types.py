@@ -61,6 +61,30 @@ class Toward:
     """(b,) in [0, 1]: 0 is the condition and the key of the call itself, 1 those here"""
 
 
+Once = float | Sequence[tuple[int, ...]]
+"""How often a loop runs: a number, or for each time which branches the conds of its body take, in their order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InTurn:
+    """How often each of several loops runs, which follow one another in a program."""
+
+    each: tuple[Trips, ...]
+
+    @property
+    def flat(self) -> tuple[Once, ...]:
+        """The same of single loops."""
+        return tuple(own for trips in self.each for own in loops_of(trips))
+
+
+Trips = Once | InTurn
+
+
+def loops_of(trips: Trips) -> tuple[Once, ...]:
+    """How often each loop runs."""
+    return trips.flat if isinstance(trips, InTurn) else (trips,)
+
+
 # -- training
 
 
@@ -153,12 +177,16 @@ class Capabilities:
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
     """`GaussianFamily`, whose `sample` takes a weaker model in place of the unconditional branch"""
+    fitted: bool = False
+    """`Fitted`: has state that is computed from training examples before the first step"""
     reads_codec: bool = False
     """`ReadsCodec`: its network reads vectors of its codec, which it keeps a copy of"""
     token_head: bool = False
     """its field `head` samples each token: a `heads.TokenHead`, which may be replaced"""
     int8: bool = False
     """samples with int8 matrices"""
+    image_embedding: bool = False
+    """`sample` takes `image_features`, embeddings (b, k) of images in place of those that it draws"""
     interpolation: bool = False
     """`Interpolates`: `sample` takes `toward`, another condition and other noise"""
 
@@ -252,9 +280,9 @@ class Family(Trainable[M], Protocol[M, O]):
         """Check sampling options. Errors: `ConfigError` or `ValueError` for options that cannot be sampled with."""
         ...
 
-    def loop_trips(self, options: O) -> int | Sequence[tuple[int, ...]]:
-        """Trip count of the sampler's loop for these options; or the sizes that each of its steps uses, where a step
-        selects among compiled ones (`flops.count`)."""
+    def loop_trips(self, options: O) -> Trips:
+        """Trip count of the sampler's loop for these options, or of each of its loops; or the sizes that each step
+        uses, where it selects among compiled ones (`flops.count`)."""
         ...
 
     def sample(
@@ -346,6 +374,24 @@ class ReadsCodec(Family[M, O], Protocol[M, O]):
 
         Errors: `ConfigError` for a codec of another kind, or whose vectors have other shapes.
         """
+        ...
+
+
+class Fitted(Trainable[M], Protocol[M]):
+    """A model with state that is computed from training examples before the first step: principal axes, statistics."""
+
+    @property
+    def fit_examples(self) -> int:
+        """Number of examples that it is computed from."""
+        ...
+
+    @property
+    def fit_fields(self) -> tuple[str, ...]:
+        """Fields of a training batch that it is computed from."""
+        ...
+
+    def fitted(self, model: M, batches: Iterable[Mapping[str, np.ndarray]]) -> M:
+        """The model with this state, of batches on the host. Errors: `ConfigError` for examples that do not do."""
         ...
 
 

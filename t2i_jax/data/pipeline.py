@@ -43,9 +43,9 @@ log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 Facts = dict[str, int | str]
 """what is known of a split, for printing"""
-Field = Literal["image", "label", "codes", "low_codes", "latents", "features", "text_mask"]
+Field = Literal["image", "label", "codes", "low_codes", "latents", "image_features", "features", "text_mask"]
 PER_CAPTION: tuple[Field, ...] = ("features", "text_mask")  # a row for each caption of the record
-ARRAYS: tuple[Field, ...] = ("label", "codes", "low_codes", "latents", *PER_CAPTION)
+ARRAYS: tuple[Field, ...] = ("label", "codes", "low_codes", "latents", "image_features", *PER_CAPTION)
 DIRECTIONAL_WORDS = (
     "left", "right", "flag", "text", "letter", "letters", "word", "words", "sign", "button", "symbol", "logo", "number",
     "digit", "keycap", "clock", "o'clock", "map", "writing", "japanese", "arrow",

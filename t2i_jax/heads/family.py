@@ -12,7 +12,6 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.conditions import Batch
-from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import Grid, Size
 from t2i_jax.core.specs import BatchSpec, SampleSpec
@@ -51,11 +50,6 @@ class HeadFamily(BaseFamily[A]):
         _ = self.sample_spec()  # rejects a patch that no token can be made of
         self.conditioning.route(type(self).__name__, *self.routes)
         check_vectors(self.conditioning.what, self.transformer.width)
-        low = self.condition_spec().get("low_codes")
-        if low is not None and self.head.code.field(self.grid).high != low.high:
-            raise ConfigError(
-                f"the condition reads codes 0 to {low.high} of small images: the head has {self.head.code}"
-            )
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -71,7 +65,7 @@ class HeadFamily(BaseFamily[A]):
             guidance=True,
             inpaint=True,
             negative=True,
-            super_resolution="low_codes" in self.condition_spec(),
+            super_resolution=self.reads_low_codes,
             token_head=True,
             remat=REMATS,
             attention=True,

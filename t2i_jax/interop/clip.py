@@ -16,8 +16,12 @@ PLAIN = {
 """Fields there of a network that is OpenAI's, but for its sizes and its activation."""
 NEEDED = ("token_embedding.weight", "visual.conv1.weight", "positional_embedding")
 """Names that every file of OpenAI has."""
-FOLDER_NEEDED = (("text_model.embeddings.token_embedding.weight",), ("embeddings.token_embedding.weight",))
-"""Names that every folder of `transformers` has, or newer ones of a text tower alone."""
+FOLDER_NEEDED = (
+    ("text_model.embeddings.token_embedding.weight",),
+    ("embeddings.token_embedding.weight",),
+    ("vision_model.embeddings.class_embedding",),
+)
+"""Names that every folder of `transformers` has, or newer ones of a text tower alone, or those of an image tower."""
 IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_mask$"
 
 

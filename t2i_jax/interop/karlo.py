@@ -91,9 +91,12 @@ def decoder_table(model: nnx.Module, image_tokens: int, kept_null: bool) -> Tabl
     return {**under(adm.table(model, condition=under(lines, "condition.")), theirs=MODEL), **_null(kept_null)}
 
 
-def whole_table(prior: Table, decoder: Table) -> Table:
-    """Names for a `models.unclip.UnCLIPModel`, whose parts are read from several files."""
-    parts = under(prior, "prior.", "prior.") | under(decoder, "decoder.", "decoder.")
+def whole_table(prior: Table | None, decoder: Table) -> Table:
+    """Names for a `models.unclip.UnCLIPModel`, whose parts are read from several files; it may have no prior."""
+    named = under(decoder, "decoder.", "decoder.")
+    if prior is None:
+        return named
+    parts = under(prior, "prior.", "prior.") | named
     return {**parts, "mean": source(MEAN), "std": source(STD)}
 
 

@@ -43,10 +43,11 @@ class AR(Autoregressive):
     """Rows and columns of codes."""
     transformer: Transformer = Transformer(256, 6, 4, dropout=0.1)
     conditioning: Conditioning = Conditioning(ClassEmbedder(1000))
-    """The class, a caption, features, ids of its own vocabulary (`PrefixTokens`), or vectors of this model's width
-    used unchanged (`CrossAttnFeatures`). Its tokens precede the image (via "prefix", the default), or every layer
-    cross-attends to them and the image gets a start token ("cross_attention"): an encoder-decoder as in dalle-mini
-    and Parti (Yu et al. 2022, 2.1)."""
+    """The class, a caption, features, ids of its own vocabulary (`PrefixTokens`), or vectors used unchanged
+    (`CrossAttnFeatures`). Its tokens precede the image (via "prefix", the default), and have this model's width; or
+    every layer cross-attends to them, of any width, and the image gets a start token ("cross_attention"): an
+    encoder-decoder as in dalle-mini and Parti (Yu et al. 2022, 2.1), or embeddings of neighbours as in RARM (Blattmann
+    et al. 2022)."""
     positions: RotaryPositions | LearnedPositions = RotaryPositions()
     tied: bool = False
     """Use the token table also as the output matrix."""
@@ -71,7 +72,9 @@ class AR(Autoregressive):
     def __post_init__(self):
         super().__post_init__()
         condition = self.conditioning.what
-        if self.is_cross_attended or not condition.spec.gives_ids:
+        if self.is_cross_attended:
+            check_vectors(condition)
+        elif not condition.spec.gives_ids:
             check_vectors(condition, self.transformer.width)
         if self.conditioning.dropout and not condition.spec.has_null:
             raise ValueError("conditioning.dropout > 0 needs unconditional vectors: trained_null or kept_null")
@@ -191,7 +194,8 @@ class ARNetwork(CachedNetwork[ARDecodeState]):
         rows = (learned and learned.count) or config.prefix_length + config.length - 1
         prefix = config.prefix_length
         self.positions = None if learned is None else position_table(jnp.zeros((rows, d)), config.grid, prefix=prefix)
-        self.blocks = stack(shape, keys[2], config.compute.attention, d if cross else 0)
+        context = config.conditioning.what.token_width(d) if cross else 0
+        self.blocks = stack(shape, keys[2], config.compute.attention, context)
         scale_residuals(self.blocks)
         self.norm = shape.normalise()
         output = normal(keys[3], (d, config.vocabulary), 0.0 if config.zero_output else 0.02)

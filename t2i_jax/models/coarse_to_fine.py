@@ -136,7 +136,7 @@ class CoarseToFine(BaseFamily[CoarseToFineSampler]):
 
     def loop_trips(self, options: CoarseToFineSampler) -> int:
         """Rounds of iterative super-resolution."""
-        return max(int(options.refinements), 1)
+        return int(options.refinements)
 
     # -- training
 

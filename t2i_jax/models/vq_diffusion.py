@@ -128,6 +128,7 @@ class VQDiffusion(BaseFamily[DiscreteSampler]):
             guidance=True,
             likelihood=True,
             inpaint=True,
+            super_resolution=self.reads_low_codes,
             remat=REMATS,
             attention=True,
             loss_chunk=True,

@@ -17,8 +17,8 @@ from t2i_jax.core.conditions import Batch, ConditionSpec
 from t2i_jax.core.fields import Size
 from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.networks.condition import BaseCondition, CrossAttnFeatures, value
-from t2i_jax.nn.layers import LayerNorm, Linear, ModelState, normal, param
+from t2i_jax.networks.condition import BaseCondition, CrossAttnFeatures, ids, value
+from t2i_jax.nn.layers import Embedding, LayerNorm, Linear, ModelState, normal, param
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.noise.processes import Discrete
 
@@ -90,6 +90,37 @@ class ProjectedCaption(nnx.Module):
         whole, tokens, mask = self.caption(batch, drop, dtype)
         tokens = jnp.concatenate([self.tokens(tokens), self.whole(whole)[:, None]], 1)
         return tokens, jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity(BaseCondition):
+    """One token of how similar caption and image are: a row of a table for each bucket of the product of their
+    embeddings (Ramesh et al. 2022, 2.2). The unconditional branch has it, too."""
+
+    buckets: Size = 1024
+
+    length = 1
+
+    def batch_spec(self) -> BatchSpec:
+        """Fields that it reads of a batch."""
+        return {"similarity": FieldSpec((), "int32", 0, self.buckets - 1)}
+
+    def init(self, key: Array, width: int) -> SimilarityToken:
+        return SimilarityToken(self, key, width)
+
+
+class SimilarityToken(nnx.Module):
+    """`similarity` int (b,) -> one token (b, 1, d), always visible; `drop` has no effect."""
+
+    def __init__(self, config: Similarity, key: Array, width: int):
+        self.config, self.table = config, Embedding(config.buckets, width, key)
+
+    @typed
+    def __call__(
+        self, batch: Batch, drop: Bool[Array, " b"], dtype: DTypeLike = jnp.float32
+    ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        tokens = self.table(ids(batch, "similarity", self.config.buckets))[:, None]
+        return tokens.astype(dtype), jnp.ones(tokens.shape[:2], bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Autoregressive(BaseFamily[ARSampler]):
             likelihood=True,
             inpaint=True,
             inpaint_prefix=True,
+            super_resolution=self.reads_low_codes,
             int8=True,
             remat=REMATS,
             attention=True,

@@ -383,6 +383,9 @@ class UnCLIPSampler(DiffusionSampler):
 
     prior_steps: Annotated[int | Array, Range(1, LARGEST)] = 25
     """Steps of the prior's solver."""
+    prior_similarity: Annotated[float | Array, Range(low=0, below=1)] = 0.5
+    """For a prior that reads how similar caption and image are: it is drawn from what lies above this quantile in
+    training, the upper half as in the paper."""
     prior_guidance: Annotated[float | Array, Range()] = 4.0
     """Scale of the prior's guidance; 1: no guidance. One number, or one per image (b,)."""
     image_noise: Annotated[int | Array, Range(0, LARGEST)] = 0

@@ -24,7 +24,7 @@ from PIL import Image
 
 from t2i_jax.core.arrays import Float, typed
 from t2i_jax.core.conditions import TextSpec
-from t2i_jax.core.fields import VOCABULARY
+from t2i_jax.core.fields import ENCODER, VOCABULARY, Checked
 from t2i_jax.core.params import abstract, named
 from t2i_jax.core.sharding import shard
 from t2i_jax.interop import clip as published
@@ -70,8 +70,8 @@ class Clip:
 
     @classmethod
     def of_huggingface(cls, config: Fields) -> Clip:
-        """From the fields of config.json; that of a text tower alone leaves the image tower at its defaults, and may
-        have no `dim`.
+        """From the fields of config.json; that of one tower alone leaves the other at its defaults, and of a text tower
+        there may be no `dim`.
 
         Errors: ValueError naming the field.
         """
@@ -79,6 +79,9 @@ class Clip:
             projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
             dim = config.get("projection_dim", 512) if projects else 0
             return cls.of_huggingface({"text_config": config, "vision_config": {}, "projection_dim": dim})
+        if config.get("model_type") == "clip_vision_model":
+            dim = config.get("projection_dim", 512)
+            return cls.of_huggingface({"text_config": {}, "vision_config": config, "projection_dim": dim})
         for part in ("text_config", "vision_config"):
             if not isinstance(config.get(part), Mapping):
                 raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
@@ -296,6 +299,14 @@ def load_text(path: str | Path, activation: str = "") -> TextTower:
     return to_ours(tower, tensors, lines, ignore=".", file=str(path))
 
 
+def load_image(path: str | Path, activation: str = "") -> ImageTower:
+    """The image tower alone, in fp32, on the host; of a folder or a file that may have no other."""
+    config, tensors, table = read(path, activation=activation)
+    tower = abstract(config).image
+    lines = {name: table[f"image.{name}"] for name in named(tower)}
+    return to_ours(tower, tensors, lines, ignore=".", file=str(path))
+
+
 # --------------------------------------------------------------------------------------------------------- captions
 
 
@@ -395,7 +406,7 @@ class ClipEmbedding(_Captions):
 
     def embed_images(self, model: CLIP, images: Array) -> Array:
         """The same as (b, k), not normalised."""
-        return model.image.embed(as_seen(images, sizes(self.folder, self.activation).size))
+        return _embedded(self, model.image, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,7 +457,30 @@ class ClipCaption(_Captions):
 
     def image_features(self, model: CLIP, images: Array) -> Array:
         """The embedding of each image, not normalised: (b, i, j, c) in [-1, 1] -> (b, k) fp32."""
-        return model.image.embed(as_seen(images, sizes(self.folder, self.activation).size))
+        return _embedded(self, model.image, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipImages(Checked):
+    """The image tower of a CLIP, for text sides whose encoders of captions have none."""
+
+    folder: Annotated[str, ENCODER]
+    """in the layout of Hugging Face, maybe of that tower alone; or as `FolderEncoder.folder`"""
+    activation: str = ""
+    """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
+
+    def load(self) -> ImageTower:
+        """The tower in fp32, on the host. Errors: those of `load_image`."""
+        return load_image(self.folder, self.activation)
+
+    def embed(self, model: ImageTower, images: Array) -> Array:
+        """The embedding of each image, not normalised: (b, i, j, c) in [-1, 1] -> (b, k) fp32."""
+        return _embedded(self, model, images)
+
+
+def _embedded(text: _Captions | ClipImages, tower: ImageTower, images: Array) -> Array:
+    """Embeddings (b, k), not normalised, of images (b, i, j, c) in [-1, 1], as CLIP sees them."""
+    return tower.embed(as_seen(images, sizes(text.folder, text.activation).size))
 
 
 def _encode(text: _Captions, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Two CLIPs as one text encoder: that of a prior and that of a decoder, in Stable unCLIP."""
+"""Several CLIPs as one text encoder, in Stable unCLIP: those of a prior and of a decoder, and that of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.text.clip import CLIP, ClipCaption, ClipText, TextTower
+from t2i_jax.core.conditions import TextSpec
+from t2i_jax.core.narrow import text_encoder
+from t2i_jax.text.clip import CLIP, ClipCaption, ClipImages, ClipText, ImageTower, TextTower
 from t2i_jax.text.cut import LimitedEncoder
 
 
@@ -61,3 +63,55 @@ class ClipPairEncoders(nnx.Module):
 
     def __init__(self, prior: CLIP | TextTower, decoder: TextTower):
         self.prior, self.decoder = prior, decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionsAndImages(LimitedEncoder):
+    """Captions by an encoder that reads no images, and images by a tower of their own."""
+
+    captions: ClipText | ClipPair
+    images: ClipImages
+
+    @property
+    def spec(self) -> TextSpec:
+        return TextSpec(features=True, image_embedding=True, limited=True)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s) and a mask. Errors: those of `captions`."""
+        return self.captions(captions)
+
+    @property
+    def room(self) -> int:
+        return self.captions.room
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return self.captions.tokens(captions)
+
+    def cut(self, captions: Sequence[str]) -> list[int]:
+        return self.captions.cut(captions)
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return self.captions.full(ids, mask)
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        return self.captions.feature_shape
+
+    def load(self) -> CaptionAndImageEncoders:
+        """All with their weights, on the host. Errors: those of both."""
+        return CaptionAndImageEncoders(self.captions.load(), self.images.load())
+
+    def features(self, model: CaptionAndImageEncoders, ids: Array, mask: Array) -> Array:
+        """(b, s) ids -> features of captions."""
+        return text_encoder(self.captions).features(model.captions, ids, mask)
+
+    def image_features(self, model: CaptionAndImageEncoders, images: Array) -> Array:
+        """The embedding of each image, not normalised: (b, i, j, c) in [-1, 1] -> (b, k) fp32."""
+        return self.images.embed(model.images, images)
+
+
+class CaptionAndImageEncoders(nnx.Module):
+    """The parameters of a `CaptionsAndImages`."""
+
+    def __init__(self, captions: TextTower | ClipPairEncoders, images: ImageTower):
+        self.captions, self.images = captions, images

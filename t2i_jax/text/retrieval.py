@@ -28,15 +28,25 @@ from t2i_jax.text.clip import CLIP, ClipEmbedding, unit
 from t2i_jax.text.cut import LimitedEncoder
 
 
+class Database(nnx.Module):
+    """Embeddings fp32 (n, k), and one over the length of each (n,), which a search needs and no call computes again."""
+
+    def __init__(self, rows: Array):
+        self.rows = ModelState(rows, axes=(None, None))
+        lengths = jnp.linalg.norm(rows, axis=-1)
+        self.scale = ModelState(1 / jnp.maximum(lengths, 1e-12), axes=(None,))
+
+
 @typed
-def nearest(database: Float[Array, "n k"], queries: Float[Array, "b k"], count: int) -> Int[Array, "b {count}"]:
+def nearest(database: Database, queries: Float[Array, "b k"], count: int) -> Int[Array, "b {count}"]:
     """The rows of a database whose cosines with each query are largest, by falling cosine: int32 (b, count)."""
-    return jax.lax.top_k(unit(queries) @ unit(database).T, count)[1]
+    products = jnp.matmul(unit(queries), database.rows[...].T, precision="highest")
+    return jax.lax.top_k(products * database.scale[...], count)[1]
 
 
 @typed
 def retrieved(
-    database: Float[Array, "n k"],
+    database: Database,
     queries: Float[Array, "b k"],
     count: int,
     *,
@@ -48,7 +58,7 @@ def retrieved(
 
     first: the query comes first, else it is left out. normalise: to length 1. skipped: nearest ones that are left out.
     """
-    rows = database[nearest(database, queries, skipped + count)[:, skipped:]]
+    rows = database.rows[...][nearest(database, queries, skipped + count)[:, skipped:]]
     rows = jnp.concatenate([queries[:, None], rows], 1) if first else rows
     return (unit(rows) if normalise else rows).astype(jnp.float32)
 
@@ -76,10 +86,10 @@ def read_database(path: str | Path) -> np.ndarray:
 
 
 class Retriever(nnx.Module):
-    """The towers of a CLIP, and a database of its embeddings, fp32 (n, k)."""
+    """The towers of a CLIP, and a database of its embeddings."""
 
-    def __init__(self, clip: CLIP, database: Array):
-        self.clip, self.database = clip, ModelState(database, axes=(None, None))
+    def __init__(self, clip: CLIP, database: Database):
+        self.clip, self.database = clip, database
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Neighbours(Checked, LimitedEncoder):
             raise ConfigError(
                 f"{self.database}: embeddings {rows.shape}; the encoder has {width} numbers, and {most} rows are read"
             )
-        return Retriever(self.clip.load(), jnp.asarray(rows))
+        return Retriever(self.clip.load(), Database(jnp.asarray(rows)))
 
     def features(self, model: Retriever, ids: Array, mask: Array) -> Array:
         """Of each caption: (b, s) ids -> (b, query + neighbours, k) fp32."""
@@ -149,4 +159,4 @@ class Neighbours(Checked, LimitedEncoder):
 
     def _of(self, model: Retriever, own: Array, first: bool, skipped: int = 0) -> Array:
         count = self.feature_shape[0] - first
-        return retrieved(model.database[...], own, count, first=first, normalise=self.normalise, skipped=skipped)
+        return retrieved(model.database, own, count, first=first, normalise=self.normalise, skipped=skipped)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,11 +28,11 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.memory import check_memory
-from t2i_jax.core.narrow import learns_from_images, reads_codec
+from t2i_jax.core.narrow import fitted, learns_from_images, reads_codec
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.params import Named, abstract, named, rebuild
 from t2i_jax.core.platform import shared_cache
-from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings
+from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings, to_host
 from t2i_jax.core.specs import check_batch
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
@@ -56,7 +58,7 @@ from t2i_jax.training.objectives import (
 from t2i_jax.training.optimizer import with_rates
 from t2i_jax.training.records import Records
 from t2i_jax.training.start import Start, read_start
-from t2i_jax.training.state import TrainState, create, params_of
+from t2i_jax.training.state import TrainState, carried_of, create, params_of
 from t2i_jax.training.step import base_of, loss_inputs, make_step, step_keys
 from t2i_jax.training.watch import raise_peer_lost, watchdog
 
@@ -165,7 +167,23 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             init = lambda key, codec, values: self.init(key, codec, begun, values)
             init = jax.jit(init, out_shardings=self.layout, compiler_options=options)
-            return init(seed_key(self.experiment.train.seed), self.read, begun.values if begun else {})
+            state = init(seed_key(self.experiment.train.seed), self.read, begun.values if begun else {})
+            taken = () if begun is None else tuple(begun.values)
+            return self._fitted(state, taken) if self.experiment.model.capabilities.fitted else state
+
+    def _fitted(self, state: TrainState, taken: Sequence[str]) -> TrainState:
+        """The state with what is computed from the first training examples, but for the arrays `taken` of another
+        model, to which its other weights are used."""
+        config = fitted(self.experiment.model)
+        key, of = step_keys(self.experiment.train.seed, 0)[1], config.fit_fields
+        prepare = jax.jit(lambda frozen, batch: {k: v for k, v in self.prepare(frozen, batch, key).items() if k in of})
+        count = -(-config.fit_examples // self.experiment.data.batch_size)
+        with contextlib.closing(self.batches(0)) as stream:
+            batches = (prepare(self.frozen, batch) for batch in itertools.islice(stream, count))
+            with refused("model"):
+                model = config.fitted(self.model(state), ({k: to_host(v) for k, v in b.items()} for b in batches))
+        carried = put_on_mesh(jax.device_get(carried_of(model)), self.layout.carried)
+        return dataclasses.replace(state, carried=carried | {k: state.carried[k] for k in taken if k in carried})
 
     def begin(self) -> Start | None:
         """The weights of `train.start`; None where it is empty. Errors: as `read_start`."""
@@ -229,7 +247,7 @@ class Trainer:
         """This process's rows of a batch as part of the global batch."""
         return global_batch(batch, self.mesh, self.experiment.data.batch_size)
 
-    def batches(self, position: int, split: str = "train") -> Iterator[dict[str, jax.Array]]:
+    def batches(self, position: int, split: str = "train") -> Generator[dict[str, jax.Array], None, None]:
         """Global batches from a data position on; the next one is always in transfer to the devices."""
         e = self.experiment
         rows = rows_of(self.mesh, e.data.batch_size)
