@@ -73,7 +73,7 @@ def test_the_loop_in_pytorch_filters_as_ours_does():
 
 
 def test_the_loop_in_pytorch_is_of_class_models_only():
-    with pytest.raises(ValueError, match="not qk_norm"):
+    with pytest.raises(ValueError, match=r"not transformer\.qk_norm"):
         Decoder(with_fields(TINY, qk_norm=True), None)
     with pytest.raises(ValueError, match="not condition"):
         Decoder(with_fields(TINY, condition=CaptionEncoder(11, length=4)), None)
@@ -191,9 +191,9 @@ def test_commands_compare_and_refuse_other_kinds(command, tmp_path, monkeypatch)
     main = lambda *words: bench.main([command, str(tmp_path / "config.py"), *extra, "--repeats", "1", *words])
     main("--eager", "--out", str(tmp_path / "out.json"))
     assert all(r["eager"] > 0 for r in json.loads((tmp_path / "out.json").read_text())["results"])
-    odd = {"train": "model.dtype=bfloat16", "codec": "model.dtype=bfloat16", "sample": "model.solver=dpm++"}[command]
-    with pytest.raises(ConfigError, match=f"--eager: .*not {odd.split('.')[1].split('=')[0]}"):
-        main("--eager", f"--{odd}")
+    odd = {"train": "compute.dtype=bfloat16", "codec": "dtype=bfloat16", "sample": "solver=dpm++"}[command]
+    with pytest.raises(ConfigError, match=f"--eager: .*not {odd.split('=')[0]}"):
+        main("--eager", f"--model.{odd}")
 
 
 def test_other_codecs_and_denoisers_are_refused():
@@ -205,5 +205,5 @@ def test_other_codecs_and_denoisers_are_refused():
         Codec(KL(), None)
     with pytest.raises(ValueError, match="not solver"):
         Denoiser(dataclasses.replace(DENOISER, solver="dpm++"), None)
-    with pytest.raises(ValueError, match=r"not network\.qk_norm"):
+    with pytest.raises(ValueError, match=r"not network\.transformer\.qk_norm"):
         Denoiser(dataclasses.replace(DENOISER, network=with_fields(DENOISER.network, qk_norm=True)), None)

@@ -219,7 +219,7 @@ def test_what_is_wrong_is_told(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="no such file, and no folder"):
         clip.load(tmp_path / "none.pt")
     save_file({"visual.attnpool.q_proj.weight": np.ones((2, 2), np.float32)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(ValueError, match="picture tower is a ResNet; only ViT"):
+    with pytest.raises(ValueError, match="image tower is a ResNet; only ViT"):
         clip.load(tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match="config.json has no vision_config"):
         Clip.of_huggingface({"text_config": {}})

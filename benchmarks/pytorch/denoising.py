@@ -94,24 +94,25 @@ class Denoiser:
     def _velocity(self, x: Any, t: Any, known: Any) -> Any:
         """x (r, c, i, j) at times (r,) with what is known (r, d)."""
         torch, f, c = self.torch, self.f, self.network
+        shape = c.transformer
         p, (rows, columns) = c.patch, (side // c.patch for side in c.size)
 
         def modulate(x, shift, scale):
-            return f.layer_norm(x, (c.width,), eps=c.eps) * (1 + scale[:, None]) + shift[:, None]
+            return f.layer_norm(x, (shape.width,), eps=shape.eps) * (1 + scale[:, None]) + shift[:, None]
 
         half = c.frequency_dim // 2
         angles = t[:, None] * torch.exp(-math.log(10000.0) * torch.arange(half) / half)
         waves = torch.cat([angles.cos(), angles.sin()], -1)
-        c = f.silu(f.linear(f.silu(f.linear(waves, *self.time[0])), *self.time[1]) + known)
+        known = f.silu(f.linear(f.silu(f.linear(waves, *self.time[0])), *self.time[1]) + known)
         patches = x.view(len(x), c.channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         x = f.linear(patches, *self.embed) + self.positions
         for block in self.blocks:
-            parts = f.linear(c, *block["modulation"]).chunk(6, 1)
-            q, k, v = f.linear(modulate(x, *parts[:2]), *block["qkv"]).unflatten(-1, (3, c.heads, -1)).unbind(2)
+            parts = f.linear(known, *block["modulation"]).chunk(6, 1)
+            q, k, v = f.linear(modulate(x, *parts[:2]), *block["qkv"]).unflatten(-1, (3, shape.heads, -1)).unbind(2)
             y = f.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
             x = x + parts[2][:, None] * f.linear(y.transpose(1, 2).flatten(-2), *block["out"])
             y = f.gelu(f.linear(modulate(x, *parts[3:5]), *block["into"]), approximate="tanh")
             x = x + parts[5][:, None] * f.linear(y, *block["down"])
-        y = f.linear(modulate(x, *f.linear(c, *self.last).chunk(2, 1)), *self.out)
+        y = f.linear(modulate(x, *f.linear(known, *self.last).chunk(2, 1)), *self.out)
         y = y.view(len(x), rows, columns, p, p, c.channels).permute(0, 5, 1, 3, 2, 4)
         return y.reshape(len(x), c.channels, *c.size)
