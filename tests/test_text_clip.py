@@ -18,8 +18,9 @@ from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.interop import clip as published
 from t2i_jax.interop.names import to_theirs
+from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.text import clip
-from t2i_jax.text.clip import Clip, ClipEmbedding, ClipText
+from t2i_jax.text.clip import ClipEmbedding, ClipText
 from tests.fixtures.clip_files import TEXT, letters
 
 IMAGE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -101,7 +102,7 @@ def test_both_towers_are_those_of_the_original(tmp_path, name):
 
 def test_names_of_openai_hold_the_same(tmp_path, folder):
     torch = pytest.importorskip("torch")
-    tiny = dataclasses.replace(Clip.of_huggingface(clip.huggingface.config(folder)), end=None)
+    tiny = dataclasses.replace(clip.of_huggingface(clip.huggingface.config(folder)), end=None)
     rng = np.random.default_rng(0)
     tiny = dataclasses.replace(tiny, image=with_fields(tiny.image, heads=3))
     model, tensors = openai(tiny, rng)
@@ -179,10 +180,10 @@ def archive(torch, tensors, path):
 
 def test_fused_projections_are_those_of_the_original():
     """in_proj of OpenAI's attention and the three projections of Hugging Face's are the same numbers."""
-    config = Clip(
-        with_fields(Clip().text, width=16, depth=1, heads=2), with_fields(Clip().image, width=24, depth=2, heads=3),
-        dim=8, vocabulary=30, length=6, size=8, patch=4,
-    )  # fmt: skip
+    plain = CLIPTowers()
+    text = with_fields(plain.text, width=16, depth=1, heads=2)
+    image = with_fields(plain.image, width=24, depth=2, heads=3)
+    config = CLIPTowers(text, image, dim=8, vocabulary=30, length=6, size=8, patch=4)
     model, theirs = openai(config, np.random.default_rng(0))
     other = to_theirs(model, published.huggingface_table(8, 8))
     for part in ("weight", "bias"):
@@ -194,15 +195,15 @@ def test_fused_projections_are_those_of_the_original():
 
 
 def test_released_sizes_are_told_by_shapes():
-    tower = lambda d, n, depth=12: with_fields(Clip().text, width=d, depth=depth, heads=n, mlp=4 * d)
-    large = Clip(tower(768, 12), tower(1024, 16, 24), 768, patch=14)
-    small = Clip(tower(512, 8), tower(768, 12))
+    tower = lambda d, n, depth=12: with_fields(CLIPTowers().text, width=d, depth=depth, heads=n, mlp=4 * d)
+    large = CLIPTowers(tower(768, 12), tower(1024, 16, 24), 768, patch=14)
+    small = CLIPTowers(tower(512, 8), tower(768, 12))
     for config, count in ((small, 151_277_313), (dataclasses.replace(small, patch=16), 149_620_737),
                           (large, 427_616_513)):  # fmt: skip
         abstract = jax.eval_shape(config.init, jax.random.key(0))
         assert sum(a.size for a in jax.tree.leaves(abstract)) == count
         shapes = jax.eval_shape(lambda m, c=config: theirs(m, c), abstract)
-        assert Clip.of_openai(shapes) == config
+        assert clip.of_openai(shapes) == config
 
 
 def theirs(model, config):
@@ -222,9 +223,9 @@ def test_what_is_wrong_is_told(tmp_path, folder):
     with pytest.raises(ValueError, match="image tower is a ResNet; only ViT"):
         clip.load(tmp_path / "resnet.safetensors")
     with pytest.raises(ValueError, match="config.json has no vision_config"):
-        Clip.of_huggingface({"text_config": {}})
+        clip.of_huggingface({"text_config": {}})
     with pytest.raises(ValueError, match=r"text_config\.hidden_act: activation 'tanh' is not one of quick_gelu"):
-        Clip.of_huggingface({"text_config": {"hidden_act": "tanh"}, "vision_config": {}})
+        clip.of_huggingface({"text_config": {"hidden_act": "tanh"}, "vision_config": {}})
     bad = tmp_path / "bad"
     bad.mkdir()
     shutil.copy(folder / "config.json", bad)

@@ -16,6 +16,7 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clip as published
 from t2i_jax.interop.names import to_theirs
 from t2i_jax.models.unclip import UnCLIP
+from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, CrossAttnFeatures
 from t2i_jax.networks.prior import EmbeddingPrior
 from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption, NoisedImageAndTokens
@@ -25,7 +26,7 @@ from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.sampling.options import UnCLIPSampler
 from t2i_jax.storage.artifacts import load_artifact
-from t2i_jax.text.clip import Clip, ClipCaption
+from t2i_jax.text.clip import ClipCaption
 from tests.fixtures.clip_files import letters
 from tests.fixtures.families import DECODER, FAMILIES, PRIOR, UNET, batch_for, fresh
 from tests.fixtures.published_models import random
@@ -150,8 +151,8 @@ def test_a_prior_sees_no_padding():
 def released(tmp_path_factory):
     """The files of a small Karlo in a folder, and the configuration that they are of."""
     path = tmp_path_factory.mktemp("karlo")
-    tower = dataclasses.replace(Clip().text, width=64, depth=1, heads=1)
-    sizes = Clip(tower, tower, dim=64, vocabulary=516, length=8, size=8, patch=4)
+    tower = dataclasses.replace(CLIPTowers().text, width=64, depth=1, heads=1)
+    sizes = CLIPTowers(tower, tower, dim=64, vocabulary=516, length=8, size=8, patch=4)
     save_file(to_theirs(random(sizes), published.openai_table(64, 64)), path / "ViT-L-14.pt")
     letters(path)
     encoded = CrossAttnFeatures(64, 9, trained_null=False)

@@ -21,7 +21,8 @@ from t2i_jax.training.experiment import load_experiment
 class EvaluateArguments(Checked):
     """The metrics table of a run or a released model, with images; written to report.json, report.md, samples.png.
 
-    A codec is judged by its reconstructions, a model by its images for captions and by the likelihood of real ones.
+    A codec is judged by its reconstructions, a model by its images for captions and by the likelihood of real ones, a
+    model of images and captions by retrieval and zero-shot classification.
     Example: t2i evaluate runs/quickstart/model --out runs/quickstart --count 200
     """
 
@@ -47,7 +48,8 @@ class EvaluateArguments(Checked):
     judge: bool = False
     """also train a small judge of image and caption on the training pairs, and rank by it"""
     matching: str = ""
-    """run or released DAMSM: R-precision, the share of images whose own caption it finds among 99 of other classes"""
+    """run or released DAMSM or CLIP, or a published CLIP: R-precision, the share of images whose own caption it finds
+    among 99 of other classes"""
 
 
 def run(arguments: list[str]) -> None:

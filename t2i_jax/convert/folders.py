@@ -27,7 +27,7 @@ from t2i_jax.core.params import named
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop.names import Fields
 from t2i_jax.interop.wrapping import holds
-from t2i_jax.storage.artifacts import Artifact, load_artifact, load_codec, save_artifact
+from t2i_jax.storage.artifacts import Artifact, is_stored, load_artifact, load_codec, save_artifact
 from t2i_jax.storage.hub import hub_metadata, readable
 from t2i_jax.text.clip import ClipCaption, ClipEmbedding, ClipText
 from t2i_jax.text.cut import FolderEncoder
@@ -60,7 +60,7 @@ def to_folder(
         raise ConfigError(f"{out}: exists already; choose another folder")
     if not Path(weights).exists():
         raise ConfigError(f"{weights}: there is no such file or folder; a hub's is hf://org/name/file")
-    if (settings := Path(weights, "config.json")).is_file() and "t2i_jax." in settings.read_text("utf-8", "replace"):
+    if is_stored(weights):
         raise ConfigError(f"{weights}: is a run or a released model already; --back makes a published file of it")
     if codec:
         codec_in(codec)

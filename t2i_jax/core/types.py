@@ -148,6 +148,8 @@ class Capabilities:
     """`Codec`: images to codes and back"""
     classifier: bool = False
     """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
+    image_text: bool = False
+    """encodes images and captions in one space, where `evaluation.matching` compares them"""
     frozen_networks: bool = False
     """`UsesFrozenNetworks`: a loss reads frozen networks"""
     shared_forward: bool = False

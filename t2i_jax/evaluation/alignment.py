@@ -15,6 +15,8 @@ class Retrieval:
 
     ranks: np.ndarray
     choices: int
+    fewer: np.ndarray | None = None
+    """choices (n,) of each query, where some have fewer"""
 
     def top(self, k: int) -> float:
         """Share of queries whose truth is among the first k."""
@@ -26,7 +28,7 @@ class Retrieval:
 
     def chance(self, k: int) -> float:
         """`top(k)` of uninformative queries."""
-        return min(k / self.choices, 1.0)
+        return float(np.minimum(k / (self.choices if self.fewer is None else self.fewer), 1.0).mean())
 
     @property
     def median_by_chance(self) -> float:
@@ -96,6 +98,36 @@ def retrieve_captions(
     codes, sentences, others = unit(codes), unit(sentences), unit(others)
     scores = [np.sum(codes * sentences, 1, keepdims=True), np.einsum("nd,ncd->nc", codes, others[drawn])]
     return rank(np.concatenate(scores, 1), np.zeros(len(codes), int))
+
+
+@typed
+def retrieve_pairs(
+    queries: Float[np.ndarray, "n d"], gallery: Float[np.ndarray, "n d"], kinds: Sequence[Hashable]
+) -> Retrieval:
+    """Rank by cosine of the own entry of each query among all entries of the gallery, the other side of n pairs, but
+    for entries of the same kind (an equal caption), which are no wrong answers.
+    """
+    order = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+    numbers = np.array([order[kind] for kind in kinds])
+    scores = unit(queries) @ unit(gallery).T
+    scores[(numbers[:, None] == numbers) & ~np.eye(len(scores), dtype=bool)] = -np.inf
+    found = rank(scores, np.arange(len(scores)))
+    return dataclasses.replace(found, fewer=np.isfinite(scores).sum(1))
+
+
+@typed
+def classify(
+    codes: Float[np.ndarray, "n d"],
+    sentences: Float[np.ndarray, "m d"],
+    own: Sequence[Int[np.ndarray, " _"]],
+    truth: Int[np.ndarray, " n"],
+) -> Retrieval:
+    """Zero-shot classification: rank of the class `truth` (n,) of each image, by cosine of its code and the class'
+    vector, the mean of the unit vectors of its captions (Radford et al. 2021, 3.1.4); own: which of the m sentences are
+    captions of each class."""
+    sentences = unit(sentences)
+    classes = unit(np.stack([sentences[rows].mean(0) for rows in own]))
+    return rank(unit(codes) @ classes.T, truth)
 
 
 @typed

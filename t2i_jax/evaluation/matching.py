@@ -1,4 +1,5 @@
-"""How well a DAMSM finds the caption of an image: R-precision (Xu et al. 2018, AttnGAN)."""
+"""How well a model of images and captions matches them: R-precision (Xu et al. 2018, AttnGAN), retrieval both ways,
+and zero-shot classification (Radford et al. 2021, CLIP)."""
 
 from __future__ import annotations
 
@@ -9,18 +10,26 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax import Array
 
-from t2i_jax.evaluation.alignment import retrieve_captions, unit
+from t2i_jax.core.narrow import text_encoder
+from t2i_jax.evaluation.alignment import classify, retrieve_captions, retrieve_pairs, unit
 from t2i_jax.evaluation.features import batches
 from t2i_jax.evaluation.report import Number
+from t2i_jax.networks.damsm import DAMSMNetwork
+from t2i_jax.storage.artifacts import is_stored, open_artifact
+from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.damsm import DamsmText, load_image_encoder
 
 CHOICES = 100
+RECALLS = (1, 5, 10)
+WORDINGS = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "an icon of {}")
+"""Captions of a class by its name, whose mean vector is that of the class."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Both encoders of a DAMSM."""
+    """Both encoders of a DAMSM or a CLIP."""
 
     codes: Callable[[np.ndarray], np.ndarray]
     """images uint8 (n, i, j, 3) -> codes (n, k)"""
@@ -29,13 +38,20 @@ class Matching:
 
     @classmethod
     def load(cls, path: str | Path, batch_size: int = 50) -> Matching:
-        """The DAMSM of a run or a released model. Errors: those of `DamsmText` and `load_image_encoder`."""
-        text = DamsmText(str(path))
-        captions, images = text.load(), load_image_encoder(path)
-        read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
-        look = jax.jit(lambda model, x: model(x.astype(np.float32) / 127.5 - 1)[1])
+        """The DAMSM or the CLIP of a run or a released model, or a published CLIP. Errors: those of `DamsmText`,
+        `load_image_encoder` and `ClipEmbedding`."""
+        if is_stored(path) and isinstance(open_artifact(path).artifact.model, DAMSMNetwork):
+            text = DamsmText(str(path))
+            captions, images = text.load(), load_image_encoder(path)
+            look = jax.jit(lambda model, x: model(signed(x))[1])
+        else:
+            text = ClipEmbedding(str(path))
+            captions = images = text.load()
+            look = jax.jit(lambda model, x: text.embed_images(model, signed(x)))
+        encoder = text_encoder(text)
+        read = jax.jit(lambda model, ids, mask: encoder.features(model, ids, mask)[:, 0])
 
-        def batched(step: Callable[..., jax.Array], *arrays: np.ndarray) -> np.ndarray:
+        def batched(step: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
             rows = batches(len(arrays[0]), batch_size)
             return np.concatenate([np.asarray(step(*(x[some] for x in arrays)))[:count] for some, count in rows])
 
@@ -77,3 +93,32 @@ class Matching:
             "matching/r_precision": Number(numbers[""][0], "higher", baselines(0) | {"chance": chance}),
             "matching/cosine": Number(numbers[""][1], "higher", baselines(1)),
         }
+
+    def retrieval(self, pictures: np.ndarray, captions: Sequence[str]) -> dict[str, Number]:
+        """Recall at 1, 5 and 10 of n pairs, images uint8 (n, i, j, 3) and their captions: `image_to_text/r@1`, the
+        share of images whose own caption is the most similar of all, and `text_to_image/r@1`, ...; pairs with the same
+        caption are no wrong answers."""
+        codes, sentences = self.codes(pictures), self.sentences(captions)
+        numbers = {}
+        for name, both in {"image_to_text": (codes, sentences), "text_to_image": (sentences, codes)}.items():
+            found = retrieve_pairs(*both, captions)
+            for k in RECALLS:
+                known = {"chance": found.chance(k), "pairs": float(len(codes))}
+                numbers[f"{name}/r@{k}"] = Number(found.top(k), "higher", known)
+        return numbers
+
+    def zero_shot(self, pictures: np.ndarray, names: Sequence[str]) -> dict[str, Number]:
+        """Zero-shot classification of images uint8 (n, i, j, 3) of classes `names` (n,), among all classes of them:
+        `zero_shot/top1` and `zero_shot/top5`. A class is the mean of its name in several `WORDINGS`."""
+        classes = list(dict.fromkeys(names))
+        said = [wording.format(name) for name in classes for wording in WORDINGS]
+        own = np.arange(len(said)).reshape(len(classes), -1)
+        truth = np.array([classes.index(name) for name in names])
+        found = classify(self.codes(pictures), self.sentences(said), list(own), truth)
+        known = lambda k: {"chance": found.chance(k), "classes": float(len(classes)), "images": float(len(names))}
+        return {f"zero_shot/top{k}": Number(found.top(k), "higher", known(k)) for k in (1, 5)}
+
+
+def signed(x: Array) -> Array:
+    """Bytes as floats in [-1, 1]."""
+    return x.astype(np.float32) / 127.5 - 1

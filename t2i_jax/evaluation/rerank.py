@@ -14,7 +14,8 @@ from t2i_jax.core import image_files as files
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings, to_host
 from t2i_jax.data.images import open_image
 from t2i_jax.evaluation.features import batches
-from t2i_jax.text.clip import CLIP, ClipEmbedding
+from t2i_jax.networks.clip import CLIPNetwork
+from t2i_jax.text.clip import ClipEmbedding
 
 
 class Reranker:
@@ -32,7 +33,7 @@ class Reranker:
         self._read = jax.jit(lambda model, ids, mask: text.features(model, ids, mask)[:, 0])
         self._look = jax.jit(self._embed)
 
-    def _embed(self, model: CLIP, images: Array) -> Array:
+    def _embed(self, model: CLIPNetwork, images: Array) -> Array:
         return self.text.image_features(model, images.astype(jnp.float32) / 127.5 - 1)[:, 0]
 
     def __call__(self, prompts: Sequence[str], samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,6 @@ from t2i_jax.evaluation.features import FeatureNetwork, Space, batches, in_batch
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS, distinct
 from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
-from t2i_jax.models.damsm import DAMSM
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
@@ -52,8 +51,9 @@ def evaluate_folder(
 ) -> Report:
     """Measure the codec or the model in `folder` against real images; write a report and a grid to `out`.
 
-    reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM, for
-    R-precision. noises: images of each of some prompts, whose variety is measured, and shown in `noises.png`; 0: none.
+    reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM or
+    CLIP, or a published CLIP, for R-precision. noises: images of each of some prompts, whose variety is measured, and
+    shown in `noises.png`; 0: none.
     solver: another than that of the family. mesh: for the model; that of the reference unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
@@ -72,8 +72,9 @@ def evaluate_folder(
         matcher = Matching.load(matching, batch_size) if matching else None
     if kind.capabilities.codec:
         report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
-    elif isinstance(kind, DAMSM):
-        report = evaluate_matching(Matching.load(folder, batch_size), reference, out, count)
+    elif kind.capabilities.image_text:
+        heading = f"{type(kind).__name__}: captions of images"
+        report = evaluate_matching(Matching.load(folder, batch_size), reference, out, count, heading)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
@@ -158,11 +159,12 @@ def evaluate_codec(
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"images": len(real), "step": artifact.step})
 
 
-def evaluate_matching(matching: Matching, reference: Experiment, out: Path, count: int) -> Report:
-    """How well a DAMSM finds the captions of real images, in two sets: new words of concepts that it was trained on,
-    and held-out concepts."""
+def evaluate_matching(matching: Matching, reference: Experiment, out: Path, count: int, heading: str) -> Report:
+    """How well a model of images and captions finds them: R-precision, retrieval both ways and zero-shot
+    classification, in sets: new words of concepts that it was trained on, held-out concepts, and where the data has
+    them held-out pairs of known concepts and styles."""
     train = records_of(reference, "train", 2000, captions=True)
-    sets = {"new words": train[:: -(-len(train) // count)], "new concepts": records_of(reference, "test", count, True)}
+    sets = {"new words": train[:: -(-len(train) // count)], **held_out_sets(reference, count, captions=True)}
     sets = {name: records for name, records in sets.items() if records}
     numbers: dict[str, Number] = {}
     sheets = []
@@ -170,10 +172,22 @@ def evaluate_matching(matching: Matching, reference: Experiment, out: Path, coun
         real, captions = images_of(records), [wording(r) for r in records]
         others = [title(r) for r in train]
         found = matching.evaluate(real, None, captions, classes_of(records), others, classes_of(train))
+        found |= matching.retrieval(real, captions) | matching.zero_shot(real, [name_of(r) for r in records])
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(image_files.grid(real[:32], captions[:32]))
     image_files.save_png(stacked(sheets), out / "samples.png")
-    return Report("DAMSM: captions of images", numbers, {"images": {name: len(some) for name, some in sets.items()}})
+    return Report(heading, numbers, {"images": {name: len(some) for name, some in sets.items()}})
+
+
+def held_out_sets(reference: Experiment, count: int, captions: bool) -> dict[str, list[Record]]:
+    """Held-out records by what is new in them; empty where the data has none."""
+    splits = {"new concepts": "test", "new combinations": "test_combo"}
+    return {name: records_of(reference, split, count, captions) for name, split in splits.items()}
+
+
+def name_of(record: Record) -> str:
+    """The name of a record's class, or its first caption."""
+    return record.get("label_text") or title(record)
 
 
 def classes_of(records: Sequence[Record]) -> list[Hashable]:
@@ -215,8 +229,7 @@ def evaluate_family(
     compared = judge or matching is not None
     train = records_of(reference, "train", 2000, compared)
     known = records_of(reference, "train", count, captions or compared)
-    held_out = lambda split: records_of(reference, split, count, captions or compared)
-    every = {"new words": known, "new concepts": held_out("test"), "new combinations": held_out("test_combo")}
+    every = {"new words": known, **held_out_sets(reference, count, captions or compared)}
     every = {"known classes": known} if reads_classes(pipeline.family) else every
     sets = {name: records for name, records in every.items() if records}
     for name, records in {"training images": train, **sets}.items():

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t2i_jax.core.arrays import Bool, Float, Int, typed
+from t2i_jax.nn.contrastive import against_others, mean_of_known
 from t2i_jax.nn.layers import at_least_fp32
 
 
@@ -114,20 +115,14 @@ def matching_accuracy(scores: Scores, classes: Array | None = None) -> dict[str,
     found = {}
     for name, logits in (("words", scores.words), ("sentence", scores.sentence)):
         best = _against_others(logits, scores.known, classes).argmax(1) == jnp.arange(len(logits))
-        found[f"{name}_accuracy"] = _mean(best.astype(jnp.float32), scores.known)
+        found[f"{name}_accuracy"] = mean_of_known(best.astype(jnp.float32), scores.known)
     return found
 
 
 def _against_others(logits: Array, known: Array, classes: Array | None) -> Array:
-    """Logits (b, b) with -inf off the diagonal for pairs that are no negatives."""
-    out = ~(known[:, None] & known)
-    out = out if classes is None else out | (classes[:, None] == classes)
-    return jnp.where(out & ~jnp.eye(len(logits), dtype=bool), -jnp.inf, logits)
+    """Logits (b, b) with -inf for pairs that are no negatives."""
+    return against_others(logits, jnp.arange(len(logits)), known, classes)
 
 
 def _cross_entropy(logits: Array, known: Array) -> Array:
-    return -_mean(jnp.diagonal(jax.nn.log_softmax(logits)), known)
-
-
-def _mean(x: Array, known: Array) -> Array:
-    return jnp.sum(jnp.where(known, x, 0)) / jnp.maximum(known.sum(), 1)
+    return mean_of_known(-jnp.diagonal(jax.nn.log_softmax(logits)), known)

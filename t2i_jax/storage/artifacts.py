@@ -227,6 +227,14 @@ def from_file(
     return made
 
 
+def is_stored(path: str | Path) -> bool:
+    """Whether a path is that of a run or a released model, or of an object store, where nothing else is read."""
+    if "://" in str(path):
+        return True
+    settings = Path(path, "config.json")
+    return settings.is_file() and "t2i_jax." in settings.read_text("utf-8", "replace")
+
+
 def config_of(folder: str | Path) -> Trainable:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
     if (Path(folder) / "model.safetensors").exists():

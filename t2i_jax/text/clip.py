@@ -1,8 +1,9 @@
-"""CLIP: a text tower and an image tower with a common embedding space (Radford et al. 2021).
+"""CLIP as a text encoder: captions and images in one space (Radford et al. 2021).
 
-`ClipText` computes features of every token, `ClipEmbedding` one vector per caption or image. Both read a folder in the
-layout of Hugging Face or open_clip, or a file with OpenAI's names. Such a file does not record its activation:
-quick_gelu in OpenAI's own, but gelu in most that open_clip trained (LAION-2B, DataComp), which must be specified.
+`ClipText` computes features of every token, `ClipEmbedding` one vector per caption or image, `ClipCaption` both. They
+read a run or a released model of `models.clip`; or what was published: a folder in the layout of Hugging Face or
+open_clip, or a file with OpenAI's names. Such a file does not record its activation: quick_gelu in OpenAI's own, but
+gelu in most that open_clip trained (LAION-2B, DataComp), which must be specified.
 """
 
 from __future__ import annotations
@@ -17,26 +18,24 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
-from flax import nnx
 from jax import Array
 from PIL import Image
 
 from t2i_jax.core.arrays import Float, typed
-from t2i_jax.core.conditions import TextSpec
+from t2i_jax.core.conditions import TextSpec, Tokenizer
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import ENCODER, VOCABULARY, Checked
 from t2i_jax.core.params import abstract, named
-from t2i_jax.core.sharding import shard
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Fields, Table, Tensors, to_ours
-from t2i_jax.nn.attention import causal
-from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, param
-from t2i_jax.nn.transformer import Activation, Block, Transformer, scan_stack, stack
+from t2i_jax.networks.clip import MEAN, STD, CLIPNetwork, CLIPTowers, ImageTower, TextTower
+from t2i_jax.nn.layers import unit
+from t2i_jax.nn.transformer import Activation, Transformer
+from t2i_jax.storage.artifacts import Artifact, is_stored, load_artifact, open_artifact
 from t2i_jax.text.bpe import BytePairs, read_pairs
-from t2i_jax.text.cut import FolderEncoder
+from t2i_jax.text.cut import FolderEncoder, own_tokenizer, room_of, tokens_of
 
-MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
 ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
@@ -46,95 +45,72 @@ ACTIVATIONS: dict[str, Activation] = {
 """`hidden_act` of a config.json, and our name."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """Sizes of both towers; the defaults are those of ViT-B/32."""
+def of_huggingface(config: Fields) -> CLIPTowers:
+    """Sizes from the fields of config.json; that of one tower alone leaves the other at its defaults, and of a text
+    tower there may be no `dim`.
 
-    text: Transformer = Transformer(512, 12, 8, norm="layer", activation="quick_gelu", bias=True)
-    image: Transformer = Transformer(768, 12, 12, norm="layer", activation="quick_gelu", bias=True)
-    dim: int = 512
-    """size k of an embedding"""
-    vocabulary: int = 49408
-    length: int = 77
-    """ids per caption"""
-    end: int | None = None
-    """id whose first position is the output of a caption; None: the position of the largest id, which is the end token
-    of released vocabularies"""
-    size: int = 224
-    """side of an image"""
-    patch: int = 32
-    channels: int = 3
+    Errors: ValueError naming the field.
+    """
+    if str(config.get("model_type", "")).startswith("clip_text_model"):
+        projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        dim = config.get("projection_dim", 512) if projects else 0
+        return of_huggingface({"text_config": config, "vision_config": {}, "projection_dim": dim})
+    if config.get("model_type") == "clip_vision_model":
+        dim = config.get("projection_dim", 512)
+        return of_huggingface({"text_config": {}, "vision_config": config, "projection_dim": dim})
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), Mapping):
+            raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
+    text, image = config["text_config"], config["vision_config"]
+    end = text.get("eos_token_id", 49407)
+    return CLIPTowers(
+        _transformer(text, "text_config", 512, 8, 2048),
+        _transformer(image, "vision_config", 768, 12, 3072),
+        config.get("projection_dim", 512),
+        text.get("vocab_size", 49408),
+        text.get("max_position_embeddings", 77),
+        None if end == 2 else end,  # 2 is found in folders from when the largest id marked the end
+        size=image.get("image_size", 224),
+        patch=image.get("patch_size", 32),
+        channels=image.get("num_channels", 3),
+    )
 
-    def init(self, key: Array) -> CLIP:
-        return CLIP(self, key)
 
-    @classmethod
-    def of_huggingface(cls, config: Fields) -> Clip:
-        """From the fields of config.json; that of one tower alone leaves the other at its defaults, and of a text tower
-        there may be no `dim`.
+def of_openai(tensors: Tensors, head: int = 64, activation: str = "quick_gelu", text_head: int = 0) -> CLIPTowers:
+    """Sizes from the tensor shapes of one of OpenAI's files.
 
-        Errors: ValueError naming the field.
-        """
-        if str(config.get("model_type", "")).startswith("clip_text_model"):
-            projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-            dim = config.get("projection_dim", 512) if projects else 0
-            return cls.of_huggingface({"text_config": config, "vision_config": {}, "projection_dim": dim})
-        if config.get("model_type") == "clip_vision_model":
-            dim = config.get("projection_dim", 512)
-            return cls.of_huggingface({"text_config": {}, "vision_config": config, "projection_dim": dim})
-        for part in ("text_config", "vision_config"):
-            if not isinstance(config.get(part), Mapping):
-                raise ValueError(f"config.json has no {part}: it is not that of a CLIP with both towers")
-        text, image = config["text_config"], config["vision_config"]
-        end = text.get("eos_token_id", 49407)
-        return cls(
-            _transformer(text, "text_config", 512, 8, 2048),
-            _transformer(image, "vision_config", 768, 12, 3072),
-            config.get("projection_dim", 512),
-            text.get("vocab_size", 49408),
-            text.get("max_position_embeddings", 77),
-            None if end == 2 else end,  # 2 is found in folders from when the largest id marked the end
-            image.get("image_size", 224),
-            image.get("patch_size", 32),
-            image.get("num_channels", 3),
-        )
+    head: size of a head, 64 in all released files; text_head: that of the text tower, if it differs. activation: as
+    in ACTIVATIONS; shapes do not determine it. Errors: ValueError for a file that is no CLIP, or has a ResNet image
+    tower.
+    """
+    wanted = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding", "token_embedding.weight")
+    missing = [name for name in (*wanted, "positional_embedding", "text_projection") if name not in tensors]
+    if missing:
+        resnet = any(name.startswith("visual.attnpool") for name in tensors)
+        kind = "the image tower is a ResNet; only ViT towers are read" if resnet else f"no {', '.join(missing)}"
+        raise ValueError(f"not a file of OpenAI's CLIP with a ViT: {kind}")
+    shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    width, channels, patch, _ = shape["visual.conv1.weight"]
+    grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
 
-    @classmethod
-    def of_openai(cls, tensors: Tensors, head: int = 64, activation: str = "quick_gelu", text_head: int = 0) -> Clip:
-        """From the tensor shapes of one of OpenAI's files.
+    def tower(prefix: str, width: int, head: int) -> Transformer:
+        blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
+        mlp = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
+        kind = activation_of(activation)
+        return Transformer(width, len(blocks), width // head, mlp=mlp, norm="layer", activation=kind, bias=True)
 
-        head: size of a head, 64 in all released files; text_head: that of the text tower, if it differs. activation: as
-        in ACTIVATIONS; shapes do not determine it. Errors: ValueError for a file that is no CLIP, or has a ResNet image
-        tower.
-        """
-        wanted = ("visual.conv1.weight", "visual.proj", "visual.positional_embedding", "token_embedding.weight")
-        missing = [name for name in (*wanted, "positional_embedding", "text_projection") if name not in tensors]
-        if missing:
-            resnet = any(name.startswith("visual.attnpool") for name in tensors)
-            kind = "the image tower is a ResNet; only ViT towers are read" if resnet else f"no {', '.join(missing)}"
-            raise ValueError(f"not a file of OpenAI's CLIP with a ViT: {kind}")
-        shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        width, channels, patch, _ = shape["visual.conv1.weight"]
-        grid = math.isqrt(shape["visual.positional_embedding"][0] - 1)
-
-        def tower(prefix: str, width: int, head: int) -> Transformer:
-            blocks = {n.split("resblocks.")[1].split(".")[0] for n in shape if n.startswith(f"{prefix}resblocks.")}
-            mlp = shape[f"{prefix}resblocks.0.mlp.c_fc.weight"][0]
-            kind = activation_of(activation)
-            return Transformer(width, len(blocks), width // head, mlp=mlp, norm="layer", activation=kind, bias=True)
-
-        text = tower("transformer.", shape["positional_embedding"][1], text_head or head)
-        image = tower("visual.transformer.", width, head)
-        return cls(
-            text,
-            image,
-            dim=shape["visual.proj"][1],
-            vocabulary=shape["token_embedding.weight"][0],
-            length=shape["positional_embedding"][0],
-            size=grid * patch,
-            patch=patch,
-            channels=channels,
-        )
+    text = tower("transformer.", shape["positional_embedding"][1], text_head or head)
+    image = tower("visual.transformer.", width, head)
+    return CLIPTowers(
+        text,
+        image,
+        dim=shape["visual.proj"][1],
+        vocabulary=shape["token_embedding.weight"][0],
+        length=shape["positional_embedding"][0],
+        size=grid * patch,
+        patch=patch,
+        channels=channels,
+    )
 
 
 def _transformer(config: Fields, part: str, width: int, heads: int, mlp: int) -> Transformer:
@@ -154,95 +130,10 @@ def _transformer(config: Fields, part: str, width: int, heads: int, mlp: int) ->
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- towers
-
-
-class TextTower(nnx.Module):
-    """A causal Transformer over ids, whose end token represents the caption."""
-
-    def __init__(self, config: Clip, key: Array):
-        keys = jax.random.split(key, 4)
-        d = config.text.width
-        self.words = Embedding(config.vocabulary, d, keys[0])
-        self.positions = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
-        self.blocks = stack(config.text, keys[2])
-        self.norm = LayerNorm(d, config.text.eps)
-        self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None)) if config.dim else None
-        self.end = config.end
-
-    def __call__(self, ids: Array) -> Array:
-        """ids int (b, s) -> (b, s, d), after the last norm; padding needs no mask, since it follows the text."""
-        return self.norm(self._after(self.blocks, ids))
-
-    def before(self, ids: Array) -> Array:
-        """ids int (b, s) -> (b, s, d), the input of the last block."""
-        return self._after(jax.tree.map(lambda w: w[:-1], self.blocks), ids)
-
-    def _after(self, blocks: Block, ids: Array) -> Array:
-        s = ids.shape[1]
-        x = shard(self.words(ids) + self.positions[:s], "batch", "length", None)
-        return scan_stack(blocks, x, mask=causal(s))
-
-    def embed(self, ids: Array) -> Array:
-        """ids int (b, s) -> embeddings (b, k), not normalised."""
-        return self.summarise(self(ids), ids)
-
-    def summarise(self, x: Array, ids: Array) -> Array:
-        """The embeddings (b, k), not normalised, of captions whose tokens are x (b, s, d)."""
-        at = jnp.argmax(ids if self.end is None else ids == self.end, -1)
-        return self.out(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0])
-
-
-class ImageTower(nnx.Module):
-    """A vision Transformer (Dosovitskiy et al. 2021), whose first token represents the image."""
-
-    def __init__(self, config: Clip, key: Array):
-        keys = jax.random.split(key, 5)
-        d, grid = config.image.width, config.size // config.patch
-        stride = {"kernel": config.patch, "stride": config.patch, "padding": "VALID", "bias": False}
-        self.patches = Conv(config.channels, d, keys[0], **stride)
-        self.first = param(normal(keys[1], (d,), d**-0.5), "embed")
-        self.positions = param(normal(keys[2], (grid**2 + 1, d), d**-0.5), None, "embed")
-        self.before = LayerNorm(d, config.image.eps)
-        self.blocks = stack(config.image, keys[3])
-        self.norm = LayerNorm(d, config.image.eps)
-        self.out = Linear(d, config.dim, keys[4], bias=False, std=d**-0.5, axes=("embed", None))
-
-    def __call__(self, x: Array) -> Array:
-        """Images (b, i, j, c) from `as_seen` or `preprocess` -> (b, 1 + patches, d), before the last norm."""
-        x = rearrange(self.patches(x), "b i j d -> b (i j) d")
-        first = jnp.broadcast_to(self.first[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype)
-        x = jnp.concatenate([first, x], 1) + self.positions[...]
-        return scan_stack(self.blocks, shard(self.before(x), "batch", "length", None))
-
-    def embed(self, x: Array) -> Array:
-        """Images (b, i, j, c) -> embeddings (b, k), not normalised."""
-        return self.out(self.norm(self(x)[:, 0]))
-
-
-class CLIP(nnx.Module):
-    """Both towers, and the logarithm of the scale of cosines."""
-
-    def __init__(self, config: Clip, key: Array):
-        keys = jax.random.split(key)
-        self.text, self.image = TextTower(config, keys[0]), ImageTower(config, keys[1])
-        self.logit_scale = param(jnp.asarray(math.log(1 / 0.07)))
-
-    def logits(self, images: Array, ids: Array) -> Array:
-        """Images (b, i, j, c), ids int (n, s) -> scaled cosines (b, n) (Radford et al. 2021, figure 3)."""
-        return jnp.exp(self.logit_scale[...]) * unit(self.image.embed(images)) @ unit(self.text.embed(ids)).T
-
-
-@typed
-def unit(x: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
-    """x scaled to length 1 over the last dimension; zeros stay zero."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, Tensors, Table]:
+def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[CLIPTowers, Tensors, Table]:
     """The sizes, the tensors and their table, of a folder (Hugging Face, open_clip) or a file with OpenAI's names.
 
     head, activation: size of a head, and `hidden_act`, which files do not record; defaults are OpenAI's, with
@@ -251,13 +142,13 @@ def read(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, 
     """
     path = Path(path)
     if path.is_dir() and not (path / published.OPEN_CLIP).is_file():
-        config, table = Clip.of_huggingface(huggingface.config(path)), published.huggingface_table
+        config, table = of_huggingface(huggingface.config(path)), published.huggingface_table
         tensors = huggingface.Weights(path, *published.FOLDER_NEEDED)
     else:
         hints: Fields = {"head": head, "activation": activation or "quick_gelu"}
         try:
             tensors = published.openai_tensors(path)
-            config = Clip.of_openai(tensors, **(published.open_clip(path) if path.is_dir() else hints))
+            config = of_openai(tensors, **(published.open_clip(path) if path.is_dir() else hints))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         table = published.openai_table
@@ -274,23 +165,31 @@ def activation_of(name: str) -> Activation:
 
 
 @functools.lru_cache(8)
-def sizes(path: str, activation: str = "") -> Clip:
-    """The sizes of the CLIP at `path`."""
+def sizes(path: str, activation: str = "") -> CLIPTowers:
+    """The sizes of the CLIP at `path`. Errors: as of `load`."""
+    if is_stored(path):
+        return _network(open_artifact(path).artifact, path).config
     whole = Path(path).is_dir() and not (Path(path) / published.OPEN_CLIP).is_file() and not activation
-    return Clip.of_huggingface(huggingface.config(path)) if whole else read(path, activation=activation)[0]
+    return of_huggingface(huggingface.config(path)) if whole else read(path, activation=activation)[0]
 
 
-def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[Clip, CLIP]:
+def load(path: str | Path, head: int = 64, activation: str = "") -> tuple[CLIPTowers, CLIPNetwork]:
     """Both towers with their weights in fp32, on the host; arguments as for `read`.
 
-    Errors: FileNotFoundError, ValueError that lists every missing, unused or wrongly shaped tensor.
+    path: also a run or a released model of this library. Errors: FileNotFoundError; ValueError that lists every
+    missing, unused or wrongly shaped tensor; `ConfigError` for a run of another model.
     """
+    if is_stored(path):
+        model = _network(load_artifact(path, host=True), path)
+        return model.config, model
     config, tensors, table = read(path, head, activation)
     return config, to_ours(abstract(config), tensors, table, published.IGNORED, str(path))
 
 
 def load_text(path: str | Path, activation: str = "") -> TextTower:
     """The text tower alone, in fp32, on the host; of a folder or a file that may have no other."""
+    if is_stored(path):
+        return load(path)[1].text
     config, tensors, table = read(path, activation=activation)
     tower = abstract(config).text
     if "embeddings.token_embedding.weight" in tensors:  # newer folders of a text tower alone
@@ -301,10 +200,20 @@ def load_text(path: str | Path, activation: str = "") -> TextTower:
 
 def load_image(path: str | Path, activation: str = "") -> ImageTower:
     """The image tower alone, in fp32, on the host; of a folder or a file that may have no other."""
+    if is_stored(path):
+        return load(path)[1].image
     config, tensors, table = read(path, activation=activation)
     tower = abstract(config).image
     lines = {name: table[f"image.{name}"] for name in named(tower)}
     return to_ours(tower, tensors, lines, ignore=".", file=str(path))
+
+
+def _network(artifact: Artifact, path: str | Path) -> CLIPNetwork:
+    """Errors: `ConfigError` where a folder holds another model, or a CLIP of noised images."""
+    if not isinstance(artifact.model, CLIPNetwork) or not artifact.config.capabilities.image_text:
+        what = "CLIP of noised images" if isinstance(artifact.model, CLIPNetwork) else type(artifact.config).__name__
+        raise ConfigError(f"{path} holds a {what}; a CLIP of clean images is wanted")
+    return artifact.model
 
 
 # --------------------------------------------------------------------------------------------------------- captions
@@ -312,19 +221,36 @@ def load_image(path: str | Path, activation: str = "") -> ImageTower:
 
 @dataclasses.dataclass(frozen=True)
 class _Captions(FolderEncoder):
-    """A text side that uses byte pairs, and cuts before the end token."""
+    """A text side that uses byte pairs, and cuts before the end token; or the tokenizer of a run."""
 
     vocabulary: Annotated[str, VOCABULARY] = ""
     """list of merges; empty: the folder's merges.txt, or the one in the package open-clip-torch"""
     activation: str = ""
     """activation of a file, which does not record it: quick_gelu (the default) or gelu"""
 
+    @functools.cached_property
+    def own(self) -> Tokenizer | None:
+        """The tokenizer with which a run or a released model was trained; None for a published CLIP.
+
+        Errors: `ConfigError` where there is none, or none that gives ids, or with fields of a published CLIP.
+        """
+        if not is_stored(self.folder):
+            return None
+        if self.vocabulary or self.activation:
+            raise ConfigError(f"{self.folder}: vocabulary and activation are those of its config")
+        return own_tokenizer(open_artifact(self.folder).artifact.text, self.folder)
+
+    @property
+    def towers(self) -> CLIPTowers:
+        """Its sizes. Errors: those of `load`."""
+        return sizes(self.folder, self.activation)
+
     @property
     def room(self) -> int:
-        return sizes(self.folder, self.activation).length - 2
+        return self.towers.length - 2 if self.own is None else room_of(self.own)
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
-        return [self.pairs(caption) for caption in captions]
+        return [self.pairs(caption) for caption in captions] if self.own is None else tokens_of(self.own, captions)
 
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return ids[:, -1] != ids[:, -2]  # padding is not masked
@@ -333,6 +259,22 @@ class _Captions(FolderEncoder):
     def pairs(self) -> BytePairs:
         merges = Path(self.folder) / "merges.txt"
         return read_pairs(self.vocabulary or (str(merges) if merges.is_file() else ""))
+
+    def encoded(self, captions: Sequence[str], pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids (n, s), the mask (n, s) of tokens that are no padding, and which captions (n,) are not empty.
+
+        Errors: ImportError if the vocabulary is missing; ValueError where it is that of another CLIP.
+        """
+        if self.own is not None:
+            ids, mask = self.own(captions)
+            return ids, mask, mask.any(1) & np.array([bool(x) for x in self.tokens(captions)], bool)
+        pairs, config = self.pairs, self.towers
+        ids = pairs.encode(captions, config.length, pad)
+        if ids.size and ids.max() >= config.vocabulary:
+            said = f"the vocabulary gives id {ids.max()}, the model has {config.vocabulary}"
+            raise ValueError(f"{self.folder}: {said}")
+        mask = np.arange(ids.shape[1]) <= np.argmax(ids == pairs.last, 1)[:, None]
+        return ids, mask, ids[:, 1] != pairs.last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,22 +287,25 @@ class ClipText(_Captions):
     """id after the end; released programs use 0 or the end token, 49407"""
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 (n, s) and a mask bool (n, s).
+        """Ids int32 (n, s) and a mask bool (n, s), all False for an empty caption.
 
-        The mask is all True, as published networks attend to padding too, but all False for an empty caption. Errors:
-        ImportError if the vocabulary is missing.
+        For a published CLIP it is else all True, as published networks attend to padding too; for a run it is True for
+        its tokens. Errors: ImportError if the vocabulary is missing.
         """
-        ids, filled = _encode(self, captions, self.pad)
-        return ids, np.broadcast_to(filled[:, None], ids.shape).copy()
+        ids, mask, filled = self.encoded(captions, self.pad)
+        return ids, filled[:, None] & (mask | (self.own is None))
+
+    def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return super().full(ids, mask) if self.own is None else np.all(mask, axis=-1)
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        return self.length, sizes(self.folder, self.activation).text.width
+        return self.length, self.towers.text.width
 
     @property
     def length(self) -> int:
         """Ids of a caption, start and end included."""
-        return sizes(self.folder, self.activation).length
+        return self.towers.length
 
     def load(self) -> TextTower:
         """The text tower in fp32, on the host. Errors: those of `read`, and ValueError for wrong tensors."""
@@ -379,10 +324,11 @@ class ClipEmbedding(_Captions):
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 (n, s) and the mask bool (n, 1) of non-empty captions.
 
-        Errors: ImportError if the vocabulary is missing.
+        Where the output of a caption is that of its last token, ids are one more, and 0 is padding, which that mask
+        does not tell. Errors: ImportError if the vocabulary is missing.
         """
-        ids, filled = _encode(self, captions, 0)
-        return ids, filled[:, None]
+        ids, mask, filled = self.encoded(captions)
+        return np.where(mask, ids + 1, 0) if self.towers.last else ids, filled[:, None]
 
     @property
     def spec(self) -> TextSpec:
@@ -390,21 +336,25 @@ class ClipEmbedding(_Captions):
 
     @property
     def feature_shape(self) -> tuple[int, int]:
-        return 1, sizes(self.folder, self.activation).dim
+        return 1, self.towers.dim
 
-    def load(self) -> CLIP:
+    def load(self) -> CLIPNetwork:
         """Both towers in fp32, on the host. Errors: those of `load`."""
         return load(self.folder, activation=self.activation)[1]
 
-    def features(self, model: CLIP, ids: Array, mask: Array) -> Array:
+    def features(self, model: CLIPNetwork, ids: Array, mask: Array) -> Array:
         """The embedding of each caption: (b, s) ids -> (b, 1, k) fp32."""
-        return unit(model.text.embed(ids))[:, None]
+        return unit(self.embed_captions(model, ids))[:, None]
 
-    def image_features(self, model: CLIP, images: Array) -> Array:
+    def embed_captions(self, model: CLIPNetwork, ids: Array) -> Array:
+        """The same as (b, k), not normalised."""
+        return model.text.embed(jnp.maximum(ids - 1, 0), ids > 0) if model.text.last else model.text.embed(ids)
+
+    def image_features(self, model: CLIPNetwork, images: Array) -> Array:
         """The embedding of each image: (b, i, j, c) in [-1, 1] -> (b, 1, k) fp32."""
         return unit(self.embed_images(model, images))[:, None]
 
-    def embed_images(self, model: CLIP, images: Array) -> Array:
+    def embed_images(self, model: CLIPNetwork, images: Array) -> Array:
         """The same as (b, k), not normalised."""
         return _embedded(self, model.image, images)
 
@@ -422,8 +372,7 @@ class ClipCaption(_Captions):
 
         Errors: ImportError if the vocabulary is missing.
         """
-        ids, _ = _encode(self, captions, 0)
-        return ids, np.arange(ids.shape[1]) <= np.argmax(ids == self.pairs.last, 1)[:, None]
+        return self.encoded(captions)[:2]
 
     def full(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return np.all(mask, axis=-1)
@@ -435,7 +384,7 @@ class ClipCaption(_Captions):
     @property
     def feature_shape(self) -> tuple[int, int]:
         """Errors: ValueError for a CLIP whose tokens are not as wide as its embeddings."""
-        found = sizes(self.folder, self.activation)
+        found = self.towers
         if found.dim != found.text.width:
             raise ValueError(
                 f"{self.folder}: its tokens have {found.text.width} numbers, its embeddings {found.dim}: one size is "
@@ -443,19 +392,19 @@ class ClipCaption(_Captions):
             )
         return 1 + found.length, found.dim
 
-    def load(self) -> CLIP | TextTower:
+    def load(self) -> CLIPNetwork | TextTower:
         """Both towers, or that of text, in fp32, on the host. Errors: those of `load`."""
         if not self.images:
             return load_text(self.folder, self.activation)
         return load(self.folder, activation=self.activation)[1]
 
-    def features(self, model: CLIP | TextTower, ids: Array, mask: Array) -> Array:
+    def features(self, model: CLIPNetwork | TextTower, ids: Array, mask: Array) -> Array:
         """Embedding, not normalised, and tokens after the last norm: (b, s) ids -> (b, 1 + s, k) fp32."""
-        tower = model.text if isinstance(model, CLIP) else model
+        tower = model.text if isinstance(model, CLIPNetwork) else model
         x = tower(ids)
-        return jnp.concatenate([tower.summarise(x, ids)[:, None], x], 1)
+        return jnp.concatenate([tower.summarise(x, ids, mask)[:, None], x], 1)
 
-    def image_features(self, model: CLIP, images: Array) -> Array:
+    def image_features(self, model: CLIPNetwork, images: Array) -> Array:
         """The embedding of each image, not normalised: (b, i, j, c) in [-1, 1] -> (b, k) fp32."""
         return _embedded(self, model.image, images)
 
@@ -481,15 +430,6 @@ class ClipImages(Checked):
 def _embedded(text: _Captions | ClipImages, tower: ImageTower, images: Array) -> Array:
     """Embeddings (b, k), not normalised, of images (b, i, j, c) in [-1, 1], as CLIP sees them."""
     return tower.embed(as_seen(images, sizes(text.folder, text.activation).size))
-
-
-def _encode(text: _Captions, captions: Sequence[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (n, s), and which captions (n,) have any ids between start and end."""
-    pairs, config = text.pairs, sizes(text.folder, text.activation)
-    ids = pairs.encode(captions, config.length, pad)
-    if ids.size and ids.max() >= config.vocabulary:
-        raise ValueError(f"{text.folder}: the vocabulary gives id {ids.max()}, the model has {config.vocabulary}")
-    return ids, ids[:, 1] != pairs.last
 
 
 # --------------------------------------------------------------------------------------------------------- images

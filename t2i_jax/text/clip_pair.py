@@ -12,7 +12,8 @@ from jax import Array
 
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.narrow import text_encoder
-from t2i_jax.text.clip import CLIP, ClipCaption, ClipImages, ClipText, ImageTower, TextTower
+from t2i_jax.networks.clip import CLIPNetwork, ImageTower, TextTower
+from t2i_jax.text.clip import ClipCaption, ClipImages, ClipText
 from t2i_jax.text.cut import LimitedEncoder
 
 
@@ -61,7 +62,7 @@ class ClipPair(LimitedEncoder):
 class ClipPairEncoders(nnx.Module):
     """The parameters of a `ClipPair`."""
 
-    def __init__(self, prior: CLIP | TextTower, decoder: TextTower):
+    def __init__(self, prior: CLIPNetwork | TextTower, decoder: TextTower):
         self.prior, self.decoder = prior, decoder
 
 

@@ -84,12 +84,34 @@ class FolderEncoder(Checked, LimitedEncoder):
     """The same, with files in a folder in Hugging Face's layout."""
 
     folder: Annotated[str, ENCODER]
-    """in the layout of Hugging Face; of CLIP also that of open_clip, or a file with OpenAI's names"""
+    """in the layout of Hugging Face; of CLIP also that of open_clip, a file with OpenAI's names, or a run"""
 
 
 def limited(text: Tokenizer | None) -> Limited | None:
     """The tokenizer as a `Limited` if it declares that it counts unread tokens; None for others."""
     return cast(Limited, text) if text is not None and text.spec.limited else None
+
+
+def own_tokenizer(text: Tokenizer | None, path: object, wanted: str = "") -> Tokenizer:
+    """The tokenizer `text` that belongs to the model at `path`. Errors: `ConfigError` where there is none, and how one
+    is `wanted`, or where it is none that gives ids."""
+    if text is None:
+        raise ConfigError(f"{path}: no tokenizer belongs to it{wanted}")
+    if text.spec.features:
+        raise ConfigError(f"{path}: {type(text).__name__} has an encoder of its own; ids are wanted")
+    return text
+
+
+def room_of(text: Tokenizer) -> int:
+    """Tokens of a caption that a tokenizer reads."""
+    return counting.room if (counting := limited(text)) else text([""])[0].shape[1]
+
+
+def tokens_of(text: Tokenizer, captions: Sequence[str]) -> list[list[int]]:
+    """The ids of each caption; where the tokenizer tells, without special ones and without a limit."""
+    if counting := limited(text):
+        return counting.tokens(captions)
+    return [ids[mask].tolist() for ids, mask in zip(*text(captions), strict=True)]
 
 
 def check_vocabulary(text: Tokenizer | None, spec: BatchSpec) -> None:

@@ -24,7 +24,7 @@ from t2i_jax.interop.inception import trunk_from
 from t2i_jax.interop.names import to_ours
 from t2i_jax.networks.damsm import DAMSMNetwork, ImageEncoder, ImageHeads, Trunk, WordEncoder
 from t2i_jax.storage.artifacts import Artifact, load_artifact, on_host, open_artifact
-from t2i_jax.text.cut import Limited, LimitedEncoder, limited, padded
+from t2i_jax.text.cut import Limited, LimitedEncoder, limited, own_tokenizer, padded, room_of, tokens_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +89,7 @@ class DamsmText(Checked, LimitedEncoder):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of its ids. Errors: `ConfigError` where there is none, or none that gives ids."""
         text = self.words if self.words is not None or _is_file(self.path) else open_artifact(self.path).artifact.text
-        if text is None:
-            raise ConfigError(f"{self.path}: no tokenizer belongs to it; name one: DamsmText(path, CaptionWords(FILE))")
-        if text.spec.features:
-            raise ConfigError(f"{type(text).__name__} has an encoder of its own; a DAMSM reads ids")
-        return text
+        return own_tokenizer(text, self.path, "; name one: DamsmText(path, CaptionWords(FILE))")
 
     @property
     def feature_shape(self) -> tuple[int, int]:
@@ -106,12 +102,10 @@ class DamsmText(Checked, LimitedEncoder):
 
     @property
     def room(self) -> int:
-        return text.room if (text := limited(self.tokenizer)) else self.length - 1
+        return room_of(self.tokenizer)
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
-        if text := limited(self.tokenizer):
-            return text.tokens(captions)
-        return [ids[mask].tolist() for ids, mask in zip(*self.tokenizer(captions), strict=True)]
+        return tokens_of(self.tokenizer, captions)
 
     def load(self) -> WordEncoder:
         """The encoder with its weights, on the host. Errors: FileNotFoundError, `ConfigError`, ValueError."""

@@ -23,8 +23,9 @@ from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.conditions import TextSpec
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DATABASE, Checked, Count, Size
-from t2i_jax.nn.layers import ModelState
-from t2i_jax.text.clip import CLIP, ClipEmbedding, unit
+from t2i_jax.networks.clip import CLIPNetwork
+from t2i_jax.nn.layers import ModelState, unit
+from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.cut import LimitedEncoder
 
 
@@ -88,7 +89,7 @@ def read_database(path: str | Path) -> np.ndarray:
 class Retriever(nnx.Module):
     """The towers of a CLIP, and a database of its embeddings."""
 
-    def __init__(self, clip: CLIP, database: Database):
+    def __init__(self, clip: CLIPNetwork, database: Database):
         self.clip, self.database = clip, database
 
 
@@ -150,7 +151,7 @@ class Neighbours(Checked, LimitedEncoder):
 
     def features(self, model: Retriever, ids: Array, mask: Array) -> Array:
         """Of each caption: (b, s) ids -> (b, query + neighbours, k) fp32."""
-        return self._of(model, model.clip.text.embed(ids), self.query)
+        return self._of(model, self.clip.embed_captions(model.clip, ids), self.query)
 
     def image_features(self, model: Retriever, images: Array) -> Array:
         """Of each image: (b, i, j, c) in [-1, 1] -> (b, query + neighbours, k) fp32."""

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.text.clip import ClipText, TextTower
+from t2i_jax.networks.clip import TextTower
+from t2i_jax.text.clip import ClipText
 from t2i_jax.text.cut import LimitedEncoder
 from t2i_jax.text.t5 import T5, T5Encoder
 
