@@ -12,12 +12,14 @@ from t2i_jax.comparison import Comparison, Sweep, Variant
 from t2i_jax.core.conditions import Condition
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
+from t2i_jax.models.clip import CLIP
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
-from t2i_jax.models.noised_clip import NoisedCLIP
+from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, TextFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.presets import ADALN
 from t2i_jax.sampling.options import DiffusionSampler
@@ -88,19 +90,21 @@ classifier = Experiment(
 )
 # Compares captions with noised images, by a tokenizer of its own.
 judge = Experiment(
-    NoisedCLIP(
-        vocabulary=1000,
-        length=16,
-        text_width=128,
-        text_depth=2,
-        text_heads=4,
-        size=32,
-        image_width=144,
-        image_depth=4,
-        image_heads=4,
-        dim=128,
+    CLIP(
+        CLIPTowers(
+            Transformer(128, 2, 4, norm="layer", activation="gelu", bias=True),
+            Transformer(144, 4, 4, norm="layer", activation="gelu", bias=True),
+            dim=128,
+            vocabulary=1000,
+            length=16,
+            last=True,
+            size=32,
+            patch=4,
+            times=1000,
+        ),
         scale=20.0,
-        process=Flow(),
+        learn_scale=False,
+        noise=Flow(),
     ),
     dataclasses.replace(DATA, batch_size=64),
     Train(optimizer=Optimizer(learning_rate=2e-3, warmup=20, final=0.05, weight_decay=0.05), ema=0.98),

@@ -28,7 +28,7 @@ def transformer(depth: int) -> Transformer:
 
 experiment = Experiment(
     model=CLIP(
-        CLIPTowers(transformer(2), transformer(4), dim=128, vocabulary=1000, length=WORDS, last=True, size=64, patch=8)
+        CLIPTowers(transformer(2), transformer(4), dim=128, vocabulary=1000, length=WORDS, last=True, size=64, patch=16)
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=128, crop="random", smallest_crop=0.8),
     train=Train(

@@ -17,12 +17,14 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.edits import InitImage, Inpaint
 from t2i_jax.guides import Autoguidance, ClassifierGuidance
 from t2i_jax.models import diffusion
+from t2i_jax.models.clip import CLIP
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
-from t2i_jax.models.noised_clip import NoisedCLIP
+from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling import solvers
@@ -234,21 +236,9 @@ def test_every_kind_learns_and_reads_its_text(family):
 @pytest.mark.slow
 def test_a_classifier_and_an_image_text_model_guide(model):
     classifier = NoisedClassifier(with_fields(LITTLE, size=(4, 4), conditioning=None), 3)
-    small = NoisedCLIP(
-        20,
-        5,
-        16,
-        1,
-        2,
-        size=4,
-        patch=2,
-        image_width=16,
-        image_depth=1,
-        image_heads=2,
-        dim=8,
-        times=50,
-        process=FAMILY.process,
-    )
+    tower = Transformer(16, 1, 2, norm="layer", activation="gelu", bias=True)
+    towers = CLIPTowers(tower, tower, dim=8, vocabulary=20, length=5, last=True, size=4, patch=2, times=50)
+    small = CLIP(towers, noise=FAMILY.process)
     batch = {
         "label": jnp.asarray([0, 1]),
         "text": jnp.asarray([[1, 2, 3, 4, 5]] * 2),
@@ -337,10 +327,10 @@ def test_settings_that_cannot_be_are_refused():
     Diffusion(fixed, EDM(), "eps")
     for process in (EDM(), Flow(toward=True)):
         with pytest.raises(ValueError, match="not indices of noise levels"):
-            NoisedCLIP(process=process)
+            CLIP(CLIPTowers(times=1000), noise=process)
     with pytest.raises(ValueError, match="times 50: this Discrete has 1000"):
-        NoisedCLIP(times=50)
-    NoisedCLIP(process=Flow())
+        CLIP(CLIPTowers(times=50), noise=Discrete("cosine"))
+    CLIP(CLIPTowers(times=1000), noise=Flow())
     for name, value in (("steps", 0), ("steps", 51), ("strength", 0.0), ("strength", 1.5), ("noise_aug", 2.0)):
         with pytest.raises(ValueError, match=name):
             FAMILY.check(dataclasses.replace(DiffusionSampler(), **{name: value}))

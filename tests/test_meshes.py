@@ -50,10 +50,7 @@ def alone(name):
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_loss_and_gradients_agree(name, mesh):
-    # Similarities of `NoisedCLIP` are multiplied by 100, and their rounding with them.
-    atol = 1e-4 if name == "noised-clip" else 1e-5
-
     def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=atol)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
     jax.tree.map(close, outcome(name, mesh), alone(name))

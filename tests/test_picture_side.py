@@ -18,9 +18,9 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models.any_order import AnyOrder
 from t2i_jax.models.ar import AR
+from t2i_jax.models.clip import CLIP
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.masked import Masked
-from t2i_jax.models.noised_clip import NoisedCLIP
 from t2i_jax.models.stream import Stream, StreamText
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.networks.condition import ClassEmbedder
@@ -110,6 +110,6 @@ def test_the_side_is_that_of_what_is_drawn_and_other_codecs_are_refused(folders,
 
 
 def test_what_draws_nothing_takes_no_codec(folders):
-    for config in (NoisedCLIP(), CODECS["vqgan"]):
+    for config in (CLIP(), CODECS["vqgan"]):
         with pytest.raises(ConfigError, match="draws no images, so it takes no codec"):
             image_side(config, str(folders / "vqgan"))

@@ -9,14 +9,16 @@ from t2i_jax.core.noise import NoiseProcess
 from t2i_jax.core.params import HasInit, abstract
 from t2i_jax.interop import adm, dit, glide, ldm
 from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.models.clip import CLIP
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.noised_classifier import NoisedClassifier
-from t2i_jax.models.noised_clip import NoisedCLIP
+from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, CrossAttnFeatures
 from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.glide_captions import GlideCaptions
 from t2i_jax.networks.prior import EmbeddingPrior
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
 
@@ -142,11 +144,18 @@ def _rdm(
     return with_fields(Diffusion(with_fields(UNet(), **found)), **(published | fields))
 
 
-def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> NoisedCLIP:
+def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> CLIP:
     """Both files in one, under `clip_text.` and `clip_image.`."""
     found: Fields = glide.describe(tensors, head_dim)
-    found["process"] = Discrete("cosine", found["times"] or 1000)
-    return with_fields(NoisedCLIP(), **(found | fields))
+    towers = CLIPTowers(
+        **found | {part: dataclasses.replace(GLIDE_CLIP, **found[part]) for part in ("text", "image")}, last=True
+    )
+    noise = Discrete("cosine", towers.times or 1000)
+    return with_fields(CLIP(towers, scale=100.0, learn_scale=False, same="none", noise=noise), **fields)
+
+
+GLIDE_CLIP = Transformer(norm="layer", activation="gelu", bias=True, key_bias=False)
+"""Blocks of both towers of GLIDE's CLIP."""
 
 
 N = TypeVar("N", DiT, UNet, EmbeddingPrior)
@@ -212,7 +221,9 @@ FORMATS = {
     ),
     "glide_clip": Format(
         _glide_clip,
-        lambda config: glide.table(config.patch, config.times > 0),
+        lambda config: glide.table(
+            config.towers.text.head_size, config.towers.image.head_size, config.towers.times > 0
+        ),
         unused=r"^(?!clip_)",
         needed=glide.NEEDED,
         files={"clip_text_enc": "clip_text.", "clip_image_enc": "clip_image."},

@@ -166,6 +166,31 @@ def _compute_of(part: str) -> Callable[[Object], Object]:
     return rewrite
 
 
+# -- 3 -> 4
+
+
+def _noised_clip(config: Object) -> Object:
+    """`NoisedCLIP`, whose blocks were its own, is a `CLIP` with `noise`."""
+    take = config.pop
+    kind: Object = {"norm": "layer", "activation": "gelu", "bias": True, "key_bias": False}
+    blocks = lambda width, depth, heads: {
+        "type": _PARTS["transformer"],
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        **kind,
+    }
+    text = blocks(take("text_width", 512), take("text_depth", 12), take("text_heads", 8))
+    image = blocks(take("image_width", 768), take("image_depth", 12), take("image_heads", 12))
+    towers: Object = {"type": "t2i_jax.networks.clip:CLIPTowers", "text": text, "image": image, "last": True}
+    defaults = {"vocabulary": 49408, "length": 77, "size": 64, "patch": 4, "dim": 512, "times": 1000}
+    towers |= {name: take(name, value) for name, value in defaults.items()}
+    cosine: Object = {"type": "t2i_jax.noise.processes:Discrete", "schedule": "cosine"}
+    fixed: Object = {"learn_scale": False, "same": "none", "scale": take("scale", 100.0)}
+    fixed |= {"noise": take("process", cosine), "towers": towers}
+    return {**config, **fixed}
+
+
 STEPS: tuple[Step, ...] = (
     Step(  # 1 -> 2: standard terms
         modules={
@@ -289,6 +314,10 @@ STEPS: tuple[Step, ...] = (
             "t2i_jax.models.diffusion:Diffusion": _parts_of_network,
             "t2i_jax.models.noised_classifier:NoisedClassifier": _compute_of("trunk"),
         },
+    ),
+    Step(  # 3 -> 4: one CLIP, with or without noise
+        classes={"t2i_jax.models.noised_clip:NoisedCLIP": "t2i_jax.models.clip:CLIP"},
+        rewrites={"t2i_jax.models.noised_clip:NoisedCLIP": _noised_clip},
     ),
 )
 """Steps from version n to n + 1, starting with version 1."""

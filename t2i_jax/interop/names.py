@@ -6,7 +6,8 @@ A table has a line for each variable of a model: its name in a published file, a
 
 `{}` counts layers, which are one stacked array here. Several names are joined along a new first dimension, which the
 layout then places. A layout is a pattern of einops from theirs to ours; read backwards it leads from ours to theirs.
-Where one tensor of theirs holds several variables, or holds rows in another order, a line names its `rows`.
+Where one tensor of theirs holds several variables, or holds rows in another order, a line names its `rows`. An empty
+name is that of zeros which the file does not have: keys without a bias beside queries and values with one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Source(NamedTuple):
         return tuple(name.format(n) for name in self.names) if self.stacked else self.names
 
     def ours(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """One layer's tensors as one array of ours."""
+        """One layer's tensors, but for those without a name, as one array of ours."""
+        if not all(self.names):
+            left, zeros = iter(tensors), np.zeros(tensors[0].shape, tensors[0].dtype)
+            tensors = [next(left) if name else zeros for name in self.names]
         if self.parts:
             tensors = [pack(tensors, "* d" if tensors[0].ndim > 1 else "*")[0]]
         joined = tensors[0] if len(tensors) == 1 else rearrange(tensors, "a ... -> a ...")
@@ -205,7 +209,7 @@ def to_ours(model: M, tensors: Tensors, table: Table, ignore: str = "", file: st
         variable = wanted[ours]
         layers, arrays = [], []
         for n in range(variable.shape[0] if line.stacked else 1):
-            layers.append(line.layer(n))
+            layers.append(tuple(filter(None, line.layer(n))))
             used |= set(layers[-1])
             if missing := [f"{name}: missing" for name in layers[-1] if name not in tensors]:
                 wrong += missing
@@ -280,4 +284,5 @@ def _lines(model: nnx.Module, table: Table) -> Iterator[tuple[str, np.ndarray, S
         line, array = table[ours], np.asarray(variable[...])
         for n, part in enumerate(array if line.stacked else [array]):
             for name, theirs in zip(line.layer(n), line.theirs(part), strict=True):
-                yield name, np.asarray(theirs, order="C"), line  # not ascontiguousarray, it has no scalars
+                if name:
+                    yield name, np.asarray(theirs, order="C"), line  # not ascontiguousarray, it has no scalars

@@ -37,6 +37,7 @@ from t2i_jax.storage import adapters
 from t2i_jax.storage.adapters import Adapter
 from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.hub import readable
+from t2i_jax.storage.moved import moved, moves
 from t2i_jax.storage.remote import download
 from t2i_jax.storage.stored import released, stored
 
@@ -202,7 +203,7 @@ def from_run(
             raise CheckpointError(str(error)) from error
         return layout
 
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+    with contextlib.closing(Checkpoints(folder / "checkpoints", older=moved(model))) as checkpoints:
         together = any(not sharding.is_fully_addressable for sharding in layout.values())
         return checkpoints.weights(lay, use, together)
 
@@ -217,10 +218,15 @@ def from_file(
     """The weights of a released model, with the shardings of `layout`, through `use`: one device's part at a time."""
     wanted = named(model)
     try:
-        check_fits(wanted, arrays.shapes, str(source))
+        older = moves(moved(model), arrays.shapes)
+        gone = {name for move in older.values() for name in move.names}
+        shapes = {k: x for k, x in arrays.shapes.items() if k not in gone}
+        check_fits(wanted, shapes | {k: move.shape(arrays.shapes) for k, move in older.items()}, str(source))
+        whole = lambda move: move.array({name: arrays[name] for name in move.names})
+        part_of = lambda name, index: whole(older[name])[index] if name in older else arrays.part(name, index)
         made = {}
         for name, v in wanted.items():
-            part = lambda index, name=name, dtype=v.get_value().dtype: np.asarray(arrays.part(name, index), dtype)
+            part = lambda index, name=name, dtype=v.get_value().dtype: np.asarray(part_of(name, index), dtype)
             made[name] = use(name, jax.make_array_from_callback(v.shape, layout[name], part))
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error

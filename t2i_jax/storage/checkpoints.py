@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NotRequired, Protocol, Self, TypedDict, TypeVar
 
 import jax
@@ -27,8 +28,11 @@ from rich.markup import escape
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import console
 from t2i_jax.core.memory import return_freed
-from t2i_jax.core.sharding import all_processes_agree
+from t2i_jax.core.sharding import all_processes_agree, put_on_mesh
+from t2i_jax.interop.names import Table
 from t2i_jax.storage.checksums import checksums
+from t2i_jax.storage.moved import Move
+from t2i_jax.storage.moved import moves as moves_of
 from t2i_jax.storage.remote import resolve_path
 
 MOST_BYTES = 2**27
@@ -90,6 +94,8 @@ class Checkpoints:
 
     The last `keep` stay on disk; with `every` also those whose step is a multiple of it; with `best` (as `Best.parse`
     reads it) also the one with the best value of a metric among those that were saved with one.
+
+    older: `storage.moved.moved` of the model; arrays under such names are read as what they are now.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Checkpoints:
         backoff: float = 10.0,
         every: int = 0,
         best: str = "",
+        older: Table = MappingProxyType({}),
     ):
         where = resolve_path(folder)
         self.folder = where.absolute() if isinstance(where, Path) else where
@@ -112,7 +119,8 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
-        self.retries, self.backoff = retries, backoff
+        self.retries, self.backoff, self.older = retries, backoff, older
+        self.moves: dict[int, tuple[dict[str, Move], Meta]] = {}  # of checkpoints with older names
         self.begun: int | None = None  # step of the write that is under way
         self.last, self.failures, self.until = 0, 0, 0.0
         self.error: Exception | None = None  # the error of a write that did not start
@@ -336,12 +344,45 @@ class Checkpoints:
         own = meta.pop("crc32", None)  # none: made before there were checksums
         if own is not None and own != crc32(meta):
             raise Damaged("its description is not what was written")
-        return meta
+        return self._moved(step, meta)
+
+    def _moved(self, step: int, meta: Meta) -> Meta:
+        """The description with arrays as they are now called, where they are stored under older names."""
+        shapes = {k: jax.ShapeDtypeStruct(tuple(s), d) for k, (s, d) in meta["arrays"].items()} if self.older else {}
+        if not (moves := moves_of(self.older, shapes)):
+            return meta
+        self.moves[step] = moves, meta
+        gone = {name for move in moves.values() for name in move.names}
+        kept: Shapes = {k: v for k, v in meta["arrays"].items() if k not in gone}
+        new = {k: move.shape(shapes) for k, move in moves.items()}
+        return {**meta, "arrays": kept | {k: [list(x.shape), str(x.dtype)] for k, x in new.items()}}
 
     def _arrays(
         self, step: int, target: Mapping[str, jax.Array | jax.ShapeDtypeStruct], part: bool = False
     ) -> dict[str, jax.Array]:
-        """The arrays of a checkpoint as `target` has them; part: it has not all of them."""
+        """The arrays of a checkpoint as `target` has them; part: it has not all of them.
+
+        Those with older names are read whole, on the host, and checked here.
+        """
+        moves, meta = self.moves.get(step, ({}, Meta(position=0, arrays={})))
+        if mine := {k: moves[k] for k in target if k in moves}:
+            others = {k: x for k, x in target.items() if k not in mine}
+            stored = {n: meta["arrays"][n] for move in mine.values() for n in move.names}
+            layout = on_cpu()
+            old = {n: jax.ShapeDtypeStruct(tuple(s), d, sharding=layout) for n, (s, d) in stored.items()}
+            found = self._stored(step, old, part=True)
+            self._verify(meta, found)
+            parts = {n: np.asarray(x) for n, x in found.items()}
+            put = lambda k, move: put_on_mesh(move.array(parts), target[k].sharding)
+            return self._stored(step, others, part=True) | {k: put(k, move) for k, move in mine.items()}
+        return self._stored(step, target, part)
+
+    def _stored(
+        self, step: int, target: Mapping[str, jax.Array | jax.ShapeDtypeStruct], part: bool
+    ) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint under the names that they have there."""
+        if not target:
+            return {}
         whole = ocp.args.StandardRestore(target)
         some = ocp.args.PyTreeRestore(
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
@@ -359,7 +400,8 @@ class Checkpoints:
         """Errors: `Damaged` that names the arrays whose bytes are not those that were written."""
         if "checksums" not in meta:
             return
-        wrong = [k for k, n in checksums(arrays).items() if n != meta["checksums"][k]]
+        known = meta["checksums"]
+        wrong = [k for k, n in checksums({k: x for k, x in arrays.items() if k in known}).items() if n != known[k]]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise Damaged(f"the bytes of {', '.join(wrong[:3])}{more} are not those that were written")

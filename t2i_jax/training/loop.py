@@ -38,6 +38,7 @@ from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.lora import adapted, fixed_of, merged
 from t2i_jax.storage.checkpoints import Checkpoints
+from t2i_jax.storage.moved import moved
 from t2i_jax.storage.remote import CACHE_FOLDER, resolve_path, staged_dir
 from t2i_jax.storage.stored import stored
 from t2i_jax.text.cut import check_vocabulary, noticing
@@ -362,7 +363,8 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
     check_run(folder)
     trainer = Trainer(experiment, folder)
     objectives = trainer.objectives
-    checkpoints = Checkpoints(where / "checkpoints", t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best)
+    kept = t.keep, t.save_retries, t.save_backoff, t.keep_every, t.keep_best
+    checkpoints = Checkpoints(where / "checkpoints", *kept, moved(trainer.abstract))
     history = History(experiment, folder, bool(checkpoints.steps()), accept)
     with jax.set_mesh(trainer.mesh), contextlib.ExitStack() as stack, raise_peer_lost(stack):
         stack.callback(checkpoints.manager.close)
