@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from t2i_jax.heads import SoftmaxHead as SoftmaxHead
     from t2i_jax.models.any_order import AnyOrder as AnyOrder
     from t2i_jax.models.ar import AR as AR
+    from t2i_jax.models.clip import CLIP as CLIP
     from t2i_jax.models.coarse_to_fine import CoarseToFine as CoarseToFine
     from t2i_jax.models.damsm import DAMSM as DAMSM
     from t2i_jax.models.diffusion import Diffusion as Diffusion
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from t2i_jax.models.unclip import UnCLIP as UnCLIP
     from t2i_jax.models.var import VAR as VAR
     from t2i_jax.models.vq_diffusion import VQDiffusion as VQDiffusion
+    from t2i_jax.networks.clip import CLIPTowers as CLIPTowers
     from t2i_jax.networks.condition import CaptionEncoder as CaptionEncoder
     from t2i_jax.networks.condition import ClassEmbedder as ClassEmbedder
     from t2i_jax.networks.condition import Conditioning as Conditioning
@@ -117,6 +119,7 @@ _PUBLIC = {
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",
+    "models.clip": "CLIP",
     "models.coarse_to_fine": "CoarseToFine",
     "models.damsm": "DAMSM",
     "models.diffusion": "Diffusion",
@@ -127,6 +130,7 @@ _PUBLIC = {
     "models.unclip": "UnCLIP",
     "models.var": "VAR",
     "models.vq_diffusion": "VQDiffusion",
+    "networks.clip": "CLIPTowers",
     "networks.condition": "CaptionEncoder ClassEmbedder Conditioning CrossAttnFeatures PooledFeatures SentenceAndWords"
     " TextFeatures",
     "networks.dit": "DiT",

@@ -33,6 +33,8 @@ NAMES = {
     "Blend",
     "CaptionEncoder",
     "CaptionWords",
+    "CLIP",
+    "CLIPTowers",
     "ClassEmbedder",
     "ClassifierGuidance",
     "ClipEmbedding",

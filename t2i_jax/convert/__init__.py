@@ -31,8 +31,8 @@ from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
 MODULES = (
-    *("ar", "coarse_to_fine", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "masked"),
-    *("imagen", "staged_gan", "stream", "unclip", "var"),
+    *("ar", "clip", "coarse_to_fine", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "imagen", "masked"),
+    *("staged_gan", "stream", "unclip", "var"),
 )
 """Modules of this package that define FORMATS."""
 
@@ -87,8 +87,8 @@ class Format(Generic[C]):
     """reads a folder with settings, where the format has such folders"""
     alone: Callable[[nnx.Module], nnx.Module] | None = None
     """the model without the part that the file lacks, a copy of its codec's vectors (`core.types.ReadsCodec`)"""
-    fit_text: Callable[[C, Tokenizer], Tokenizer] | None = None
-    """(configuration, tokenizer of the folder) -> the tokenizer with what hints have set"""
+    fit_text: Callable[[C, Tokenizer | None], Tokenizer | None] | None = None
+    """(configuration, tokenizer of the folder if it has one) -> the tokenizer with what hints have set"""
 
 
 def formats() -> dict[str, Format]:

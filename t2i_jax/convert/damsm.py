@@ -60,6 +60,6 @@ FORMATS = {
         "image_encoder*.pth, and captions.pickle",
         example="FOLDER",
         folder=_folder,
-        fit_text=lambda config, text: dataclasses.replace(cast(CaptionWords, text), length=config.length),
+        fit_text=lambda config, text: text and dataclasses.replace(cast(CaptionWords, text), length=config.length),
     ),
 }

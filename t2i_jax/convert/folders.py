@@ -74,7 +74,7 @@ def to_folder(
             model = _with_codec(config, model, codec)
         if text is not None:
             _check_text(config, text)
-        elif found.text is not None:
+        else:
             text = format.fit_text(config, found.text) if format.fit_text else found.text
     except FAULTS as error:
         raise ConfigError(_fault(name, format, weights, error, found, hints)) from error
@@ -149,7 +149,7 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
     tensors = convert.restore(name, artifact.config, artifact.model)
     tensors |= format.buffers(artifact.config) if format.buffers else {}
     with whole_file(out) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
 def text_side(words: str) -> Tokenizer:

@@ -147,9 +147,8 @@ def _rdm(
 def _glide_clip(tensors: Tensors, *, head_dim: int = 64, **fields: object) -> CLIP:
     """Both files in one, under `clip_text.` and `clip_image.`."""
     found: Fields = glide.describe(tensors, head_dim)
-    towers = CLIPTowers(
-        **found | {part: dataclasses.replace(GLIDE_CLIP, **found[part]) for part in ("text", "image")}, last=True
-    )
+    text, image = (dataclasses.replace(GLIDE_CLIP, **found.pop(part)) for part in ("text", "image"))
+    towers = CLIPTowers(text, image, last=True, **found)
     noise = Discrete("cosine", towers.times or 1000)
     return with_fields(CLIP(towers, scale=100.0, learn_scale=False, same="none", noise=noise), **fields)
 

@@ -26,7 +26,7 @@ IGNORED = r"position_ids$|^(input_resolution|context_length|vocab_size)$|attn_ma
 
 
 def huggingface_table(text_head: int, image_head: int) -> Table:
-    """The names of `transformers` for a `t2i_jax.text.clip.Clip`, whose towers have heads of these sizes."""
+    """The names of `transformers` for a `networks.clip.CLIPTowers`, whose towers have heads of these sizes."""
     norms = {"text.norm": "text_model.final_layer_norm", "image.before": "vision_model.pre_layrnorm"}
     lines = {
         "text.words.w": source("text_model.embeddings.token_embedding.weight"),
@@ -64,6 +64,11 @@ def openai_table(text_head: int, image_head: int) -> Table:
         lines |= by_head(f"{ours}.blocks.attention.qkv", [f"{layer}attn.in_proj_"], "(a n h)", a=3, h=head)
         lines |= _layer(ours, layer, "attn.out_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2")
     return lines
+
+
+def bias(learned: bool) -> Table:
+    """The line of the bias of a sigmoid loss, as open_clip names it, if there is one."""
+    return {"logit_bias": source("logit_bias")} if learned else {}
 
 
 def openai_tensors(path: str | Path) -> Tensors:

@@ -28,7 +28,7 @@ from rich.markup import escape
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import console
 from t2i_jax.core.memory import return_freed
-from t2i_jax.core.sharding import all_processes_agree, put_on_mesh
+from t2i_jax.core.sharding import all_processes_agree
 from t2i_jax.interop.names import Table
 from t2i_jax.storage.checksums import checksums
 from t2i_jax.storage.moved import Move
@@ -373,8 +373,11 @@ class Checkpoints:
             found = self._stored(step, old, part=True)
             self._verify(meta, found)
             parts = {n: np.asarray(x) for n, x in found.items()}
-            put = lambda k, move: put_on_mesh(move.array(parts), target[k].sharding)
-            return self._stored(step, others, part=True) | {k: put(k, move) for k, move in mine.items()}
+            made = self._stored(step, others, part=True)
+            for k, move in mine.items():
+                array, sharding = move.array(parts), target[k].sharding
+                made[k] = jax.make_array_from_callback(array.shape, sharding, lambda index, x=array: x[index])
+            return made
         return self._stored(step, target, part)
 
     def _stored(

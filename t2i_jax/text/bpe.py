@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tokenizers import Regex, models, pre_tokenizers
 
+from t2i_jax.core.fields import VOCABULARY, Checked, Size
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.text.clean import tidy
-from t2i_jax.text.cut import padded
+from t2i_jax.text.cut import Limited, padded
 
 PACKAGE, FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -91,3 +94,36 @@ class BytePairs:
 def read_pairs(path: str) -> BytePairs:
     """The list of merges at `path`, or that of the package if empty; read once."""
     return BytePairs(path or vocabulary_file())
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipIds(Checked, Limited):
+    """Captions as CLIP's ids, start and end included, for a model that embeds them itself (`models.clip`)."""
+
+    path: Annotated[str, VOCABULARY] = ""
+    """list of merges; empty: the one in the package open-clip-torch"""
+    length: Size = 77
+    """ids per caption"""
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 (n, s), 0 behind the end, and the mask bool (n, s) from start to end.
+
+        Errors: ImportError if the vocabulary is missing; ValueError where it is none.
+        """
+        ids = self.pairs.encode(captions, self.length)
+        return ids, np.arange(self.length) <= np.argmax(ids == self.pairs.last, 1)[:, None]
+
+    @property
+    def pairs(self) -> BytePairs:
+        return read_pairs(self.path)
+
+    @property
+    def room(self) -> int:
+        return self.length - 2
+
+    @property
+    def pieces(self) -> int:
+        return len(self.pairs.ids)
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return [self.pairs(caption) for caption in captions]
