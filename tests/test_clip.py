@@ -17,6 +17,7 @@ from t2i_jax.cli import main
 from t2i_jax.convert import restore
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import named
+from t2i_jax.core.types import Compute
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.encode import encode_database
 from t2i_jax.evaluation.alignment import classify, retrieve_pairs
@@ -26,7 +27,7 @@ from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.nn.contrastive import Pairs, bounded, kinds_of, sigmoid_loss, softmax_loss
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Discrete
-from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, assign, load_artifact, save_artifact
 from t2i_jax.storage.moved import moved, moves
 from t2i_jax.text.clip import ClipCaption, ClipEmbedding, ClipText, load
 from t2i_jax.text.damsm import CaptionWords
@@ -184,10 +185,11 @@ def run(folder):
     return str(folder / "run")
 
 
-def pictures(folder, count=6):
-    return np.stack(
-        [r["image"] for r in Data(ArrayRecord(str(folder / "data")), image_size=8).examples("test").spaced(count)]
-    )
+def pictures(folder):
+    """An image for each of CAPTIONS."""
+    records = Data(ArrayRecord(str(folder / "data")), image_size=8).examples("test", True).spaced(24)
+    shown = {r["captions"][0]: r["image"] for r in records}
+    return np.stack([shown[caption] for caption in CAPTIONS])
 
 
 CAPTIONS = ["a red disc", "a blue box", "a green disc", "a red box", "a blue disc", "a green box"]
@@ -320,3 +322,20 @@ def test_weights_under_older_names_are_read():
         assert move.shape(old).shape == now.shape
         np.testing.assert_array_equal(move.array(old), now)
     assert not moves(moved(model), {f"params/{k}": v for k, v in named(model).items()})
+
+
+def test_a_narrow_dtype_changes_little():
+    config, rng = CLIP(TOWERS), np.random.default_rng(0)
+    batch = {
+        "image": rng.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32),
+        "text": rng.integers(0, 7, (4, 6)).astype(np.int32),
+        "text_mask": np.arange(6) < np.array([[6], [3], [1], [2]]),
+    }
+    model = fresh(config)
+    found = []
+    for compute in (Compute(), Compute("bfloat16", remat="full")):
+        one = config.with_compute(compute)
+        weights = assign(one, {k: np.asarray(v[...]) for k, v in named(model).items()}, Path("a copy"))
+        found.append(jax.jit(lambda m, b, one=one: one.loss(m, b, jax.random.key(0), False).loss)(weights, batch))
+    np.testing.assert_allclose(*found, rtol=0.02)
+    assert found[0] != found[1] and found[0].dtype == found[1].dtype == jnp.float32

@@ -31,8 +31,8 @@ from t2i_jax.interop.tensorfile import content
 from t2i_jax.interop.wrapping import holds, located
 
 MODULES = (
-    *("ar", "clip", "coarse_to_fine", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "imagen", "masked"),
-    *("staged_gan", "stream", "unclip", "var"),
+    *("ar", "clip", "coarse_to_fine", "codecs", "damsm", "diffusers", "discrete", "gan", "gaussian", "imagen"),
+    *("masked", "staged_gan", "stream", "unclip", "var"),
 )
 """Modules of this package that define FORMATS."""
 
