@@ -18,7 +18,7 @@ from t2i_jax.core.fields import Checked, Count, Size
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute
 from t2i_jax.nn.attention import Causal
-from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, at_least_fp32, normal, param, unit
+from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, at_least_fp32, normal, param, position_table, unit
 from t2i_jax.nn.transformer import Block, Transformer, scan_stack, stack
 
 MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
@@ -65,7 +65,7 @@ class TextTower(nnx.Module):
         keys = jax.random.split(key, 4)
         d = config.text.width
         self.words = Embedding(config.vocabulary, d, keys[0])
-        self.positions = param(normal(keys[1], (config.length, d), 0.01), None, "embed")
+        self.positions = position_table(normal(keys[1], (config.length, d), 0.01))
         self.blocks = _as_published(stack(config.text, keys[2], compute.attention), config.text)
         self.norm = LayerNorm(d, config.text.eps)
         self.out = Linear(d, config.dim, keys[3], bias=False, std=d**-0.5, axes=("embed", None)) if config.dim else None
@@ -119,7 +119,7 @@ class ImageTower(nnx.Module):
         stride = {"kernel": config.patch, "stride": config.patch, "padding": "VALID", "bias": False}
         self.patches = Conv(config.channels, d, keys[0], **stride)
         self.first = param(normal(keys[1], (*times, d), d**-0.5), *(None,) * len(times), "embed")
-        self.positions = param(normal(keys[2], (grid**2 + 1, d), d**-0.5), None, "embed")
+        self.positions = position_table(normal(keys[2], (grid**2 + 1, d), d**-0.5), (grid, grid), prefix=1)
         self.before = LayerNorm(d, config.image.eps)
         self.blocks = _as_published(stack(config.image, keys[3], compute.attention), config.image)
         self.norm = LayerNorm(d, config.image.eps)
