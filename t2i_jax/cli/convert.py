@@ -30,9 +30,9 @@ class ConvertArguments:
     --text names the frozen encoder of captions: t5:FOLDER, lm:FOLDER (hidden states of a Llama- or Qwen-shaped language
     model), clip:PATH (one vector), clip-tokens:PATH, clip-caption:PATH (both, for unCLIP), damsm:FOLDER (a run or a
     converted DAMSM) or neighbours:PATH,database=FILE (the nearest of a database of a CLIP's vectors, .npy, .npz or a
-    folder of them). The others are folders as Hugging Face or open_clip lay them out or, for CLIP, a file with OpenAI's
-    names. Such a file lacks its activation: those that open_clip trained with plain GELU, as most on LAION-2B and
-    DataComp, need clip:FILE,activation=gelu.
+    folder of them). The others are folders as Hugging Face or open_clip lay them out or, for CLIP, a run of a `CLIP` or
+    a file with OpenAI's names. Such a file lacks its activation: those that open_clip trained with plain GELU, as most
+    on LAION-2B and DataComp, need clip:FILE,activation=gelu.
     """
 
     format: tyro.conf.Positional[str]

@@ -65,8 +65,8 @@ class SampleArguments(Checked):
     lora: tuple[str, ...] = ()
     """folders of adapters, runs with train.lora or released ones, each with its factor: runs/style=0.8"""
     rerank: str = ""
-    """a CLIP (folder or file) that chooses the `count` best of `candidates` images per prompt, with fields of it set
-    after commas: vit_b_32.pt,activation=gelu"""
+    """a CLIP (run, folder or file) that chooses the `count` best of `candidates` images per prompt, with fields of it
+    set after commas: vit_b_32.pt,activation=gelu"""
     candidates: Annotated[int | None, Range(1, 1_000_000)] = None
     """images drawn per prompt where `rerank` chooses, 16 unless given; they stay in OUT/candidates"""
     image: Path | None = None
