@@ -98,7 +98,7 @@ class TextTower(nnx.Module):
     def summarise(
         self, x: Float[Array, "b s d"], ids: Int[Array, "b s"], mask: Bool[Array, "b s"] | None = None
     ) -> Float[Array, "b k"]:
-        """The embeddings (b, k), not normalised, of captions whose tokens are x (b, s, d)."""
+        """The embeddings (b, k) in fp32, not normalised, of captions whose tokens are x (b, s, d)."""
         if not self.last:
             at = jnp.argmax(ids if self.end is None else ids == self.end, -1)
         elif mask is None:
@@ -107,7 +107,7 @@ class TextTower(nnx.Module):
             at = jnp.maximum(mask.sum(1) - 1, 0)
         if self.out is None:
             raise ConfigError("a text tower without a projection gives no embedding of a caption")
-        return self.out(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0])
+        return at_least_fp32(self.out(jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]))
 
 
 class ImageTower(nnx.Module):
@@ -147,8 +147,8 @@ class ImageTower(nnx.Module):
     def embed(
         self, x: Float[Array, "b i j c"], t: Num[Array, " b"] | None = None, key: Array | None = None
     ) -> Float[Array, "b k"]:
-        """Images (b, i, j, c) -> embeddings (b, k), not normalised; arguments as of the tower."""
-        return self.out(self.norm(self(x, t, key)[:, 0]))
+        """Images (b, i, j, c) -> embeddings (b, k) in fp32, not normalised; arguments as of the tower."""
+        return at_least_fp32(self.out(self.norm(self(x, t, key)[:, 0])))
 
 
 class CLIPNetwork(nnx.Module):
@@ -179,14 +179,14 @@ class CLIPNetwork(nnx.Module):
     @typed
     def texts(self, text: Int[Array, "b s"], mask: Bool[Array, "b s"], key: Array | None = None) -> Float[Array, "b k"]:
         """Captions, ids and mask (b, s) -> unit vectors (b, k) in fp32."""
-        return unit(at_least_fp32(self.text.embed(text, mask, key)))
+        return unit(self.text.embed(text, mask, key))
 
     @typed
     def images(
         self, x: Float[Array, "b i j c"], t: Num[Array, " b"] | None = None, key: Array | None = None
     ) -> Float[Array, "b k"]:
         """Images (b, i, j, c), in [-1, 1] when clean, at noise levels t (b,) -> unit vectors (b, k) in fp32."""
-        return unit(at_least_fp32(self.image.embed(standardised(x), t, key)))
+        return unit(self.image.embed(standardised(x), t, key))
 
 
 @typed

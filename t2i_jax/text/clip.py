@@ -30,7 +30,7 @@ from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
 from t2i_jax.interop.names import Fields, Table, Tensors, to_ours
 from t2i_jax.networks.clip import MEAN, STD, CLIPNetwork, CLIPTowers, ImageTower, TextTower
-from t2i_jax.nn.layers import unit
+from t2i_jax.nn.layers import at_least_fp32, unit
 from t2i_jax.nn.transformer import Activation, Transformer
 from t2i_jax.storage.artifacts import Artifact, is_stored, load_artifact, open_artifact
 from t2i_jax.text.bpe import BytePairs, read_pairs
@@ -313,7 +313,7 @@ class ClipText(_Captions):
 
     def features(self, model: TextTower, ids: Array, mask: Array) -> Array:
         """One vector per token: (b, s) ids and mask -> (b, s, k) fp32."""
-        x = model(ids)
+        x = at_least_fp32(model(ids))
         return unit(x) if self.normalise else x
 
 
