@@ -108,7 +108,7 @@ def room_of(text: Tokenizer) -> int:
 
 
 def tokens_of(text: Tokenizer, captions: Sequence[str]) -> list[list[int]]:
-    """The ids of each caption; where the tokenizer tells, without special ones and without a limit."""
+    """The ids of each caption; of a tokenizer that is `limited`, without special ones and without a limit."""
     if counting := limited(text):
         return counting.tokens(captions)
     return [ids[mask].tolist() for ids, mask in zip(*text(captions), strict=True)]
