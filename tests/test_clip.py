@@ -261,9 +261,10 @@ def test_a_released_one_may_be_moved(run, tmp_path):
 def test_what_is_no_clip_of_clean_images_is_said(run, tmp_path, capsys):
     noised = CLIP(dataclasses.replace(TOWERS, times=1000), noise=Discrete("cosine"))
     save_artifact(Artifact(noised, fresh(noised)), tmp_path / "noised", "# CLIP\n")
-    assert "a CLIP of noised images; a CLIP of clean images" in refused(
-        capsys, "evaluate", run, "--matching", tmp_path / "noised"
-    )
+    said = refused(capsys, "evaluate", run, "--matching", tmp_path / "noised")
+    assert "holds a CLIP; a DAMSM or a CLIP of clean images is wanted" in said
+    with pytest.raises(ConfigError, match="a CLIP of noised images; a CLIP of clean images"):
+        ClipText(str(tmp_path / "noised")).load()
     with pytest.raises(ConfigError, match="no tokenizer belongs to it"):
         ClipText(str(tmp_path / "noised"))(["a"])
     with pytest.raises(ConfigError, match="those of its config"):

@@ -239,4 +239,4 @@ def test_another_model_is_no_damsm(tmp_path, capsys):
     said = refused(
         capsys, "evaluate", tmp_path / "codec", "--data", "configs/glyphs_kl.py", "--matching", tmp_path / "codec"
     )
-    assert "a DAMSM is wanted" in said
+    assert "holds a Squares; a DAMSM or a CLIP" in said

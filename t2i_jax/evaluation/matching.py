@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.narrow import text_encoder
 from t2i_jax.evaluation.alignment import classify, retrieve_captions, retrieve_pairs, unit
 from t2i_jax.evaluation.features import batches
@@ -40,7 +41,11 @@ class Matching:
     def load(cls, path: str | Path, batch_size: int = 50) -> Matching:
         """The DAMSM or the CLIP of a run or a released model, or a published CLIP. Errors: those of `DamsmText`,
         `load_image_encoder` and `ClipEmbedding`."""
-        if is_stored(path) and isinstance(open_artifact(path).artifact.model, DAMSMNetwork):
+        artifact = open_artifact(path).artifact if is_stored(path) else None
+        if artifact is not None and not artifact.config.capabilities.image_text:
+            kind = type(artifact.config).__name__
+            raise ConfigError(f"{path} holds a {kind}; a DAMSM or a CLIP of clean images is wanted")
+        if artifact is not None and isinstance(artifact.model, DAMSMNetwork):
             text = DamsmText(str(path))
             captions, images = text.load(), load_image_encoder(path)
             look = jax.jit(lambda model, x: model(signed(x))[1])

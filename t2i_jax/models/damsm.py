@@ -176,8 +176,7 @@ class DAMSM(Checked):
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         frozen = self.trunk is not None and self.trunk.has_weights
-        both = self.trunk is not None and self.vocabulary > 0
-        return Capabilities(frozen_networks=frozen, shared_forward=True, image_text=both)
+        return Capabilities(frozen_networks=frozen, shared_forward=True, image_text=True)
 
     @property
     def compute(self) -> Compute:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -234,11 +235,16 @@ def from_file(
 
 
 def is_stored(path: str | Path) -> bool:
-    """Whether a path is that of a run or a released model, or of an object store, where nothing else is read."""
+    """Whether a path is that of a run or a released model, or of an object store or a hub, where nothing else is
+    read."""
     if "://" in str(path):
         return True
-    settings = Path(path, "config.json")
-    return settings.is_file() and "t2i_jax." in settings.read_text("utf-8", "replace")
+    try:
+        content = json.loads(Path(path, "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and ":" in str(model.get("type"))
 
 
 def config_of(folder: str | Path) -> Trainable:
