@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
-from t2i_jax.convert import Folder, Format
+from t2i_jax.convert import Format, ModelFolder
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.interop import clip as published
 from t2i_jax.interop import huggingface
-from t2i_jax.interop.names import Fields, Table, Tensors
+from t2i_jax.interop.names import Table, Tensors
 from t2i_jax.models.clip import CLIP
 from t2i_jax.networks.clip import CLIPTowers
 from t2i_jax.text.bpe import ClipIds
@@ -19,39 +20,38 @@ from t2i_jax.text.clip import of_huggingface, of_openai
 
 
 def _clip(
-    tensors: Tensors,
-    *,
-    head_dim: int = 64,
-    text_head_dim: int = 0,
-    activation: str = "quick_gelu",
-    towers: CLIPTowers | None = None,
-    **fields: object,
+    tensors: Tensors, *, head_dim: int = 64, text_head_dim: int = 0, activation: str = "quick_gelu", **fields: object
 ) -> CLIP:
     """Values that do not follow from shapes: sizes of a head, of the text tower if it differs, and the activation, gelu
-    in most files of open_clip. towers: all sizes, from the settings of a folder."""
-    towers = towers or of_openai(tensors, head_dim, activation, text_head_dim)
-    loss: Fields = {"loss_type": "sigmoid", "scale": 10.0} if "logit_bias" in tensors else {}
-    return with_fields(CLIP(towers), **(loss | fields))
+    in most files of open_clip."""
+    return _with_loss(of_openai(tensors, head_dim, activation, text_head_dim), tensors, fields)
+
+
+def _with_loss(towers: CLIPTowers, tensors: Tensors, fields: Mapping[str, object]) -> CLIP:
+    """A CLIP with the loss of a file, which has the bias of a sigmoid or not, and with other fields."""
+    sigmoid = "logit_bias" in tensors
+    config = CLIP(towers, "sigmoid", scale=10.0) if sigmoid else CLIP(towers)
+    return with_fields(config, **fields)
 
 
 def _transformers(tensors: Tensors, *, towers: CLIPTowers | None = None, **fields: object) -> CLIP:
     """towers: sizes, from config.json. Errors: ValueError for a file without its folder."""
     if towers is None:
-        raise ValueError("the file alone does not say its heads; the folder with config.json is wanted")
-    return _clip(tensors, towers=towers, **fields)
+        raise ValueError("sizes of heads do not follow from a file alone; the folder with config.json is wanted")
+    return _with_loss(towers, tensors, fields)
 
 
-def _open_clip_folder(path: Path) -> Folder:
-    """A folder of open_clip, with what shapes do not say."""
-    said = published.open_clip(path)
-    hints = {"head_dim": said["head"], "text_head_dim": said["text_head"], "activation": said["activation"]}
-    return Folder(published.openai_tensors(path), hints)
+def _open_clip_folder(path: Path) -> ModelFolder:
+    """A folder of open_clip, with what does not follow from shapes."""
+    found = published.open_clip(path)
+    hints = {"head_dim": found["head"], "text_head_dim": found["text_head"], "activation": found["activation"]}
+    return ModelFolder(published.openai_tensors(path), hints)
 
 
-def _transformers_folder(path: Path) -> Folder:
+def _transformers_folder(path: Path) -> ModelFolder:
     merges, towers = path / "merges.txt", of_huggingface(huggingface.config(path))
     text = ClipIds(str(merges) if merges.is_file() else "")
-    return Folder(dict(huggingface.Weights(path, *published.FOLDER_NEEDED)), {"towers": towers}, text=text)
+    return ModelFolder(dict(huggingface.Weights(path, *published.FOLDER_NEEDED)), {"towers": towers}, text=text)
 
 
 def _bias(config: CLIP, table: Table) -> Table:
