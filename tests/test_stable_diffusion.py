@@ -116,7 +116,9 @@ def test_a_folder_becomes_a_model_that_draws_the_same_images(folder, tmp_path):
     ids, _ = ours.text(["cat", "a cat", ""])
     with torch.no_grad():
         features = pipeline.text_encoder(torch.tensor(ids)).last_hidden_state
-    normal = lambda key: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), 0), ours.family.sample_spec().shape)
+    normal = lambda key: jax.random.normal(
+        jax.random.fold_in(jax.random.fold_in(key, 0), 0), ours.family.sample_spec().shape
+    )
     noise = np.asarray(jax.vmap(normal)(image_keys([3, 4]))).transpose(0, 3, 1, 2)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(4)
