@@ -23,7 +23,7 @@ WORDS = 20
 OPTIMIZER = Optimizer("adam", 2e-3, warmup=50, b1=0.5, b2=0.999, weight_decay=0.0, clip=0.0)
 
 experiment = Experiment(
-    model=DAMSM(vocabulary=1000, length=WORDS, trunk=EfficientNet(64)),
+    model=DAMSM(vocabulary=1000, length=WORDS, trunk=EfficientNet(64, pixels=16)),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=64, crop="random", smallest_crop=0.9),
     train=Train(
         steps=1200,
