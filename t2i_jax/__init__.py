@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from t2i_jax.edits import Vary as Vary
     from t2i_jax.guides import Autoguidance as Autoguidance
     from t2i_jax.guides import ClassifierGuidance as ClassifierGuidance
+    from t2i_jax.guides import Reference as Reference
     from t2i_jax.heads import DiffusionHead as DiffusionHead
     from t2i_jax.heads import FlowHead as FlowHead
     from t2i_jax.heads import MixtureHead as MixtureHead
@@ -115,7 +116,7 @@ _PUBLIC = {
     "data.pipeline": "Data",
     "data.sources": "ArrayRecord Folder Mixture Parquet TarShards Tfds",
     "edits": "Blend InitImage Inpaint Vary",
-    "guides": "Autoguidance ClassifierGuidance",
+    "guides": "Autoguidance ClassifierGuidance Reference",
     "heads": "DiffusionHead FlowHead MixtureHead SoftmaxHead",
     "models.any_order": "AnyOrder",
     "models.ar": "AR",

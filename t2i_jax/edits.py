@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -149,8 +148,3 @@ def embedding_field(family: Family, text: Tokenizer | None) -> str:
     if not embeds_images(text):
         raise ConfigError("the text side has no encoder of images, only of captions")
     return "image_features"
-
-
-def digest(*arrays: np.ndarray) -> str:
-    """Sixteen hexadecimal digits that identify arrays."""
-    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
-from t2i_jax.core.narrow import as_classifier, autoguided, classifier_guided
+from t2i_jax.core.fields import Checked, Finite
+from t2i_jax.core.image_files import digest
+from t2i_jax.core.narrow import as_classifier, autoguided, classifier_guided, compares_with_reference
 from t2i_jax.core.types import Family, GaussianFamily, SamplingOptions
 from t2i_jax.storage.artifacts import Artifact, load_artifact
 
@@ -33,7 +35,7 @@ class Guide(abc.ABC):
     @property
     @abc.abstractmethod
     def weights(self) -> dict[str, object]:
-        """Its model, by the name that `Family.sample` gives it."""
+        """Its model, and images, by the names that `Program.codes` gives them."""
 
     @abc.abstractmethod
     def check(self, family: Family) -> None:
@@ -49,9 +51,45 @@ class Guide(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Reference(Checked):
+    """An image that samples are to be like, for an image-text model of noised images, and the weights of what it
+    compares (Liu et al. 2023, Semantic Diffusion Guidance): the terms of `CLIP.log_p`.
+
+    Errors: `ConfigError` for an image of another shape or dtype.
+    """
+
+    image: np.ndarray
+    """uint8 (i, j, 3), of the model's size"""
+    text_weight: Finite = 1.0
+    """of the similarity with the caption"""
+    image_weight: Finite = 1.0
+    """of the similarity with the embedding of the image"""
+    layout_weight: Finite = 0.0
+    """of the squared distance from the feature map of the image"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3:
+            raise ConfigError(f"a reference {self.image.dtype} {self.image.shape}: uint8 (i, j, 3) is needed")
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        return self.text_weight, self.image_weight, self.layout_weight
+
+    @property
+    def arrays(self) -> dict[str, object]:
+        """`reference` fp32 (1, i, j, 3) in [-1, 1] and `reference_weights` fp32 (1, 3), of the condition."""
+        image = self.image[None].astype(np.float32) / 127.5 - 1
+        return {"reference": image, "reference_weights": np.asarray([self.weights], np.float32)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ClassifierGuidance(Guide):
     """Follow the gradient of a classifier, or of an image-text model (CLIP guidance), of noised images (Dhariwal &
-    Nichol 2021; Nichol et al. 2022)."""
+    Nichol 2021; Nichol et al. 2022).
+
+    An image-text model guides to captions, and with a `reference` to an image and its layout too, with weights that are
+    traced (Liu et al. 2023, Semantic Diffusion Guidance)."""
 
     classifier: Artifact
     """the model, with its weights on the pipeline's mesh; those elsewhere are copied in every call"""
@@ -59,15 +97,28 @@ class ClassifierGuidance(Guide):
     """factor of the gradient; None: `classifier_scale` of the options"""
     name: str = ""
     """for errors and metadata, by default that of its type"""
+    reference: Reference | None = None
+    """an image that samples are to be like"""
 
     @classmethod
-    def load(cls, folder: str | Path, scale: float | None = None, *, mesh: Mesh | None = None) -> ClassifierGuidance:
+    def load(
+        cls,
+        folder: str | Path,
+        scale: float | None = None,
+        *,
+        mesh: Mesh | None = None,
+        reference: Reference | None = None,
+    ) -> ClassifierGuidance:
         """Guidance by the classifier in a run folder; mesh: that of the pipeline. Errors: as of `load_artifact`."""
-        return cls(load_artifact(folder, mesh=mesh), scale, str(folder))
+        return cls(load_artifact(folder, mesh=mesh), scale, str(folder), reference)
 
     @property
     def about(self) -> dict[str, str]:
-        return {"classifier": self.name or type(self.classifier.config).__name__}
+        about, given = {"classifier": self.name or type(self.classifier.config).__name__}, self.reference
+        if given is None:
+            return about
+        weights = ", ".join(f"{w:g}" for w in given.weights)
+        return about | {"reference": f"{digest(given.image)}, weights {weights}"}
 
     @property
     def text(self) -> Tokenizer | None:
@@ -76,14 +127,17 @@ class ClassifierGuidance(Guide):
 
     @property
     def weights(self) -> dict[str, object]:
-        return {"classifier": self.classifier.model}
+        given = self.reference
+        return {"classifier": self.classifier.model} | ({} if given is None else given.arrays)
 
     def check(self, family: Family) -> None:
         """Errors: `ConfigError` unless the classifier was trained on such images with the same noise at the same times,
-        and reads the family's kind of prompt."""
+        reads the family's kind of prompt, unless that has no weight, and a reference, if there is one of the family's
+        size."""
         name, guided = self.about["classifier"], classifier_guided(family)
         with refused(name):
             classifier = as_classifier(self.classifier.config)
+            classifier = compares_with_reference(classifier) if self.reference else classifier
         if not guided.process.same_noise(classifier.process):
             raise ConfigError(
                 f"{name}: it learned the noise of {classifier.process}, and this model draws by that of "
@@ -92,11 +146,14 @@ class ClassifierGuidance(Guide):
         reads, given = classifier.batch_spec(), guided.condition_spec()
         if "label" in reads and "label" not in given:
             raise ConfigError(f"{name}: it is conditioned on classes, and this model on captions")
-        if "label" not in reads and "label" in given:
+        reads_prompts = self.reference is None or self.reference.text_weight != 0
+        if "label" not in reads and "label" in given and reads_prompts:
             raise ConfigError(f"{name}: it is conditioned on captions, and this model on classes")
         channels, drawn = reads["image"].shape[-1], guided.sample_spec().shape[-1]
         if channels != drawn:
             raise ConfigError(f"{name}: it looks at {channels} channels, and this model draws {drawn}")
+        if self.reference and self.reference.image.shape != (shape := guided.sample_spec().shape):
+            raise ConfigError(f"the reference has the shape {self.reference.image.shape}; this model draws {shape}")
 
     def override(self, options: SamplingOptions) -> SamplingOptions:
         return options if self.scale is None else dataclasses.replace(options, classifier_scale=self.scale)

@@ -17,6 +17,7 @@ from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
+from t2i_jax.core.image_files import digest
 from t2i_jax.core.narrow import (
     as_classifier,
     as_family,
@@ -30,7 +31,7 @@ from t2i_jax.core.narrow import (
 )
 from t2i_jax.core.sharding import MeshConfig, put_on_mesh, shardings, to_host
 from t2i_jax.core.types import Codec, Family, SamplingOptions
-from t2i_jax.edits import Blend, Edit, Like, digest, embedding_field, tokens_to_keep
+from t2i_jax.edits import Blend, Edit, Like, embedding_field, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
 from t2i_jax.release import card

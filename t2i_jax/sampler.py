@@ -67,15 +67,16 @@ class Program:
 
         guided: static, as in `Family.sample`. parts: `model`; `text`, the weights of a text encoder; of an edit `known`
         and `keep` (1, ...); of images that new ones are to be like `features` or `image_features` (1, ...); of guides
-        `classifier` and `guide_model`.
+        `classifier` and `guide_model`, and for the classifier `reference` and `reference_weights` (1, ...).
         """
         ready = lambda condition: with_features(self.text, parts, dict(condition))
         if "features" in parts:
             own = {k: v for k, v in condition.items() if k not in ("text", "text_mask")}
             condition = own | {"features": jnp.repeat(cast(Array, parts["features"]), len(keys), 0)}
         condition = with_low_codes(self.family.condition_spec(), self.codec, parts, ready(condition))
-        edit = {k: parts[k] for k in ("known", "keep", "image_features") if k in parts}
-        more: dict[str, object] = jax.tree.map(lambda x: jnp.repeat(x, len(keys), 0), edit)
+        rows = lambda *names: {k: jnp.repeat(cast(Array, parts[k]), len(keys), 0) for k in names if k in parts}
+        more: dict[str, object] = {**rows("known", "keep", "image_features")}
+        condition = condition | rows("reference", "reference_weights")
         if "guide_model" in parts:
             more["guide_model"] = parts["guide_model"]
         if toward is not None:

@@ -31,6 +31,7 @@ NARROW = {
     "family": narrow.as_family,
     "codec": narrow.as_codec,
     "classifier": narrow.as_classifier,
+    "reference": narrow.compares_with_reference,
     "token_by_token": narrow.token_by_token,
     "likelihood": narrow.likelihood,
     "inpaint": narrow.inpainting,

@@ -37,6 +37,7 @@ NAMES = {
     "CLIPTowers",
     "ClassEmbedder",
     "ClassifierGuidance",
+    "Reference",
     "ClipEmbedding",
     "ClipText",
     "CoarseToFine",

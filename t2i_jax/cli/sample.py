@@ -9,20 +9,21 @@ from typing import Annotated
 import jax
 import numpy as np
 import tyro
+from PIL import Image, ImageOps
 
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.config import parse_some
 from t2i_jax.core.console import console
-from t2i_jax.core.fields import Checked, Range, Seed, Share, Size
-from t2i_jax.core.narrow import as_family, interpolates
+from t2i_jax.core.fields import Checked, Finite, Range, Seed, Share, Size
+from t2i_jax.core.narrow import as_family, classifier_guided, interpolates
 from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.edits import Blend, InitImage, Inpaint, Vary, embedding_field
 from t2i_jax.evaluation.rerank import Reranker, keep_best
-from t2i_jax.guides import Autoguidance, ClassifierGuidance
+from t2i_jax.guides import Autoguidance, ClassifierGuidance, Guide, Reference
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan import read_mesh
 from t2i_jax.previews import sample_to_folder
@@ -81,6 +82,14 @@ class SampleArguments(Checked):
     share: Share = 0.5
     classifier: Path | None = None
     """run of a classifier or an image-text model of noised images, for classifier guidance: --classifier-scale 3"""
+    reference: Path | None = None
+    """an image whose middle, at the model's size, an image-text --classifier guides to, besides the prompt"""
+    text_weight: Finite | None = None
+    """share of the prompt in that guidance, 1 unless given"""
+    image_weight: Finite | None = None
+    """share of the reference's embedding, 1 unless given"""
+    layout_weight: Finite | None = None
+    """share of the distance from the reference's feature map, 0 unless given"""
     autoguide: Path | None = None
     """run of a worse model, smaller or less trained, for autoguidance: it replaces the unconditional branch"""
     negative: str = ""
@@ -148,14 +157,18 @@ def run(arguments: list[str]) -> None:
     if args.watch_codec and not args.watch:
         raise config.ConfigError("--watch-codec without --watch: which images is it to decode?")
     watched = pipeline.other_codec(args.watch_codec) if args.watch_codec else None
-    edit, guides, upsampler = None, [], None
+    edit, upsampler = None, None
+    guides: list[Guide] = []
     if args.image:
         image, mask = _opened(args.image), open_mask(args.mask) if args.mask else None
         edit = InitImage(image) if mask is None else Inpaint(image, mask)
         with config.refused(f"--image {args.image}" + (f" --mask {args.mask}" if args.mask else "")):
             pipeline.tokens_to_keep(edit)
-    wanted = ((ClassifierGuidance, args.classifier), (Autoguidance, args.autoguide))
-    guides = [kind.load(run, mesh=pipeline.mesh) for kind, run in wanted if run]
+    reference = _reference(args, pipeline)
+    if args.classifier:
+        guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh, reference=reference))
+    if args.autoguide:
+        guides.append(Autoguidance.load(args.autoguide, mesh=pipeline.mesh))
     upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
     away = mend(args.negative).replace("\0", " ")
     like = Vary(_opened(args.vary)) if args.vary else None
@@ -197,6 +210,23 @@ def _between(
     ways = ways if len(prompts) > 1 else [[(prompts[0], seed) for seed in seeds]]
     steps = [step for ends in ways for step in interpolation(ends, args.interpolate or 2)]
     return [(prompt, seed) for prompt, seed, _ in steps], [toward for _, _, toward in steps]
+
+
+def _reference(args: SampleArguments, pipeline: Pipeline) -> Reference | None:
+    """What the classifier guides to besides the prompt: the middle of an image, at the size that the model draws."""
+    weights = {"text_weight": args.text_weight, "image_weight": args.image_weight, "layout_weight": args.layout_weight}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    if args.reference is None:
+        if weights:
+            flag = next(iter(weights)).replace("_", "-")
+            raise config.ConfigError(f"--{flag} without --reference: of the guidance to which image?")
+        return None
+    if not args.classifier:
+        raise config.ConfigError("--reference without --classifier: which image-text model is to compare images?")
+    with config.refused("--reference"):
+        rows, columns = classifier_guided(pipeline.family).sample_spec().grid
+    image = ImageOps.fit(open_image(args.reference), (columns, rows), Image.Resampling.LANCZOS)
+    return Reference(np.asarray(image), **weights)
 
 
 def _opened(path: Path) -> np.ndarray:

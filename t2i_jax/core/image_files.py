@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -31,6 +32,11 @@ def to_uint8(images: Array | np.ndarray) -> Array:
     Rounding (not truncation) is the inverse of `x / 127.5 - 1` to the bit.
     """
     return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """Sixteen hexadecimal digits that identify arrays."""
+    return hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()[:16]
 
 
 def grid(

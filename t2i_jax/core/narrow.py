@@ -96,6 +96,12 @@ def as_classifier(config: Trainable) -> Classifier:
     return cast(Classifier, _declares(config, "classifier", "does not classify noised images"))
 
 
+def compares_with_reference(config: Trainable) -> Classifier:
+    """Narrow to a `Classifier` that reads a reference image. Errors: `ConfigError` for a config that does not."""
+    what = "does not compare images with a reference; a CLIP of noised images does, by embeddings and by patches"
+    return cast(Classifier, _declares(config, "reference", what))
+
+
 def token_by_token(config: Trainable) -> TokenByToken:
     """Narrow to `TokenByToken`. Errors: `ConfigError` for a config that does not sample token by token."""
     return cast(TokenByToken, _declares(config, "token_by_token", "does not sample token by token"))

@@ -148,6 +148,9 @@ class Capabilities:
     """`Codec`: images to codes and back"""
     classifier: bool = False
     """`Classifier`: log p(condition | noised image), whose gradient guides a diffusion"""
+    reference: bool = False
+    """a `Classifier` whose `log_p` reads `reference`, a noised image (b, i, j, c) that x is to be like, and
+    `reference_weights` (b, 3), of the condition, of the agreement with the reference, and of the distance of layouts"""
     image_text: bool = False
     """encodes images and captions in one space, where `evaluation.matching` compares them"""
     frozen_networks: bool = False

@@ -1,7 +1,7 @@
 """CLIP: images and captions in one space, by two Transformers trained on pairs (Radford et al. 2021, arXiv:2103.00020).
 
 With `noise` it reads noised images at their noise levels, and the gradient of its similarity guides samples of a
-diffusion to a caption (Nichol et al. 2022, GLIDE, 2.3).
+diffusion to a caption (Nichol et al. 2022, GLIDE, 2.3), or to a reference image (Liu et al. 2023, arXiv:2112.05744).
 """
 
 from __future__ import annotations
@@ -79,7 +79,14 @@ class CLIP(Checked):
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
         clean = self.noise is None
-        return Capabilities(classifier=not clean, image_text=clean, remat=REMATS, attention=True, loss_chunk=True)
+        return Capabilities(
+            classifier=not clean,
+            reference=not clean,
+            image_text=clean,
+            remat=REMATS,
+            attention=True,
+            loss_chunk=True,
+        )
 
     @property
     def process(self) -> NoiseProcess:
@@ -143,12 +150,34 @@ class CLIP(Checked):
     def log_p(
         self, model: CLIPNetwork, x: Float[Array, "b i j 3"], t: Num[Array, " b"], condition: Batch
     ) -> Float[Array, " b"]:
-        """Similarity (b,) of noised images and captions, which replaces log p(caption | x) up to a constant.
+        """log p(condition | x) (b,) up to a constant, of noised images x at network times t (b,).
+
+        Without a reference it is s cos(E(caption), F(x_t)), the scaled similarity of embeddings (Nichol et al. 2022).
+        With x'_t, the condition's `reference` (b, i, j, 3) at the noise of x, and `reference_weights` w (b, 3) it is
+
+            w_0 s cos(E(caption), F(x_t)) + w_1 s cos(F(x'_t), F(x_t)) - w_2 mean |M(x'_t) - M(x_t)|^2
+
+        (Liu et al. 2023, Semantic Diffusion Guidance: language, image content, image structure), where M has the
+        features of all patches before the last block, and the mean is over patches and features.
 
         A `Diffusion` samples towards captions with `jax.tree_util.Partial(config.log_p, model)`. Captions are the ids
         `clip_text` and `clip_mask` of this model's own tokenizer if the condition has them, else `text` and
-        `text_mask`.
+        `text_mask`; with a reference a condition may have neither.
         """
+        scale = self.scale_of(model)
+        if "reference" not in condition:
+            return scale * self._similarity(model, condition, model.images(x, t))
+        images, patches = model.images_with_maps(x, t)
+        wanted, layout = jax.lax.stop_gradient(model.images_with_maps(condition["reference"], t))
+        weights = value(condition, "reference_weights")
+        log_p = weights[:, 1] * scale * (wanted * images).sum(-1)
+        log_p -= weights[:, 2] * ((layout - patches) ** 2).mean((1, 2))
+        if {"text", "clip_text"} & condition.keys():
+            log_p += weights[:, 0] * scale * self._similarity(model, condition, images)
+        return log_p
+
+    def _similarity(self, model: CLIPNetwork, condition: Batch, images: Array) -> Array:
+        """Cosines (b,) of the condition's captions with embeddings of images (b, k)."""
         names = ("clip_text", "clip_mask") if "clip_text" in condition else ("text", "text_mask")
         texts = model.texts(ids(condition, names[0], self.towers.vocabulary), value(condition, names[1]))
-        return self.scale_of(model) * (jax.lax.stop_gradient(texts) * model.images(x, t)).sum(-1)
+        return (jax.lax.stop_gradient(texts) * images).sum(-1)

@@ -319,7 +319,9 @@ class Diffusion(BaseFamily[DiffusionSampler]):
             `condition_dropout` is 0, since no unconditional branch was trained.
         solver: overrides the configured one; static.
         classifier: a pytree that maps (x, network times (b,), condition) to log p(condition | x) (b,), such as a
-            classifier or an image-text model; samples follow its gradient.
+            classifier or an image-text model; samples follow its gradient. An image (b, i, j, c) in [-1, 1] that is the
+            condition's `reference` reaches it at the noise of x, drawn once for all steps (Liu et al. 2023, Semantic
+            Diffusion Guidance).
         guide_model: a weaker model that replaces the unconditional branch (Karras et al. 2024). Its network may differ;
             process, prediction, shape and condition are those of this one.
         progress: its listener is called with (steps done, all steps, the images so far).
@@ -444,8 +446,15 @@ def _sample(
     everything = both.rows(condition)
     context = model.read(everything, both.dropped(b))
     guide_context = None if guide_model is None else guide_model.read(condition, jnp.zeros(b, bool))
-    first, later, kept, _, renewed, kept_again = (folded(keys, n) for n in range(6))
+    first, later, kept, _, renewed, kept_again, referred = (folded(keys, n) for n in range(7))
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
+
+    def at_noise(i: Array) -> Batch:
+        """What a classifier reads: the condition, its reference at the noise of a stop."""
+        if "reference" not in condition:
+            return condition
+        clean = condition["reference"].astype(jnp.float32) * config.process.scale
+        return condition | {"reference": path.alpha[i] * clean + path.sigma[i] * normal(referred, 0)}
 
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, time, own = path.alpha[i], path.sigma[i], path.t[i], low_res(i)
@@ -464,7 +473,7 @@ def _sample(
         if classifier is None:
             return denoised
         gradient = guidance.classifier_gradient(
-            lambda x: classifier(x, jnp.full(b, time), condition), x, options.classifier_scale
+            lambda x: classifier(x, jnp.full(b, time), at_noise(i)), x, options.classifier_scale
         )
         return denoised._replace(classifier_gradient=gradient)
 

@@ -132,6 +132,10 @@ class ImageTower(nnx.Module):
         t: noise levels (b,) of a tower with `times`. No dropout without a key. Errors: ValueError without t, where it
         is needed.
         """
+        return scan_stack(self.blocks, self._tokens(x, t), key=key, remat=self.compute.remat)
+
+    def _tokens(self, x: Array, t: Array | None) -> Array:
+        """Images, at noise levels, as the input of the first block: (b, 1 + patches, d)."""
         x = rearrange(self.patches(x), "b i j d -> b (i j) d")
         first = self.first[...]
         if self.timed:
@@ -140,15 +144,30 @@ class ImageTower(nnx.Module):
             first = first[jnp.asarray(t, jnp.int32)][:, None]
         first = jnp.broadcast_to(first, (x.shape[0], 1, x.shape[2])).astype(x.dtype)
         x = jnp.concatenate([first, x], 1) + self.positions[...]
-        x = shard(self.before(x), "batch", "length", None).astype(self.compute.dtype)
-        return scan_stack(self.blocks, x, key=key, remat=self.compute.remat)
+        return shard(self.before(x), "batch", "length", None).astype(self.compute.dtype)
 
     @typed
     def embed(
         self, x: Float[Array, "b i j c"], t: Num[Array, " b"] | None = None, key: Array | None = None
     ) -> Float[Array, "b k"]:
         """Images (b, i, j, c) -> embeddings (b, k) in fp32, not normalised; arguments as of the tower."""
-        return at_least_fp32(self.out(self.norm(self(x, t, key)[:, 0])))
+        return self._summarise(self(x, t, key))
+
+    @typed
+    def embed_with_map(
+        self, x: Float[Array, "b i j c"], t: Num[Array, " b"] | None = None
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b p d"]]:
+        """The embeddings of images, and their feature maps (b, patches, d) in fp32, without dropout.
+
+        A map is the input of the last block. Behind it only the first token is read, so that training moves no patch.
+        """
+        before, last = jax.tree.map(lambda w: w[:-1], self.blocks), jax.tree.map(lambda w: w[-1:], self.blocks)
+        x = scan_stack(before, self._tokens(x, t), remat=self.compute.remat)
+        return self._summarise(scan_stack(last, x, remat=self.compute.remat)), at_least_fp32(x[:, 1:])
+
+    def _summarise(self, x: Array) -> Array:
+        """The embeddings (b, k) of the tokens (b, 1 + patches, d) behind the last block."""
+        return at_least_fp32(self.out(self.norm(x[:, 0])))
 
 
 class CLIPNetwork(nnx.Module):
@@ -187,6 +206,14 @@ class CLIPNetwork(nnx.Module):
     ) -> Float[Array, "b k"]:
         """Images (b, i, j, c), in [-1, 1] when clean, at noise levels t (b,) -> unit vectors (b, k) in fp32."""
         return unit(self.image.embed(standardised(x), t, key))
+
+    @typed
+    def images_with_maps(
+        self, x: Float[Array, "b i j c"], t: Num[Array, " b"] | None = None
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b p d"]]:
+        """`images`, and the feature maps of `ImageTower.embed_with_map`."""
+        embedding, patches = self.image.embed_with_map(standardised(x), t)
+        return unit(embedding), patches
 
 
 @typed
