@@ -1,6 +1,7 @@
 """Guidance by text, by a reference's embedding and by its layout, with classifier-free guidance and any solver."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from PIL import Image
 import t2i_jax as t2i
 from t2i_jax.cli import main
 from t2i_jax.core.family import with_fields
-from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
 from t2i_jax.models.clip import CLIP
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
@@ -183,16 +184,19 @@ def test_one_program_draws_with_any_reference_and_weights(traces):
 
 
 def test_a_mesh_draws_what_one_device_does():
-    tower = jax.jit(JUDGE.init)(jax.random.key(2))
-    guides = [dataclasses.replace(guide(text_weight=0.0, layout_weight=2.0), classifier=Artifact(JUDGE, tower))]
-    draw = lambda *mesh: t2i.Pipeline.place(FAMILY, MODEL, mesh=MeshConfig(*mesh))(
-        ["0", "1", "2"],
-        steps=4,
-        guidance=2.0,
-        clip=True,
-        guides=guides,
-    )
-    np.testing.assert_allclose(draw(2, 2, 2).astype(int), draw(1).astype(int), atol=1)
+    family, tower = with_fields(FAMILY, learn_variance=False), jax.jit(JUDGE.init)(jax.random.key(2))
+    reference = np.repeat(IMAGE[None].astype(np.float32) / 127.5 - 1, 4, 0)
+    condition = {"reference": reference, "reference_weights": np.asarray([[0, 2, 9]] * 4, np.float32)}
+
+    def draw(*sizes):
+        mesh = MeshConfig(*sizes).build(jax.devices()[: math.prod(sizes)])
+        with jax.set_mesh(mesh):
+            rows = put_on_mesh(condition, batch_sharding(mesh))
+            judge = jax.tree_util.Partial(JUDGE.log_p, put_on_mesh(tower, shardings(tower, mesh)))
+            options = DiffusionSampler(6)
+            return np.asarray(family.sample(StandardNormal(), rows, KEYS, options, guided=False, classifier=judge))
+
+    np.testing.assert_allclose(draw(2, 1, 2), draw(1, 1, 1), atol=2e-3)
 
 
 def test_what_cannot_guide_is_said():
