@@ -229,6 +229,15 @@ def test_the_enlarged_image_is_noised_at_the_level_that_the_network_reads():
     np.testing.assert_allclose(found["low_res"], alpha * large + sigma * noise, atol=1e-5)
 
 
+@pytest.mark.parametrize("process", [Discrete(), Flow(), EDM()])
+def test_no_noise_and_all_of_it_have_a_time(process):
+    config = dataclasses.replace(UPSAMPLER, low_res_process=process)
+    small = jnp.ones((2, 4, 4, 3))
+    found = config.noised_low_res(small, jnp.asarray([0.0, 1.0]), jnp.zeros_like(small))
+    assert np.all(np.isfinite(found["low_res_noise"])) and np.all(np.isfinite(found["low_res"]))
+    np.testing.assert_allclose(found["low_res"][0], 1, atol=0.02)
+
+
 def test_noise_of_the_small_image_is_drawn_once_or_anew(traces):
     config = dataclasses.replace(UPSAMPLER, solver="ddim", clip_range=1.0)
     model, batch = fresh(UPSAMPLER), batch_for(UPSAMPLER)
