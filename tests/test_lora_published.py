@@ -100,8 +100,9 @@ def test_alpha_in_the_header_of_a_file(tmp_path):
     """diffusers writes PEFT's settings there."""
     config, module = FAMILIES["dit"], "transformer.blocks.0.attn.qkv"
     tensors = {f"{module}.lora_A.weight": np.ones((2, 16), np.float32), f"{module}.lora_B.weight": np.ones((48, 2))}
-    for pattern, scale in (({}, 2), ({"transformer.alpha_pattern": {"attn.qkv": 6}}, 3)):
-        said = {"transformer.r": 2, "transformer.lora_alpha": 4} | pattern
+    patterns = (({}, 2), ({"attn.qkv": 6}, 3), ({"proj|attn.qkv": 6}, 3), ({"attn|mlp": 6}, 2))
+    for pattern, scale in patterns:
+        said = {"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.alpha_pattern": pattern}
         file = tmp_path / f"{scale}.safetensors"
         save_file(tensors, file, {"lora_adapter_metadata": json.dumps(said)})
         (found,) = deltas(read_published(file, "dit", config)).values()

@@ -66,7 +66,7 @@ def _alpha(settings: Fields) -> Callable[[str], float]:
     root = math.sqrt(settings["r"]) if settings.get("use_rslora") else 1.0
 
     def of(module: str) -> float:
-        own = (alpha for pattern, alpha in patterns.items() if re.search(rf"(^|\.){pattern}$", module))
+        own = (alpha for pattern, alpha in patterns.items() if re.search(rf"(^|\.)({pattern})$", module))
         return root * next(own, settings["lora_alpha"])
 
     return of
