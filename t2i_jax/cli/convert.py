@@ -19,6 +19,8 @@ from t2i_jax.release import adapter_card
 from t2i_jax.storage.adapters import FILE as ADAPTER_FILE
 from t2i_jax.storage.adapters import read_adapter, save_adapter
 from t2i_jax.storage.artifacts import config_of
+from t2i_jax.storage.hub import readable
+from t2i_jax.storage.remote import download
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def run(arguments: list[str]) -> None:
     if args.back and (rest or args.text or args.codec):
         raise ConfigError(f"--back takes no hints, no --text and no --codec: {' '.join(rest) or '--text, --codec'}")
     if args.lora is not None:
-        adapter = adapters.read_published(args.weights, args.format, config_of(args.lora))
+        adapter = adapters.read_published(args.weights, args.format, config_of(download(readable(args.lora))))
         save_adapter(adapter, args.out, adapter_card(adapter, args.out.name))
         console.print(f"{args.out}: converted; t2i sample {args.lora} --lora {args.out}", soft_wrap=True)
         return
