@@ -48,6 +48,8 @@ def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = 
     lora = lora_of(run)
     if merge and lora is None:
         raise ConfigError(f"{run}: --merge is for a run with train.lora, which it has not")
+    if scale and lora is not None and not merge:
+        raise ConfigError(f"{run}: --scale is of a codec, and this releases adapters alone; add --merge")
     if lora is not None and not merge:
         adapter = read_adapter(run)
         save_adapter(adapter, out, adapter_card(adapter, Path(out).name), half)

@@ -16,7 +16,9 @@ from t2i_jax.nn.lora import LoRA, adapted, merged, with_masks
 from t2i_jax.release import release
 from t2i_jax.storage.adapters import FILE, read_adapter
 from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
+from t2i_jax.training import loop
 from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.start import read_start
 from tests.fixtures import toys
 from tests.fixtures.families import ALL, FAMILIES, batch_for, fresh, losses_of
 from tests.fixtures.runs import same, stop_after
@@ -201,6 +203,8 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--merge is for a run with train.lora"):
         release(tmp_path / "base", tmp_path / "out", merge=True)
     train(begun(tmp_path), tmp_path / "run")
+    with pytest.raises(ConfigError, match="--scale is of a codec"):
+        release(tmp_path / "run", tmp_path / "out", scale=True)
     release(tmp_path / "run", tmp_path / "released")
     with pytest.raises(ConfigError, match="holds adapters alone"):
         load_artifact(tmp_path / "released")
@@ -218,3 +222,39 @@ def test_fixed_parameters_are_no_parameters():
     trained = {k for k, kind in kinds.items() if kind is nnx.Param}
     assert trained == {k for k in kinds if "attention" in k and k.endswith((".w.a", ".w.b"))}
     assert set(kinds.values()) == {nnx.Param, Fixed, ModelState}
+
+
+def test_a_start_that_is_gone_or_has_changed_is_said(tmp_path, capsys, caplog):
+    experiment = begun(tmp_path)
+    train(experiment, tmp_path / "run")
+    load_artifact(tmp_path / "run")
+    assert not caplog.messages
+    train(toys.experiment(steps=4, ema=0.5), tmp_path / "base")
+    load_artifact(tmp_path / "run")
+    said = f"its adapters are of step 3 of {tmp_path / 'base'}, which is at step 4 now"
+    assert said in caplog.messages[-1]
+    train(dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=5)), tmp_path / "run")
+    assert said in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="run: holds adapters of .*base, its train.start, where there is no model"):
+        load_artifact(tmp_path / "run")
+    assert load_artifact(tmp_path / "moved", lora=[(read_adapter(tmp_path / "run"), 1.0)]).step == 4
+
+
+def test_a_run_does_not_begin_with_itself(tmp_path):
+    train(begun(tmp_path), tmp_path / "run")
+    with pytest.raises(ConfigError, match="is the folder of this run"):
+        train(begun(tmp_path, steps=5, start=str(tmp_path / "run")), tmp_path / "run", accept_changes=True)
+
+
+def test_a_path_that_is_trained_whole_is_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"lora\.whole: no parameter is 'layer', or under it; there are layers\.b"):
+        Trainer(begun(tmp_path, lora=LoRA(2, whole=("layer",))), tmp_path / "run")
+
+
+def test_weights_that_do_not_change_are_on_the_devices_once(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(loop, "read_start", lambda *given: found.append(read_start(*given)) or found[-1])
+    trainer = Trainer(begun(tmp_path, lora=LoRA(2, whole=("layers.b",))), tmp_path / "run")
+    assert {k for k, v in found[0].values.items() if v.is_deleted()} == {"layers.w"}
+    assert set(trainer.begun.values) == {"layers.b", "seen"}

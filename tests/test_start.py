@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from t2i_jax.models.ar import AR
 from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.layers import ModelState, position_table
-from t2i_jax.storage.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, open_artifact, save_artifact
+from t2i_jax.training import loop
 from t2i_jax.training.loop import Trainer, train
 from t2i_jax.training.optimizer import Optimizer, with_rates
 from t2i_jax.training.start import fit, interpolated, read_start
@@ -42,10 +44,10 @@ def test_a_model_begins_as_itself(tmp_path, name):
     full = lambda x: jnp.asarray(rng.uniform(0, 9, x.shape), x.dtype)
     model = rebuild(shapes, {k: v.replace(full(v)) for k, v in named(shapes).items()})
     save_artifact(Artifact(config, model), tmp_path / "released", "a card")
-    start = begin(tmp_path / "released", config)
-    assert not (start.new or start.resized or start.unused)
+    begun = begin(tmp_path / "released", config)
+    assert not (begun.new or begun.resized or begun.unused)
     other = jax.tree.map(jnp.zeros_like, model)
-    jax.tree.map(np.testing.assert_array_equal, start.into(other, start.values), model)
+    jax.tree.map(np.testing.assert_array_equal, begun.into(other, begun.values), model)
 
 
 def another_grid(name, config):
@@ -203,3 +205,38 @@ def test_rates_of_a_run(tmp_path):
     np.testing.assert_allclose(moves[1], moves[0] / 2, rtol=1e-4, atol=1e-7)
     with pytest.raises(ConfigError, match="train.rates: the model has no parameters under 'head'"):
         Trainer(toys.experiment(rates={"head": 2.0}), tmp_path)
+
+
+def test_no_copy_of_a_start_stays_on_the_devices(tmp_path, monkeypatch):
+    train(toys.experiment(steps=1), tmp_path / "first")
+    kept = []
+
+    def read(*given):
+        found = read_start(*given)
+        kept.extend(weakref.ref(x) for x in found.values.values())
+        return found
+
+    monkeypatch.setattr(loop, "read_start", read)
+    alive = []
+    experiment = toys.experiment(steps=1, start=str(tmp_path / "first"), preview_every=1)
+    train(experiment, tmp_path / "second", lambda *_: alive.extend(ref() for ref in kept))
+    assert len(alive) == 3 and all(x is None for x in alive)
+
+
+def test_what_does_not_fit_goes_before_the_next_array_is_read(tmp_path, monkeypatch):
+    train(toys.experiment(steps=1), tmp_path / "first")
+    found = {}
+
+    def opened(path):
+        there = open_artifact(path)
+
+        def read(layout, use):
+            step, made = there.read(layout, use)
+            found.update(made)
+            return step, made
+
+        return dataclasses.replace(there, read=read)
+
+    monkeypatch.setattr("t2i_jax.training.start.open_artifact", opened)
+    begun = begin(tmp_path / "first", toys.Identity(depth=4))
+    assert set(begun.new) == {"layers.b", "layers.w"} and {k for k, v in found.items() if v is None} == set(begun.new)

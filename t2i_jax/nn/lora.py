@@ -51,7 +51,11 @@ class LoRA(Checked):
         return self.alpha / self.rank
 
     def adapts(self, params: Named) -> tuple[str, ...]:
-        """Names of the parameters that get an adapter. Errors: `ConfigError` for a pattern that finds none."""
+        """Names of the parameters that get an adapter. Errors: `ConfigError` for patterns and paths that find none."""
+        for path in self.whole:
+            if not any(_within(path, name) for name in params):
+                near = ", ".join(list(params)[:4])
+                raise ConfigError(f"lora.whole: no parameter is {path!r}, or under it; there are {near}, ...")
         could = {k: v for k, v in params.items() if len(_axes(v)) in (2, 4) and not self.trains_whole(k)}
         if not could:
             raise ConfigError("lora: the model has no matrix and no kernel to adapt")
@@ -69,7 +73,11 @@ class LoRA(Checked):
 
     def trains_whole(self, name: str) -> bool:
         """Whether a parameter is trained without an adapter."""
-        return any(name == path or name.startswith(f"{path}.") for path in self.whole)
+        return any(_within(path, name) for path in self.whole)
+
+
+def _within(path: str, name: str) -> bool:
+    return name == path or name.startswith(f"{path}.")
 
 
 def _axes(v: nnx.Variable) -> tuple[str | None, ...]:

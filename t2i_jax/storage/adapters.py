@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from t2i_jax.core.config import ConfigError, read_stored, write_stored
+from t2i_jax.core.config import ConfigError, read_json, read_stored, write_stored
 from t2i_jax.core.outputs import check_new
 from t2i_jax.core.params import Named, abstract, check_fits, named
 from t2i_jax.core.specs import Shaped
@@ -80,6 +80,18 @@ def from_run(
 
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return checkpoints.weights(lay, lambda _, x: x, not on_all.is_fully_addressable)
+
+
+def changed_start(folder: Path, step: int) -> str:
+    """A message where the model that a run adapts is at another step than it was when the run began, else ""."""
+    path = folder / "start.json"
+    was = read_json(path) if path.exists() else {"step": step}
+    if was["step"] == step:
+        return ""
+    return (
+        f"{folder}: its adapters are of step {was['step']} of {was['from']}, which is at step {step} now: "
+        "the sums are of no model that was trained"
+    )
 
 
 def lora_of(path: str | Path) -> LoRA | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -42,6 +43,7 @@ from t2i_jax.storage.moved import moved, moves
 from t2i_jax.storage.remote import download
 from t2i_jax.storage.stored import released, stored
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M", bound=nnx.Module)
 R = TypeVar("R")
@@ -162,9 +164,19 @@ def open_artifact(path: str | Path) -> OpenArtifact:
     made = Artifact(experiment.model, model, text, codec, 0, values(experiment.data)["image_size"])
     if not experiment.train.lora.rank:
         return OpenArtifact(made, where / "checkpoints", lambda lay, use: from_run(where, model, lay, use))
-    base, lora = open_artifact(find_artifact(experiment.train.start, folder)), experiment.train.lora
+    base, lora = open_base(where, find_artifact(experiment.train.start, folder)), experiment.train.lora
     read = lambda lay, use: from_adapters(where, base, made.config, lora, lay, use)
     return OpenArtifact(made, where / "checkpoints", read)
+
+
+def open_base(run: Path, start: str) -> OpenArtifact:
+    """The artifact that a run adapts. Errors: `ConfigError` where it is gone, and as of `open_artifact`."""
+    if "://" not in start and not Path(start, "config.json").exists():
+        advice = f"put it back, or give a copy of it and --lora {run}"
+        raise ConfigError(f"{run}: holds adapters of {start}, its train.start, where there is no model; {advice}")
+    if os.path.realpath(start) == os.path.realpath(run):
+        raise ConfigError(f"{run}: its train.start is this folder itself")
+    return open_artifact(start)
 
 
 def from_adapters(
@@ -188,7 +200,11 @@ def from_adapters(
     # An array that was trained whole may have another shape in the start.
     anywhere = next(iter(layout.values()))
     anywhere = NamedSharding(anywhere.mesh, PartitionSpec()) if isinstance(anywhere, NamedSharding) else anywhere
-    base.read({k: layout[k] if k in rest else anywhere for k in named(base.artifact.model)}, one)
+    begun, _ = base.read({k: layout[k] if k in rest else anywhere for k in named(base.artifact.model)}, one)
+    if gone := sorted(set(layout) - set(result)):
+        raise CheckpointError(f"{base.source}: has no {', '.join(gone[:4])}, which {folder} does not train")
+    if changed := adapters.changed_start(folder, begun):
+        log.warning(changed)
     return step, result
 
 

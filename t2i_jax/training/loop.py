@@ -37,6 +37,7 @@ from t2i_jax.core.specs import check_batch
 from t2i_jax.data.files import reporting
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.lora import adapted, fixed_of, merged
+from t2i_jax.storage.adapters import changed_start
 from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.storage.moved import moved
 from t2i_jax.storage.remote import CACHE_FOLDER, resolve_path, staged_dir
@@ -191,14 +192,17 @@ class Trainer:
         return self.begun or (self._read_start() if self.experiment.train.start else None)
 
     def _read_start(self) -> Start:
+        source = self.experiment.train.start
+        if os.path.realpath(source) == os.path.realpath(self.folder):
+            raise ConfigError(f"train.start: {source} is the folder of this run itself")
         layout = {k: v.get_value() for k, v in named(shardings(self.plain, self.mesh)).items()}
         return read_start(self.experiment, self.plain, layout)
 
     def _base(self) -> Named:
         """The parameters that adapters leave as they are; abstract for a plan. `begun` forgets them."""
         seed, begun = self.experiment.train.seed, self.begun
-        make = lambda key, codec, values: fixed_of(self._fresh(key, codec, begun, values))
-        base = jax.eval_shape(lambda codec: make(jax.random.key(0), codec, {}), self.read)
+        make = lambda key, codec, fixed, others: fixed_of(self._fresh(key, codec, begun, {**fixed, **others}))
+        base = jax.eval_shape(lambda codec: make(jax.random.key(0), codec, {}, {}), self.read)
         layout = shardings(base, self.mesh)
         if begun is None:
             return with_shardings(base, layout)
@@ -208,9 +212,12 @@ class Trainer:
                 f"train.lora: {', '.join(lost[:4])} are not as in {begun.source}, and adapters do not train them: "
                 "name them in train.lora.whole"
             )
-        base = jax.jit(make, out_shardings=layout)(seed_key(seed), self.read, begun.values)
-        self.begun = begun.without(k.removesuffix(".base") for k in base)
-        return base
+        names = {k.removesuffix(".base") for k in base}
+        fixed = {k: v for k, v in begun.values.items() if k in names}
+        self.begun = begun.without(names)
+        # Donated: a model that is trained by adapters may fill the devices.
+        make = jax.jit(make, out_shardings=layout, donate_argnames="fixed")
+        return make(seed_key(seed), self.read, fixed, self.begun.values)
 
     def _fresh(
         self, key: jax.Array, codec: nnx.Module | None, start: Start | None, values: Mapping[str, jax.Array]
@@ -371,6 +378,8 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
         heartbeat = stack.enter_context(watchdog(t.stuck_after))
         stack.enter_context(reporting(heartbeat))
         restored = checkpoints.restore(trainer.target)
+        if restored and trainer.begun and (changed := changed_start(folder, trainer.begun.step)):
+            say(changed)
         begun = None if restored else trainer.begin()
         state, position = restored if restored else (trainer.start(begun), 0)
         done = int(state.step)
@@ -379,6 +388,7 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             write_json(folder / "start.json", begun.report())
         for line in begun.lines() if begun else ():
             say(line)
+        begun = None  # its arrays are copies of those of the state
         history.note(done, say)
         records = (
             stack.enter_context(contextlib.closing(Records(folder, done, to_json(experiment), t.wandb)))

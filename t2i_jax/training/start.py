@@ -38,6 +38,10 @@ class Part(NamedTuple):
         return fresh.at[(slice(None),) * self.axis + (jnp.asarray(self.rows, jnp.int32),)].set(value)
 
 
+Fitted = tuple[Array, Part, str]
+"""What an array of another shape gives, where, and how it was resized."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """What a run takes of another model, by the names of its arrays, and what it does not."""
@@ -121,21 +125,24 @@ def read_start(experiment: Experiment, model: nnx.Module, layout: Mapping[str, N
     same = {k for k in common if mine[k].shape == theirs[k].shape}
     on_all = NamedSharding(next(iter(layout.values())).mesh, P())
     laid = {k: layout[k] if k in same else on_all for k in theirs}
-    step, arrays = there.read(laid, lambda name, x: x if name in common else None)
+
+    def taken_of(name: str, value: Array) -> Array | Fitted | None:
+        # What does not fit is whole on every device, and goes before the next array is read.
+        return None if name not in common else value if name in same else fit(theirs[name], value, mine[name])
+
+    step, arrays = there.read(laid, taken_of)
 
     values: dict[str, Array] = {}
     parts: dict[str, Part] = {}
     resized, new = {}, {}
     for name, v in mine.items():
         found = arrays.get(name)
-        if found is None:
-            new[name] = "not there"
-        elif name in same:
+        if isinstance(found, Array):
             values[name] = found
-        elif fitted := fit(theirs[name], found, v):
-            values[name], parts[name], resized[name] = fitted
+        elif found is not None:
+            values[name], parts[name], resized[name] = found
         else:
-            new[name] = f"{_shape(theirs[name])} there, {_shape(v)} here"
+            new[name] = f"{_shape(theirs[name])} there, {_shape(v)} here" if name in common else "not there"
     if not values:
         kinds = type(there.artifact.config).__name__, type(experiment.model).__name__
         raise ConfigError(f"train.start: {source} holds a {kinds[0]}, none of whose arrays this {kinds[1]} has")
@@ -159,7 +166,7 @@ def _notes(experiment: Experiment, there: Artifact) -> tuple[str, ...]:
     return tuple(found)
 
 
-def fit(theirs: nnx.Variable, value: Array, mine: nnx.Variable) -> tuple[Array, Part, str] | None:
+def fit(theirs: nnx.Variable, value: Array, mine: nnx.Variable) -> Fitted | None:
     """What an array of another shape gives to one of this model, where, and how; None where no rule is known.
 
     A table of positions is interpolated in its grid; a sequence, or a table of ids, gives the rows that both have.
