@@ -379,9 +379,7 @@ class UNetEncoder(nnx.Module):
     def __init__(self, config: UNet, key: Array, compute: Compute):
         keys = iter(jax.random.split(key, 6 + config.stages))
         self.config, self.compute = config, compute
-        self.time = TimeEmbedding(
-            config.embedding, next(keys), frequency_dim=config.width, activation=config.activation
-        )
+        self.time = _time_embedding(config, next(keys))
         c = config.at(0)
         self.stem = Conv(config.channels_in, c, next(keys))
         down, kept = [], [c]
@@ -431,10 +429,7 @@ class UNetNetwork(UNetEncoder):
         self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
         pools = config.context and config.pool in ("mean", "last")
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
-        noise = lambda: TimeEmbedding(
-            config.embedding, apart(key), frequency_dim=config.width, activation=config.activation
-        )
-        self.noise = noise() if config.noise_aug_conditioning else None
+        self.noise = _time_embedding(config, apart(key)) if config.noise_aug_conditioning else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):
             for n in range(config.blocks_at(level) + 1):
