@@ -191,6 +191,15 @@ def test_released_adapters_and_factors(tmp_path):
     np.testing.assert_array_equal(read_adapter(tmp_path / "one").arrays["layers.w.b"], read["one"].arrays["layers.w.b"])
 
 
+def test_adapters_are_added_on_a_mesh_as_on_the_host(tmp_path):
+    train(begun(tmp_path), tmp_path / "run")
+    lora, mesh = [(read_adapter(tmp_path / "run"), 0.5)], MeshConfig(2, 2, 2).build()
+    for folder, more in (("base", {"lora": lora}), ("run", {})):
+        host, there = (load_artifact(tmp_path / folder, mesh=m, **more).model for m in (None, mesh))
+        assert len(there.layers.w[...].sharding.device_set) == 8 and not there.layers.w[...].is_fully_replicated
+        np.testing.assert_allclose(there.layers.w[...], host.layers.w[...], rtol=1e-6)
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"train\.lora adapts a model that is there: set train\.start"):
         toys.experiment(lora=LoRA(4))
