@@ -10,6 +10,8 @@ import pytest
 from t2i_jax.core import config, migration
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.migration import VERSION, Step, migrated
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.sources import Folder
 from t2i_jax.text.sentencepiece import SentencePiece
 from tests.fixtures import toys
 from tests.fixtures.families import CODECS, FAMILIES
@@ -137,3 +139,15 @@ def test_a_file_that_is_nested_too_deeply_is_one_clear_error(tmp_path, depth):
     (tmp_path / "config.json").write_text('{"a": ' * depth + "1" + "}" * depth)
     with pytest.raises(config.ConfigError, match="config.json: nested too deeply"):
         config.read_stored(tmp_path / "config.json")
+
+
+def test_earlier_defaults_of_the_fields_of_data_are_the_one_of_today():
+    """A run that left the default goes on, though records may have more fields today."""
+    assert list(Data(Folder("")).fields) == migration.FIELDS, (
+        "a new field: a step of the migration for the default before"
+    )
+    for missing in ({"image_features"}, {"low_codes", "image_features"}):
+        stored = {"type": "t2i_jax.data.pipeline:Data", "fields": [f for f in migration.FIELDS if f not in missing]}
+        assert migrated({"version": 3, "data": stored})["data"]["fields"] == migration.FIELDS
+    some = {"type": "t2i_jax.data.pipeline:Data", "fields": ["codes"]}
+    assert migrated({"version": 3, "data": some})["data"] == some

@@ -191,6 +191,17 @@ def _noised_clip(config: Object) -> Object:
     return {**config, **fixed}
 
 
+FIELDS: list[Json] = ["image", "label", "codes", "low_codes", "latents", "image_features", "features", "text_mask"]
+"""Default of `Data.fields`."""
+
+
+def _all_fields(data: Object) -> Object:
+    """Earlier defaults of `Data.fields` lack names of fields that came later."""
+    fields = data.get("fields")
+    earlier = [[f for f in FIELDS if f not in new] for new in (("low_codes", "image_features"), ("image_features",))]
+    return {**data, "fields": FIELDS} if fields in earlier else data
+
+
 STEPS: tuple[Step, ...] = (
     Step(  # 1 -> 2: standard terms
         modules={
@@ -317,7 +328,10 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(  # 3 -> 4: one CLIP, with or without noise
         classes={"t2i_jax.models.noised_clip:NoisedCLIP": "t2i_jax.models.clip:CLIP"},
-        rewrites={"t2i_jax.models.noised_clip:NoisedCLIP": _noised_clip},
+        rewrites={
+            "t2i_jax.models.noised_clip:NoisedCLIP": _noised_clip,
+            "t2i_jax.data.pipeline:Data": _all_fields,
+        },
     ),
 )
 """Steps from version n to n + 1, starting with version 1."""
