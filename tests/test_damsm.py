@@ -23,7 +23,7 @@ from t2i_jax.features.trunks import EfficientNetTrunk, PixelTrunk
 from t2i_jax.models.damsm import DAMSM, EfficientNet, Inception, Pixels
 from t2i_jax.networks.condition import SentenceAndWords
 from t2i_jax.nn.resize import aligned_bilinear
-from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, bundle_files, load_artifact, resolve_files, save_artifact
 from t2i_jax.text.cut import unread
 from t2i_jax.text.damsm import CaptionWords, DamsmText, load_image_encoder
 from t2i_jax.training.experiment import Experiment, Train
@@ -120,6 +120,22 @@ def test_its_text_encoder_gives_a_sentence_and_words(run):
     tokens = condition.init(jax.random.key(0), 8)
     batch = {"features": features, "text_mask": mask}
     np.testing.assert_allclose(tokens.whole(batch, jnp.zeros(2, bool)), sentence, atol=1e-6)
+
+
+def test_a_released_model_takes_its_weights_and_nothing_else_of_the_run(run, tmp_path):
+    text = DamsmText(str(run))
+    moved = bundle_files(text, tmp_path, whole=True)
+    assert moved.path == "text"
+    assert {p.name for p in (tmp_path / "text").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "vocabulary.pickle",
+    }
+    found = resolve_files(moved, tmp_path)
+    ids, mask = found(["a red disc"])
+    features = lambda text: jax.jit(text.features)(text.load(), ids, mask)
+    np.testing.assert_array_equal(features(found), features(text))
 
 
 def test_its_image_encoder_reads_images(run):

@@ -9,6 +9,8 @@ import tyro
 
 from t2i_jax.core.config import parse
 from t2i_jax.core.console import console
+from t2i_jax.storage.adapters import FILE, read_adapter
+from t2i_jax.storage.artifacts import open_artifact
 from t2i_jax.storage.hub import push
 
 
@@ -29,5 +31,9 @@ class PushArguments:
 
 def run(arguments: list[str]) -> None:
     args = parse(PushArguments, arguments, "t2i push")
+    if (args.model / FILE).exists():  # a damaged one is not pushed
+        read_adapter(args.model)
+    elif (args.model / "model.safetensors").exists():
+        open_artifact(args.model)
     where = push(args.model, args.repo, args.private)
     console.print(f'{args.model}: pushed; t2i sample {where} "a prompt"', soft_wrap=True)

@@ -72,10 +72,10 @@ class CoarseToFine(BaseFamily[CoarseToFineSampler]):
     """Default options of `sample`."""
 
     def __post_init__(self):
-        super().__post_init__()
         coarse = self.coarse
         if "text" not in coarse.condition_spec():
             raise ConfigError(f"coarse: a {type(coarse).__name__} that reads no 'text', which fine codes depend on too")
+        super().__post_init__()
         if any(n % m for n, m in zip(self.grid, coarse.grid, strict=True)):
             raise ConfigError(f"grid {self.grid} is no multiple of the coarse one, {coarse.grid}")
         if (self.direct.sees, self.refiner.sees) != ("coarse", "text"):

@@ -328,7 +328,7 @@ def _save(
         shapes = {k: kept(v.get_value()) for k, v in named(artifact.model).items()}
         step = tensorfile.write(temporary / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
-        text = bundle_files(artifact.text, temporary, whole=True)
+        text = bundle_files(artifact.text, temporary, whole=True, half=half)
         config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
         write_stored(temporary / "config.json", config)
@@ -339,15 +339,18 @@ def _save(
         os.replace(temporary, folder)
 
 
-def bundle_files(text: T, folder: Path, whole: bool = False) -> T:
+def bundle_files(text: T, folder: Path, whole: bool = False, half: bool = False) -> T:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
-    can be moved."""
+    can be moved. An encoder that is a run becomes a released model; half: in bf16."""
 
     def copy(file: File, part: str, value: str) -> str:
         if file.large and not whole:
             return value
         name = part + file.name + ("" if Path(value).is_dir() else Path(value).suffix)
-        if not (folder / name).exists():
+        if not (folder / name).exists() and (Path(value) / "checkpoints").is_dir():
+            about = lambda encoder: f"# {type(encoder.config).__name__}\n\nThe text encoder of the model above.\n"
+            copy_artifact(value, folder / name, about, half=half)
+        elif not (folder / name).exists():
             copy_files(Path(value), folder / name)
         return name
 
