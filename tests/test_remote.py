@@ -133,7 +133,7 @@ def compiles(monkeypatch):
 
 def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch, compiles):
     """A run that goes on, on this host or another, reads them; a copy of its model leaves them out."""
-    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "local", *a))
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a, **k: Checkpoints(tmp_path / "local", *a, **k))
     experiment = toys.experiment(steps=2)
     for local in (None, local_cache()):
         jax.config.update(CACHE, local)
@@ -155,7 +155,7 @@ def test_a_run_in_a_store_keeps_its_programs_there(store, tmp_path, monkeypatch,
 
 
 def test_a_cache_that_is_set_stays(store, tmp_path, monkeypatch, compiles):
-    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a: Checkpoints(tmp_path / "local", *a))
+    monkeypatch.setattr(loop, "Checkpoints", lambda folder, *a, **k: Checkpoints(tmp_path / "local", *a, **k))
     jax.config.update(CACHE, str(tmp_path / "mine"))
     compilation_cache.reset_cache()
     loop.train(toys.experiment(steps=1), "s3://bucket/run")
@@ -173,7 +173,7 @@ def test_a_local_run_keeps_its_programs_on_the_machine(tmp_path, compiles):
 
 def test_a_run_in_a_store_goes_on_and_is_read(store, tmp_path, monkeypatch):
     """Checkpoints are the business of their library, which has no store in memory: here they are in a local folder."""
-    local = lambda folder, *a: Checkpoints(tmp_path / "local", *a)
+    local = lambda folder, *a, **k: Checkpoints(tmp_path / "local", *a, **k)
     monkeypatch.setattr(loop, "Checkpoints", local)
     monkeypatch.setattr(artifacts, "Checkpoints", local)
     experiment = toys.experiment(optimizer=Optimizer(schedule="constant"))

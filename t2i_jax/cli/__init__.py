@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = did_you_mean(arguments[0], COMMANDS, 0.4) or "\n\n" + USAGE
         fail(f"t2i: there is no command '{arguments[0]}'{more}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[Lines()])
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors are raised as well, and printed as one line
+    for name in ("absl", "asyncio"):  # their errors are raised as well, and printed as one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
     import jax
 

@@ -201,7 +201,7 @@ def step_keys(seed: int, step: Array | int) -> tuple[Array, Array]:
 
 def base_of(frozen: Frozen) -> Named:
     """The parameters that adapters leave as they are."""
-    return cast(Named, frozen.get("base", {}))
+    return cast(Named, frozen.get("base", {}) if frozen else {})
 
 
 def loss_inputs(frozen: Frozen) -> dict[str, object]:
