@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax.core.conditions import Tokenizer
@@ -13,6 +14,7 @@ from t2i_jax.core.fields import Checked, Share
 from t2i_jax.core.narrow import embeds_images, image_to_image, inpainting, learns_from_images
 from t2i_jax.core.types import Codec, Family, SamplingOptions
 from t2i_jax.sampling.inpainting import check_keep
+from t2i_jax.sampling.interpolation import slerp
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,14 +128,12 @@ Like = Vary | Blend
 
 def along_circle(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
     """From vectors a (..., k) to b (..., k) by angle (Shoemake 1985, slerp), and from the length of a to that of b."""
-    lengths = [np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (a, b)]
-    first, last = a / lengths[0], b / lengths[1]
-    angle = np.arccos(np.clip(np.sum(first * last, -1, keepdims=True), -1, 1))
-    near = np.sin(angle) < 1e-4
-    sine = np.where(near, 1, np.sin(angle))
-    weights = [np.where(near, n, np.sin(n * angle) / sine) for n in (1 - share, share)]
+    rows = [x.reshape(-1, x.shape[-1]).astype(np.float32) for x in (a, b)]
+    lengths = [np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in rows]
+    first, last = (jnp.asarray(x / length) for x, length in zip(rows, lengths, strict=True))
+    direction = slerp(first, last, jnp.full(len(first), share, jnp.float32))
     length = (1 - share) * lengths[0] + share * lengths[1]
-    return ((weights[0] * first + weights[1] * last) * length).astype(np.float32)
+    return (np.asarray(direction) * length).astype(np.float32).reshape(a.shape)
 
 
 def embedding_field(family: Family, text: Tokenizer | None) -> str:

@@ -20,10 +20,11 @@ from tests.fixtures.families import FAMILIES, fresh
 CASES = {"dit": "dit", "llamagen": "ar-features", "mar": "masked-diffusion", "rdm": "rdm", "glide": "unet"}
 
 
-def random_adapter(config, lora):
+def random_adapter(config, lora, state=False):
     rng = np.random.default_rng(0)
-    shapes = {k: v for k, v in trained_shapes(config, lora).items() if k.endswith((".a", ".b"))}
-    return Adapter(config, lora, {k: rng.normal(size=v.shape).astype(np.float32) for k, v in shapes.items()})
+    shapes = trained_shapes(config, lora)  # with the state that a run carries, as positions
+    wanted = {k: v for k, v in shapes.items() if k.endswith((".a", ".b")) or state}
+    return Adapter(config, lora, {k: rng.normal(size=v.shape).astype(np.float32) for k, v in wanted.items()})
 
 
 def deltas(adapter):
@@ -162,6 +163,15 @@ def test_the_command_converts_both_ways(tmp_path):
     merged = load_artifact(tmp_path / "model", lora=[(read_adapter(tmp_path / "ours"), 1.0)]).model
     wanted = load_artifact(tmp_path / "model", lora=[(adapter, 1.0)]).model
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), merged, wanted)
+
+
+def test_state_that_a_run_carries_is_in_no_published_file():
+    """Such as the fixed positions of a DiT, which are no adapters."""
+    config, lora = FAMILIES["dit"], LoRA(2, targets=("attention",))
+    carried = random_adapter(config, lora, state=True)
+    assert "positions" in carried.arrays
+    found, wanted = (to_published(adapter, "dit", "peft") for adapter in (carried, random_adapter(config, lora)))
+    assert found.keys() == wanted.keys() and not any("pos" in name for name in found)
 
 
 def test_factors_are_exact():

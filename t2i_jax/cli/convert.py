@@ -66,6 +66,8 @@ def run(arguments: list[str]) -> None:
     local(args.out)
     if args.back and (rest or args.text or args.codec):
         raise ConfigError(f"--back takes no hints, no --text and no --codec: {' '.join(rest) or '--text, --codec'}")
+    if args.lora is not None and (rest or args.text or args.codec or args.back):
+        raise ConfigError("--lora takes no hints, no --text, no --codec and no --back: they are the model's")
     if args.lora is not None:
         adapter = adapters.read_published(args.weights, args.format, config_of(download(readable(args.lora))))
         save_adapter(adapter, args.out, adapter_card(adapter, args.out.name))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -106,15 +108,21 @@ class SampleArguments(Checked):
     converted TAESD"""
 
 
-def _factor(lora: str) -> tuple[str, float]:
-    """The folder and the factor of `FOLDER=FACTOR`, or of a folder alone, whose factor is 1."""
-    folder, _, factor = lora.rpartition("=")
-    if not folder:
-        return lora, 1.0
-    try:
-        return folder, float(factor)
-    except ValueError:
-        raise config.ConfigError(f"--lora {lora}: {factor!r} is no number; it is FOLDER=FACTOR") from None
+def _factors(loras: Sequence[str]) -> dict[str, float]:
+    """The factor of each folder of `FOLDER=FACTOR`; that of a folder alone is 1."""
+    found: dict[str, float] = {}
+    for lora in loras:
+        folder, _, said = lora.rpartition("=")
+        try:
+            folder, factor = (folder, float(said)) if folder else (lora, 1.0)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise config.ConfigError(f"--lora {lora}: {said!r} is no number; it is FOLDER=FACTOR")
+        if folder in found:
+            raise config.ConfigError(f"--lora {folder}: given twice")
+        found[folder] = factor
+    return found
 
 
 def run(arguments: list[str]) -> None:
@@ -140,7 +148,7 @@ def run(arguments: list[str]) -> None:
     if args.candidates is not None and not args.rerank:
         raise config.ConfigError("--candidates without --rerank: nothing chooses among them; --count draws several")
     mesh = read_mesh(args.mesh, MeshConfig())
-    pipeline = Pipeline.load(args.model, mesh, args.int8, dict(_factor(lora) for lora in args.lora))
+    pipeline = Pipeline.load(args.model, mesh, args.int8, _factors(args.lora))
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)

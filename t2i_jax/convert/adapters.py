@@ -9,19 +9,22 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.outputs import write_json
-from t2i_jax.core.params import abstract, named
+from t2i_jax.core.params import abstract, axes_of, named
 from t2i_jax.core.types import Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.interop.lora import Change, read_changes, written
-from t2i_jax.interop.names import Fields, Source, Table
+from t2i_jax.interop.names import Fields, Source, Table, arrays_to_theirs
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.layers import LowRank
 from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.adapters import Adapter
 from t2i_jax.storage.hub import readable
@@ -81,7 +84,7 @@ def _lines(config: Trainable, format: str) -> list[Line]:
     table: Table = convert.find(format).table(config)
     found: list[Line] = []
     for name, v in named(abstract(config)).items():
-        line, axes = table.get(name), v.get_metadata().get("axes", ())
+        line, axes = table.get(name), axes_of(v)
         if line is None or len(axes) not in (2, 4) or not all(n.endswith(".weight") for n in line.names):
             continue
         for n in range(v.shape[0] if line.stacked else 1):
@@ -121,11 +124,13 @@ def _delta(line: Source, modules: tuple[str, ...], changes: dict[str, Change], s
 def factors(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """A (d, r) and B (r, f) whose product is a matrix (d, f) of that rank, or of a lower one."""
     delta = delta.astype(np.float64)
-    # As many random combinations of its columns span them all.
-    some = delta @ np.random.default_rng(0).normal(size=(delta.shape[1], min(rank, *delta.shape)))
-    a = np.linalg.qr(some)[0]
+    # Some more random combinations of its columns than its rank span them all, up to rounding (Halko et al. 2011).
+    some = delta @ np.random.default_rng(0).normal(size=(delta.shape[1], min(rank + 8, *delta.shape)))
+    basis = np.linalg.qr(some)[0]
+    u, sizes, v = np.linalg.svd(basis.T @ delta, full_matrices=False)
+    a, b = basis @ u[:, :rank], sizes[:rank, None] * v[:rank]
     missing = rank - a.shape[1]
-    a, b = np.pad(a, ((0, 0), (0, missing))), np.pad(a.T @ delta, ((0, missing), (0, 0)))
+    a, b = np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
     return a.astype(np.float32), b.astype(np.float32)
 
 
@@ -135,27 +140,21 @@ def to_published(adapter: Adapter, format: str, names: str) -> dict[str, np.ndar
 
     Errors: `ConfigError` for arrays that were trained whole, which these files do not hold.
     """
-    lines = _lines(adapter.config, format)
-    known, scale = {name for name, _, _, _ in lines}, adapter.lora.scale
+    lines, shapes = _lines(adapter.config, format), named(abstract(adapter.config))
     adapted = {name.removesuffix(".a") for name in adapter.arrays if name.endswith(".a")}
-    if left := [name for name in adapter.arrays if name[-2:] not in (".a", ".b")] + sorted(adapted - known):
+    whole = [name for name in adapter.arrays if isinstance(shapes.get(name), nnx.Param)]
+    if left := whole + sorted(adapted - {name for name, _, _, _ in lines}):
         raise ConfigError(f"such files hold adapters of matrices alone, not {', '.join(left[:4])}")
-    wholes: dict[str, np.ndarray] = {}
+    of = lambda name: (jnp.asarray(adapter.arrays[f"{name}.{part}"], jnp.float32) for part in "ab")
+    deltas = {name: adapter.lora.scale * np.asarray(LowRank.product(*of(name))) for name in adapted}
+    weights = arrays_to_theirs(deltas, convert.find(format).table(adapter.config))
     ranks: dict[str, int] = {}
-    for name, n, line, modules in lines:
-        if name not in adapted:
-            continue
-        a, b = (adapter.arrays[f"{name}.{part}"] for part in "ab")
-        a, b = (a[n], b[n]) if line.stacked else (a, b)
-        for module, part in zip(modules, line.theirs(np.tensordot(a, scale * b, 1)), strict=True):
+    for name, _, _, modules in lines:
+        for module in modules if name in adapted else ():
             ranks[module] = ranks.get(module, 0) + adapter.lora.rank  # of a tensor that holds several matrices
-            if line.rows is None or line.parts:
-                wholes[module] = np.asarray(part)
-            else:
-                shape = (*part.shape[: line.axis], line.height, *part.shape[line.axis + 1 :])
-                wholes.setdefault(module, np.zeros(shape, np.float32))[line.places] = part
     changes = {}
-    for module, weight in wholes.items():
+    for module in ranks:
+        weight = weights[f"{module}.weight"]
         rank = max(ranks.values()) if names == "peft" else ranks[module]
         down, up = factors(weight.reshape(len(weight), -1).T, rank)
         kernel = weight.ndim == 4

@@ -24,7 +24,7 @@ from t2i_jax.text.t5 import T5
 
 TOKENS = 77
 EMPTY = "zero_t5*.npy"
-"""Name of the file with the features of an empty caption, beside the original's weights."""
+"""Name of the file with the features of an empty caption, in the folder of the original's weights."""
 SCALE = 0.7071
 """Factor of residual blocks of the original's upsamplers."""
 
@@ -90,7 +90,7 @@ def _table(config: Diffusion) -> Table:
 
 
 def _folder(path: Path) -> ModelFolder:
-    """A UNet's folder of diffusers, or the one that has it as `unet/` beside T5; or the original's, with the features
+    """A UNet's folder of diffusers, or the one that has it as `unet/`, with T5; or the original's, with the features
     of an empty caption if it has a file of them."""
     part = path / "unet" if (path / "unet").is_dir() else path
     if not (part / "config.json").is_file():

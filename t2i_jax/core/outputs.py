@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -106,6 +107,22 @@ def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mappi
 def write_markdown(path: str | os.PathLike, text: str) -> None:
     """Write Markdown that names this library as its maker."""
     write_text(path, f"{text.rstrip()}\n\n{STAMP}\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill in the block, which becomes `path` at its end, and is removed if it fails.
+
+    Errors: as of `check_new`.
+    """
+    path = Path(path)
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:50]}.", dir=path.parent) as scratch:
+        made = Path(scratch, "made")
+        made.mkdir()
+        yield made
+        os.replace(made, path)
 
 
 def check_new(folder: str | os.PathLike) -> None:

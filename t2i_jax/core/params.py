@@ -37,6 +37,16 @@ def named(model: nnx.Module) -> Named:
     return {_name(path): v for path, v in leaves if is_variable(v)}
 
 
+def within(path: str, name: str) -> bool:
+    """Whether a dotted name is `path`, or of something under it."""
+    return name == path or name.startswith(f"{path}.")
+
+
+def axes_of(v: nnx.Variable) -> tuple[str | None, ...]:
+    """Names of a variable's dimensions without those of stacked layers; empty if it has none."""
+    return v.get_metadata().get("axes", ()) if is_variable(v) else ()
+
+
 def rebuild(abstract: M, variables: Mapping[str, nnx.Variable]) -> M:
     """The model with the structure of `abstract` and these `variables`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_variable)

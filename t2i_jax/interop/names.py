@@ -7,7 +7,7 @@ A table has a line for each variable of a model: its name in a published file, a
 `{}` counts layers, which are one stacked array here. Several names are joined along a new first dimension, which the
 layout then places. A layout is a pattern of einops from theirs to ours; read backwards it leads from ours to theirs.
 Where one tensor of theirs holds several variables, or holds rows in another order, a line names its `rows`. An empty
-name is that of zeros which the file does not have: keys without a bias beside queries and values with one.
+name is that of zeros which the file does not have: keys without a bias, of queries and values with one.
 """
 
 from __future__ import annotations
@@ -269,8 +269,13 @@ def _fit(
 
 def to_theirs(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
     """The variables of `model` under their names and in their layouts: what `to_ours` reads."""
+    return arrays_to_theirs({name: np.asarray(v[...]) for name, v in named(model).items()}, table)
+
+
+def arrays_to_theirs(arrays: Tensors, table: Table) -> dict[str, np.ndarray]:
+    """The tensors that hold these arrays of ours; other parts of such a tensor are 0."""
     whole: dict[str, np.ndarray] = {}
-    for name, array, line in _lines(model, table):
+    for name, array, line in _lines(arrays, table):
         if line.rows is None or line.parts:
             whole[name] = array
         else:
@@ -279,9 +284,9 @@ def to_theirs(model: nnx.Module, table: Table) -> dict[str, np.ndarray]:
     return whole
 
 
-def _lines(model: nnx.Module, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]:
-    for ours, variable in named(model).items():
-        line, array = table[ours], np.asarray(variable[...])
+def _lines(arrays: Tensors, table: Table) -> Iterator[tuple[str, np.ndarray, Source]]:
+    for ours, array in arrays.items():
+        line = table[ours]
         for n, part in enumerate(array if line.stacked else [array]):
             for name, theirs in zip(line.layer(n), line.theirs(part), strict=True):
                 if name:

@@ -95,7 +95,7 @@ class SafeTensors(Lazy):
         self.path, self.offsets = path, {name: 8 + length + start for name, (_, _, start, _) in spans.items()}
         said = entries.get("__metadata__")
         self.metadata: dict[str, str] = said if isinstance(said, dict) else {}
-        """what the program that wrote the file says of it"""
+        """entries of the program that wrote the file"""
         self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
         readers: dict[str, Reader] = {}
         for name, (kind, shape, start, end) in spans.items():
@@ -118,6 +118,12 @@ class SafeTensors(Lazy):
 
 Use = Callable[[str, ArrayLike], object]
 """Called with the name of an array and the array."""
+
+
+def stored_shapes(arrays: Mapping[str, Shaped], half: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of arrays in a file. half: fp32 as bf16."""
+    dtype = lambda x: ml_dtypes.bfloat16 if half and x.dtype == np.float32 else x.dtype
+    return {k: jax.ShapeDtypeStruct(x.shape, dtype(x)) for k, x in arrays.items()}
 
 
 def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[[Use], R], about: str) -> R:

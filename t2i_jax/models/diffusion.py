@@ -449,12 +449,15 @@ def _sample(
     first, later, kept, _, renewed, kept_again, referred = (folded(keys, n) for n in range(7))
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
 
+    guiding = condition.get("reference")
+    eps = None if guiding is None else normal(referred, 0)
+
     def at_noise(i: Array) -> Batch:
         """What a classifier reads: the condition, its reference at the noise of a stop."""
-        if "reference" not in condition:
+        if guiding is None or eps is None:
             return condition
-        clean = condition["reference"].astype(jnp.float32) * config.process.scale
-        return condition | {"reference": path.alpha[i] * clean + path.sigma[i] * normal(referred, 0)}
+        clean = guiding.astype(jnp.float32) * config.process.scale
+        return condition | {"reference": path.alpha[i] * clean + path.sigma[i] * eps}
 
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, time, own = path.alpha[i], path.sigma[i], path.t[i], low_res(i)

@@ -40,7 +40,7 @@ class CLIPTowers(Checked):
     """id whose first position is the output of a caption; None: the position of the largest id, which is the end token
     of released vocabularies"""
     last: bool = False
-    """the output of a caption is that of its last token by the mask, whatever its id"""
+    """the output of a caption is that of its last token by the mask, of any id"""
     size: Size = 224
     """side of an image"""
     patch: Size = 32

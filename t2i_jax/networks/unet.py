@@ -145,7 +145,9 @@ class UNet(Checked):
 
     def _check_context(self) -> None:
         if (self.only_context or self.context_norm != "none") and (not self.context or self.transformers):
-            raise ConfigError("only_context, context_norm: of attention that reads tokens of width `context` beside x")
+            raise ConfigError(
+                "only_context, context_norm: of attention that reads tokens of width `context`, not of x alone"
+            )
         padded = self.conditioning is not None and self.conditioning.what.spec.has_padding
         if self.context_norm == "group" and padded:
             raise ConfigError("context_norm 'group': of all tokens together, where the condition has padding")

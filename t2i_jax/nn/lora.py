@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Count, Positive, Rate
-from t2i_jax.core.params import Named, named
+from t2i_jax.core.params import Named, axes_of, named, within
 from t2i_jax.nn.layers import Fixed, LowRank
 
 M = TypeVar("M", bound=nnx.Module)
@@ -53,14 +53,14 @@ class LoRA(Checked):
     def adapts(self, params: Named) -> tuple[str, ...]:
         """Names of the parameters that get an adapter. Errors: `ConfigError` for patterns and paths that find none."""
         for path in self.whole:
-            if not any(_within(path, name) for name in params):
+            if not any(within(path, name) for name in params):
                 near = ", ".join(list(params)[:4])
                 raise ConfigError(f"lora.whole: no parameter is {path!r}, or under it; there are {near}, ...")
-        could = {k: v for k, v in params.items() if len(_axes(v)) in (2, 4) and not self.trains_whole(k)}
+        could = {k: v for k, v in params.items() if len(axes_of(v)) in (2, 4) and not self.trains_whole(k)}
         if not could:
             raise ConfigError("lora: the model has no matrix and no kernel to adapt")
         if not self.targets:
-            linear = lambda k, v: k.endswith(".w") and len(_axes(v)) == 2 and "vocab" not in _axes(v)
+            linear = lambda k, v: k.endswith(".w") and len(axes_of(v)) == 2 and "vocab" not in axes_of(v)
             found = tuple(k for k, v in could.items() if linear(k, v))
             if not found:
                 raise ConfigError("lora.targets: the model has no linear layer; name the kernels to adapt")
@@ -73,15 +73,7 @@ class LoRA(Checked):
 
     def trains_whole(self, name: str) -> bool:
         """Whether a parameter is trained without an adapter."""
-        return any(_within(path, name) for path in self.whole)
-
-
-def _within(path: str, name: str) -> bool:
-    return name == path or name.startswith(f"{path}.")
-
-
-def _axes(v: nnx.Variable) -> tuple[str | None, ...]:
-    return v.get_metadata().get("axes", ())
+        return any(within(path, name) for path in self.whole)
 
 
 def adapted(model: M, lora: LoRA, key: Array) -> M:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -19,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.config import ConfigError, read_json, read_stored, write_stored
-from t2i_jax.core.outputs import check_new
+from t2i_jax.core.outputs import whole_folder
 from t2i_jax.core.params import Named, abstract, check_fits, named
 from t2i_jax.core.specs import Shaped
 from t2i_jax.core.types import Trainable
@@ -96,7 +93,11 @@ def changed_start(folder: Path, step: int) -> str:
 
 def lora_of(path: str | Path) -> LoRA | None:
     """`train.lora` of a run that has adapters; None for anything else."""
-    folder = download(readable(path))
+    return _lora_in(download(readable(path)))
+
+
+def _lora_in(folder: Path) -> LoRA | None:
+    """`lora_of` a folder of this machine."""
     alone = (folder / "model.safetensors").exists() or (folder / FILE).exists()
     if alone or not (folder / "config.json").exists():
         return None
@@ -124,7 +125,7 @@ def read_adapter(path: str | Path) -> Adapter:
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         return Adapter(found["model"], found["lora"], arrays, found["step"])
-    if (lora := lora_of(path)) is None:
+    if (lora := _lora_in(folder)) is None:
         raise ConfigError(f"{path} holds no adapters: it is no run with train.lora, and has no {FILE}")
     config = stored(folder).model
     step, arrays = from_run(where, config, lora)
@@ -133,18 +134,11 @@ def read_adapter(path: str | Path) -> Adapter:
 
 def save_adapter(adapter: Adapter, folder: str | Path, card: str, half: bool = False) -> None:
     """Write adapters without their model; the folder appears whole or not at all. half: in bf16."""
-    folder = Path(folder)
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as scratch:
-        made = Path(scratch, "adapter")
-        made.mkdir()
-        kept = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if half and x.dtype == np.float32 else x.dtype)
-        shapes = {k: kept(x) for k, x in adapter.arrays.items()}
+    with whole_folder(folder) as made:
+        shapes = tensorfile.stored_shapes(adapter.arrays, half)
         tensorfile.write(made / FILE, shapes, lambda put: [put(k, x) for k, x in adapter.arrays.items()], "t2i_jax")
         write_stored(made / "config.json", {"model": adapter.config, "lora": adapter.lora, "step": adapter.step})
         (made / "README.md").write_text(card)
-        os.replace(made, folder)
 
 
 def with_adapters(name: str, x: Array, adapters: Sequence[tuple[Adapter, float]]) -> Array:

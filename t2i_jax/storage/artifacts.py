@@ -12,13 +12,11 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -28,7 +26,7 @@ from jax.typing import DTypeLike
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, write_stored
 from t2i_jax.core.fields import File, files, values
-from t2i_jax.core.outputs import check_new
+from t2i_jax.core.outputs import whole_folder
 from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
 from t2i_jax.core.sharding import shardings
 from t2i_jax.core.specs import Shaped
@@ -318,25 +316,18 @@ def _save(
     half: bool,
 ) -> None:
     """Write a released model whose weights `fill` writes; it returns their step. half: in bf16."""
-    folder = Path(folder)
-    check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.parent) as scratch:
-        temporary = Path(scratch, "model")
-        temporary.mkdir()
-        kept = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if half and x.dtype == jnp.float32 else x.dtype)
-        shapes = {k: kept(v.get_value()) for k, v in named(artifact.model).items()}
-        step = tensorfile.write(temporary / "model.safetensors", shapes, fill, "t2i_jax")
+    with whole_folder(folder) as made:
+        shapes = tensorfile.stored_shapes({k: v.get_value() for k, v in named(artifact.model).items()}, half)
+        step = tensorfile.write(made / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
-        text = bundle_files(artifact.text, temporary, whole=True, half=half)
+        text = bundle_files(artifact.text, made, whole=True, half=half)
         config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
-        write_stored(temporary / "config.json", config)
-        (temporary / "README.md").write_text(card(artifact))
+        write_stored(made / "config.json", config)
+        (made / "README.md").write_text(card(artifact))
         if artifact.codec:
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
-            copy_artifact(artifact.codec, temporary / "codec", about, half=half)
-        os.replace(temporary, folder)
+            copy_artifact(artifact.codec, made / "codec", about, half=half)
 
 
 def bundle_files(text: T, folder: Path, whole: bool = False, half: bool = False) -> T:

@@ -14,6 +14,7 @@ from t2i_jax.core.config import ConfigError, changes, differences, to_json, writ
 from t2i_jax.core.fields import free_fields
 from t2i_jax.core.migration import VERSION, Json
 from t2i_jax.core.outputs import write_text
+from t2i_jax.core.params import within
 from t2i_jax.storage.artifacts import bundle_files
 from t2i_jax.training.experiment import Experiment, load_experiment
 from t2i_jax.training.objectives import by_optimizer, updates
@@ -45,7 +46,7 @@ class History:
         old, new = to_json(self.old), to_json(experiment)
         self.changes = changes(old, new)
         free = free_fields(self.old) | free_fields(experiment)
-        refused = [k for k in self.changes if not any(k == f or k.startswith(f"{f}.") for f in free)]
+        refused = [k for k in self.changes if not any(within(f, k) for f in free)]
         if refused and not accept:
             lines = [line for line in differences(old, new) if line.split(": ")[0] in refused]
             more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""

@@ -12,7 +12,7 @@ from jax import Array
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.jaxprs import used_inputs
 from t2i_jax.core.narrow import shares_forward
-from t2i_jax.core.params import Named
+from t2i_jax.core.params import Named, within
 from t2i_jax.core.types import LossOutput, Objective, Trainable
 
 Objectives = Mapping[str, Objective]
@@ -24,7 +24,7 @@ def under(paths: tuple[str, ...], variables: Named) -> Named:
     """The variables whose dotted names begin with one of the paths; () is all of them."""
     if not paths:
         return dict(variables)
-    return {k: v for k, v in variables.items() if any(k == p or k.startswith(f"{p}.") for p in paths)}
+    return {k: v for k, v in variables.items() if any(within(p, k) for p in paths)}
 
 
 def check_paths(what: str, paths: tuple[str, ...], params: Named) -> None:

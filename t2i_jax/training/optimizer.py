@@ -17,7 +17,7 @@ from optax import contrib
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import Checked, Count, NotNegative, Rate, Share
-from t2i_jax.core.params import Named, is_variable
+from t2i_jax.core.params import Named, axes_of, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +119,12 @@ def with_rates(optimizer: optax.GradientTransformation, rates: Mapping[str, floa
     """An optimizer whose updates of parameters under the paths of `rates`, the longest that fits, are multiplied."""
 
     def factor(name: str) -> float:
-        return rates[max((path for path in rates if name == path or name.startswith(f"{path}.")), key=len, default="")]
+        return rates.get(max((path for path in rates if within(path, name)), key=len, default=""), 1.0)
 
     def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         return {name: optax.tree.scale(factor(name), update) for name, update in cast(Named, updates).items()}
 
-    rates = {"": 1.0, **rates}
-    return optax.chain(optimizer, optax.stateless(scaled)) if len(rates) > 1 else optimizer
-
-
-def axes_of(v: nnx.Variable) -> tuple[str | None, ...]:
-    """Names of a parameter's dimensions without those of stacked layers; empty if it has none."""
-    return v.get_metadata().get("axes", ()) if is_variable(v) else ()
+    return optax.chain(optimizer, optax.stateless(scaled)) if rates else optimizer
 
 
 def rank(v: nnx.Variable) -> int:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.errors import ConfigError
-from t2i_jax.core.params import named, rebuild
+from t2i_jax.core.params import axes_of, named, rebuild
 from t2i_jax.nn.layers import ModelState
 from t2i_jax.storage.artifacts import Artifact, open_artifact
 from t2i_jax.training.experiment import Experiment
@@ -175,7 +175,7 @@ def fit(theirs: nnx.Variable, value: Array, mine: nnx.Variable) -> Fitted | None
         return None
     different = [n for n, (a, b) in enumerate(zip(theirs.shape, mine.shape, strict=True)) if a != b]
     ours, others = mine.get_metadata(), theirs.get_metadata()
-    axis, axes = different[0], (None,) * (len(mine.shape) - len(ours.get("axes", ()))) + ours.get("axes", ())
+    axis, axes = different[0], (None,) * (len(mine.shape) - len(axes_of(mine))) + axes_of(mine)
     if len(different) > 1 or axes[axis] not in ("length", "vocab"):
         return None
     n, m = theirs.shape[axis], mine.shape[axis]

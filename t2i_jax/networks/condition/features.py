@@ -164,7 +164,7 @@ class CrossAttnFeatures(BaseCondition):
 
 
 class CrossAttnFeatureTokens(nnx.Module):
-    """`features` float (b, s, k) -> the same, all visible, whatever the width of the network.
+    """`features` float (b, s, k) -> the same, all visible, for a network of any width.
 
     The unconditional features replace those of dropped rows, and of rows whose `text_mask`, if given, marks no text.
     """
