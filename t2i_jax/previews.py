@@ -28,8 +28,8 @@ from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact
-from t2i_jax.training.loop import Trainer
 from t2i_jax.training.state import TrainState
+from t2i_jax.training.trainer import Trainer
 
 
 class Previews:

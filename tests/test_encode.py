@@ -23,7 +23,7 @@ from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import loop
 from t2i_jax.training.experiment import Experiment
-from t2i_jax.training.loop import Trainer
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures.processes import outputs, started
 
 PARTS = AutoencoderConfig(8, (1, 2), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)

@@ -18,7 +18,8 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.plan import hlo
 from t2i_jax.plan.estimate import _kept, _moved
 from t2i_jax.training import records
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 
 N = 4

@@ -17,8 +17,9 @@ from t2i_jax.release import release
 from t2i_jax.storage.adapters import FILE, read_adapter
 from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
 from t2i_jax.training import loop
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
 from t2i_jax.training.start import read_start
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.families import ALL, FAMILIES, batch_for, fresh, losses_of
 from tests.fixtures.runs import same, stop_after

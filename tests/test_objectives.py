@@ -15,11 +15,12 @@ from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import LossOutput, Objective
 from t2i_jax.nn.layers import ModelState, replace
 from t2i_jax.training import records
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
 from t2i_jax.training.objectives import stages, updates
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.runs import same, stop_after
 

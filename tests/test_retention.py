@@ -10,7 +10,8 @@ from t2i_jax.core.config import ConfigError
 from t2i_jax.storage.checkpoints import Best, Checkpoints
 from t2i_jax.training import records
 from t2i_jax.training.experiment import Train
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 
 VALUES = [5.0, 3.0, None, 4.0, math.nan, 2.5, 2.5, None, 7.0, 3.0, 9.0, 1.0, 2.0]

@@ -20,7 +20,7 @@ from t2i_jax.nn.positions import LearnedPositions
 from t2i_jax.nn.stationary import weight_stationary
 from t2i_jax.plan.hlo_text import parse
 from t2i_jax.sampling.orders import Permutation
-from t2i_jax.training.loop import with_shardings
+from t2i_jax.training.trainer import with_shardings
 
 ROWS = 16
 CAPTIONS = CaptionEncoder(208, 5, width=72, depth=2, heads=4)

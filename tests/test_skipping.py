@@ -12,7 +12,8 @@ from t2i_jax.core.config import ConfigError
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.training import records, spikes
 from t2i_jax.training.guard import NotFinite
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.runs import same, stop_after
 

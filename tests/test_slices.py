@@ -20,7 +20,8 @@ from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.previews import Previews
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training import records
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import slice_command, tpu_layouts
 from tests.fixtures.processes import outputs, started
 

@@ -21,9 +21,10 @@ from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.layers import ModelState, position_table
 from t2i_jax.storage.artifacts import Artifact, open_artifact, save_artifact
 from t2i_jax.training import loop
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer, with_rates
 from t2i_jax.training.start import fit, interpolated, read_start
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.families import ALL, FAMILIES, fresh
 

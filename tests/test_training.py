@@ -25,8 +25,9 @@ from t2i_jax.storage.checkpoints import CheckpointError
 from t2i_jax.storage.checksums import checksums
 from t2i_jax.training import records
 from t2i_jax.training.guard import NotFinite
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.runs import same, stop_after
 

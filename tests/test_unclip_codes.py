@@ -23,10 +23,11 @@ from t2i_jax.noise.processes import Discrete
 from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import UnCLIPSampler
 from t2i_jax.text.clip import ClipCaption
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer
 from t2i_jax.training.state import create
 from t2i_jax.training.step import make_step
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.clip_files import random_clip
 from tests.fixtures.families import CODES_PRIOR, FAMILIES, NOISED_DECODER, batch_for, fresh

@@ -22,7 +22,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import ScaleSampler
 from t2i_jax.sampling.progress import listening
 from t2i_jax.storage.artifacts import Artifact, save_artifact
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
 from tests.fixtures.families import CODECS, FAMILIES, batch_for, fresh
 from tests.fixtures.published_models import random

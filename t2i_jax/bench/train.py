@@ -37,8 +37,8 @@ from t2i_jax.core.memory import check_memory
 from t2i_jax.core.sharding import batch_sharding
 from t2i_jax.plan.ready import Batch, batch_of, without_parts
 from t2i_jax.training.experiment import Experiment, load_experiment
-from t2i_jax.training.loop import Trainer
 from t2i_jax.training.optimizer import Optimizer
+from t2i_jax.training.trainer import Trainer
 
 
 def random_batch(experiment: Experiment, shapes: Batch) -> dict[str, np.ndarray]:

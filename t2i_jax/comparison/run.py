@@ -30,7 +30,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import Sampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.training.experiment import Experiment, load_experiment
-from t2i_jax.training.loop import Trainer, train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
 
 
 def run(comparison: Comparison, folder: Path, out: Path, command: str = "") -> Result:

@@ -26,8 +26,8 @@ from t2i_jax.core.types import CachedNetwork, SamplingOptions, Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
 from t2i_jax.training.experiment import Experiment
-from t2i_jax.training.loop import Trainer
 from t2i_jax.training.state import TrainState
+from t2i_jax.training.trainer import Trainer
 
 T = TypeVar("T")
 Batch = dict[str, jax.ShapeDtypeStruct]

@@ -21,7 +21,7 @@ from t2i_jax.training.state import TrainState
 from t2i_jax.training.step import Metrics, base_of, loss_inputs, step_keys
 
 if TYPE_CHECKING:
-    from t2i_jax.training.loop import Trainer
+    from t2i_jax.training.trainer import Trainer
 
 NAMED = 8
 """Arrays that a message names."""
