@@ -21,7 +21,7 @@ from t2i_jax.encode import encode_splits
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.storage.artifacts import Artifact, save_artifact
-from t2i_jax.training import loop
+from t2i_jax.training import trainer
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.trainer import Trainer
 from tests.fixtures.processes import outputs, started
@@ -114,7 +114,7 @@ def test_a_trainer_loads_a_codec_on_the_host(experiment, tmp_path, monkeypatch):
     """Not onto every device of its mesh, before it is given its shardings there."""
     loaded = []
     monkeypatch.setattr(
-        loop, "put_on_mesh", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
+        trainer, "put_on_mesh", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
     )
     trainer = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path)
     assert loaded and all(len(x.devices()) == 1 for x in loaded)
