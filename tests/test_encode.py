@@ -116,9 +116,9 @@ def test_a_trainer_loads_a_codec_on_the_host(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer, "put_on_mesh", lambda tree, layout: loaded.extend(jax.tree.leaves(tree)) or put_on_mesh(tree, layout)
     )
-    trainer = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path)
+    frozen = Trainer(dataclasses.replace(experiment, mesh=MeshConfig(2, 4)), tmp_path).frozen
     assert loaded and all(len(x.devices()) == 1 for x in loaded)
-    assert all(len(x.devices()) == 8 for x in jax.tree.leaves(trainer.frozen))
+    assert all(len(x.devices()) == 8 for x in jax.tree.leaves(frozen))
 
 
 def test_training_on_codes_is_training_on_pictures(store, experiment, whole, tmp_path):
