@@ -19,6 +19,7 @@ from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
 from t2i_jax.core.image_files import digest
 from t2i_jax.core.narrow import (
+    any_size,
     as_classifier,
     as_family,
     check_codes,
@@ -331,6 +332,24 @@ class Pipeline:
             return self
         about = {**self.about, **{name: str(value) for name, value in fields.items()}}
         return dataclasses.replace(self, family=family, about=about)
+
+    def sized(self, width: int, height: int) -> Pipeline:
+        """The same pipeline for images of another width and height, in pixels.
+
+        Errors: `ConfigError` for a family whose parameters are of one size, and for sides that its tokens or the codec
+        do not divide.
+        """
+        factor = self.codec.config.spec.factor if self.codec else 1
+        with refused(f"size {width}x{height}"):
+            family = any_size(self.family)
+            if width % factor or height % factor:
+                raise ConfigError(f"sides are multiples of {factor}, the pixels of a code")
+            family = family.sized((height // factor, width // factor))
+            if family == self.family:
+                return self
+            model = family.adopt(self.model)
+        model = put_on_mesh(model, shardings(model, self.mesh))
+        return dataclasses.replace(self, family=family, model=model, about={**self.about, "size": f"{width}x{height}"})
 
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card.

@@ -38,6 +38,7 @@ NARROW = {
     "init_image": narrow.image_to_image,
     "super_resolution": narrow.super_resolution,
     "classifier_guidance": narrow.classifier_guided,
+    "any_size": narrow.any_size,
     "autoguidance": narrow.autoguided,
     "int8": narrow.int8_sampling,
     "frozen_networks": narrow.uses_frozen_networks,

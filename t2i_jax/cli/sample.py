@@ -57,6 +57,9 @@ class SampleArguments(Checked):
     batch_size: Size = 16
     scale: Annotated[int, Range(1, 64)] = 4
     """enlargement of the images in the grid"""
+    size: str = ""
+    """WIDTHxHEIGHT of images in pixels, for models whose parameters are of no one size: a DiT or UNet, and Transformers
+    with rotary positions. The sizes of training, and those near them, are drawn best"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun; ddim and dpm++ add
     no noise unless --eta says so"""
@@ -150,6 +153,7 @@ def run(arguments: list[str]) -> None:
     mesh = read_mesh(args.mesh, MeshConfig())
     pipeline = Pipeline.load(args.model, mesh, args.int8, _factors(args.lora))
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
+    pipeline = pipeline.sized(*_size(args.size)) if args.size else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)
     if not args.classifier and _names(rest, "--classifier-scale"):
@@ -201,6 +205,14 @@ def run(arguments: list[str]) -> None:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height of "WIDTHxHEIGHT"."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 65536 and 0 < int(height) <= 65536):
+        raise config.ConfigError(f"--size {text}: it is WIDTHxHEIGHT in pixels, as 96x64")
+    return int(width), int(height)
 
 
 def _between(

@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
+from flax import nnx
 from jax import Array
 
 from t2i_jax.core.errors import ConfigError, did_you_mean
 from t2i_jax.core.fields import Checked, values
+from t2i_jax.core.params import Named, abstract, named, rebuild
 from t2i_jax.core.specs import WEIGHT, BatchSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput, M, O, Objective, Trips, single_objective
 
@@ -59,6 +61,15 @@ class BaseFamily(Checked, abc.ABC, Generic[O]):
 
     @abc.abstractmethod
     def sample_spec(self) -> SampleSpec: ...
+
+    def adopt(self, model: nnx.Module) -> nnx.Module:
+        """A model of this family from one of another grid, with the same parameters; see `core.types.AnySize`."""
+        own = {**named(model), **self.of_grid()}
+        return rebuild(abstract(self), own)  # pyright: ignore[reportArgumentType]
+
+    def of_grid(self) -> Named:
+        """Variables of a model that are computed from the grid."""
+        return {}
 
     @abc.abstractmethod
     def condition_spec(self) -> BatchSpec: ...

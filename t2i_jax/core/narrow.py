@@ -12,6 +12,7 @@ from typing import cast
 from t2i_jax.core.conditions import ImageTextEncoder, TextEncoder, TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import (
+    AnySize,
     Capabilities,
     Classifier,
     Codec,
@@ -132,6 +133,12 @@ def super_resolution(config: Trainable) -> Family:
     """Check for super-resolution. Errors: `ConfigError` for a config that does not upsample images."""
     what = "is no second stage of a cascade, which reads a small image, so it cannot make images larger"
     return cast(Family, _declares(config, "super_resolution", what))
+
+
+def any_size(config: Trainable) -> AnySize:
+    """Narrow to `AnySize`. Errors: `ConfigError` for a config whose parameters are of one grid."""
+    what = "draws images of one size; a DiT or UNet, and Transformers with rotary positions, draw others"
+    return cast(AnySize, _declares(config, "any_size", what))
 
 
 def classifier_guided(config: Trainable) -> GaussianFamily:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -80,6 +80,17 @@ def _by(shape: tuple[int | None, ...]) -> str:
 
 BatchSpec = Mapping[str, FieldSpec]
 """Fields of a batch that a model reads, by name; other fields of a batch are ignored."""
+
+
+def in_common(specs: Sequence[BatchSpec]) -> BatchSpec:
+    """The fields that batches of all these specs have; a size in which they differ may be any."""
+    first = dict(specs[0])
+    for spec in specs[1:]:
+        for name, field in spec.items():
+            sizes = tuple(a if a == b else None for a, b in zip(first[name].shape, field.shape, strict=True))
+            first[name] = dataclasses.replace(first[name], shape=sizes)
+    return first
+
 
 WEIGHT = FieldSpec((), "float32", optional=True)
 """Weight of an example in a loss; 0 excludes it."""

@@ -182,6 +182,8 @@ class Capabilities:
     """`GaussianFamily`, whose `sample` takes a classifier"""
     autoguidance: bool = False
     """`GaussianFamily`, whose `sample` takes a weaker model in place of the unconditional branch"""
+    any_size: bool = False
+    """`AnySize`: the same parameters serve samples of another grid"""
     fitted: bool = False
     """`Fitted`: has state that is computed from training examples before the first step"""
     reads_codec: bool = False
@@ -379,6 +381,19 @@ class ReadsCodec(Family[M, O], Protocol[M, O]):
 
         Errors: `ConfigError` for a codec of another kind, or whose vectors have other shapes.
         """
+        ...
+
+
+class AnySize(Family[M, O], Protocol[M, O]):
+    """A family whose parameters do not depend on the grid of its samples."""
+
+    def sized(self, grid: tuple[int, int]) -> Self:
+        """The same family with samples of `grid`, rows and columns as in `sample_spec`. Errors: `ConfigError` or
+        `ValueError` for a grid that it cannot have."""
+        ...
+
+    def adopt(self, model: M) -> M:
+        """A model of this family from one of another grid: its parameters, with positions of this grid."""
         ...
 
 

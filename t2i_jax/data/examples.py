@@ -13,7 +13,7 @@ import numpy as np
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
 from t2i_jax.data.records import DataError, Reader, Record, as_captions
-from t2i_jax.data.transforms import choose_caption, to_square
+from t2i_jax.data.transforms import choose_caption, to_shape
 
 log = logging.getLogger(__name__)
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -68,14 +68,17 @@ def log_small(name: str, smallest_side: int) -> None:
 
 @dataclass
 class Examples:
-    """Records in order, with "image" uint8 (image_size, image_size, 3), cropped at the centre, in place of the file.
+    """Records in order, with "image" uint8 (i, j, 3), cropped at the centre to their shape, in place of the file.
 
     Asking for a broken one, or for one whose image is too small, raises `DataError` that names it. Iterating leaves
     such records out, logs and counts them, and stops where too many are broken.
     """
 
     reader: Reader
-    image_size: int
+    shapes: Sequence[tuple[int, int]]
+    """rows and columns of images"""
+    buckets: np.ndarray
+    """the number of the shape of each record"""
     image: bool
     tally: Tally
     captions: bool = False
@@ -102,11 +105,11 @@ class Examples:
         record: Record = {}
         try:
             record = self.reader[i]
-            return self._made(record), "", False
+            return self._made(record, self.shapes[int(self.buckets[i])]), "", False
         except Exception as error:  # any error of a library over a damaged file
             return {}, f"{name_of(self.reader, i, record)} ({fault_of(error)})", isinstance(error, TooSmall)
 
-    def _made(self, record: Record) -> Record:
+    def _made(self, record: Record, shape: tuple[int, int]) -> Record:
         record = dict(record)
         if self.captions or self.text is not None:
             first = choose_caption(record.get("captions"), empty=self.empty_captions)
@@ -116,8 +119,8 @@ class Examples:
             record["tokens"] = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if self.image and "image" in record:
             record |= {"file": record["image"]} if self.files else {}
-            image = open_image(record["image"], self.image_size, 1.0, self.smallest_side)
-            record["image"] = to_square(image, self.image_size)
+            image = open_image(record["image"], max(shape), 1.0, self.smallest_side)
+            record["image"] = to_shape(image, shape)
         return record
 
     def __iter__(self) -> Iterator[Record]:

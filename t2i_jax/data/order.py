@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -54,6 +55,31 @@ def shuffled(i: int, n: int, *seed: int) -> int:
             return i
 
 
+def rotated(i: int, parts: Parts) -> Iterator[int]:
+    """i, and the other numbers of its part that follow it, from the first again after the last."""
+    part, _ = parts.part(i)
+    start, stop = parts.starts[part : part + 2].tolist()
+    return chain(range(i, stop), range(start, i))
+
+
+class Turns:
+    """Which of several parts has turn n of an endless sequence, as evenly as their counts in a period allow."""
+
+    def __init__(self, counts: Sequence[int]):
+        self.counts = np.asarray(counts, int)
+        # Occurrence r of a part in the period is at time (r + 1/2) / count.
+        part = np.repeat(np.arange(len(self.counts)), self.counts)
+        rank = np.concatenate([np.arange(n) for n in self.counts])
+        pattern = np.lexsort((part, (rank + 0.5) / self.counts[part]))
+        self.part, self.rank = part[pattern], rank[pattern]
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        """The part that has turn n, and how many turns it had before."""
+        period, slot = divmod(n, len(self.part))
+        part = int(self.part[slot])
+        return part, period * int(self.counts[part]) + int(self.rank[slot])
+
+
 class Order:
     """The record number of example g, for one source or for several in a row.
 
@@ -61,29 +87,32 @@ class Order:
     as evenly as their weights allow, by a pattern of PERIOD examples that repeats.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int | tuple[int, ...]):
         if not all(sizes) and weights is not None:
             raise DataError(f"Mixture.sources: their records are {tuple(sizes)}, and a source has none")
+        self.parts = Parts(sizes)
         if weights is None:
             sizes, weights = [sum(sizes)], [1.0]
-        self.sizes, self.seed = tuple(sizes), seed
+        self.sizes, self.seed = tuple(sizes), (seed,) if isinstance(seed, int) else seed
         self.starts = np.cumsum([0, *sizes]).tolist()
         shares = np.asarray(weights, float) / sum(weights)
-        self.counts = np.diff(np.round(np.cumsum(shares) * PERIOD).astype(int), prepend=0)
-        if not self.counts.all():
+        counts = np.diff(np.round(np.cumsum(shares) * PERIOD).astype(int), prepend=0)
+        if not counts.all():
             raise DataError(f"Mixture.weights has a share below 1/{PERIOD}: {tuple(weights)}")
-        # Occurrence r of a source in the period is at time (r + 1/2) / count.
-        source = np.repeat(np.arange(len(shares)), self.counts)
-        rank = np.concatenate([np.arange(n) for n in self.counts])
-        pattern = np.lexsort((source, (rank + 0.5) / self.counts[source]))
-        self.source, self.rank = source[pattern], rank[pattern]
+        self.turns = Turns(counts.tolist())
 
     def __getitem__(self, g: int) -> int:
-        period, slot = divmod(g, PERIOD)
-        s = int(self.source[slot])
-        nth = period * int(self.counts[s]) + int(self.rank[slot])
+        s, nth = self.turns[g]
         epoch, i = divmod(nth, self.sizes[s])
-        return self.starts[s] + shuffled(i, self.sizes[s], self.seed, s, epoch)
+        return self.starts[s] + shuffled(i, self.sizes[s], *self.seed, s, epoch)
+
+    def bucket(self, g: int) -> int:
+        """0: all examples have the same shape."""
+        return 0
+
+    def candidates(self, g: int) -> Iterator[int]:
+        """The record of example g, and those that take its place where it is broken: others of its source."""
+        return rotated(self[g], self.parts)
 
 
 @dataclass

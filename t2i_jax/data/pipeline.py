@@ -6,6 +6,9 @@ at `position` holds the examples position + n * batch_size + (0 ... batch_size -
 rows of its own devices, whatever rows they are, so a batch is row by row the same on 1, 2 or 64 hosts. Nothing but
 `position` has to be saved: a run goes on exactly, on any number of hosts and workers.
 
+Shapes. With `Data.shapes` the images of a batch have one of them, and which one follows from the number of the batch
+(`data/buckets.py`).
+
 Broken records. An example whose record cannot be read, or that the model cannot take, is made from the next record of
 its source that can be used, and so is one whose image is too small. So batches stay full, `position` stays
 a plain count of examples, and the stream stays a pure function of g. Each broken record is counted and logged with its
@@ -21,22 +24,23 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
-from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Seed, Size, Workers
+from t2i_jax.core.fields import FREE, Checked, Count, Grid, NotNegative, Range, Seed, Size, Workers
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.specs import BatchSpec, check_example
+from t2i_jax.data.buckets import BucketOrder, buckets_of, check_shapes, note_small, sizes_of
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, log_small, name_of
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image
-from t2i_jax.data.order import Order, Parts, Rows
+from t2i_jax.data.order import Order, Rows
 from t2i_jax.data.records import DataError, Reader, Record
 from t2i_jax.data.sources import Concat, Mixture, Source, Swapped
-from t2i_jax.data.transforms import choose_caption, may_flip, to_square
+from t2i_jax.data.transforms import choose_caption, may_flip, to_shape
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +71,9 @@ class Data(Checked):
     """The source of every split but "train"; `None` is the source's own split of that name."""
     image_size: Size = 64
     """Side of the square images in a batch."""
+    shapes: tuple[Grid, ...] = ()
+    """Rows and columns of images in place of squares: each image is cut to the one with the nearest ratio of sides, and
+    a batch has images of one shape. `shapes_around` makes a list of them."""
     batch_size: Size = 64
     """Examples in a batch over all processes."""
     crop: Literal["center", "random"] = "center"
@@ -102,6 +109,10 @@ class Data(Checked):
     broken_count: Annotated[Count, FREE] = 10
     """... and more than so many of them."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_shapes(self.shapes)
+
     def batches(
         self,
         text: Tokenizer | None = None,
@@ -128,7 +139,8 @@ class Data(Checked):
         if position < 0:
             raise DataError(f"the data position is {position}; it counts examples and cannot be negative")
         share = len(rows) / self.batch_size
-        least = self.batch_size * (3 * self.image_size**2 if "image" in self.fields else 100)
+        most = max(r * c for r, c in self.all_shapes)
+        least = self.batch_size * (3 * most if "image" in self.fields else 100)
         check_memory(f"batch_size {self.batch_size}, image_size {self.image_size}: a batch", least * share)
         text = text if spec is None or "text" in spec else None
         reader = self._open(split, text is not None)
@@ -136,9 +148,10 @@ class Data(Checked):
         sizes, weights = [len(reader)], None
         if isinstance(source, Mixture) and isinstance(reader, Concat):
             sizes, weights = [len(r) for r in reader.readers], source.weights
-        order = Order(sizes, weights, self.seed)
+        order = self._order(split, sizes, weights)
+        position += -position % self.batch_size if self.shapes else 0
         reader = Swapped(reader, self.seed) if self.swapped_captions and split == "train" else reader
-        examples = _Examples(self, reader, order, Parts(sizes), text, split == "train", spec)
+        examples = _Examples(self, reader, order, text, split == "train", spec)
 
         def stream(done: int) -> Iterator[Collated]:
             """The batches after the first `done` of them, each with what was wrong on the way."""
@@ -152,10 +165,29 @@ class Data(Checked):
 
         return self._watched(restarted(stream), self._tally("examples met a broken record", reader, text is not None))
 
+    @property
+    def all_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of the images of batches, a shape for each bucket."""
+        return self.shapes or ((self.image_size, self.image_size),)
+
+    def buckets(self, split: str = "train") -> np.ndarray:
+        """The number of the shape, of `all_shapes`, of each record of a split: int (n,). Errors: `DataError`."""
+        source = self.split(split)
+        count = len(source.open())
+        return buckets_of(_sizes(source, count), self.shapes) if self.shapes else np.zeros(count, int)
+
+    def _order(self, split: str, sizes: Sequence[int], weights: Sequence[float] | None) -> Order | BucketOrder:
+        if not self.shapes:
+            return Order(sizes, weights, self.seed)
+        order = BucketOrder(self.buckets(split), self.batch_size, sizes, weights, self.seed)
+        note_small(order, self.shapes)
+        return order
+
     def examples(
         self, split: str = "train", captions: bool = False, text: Tokenizer | None = None, files: bool = False
     ) -> Examples:
-        """The records of a split in the order of the source, their images decoded and cropped at the centre.
+        """The records of a split in the order of the source, their images decoded and cropped at the centre, each to
+        its own shape.
 
         captions: records without a caption are broken. text: captions are needed, and tokenised. files: keep the image
         files too.
@@ -164,7 +196,9 @@ class Data(Checked):
         tally = self._tally("records are broken", reader, captions)
         image = "image" in self.fields
         small = self.smallest_side
-        return Examples(reader, self.image_size, image, tally, captions, self.empty_captions, text, small, files)
+        buckets = self.buckets(split) if image else np.zeros(len(reader), int)
+        shapes = self.all_shapes
+        return Examples(reader, shapes, buckets, image, tally, captions, self.empty_captions, text, small, files)
 
     def describe(self, splits: Sequence[str] = ("train",)) -> dict[str, Facts]:
         """How many `records` each split has, and a digest of the `names` of some; stored with a run to recognise
@@ -199,6 +233,12 @@ class Data(Checked):
                     log_small(small[0], self.smallest_side)
                 tally.add(faults, len(small))
                 yield batch
+
+
+@lru_cache(maxsize=8)
+def _sizes(source: Source, count: int) -> np.ndarray:
+    """Rows and columns of the images of a source of `count` records (n, 2), found once in a process."""
+    return sizes_of(source.open())
 
 
 T = TypeVar("T")
@@ -281,21 +321,19 @@ class _Examples:
 
     data: Data
     reader: Reader
-    order: Order
-    sources: Parts
+    order: Order | BucketOrder
     text: Tokenizer | None
     augment: bool
     spec: BatchSpec | None
 
     def __call__(self, g: int) -> _Made:
-        first, faults, small = self.order[g], [], []
-        part, _ = self.sources.part(first)
-        start, stop = self.sources.starts[part : part + 2].tolist()
-        for i in chain(range(first, stop), range(start, first)):
+        shape = self.data.all_shapes[self.order.bucket(g)]
+        faults, small = [], []
+        for i in self.order.candidates(g):
             record: Record = {}
             try:
                 record = self.reader[i]
-                return _Made(self.example(record, np.random.default_rng((self.data.seed, g))), faults, small)
+                return _Made(self.example(record, np.random.default_rng((self.data.seed, g)), shape), faults, small)
             except _Unusable as stop:
                 raise (stop.__cause__ or stop) from None
             except Exception as error:  # any error of a library over a damaged file
@@ -307,7 +345,7 @@ class _Examples:
         why = f"{len(faults)} broken, {len(small)} too small"
         raise DataError(f"none of {len(faults) + len(small)} records can be used ({why}); " + "; ".join(about))
 
-    def example(self, record: Record, rng: np.random.Generator) -> Batch:
+    def example(self, record: Record, rng: np.random.Generator, shape: tuple[int, int]) -> Batch:
         data, random = self.data, rng if self.augment else None
         fields = [name for name in data.fields if self.spec is None or name in self.spec]
         arrays: Batch = {}
@@ -320,8 +358,8 @@ class _Examples:
             caption = choose_caption(record.get("captions"), chooser, data.empty_captions)
         if "image" in fields and "image" in record:
             smallest = data.smallest_crop if random is not None and data.crop == "random" else 1.0
-            image = open_image(record["image"], data.image_size, smallest, data.smallest_side)
-            image = to_square(image, data.image_size, random if data.crop == "random" else None, data.smallest_crop)
+            image = open_image(record["image"], max(shape), smallest, data.smallest_side)
+            image = to_shape(image, shape, random if data.crop == "random" else None, data.smallest_crop)
             flip = data.flip and self.augment and x < 0.5 and may_flip(record.get("captions") or (), data.flip_except)
             arrays["image"] = image[:, ::-1] if flip else image
         for name in ARRAYS:

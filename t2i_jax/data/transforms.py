@@ -14,21 +14,30 @@ from t2i_jax.data.images import open_image as open_image
 from t2i_jax.data.records import DataError, as_captions
 
 
-def to_square(image: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
-    """A square crop at `size` of an RGB image: uint8 (size, size, 3).
+def to_shape(
+    image: Image.Image, shape: tuple[int, int], rng: Generator | None = None, smallest: float = 1.0
+) -> np.ndarray:
+    """A crop of an RGB image at `shape`, rows and columns: uint8 (*shape, 3).
 
-    Without `rng` the centre at full short side. With it a random place, its side drawn from [smallest, 1] of the short
-    side; the image's own aspect is kept either way.
+    Without `rng` the largest one of that ratio of sides, in the middle. With it one at a random place, its sides drawn
+    from [smallest, 1] of the largest; the image's own aspect is kept either way.
     """
+    rows, columns = shape
     start_x, start_y, end_x, end_y = image.info.get("box", (0, 0, *image.size))
     w, h = end_x - start_x, end_y - start_y
-    side = min(w, h) * (rng.uniform(smallest, 1.0) if rng is not None and smallest < 1 else 1.0)
+    share = rng.uniform(smallest, 1.0) if rng is not None and smallest < 1 else 1.0
+    width, height = min(w, h * (columns / rows)) * share, min(h, w * (rows / columns)) * share
     x, y = rng.uniform(0, 1, 2) if rng is not None else (0.5, 0.5)
-    left, top = start_x + x * (w - side), start_y + y * (h - side)
-    if (w, h) != (size, size) or side != size:
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    left, top = start_x + x * (w - width), start_y + y * (h - height)
+    if (w, h) != (columns, rows) or (width, height) != (columns, rows):
+        box = (left, top, left + width, top + height)
+        image = image.resize((columns, rows), Image.Resampling.LANCZOS, box=box)
     return np.asarray(image)
+
+
+def to_square(image: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
+    """`to_shape` of a square: uint8 (size, size, 3)."""
+    return to_shape(image, (size, size), rng, smallest)
 
 
 @lru_cache

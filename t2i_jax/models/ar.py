@@ -98,7 +98,12 @@ class AR(Autoregressive):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
-        return dataclasses.replace(super().capabilities, unconditional=self.conditioning.dropout > 0)
+        rotary = isinstance(self.positions, RotaryPositions)
+        return dataclasses.replace(super().capabilities, unconditional=self.conditioning.dropout > 0, any_size=rotary)
+
+    def sized(self, grid: tuple[int, int]) -> AR:
+        """The same family for another grid of codes, where positions are rotary."""
+        return dataclasses.replace(self, grid=grid)
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads; given tokens are codes."""

@@ -24,6 +24,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
 from t2i_jax.core.noise import NoiseProcess, Predicts
+from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.specs import WEIGHT, BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, LossOutput
@@ -129,6 +130,7 @@ class Diffusion(BaseFamily[DiffusionSampler]):
             inpaint=several,
             init_image=several,
             super_resolution=self.is_super_resolution,
+            any_size=self.network.any_size,
             classifier_guidance=True,
             autoguidance=True,
             remat=self.network.remats,
@@ -138,6 +140,14 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def sample_spec(self) -> SampleSpec:
         """Shape and dtype of a sample."""
         return SampleSpec(self.grid, CodeSpec("float32", (self.network.channels,)))
+
+    def sized(self, grid: tuple[int, int]) -> Diffusion:
+        """The same family for images, or latents, of other rows and columns."""
+        return self if grid == self.grid else dataclasses.replace(self, network=self.network.sized(grid))
+
+    def of_grid(self) -> Named:
+        """Variables of the network that are computed from the grid."""
+        return self.network.of_grid()
 
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads: those of the condition, and extra inputs."""

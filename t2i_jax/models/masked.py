@@ -29,7 +29,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import FREE, SAMPLED, Grid, Size
 from t2i_jax.core.sharding import shard
-from t2i_jax.core.types import Compute, LossOutput
+from t2i_jax.core.types import Capabilities, Compute, LossOutput
 from t2i_jax.heads import DiffusionHead, HeadFamily, ImageKeys, SoftmaxHead, TokenHead
 from t2i_jax.networks.condition import ClassEmbedder, ClassTokens, Conditioning, dropped_rows
 from t2i_jax.nn.attention import Padding, Rotary
@@ -113,6 +113,18 @@ class Masked(HeadFamily[MaskedSampler]):
             raise ConfigError('tied: the table is the output matrix with reads "all" and a SoftmaxHead only')
         if isinstance(self.positions, LearnedPositions) and self.positions.count:
             raise ConfigError("positions.count: the tables of Masked have a row for each token")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Supported features beyond training."""
+        return dataclasses.replace(super().capabilities, any_size=isinstance(self.positions, RotaryPositions))
+
+    def sized(self, grid: tuple[int, int]) -> Masked:
+        """The same family for other rows and columns of codes, where positions are rotary. Errors: `ConfigError` for
+        sides that tokens do not divide."""
+        if any(side % self.patch for side in grid):
+            raise ConfigError(f"grid {grid[0]}x{grid[1]}: sides are multiples of patch {self.patch}")
+        return dataclasses.replace(self, grid=(grid[0] // self.patch, grid[1] // self.patch))
 
     @property
     def routes(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.fields import Checked, Grid, Range, Size
 from t2i_jax.core.keys import apart
+from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import AttentionKind, Compute, Remat
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Context, check_vectors, read_context
@@ -30,7 +31,7 @@ from t2i_jax.nn.attention import MaskSpec, Padding, Rotary, attend, rotate
 from t2i_jax.nn.conv import patchify, unpatchify
 from t2i_jax.nn.layers import Linear, ModelState, normal, param
 from t2i_jax.nn.modulation import TimeEmbedding, modulate
-from t2i_jax.nn.positions import RotaryPositions, SinCosPositions, sincos_2d
+from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
 from t2i_jax.nn.transformer import MLP, REMAT, REMATS, Attention, Cache, Transformer, drop
 
 
@@ -87,6 +88,27 @@ class DiT(Checked):
     def extra_inputs(self) -> tuple[str, ...]:
         """Images of the batch that the network reads besides the noised one."""
         return ()
+
+    @property
+    def any_size(self) -> bool:
+        """Whether it has positions for every grid; released models of a joint stream keep a part of a larger table."""
+        return self.via != "joint"
+
+    def sized(self, size: tuple[int, int]) -> DiT:
+        """The same network for images of other rows and columns, with positions in the range of its own."""
+        positions = self.positions
+        if isinstance(positions, SinCosPositions):
+            base = positions.base or self.grid
+            same = base == (size[0] // self.patch, size[1] // self.patch)
+            positions = dataclasses.replace(positions, base=None if same else base)
+        return dataclasses.replace(self, size=size, positions=positions)
+
+    def of_grid(self) -> Named:
+        """Variables that are computed from the grid: `positions`, if they are added."""
+        if not isinstance(self.positions, SinCosPositions):
+            return {}
+        table = jnp.asarray(self.positions.table(self.grid, self.transformer.width))
+        return {"positions": ModelState(table, axes=(None, "embed"))}
 
     def init(self, key: Array, compute: Compute = Compute()) -> DiTNetwork:
         return DiTNetwork(self, key, compute)
@@ -246,9 +268,7 @@ class DiTNetwork(nnx.Module):
         self.config, self.compute = config, compute
         # Xavier initialisation of a dense layer (Glorot & Bengio 2010), although it is a strided convolution.
         self.embed = Linear(square, d, keys[0], std=math.sqrt(2 / (square + d)), axes=(None, "embed"))
-        stretch = config.positions.stretch if isinstance(config.positions, SinCosPositions) else None
-        table = None if stretch is None else jnp.asarray(sincos_2d(config.grid, d, stretch))
-        self.positions = None if table is None else ModelState(table, axes=(None, "embed"))
+        self.positions = config.of_grid().get("positions")
         self.time = TimeEmbedding(d, keys[1], frequency_dim=config.frequency_dim)
         self.condition = config.conditioning.what.init(keys[2], d)
         kind = ModulatedBlock(config.transformer, config.via, config.shared, config.cross_norm, compute.attention)

@@ -13,7 +13,9 @@ from jax import Array
 
 from t2i_jax.core.arrays import Float, Num, typed
 from t2i_jax.core.conditions import Batch
+from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import Checked, Size
+from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute, Remat
 from t2i_jax.networks.condition import Conditioning, Context, check_vectors, read_context
@@ -40,6 +42,7 @@ class EmbeddingPrior(Checked):
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
     learn_variance: ClassVar[bool] = False
+    any_size: ClassVar[bool] = False
     remats: ClassVar[tuple[Remat, ...]] = REMATS
     chooses_attention: ClassVar[bool] = True
 
@@ -47,6 +50,16 @@ class EmbeddingPrior(Checked):
         super().__post_init__()
         self.conditioning.route("EmbeddingPrior", "prefix")
         check_vectors(self.conditioning.what, self.transformer.width)
+
+    def sized(self, size: tuple[int, int]) -> EmbeddingPrior:
+        """Itself: an embedding has one position. Errors: `ConfigError` for another size."""
+        if size != self.size:
+            raise ConfigError(f"size {size[0]}x{size[1]}: an embedding has one position")
+        return self
+
+    def of_grid(self) -> Named:
+        """Variables that are computed from the grid: none."""
+        return {}
 
     def init(self, key: Array, compute: Compute = Compute()) -> EmbeddingPriorNetwork:
         return EmbeddingPriorNetwork(self, key, compute)

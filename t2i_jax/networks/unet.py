@@ -22,6 +22,7 @@ from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DEEPEST, Checked, Count, Grid, Layers, NotNegative, Positive, Range, Rate, Size, Sizes
 from t2i_jax.core.keys import apart
+from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute, Remat
 from t2i_jax.networks.condition import (
@@ -118,6 +119,7 @@ class UNet(Checked):
     groups: Size = 32
     eps: Positive = 1e-5
 
+    any_size: ClassVar[bool] = True
     remats: ClassVar[tuple[Remat, ...]] = ("full", "dots")
     chooses_attention: ClassVar[bool] = False
 
@@ -160,6 +162,17 @@ class UNet(Checked):
             wanted = f"{self.embedding}{'' if self.time_width else ' (4 width)'}"
             given = f"of {spec.summary_width} numbers; the embedding of the time has {wanted}"
             raise ConfigError(f"pool 'summary': the condition has a vector {given}")
+
+    def sized(self, size: tuple[int, int]) -> UNet:
+        """The same network for images of other rows and columns. Errors: ValueError where a level cannot halve them."""
+        factor = 2 ** (len(self.multipliers) - 1)
+        if any(side % factor for side in size):
+            raise ValueError(f"size {size[0]}x{size[1]}: sides are multiples of {factor}, as each level halves them")
+        return dataclasses.replace(self, size=size)
+
+    def of_grid(self) -> Named:
+        """Variables that are computed from the grid: none."""
+        return {}
 
     @property
     def channels_in(self) -> int:

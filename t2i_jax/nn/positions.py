@@ -52,17 +52,25 @@ class SinCosPositions(Checked):
 
     stretch: Positive = 1.0
     """divides rows and columns, for images larger than those of the original training"""
+    base: tuple[int, int] | None = None
+    """rows and columns of another grid, to whose range those of this one are scaled; None: they are as they are"""
+
+    def table(self, grid: tuple[int, int], d: int) -> Float[np.ndarray, "t {d}"]:
+        """The vectors of a grid: (i * j, d)."""
+        base = self.base or grid
+        rows, columns = (self.stretch * side / own for side, own in zip(grid, base, strict=True))
+        return sincos_2d(grid, d, (rows, columns))
 
 
 @typed
-def sincos_2d(grid: tuple[int, int], d: int, stretch: float = 1.0) -> Float[np.ndarray, "t {d}"]:
+def sincos_2d(grid: tuple[int, int], d: int, stretch: float | tuple[float, float] = 1.0) -> Float[np.ndarray, "t {d}"]:
     """Fixed position embeddings: sines and cosines of the column, then those of the row, as DiT was first released.
 
-    stretch: divides rows and columns. Errors: ValueError if 4 does not divide d.
+    stretch: divides rows and columns, or each by its own. Errors: ValueError if 4 does not divide d.
     """
     if d % 4:
         raise ValueError(f"width {d} cannot hold sine and cosine of row and column: it must be a multiple of 4")
-    row, column = np.indices(grid).reshape(2, -1, 1) / stretch
+    row, column = np.indices(grid).reshape(2, -1, 1) / np.reshape(np.broadcast_to(stretch, 2), (2, 1, 1))
     frequencies = 10000.0 ** -(np.arange(d // 4) / (d // 4))
     waves = [f(place * frequencies) for place in (column, row) for f in (np.sin, np.cos)]
     return np.concatenate(waves, -1).astype(np.float32)

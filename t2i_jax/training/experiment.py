@@ -19,6 +19,7 @@ from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
 from t2i_jax.core.narrow import (
+    any_size,
     as_family,
     as_tokenizer,
     as_trainable,
@@ -32,7 +33,7 @@ from t2i_jax.core.narrow import (
 )
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.specs import BatchSpec, FieldSpec
-from t2i_jax.core.types import Codec, Trainable
+from t2i_jax.core.types import AnySize, Codec, Trainable
 from t2i_jax.data.pipeline import Data
 from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
@@ -164,12 +165,13 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, object], Artifact[Co
     return parts, codec
 
 
-def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
+def record_spec(experiment: Experiment, codec: Codec | None, model: Trainable | None = None) -> BatchSpec:
     """Required fields of the data's examples, before `prepare`: those of the model's `batch_spec`.
 
-    Fields that frozen models compute are optional. codec: the configuration of the frozen codec, or None.
+    Fields that frozen models compute are optional. codec: the configuration of the frozen codec, or None. model: that
+    of the experiment, for images of another size.
     """
-    spec = dict(experiment.model.batch_spec())
+    spec = dict((model or experiment.model).batch_spec())
     optional = lambda field, one_of="": dataclasses.replace(field, optional=True, one_of=one_of)
     codes, images = spec.pop("codes", None), spec.pop("image", None)
     images = codec.batch_spec()["image"] if codes is not None and codec is not None else images
@@ -194,6 +196,26 @@ def record_spec(experiment: Experiment, codec: Codec | None) -> BatchSpec:
             ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
             spec = {"text": ids, "text_mask": mask} | spec
     return spec
+
+
+def sized(experiment: Experiment, codec: Codec | None) -> dict[tuple[int, int], AnySize]:
+    """The model for each of `Data.shapes`, by the grid of its samples; none where images are squares, and of a codec.
+
+    Errors: `ConfigError` for a model whose parameters are of one grid, and for shapes that it, or the codec, cannot
+    have.
+    """
+    shapes = experiment.data.shapes
+    if not shapes or not experiment.model.capabilities.family:
+        return {}
+    with refused("data.shapes"):
+        family = any_size(experiment.model)
+        pixels = family.sample_spec().kind == "pixels"
+        if not pixels and codec is None:
+            raise ConfigError("the shapes of codes follow from the codec: set `codec`, also for data that are encoded")
+        factor = 1 if pixels or codec is None else codec.spec.factor
+        if odd := [shape for shape in shapes if any(side % factor for side in shape)]:
+            raise ConfigError(f"{odd[0][0]}x{odd[0][1]}: the sides are multiples of {factor}, the pixels of a code")
+        return {(r // factor, c // factor): family.sized((r // factor, c // factor)) for r, c in shapes}
 
 
 def make_prepare(codec: Codec | None, text: Tokenizer | None, spec: BatchSpec = MappingProxyType({})) -> Prepare:

@@ -36,7 +36,7 @@ from t2i_jax.training.objectives import (
 )
 from t2i_jax.training.records import Records
 from t2i_jax.training.state import TrainState
-from t2i_jax.training.trainer import Trainer
+from t2i_jax.training.trainer import Shapes, Trainer, shapes_of
 from t2i_jax.training.watch import raise_peer_lost, watchdog
 
 Preview = Callable[[Trainer, TrainState, int], np.ndarray | None]
@@ -139,14 +139,17 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
 
         bar = stack.enter_context(progress("training", done, t.steps))
         pending: collections.deque = collections.deque()
-        clock, since, work = time.perf_counter(), done, None
+        clock, since = time.perf_counter(), done
+        works: dict[Shapes, float] = {}
+        spent = 0.0
         guard = Guard(trainer, records.skipped if records else 0)
 
         def settle(limit: int) -> None:
             """Read metrics of all but the last `limit` steps, which are still being computed."""
-            nonlocal clock, since
+            nonlocal clock, since, spent
             while len(pending) > limit:
-                step, metrics = pending.popleft()
+                step, metrics, work = pending.popleft()
+                spent += work
                 heartbeat(f"step {step}")
                 begins = position - (len(pending) + 1) * experiment.data.batch_size
                 skipped = guard.look(step, metrics, state, begins)
@@ -156,14 +159,15 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
                     numbers = {k: float(v) for k, v in own.items() if not k.startswith(idle)}
                     numbers |= {"skipped": guard.skipped}
                     now = time.perf_counter()
-                    rate = (step - since) / max(now - clock, 1e-9)
-                    clock, since = now, step
+                    seconds = max(now - clock, 1e-9)
+                    rate, speed = (step - since) / seconds, spent / seconds
+                    clock, since, spent = now, step, 0.0
                     numbers |= {"images_per_second": rate * experiment.data.batch_size}
                     peak = flops.peak(jax.devices()[0])
                     if work:
-                        numbers |= {"flops_per_second": rate * work}
+                        numbers |= {"flops_per_second": speed}
                     if work and peak:
-                        numbers |= {"mfu": rate * work / (peak * trainer.mesh.size)}
+                        numbers |= {"mfu": speed / (peak * trainer.mesh.size)}
                     if records:
                         records.write(step, numbers)
                     bar(step, numbers)
@@ -191,17 +195,23 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             clock += time.perf_counter() - began
 
         for step, batch in zip(range(done + 1, t.steps + 1), trainer.batches(position), strict=False):
-            if work is None:
+            shapes = shapes_of(batch)
+            if not works and experiment.data.shapes:
+                count = 0
+                for count in trainer.warm(state, batch):
+                    heartbeat(f"the step was compiled for {count} shapes")
+                say(f"the step is compiled for {count} shapes of images")
+            if shapes not in works:
                 try:
-                    work = trainer.flops(batch)
+                    works[shapes] = trainer.flops(batch)
                 except UnknownForm as error:
-                    work = 0.0
+                    works[shapes] = 0.0
                     say(f"FLOP/s and MFU are left out: {error}")
             if t.profile and step == t.profile:
                 jax.profiler.start_trace(str(folder / "profile"))
-            state, metrics = trainer.step(state, trainer.frozen, batch)
+            state, metrics = trainer.update(state, batch)
             position += experiment.data.batch_size
-            pending.append((step, metrics))
+            pending.append((step, metrics, works[shapes]))
             settle(2)
             if t.profile and step == t.profile + 4:
                 jax.block_until_ready(state)

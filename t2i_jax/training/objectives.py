@@ -13,7 +13,7 @@ from t2i_jax.core.config import ConfigError
 from t2i_jax.core.jaxprs import used_inputs
 from t2i_jax.core.narrow import shares_forward
 from t2i_jax.core.params import Named, within
-from t2i_jax.core.types import LossOutput, Objective, Trainable
+from t2i_jax.core.types import AnySize, LossOutput, Objective, Trainable
 
 Objectives = Mapping[str, Objective]
 Forward = Callable[[nnx.Module, Mapping[str, object], Array, Array, bool], object]
@@ -25,6 +25,31 @@ def under(paths: tuple[str, ...], variables: Named) -> Named:
     if not paths:
         return dict(variables)
     return {k: v for k, v in variables.items() if any(within(p, k) for p in paths)}
+
+
+def of_sizes(
+    objectives: Objectives,
+    own: Trainable,
+    sizes: Mapping[tuple[int, int], AnySize],
+    plain: Callable[[nnx.Module], nnx.Module],
+) -> Objectives:
+    """The same objectives of the model `own`, whose loss is that of the model for the grid of the batch, of `sizes`.
+
+    It is chosen while a step is traced: a program is compiled for each grid. plain: makes a model without adapters.
+    """
+    if not sizes:
+        return objectives
+
+    def loss_of(name: str) -> Callable[..., LossOutput]:
+        def loss(model: nnx.Module, batch: Mapping[str, Array], key: Array, step: Array, train: bool) -> LossOutput:
+            samples = batch["codes"] if "codes" in batch else batch["image"]
+            family = sizes[samples.shape[1], samples.shape[2]]
+            there = model if family == own else family.adopt(plain(model))
+            return family.objectives()[name].loss(there, batch, key, step, train)
+
+        return loss
+
+    return {name: dataclasses.replace(o, loss=loss_of(name)) for name, o in objectives.items()}
 
 
 def check_paths(what: str, paths: tuple[str, ...], params: Named) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,16 +25,18 @@ from t2i_jax.core.memory import check_memory
 from t2i_jax.core.narrow import fitted, learns_from_images, reads_codec
 from t2i_jax.core.params import Named, abstract, named, rebuild
 from t2i_jax.core.sharding import global_batch, put_on_mesh, rows_of, shardings, to_host
-from t2i_jax.core.specs import check_batch
+from t2i_jax.core.specs import check_batch, in_common
+from t2i_jax.core.types import AnySize
 from t2i_jax.nn.lora import adapted, fixed_of, merged
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.experiment import Experiment, Frozen, frozen_parts, make_prepare, record_spec
+from t2i_jax.training.experiment import Experiment, Frozen, frozen_parts, make_prepare, record_spec, sized
 from t2i_jax.training.objectives import (
     by_optimizer,
     check_objectives,
     check_paths,
     forward_of,
     losses,
+    of_sizes,
     prefix,
     stages,
     updates,
@@ -43,9 +45,10 @@ from t2i_jax.training.objectives import (
 from t2i_jax.training.optimizer import with_rates
 from t2i_jax.training.start import Start, read_start
 from t2i_jax.training.state import TrainState, carried_of, create, params_of
-from t2i_jax.training.step import base_of, loss_inputs, make_step, step_keys
+from t2i_jax.training.step import Metrics, base_of, loss_inputs, make_step, step_keys
 
 T = TypeVar("T")
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Trainer:
@@ -67,6 +70,7 @@ class Trainer:
         build = lambda name: with_rates(train.optimizer_of(name).build(lengths[name]), train.rates)
         self.optimizers = {name: build(name) for name in shared}
         self.forward = forward_of(experiment.model)
+        self.sizes: Mapping[tuple[int, int], AnySize] = {}
         with refused("model"):
             self.plain = abstract(experiment.model)
         lora = lambda model, key: adapted(model, train.lora, key) if train.lora.rank else model
@@ -90,9 +94,16 @@ class Trainer:
             put = put_on_mesh if mesh is None else with_shardings
             self.frozen = put(frozen, shardings(frozen, self.mesh))
             codec = self.codec.config if self.codec else None
-            self.spec = record_spec(experiment, codec)
+            self.sizes = sized(experiment, codec)
+            models = list(self.sizes.values()) or [experiment.model]
+            self.spec = in_common([record_spec(experiment, codec, model) for model in models])
+            self.ready = in_common([model.batch_spec() for model in models])
             self.checked = False
-            self.prepare = make_prepare(codec, experiment.text, experiment.model.batch_spec())
+            self.prepare = make_prepare(codec, experiment.text, self.ready)
+            if self.sizes and train.lora.dropout:
+                raise ConfigError("train.lora.dropout with data.shapes: adapters are added to the weights there")
+            plain = merged if train.lora.rank else lambda model: model
+            self.objectives = of_sizes(self.objectives, experiment.model, self.sizes, plain)
             step = make_step(
                 self.abstract,
                 self.objectives,
@@ -127,7 +138,27 @@ class Trainer:
             self.target = with_shardings(target, self.layout)
             whole = NamedSharding(self.mesh, P())
             self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.layout, whole))
+            self.compiled: dict[Shapes, jax.stages.Compiled] = {}
             self.evaluate_step = jax.jit(self._losses, out_shardings=whole)
+
+    def warm(self, state: TrainState, batch: dict[str, jax.Array]) -> Iterator[int]:
+        """Compile the step for each of `Data.shapes` that images have, from a batch of one of them; gives how many are
+        compiled."""
+        data = self.experiment.data
+        there = sorted(set(data.buckets().tolist()))
+        factor = self.codec.config.spec.factor if self.codec else 1
+        factors = {"image": 1, "codes": factor, "latents": factor}
+        for done, (rows, columns) in enumerate((data.shapes[k] for k in there), 1):
+            other = dict(batch)
+            for name in factors.keys() & batch.keys():
+                x, grid = batch[name], (rows // factors[name], columns // factors[name])
+                other[name] = jax.ShapeDtypeStruct((len(x), *grid, *x.shape[3:]), x.dtype, sharding=x.sharding)
+            self.compiled[shapes_of(other)] = self.step.lower(state, self.frozen, other).compile()
+            yield done
+
+    def update(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        """The state after a step, whose arrays the old one no longer has, and metrics."""
+        return self.compiled.get(shapes_of(batch), self.step)(state, self.frozen, batch)
 
     def start(self, begun: Start | None = None) -> TrainState:
         """The state before the first step. begun: the weights that the run begins with, where they fit."""
@@ -218,7 +249,7 @@ class Trainer:
             shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
             key = jax.eval_shape(lambda: jax.random.key(0))
             ready = jax.eval_shape(self.prepare, shape(self.frozen), shape(batch), key)
-            check_batch(self.experiment.model.batch_spec(), ready)
+            check_batch(self.ready, ready)
             self.checked = True
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -279,6 +310,11 @@ class Trainer:
             loss = lambda m, b, k, o=objective: o.loss(m, b, k, step, True).loss
             learned += flops.count(loss, self.abstract, ready, key) / objective.every
         return once + 3 * learned
+
+
+def shapes_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shapes:
+    """The shapes of a batch, which a step is compiled for."""
+    return tuple(sorted((name, tuple(x.shape)) for name, x in batch.items()))
 
 
 def with_shardings(tree: T, layout: T) -> T:

@@ -1,0 +1,287 @@
+"""Images of several shapes: buckets, the order of batches, training on them and drawing them."""
+
+import dataclasses
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.family import with_fields
+from t2i_jax.core.params import named
+from t2i_jax.data.buckets import BucketOrder, buckets_of, shapes_around, size_of
+from t2i_jax.data.pipeline import Data
+from t2i_jax.data.records import DataError, write_records
+from t2i_jax.data.sources import ArrayRecord, Folder
+from t2i_jax.models.diffusion import Diffusion
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning
+from t2i_jax.networks.dit import DiT
+from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
+from t2i_jax.nn.transformer import Transformer
+from t2i_jax.noise.processes import Flow
+from t2i_jax.pipeline import Pipeline
+from t2i_jax.training.experiment import Experiment, Train
+from t2i_jax.training.loop import train
+from t2i_jax.training.trainer import Trainer
+from tests.fixtures import toys
+from tests.fixtures.families import FAMILIES, batch_for
+from tests.fixtures.runs import same
+
+SHAPES = ((8, 16), (8, 8), (16, 8))
+
+
+def write_pictures(folder, sizes, label=False):
+    """PNG files of these rows and columns, each of one grey of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (rows, columns) in enumerate(sizes):
+        Image.fromarray(np.full((rows, columns, 3), 10 + i, np.uint8)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def test_shapes_around_a_side():
+    assert shapes_around(64, 8) == ((48, 80), (56, 72), (64, 64), (72, 56), (80, 48))
+    for side, multiple, longest in itertools.product((64, 256, 512), (8, 16, 64), (1.0, 1.5, 3.0)):
+        shapes = shapes_around(side, multiple, longest)
+        assert (side, side) in shapes and {(c, r) for r, c in shapes if r == c} <= set(shapes)
+        for rows, columns in shapes:
+            assert rows % multiple == columns % multiple == 0 and side**2 - rows * multiple < rows * columns <= side**2
+            assert max(rows, columns) <= longest * min(rows, columns)
+    with pytest.raises(ValueError, match="side 60"):
+        shapes_around(60, 8)
+
+
+def test_an_image_goes_to_the_nearest_ratio_of_the_largest_resolution_that_it_fills():
+    shapes = ((32, 64), (64, 64), (64, 32), (128, 128), (64, 128))
+    sizes = np.array([(30, 70), (300, 310), (100, 100), (500, 240), (128, 256), (0, 0), (5000, 100)])
+    assert buckets_of(sizes, shapes).tolist() == [0, 3, 1, 2, 4, 1, 2]
+    some = np.random.default_rng(0).integers(20, 400, (200, 2))
+    one = shapes_around(64, 8)
+    gap = lambda size: [abs(math.log(size[0] / size[1] * c / r)) for r, c in one]
+    assert buckets_of(some, one).tolist() == [int(np.argmin(gap(size))) for size in some]
+
+
+def test_the_size_of_a_file_is_that_of_the_upright_image(tmp_path):
+    image, exif = Image.new("RGB", (20, 10)), Image.Exif()
+    assert size_of(np.zeros((3, 5, 3))) == (3, 5) and size_of(b"no image") == (0, 0) and size_of(None) == (0, 0)
+    for turn, size in ((1, (10, 20)), (6, (20, 10)), (8, (20, 10)), (3, (10, 20))):
+        exif[0x0112] = turn
+        image.save(tmp_path / "a.jpg", exif=exif)
+        assert size_of((tmp_path / "a.jpg").read_bytes()) == size
+
+
+@pytest.mark.parametrize("counts", [(7, 5, 3), (12, 1, 1), (4, 4, 4), (20,)])
+@pytest.mark.parametrize("batch", [1, 4, 5])
+def test_each_record_comes_once_in_each_epoch_of_its_shape(counts, batch):
+    buckets = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    n = len(buckets)
+    order = BucketOrder(buckets, batch, [n], None, 3)
+    seen = {k: [] for k in range(len(counts))}
+    for number in range(n):  # a period: each bucket has as many batches as records
+        rows = [order[number * batch + row] for row in range(batch)]
+        (kind,) = {int(buckets[i]) for i in rows}
+        assert order.bucket(number * batch) == kind
+        seen[kind] += rows
+        for k, count in enumerate(counts):  # evenly: never more than a turn or two off its share
+            assert abs(len(seen[k]) / batch - count * (number + 1) / n) < 2
+    for k, count in enumerate(counts):
+        assert len(seen[k]) == count * batch
+        for epoch in range(batch):
+            assert sorted(seen[k][epoch * count :][:count]) == np.flatnonzero(buckets == k).tolist()
+
+
+def test_sources_keep_their_weights_within_every_shape():
+    buckets = np.array([0, 1] * 20 + [0, 0, 1, 1] * 5)  # 40 records, then 20
+    order = BucketOrder(buckets, 4, [40, 20], [1.0, 3.0], 0)
+    found = np.array([order[g] for g in range(4 * 2000)])
+    assert abs((found >= 40).mean() - 0.75) < 0.01
+    for kind in (0, 1):
+        assert abs((found[buckets[found] == kind] >= 40).mean() - 0.75) < 0.02
+
+
+def test_one_shape_of_all_is_the_order_without_shapes(tmp_path):
+    source = Folder(str(write_pictures(tmp_path / "pictures", [(8, 8)] * 6)))
+    plain, shaped = Data(source, image_size=8, batch_size=4), Data(source, shapes=((8, 8),), batch_size=4)
+    for data in (plain, shaped):
+        rows = [next(stream) for stream in [data.batches()] for _ in range(3)]
+        assert {b["image"].shape for b in rows} == {(4, 8, 8, 3)}
+        assert len({int(b["image"][i, 0, 0, 0]) for b in rows for i in range(4)}) == 6
+
+
+def test_batches_are_of_one_shape_on_any_hosts_after_any_stop(tmp_path):
+    sizes = [(8, 20)] * 5 + [(9, 9)] * 4 + [(30, 12)] * 6
+    source = Folder(str(write_pictures(tmp_path / "pictures", sizes)))
+    data = Data(source, shapes=SHAPES, batch_size=4, crop="random")
+    tokens = lambda captions: (np.array([[int(c.split()[1])] for c in captions]), np.ones((len(captions), 1), bool))
+    whole = list(itertools.islice(data.batches(tokens), 12))
+    assert {b["image"].shape[1:3] for b in whole} == set(SHAPES)
+    for batch in whole:
+        for shape, number in zip([batch["image"].shape[1:3]] * 4, batch["text"][:, 0], strict=True):
+            assert SHAPES[buckets_of(np.array([sizes[number]]), SHAPES)[0]] == shape
+    for at in (1, 7):
+        later = list(itertools.islice(data.batches(tokens, at * 4), 3))
+        chex.assert_trees_all_equal(later, whole[at : at + 3])
+    for rows in ([0, 1], [3, 2]):
+        part = list(itertools.islice(data.batches(tokens, rows=rows), 12))
+        chex.assert_trees_all_equal(part, [{k: v[rows] for k, v in b.items()} for b in whole])
+    # A position that is no whole number of batches, as after another batch size, goes on with the next whole one.
+    chex.assert_trees_all_equal(next(data.batches(tokens, 5)), whole[2])
+
+
+def test_a_broken_record_is_replaced_by_one_of_its_shape(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", [(8, 20)] * 5 + [(30, 12)] * 6)
+    whole = (folder / "007.png").read_bytes()
+    (folder / "007.png").write_bytes(whole[:-30])
+    data = Data(Folder(str(folder)), shapes=SHAPES, batch_size=2, broken_count=10**6)
+    for batch in itertools.islice(data.batches(), 30):
+        grey = batch["image"][:, 0, 0, 0].astype(int) - 10
+        assert 7 not in grey and set(grey < 5) == {batch["image"].shape[1] == 8}
+
+
+def test_bad_shapes_are_said(tmp_path):
+    folder = Folder(str(write_pictures(tmp_path / "pictures", [(8, 8)])))
+    with pytest.raises(DataError, match="twice"):
+        Data(folder, shapes=((8, 8), (8, 8)))
+    with pytest.raises(DataError, match="rows and columns"):
+        Data(folder, shapes=((8, 0),))
+
+
+# -- families
+
+
+ALL = FAMILIES | {
+    f"{name}-rotary": with_fields(FAMILIES[name], positions=RotaryPositions()) for name in ("masked", "masked-bert")
+}
+ANY = [name for name, config in ALL.items() if config.capabilities.any_size]
+FIXED = [name for name, c in FAMILIES.items() if c.capabilities.family and not c.capabilities.any_size]
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_parameters_serve_every_grid(name):
+    config = ALL[name]
+    patch = config.sample_spec().patch
+    rows, columns = config.sample_spec().grid
+    other = config.sized((2 * rows, columns + 2 * (columns > 2) * patch if columns % 4 else 2 * columns))
+    assert other.sized((rows, columns)) == config
+    model = jax.eval_shape(config.init, jax.random.key(0))
+    adopted = jax.eval_shape(other.adopt, model)
+    fresh = jax.eval_shape(other.init, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(adopted, fresh)
+    batch = jax.tree.map(jnp.asarray, batch_for(other, 2))
+    loss = lambda model: sum(o.loss(model, batch, jax.random.key(1), jnp.int32(0), True).loss for o in objectives)
+    objectives = list(other.objectives().values())
+    assert jax.eval_shape(loss, adopted).shape == ()
+    condition = {k: v for k, v in batch.items() if k in other.condition_spec()}
+    if config.capabilities.super_resolution:
+        condition.setdefault("low_res", jnp.zeros((2, 2, 2, config.sample_spec().code.shape[0])))
+    draw = lambda model: other.sample(model, condition, jax.random.split(jax.random.key(0), 2))
+    assert jax.eval_shape(draw, adopted).shape == (2, *other.sample_spec().shape)
+
+
+def test_there_are_families_of_each_kind():
+    kinds = {type(ALL[name]).__name__ for name in ANY}
+    assert {"Diffusion", "AR", "Masked"} <= kinds and FIXED
+    for name in FIXED:
+        with pytest.raises(ConfigError, match="of one size"):
+            Pipeline.place(FAMILIES[name], {}, None, None).sized(16, 16)
+
+
+def test_positions_are_scaled_to_the_range_of_the_first_grid():
+    network = DiT((8, 8), 3, 2, Transformer(16, 1, 2, norm="layer", bias=True))
+    other = network.sized((16, 4))
+    table = other.positions.table(other.grid, 16).reshape(8, 2, 16)
+    own = network.positions.table(network.grid, 16).reshape(4, 4, 16)
+    np.testing.assert_allclose(table[::2], own[:, ::2], atol=1e-6)
+    assert other.sized((8, 8)) == network and other.positions.base == (4, 4)
+
+
+# -- training
+
+
+def experiment(tmp_path, steps, positions=RotaryPositions(), count=9):
+    sizes = [(8, 20)] * count + [(9, 9)] * (count - 2) + [(30, 12)] * (count - 4)
+    rng = np.random.default_rng(0)
+    if not (tmp_path / "data").exists():
+        records = (
+            {"key": str(i), "image": rng.integers(0, 255, (*s, 3)).astype(np.uint8), "label": i % 3}
+            for i, s in enumerate(sizes)
+        )
+        write_records(tmp_path / "data", records)
+    network = DiT(
+        (8, 8),
+        3,
+        4,
+        Transformer(16, 1, 2, norm="layer", bias=True),
+        conditioning=Conditioning(ClassEmbedder(3)),
+        positions=positions,
+        learn_variance=False,
+    )
+    source = ArrayRecord(str(tmp_path / "data"))
+    return Experiment(
+        Diffusion(network, Flow(), "velocity"),
+        Data(source, source, shapes=SHAPES, batch_size=8),
+        Train(steps, evaluate_every=0, preview_every=0, save_every=100),
+        toys.experiment().mesh,
+    )
+
+
+@pytest.mark.parametrize("positions", [RotaryPositions(), SinCosPositions()])
+def test_a_run_on_mixed_shapes_goes_on_exactly_and_draws_each(positions, tmp_path):
+    whole = train(experiment(tmp_path, 8, positions), tmp_path / "whole")
+    train(experiment(tmp_path, 3, positions), tmp_path / "parts")
+    parts = train(experiment(tmp_path, 8, positions), tmp_path / "parts")
+    same(whole, parts)
+    pipeline = Pipeline.load(tmp_path / "whole")
+    for rows, columns in ((8, 16), (16, 8), (12, 12)):
+        images = pipeline.sized(columns, rows)(1, seeds=[0, 1], steps=2)
+        assert images.shape == (2, rows, columns, 3)
+    np.testing.assert_array_equal(pipeline.sized(8, 8)(1, steps=2), pipeline(1, steps=2))
+    with pytest.raises(ConfigError, match="size 10x8"):
+        pipeline.sized(10, 8)
+
+
+def test_one_program_is_compiled_for_each_shape(tmp_path):
+    e = experiment(tmp_path, 1)
+    trainer = Trainer(e, tmp_path / "run")
+    with jax.set_mesh(trainer.mesh):
+        state, batches = trainer.start(), trainer.batches(0)
+        batch = next(batches)
+        assert list(trainer.warm(state, batch)) == [1, 2, 3]
+        seen = set()
+        for batch in itertools.chain([batch], itertools.islice(batches, 12)):
+            seen.add(batch["image"].shape)
+            state, metrics = trainer.update(state, batch)
+            assert np.isfinite(float(metrics["loss"]))
+        assert len(seen) == len(trainer.compiled) == 3 and trainer.step._cache_size() == 0
+        batches.close()
+
+
+def test_the_loss_of_a_shape_is_that_of_the_model_of_this_size(tmp_path):
+    e = experiment(tmp_path, 1, SinCosPositions())
+    trainer = Trainer(e, tmp_path / "run")
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.start()
+        for batch in itertools.islice(trainer.batches(0), 6):
+            ready = trainer.prepare(trainer.frozen, batch, jax.random.key(0))
+            grid = ready["image"].shape[1:3]
+            own, model = e.model.sized(grid), trainer.model(state)
+            fresh = own.init(jax.random.key(0))
+            values = named(model) | ({"positions": named(fresh)["positions"]})
+            direct = own.loss(own.adopt(model), ready, jax.random.key(5)).loss
+            through = trainer.objectives["model"].loss(model, ready, jax.random.key(5), jnp.int32(0), True).loss
+            np.testing.assert_allclose(direct, through, rtol=1e-6)
+            np.testing.assert_array_equal(named(own.adopt(model))["positions"][...], values["positions"][...])
+
+
+def test_a_family_of_one_size_takes_no_shapes(tmp_path):
+    e = experiment(tmp_path, 1)
+    fixed = dataclasses.replace(e, model=FAMILIES[FIXED[0]])
+    with pytest.raises(ConfigError, match="data.shapes: .*of one size"):
+        Trainer(fixed, tmp_path / "run")
+    with pytest.raises(ConfigError, match="data.shapes"):
+        Trainer(dataclasses.replace(e, data=dataclasses.replace(e.data, shapes=((8, 8), (8, 10)))), tmp_path / "run")
