@@ -51,12 +51,12 @@ def encode_splits(
     """Write an ArrayRecord data set of `codes` (with a codec), `low_codes` (if the model reads them), `features` (with
     a frozen text encoder) and `image_features` (with one that embeds images, too).
 
-    Codes are of images cropped at the centre; without a codec the images stay with the records as they are. Captions,
-    keys and licences stay too, and the records keep their order; features have a row for each caption. Broken records,
-    those without a caption where features are computed (`Data.empty_captions` takes them) and too small images are left
-    out, logged and counted; too many broken ones stop the work, as in training. A file holds up to `block` records.
-    Batches are split over `data` and `fsdp` of the experiment's mesh, with several processes over the devices of each
-    one. Unfinished work is in `OUT.partial`. Returns the index.
+    Codes are of images cropped at the centre, with `Data.shapes` each to its own shape; without a codec the images stay
+    with the records as they are. Captions, keys and licences stay too, and the records keep their order; features have
+    a row for each caption. Broken records, those without a caption where features are computed (`Data.empty_captions`
+    takes them) and too small images are left out, logged and counted; too many broken ones stop the work, as in
+    training. A file holds up to `block` records. Batches are split over `data` and `fsdp` of the experiment's mesh,
+    with several processes over the devices of each one. Unfinished work is in `OUT.partial`. Returns the index.
 
     Errors: `ConfigError` where the config has neither a codec nor a frozen text encoder, or where `OUT.partial` was
     begun with another config; `DataError` where something else is at `out`, where too many records are broken, or where
@@ -115,7 +115,7 @@ def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[st
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
     fields = values(data)
     work |= {k: fields[k] for k in ("source", "held_out", "image_size", "fields")}
-    work |= {k: fields[k] for k in ("smallest_side", "empty_captions") if fields[k]}
+    work |= {k: fields[k] for k in ("smallest_side", "empty_captions", "shapes") if fields[k]}
     new = stored_form(work)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / WORK
@@ -161,11 +161,22 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
             made = jax.device_get(store(frozen, put_on_mesh(filled, batch_sharding(mesh))))
         return {k: small(v[:rows]) for k, v in made.items()}
 
+    def coded(records: list[Record]) -> list[Record]:
+        """The outputs for the image of each record; images of one shape are a batch."""
+        found: list[Record] = [{} for _ in records]
+        for shape, rows in groups(r["image"].shape[:2] for r in records).items():
+            for some in (rows[at : at + batch_size] for at in range(0, len(rows), batch_size)):
+                made = ready(image=np.stack([records[row]["image"] for row in some]))
+                for i, row in enumerate(some):
+                    found[row] = {k: v[i : i + 1] if k == "features" else v[i] for k, v in made.items()}
+                    found[row] |= {"size": list(shape)} if experiment.data.shapes else {}
+        return found
+
     def batch(records: list[Record]) -> Iterator[Record]:
         """The records of one batch with their codes, and with features for each of their captions."""
-        codes = ready(image=np.stack([r["image"] for r in records])) if seen else {}
+        codes = coded(records) if seen else [{} for _ in records]
         by_caption: Record = {}
-        if "text" in frozen and "features" not in codes:  # else the captions' features are those of the images
+        if "text" in frozen and "features" not in codes[0]:  # else the captions' features are those of the images
             ids, mask = (np.concatenate(rows) for rows in zip(*(r["tokens"] for r in records), strict=True))
             chunks = [slice(at, at + batch_size) for at in range(0, len(ids), batch_size)]
             parts = [ready(text=ids[c], text_mask=mask[c]) for c in chunks]
@@ -173,14 +184,14 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         row = 0
         for i, record in enumerate(records):
             rows = slice(row, row := row + len(record["tokens"][0]) if by_caption else 0)
-            rest = {k: v for k, v in record.items() if k not in ("image", "tokens", "file")}
+            left_out = ("image", "tokens", "file", *(("crop",) if "file" in record else ()))
+            rest = {k: v for k, v in record.items() if k not in left_out}
             rest |= {"image": record["file"]} if "file" in record else {}
-            one = {k: v[i : i + 1] if k == "features" else v[i] for k, v in codes.items()}
-            yield rest | one | {k: v[rows] for k, v in by_caption.items()}
+            yield rest | codes[i] | {k: v[rows] for k, v in by_caption.items()}
 
     def encoded(records: Iterable[Record]) -> Iterator[Record]:
-        records = iter(records)
-        while some := list(islice(records, batch_size)):
+        records, count = iter(records), batch_size * len(experiment.data.all_shapes)
+        while some := list(islice(records, count)):
             yield from batch(some)
 
     return encoded
@@ -215,6 +226,14 @@ def encode_database(experiment: Experiment, out: str | Path, split: str = "train
     with whole_file(out) as temporary, temporary.open("wb") as file:  # of a path, NumPy would change the ending
         np.save(file, np.concatenate(parts))
     return sum(map(len, parts))
+
+
+def groups(shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """The rows of each shape, shapes in the order in which they come."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(row)
+    return found
 
 
 def small(x: np.ndarray) -> np.ndarray:

@@ -15,9 +15,12 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named
 from t2i_jax.data.buckets import BucketOrder, buckets_of, shapes_around, size_of
+from t2i_jax.data.images import open_image
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import DataError, write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
+from t2i_jax.data.transforms import to_shape
+from t2i_jax.encode import encode_splits
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning
 from t2i_jax.networks.dit import DiT
@@ -25,11 +28,12 @@ from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
 from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
-from tests.fixtures.families import FAMILIES, batch_for
+from tests.fixtures.families import CODECS, FAMILIES, batch_for
 from tests.fixtures.runs import same
 
 SHAPES = ((8, 16), (8, 8), (16, 8))
@@ -253,9 +257,9 @@ def test_one_program_is_compiled_for_each_shape(tmp_path):
         batch = next(batches)
         assert list(trainer.warm(state, batch)) == [1, 2, 3]
         seen = set()
-        for batch in itertools.chain([batch], itertools.islice(batches, 12)):
-            seen.add(batch["image"].shape)
-            state, metrics = trainer.update(state, batch)
+        for some in itertools.chain([batch], itertools.islice(batches, 12)):
+            seen.add(some["image"].shape)
+            state, metrics = trainer.update(state, some)
             assert np.isfinite(float(metrics["loss"]))
         assert len(seen) == len(trainer.compiled) == 3 and trainer.step._cache_size() == 0
         batches.close()
@@ -285,3 +289,32 @@ def test_a_family_of_one_size_takes_no_shapes(tmp_path):
         Trainer(fixed, tmp_path / "run")
     with pytest.raises(ConfigError, match="data.shapes"):
         Trainer(dataclasses.replace(e, data=dataclasses.replace(e.data, shapes=((8, 8), (8, 10)))), tmp_path / "run")
+
+
+def test_codes_of_several_shapes_are_stored_and_trained_on(tmp_path):
+    e = experiment(tmp_path, 1)
+    codec = CODECS["kl"]
+    weights = codec.init(jax.random.key(0))
+    save_artifact(Artifact(codec, weights), tmp_path / "codec", "")
+    factor, k = codec.spec.factor, codec.spec.code.shape[0]
+    shapes, data = SHAPES, dataclasses.replace(e.data, held_out=None)
+    network = dataclasses.replace(e.model.network, size=(8 // factor, 8 // factor), channels=k, patch=1)
+    model = dataclasses.replace(e.model, network=network)
+    e = dataclasses.replace(e, model=model, data=data, codec=str(tmp_path / "codec"))
+    encode_splits(e, tmp_path / "codes", ["train"], batch_size=8)
+    stored = list(ArrayRecord(str(tmp_path / "codes")).open())
+    source = list(ArrayRecord(str(tmp_path / "data")).open())
+    for record, own in zip(stored, source, strict=True):
+        shape = shapes[buckets_of(np.array([own["image"].shape[:2]]), shapes)[0]]
+        assert record["key"] == own["key"] and tuple(record["size"]) == shape
+        top, left, height, width = np.array(record["crop"]) * np.tile(own["image"].shape[:2], 2)
+        assert abs(height / width - shape[0] / shape[1]) < 1e-6 and {top, left} >= {0.0}
+        assert np.allclose((2 * top + height, 2 * left + width), own["image"].shape[:2])
+        image = to_shape(open_image(own["image"], max(shape), 1.0), shape)[None] / np.float32(127.5) - 1
+        np.testing.assert_allclose(
+            record["latents"], codec.to_store(weights, jnp.asarray(image))["latents"][0], atol=1e-5
+        )
+    encoded = dataclasses.replace(e, data=dataclasses.replace(data, source=ArrayRecord(str(tmp_path / "codes"))))
+    train(dataclasses.replace(encoded, train=dataclasses.replace(e.train, steps=4)), tmp_path / "run")
+    images = Pipeline.load(tmp_path / "run").sized(16, 8)(1, steps=2)
+    assert images.shape == (1, 8, 16, 3)

@@ -56,8 +56,8 @@ def buckets_of(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
     """The number of the shape that each image is cut to: int (n,).
 
     It is the one with the nearest ratio of sides; of several resolutions with nearly that ratio, the largest at which
-    the image is not enlarged, else the smallest. sizes: rows and columns of the images (n, 2); 0 where they are unknown,
-    which is taken for a square.
+    the image is not enlarged, else the smallest. sizes: rows and columns of images (n, 2); 0 where they are unknown,
+    taken for a square.
     """
     sizes = np.where(sizes > 0, sizes, 1).astype(float)
     ratios, sides = np.log(sizes[:, :1] / sizes[:, 1:]), np.asarray(shapes, float)
@@ -148,7 +148,7 @@ class BucketOrder:
         return next(self.candidates(g))
 
     def candidates(self, g: int) -> Iterator[int]:
-        """The record of example g, and those that take its place where it is broken: others of its bucket and source."""
+        """The record of example g, and those that take its place where it is broken, of its bucket and source."""
         n, row = divmod(g, self.batch)
         k, nth = self.turns[n]
         order = self.orders[k]

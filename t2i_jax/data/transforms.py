@@ -35,6 +35,14 @@ def to_shape(
     return np.asarray(image)
 
 
+def middle_of(image: Image.Image, shape: tuple[int, int]) -> list[float]:
+    """The part of an image that `to_shape` shows without `rng`: top, left, height and width as shares of its sides."""
+    left, top, right, bottom = image.info.get("box", (0, 0, *image.size))
+    ratio = (shape[1] / shape[0]) * (bottom - top) / (right - left)
+    height, width = min(1.0, 1 / ratio), min(1.0, ratio)
+    return [(1 - height) / 2, (1 - width) / 2, height, width]
+
+
 def to_square(image: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
     """`to_shape` of a square: uint8 (size, size, 3)."""
     return to_shape(image, (size, size), rng, smallest)

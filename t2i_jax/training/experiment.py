@@ -209,10 +209,9 @@ def sized(experiment: Experiment, codec: Codec | None) -> dict[tuple[int, int], 
         return {}
     with refused("data.shapes"):
         family = any_size(experiment.model)
-        pixels = family.sample_spec().kind == "pixels"
-        if not pixels and codec is None:
+        if codec is None and family.sample_spec().kind != "pixels":
             raise ConfigError("the shapes of codes follow from the codec: set `codec`, also for data that are encoded")
-        factor = 1 if pixels or codec is None else codec.spec.factor
+        factor = 1 if codec is None else codec.spec.factor
         if odd := [shape for shape in shapes if any(side % factor for side in shape)]:
             raise ConfigError(f"{odd[0][0]}x{odd[0][1]}: the sides are multiples of {factor}, the pixels of a code")
         return {(r // factor, c // factor): family.sized((r // factor, c // factor)) for r, c in shapes}
