@@ -66,10 +66,10 @@ def buckets_of(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
     chosen = np.stack(best, 1)  # (n, levels)
     gap = np.take_along_axis(gaps, chosen, 1)
     whole = (sides[chosen] <= sizes[:, None]).all(2)
-    usable = whole | ~whole.any(1, keepdims=True)
+    usable = whole | ~whole.any(-1, keepdims=True)
     near = usable & (gap <= np.where(usable, gap, np.inf).min(1, keepdims=True) + SAME_RATIO)
     smallest, largest = near.argmax(1), near.shape[1] - 1 - near[:, ::-1].argmax(1)
-    level = np.where(whole.any(1), largest, smallest)
+    level = np.where(whole.any(-1), largest, smallest)
     return np.take_along_axis(chosen, level[:, None], 1)[:, 0]
 
 

@@ -149,7 +149,7 @@ class Trainer:
         factor = self.codec.config.spec.factor if self.codec else 1
         factors = {"image": 1, "codes": factor, "latents": factor}
         for done, (rows, columns) in enumerate((data.shapes[k] for k in there), 1):
-            other = dict(batch)
+            other: dict[str, jax.Array | jax.ShapeDtypeStruct] = dict(batch)
             for name in factors.keys() & batch.keys():
                 x, grid = batch[name], (rows // factors[name], columns // factors[name])
                 other[name] = jax.ShapeDtypeStruct((len(x), *grid, *x.shape[3:]), x.dtype, sharding=x.sharding)
