@@ -212,7 +212,7 @@ def encode_database(experiment: Experiment, out: str | Path, split: str = "train
     if jax.process_count() > 1:
         raise ConfigError("--database works in one process alone")
     check_parent(out)
-    examples = experiment.data.examples(split)
+    examples = experiment.data.with_shapes().examples(split)
     with refused("text"), on_host():
         model = clip.load()
     model = jax.tree.map(jnp.asarray, model)  # on the device once, not with each batch

@@ -333,6 +333,13 @@ class Pipeline:
         about = {**self.about, **{name: str(value) for name, value in fields.items()}}
         return dataclasses.replace(self, family=family, about=about)
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Rows and columns of images, in pixels."""
+        factor = self.codec.config.spec.factor if self.codec else 1
+        rows, columns = self.family.sample_spec().grid
+        return rows * factor, columns * factor
+
     def sized(self, width: int, height: int) -> Pipeline:
         """The same pipeline for images of another width and height, in pixels.
 

@@ -56,11 +56,18 @@ class Previews:
         experiment, can = trainer.experiment, trainer.experiment.model.capabilities
         if not can.codec and not can.family:
             return  # a classifier draws nothing
-        records = list(islice(experiment.data.examples("val"), experiment.train.previews))
+        codec = trainer.codec.config if trainer.codec else None
+        data, fits = experiment.data, lambda record: True
+        if data.shapes and can.family:  # images of the model's own size are drawn
+            grid, factor = as_family(experiment.model).sample_spec().grid, codec.spec.factor if codec else 1
+            data = data.with_shapes((grid[0] * factor, grid[1] * factor))
+            fits = lambda r: "image" in r or r["codes" if "codes" in r else "latents"].shape[:2] == grid
+        elif data.shapes:
+            data = data.with_shapes()
+        records = list(islice(filter(fits, data.examples("val")), experiment.train.previews))
         if not records:
             return
         captions = [title(r) for r in records]
-        codec = trainer.codec.config if trainer.codec else None
         if "image" in records[0]:
             real = np.stack([r["image"] for r in records])
         else:  # an encoded data set: the decoded codes are the best reference

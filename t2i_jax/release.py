@@ -75,7 +75,7 @@ def with_measured_scale(artifact: Artifact, run: str | Path, count: int = 1024, 
     experiment = config.load(run)
     if not isinstance(experiment, Experiment) or not artifact.config.capabilities.measures_scale:
         raise ConfigError(f"{run}: a scale is measured for the run of a KL autoencoder or a TAESD alone")
-    examples = experiment.data.examples("train")
+    examples = experiment.data.with_shapes().examples("train")
     found = [record["image"] for record in examples.spaced(count) if "image" in record]
     if not found:
         raise ConfigError(f"{run}: a scale is measured on images, and the data has none that can be read")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_jax.cli.sizes import parse_size
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named
@@ -21,6 +22,7 @@ from t2i_jax.data.records import DataError, write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
 from t2i_jax.data.transforms import to_shape
 from t2i_jax.encode import encode_splits
+from t2i_jax.evaluation.run import evaluate_folder
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.networks.condition import ClassEmbedder, Conditioning
 from t2i_jax.networks.dit import DiT
@@ -28,6 +30,7 @@ from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.previews import Previews
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
@@ -318,3 +321,19 @@ def test_codes_of_several_shapes_are_stored_and_trained_on(tmp_path):
     train(dataclasses.replace(encoded, train=dataclasses.replace(e.train, steps=4)), tmp_path / "run")
     images = Pipeline.load(tmp_path / "run").sized(16, 8)(1, steps=2)
     assert images.shape == (1, 8, 16, 3)
+
+
+def test_a_run_on_shapes_is_previewed_and_evaluated_at_any_of_them(tmp_path):
+    e = experiment(tmp_path, 2)
+    e = dataclasses.replace(e, train=dataclasses.replace(e.train, preview_every=2, previews=4))
+    train(e, tmp_path / "run", preview=Previews())
+    assert (tmp_path / "run/samples/0000002.png").exists()
+    for size in (None, (16, 8)):
+        report = evaluate_folder(
+            tmp_path / "run", tmp_path / "out", count=8, spaces=["pixels"], size=size, options=["--steps=2"]
+        )
+        assert report.facts["images"]["known classes"] == 8
+    with pytest.raises(ConfigError, match="size 10x8"):
+        evaluate_folder(tmp_path / "run", tmp_path / "out", count=8, spaces=["pixels"], size=(10, 8))
+    with pytest.raises(ConfigError, match="--size 10:"):
+        parse_size("10")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from t2i_jax.cli.sizes import parse_size
 from t2i_jax.core.config import parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.core.outputs import local
@@ -42,6 +43,9 @@ class EvaluateArguments(Checked):
     """also draw so many images of each of eight prompts, and count those that differ; shown in noises.png"""
     solver: str = ""
     """of a Gaussian diffusion, another than its own: a key of `sampling.solvers.SOLVERS`, as heun"""
+    size: str = ""
+    """WIDTHxHEIGHT of images in pixels, for models that draw any size; pictures are cut to it. The model's own unless
+    given"""
     mesh: str = ""
     """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: the mesh of the model; the run's own, or that of
     `data`, unless given"""
@@ -66,6 +70,7 @@ def run(arguments: list[str]) -> None:
         matching=args.matching,
         noises=args.noises,
         solver=args.solver,
+        size=parse_size(args.size) if args.size else None,
         mesh=read_mesh(args.mesh, MeshConfig()) if args.mesh else None,
         options=rest,
     )

@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageOps
 
+from t2i_jax.cli.sizes import parse_size
 from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.config import parse_some
@@ -153,7 +154,7 @@ def run(arguments: list[str]) -> None:
     mesh = read_mesh(args.mesh, MeshConfig())
     pipeline = Pipeline.load(args.model, mesh, args.int8, _factors(args.lora))
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
-    pipeline = pipeline.sized(*_size(args.size)) if args.size else pipeline
+    pipeline = pipeline.sized(*parse_size(args.size)) if args.size else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options
     validate_options(pipeline.family, options)
     if not args.classifier and _names(rest, "--classifier-scale"):
@@ -205,14 +206,6 @@ def run(arguments: list[str]) -> None:
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Width and height of "WIDTHxHEIGHT"."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 65536 and 0 < int(height) <= 65536):
-        raise config.ConfigError(f"--size {text}: it is WIDTHxHEIGHT in pixels, as 96x64")
-    return int(width), int(height)
 
 
 def _between(

@@ -170,6 +170,10 @@ class Data(Checked):
         """Rows and columns of the images of batches, a shape for each bucket."""
         return self.shapes or ((self.image_size, self.image_size),)
 
+    def with_shapes(self, *shapes: tuple[int, int]) -> Data:
+        """The same data with images of these shapes alone; of none, squares."""
+        return self if shapes == self.shapes else dataclasses.replace(self, shapes=shapes)
+
     def buckets(self, split: str = "train") -> np.ndarray:
         """The number of the shape, of `all_shapes`, of each record of a split: int (n,). Errors: `DataError`."""
         source = self.split(split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Hashable, Sequence
@@ -17,7 +18,7 @@ from t2i_jax.core.arrays import UInt8, typed
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.image_files import to_uint8
-from t2i_jax.core.narrow import as_codec, classifier_guided, likelihood, uses_frozen_networks
+from t2i_jax.core.narrow import any_size, as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
@@ -46,6 +47,7 @@ def evaluate_folder(
     matching: str = "",
     noises: int = 0,
     solver: str = "",
+    size: tuple[int, int] | None = None,
     mesh: MeshConfig | None = None,
     options: Sequence[str] = (),
 ) -> Report:
@@ -54,7 +56,8 @@ def evaluate_folder(
     reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM or
     CLIP, or a published CLIP, for R-precision. noises: images of each of some prompts, whose variety is measured, and
     shown in `noises.png`; 0: none.
-    solver: another than that of the family. mesh: for the model; that of the reference unless given.
+    solver: another than that of the family. size: width and height of images, for a family of any size; pictures are
+    cut to it. mesh: for the model; that of the reference unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
@@ -70,14 +73,21 @@ def evaluate_folder(
         loaded = [space_of(name).load() for name in spaces]
     with config.refused("--matching"):
         matcher = Matching.load(matching, batch_size) if matching else None
+    cut_to = lambda *shapes: dataclasses.replace(reference, data=reference.data.with_shapes(*shapes))
+    if size and not kind.capabilities.any_size:
+        with config.refused(f"size {size[0]}x{size[1]}"):
+            any_size(kind)
     if kind.capabilities.codec:
-        report = evaluate_codec(load_artifact(folder, host=True), reference, out, loaded, count, batch_size)
+        report = evaluate_codec(load_artifact(folder, host=True), cut_to(), out, loaded, count, batch_size)
     elif kind.capabilities.image_text:
         heading = f"{type(kind).__name__}: captions of images"
-        report = evaluate_matching(Matching.load(folder, batch_size), reference, out, count, heading)
+        report = evaluate_matching(Matching.load(folder, batch_size), cut_to(), out, count, heading)
     else:
         pipeline = Pipeline.load(folder, mesh or reference.mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
+        pipeline = pipeline.sized(*size) if size else pipeline
+        if size or reference.data.shapes:
+            reference = cut_to(pipeline.image_shape)
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
         report = evaluate_family(
             pipeline, reference, out, loaded, count, batch_size, seed, chosen, judge, matcher, noises
