@@ -16,7 +16,7 @@ from t2i_jax.nn.lora import LoRA, adapted, merged, with_masks
 from t2i_jax.release import release
 from t2i_jax.storage.adapters import FILE, read_adapter
 from t2i_jax.storage.artifacts import Artifact, load_artifact, save_artifact
-from t2i_jax.training import loop
+from t2i_jax.training import trainer as trainer_module
 from t2i_jax.training.loop import train
 from t2i_jax.training.start import read_start
 from t2i_jax.training.trainer import Trainer
@@ -264,7 +264,20 @@ def test_a_path_that_is_trained_whole_is_there(tmp_path):
 
 def test_weights_that_do_not_change_are_on_the_devices_once(tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(loop, "read_start", lambda *given: found.append(read_start(*given)) or found[-1])
+    monkeypatch.setattr(trainer_module, "read_start", lambda *given: found.append(read_start(*given)) or found[-1])
     trainer = Trainer(begun(tmp_path, lora=LoRA(2, whole=("layers.b",))), tmp_path / "run")
     assert {k for k, v in found[0].values.items() if v.is_deleted()} == {"layers.w"}
     assert set(trainer.begun.values) == {"layers.b", "seen"}
+
+
+def test_the_flops_of_a_step_leave_out_gradients_of_what_does_not_change(tmp_path):
+    experiment = begun(tmp_path, lora=LoRA(1))
+    whole = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, lora=LoRA()))
+    counts = []
+    for number, e in enumerate((whole, experiment)):
+        trainer = Trainer(e, tmp_path / str(number))
+        batches = trainer.batches(0)
+        counts.append(trainer.flops(next(batches)))
+        batches.close()
+    width = e.model.width
+    assert counts[1] / counts[0] == pytest.approx(2 / 3 * (1 + 2 / width), rel=0.2)

@@ -20,7 +20,7 @@ from t2i_jax.models.masked import Masked
 from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.nn.layers import ModelState, position_table
 from t2i_jax.storage.artifacts import Artifact, open_artifact, save_artifact
-from t2i_jax.training import loop
+from t2i_jax.training import trainer as trainer_module
 from t2i_jax.training.loop import train
 from t2i_jax.training.optimizer import Optimizer, with_rates
 from t2i_jax.training.start import fit, interpolated, read_start
@@ -217,7 +217,7 @@ def test_no_copy_of_a_start_stays_on_the_devices(tmp_path, monkeypatch):
         kept.extend(weakref.ref(x) for x in found.values.values())
         return found
 
-    monkeypatch.setattr(loop, "read_start", read)
+    monkeypatch.setattr(trainer_module, "read_start", read)
     alive = []
     experiment = toys.experiment(steps=1, start=str(tmp_path / "first"), preview_every=1)
     train(experiment, tmp_path / "second", lambda *_: alive.extend(ref() for ref in kept))

@@ -293,7 +293,8 @@ class Trainer:
         """Model FLOPs of a step.
 
         Three times the forward passes, the shared one and that of each objective trained in it, without recomputation;
-        plus one forward pass of the frozen parts unless `frozen_too` is False.
+        twice with adapters, as the weights that they adapt have no gradients. Plus one forward pass of the frozen parts
+        unless `frozen_too` is False.
         """
         shape = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
         frozen, batch = shape(self.frozen), shape(batch)
@@ -309,7 +310,7 @@ class Trainer:
         for objective in self.objectives.values():
             loss = lambda m, b, k, o=objective: o.loss(m, b, k, step, True).loss
             learned += flops.count(loss, self.abstract, ready, key) / objective.every
-        return once + 3 * learned
+        return once + (2 if self.experiment.train.lora.rank else 3) * learned
 
 
 def shapes_of(batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Shapes:
