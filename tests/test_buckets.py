@@ -30,6 +30,7 @@ from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Flow
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.plan.ready import abstract_setup, batch_of, batch_shapes, of_size
 from t2i_jax.previews import Previews
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment, Train
@@ -337,3 +338,14 @@ def test_a_run_on_shapes_is_previewed_and_evaluated_at_any_of_them(tmp_path):
         evaluate_folder(tmp_path / "run", tmp_path / "out", count=8, spaces=["pixels"], size=(10, 8))
     with pytest.raises(ConfigError, match="--size 10:"):
         parse_size("10")
+
+
+def test_a_plan_is_of_the_largest_shape_or_of_the_one_asked_for(tmp_path):
+    e = experiment(tmp_path, 1)
+    for size, grid in ((None, (8, 16)), ((8, 16), (16, 8)), ((12, 12), (12, 12))):
+        planned = of_size(e, size)
+        assert planned.model.grid == grid and batch_shapes(planned)["image"].shape == (8, *grid, 3)
+        setup = abstract_setup(planned, batch_of(planned)[0], e.mesh.build())
+        assert setup.trainer.flops(setup.batch) > 0
+    with pytest.raises(ConfigError, match="size 10x8"):
+        of_size(e, (10, 8))

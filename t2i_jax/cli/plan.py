@@ -9,6 +9,7 @@ import jax
 import tyro
 
 from t2i_jax import plan as plans
+from t2i_jax.cli.sizes import parse_size
 from t2i_jax.core.config import parse_some
 from t2i_jax.core.console import console, stdout
 from t2i_jax.core.fields import Checked, Positive, Size, Sizes
@@ -47,6 +48,8 @@ class PlanArguments(Checked):
     """count for TPUs too and compile nothing: seconds in place of minutes"""
     images: Positive = 1e9
     """images to be seen in training"""
+    size: str = ""
+    """WIDTHxHEIGHT of images, for models of any size; of data with shapes the largest unless given"""
     inputs: tuple[str, ...] = ()
     """NAME:DTYPE:SHAPE of what a batch holds of each example, where neither data nor model say it"""
     encoded: bool = False
@@ -63,7 +66,7 @@ def run(arguments: list[str]) -> None:
     if args.out:
         check_free(local(args.out))
     topology = plans.Topology.read(args.topology).repeated(args.slices)
-    experiment = load_experiment(args.config, rest)
+    experiment = plans.of_size(load_experiment(args.config, rest), parse_size(args.size) if args.size else None)
     found = plans.run(
         dataclasses.replace(experiment, mesh=plans.read_mesh(args.mesh, experiment.mesh)),
         topology,

@@ -7,7 +7,7 @@ a sweep compiles, the same step is counted (`estimate`). The report says which f
 from t2i_jax.plan.chips import CHIPS, Topology
 from t2i_jax.plan.compiled import DoesNotFit, compile_plan, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, trace
-from t2i_jax.plan.ready import abstract_setup, batch_of, devices_of
+from t2i_jax.plan.ready import abstract_setup, batch_of, devices_of, of_size
 from t2i_jax.plan.report import Plan, markdown, ranking, table
 from t2i_jax.plan.run import read_mesh, run, write
 from t2i_jax.plan.sweep import sweep
@@ -23,6 +23,7 @@ __all__ = [
     "devices_of",
     "estimate",
     "markdown",
+    "of_size",
     "plan_by_shallow_copies",
     "ranking",
     "read_mesh",

@@ -19,12 +19,13 @@ from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.fields import values
-from t2i_jax.core.narrow import as_family, learns_from_images, token_by_token
+from t2i_jax.core.narrow import any_size, as_codec, as_family, learns_from_images, token_by_token
 from t2i_jax.core.platform import tpu_compiler_alone
 from t2i_jax.core.sharding import RULES, Device, batch_sharding, fit
 from t2i_jax.core.types import CachedNetwork, SamplingOptions, Trainable
 from t2i_jax.data.records import DataError
 from t2i_jax.plan.chips import Topology
+from t2i_jax.storage.artifacts import config_of
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.trainer import Trainer
@@ -57,6 +58,26 @@ def devices_of(topology: Topology) -> list[Device]:
         ) from error
 
 
+def of_size(experiment: Experiment, size: tuple[int, int] | None = None) -> Experiment:
+    """The experiment for images of one size alone: width and height, else the largest of `Data.shapes`, if any.
+
+    Errors: `ConfigError` for a model whose parameters are of another size.
+    """
+    data, model = experiment.data, experiment.model
+    if not size and not data.shapes:
+        return experiment
+    rows, columns = (size[1], size[0]) if size else max(data.shapes, key=math.prod)
+    if model.capabilities.family:
+        with refused(f"size {columns}x{rows}"):
+            family = any_size(model)
+            spec = family.sample_spec()
+            factor = 1 if spec.kind == "pixels" else max(data.image_size // spec.grid[0], 1)
+            if experiment.codec and Path(experiment.codec).exists():
+                factor = as_codec(config_of(experiment.codec)).spec.factor
+            model = family.sized((rows // factor, columns // factor))
+    return dataclasses.replace(experiment, model=model, data=data.with_shapes((rows, columns)))
+
+
 def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     """The experiment without the frozen parts that this batch does not need."""
     needs_codec = "image" in batch and "codes" not in batch
@@ -64,7 +85,8 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     by_images = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
     codec = experiment.codec if needs_codec else ""
     text = experiment.text if needs_text or by_images else None
-    return dataclasses.replace(experiment, codec=codec, text=text)
+    data = experiment.data.with_shapes()  # the batch has its shape already
+    return dataclasses.replace(experiment, codec=codec, text=text, data=data)
 
 
 def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool = False) -> tuple[Batch, str]:
@@ -99,14 +121,17 @@ def batch_of(experiment: Experiment, inputs: Sequence[str] = (), encoded: bool =
 def batch_shapes(experiment: Experiment) -> Batch:
     """What the loss of a model reads, from its configuration: codes, where it may have codes or images, unless it draws
     the pixels of images of the data's size."""
-    model, side = experiment.model, experiment.data.image_size
+    model, image = experiment.model, experiment.data.all_shapes[0]
     spec = dict(model.batch_spec())
     if "image" in spec and "codes" in spec:
-        pixels = not experiment.codec and spec["image"].shape == (side, side, 3)
+        pixels = not experiment.codec and spec["image"].shape == (*image, 3)
         name = "image" if pixels else "codes"
         spec[name] = dataclasses.replace(spec[name], optional=False)
     needed = {k: f for k, f in spec.items() if not f.optional}
-    shape = lambda f: (experiment.data.batch_size, *(side if n is None else n for n in f.shape))
+    shape = lambda f: (
+        experiment.data.batch_size,
+        *(image[min(i, 1)] if n is None else n for i, n in enumerate(f.shape)),
+    )
     kind = lambda k, f: jnp.uint8 if k == "image" else jnp.dtype(f.dtype)
     return {k: jax.ShapeDtypeStruct(shape(f), kind(k, f)) for k, f in needed.items()}
 
