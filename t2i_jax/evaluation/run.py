@@ -73,7 +73,8 @@ def evaluate_folder(
         loaded = [space_of(name).load() for name in spaces]
     with config.refused("--matching"):
         matcher = Matching.load(matching, batch_size) if matching else None
-    cut_to = lambda *shapes: dataclasses.replace(reference, data=reference.data.with_shapes(*shapes))
+    given = reference
+    cut_to = lambda *shapes: dataclasses.replace(given, data=given.data.with_shapes(*shapes))
     if size and not kind.capabilities.any_size:
         with config.refused(f"size {size[0]}x{size[1]}"):
             any_size(kind)
