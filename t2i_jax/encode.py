@@ -184,7 +184,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
         row = 0
         for i, record in enumerate(records):
             rows = slice(row, row := row + len(record["tokens"][0]) if by_caption else 0)
-            left_out = ("image", "tokens", "file", *(("crop",) if "file" in record else ()))
+            left_out = ("image", "tokens", "file", *(("crop", "original") if "file" in record else ()))
             rest = {k: v for k, v in record.items() if k not in left_out}
             rest |= {"image": record["file"]} if "file" in record else {}
             yield rest | codes[i] | {k: v[rows] for k, v in by_caption.items()}

@@ -15,16 +15,17 @@ from t2i_jax.cli.sizes import parse_size
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.params import named
-from t2i_jax.data.buckets import BucketOrder, buckets_of, shapes_around, size_of
-from t2i_jax.data.images import open_image
+from t2i_jax.core.specs import FieldSpec
+from t2i_jax.data.buckets import BucketOrder, buckets_of, shapes_around
+from t2i_jax.data.images import open_image, size_of
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import DataError, write_records
 from t2i_jax.data.sources import ArrayRecord, Folder
-from t2i_jax.data.transforms import to_shape
+from t2i_jax.data.transforms import Crop, to_shape
 from t2i_jax.encode import encode_splits
 from t2i_jax.evaluation.run import evaluate_folder
 from t2i_jax.models.diffusion import Diffusion
-from t2i_jax.networks.condition import ClassEmbedder, Conditioning
+from t2i_jax.networks.condition import ClassEmbedder, Conditioning, Joined, SizeAndCrop
 from t2i_jax.networks.dit import DiT
 from t2i_jax.nn.positions import RotaryPositions, SinCosPositions
 from t2i_jax.nn.transformer import Transformer
@@ -314,7 +315,7 @@ def test_codes_of_several_shapes_are_stored_and_trained_on(tmp_path):
         top, left, height, width = np.array(record["crop"]) * np.tile(own["image"].shape[:2], 2)
         assert abs(height / width - shape[0] / shape[1]) < 1e-6 and {top, left} >= {0.0}
         assert np.allclose((2 * top + height, 2 * left + width), own["image"].shape[:2])
-        image = to_shape(open_image(own["image"], max(shape), 1.0), shape)[None] / np.float32(127.5) - 1
+        image = to_shape(open_image(own["image"], max(shape), 1.0), shape)[0][None] / np.float32(127.5) - 1
         np.testing.assert_allclose(
             record["latents"], codec.to_store(weights, jnp.asarray(image))["latents"][0], atol=1e-5
         )
@@ -349,3 +350,72 @@ def test_a_plan_is_of_the_largest_shape_or_of_the_one_asked_for(tmp_path):
         assert setup.trainer.flops(setup.batch) > 0
     with pytest.raises(ConfigError, match="size 10x8"):
         of_size(e, (10, 8))
+
+
+# -- the original's size and the crop, as a condition
+
+
+def read_crops(tmp_path, **fields):
+    source = Folder(str(write_pictures(tmp_path / "pictures", [(30, 60), (64, 16), (20, 20)])))
+    spec = {"image": FieldSpec((None, None, 3), "uint8"), "crop": FieldSpec((4,), "float32", optional=True)}
+    data = Data(source, image_size=8, batch_size=3, **fields)
+    return data, next(data.batches(spec=spec))
+
+
+def test_a_crop_is_given_in_pixels_of_the_scaled_image(tmp_path):
+    _, batch = read_crops(tmp_path)
+    found = {tuple(row.round(5).tolist()) for row in batch["crop"]}
+    assert found == {(30, 60, 0, 4), (64, 16, 12, 0), (20, 20, 0, 0)}
+    _, batch = read_crops(tmp_path, crop="random")
+    for rows, columns, above, left in batch["crop"]:
+        assert above >= 0 and left >= 0 and rows in (30, 64, 20)
+        scale = 8 / min(rows, columns) / 0.8  # a crop of 0.8 is the smallest
+        assert above + 8 <= rows * scale + 1e-3 and left + 8 <= columns * scale + 1e-3
+
+
+def test_a_mirrored_image_has_its_crop_mirrored(tmp_path):
+    image = np.zeros((8, 32, 3), np.uint8)
+    image[:, :, 0] = np.arange(32) * 8
+    write_records(tmp_path / "data", [{"key": "a", "image": image}] * 8)
+    spec = {"image": FieldSpec((None, None, 3), "uint8"), "crop": FieldSpec((4,), "float32", optional=True)}
+    source = ArrayRecord(str(tmp_path / "data"))
+    data = Data(source, image_size=8, batch_size=8, crop="random", smallest_crop=1.0, flip=True)
+    rows = next(data.batches(spec=spec))
+    flipped = 0
+    for pixels, (_, _, _, left) in zip(rows["image"][:, 0, :, 0].astype(int), rows["crop"], strict=True):
+        turned = pixels[0] > pixels[-1]
+        first = (pixels[-1] if turned else pixels[0]) / 8  # the column where the crop begins in the stored image
+        assert abs((24 - left if turned else left) - first) < 1.1
+        flipped += turned
+    assert 0 < flipped < 8
+
+
+def test_a_model_reads_the_crop_and_stands_for_a_whole_image_without_it():
+    what = Joined((ClassEmbedder(3), SizeAndCrop((64, 64), 8)))
+    module = what.init(jax.random.key(0), 16)
+    batch, drop = {"label": jnp.arange(3)}, jnp.zeros(3, bool)
+    tokens, mask = module(batch, drop)
+    assert tokens.shape == (3, 2, 16) and mask.all()
+    whole = jnp.tile(jnp.array([64.0, 64.0, 0.0, 0.0]), (3, 1))
+    np.testing.assert_allclose(module(batch | {"crop": whole}, drop)[0], tokens, atol=1e-6)
+    other = module(batch | {"crop": whole.at[:, 2].set(9.0)}, drop)[0]
+    assert np.abs(other[:, 1] - tokens[:, 1]).min(1).max() > 0 and np.array_equal(other[:, 0], tokens[:, 0])
+    dropped = module(batch | {"crop": whole}, ~drop)[0]
+    np.testing.assert_allclose(dropped[:, 1], tokens[:, 1], atol=1e-6)  # it stays where the class is dropped
+
+
+def test_a_run_reads_crops_of_images_and_of_stored_codes(tmp_path):
+    e = experiment(tmp_path, 2)
+    what = Joined((ClassEmbedder(3), SizeAndCrop((8, 8), 8)))
+    network = dataclasses.replace(e.model.network, conditioning=Conditioning(what))
+    e = dataclasses.replace(e, model=dataclasses.replace(e.model, network=network))
+    trainer = Trainer(e, tmp_path / "unused")
+    with jax.set_mesh(trainer.mesh):
+        batches = trainer.batches(0)
+        assert next(batches)["crop"].shape == (8, 4)
+        batches.close()
+    train(e, tmp_path / "run")
+    assert Pipeline.load(tmp_path / "run").sized(16, 8)(1, steps=2).shape == (1, 8, 16, 3)
+    (record, *_) = e.data.examples()
+    rows, columns = record["original"]
+    assert Crop(*record["crop"]).numbers((rows, columns), (8, 16)).tolist()[:2] == [rows, columns]

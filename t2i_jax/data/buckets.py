@@ -7,17 +7,15 @@ its number by arithmetic alone, as in `Order`, and a record that does not fill a
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import ExifTags, Image
 
 from t2i_jax.core.console import bar
 from t2i_jax.data.files import say_once
+from t2i_jax.data.images import size_of
 from t2i_jax.data.order import Order, Turns, rotated
 from t2i_jax.data.records import DataError, Reader
 
@@ -71,23 +69,6 @@ def buckets_of(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
     smallest, largest = near.argmax(1), near.shape[1] - 1 - near[:, ::-1].argmax(1)
     level = np.where(whole.any(-1), largest, smallest)
     return np.take_along_axis(chosen, level[:, None], 1)[:, 0]
-
-
-def size_of(image: object) -> Shape:
-    """Rows and columns of an upright image, without decoding it: of a file's bytes, or an array; (0, 0) for neither."""
-    if isinstance(image, np.ndarray) and image.ndim in (2, 3):
-        return image.shape[0], image.shape[1]
-    if not isinstance(image, bytes):
-        return 0, 0
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            columns, rows = opened.size
-            with contextlib.suppress(Exception):  # a broken EXIF is none
-                if opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-                    return columns, rows
-            return rows, columns
-    except Exception:  # the record is broken, which is found where it is read
-        return 0, 0
 
 
 def sizes_of(reader: Reader, threads: int = 16) -> np.ndarray:

@@ -11,9 +11,9 @@ import grain
 import numpy as np
 
 from t2i_jax.data.files import say_once
-from t2i_jax.data.images import TooSmall, open_image
+from t2i_jax.data.images import TooSmall, open_image, size_of
 from t2i_jax.data.records import DataError, Reader, Record, as_captions
-from t2i_jax.data.transforms import choose_caption, middle_of, to_shape
+from t2i_jax.data.transforms import choose_caption, to_shape
 
 log = logging.getLogger(__name__)
 Tokenizer = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -69,7 +69,8 @@ def log_small(name: str, smallest_side: int) -> None:
 @dataclass
 class Examples:
     """Records in order, with "image" uint8 (i, j, 3), cropped at the centre to their shape, in place of the file, and
-    "crop": top, left, height and width of that part as shares of the image's sides.
+    "crop": top, left, height and width of that part as shares of the image's sides, whose rows and columns are
+    "original".
 
     Asking for a broken one, or for one whose image is too small, raises `DataError` that names it. Iterating leaves
     such records out, logs and counts them, and stops where too many are broken.
@@ -121,7 +122,8 @@ class Examples:
         if self.image and "image" in record:
             record |= {"file": record["image"]} if self.files else {}
             image = open_image(record["image"], max(shape), 1.0, self.smallest_side)
-            record |= {"image": to_shape(image, shape), "crop": middle_of(image, shape)}
+            cut, crop = to_shape(image, shape)
+            record |= {"image": cut, "crop": list(crop), "original": list(size_of(record["image"]))}
         return record
 
     def __iter__(self) -> Iterator[Record]:

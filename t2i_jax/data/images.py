@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -74,6 +74,23 @@ def open_image(image: ImageSource, size: int = 0, smallest: float = 0.8, smalles
     colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha) if alpha else colour
     colour.info["box"] = box
     return colour
+
+
+def size_of(image: object) -> tuple[int, int]:
+    """Rows and columns of an upright image, without decoding it: of a file's bytes, or an array; (0, 0) for neither."""
+    if isinstance(image, np.ndarray) and image.ndim in (2, 3):
+        return image.shape[0], image.shape[1]
+    if not isinstance(image, bytes):
+        return 0, 0
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            columns, rows = opened.size
+            with suppress(Exception):  # a broken EXIF is none
+                if opened.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                    return columns, rows
+            return rows, columns
+    except Exception:  # the record is broken, which is found where it is read
+        return 0, 0
 
 
 def draft_side(size: int, smallest: float = 1.0) -> int:

@@ -36,11 +36,11 @@ from t2i_jax.core.specs import BatchSpec, check_example
 from t2i_jax.data.buckets import BucketOrder, buckets_of, check_shapes, note_small, sizes_of
 from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, log_small, name_of
 from t2i_jax.data.files import say_once
-from t2i_jax.data.images import TooSmall, open_image
+from t2i_jax.data.images import TooSmall, open_image, size_of
 from t2i_jax.data.order import Order, Rows
 from t2i_jax.data.records import DataError, Reader, Record
 from t2i_jax.data.sources import Concat, Mixture, Source, Swapped
-from t2i_jax.data.transforms import choose_caption, may_flip, to_shape
+from t2i_jax.data.transforms import Crop, choose_caption, may_flip, to_shape
 
 log = logging.getLogger(__name__)
 
@@ -363,13 +363,18 @@ class _Examples:
         if "image" in fields and "image" in record:
             smallest = data.smallest_crop if random is not None and data.crop == "random" else 1.0
             image = open_image(record["image"], max(shape), smallest, data.smallest_side)
-            image = to_shape(image, shape, random if data.crop == "random" else None, data.smallest_crop)
+            image, crop = to_shape(image, shape, random if data.crop == "random" else None, data.smallest_crop)
             flip = data.flip and self.augment and x < 0.5 and may_flip(record.get("captions") or (), data.flip_except)
             arrays["image"] = image[:, ::-1] if flip else image
+            if self.spec is not None and "crop" in self.spec:
+                shown = crop._replace(left=1 - crop.left - crop.width) if flip else crop
+                arrays["crop"] = shown.numbers(size_of(record["image"]), shape)
         for name in ARRAYS:
             if name in fields and record.get(name) is not None:
                 value = numbers(name, record[name])
                 arrays[name] = value[row] if name in PER_CAPTION else value
+        if "image" not in arrays and self.spec is not None and "crop" in self.spec and "crop" in record:
+            arrays["crop"] = Crop(*record["crop"]).numbers(record["original"], record.get("size", shape))
         if caption is not None:
             arrays["text"], arrays["text_mask"] = self.tokens(caption)
         if self.spec is not None:

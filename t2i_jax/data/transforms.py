@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -14,10 +15,25 @@ from t2i_jax.data.images import open_image as open_image
 from t2i_jax.data.records import DataError, as_captions
 
 
+class Crop(NamedTuple):
+    """A part of an image, as shares of its sides."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def numbers(self, original: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+        """What a model reads of it, float32 (4,): rows and columns of the original image, then rows above and columns
+        left of the crop in pixels of the image as it was scaled for `shape`."""
+        above, left = self.top / self.height * shape[0], self.left / self.width * shape[1]
+        return np.asarray([*original, above, left], np.float32)
+
+
 def to_shape(
     image: Image.Image, shape: tuple[int, int], rng: Generator | None = None, smallest: float = 1.0
-) -> np.ndarray:
-    """A crop of an RGB image at `shape`, rows and columns: uint8 (*shape, 3).
+) -> tuple[np.ndarray, Crop]:
+    """A crop of an RGB image at `shape`, rows and columns: uint8 (*shape, 3), and which part it is.
 
     Without `rng` the largest one of that ratio of sides, in the middle. With it one at a random place, its sides drawn
     from [smallest, 1] of the largest; the image's own aspect is kept either way.
@@ -32,20 +48,12 @@ def to_shape(
     if (w, h) != (columns, rows) or (width, height) != (columns, rows):
         box = (left, top, left + width, top + height)
         image = image.resize((columns, rows), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(image)
-
-
-def middle_of(image: Image.Image, shape: tuple[int, int]) -> list[float]:
-    """The part of an image that `to_shape` shows without `rng`: top, left, height and width as shares of its sides."""
-    left, top, right, bottom = image.info.get("box", (0, 0, *image.size))
-    ratio = (shape[1] / shape[0]) * (bottom - top) / (right - left)
-    height, width = min(1.0, 1 / ratio), min(1.0, ratio)
-    return [(1 - height) / 2, (1 - width) / 2, height, width]
+    return np.asarray(image), Crop((top - start_y) / h, (left - start_x) / w, height / h, width / w)
 
 
 def to_square(image: Image.Image, size: int, rng: Generator | None = None, smallest: float = 1.0) -> np.ndarray:
     """`to_shape` of a square: uint8 (size, size, 3)."""
-    return to_shape(image, (size, size), rng, smallest)
+    return to_shape(image, (size, size), rng, smallest)[0]
 
 
 @lru_cache

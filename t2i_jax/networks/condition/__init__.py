@@ -16,6 +16,7 @@ from t2i_jax.networks.condition.conditioning import (
     pooled,
     read_context,
 )
+from t2i_jax.networks.condition.crop import SizeAndCrop, SizeAndCropToken
 from t2i_jax.networks.condition.encoders import CaptionEncoder, CaptionTokens, EncodedIds, LowCodes, LowCodeTokens
 from t2i_jax.networks.condition.features import (
     CrossAttnFeatures,
@@ -55,6 +56,8 @@ __all__ = [
     "PrefixTokens",
     "SentenceAndWordTokens",
     "SentenceAndWords",
+    "SizeAndCrop",
+    "SizeAndCropToken",
     "TextFeatures",
     "caption",
     "check_vectors",
