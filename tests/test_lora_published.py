@@ -11,6 +11,7 @@ from t2i_jax.cli import main
 from t2i_jax.convert import convert, restore
 from t2i_jax.convert.adapters import factors, read_published, to_published, write_published
 from t2i_jax.core.config import ConfigError
+from t2i_jax.interop import pixart, stable_diffusion_3
 from t2i_jax.interop import stable_diffusion as published
 from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.adapters import Adapter, read_adapter, trained_shapes
@@ -236,3 +237,60 @@ def test_diffusers_reads_ours_and_we_read_its(tmp_path, names):
     again = arrays(unet)
     for k in found:
         np.testing.assert_allclose(again[k], found[k], atol=1e-4, err_msg=k)
+
+
+PIXART = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "cross_attention_dim": 16}
+PIXART |= {"sample_size": 8, "caption_channels": 12}
+THIRD = {"sample_size": 4, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8}
+THIRD |= {"num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16}
+THIRD |= {"pooled_projection_dim": 10, "pos_embed_max_size": 5}
+OTHERS = {
+    "pixart": ("PixArtTransformer2DModel", PIXART, pixart.settings, 5),
+    "stable-diffusion-3": ("SD3Transformer2DModel", THIRD, stable_diffusion_3.settings, 6),
+}
+
+
+@pytest.mark.parametrize("format", OTHERS)
+def test_adapters_of_transformers_go_both_ways(tmp_path, format):
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
+    kind, sizes, settings, tokens = OTHERS[format]
+    torch.manual_seed(0)
+    module = getattr(theirs, kind)(**sizes).eval()
+    arrays = lambda: {k: v.numpy().copy() for k, v in module.state_dict().items()}
+    null = {"null_features": np.zeros((tokens, 12), np.float32)}
+    hints = settings(module.config) | ({"length": 5} if format == "stable-diffusion-3" else {})
+    config, model = convert(format, arrays() | null, **hints)
+    save_artifact(Artifact(config, model), tmp_path / "model", "a card")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    targets += ["add_q_proj", "add_k_proj", "add_v_proj"] if format == "stable-diffusion-3" else []
+    given = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets)
+
+    # theirs, read by ours
+    adapted = peft.get_peft_model(module, given)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+    adapted.save_pretrained(tmp_path / "theirs")
+    adapter = read_published(tmp_path / "theirs", format, config)
+    merged = load_artifact(tmp_path / "model", lora=[(adapter, 1.0)]).model
+    found = restore(format, config, merged)
+    before = restore(format, config, model)
+    module = adapted.merge_and_unload()
+    fused = arrays()
+    same = [k for k, v in fused.items() if k in before and before[k].shape == v.shape]  # positions are a part of theirs
+    assert sum(np.abs(fused[k] - before[k]).max() > 1e-3 for k in same) >= 2 * len(targets)
+    for k in same:
+        np.testing.assert_allclose(found[k], fused[k], atol=1e-4, err_msg=k)
+
+    # ours, read by theirs
+    module.load_state_dict({k: torch.tensor(before[k] if k in same else v) for k, v in fused.items()})
+    write_published(adapter, format, tmp_path / "ours", "peft")
+    again = peft.PeftModel.from_pretrained(module, tmp_path / "ours").merge_and_unload()
+    for k, v in again.state_dict().items():
+        if k in same:
+            np.testing.assert_allclose(v.numpy(), found[k], atol=1e-4, err_msg=k)
+    write_published(adapter, format, tmp_path / "ours.safetensors", "diffusers")
+    names = load_file(tmp_path / "ours.safetensors").keys()
+    assert all(name.startswith("transformer.") for name in names), sorted(names)[:3]
