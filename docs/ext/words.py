@@ -1,0 +1,62 @@
+"""Sentences on fields whose names are enough in the code: by `Class.field`, or by the field's name in every class."""
+
+from __future__ import annotations
+
+WORDS = {
+    "activation": "The function between the matrices of an MLP or a block.",
+    "adversary": "Losses of discriminator and generator: hinge, or binary cross-entropy (vanilla).",
+    "b1": "Decay of the running mean of gradients.",
+    "b2": "Decay of the running mean of squared gradients.",
+    "base": "Longest period of the angles, in positions.",
+    "bias": "Whether matrices have a bias.",
+    "buckets": "Number of rows of the table.",
+    "channels": "Number of channels.",
+    "classes": "Number of classes.",
+    "codes": "Number of codes, which are rows of the codebook.",
+    "components": "Number of Gaussians of the mixture.",
+    "depth": "Number of layers.",
+    "dim": "Size of a feature vector.",
+    "dropout": "Rate of dropout in training.",
+    "eps": "Added to the variance of a norm.",
+    "final_norm": "Whether the output is normalised once more.",
+    "groups": "Number of groups of the group norm.",
+    "heads": "Number of attention heads.",
+    "high": "Largest noise of sampling.",
+    "image_tokens": "Number of tokens that the embedding of the image is projected to.",
+    "label_smoothing": "Share of the probability that the target spreads over all codes, in training.",
+    "last_temperature": "Temperature at the end of the decay.",
+    "layers": "Number of layers.",
+    "length": "Number of tokens.",
+    "low": "Smallest noise of sampling.",
+    "norm": "Root-mean-square norm, or layer norm.",
+    "output_bias": "Whether the output matrix has a bias.",
+    "parts": "Conditions whose tokens are joined.",
+    "patch": "Side of the square of positions that makes a token.",
+    "power": "Power of the norm of the gradient.",
+    "residuals": "Number of residual blocks.",
+    "shift": "Subtracted from latents before they are scaled.",
+    "size": "Rows and columns of the image or of the latents.",
+    "temperature_steps": "Steps of the decay of the temperature.",
+    "title": "Heading in the report.",
+    "vocabulary": "Number of ids.",
+    "weight": "Factor of the term in the loss.",
+    "width": "Size of the vectors inside.",
+    "DAMSM.cell": "Kind of the recurrent encoder of captions.",
+    "DiffusionHead.schedule": "A name of `noise.schedule.Schedule.named`.",
+    "Diffusion.predicts": "What the output is: noise, image, v = alpha eps - sigma x_0, velocity, drift or score.",
+    "Discrete.steps": "Number of noising steps.",
+    "EDM.mean": "Mean of log s in training, which is normally distributed.",
+    "EDM.rho": "Power by which the stops of sampling are nearer to each other at low noise.",
+    "Flow.mean": "Mean of the logit of training times (logit_normal).",
+    "Flow.std": "Standard deviation of the logit of training times (logit_normal).",
+    "MaskRate.mean": "Mean of `normal`.",
+    "MaskRate.std": "Standard deviation of `normal`.",
+    "StagedGenerator.noise": "Size of the noise vector.",
+    "Sweep.values": "The values that are tried.",
+    "VQDiffusion.class_norm": "Norm that the class scales and shifts.",
+}
+
+
+def words(cls: str, field: str) -> str:
+    """A sentence, or nothing."""
+    return WORDS.get(f"{cls}.{field}") or WORDS.get(field, "")
