@@ -40,6 +40,10 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "home_page_in_toc": False,
     "show_navbar_depth": 1,
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }
 html_show_sourcelink = False
 html_copy_source = False

@@ -213,16 +213,13 @@ def short(value: object) -> str:
 
 def table(cls: type) -> list[str]:
     """The fields of a dataclass as lines of Markdown."""
-    rows = [f for f in fields(cls)]
-    if not rows:
-        return []
-    ranges = any(row.range for row in rows)
-    head = ["field", "type", "default", *["range"] * ranges, "what it is"]
-    lines = ["```{table}", ":class: fields", "", _row(head), _row(["---"] * len(head))]
-    for row in rows:
-        cells = [f"`{row.name}`", row.kind, row.default, *[row.range] * ranges, row.about]
-        lines.append(_row(cells))
-    return [*lines, "```", ""]
+    lines = ["```{table}", ":class: fields", "", _row(["field", "type and default", "what it is"]), "|---|---|---|"]
+    rows = []
+    for field in fields(cls):
+        range = f", {field.range}" if field.range else ""
+        default = ", needed" if field.default == "needed" else f"; default {field.default}"
+        rows.append(_row([f"`{field.name}`", f"{field.kind}{range}{default}", field.about]))
+    return [*lines, *rows, "```", ""] if rows else []
 
 
 def _row(cells: list[str]) -> str:

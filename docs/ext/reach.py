@@ -18,6 +18,9 @@ from t2i_jax.training.experiment import Experiment
 PARTS = ("codecs", "data", "heads", "models", "networks", "nn", "noise", "sampling", "text", "training")
 """Packages whose dataclasses may be the value of a field that names a Protocol."""
 
+WITHOUT = ("t2i_jax.data.glyphs", "t2i_jax.data.glyph_styles")
+"""Modules that build a data set, and need tensorflow-datasets for it: no config is there."""
+
 
 @functools.cache
 def dataclasses_of_parts() -> tuple[type, ...]:
@@ -27,6 +30,8 @@ def dataclasses_of_parts() -> tuple[type, ...]:
         home = importlib.import_module(f"t2i_jax.{package}")
         names = [home.__name__, *(m.name for m in pkgutil.walk_packages(home.__path__, f"{home.__name__}."))]
         for name in names:
+            if name in WITHOUT:
+                continue
             for value in vars(importlib.import_module(name)).values():
                 if isinstance(value, type) and value.__module__ == name and _is_config(value):
                     found[value] = None

@@ -58,7 +58,11 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
+
+    >>> str(MeshConfig(data=2, fsdp=-1))
+    'data=2,fsdp=-1,tensor=1'
+    """
 
     data: Annotated[int, Range(-1, LARGEST)] = -1
     """parts of the batch, each with its own copy of the parameters; the only axis that crosses slices"""
