@@ -10,7 +10,7 @@ import re
 from t2i_jax import bench, cli
 from t2i_jax.cli import data
 
-WIDTH = 100
+WIDTH = 84
 
 
 def names() -> list[str]:

@@ -95,7 +95,7 @@ def _of_held(hint: object) -> str:
     """The first sentence on the class that a field holds."""
     inside = [hint, *typing.get_args(hint)]
     held = [k for k in inside if isinstance(k, type) and (dataclasses.is_dataclass(k) or Protocol in k.__bases__)]
-    return first(held[0]) if held else next((s for k in inside[1:] if (s := _of_held(k))), "")
+    return first(held[0]) if len(held) == 1 else next((s for k in inside[1:] if not held and (s := _of_held(k))), "")
 
 
 def first(thing: object) -> str:

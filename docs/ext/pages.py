@@ -23,7 +23,7 @@ Pages = dict[str, str]
 SECTIONS = {
     "face": ("Load, draw, train", ("api", "pipeline", "edits", "guides")),
     "experiments": ("Experiments and comparisons", ("training", "comparison")),
-    "models": ("Families", ("models",)),
+    "models": ("Models", ("models",)),
     "networks": ("Networks and conditions", ("networks", "nn")),
     "heads": ("Heads", ("heads",)),
     "noise": ("Noise processes", ("noise",)),
