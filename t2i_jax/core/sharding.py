@@ -60,8 +60,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 class MeshConfig(Checked):
     """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
 
-    >>> str(MeshConfig(data=2, fsdp=-1))
-    'data=2,fsdp=-1,tensor=1'
+    >>> MeshConfig(fsdp=4)
+    MeshConfig(data=-1, fsdp=4, tensor=1)
     """
 
     data: Annotated[int, Range(-1, LARGEST)] = -1

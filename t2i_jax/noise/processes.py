@@ -155,9 +155,8 @@ class Flow(Checked):
     """A straight path, alpha = 1 - t and sigma = t (Liu et al. 2023; Lipman et al. 2023); the natural target is
     velocity.
 
-    >>> alpha, sigma = Flow().alpha_sigma(0.25)
-    >>> alpha, sigma
-    (0.75, 0.25)
+    >>> Flow().solver, Flow().starts_from_pure_noise
+    ('euler', True)
     """
 
     times: Literal["uniform", "logit_normal"] = "logit_normal"
