@@ -16,7 +16,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # Packages are installed uncompiled: without files of bytecode each process would parse all that it imports, for 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install quickstart compare quick test test-all durations check format clean
+.PHONY: help install quickstart compare quick test test-all durations check docs docs-fast format clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -67,7 +67,7 @@ quick: install ## the tests of the host and one of each family: a few minutes on
 test: install ## all tests but the slow ones, in about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-test-all: install ## the long tests too: kills, many processes
+test-all: install docs ## the long tests too: kills, many processes; the tutorials of the site
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 durations: install ## measure the tests of `make test` and write the tables of docs/testing.md
@@ -79,9 +79,24 @@ check: install ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site has packages of its own. Warnings are errors, broken links and unknown names are warnings.
+DOCS   := .venv-docs$(VENV:.venv%=%)
+SPHINX  = JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx -b html -W --keep-going -n -q docs docs/_build/html
+
+$(DOCS)/.done: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[docs]'
+	touch $@
+
+docs: $(DOCS)/.done ## the site, docs/_build/html/index.html; runs its tutorials: at most 10 minutes on 2 cores
+	T2I_DOCS_EXECUTE=1 $(SPHINX)
+
+docs-fast: $(DOCS)/.done ## the site without running its tutorials: under 2 minutes
+	$(SPHINX)
+
 format: install ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## remove runs, built data and caches
-	rm -rf runs data .cache
+clean: ## remove runs, built data, caches and the site
+	rm -rf runs data .cache docs/_build docs/reference/api

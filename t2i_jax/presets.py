@@ -441,6 +441,10 @@ def preset(name: str, **fields: object) -> Preset:
     """A config of `PRESETS` with other values of fields, its own or those of its parts: `grid`, `dtype`, `condition`.
 
     Errors: `ConfigError` for an unknown name or field.
+
+    >>> model = preset("llamagen-b", grid=(24, 24), dtype="bfloat16")
+    >>> model.grid, model.compute.dtype, model.transformer.width
+    ((24, 24), 'bfloat16', 768)
     """
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r}: one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,8 @@ from t2i_jax.storage.artifacts import Artifact
 from t2i_jax.training.state import TrainState
 from t2i_jax.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 
 class Previews:
     """Draws `samples/STEP.png` of a run: reconstructions of a codec, images for held-out captions of a family."""
@@ -38,9 +41,10 @@ class Previews:
     def __init__(self):
         self.draw: Callable[..., Array] | None = None
         self.inputs: tuple = ()
+        self.begun = False
 
     def __call__(self, trainer: Trainer, state: TrainState, step: int) -> np.ndarray | None:
-        if self.draw is None:
+        if not self.begun:
             self._begin(trainer)
         if self.draw is None:
             return None
@@ -53,7 +57,11 @@ class Previews:
 
     def _begin(self, trainer: Trainer) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
+        self.begun = True
         experiment, can = trainer.experiment, trainer.experiment.model.capabilities
+        if can.family and trainer.codec is None and as_family(experiment.model).sample_spec().kind != "pixels":
+            log.warning("no previews: the experiment has no `codec` that makes images of its codes")
+            return
         if not can.codec and not can.family:
             return  # a classifier draws nothing
         codec = trainer.codec.config if trainer.codec else None

@@ -68,7 +68,11 @@ SampledCode = tuple[DiagonalGaussian, Array]
 
 @dataclasses.dataclass(frozen=True)
 class KL(AutoencoderTraining["KLAutoencoder", SampledCode]):
-    """The codec and its training settings. The defaults are the f16 model with 16 channels of MAR (66M parameters)."""
+    """The codec and its training settings. The defaults are the f16 model with 16 channels of MAR (66M parameters).
+
+    >>> KL().spec.factor, str(KL().spec.code)
+    (16, 'codes of 16 numbers')
+    """
 
     autoencoder: AutoencoderConfig = AutoencoderConfig(latent=16, moments=True, decoder_attention=())
     channels: Count = 0

@@ -39,7 +39,11 @@ QuantizedCode = tuple[Array, Array, Array, dict[str, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class VQGAN(AutoencoderTraining["VQAutoencoder", QuantizedCode]):
-    """The codec and its training settings. The defaults are the VQ-16 of LlamaGen."""
+    """The codec and its training settings. The defaults are the VQ-16 of LlamaGen.
+
+    >>> VQGAN().spec.factor, str(VQGAN().spec.code)
+    (16, '16384 codes')
+    """
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     quantizer: QuantizerConfig | GumbelConfig | MultiScaleConfig = QuantizerConfig()

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """An invalid configuration; the message names the file and the field."""
+    """An invalid configuration; the message names the file and the field.
+
+    >>> from t2i_jax import Train
+    >>> Train(keep=0)
+    Traceback (most recent call last):
+    t2i_jax.core.errors.ConfigError: Train.keep 0: 1 to 2147483647
+    """
 
 
 class DataError(ValueError):

@@ -138,6 +138,10 @@ def with_fields(config: T, /, **fields: object) -> T:
     """The configuration with other values of fields, its own or those of its parts; a given part is changed further.
 
     Errors: `ConfigError` for a name that neither it nor a part has.
+
+    >>> from t2i_jax import AR
+    >>> with_fields(AR(), width=512, heads=8).transformer.width
+    512
     """
     own: dict[str, object] = {}
     inner: dict[str, dict[str, object]] = {}

@@ -58,11 +58,18 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1 and takes the devices that are left.
+
+    >>> MeshConfig(fsdp=4)
+    MeshConfig(data=-1, fsdp=4, tensor=1)
+    """
 
     data: Annotated[int, Range(-1, LARGEST)] = -1
+    """parts of the batch, each with its own copy of the parameters; the only axis that crosses slices"""
     fsdp: Annotated[int, Range(-1, LARGEST)] = 1
+    """parts of the batch that share the parameters, each of which is gathered where it is used"""
     tensor: Annotated[int, Range(-1, LARGEST)] = 1
+    """parts of every matrix that is computed with where it is"""
 
     def build(self, devices: Sequence[Device] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""

@@ -23,7 +23,11 @@ from t2i_jax.sampling.options import ARSampler
 
 @dataclasses.dataclass(frozen=True)
 class FlowHead(VectorHead):
-    """p(x | z) by flow matching: a small MLP predicts the velocity eps - x of x_t = (1 - t) x + t eps."""
+    """p(x | z) by flow matching: a small MLP predicts the velocity eps - x of x_t = (1 - t) x + t eps.
+
+    >>> str(FlowHead(dim=4).code)
+    'codes of 4 numbers'
+    """
 
     width: Size = 1024
     depth: Layers = 3

@@ -22,7 +22,11 @@ from t2i_jax.sampling.tokens import sample_token
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxHead(Checked):
-    """p(x | z) = softmax(W z + b)."""
+    """p(x | z) = softmax(W z + b).
+
+    >>> str(SoftmaxHead(512).code)
+    '512 codes'
+    """
 
     vocabulary: Size = 1024
     """number of codes of the codec"""

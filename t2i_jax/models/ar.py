@@ -35,7 +35,12 @@ from t2i_jax.sampling.options import ARSampler
 
 @dataclasses.dataclass(frozen=True)
 class AR(Autoregressive):
-    """A causal Transformer over the codes of an image, and its training settings."""
+    """A causal Transformer over the codes of an image, and its training settings.
+
+    >>> model = AR(vocabulary=512, grid=(8, 8))
+    >>> model.sample_spec().grid, str(model.sample_spec().code), sorted(model.condition_spec())
+    ((8, 8), '512 codes', ['label'])
+    """
 
     vocabulary: Size = 1024
     """Number of codes of the codec."""

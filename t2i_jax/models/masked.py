@@ -57,7 +57,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Masked(HeadFamily[MaskedSampler]):
-    """A bidirectional Transformer, a head, an order, and their training settings."""
+    """A bidirectional Transformer, a head, an order, and their training settings.
+
+    >>> from t2i_jax.heads import FlowHead, SoftmaxHead
+    >>> str(Masked(head=SoftmaxHead(512)).sample_spec().code)
+    '512 codes'
+    >>> str(Masked(head=FlowHead(dim=4)).sample_spec().code)
+    'codes of 4 numbers'
+    """
 
     grid: Grid = (16, 16)
     """Rows and columns of tokens."""

@@ -15,7 +15,12 @@ from t2i_jax.nn.attention import Rotary, rotary_2d, with_prefix
 
 @dataclasses.dataclass(frozen=True)
 class RotaryPositions(Checked):
-    """Queries and keys are rotated by row and column (Su et al. 2021)."""
+    """Queries and keys are rotated by row and column (Su et al. 2021).
+
+    >>> cos, sin = RotaryPositions().table((2, 3), head_dim=8, prefix=1)
+    >>> cos.shape
+    (7, 4)
+    """
 
     base: Positive = 10000.0
     prefix: Literal["identity", "zero"] = "identity"

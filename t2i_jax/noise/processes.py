@@ -30,7 +30,12 @@ T = TypeVar("T", float, Array)
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Checked):
-    """A chain of discrete noising steps (Ho et al. 2020)."""
+    """A chain of discrete noising steps (Ho et al. 2020).
+
+    >>> process = Discrete("cosine", steps=50)
+    >>> process.max_steps, process.solver
+    (50, 'ddpm')
+    """
 
     schedule: str = "linear"
     """A name of `Schedule.named`."""
@@ -148,7 +153,11 @@ class Discrete(Checked):
 @dataclasses.dataclass(frozen=True)
 class Flow(Checked):
     """A straight path, alpha = 1 - t and sigma = t (Liu et al. 2023; Lipman et al. 2023); the natural target is
-    velocity."""
+    velocity.
+
+    >>> Flow().solver, Flow().starts_from_pure_noise
+    ('euler', True)
+    """
 
     times: Literal["uniform", "logit_normal"] = "logit_normal"
     """Distribution of training times; logit_normal (Esser et al. 2024, eq. 19) favours the middle."""

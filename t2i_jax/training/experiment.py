@@ -47,7 +47,9 @@ class Train(Checked):
     """Length, optimisation, checkpoints and evaluation of a run."""
 
     steps: Annotated[Size, FREE] = 1000
+    """updates in all; a run that is done goes on if there are more of them"""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    """of the initial weights, and of all noise and dropout"""
     start: str = ""
     """run or released model (as of `t2i convert`) whose weights the run begins with, wherever they fit; the optimizer,
     the average and the count of steps are new. Empty: none"""
@@ -71,7 +73,9 @@ class Train(Checked):
     spike: NotNegative = 0.0
     """skip steps whose gradient norm is above this multiple of its running mean; 0: none"""
     log_every: Annotated[Size, FREE] = 20
+    """steps between lines of metrics"""
     save_every: Annotated[Size, FREE] = 500
+    """steps between checkpoints"""
     save_retries: Annotated[Count, FREE] = 3
     """retries in a row of a checkpoint that could not be written, before the run stops"""
     save_backoff: Annotated[NotNegative, FREE] = 10.0
@@ -86,13 +90,17 @@ class Train(Checked):
     stuck_after: Annotated[NotNegative, FREE] = 1800.0
     """seconds without a finished step after which a process exits, since it or another one hangs; 0: never"""
     evaluate_every: Annotated[Count, FREE] = 500
+    """steps between held-out losses; 0: none"""
     evaluate_batches: Annotated[Count, FREE] = 4
+    """batches of a held-out loss"""
     preview_every: Annotated[Count, FREE] = 500
     """steps between grids of images under `samples/`; 0: none"""
     previews: Annotated[Count, FREE] = 16
+    """images of a grid"""
     profile: Annotated[Count, FREE] = 0
     """step at which a trace of five steps is written to `profile/`; 0: none"""
     wandb: Annotated[bool, FREE] = False
+    """log to Weights & Biases as well"""
 
     def __post_init__(self):
         super().__post_init__()

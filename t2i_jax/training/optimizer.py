@@ -27,10 +27,12 @@ class Optimizer(Checked):
     name: str = "adamw"
     """an optimizer of optax or optax.contrib: adamw, adam, lion, adafactor, sgd, muon, ..."""
     learning_rate: NotNegative = 3e-4
+    """the peak of the schedule"""
     adam_learning_rate: NotNegative = 0.0
     """learning rate of the parameters that Muon leaves to Adam, on the same schedule; 0: `learning_rate`, although Muon
     needs about ten times more than Adam"""
     schedule: Literal["constant", "cosine", "linear", "rsqrt"] = "cosine"
+    """after the warm-up; cosine and linear end with the run, rsqrt falls with the root of the step"""
     warmup: Count = 100
     """steps of linear warm-up to the peak"""
     final: Share = 0.1

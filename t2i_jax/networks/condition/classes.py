@@ -19,7 +19,12 @@ from t2i_jax.nn.layers import Embedding
 
 @dataclasses.dataclass(frozen=True)
 class ClassEmbedder(BaseCondition):
-    """One token, a row of a class table; the last row is the unconditional class."""
+    """One token, a row of a class table; the last row is the unconditional class.
+
+    >>> label = ClassEmbedder(10).batch_spec()["label"]
+    >>> label.low, label.high
+    (0, 9)
+    """
 
     count: Count = 1000
     """number of classes; 0: an unconditional model"""

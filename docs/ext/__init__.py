@@ -1,0 +1,1 @@
+"""The machinery of the site: its generated reference, drawings and equations."""
