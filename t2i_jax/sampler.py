@@ -169,12 +169,12 @@ class Sampler:
     guides: tuple[Guide, ...] = ()
     upsampler: Sampler | None = None
     """of the next stage"""
-    stage: int = 0
-    """its place in a cascade, from 0: the same seed gives other noise at each"""
     negative: str = ""
     """prompt that images are guided away from; empty: none"""
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """metadata of images: all that they depend on besides prompt, seed and options"""
+    stage: int = 0
+    """its place in a cascade, from 0: the same seed gives other noise at each"""
 
     def sample(
         self,

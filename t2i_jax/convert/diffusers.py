@@ -58,22 +58,10 @@ def stable_diffusion_config(
     """Values that a folder's settings lack are those of versions 1 where the text is of CLIP ViT-L (width 768), else
     those of versions 2. size: side of the latents; length: tokens of a caption; ends: first and last variance of the
     schedule, if not those of its paper; dtype: of the arithmetic."""
-    found = published.describe(tensors)
-    second = found["context"] != 768
+    second = published.describe(tensors)["context"] != 768
     head_dim = (64 if second else 0) if head_dim is None else head_dim
-    kept = "null_features" in tensors
-    encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)
-    image = tensors.get(published.IMAGE)
-    what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
-    network = UNet(
-        **found,
-        size=_side(size or (96 if second else 64)),
-        heads=heads,
-        head_dim=head_dim,
-        groups=groups,
-        eps=eps,
-        conditioning=Conditioning(what),
-    )
+    side = _side(size or (96 if second else 64))
+    network = _unet(tensors, size=side, heads=heads, head_dim=head_dim, groups=groups, eps=eps, length=length)
     family: Fields = {
         "process": Discrete(schedule, steps, zero_terminal_snr, ends=ends),
         "predicts": predicts or ("v" if second else "eps"),
@@ -82,6 +70,15 @@ def stable_diffusion_config(
         "compute": Compute(dtype),
     }
     return with_fields(Diffusion(network), **(family | fields))
+
+
+def _unet(tensors: Tensors, *, length: int, **fields: object) -> UNet:
+    """fields: of the network, which its shapes lack. length: tokens of a caption."""
+    found = published.describe(tensors)
+    encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null="null_features" in tensors)
+    image = tensors.get(published.IMAGE)
+    what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
+    return UNet(**(found | fields), conditioning=Conditioning(what))
 
 
 def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
@@ -138,14 +135,13 @@ def _upscaler(
     """size: side of the small images, and of the latents; length: tokens of a caption; schedule, ends, steps: of the
     noise, low_res_schedule, low_res_ends, low_res_steps: of that of small images, which training draws below
     max_noise_level, those of released weights without a schedule; dtype: of the arithmetic."""
-    shape: Fields = {"size": size, "heads": heads, "head_dim": head_dim, "groups": groups, "eps": eps}
-    network = network_of(stable_diffusion_config(tensors, length=length, **shape), UNet)
+    shape: Fields = {"size": _side(size), "heads": heads, "head_dim": head_dim, "groups": groups, "eps": eps}
+    network = _unet(tensors, length=length, **shape)
     process = Discrete(schedule, steps, zero_terminal_snr, ends=ends) if schedule else _WIDE
     low_res = Discrete(low_res_schedule, low_res_steps, ends=low_res_ends) if low_res_schedule else _WIDE
     family: Fields = {
         "process": process,
         "predicts": predicts,
-        "low_res_process": low_res,
         "noise_aug": max_noise_level / low_res.steps,
         "solver": "ddim",
         "compute": Compute(dtype),
@@ -153,7 +149,7 @@ def _upscaler(
             min(50, process.steps), guidance=9.0, spacing="leading", noise_aug=min(1.0, 20 / low_res.steps)
         ),
     }
-    return with_fields(Diffusion(network), **(family | fields))
+    return with_fields(Diffusion(network, low_res_process=low_res), **(family | fields))
 
 
 def _upscaler_folder(path: Path) -> ModelFolder:

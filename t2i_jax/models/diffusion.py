@@ -292,7 +292,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         """What the network reads of a low-resolution image, as `low_res_of` gives it, with noise of levels (b,)."""
         if self.low_res_process is None:
             return noise_low_res(small, level, noise)
-        t = self.low_res_process.quantile(jnp.clip(level, 1e-5, 1 - 1e-5))  # at 0 and 1 a time may be infinite
+        # At 0 and 1 a time may be infinite; the share n / T of discrete steps is step n, however it is rounded.
+        t = self.low_res_process.quantile(jnp.clip(level + 1e-6, 1e-5, 1 - 1e-5))
         alpha, sigma = self.low_res_process.alpha_sigma(t, small)
         return {"low_res": alpha * small + sigma * noise, "low_res_noise": self.low_res_process.network_time(t) / 1000}
 

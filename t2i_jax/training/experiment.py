@@ -186,7 +186,7 @@ def record_spec(experiment: Experiment, codec: Codec | None, model: Trainable | 
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "low_codes" in spec and images is not None:
         spec["low_codes"] = optional(spec["low_codes"])
-    if "low_res" in spec and codes is not None and images is not None:
+    if codec is not None and "low_res" in spec and None not in spec["low_res"].shape:
         spec["low_res"] = optional(spec["low_res"])
     if "image_features" in spec and embeds_images(experiment.text):
         spec["image_features"] = optional(spec["image_features"])
