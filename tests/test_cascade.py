@@ -22,10 +22,12 @@ from t2i_jax.networks.condition import ClassEmbedder
 from t2i_jax.networks.unet import UNet
 from t2i_jax.noise.processes import Discrete
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.previews import Previews
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment, Train, make_prepare, record_spec
 from t2i_jax.training.loop import train
+from t2i_jax.training.optimizer import Optimizer
 from tests.fixtures.toys import Halves
 
 BASE = Diffusion(
@@ -183,9 +185,9 @@ def test_an_upsampler_of_latents_is_trained_from_images(tmp_path):
     write_records(tmp_path / "data", records)
     save_artifact(Artifact(Halves(), {}), tmp_path / "codec", "")
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=16, batch_size=8)
-    settings = Train(2, evaluate_every=2, preview_every=2, previews=2, save_every=2)
+    settings = Train(2, evaluate_every=2, preview_every=2, previews=2, save_every=2, optimizer=Optimizer(warmup=1))
     experiment = Experiment(pixels_as_latents(8), data, settings, codec=str(tmp_path / "codec"))
-    train(experiment, tmp_path / "run")
+    train(experiment, tmp_path / "run", Previews())
     assert (tmp_path / "run" / "samples" / "0000002.png").exists()
     third = Pipeline.load(tmp_path / "run", MeshConfig(1)).sampler()
     small = np.zeros((1, 8, 8, 3), np.uint8)
