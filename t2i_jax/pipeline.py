@@ -247,8 +247,7 @@ class Pipeline:
             raise ConfigError("two guides of one kind: a model is guided by one of each")
         for guide in guides:
             guide.check(self.family)
-        stages = [upsampler] if isinstance(upsampler, Pipeline) else list(upsampler or ())
-        self._check_cascade(stages)
+        stages = self._cascade([upsampler] if isinstance(upsampler, Pipeline) else list(upsampler or ()))
         if edit:
             options, parts = edit.override(options), parts | self._put(self._encode(edit))
             about |= {"held": digest(edit.image, edit.mask)}
@@ -275,25 +274,24 @@ class Pipeline:
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), later, negative, about)
 
-    def _check_cascade(self, stages: Sequence[Pipeline]) -> None:
-        """Errors: `ConfigError` for a stage that enlarges nothing, and one that would make its small images smaller."""
-        given = self._image_size
-        for stage in stages:
-            name, grid = Path(stage.folder or "").name, stage.family.sample_spec().grid
-            with refused(name):
-                super_resolution(stage.family)
-            if "low_res" in stage.family.condition_spec() and (given[0] > grid[0] or given[1] > grid[1]):
-                size = lambda sides: "{}x{}".format(*sides)
-                hint = f"; convert it with --size {max(given)}" if stage.codec else ""
-                raise ConfigError(f"{name} enlarges images of {size(grid)} at most, not of {size(given)}{hint}")
-            given = stage._image_size
+    def _cascade(self, stages: Sequence[Pipeline]) -> list[Pipeline]:
+        """The stages after this one, of latents each with a position for each pixel that it is given.
 
-    @property
-    def _image_size(self) -> tuple[int, int]:
-        """Rows and columns of its images."""
-        factor = self.codec.config.spec.factor if self.codec else 1
-        rows, columns = self.family.sample_spec().grid
-        return rows * factor, columns * factor
+        Errors: `ConfigError` for a stage that enlarges nothing, and one that would make its small images smaller.
+        """
+        given, made = self.image_shape, []
+        for stage in stages:
+            name = Path(stage.folder or "").name
+            with refused(name):
+                family, (rows, columns) = super_resolution(stage.family), stage.family.sample_spec().grid
+                if stage.codec and "low_res" in family.condition_spec():
+                    factor = stage.codec.config.spec.factor
+                    stage = stage.sized(given[1] * factor, given[0] * factor)
+                elif "low_res" in family.condition_spec() and (given[0] > rows or given[1] > columns):
+                    raise ConfigError(f"its images are {rows}x{columns}, smaller than {given[0]}x{given[1]} before it")
+            made.append(stage)
+            given = stage.image_shape
+        return made
 
     def other_codec(self, folder: str | Path) -> Artifact[Codec]:
         """A codec for the model's codes besides its own, on the same mesh: a small one, for intermediate images.

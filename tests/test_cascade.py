@@ -150,7 +150,11 @@ def test_a_table_has_a_row_for_each_level_of_the_small_image():
     plain = model.condition(rows, jnp.zeros(21, bool), jnp.float32)[0][0, 0]
     np.testing.assert_allclose(pooled[:20] - plain, table, atol=1e-6)
     np.testing.assert_array_equal(pooled[20], pooled[19])  # beyond the last is the last
-    for fields, why in (({"low_res_process": None}, "it is None"), ({"low_res_process": Discrete("cosine")}, "1000")):
+    for fields, why in (
+        ({"low_res_process": None}, "it is None"),
+        ({"low_res_process": Discrete("cosine")}, "1000"),
+        ({"upscale": 2}, "of pixels"),
+    ):
         with pytest.raises(ConfigError, match=why):
             dataclasses.replace(config, **fields)
     for fields in ({"noise_aug_conditioning": False}, {"extra_inputs": (), "noise_aug_conditioning": False}):
@@ -205,7 +209,7 @@ def placed(config, codec=None):
 def test_a_cascade_has_any_number_of_stages(model):
     """Each reads the images of the one before it, and has noise of its own for the same seed."""
     base, large = placed(BASE), dataclasses.replace(placed(LARGE), model=model)
-    third = placed(pixels_as_latents(8), Halves())
+    third = placed(pixels_as_latents(4), Halves())  # of the size of what it is given
     images = base(["1", "2"], seeds=[5, 6], upsampler=[large, third])
     assert images.shape == (2, 16, 16, 3)
     sampler = base.sampler(upsampler=[large, third])
@@ -214,14 +218,14 @@ def test_a_cascade_has_any_number_of_stages(model):
     again = sampler.upsampler.upsampler.generate(["1", "2"], [5, 6], low_res=to_host(second))
     np.testing.assert_array_equal(again, images)
     np.testing.assert_array_equal(second, base(["1", "2"], seeds=[5, 6], upsampler=large))
-    alone = third.sampler().generate(["1", "2"], [5, 6], low_res=to_host(second))
+    alone = third.sized(16, 16).sampler().generate(["1", "2"], [5, 6], low_res=to_host(second))
     assert np.abs(np.asarray(alone, int) - np.asarray(images, int)).max() > 0
     assert sampler.about["upsampler"].count("DiffusionSampler") == 2
 
 
 def test_a_stage_that_would_shrink_its_image_is_refused():
-    base, large, third = placed(BASE), placed(LARGE), placed(pixels_as_latents(4), Halves())
-    with pytest.raises(ConfigError, match="images of 4x4 at most, not of 8x8; convert it with --size 8"):
-        base.sampler(upsampler=[large, third])
+    base, large = placed(BASE), placed(LARGE)
+    with pytest.raises(ConfigError, match="its images are 8x8, smaller than 16x12 before it"):
+        base.sized(12, 16).sampler(upsampler=large)
     with pytest.raises(ConfigError, match="no second stage of a cascade"):
         base.sampler(upsampler=[large, base])

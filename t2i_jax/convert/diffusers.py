@@ -341,8 +341,7 @@ FORMATS = {
         needed=((*published.NEEDED, published.LEVELS),),
         adapt=lambda tensors, **hints: (published.squared(tensors, True), hints),
         folder=_upscaler_folder,
-        title="the upscaler of Stable Diffusion as diffusers keeps it, for `t2i sample --upsample`; --size is the side "
-        "of small images, 128 unless given",
+        title="the upscaler of Stable Diffusion as diffusers keeps it, for `t2i sample --upsample`",
         example="stable-diffusion-x4-upscaler/",
     ),
     "stable-diffusion-3": Format(

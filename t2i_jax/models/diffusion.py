@@ -99,6 +99,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
                 "where it says nothing of the image; predict 'v' or 'velocity'"
             )
 
+        if self.upscale and self.network.low_res_channels:
+            raise ConfigError(f"upscale {self.upscale}: of pixels; low_res_channels are of latents, by their codec")
         levels, process = self.network.noise_levels, self.low_res_process
         times = process.time_levels if process else None
         if levels and (times is None or times > levels):
@@ -173,8 +175,6 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         spec = {"codes": drawn, "image": drawn, **self.condition_spec(), "weight": WEIGHT}
         if self.is_super_resolution:
             spec["low_res"] = dataclasses.replace(spec["low_res"], optional=self.upscale > 0)
-            if self.network.low_res_channels:  # of latents: a pixel for each position, made where there is their codec
-                spec["low_res"] = FieldSpec((*self.grid, self.network.low_res_channels), "float32")
             spec["low_res_noise"] = FieldSpec((), "float32", optional=True)
         return spec
 

@@ -186,7 +186,7 @@ def record_spec(experiment: Experiment, codec: Codec | None, model: Trainable | 
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "low_codes" in spec and images is not None:
         spec["low_codes"] = optional(spec["low_codes"])
-    if codec is not None and "low_res" in spec and None not in spec["low_res"].shape:
+    if codec is not None and "low_res" in spec and spec["low_res"].shape[-1] == 3:
         spec["low_res"] = optional(spec["low_res"])
     if "image_features" in spec and embeds_images(experiment.text):
         spec["image_features"] = optional(spec["image_features"])
@@ -231,7 +231,7 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None, spec: BatchSpec = 
 
     def prepare(frozen: Frozen, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         batch = with_low_codes(spec, codec, frozen, with_features(text, frozen, as_floats(batch)))
-        batch = batch if codec is None else with_low_res(spec, batch)
+        batch = with_low_res(spec, codec, batch)
         if "latents" in batch:
             batch["codes"] = draw_codes(batch.pop("latents"), key)
         if codec is not None and "image" in batch:
@@ -275,14 +275,17 @@ def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: 
     return batch | {"low_codes": codec.encode(frozen["codec"], small)}
 
 
-def with_low_res(spec: BatchSpec, batch: dict[str, Array]) -> dict[str, Array]:
-    """A batch with the small image, `low_res` float (b, i, j, 3) in [-1, 1], if the model reads it and the batch has
-    none: its `image`, scaled to as many pixels as `low_res` of the spec has, if that says."""
-    rows, columns, c = spec["low_res"].shape if "low_res" in spec else (None, None, None)
-    if rows is None or columns is None or c is None or "low_res" in batch or "image" not in batch:
+def with_low_res(spec: BatchSpec, codec: Codec | None, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with the small image, `low_res` float (b, i, j, 3) in [-1, 1], if a model of latents reads it and the
+    batch has none: its `image`, scaled to a pixel for each code."""
+    if codec is None or "low_res" not in spec or "low_res" in batch or "image" not in batch:
         return batch
     image = batch["image"]
-    return batch | {"low_res": jax.image.resize(image, (len(image), rows, columns, c), "linear", antialias=True)}
+    if spec["low_res"].optional or spec["low_res"].shape[-1] != image.shape[-1]:
+        return batch
+    b, i, j, c = image.shape
+    size = (b, i // codec.spec.factor, j // codec.spec.factor, c)
+    return batch | {"low_res": jax.image.resize(image, size, "linear", antialias=True)}
 
 
 def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
