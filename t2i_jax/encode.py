@@ -149,6 +149,12 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
     frozen.pop("loss", None)  # nothing is trained here
     if not frozen:
         raise ConfigError("the config has neither a codec nor a frozen text encoder: there is nothing to encode")
+    small_image = experiment.model.batch_spec().get("low_res")
+    if codec and small_image and not small_image.optional:
+        raise ConfigError(
+            f"a {type(experiment.model).__name__} of latents that reads small images trains on images: of these both "
+            "are made, and only codes would be stored"
+        )
     frozen = put_on_mesh(frozen, shardings(frozen, mesh))
     store = jax.jit(make_store(codec.config if codec else None, experiment.text, experiment.model.batch_spec()))
     seen = codec or learns_from_images(experiment.text) or embeds_images(experiment.text)

@@ -155,7 +155,7 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         edit: Edit | None = None,
         guides: Sequence[Guide] = (),
-        upsampler: Pipeline | None = None,
+        upsampler: Pipeline | Sequence[Pipeline] | None = None,
         negative: str | int = "",
         like: Like | None = None,
         batch_size: int = 16,
@@ -227,17 +227,18 @@ class Pipeline:
         *,
         edit: Edit | None = None,
         guides: Sequence[Guide] = (),
-        upsampler: Pipeline | None = None,
+        upsampler: Pipeline | Sequence[Pipeline] | None = None,
         negative: str = "",
         like: Like | None = None,
     ) -> Sampler:
         """A sampler with these options, by default those of the family.
 
         edit: of a given image, for all prompts. guides: at most one of a kind. upsampler: the second stage of a cascade
-        (Ho et al. 2022), a super-resolution pipeline; it reads the same prompts, samples with its own options, and uses
-        the same seeds with other noise. negative: a prompt to guide away from, in the place of the unconditional
-        branch; the second stage reads it too, if it can and is guided. like: images that new ones are to be like, for
-        all prompts. Errors: `ConfigError` for what the family cannot do, guides that do not match it.
+        (Ho et al. 2022), a super-resolution pipeline, or several, one after the other; they read the same prompts,
+        sample with their own options, and use the same seeds with other noise. negative: a prompt to guide away from,
+        in the place of the unconditional branch; later stages read it too, if they can and are guided. like: images
+        that new ones are to be like, for all prompts. Errors: `ConfigError` for what the family cannot do, guides that
+        do not match it, and a stage whose images are smaller than those that it is given.
         """
         options = self.options if options is None else options
         check_threshold(self.codec and self.codec.config, options)
@@ -246,9 +247,7 @@ class Pipeline:
             raise ConfigError("two guides of one kind: a model is guided by one of each")
         for guide in guides:
             guide.check(self.family)
-        if upsampler:
-            with refused(Path(upsampler.folder or "").name):
-                super_resolution(upsampler.family)
+        stages = self._cascade([upsampler] if isinstance(upsampler, Pipeline) else list(upsampler or ()))
         if edit:
             options, parts = edit.override(options), parts | self._put(self._encode(edit))
             about |= {"held": digest(edit.image, edit.mask)}
@@ -258,18 +257,41 @@ class Pipeline:
         for guide in guides:
             options, parts = guide.override(options), parts | self._put(guide.weights)
             about |= guide.about
-        if upsampler:
-            about |= {"upsampler": f"{upsampler.about.get('model', '')}, {upsampler.options}"}
+        if stages:
+            said = (f"{stage.about.get('model', '')}, {stage.options}" for stage in stages)
+            about |= {"upsampler": "; ".join(said)}
         if negative:
             negative_prompts(self.family)
             if guided_by(self.family, options) is False:
                 raise ConfigError("a negative prompt with guidance 1: nothing guides")
             about |= {"negative": negative}
-        second = upsampler and upsampler.sampler(negative=negative if upsampler.reads_negative else "")
+        later: Sampler | None = None
+        for n, stage in reversed(list(enumerate(stages, 1))):
+            own = stage.sampler(negative=negative if stage.reads_negative else "")
+            later = dataclasses.replace(own, upsampler=later, stage=n)
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
         encoder = self.text if gives_features(self.text) else None
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
-        return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), second, negative, about)
+        return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), later, negative, about)
+
+    def _cascade(self, stages: Sequence[Pipeline]) -> list[Pipeline]:
+        """The stages after this one, of latents each with a position for each pixel that it is given.
+
+        Errors: `ConfigError` for a stage that enlarges nothing, and one that would make its small images smaller.
+        """
+        given, made = self.image_shape, []
+        for stage in stages:
+            name = Path(stage.folder or "").name
+            with refused(name):
+                family, (rows, columns) = super_resolution(stage.family), stage.family.sample_spec().grid
+                if stage.codec and "low_res" in family.condition_spec():
+                    factor = stage.codec.config.spec.factor
+                    stage = stage.sized(given[1] * factor, given[0] * factor)
+                elif "low_res" in family.condition_spec() and (given[0] > rows or given[1] > columns):
+                    raise ConfigError(f"its images are {rows}x{columns}, smaller than {given[0]}x{given[1]} before it")
+            made.append(stage)
+            given = stage.image_shape
+        return made
 
     def other_codec(self, folder: str | Path) -> Artifact[Codec]:
         """A codec for the model's codes besides its own, on the same mesh: a small one, for intermediate images.

@@ -422,6 +422,38 @@ OF_IMAGEN: dict[str, Diffusion] = {
 appendix, the width of the context and a skip for every block are ours, which makes the upsamplers larger than its 600 M
 and 400 M. Of DeepFloyd IF here are the first stages; the others are read from their files alone."""
 
+OF_LATENTS: dict[str, Diffusion] = {
+    "sd-upscaler": Diffusion(
+        UNet(
+            (128, 128),
+            channels=4,
+            width=256,
+            multipliers=(1, 2, 2, 4),
+            attention=(2, 4, 8),
+            only_context=(2, 4),
+            heads=8,
+            transformers=1,
+            scale_shift=False,
+            resample="conv",
+            conditioning=Conditioning(CrossAttnFeatures(1024, 77)),
+            context=1024,
+            pool="none",
+            extra_inputs=("low_res",),
+            low_res_channels=3,
+            noise_aug_conditioning=True,
+            noise_levels=1000,
+            learn_variance=False,
+        ),
+        Discrete("scaled_linear", ends=(1e-4, 0.02)),
+        "v",
+        noise_aug=0.35,
+        low_res_process=Discrete("scaled_linear", ends=(1e-4, 0.02)),
+        solver="ddim",
+        sampling=DiffusionSampler(50, guidance=9.0, spacing="leading", noise_aug=0.02),
+    ),  # 473 M
+}
+"""Stable Diffusion's upscaler, from 128 x 128 to 512 x 512 pixels by latents of a codec of factor 4."""
+
 Preset = AR | Stream | CoarseToFine | Masked | Diffusion | GAN | StagedGAN | UnCLIP | VAR
 PRESETS: dict[str, Preset] = (
     OF_AR
@@ -433,6 +465,7 @@ PRESETS: dict[str, Preset] = (
     | OF_STAGED_GAN
     | OF_UNCLIP
     | OF_IMAGEN
+    | OF_LATENTS
     | OF_VAR
 )
 

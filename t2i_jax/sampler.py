@@ -168,11 +168,13 @@ class Sampler:
     options: SamplingOptions
     guides: tuple[Guide, ...] = ()
     upsampler: Sampler | None = None
-    """of the second stage"""
+    """of the next stage"""
     negative: str = ""
     """prompt that images are guided away from; empty: none"""
     about: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """metadata of images: all that they depend on besides prompt, seed and options"""
+    stage: int = 0
+    """its place in a cascade, from 0: the same seed gives other noise at each"""
 
     def sample(
         self,
@@ -233,8 +235,10 @@ class Sampler:
             whole = some + some[-1:] * short, seeds[at : at + size] + [0] * short
             others = toward and [*toward[at : at + size], *toward[at : at + size][-1:] * short]
             images = self.generate(*whole, on_preview and preview, toward=others)
-            if self.upsampler:
-                images = self.upsampler.generate(*whole, low_res=to_host(images))
+            stage = self.upsampler
+            while stage:
+                images = stage.generate(*whole, low_res=to_host(images))
+                stage = stage.upsampler
             yield to_host(images)[:count]
 
     def generate(
@@ -253,7 +257,8 @@ class Sampler:
         condition, keys = self.condition(prompts), image_keys(seeds)
         if low_res is not None:
             condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1
-            keys = jax.vmap(apart)(keys)
+            for _ in range(max(self.stage, 1)):
+                keys = jax.vmap(apart)(keys)
         with jax.set_mesh(self.mesh):
             # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
             data = jax.device_get(jax.random.key_data(keys))
@@ -300,7 +305,10 @@ class Sampler:
 
     def log_unread(self, prompts: Sequence[str]) -> None:
         """Log which prompts have a part that no model reads."""
-        texts = (self.text, *(guide.text for guide in self.guides), self.upsampler and self.upsampler.text)
+        texts, stage = [self.text, *(guide.text for guide in self.guides)], self.upsampler
+        while stage:
+            texts.append(stage.text)
+            stage = stage.upsampler
         for text in dict.fromkeys(filter(None, map(limited, texts))):
             if cut := unread(text, prompts):
                 log.warning(f"prompts are cut: {cut}; what is not read changes no image")

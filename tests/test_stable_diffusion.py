@@ -144,7 +144,10 @@ def test_what_is_not_known_is_told(folder):
     with pytest.raises(ValueError, match="attention_head_dim"):
         published.settings(config | {"attention_head_dim": [4, 4, 2]})
     with pytest.raises(ValueError, match="betas of scaled_linear"):
-        published.schedule({"beta_schedule": "scaled_linear", "beta_start": 0.001})
+        published.schedule({"beta_schedule": "scaled_linear", "beta_start": 0.5})
+    wide = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}
+    assert published.schedule(wide)["ends"] == (0.0001, 0.02)
+    assert "ends" not in published.schedule(wide | {"beta_schedule": "linear"})
     with pytest.raises(ValueError, match="scheduler_config"):
         published.schedule({"prediction_type": "noise"})
     with pytest.raises(FileNotFoundError, match="vocab.json"):

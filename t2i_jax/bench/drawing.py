@@ -63,7 +63,7 @@ def random_condition(experiment: Experiment, batch: int) -> dict[str, np.ndarray
     reads = family.condition_spec()
     condition = {k: v for k, v in random_batch(experiment, shapes).items() if k in reads}
     if family.capabilities.super_resolution and "low_codes" not in condition:
-        i, j, c = family.sample_spec().shape
+        (i, j), c = family.sample_spec().grid, reads["low_res"].shape[-1] or 3
         condition["low_res"] = np.zeros((batch, -(-i // 4), -(-j // 4), c), np.float32)
     return condition
 

@@ -100,8 +100,8 @@ class SampleArguments(Checked):
     """run of a worse model, smaller or less trained, for autoguidance: it replaces the unconditional branch"""
     negative: str = ""
     """a prompt that images are guided away from, in the place of the unconditional branch; for masked models"""
-    upsample: Path | None = None
-    """run folder or released model of an upsampler, with its own sampling options"""
+    upsample: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """run folder or released model of an upsampler, with its own sampling options; once for each stage of a cascade"""
     interpolate: Annotated[int | None, Range(2, 1_000_000)] = None
     """images from each prompt to the next, both included, or from each of `count` seeds of one prompt to the next; for
     GANs"""
@@ -170,7 +170,7 @@ def run(arguments: list[str]) -> None:
     if args.watch_codec and not args.watch:
         raise config.ConfigError("--watch-codec without --watch: which images is it to decode?")
     watched = pipeline.other_codec(args.watch_codec) if args.watch_codec else None
-    edit, upsampler = None, None
+    edit = None
     guides: list[Guide] = []
     if args.image:
         image, mask = _opened(args.image), open_mask(args.mask) if args.mask else None
@@ -182,7 +182,7 @@ def run(arguments: list[str]) -> None:
         guides.append(ClassifierGuidance.load(args.classifier, mesh=pipeline.mesh, reference=reference))
     if args.autoguide:
         guides.append(Autoguidance.load(args.autoguide, mesh=pipeline.mesh))
-    upsampler = Pipeline.load(args.upsample, mesh) if args.upsample else None
+    upsampler = [Pipeline.load(path, mesh) for path in args.upsample]
     away = mend(args.negative).replace("\0", " ")
     like = Vary(_opened(args.vary)) if args.vary else None
     like = Blend(_opened(args.blend[0]), _opened(args.blend[1]), args.share) if args.blend else like

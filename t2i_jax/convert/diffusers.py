@@ -1,4 +1,4 @@
-"""Folders of diffusers: Stable Diffusion 1.x, 2.x and 3, and PixArt, with codec and text encoders.
+"""Folders of diffusers: Stable Diffusion 1.x, 2.x and 3, its upscaler, and PixArt, with codec and text encoders.
 
 A folder is that of the network alone, or the one that contains those of network, autoencoder, tokeniser and text
 encoder.
@@ -48,6 +48,7 @@ def stable_diffusion_config(
     eps: float = 1e-5,
     length: int = 77,
     schedule: str = "scaled_linear",
+    ends: tuple[float, float] | None = None,
     steps: int = 1000,
     zero_terminal_snr: bool = False,
     predicts: Predicts | None = None,
@@ -55,25 +56,14 @@ def stable_diffusion_config(
     **fields: object,
 ) -> Diffusion:
     """Values that a folder's settings lack are those of versions 1 where the text is of CLIP ViT-L (width 768), else
-    those of versions 2. size: side of the latents; length: tokens of a caption; dtype: of the arithmetic."""
-    found = published.describe(tensors)
-    second = found["context"] != 768
+    those of versions 2. size: side of the latents; length: tokens of a caption; ends: first and last variance of the
+    schedule, if not those of its paper; dtype: of the arithmetic."""
+    second = published.describe(tensors)["context"] != 768
     head_dim = (64 if second else 0) if head_dim is None else head_dim
-    kept = "null_features" in tensors
-    encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null=kept)
-    image = tensors.get(published.IMAGE)
-    what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
-    network = UNet(
-        **found,
-        size=_side(size or (96 if second else 64)),
-        heads=heads,
-        head_dim=head_dim,
-        groups=groups,
-        eps=eps,
-        conditioning=Conditioning(what),
-    )
+    side = _side(size or (96 if second else 64))
+    network = _unet(tensors, size=side, heads=heads, head_dim=head_dim, groups=groups, eps=eps, length=length)
     family: Fields = {
-        "process": Discrete(schedule, steps, zero_terminal_snr=zero_terminal_snr),
+        "process": Discrete(schedule, steps, zero_terminal_snr, ends=ends),
         "predicts": predicts or ("v" if second else "eps"),
         "solver": "dpm++",
         "sampling": DiffusionSampler(steps=min(30, steps), guidance=7.5, eta=0.0),
@@ -82,8 +72,19 @@ def stable_diffusion_config(
     return with_fields(Diffusion(network), **(family | fields))
 
 
+def _unet(tensors: Tensors, *, length: int, **fields: object) -> UNet:
+    """fields: of the network, which its shapes lack. length: tokens of a caption."""
+    found = published.describe(tensors)
+    encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null="null_features" in tensors)
+    image = tensors.get(published.IMAGE)
+    what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
+    return UNet(**(found | fields), conditioning=Conditioning(what))
+
+
 def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
     """The ends of attentions as the table has them, whichever way this file keeps them."""
+    if published.LEVELS in tensors:
+        raise ValueError(f"{published.LEVELS}: it is the upscaler's UNet, which is read as stable-diffusion-upscaler")
     given: Fields = hints
     network = network_of(stable_diffusion_config(tensors, **given), UNet)
     return published.squared(tensors, published.linear(network)), given
@@ -102,6 +103,64 @@ def stable_diffusion_folder(path: Path) -> ModelFolder:
         tensors["null_features"], hints["length"] = empty_caption(text), text.length
     codec = codec_of(path / "vae") if (path / "vae").is_dir() else None
     return ModelFolder(tensors, hints, codec, text)
+
+
+# -------------------------------------------------------------------------------------------------------- upscaler
+
+_WIDE = Discrete("scaled_linear", ends=(1e-4, 0.02))
+"""Noise of latents and of small images, in released weights."""
+
+
+def _upscaler(
+    tensors: Tensors,
+    *,
+    size: int | tuple[int, int] = 128,
+    heads: int = 8,
+    head_dim: int = 0,
+    groups: int = 32,
+    eps: float = 1e-5,
+    length: int = 77,
+    schedule: str = "",
+    ends: tuple[float, float] | None = None,
+    steps: int = 1000,
+    zero_terminal_snr: bool = False,
+    predicts: Predicts = "v",
+    low_res_schedule: str = "",
+    low_res_ends: tuple[float, float] | None = None,
+    low_res_steps: int = 1000,
+    max_noise_level: int = 350,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    **fields: object,
+) -> Diffusion:
+    """size: side of the small images, and of the latents; length: tokens of a caption; schedule, ends, steps: of the
+    noise, low_res_schedule, low_res_ends, low_res_steps: of that of small images, which training draws below
+    max_noise_level, those of released weights without a schedule; dtype: of the arithmetic."""
+    shape: Fields = {"size": _side(size), "heads": heads, "head_dim": head_dim, "groups": groups, "eps": eps}
+    network = _unet(tensors, length=length, **shape)
+    process = Discrete(schedule, steps, zero_terminal_snr, ends=ends) if schedule else _WIDE
+    low_res = Discrete(low_res_schedule, low_res_steps, ends=low_res_ends) if low_res_schedule else _WIDE
+    family: Fields = {
+        "process": process,
+        "predicts": predicts,
+        "noise_aug": max_noise_level / low_res.steps,
+        "solver": "ddim",
+        "compute": Compute(dtype),
+        "sampling": DiffusionSampler(
+            min(50, process.steps), guidance=9.0, spacing="leading", noise_aug=min(1.0, 20 / low_res.steps)
+        ),
+    }
+    return with_fields(Diffusion(network, low_res_process=low_res), **(family | fields))
+
+
+def _upscaler_folder(path: Path) -> ModelFolder:
+    """A UNet's folder, or the one that has it as `unet/` among the other parts."""
+    found, hints = stable_diffusion_folder(path), {}
+    if (file := path / "low_res_scheduler" / "scheduler_config.json").is_file():
+        named = published.schedule(huggingface.settings(file))
+        hints = {f"low_res_{k}": named[k] for k in ("schedule", "ends", "steps") if k in named}
+    if (file := path / "model_index.json").is_file():
+        hints["max_noise_level"] = huggingface.settings(file).get("max_noise_level", 350)
+    return found._replace(hints=found.hints | hints)
 
 
 # ---------------------------------------------------------------------------------------------------------- PixArt
@@ -275,6 +334,15 @@ FORMATS = {
         folder=stable_diffusion_folder,
         title="Stable Diffusion 1.x and 2.x as diffusers keeps them",
         example="stable-diffusion-v1-5/",
+    ),
+    "stable-diffusion-upscaler": Format(
+        _upscaler,
+        lambda config: published.table(abstract(config), network_of(config, UNet)),
+        needed=((*published.NEEDED, published.LEVELS),),
+        adapt=lambda tensors, **hints: (published.squared(tensors, True), hints),
+        folder=_upscaler_folder,
+        title="the upscaler of Stable Diffusion as diffusers keeps it, for `t2i sample --upsample`",
+        example="stable-diffusion-x4-upscaler/",
     ),
     "stable-diffusion-3": Format(
         _third,

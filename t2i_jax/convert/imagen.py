@@ -111,6 +111,8 @@ def _folder(path: Path) -> ModelFolder:
 def _scheduler(config: Fields) -> Fields:
     """Hints that `scheduler_config.json` gives."""
     found = stable_diffusion.schedule(config)
+    if "ends" in found:
+        raise ValueError("scheduler_config.json: betas of {} from {} to {}".format(found["schedule"], *found["ends"]))
     if found["predicts"] != "eps" or found["zero_terminal_snr"]:
         raise ValueError(f"scheduler_config.json: predictions {found['predicts']!r}; what can be read is 'epsilon'")
     thresholds, variance = config.get("thresholding", False), config.get("variance_type", "fixed_small")

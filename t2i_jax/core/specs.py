@@ -107,7 +107,8 @@ SOURCES = {
     "similarity": "unCLIP, from the embeddings of caption and image",
     "prefix": "the caller: the first tokens of the sequence",
     "crop": "a data source with images, or what `t2i encode` has written of them",
-    "low_res": "the caller: the small image to enlarge; or `upscale` of the model makes it of the image",
+    "low_res": "the caller: the small image to enlarge; or `upscale` of the model makes it of the image, or training "
+    "with a codec",
     "low_codes": "the codec of the experiment, from images, or a data set that `t2i encode` has written",
     "low_res_noise": "the caller: the noise level of the small image",
 }

@@ -30,6 +30,7 @@ WHOLE = {
     "out": "conv_out",
     "condition.into": "class_embedding.linear_1",
     "condition.out": "class_embedding.linear_2",
+    "noise": "class_embedding",
 }
 ALONE = {
     "condition.null": source("null_features"),
@@ -40,8 +41,11 @@ ALONE = {
 """Lines of a condition; those of the statistics of embeddings are of another file than the UNet."""
 IMAGE = "class_embedding.linear_1.weight"
 """Name of the projection of an image's embedding, in Stable unCLIP."""
+LEVELS = "class_embedding.weight"
+"""Name of the table of noise levels of the small image, in the upscaler."""
 TRANSFORMER = {
     "attention_norm": "norm1",
+    "attention.q": "attn1.to_q",
     "attention.out": "attn1.to_out.0",
     "cross_norm": "norm2",
     "cross.q": "attn2.to_q",
@@ -50,6 +54,8 @@ TRANSFORMER = {
     "mlp.out": "ff.net.2",
 }
 A = TypeVar("A", np.ndarray, jax.ShapeDtypeStruct)
+OWN = r"down_blocks\.(\d+)\.attentions\.0\.transformer_blocks\.0\.attn1\.to_k\.weight$"
+"""Names of the keys of the first attention at each level; of as many numbers as the context they are its own."""
 DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP = ("CrossAttnUpBlock2D", "UpBlock2D")
 
@@ -59,13 +65,11 @@ ONLY = {
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-    "only_cross_attention": (False, None),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
     "dual_cross_attention": (False, None),
     "class_embed_type": (None, "projection"),
-    "num_class_embeds": (None,),
     "addition_embed_type": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
@@ -94,11 +98,12 @@ def describe(tensors: Tensors) -> Fields:
     require(tensors, NEEDED, "no UNet of Stable Diffusion in diffusers")
     shape = lambda name: tuple(tensors[name].shape)
     width, channels_in = shape("conv_in.weight")[:2]
-    channels = shape("conv_out.weight")[0]
-    if channels_in != channels:
+    channels, enlarges = shape("conv_out.weight")[0], LEVELS in tensors
+    if (channels_in != channels) != enlarges:
         raise ValueError(
-            f"conv_in.weight reads {channels_in} channels and conv_out.weight gives {channels}: "
-            "UNets with an image or a mask as further input channels are not supported"
+            f"conv_in.weight reads {channels_in} channels and conv_out.weight gives {channels}, with "
+            f"{LEVELS if enlarges else 'no class_embedding'}: further input channels are supported of an upscaler, an "
+            "image whose noise level has a table; not masks, and no classes"
         )
     count = lambda pattern: len({m[1] for m in (re.match(pattern, name) for name in tensors) if m})
     levels = count(r"down_blocks\.(\d+)\.")
@@ -108,6 +113,15 @@ def describe(tensors: Tensors) -> Fields:
         depths[name] = count(re.escape(name) + r"\.transformer_blocks\.(\d+)\.")
     if len(set(depths.values())) > 1:
         raise ValueError(f"attentions of {sorted(set(depths.values()))} Transformer blocks: all must have as many")
+    context = shape("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1]
+    small: Fields = {
+        "extra_inputs": ("low_res",),
+        "low_res_channels": channels_in - channels,
+        "noise_aug_conditioning": True,
+        "noise_levels": shape(LEVELS)[0] if enlarges else 0,
+    }
+    read = {m[1]: shape(m[0])[1] for m in (re.match(OWN, name) for name in tensors) if m}
+    alone = tuple(2**n for n in range(levels) if read.get(str(n), widths[n]) != widths[n])
     return {
         "channels": channels,
         "width": width,
@@ -115,11 +129,13 @@ def describe(tensors: Tensors) -> Fields:
         "blocks": count(r"down_blocks\.0\.resnets\.(\d+)\."),
         "attention": tuple(2**n for n in range(levels) if f"down_blocks.{n}.attentions.0" in depths),
         "transformers": next(iter(depths.values())),
-        "context": shape("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")[1],
+        "context": context,
+        "only_context": alone,
         "scale_shift": False,
         "resample": "conv",
         "pool": "summary" if IMAGE in tensors else "none",
         "learn_variance": False,
+        **(small if enlarges else {}),
     }
 
 
@@ -136,13 +152,19 @@ def settings(config: Fields) -> Fields:
             f"unet/config.json: down_block_types {down} and up_block_types {up}; "
             f"what can be read are {', '.join(DOWN)}, and {', '.join(UP)} in reverse order"
         )
-    widths = config["block_out_channels"]
+    widths, attends = config["block_out_channels"], [kind == DOWN[0] for kind in down]
     counts = config.get("attention_head_dim", 8)  # so it is called, and is the number of heads
     if config.get("num_attention_heads") is not None:
         counts = config["num_attention_heads"]
     found: Fields = {"groups": config.get("norm_num_groups", 32), "eps": config.get("norm_eps", 1e-5)}
     if (side := config.get("sample_size")) is not None:
         found["size"] = (side, side) if isinstance(side, int) else tuple(side)
+    alone = config.get("only_cross_attention") or False
+    alone = [alone] * len(down) if isinstance(alone, bool) else alone
+    if any(alone):
+        found["only_context"] = tuple(2**n for n, only in enumerate(alone) if only and attends[n])
+    if alone[-1] and attends[-1]:
+        raise ValueError(f"unet/config.json: only_cross_attention {alone}: not at the lowest resolution")
     if isinstance(counts, int) or len(set(counts)) == 1:
         return found | {"heads": counts if isinstance(counts, int) else counts[0], "head_dim": 0}
     heads = {width / n for width, n in zip(widths, counts, strict=False)}
@@ -155,7 +177,8 @@ def settings(config: Fields) -> Fields:
 
 
 def schedule(config: Fields) -> Fields:
-    """What `scheduler/scheduler_config.json` says: `schedule`, `steps`, `zero_terminal_snr`, `predicts`.
+    """What `scheduler/scheduler_config.json` says: `schedule`, its `ends` if not those of its paper, `steps`,
+    `zero_terminal_snr`, `predicts`.
 
     Errors: ValueError naming a field with an unknown value.
     """
@@ -164,13 +187,15 @@ def schedule(config: Fields) -> Fields:
     if name not in ends or config.get("trained_betas") is not None:
         raise ValueError(f"scheduler_config.json: beta_schedule {name!r}; what can be read are {', '.join(ends)}")
     given = tuple(config.get(f"beta_{end}", v) * steps / 1000 for end, v in (("start", 1e-4), ("end", 0.02)))
-    if ends[name] is not None and not np.allclose(given, ends[name], rtol=1e-6):
-        raise ValueError(f"scheduler_config.json: betas of {name} from {given[0]} to {given[1]}, not {ends[name]}")
+    other = ends[name] is not None and not np.allclose(given, ends[name], rtol=1e-6)
+    if other and not 0 < given[0] <= given[1] < 1:
+        raise ValueError(f"scheduler_config.json: betas of {name} from {given[0]} to {given[1]}: above 0, below 1")
     kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
     if (kind := config.get("prediction_type", "epsilon")) not in kinds:
         raise ValueError(f"scheduler_config.json: prediction_type {kind!r} is not one of {', '.join(kinds)}")
     zero = bool(config.get("rescale_betas_zero_snr", False))
-    return {"schedule": name, "steps": steps, "zero_terminal_snr": zero, "predicts": kinds[kind]}
+    found: Fields = {"schedule": name, "steps": steps, "zero_terminal_snr": zero, "predicts": kinds[kind]}
+    return found | ({"ends": given} if other else {})
 
 
 def squared(tensors: Tensors, linear: bool) -> dict[str, np.ndarray]:
@@ -188,8 +213,9 @@ def squared(tensors: Tensors, linear: bool) -> dict[str, np.ndarray]:
 
 
 def linear(config: UNet) -> bool:
-    """Whether a UNet has matrices at the ends of its attentions: versions 2 do, whose heads have one width."""
-    return config.head_dim > 0
+    """Whether a UNet has matrices at the ends of its attentions: versions 2 do, whose heads have one width, and the
+    upscaler."""
+    return config.head_dim > 0 or config.noise_levels > 0
 
 
 def table(model: nnx.Module, config: UNet) -> Table:
@@ -217,7 +243,8 @@ def table(model: nnx.Module, config: UNet) -> Table:
         if part == "resample":
             ours = "conv"
         theirs = f"{place}{(BLOCK if part else WHOLE).get(ours, ours)}.{'weight' if leaf == 'w' else 'bias'}"
-        lines[name] = source(theirs, layout={4: CONV, 2: LINEAR}.get(variable.ndim, ""))
+        layout = "" if theirs == LEVELS else {4: CONV, 2: LINEAR}.get(variable.ndim, "")
+        lines[name] = source(theirs, layout=layout)
     return lines
 
 
@@ -230,8 +257,8 @@ def attention(place: str, rest: str, config: UNet, variable: nnx.Variable, matri
         theirs = {"into": "proj_in", "out": "proj_out"}.get(ours, ours)
         return source(f"{place}{theirs}.{end}", layout=matrix if variable.ndim == 2 else "")
     ours, block = ours.removeprefix("blocks."), f"{place}transformer_blocks.{{}}."
-    if ours in ("attention.qkv", "cross.kv"):
-        attention, letters = ("attn1", "qkv") if ours == "attention.qkv" else ("attn2", "kv")
+    if ours in ("attention.qkv", "attention.kv", "cross.kv"):
+        attention, letters = "attn2" if ours == "cross.kv" else "attn1", ours.rpartition(".")[2]
         names = [f"{block}{attention}.to_{letter}.{end}" for letter in letters]
         width = variable.shape[-1] // len(letters)
         return source(*names, layout="a (n h) d -> d (n a h)", h=width // config.heads_of(width))

@@ -67,8 +67,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     guided_channels: Annotated[Count, FREE] = 0
     """Leading channels that classifier-free guidance changes; 0: all. Released samplers of DiT and GLIDE use 3."""
     upscale: Count = 0
-    """Upscaling factor of super-resolution if batches have no `low_res`: the low-resolution image is then made from
-    `image`."""
+    """Upscaling factor of super-resolution of pixels if batches have no `low_res`: the low-resolution image is then
+    made from `image`."""
     noise_aug: Share = 0.0
     """Maximum noise that training adds to the low-resolution image, 1 being pure noise. The level is sampled per row,
     so that a sampler may choose it (Ho et al. 2022, cascades; Saharia et al. 2022, Imagen)."""
@@ -98,6 +98,14 @@ class Diffusion(BaseFamily[DiffusionSampler]):
                 f"predicts {self.predicts!r}: samplers of this {type(self.process).__name__} begin in noise alone, "
                 "where it says nothing of the image; predict 'v' or 'velocity'"
             )
+
+        if self.upscale and self.network.low_res_channels:
+            raise ConfigError(f"upscale {self.upscale}: of pixels; low_res_channels are of latents, by their codec")
+        levels, process = self.network.noise_levels, self.low_res_process
+        times = process.time_levels if process else None
+        if levels and (times is None or times > levels):
+            given = "None" if process is None else f"of {times or 'any'} times"
+            raise ConfigError(f"noise_levels {levels}: a low_res_process of as many discrete times; it is {given}")
 
     @property
     def condition(self) -> Condition:
@@ -152,9 +160,10 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def condition_spec(self) -> BatchSpec:
         """Batch fields that `sample` reads: those of the condition, and extra inputs."""
         whole, plane = (FieldSpec((*self.grid, n), "float32", optional=True) for n in (self.network.channels, 1))
+        small = self.network.low_res_channels or self.network.channels
         further = {
             "inpaint": {"inpaint": whole, "inpaint_mask": plane},
-            "low_res": {"low_res": FieldSpec((None, None, self.network.channels), "float32")},
+            "low_res": {"low_res": FieldSpec((None, None, small), "float32")},
         }
         extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
         return {**self.condition.batch_spec(), **extra}
@@ -283,7 +292,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         """What the network reads of a low-resolution image, as `low_res_of` gives it, with noise of levels (b,)."""
         if self.low_res_process is None:
             return noise_low_res(small, level, noise)
-        t = self.low_res_process.quantile(jnp.clip(level, 1e-5, 1 - 1e-5))  # at 0 and 1 a time may be infinite
+        # At 0 and 1 a time may be infinite; the share n / T of discrete steps is step n, however it is rounded.
+        t = self.low_res_process.quantile(jnp.clip(level + 1e-6, 1e-5, 1 - 1e-5))
         alpha, sigma = self.low_res_process.alpha_sigma(t, small)
         return {"low_res": alpha * small + sigma * noise, "low_res_noise": self.low_res_process.network_time(t) / 1000}
 

@@ -19,7 +19,7 @@ from t2i_jax.core.sharding import shard
 from t2i_jax.core.types import Compute
 from t2i_jax.nn.attention import Causal
 from t2i_jax.nn.layers import Conv, Embedding, LayerNorm, Linear, at_least_fp32, normal, param, position_table, unit
-from t2i_jax.nn.transformer import Block, Transformer, scan_stack, stack
+from t2i_jax.nn.transformer import Attention, Block, Transformer, scan_stack, stack
 
 MEAN, STD = np.array([(0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)], np.float32)
 """Of each channel of images in [0, 1]."""
@@ -228,6 +228,7 @@ def _as_published(blocks: Block, config: Transformer) -> Block:
     d = config.width
     out = (2 * d * config.depth) ** -0.5
     mlp, attention = blocks.mlp, blocks.attention
+    assert isinstance(attention, Attention)
     for linear, std in ((attention.qkv, d**-0.5), (attention.out, out), (mlp.into, (2 * d) ** -0.5), (mlp.out, out)):
         linear.w = param(linear.w[...] * (std / 0.02), *linear.w.axes)
     return blocks

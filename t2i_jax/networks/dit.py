@@ -62,6 +62,8 @@ class DiT(Checked):
     """Also predict the variance of the reverse step, in a second half of the output channels."""
 
     upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
+    low_res_channels: ClassVar[int] = 0
+    noise_levels: ClassVar[int] = 0
     remats: ClassVar[tuple[Remat, ...]] = REMATS
     chooses_attention: ClassVar[bool] = True
 

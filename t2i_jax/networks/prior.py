@@ -41,6 +41,8 @@ class EmbeddingPrior(Checked):
     size: ClassVar[tuple[int, int]] = (1, 1)
     extra_inputs: ClassVar[tuple[str, ...]] = ()
     upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
+    low_res_channels: ClassVar[int] = 0
+    noise_levels: ClassVar[int] = 0
     learn_variance: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
     remats: ClassVar[tuple[Remat, ...]] = REMATS

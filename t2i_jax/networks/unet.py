@@ -36,7 +36,7 @@ from t2i_jax.networks.condition import (
 )
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
-from t2i_jax.nn.layers import Conv, GroupNorm, LayerNorm, Linear
+from t2i_jax.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear
 from t2i_jax.nn.modulation import SMOOTH, Smooth, TimeEmbedding
 from t2i_jax.nn.transformer import REMAT, Transformer, drop, scan_stack, stack
 
@@ -63,7 +63,8 @@ class UNet(Checked):
     middle_attention: bool = True
     """Whether there is attention at the lowest resolution, between encoder and decoder."""
     only_context: Sizes = ()
-    """Downsampling factors at which positions read the context and not each other."""
+    """Downsampling factors at which positions read the context and not each other; a Transformer block reads it
+    twice."""
     heads: Size = 4
     head_dim: Count = 0
     """Width of a head, which determines their number; 0: `heads` heads."""
@@ -107,10 +108,14 @@ class UNet(Checked):
     extra_inputs: tuple[Literal["inpaint", "low_res"], ...] = ()
     """Images of the batch that the network reads besides the noised one: a masked image with its mask, a low-resolution
     one."""
+    low_res_channels: Count = 0
+    """Channels of the `low_res` image; 0: those of a sample. Of latents it is an image at their resolution, with 3."""
     upscaling: Upscaling = "linear"
     """How the `low_res` image is upscaled to the size of the noised one."""
     noise_aug_conditioning: bool = False
     """Condition on the noise level of the `low_res` image, `low_res_noise` of the batch."""
+    noise_levels: Count = 0
+    """Rows of a table that embeds this level, a whole number of thousandths; 0: as the time is embedded."""
     learn_variance: bool = True
     """Also predict the variance of the reverse step, in a second half of the output channels."""
     last_times: Count = 0
@@ -142,13 +147,17 @@ class UNet(Checked):
             raise ValueError("pool 'none' without a context: the condition would be read nowhere")
         if self.pool == "summary":
             self._check_summary()
-        if self.noise_aug_conditioning and "low_res" not in self.extra_inputs:
-            raise ValueError("noise_aug_conditioning=True requires 'low_res' in extra_inputs")
+        if (self.noise_aug_conditioning or self.low_res_channels) and "low_res" not in self.extra_inputs:
+            raise ValueError("noise_aug_conditioning=True and low_res_channels require 'low_res' in extra_inputs")
+        if self.noise_levels and not self.noise_aug_conditioning:
+            raise ValueError(f"noise_levels {self.noise_levels}: rows for the levels of noise_aug_conditioning=True")
 
     def _check_context(self) -> None:
-        if (self.only_context or self.context_norm != "none") and (not self.context or self.transformers):
+        normalised = self.context_norm != "none"
+        if ((self.only_context or normalised) and not self.context) or (normalised and self.transformers):
             raise ConfigError(
-                "only_context, context_norm: of attention that reads tokens of width `context`, not of x alone"
+                "only_context, context_norm: of attention that reads tokens of width `context`, not of x alone; "
+                "Transformer blocks have no context_norm"
             )
         padded = self.conditioning is not None and self.conditioning.what.spec.has_padding
         if self.context_norm == "group" and padded:
@@ -176,9 +185,8 @@ class UNet(Checked):
 
     @property
     def channels_in(self) -> int:
-        return self.channels + sum(
-            {"inpaint": self.channels + 1, "low_res": self.channels}[n] for n in self.extra_inputs
-        )
+        further = {"inpaint": self.channels + 1, "low_res": self.low_res_channels or self.channels}
+        return self.channels + sum(further[n] for n in self.extra_inputs)
 
     @property
     def embedding(self) -> int:
@@ -304,9 +312,12 @@ def _context_norm(config: UNet) -> GroupNorm | LayerNorm | None:
 
 
 class SpatialTransformer(nnx.Module):
-    """x + Transformer blocks over its positions, with cross-attention to the context: (b, i, j, c) -> (b, i, j, c)."""
+    """x + Transformer blocks over its positions, with cross-attention to the context: (b, i, j, c) -> (b, i, j, c).
 
-    def __init__(self, config: UNet, c: int, key: Array, up: bool = False):
+    alone: the context is read alone, twice by each block.
+    """
+
+    def __init__(self, config: UNet, c: int, key: Array, up: bool = False, alone: bool = False):
         keys = jax.random.split(key, 3)
         shape = Transformer(
             c,
@@ -320,7 +331,7 @@ class SpatialTransformer(nnx.Module):
         )
         self.norm = GroupNorm(c, config.groups, 1e-6)
         self.into = Linear(c, c, keys[0], std=None, axes=(None, "embed"))
-        self.blocks = stack(shape, keys[1], context=config.context)
+        self.blocks = stack(shape, keys[1], context=config.context, alone=alone)
         self.out = Linear(c, c, keys[2], std=0.0, axes=("embed", None))
 
     @typed
@@ -336,9 +347,8 @@ def attention_of(
     config: UNet, c: int, key: Array, level: int, up: bool = False
 ) -> ContextAttention | SpatialTransformer:
     """The attention module over the c channels of a level, for the encoder or (`up`) the decoder."""
-    if config.transformers:
-        return SpatialTransformer(config, c, key, up)
-    return ContextAttention(config, c, key, up, 2**level in config.only_context)
+    kind = SpatialTransformer if config.transformers else ContextAttention
+    return kind(config, c, key, up, 2**level in config.only_context)
 
 
 class Resample(nnx.Module):
@@ -357,6 +367,12 @@ class Resample(nnx.Module):
 
 def _time_embedding(config: UNet, key: Array) -> TimeEmbedding:
     return TimeEmbedding(config.embedding, key, frequency_dim=config.width, activation=config.activation)
+
+
+def _noise_embedding(config: UNet, key: Array) -> TimeEmbedding | Embedding:
+    if config.noise_levels:
+        return Embedding(config.noise_levels, config.embedding, key)
+    return _time_embedding(config, key)
 
 
 class UNetStage(nnx.Module):
@@ -444,7 +460,7 @@ class UNetNetwork(UNetEncoder):
         self.condition = None if config.conditioning is None else config.conditioning.what.init(next(keys), width)
         pools = config.context and config.pool in ("mean", "last")
         self.pool = Linear(width, config.embedding, next(keys), std=None, axes=(None, "embed")) if pools else None
-        self.noise = _time_embedding(config, apart(key)) if config.noise_aug_conditioning else None
+        self.noise = _noise_embedding(config, apart(key)) if config.noise_aug_conditioning else None
         up, kept, c = [], list(self.kept), self.kept[-1]
         for level in reversed(range(len(config.multipliers))):
             for n in range(config.blocks_at(level) + 1):
@@ -461,6 +477,8 @@ class UNetNetwork(UNetEncoder):
         if self.noise is None:
             return context
         time = 1000 * jnp.broadcast_to(value(batch, "low_res_noise"), drop.shape)
+        if isinstance(self.noise, Embedding):
+            time = jnp.clip(jnp.rint(time).astype(jnp.int32), 0, self.config.noise_levels - 1)
         return context._replace(pooled=context.pooled + self.noise(time))
 
     def _read(self, batch: Batch, drop: Array) -> Context:

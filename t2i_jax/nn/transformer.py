@@ -341,11 +341,24 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm` norm(x + attention(x)), then norm(x + mlp(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `post_norm` norm(x + attention(x)), then norm(x + mlp(x)).
 
-    def __init__(self, config: Transformer, key: Array, kernel: AttentionKind = "auto", context: int = 0):
+    alone: the first attention, too, is to the context, and positions do not see each other.
+    """
+
+    def __init__(
+        self,
+        config: Transformer,
+        key: Array,
+        kernel: AttentionKind = "auto",
+        context: int = 0,
+        alone: bool = False,
+    ):
         keys = jax.random.split(key)
-        self.attention_norm, self.attention = config.normalise(), Attention(config, keys[0], kernel)
+        self.attention_norm = config.normalise()
+        self.attention: Attention | CrossAttention = (
+            CrossAttention(config, context, keys[0]) if alone else Attention(config, keys[0], kernel)
+        )
         self.mlp_norm, self.mlp = config.normalise(), MLP(config, keys[1])
         self.cross_norm = config.normalise() if context else None
         self.cross = CrossAttention(config, context, jax.random.fold_in(key, 2)) if context else None
@@ -388,7 +401,12 @@ class Block(nnx.Module):
             return checkpoint_name(y if scale is None else y * scale[...].astype(y.dtype), "branch")
 
         y, cache = mixed(before(self.attention_norm, x), cache, 0)
-        y, cache = self.attention(y, rotary, mask, cache, bias)
+        if isinstance(self.attention, CrossAttention):
+            if context is None:
+                raise ValueError("attention to the context has nothing to look at: there is no context")
+            y = self.attention(y, context, context_mask)
+        else:
+            y, cache = self.attention(y, rotary, mask, cache, bias)
         x = after(self.attention_norm, x + branch(y, self.attention_out_norm, self.attention_scale, keys[0]))
         if self.cross is not None:
             if context is not None:
@@ -414,15 +432,18 @@ def drop(x: Float[Array, "*b"], rate: float, key: Array | None) -> Float[Array, 
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
-def stack(config: Transformer, key: Array, kernel: AttentionKind = "auto", context: int = 0) -> Block:
+def stack(
+    config: Transformer, key: Array, kernel: AttentionKind = "auto", context: int = 0, alone: bool = False
+) -> Block:
     """The blocks as one whose arrays have a leading layer axis.
 
     kernel: implementation of self-attention over whole sequences. context: width of the vectors that cross-attention
-    reads, between attention and MLP; 0: no cross-attention. Errors: `ConfigError` for a depth of 0.
+    reads, between attention and MLP; 0: no cross-attention. alone: the first attention reads them, too. Errors:
+    `ConfigError` for a depth of 0.
     """
     if not config.depth:
         raise ConfigError("transformer.depth 0: at least one block is needed here")
-    return jax.vmap(lambda k: Block(config, k, kernel, context))(jax.random.split(key, config.depth))
+    return jax.vmap(lambda k: Block(config, k, kernel, context, alone))(jax.random.split(key, config.depth))
 
 
 def depth_of(blocks: Block) -> int:

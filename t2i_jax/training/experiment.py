@@ -194,6 +194,8 @@ def record_spec(experiment: Experiment, codec: Codec | None, model: Trainable | 
         spec["image"] = dataclasses.replace(spec["image"], dtype="uint8")
     if "low_codes" in spec and images is not None:
         spec["low_codes"] = optional(spec["low_codes"])
+    if codec is not None and "low_res" in spec and spec["low_res"].shape[-1] == 3:
+        spec["low_res"] = optional(spec["low_res"])
     if "image_features" in spec and embeds_images(experiment.text):
         spec["image_features"] = optional(spec["image_features"])
     if "features" in spec and experiment.text is not None:
@@ -237,6 +239,7 @@ def make_prepare(codec: Codec | None, text: Tokenizer | None, spec: BatchSpec = 
 
     def prepare(frozen: Frozen, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         batch = with_low_codes(spec, codec, frozen, with_features(text, frozen, as_floats(batch)))
+        batch = with_low_res(spec, codec, batch)
         if "latents" in batch:
             batch["codes"] = draw_codes(batch.pop("latents"), key)
         if codec is not None and "image" in batch:
@@ -278,6 +281,19 @@ def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: 
     rows, columns = (n * codec.spec.factor for n in spec["low_codes"].shape if n is not None)
     small = jax.image.resize(small, (len(small), rows, columns, 3), "linear")
     return batch | {"low_codes": codec.encode(frozen["codec"], small)}
+
+
+def with_low_res(spec: BatchSpec, codec: Codec | None, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with the small image, `low_res` float (b, i, j, 3) in [-1, 1], if a model of latents reads it and the
+    batch has none: its `image`, scaled to a pixel for each code."""
+    if codec is None or "low_res" not in spec or "low_res" in batch or "image" not in batch:
+        return batch
+    image = batch["image"]
+    if spec["low_res"].optional or spec["low_res"].shape[-1] != image.shape[-1]:
+        return batch
+    b, i, j, c = image.shape
+    size = (b, i // codec.spec.factor, j // codec.spec.factor, c)
+    return batch | {"low_res": jax.image.resize(image, size, "linear", antialias=True)}
 
 
 def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
