@@ -21,6 +21,7 @@ from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.networks.condition import CrossAttnFeatures
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.search import Table, nearest
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
@@ -28,7 +29,8 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding
-from t2i_jax.text.retrieval import Database, Neighbours, nearest, read_database, retrieved
+from t2i_jax.text.index import read_database
+from t2i_jax.text.retrieval import Neighbours, retrieved
 from t2i_jax.training.loop import train
 from tests.fixtures import toys
 from tests.fixtures.clip_files import random_clip
@@ -53,10 +55,10 @@ def test_the_search_is_by_cosine_and_gives_what_is_stored():
     database *= rng.uniform(0.1, 10, (20, 1)).astype(np.float32)
     cosines = queries @ (database / np.linalg.norm(database, axis=1, keepdims=True)).T
     order = np.argsort(-cosines, 1)
-    rows, database, queries = database, Database(jnp.asarray(database)), jnp.asarray(queries)
+    rows, database, queries = database, Table(jnp.asarray(database)), jnp.asarray(queries)
     np.testing.assert_array_equal(nearest(database, queries, 5), order[:, :5])
     program = str(jax.make_jaxpr(lambda q: nearest(database, q, 5))(queries))
-    assert "f32[3,1]" in program and "f32[20,1]" not in program  # lengths of queries alone are computed
+    assert "f32[3,1]" in program and "f32[256,1]" not in program  # lengths of queries alone are computed
     found = retrieved(database, queries, 3, skipped=1)
     np.testing.assert_allclose(found[:, 0], queries)
     np.testing.assert_allclose(found[:, 1:], rows[order[:, 1:4]])
@@ -94,7 +96,7 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
     ids, mask = map(jnp.asarray, text(["a cat", ""]))
     assert mask.tolist() == [[True], [False]] and text.feature_shape == (3, 12) and text.spec.image_features
     drawn = text.features(model, ids, mask)
-    rows, raw = Database(jnp.asarray(rows)), model.clip.text.embed(ids)
+    rows, raw = Table(jnp.asarray(rows)), model.clip.text.embed(ids)
     np.testing.assert_allclose(drawn, retrieved(rows, raw, 2), rtol=1e-5)
     own = clip.embed_images(model.clip, images)
     assert np.abs(np.linalg.norm(own, axis=-1) - 1).min() > 1e-3  # as the database, not normalised
@@ -116,12 +118,12 @@ def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path):
     records = [{"key": str(n), "image": x, "split": "train"} for n, x in enumerate(pictures(8))]
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=4, batch_size=4)
-    text = Neighbours(clip, str(tmp_path / "database.npy"), neighbours=2, skipped=1)
+    text = Neighbours(clip, str(tmp_path / "database"), neighbours=2, skipped=1)
     model = with_fields(RDM, condition=CrossAttnFeatures(12, 3, trained_null=False, zero_null=True), context=12)
     experiment = dataclasses.replace(toys.experiment(model, data, MeshConfig(1, 1, 1), steps=2), text=text)
     (tmp_path / "config.json").write_text(json.dumps(to_json(experiment)))
-    main(["encode", str(tmp_path / "config.json"), "--database", "--out", str(tmp_path / "database.npy")])
-    rows = np.load(tmp_path / "database.npy")
+    main(["data", "neighbours", str(tmp_path / "config.json"), "--out", str(tmp_path / "database")])
+    rows = read_database(tmp_path / "database")
     assert rows.shape == (8, 12) and np.abs(np.linalg.norm(rows, axis=1) - 1).min() > 1e-3
     train(experiment, tmp_path / "run")
     pipe = Pipeline.load(tmp_path / "run")
