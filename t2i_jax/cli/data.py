@@ -200,10 +200,8 @@ def neighbours(arguments: list[str]) -> None:
     embedder = load_embedder(args.encoder, experiment.text, args.of, own_mesh(experiment.mesh), args.batch_size)
     index = made.build_index(experiment, embedder, out, args.split, args.block)
     console.print(made.facts_line(index, out), soft_wrap=True, highlight=False)
-    if not args.count and not args.images:
+    if jax.process_index() > 0 or not (args.count or args.images):
         return
-    if jax.process_count() > 1:
-        raise ConfigError("--count and --images work in one process alone")
     find = made.searcher(index, experiment, args.search)
     if args.search != "exact":
         share = made.recall(index, made.searcher(index, experiment), find, min(args.count or 5, len(index.rows)))

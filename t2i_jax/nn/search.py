@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.arrays import Float, Int, typed
 from t2i_jax.core.sharding import RULES, fit
-from t2i_jax.nn.layers import ModelState, unit
+from t2i_jax.nn.layers import ModelState
 
 MOST_PRODUCTS = 2**26
 """Products of queries and rows that are in memory at a time, on a device."""
@@ -55,13 +55,14 @@ def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = M
     Equal to a sort of all cosines, computed in fp32, by falling cosine and then by number. The table has at least
     `count` rows. most: products in memory at a time.
     """
-    rows, scale, queries = table.rows[...], table.scale[...], unit(queries.astype(jnp.float32))
+    rows, scale, queries = table.rows[...], table.scale[...], queries.astype(jnp.float32)
+    lengths = jnp.maximum(jnp.linalg.norm(queries, axis=-1, keepdims=True), 1e-12)
     mesh = jax.sharding.get_abstract_mesh()
     spec = P() if mesh.empty else fit(P(RULES["rows"]), (len(rows),), dict(mesh.shape))
     axes = RULES["rows"]
     if mesh.empty or mesh.size == 1 or not spec or spec[0] is None or not isinstance(axes, tuple):
         cosines, found = _nearest(rows, scale, queries, count, most)
-        return Found(cosines, found, rows[found])
+        return Found(cosines / lengths, found, rows[found])
 
     def part(rows: Array, scale: Array, queries: Array) -> Found:
         """What one device does: its candidates, the best of those of all, and their vectors, each from its device."""
@@ -75,11 +76,14 @@ def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = M
         return Found(cosines, found, jax.lax.psum(vectors, axes))
 
     whole = Found(P(), P(), P())
-    return jax.shard_map(part, in_specs=(P(axes), P(axes), P()), out_specs=whole, check_vma=False)(rows, scale, queries)
+    split = jax.shard_map(part, in_specs=(P(axes), P(axes), P()), out_specs=whole, check_vma=False)
+    found = split(rows, scale, queries)
+    return found._replace(cosines=found.cosines / lengths)
 
 
 def _nearest(rows: Array, scale: Array, queries: Array, count: int, most: int) -> tuple[Array, Array]:
-    """Cosines fp32 and numbers int32 (b, count) of the nearest of the rows of one device; queries have length 1."""
+    """Numbers int32 (b, count) of the nearest of the rows of one device, and their cosines, fp32, times the length of
+    the query: dividing by it first would round what is equal to unequal numbers."""
     n, b = len(rows), len(queries)
     size = min(n, max(count, most // max(b, 1)))
 
