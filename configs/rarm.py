@@ -36,7 +36,7 @@ experiment = Experiment(
     model=AR(
         vocabulary=512,
         grid=(8, 8),
-        transformer=Transformer(width=192, depth=4, heads=4, qk_norm=True),
+        transformer=Transformer(width=128, depth=3, heads=4, qk_norm=True),
         conditioning=Conditioning(
             CrossAttnFeatures(128, NEIGHBOURS, trained_null=False, zero_null=True), via="cross_attention", dropout=0.1
         ),
@@ -45,12 +45,12 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=32),
     train=Train(
-        steps=2000,
+        steps=800,
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
-        evaluate_every=500,
-        preview_every=500,
-        save_every=250,
+        evaluate_every=400,
+        preview_every=400,
+        save_every=100,
     ),
     codec="runs/glyphs/rarm_codec",
     # The caption's own embedding is left out (query=False): networks have seen embeddings of images alone.

@@ -10,9 +10,9 @@ from t2i_jax.training.optimizer import Optimizer
 
 experiment = Experiment(
     model=VQGAN(
-        # As `quickstart_codec.py`, with patches of 4x4 pixels at the door.
+        # Patches of 8x8 pixels at the door: all convolutions run on the grid of the codes.
         AutoencoderConfig(
-            32, (2, 2), blocks=1, decoder_blocks=1, latent=64, patch=4, attention=(), middle_attention=False, groups=16
+            64, (1,), blocks=1, decoder_blocks=1, latent=64, patch=8, attention=(), middle_attention=False, groups=16
         ),
         QuantizerConfig(codes=512, dim=8, decay=0.9, revive=0.2),
         pixels="l1",
@@ -21,11 +21,11 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=32),
     train=Train(
-        steps=1500,
+        steps=700,
         optimizer=Optimizer(learning_rate=3e-3, warmup=60, final=0.05, weight_decay=0.01),
         ema=0.99,
-        evaluate_every=500,
-        preview_every=500,
-        save_every=250,
+        evaluate_every=350,
+        preview_every=350,
+        save_every=100,
     ),
 )

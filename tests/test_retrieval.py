@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
@@ -15,6 +16,7 @@ from t2i_jax.convert.folders import text_side, to_folder
 from t2i_jax.core.config import to_json
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
+from t2i_jax.core.image_files import read_png_text
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
@@ -26,6 +28,7 @@ from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampler import _sample
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding
@@ -113,7 +116,7 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
             text_side(f"neighbours:{clip.folder}{words}")
 
 
-def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path):
+def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path, capsys):
     """From the command that makes the database to a released model that has it."""
     records = [{"key": str(n), "image": x, "split": "train"} for n, x in enumerate(pictures(8))]
     write_records(tmp_path / "data", records)
@@ -129,6 +132,25 @@ def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path):
     pipe = Pipeline.load(tmp_path / "run")
     images = pipe(["a cat", "a cat", "dog"], seeds=[0, 0, 0], steps=7)
     assert (images[0] == images[1]).all() and images.shape == (3, 4, 4, 3)
+    # By another database, of dark images, it draws others, and the same by its own; nothing is compiled anew.
+    dark = [{"key": str(n), "image": x // 8, "split": "train"} for n, x in enumerate(pictures(6))]
+    write_records(tmp_path / "dark", dark)
+    source = f"data.source.path={tmp_path / 'dark'}"
+    main(["data", "neighbours", str(tmp_path / "config.json"), "--out", str(tmp_path / "other"), source])
+    compiled = _sample._cache_size()
+    again, swapped = (pipe.with_database(tmp_path / name) for name in ("database", "other"))
+    np.testing.assert_array_equal(again("dog", seeds=[0], steps=7)[0], images[2])
+    assert (swapped("dog", seeds=[0], steps=7)[0] != images[2]).any() and _sample._cache_size() == compiled
+    drawn = ["sample", str(tmp_path / "run"), "dog", "--steps", "7", "--out", str(tmp_path / "drawn")]
+    main([*drawn, "--database", str(tmp_path / "other")])
+    png = tmp_path / "drawn" / "00000.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(png)), swapped("dog", seeds=[0], steps=7)[0])
+    assert read_png_text(png)["database"] == str(tmp_path / "other")
+    np.save(tmp_path / "narrow.npy", rows[:, :5])
+    for other, said in {"narrow.npy": "12 numbers", "nowhere": "nowhere"}.items():
+        with pytest.raises(SystemExit):
+            main([*drawn, "--database", str(tmp_path / other)])
+        assert said in capsys.readouterr().err
     main(["release", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
     released = load_artifact(tmp_path / "model").text
     assert isinstance(released, Neighbours) and str(tmp_path / "model") in released.database

@@ -106,6 +106,8 @@ def read_database(path: str | Path) -> np.ndarray:
     Published databases of RDM are such `.npz` files. Errors: FileNotFoundError; `ConfigError` for other content.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such database; `t2i data neighbours` makes one")
     if is_index(path):
         return read_index(path).rows
     files = sorted(path.glob("*.npz")) or sorted(path.glob("*.npy")) if path.is_dir() else [path]
