@@ -8,11 +8,11 @@ The CLIP is that of `glyphs_clip.py`; the database is swapped in sampling:
     t2i data neighbours configs/rarm.py --out data/glyphs_neighbours
     t2i train configs/rarm_codec.py --run runs/glyphs/rarm_codec
     t2i encode configs/rarm.py --out data/glyphs_rarm
-    t2i train configs/rarm.py --run runs/glyphs/rarm data.source.path=data/glyphs_rarm
+    t2i train configs/rarm.py --run runs/glyphs/rarm --data.source.path=data/glyphs_rarm
     t2i sample runs/glyphs/rarm "a red heart"
 
     t2i data build glyphs --out data/glyphs_line --size 64 --styles openmoji-line
-    t2i data neighbours configs/rarm.py --out data/line_neighbours data.source.path=data/glyphs_line
+    t2i data neighbours configs/rarm.py --out data/line_neighbours --data.source.path=data/glyphs_line
     t2i sample runs/glyphs/rarm "a red heart" --database data/line_neighbours
 
 docs/results/retrieval.md has what came of it.

@@ -135,7 +135,7 @@ def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path, capsys):
     # By another database, of dark images, it draws others, and the same by its own; nothing is compiled anew.
     dark = [{"key": str(n), "image": x // 8, "split": "train"} for n, x in enumerate(pictures(6))]
     write_records(tmp_path / "dark", dark)
-    source = f"data.source.path={tmp_path / 'dark'}"
+    source = f"--data.source.path={tmp_path / 'dark'}"
     main(["data", "neighbours", str(tmp_path / "config.json"), "--out", str(tmp_path / "other"), source])
     compiled = _sample._cache_size()
     again, swapped = (pipe.with_database(tmp_path / name) for name in ("database", "other"))
