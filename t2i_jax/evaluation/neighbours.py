@@ -55,7 +55,7 @@ def build_index(
     `out`, an index of other records or by another encoder too, and where `OUT.partial` was begun with another config;
     `DataError` where too many records are broken, or all.
     """
-    out, data = Path(out), experiment.data
+    out, data = Path(out), experiment.data.with_shapes()  # encoders see squares
     check_utf8(out)
     check_parent(out)
     examples = data.examples(split, captions=embedder.of == "captions")
@@ -228,7 +228,7 @@ def _said(path: Path) -> dict[str, str]:
 
 def sheet_of_records(index: Index, data: Data, split: str, out: Path, count: int, rows: int) -> None:
     """`neighbours.png`: evenly spaced records of an index, and right of each its neighbours with their cosines."""
-    examples = data.examples(split)
+    examples = data.with_shapes().examples(split)
     read = {_number(path): path for path in parts_of(out, "neighbours")}
     chosen = np.linspace(0, len(index.rows) - 1, min(rows, len(index.rows))).round().astype(int)
     records, cosines = _read_neighbours(read, chosen)
@@ -255,7 +255,8 @@ def neighbours_of_images(
         raise ConfigError("--images: the index is one of captions; build it --of images")
     check_free(images / "neighbours.json", images / "neighbours.png")
     files = images_in(images)
-    size, examples = experiment.data.image_size, experiment.data.examples(split)
+    data = experiment.data.with_shapes()
+    size, examples = data.image_size, data.examples(split)
     queries: list[Record] = [{"image": to_square(open_image(path, size, 1.0), size)} for path in files]
     cosines, rows = find(embedder(queries), count)
     records = index.records[rows]

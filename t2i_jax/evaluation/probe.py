@@ -106,6 +106,7 @@ def main(arguments: Sequence[str]) -> None:
         check_free(local(args.out))
     files = {str(folder): images_in(folder) for folder in args.images}
     experiment = load_experiment(args.config, rest)
+    experiment = dataclasses.replace(experiment, data=experiment.data.with_shapes())
     size = experiment.data.image_size
     train, test = (records_of(experiment, *wanted) for wanted in (("train", args.count), (args.split, args.held_out)))
     for record in (*train, *test):
