@@ -6,7 +6,7 @@
     t2i evaluate runs/glyphs/clip --count 500
 
 Wherever a released CLIP is read the run is, too: `ClipEmbedding("runs/glyphs/clip")` as the text of a model,
-`t2i encode CONFIG --database FILE.npy`, `t2i sample --rerank runs/glyphs/clip`. For guidance of a diffusion,
+`t2i data neighbours CONFIG --out FOLDER`, `t2i sample --rerank runs/glyphs/clip`. For guidance of a diffusion,
 `t2i sample --classifier`, it has to know noised images: `noise=` the process of that diffusion, and `towers.times`.
 """
 

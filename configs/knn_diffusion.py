@@ -33,7 +33,7 @@ experiment = Experiment(
     codec="runs/quickstart/codec",
     text=Neighbours(
         ClipEmbedding("models/clip-vit-base-patch32"),
-        "data/glyphs_clip.npy",
+        "data/glyphs_clip",
         neighbours=NEIGHBOURS,
         own=True,
         skipped=1,

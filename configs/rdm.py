@@ -4,7 +4,7 @@ Diffusion reads the CLIP embeddings of the nearest images of a database, in samp
 is yours to bring, and the database is made of the images of any config; the training images are in this one, so the
 nearest neighbour of each, itself, is left out:
 
-    t2i encode configs/rdm.py --database --out data/glyphs_clip.npy
+    t2i data neighbours configs/rdm.py --out data/glyphs_clip
     t2i train configs/rdm.py --run runs/glyphs/rdm
     t2i sample runs/glyphs/rdm "a red heart"
 
@@ -46,5 +46,5 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=32),
     train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.999),
-    text=Neighbours(ClipEmbedding("models/clip-vit-base-patch32"), "data/glyphs_clip.npy", skipped=1),
+    text=Neighbours(ClipEmbedding("models/clip-vit-base-patch32"), "data/glyphs_clip", skipped=1),
 )

@@ -21,13 +21,15 @@ def load(
     mesh: MeshConfig = MeshConfig(),
     int8: bool = False,
     lora: Mapping[str, float] = MappingProxyType({}),
+    database: str | Path = "",
 ) -> Pipeline:
     """The pipeline of a run folder or a released model, local or in an object store.
 
     int8: matrices of 8-bit integers, for models that sample token by token. lora: folders of adapters, runs with
-    `train.lora` or released ones, and the factor of each. Errors: `ConfigError`.
+    `train.lora` or released ones, and the factor of each. database: of a model that retrieves, in the place of its own.
+    Errors: `ConfigError`.
     """
-    return Pipeline.load(model, mesh, int8, lora)
+    return Pipeline.load(model, mesh, int8, lora, database)
 
 
 def train(experiment: Experiment, run: str | Path, accept_changes: bool = False) -> None:

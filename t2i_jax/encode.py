@@ -14,17 +14,16 @@ from itertools import islice
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.core.config import ConfigError, differences, read_json, read_migrated, refused, stored_form
+from t2i_jax.core.config import ConfigError, read_json
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
-from t2i_jax.core.migration import migrated
 from t2i_jax.core.narrow import embeds_images, gives_features, learns_from_images
-from t2i_jax.core.outputs import check_parent, whole_file, write_text
-from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
+from t2i_jax.core.outputs import check_parent, write_text
+from t2i_jax.core.sharding import batch_sharding, own_mesh, put_on_mesh, shardings
+from t2i_jax.core.unfinished import WORK, go_on
 from t2i_jax.data.records import (
     INDEX,
     DataError,
@@ -35,14 +34,10 @@ from t2i_jax.data.records import (
     shard_name,
     write_file,
 )
-from t2i_jax.storage.artifacts import on_host
-from t2i_jax.text.clip import ClipEmbedding
-from t2i_jax.text.retrieval import Neighbours
-from t2i_jax.training.experiment import Experiment, as_floats, frozen_parts, make_store
+from t2i_jax.training.experiment import Experiment, frozen_parts, make_store
 from t2i_jax.training.watch import raise_peer_lost
 
 log = logging.getLogger(__name__)
-WORK = "work.json"
 
 
 def encode_splits(
@@ -77,7 +72,7 @@ def encode_splits(
     with raise_peer_lost():
         encoded = encoder(experiment, batch_size, max(map(len, examples.values())))
         if main:
-            check_unfinished_work(folder, experiment, {split: len(e) for split, e in examples.items()}, block)
+            go_on(folder, work_of(experiment, {s: len(e) for s, e in examples.items()}, block), "t2i encode")
         multihost_utils.sync_global_devices("encode: begun")
         files = [(folder / shard_name(split, k, n), split, k) for split, n in counts.items() for k in range(n)]
         missing = [file for file in files if not file[0].exists()]
@@ -109,30 +104,13 @@ def encode_splits(
     return json.loads((out / INDEX).read_text())
 
 
-def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[str, int], block: int) -> None:
-    """Make the folder of unfinished work, or go on in it. Errors: `ConfigError` where it is that of another config."""
+def work_of(experiment: Experiment, records: dict[str, int], block: int) -> Record:
+    """All that the files of unfinished work depend on."""
     data = experiment.data
     work = {"records": records, "block": block, "codec": experiment.codec, "text": experiment.text}
     fields = values(data)
     work |= {k: fields[k] for k in ("source", "held_out", "image_size", "fields")}
-    work |= {k: fields[k] for k in ("smallest_side", "empty_captions", "shapes") if fields[k]}
-    new = stored_form(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / WORK
-    if not path.exists() and any(p for p in folder.iterdir() if p.name != f".{WORK}"):
-        raise ConfigError(
-            f"{folder} is there, and is no unfinished work of `t2i encode`; remove it or choose another --out"
-        )
-    if path.exists() and (changed := differences(read_migrated(path), migrated(new))):
-        raise ConfigError(
-            f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
-            + "\n  ".join(changed)
-        )
-    for left in folder.glob(".*"):  # half written when killed
-        left.unlink()
-    if not path.exists():
-        (folder / f".{WORK}").write_text(json.dumps(new, indent=1))
-        (folder / f".{WORK}").replace(path)
+    return work | {k: fields[k] for k in ("smallest_side", "empty_captions", "shapes") if fields[k]}
 
 
 def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Iterable[Record]], Iterator[Record]]:
@@ -140,8 +118,7 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
 
     most: records in a call; batches are not larger.
     """
-    many = jax.process_count() > 1
-    mesh = MeshConfig(1, -1).build(jax.local_devices()) if many else experiment.mesh.build()
+    mesh = own_mesh(experiment.mesh)
     if batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ConfigError(f"--batch-size {batch_size} must be a multiple of the {rows} devices that it is split over")
     batch_size = min(batch_size, most + -most % rows)
@@ -201,37 +178,6 @@ def encoder(experiment: Experiment, batch_size: int, most: int) -> Callable[[Ite
             yield from batch(some)
 
     return encoded
-
-
-def encode_database(experiment: Experiment, out: str | Path, split: str = "train", batch_size: int = 128) -> int:
-    """Write the embeddings fp32 (n, k), not normalised, of a split's images by the CLIP of the config: `.npy`.
-
-    It is the `database` of `text.retrieval.Neighbours`. Gives the number of images. Errors: `ConfigError` for a config
-    without such a text, a file that is there, and several processes; `DataError` where no image can be read.
-    """
-    text, out = experiment.text, Path(out)
-    clip = text.clip if isinstance(text, Neighbours) else text
-    if not isinstance(clip, ClipEmbedding):
-        raise ConfigError("--database: the embeddings are those of the config's `text`, Neighbours or ClipEmbedding")
-    if out.suffix != ".npy" or out.exists():
-        raise ConfigError(f"{out}: a file to write, .npy, that is not there yet")
-    if jax.process_count() > 1:
-        raise ConfigError("--database works in one process alone")
-    check_parent(out)
-    examples = experiment.data.with_shapes().examples(split)
-    with refused("text"), on_host():
-        model = clip.load()
-    model = jax.tree.map(jnp.asarray, model)  # on the device once, not with each batch
-    embed = jax.jit(lambda model, images: clip.embed_images(model, as_floats({"image": images})["image"]))
-    records, parts = iter(examples), []
-    while some := [record["image"] for record in islice(records, batch_size) if "image" in record]:
-        images = np.stack(some + some[-1:] * (batch_size - len(some)))
-        parts.append(np.asarray(embed(model, images), np.float32)[: len(some)])
-    if not parts:
-        raise DataError(f"the split '{split}' has no images that can be read")
-    with whole_file(out) as temporary, temporary.open("wb") as file:  # of a path, NumPy would change the ending
-        np.save(file, np.concatenate(parts))
-    return sum(map(len, parts))
 
 
 def groups(shapes: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:

@@ -51,6 +51,7 @@ from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.storage.adapters import read_adapter
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
 from t2i_jax.text.cut import check_vocabulary
+from t2i_jax.text.retrieval import of_any_database, with_database
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,13 +109,15 @@ class Pipeline:
         mesh: MeshConfig = MeshConfig(),
         int8: bool = False,
         lora: Mapping[str, float] = MappingProxyType({}),
+        database: str | Path = "",
     ) -> Pipeline:
         """The pipeline of a run folder or a released model; each shard of an array is read for the device that holds
         it.
 
         int8: matrices as integers and scales (`nn.decode.int8_weights`), for models that sample token by token. lora:
-        folders of adapters that are added to the weights, and the factor of each. Errors: `ConfigError` if the folder
-        holds no family, or one without support for `int8`, and for adapters of another model.
+        folders of adapters that are added to the weights, and the factor of each. database: of a model that retrieves
+        (`text.retrieval.Neighbours`), in the place of its own. Errors: `ConfigError` if the folder holds no family, or
+        one without support for `int8`, for adapters of another model, and for a database by another encoder.
         """
         with refused():
             devices = mesh.build()
@@ -130,7 +133,12 @@ class Pipeline:
             artifact = dataclasses.replace(artifact, model=int8_weights(artifact.model))
         about = {"model": f"{folder}, step {artifact.step}"} | ({"weights": "int8"} if int8 else {})
         about |= {"lora": ", ".join(f"{path} x {factor:g}" for path, factor in lora.items())} if lora else {}
-        pipeline = cls.place(family, artifact.model, codec, artifact.text, mesh)
+        text = artifact.text
+        if database:
+            with refused(str(folder)):
+                text = with_database(text, str(database))
+            about |= {"database": str(database)}
+        pipeline = cls.place(family, artifact.model, codec, text, mesh)
         return dataclasses.replace(pipeline, folder=folder, step=artifact.step, about=about)
 
     @property
@@ -270,7 +278,7 @@ class Pipeline:
             own = stage.sampler(negative=negative if stage.reads_negative else "")
             later = dataclasses.replace(own, upsampler=later, stage=n)
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
-        encoder = self.text if gives_features(self.text) else None
+        encoder = of_any_database(self.text) if gives_features(self.text) else None
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), later, negative, about)
 
@@ -379,6 +387,18 @@ class Pipeline:
             model = family.adopt(self.model)
         model = put_on_mesh(model, shardings(model, self.mesh))
         return dataclasses.replace(self, family=family, model=model, about={**self.about, "size": f"{width}x{height}"})
+
+    def with_database(self, database: str | Path) -> Pipeline:
+        """The same pipeline, which retrieves from another database; both share their compiled programs where these have
+        about as many rows. Errors: `ConfigError` for a model that retrieves nothing, and for a database by another
+        encoder; FileNotFoundError."""
+        with refused():
+            text = with_database(self.text, str(database))
+            with on_host():
+                encoder = text.load()
+        encoder = put_on_mesh(encoder, shardings(encoder, self.mesh))
+        about = {**self.about, "database": str(database)}
+        return dataclasses.replace(self, text=text, encoder=encoder, about=about)
 
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card.

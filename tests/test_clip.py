@@ -19,8 +19,9 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import named
 from t2i_jax.core.types import Compute
 from t2i_jax.data import ArrayRecord, Data, write_records
-from t2i_jax.encode import encode_database
 from t2i_jax.evaluation.alignment import classify, retrieve_pairs
+from t2i_jax.evaluation.embedders import load_embedder
+from t2i_jax.evaluation.neighbours import build_index
 from t2i_jax.evaluation.rerank import Reranker
 from t2i_jax.models.clip import CLIP
 from t2i_jax.networks.clip import CLIPTowers
@@ -240,8 +241,10 @@ def test_it_serves_as_a_released_one_does(run, folder, tmp_path):
     assert jax.jit(both.image_features)(towers, signed).shape == (6, 16)
 
     data = Data(ArrayRecord(str(folder / "data")), image_size=8)
-    assert encode_database(Experiment(CLIP(TOWERS), data, text=text), tmp_path / "all.npy") == 24
-    near = Neighbours(text, str(tmp_path / "all.npy"), 2)
+    experiment = Experiment(CLIP(TOWERS), data, text=text)
+    embedder = load_embedder("", text, "images", experiment.mesh.build(), 16)
+    assert len(build_index(experiment, embedder, tmp_path / "all").rows) == 24
+    near = Neighbours(text, str(tmp_path / "all"), 2)
     rows = jax.jit(near.features)(near.load(), *near(CAPTIONS))
     assert rows.shape == (6, 3, 16)
     cosine = jnp.einsum("bk,bsk->bs", unit, rows / jnp.linalg.norm(rows, axis=-1, keepdims=True))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from t2i_jax.cli import main
@@ -15,20 +16,24 @@ from t2i_jax.convert.folders import text_side, to_folder
 from t2i_jax.core.config import to_json
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
+from t2i_jax.core.image_files import read_png_text
 from t2i_jax.core.params import named
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.networks.condition import CrossAttnFeatures
 from t2i_jax.networks.unet import UNet
+from t2i_jax.nn.search import Table, nearest
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
 from t2i_jax.pipeline import Pipeline
+from t2i_jax.sampler import _sample
 from t2i_jax.sampling.options import DiffusionSampler
 from t2i_jax.storage.artifacts import load_artifact
 from t2i_jax.text.clip import ClipEmbedding
-from t2i_jax.text.retrieval import Database, Neighbours, nearest, read_database, retrieved
+from t2i_jax.text.index import read_database
+from t2i_jax.text.retrieval import Neighbours, retrieved
 from t2i_jax.training.loop import train
 from tests.fixtures import toys
 from tests.fixtures.clip_files import random_clip
@@ -53,10 +58,10 @@ def test_the_search_is_by_cosine_and_gives_what_is_stored():
     database *= rng.uniform(0.1, 10, (20, 1)).astype(np.float32)
     cosines = queries @ (database / np.linalg.norm(database, axis=1, keepdims=True)).T
     order = np.argsort(-cosines, 1)
-    rows, database, queries = database, Database(jnp.asarray(database)), jnp.asarray(queries)
+    rows, database, queries = database, Table(jnp.asarray(database)), jnp.asarray(queries)
     np.testing.assert_array_equal(nearest(database, queries, 5), order[:, :5])
     program = str(jax.make_jaxpr(lambda q: nearest(database, q, 5))(queries))
-    assert "f32[3,1]" in program and "f32[20,1]" not in program  # lengths of queries alone are computed
+    assert "f32[3,1]" in program and "f32[256,1]" not in program  # lengths of queries alone are computed
     found = retrieved(database, queries, 3, skipped=1)
     np.testing.assert_allclose(found[:, 0], queries)
     np.testing.assert_allclose(found[:, 1:], rows[order[:, 1:4]])
@@ -94,7 +99,7 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
     ids, mask = map(jnp.asarray, text(["a cat", ""]))
     assert mask.tolist() == [[True], [False]] and text.feature_shape == (3, 12) and text.spec.image_features
     drawn = text.features(model, ids, mask)
-    rows, raw = Database(jnp.asarray(rows)), model.clip.text.embed(ids)
+    rows, raw = Table(jnp.asarray(rows)), model.clip.text.embed(ids)
     np.testing.assert_allclose(drawn, retrieved(rows, raw, 2), rtol=1e-5)
     own = clip.embed_images(model.clip, images)
     assert np.abs(np.linalg.norm(own, axis=-1) - 1).min() > 1e-3  # as the database, not normalised
@@ -111,22 +116,46 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
             text_side(f"neighbours:{clip.folder}{words}")
 
 
-def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path):
+def test_it_learns_from_images_and_draws_for_captions(clip, tmp_path, capsys):
     """From the command that makes the database to a released model that has it."""
     records = [{"key": str(n), "image": x, "split": "train"} for n, x in enumerate(pictures(8))]
     write_records(tmp_path / "data", records)
     data = Data(ArrayRecord(str(tmp_path / "data")), image_size=4, batch_size=4)
-    text = Neighbours(clip, str(tmp_path / "database.npy"), neighbours=2, skipped=1)
+    text = Neighbours(clip, str(tmp_path / "database"), neighbours=2, skipped=1)
     model = with_fields(RDM, condition=CrossAttnFeatures(12, 3, trained_null=False, zero_null=True), context=12)
     experiment = dataclasses.replace(toys.experiment(model, data, MeshConfig(1, 1, 1), steps=2), text=text)
     (tmp_path / "config.json").write_text(json.dumps(to_json(experiment)))
-    main(["encode", str(tmp_path / "config.json"), "--database", "--out", str(tmp_path / "database.npy")])
-    rows = np.load(tmp_path / "database.npy")
+    main(["data", "neighbours", str(tmp_path / "config.json"), "--out", str(tmp_path / "database")])
+    rows = read_database(tmp_path / "database")
     assert rows.shape == (8, 12) and np.abs(np.linalg.norm(rows, axis=1) - 1).min() > 1e-3
     train(experiment, tmp_path / "run")
     pipe = Pipeline.load(tmp_path / "run")
     images = pipe(["a cat", "a cat", "dog"], seeds=[0, 0, 0], steps=7)
     assert (images[0] == images[1]).all() and images.shape == (3, 4, 4, 3)
+    # By another database, of dark images, it draws others, and the same by its own; nothing is compiled anew.
+    dark = [{"key": str(n), "image": x // 8, "split": "train"} for n, x in enumerate(pictures(6))]
+    write_records(tmp_path / "dark", dark)
+    source = f"--data.source.path={tmp_path / 'dark'}"
+    main(["data", "neighbours", str(tmp_path / "config.json"), "--out", str(tmp_path / "other"), source])
+    # Two steps teach it nothing: weights that are moved read the condition.
+    moved = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), pipe.model)
+    rough = dataclasses.replace(pipe, model=moved)
+    mine, compiled = rough("dog", seeds=[0], steps=7), _sample._cache_size()
+    again, swapped = (rough.with_database(tmp_path / name) for name in ("database", "other"))
+    np.testing.assert_array_equal(again("dog", seeds=[0], steps=7), mine)
+    assert (swapped("dog", seeds=[0], steps=7) != mine).any() and _sample._cache_size() == compiled
+    drawn = ["sample", str(tmp_path / "run"), "dog", "--steps", "7", "--out", str(tmp_path / "drawn")]
+    main([*drawn, "--database", str(tmp_path / "other")])
+    png = tmp_path / "drawn" / "00000.png"
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(png)), pipe.with_database(tmp_path / "other")("dog", seeds=[0], steps=7)[0]
+    )
+    assert read_png_text(png)["database"] == str(tmp_path / "other")
+    np.save(tmp_path / "narrow.npy", rows[:, :5])
+    for other, said in {"narrow.npy": "12 numbers", "nowhere": "nowhere"}.items():
+        with pytest.raises(SystemExit):
+            main([*drawn, "--database", str(tmp_path / other)])
+        assert said in capsys.readouterr().err
     main(["release", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
     released = load_artifact(tmp_path / "model").text
     assert isinstance(released, Neighbours) and str(tmp_path / "model") in released.database

@@ -13,7 +13,7 @@ from t2i_jax.core.console import console
 from t2i_jax.core.errors import did_you_mean
 
 COMMANDS = {
-    "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files",
+    "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files, and neighbours",
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to images",
@@ -26,7 +26,7 @@ COMMANDS = {
     "bench": "speeds against the limits of this machine",
 }
 
-TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
+TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train", "data neighbours")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())

@@ -1,4 +1,4 @@
-"""`t2i data`: data sets that ship as packages, vocabularies, indexes of tar files."""
+"""`t2i data`: data sets that ship as packages, vocabularies, indexes of tar files and of neighbours."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from t2i_jax.core.config import ConfigError, parse, parse_some
@@ -18,6 +19,7 @@ from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size
 from t2i_jax.core.outputs import local
+from t2i_jax.core.sharding import own_mesh
 from t2i_jax.data.files import files_of
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import TarEntry, index_tars
@@ -28,8 +30,9 @@ KINDS = {
     "build": "build a data set that ships as packages",
     "vocab": "train a vocabulary on captions",
     "index": "find the samples of tar files, so that training starts at once",
+    "neighbours": "embed the records of a config for models that retrieve, and find the nearest of each",
 }
-USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:7}{v}" for k, v in KINDS.items())
+USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:12}{v}" for k, v in KINDS.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +85,43 @@ class IndexArguments(Checked):
     """processes that scan; 0 is one for each core, at most 16"""
 
 
+@dataclasses.dataclass(frozen=True)
+class NeighboursArguments(Checked):
+    """Embed the records of a config for models that retrieve, and find the nearest of each.
+
+    OUT is the database of `text.retrieval.Neighbours` and of `t2i sample --database`. Where it is there already, it is
+    read. Interrupted work continues after the last complete file.
+    Example: t2i data neighbours configs/rarm.py --out data/glyphs_neighbours --count 5
+    """
+
+    config: tyro.conf.Positional[Path]
+    out: Path
+    """folder of the index"""
+    split: str = "train"
+    encoder: str = ""
+    """by what: efficientnet_lite0, pixels, minilm, clip:FOLDER or another text side as of `t2i convert --text`; that of
+    the config's text unless given"""
+    of: Literal["images", "captions"] = "images"
+    count: Annotated[int, Range(0, 10_000)] = 0
+    """neighbours of each record to write, without itself, and to show in OUT/neighbours.png; 0: none"""
+    images: Path | None = None
+    """a folder of images, as of `t2i sample`: their nearest records, `count` or else 5, in its neighbours.png and
+    neighbours.json"""
+    search: Literal["exact", "faiss", "usearch"] = "exact"
+    """how neighbours are found: exactly, on all devices, or by a graph of a package that you have, whose share of the
+    true neighbours is then said"""
+    rows: Annotated[int, Range(1, 1000)] = 8
+    """records in OUT/neighbours.png"""
+    batch_size: Size = 128
+    block: Size = 8192
+    """records of a file"""
+
+
 def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in KINDS:
         print(USAGE)
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    {"build": build, "vocab": vocab, "index": index}[arguments[0]](arguments[1:])
+    {"build": build, "vocab": vocab, "index": index, "neighbours": neighbours}[arguments[0]](arguments[1:])
 
 
 def build(arguments: list[str]) -> None:
@@ -152,3 +187,31 @@ def index(arguments: list[str]) -> None:
     console.print(text, highlight=False, soft_wrap=True)
     if broken:
         raise DataError(f"{len(broken)} of {len(shards)} tar files are broken; they are named above")
+
+
+def neighbours(arguments: list[str]) -> None:
+    args, rest = parse_some(NeighboursArguments, arguments, "t2i data neighbours")
+    from t2i_jax.evaluation import neighbours as made  # half a second, which the other commands save
+    from t2i_jax.evaluation.embedders import load_embedder
+
+    out, experiment = local(args.out), load_experiment(args.config, rest)
+    if args.images and not args.images.is_dir():
+        raise ConfigError(f"--images {args.images}: is no folder")
+    embedder = load_embedder(args.encoder, experiment.text, args.of, own_mesh(experiment.mesh), args.batch_size)
+    index = made.build_index(experiment, embedder, out, args.split, args.block)
+    console.print(made.facts_line(index, out), soft_wrap=True, highlight=False)
+    if jax.process_index() > 0 or not (args.count or args.images):
+        return
+    find = made.searcher(index, experiment, args.search)
+    if args.search != "exact":
+        share = made.recall(index, made.searcher(index, experiment), find, min(args.count or 5, len(index.rows)))
+        console.print(f"{args.search} finds {share:.1%} of the true neighbours", highlight=False)
+    if args.count:
+        made.write_neighbours(index, out, find, args.count, args.search)
+        made.sheet_of_records(index, experiment.data, args.split, out, args.count, args.rows)
+        console.print(f"{out}: {args.count} neighbours of each; see neighbours.png", soft_wrap=True, highlight=False)
+    if args.images:
+        some = min(args.count or 5, len(index.rows))
+        cosines, _ = made.neighbours_of_images(index, experiment, args.split, embedder, find, args.images, some)
+        text = f"{args.images}: {len(cosines)} images; see neighbours.png there"
+        console.print(text, soft_wrap=True, highlight=False)

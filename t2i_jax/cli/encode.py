@@ -7,11 +7,10 @@ from pathlib import Path
 
 import tyro
 
-from t2i_jax.core.config import parse_some
-from t2i_jax.core.console import console
+from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.fields import Checked, Size
 from t2i_jax.core.outputs import local
-from t2i_jax.encode import encode_database, encode_splits
+from t2i_jax.encode import encode_splits
 from t2i_jax.training.experiment import load_experiment
 
 
@@ -28,15 +27,10 @@ class EncodeArguments(Checked):
     batch_size: Size = 128
     block: Size = 8192
     """records of a file; interrupted work continues after the last complete file"""
-    database: bool = False
-    """write OUT, a .npy file, of the CLIP embeddings of the images of the first split, among which `text.Neighbours`
-    finds neighbours"""
 
 
 def run(arguments: list[str]) -> None:
+    if "--database" in arguments:
+        raise ConfigError("--database: databases of neighbours are made by `t2i data neighbours CONFIG --out FOLDER`")
     args, rest = parse_some(EncodeArguments, arguments, "t2i encode")
-    if args.database:
-        count = encode_database(load_experiment(args.config, rest), local(args.out), args.splits[0], args.batch_size)
-        console.print(f"{args.out}: embeddings of {count} images", soft_wrap=True)
-        return
     encode_splits(load_experiment(args.config, rest), local(args.out), args.splits, args.batch_size, args.block)

@@ -71,6 +71,9 @@ class SampleArguments(Checked):
     """int8 weights: a quarter of the memory, nearly the same images; not for every family"""
     lora: tuple[str, ...] = ()
     """folders of adapters, runs with train.lora or released ones, each with its factor: runs/style=0.8"""
+    database: Path | None = None
+    """of a model that retrieves, in the place of its own: an index that `t2i data neighbours` made of other images, by
+    the same encoder"""
     rerank: str = ""
     """a CLIP (run, folder or file) that chooses the `count` best of `candidates` images per prompt, with fields of it
     set after commas: vit_b_32.pt,activation=gelu"""
@@ -152,7 +155,7 @@ def run(arguments: list[str]) -> None:
     if args.candidates is not None and not args.rerank:
         raise config.ConfigError("--candidates without --rerank: nothing chooses among them; --count draws several")
     mesh = read_mesh(args.mesh, MeshConfig())
-    pipeline = Pipeline.load(args.model, mesh, args.int8, _factors(args.lora))
+    pipeline = Pipeline.load(args.model, mesh, args.int8, _factors(args.lora), args.database or "")
     pipeline = pipeline.replace(solver=args.solver) if args.solver else pipeline
     pipeline = pipeline.sized(*parse_size(args.size)) if args.size else pipeline
     options = config.override(pipeline.options, rest, "t2i sample MODEL") if rest else pipeline.options

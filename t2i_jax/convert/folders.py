@@ -152,13 +152,13 @@ def to_file(name: str, folder: str | Path, out: str | Path) -> None:
         save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary, metadata={"format": "pt"})
 
 
-def text_side(words: str) -> Tokenizer:
+def text_side(words: str, option: str = "--text") -> Tokenizer:
     """The frozen text encoder that `t5:FOLDER`, `clip:PATH` (one vector a caption), `clip-tokens:PATH` (one a token, of
     length 1), `clip-caption:PATH` (both, as they are), `lm:FOLDER` (hidden states of a language model), `damsm:FOLDER`
     (a run or a converted DAMSM) or `neighbours:PATH` (of a CLIP's vector in a database) names, with fields of it set as
     `encoder` has it.
 
-    Errors: `ConfigError` for other kinds, paths and fields.
+    option: prefix of errors. Errors: `ConfigError` for other kinds, paths and fields.
     """
     kinds: dict[str, tuple[type[FolderEncoder] | type[DamsmText], Fields]] = {
         "t5": (T5, {"clean": True}),
@@ -170,12 +170,12 @@ def text_side(words: str) -> Tokenizer:
     }
     kind, _, rest = words.partition(":")
     if kind == "neighbours":
-        return neighbours(rest, f"--text {words}")
+        return neighbours(rest, f"{option} {words}")
     if kind not in kinds:
         known = ", ".join(f"{k}:FOLDER" for k in (*kinds, "neighbours"))
-        raise ConfigError(f"--text {words}: it is one of {known}; `t2i convert --help` says which folders these are")
+        raise ConfigError(f"{option} {words}: it is one of {known}; `t2i convert --help` says which folders these are")
     encodes, fields = kinds[kind]
-    return encoder(encodes, rest, f"--text {words}", **fields)
+    return encoder(encodes, rest, f"{option} {words}", **fields)
 
 
 def neighbours(words: str, option: str) -> Neighbours:

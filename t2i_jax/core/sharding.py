@@ -53,6 +53,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "vocab": "tensor",
     "conv": "fsdp",
+    "rows": MESH_AXES,  # of a table that is searched, not trained
 }
 
 
@@ -106,6 +107,13 @@ class MeshConfig(Checked):
             raise ConfigError(f"mesh {self}: data={sizes[0]} cannot be divided among {slices} slices")
         inner, outer = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1]
         return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def own_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a process for work that processes divide among themselves: that of the config, or with several
+    processes the devices of this one."""
+    several = jax.process_count() > 1
+    return MeshConfig(1, -1).build(jax.local_devices()) if several else config.build()
 
 
 def shard(x: Array, *axes: str | None) -> Array:

@@ -131,9 +131,13 @@ class Examples:
 
     def block(self, start: int, stop: int, threads: int = 0) -> Iterator[Record]:
         """The usable records of start ... stop - 1, read ahead by `threads` threads."""
-        rows = grain.MapDataset.range(start, stop).map(self.read)
+        return (record for _, record in self.numbered(start, stop, threads))
+
+    def numbered(self, start: int, stop: int, threads: int = 0) -> Iterator[tuple[int, Record]]:
+        """The same, each with its number in the split."""
+        rows = grain.MapDataset.range(start, stop).map(lambda i: (i, *self.read(i)))
         warned = self.captions
-        for record, fault, small in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
+        for i, record, fault, small in rows.to_iter_dataset(grain.ReadOptions(threads, 256 if threads else 0)):
             if not self._taken(fault, small):
                 continue
             if not (warned or record.get("captions", True)):
@@ -141,7 +145,7 @@ class Examples:
                 why = found.fault or found.missing
                 log.warning("there are records without a caption, the first: %s (%s)", record.get("key"), why)
                 warned = True
-            yield record
+            yield i, record
 
     def spaced(self, count: int) -> list[Record]:
         """Evenly spaced records, at most `count`; the next usable one replaces one that is not."""

@@ -1,7 +1,7 @@
 """Named feature spaces: images to vectors, the same way for every model that is measured."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -12,6 +12,8 @@ from jax.typing import ArrayLike
 
 from t2i_jax.core.arrays import Float, Shaped, UInt8, typed
 from t2i_jax.core.console import bar
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.data.records import Record
 from t2i_jax.interop.efficientnet import load_efficientnet
 from t2i_jax.interop.inception import load_inception
 
@@ -106,6 +108,20 @@ def pixels(images: UInt8[Array, "b i j 3"], size: int) -> Float[Array, "b {size}
     """uint8 (b, i, j, 3) -> the images averaged down to `size`, as vectors in [0, 1] (b, size * size * 3)."""
     x = jax.image.resize(images.astype(jnp.float32), (len(images), size, size, 3), "linear", antialias=True)
     return x.reshape(len(images), -1) / 255
+
+
+def space_of(name: str) -> FeatureNetwork:
+    """A feature space by name; `inception:FILE` brings its weights."""
+    kind, _, weights = name.partition(":")
+    return FeatureNetwork(kind, weights=weights)  # pyright: ignore[reportArgumentType]
+
+
+@typed
+def images_of(records: Sequence[Record]) -> UInt8[np.ndarray, "n i j 3"]:
+    """The images of records, uint8 (n, i, j, 3). Errors: `ConfigError` for a record without one."""
+    if any("image" not in record for record in records):
+        raise ConfigError("the data has codes and no images: name a config with images")
+    return np.stack([record["image"] for record in records])
 
 
 def check_images(images: np.ndarray, name: str = "images") -> None:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from t2i_jax.codecs import losses
 from t2i_jax.core import config, image_files
-from t2i_jax.core.arrays import UInt8, typed
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.image_files import to_uint8
@@ -23,7 +22,7 @@ from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.records import DataError, Record, title
-from t2i_jax.evaluation.features import FeatureNetwork, Space, batches, in_batches
+from t2i_jax.evaluation.features import Space, batches, images_of, in_batches, space_of
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS, distinct
 from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
@@ -99,12 +98,6 @@ def evaluate_folder(
     return report
 
 
-def space_of(name: str) -> FeatureNetwork:
-    """A feature space by name; `inception:FILE` brings its weights."""
-    kind, _, weights = name.partition(":")
-    return FeatureNetwork(kind, weights=weights)  # pyright: ignore[reportArgumentType]
-
-
 def records_of(experiment: Experiment, split: str, most: int, captions: bool = False) -> list[Record]:
     """Evenly spaced records of a split, with images; none where there is no such split. captions: with captions too.
 
@@ -126,12 +119,6 @@ def records_of(experiment: Experiment, split: str, most: int, captions: bool = F
 def reads_classes(family: Family) -> bool:
     """Whether the condition of a family is a class."""
     return "label" in family.condition_spec()
-
-
-@typed
-def images_of(records: Sequence[Record]) -> UInt8[np.ndarray, "n i j 3"]:
-    """The images of records, uint8 (n, i, j, 3)."""
-    return np.stack([r["image"] for r in records])
 
 
 def evaluate_codec(

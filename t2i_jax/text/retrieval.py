@@ -7,47 +7,29 @@ et al. 2022, arXiv:2204.11824); KNN-Diffusion reads both embedding and neighbour
 from __future__ import annotations
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from t2i_jax.core.arrays import Float, Int, typed
-from t2i_jax.core.conditions import TextSpec
+from t2i_jax.core.arrays import Float, typed
+from t2i_jax.core.conditions import TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DATABASE, Checked, Count, Size
 from t2i_jax.networks.clip import CLIPNetwork
-from t2i_jax.nn.layers import ModelState, unit
+from t2i_jax.nn.layers import unit
+from t2i_jax.nn.search import Table, search
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.cut import LimitedEncoder
-
-
-class Database(nnx.Module):
-    """Embeddings fp32 (n, k), and one over the length of each (n,), which a search needs and no call computes again."""
-
-    def __init__(self, rows: Array):
-        self.rows = ModelState(rows, axes=(None, None))
-        lengths = jnp.linalg.norm(rows, axis=-1)
-        self.scale = ModelState(1 / jnp.maximum(lengths, 1e-12), axes=(None,))
-
-
-@typed
-def nearest(database: Database, queries: Float[Array, "b k"], count: int) -> Int[Array, "b {count}"]:
-    """The rows of a database whose cosines with each query are largest, by falling cosine: int32 (b, count)."""
-    products = jnp.matmul(unit(queries), database.rows[...].T, precision="highest")
-    return jax.lax.top_k(products * database.scale[...], count)[1]
+from t2i_jax.text.index import read_index
 
 
 @typed
 def retrieved(
-    database: Database,
+    database: Table,
     queries: Float[Array, "b k"],
     count: int,
     *,
@@ -59,37 +41,15 @@ def retrieved(
 
     first: the query comes first, else it is left out. normalise: to length 1. skipped: nearest ones that are left out.
     """
-    rows = database.rows[...][nearest(database, queries, skipped + count)[:, skipped:]]
+    rows = search(database, queries, skipped + count).vectors[:, skipped:]
     rows = jnp.concatenate([queries[:, None], rows], 1) if first else rows
     return (unit(rows) if normalise else rows).astype(jnp.float32)
-
-
-def read_database(path: str | Path) -> np.ndarray:
-    """Embeddings fp32 (n, k): a `.npy` file, the array `embedding` of a `.npz` file, or those of all in a folder.
-
-    Published databases of RDM are such `.npz` files. Errors: FileNotFoundError; `ConfigError` for other content.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.npz")) or sorted(path.glob("*.npy")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(f"{path}: no .npz or .npy file of embeddings in it")
-    parts = []
-    for file in files:
-        try:
-            content = np.load(file, allow_pickle=False)
-            parts.append(content if isinstance(content, np.ndarray) else content["embedding"])
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigError(f"{file}: no array of embeddings, or `embedding` of a .npz file ({error})") from error
-    if any(part.ndim != 2 or part.shape[1] != parts[0].shape[1] or part.dtype.kind != "f" for part in parts):
-        shapes = ", ".join(f"{part.dtype} {part.shape}" for part in parts[:4])
-        raise ConfigError(f"{path}: {shapes}; embeddings are floats (n, k)")
-    return np.concatenate(parts).astype(np.float32)
 
 
 class Retriever(nnx.Module):
     """The towers of a CLIP, and a database of its embeddings."""
 
-    def __init__(self, clip: CLIPNetwork, database: Database):
+    def __init__(self, clip: CLIPNetwork, database: Table):
         self.clip, self.database = clip, database
 
 
@@ -104,7 +64,8 @@ class Neighbours(Checked, LimitedEncoder):
     clip: ClipEmbedding
     """encoder of captions and images"""
     database: Annotated[str, DATABASE]
-    """embeddings of images by that encoder: a file or a folder that `read_database` takes"""
+    """embeddings of images by that encoder: an index that `t2i data neighbours` made, or arrays that `read_index`
+    takes; in sampling it may be another one than in training"""
     neighbours: Size = 3
     """neighbours of a caption"""
     query: bool = True
@@ -139,15 +100,12 @@ class Neighbours(Checked, LimitedEncoder):
         return self.clip.full(ids, mask)
 
     def load(self) -> Retriever:
-        """The encoder and the database, on the host. Errors: those of the encoder and of `read_database`, and
-        `ConfigError` for embeddings of another size, or fewer than are read."""
-        rows, (count, width) = read_database(self.database), self.feature_shape
-        most = count + self.skipped
-        if rows.shape[1] != width or len(rows) < most:
-            raise ConfigError(
-                f"{self.database}: embeddings {rows.shape}; the encoder has {width} numbers, and {most} rows are read"
-            )
-        return Retriever(self.clip.load(), Database(jnp.asarray(rows)))
+        """The encoder and the database, on the host. Errors: those of the encoder and of `read_index`, and
+        `ConfigError` for embeddings of another size or by another encoder, or fewer than are read."""
+        index, (count, width) = read_index(self.database), self.feature_shape
+        clip = self.clip.load()
+        index.check(self.database, width, count + self.skipped, clip)
+        return Retriever(clip, Table(jnp.asarray(index.rows)))
 
     def features(self, model: Retriever, ids: Array, mask: Array) -> Array:
         """Of each caption: (b, s) ids -> (b, query + neighbours, k) fp32."""
@@ -161,3 +119,16 @@ class Neighbours(Checked, LimitedEncoder):
     def _of(self, model: Retriever, own: Array, first: bool, skipped: int = 0) -> Array:
         count = self.feature_shape[0] - first
         return retrieved(model.database, own, count, first=first, normalise=self.normalise, skipped=skipped)
+
+
+def with_database(text: Tokenizer | None, database: str) -> Neighbours:
+    """The text of a model with another database. Errors: `ConfigError` for a model that reads none."""
+    if not isinstance(text, Neighbours):
+        kind = "no text" if text is None else f"a {type(text).__name__}"
+        raise ConfigError(f"database: this model reads no neighbours, its text is {kind}")
+    return dataclasses.replace(text, database=database)
+
+
+def of_any_database(text: Tokenizer | None) -> Tokenizer | None:
+    """The text without the name of its database, which no program depends on: those of two databases are equal."""
+    return dataclasses.replace(text, database="") if isinstance(text, Neighbours) else text

@@ -13,13 +13,14 @@ from t2i_jax.core.family import with_fields
 from t2i_jax.models.diffusion import join_inputs
 from t2i_jax.networks.dit import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
+from t2i_jax.nn.search import Table, nearest
 from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian
 from t2i_jax.noise.processes import Discrete, along
 from t2i_jax.noise.schedule import Schedule, rows
 from t2i_jax.sampling import guidance, solvers
 from t2i_jax.sampling.guidance import Branches
-from t2i_jax.text.retrieval import Database, nearest, retrieved
+from t2i_jax.text.retrieval import retrieved
 from tests.published.parity import Oracle
 
 
@@ -379,7 +380,7 @@ def rdm(oracle: Oracle) -> dict[str, Any]:
     config, model = convert("rdm", tensors, **hints)
     ends = meta["linear_start"], meta["linear_end"]
     config = dataclasses.replace(config, process=dataclasses.replace(config.process, ends=ends))
-    database, query = Database(jnp.asarray(inputs["database"])), jnp.asarray(inputs["query"])
+    database, query = Table(jnp.asarray(inputs["database"])), jnp.asarray(inputs["query"])
     ours = {"nn_ids": nearest(database, query, outputs["nn_ids"].shape[1])}
     ours["context"] = retrieved(database, query, context.shape[1] - 1, normalise=normalised)
     x, eps, z = (ours_layout(inputs[k]) for k in ("x", "eps", "z"))
