@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -283,9 +284,11 @@ class Pipeline:
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), later, negative, about)
 
     def _cascade(self, stages: Sequence[Pipeline]) -> list[Pipeline]:
-        """The stages after this one, of latents each with a position for each pixel that it is given.
+        """The stages after this one, of latents each with a position for each pixel that it is given, and of pixels
+        each in the ratio of sides that it is given.
 
-        Errors: `ConfigError` for a stage that enlarges nothing, and one that would make its small images smaller.
+        Errors: `ConfigError` for a stage that enlarges nothing, one of another ratio whose parameters are of its size,
+        and one that would make its small images smaller.
         """
         given, made = self.image_shape, []
         for stage in stages:
@@ -295,8 +298,14 @@ class Pipeline:
                 if stage.codec and "low_res" in family.condition_spec():
                     factor = stage.codec.config.spec.factor
                     stage = stage.sized(given[1] * factor, given[0] * factor)
-                elif "low_res" in family.condition_spec() and (given[0] > rows or given[1] > columns):
-                    raise ConfigError(f"its images are {rows}x{columns}, smaller than {given[0]}x{given[1]} before it")
+                elif "low_res" in family.condition_spec():
+                    if rows * given[1] != columns * given[0]:
+                        factor = max(1, round(math.sqrt(rows * columns / math.prod(given))))
+                        stage = stage.sized(given[1] * factor, given[0] * factor)
+                        rows, columns = stage.image_shape
+                    if given[0] > rows or given[1] > columns:
+                        before = f"{given[0]}x{given[1]} before it"
+                        raise ConfigError(f"its images are {rows}x{columns}, smaller than {before}")
             made.append(stage)
             given = stage.image_shape
         return made

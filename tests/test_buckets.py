@@ -38,7 +38,7 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.loop import train
 from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
-from tests.fixtures.families import CODECS, FAMILIES, batch_for
+from tests.fixtures.families import CODECS, FAMILIES, batch_for, fresh
 from tests.fixtures.runs import same
 
 SHAPES = ((8, 16), (8, 8), (16, 8))
@@ -419,3 +419,13 @@ def test_a_run_reads_crops_of_images_and_of_stored_codes(tmp_path):
     (record, *_) = e.data.examples()
     rows, columns = record["original"]
     assert Crop(*record["crop"]).numbers((rows, columns), (8, 16)).tolist()[:2] == [rows, columns]
+
+
+def test_an_upsampler_keeps_the_ratio_of_what_it_is_given():
+    place = lambda name: Pipeline.place(FAMILIES[name], fresh(FAMILIES[name]))
+    base, second = place("dit"), place("upsampler")
+    rows, columns = base.image_shape
+    wide = base.sized(2 * columns, rows)
+    (stage,) = wide._cascade([second])
+    assert stage.image_shape[1] == 2 * stage.image_shape[0] and stage.image_shape[0] >= rows
+    assert base._cascade([second])[0] is second
