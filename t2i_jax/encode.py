@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t2i_jax.core.config import ConfigError, differences, read_json, read_migrated, refused, stored_form
+from t2i_jax.core.config import ConfigError, differences, read_json, read_stored, refused, stored_form, to_json
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.fields import values
 from t2i_jax.core.migration import migrated
@@ -123,7 +123,7 @@ def check_unfinished_work(folder: Path, experiment: Experiment, records: dict[st
         raise ConfigError(
             f"{folder} is there, and is no unfinished work of `t2i encode`; remove it or choose another --out"
         )
-    if path.exists() and (changed := differences(read_migrated(path), migrated(new))):
+    if path.exists() and (changed := differences(to_json(read_stored(path)), migrated(new))):
         raise ConfigError(
             f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
             + "\n  ".join(changed)

@@ -16,6 +16,7 @@ from t2i_jax.data.records import DataError, Reader, Record, as_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow import parquet
 
     from t2i_jax.data.sources import Parquet
 
@@ -42,15 +43,7 @@ class ParquetReader(Parts, Reader):
 
     def _check(self, path: Path) -> list[int]:
         """Rows of each row group. Errors: `DataError` for other files, and for a missing or unsuitable column."""
-        from pyarrow import ArrowException, parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-        except (ArrowException, OSError) as error:
-            kind = sniff_file(path) if path.is_file() else "a folder"
-            about = f"it is {kind}" if kind not in ("", "a Parquet file") else error
-            raise DataError(f"{path}: this is no whole parquet file ({about})") from error
+        schema, metadata = _head(path)
         for column in self.columns:
             if column not in schema.names:
                 raise DataError(f"{path}: there is no column '{column}'; the columns are {', '.join(schema.names)}")
@@ -84,6 +77,33 @@ class ParquetReader(Parts, Reader):
             "key": str(key),
             **{name: row[name] for name in config.fields},
         }
+
+
+def _head(path: Path) -> tuple[pa.Schema, parquet.FileMetaData]:
+    """Errors: `DataError` for other files."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata
+    except (ArrowException, OSError) as error:
+        kind = sniff_file(path) if path.is_file() else "a folder"
+        about = f"it is {kind}" if kind not in ("", "a Parquet file") else error
+        raise DataError(f"{path}: this is no whole parquet file ({about})") from error
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a parquet file. Errors: `DataError` for other files."""
+    return _head(path)[0]
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns that may hold images, those with a usual name first."""
+    from pyarrow import types
+
+    usual = ("image", "img", "jpg", "png", "picture", "photo")
+    found = [f.name for f in schema if not _no_images(f.type) and not types.is_null(f.type)]
+    return sorted(found, key=lambda name: usual.index(name.lower()) if name.lower() in usual else len(usual))
 
 
 def parquet_files(path: str) -> list[Path]:

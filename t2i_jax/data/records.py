@@ -24,6 +24,8 @@ from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
 INDEX = "index.json"
+WEIGHTS = "caption_weights"
+"""The field of a record with the weight of each of its captions, where they are not drawn with equal ones."""
 
 
 class Reader(Protocol):

@@ -23,7 +23,17 @@ from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
 from t2i_jax.data.order import Parts
 from t2i_jax.data.parquet import ParquetReader
-from t2i_jax.data.records import INDEX, DataError, Reader, Record, as_captions, clean_captions, decode, shard_name
+from t2i_jax.data.records import (
+    INDEX,
+    WEIGHTS,
+    DataError,
+    Reader,
+    Record,
+    as_captions,
+    clean_captions,
+    decode,
+    shard_name,
+)
 from t2i_jax.data.tar import TarReader
 
 FEATURES = "features.json"
@@ -32,13 +42,22 @@ FEATURES = "features.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line."""
+    """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line, or where
+    `captions` says."""
 
     path: str
     """The folder; its subfolders are searched too, linked ones included. Names that begin with a dot are not."""
+    captions: tuple[str, ...] = ("txt",)
+    """Kinds of captions: "txt" and "caption" (files of these endings, one caption a line), "json:FIELD" (of a JSON file
+    of the same name), "metadata:COLUMN" (of a `metadata.jsonl` or `.csv`), "folder:TEMPLATE" (a photo of a {})."""
+    weights: tuple[float, ...] = ()
+    """How often each kind is drawn, in any unit, where an image has several; () is equally often."""
+    classes: bool = False
+    """Number the folders right below `path`, in the order of their names: the class of an image is the number of its
+    folder."""
 
     def open(self) -> Reader:
-        return open_folder(self.path)
+        return open_folder(self.path, self.captions, self.weights, self.classes)
 
 
 @dataclass(frozen=True)
@@ -359,7 +378,7 @@ class Strided:
         return self.reader[i * self.every]
 
 
-OF_CAPTIONS = ("captions", "features", "text_mask")
+OF_CAPTIONS = ("captions", WEIGHTS, "features", "text_mask")
 """What a record says of its image in words, and what was computed from the words."""
 
 

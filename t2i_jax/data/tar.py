@@ -110,6 +110,15 @@ class TarReader(Parts):
             record["label"] = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
         return record
 
+    def about(self, i: int) -> dict[str, object]:
+        """The object of the .json member of sample i; empty without one. Errors: `DataError` where it is none."""
+        entry, row = self._place(i)
+        table = self.tables[entry]
+        size = table.value("json_size", row)
+        if size < 0:
+            return {}
+        return _object(self.files[entry.tar].read((table.value("image", row) + table.value("json", row)) * BLOCK, size))
+
     def _instead(self, extra: bytes | None) -> str:
         with contextlib.suppress(DataError):
             if has := ", ".join(_object(extra)):

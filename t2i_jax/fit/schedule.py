@@ -1,0 +1,60 @@
+"""How long each stage may take, and how many steps that is."""
+
+from __future__ import annotations
+
+import time
+
+from t2i_jax.fit.measure import Rate
+from t2i_jax.fit.plan import Plan
+from t2i_jax.fit.recipes import TIMES, USUAL, Shape, choose_shape, largest_shape, pictures_of
+
+CODEC = 0.4
+"""Share of the codec in the time that is left when it begins."""
+LEAST_STEPS = 20
+"""Steps that are made however little time there is."""
+ENOUGH = 2000
+"""Steps that are allowed however few pictures there are."""
+
+
+class Clock:
+    """The time of a fit in seconds: all of it, and what is spent, in earlier calls too."""
+
+    def __init__(self, seconds: float, before: float = 0.0):
+        self.seconds, self.before, self.began = seconds, before, time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    @property
+    def left(self) -> float:
+        """What is left for training: some is kept for the release and the samples."""
+        kept = max(0.05 * self.seconds, min(60.0, 0.25 * self.seconds))
+        return max(self.seconds - kept - self.spent, 0.0)
+
+
+def _bounded(steps: int, plan: Plan) -> int:
+    pictures, batch = len(plan.look.usable), pictures_of(plan).batch_size
+    return max(LEAST_STEPS, min(steps, max(ENOUGH, TIMES * pictures // batch)))
+
+
+def codec_length(rate: Rate, clock: Clock, plan: Plan) -> tuple[int, int]:
+    """Steps of the codec, and its channels. rate: with 32 channels."""
+    steps = rate.steps(CODEC * clock.left)
+    if steps < 250:  # a quarter of the work
+        return _bounded(3 * steps, plan), 16
+    wide = steps > 4 * ENOUGH and largest_shape(len(plan.look.usable)) != USUAL
+    return _bounded(steps // 4 if wide else steps, plan), 64 if wide else 32
+
+
+def model_length(rate: Rate, clock: Clock, plan: Plan) -> tuple[int, Shape]:
+    """Steps of the model, and its size. rate: of the usual size.
+
+    The first preview is compiled besides the step, and takes about as long.
+    """
+    seconds = max(clock.left - rate.first, 0.0)
+    steps = rate.steps(seconds)
+    if plan.base is not None:
+        return _bounded(steps, plan), USUAL
+    shape = choose_shape(steps, len(plan.look.usable))
+    return _bounded(int(steps * USUAL.cost / shape.cost), plan), shape
