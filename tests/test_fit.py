@@ -28,7 +28,7 @@ from t2i_jax.core.written import config_file
 from t2i_jax.data.look import look
 from t2i_jax.fit import plan as planning
 from t2i_jax.fit import recipes
-from t2i_jax.fit.measure import Rate
+from t2i_jax.fit.measure import StepRate
 from t2i_jax.fit.plan import Wishes, make_plan
 from t2i_jax.fit.schedule import LEAST_STEPS, Clock, codec_length, model_length
 from t2i_jax.pipeline import Pipeline
@@ -146,7 +146,7 @@ def test_steps_fill_the_time(looks, monkeypatch):
     for minutes, step in itertools.product((5, 20, 60), (0.001, 0.1, 1.0)):
         now = 0.0
         monkeypatch.setattr(time, "monotonic", lambda: now)  # noqa: B023
-        clock, rate = Clock(60.0 * minutes), Rate(20.0, step)
+        clock, rate = Clock(60.0 * minutes), StepRate(20.0, step)
         steps, channels = codec_length(rate, clock, plan)
         now += rate.first + steps * step * (0.25 if channels == 16 else 1.0)
         assert now < 0.5 * clock.seconds

@@ -21,7 +21,7 @@ from t2i_jax.core.outputs import check_utf8, local, whole_file, write_json, writ
 from t2i_jax.core.written import config_file
 from t2i_jax.fit import recipes
 from t2i_jax.fit.measure import measure
-from t2i_jax.fit.plan import Condition, Kind, Plan, Wishes, make_plan
+from t2i_jax.fit.plan import Condition, Kind, FitPlan, Wishes, make_plan
 from t2i_jax.fit.schedule import Clock, codec_length, model_length
 from t2i_jax.storage.artifacts import is_stored
 from t2i_jax.text.sentencepiece import SentencePiece
@@ -88,7 +88,7 @@ class Fit:
                 raise ConfigError(f"{self.folder}: is there, and was not made by this command; choose another --out")
             self.state = {"arguments": said, "seconds": 0.0, "commands": []}
         self.clock = Clock(60 * args.minutes, float(self.state.get("seconds", 0.0)))
-        self._plan: Plan | None = None
+        self._plan: FitPlan | None = None
 
     def at(self, *names: str) -> str:
         return str(self.folder.joinpath(*names))
@@ -135,14 +135,14 @@ class Fit:
         )
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> FitPlan:
         """What is to be trained; looked for again where a stop was before its configs were written."""
         if self._plan is None:
             self._plan = self.choose(self.codec_taken())
         return self._plan
 
     @plan.setter
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: FitPlan) -> None:
         self._plan = plan
 
     def codec_taken(self) -> str:
@@ -155,7 +155,7 @@ class Fit:
         self.run("convert", name, path, "--out", self.at("codec"), done=self.there("codec"))
         return self.at("codec")
 
-    def choose(self, codec: str) -> Plan:
+    def choose(self, codec: str) -> FitPlan:
         """Look at the data, and choose."""
         args = self.args
         self.say(f"$ t2i data look {shlex.quote(args.data)} --out {shlex.quote(self.at('look'))}", "bold")

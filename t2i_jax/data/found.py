@@ -31,7 +31,7 @@ LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSource:
     """A source, and what it was taken for."""
 
     source: Source
@@ -41,7 +41,7 @@ class Found:
     """names of classes, where images have numbers of them"""
 
 
-def find_source(data: str) -> Found:
+def find_source(data: str) -> FoundSource:
     """The source that a path, a glob, an address or a name of a data set means.
 
     A folder may hold pictures at any depth, tar files, parquet files, a data set of this library or of tfds; several of
@@ -77,7 +77,7 @@ def find_source(data: str) -> Found:
     return _joined(found)
 
 
-def _joined(found: Sequence[Found]) -> Found:
+def _joined(found: Sequence[FoundSource]) -> FoundSource:
     if len(found) == 1:
         return found[0]
     sources: list[Single] = []
@@ -85,10 +85,10 @@ def _joined(found: Sequence[Found]) -> Found:
         sources += list(one.source.sources) if isinstance(one.source, Mixture) else [one.source]
     # Numbers of classes of several sources do not mean the same.
     sources = [replace(s, classes=False) if isinstance(s, Folder) else s for s in sources]
-    return Found(Mixture(tuple(sources)), tuple(line for one in found for line in one.about))
+    return FoundSource(Mixture(tuple(sources)), tuple(line for one in found for line in one.about))
 
 
-def _elsewhere(data: str) -> Found:
+def _elsewhere(data: str) -> FoundSource:
     """What a glob or the name of a tfds data set means."""
     if any(mark in data for mark in "*?["):
         files = files_of(data, "")
@@ -96,19 +96,19 @@ def _elsewhere(data: str) -> Found:
         if endings == {".tar"}:
             return _tars(data)
         if endings == {".parquet"}:
-            return Found(*_parquet(data))
+            return FoundSource(*_parquet(data))
         raise DataError(f"{data}: a glob names tar files or parquet files; these are {', '.join(sorted(endings))}")
     if os.sep in data.partition("/")[0] or data.startswith((".", "/", "~")) or "\0" in data:
         raise DataError(f"{data!r}: there is no such file or folder")
     return _tfds(data)
 
 
-def _file(data: str) -> Found:
+def _file(data: str) -> FoundSource:
     end = ending(data)
     if end == ".tar":
         return _tars(data)
     if end == ".parquet":
-        return Found(*_parquet(data))
+        return FoundSource(*_parquet(data))
     if os.path.basename(data) in TABLES:
         return find_source(os.path.dirname(data) or ".")
     kind = sniff_file(Path(data))
@@ -119,14 +119,14 @@ def _file(data: str) -> Found:
     )
 
 
-def _prepared(folder: str) -> Found:
+def _prepared(folder: str) -> FoundSource:
     """A data set that this library or tfds has written."""
     if os.path.exists(os.path.join(folder, FEATURES)):
         return _tfds(folder)
     source = ArrayRecord(folder)
     if "train" not in (splits := _splits(folder)) and splits:
         source = replace(source, split="+".join(splits))
-    return Found(source, (f"{folder}: a data set of this library, split '{source.split}'",))
+    return FoundSource(source, (f"{folder}: a data set of this library, split '{source.split}'",))
 
 
 def _splits(folder: str) -> list[str]:
@@ -139,7 +139,7 @@ def _splits(folder: str) -> list[str]:
 # -- folders
 
 
-def _folder(data: str, images: Sequence[str], others: Sequence[str]) -> Found:
+def _folder(data: str, images: Sequence[str], others: Sequence[str]) -> FoundSource:
     """Images below a folder, and where their captions are."""
     files = set(others)
     stems = {os.path.splitext(name)[0]: name for name in images}
@@ -161,14 +161,14 @@ def _folder(data: str, images: Sequence[str], others: Sequence[str]) -> Found:
         return replace(found, about=(*found.about, f"of the splits {', '.join(sorted(tops))}, train is taken"))
     if kinds:
         about.append(f"captions are those of {', '.join(kinds)}" + (", equally often" if len(kinds) > 1 else ""))
-        return Found(Folder(data, tuple(kinds), (1.0,) * len(kinds) if len(kinds) > 1 else ()), tuple(about))
+        return FoundSource(Folder(data, tuple(kinds), (1.0,) * len(kinds) if len(kinds) > 1 else ()), tuple(about))
     if len(tops) == 1 and "" not in tops:  # the classes may be one folder deeper
         return find_source(os.path.join(data, *tops))
     classes = tuple(sorted(map(mend, tops)))
     if "" not in tops and 2 * len(tops) <= len(images):
         about.append(f"no captions; {len(classes)} classes by the folders {some(classes)}")
-        return Found(Folder(data, classes=True), tuple(about), classes)
-    return Found(Folder(data), (*about, "no captions, and no classes by folders"))
+        return FoundSource(Folder(data, classes=True), tuple(about), classes)
+    return FoundSource(Folder(data), (*about, "no captions, and no classes by folders"))
 
 
 def _objects(data: str, names: Sequence[str]) -> list[Mapping[str, object]]:
@@ -206,7 +206,7 @@ def _is_text(value: object) -> bool:
 # -- tar files
 
 
-def _tars(path: str) -> Found:
+def _tars(path: str) -> FoundSource:
     """webdataset tar files, and where their captions are."""
     reader = TarReader(files_of(path, ".tar"), "txt", (), True)
     places = range(0, len(reader), max(1, len(reader) // LOOKED_AT))
@@ -215,7 +215,7 @@ def _tars(path: str) -> Found:
     labels = [record["label"] for record in records if "label" in record]
     about = [f"{mend(path)}: tar files of {len(reader)} samples"]
     if any(record["captions"] for record in records):
-        return Found(source, (*about, "captions are the .txt members"))
+        return FoundSource(source, (*about, "captions are the .txt members"))
     objects = []
     for i in places:
         try:
@@ -223,18 +223,20 @@ def _tars(path: str) -> Found:
         except DataError:
             continue  # its record says what is wrong
     if fields := caption_fields(objects):
-        return Found(replace(source, caption=fields[0]), (*about, f"captions are '{fields[0]}' of the .json members"))
+        return FoundSource(
+            replace(source, caption=fields[0]), (*about, f"captions are '{fields[0]}' of the .json members")
+        )
     if labels and all(isinstance(label, int) for label in labels):
         most = max(record["label"] for i in range(len(reader)) if isinstance((record := reader[i]).get("label"), int))
         names = tuple(map(str, range(most + 1)))
-        return Found(source, (*about, f"no captions; {most + 1} classes by the .cls members"), names)
-    return Found(source, (*about, "no captions"))
+        return FoundSource(source, (*about, f"no captions; {most + 1} classes by the .cls members"), names)
+    return FoundSource(source, (*about, "no captions"))
 
 
 # -- parquet
 
 
-def _parquets(data: str, names: Sequence[str]) -> list[Found]:
+def _parquets(data: str, names: Sequence[str]) -> list[FoundSource]:
     """The parquet files below a folder; of a copy of a repository of the hub the training split."""
     if not names:
         return []
@@ -247,9 +249,9 @@ def _parquets(data: str, names: Sequence[str]) -> list[Found]:
         splits = Counter(name.partition("-")[0] for name in here)
         at = os.path.join(data, folder) if folder else data
         if len(splits) > 1 and "train" in splits:
-            found.append(Found(*_parquet(os.path.join(at, "train-*.parquet"))))
+            found.append(FoundSource(*_parquet(os.path.join(at, "train-*.parquet"))))
         else:
-            found.append(Found(*_parquet(at)))
+            found.append(FoundSource(*_parquet(at)))
     return found
 
 
@@ -300,7 +302,7 @@ def _holds_text(kind: object) -> bool:
 # -- tfds
 
 
-def _tfds(name: str) -> Found:
+def _tfds(name: str) -> FoundSource:
     """A data set of tfds, by its name or its folder, and its features of images and captions or classes."""
     import tensorflow_datasets as tfds
 
@@ -328,11 +330,11 @@ def _tfds(name: str) -> Found:
     labels = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if texts:
         path = texts[0] + ("/text" if "'text': Text(" in str(features[texts[0]]) else "")
-        return Found(Tfds(name, split, image=image, captions=path), (*about, f"captions are its '{path}'"))
+        return FoundSource(Tfds(name, split, image=image, captions=path), (*about, f"captions are its '{path}'"))
     if labels:
         label = "label" if "label" in labels else labels[0]
         source = Tfds(name, split, image=image, captions=None, label=label)
-        return Found(source, (*about, f"captions are the names of its classes, '{label}'"))
+        return FoundSource(source, (*about, f"captions are the names of its classes, '{label}'"))
     raise DataError(f"{name}: it has neither captions nor classes; there are {', '.join(sorted(features))}")
 
 

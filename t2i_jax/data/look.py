@@ -17,7 +17,7 @@ from PIL import Image
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.data.examples import fault_of, name_of
-from t2i_jax.data.found import Found, find_source
+from t2i_jax.data.found import FoundSource, find_source
 from t2i_jax.data.images import open_image
 from t2i_jax.data.records import Reader, Record, as_captions
 from t2i_jax.data.sources import Source
@@ -193,7 +193,7 @@ def look(data: str, most: int = 20_000, on_progress: Callable[[int, int], None] 
     return look_at(data, find_source(data), most, on_progress)
 
 
-def look_at(data: str, found: Found, most: int, on_progress: Callable[[int, int], None]) -> Look:
+def look_at(data: str, found: FoundSource, most: int, on_progress: Callable[[int, int], None]) -> Look:
     """`look`, for a source that is found already."""
     reader = found.source.open()
     if not len(reader):

@@ -13,7 +13,7 @@ from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.trainer import Trainer
 
 
-class Rate(NamedTuple):
+class StepRate(NamedTuple):
     """Times of a run in seconds."""
 
     first: float
@@ -25,7 +25,7 @@ class Rate(NamedTuple):
         return max(1, int((seconds - self.first) / self.step))
 
 
-def measure(experiment: Experiment, least: int = 3, most: float = 10.0) -> Rate:
+def measure(experiment: Experiment, least: int = 3, most: float = 10.0) -> StepRate:
     """The rate of an experiment: of `least` steps, or more in up to `most` seconds. Nothing of it is kept.
 
     Errors: those of a trainer and of its data.
@@ -46,4 +46,4 @@ def measure(experiment: Experiment, least: int = 3, most: float = 10.0) -> Rate:
             if done > 50 or (done > least and now - start > most):
                 break
         seconds = (time.perf_counter() - start) / max(done - 1, 1)
-    return Rate(first, max(seconds, 1e-4))
+    return StepRate(first, max(seconds, 1e-4))

@@ -40,7 +40,7 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """What is to be trained."""
 
     look: Look
@@ -114,7 +114,7 @@ def has_minilm() -> bool:
     return importlib.util.find_spec(minilm.PACKAGE) is not None
 
 
-def make_plan(look: Look, wishes: Wishes) -> Plan:
+def make_plan(look: Look, wishes: Wishes) -> FitPlan:
     """Choose what is to be trained on a data set.
 
     Errors: `ConfigError` for wishes that do not go together, or not with the data: captions where there are none, a
@@ -146,7 +146,7 @@ def make_plan(look: Look, wishes: Wishes) -> Plan:
         )
     why += _warnings(look, size, condition)
     classes = len(look.classes) if condition == "classes" else 0
-    return Plan(
+    return FitPlan(
         look, size, family, condition, classes, text, length, codec, trains, wishes.start, base, given, tuple(why)
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from t2i_jax.core.family import path_of, with_fields
 from t2i_jax.core.types import Compute, Family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
-from t2i_jax.fit.plan import Plan
+from t2i_jax.fit.plan import FitPlan
 from t2i_jax.heads import DiffusionHead, SoftmaxHead
 from t2i_jax.models.ar import AR
 from t2i_jax.models.diffusion import Diffusion
@@ -108,14 +109,15 @@ def muon(steps: int, rate: float, adam: float) -> Optimizer:
     return Optimizer("muon", rate, adam_learning_rate=adam, warmup=warmup, final=0.05, weight_decay=0.01)
 
 
-def pictures_of(plan: Plan) -> Data:
+def pictures_of(plan: FitPlan) -> Data:
     """The data set as it is, in batches for this machine."""
     accelerated = jax.default_backend() != "cpu"
     size = batch_size(len(plan.look.usable), jax.device_count(), accelerated)
-    return dataclasses.replace(plan.pictures, batch_size=size)
+    threads = min(16, os.cpu_count() or 2) if accelerated else plan.pictures.threads
+    return dataclasses.replace(plan.pictures, batch_size=size, threads=threads)
 
 
-def codec_experiment(plan: Plan, steps: int, channels: int = 32) -> Experiment:
+def codec_experiment(plan: FitPlan, steps: int, channels: int = 32) -> Experiment:
     """The training of the plan's codec."""
     patch = 2 if plan.size <= 64 else 4
     levels = int(math.log2(max(plan.factor // patch, 1))) + 1
@@ -142,14 +144,14 @@ def codec_experiment(plan: Plan, steps: int, channels: int = 32) -> Experiment:
     return Experiment(model, pictures_of(plan), lengths(steps, optimizer=optimizer))
 
 
-def codes_of(plan: Plan) -> int:
+def codes_of(plan: FitPlan) -> int:
     """How many values a code has; of vectors, how many numbers."""
     if plan.given is not None:
         return plan.given.code.values if plan.is_discrete else plan.given.code.shape[0]
     return CODES if plan.trains == "vq" else 16
 
 
-def condition_of(plan: Plan, shape: Shape, pieces: int) -> ConditionConfig:
+def condition_of(plan: FitPlan, shape: Shape, pieces: int) -> ConditionConfig:
     """What the model reads; pieces: of the vocabulary of a learned encoder."""
     if plan.text == "minilm":
         return TextFeatures(MiniLM.dim, 1)
@@ -158,7 +160,7 @@ def condition_of(plan: Plan, shape: Shape, pieces: int) -> ConditionConfig:
     return ClassEmbedder(plan.classes)
 
 
-def family_of(plan: Plan, shape: Shape, pieces: int) -> Family:
+def family_of(plan: FitPlan, shape: Shape, pieces: int) -> Family:
     """The model of a plan."""
     if plan.base is not None:
         return _started(plan)
@@ -224,14 +226,14 @@ def family_of(plan: Plan, shape: Shape, pieces: int) -> Family:
     )
 
 
-def _started(plan: Plan) -> Family:
+def _started(plan: FitPlan) -> Family:
     """The model to begin with, with the classes of this data set."""
     model = plan.family_of_start()
     fresh = plan.condition == "classes" and path_of(model, "condition")
     return with_fields(model, condition=ClassEmbedder(plan.classes)) if fresh else model
 
 
-def train_of(plan: Plan, steps: int) -> Train:
+def train_of(plan: FitPlan, steps: int) -> Train:
     """The training of the model of a plan."""
     if plan.base is not None:
         rate = muon(steps, 3e-3, 5e-4) if plan.family_of_start().capabilities.token_by_token else Optimizer()
@@ -247,7 +249,7 @@ def train_of(plan: Plan, steps: int) -> Train:
 
 
 def model_experiment(
-    plan: Plan, shape: Shape, steps: int, codec: str, encoded: str, vocabulary: str = "", pieces: int = 0
+    plan: FitPlan, shape: Shape, steps: int, codec: str, encoded: str, vocabulary: str = "", pieces: int = 0
 ) -> Experiment:
     """The training of the plan's model.
 
@@ -263,6 +265,6 @@ def model_experiment(
     return Experiment(family_of(plan, shape, pieces), data, train_of(plan, steps), codec=codec, text=text)
 
 
-def is_encoded(plan: Plan) -> bool:
+def is_encoded(plan: FitPlan) -> bool:
     """Whether codes or features are computed before the training."""
     return bool(plan.codec or plan.trains or plan.text in ("minilm", "start"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
-from t2i_jax.fit.measure import Rate
-from t2i_jax.fit.plan import Plan
+from t2i_jax.fit.measure import StepRate
+from t2i_jax.fit.plan import FitPlan
 from t2i_jax.fit.recipes import TIMES, USUAL, Shape, choose_shape, largest_shape, pictures_of
 
 CODEC = 0.4
 """Share of the codec in the time that is left when it begins."""
+LEAST = 0.2
+"""Share of all time that the model trains for at least, where the stages before took longer than they should."""
 LEAST_STEPS = 20
 """Steps that are made however little time there is."""
 ENOUGH = 2000
@@ -33,12 +35,12 @@ class Clock:
         return max(self.seconds - kept - self.spent, 0.0)
 
 
-def _bounded(steps: int, plan: Plan) -> int:
+def _bounded(steps: int, plan: FitPlan) -> int:
     pictures, batch = len(plan.look.usable), pictures_of(plan).batch_size
     return max(LEAST_STEPS, min(steps, max(ENOUGH, TIMES * pictures // batch)))
 
 
-def codec_length(rate: Rate, clock: Clock, plan: Plan) -> tuple[int, int]:
+def codec_length(rate: StepRate, clock: Clock, plan: FitPlan) -> tuple[int, int]:
     """Steps of the codec, and its channels. rate: with 32 channels."""
     steps = rate.steps(CODEC * clock.left)
     if steps < 250:  # a quarter of the work
@@ -47,12 +49,12 @@ def codec_length(rate: Rate, clock: Clock, plan: Plan) -> tuple[int, int]:
     return _bounded(steps // 4 if wide else steps, plan), 64 if wide else 32
 
 
-def model_length(rate: Rate, clock: Clock, plan: Plan) -> tuple[int, Shape]:
+def model_length(rate: StepRate, clock: Clock, plan: FitPlan) -> tuple[int, Shape]:
     """Steps of the model, and its size. rate: of the usual size.
 
     The first preview is compiled besides the step, and takes about as long.
     """
-    seconds = max(clock.left - rate.first, 0.0)
+    seconds = max(clock.left - rate.first, LEAST * clock.seconds + rate.first)
     steps = rate.steps(seconds)
     if plan.base is not None:
         return _bounded(steps, plan), USUAL
