@@ -21,7 +21,7 @@ from t2i_jax.core.outputs import check_utf8, local, whole_file, write_json, writ
 from t2i_jax.core.written import config_file
 from t2i_jax.fit import recipes
 from t2i_jax.fit.measure import measure
-from t2i_jax.fit.plan import Condition, Kind, FitPlan, Wishes, make_plan
+from t2i_jax.fit.plan import Condition, FitPlan, Kind, Wishes, make_plan
 from t2i_jax.fit.schedule import Clock, codec_length, model_length
 from t2i_jax.storage.artifacts import is_stored
 from t2i_jax.text.sentencepiece import SentencePiece

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.sniff import sniff_file
@@ -279,10 +280,10 @@ def _parquet(path: str) -> tuple[Source, tuple[str, ...], tuple[str, ...]]:
 
 def _classes(path: str) -> tuple[str, ...]:
     """The classes that the column 'label' numbers."""
-    from pyarrow import compute, parquet
+    from pyarrow import parquet
 
-    found = [compute.max(parquet.read_table(file, columns=["label"])["label"]).as_py() for file in parquet_files(path)]
-    most = max((n for n in found if n is not None), default=-1)
+    columns = (parquet.read_table(file, columns=["label"])["label"].to_pylist() for file in parquet_files(path))
+    most = max((n for column in columns for n in column if n is not None), default=-1)
     return tuple(map(str, range(most + 1)))
 
 
@@ -306,6 +307,7 @@ def _tfds(name: str) -> FoundSource:
     """A data set of tfds, by its name or its folder, and its features of images and captions or classes."""
     import tensorflow_datasets as tfds
 
+    builder: Any  # tfds's decorators hide the signatures
     try:
         builder = tfds.builder_from_directory(name) if os.path.isdir(name) else tfds.builder(name)
         features, splits = builder.info.features, list(builder.info.splits)
