@@ -224,3 +224,37 @@ def test_json_next_to_pictures_with_whole_names(tmp_path):
     found = find_source(str(tmp_path))
     assert found.source.captions == ("json:prompt",)
     assert captions(found.source) == [[f"picture {n}"] for n in range(3)]
+
+
+def test_several_fields_of_tars_and_columns_of_parquet(tmp_path):
+    """Each is a kind of captions; a field that repeats the text is none of its own."""
+    import io
+    import tarfile
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for n in range(3):
+            about = {"caption": f"text {n}", "alt_text": f"alt {n}", "url": "u"}
+            parts = {
+                "jpg": odd_pictures.data_of(n, "JPEG"),
+                "txt": f"text {n}".encode(),
+                "json": json.dumps(about).encode(),
+            }
+            for end, data in parts.items():
+                info = tarfile.TarInfo(f"{n}.{end}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    found = find_source(str(tmp_path / "a.tar"))
+    assert found.source.caption == "txt+alt_text"
+    assert captions(found.source)[1] == ["text 1", "alt 1"]
+    rows = {"image": [odd_pictures.data_of(n) for n in range(3)], "text": [f"text {n}" for n in range(3)]}
+    rows["long_caption"] = [None, "long 1", "long 2"]
+    parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
+    found = find_source(str(tmp_path / "a.parquet"))
+    assert captions(found.source) == [["text 0"], ["text 1", "long 1"], ["text 2", "long 2"]]
+    weighted = Parquet(str(tmp_path / "a.parquet"), captions="text+long_caption", weights=(1.0, 3.0)).open()
+    assert weighted[0]["caption_weights"] == [1.0] and weighted[1]["caption_weights"] == [1.0, 3.0]
+    with pytest.raises(DataError, match="Parquet.weights are"):
+        Parquet(str(tmp_path / "a.parquet"), captions="text", weights=(1.0, 3.0)).open()

@@ -21,7 +21,7 @@ from t2i_jax.core.text import decode_text, mend, read_lines, split_lines
 from t2i_jax.data.files import ending, mounted, some, walk
 from t2i_jax.data.files import kinds as kinds_of
 from t2i_jax.data.images import image_endings
-from t2i_jax.data.records import WEIGHTS, Captions, Record, as_captions
+from t2i_jax.data.records import Captions, Record, as_captions, check_weights, join_captions, words_of
 
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Files of other programs with the captions of a folder."""
@@ -42,8 +42,7 @@ def check_kinds(kinds: Sequence[str], weights: Sequence[float]) -> None:
         if name not in KINDS or (name in ("json", "metadata") and not rest) or (name in ("txt", "caption") and colon):
             known = "'txt', 'caption', 'json:FIELD', 'metadata:COLUMN' and 'folder:TEMPLATE'"
             raise DataError(f"Folder.captions has '{kind}'; the kinds are {known}")
-    if weights and (len(weights) != len(kinds) or not all(0 < w < float("inf") for w in weights)):
-        raise DataError(f"Folder.weights are {tuple(weights)}; one above 0 is needed for each of {tuple(kinds)}")
+    check_weights(weights, kinds, "Folder.weights")
 
 
 def read_table(path: Path) -> dict[str, Row]:
@@ -86,14 +85,6 @@ def _object(text: str, what: str) -> Row:
     return row
 
 
-def words_of(row: Row, name: str) -> object:
-    """The captions in a field of a row: a string or several; tags become one, with commas."""
-    value = row.get(name)
-    if "tag" in name.lower() and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-        return ", ".join(value)
-    return value
-
-
 @dataclass
 class FolderReader:
     """Images below `path` by their names relative to it."""
@@ -124,15 +115,7 @@ class FolderReader:
 
     def captions(self, name: str) -> Record:
         """The captions of an image, of all kinds in turn, and where the kinds have weights the weight of each."""
-        several = [self._of_kind(name, kind) for kind in self.kinds]
-        if len(several) == 1:
-            return {"captions": several[0]}
-        found = Captions(caption for captions in several for caption in captions)
-        missing = [captions.fault or captions.missing for captions in several]
-        found.fault = "" if found else next((captions.fault for captions in several if captions.fault), "")
-        found.missing = "; ".join(missing)
-        weights = zip(self.weights or [1.0] * len(several), several, strict=True)
-        return {"captions": found, WEIGHTS: [w / len(captions) for w, captions in weights for _ in captions]}
+        return join_captions([self._of_kind(name, kind) for kind in self.kinds], self.weights)
 
     def _of_kind(self, name: str, kind: str) -> Captions:
         """The captions of one kind."""

@@ -17,7 +17,7 @@ from t2i_jax.data.files import contents, ending, files_of, mounted, some, walk
 from t2i_jax.data.folder import TABLES, read_table
 from t2i_jax.data.images import image_endings
 from t2i_jax.data.parquet import image_columns, parquet_files, schema_of
-from t2i_jax.data.records import INDEX
+from t2i_jax.data.records import INDEX, words_of
 from t2i_jax.data.sources import FEATURES, ArrayRecord, Folder, Mixture, Parquet, Single, Source, TarShards, Tfds
 from t2i_jax.data.tar import TarReader
 
@@ -215,18 +215,18 @@ def _tars(path: str) -> FoundSource:
     records = [reader[i] for i in places]
     labels = [record["label"] for record in records if "label" in record]
     about = [f"{mend(path)}: tar files of {len(reader)} samples"]
-    if any(record["captions"] for record in records):
-        return FoundSource(source, (*about, "captions are the .txt members"))
     objects = []
     for i in places:
         try:
             objects.append(reader.about(i))
         except DataError:
             continue  # its record says what is wrong
-    if fields := caption_fields(objects):
-        return FoundSource(
-            replace(source, caption=fields[0]), (*about, f"captions are '{fields[0]}' of the .json members")
-        )
+    texts = {caption for record in records for caption in record["captions"]}
+    # What img2dataset writes twice, as text and as a field, is one kind.
+    fields = [f for f in caption_fields(objects) if any(words_of(row, f) not in (None, *texts) for row in objects)]
+    if kinds := ["txt"] * bool(texts) + fields:
+        about.append(f"captions are those of {', '.join(kinds)}" + (", equally often" if len(kinds) > 1 else ""))
+        return FoundSource(replace(source, caption="+".join(kinds)), tuple(about))
     if labels and all(isinstance(label, int) for label in labels):
         most = max(record["label"] for i in range(len(reader)) if isinstance((record := reader[i]).get("label"), int))
         names = tuple(map(str, range(most + 1)))
@@ -268,8 +268,8 @@ def _parquet(path: str) -> tuple[Source, tuple[str, ...], tuple[str, ...]]:
     texts.sort(key=order)
     about = [f"{mend(path)}: parquet files; images are the column '{images[0]}'"]
     if texts:
-        about.append(f"captions are the column '{texts[0]}'" + (f", of {', '.join(texts)}" if len(texts) > 1 else ""))
-        return Parquet(path, images[0], texts[0]), tuple(about), ()
+        about.append(f"captions are those of {', '.join(texts)}" + (", equally often" if len(texts) > 1 else ""))
+        return Parquet(path, images[0], "+".join(texts)), tuple(about), ()
     names = class_names(schema.metadata)
     if "label" in schema.names and str(schema.field("label").type).startswith(("int", "uint")):
         classes = names or _classes(path)

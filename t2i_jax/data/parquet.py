@@ -12,7 +12,7 @@ import numpy as np
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.data.files import Recent, files_of, mounted
 from t2i_jax.data.order import Parts
-from t2i_jax.data.records import DataError, Reader, Record, as_captions
+from t2i_jax.data.records import DataError, Reader, Record, as_captions, join_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +26,8 @@ class ParquetReader(Parts, Reader):
 
     def __init__(self, config: Parquet):
         self.config = config
-        named = (config.image, config.captions, config.key, *config.fields)
+        self.captions = config.captions.split("+") if config.captions else []
+        named = (config.image, *self.captions, config.key, *config.fields)
         self.columns = [column for column in named if column]
         self.groups: list[tuple[Path, int, int]] = []
         """file, row group, row of the file at which it begins"""
@@ -69,11 +70,11 @@ class ParquetReader(Parts, Reader):
         row = self.tables[g].slice(number, 1).to_pylist()[0]
         key = row[config.key] if config.key else None
         key = self.key(i).removeprefix(f"{self.groups[g][0].parent}/") if key is None else key
-        captions = row[config.captions] if config.captions else None
-        missing = f"the column '{config.captions}' is empty there" if config.captions else "Parquet.captions is None"
+        captions = [as_captions(row[name], f"the column '{name}' is empty there") for name in self.captions]
+        captions = captions or [as_captions(None, "Parquet.captions is None")]
         return {
             "image": _image(row[config.image], config.image),
-            "captions": as_captions(captions, missing),
+            **join_captions(captions, config.weights),
             "key": str(key),
             **{name: row[name] for name in config.fields},
         }

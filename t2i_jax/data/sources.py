@@ -30,6 +30,7 @@ from t2i_jax.data.records import (
     Reader,
     Record,
     as_captions,
+    check_weights,
     clean_captions,
     decode,
     shard_name,
@@ -204,16 +205,21 @@ class TarShards:
     path: str
     """A tar file, a folder of them, or a glob such as "shards/000*.tar"."""
     caption: str = "txt"
-    """"txt" for the .txt member (the whole of it is one caption), else the name of a field of the .json member."""
+    """"txt" for the .txt member (the whole of it is one caption), else the name of a field of the .json member; several
+    are joined by "+", as in "txt+alt_text"."""
     fields: tuple[str, ...] = ()
     """Fields of the .json member to take over into the record."""
+    weights: tuple[float, ...] = ()
+    """How often each of several is drawn, in any unit, where an image has them; () is equally often."""
     truncated: str = "error"
     """A tar that is cut short: "error" stops, "skip" goes on with the samples before the cut and logs the loss."""
 
     def open(self) -> Reader:
         if self.truncated not in ("error", "skip"):
             raise DataError(f"TarShards.truncated is '{self.truncated}'; it must be 'error' or 'skip'")
-        return TarReader(files_of(self.path, ".tar"), self.caption, self.fields, self.truncated == "skip")
+        check_weights(self.weights, self.caption.split("+"), "TarShards.weights")
+        tars, skip = files_of(self.path, ".tar"), self.truncated == "skip"
+        return TarReader(tars, self.caption, self.fields, skip, self.weights)
 
 
 @dataclass(frozen=True)
@@ -229,15 +235,18 @@ class Parquet:
     image: str = "image"
     """The column of images."""
     captions: str | None = "caption"
-    """The column of captions, a string or a list of strings; `None` where there is none."""
+    """The column of captions, a string or a list of strings; `None` where there is none. Several are joined by "+"."""
     key: str | None = None
     """The column that names a record; without one it is named by file and row."""
     fields: tuple[str, ...] = ()
     """More columns to take over into the record, for instance "label"."""
     cache: int = 16
     """How many row groups a process keeps in memory."""
+    weights: tuple[float, ...] = ()
+    """How often each of several columns of captions is drawn, in any unit; () is equally often."""
 
     def open(self) -> Reader:
+        check_weights(self.weights, (self.captions or "").split("+"), "Parquet.weights")
         if self.cache < 1:
             raise DataError(f"Parquet.cache is {self.cache}; it is at least 1")
         return ParquetReader(self)
