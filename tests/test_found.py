@@ -81,6 +81,13 @@ def test_classes_by_folder(at, tmp_path):
         assert record["key"].startswith(found.classes[record["label"]])
 
 
+def test_classes_where_there_are_captions_are_found_if_wanted(tmp_path):
+    for n, name in enumerate(("a", "b", "a", "b")):
+        odd_pictures.plain(tmp_path / name / f"{n}", 2)
+    assert not find_source(str(tmp_path)).classes
+    assert find_source(str(tmp_path), captions=False).classes == ("a", "b")
+
+
 def test_classes_of_tars_and_parquet(tmp_path):
     found = find_source(str(odd_pictures.hub(tmp_path / "h", labels=True)))
     assert found.classes == ("cat", "dog", "bird") and found.source.open()[4]["label"] == 1

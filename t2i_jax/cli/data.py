@@ -26,7 +26,7 @@ from t2i_jax.data.look import Look
 from t2i_jax.data.look import look as look_at_data
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import TarEntry, index_tars
-from t2i_jax.fit.plan import Wishes, make_plan
+from t2i_jax.fit.plan import Condition, Wishes, make_plan
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 from t2i_jax.training.experiment import load_experiment
 
@@ -104,6 +104,8 @@ class LookArguments(Checked):
     """pictures that are looked at, evenly spaced, where there are more"""
     size: Annotated[int | None, Range(8, 4096)] = None
     """side of the images that `t2i fit` would draw, 64 unless given"""
+    condition: Condition | None = None
+    """what they would be drawn of, as of `t2i fit`"""
 
 
 def run(arguments: list[str]) -> None:
@@ -180,21 +182,23 @@ def index(arguments: list[str]) -> None:
 
 def look(arguments: list[str]) -> None:
     args = parse(LookArguments, arguments, "t2i data look")
-    found = look_into(args.data, Path(local(args.out)), args.most)
-    plan = make_plan(found, Wishes(args.size))
+    found = look_into(args.data, Path(local(args.out)), args.most, args.condition != "classes")
+    plan = make_plan(found, Wishes(args.size, condition=args.condition))
     console.print("what `t2i fit` would do:", highlight=False)
     for sentence in plan.why:
         console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
-def look_into(data: str, out: Path, most: int = 20_000) -> Look:
-    """Look at a data set, print what was seen, and write it to `out`: look.json and contact.png."""
+def look_into(data: str, out: Path, most: int = 20_000, captions: bool = True) -> Look:
+    """Look at a data set, print what was seen, and write it to `out`: look.json and contact.png. captions: as of
+    `find_source`."""
     files = out / "look.json", out / "contact.png"
     check_utf8(out)
     check_free(*files)
     with bar() as progress:
         task = progress.add_task("looking")
-        seen = look_at_data(data, most, lambda done, total: progress.update(task, completed=done, total=total))
+        update = lambda done, total: progress.update(task, completed=done, total=total)
+        seen = look_at_data(data, most, update, captions)
     pictures, titles = seen.sheet()
     save_png(grid(pictures, titles, scale=1), files[1])
     write_json(files[0], seen.report())

@@ -158,9 +158,11 @@ class Fit:
     def choose(self, codec: str) -> FitPlan:
         """Look at the data, and choose."""
         args = self.args
-        self.say(f"$ t2i data look {shlex.quote(args.data)} --out {shlex.quote(self.at('look'))}", "bold")
-        look = look_into(args.data, Path(self.at("look")))
-        line = f"t2i data look {shlex.quote(args.data)} --out {shlex.quote(self.at('look'))}"
+        words = ["data", "look", args.data, "--out", self.at("look")]
+        words += ["--condition", "classes"] if args.condition == "classes" else []
+        line = "t2i " + shlex.join(words)
+        self.say(f"$ {line}", "bold")
+        look = look_into(args.data, Path(self.at("look")), captions=args.condition != "classes")
         self.state["commands"] = [line, *(c for c in self.state["commands"] if c != line)]
         plan = make_plan(look, Wishes(args.size, args.family, args.condition, codec, args.start))
         for sentence in plan.why:

@@ -42,8 +42,9 @@ class FoundSource:
     """names of classes, where images have numbers of them"""
 
 
-def find_source(data: str) -> FoundSource:
-    """The source that a path, a glob, an address or a name of a data set means.
+def find_source(data: str, captions: bool = True) -> FoundSource:
+    """The source that a path, a glob, an address or a name of a data set means. captions: False looks for classes by
+    folders where pictures have captions, too.
 
     A folder may hold pictures at any depth, tar files, parquet files, a data set of this library or of tfds; several of
     these at once are mixed. Errors: `DataError` that says what is there instead.
@@ -68,7 +69,7 @@ def find_source(data: str) -> FoundSource:
     if prepared and not images and not tars and not parquets:
         return _joined([_prepared(os.path.join(data, folder)) for folder in sorted(prepared)])
     parquets = [name for name in parquets if os.path.basename(name) not in ("metadata.parquet",)]
-    found = [_folder(data, images, others)] if images else []
+    found = [_folder(data, images, others, captions)] if images else []
     found += [_tars(os.path.join(data, folder)) for folder in sorted({os.path.dirname(name) for name in tars})]
     found += _parquets(data, parquets)
     if not found:
@@ -140,7 +141,7 @@ def _splits(folder: str) -> list[str]:
 # -- folders
 
 
-def _folder(data: str, images: Sequence[str], others: Sequence[str]) -> FoundSource:
+def _folder(data: str, images: Sequence[str], others: Sequence[str], captions: bool) -> FoundSource:
     """Images below a folder, and where their captions are."""
     files = set(others)
     stems = {os.path.splitext(name)[0]: name for name in images}
@@ -158,16 +159,16 @@ def _folder(data: str, images: Sequence[str], others: Sequence[str]) -> FoundSou
     about += [f"{mend(data)}: {mend(unread[0])} is not read; a metadata.jsonl is"] if unread else []
     tops = {name.partition("/")[0] if "/" in name else "" for name in images}
     if "train" in tops and tops <= set(SPLITS):
-        found = find_source(os.path.join(data, "train"))
+        found = find_source(os.path.join(data, "train"), captions)
         return replace(found, about=(*found.about, f"of the splits {', '.join(sorted(tops))}, train is taken"))
-    if kinds:
+    if kinds and captions:
         about.append(f"captions are those of {', '.join(kinds)}" + (", equally often" if len(kinds) > 1 else ""))
         return FoundSource(Folder(data, tuple(kinds), (1.0,) * len(kinds) if len(kinds) > 1 else ()), tuple(about))
     if len(tops) == 1 and "" not in tops:  # the classes may be one folder deeper
-        return find_source(os.path.join(data, *tops))
+        return find_source(os.path.join(data, *tops), captions)
     classes = tuple(sorted(map(mend, tops)))
     if "" not in tops and 2 * len(tops) <= len(images):
-        about.append(f"no captions; {len(classes)} classes by the folders {some(classes)}")
+        about.append(f"{len(classes)} classes by the folders {some(classes)}")
         return FoundSource(Folder(data, classes=True), tuple(about), classes)
     return FoundSource(Folder(data), (*about, "no captions, and no classes by folders"))
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from t2i_jax.core.errors import DataError
 from t2i_jax.data.examples import fault_of, name_of
-from t2i_jax.data.found import FoundSource, find_source
+from t2i_jax.data.found import find_source
 from t2i_jax.data.images import open_image
 from t2i_jax.data.records import Reader, Record, as_captions
 from t2i_jax.data.sources import Source
@@ -184,17 +184,18 @@ def _classed(numbers: Iterable[int], ends: Sequence[int]) -> dict[str, int]:
     return {name: counts[i] for i, name in enumerate(names) if counts[i]}
 
 
-def look(data: str, most: int = 20_000, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Look:
+def look(
+    data: str,
+    most: int = 20_000,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    captions: bool = True,
+) -> Look:
     """Look at the pictures of `data`, as `find_source` reads it, of more than `most` at evenly spaced ones.
 
     on_progress: called with how many are looked at, of how many. Errors: `DataError` where no source is found, and
     where none of its records has a picture that can be read, with the first fault.
     """
-    return look_at(data, find_source(data), most, on_progress)
-
-
-def look_at(data: str, found: FoundSource, most: int, on_progress: Callable[[int, int], None]) -> Look:
-    """`look`, for a source that is found already."""
+    found = find_source(data, captions)
     reader = found.source.open()
     if not len(reader):
         raise DataError(f"{data}: there is no record")
