@@ -241,9 +241,9 @@ class Fit:
         notes |= {"data": "The held-out images are those of the training: previews alone are drawn of them."}
         write_text(self.folder / name, config_file(experiment, about, **notes))
         self.save()
-        steps = experiment.train.steps
-        kind = type(experiment.model).__name__
-        self.say(f"{self.at(name)}: {kind}, {steps} steps of {experiment.data.batch_size}")
+        trained = name in ("codec.py", "model.py")
+        steps = f", {experiment.train.steps} steps of {experiment.data.batch_size} images" if trained else ""
+        self.say(f"{self.at(name)}: {type(experiment.model).__name__}{steps}")
 
     def prompts(self) -> None:
         """What is drawn at the end: captions of the data, or classes."""
