@@ -31,7 +31,7 @@ from t2i_jax.fit import plan as planning
 from t2i_jax.fit import recipes
 from t2i_jax.fit.measure import StepRate
 from t2i_jax.fit.plan import Wishes, make_plan
-from t2i_jax.fit.schedule import LEAST_STEPS, Clock, codec_length, model_length
+from t2i_jax.fit.schedule import ENOUGH, LEAST_STEPS, Clock, codec_length, model_length
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.storage.artifacts import Artifact, config_of, load_artifact, save_artifact
 from t2i_jax.training.experiment import load_experiment
@@ -103,6 +103,23 @@ def test_a_codec_that_is_there(kind, family, looks, codecs):
     check_codes(experiment.model, config_of(codecs[kind]), "codec")
 
 
+def test_from_a_model(looks, codecs, tmp_path):
+    """Codec, size and condition are those of the model; the classes are those of the data."""
+    zeros = lambda model: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract(model))
+    taken = make_plan(looks["classes"], Wishes(32, codec=codecs["numbers"]))
+    model = experiments(taken)[-1].model
+    save_artifact(Artifact(model, zeros(model), None, codecs["numbers"], 7, 32), tmp_path / "base", "")
+    plan = make_plan(looks["classes"], Wishes(start=str(tmp_path / "base")))
+    (experiment,) = experiments(plan)
+    assert (plan.size, plan.condition, experiment.model) == (32, "classes", model)
+    assert experiment.codec == str(tmp_path / "base" / "codec") and experiment.train.start == str(tmp_path / "base")
+    for wishes, message in (({"size": 64}, "draws 32"), ({"family": "gan"}, "--family with --from")):
+        with pytest.raises(ConfigError, match=message):
+            make_plan(looks["classes"], Wishes(start=str(tmp_path / "base"), **wishes))
+    with pytest.raises(ConfigError, match="draws by class, and .* has no classes"):
+        make_plan(looks["captions"], Wishes(start=str(tmp_path / "base")))
+
+
 @pytest.mark.parametrize("size", [8, 16, 24, 32, 40, 48, 64, 96, 128, 256, 512])
 @pytest.mark.parametrize("family", ["ar", "diffusion"])
 def test_sizes(size, family, looks):
@@ -154,7 +171,7 @@ def test_steps_fill_the_time(looks, monkeypatch):
         steps, shape = model_length(rate, clock, plan)
         now += 2 * rate.first + steps * step * shape.cost / recipes.USUAL.cost
         assert steps >= LEAST_STEPS and now < clock.seconds
-        assert steps > 100 and (step > 0.01 or steps == 2000)
+        assert steps > 100 and (step > 0.01 or steps == ENOUGH[plan.family])
 
 
 def test_larger_models_for_more_pictures_and_time():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from t2i_jax.fit.plan import Condition, FitPlan, Kind, Wishes, make_plan
 from t2i_jax.fit.schedule import Clock, codec_length, model_length
 from t2i_jax.storage.artifacts import is_stored
 from t2i_jax.text.sentencepiece import SentencePiece
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import Experiment, load_experiment
 
 STATE = "fit.json"
 PROMPTS = 16
@@ -182,7 +181,7 @@ class Fit:
             experiment = recipes.codec_experiment(plan, steps, channels)
             self.write("codec.py", experiment, "The codec of the images, trained on them: codes that the model draws.")
         self.run("train", config, "--run", self.at("runs", "codec"), done=self.there("codec"))
-        scale = ["--scale"] if "KL(" in Path(config).read_text("utf-8") else []
+        scale = ["--scale"] if load_experiment(config).model.capabilities.measures_scale else []
         out = self.at("codec")
         self.run("release", self.at("runs", "codec"), "--out", out, *scale, done=self.there("codec"))
         return out
@@ -260,7 +259,7 @@ class Fit:
         """Samples of the released model."""
         given = self.there("prompts.txt") and Path(self.at("prompts.txt")).read_text("utf-8").strip()
         what = ["--prompts", self.at("prompts.txt")] if given else ["", "--count", str(PROMPTS)]
-        size = json.loads(Path(self.at("model", "config.json")).read_text("utf-8")).get("image_size") or 64
+        size = read_json(Path(self.at("model", "config.json"))).get("image_size") or 64
         scale = ["--scale", str(max(1, 256 // int(size)))]
         self.run("sample", self.at("model"), *what, "--out", self.at("samples"), *scale)
 

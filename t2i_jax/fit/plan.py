@@ -164,7 +164,9 @@ def _spec(codec: str) -> CodecSpec:
 
 
 def _size(wishes: Wishes, base: OpenArtifact | None, given: CodecSpec | None) -> int:
-    known = base.artifact.image_size if base is not None else 0
+    known = 0
+    if base is not None:
+        known = as_family(base.artifact.config).sample_spec().grid[0] * (given.factor if given is not None else 1)
     if known and wishes.size not in (None, known):
         raise ConfigError(f"--size {wishes.size}: {wishes.start} draws {known}; another size is a config's train.start")
     size = wishes.size or known or 64

@@ -15,6 +15,7 @@ from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.core.conditions import Condition as ConditionConfig
 from t2i_jax.core.family import path_of, with_fields
+from t2i_jax.core.narrow import gives_features
 from t2i_jax.core.types import Compute, Family
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
@@ -267,4 +268,4 @@ def model_experiment(
 
 def is_encoded(plan: FitPlan) -> bool:
     """Whether codes or features are computed before the training."""
-    return bool(plan.codec or plan.trains or plan.text in ("minilm", "start"))
+    return bool(plan.codec or plan.trains or gives_features(plan.tokenizer("")))

@@ -14,8 +14,9 @@ LEAST = 0.2
 """Share of all time that the model trains for at least, where the stages before took longer than they should."""
 LEAST_STEPS = 20
 """Steps that are made however little time there is."""
-ENOUGH = 2000
-"""Steps that are allowed however few pictures there are."""
+ENOUGH = {"ar": 2000, "masked": 5000, "diffusion": 20_000, "gan": 20_000}
+"""Steps that are allowed however few pictures there are: codes are soon known by heart, noise is drawn anew each time."""
+CODEC_ENOUGH = 3000
 
 
 class Clock:
@@ -35,18 +36,18 @@ class Clock:
         return max(self.seconds - kept - self.spent, 0.0)
 
 
-def _bounded(steps: int, plan: FitPlan) -> int:
+def _bounded(steps: int, plan: FitPlan, enough: int) -> int:
     pictures, batch = len(plan.look.usable), pictures_of(plan).batch_size
-    return max(LEAST_STEPS, min(steps, max(ENOUGH, TIMES * pictures // batch)))
+    return max(LEAST_STEPS, min(steps, max(enough, TIMES * pictures // batch)))
 
 
 def codec_length(rate: StepRate, clock: Clock, plan: FitPlan) -> tuple[int, int]:
     """Steps of the codec, and its channels. rate: with 32 channels."""
     steps = rate.steps(CODEC * clock.left)
     if steps < 250:  # a quarter of the work
-        return _bounded(3 * steps, plan), 16
-    wide = steps > 4 * ENOUGH and largest_shape(len(plan.look.usable)) != USUAL
-    return _bounded(steps // 4 if wide else steps, plan), 64 if wide else 32
+        return _bounded(3 * steps, plan, CODEC_ENOUGH), 16
+    wide = steps > 4 * CODEC_ENOUGH and largest_shape(len(plan.look.usable)) != USUAL
+    return _bounded(steps // 4 if wide else steps, plan, CODEC_ENOUGH), 64 if wide else 32
 
 
 def model_length(rate: StepRate, clock: Clock, plan: FitPlan) -> tuple[int, Shape]:
@@ -57,6 +58,6 @@ def model_length(rate: StepRate, clock: Clock, plan: FitPlan) -> tuple[int, Shap
     seconds = max(clock.left - rate.first, LEAST * clock.seconds + rate.first)
     steps = rate.steps(seconds)
     if plan.base is not None:
-        return _bounded(steps, plan), USUAL
+        return _bounded(steps, plan, ENOUGH[plan.family]), USUAL
     shape = choose_shape(steps, len(plan.look.usable))
-    return _bounded(int(steps * USUAL.cost / shape.cost), plan), shape
+    return _bounded(int(steps * USUAL.cost / shape.cost), plan, ENOUGH[plan.family]), shape
