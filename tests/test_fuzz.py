@@ -115,7 +115,7 @@ NUMBERS += [
     "0" * 400,
 ]
 
-LONG = ("compare", "train", "evaluate", "data build")
+LONG = ("compare", "train", "evaluate", "data build", "fit")
 """Commands whose accepted inputs take seconds, as those of `bench` do; they are tried less often."""
 OFTEN = [leaf for leaf in LEAVES for _ in range(1 if leaf[0] == "bench" or " ".join(leaf) in LONG else 5)]
 

@@ -27,6 +27,7 @@ LAYERS = [
     ("evaluation", "previews", "encode", "plan"),
     ("bench",),
     ("comparison", "api"),
+    ("fit",),
     ("cli",),
 ]
 EXTRAS = ("torch", "tensorflow", "transformers", "diffusers", "libtpu")

@@ -13,7 +13,8 @@ from t2i_jax.core.console import console
 from t2i_jax.core.errors import did_you_mean
 
 COMMANDS = {
-    "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files, and neighbours",
+    "fit": "pictures as they are to a released model, by the commands below",
+    "data": "look at pictures; build a data set that ships as packages; a vocabulary; index tar files, and neighbours",
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to images",

@@ -13,20 +13,27 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from rich.table import Table
+from rich.text import Text
 
 from t2i_jax.core.config import ConfigError, parse, parse_some
-from t2i_jax.core.console import bar, console
+from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.errors import DataError
 from t2i_jax.core.fields import Checked, Range, Size
-from t2i_jax.core.outputs import local
+from t2i_jax.core.image_files import grid, save_png
+from t2i_jax.core.outputs import check_free, check_utf8, local, write_json
 from t2i_jax.core.sharding import own_mesh
-from t2i_jax.data.files import files_of
+from t2i_jax.data.files import files_of, some
+from t2i_jax.data.look import Look
+from t2i_jax.data.look import look as look_at_data
 from t2i_jax.data.tar import fault_of_tar
 from t2i_jax.data.tar_index import TarEntry, index_tars
+from t2i_jax.fit.plan import Condition, Wishes, make_plan
 from t2i_jax.text.sentencepiece import check_vocabulary_file, train_vocabulary
 from t2i_jax.training.experiment import load_experiment
 
 KINDS = {
+    "look": "look at pictures before training on them",
     "build": "build a data set that ships as packages",
     "vocab": "train a vocabulary on captions",
     "index": "find the samples of tar files, so that training starts at once",
@@ -117,11 +124,31 @@ class NeighboursArguments(Checked):
     """records of a file"""
 
 
+@dataclasses.dataclass(frozen=True)
+class LookArguments(Checked):
+    """Look at pictures: counts, sizes, captions, broken files, duplicates, and what `t2i fit` would make of them.
+
+    Writes look.json and contact.png into OUT. Example: t2i data look photos/ --out looks/photos
+    """
+
+    data: tyro.conf.Positional[str]
+    """a folder of pictures, of tar files or of parquet files; such a file or a glob; a data set of `t2i data build` or
+    tfds"""
+    out: Path = Path("look")
+    most: Size = 20_000
+    """pictures that are looked at, evenly spaced, where there are more"""
+    size: Annotated[int | None, Range(8, 4096)] = None
+    """side of the images that `t2i fit` would draw, 64 unless given"""
+    condition: Condition | None = None
+    """what they would be drawn of, as of `t2i fit`"""
+
+
 def run(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in KINDS:
         print(USAGE)
         sys.exit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
-    {"build": build, "vocab": vocab, "index": index, "neighbours": neighbours}[arguments[0]](arguments[1:])
+    commands = {"look": look, "build": build, "vocab": vocab, "index": index, "neighbours": neighbours}
+    commands[arguments[0]](arguments[1:])
 
 
 def build(arguments: list[str]) -> None:
@@ -215,3 +242,73 @@ def neighbours(arguments: list[str]) -> None:
         cosines, _ = made.neighbours_of_images(index, experiment, args.split, embedder, find, args.images, some)
         text = f"{args.images}: {len(cosines)} images; see neighbours.png there"
         console.print(text, soft_wrap=True, highlight=False)
+
+
+def look(arguments: list[str]) -> None:
+    args = parse(LookArguments, arguments, "t2i data look")
+    found = look_into(args.data, Path(local(args.out)), args.most, args.condition != "classes")
+    plan = make_plan(found, Wishes(args.size, condition=args.condition))
+    console.print("what `t2i fit` would do:", highlight=False)
+    for sentence in plan.why:
+        console.print(f"- {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+def look_into(data: str, out: Path, most: int = 20_000, captions: bool = True) -> Look:
+    """Look at a data set, print what was seen, and write it to `out`: look.json and contact.png. captions: as of
+    `find_source`."""
+    files = out / "look.json", out / "contact.png"
+    check_utf8(out)
+    check_free(*files)
+    with bar() as progress:
+        task = progress.add_task("looking")
+        update = lambda done, total: progress.update(task, completed=done, total=total)
+        seen = look_at_data(data, most, update, captions)
+    pictures, titles = seen.sheet()
+    save_png(grid(pictures, titles, scale=1), files[1])
+    write_json(files[0], seen.report())
+    screen = stdout()
+    for table in tables_of(seen):
+        screen.print(table)
+    screen.print(f"{files[0]}, {files[1]}", highlight=False, soft_wrap=True)
+    return seen
+
+
+NAMED = 8
+"""Records of each kind that are named on the screen; all are in look.json."""
+
+
+def tables_of(seen: Look) -> list[Table]:
+    """What was seen, as tables for a screen."""
+    report = seen.report()
+    rows = [(line, "") for line in seen.about]
+    of = "" if seen.records == len(seen.seen) else f", of which {len(seen.seen)} are looked at"
+    rows += [("records", f"{seen.records}{of}"), ("pictures", str(len(seen.usable)))]
+    if words := seen.words():
+        rows += [("captions", f"{len(seen.captions)}, {report['different_captions']} different")]
+        rows += [("words of a caption", ", ".join(f"{name} {count}" for name, count in words.items()))]
+    if seen.classes:
+        rows += [("classes", f"{len(seen.classes)}: {some(seen.classes)}")]
+    for name, found in (("broken", seen.broken), ("without a caption", seen.uncaptioned)):
+        rows += [(name, str(len(found)))] if found and (name == "broken" or seen.captions) else []
+        shown = found[:NAMED] if name == "broken" or seen.captions else []
+        rows += [(f"  {one.key}", one.fault or one.uncaptioned) for one in shown]
+    for name, groups in (("the same file", seen.duplicates()), ("nearly the same picture", seen.near())):
+        rows += [(name, f"{len(groups)} groups")] if groups else []
+        rows += [("", some(group)) for group in groups[:NAMED]]
+    rows += [("not read", note) for note in seen.notes]
+    facts = Table(show_header=False, box=None)
+    facts.add_column(overflow="fold")
+    facts.add_column(overflow="fold")
+    for row in rows:
+        facts.add_row(*map(Text, row))
+    counts = Table(title=Text(f"{seen.data}: sizes and shapes", overflow="fold"))
+    for name in ("short side, shape or size", "pictures", ""):
+        counts.add_column(name)
+    parts = (seen.short_sides(), seen.shapes(), seen.sizes(6))
+    most = max(max(part.values()) for part in parts)
+    for n, part in enumerate(parts):
+        for name, count in part.items():
+            counts.add_row(name, str(count), "#" * round(40 * count / most), end_section=False)
+        if n < len(parts) - 1:
+            counts.add_section()
+    return [counts, facts]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from t2i_jax.core.config import differences, read_migrated, stored_form
+from t2i_jax.core.config import differences, read_stored, stored_form, to_json
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.migration import migrated
 
@@ -26,7 +26,7 @@ def go_on(folder: Path, work: Mapping[str, object], command: str) -> None:
         raise ConfigError(
             f"{folder} is there, and is no unfinished work of `{command}`; remove it or choose another --out"
         )
-    if path.exists() and (changed := differences(read_migrated(path), migrated(new))):
+    if path.exists() and (changed := differences(to_json(read_stored(path)), migrated(new))):
         raise ConfigError(
             f"{folder} holds unfinished work of another config; remove it, or choose another --out:\n  "
             + "\n  ".join(changed)

@@ -12,10 +12,11 @@ import numpy as np
 from t2i_jax.core.sniff import sniff_file
 from t2i_jax.data.files import Recent, files_of, mounted
 from t2i_jax.data.order import Parts
-from t2i_jax.data.records import DataError, Reader, Record, as_captions
+from t2i_jax.data.records import DataError, Reader, Record, as_captions, join_captions
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from pyarrow import parquet
 
     from t2i_jax.data.sources import Parquet
 
@@ -25,7 +26,8 @@ class ParquetReader(Parts, Reader):
 
     def __init__(self, config: Parquet):
         self.config = config
-        named = (config.image, config.captions, config.key, *config.fields)
+        self.captions = config.captions.split("+") if config.captions else []
+        named = (config.image, *self.captions, config.key, *config.fields)
         self.columns = [column for column in named if column]
         self.groups: list[tuple[Path, int, int]] = []
         """file, row group, row of the file at which it begins"""
@@ -42,15 +44,7 @@ class ParquetReader(Parts, Reader):
 
     def _check(self, path: Path) -> list[int]:
         """Rows of each row group. Errors: `DataError` for other files, and for a missing or unsuitable column."""
-        from pyarrow import ArrowException, parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-        except (ArrowException, OSError) as error:
-            kind = sniff_file(path) if path.is_file() else "a folder"
-            about = f"it is {kind}" if kind not in ("", "a Parquet file") else error
-            raise DataError(f"{path}: this is no whole parquet file ({about})") from error
+        schema, metadata = _head(path)
         for column in self.columns:
             if column not in schema.names:
                 raise DataError(f"{path}: there is no column '{column}'; the columns are {', '.join(schema.names)}")
@@ -76,14 +70,41 @@ class ParquetReader(Parts, Reader):
         row = self.tables[g].slice(number, 1).to_pylist()[0]
         key = row[config.key] if config.key else None
         key = self.key(i).removeprefix(f"{self.groups[g][0].parent}/") if key is None else key
-        captions = row[config.captions] if config.captions else None
-        missing = f"the column '{config.captions}' is empty there" if config.captions else "Parquet.captions is None"
+        captions = [as_captions(row[name], f"the column '{name}' is empty there") for name in self.captions]
+        captions = captions or [as_captions(None, "Parquet.captions is None")]
         return {
             "image": _image(row[config.image], config.image),
-            "captions": as_captions(captions, missing),
+            **join_captions(captions, config.weights),
             "key": str(key),
             **{name: row[name] for name in config.fields},
         }
+
+
+def _head(path: Path) -> tuple[pa.Schema, parquet.FileMetaData]:
+    """Errors: `DataError` for other files."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata
+    except (ArrowException, OSError) as error:
+        kind = sniff_file(path) if path.is_file() else "a folder"
+        about = f"it is {kind}" if kind not in ("", "a Parquet file") else error
+        raise DataError(f"{path}: this is no whole parquet file ({about})") from error
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a parquet file. Errors: `DataError` for other files."""
+    return _head(path)[0]
+
+
+def image_columns(schema: pa.Schema) -> list[str]:
+    """The columns that may hold images, those with a usual name first."""
+    from pyarrow import types
+
+    usual = ("image", "img", "jpg", "png", "picture", "photo")
+    found = [f.name for f in schema if not _no_images(f.type) and not types.is_null(f.type)]
+    return sorted(found, key=lambda name: usual.index(name.lower()) if name.lower() in usual else len(usual))
 
 
 def parquet_files(path: str) -> list[Path]:

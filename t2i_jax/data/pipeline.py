@@ -38,9 +38,9 @@ from t2i_jax.data.examples import Examples, Tally, Tokenizer, fault_of, log_smal
 from t2i_jax.data.files import say_once
 from t2i_jax.data.images import TooSmall, open_image, size_of
 from t2i_jax.data.order import Order, Rows
-from t2i_jax.data.records import DataError, Reader, Record
+from t2i_jax.data.records import WEIGHTS, DataError, Reader, Record
 from t2i_jax.data.sources import Concat, Mixture, Source, Swapped
-from t2i_jax.data.transforms import Crop, choose_caption, may_flip, to_shape
+from t2i_jax.data.transforms import Crop, choose_caption, choose_row, may_flip, to_shape
 
 log = logging.getLogger(__name__)
 
@@ -357,9 +357,11 @@ class _Examples:
         x = rng.uniform()
         caption, row, chooser = None, 0, random if data.caption == "random" else None
         if "features" in fields and "features" in record:
-            row = int(chooser.integers(len(record["features"]))) if chooser is not None else 0
+            rows, weights = len(record["features"]), record.get(WEIGHTS, ())
+            drawn = lambda rng: choose_row(weights, rng) if len(weights) == rows else int(rng.integers(rows))
+            row = drawn(chooser) if chooser is not None else 0
         elif self.text is not None:
-            caption = choose_caption(record.get("captions"), chooser, data.empty_captions)
+            caption = choose_caption(record.get("captions"), chooser, data.empty_captions, record.get(WEIGHTS, ()))
         if "image" in fields and "image" in record:
             smallest = data.smallest_crop if random is not None and data.crop == "random" else 1.0
             image = open_image(record["image"], max(shape), smallest, data.smallest_side)

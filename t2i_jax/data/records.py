@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,8 @@ from t2i_jax.core.text import clean_text, decode_text, mend
 
 Record = dict[str, Any]
 INDEX = "index.json"
+WEIGHTS = "caption_weights"
+"""The field of a record with the weight of each of its captions, where they are not drawn with equal ones."""
 
 
 class Reader(Protocol):
@@ -69,6 +71,35 @@ def as_captions(value: object, missing: str = Captions.missing) -> Captions:
     except DataError as error:
         found.fault = str(error)
     return found
+
+
+def words_of(row: Mapping[str, object], name: str) -> object:
+    """The captions in a field of a row: a string or several; tags become one, with commas."""
+    value = row.get(name)
+    if "tag" in name.lower() and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
+        return ", ".join(value)
+    return value
+
+
+def join_captions(several: Sequence[Captions], weights: Sequence[float] = ()) -> Record:
+    """The captions of all kinds in turn, as `captions` of a record, with the weight of each where there are several.
+
+    weights: how often each kind is drawn, in any unit; () is equally often. The captions of one kind share its weight.
+    There is a fault only where no kind has a caption.
+    """
+    if len(several) == 1:
+        return {"captions": several[0]}
+    found = Captions(caption for captions in several for caption in captions)
+    found.fault = "" if found else next((captions.fault for captions in several if captions.fault), "")
+    found.missing = "; ".join(captions.missing for captions in several)
+    shares = zip(weights or [1.0] * len(several), several, strict=True)
+    return {"captions": found, WEIGHTS: [w / len(captions) for w, captions in shares for _ in captions]}
+
+
+def check_weights(weights: Sequence[float], kinds: Sequence[str], what: str) -> None:
+    """Errors: `DataError` for weights that do not belong to kinds of captions. what: the field that has them."""
+    if weights and (len(weights) != len(kinds) or not all(0 < w < float("inf") for w in weights)):
+        raise DataError(f"{what} are {tuple(weights)}; one above 0 is needed for each of {tuple(kinds)}")
 
 
 def clean_captions(stored: Sequence[object]) -> Captions:

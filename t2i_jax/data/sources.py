@@ -23,7 +23,18 @@ from t2i_jax.data.files import Files, files_of, most_files, mounted
 from t2i_jax.data.folder import open_folder
 from t2i_jax.data.order import Parts
 from t2i_jax.data.parquet import ParquetReader
-from t2i_jax.data.records import INDEX, DataError, Reader, Record, as_captions, clean_captions, decode, shard_name
+from t2i_jax.data.records import (
+    INDEX,
+    WEIGHTS,
+    DataError,
+    Reader,
+    Record,
+    as_captions,
+    check_weights,
+    clean_captions,
+    decode,
+    shard_name,
+)
 from t2i_jax.data.tar import TarReader
 
 FEATURES = "features.json"
@@ -32,13 +43,22 @@ FEATURES = "features.json"
 
 @dataclass(frozen=True)
 class Folder:
-    """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line."""
+    """Images below a folder, each with its captions in a `.txt` file of the same name, one caption a line, or where
+    `captions` says."""
 
     path: str
     """The folder; its subfolders are searched too, linked ones included. Names that begin with a dot are not."""
+    captions: tuple[str, ...] = ("txt",)
+    """Kinds of captions: "txt" and "caption" (files of these endings, one caption a line), "json:FIELD" (of a JSON file
+    of the same name), "metadata:COLUMN" (of a `metadata.jsonl` or `.csv`), "folder:TEMPLATE" (a photo of a {})."""
+    weights: tuple[float, ...] = ()
+    """How often each kind is drawn, in any unit, where an image has several; () is equally often."""
+    classes: bool = False
+    """Number the folders right below `path`, in the order of their names: the class of an image is the number of its
+    folder."""
 
     def open(self) -> Reader:
-        return open_folder(self.path)
+        return open_folder(self.path, self.captions, self.weights, self.classes)
 
 
 @dataclass(frozen=True)
@@ -185,16 +205,21 @@ class TarShards:
     path: str
     """A tar file, a folder of them, or a glob such as "shards/000*.tar"."""
     caption: str = "txt"
-    """"txt" for the .txt member (the whole of it is one caption), else the name of a field of the .json member."""
+    """"txt" for the .txt member (the whole of it is one caption), else the name of a field of the .json member; several
+    are joined by "+", as in "txt+alt_text"."""
     fields: tuple[str, ...] = ()
     """Fields of the .json member to take over into the record."""
+    weights: tuple[float, ...] = ()
+    """How often each of several is drawn, in any unit, where an image has them; () is equally often."""
     truncated: str = "error"
     """A tar that is cut short: "error" stops, "skip" goes on with the samples before the cut and logs the loss."""
 
     def open(self) -> Reader:
         if self.truncated not in ("error", "skip"):
             raise DataError(f"TarShards.truncated is '{self.truncated}'; it must be 'error' or 'skip'")
-        return TarReader(files_of(self.path, ".tar"), self.caption, self.fields, self.truncated == "skip")
+        check_weights(self.weights, self.caption.split("+"), "TarShards.weights")
+        tars, skip = files_of(self.path, ".tar"), self.truncated == "skip"
+        return TarReader(tars, self.caption, self.fields, skip, self.weights)
 
 
 @dataclass(frozen=True)
@@ -210,15 +235,18 @@ class Parquet:
     image: str = "image"
     """The column of images."""
     captions: str | None = "caption"
-    """The column of captions, a string or a list of strings; `None` where there is none."""
+    """The column of captions, a string or a list of strings; `None` where there is none. Several are joined by "+"."""
     key: str | None = None
     """The column that names a record; without one it is named by file and row."""
     fields: tuple[str, ...] = ()
     """More columns to take over into the record, for instance "label"."""
     cache: int = 16
     """How many row groups a process keeps in memory."""
+    weights: tuple[float, ...] = ()
+    """How often each of several columns of captions is drawn, in any unit; () is equally often."""
 
     def open(self) -> Reader:
+        check_weights(self.weights, (self.captions or "").split("+"), "Parquet.weights")
         if self.cache < 1:
             raise DataError(f"Parquet.cache is {self.cache}; it is at least 1")
         return ParquetReader(self)
@@ -359,7 +387,7 @@ class Strided:
         return self.reader[i * self.every]
 
 
-OF_CAPTIONS = ("captions", "features", "text_mask")
+OF_CAPTIONS = ("captions", WEIGHTS, "features", "text_mask")
 """What a record says of its image in words, and what was computed from the words."""
 
 

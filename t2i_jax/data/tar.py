@@ -13,12 +13,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from t2i_jax.core.sniff import PACKED
 from t2i_jax.core.tar_scan import BLOCK, MEMBERS
 from t2i_jax.core.text import decode_text, mend
 from t2i_jax.data.files import Descriptor, Files, kinds
 from t2i_jax.data.order import Parts
-from t2i_jax.data.records import Captions, DataError, Record, as_captions
+from t2i_jax.data.records import Captions, DataError, Record, as_captions, join_captions, words_of
 from t2i_jax.data.tar_index import TarEntry, index_tars, open_table, raise_error
 
 log = logging.getLogger(__name__)
@@ -35,8 +37,15 @@ class TarReader(Parts):
     `skip_truncated`.
     """
 
-    def __init__(self, shards: Sequence[Path], caption: str, fields: Sequence[str], skip_truncated: bool):
-        self.caption, self.fields = caption, tuple(fields)
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        caption: str,
+        fields: Sequence[str],
+        skip_truncated: bool,
+        weights: Sequence[float] = (),
+    ):
+        self.kinds, self.fields, self.weights = caption.split("+"), tuple(fields), tuple(weights)
         count, last = 0, time.monotonic()
 
         def check(tar: Path, entry: TarEntry | Exception) -> None:
@@ -81,13 +90,14 @@ class TarReader(Parts):
     def notes(self, captions: bool) -> list[str]:
         missing = seen = 0
         for entry in self.entries[:LOOKED_AT] if captions else ():
-            sizes = self.tables[entry].column("txt_size" if self.caption == "txt" else "json_size")
-            missing += int((sizes < 0).sum())
-            seen += len(sizes)
+            names = {"txt_size" if kind == "txt" else "json_size" for kind in self.kinds}
+            sizes = np.stack([self.tables[entry].column(name) for name in sorted(names)])
+            missing += int((sizes.max(0) < 0).sum())
+            seen += sizes.shape[1]
         if not missing:
             return []
-        wanted = "a .txt member" if self.caption == "txt" else f"'{self.caption}' of a .json member"
-        other = "" if self.caption != "txt" else "; TarShards.caption names a field of the .json members instead"
+        wanted = " or ".join("a .txt member" if k == "txt" else f"'{k}' of a .json member" for k in self.kinds)
+        other = "" if self.kinds != ["txt"] else "; TarShards.caption names a field of the .json members instead"
         first = "first " if len(self) > seen else ""
         folder = self.entries[0].tar.parent
         return [f"{folder}: {missing} of the {first}{seen} samples have no {wanted}{other}"]
@@ -102,7 +112,8 @@ class TarReader(Parts):
         key = self.key(i)
         record: Record = {"image": image, "key": key.removeprefix(mend(f"{entry.tar.parent}/"))}
         missing = self._instead(extra) if text is None else ""
-        record["captions"] = as_captions(text, missing) if self.caption == "txt" else self._field(extra)
+        several = [as_captions(text, missing) if kind == "txt" else _field(extra, kind) for kind in self.kinds]
+        record |= join_captions(several, self.weights)
         found = _object(extra) if self.fields else {}
         record |= {name: found[name] for name in self.fields if name in found}
         if label is not None:  # what is no number a model of classes refuses
@@ -110,24 +121,34 @@ class TarReader(Parts):
             record["label"] = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
         return record
 
+    def about(self, i: int) -> dict[str, object]:
+        """The object of the .json member of sample i; empty without one. Errors: `DataError` where it is none."""
+        entry, row = self._place(i)
+        table = self.tables[entry]
+        size = table.value("json_size", row)
+        if size < 0:
+            return {}
+        return _object(self.files[entry.tar].read((table.value("image", row) + table.value("json", row)) * BLOCK, size))
+
     def _instead(self, extra: bytes | None) -> str:
         with contextlib.suppress(DataError):
             if has := ", ".join(_object(extra)):
                 return f"there is no .txt member; TarShards.caption can name a field of the .json member, of {has}"
         return "there is no .txt member"
 
-    def _field(self, extra: bytes | None) -> Captions:
-        """The captions in the .json member, whose faults matter where captions are needed."""
-        if extra is None:
-            return as_captions(None, "there is no .json member")
-        try:
-            found = _object(extra)
-        except DataError as error:
-            captions = Captions()
-            captions.fault = str(error)
-            return captions
-        has = ", ".join(found) or "nothing"
-        return as_captions(found.get(self.caption), f"the .json member has no '{self.caption}'; it has {has}")
+
+def _field(extra: bytes | None, name: str) -> Captions:
+    """The captions in a field of the .json member, whose faults matter where captions are needed."""
+    if extra is None:
+        return as_captions(None, "there is no .json member")
+    try:
+        found = _object(extra)
+    except DataError as error:
+        captions = Captions()
+        captions.fault = str(error)
+        return captions
+    has = ", ".join(found) or "nothing"
+    return as_captions(words_of(found, name), f"the .json member has no '{name}'; it has {has}")
 
 
 def fault_of_tar(entry: TarEntry, skipped: bool = False) -> str:

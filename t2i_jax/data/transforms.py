@@ -66,15 +66,28 @@ def may_flip(captions: Sequence[str], exceptions: tuple[str, ...]) -> bool:
     return not exceptions or not any(_words(exceptions).search(c) for c in captions)
 
 
-def choose_caption(captions: object, rng: Generator | None = None, empty: bool = False) -> str:
+def choose_caption(
+    captions: object, rng: Generator | None = None, empty: bool = False, weights: Sequence[float] = ()
+) -> str:
     """One caption of several that are not blank: the first without `rng`.
 
-    empty: "" where there is none. Errors: `DataError` that says why there is none, or none that is text.
+    empty: "" where there is none. weights: of all of them, how often each is drawn; () is equally often. Errors:
+    `DataError` that says why there is none, or none that is text.
     """
     found = as_captions(captions)
-    texts = [caption for caption in found if caption]
-    if found.fault or not (texts or empty):
+    places = [n for n, caption in enumerate(found) if caption]
+    if found.fault or not (places or empty):
         raise DataError(found.fault or found.missing)
-    if not texts:
+    if not places:
         return ""
-    return texts[int(rng.integers(len(texts))) if rng is not None else 0]
+    if rng is None:
+        return found[places[0]]
+    if len(weights) == len(found):
+        return found[places[choose_row([weights[n] for n in places], rng)]]
+    return found[places[int(rng.integers(len(places)))]]
+
+
+def choose_row(weights: Sequence[float], rng: Generator) -> int:
+    """A place of `weights`, drawn in proportion to them."""
+    ends = np.cumsum(np.asarray(weights, float))
+    return min(int(np.searchsorted(ends, rng.uniform() * ends[-1], side="right")), len(ends) - 1)
