@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -22,14 +23,15 @@ from t2i_jax.core.keys import image_keys
 from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.core.types import Codec
-from t2i_jax.data.pipeline import PER_CAPTION
 from t2i_jax.data.records import title
 from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact
-from t2i_jax.training.state import TrainState
-from t2i_jax.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from t2i_jax.training.state import TrainState
+    from t2i_jax.training.trainer import Trainer
 
 
 class Previews:
@@ -53,6 +55,8 @@ class Previews:
 
     def _begin(self, trainer: Trainer) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
+        from t2i_jax.data.pipeline import PER_CAPTION  # sampling reads no data
+
         experiment, can = trainer.experiment, trainer.experiment.model.capabilities
         if not can.codec and not can.family:
             return  # a classifier draws nothing

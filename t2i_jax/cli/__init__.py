@@ -10,7 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from t2i_jax.core.console import console
-from t2i_jax.core.errors import did_you_mean
+from t2i_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NoCluster,
+    NotFinite,
+    NotWritten,
+    PeerLost,
+    did_you_mean,
+)
 
 COMMANDS = {
     "data": "build a data set that ships as packages; train a vocabulary on captions; index tar files",
@@ -28,6 +38,9 @@ COMMANDS = {
 
 TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
+
+WITHOUT_JAX = ("zoo",)
+"""Commands that compute nothing, which start without JAX."""
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
 USAGE += "\n\n`t2i COMMAND --help` lists all arguments; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
@@ -60,28 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("absl", "asyncio"):  # their errors are raised as well, and printed as one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
-    import jax
-
-    from t2i_jax.core.config import ConfigError
-    from t2i_jax.core.platform import prepare
-    from t2i_jax.core.sharding import NoCluster
-    from t2i_jax.data.records import DataError
-    from t2i_jax.storage.checkpoints import CheckpointError, NotWritten
-    from t2i_jax.training.guard import NotFinite
-    from t2i_jax.training.loop import Interrupted
-    from t2i_jax.training.watch import STATUS, PeerLost
-
     # A failed write reaches its event loop after it is closed; the error itself is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
     sys.unraisablehook = late
     try:
         together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
-        prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
+        if arguments[0] not in WITHOUT_JAX:
+            from t2i_jax.core.platform import prepare
+
+            prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
     except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         # An orderly exit waits for lost processes, and writers that failed would print their tracebacks once more.
-        os._exit(STATUS if isinstance(error, PeerLost) else 2)
+        if isinstance(error, PeerLost):
+            from t2i_jax.training.watch import STATUS
+
+            os._exit(STATUS)
+        os._exit(2)
     except (ConfigError, DataError, CheckpointError, NoCluster, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except ValueError as error:
@@ -91,12 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"t2i {arguments[0]}: {named}: no file name holds a zero byte")
     except MemoryError as error:
         fail(f"t2i {arguments[0]}: not enough memory on this machine{f': {error}' if str(error) else ''}")
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         fail(f"t2i {arguments[0]}: interrupted; the same command goes on", 130)
+    except _error_of_jax() as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")
+
+
+def _error_of_jax() -> type[Exception]:
+    """What JAX raises where a device fails; imported only where something failed."""
+    import jax
+
+    return jax.errors.JaxRuntimeError

@@ -25,17 +25,17 @@ from jax.typing import DTypeLike
 
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, write_stored
+from t2i_jax.core.errors import CheckpointError
 from t2i_jax.core.fields import File, files, values
 from t2i_jax.core.outputs import whole_folder
 from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
-from t2i_jax.core.sharding import shardings
+from t2i_jax.core.sharding import on_cpu, shardings
 from t2i_jax.core.specs import Shaped
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.lora import LoRA, added
 from t2i_jax.storage import adapters
 from t2i_jax.storage.adapters import Adapter
-from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.hub import readable
 from t2i_jax.storage.moved import moved, moves
 from t2i_jax.storage.remote import download
@@ -210,6 +210,7 @@ def from_run(
     folder: Path, model: nnx.Module, layout: Mapping[str, Sharding], use: Callable[[str, Array], R]
 ) -> tuple[int, dict[str, R]]:
     """The step and the weights of the newest sound checkpoint of a run, sharded as `layout` says, through `use`."""
+    from t2i_jax.storage.checkpoints import Checkpoints  # Orbax takes long to import, and a released model needs none
 
     def lay(source: Path, shapes: Mapping[str, Shaped]) -> Mapping[str, Sharding]:
         try:
