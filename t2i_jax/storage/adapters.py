@@ -153,7 +153,7 @@ def with_adapters(name: str, x: Array, adapters: Sequence[tuple[Adapter, float]]
 
 def check_adapters(config: Trainable, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Errors: `ConfigError` for adapters of another model."""
-    shapes = named(abstract(config))
+    shapes = named(abstract(config)) if adapters else {}
     for adapter, _ in adapters:
         for name, target in named(abstract(adapter.config)).items():
             adapts = name in adapter.arrays or f"{name}.a" in adapter.arrays
