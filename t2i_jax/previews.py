@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from einops import rearrange
 from jax import Array
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from t2i_jax.core import image_files
+from t2i_jax.core import image_files, terminal
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.image_files import to_uint8
@@ -170,6 +171,15 @@ def sample_to_folder(
     sheet = image_files.grid(images, titles[: len(first)], columns=columns if columns > 1 else 0, scale=scale)
     image_files.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
+
+
+def show_folder(out: Path, count: int) -> None:
+    """Draw the grid of a folder of images in this terminal; where a character has two pixels, the first images alone,
+    whose captions would not be legible."""
+    files = [path for n in range(min(count, 8)) if (path := out / f"{n:05d}.png").exists()]
+    if jax.process_index() == 0 and files:
+        images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
+        terminal.draw(Image.open(out / "grid.png"), Image.fromarray(rearrange(images, "n i j c -> i (n j) c")))
 
 
 def growing(

@@ -289,6 +289,27 @@ class Sampler:
     ) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale. toward: as in
         `sample`."""
+        with jax.set_mesh(self.mesh):
+            inputs = condition, data, arrays, away = self._inputs(prompts, seeds, low_res)
+            others = None if toward is None else self._others(toward)
+            with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
+                parts = dict(self.parts)
+                if progress is None and others is None and (kept := self._kept(parts, *inputs)):
+                    return kept(*jax.tree.leaves((parts, *inputs)))
+                keys = jax.random.wrap_key_data(data)
+                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others, away)
+
+    def warm(self, prompts: Sequence[str]) -> None:
+        """Make ready, without drawing, the program of a batch of as many prompts, where programs are kept: it reads the
+        shapes of the weights alone."""
+        with jax.set_mesh(self.mesh):
+            self._kept(dict(self.parts), *self._inputs(prompts, [0] * len(prompts), None))
+
+    def _inputs(
+        self, prompts: Sequence[str], seeds: Sequence[int], low_res: np.ndarray | None
+    ) -> tuple[dict[str, Array], Array, SamplingOptions, dict[str, Array] | None]:
+        """The arguments of a batch besides the weights, on the mesh: the condition, the data of the keys, the options,
+        the negative prompt."""
         family = self.program.family
         if low_res is None and family.capabilities.super_resolution:
             raise ConfigError("this model enlarges images: sample the model that makes them, with --upsample")
@@ -296,19 +317,19 @@ class Sampler:
         if low_res is not None:
             condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1
             keys = jax.vmap(apart)(keys)
-        with jax.set_mesh(self.mesh):
-            # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
-            data = jax.device_get(jax.random.key_data(keys))
-            condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
-            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(family, self.options))
-            others = None if toward is None else self._others(toward)
-            with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
-                parts, away = dict(self.parts), self._away(len(prompts))
-                if progress is None and others is None and self.mesh.size == 1 and programs.folder() is not None:
-                    leaves, tree = jax.tree.flatten((parts, condition, data, arrays, away))
-                    if kept := _kept(self.program, self.guided, tree, tuple(map(programs.shape, leaves))):
-                        return kept(*leaves)
-                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others, away)
+        # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
+        data = jax.device_get(jax.random.key_data(keys))
+        condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
+        arrays = jax.device_get(validate_options(family, self.options))
+        return cast(dict[str, Array], condition), cast(Array, data), arrays, self._away(len(prompts))
+
+    def _kept(self, *arguments: object) -> Callable[..., Array] | None:
+        """The compiled program of arguments whose trace is kept on this machine, called with their leaves; None where
+        none is kept (`storage/programs.py`), and of several devices."""
+        if self.mesh.size > 1 or programs.folder() is None:
+            return None
+        leaves, tree = jax.tree.flatten(arguments)
+        return _kept(self.program, self.guided, tree, tuple(map(programs.shape, leaves)))
 
     def _away(self, count: int) -> dict[str, Array] | None:
         """The negative prompt, a row for each image, on the mesh."""

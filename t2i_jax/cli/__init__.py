@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to images",
+    "zoo": "the models inside the package, which `t2i sample NAME` draws with",
     "evaluate": "the metrics of a run or a released model",
     "compare": "several models with equal compute, in one report",
     "convert": "a published checkpoint to a released model, and back",
@@ -38,9 +39,6 @@ COMMANDS = {
 
 TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
-
-WITHOUT_JAX = ("zoo",)
-"""Commands that compute nothing, which start without JAX."""
 
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
 USAGE += "\n\n`t2i COMMAND --help` lists all arguments; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
@@ -73,15 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("absl", "asyncio"):  # their errors are raised as well, and printed as one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
+    import jax
+
+    from t2i_jax.core.platform import prepare
+
     # A failed write reaches its event loop after it is closed; the error itself is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
     sys.unraisablehook = late
     try:
         together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
-        if arguments[0] not in WITHOUT_JAX:
-            from t2i_jax.core.platform import prepare
-
-            prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
+        prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
     except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -105,14 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         fail(f"t2i {arguments[0]}: interrupted; the same command goes on", 130)
-    except _error_of_jax() as error:
+    except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")
-
-
-def _error_of_jax() -> type[Exception]:
-    """What JAX raises where a device fails; imported only where something failed."""
-    import jax
-
-    return jax.errors.JaxRuntimeError

@@ -26,11 +26,11 @@ from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.edits import Blend, InitImage, Inpaint, Vary, embedding_field
 from t2i_jax.guides import Autoguidance, ClassifierGuidance, Guide, Reference
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.previews import sample_to_folder
+from t2i_jax.previews import sample_to_folder, show_folder
 from t2i_jax.sampler import Between, interpolation
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
-from t2i_jax.storage.artifacts import config_of
+from t2i_jax.storage.artifacts import config_of, is_stored
 
 if TYPE_CHECKING:
     from t2i_jax.evaluation.rerank import Reranker
@@ -104,6 +104,8 @@ class SampleArguments(Checked):
     interpolate: Annotated[int | None, Range(2, 1_000_000)] = None
     """images from each prompt to the next, both included, or from each of `count` seeds of one prompt to the next; for
     GANs"""
+    show: bool = False
+    """draw the images in this terminal, if it can"""
     watch: bool = False
     """show progress within a batch, and intermediate images in growing.png; compiled at each start"""
     watch_codec: Path | None = None
@@ -129,7 +131,7 @@ def _factors(loras: Sequence[str]) -> dict[str, float]:
 
 
 def run(arguments: list[str]) -> None:
-    if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
+    if arguments and "://" not in arguments[0] and is_stored(arguments[0]) and {"-h", "--help"} & set(arguments):
         family = as_family(config_of(arguments[0]))
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
@@ -197,11 +199,15 @@ def run(arguments: list[str]) -> None:
         drawn = len(jobs) // args.count if len(prompts) > 1 else len(jobs)
     folder = args.out / "candidates" if judge else args.out
     sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch, toward, watched)
+    if args.show and not judge:
+        show_folder(args.out, len(jobs))
     if judge:
         from t2i_jax.evaluation.rerank import keep_best
 
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
+        if args.show:
+            show_folder(args.out, args.count * len(prompts))
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
 
 

@@ -19,10 +19,12 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 
+import flax
 import jax
+import jaxlib
+import numpy as np
 from jax import Array, export
 from jax.sharding import NamedSharding
 from jax.stages import Compiled
@@ -38,7 +40,7 @@ SWITCH = "T2I_PROGRAMS"
 FORMAT = 1
 PROGRAMS_LIMIT, COMPILED_LIMIT = 2**28, 2**31
 """Bytes that traced and compiled programs may take; those not used for longest are removed."""
-PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+PACKAGES = {m.__name__: m.__version__ for m in (jax, jaxlib, flax, np)}
 UNRELATED = ("cache", "log", "traceback", "dump", "pprint", "debug_leaked")
 """Parts of names of those settings of JAX that change no program."""
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -122,7 +124,7 @@ def _key(about: Mapping[str, object], tree: str, shapes: list[jax.ShapeDtypeStru
     return {
         "format": FORMAT,
         "source": _source(),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": PACKAGES | {"python": platform.python_version()},
         "about": about,
         "tree": hashlib.sha256(tree.encode()).hexdigest(),
         "shapes": _digest([[list(x.shape), str(x.dtype), x.weak_type, str(x.sharding)] for x in shapes]),
