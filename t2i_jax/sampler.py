@@ -289,8 +289,9 @@ class Sampler:
     ) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale. toward: as in
         `sample`."""
+        asked = self._asked(prompts, seeds, low_res)
         with jax.set_mesh(self.mesh):
-            inputs = condition, data, arrays, away = self._inputs(prompts, seeds, low_res)
+            inputs = condition, data, arrays, away = self._inputs(asked, len(prompts))
             others = None if toward is None else self._others(toward)
             with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
                 parts = dict(self.parts)
@@ -302,26 +303,31 @@ class Sampler:
     def warm(self, prompts: Sequence[str]) -> None:
         """Make ready, without drawing, the program of a batch of as many prompts, where programs are kept: it reads the
         shapes of the weights alone."""
+        asked = self._asked(prompts, [0] * len(prompts), None)
         with jax.set_mesh(self.mesh):
-            self._kept(dict(self.parts), *self._inputs(prompts, [0] * len(prompts), None))
+            self._kept(dict(self.parts), *self._inputs(asked, len(prompts)))
 
-    def _inputs(
+    def _asked(
         self, prompts: Sequence[str], seeds: Sequence[int], low_res: np.ndarray | None
-    ) -> tuple[dict[str, Array], Array, SamplingOptions, dict[str, Array] | None]:
-        """The arguments of a batch besides the weights, on the mesh: the condition, the data of the keys, the options,
-        the negative prompt."""
-        family = self.program.family
-        if low_res is None and family.capabilities.super_resolution:
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The condition of a batch and the data of its keys, on the host."""
+        if low_res is None and self.program.family.capabilities.super_resolution:
             raise ConfigError("this model enlarges images: sample the model that makes them, with --upsample")
         condition, keys = self.condition(prompts), image_keys(seeds)
         if low_res is not None:
             condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1
             keys = jax.vmap(apart)(keys)
+        return condition, jax.device_get(jax.random.key_data(keys))
+
+    def _inputs(
+        self, asked: tuple[dict[str, np.ndarray], np.ndarray], count: int
+    ) -> tuple[dict[str, Array], Array, SamplingOptions, dict[str, Array] | None]:
+        """The arguments of a batch besides the weights, on the mesh: the condition, the data of the keys, the options,
+        the negative prompt."""
         # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
-        data = jax.device_get(jax.random.key_data(keys))
-        condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
-        arrays = jax.device_get(validate_options(family, self.options))
-        return cast(dict[str, Array], condition), cast(Array, data), arrays, self._away(len(prompts))
+        condition, data = put_on_mesh(asked, batch_sharding(self.mesh))
+        arrays = jax.device_get(validate_options(self.program.family, self.options))
+        return cast(dict[str, Array], condition), cast(Array, data), arrays, self._away(count)
 
     def _kept(self, *arguments: object) -> Callable[..., Array] | None:
         """The compiled program of arguments whose trace is kept on this machine, called with their leaves; None where

@@ -209,7 +209,7 @@ def test_the_folder_is_bounded(tmp_path):
 
 
 def test_without_a_listener_the_program_has_no_callback(kept):
-    draw("ar")
+    draw("dit")
     data = next(kept.iterdir()).read_bytes().partition(b"\n")[2]
     text = jax.export.deserialize(bytearray(data)).mlir_module()
     assert "stablehlo" in text and "callback" not in text

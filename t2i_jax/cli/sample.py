@@ -45,7 +45,7 @@ class SampleArguments(Checked):
     """
 
     model: tyro.conf.Positional[Path]
-    """run folder or released model"""
+    """run folder, released model, or the name of one of `t2i zoo`"""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """prompts; class numbers for a class-conditional model"""
     prompts: Path | None = None

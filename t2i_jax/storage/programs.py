@@ -40,7 +40,13 @@ SWITCH = "T2I_PROGRAMS"
 FORMAT = 1
 PROGRAMS_LIMIT, COMPILED_LIMIT = 2**28, 2**31
 """Bytes that traced and compiled programs may take; those not used for longest are removed."""
-PACKAGES = {m.__name__: m.__version__ for m in (jax, jaxlib, flax, np)}
+PACKAGES = {
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "flax": flax.__version__,
+    "numpy": np.__version__,
+}
+"""What traces and compiles, by version."""
 UNRELATED = ("cache", "log", "traceback", "dump", "pprint", "debug_leaked")
 """Parts of names of those settings of JAX that change no program."""
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
